@@ -1,0 +1,69 @@
+"""The protocol's words and constants, shared by the worker and the embedded control plane.
+
+Imports nothing. Behaviour never lives here: client and server each implement protocol.md on their
+own, and the literal JSON in ``tests/protocol`` is the referee between them.
+"""
+
+from typing import Final, Literal
+
+State = Literal["queued", "starting", "active", "stopping", "stopped"]
+QUEUED: Final = "queued"
+STARTING: Final = "starting"
+ACTIVE: Final = "active"
+STOPPING: Final = "stopping"
+STOPPED: Final = "stopped"
+STATES: Final[tuple[State, ...]] = (QUEUED, STARTING, ACTIVE, STOPPING, STOPPED)
+
+# protocol §2
+WORK: Final = "work"
+SESSION: Final = "session"
+HEALTHCHECK: Final = "healthcheck"
+WORK_HEARTBEAT: Final = "work_heartbeat"
+WORK_QUEUE_STATS: Final = "work_queue_stats"
+
+# protocol §3.1
+BLOCK_MS_MIN: Final = 1
+BLOCK_MS_MAX: Final = 999
+RECLAIM_OLDER_THAN_MS: Final = 5000
+
+# protocol §3.3, §4
+NO_HEARTBEAT: Final = "NO_HEARTBEAT"
+TTL_MIN_SECONDS: Final = 10
+TTL_MAX_SECONDS: Final = 600
+TTL_DEFAULT_SECONDS: Final = 60
+ACK_LEASE_SECONDS: Final = 60
+"""How long an acknowledged item is held before its first heartbeat (protocol §4)."""
+
+# protocol §3.7
+LIST_LIMIT_DEFAULT: Final = 20
+LIST_LIMIT_MAX: Final = 100
+
+# protocol §3.8
+WORKERS_POLLING_WINDOW_SECONDS: Final = 30
+
+# protocol §7
+ENQUEUE_COUNT_MAX: Final = 1000
+
+# protocol §1
+BODY_LIMIT_BYTES: Final = 4 * 1024 * 1024
+ID_PATTERN: Final = r"[A-Za-z0-9_-]{1,128}"
+
+INVALID_REQUEST_ERROR: Final = "invalid_request_error"
+AUTHENTICATION_ERROR: Final = "authentication_error"
+PERMISSION_ERROR: Final = "permission_error"
+NOT_FOUND_ERROR: Final = "not_found_error"
+CONFLICT_ERROR: Final = "conflict_error"
+PRECONDITION_FAILED_ERROR: Final = "precondition_failed_error"
+RATE_LIMIT_ERROR: Final = "rate_limit_error"
+API_ERROR: Final = "api_error"
+
+# protocol §6
+Dialect = Literal["qoder", "anthropic"]
+QODER: Final = "qoder"
+ANTHROPIC: Final = "anthropic"
+QODER_BASE_URL: Final = "https://api.qoder.com/api/v1/cloud"
+ANTHROPIC_BASE_URL: Final = "https://api.anthropic.com/v1"
+WORKER_ID_HEADER: Final = "Worker-ID"
+ANTHROPIC_WORKER_ID_HEADER: Final = "anthropic-worker-id"
+ANTHROPIC_VERSION: Final = "2023-06-01"
+ANTHROPIC_BETA: Final = "managed-agents-2026-04-01"
