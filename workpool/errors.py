@@ -1,0 +1,136 @@
+"""Every error that workpool raises: one tree, branched on by class and attribute, never by text.
+
+Owns the messages too. No message, attribute or repr may carry a token or a response body.
+"""
+
+from typing import Literal
+
+Reason = Literal["network", "timeout", "throttled", "server_error", "bad_body"]
+
+
+class WorkpoolError(Exception):
+    """The root of the tree."""
+
+
+class SettingsError(WorkpoolError):
+    """Settings that cannot be used; every problem at once, by name, without its content.
+
+    Attributes:
+        problems: One sentence per bad value, each beginning with the setting's name.
+    """
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class PluginError(WorkpoolError):
+    """A plugin that cannot be used, found at start.
+
+    Attributes:
+        plugin: The culprit, by the name under which it was asked for.
+    """
+
+    def __init__(self, plugin: str, problem: str) -> None:
+        super().__init__(f"plugin {plugin!r}: {problem}")
+        self.plugin = plugin
+
+
+class ListenError(WorkpoolError):
+    """`metrics_listen` names an address that cannot be bound (design §6)."""
+
+
+class KeeperError(WorkpoolError):
+    """The thread that keeps the leases died, so that no lease can be kept: fatal (design §1)."""
+
+
+class PollerError(WorkpoolError):
+    """A poller crashed five times in a row: fatal (design §2). The last crash is the cause."""
+
+
+class ControlPlaneError(WorkpoolError):
+    """A call that the control plane did not answer with success (design §2).
+
+    Attributes:
+        op: The call: poll, ack, heartbeat, stop, update, get, list, stats, session, …
+        status: The HTTP status, None when no answer came.
+        error_type: `error.type` of the envelope (protocol §1), None when there was none.
+        param: `error.param` of the envelope, None when there was none.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        status: int | None,
+        message: str,
+        *,
+        error_type: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(f"{op}: {message}" if status is None else f"{op}: {status} {message}")
+        self.op = op
+        self.status = status
+        self.error_type = error_type
+        self.param = param
+
+
+class TransientError(ControlPlaneError):
+    """Worth another try: no answer, 408, 425, 429, 5xx, or a success that is not the JSON we know.
+
+    Unless `reason` is "throttled", the call may have been applied.
+
+    Attributes:
+        reason: Why, in one word.
+        retry_after: Seconds that the control plane asked us to wait, None when it did not.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        status: int | None,
+        message: str,
+        *,
+        reason: Reason,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(op, status, message)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class RefusedError(ControlPlaneError):
+    """Refused for good: 400, 401, 403, 404, and any other status that is not worth another try."""
+
+
+class ConflictError(ControlPlaneError):
+    """409: the item is not in a state, or not with the worker, that the call needs."""
+
+
+class PreconditionError(ControlPlaneError):
+    """412: `expected_last_heartbeat` is not the lease owner's (protocol §3.3)."""
+
+
+class SessionGoneError(WorkpoolError):
+    """A session call was not sent because the item is no longer ours to touch.
+
+    Attributes:
+        work_id: The item.
+    """
+
+    def __init__(self, work_id: str, message: str) -> None:
+        super().__init__(f"{work_id}: {message}")
+        self.work_id = work_id
+
+
+class LeaseLost(SessionGoneError):
+    """The item's lease is not held any more: another worker may have the item by now."""
+
+    def __init__(self, work_id: str) -> None:
+        super().__init__(work_id, "the lease is lost; another worker may have the item")
+
+
+class SessionEnded(SessionGoneError):
+    """The session is over: its handler has returned, was cancelled, or was stopped from outside."""
+
+    def __init__(self, work_id: str) -> None:
+        super().__init__(work_id, "the session has ended")
