@@ -10,7 +10,6 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Literal, Protocol
 
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
