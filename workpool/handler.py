@@ -1,0 +1,195 @@
+"""`@handler`, the mark it leaves, and `Handler`: what the pool runs.
+
+The decorator only marks: the function stays itself, callable in a test without a pool. Loading
+turns marks into routes (`workpool.plugins`); nothing here knows plugins or registers anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+
+from workpool.wire.protocol import HEALTHCHECK, SESSION
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from workpool.session import Session
+    from workpool.wire.items import WorkItem
+
+Function = TypeVar("Function", bound="Callable[..., Coroutine[Any, Any, object]]")
+
+_MARK: Final = "__workpool_handler__"
+_ANY: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a marked function asks for: the items that it takes, and its limits."""
+
+    type: str
+    metadata: Mapping[str, str]
+    timeout: float | None
+    max_sessions: int | None
+
+    def matches(self, item: WorkItem) -> bool:
+        """Whether the item has this type and at least this metadata."""
+        return self.type == item.type and self.metadata.items() <= item.metadata.items()
+
+    def covers(self, other: Rule) -> bool:
+        """Whether every item that `other` matches is matched by this rule too."""
+        return self.type == other.type and self.metadata.items() <= other.metadata.items()
+
+    def __str__(self) -> str:
+        asked = [f"type={self.type}", *(f"{key}={self.metadata[key]}" for key in self.metadata)]
+        return " ".join(asked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handler:
+    """What the pool runs for an item, as the plugins chose it.
+
+    Two are equal when label and limits are, so `max_sessions` counts per label: a hook may return
+    a new closure or `functools.partial` for every item and the limit still holds.
+
+    Attributes:
+        name: The label `plugin.function`, in logs and metrics.
+        call: Takes the session; what it returns or raises decides the outcome (design §1, Finish).
+        timeout: Seconds for one session, None for the pool's `session_timeout`.
+        max_sessions: Sessions that may run at once in this pool, None for no limit of its own.
+        plugin: The plugin that it came from.
+    """
+
+    name: str
+    call: Callable[[Session], Awaitable[object]] = field(compare=False)
+    timeout: float | None = None
+    max_sessions: int | None = None
+    plugin: str
+
+
+@overload
+def handler(function: Function, /) -> Function: ...
+
+
+@overload
+def handler(
+    *,
+    type: str = ...,
+    metadata: Mapping[str, str] = ...,
+    timeout: float | None = ...,
+    max_sessions: int | None = ...,
+) -> Callable[[Function], Function]: ...
+
+
+def handler(
+    function: Function | None = None,
+    /,
+    *,
+    type: str = SESSION,  # noqa: A002 - design §3 names the argument, after `data.type`
+    metadata: Mapping[str, str] = _ANY,
+    timeout: float | None = None,
+    max_sessions: int | None = None,
+) -> Function | Callable[[Function], Function]:
+    """Mark an async function or method as the handler of the items that match.
+
+    An item matches when its `data.type` is `type` and its metadata holds every pair of `metadata`;
+    the rule with more pairs goes first. Use it bare (`@handler`: every session) or with arguments.
+
+    Args:
+        function: The function itself, when used bare.
+        type: The item's `data.type`.
+        metadata: Pairs that the item's metadata must hold.
+        timeout: Seconds after which the handler is cancelled; None: the setting `session_timeout`.
+        max_sessions: How many of its sessions this pool runs at once; None: as many as it has
+            slots for. An item beyond that is left in the queue.
+
+    Raises:
+        TypeError: Not an `async def` function, marked twice, or an argument of the wrong type.
+        ValueError: An argument that can never work.
+    """
+
+    def mark(function: Function) -> Function:
+        name = getattr(function, "__qualname__", repr(function))
+        _check_function(name, function)
+        _check_match(name, type, metadata)
+        _check_limits(name, timeout, max_sessions)
+        rule = Rule(type, MappingProxyType(dict(metadata)), timeout, max_sessions)
+        setattr(function, _MARK, rule)
+        return function
+
+    return mark if function is None else mark(function)
+
+
+def rule_of(call: object) -> Rule | None:
+    """The mark of a function, of a method, or of what a `functools.partial` calls, if any."""
+    rule = getattr(_innermost(call), _MARK, None)
+    return rule if isinstance(rule, Rule) else None
+
+
+def name_of(call: object) -> str:
+    """The function part of a label: the function's name, or the class of a callable object."""
+    inner = _innermost(call)
+    return str(getattr(inner, "__name__", inner.__class__.__name__))
+
+
+def is_async_callable(call: object) -> bool:
+    """Whether calling it gives a coroutine: async functions, methods, partials, `__call__`."""
+    inner = _innermost(call)
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
+        getattr(inner.__class__, "__call__", None)  # noqa: B004 - asks whether it is async
+    )
+
+
+def _innermost(call: object) -> object:
+    while isinstance(call, functools.partial):
+        call = call.func
+    return call
+
+
+def _check_function(name: str, function: object) -> None:
+    if inspect.isclass(function):
+        raise TypeError(f"@handler: {name} is a class; mark its async methods instead")
+    if inspect.isasyncgenfunction(function):
+        raise TypeError(f"@handler: {name} is an async generator; a handler must not yield")
+    if not inspect.isfunction(function):
+        raise TypeError(
+            f"@handler: {name} is not a function; mark the `async def` itself, "
+            "below any other decorator, and give arguments by keyword"
+        )
+    if not inspect.iscoroutinefunction(function):
+        raise TypeError(f"@handler: {name} is a plain `def`; a handler must be an `async def`")
+    if rule_of(function) is not None:
+        raise TypeError(f"@handler: {name} is marked twice; one function has one rule")
+
+
+def _check_match(name: str, type_: object, metadata: object) -> None:
+    if not isinstance(type_, str):
+        raise TypeError(f"@handler: type of {name} must be a string")
+    if not type_:
+        raise ValueError(f"@handler: type of {name} must not be empty")
+    if type_ == HEALTHCHECK:
+        raise ValueError(
+            f"@handler: type of {name} must not be {HEALTHCHECK!r}: the pool answers those itself"
+        )
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(text, str) for pair in metadata.items() for text in pair
+    ):
+        raise TypeError(f"@handler: metadata of {name} must map strings to strings")
+
+
+def _check_limits(name: str, timeout: object, max_sessions: object) -> None:
+    if timeout is not None:
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+            raise TypeError(f"@handler: timeout of {name} must be a number of seconds, or None")
+        if not (math.isfinite(timeout) and timeout > 0):
+            raise ValueError(f"@handler: timeout of {name} must be more than 0 seconds and finite")
+    if max_sessions is not None:
+        if isinstance(max_sessions, bool) or not isinstance(max_sessions, int):
+            raise TypeError(f"@handler: max_sessions of {name} must be a whole number, or None")
+        if max_sessions < 1:
+            raise ValueError(f"@handler: max_sessions of {name} must be at least 1")

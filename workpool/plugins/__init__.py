@@ -1,0 +1,7 @@
+"""Plugins: found (`finding`), checked (`loading`), then asked and told (`asking`)."""
+
+from workpool.plugins.asking import Plugins
+from workpool.plugins.finding import Available, available
+from workpool.plugins.loading import Plugin, Route
+
+__all__ = ["Available", "Plugin", "Plugins", "Route", "available"]

@@ -1,0 +1,243 @@
+"""`Plugins`: every question to a plugin and every fact told to it goes through here.
+
+Owns the order and the blame. Plugins are asked in the order in which they are listed, first answer
+wins; each hook is called on its own rather than through pluggy's caller, so that an error has the
+plugin's name and one bad observer stops nobody (design §4). A plugin's own hook is asked before its
+marked functions. Between marked functions the more specific rule wins wherever its plugin stands:
+`plugins=[anything, daily_report]` does not starve `daily_report`.
+
+Everything but `notify_metrics` runs on the supervisor's loop.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from workpool import hookspecs
+from workpool.errors import PluginError
+from workpool.events import PluginFailed
+from workpool.handler import Handler, is_async_callable, name_of
+from workpool.hookspecs import PROJECT, hookimpl
+from workpool.plugins.finding import guarded
+from workpool.plugins.loading import SPECS, Plugin, Route, load, new_handler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from workpool.pool.supervisor import Supervisor
+
+    from workpool.events import Event
+    from workpool.session import Session
+    from workpool.wire.items import WorkItem
+
+    Hook = tuple[str, Callable[[Any], Any]]
+    Context = tuple[str, AbstractAsyncContextManager[object]]
+
+log = logging.getLogger(__name__)
+
+
+class _Hooks:
+    """What pluggy registers of a plugin: exactly the hooks that were checked."""
+
+    def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
+        self.__dict__.update(hooks)
+
+
+class _Adapter:
+    """The `workpool_session_handler` of one plugin's marked functions."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+
+    @hookimpl
+    def workpool_session_handler(self, item: WorkItem) -> Handler | None:
+        for route in self._routes:
+            if route.rule.matches(item):
+                return route.handler
+        return None
+
+
+class Plugins:
+    """The active plugins of one supervisor.
+
+    Attributes:
+        metrics: The built-in observer, called first and on the thread where the fact arose. Set by
+            the supervisor before the first event.
+    """
+
+    def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
+        self.metrics: Callable[[Event], None] | None = None
+        self._reported: set[tuple[str, str, type[BaseException]]] = set()  # loop thread only
+        self._plugins = plugins
+        self._choosers = hooks["workpool_session_handler"]
+        self._wrappers = hooks["workpool_wrap_session"]
+        self._lifespans = hooks["workpool_lifespan"]
+        self._observers = hooks["workpool_event"]
+
+    @classmethod
+    def load(
+        cls,
+        objects: Sequence[object],
+        names: Sequence[str],
+        options: Mapping[str, Mapping[str, Any]],
+    ) -> Plugins:
+        """Load and check the plugins: `objects` first, then `names`, each in its order.
+
+        Args:
+            objects: Modules, classes, marked functions or any other objects; a string is a name.
+            names: Entry points, `pkg.module` or `pkg.module:Name`.
+            options: The keyword arguments of classes, by plugin name.
+
+        Raises:
+            PluginError: Something cannot be used; says what and whose it is.
+        """
+        plugins = load((*objects, *names), options)
+        return cls(plugins, _in_order(plugins))
+
+    @property
+    def observers(self) -> bool:
+        """Whether any plugin implements `workpool_event`; the built-in metrics do not count."""
+        return bool(self._observers)
+
+    @property
+    def can_handle(self) -> bool:
+        """Whether any plugin could ever supply a handler."""
+        return bool(self._choosers)
+
+    def describe(self) -> tuple[Plugin, ...]:
+        """The active plugins, in the order in which they are asked."""
+        return self._plugins
+
+    def handler_for(self, item: WorkItem) -> Handler | None:
+        """The first plugin's answer, None when nobody wants the item.
+
+        Raises:
+            PluginError: A hook raised, or answered what cannot be run. Already logged and counted
+                against the plugin; the item stays undecided, the next plugins are not asked.
+        """
+        for plugin, hook in self._choosers:
+            try:
+                answer = guarded(plugin, "workpool_session_handler", hook, item)
+                if answer is not None:
+                    return _as_handler(plugin, answer)
+            except PluginError as failure:
+                self._report(plugin, "workpool_session_handler", failure)
+                raise
+        return None
+
+    def contexts(self, session: Session) -> list[Context]:
+        """What plugins wrap around this session, to be entered in this order.
+
+        An error of a hook is not caught: it is the handler's error (design §4).
+        """
+        return _contexts("workpool_wrap_session", self._wrappers, session)
+
+    def lifespans(self, supervisor: Supervisor) -> list[Context]:
+        """What plugins wrap around the pool's life, to be entered in this order.
+
+        An error of a hook is not caught: it stops the start.
+        """
+        return _contexts("workpool_lifespan", self._lifespans, supervisor)
+
+    def notify(self, event: Event) -> None:
+        """Tell the metrics, then the observers. Never raises because of one of them."""
+        self.notify_metrics(event)
+        self.notify_observers(event)
+
+    def notify_metrics(self, event: Event) -> None:
+        """Tell the built-in metrics only. On any thread."""
+        if self.metrics is not None:
+            try:
+                guarded("metrics", "workpool_event", self.metrics, event)
+            except PluginError:
+                log.exception("metrics failed event=%s", type(event).__name__)
+
+    def notify_observers(self, event: Event) -> None:
+        """Tell every observing plugin, in order."""
+        self._tell(event, but=None)
+
+    def _tell(self, event: Event, *, but: str | None) -> None:
+        for plugin, hook in self._observers:
+            if plugin == but:
+                continue
+            try:
+                guarded(plugin, "workpool_event", hook, event)
+            except PluginError as failure:
+                # Two observers that both fail would otherwise tell each other of it for ever.
+                self._report(
+                    plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
+                )
+
+    def _report(self, plugin: str, hook: str, failure: PluginError, *, tell: bool = True) -> None:
+        error = failure.__cause__ or failure
+        kind = (plugin, hook, type(error))
+        first = kind not in self._reported
+        self._reported.add(kind)
+        # One traceback per kind: an observer fails some ten times per session.
+        log.error("plugin failed error=%s", failure, exc_info=error if first else None)
+        event = PluginFailed(plugin, hook, error)
+        self.notify_metrics(event)
+        if tell:
+            self._tell(event, but=plugin)
+
+
+def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
+    """Every hook's implementations in calling order; pluggy sorts by tryfirst and trylast."""
+    registry = pluggy.PluginManager(PROJECT)
+    registry.add_hookspecs(hookspecs)
+    owners: dict[str, str] = {}
+    routes = [route for plugin in plugins for route in plugin.routes]
+    for plugin in reversed(plugins):  # pluggy asks last what was registered first
+        if plugin.routes:
+            adapter = registry.register(_Adapter(_reachable(plugin, routes)), f"@{plugin.name}")
+            owners[str(adapter)] = plugin.name
+        registry.register(_Hooks(plugin.hooks), plugin.name)
+        owners[plugin.name] = plugin.name
+    return {
+        hook: [
+            (owners[impl.plugin_name], _taking_one(impl))
+            for impl in reversed(getattr(registry.hook, hook).get_hookimpls())
+        ]
+        for hook in SPECS
+    }
+
+
+def _reachable(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
+    """The plugin's routes and everybody's refinements of them, the most specific first."""
+    own = [route.rule for route in plugin.routes]
+    refined = [route for route in routes if any(rule.covers(route.rule) for rule in own)]
+    return sorted(refined, key=lambda route: -len(route.rule.metadata))
+
+
+def _taking_one(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
+    function = impl.function
+    return function if impl.argnames else lambda _: function()
+
+
+def _as_handler(plugin: str, answer: object) -> Handler:
+    if isinstance(answer, Handler):
+        return answer
+    if is_async_callable(answer):
+        return new_handler(plugin, name_of(answer), answer)
+    raise PluginError(
+        plugin,
+        f"workpool_session_handler returned {type(answer).__name__} {name_of(answer)!r}, "
+        "not an async callable",
+    )
+
+
+def _contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
+    contexts: list[Context] = []
+    for plugin, call in calls:
+        context = call(argument)
+        if isinstance(context, AbstractAsyncContextManager):
+            contexts.append((plugin, context))
+        elif context is not None:
+            raise PluginError(
+                plugin, f"{hook} returned {type(context).__name__}, not an async context manager"
+            )
+    return contexts

@@ -1,0 +1,127 @@
+"""From a name, or a thing, to what is called by it: entry points, modules, attributes.
+
+Installed is not active (design §4): entry points are listed without importing them, and only what
+was asked for is imported.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
+from types import ModuleType
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from workpool.errors import PluginError
+from workpool.handler import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
+
+GROUP: Final = "workpool"
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """An installed entry point of group `workpool`; active only if the setting names it."""
+
+    name: str
+    value: str
+    distribution: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a plugin was found to be: a module, class, function or object, and where it was."""
+
+    name: str
+    source: str
+    target: object
+
+
+def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
+    """Call a plugin's code; what it raises becomes a `PluginError` that says what was being done.
+
+    CancelledError and SystemExit count as raised: a synchronous call cannot be cancelled, so one
+    that leaks from a plugin would end the task that called it without anybody having asked.
+    """
+    try:
+        return call(*args, **kwargs)
+    except (Exception, asyncio.CancelledError, SystemExit) as error:
+        text = next(iter(str(error).splitlines()), "")
+        reason = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        raise PluginError(plugin, f"{doing} raised {reason}") from error
+
+
+def available() -> list[Available]:
+    """The installed entry points of group `workpool`, by name, without importing them."""
+    return [
+        Available(point.name, point.value, _distribution(point))
+        for point in sorted(entry_points(group=GROUP), key=attrgetter("name", "value"))
+    ]
+
+
+def find(asked: str) -> Found:
+    """Import what an entry point's name, `pkg.module` or `pkg.module:Name` stands for."""
+    points = [point for point in entry_points(group=GROUP) if point.name == asked]
+    if len(points) > 1:
+        owners = " and ".join(sorted(_distribution(point) for point in points))
+        raise PluginError(asked, f"is offered by {owners}; name its module instead")
+    if points:
+        [point] = points
+        source = f"{point.value} of {_distribution(point)}"
+        return Found(asked, source, _import(asked, point.value))
+    target = _import(asked, asked)
+    module, _, attribute = asked.partition(":")
+    return Found(attribute or module.rpartition(".")[2], asked, target)
+
+
+def _import(asked: str, path: str) -> object:
+    module, colon, attribute = path.partition(":")
+    names = module.split(".") + (attribute.split(".") if colon else [])
+    if not all(name.isidentifier() for name in names):
+        raise PluginError(asked, f"is not installed, nor a module or module:Name{_hint(asked)}")
+    try:
+        target = guarded(asked, f"importing {module}", importlib.import_module, module)
+    except PluginError as failure:
+        error = failure.__cause__
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise PluginError(asked, f"no module named {error.name!r}{_hint(asked)}") from error
+        raise
+    if not colon:
+        return target
+    try:
+        return attrgetter(attribute)(target)
+    except AttributeError as error:
+        hint = did_you_mean(attribute, dir(target))
+        raise PluginError(asked, f"module {module} has no {attribute!r}{hint}") from error
+
+
+def named(target: object) -> Found:
+    """A plugin that was handed over rather than named."""
+    if isinstance(target, ModuleType):
+        return Found(target.__name__.rpartition(".")[2], target.__name__, target)
+    described = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)
+    return Found(name_of(target), f"{described.__module__}.{described.__qualname__}", target)
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+
+
+def _hint(asked: str) -> str:
+    names = sorted({point.name for point in entry_points(group=GROUP)} - {asked})
+    installed = f"; installed plugins: {', '.join(names) or 'none'}"
+    return did_you_mean(asked, names) or installed
+
+
+def did_you_mean(word: str, words: Sequence[str]) -> str:
+    """The end of a sentence about an unknown word; empty when nothing is close."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

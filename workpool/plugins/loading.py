@@ -1,0 +1,214 @@
+"""From what the settings and the embedder name to checked plugins, or one error with the culprit.
+
+Owns every refusal at start (design §4): each mistake that would leave a hook or a handler silently
+uncalled is an error here, because nobody notices a hook that is never called.
+
+What is decided here: a module's handlers are those that it can be seen to have, imported ones
+included (a package may gather its handlers in `__init__`), each once. Two equal rules are an error
+across plugins as well: one of the two could never run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool import hookspecs
+from workpool.errors import PluginError
+from workpool.handler import Handler, Rule, is_async_callable, name_of, rule_of
+from workpool.hookspecs import PROJECT
+from workpool.plugins.finding import Found, available, did_you_mean, find, guarded, named
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+SPECS: Final[Mapping[str, str]] = {
+    name: next(iter(inspect.signature(spec).parameters))
+    for name, spec in vars(hookspecs).items()
+    if name.startswith(f"{PROJECT}_")
+}
+"""Each hook's name and the name of its one argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One marked function: the items that it takes and what runs for them."""
+
+    rule: Rule
+    handler: Handler
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin:
+    """An active plugin.
+
+    Attributes:
+        name: In logs, labels and errors, and of its settings `[workpool.plugin.NAME]`.
+        source: Where it came from, for people.
+        hooks: Its hook implementations by attribute name.
+        routes: Its marked functions, in the order of their names.
+    """
+
+    name: str
+    source: str
+    hooks: Mapping[str, Callable[..., Any]]
+    routes: tuple[Route, ...]
+
+
+def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> tuple[Plugin, ...]:
+    """Load plugins, in this order; a string is looked up, anything else is the plugin.
+
+    Raises:
+        PluginError: The first mistake, with the name of the plugin that made it.
+    """
+    found: list[Found] = []
+    for each in given:
+        one = find(each) if isinstance(each, str) else named(each)
+        _refuse_twice(one, found)
+        found.append(one)
+    _refuse_unused(options, {one.name for one in found})
+    plugins = tuple(_build(one, options.get(one.name, {})) for one in found)
+    _refuse_equal_rules([route for plugin in plugins for route in plugin.routes])
+    return plugins
+
+
+# -- checking --------------------------------------------------------------------------------------
+
+
+def _build(found: Found, options: Mapping[str, Any]) -> Plugin:
+    target = _instantiate(found, options)
+    rule = rule_of(target)
+    if rule is not None:
+        route = _route(found.name, name_of(target), target, rule)
+        return Plugin(found.name, found.source, {}, (route,))
+    hooks: dict[str, Callable[..., Any]] = {}
+    routes: dict[object, Route] = {}
+    for name, member in _members(target):
+        if _is_hook(found.name, name, member):
+            hooks[name] = member
+        rule = rule_of(member)
+        if rule is not None:
+            route = _route(found.name, name, member, rule)
+            routes.setdefault(getattr(member, "__func__", member), route)
+    if not hooks and not routes:
+        if inspect.isroutine(target):
+            raise PluginError(found.name, "is a function without @handler")
+        raise PluginError(found.name, "has no hook marked @hookimpl and no function with @handler")
+    return Plugin(found.name, found.source, hooks, tuple(routes.values()))
+
+
+def _instantiate(found: Found, options: Mapping[str, Any]) -> object:
+    table = f"[workpool.plugin.{found.name}]"
+    if not inspect.isclass(found.target):
+        if options:
+            raise PluginError(found.name, f"takes no settings, only a class does: remove {table}")
+        return found.target
+    try:
+        inspect.signature(found.target).bind(**options)
+    except TypeError as error:
+        raise PluginError(found.name, f"{table}: {error}") from error
+    except ValueError:
+        pass  # a class written in C may hide its signature: calling it tells
+    return guarded(found.name, f"creating it with {table}", found.target, **options)
+
+
+def _members(target: object) -> Iterator[tuple[str, Any]]:
+    """Whatever could be meant as a hook or a handler, without running a property."""
+    for name in dir(target):
+        member = inspect.getattr_static(target, name, None)
+        if isinstance(member, FunctionType | MethodType | classmethod | staticmethod):
+            yield name, getattr(target, name)
+        elif name.startswith(f"{PROJECT}_") and not isinstance(member, ModuleType):
+            yield name, member
+
+
+def _is_hook(plugin: str, name: str, member: Any) -> bool:
+    marks = getattr(member, f"{PROJECT}_impl", None)
+    if marks is None and not name.startswith(f"{PROJECT}_"):
+        return False
+    if name not in SPECS:
+        raise PluginError(plugin, f"{name} is not a hook{did_you_mean(name, list(SPECS))}")
+    if marks is None:
+        raise PluginError(plugin, f"{name} is not marked with @hookimpl")
+    if marks.get("wrapper") or marks.get("hookwrapper") or marks.get("specname"):
+        raise PluginError(plugin, f"{name}: of hookimpl's options only tryfirst and trylast work")
+    if inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member):
+        raise PluginError(
+            plugin,
+            f"{name} is `async def`; a hook is a plain `def` that may return something async",
+        )
+    _refuse_arguments(plugin, name, list(inspect.signature(member).parameters.values()))
+    return True
+
+
+def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
+    # pluggy would pass nothing to `event=None` or `*args`: a hook that never sees its argument.
+    only = parameters[0] if len(parameters) == 1 else None
+    if parameters and (
+        only is None
+        or only.name != SPECS[hook]
+        or only.kind is not only.POSITIONAL_OR_KEYWORD
+        or only.default is not only.empty
+    ):
+        raise PluginError(plugin, f"{hook} must take exactly ({SPECS[hook]}), without a default")
+
+
+def _route(plugin: str, name: str, call: Any, rule: Rule) -> Route:
+    if not is_async_callable(call):
+        raise PluginError(
+            plugin, f"{name} is a plain `def` around a handler; put @handler above the decorator"
+        )
+    try:
+        inspect.signature(call).bind(None)
+    except TypeError as error:
+        raise PluginError(
+            plugin, f"{name} must be callable with one argument, the session: {error}"
+        ) from error
+    return Route(rule, new_handler(plugin, name, call))
+
+
+def new_handler(plugin: str, name: str, call: Any) -> Handler:
+    """The handler of a callable, with the limits of its mark if it has one."""
+    rule = rule_of(call)
+    return Handler(
+        name=f"{plugin}.{name}",
+        call=call,
+        timeout=rule.timeout if rule else None,
+        max_sessions=rule.max_sessions if rule else None,
+        plugin=plugin,
+    )
+
+
+# -- between plugins -------------------------------------------------------------------------------
+
+
+def _refuse_twice(found: Found, before: Sequence[Found]) -> None:
+    for other in before:
+        if other.target is found.target:
+            raise PluginError(found.name, f"is given twice: {other.source}, {found.source}")
+        if other.name == found.name:
+            raise PluginError(
+                found.name, f"is the name of two plugins: {other.source}, {found.source}"
+            )
+
+
+def _refuse_unused(options: Mapping[str, object], active: set[str]) -> None:
+    # One file may serve pools with different plugins, so those of an installed plugin are fine.
+    known = active | {point.name for point in available()}
+    for name in options:
+        if name not in known:
+            hint = did_you_mean(name, sorted(known))
+            raise PluginError(name, f"[workpool.plugin.{name}] is for no active plugin{hint}")
+
+
+def _refuse_equal_rules(routes: Sequence[Route]) -> None:
+    for index, route in enumerate(routes):
+        for other in routes[:index]:
+            if other.rule.covers(route.rule) and route.rule.covers(other.rule):
+                raise PluginError(
+                    route.handler.plugin,
+                    f"{route.handler.name} and {other.handler.name} have the same rule "
+                    f"({route.rule}); one of them would never run",
+                )
