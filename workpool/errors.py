@@ -40,6 +40,10 @@ class ListenError(WorkpoolError):
     """`metrics_listen` names an address that cannot be bound (design §6)."""
 
 
+class RegistryError(WorkpoolError):
+    """Metrics that cannot be put on the registry: opened twice, or their names are taken."""
+
+
 class KeeperError(WorkpoolError):
     """The thread that keeps the leases died, so that no lease can be kept: fatal (design §1)."""
 

@@ -1,0 +1,228 @@
+"""`/metrics`, `/healthz` and `/readyz` over HTTP, on the loop that enters it (design §6).
+
+That loop is the keeper's, so that a handler that blocks its own loop cannot silence the answers.
+Rendering runs on one thread of its own: it must not delay a heartbeat. Shows no ids and no secrets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gzip
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final, Self, cast
+
+from aiohttp import web
+from prometheus_client.exposition import choose_encoder, gzip_accepted
+
+from workpool.errors import ListenError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from prometheus_client import CollectorRegistry
+
+    Encoder = Callable[[CollectorRegistry], bytes]
+    Reasons = Callable[[], Sequence[str]]
+
+log = logging.getLogger(__name__)
+
+SCRAPES_MAX: Final = 8
+"""Scrapes that may be under way at once; more are refused, so that they cannot pile up."""
+
+CLOSE_SECONDS: Final = 0.5
+"""How long answers under way may delay each step of closing."""
+
+IPV4: Final = 4
+
+INDEX: Final = """workpool
+
+/metrics  Prometheus metrics
+/healthz  200 while the process works, else 503 and why not
+/readyz   200 while it takes work, else 503 and why not
+"""
+
+
+class Exporter:
+    """An async context manager that serves one registry; everything is gone when it is left.
+
+    Args:
+        host: Where to listen: a name or address.
+        port: 0 takes any free port.
+        registry: What `/metrics` renders, on a thread of its own.
+        health: Reasons why `/healthz` must say 503; called on this loop, must not block.
+        readiness: The same for `/readyz`.
+
+    Attributes:
+        port: Where it listens, once entered.
+        url: Where this machine reaches it, without a path, once entered.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        *,
+        health: Reasons,
+        readiness: Reasons,
+    ) -> None:
+        self.port = port
+        self.url = ""
+        self._host = host
+        self._registry = registry
+        self._health = health
+        self._readiness = readiness
+        self._exit = AsyncExitStack()
+        self._renderer: ThreadPoolExecutor
+        self._renderings: set[Future[bytes]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Listen.
+
+        Raises:
+            ListenError: The address cannot be had.
+        """
+        async with AsyncExitStack() as stack:
+            self._renderer = ThreadPoolExecutor(1, thread_name_prefix="workpool-metrics")
+            stack.push_async_callback(self._stop_rendering)
+            runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=CLOSE_SECONDS)
+            stack.push_async_callback(runner.cleanup)
+            await runner.setup()
+            server = await self._bind(runner)
+            stack.push_async_callback(_disconnect, server, runner)
+            await self._start(server)
+            self.url, self.port = _reach(server)
+            self._exit = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close. Bounded, and carried through when cancelled once; a second time cuts it short."""
+        async with asyncio.TaskGroup() as group:
+            closing = group.create_task(self._exit.aclose(), name="exporter-close")
+            try:
+                await asyncio.shield(closing)
+            except asyncio.CancelledError:
+                await asyncio.wait({closing})
+                raise
+
+    async def _bind(self, runner: web.AppRunner) -> asyncio.Server:
+        # Not listening yet: cancelled while it starts to, it would leave sockets that nobody closes.
+        loop = asyncio.get_running_loop()
+        protocol = cast("Callable[[], asyncio.Protocol]", runner.server)
+        try:
+            return await loop.create_server(protocol, self._host, self.port, start_serving=False)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    async def _start(self, server: asyncio.Server) -> None:
+        try:
+            await server.start_serving()
+        except OSError as error:  # between our bind and our listen somebody else's listen
+            raise self._refused(error) from error
+
+    def _refused(self, error: OSError) -> ListenError:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        advice = "set metrics_listen to an address of this host, or to off"
+        if error.errno == errno.EADDRINUSE:
+            advice = (
+                "another program or a second pool on this host has it: set metrics_listen to "
+                "another port, to port 0 for any free one, or to off"
+            )
+        return ListenError(f"cannot listen on {self._host}:{self.port} ({reason}); {advice}")
+
+    async def _stop_rendering(self) -> None:
+        under_way = [asyncio.wrap_future(rendering) for rendering in tuple(self._renderings)]
+        try:
+            if under_way:
+                await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
+        finally:
+            for rendering in under_way:
+                rendering.cancel()  # or it would call back into a loop that is closed by then
+            if stuck := bool(self._renderings):
+                log.warning("metrics rendering left behind: a collector does not come to an end")
+            self._renderer.shutdown(wait=not stuck, cancel_futures=True)
+
+    def _app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/", _index)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/healthz", self._healthz)
+        app.router.add_get("/readyz", self._readyz)
+        return app
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        if len(self._renderings) >= SCRAPES_MAX:
+            raise web.HTTPServiceUnavailable(
+                text="too many scrapes\n", headers={"Retry-After": "1"}
+            )
+        encode, content_type = _encoder(request.headers.get("Accept", ""))
+        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        if compress := gzip_accepted(request.headers.get("Accept-Encoding", "")):
+            headers["Content-Encoding"] = "gzip"
+        rendering = self._renderer.submit(_render, encode, self._registry, compress)
+        self._renderings.add(rendering)
+        rendering.add_done_callback(self._renderings.discard)
+        return web.Response(body=await asyncio.wrap_future(rendering), headers=headers)
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return _verdict("healthy", self._health())
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        return _verdict("ready", self._readiness())
+
+
+async def _index(_: web.Request) -> web.Response:
+    return web.Response(text=INDEX)
+
+
+def _verdict(good: str, reasons: Sequence[str]) -> web.Response:
+    if not reasons:
+        return web.json_response({"status": good})
+    body = {"status": f"un{good}", "reasons": list(reasons)}
+    return web.json_response(body, status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+def _encoder(accept: str) -> tuple[Encoder, str]:
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):  # prometheus_client compares any "version=" with numbers
+        return choose_encoder("")
+
+
+def _render(encode: Encoder, registry: CollectorRegistry, compress: bool) -> bytes:  # noqa: FBT001
+    return gzip.compress(encode(registry)) if compress else encode(registry)
+
+
+def _reach(server: asyncio.Server) -> tuple[str, int]:
+    """(url, port); an address that stands for all of them is reached through loopback."""
+    host, port = server.sockets[0].getsockname()[:2]
+    address = ip_address(host)
+    if address.is_unspecified:
+        address = ip_address("127.0.0.1" if address.version == IPV4 else "::1")
+    return f"http://{address if address.version == IPV4 else f'[{address}]'}:{port}", port
+
+
+async def _disconnect(server: asyncio.Server, runner: web.AppRunner) -> None:
+    """Close every connection, also one whose client neither reads nor goes away."""
+    server.close()
+    await asyncio.sleep(0)  # what was accepted just now becomes a connection that we can see
+    connections = runner.server.connections if runner.server else ()
+    transports = [connection.transport for connection in connections]
+    try:
+        await runner.cleanup()
+    finally:
+        for transport in filter(None, transports):
+            transport.abort()
+        await asyncio.sleep(0)  # sockets close in the loop's next turn
