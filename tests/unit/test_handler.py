@@ -1,0 +1,184 @@
+"""`@handler` marks and refuses; `Handler` equality is what `max_sessions` counts by."""
+
+import functools
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from workpool.handler import Handler, handler, is_async_callable, name_of, rule_of
+from workpool.session import Session
+
+Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
+
+
+async def plain(session: Session) -> dict[str, str]:
+    return {"id": session.id}
+
+
+def new() -> Signature:
+    async def fresh(session: Session) -> dict[str, str]:
+        return {"id": session.id}
+
+    return fresh
+
+
+class Callee:
+    async def __call__(self, session: Session) -> None: ...
+
+    async def method(self, session: Session) -> None: ...
+
+
+def test_bare_takes_every_session_and_returns_the_function_itself() -> None:
+    function = new()
+    marked: Signature = handler(function)  # mypy: the signature is kept
+    assert marked is function
+    rule = rule_of(function)
+    assert rule is not None
+    assert (rule.type, dict(rule.metadata)) == ("session", {})
+    assert (rule.timeout, rule.max_sessions) == (None, None)
+
+
+def test_arguments_are_kept_and_the_function_is_returned_itself() -> None:
+    function = new()
+    mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
+    marked: Signature = mark(function)
+    assert marked is function
+    rule = rule_of(function)
+    assert rule is not None
+    assert (rule.type, dict(rule.metadata)) == ("build", {"job": "a"})
+    assert (rule.timeout, rule.max_sessions) == (1.5, 2)
+
+
+def test_changing_the_mapping_later_does_not_change_the_rule() -> None:
+    metadata = {"job": "a"}
+    function = handler(metadata=metadata)(new())
+    metadata["job"] = "b"
+    rule = rule_of(function)
+    assert rule is not None
+    assert rule.metadata["job"] == "a"
+
+
+def test_a_marked_method_is_found_on_the_instance() -> None:
+    class Reports:
+        @handler(max_sessions=3)
+        async def daily(self, session: Session) -> None: ...
+
+    rule = rule_of(Reports().daily)
+    assert rule is not None
+    assert rule.max_sessions == 3
+
+
+def test_a_partial_of_a_marked_function_has_its_mark() -> None:
+    assert rule_of(functools.partial(functools.partial(handler(new())))) is not None
+    assert rule_of(functools.partial(new())) is None
+
+
+def test_an_object_that_answers_any_attribute_is_not_marked() -> None:
+    class Anything:
+        def __getattr__(self, name: str) -> str:
+            return name
+
+    assert rule_of(Anything()) is None
+
+
+def a_plain_def(session: Session) -> None: ...
+
+
+async def an_async_generator(session: Session) -> Any:
+    yield session
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (a_plain_def, "a_plain_def is a plain `def`"),
+        (an_async_generator, "an_async_generator is an async generator"),
+        (Callee, "Callee is a class"),
+        (Callee(), "is not a function"),
+        (Callee().method, r"Callee.method is not a function"),
+        (staticmethod(plain), "plain is not a function"),
+        (functools.partial(plain), "is not a function"),
+        ("session", "'session' is not a function; .* by keyword"),
+    ],
+)
+def test_only_an_async_function_can_be_marked(function: Any, sentence: str) -> None:
+    with pytest.raises(TypeError, match=sentence):
+        handler(function)
+    with pytest.raises(TypeError, match=sentence):
+        handler(metadata={})(function)
+
+
+def test_a_second_mark_is_refused_rather_than_replacing_the_first() -> None:
+    function = handler(metadata={"job": "a"})(new())
+    with pytest.raises(TypeError, match="fresh is marked twice"):
+        handler(metadata={"job": "b"})(function)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"type": 1}, TypeError, "type of .*fresh must be a string"),
+        ({"type": ""}, ValueError, "type of .*fresh must not be empty"),
+        ({"type": "healthcheck"}, ValueError, "the pool answers those itself"),
+        ({"metadata": None}, TypeError, "metadata of .*fresh must map strings to strings"),
+        ({"metadata": ["job"]}, TypeError, "metadata"),
+        ({"metadata": {"job": 1}}, TypeError, "metadata"),
+        ({"metadata": {1: "job"}}, TypeError, "metadata"),
+        ({"timeout": "60"}, TypeError, "timeout of .*fresh must be a number of seconds"),
+        ({"timeout": True}, TypeError, "timeout"),
+        ({"timeout": 0}, ValueError, "timeout of .*fresh must be more than 0"),
+        ({"timeout": -1.0}, ValueError, "timeout"),
+        ({"timeout": float("nan")}, ValueError, "timeout"),
+        ({"timeout": float("inf")}, ValueError, "timeout"),
+        ({"max_sessions": 1.0}, TypeError, "max_sessions of .*fresh must be a whole number"),
+        ({"max_sessions": True}, TypeError, "max_sessions"),
+        ({"max_sessions": 0}, ValueError, "max_sessions of .*fresh must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(
+    arguments: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    function = new()
+    with pytest.raises(error, match=sentence):
+        handler(**arguments)(function)
+    assert rule_of(function) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "is_async"),
+    [
+        (plain, "plain", True),
+        (functools.partial(plain), "plain", True),
+        (Callee().method, "method", True),
+        (functools.partial(Callee().method), "method", True),
+        (Callee(), "Callee", True),
+        (functools.partial(Callee()), "Callee", True),
+        (a_plain_def, "a_plain_def", False),
+        (an_async_generator, "an_async_generator", False),
+        (functools.partial(a_plain_def), "a_plain_def", False),
+        (Callee, "Callee", False),
+        (7, "int", False),
+    ],
+)
+def test_what_is_an_async_callable_and_how_it_is_called(
+    call: object, name: str, *, is_async: bool
+) -> None:
+    assert name_of(call) == name
+    assert is_async_callable(call) is is_async
+
+
+def test_handlers_are_equal_by_label_and_limits_whatever_closure_they_call() -> None:
+    def make(call: Any, **limits: Any) -> Handler:
+        return Handler(name="reports.daily", plugin="reports", call=call, **limits)
+
+    one = make(new(), max_sessions=2)
+    assert one == make(new(), max_sessions=2)
+    assert hash(one) == hash(make(functools.partial(plain), max_sessions=2))
+    assert one != make(new(), max_sessions=3)
+
+
+def test_handler_offers_exactly_the_documented_arguments() -> None:
+    parameters = inspect.signature(handler).parameters
+    assert list(parameters) == ["function", "type", "metadata", "timeout", "max_sessions"]

@@ -1,0 +1,165 @@
+"""Each of the four hooks, implemented by a real plugin and called as the pool calls it."""
+
+import inspect
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from workpool import hookspecs
+from workpool.events import DrainStarted, Event
+from workpool.hookspecs import hookimpl
+from workpool.plugins import Plugins
+from workpool.session import Session
+from workpool.wire.items import parse_item
+
+ITEM = parse_item(
+    {
+        "id": "work_1",
+        "type": "work",
+        "environment_id": "env_1",
+        "data": {"type": "session", "id": "sess_1"},
+        "state": "queued",
+        "created_at": "2026-01-01T00:00:00Z",
+        "metadata": {},
+    }
+)
+
+
+class Held:
+    remaining = 60.0
+
+    def check(self) -> None: ...
+
+    async def update_metadata(self, patch: object) -> Any: ...
+
+
+HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("workpool_")}
+
+
+def test_there_are_four_hooks_and_each_says_when_it_is_called() -> None:
+    assert list(HOOKS) == [
+        "workpool_session_handler",
+        "workpool_wrap_session",
+        "workpool_lifespan",
+        "workpool_event",
+    ]
+    for spec in HOOKS.values():
+        assert len(inspect.signature(spec).parameters) == 1
+        assert not inspect.iscoroutinefunction(spec)
+        assert spec.__doc__
+
+
+async def test_hook_workpool_session_handler() -> None:
+    class Router:
+        async def run(self, session: Session) -> dict[str, str]:
+            return {"ran": session.id}
+
+        @hookimpl
+        def workpool_session_handler(self, item: Any) -> Callable[..., Any] | None:
+            return self.run if item.type == "session" else None
+
+    handler = Plugins.load([Router()], [], {}).handler_for(ITEM)
+
+    assert handler is not None
+    assert (handler.name, handler.plugin) == ("Router.run", "Router")
+    assert await handler.call(Session(ITEM, Held(), redelivered=False)) == {"ran": "sess_1"}
+
+
+async def enter(contexts: Any, seen: list[str]) -> None:
+    async with AsyncExitStack() as stack:
+        for _, context in contexts:
+            await stack.enter_async_context(context)
+        seen.append("inside")
+
+
+async def test_hook_workpool_wrap_session() -> None:
+    seen: list[str] = []
+
+    class First:
+        @hookimpl
+        @asynccontextmanager
+        async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
+            seen.append(f"first in {session.id}")
+            yield
+            seen.append("first out")
+
+    class NotThisOne:
+        @hookimpl
+        def workpool_wrap_session(self, session: Session) -> None:
+            seen.append(f"asked {session.id}")
+
+    class Second:
+        @hookimpl
+        @asynccontextmanager
+        async def workpool_wrap_session(self) -> AsyncIterator[None]:
+            seen.append("second in")
+            yield
+            seen.append("second out")
+
+    plugins = Plugins.load([First(), NotThisOne(), Second()], [], {})
+    contexts = plugins.contexts(Session(ITEM, Held(), redelivered=False))
+    assert [name for name, _ in contexts] == ["First", "Second"]
+    await enter(contexts, seen)
+
+    assert seen == [
+        "asked sess_1",
+        "first in sess_1",
+        "second in",
+        "inside",
+        "second out",
+        "first out",
+    ]
+
+
+async def test_hook_workpool_lifespan() -> None:
+    seen: list[str] = []
+
+    class Database:
+        @hookimpl
+        @asynccontextmanager
+        async def workpool_lifespan(self, supervisor: Any) -> AsyncIterator[None]:
+            seen.append(f"open for {supervisor}")
+            yield
+            seen.append("closed")
+
+    plugins = Plugins.load([Database()], [], {})
+    await enter(plugins.lifespans(cast("Any", "the pool")), seen)
+
+    assert seen == ["open for the pool", "inside", "closed"]
+
+
+def test_hook_workpool_event() -> None:
+    seen: list[Event] = []
+
+    class Recorder:
+        @hookimpl
+        def workpool_event(self, event: Event) -> None:
+            seen.append(event)
+
+    plugins = Plugins.load([Recorder()], [], {})
+    assert plugins.observers
+    fact = DrainStarted(timeout=20.0)
+    plugins.notify(fact)
+
+    assert seen == [fact]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_may_leave_its_argument_out(hook: str) -> None:
+    called: list[str] = []
+
+    @hookimpl
+    def implementation() -> None:
+        called.append(hook)
+
+    plugin = type("Plugin", (), {hook: staticmethod(implementation)})()
+    plugins = Plugins.load([plugin], [], {})
+    session = Session(ITEM, Held(), redelivered=False)
+    assert plugins.handler_for(ITEM) is None
+    assert plugins.contexts(session) == []
+    assert plugins.lifespans(cast("Any", None)) == []
+    plugins.notify(DrainStarted(timeout=None))
+
+    assert called == [hook]
