@@ -1,0 +1,206 @@
+"""The embedded control plane: a port, a store and the rules between them.
+
+Owns start and end: whatever `__aenter__` opened, `__aexit__` closes, and an entry that fails
+half-way leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Final
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from workpool.server.dialects import ANTHROPIC, DIALECTS, QODER
+from workpool.server.errors import ServeError
+from workpool.server.history import summarize
+from workpool.server.operations import Operations
+from workpool.server.routes import Routes, application
+from workpool.server.tokens import Tokens, check_token
+from workpool.wire.protocol import ID_PATTERN, SESSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from workpool.server.history import History, Summary
+    from workpool.server.item import Item
+    from workpool.server.store import Store
+    from workpool.server.tokens import Grants
+
+DEFAULT_ENVIRONMENT: Final = "env_00000000000070008000000000000001"
+HISTORY_LIMIT: Final = 1_000_000
+_SHUTDOWN_SECONDS: Final = 2.0
+
+
+class _HttpLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log without what clients sent: its parser quotes a bad request, token and all."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        if isinstance(kwargs.get("exc_info"), HttpProcessingError):
+            kwargs["exc_info"] = None
+        return msg, kwargs
+
+
+class ControlPlane:
+    """A work queue over HTTP in both dialects, on the running loop.
+
+    `async with ControlPlane() as plane:` serves one environment on a free port of the loopback
+    interface, in memory. The port is bound when the block is entered and free when it is left.
+
+    Args:
+        environments: Ids of `self_hosted` environments.
+        cloud_environments: Ids of environments that refuse every work call with 400.
+        tokens: Token → the environments that it is limited to (None: all). None: a random token.
+        store: Where items live; None: in memory.
+        host: The address to listen on.
+        port: 0: any free one.
+        now: Epoch seconds for everything that is stored or decided; None: the system's.
+        history_limit: How many records `history` keeps; None: all.
+        middlewares: aiohttp middlewares around everything, for injected faults.
+
+    Raises on entering:
+        ServeError: An id or a token that cannot be, a store that cannot be opened, a port in use.
+    """
+
+    def __init__(  # noqa: PLR0913 - one keyword per option of `workpool serve`
+        self,
+        *,
+        environments: Sequence[str] = (DEFAULT_ENVIRONMENT,),
+        cloud_environments: Sequence[str] = (),
+        tokens: Grants | None = None,
+        store: Store | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        now: Callable[[], float] | None = None,
+        history_limit: int | None = HISTORY_LIMIT,
+        middlewares: Iterable[Any] = (),
+    ) -> None:
+        self.environments = tuple(environments)
+        self.cloud_environments = tuple(cloud_environments)
+        self.host = host
+        self.port = port
+        self.operations = Operations(
+            self.environments,
+            self.cloud_environments,
+            store=store,
+            now=now,
+            history_limit=history_limit,
+        )
+        self._tokens = tokens
+        self._middlewares = tuple(middlewares)
+        self._stack = AsyncExitStack()
+
+    @property
+    def base_url(self) -> str:
+        """Where the qoder dialect is spoken."""
+        return self._origin + QODER.prefix
+
+    @property
+    def anthropic_base_url(self) -> str:
+        """Where the anthropic dialect is spoken."""
+        return self._origin + ANTHROPIC.prefix
+
+    @property
+    def token(self) -> str:
+        """The first token: the random one, when none was given."""
+        if self._tokens is None:
+            self._tokens = {secrets.token_urlsafe(24): None}
+        return next(iter(self._tokens))
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All tokens."""
+        return (self.token, *tuple(self._tokens or ())[1:])
+
+    @property
+    def history(self) -> History:
+        """What happened to every item, in order."""
+        return self.operations.history
+
+    def summary(self) -> Summary:
+        """Whether the promise was kept so far, by `history`."""
+        return summarize(self.history)
+
+    def enqueue(
+        self,
+        count: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        environment_id: str | None = None,
+        work_type: str = SESSION,
+        session_id: str | None = None,
+    ) -> tuple[Item, ...]:
+        """Create work items; waiting polls wake at once. Durable after `operations.durable()`."""
+        return self.operations.enqueue(
+            environment_id or self.environments[0],
+            count=count,
+            metadata=metadata,
+            work_type=work_type,
+            session_id=session_id,
+        )
+
+    async def __aenter__(self) -> Self:
+        self._check()
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self.operations.close)
+            await self.operations.open()
+            await self._listen(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    def _check(self) -> None:
+        names = (*self.environments, *self.cloud_environments)
+        for name in names:
+            if not re.fullmatch(ID_PATTERN, name):
+                raise ServeError(f"environment {name!r}: not an id ({ID_PATTERN})")
+        if not self.environments or len(set(names)) != len(names):
+            raise ServeError("environments: at least one, and none twice")
+        for token in self.tokens:
+            check_token(token)
+        limited = {name for limits in (self._tokens or {}).values() for name in limits or ()}
+        for name in sorted(limited.difference(names)):
+            raise ServeError(f"a token is limited to {name!r}, which is not served")
+
+    async def _listen(self, stack: AsyncExitStack) -> None:
+        tokens = Tokens(self._tokens or {})
+        routes = [
+            route
+            for dialect in DIALECTS.values()
+            for route in Routes(self.operations, tokens, dialect).table()
+        ]
+        runner = web.AppRunner(
+            application(routes=routes, middlewares=self._middlewares),
+            handler_cancellation=True,
+            access_log=None,
+            logger=_HttpLog(logging.getLogger("workpool.server.http")),
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+        )
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        stack.callback(self.operations.release)
+        try:
+            await web.TCPSite(runner, self.host, self.port).start()
+        except (OSError, OverflowError) as error:
+            raise ServeError(f"cannot listen on {self.host} port {self.port}: {error}") from error
+        self.port = runner.addresses[0][1]
+
+    @property
+    def _origin(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"

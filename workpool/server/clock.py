@@ -1,0 +1,70 @@
+"""Time as the control plane keeps it: whole microseconds since the epoch, UTC.
+
+Integers, so that a lease ends exactly `ttl_seconds` after its heartbeat (protocol §4) and the text
+of a heartbeat names one instant only.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECOND: Final = 1_000_000
+MILLISECOND: Final = 1_000
+
+_RFC3339: Final = re.compile(
+    r"(\d{4}-\d{2}-\d{2})[Tt](\d{2}:\d{2}:)(\d{2})(?:\.\d+)?(?:[Zz]|[+-](?:[01]\d|2[0-3]):[0-5]\d)",
+    re.ASCII,
+)
+_LEAP_SECOND: Final = "60"
+
+
+def system_clock() -> Callable[[], float]:
+    """Return epoch seconds that never jump: wall time now, carried on by a steady clock.
+
+    A wall clock that is set forward would lapse every lease at once while their workers, who
+    count on their own steady clocks, still hold them. CLOCK_BOOTTIME also counts a suspension.
+    """
+    steady = time.monotonic
+    if hasattr(time, "CLOCK_BOOTTIME"):
+
+        def steady() -> float:
+            return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    start = datetime.now(UTC).timestamp() - steady()
+    return lambda: start + steady()
+
+
+@lru_cache(maxsize=4096)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def to_seconds_text(instant: int) -> str:
+    """Protocol §1: RFC 3339 with whole seconds."""
+    return _second(instant // SECOND) + "Z"
+
+
+def to_heartbeat_text(instant: int) -> str:
+    """Protocol §1: RFC 3339 with microseconds, the form of heartbeat times."""
+    seconds, microseconds = divmod(instant, SECOND)
+    return f"{_second(seconds)}.{microseconds:06d}Z"
+
+
+def is_rfc3339(text: str) -> bool:
+    """Whether `text` is an RFC 3339 time; the leap second 60 is one."""
+    match = _RFC3339.fullmatch(text)
+    if match is None:
+        return False
+    day, minute, second = match.groups()
+    try:
+        datetime.fromisoformat(f"{day}T{minute}{'59' if second == _LEAP_SECOND else second}")
+    except ValueError:
+        return False
+    return True

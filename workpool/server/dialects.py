@@ -1,0 +1,92 @@
+"""The two dialects of the protocol as the control plane speaks them (protocol §6), as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.server.clock import to_heartbeat_text, to_seconds_text
+from workpool.server.item import SESSION_PREFIX
+from workpool.wire import protocol
+from workpool.wire.protocol import STOPPED, STOPPING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from workpool.server.item import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What differs between the dialects.
+
+    Attributes:
+        prefix: The path before `/environments`; tells the dialects apart on one port.
+        session_prefixes: How session ids may begin here; the first is how we write them.
+        stop_refused: The rows of protocol §3.4, (force, state), that are answered with 409.
+        stop_answers_item: Whether a stop answers the item, or 204 without a body.
+        metadata_required: Whether an update without `metadata` is a 400.
+    """
+
+    name: protocol.Dialect
+    prefix: str
+    worker_id_header: str
+    session_prefixes: tuple[str, ...]
+    stop_refused: frozenset[tuple[bool, str]]
+    stop_answers_item: bool
+    metadata_required: bool
+
+    def session_id(self, own: str) -> str:
+        """Write our own session id as this dialect does."""
+        return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
+
+    def own_session_id(self, written: str) -> str:
+        """Read a session id; what is no id of this dialect stays an id that is not our own."""
+        for prefix in self.session_prefixes:
+            if written.startswith(prefix):
+                return SESSION_PREFIX + written.removeprefix(prefix)
+        return ""
+
+    def item(self, item: Item) -> dict[str, Any]:
+        """Return an item's JSON (protocol §2)."""
+        return {
+            "id": item.id,
+            "type": protocol.WORK,
+            "environment_id": item.environment_id,
+            "data": {"type": item.type, "id": self.session_id(item.session_id)},
+            "state": item.state,
+            "created_at": to_seconds_text(item.created_at),
+            "acknowledged_at": _seconds(item.acknowledged_at),
+            "started_at": _seconds(item.started_at),
+            "latest_heartbeat_at": (
+                None if item.heartbeat_at is None else to_heartbeat_text(item.heartbeat_at)
+            ),
+            "stop_requested_at": _seconds(item.stop_requested_at),
+            "stopped_at": _seconds(item.stopped_at),
+            "metadata": item.metadata,
+        }
+
+
+def _seconds(instant: int | None) -> str | None:
+    return None if instant is None else to_seconds_text(instant)
+
+
+QODER: Final = Dialect(
+    name=protocol.QODER,
+    prefix="/api/v1/cloud",
+    worker_id_header=protocol.WORKER_ID_HEADER,
+    session_prefixes=(SESSION_PREFIX,),
+    stop_refused=frozenset(),
+    stop_answers_item=True,
+    metadata_required=False,
+)
+ANTHROPIC: Final = Dialect(
+    name=protocol.ANTHROPIC,
+    prefix="/v1",
+    worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
+    session_prefixes=("session_", "sesn_", SESSION_PREFIX),
+    stop_refused=frozenset({(False, STOPPING), (False, STOPPED), (True, STOPPED)}),
+    stop_answers_item=False,
+    metadata_required=True,
+)
+DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}

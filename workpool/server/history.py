@@ -1,0 +1,152 @@
+"""What happened to every item, in order, and whether the promise was kept (design, top).
+
+The control plane's own record: appended to by `operations`, never read by it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from workpool.wire.protocol import State
+
+Kind: TypeAlias = Literal[
+    "created",
+    "delivered",
+    "withdrawn",
+    "acked",
+    "heartbeat",
+    "stop_requested",
+    "stopped",
+    "lapsed",
+    "metadata",
+    "conflict",
+]
+
+
+class Record(NamedTuple):
+    """One fact about one item.
+
+    Attributes:
+        time: Epoch seconds; of a lapse, the end of the lease.
+        worker_id: Who did it, None when the request did not say or nobody did.
+        state: The item's state afterwards.
+        lease_end: Until when the item is held afterwards, in epoch seconds; None when it is not.
+        op: The call that was refused; only of a `conflict` (409 or 412).
+    """
+
+    time: float
+    work_id: str
+    kind: Kind
+    worker_id: str | None
+    state: State
+    lease_end: float | None = None
+    op: str | None = None
+
+
+class History:
+    """Records in order, the oldest forgotten beyond `limit` (None: never).
+
+    Attributes:
+        forgotten: How many records are gone; 0 means that a summary is exact.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._records: deque[Record] = deque(maxlen=limit)
+        self.forgotten = 0
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(tuple(self._records))
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        self.forgotten += len(self._records) == self._records.maxlen
+        self._records.append(record)
+
+    def of(self, work_id: str) -> tuple[Record, ...]:
+        """Return the records of one item. Reads them all: for tests and post-mortems."""
+        return tuple(record for record in self._records if record.work_id == work_id)
+
+
+class Summary(NamedTuple):
+    """The promise in numbers.
+
+    Attributes:
+        enqueued: Items created.
+        stopped: Items that came to their end.
+        reclaimed: How often an item changed hands: leases that lapsed back into the queue, and
+            deliveries that another worker acknowledged after a redelivery.
+        lost: Items not stopped (yet).
+        overlapping: Items on which a worker acted while another held the lease.
+    """
+
+    enqueued: int
+    stopped: int
+    reclaimed: int
+    lost: int
+    overlapping: int
+
+
+def summarize(records: Iterable[Record]) -> Summary:
+    """Judge a history."""
+    lives: dict[str, _Life] = {}
+    for record in records:
+        lives.setdefault(record.work_id, _Life()).see(record)
+    created = [life for life in lives.values() if life.created]
+    stopped = sum(life.stopped for life in created)
+    return Summary(
+        enqueued=len(created),
+        stopped=stopped,
+        reclaimed=sum(life.reclaimed for life in lives.values()),
+        lost=len(created) - stopped,
+        overlapping=sum(life.overlapping for life in lives.values()),
+    )
+
+
+class _Life:
+    """What one item went through."""
+
+    def __init__(self) -> None:
+        self.created = False
+        self.stopped = False
+        self.overlapping = False
+        self.reclaimed = 0
+        self._holder: str | None = None
+        self._lease_end: float | None = None
+        self._delivered_to: str | None = None
+        self._redelivered = False
+
+    def see(self, record: Record) -> None:
+        if record.kind == "conflict":
+            return  # refused: it changed nothing
+        self.overlapping |= self._is_foreign(record)
+        if record.kind == "delivered":
+            changed = self._delivered_to not in {None, record.worker_id}
+            self._redelivered = self._redelivered or changed
+            self._delivered_to = record.worker_id
+        elif record.kind == "acked":
+            self.reclaimed += self._redelivered
+            self._holder = record.worker_id
+        elif record.kind == "lapsed":
+            self.reclaimed += record.state == "queued"
+        self.created = self.created or record.kind == "created"
+        self.stopped = record.state == "stopped"
+        self._lease_end = record.lease_end
+        if record.kind in {"acked", "lapsed", "stopped", "withdrawn"}:
+            self._redelivered, self._delivered_to = False, None
+
+    def _is_foreign(self, record: Record) -> bool:
+        """Whether this is a worker's deed on an item that another worker holds."""
+        return (
+            record.kind not in {"created", "delivered", "withdrawn", "lapsed"}
+            and self._lease_end is not None
+            and record.time < self._lease_end
+            and None not in {self._holder, record.worker_id}
+            and record.worker_id != self._holder
+        )

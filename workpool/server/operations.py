@@ -1,0 +1,346 @@
+"""The calls of protocol §3, §5 and §7 without HTTP: checked, applied, saved, recorded.
+
+Synchronous but for the waiting of a long poll, on one thread; time comes from an injected clock.
+Lapses are applied before every call, so no observer ever sees a lease that is over. Whoever hands
+a result to the outside awaits `durable` first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+from workpool.server import rules
+from workpool.server.clock import MILLISECOND, SECOND, system_clock
+from workpool.server.errors import Refusal
+from workpool.server.history import History, Record
+from workpool.server.item import SESSION_PREFIX, WORK_PREFIX, Ids, Item
+from workpool.server.queue import Queue
+from workpool.server.sessions import Session
+from workpool.server.store import MemoryStore
+from workpool.wire.protocol import (
+    LIST_LIMIT_DEFAULT,
+    QUEUED,
+    RECLAIM_OLDER_THAN_MS,
+    SESSION,
+    STOPPING,
+    TTL_DEFAULT_SECONDS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from workpool.server.history import Kind
+    from workpool.server.queue import Stats
+    from workpool.server.store import Store
+
+
+class Poll(NamedTuple):
+    """What a poll asks for (protocol §3.1). `block_ms` 0: do not wait."""
+
+    worker_id: str | None = None
+    block_ms: int = 0
+    reclaim_older_than_ms: int = RECLAIM_OLDER_THAN_MS
+
+
+class Page(NamedTuple):
+    """A page of a list (protocol §3.7); `backwards`: it goes on before its first item."""
+
+    items: Sequence[Item]
+    has_more: bool
+    backwards: bool
+
+
+class Operations:
+    """The control plane's calls on any number of environments.
+
+    Args:
+        environments: Ids of the environments that are `self_hosted`.
+        cloud_environments: Ids of those that are not, and refuse every work call.
+        store: What every change is written to.
+        now: Epoch seconds; may stand still, never trusted to go forward only.
+        history_limit: How many records to keep; None: all.
+    """
+
+    def __init__(
+        self,
+        environments: Iterable[str],
+        cloud_environments: Iterable[str] = (),
+        *,
+        store: Store | None = None,
+        now: Callable[[], float] | None = None,
+        history_limit: int | None = None,
+    ) -> None:
+        self.history = History(history_limit)
+        self._queues = {name: Queue(name) for name in environments}
+        self._cloud = frozenset(cloud_environments)
+        self._store = store or MemoryStore()
+        self._clock = now or system_clock()
+        self._latest = 0
+        self._ids = Ids()
+        self._sessions: dict[str, tuple[Session, str]] = {}
+        self._closing = False
+
+    async def open(self) -> None:
+        """Open the store and take over what it holds."""
+        contents = await self._store.open()
+        ids = [item.id for item in contents.items] + [one.id for one in contents.sessions]
+        self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
+        sessions = {session.id: session for session in contents.sessions}
+        for item in contents.items:
+            self._sessions[item.session_id] = (sessions[item.session_id], item.id)
+            self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
+            if item.environment_id in self._queues:
+                self._queues[item.environment_id].put(rules.withdraw(item))
+        delivered = [item for item in contents.items if item.delivered_at is not None]
+        for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
+            if item.environment_id in self._queues:
+                self._queues[item.environment_id].put(item)
+
+    async def durable(self) -> None:
+        """Return once everything done so far survives a crash. Raises `StoreError`."""
+        await self._store.durable()
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self._store.close()
+
+    def release(self) -> None:
+        """Answer all waiting polls now, and let no poll wait any more: the server goes away."""
+        self._closing = True
+        self.wake()
+
+    def wake(self) -> None:
+        """Let all waiting polls look at the clock again: for a clock that was moved by hand."""
+        for queue in self._queues.values():
+            queue.waiting.wake(len(queue.waiting))
+
+    def queue(self, environment_id: str) -> Queue:
+        """Return the environment's queue as of now; 404 unknown, 400 not `self_hosted`."""
+        queue = self._queues.get(environment_id)
+        if queue is None:
+            if environment_id in self._cloud:
+                raise Refusal(400, "this environment is not self_hosted")
+            raise Refusal(404, "no such environment")
+        self._settle(queue)
+        return queue
+
+    def enqueue(
+        self,
+        environment_id: str,
+        *,
+        count: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        work_type: str = SESSION,
+        session_id: str | None = None,
+    ) -> tuple[Item, ...]:
+        """Protocol §7. `session_id`: put the items on a session that exists."""
+        queue = self.queue(environment_id)
+        now = self._latest
+        known = None if session_id is None else self._session(session_id)[0]
+        items = []
+        for _ in range(count):
+            work_id = WORK_PREFIX + self._ids.new(now)
+            session = known or self._new_session(environment_id, metadata or {}, now)
+            item = Item(
+                id=work_id,
+                environment_id=environment_id,
+                session_id=session.id,
+                type=work_type,
+                metadata=dict(metadata or {}),
+                created_at=now,
+            )
+            self._sessions[session.id] = (session, work_id)
+            self._apply(queue, item, "created")
+            items.append(item)
+        queue.waiting.wake(count)
+        return tuple(items)
+
+    def poll(self, environment_id: str, poll: Poll) -> Item | None:
+        """Protocol §3.1, without waiting."""
+        queue = self.queue(environment_id)
+        now = self._latest
+        if poll.worker_id is not None:
+            queue.poll_seen(poll.worker_id, now)
+        item = queue.claimable(now - poll.reclaim_older_than_ms * MILLISECOND)
+        if item is None:
+            return None
+        delivered = rules.deliver(item, poll.worker_id, now)
+        self._apply(queue, delivered, "delivered", poll.worker_id)
+        queue.waiting.wake_impatient()
+        return delivered
+
+    async def long_poll(
+        self, environment_id: str, poll: Poll, gone: Callable[[], bool]
+    ) -> Item | None:
+        """Protocol §3.1: wait up to `block_ms` for an item.
+
+        `gone` tells whether the client has left: then nothing is taken, and a wake-up that was
+        meant for this poll goes to the next.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + poll.block_ms / 1000
+        while not gone():
+            item = self.poll(environment_id, poll)
+            remaining = deadline - loop.time()
+            if item is not None or remaining <= 0 or self._closing:
+                return item
+            await self._wait(self.queue(environment_id), poll, remaining)
+        self.queue(environment_id).waiting.wake(1)
+        return None
+
+    async def _wait(self, queue: Queue, poll: Poll, seconds: float) -> None:
+        """Sleep until woken, or until a delivery becomes due or a lease may lapse."""
+        reclaim = poll.reclaim_older_than_ms * MILLISECOND
+        delivered = queue.deliveries.first()
+        due = [instant for instant in (queue.leases.first(),) if instant is not None]
+        if delivered is not None:
+            due.append(delivered + reclaim)
+        if due:
+            seconds = min(seconds, (min(due) - self._latest) / SECOND)
+        await queue.waiting.wait(seconds, impatient=poll.reclaim_older_than_ms < poll.block_ms)
+
+    def withdraw(self, item: Item) -> None:
+        """Take back a delivery whose client has gone before the answer (protocol §3.1)."""
+        queue = self.queue(item.environment_id)
+        if queue.get(item.id) is item:
+            self._apply(queue, rules.withdraw(item), "withdrawn", item.holder)
+            queue.waiting.wake(1)
+
+    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+        """Protocol §3.2."""
+        queue = self.queue(environment_id)
+        item = queue.get(work_id)
+        try:
+            acked = rules.ack(item, worker_id, self._latest)
+        except Refusal:
+            self._record("conflict", item, worker_id, op="ack")
+            raise
+        return self._apply(queue, acked, "acked", worker_id or acked.holder)
+
+    def heartbeat(
+        self,
+        environment_id: str,
+        work_id: str,
+        expected: str | None = None,
+        ttl_seconds: int = TTL_DEFAULT_SECONDS,
+        worker_id: str | None = None,
+    ) -> Item:
+        """Protocol §3.3. `rules.heartbeat_answer` tells the result on the wire."""
+        queue = self.queue(environment_id)
+        item = queue.get(work_id)
+        try:
+            beaten = rules.beat(item, expected, ttl_seconds, self._latest)
+        except Refusal:
+            self._record("conflict", item, worker_id, op="heartbeat")
+            raise
+        return self._apply(queue, beaten, "heartbeat", worker_id)
+
+    def stop(
+        self,
+        environment_id: str,
+        work_id: str,
+        worker_id: str | None = None,
+        *,
+        force: bool = False,
+        refused: frozenset[tuple[bool, str]] = frozenset(),
+    ) -> Item:
+        """Protocol §3.4. `refused`: rows of its table that a dialect answers with 409 (§6)."""
+        queue = self.queue(environment_id)
+        item = queue.get(work_id)
+        if (force, item.state) in refused:
+            self._record("conflict", item, worker_id, op="stop")
+            raise Refusal(409, f"the item is {item.state}")
+        stopped = rules.stop(item, self._latest, force=force)
+        kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
+        return self._apply(queue, stopped, kind, worker_id)
+
+    def update(
+        self,
+        environment_id: str,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        worker_id: str | None = None,
+    ) -> Item:
+        """Protocol §3.5."""
+        queue = self.queue(environment_id)
+        return self._apply(queue, rules.merge(queue.get(work_id), patch), "metadata", worker_id)
+
+    def get(self, environment_id: str, work_id: str) -> Item:
+        """Protocol §3.6."""
+        return self.queue(environment_id).get(work_id)
+
+    def page(
+        self,
+        environment_id: str,
+        limit: int = LIST_LIMIT_DEFAULT,
+        *,
+        after: str = "",
+        before: str | None = None,
+    ) -> Page:
+        """Protocol §3.7: the items next to a place, and whether there are more that way."""
+        items = self.queue(environment_id).page(limit + 1, after=after, before=before)
+        more = len(items) > limit
+        if before is not None:
+            return Page(items[1:] if more else items, more, backwards=True)
+        return Page(items[:limit], more, backwards=False)
+
+    def stats(self, environment_id: str) -> Stats:
+        """Protocol §3.8."""
+        return self.queue(environment_id).stats(self._latest)
+
+    def session(self, session_id: str) -> tuple[Session, Item]:
+        """Protocol §5: a session and its latest work item; 404 unknown."""
+        session, work_id = self._session(session_id)
+        return session, self.get(session.environment_id, work_id)
+
+    def _session(self, session_id: str) -> tuple[Session, str]:
+        found = self._sessions.get(session_id)
+        if found is None:
+            raise Refusal(404, "no such session")
+        return found
+
+    def _new_session(self, environment_id: str, metadata: Mapping[str, str], now: int) -> Session:
+        session_id = SESSION_PREFIX + self._ids.new(now)
+        session = Session(session_id, environment_id, dict(metadata), now)
+        self._store.save_session(session)
+        return session
+
+    def _tick(self) -> int:
+        """Read the clock, once per call: one call decides everything on one instant."""
+        self._latest = max(self._latest, int(self._clock() * SECOND))
+        return self._latest
+
+    def _settle(self, queue: Queue) -> None:
+        """Apply the lapses that are due (protocol §4), each at the instant its lease ended."""
+        for work_id in queue.leases.lapsed(self._tick()):
+            held = queue.get(work_id)
+            lapsed = self._apply(queue, rules.lapse(held), "lapsed", held.holder, held.lease_end)
+            queue.waiting.wake(lapsed.state == QUEUED)
+
+    def _apply(
+        self,
+        queue: Queue,
+        item: Item,
+        kind: Kind,
+        worker_id: str | None = None,
+        at: int | None = None,
+    ) -> Item:
+        """Make `item` the present self of its id; what did not change leaves no trace."""
+        if not queue.holds(item):
+            queue.put(item)
+            self._store.save(item)
+            self._record(kind, item, worker_id, at)
+        return item
+
+    def _record(
+        self,
+        kind: Kind,
+        item: Item,
+        worker_id: str | None,
+        at: int | None = None,
+        op: str | None = None,
+    ) -> None:
+        time = (self._latest if at is None else at) / SECOND
+        lease_end = None if item.lease_end is None else item.lease_end / SECOND
+        self.history.add(Record(time, item.id, kind, worker_id, item.state, lease_end, op))

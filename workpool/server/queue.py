@@ -1,0 +1,138 @@
+"""The items of one environment, indexed so that no question scans them (protocol §3).
+
+Owns where an item stands: fresh, delivered, leased or ended. Decides nothing: `rules` does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from workpool.server.clock import MILLISECOND, SECOND
+from workpool.server.deliveries import Deliveries
+from workpool.server.errors import Refusal
+from workpool.server.leases import Leases
+from workpool.server.waiting import WaitingPolls
+from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.server.item import Item
+
+_WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
+
+
+class Stats(NamedTuple):
+    """Protocol §2, queue stats. `oldest_queued_at` in microseconds."""
+
+    depth: int
+    pending: int
+    oldest_queued_at: int | None
+    workers_polling: int
+
+
+class Queue:
+    """One environment's items."""
+
+    def __init__(self, environment_id: str) -> None:
+        self.environment_id = environment_id
+        self.leases = Leases()
+        self.deliveries = Deliveries()
+        self.waiting = WaitingPolls()
+        self._items: dict[str, Item] = {}
+        self._ids: list[str] = []
+        self._fresh: list[str] = []
+        self._queued = 0
+        self._recent: OrderedDict[str, int] = OrderedDict()
+        self._pollers: OrderedDict[str, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def get(self, work_id: str) -> Item:
+        """Return the item, or refuse with 404: an unknown id, a malformed one included."""
+        item = self._items.get(work_id)
+        if item is None:
+            raise Refusal(404, "no such work item in this environment")
+        return item
+
+    def holds(self, item: Item) -> bool:
+        """Whether this very object is the item's present self."""
+        return self._items.get(item.id) is item
+
+    def put(self, item: Item) -> None:
+        """Add an item, whose id must be the greatest yet, or replace its former self."""
+        former = self._items.get(item.id)
+        self._items[item.id] = item
+        if former is None:
+            self._ids.append(item.id)
+        elif former.delivered_at is not None and former.delivered_at != item.delivered_at:
+            self.deliveries.discard(item.id)
+            self._recent.pop(item.id, None)
+        was_queued = former is not None and former.state == QUEUED
+        self._queued += (item.state == QUEUED) - was_queued
+        if item.lease_end is None:
+            self.leases.drop(item.id)
+        else:
+            self.leases.hold(item.id, item.lease_end)
+        if item.state == QUEUED:
+            self._put_queued(item, former)
+
+    def _put_queued(self, item: Item, former: Item | None) -> None:
+        if item.delivered_at is None:
+            if former is None or former.state != QUEUED or former.delivered_at is not None:
+                heappush(self._fresh, item.id)
+        elif former is None or former.delivered_at != item.delivered_at:
+            self.deliveries.add(item.id, item.delivered_at)
+            self._recent[item.id] = item.delivered_at
+
+    def claimable(self, delivered_until: int) -> Item | None:
+        """Return the oldest item that nobody holds, or that was delivered by `delivered_until`."""
+        ids = (self._first_fresh(), self.deliveries.oldest(delivered_until))
+        oldest = min((work_id for work_id in ids if work_id is not None), default=None)
+        return None if oldest is None else self._items[oldest]
+
+    def _first_fresh(self) -> str | None:
+        while self._fresh:
+            item = self._items[self._fresh[0]]
+            if item.state == QUEUED and item.delivered_at is None:
+                return item.id
+            heappop(self._fresh)
+        return None
+
+    def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Item]:
+        """Up to `limit` items next to a place in the order of ids, ascending (protocol §3.7)."""
+        if before is None:
+            start = bisect_right(self._ids, after)
+            ids = self._ids[start : start + limit]
+        else:
+            end = bisect_left(self._ids, before)
+            ids = self._ids[max(0, end - limit) : end]
+        return [self._items[work_id] for work_id in ids]
+
+    def poll_seen(self, worker_id: str, now: int) -> None:
+        """Note that this worker polls."""
+        self._pollers[worker_id] = now
+        self._pollers.move_to_end(worker_id)
+        self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+
+    def stats(self, now: int) -> Stats:
+        """Protocol §3.8."""
+        self._forget(self._recent, now - _WINDOW)
+        self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        ids = (self._first_fresh(), self.deliveries.oldest())
+        oldest = min((work_id for work_id in ids if work_id is not None), default=None)
+        return Stats(
+            depth=self._queued - len(self._recent),
+            pending=len(self._recent),
+            oldest_queued_at=None if oldest is None else self._items[oldest].created_at,
+            workers_polling=len(self._pollers),
+        )
+
+    @staticmethod
+    def _forget(entries: OrderedDict[str, int], until: int) -> None:
+        while entries and next(iter(entries.values())) <= until:
+            entries.popitem(last=False)

@@ -1,0 +1,211 @@
+"""What a request says, checked before anything is done (protocol §3): values or a 400.
+
+Knows nothing of items. Query values are read to the letter: no sign, no space, no other digits
+than ASCII's, no parameter twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import orjson
+from aiohttp import web
+from aiohttp.client_exceptions import ClientPayloadError
+from aiohttp.http_exceptions import HttpProcessingError
+
+from workpool.server.clock import is_rfc3339
+from workpool.server.errors import Refusal
+from workpool.server.item import WORK_PREFIX
+from workpool.server.operations import Poll
+from workpool.wire.protocol import (
+    BLOCK_MS_MAX,
+    BLOCK_MS_MIN,
+    BODY_LIMIT_BYTES,
+    ENQUEUE_COUNT_MAX,
+    LIST_LIMIT_DEFAULT,
+    LIST_LIMIT_MAX,
+    NO_HEARTBEAT,
+    RECLAIM_OLDER_THAN_MS,
+    SESSION,
+    TTL_DEFAULT_SECONDS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BODY_SECONDS: Final = 10.0
+"""How long a body may take to arrive: a client that stalls must not hold a handler for ever."""
+WORKER_ID_LENGTH: Final = 256
+_LONGEST_NUMBER: Final = 15
+_NUMBER: Final = re.compile(r"[0-9]+")
+_WORK_ID: Final = re.compile(WORK_PREFIX + "[0-9a-f]{32}")
+_WORK_TYPE: Final = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
+AFTER: Final = "after"
+BEFORE: Final = "before"
+_PLACES: Final = {"page": "", "before_id": BEFORE, "after_id": AFTER}
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """The body of protocol §7."""
+
+    count: int
+    metadata: Mapping[str, str]
+    work_type: str
+
+
+class Place(NamedTuple):
+    """Where a list begins (protocol §3.7): after an id, or before one."""
+
+    limit: int
+    after: str
+    before: str | None
+
+
+def one(request: web.Request, name: str) -> str | None:
+    """Return a query parameter, None when absent; given twice it is a 400."""
+    values = request.query.getall(name, ())
+    if len(values) > 1:
+        raise Refusal(400, f"{name} is given more than once", name)
+    return values[0] if values else None
+
+
+def onward(*, backwards: bool, work_id: str) -> str:
+    """Return the `next_page` that `place` will read: opaque to the client (protocol §3.7)."""
+    return f"{BEFORE if backwards else AFTER}-{work_id}"
+
+
+def number(request: web.Request, name: str, default: int) -> int:
+    """Return a query parameter that is a non-negative integer."""
+    text = one(request, name)
+    if text is None:
+        return default
+    if not _NUMBER.fullmatch(text):
+        raise Refusal(400, f"{name} must be a non-negative integer", name)
+    digits = text.lstrip("0")
+    # int() refuses thousands of digits, and nobody counts that far: more time than there is.
+    return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
+
+
+def poll(request: web.Request, worker_id: str | None) -> Poll:
+    """Protocol §3.1."""
+    block_ms = number(request, "block_ms", 0)
+    if one(request, "block_ms") is not None and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX:
+        raise Refusal(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
+    reclaim = number(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
+    return Poll(worker_id, block_ms, reclaim)
+
+
+def heartbeat(request: web.Request) -> tuple[str | None, int]:
+    """Protocol §3.3: the expectation, and the TTL before it is clamped."""
+    ttl_seconds = number(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
+    if ttl_seconds == 0:
+        raise Refusal(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
+    expected = one(request, "expected_last_heartbeat")
+    if expected is not None and expected != NO_HEARTBEAT and not is_rfc3339(expected):
+        raise Refusal(
+            400,
+            f"expected_last_heartbeat must be {NO_HEARTBEAT} or an RFC 3339 time",
+            "expected_last_heartbeat",
+        )
+    return expected, ttl_seconds
+
+
+def place(request: web.Request) -> Place:
+    """Protocol §3.7."""
+    limit = number(request, "limit", LIST_LIMIT_DEFAULT)
+    if limit == 0:
+        raise Refusal(400, "limit must be positive", "limit")
+    limit = min(limit, LIST_LIMIT_MAX)
+    values = {name: one(request, name) for name in _PLACES}
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(given) > 1:
+        raise Refusal(400, "give at most one of page, before_id and after_id", list(given)[1])
+    for name, value in given.items():
+        direction, text = _PLACES[name], value
+        if name == "page":
+            direction, _, text = value.partition("-")
+        if direction not in {AFTER, BEFORE} or not _WORK_ID.fullmatch(text):
+            raise Refusal(400, f"{name} is malformed", name)
+        return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
+    return Place(limit, "", None)
+
+
+def worker_id(request: web.Request, header: str) -> str | None:
+    """Return the worker's name for itself; None when it gave none."""
+    value = request.headers.get(header)
+    if not value:
+        return None
+    if len(value) > WORKER_ID_LENGTH or not value.isprintable():
+        # Bytes that are no UTF-8 arrive as lone surrogates, which no store can write.
+        raise Refusal(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
+    return value
+
+
+async def body(request: web.Request) -> bytes:
+    """Read the whole body, within the limits of size (protocol §1) and time."""
+    if not request.can_read_body:
+        return b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise Refusal(400, f"the body is larger than {BODY_LIMIT_BYTES} bytes") from None
+    except TimeoutError:
+        raise Refusal(408, "the body did not arrive in time") from None
+    except (ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
+        raise Refusal(400, "the body cannot be read") from None
+
+
+def json_object(content: bytes) -> dict[str, Any]:
+    """Parse a body that must be a JSON object."""
+    try:
+        value = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        raise Refusal(400, "the body is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    return value
+
+
+def force(content: bytes) -> bool:
+    """Protocol §3.4: the body of a stop."""
+    value = json_object(content).get("force") if content else None
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(400, "force must be a boolean", "force")
+    return bool(value)
+
+
+def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
+    """Protocol §3.5: the body of an update; nothing of a bad patch is applied."""
+    fields = json_object(content)
+    if "metadata" not in fields and not required:
+        return {}
+    return _strings(fields.get("metadata"), (str, type(None)))
+
+
+def enqueue(content: bytes) -> Enqueue:
+    """Protocol §7: the body of an enqueue."""
+    fields = json_object(content) if content else {}
+    if "script" in fields:
+        raise Refusal(400, "scripted sessions are not built here", "script")
+    count = fields.get("count", 1)
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise Refusal(400, "count must be an integer", "count")
+    if not 1 <= count <= ENQUEUE_COUNT_MAX:
+        raise Refusal(400, f"count must be in 1-{ENQUEUE_COUNT_MAX}", "count")
+    work_type = fields.get("type", SESSION)
+    if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
+        raise Refusal(400, "type must be a lowercase word", "type")
+    return Enqueue(count, _strings(fields.get("metadata", {}), (str,)), work_type)
+
+
+def _strings(value: object, allowed: tuple[type, ...]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Refusal(400, "metadata must be an object", "metadata")
+    if not all(isinstance(entry, allowed) for entry in value.values()):
+        raise Refusal(400, "metadata values must be strings", "metadata")
+    return value

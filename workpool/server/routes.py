@@ -1,0 +1,245 @@
+"""HTTP in front of `operations`: the paths of protocol §3, §5 and §7 in one dialect.
+
+Every handler goes the same way, which is the order of precedence in protocol §1: token,
+environment, item, the request's own values, the call. An answer leaves once it is durable.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from aiohttp import web
+
+from workpool.server import requests
+from workpool.server.clock import to_seconds_text
+from workpool.server.errors import Refusal, StoreError
+from workpool.server.rules import heartbeat_answer
+from workpool.wire.protocol import BODY_LIMIT_BYTES, WORK_HEARTBEAT, WORK_QUEUE_STATS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool.server.dialects import Dialect
+    from workpool.server.operations import Operations
+    from workpool.server.tokens import Tokens
+
+_ENVIRONMENT: Final = "/environments/{environment_id}/work"
+_ITEM: Final = _ENVIRONMENT + "/{work_id:(?!(?:poll|stats)$)[^{}/]+}"
+_JSON: Final = {"Content-Type": "application/json"}
+
+
+def answer(value: object, status: int = 200) -> web.Response:
+    """Return a JSON answer."""
+    return web.Response(body=orjson.dumps(value), status=status, headers=_JSON)
+
+
+class Routes:
+    """The endpoints, spoken in one dialect."""
+
+    def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
+        self._operations = operations
+        self._tokens = tokens
+        self._dialect = dialect
+
+    def table(self) -> list[web.RouteDef]:
+        """Return the routes under the dialect's prefix. No HEAD: a poll must be a real one."""
+        environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
+        session = self._dialect.prefix + "/sessions/{session_id}"
+        return [
+            web.get(environment + "/poll", self.poll, allow_head=False),
+            web.get(environment + "/stats", self.stats, allow_head=False),
+            web.get(environment, self.list, allow_head=False),
+            web.post(environment, self.enqueue),
+            web.get(item, self.get, allow_head=False),
+            web.post(item, self.update),
+            web.post(item + "/ack", self.ack),
+            web.post(item + "/heartbeat", self.heartbeat),
+            web.post(item + "/stop", self.stop),
+            web.get(session, self.session, allow_head=False),
+        ]
+
+    async def poll(self, request: web.Request) -> web.Response:
+        """Protocol §3.1. A client that has gone takes nothing, whenever it went."""
+        environment_id = self._environment(request)
+        await requests.body(request)
+        poll = requests.poll(request, self._worker_id(request))
+
+        def gone() -> bool:
+            return request.transport is None or request.transport.is_closing()
+
+        item = await self._operations.long_poll(environment_id, poll, gone)
+        if item is None:
+            await self._operations.durable()
+            return answer(None)
+        delivered = False
+        try:
+            await self._operations.durable()
+            delivered = not gone()
+        finally:  # cancelled while the delivery became durable: the client has gone
+            if not delivered:
+                self._operations.withdraw(item)
+        return answer(self._dialect.item(item))
+
+    async def stats(self, request: web.Request) -> web.Response:
+        """Protocol §3.8."""
+        environment_id = self._environment(request)
+        await requests.body(request)
+        stats = self._operations.stats(environment_id)
+        oldest = stats.oldest_queued_at
+        return await self._durable(
+            {
+                "type": WORK_QUEUE_STATS,
+                **stats._asdict(),
+                "oldest_queued_at": None if oldest is None else to_seconds_text(oldest),
+            }
+        )
+
+    async def list(self, request: web.Request) -> web.Response:
+        """Protocol §3.7."""
+        environment_id = self._environment(request)
+        await requests.body(request)
+        place = requests.place(request)
+        page = self._operations.page(
+            environment_id, place.limit, after=place.after, before=place.before
+        )
+        first = page.items[0].id if page.items else None
+        last = page.items[-1].id if page.items else None
+        edge = (first if page.backwards else last) or ""
+        onward = requests.onward(backwards=page.backwards, work_id=edge)
+        return await self._durable(
+            {
+                "data": [self._dialect.item(item) for item in page.items],
+                "first_id": first,
+                "last_id": last,
+                "has_more": page.has_more,
+                "next_page": onward if page.has_more else None,
+            }
+        )
+
+    async def enqueue(self, request: web.Request) -> web.Response:
+        """Protocol §7."""
+        environment_id = self._environment(request)
+        wanted = requests.enqueue(await requests.body(request))
+        items = self._operations.enqueue(
+            environment_id,
+            count=wanted.count,
+            metadata=wanted.metadata,
+            work_type=wanted.work_type,
+        )
+        return await self._durable({"data": [self._dialect.item(item) for item in items]})
+
+    async def get(self, request: web.Request) -> web.Response:
+        """Protocol §3.6."""
+        environment_id, work_id = self._item(request)
+        await requests.body(request)
+        item = self._operations.get(environment_id, work_id)
+        return await self._durable(self._dialect.item(item))
+
+    async def update(self, request: web.Request) -> web.Response:
+        """Protocol §3.5."""
+        environment_id, work_id = self._item(request)
+        patch = requests.patch(
+            await requests.body(request), required=self._dialect.metadata_required
+        )
+        worker_id = self._worker_id(request)
+        item = self._operations.update(environment_id, work_id, patch, worker_id)
+        return await self._durable(self._dialect.item(item))
+
+    async def ack(self, request: web.Request) -> web.Response:
+        """Protocol §3.2."""
+        environment_id, work_id = self._item(request)
+        await requests.body(request)
+        item = self._operations.ack(environment_id, work_id, self._worker_id(request))
+        return await self._durable(self._dialect.item(item))
+
+    async def heartbeat(self, request: web.Request) -> web.Response:
+        """Protocol §3.3."""
+        environment_id, work_id = self._item(request)
+        await requests.body(request)
+        expected, ttl_seconds = requests.heartbeat(request)
+        item = self._operations.heartbeat(
+            environment_id, work_id, expected, ttl_seconds, self._worker_id(request)
+        )
+        return await self._durable(
+            {"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)}
+        )
+
+    async def stop(self, request: web.Request) -> web.Response:
+        """Protocol §3.4, and §6 for the sibling's answers."""
+        environment_id, work_id = self._item(request)
+        force = requests.force(await requests.body(request))
+        item = self._operations.stop(
+            environment_id,
+            work_id,
+            self._worker_id(request),
+            force=force,
+            refused=self._dialect.stop_refused,
+        )
+        if self._dialect.stop_answers_item:
+            return await self._durable(self._dialect.item(item))
+        await self._operations.durable()
+        return web.Response(status=204)
+
+    async def session(self, request: web.Request) -> web.Response:
+        """Protocol §5."""
+        limits = self._tokens.admit(request.headers.get("Authorization"))
+        own = self._dialect.own_session_id(request.match_info["session_id"])
+        session, item = self._operations.session(own)
+        _check_allowed(limits, session.environment_id)
+        await requests.body(request)
+        value = session.answer(item)
+        return await self._durable({**value, "id": self._dialect.session_id(session.id)})
+
+    def _environment(self, request: web.Request) -> str:
+        """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order."""
+        limits = self._tokens.admit(request.headers.get("Authorization"))
+        environment_id = request.match_info["environment_id"]
+        _check_allowed(limits, environment_id)
+        self._operations.queue(environment_id)
+        return environment_id
+
+    def _item(self, request: web.Request) -> tuple[str, str]:
+        """Admit the caller to the item of the path; 404 unknown."""
+        environment_id, work_id = self._environment(request), request.match_info["work_id"]
+        self._operations.get(environment_id, work_id)
+        return environment_id, work_id
+
+    def _worker_id(self, request: web.Request) -> str | None:
+        return requests.worker_id(request, self._dialect.worker_id_header)
+
+    async def _durable(self, value: dict[str, Any]) -> web.Response:
+        await self._operations.durable()
+        return answer(value)
+
+
+def _check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
+    if limits is not None and environment_id not in limits:
+        raise Refusal(403, "this token is not allowed on this environment")
+
+
+@web.middleware
+async def envelopes(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Turn every refusal into the envelope of protocol §1."""
+    try:
+        return await handler(request)
+    except Refusal as refusal:
+        return answer(refusal.envelope(), refusal.status)
+    except StoreError as error:
+        return answer(Refusal(500, str(error)).envelope(), 500)
+    except web.HTTPException as error:
+        response = answer(Refusal(error.status, error.reason).envelope(), error.status)
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+
+
+def application(
+    *, routes: list[web.RouteDef], middlewares: tuple[Any, ...] = ()
+) -> web.Application:
+    """Return the aiohttp application; `middlewares` stand outside, where faults are injected."""
+    app = web.Application(middlewares=[*middlewares, envelopes], client_max_size=BODY_LIMIT_BYTES)
+    app.add_routes(routes)
+    return app

@@ -1,0 +1,147 @@
+"""The state machine of a work item (protocol §3.2–§3.5, §4) as tables and pure functions.
+
+Every function takes an item and the instant, and returns the item as it is afterwards: the same
+object when nothing changed. What the protocol forbids raises `Refusal`. No clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from workpool.server.clock import SECOND, to_heartbeat_text
+from workpool.server.errors import Refusal
+from workpool.wire.protocol import (
+    ACK_LEASE_SECONDS,
+    ACTIVE,
+    NO_HEARTBEAT,
+    QUEUED,
+    STARTING,
+    STOPPED,
+    STOPPING,
+    TTL_MAX_SECONDS,
+    TTL_MIN_SECONDS,
+    State,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from workpool.server.item import Item
+
+# protocol §3.4, its rows in their order: (force, current state) → state
+STOP: Final[Mapping[tuple[bool, State], State]] = {
+    (False, QUEUED): STOPPED,
+    (False, STARTING): STOPPING,
+    (False, ACTIVE): STOPPING,
+    (False, STOPPING): STOPPED,
+    (False, STOPPED): STOPPED,
+    (True, QUEUED): STOPPED,
+    (True, STARTING): STOPPED,
+    (True, ACTIVE): STOPPED,
+    (True, STOPPING): STOPPED,
+    (True, STOPPED): STOPPED,
+}
+
+# protocol §4: what a lapse makes of an item; other states hold no lease
+LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
+
+
+def deliver(item: Item, worker_id: str | None, now: int) -> Item:
+    """Protocol §3.1: a poll delivers; the item stays `queued`, and no longer anyone's else."""
+    return replace(item, delivered_at=now, holder=worker_id)
+
+
+def withdraw(item: Item) -> Item:
+    """Take back a delivery that reached nobody (protocol §3.1)."""
+    return replace(item, delivered_at=None, holder=None)
+
+
+def ack(item: Item, worker_id: str | None, now: int) -> Item:
+    """Protocol §3.2. A repeated ack changes neither `acknowledged_at` nor the lease."""
+    if item.state in {STOPPING, STOPPED}:
+        raise Refusal(409, f"the item is {item.state}")
+    if item.holder is not None and worker_id is not None and worker_id != item.holder:
+        raise Refusal(409, "the item was claimed by another worker")
+    if item.state != QUEUED:
+        return item
+    return replace(
+        item,
+        state=STARTING,
+        acknowledged_at=now,
+        holder=item.holder or worker_id,
+        delivered_at=None,
+        lease_end=now + ACK_LEASE_SECONDS * SECOND,
+        ttl_seconds=ACK_LEASE_SECONDS,
+        beaten=False,
+    )
+
+
+def beat(item: Item, expected: str | None, ttl_seconds: int, now: int) -> Item:
+    """Protocol §3.3. The lease ends exactly `ttl_seconds` (clamped) from `now`."""
+    if item.state in {QUEUED, STOPPED}:
+        raise Refusal(409, f"the item is {item.state}")
+    if expected is not None and expected != last_heartbeat(item):
+        raise Refusal(
+            412,
+            "expected_last_heartbeat is not the lease owner's",
+            "expected_last_heartbeat",
+            {
+                "error_code": "heartbeat_precondition_failed",
+                "current_state": heartbeat_answer(item, extended=False),
+            },
+        )
+    starts = item.state == STARTING
+    ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
+    return replace(
+        item,
+        state=ACTIVE if starts else item.state,
+        started_at=now if starts else item.started_at,
+        # Two beats in one microsecond must not look alike: the first one's sender would pass
+        # for the owner.
+        heartbeat_at=max(now, (item.heartbeat_at or 0) + 1),
+        beaten=True,
+        ttl_seconds=ttl_seconds,
+        lease_end=now + ttl_seconds * SECOND,
+    )
+
+
+def last_heartbeat(item: Item) -> str:
+    """What the next heartbeat must expect (protocol §3.3)."""
+    if not item.beaten or item.heartbeat_at is None:
+        return NO_HEARTBEAT
+    return to_heartbeat_text(item.heartbeat_at)
+
+
+def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
+    """What a heartbeat tells about the lease (protocol §2, and the details of a 412)."""
+    return {
+        "last_heartbeat": last_heartbeat(item) if item.beaten else None,
+        "lease_extended": extended,
+        "state": item.state,
+        "ttl_seconds": item.ttl_seconds,
+    }
+
+
+def stop(item: Item, now: int, *, force: bool) -> Item:
+    """Protocol §3.4, by its table."""
+    state = STOP[force, item.state]
+    if state == item.state:
+        return item
+    if state == STOPPING:
+        return replace(item, state=STOPPING, stop_requested_at=now)
+    return replace(item, state=STOPPED, stopped_at=now, delivered_at=None, lease_end=None)
+
+
+def lapse(item: Item) -> Item:
+    """Protocol §4: the lease is over at `lease_end`, whenever that is noticed."""
+    if LAPSE[item.state] == STOPPED:
+        return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
+    return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)
+
+
+def merge(item: Item, patch: Mapping[str, str | None]) -> Item:
+    """Protocol §3.5: a string upserts a key, None deletes it."""
+    merged = {key: value for key, value in {**item.metadata, **patch}.items() if value is not None}
+    return item if merged == item.metadata else replace(item, metadata=merged)

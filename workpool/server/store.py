@@ -1,0 +1,61 @@
+"""Where items outlive the process, and the store that lets them not.
+
+A store is only written to while the control plane runs: its working state is the index in memory
+(`queue`), filled from the store at start. `save` never waits; an answer leaves after `durable`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.server.item import Item
+    from workpool.server.sessions import Session
+
+
+class Contents(NamedTuple):
+    """What a store holds at start: items and sessions in ascending order of their ids."""
+
+    items: Sequence[Item] = ()
+    sessions: Sequence[Session] = ()
+
+
+class Store(Protocol):
+    """What the control plane needs of a store."""
+
+    async def open(self) -> Contents:
+        """Make ready and read everything. Raises `StoreError`."""
+
+    def save(self, item: Item) -> None:
+        """Take over an item's new self; returns at once."""
+
+    def save_session(self, session: Session) -> None:
+        """Take over a new session; returns at once."""
+
+    async def durable(self) -> None:
+        """Return once all that was saved so far survives a crash. Raises `StoreError`."""
+
+    async def close(self) -> None:
+        """Make the rest durable and let go of the file."""
+
+
+class MemoryStore:
+    """Nothing outlives the process."""
+
+    async def open(self) -> Contents:
+        """Start empty."""
+        return Contents()
+
+    def save(self, item: Item) -> None:
+        """Nothing to do: the index holds it."""
+
+    def save_session(self, session: Session) -> None:
+        """Nothing to do: the index holds it."""
+
+    async def durable(self) -> None:
+        """Return at once."""
+
+    async def close(self) -> None:
+        """Nothing to do."""

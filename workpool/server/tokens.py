@@ -1,0 +1,72 @@
+"""Who may call, and on which environments (protocol §1, auth). Holds hashes, never a token."""
+
+from __future__ import annotations
+
+import re
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from workpool.server.errors import Refusal, ServeError
+from workpool.wire.protocol import ID_PATTERN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"
+"""Token → the environments that it is limited to; None: all."""
+
+_ID: Final = re.compile(ID_PATTERN)
+_TOKEN: Final = re.compile(r"[!-~]{1,1024}")
+
+
+class Tokens:
+    """The tokens that are accepted, looked up by hash: comparing takes no telling time."""
+
+    def __init__(self, grants: Grants) -> None:
+        self._grants = {_digest(token): limits for token, limits in grants.items()}
+
+    def admit(self, authorization: str | None) -> frozenset[str] | None:
+        """Return the environments that this `Authorization` is limited to; 401 when unknown."""
+        scheme, _, token = (authorization or "").partition(" ")
+        digest = _digest(token.strip())
+        if scheme.lower() != "bearer" or digest not in self._grants:
+            raise Refusal(401, "the bearer token is missing or wrong")
+        return self._grants[digest]
+
+
+def _digest(token: str) -> bytes:
+    return sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def check_token(token: str) -> str:
+    """Return a token that can be sent in a header; raises `ServeError`, without the token."""
+    if not _TOKEN.fullmatch(token):
+        raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
+    return token
+
+
+def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
+    """Read a token a line, then the environments that it is limited to (design §6, serve).
+
+    Empty lines and lines that begin with `#` are skipped.
+
+    Raises:
+        ServeError: Names the line, never its content.
+    """
+    grants: dict[str, frozenset[str] | None] = {}
+    for line, content in enumerate(text.splitlines(), start=1):
+        token, *environments = content.split() or ["#"]
+        if token.startswith("#"):
+            continue
+        try:
+            check_token(token)
+        except ServeError as error:
+            raise ServeError(f"token file, line {line}: {error}") from None
+        if token in grants:
+            raise ServeError(f"token file, line {line}: the token of an earlier line")
+        if not all(_ID.fullmatch(name) for name in environments):
+            raise ServeError(f"token file, line {line}: not an environment id")
+        grants[token] = frozenset(environments) or None
+    if not grants:
+        raise ServeError("token file: no token in it")
+    return grants

@@ -1,0 +1,63 @@
+"""Polls that wait for an item, and what wakes them (protocol §3.1).
+
+Nobody looks at the queue again and again: a waiting poll sleeps until an item became claimable,
+or until the instant at which one will be. A wake-up that its poll cannot use is passed on, so that
+no item lies claimable while somebody waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import TypeAlias
+
+Waiter: TypeAlias = "asyncio.Future[None]"
+
+
+class WaitingPolls:
+    """The polls waiting in one environment, first come, first woken. Belongs to one loop."""
+
+    def __init__(self) -> None:
+        self._waiters: OrderedDict[Waiter, bool] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._waiters)
+
+    async def wait(self, seconds: float, *, impatient: bool) -> None:
+        """Sleep for `seconds`, or until woken.
+
+        `impatient`: an item delivered from now on may become due to this poll while it waits.
+        """
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        self._waiters[waiter] = impatient
+        timer = loop.call_later(seconds, _wake, waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            # Woken and cancelled in one step: the item that woke us must wake somebody else.
+            if waiter.done() and not waiter.cancelled():
+                self.wake(1)
+            raise
+        finally:
+            timer.cancel()
+            self._waiters.pop(waiter, None)
+
+    def wake(self, count: int) -> None:
+        """Wake the first `count`: so many items became claimable."""
+        while count > 0 and self._waiters:
+            waiter, _ = self._waiters.popitem(last=False)
+            if not waiter.done():
+                waiter.set_result(None)
+                count -= 1
+
+    def wake_impatient(self) -> None:
+        """An item was delivered: those to whom it may become due must think again."""
+        for waiter, impatient in self._waiters.items():
+            if impatient:
+                _wake(waiter)
+
+
+def _wake(waiter: Waiter) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
