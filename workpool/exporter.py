@@ -118,7 +118,7 @@ class Exporter:
                 raise
 
     async def _bind(self, runner: web.AppRunner) -> asyncio.Server:
-        # Not listening yet: cancelled while it starts to, it would leave sockets that nobody closes.
+        # Not listening yet: a start cancelled half-way would leave sockets that nobody closes.
         loop = asyncio.get_running_loop()
         protocol = cast("Callable[[], asyncio.Protocol]", runner.server)
         try:
