@@ -127,7 +127,9 @@ def handler(
 
 def rule_of(call: object) -> Rule | None:
     """The mark of a function, of a method, or of what a `functools.partial` calls, if any."""
-    rule = getattr(_innermost(call), _MARK, None)
+    inner = _innermost(call)
+    # A module may import lazily, an object may answer any name: only functions are asked.
+    rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, Rule) else None
 
 
