@@ -1,26 +1,23 @@
-"""Loading, order, routing, blame: real modules on disk, real entry points, no supervisor."""
+"""Finding and loading plugins: real modules on disk, real entry points."""
 
-import asyncio
 import functools
 import itertools
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from workpool.errors import PluginError
-from workpool.events import DrainStarted, Event, PluginFailed
+from workpool.events import Event
 from workpool.handler import handler
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Available, Plugins, available
 from workpool.session import Session
 from workpool.wire.items import WorkItem, parse_item
 
-FACT = DrainStarted(timeout=20.0)
 HEAD = "from workpool.handler import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
@@ -45,22 +42,6 @@ def load(*objects: object, names: tuple[str, ...] = (), **options: dict[str, Any
 def chosen(plugins: Plugins, item: WorkItem) -> str | None:
     answer = plugins.handler_for(item)
     return answer.name if answer else None
-
-
-class Answering:
-    """Answers every item with one method; subclasses give it names."""
-
-    async def run(self, session: Session) -> None: ...
-
-    @hookimpl
-    def workpool_session_handler(self) -> Callable[[Session], Awaitable[object]]:
-        return self.run
-
-
-class First(Answering): ...
-
-
-class Second(Answering): ...
 
 
 class Disk:
@@ -229,7 +210,10 @@ def test_installed_is_listed_without_being_imported_and_is_not_active(disk: Disk
 
 
 def test_describe_names_hooks_and_rules() -> None:
-    class Both(Answering):
+    class Both:
+        @hookimpl
+        def workpool_session_handler(self) -> None: ...
+
         @handler(type="build", metadata={"job": "a"})
         async def build(self, session: Session) -> None: ...
 
@@ -238,143 +222,6 @@ def test_describe_names_hooks_and_rules() -> None:
     assert [(str(route.rule), route.handler.name) for route in plugin.routes] == [
         ("type=build job=a", "Both.build")
     ]
-
-
-# -- who answers -----------------------------------------------------------------------------------
-
-
-def test_objects_are_asked_before_names_and_the_first_answer_wins(disk: Disk) -> None:
-    name = disk.module(
-        "async def run(session): ...\n@hookimpl\ndef workpool_session_handler(item): return run\n"
-    )
-    assert chosen(load(First(), Second(), names=(name,)), item()) == "First.run"
-    assert chosen(load(Second(), First(), names=(name,)), item()) == "Second.run"
-    assert chosen(load(names=(name,)), item()) == f"{name}.run"
-    assert chosen(load(name, First()), item()) == f"{name}.run"
-
-
-def test_a_plugin_that_answers_none_lets_the_next_one_decide() -> None:
-    class Nothing:
-        @hookimpl
-        def workpool_session_handler(self, item: WorkItem) -> None: ...
-
-    assert chosen(load(Nothing(), Second()), item()) == "Second.run"
-
-
-def test_tryfirst_and_trylast_are_respected() -> None:
-    class Early(Answering):
-        @hookimpl(tryfirst=True)
-        def workpool_session_handler(self) -> Any:
-            return self.run
-
-    class Late(Answering):
-        @hookimpl(trylast=True)
-        def workpool_session_handler(self) -> Any:
-            return self.run
-
-    assert chosen(load(Late(), First(), Early()), item()) == "Early.run"
-    assert chosen(load(Late(), First()), item()) == "First.run"
-
-
-def test_a_plugin_is_asked_by_its_hook_before_its_rules_and_both_before_the_next() -> None:
-    class Mixed:
-        async def special(self, session: Session) -> None: ...
-
-        @handler
-        async def rest(self, session: Session) -> None: ...
-
-        @hookimpl
-        def workpool_session_handler(self, item: WorkItem) -> Any:
-            return self.special if "special" in item.metadata else None
-
-    plugins = load(Mixed(), Second())
-    assert chosen(plugins, item(special="yes")) == "Mixed.special"
-    assert chosen(plugins, item()) == "Mixed.rest"
-
-
-def test_rules_match_equal_type_and_equal_metadata() -> None:
-    plugins = load(marked(type="build", metadata={"job": "a", "team": "x"}))
-    assert chosen(plugins, item("build", job="a", team="x", more="1")) == "daily.daily"
-    assert chosen(plugins, item("session", job="a", team="x")) is None
-    assert chosen(plugins, item("build", job="a")) is None
-    assert chosen(plugins, item("build", job="a", team="y")) is None
-    assert chosen(plugins, item("build")) is None
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_more_specific_rule_goes_first_wherever_it_stands(order: tuple[int, ...]) -> None:
-    functions = [
-        marked("anything"),
-        marked("reports", metadata={"job": "report"}),
-        marked("daily", metadata={"job": "report", "every": "day"}),
-    ]
-
-    module = type("Jobs", (), {str(function): staticmethod(function) for function in functions})
-    for plugins in (load(*(functions[index] for index in order)), load(module)):
-
-        def function_for(plugins: Plugins, **metadata: str) -> object:
-            answer = plugins.handler_for(item(**metadata))
-            return answer and answer.call
-
-        assert function_for(plugins) is functions[0]
-        assert function_for(plugins, job="report") is functions[1]
-        assert function_for(plugins, job="report", every="day") is functions[2]
-        assert function_for(plugins, every="day") is functions[0]
-
-
-def test_a_rule_that_refines_nothing_before_it_waits_for_its_plugins_turn() -> None:
-    one, two = marked("one", metadata={"a": "1"}), marked("two", metadata={"b": "1", "c": "1"})
-    both = item(a="1", b="1", c="1")
-    assert chosen(load(one, two), both) == "one.one"
-    assert chosen(load(two, one), both) == "two.two"
-    assert chosen(load(First(), two), both) == "First.run"
-
-
-def test_nothing_to_handle_with_is_visible() -> None:
-    class Observer:
-        @hookimpl
-        def workpool_event(self, event: Event) -> None: ...
-
-    assert not load(Observer()).can_handle
-    assert load(Observer()).handler_for(item()) is None
-    assert load(First()).can_handle
-    assert load(marked()).can_handle
-    assert not load(First()).observers
-
-
-async def top(session: Session) -> None: ...
-
-
-@handler(timeout=9.0, max_sessions=1)
-async def limited(session: Session) -> None: ...
-
-
-class Call:
-    async def __call__(self, session: Session) -> None: ...
-
-
-@pytest.mark.parametrize(
-    ("call", "name", "limits"),
-    [
-        (top, "Router.top", (None, None)),
-        (functools.partial(top), "Router.top", (None, None)),
-        (Call(), "Router.Call", (None, None)),
-        (limited, "Router.limited", (9.0, 1)),
-        (functools.partial(limited), "Router.limited", (9.0, 1)),
-    ],
-)
-def test_what_a_hook_may_answer(call: Any, name: str, limits: tuple[Any, Any]) -> None:
-    class Router:
-        @hookimpl
-        def workpool_session_handler(self) -> Any:
-            return functools.partial(call) if isinstance(call, functools.partial) else call
-
-    plugins = load(Router())
-    answer = plugins.handler_for(item())
-    assert answer is not None
-    assert (answer.name, answer.plugin) == (name, "Router")
-    assert (answer.timeout, answer.max_sessions) == limits
-    assert answer == plugins.handler_for(item(job="other"))
 
 
 # -- refused at start ------------------------------------------------------------------------------
@@ -583,168 +430,3 @@ def test_an_interrupt_while_loading_passes(disk: Disk) -> None:
     name = disk.module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load(names=(name,))
-
-
-# -- errors later on -------------------------------------------------------------------------------
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.seen: list[Event] = []
-
-    @hookimpl
-    def workpool_event(self, event: Event) -> None:
-        self.seen.append(event)
-
-
-class Failing:
-    def __init__(self, error: BaseException | None = None) -> None:
-        self.error = error or ValueError("secret of the plugin")
-        self.calls: list[Event] = []
-
-    @hookimpl
-    def workpool_event(self, event: Event) -> None:
-        self.calls.append(event)
-        raise self.error
-
-
-class AlsoFailing(Failing): ...
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_a_choosing_hook_that_raises_is_blamed_and_the_next_is_not_asked(
-    error: BaseException, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Broken:
-        @hookimpl
-        def workpool_session_handler(self) -> None:
-            raise error
-
-    recorder, metrics = Recorder(), Recorder()
-    plugins = load(Broken(), First(), recorder)
-    plugins.metrics = metrics.workpool_event
-    with pytest.raises(PluginError) as caught:
-        plugins.handler_for(item())
-    assert caught.value.plugin == "Broken"
-    assert caught.value.__cause__ is error
-    fact = PluginFailed("Broken", "workpool_session_handler", error)
-    assert recorder.seen == metrics.seen == [fact]
-    assert "workpool_session_handler raised" in caplog.text
-
-
-def plain_def(session: Session) -> None: ...
-
-
-def not_async(session: Session) -> Awaitable[None]:
-    return top(session)
-
-
-@pytest.mark.parametrize("answer", [plain_def, 7, Call, not_async, True])
-def test_an_answer_that_cannot_be_run_is_blamed_on_the_plugin(answer: object) -> None:
-    class Broken:
-        @hookimpl
-        def workpool_session_handler(self) -> object:
-            return answer
-
-    recorder = Recorder()
-    plugins = load(Broken(), recorder)
-    with pytest.raises(PluginError, match=r"'Broken': .* not an async callable") as caught:
-        plugins.handler_for(item())
-    assert recorder.seen == [PluginFailed("Broken", "workpool_session_handler", caught.value)]
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_a_failing_observer_stops_nobody_and_the_others_learn_of_it(
-    error: BaseException, caplog: pytest.LogCaptureFixture
-) -> None:
-    before, after = Recorder(), type("After", (Recorder,), {})()
-    failing, metrics = Failing(error), Recorder()
-    plugins = load(before, failing, after)
-    plugins.metrics = metrics.workpool_event
-    plugins.notify(FACT)
-
-    failed = PluginFailed("Failing", "workpool_event", error)
-    assert before.seen == [FACT, failed]
-    assert after.seen == [failed, FACT]
-    assert metrics.seen == [FACT, failed]
-    assert failing.calls == [FACT]
-    assert "'Failing': workpool_event raised" in caplog.text
-
-
-def test_two_failing_observers_do_not_tell_each_other_for_ever() -> None:
-    one, two, metrics = Failing(), AlsoFailing(), Recorder()
-    plugins = load(one, two)
-    plugins.metrics = metrics.workpool_event
-    plugins.notify(FACT)
-
-    assert (len(one.calls), len(two.calls)) == (2, 2)
-    blamed = [event.plugin for event in metrics.seen if isinstance(event, PluginFailed)]
-    assert blamed == ["Failing", "AlsoFailing", "AlsoFailing", "Failing"]
-
-
-def test_one_traceback_per_kind_of_failure(caplog: pytest.LogCaptureFixture) -> None:
-    failing = Failing()
-    plugins = load(failing)
-    plugins.notify(FACT)
-    plugins.notify(FACT)
-    failing.error = KeyError("other")
-    plugins.notify(FACT)
-
-    assert [bool(record.exc_info) for record in caplog.records] == [True, False, True]
-
-
-def test_an_interrupt_from_an_observer_passes() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        load(Failing(KeyboardInterrupt())).notify(FACT)
-
-
-def test_metrics_come_first_and_alone_on_request() -> None:
-    order: list[str] = []
-
-    class Observer:
-        @hookimpl
-        def workpool_event(self) -> None:
-            order.append("observer")
-
-    plugins = load(Observer())
-    plugins.metrics = lambda _: order.append("metrics")
-    plugins.notify(FACT)
-    plugins.notify_metrics(FACT)
-    plugins.notify_observers(FACT)
-
-    assert order == ["metrics", "observer", "metrics", "observer"]
-
-
-def test_failing_metrics_stop_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder()
-    plugins = load(recorder)
-    plugins.metrics = Failing().workpool_event
-    plugins.notify(FACT)
-
-    assert recorder.seen == [FACT]
-    assert "metrics failed" in caplog.text
-
-
-@pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
-def test_a_context_hook_that_raises_is_not_caught(hook: str) -> None:
-    def implementation() -> None:
-        raise LookupError("no database")
-
-    plugins = load(type("Broken", (), {hook: staticmethod(hookimpl(implementation))})())
-    argument: Any = None
-    ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
-    with pytest.raises(LookupError, match="no database"):
-        ask(argument)
-
-
-@pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
-@pytest.mark.parametrize("answer", [7, MappingProxyType({}), open])
-def test_an_answer_that_is_no_context_is_blamed_on_the_plugin(hook: str, answer: object) -> None:
-    def implementation() -> object:
-        return answer
-
-    plugins = load(type("Broken", (), {hook: staticmethod(hookimpl(implementation))})())
-    argument: Any = None
-    ask = plugins.contexts if hook == "workpool_wrap_session" else plugins.lifespans
-    with pytest.raises(PluginError, match=f"'Broken': {hook} returned .* async context manager"):
-        ask(argument)
