@@ -7,12 +7,17 @@ that names the field; its content is never quoted.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.wire import protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import datetime
 
     from workpool.wire.protocol import State
 
@@ -21,7 +26,8 @@ if TYPE_CHECKING:
 class WorkItem:
     """One item of the queue. Times are aware datetimes; `metadata` is read-only.
 
-    `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`.
+    `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
+    session must have: it is empty for an item of another type that came without one.
     `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next beat
     must expect, to the letter (protocol §3.3).
     """
@@ -59,3 +65,147 @@ class QueueStats:
     pending: int
     oldest_queued_at: datetime | None
     workers_polling: int
+
+
+def parse_item(obj: object) -> WorkItem:
+    """Read a work item (protocol §2). On the hot path: three times per session.
+
+    Raises:
+        ValueError: A field is missing or malformed; names the field, never quotes it.
+    """
+    get = _object("work item", obj).get
+    data = _object("data", get("data"))
+    beat = get("latest_heartbeat_at")
+    return WorkItem(
+        id=_id("id", get("id")),
+        type=_text("data.type", data.get("type")),
+        session_id=_subject(data),
+        environment_id=_id("environment_id", get("environment_id")),
+        state=_state(get("state")),
+        metadata=_metadata(get("metadata")),
+        created_at=_time("created_at", get("created_at")),
+        acknowledged_at=_time_or_none("acknowledged_at", get("acknowledged_at")),
+        started_at=_time_or_none("started_at", get("started_at")),
+        latest_heartbeat_at=_time_or_none("latest_heartbeat_at", beat),
+        last_heartbeat=beat,
+        stop_requested_at=_time_or_none("stop_requested_at", get("stop_requested_at")),
+        stopped_at=_time_or_none("stopped_at", get("stopped_at")),
+    )
+
+
+def parse_heartbeat(obj: object) -> Heartbeat:
+    """Read the answer to a heartbeat (protocol §2).
+
+    Raises:
+        ValueError: A field is missing or malformed; names the field, never quotes it.
+    """
+    get = _object("heartbeat", obj).get
+    beat = _text("last_heartbeat", get("last_heartbeat"))
+    if len(beat) > _TIME_LENGTH_MAX:
+        raise ValueError("last_heartbeat: too long")
+    return Heartbeat(
+        # The sibling writes "" where no beat was recorded: what a next beat must then expect.
+        last_heartbeat=beat or protocol.NO_HEARTBEAT,
+        lease_extended=_flag("lease_extended", get("lease_extended")),
+        state=_state(get("state")),
+        ttl_seconds=_seconds("ttl_seconds", get("ttl_seconds")),
+    )
+
+
+def parse_stats(obj: object) -> QueueStats:
+    """Read the queue stats (protocol §2); the sibling may leave `workers_polling` out.
+
+    Raises:
+        ValueError: A field is missing or malformed; names the field, never quotes it.
+    """
+    get = _object("queue stats", obj).get
+    workers = get("workers_polling")
+    return QueueStats(
+        depth=_count("depth", get("depth")),
+        pending=_count("pending", get("pending")),
+        oldest_queued_at=_time_or_none("oldest_queued_at", get("oldest_queued_at")),
+        workers_polling=0 if workers is None else _count("workers_polling", workers),
+    )
+
+
+_is_id = re.compile(protocol.ID_PATTERN).fullmatch
+_NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
+_TIME_LENGTH_MAX: Final = 64
+"""A heartbeat's time goes back to the control plane in a URL, which must stay short."""
+
+
+def _object(name: str, value: object) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"{name}: not an object")
+
+
+def _text(name: str, value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{name}: not a string")
+
+
+def _id(name: str, value: object) -> str:
+    # Ids become parts of URLs: one that is malformed must not get that far (protocol §1).
+    if isinstance(value, str) and _is_id(value):
+        return value
+    raise ValueError(f"{name}: not an id")
+
+
+def _subject(data: dict[str, Any]) -> str:
+    subject = data.get("id")
+    if subject is None and data["type"] != protocol.SESSION:
+        return ""
+    return _id("data.id", subject)
+
+
+def _state(value: object) -> State:
+    if value in protocol.STATES:
+        return value
+    raise ValueError("state: not one of the protocol's five")
+
+
+def _metadata(value: object) -> Mapping[str, str]:
+    if value is None:
+        return _NO_METADATA
+    metadata = _object("metadata", value)
+    for entry in metadata.values():
+        _text("metadata", entry)
+    return MappingProxyType(metadata)
+
+
+def _time(name: str, value: object) -> datetime:
+    if isinstance(value, str) and len(value) <= _TIME_LENGTH_MAX:
+        try:
+            time = datetime.fromisoformat(value)
+            if time.tzinfo is UTC:
+                return time
+            if time.tzinfo is not None:
+                return time.astimezone(UTC)
+        except (ValueError, OverflowError):
+            pass
+    # Raised out here, so that no chained error quotes the value.
+    raise ValueError(f"{name}: not a time with a zone")
+
+
+def _time_or_none(name: str, value: object) -> datetime | None:
+    return None if value is None else _time(name, value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{name}: not a boolean")
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"{name}: not a count")
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return value
+    raise ValueError(f"{name}: not a positive number of seconds")

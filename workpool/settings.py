@@ -1,0 +1,350 @@
+"""Every setting of a worker, from keywords, environment and a TOML file (design §5).
+
+Reads its sources once, when constructed, and is frozen from then on; only the token's source is
+read again, by `read_token`. No error, repr or log may show a value: a wrong one may be a secret
+that was put into the wrong place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+from yarl import URL
+
+from workpool.errors import SettingsError
+from workpool.wire import protocol
+from workpool.wire.credentials import read_credential
+from workpool.wire.dialect import DIALECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    Table = dict[str, Any]
+
+PREFIX: Final = "WORKPOOL_"
+CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
+PORT_MAX: Final = 65535
+DEFAULT_READ_RATE: Final = 50.0
+DEFAULT_WRITE_RATE: Final = 20.0
+"""The vendor's advice (protocol §1)."""
+_LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
+
+
+class Address(NamedTuple):
+    """Where to listen; `host` None = on all interfaces, `port` 0 = any free one."""
+
+    host: str | None
+    port: int
+
+
+def parse_listen(value: str) -> Address | None:
+    """Read `HOST:PORT`, `[V6]:PORT`, `:PORT`, or `off` (None).
+
+    Raises:
+        ValueError: It is none of these; not quoted.
+    """
+    if value == "off":
+        return None
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value)
+    if match is None or int(match[3]) > PORT_MAX:
+        raise ValueError("not HOST:PORT, [IPV6]:PORT, :PORT or off")
+    return Address(match[1] or match[2] or None, int(match[3]))
+
+
+def _check_listen(value: str) -> str:
+    parse_listen(value)
+    return value
+
+
+def _check_base_url(value: str) -> str:
+    try:
+        url = URL(value)
+        host = url.host
+        _ = url.port
+    except ValueError:
+        raise ValueError("not a URL") from None
+    if url.scheme not in {"http", "https"} or not host or not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("not an http:// or https:// URL")
+    if url.raw_user is not None or url.raw_password is not None or "?" in value or "#" in value:
+        raise ValueError("must have no user, password, query or fragment")
+    return str(url).rstrip("/")
+
+
+def _split(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _host_name() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
+
+
+WorkerId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Level = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class Settings(BaseSettings):
+    """All settings of a worker; a keyword wins over a variable, that over the TOML file.
+
+    The variable of a setting is its name in upper case after `WORKPOOL_`. Durations are seconds
+    unless the name says otherwise.
+
+    Args:
+        config: A TOML file; None = the one that `WORKPOOL_CONFIG` names, if any. Its table
+            `[workpool]` holds settings, its tables `[workpool.plugin.NAME]` plugins' options.
+        values: Settings by name.
+
+    Raises:
+        SettingsError: Some values are wrong; names them all, and quotes none.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        str_strip_whitespace=True,
+        use_attribute_docstrings=True,
+    )
+
+    base_url: Annotated[str, AfterValidator(_check_base_url)] = protocol.QODER_BASE_URL
+    """The control plane's address, with the dialect's prefix. Default: the dialect's own."""
+    dialect: protocol.Dialect = "qoder"
+    """Which service's words to use: `qoder` or `anthropic`. Default: `qoder`."""
+    token: SecretStr | None = None
+    """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
+    token_file: Path | None = None
+    """A file that holds the credential, read again after a refusal. Default: none."""
+    environment_id: Annotated[str, Field(pattern=f"^{protocol.ID_PATTERN}$")] | None = None
+    """The environment whose work to do; needed to connect. Default: none."""
+    worker_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = Field(
+        default_factory=_host_name
+    )
+    """This worker's name on the wire; each start adds 8 random digits. Default: the host name."""
+    plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
+    """What to run, in order of preference; in a variable, separated by commas. Default: nothing."""
+
+    pollers: Annotated[int, Field(ge=1)] = 2
+    """How many polls may be in flight. Default: 2."""
+    concurrency: Annotated[int, Field(ge=1)] = 8
+    """How many sessions may run at once. Default: 8."""
+    prefetch: Annotated[int, Field(ge=0)] = 0
+    """How many items may wait for a slot; only for handlers that end within the reclaim window.
+    Default: 0."""
+    block_ms: Annotated[int, Field(ge=protocol.BLOCK_MS_MIN, le=protocol.BLOCK_MS_MAX)] = 999
+    """How long a poll may wait for work, in milliseconds, 1 to 999. Default: 999."""
+    reclaim_older_than_ms: Annotated[int, Field(ge=0)] = protocol.RECLAIM_OLDER_THAN_MS
+    """Take over what was delivered this many milliseconds ago and not acknowledged; the lowest in
+    the fleet decides for all. Default: 5000."""
+    lease_ttl: Annotated[int, Field(ge=protocol.TTL_MIN_SECONDS, le=protocol.TTL_MAX_SECONDS)] = (
+        protocol.TTL_DEFAULT_SECONDS
+    )
+    """The lease to ask for, in seconds, 10 to 600. Default: 60."""
+    stop_grace: NotNegative = 30.0
+    """What a session has, once asked to stop, before it is cancelled. Default: 30."""
+    session_timeout: Positive | None = None
+    """What a session may take, unless its handler says otherwise. Default: no limit."""
+    drain_timeout: NotNegative = 20.0
+    """What running sessions have when the pool goes away. Default: 20."""
+    request_timeout: Positive = 10.0
+    """What one request may take; a poll, beside the time that it blocks. Default: 10."""
+    max_block: Positive = 300.0
+    """How long a handler may block its event loop before its leases are given up. Default: 300."""
+    max_attempts: Annotated[int, Field(ge=1)] | None = None
+    """How often an item may be started before it is failed unrun. Default: no limit."""
+    report_errors: Literal["type", "message"] = "type"
+    """What the control plane learns of a handler's error: its `type`, or its `message` too, which
+    may carry secrets. Default: `type`."""
+
+    read_rate: NotNegative | None = None
+    """Reads a second; 0 = no limit. Default: 50 at the dialect's own `base_url`, else 0."""
+    write_rate: NotNegative | None = None
+    """Writes a second; 0 = no limit. Default: 20 at the dialect's own `base_url`, else 0."""
+    metrics_listen: Annotated[str, AfterValidator(_check_listen)] | None = None
+    """Where to serve metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or `off`.
+    Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded."""
+    stats_interval: NotNegative = 15.0
+    """How often to read the queue's stats; 0 = never. Default: 15."""
+    log_level: Annotated[Level, BeforeValidator(_lower)] = "info"
+    """The command line's least level: `debug` to `critical`. Default: `info`."""
+    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = "text"
+    """The command line's log lines: `text` or `json`. Default: `text`."""
+
+    _plugin_options: Mapping[str, Mapping[str, Any]] = PrivateAttr(default_factory=dict)
+    _unknown_variables: tuple[str, ...] = PrivateAttr(default=())
+
+    def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
+        file, plugin_options = _read_config(config or os.environ.get(CONFIG_VARIABLE))
+        merged, problems = _merge(file, EnvSettingsSource(type(self))(), values)
+        known = type(self).model_fields.keys()
+        problems += [_unknown(name, known) for name in merged if name not in known]
+        try:
+            super().__init__(**{name: merged[name] for name in known if name in merged})
+        except ValidationError as error:
+            problems += _explain(error)
+        # Raised out here: a ValidationError carries the values.
+        if problems:
+            raise SettingsError(tuple(problems))
+        self._plugin_options = plugin_options
+        self._unknown_variables = _unknown_variables(known)
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: Any, init_settings: Any, *others: Any, **named: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what `__init__` merged, and nothing else."""
+        del settings_cls, others, named
+        return (init_settings,)
+
+    @property
+    def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """The tables `[workpool.plugin.NAME]`, by name; may hold secrets of plugins."""
+        return self._plugin_options
+
+    @property
+    def metrics_address(self) -> Address | None:
+        """`metrics_listen`, read; None when off or not set."""
+        return None if self.metrics_listen is None else parse_listen(self.metrics_listen)
+
+    @property
+    def read_limit(self) -> float:
+        """The read rate in force, per second; 0 = no limit."""
+        return self._limit(self.read_rate, DEFAULT_READ_RATE)
+
+    @property
+    def write_limit(self) -> float:
+        """The write rate in force, per second; 0 = no limit."""
+        return self._limit(self.write_rate, DEFAULT_WRITE_RATE)
+
+    def read_token(self) -> str:
+        """Read the credential from its source, anew at every call.
+
+        Raises:
+            SettingsError: There is none, it cannot be read, or it cannot be a credential.
+        """
+        given = None if self.token is None else self.token.get_secret_value()
+        variable = DIALECTS[self.dialect].credential_variable
+        return read_credential(given, self.token_file, variable)
+
+    def require_connection(self) -> None:
+        """Check that there is all that a connection needs.
+
+        Raises:
+            SettingsError: What is missing, all of it, with the variables to set.
+        """
+        problems: list[str] = []
+        if self.environment_id is None:
+            problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID)")
+        try:
+            self.read_token()
+        except SettingsError as error:
+            problems += error.problems
+        if problems:
+            raise SettingsError(tuple(problems))
+
+    def warnings(self) -> tuple[str, ...]:
+        """What is allowed and probably not meant, a sentence each, for the log at start."""
+        found = list(self._unknown_variables)
+        url = URL(self.base_url)
+        if url.scheme == "http" and not _LOOPBACK(url.host or ""):
+            found.append("base_url: plain http, so the token can be read on the way")
+        beats = self.concurrency * 3 / self.lease_ttl
+        if 0 < self.write_limit < 2 * beats:
+            found.append(
+                f"write_rate: {self.concurrency} sessions send {beats:.1f} heartbeats a second,"
+                f" more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
+            )
+        return tuple(found)
+
+    def _limit(self, rate: float | None, default: float) -> float:
+        if rate is not None:
+            return rate
+        return default if self.base_url == DIALECTS[self.dialect].base_url else 0.0
+
+
+def _read_config(path: str | os.PathLike[str] | None) -> tuple[Table, Mapping[str, Table]]:
+    """The table `[workpool]` without its plugins' tables, and those."""
+    if not path:
+        return {}, {}
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file).get("workpool")
+        problem = "has no table [workpool]"
+    except OSError as error:
+        table, problem = None, error.strerror or "cannot be read"
+    except ValueError as error:  # not TOML, or not UTF-8
+        place = re.search(r"\(at line \d+, column \d+\)$", str(error))
+        table, problem = None, f"not TOML {place[0]}" if place else "not TOML"
+    if not isinstance(table, dict):
+        raise SettingsError((f"config: {problem}",))
+    plugins = table.pop("plugin", {})
+    if not isinstance(plugins, dict) or not all(isinstance(t, dict) for t in plugins.values()):
+        raise SettingsError(("config: [workpool.plugin] holds something else than tables",))
+    return table, plugins
+
+
+def _merge(*layers: Table) -> tuple[Table, list[str]]:
+    """Later layers win; what is wrong with their combination comes along."""
+    merged: Table = {}
+    problems: list[str] = []
+    for layer in layers:
+        credentials = [name for name in ("token", "token_file") if layer.get(name) is not None]
+        if len(credentials) > 1:
+            problems.append("token, token_file: set one of the two")
+        if credentials:
+            # A token given in code must not lose against a file named in the environment.
+            merged.pop("token", None)
+            merged.pop("token_file", None)
+        merged |= layer
+    for name, rules in DIALECTS.items():
+        if name == merged.get("dialect"):
+            merged.setdefault("base_url", rules.base_url)
+    return merged, problems
+
+
+def _explain(error: ValidationError) -> list[str]:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return [f"{each['loc'][0]}: {each['msg'].removeprefix('Value error, ')}" for each in found]
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"{name}: no such setting" + (f", did you mean {close[0]}?" if close else "")
+
+
+def _unknown_variables(known: Iterable[str]) -> tuple[str, ...]:
+    names = {f"{PREFIX}{name.upper()}" for name in known} | {CONFIG_VARIABLE}
+    return tuple(
+        _unknown(name, names)
+        for name in sorted(os.environ)
+        if name.upper().startswith(PREFIX) and name.upper() not in names
+    )

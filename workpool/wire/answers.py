@@ -1,0 +1,165 @@
+"""What an HTTP answer means: the error tree's reading of statuses, bodies and `Retry-After`.
+
+Pure functions. Nothing here quotes a body, except the message of an error envelope: cut short,
+without control characters, and with our token taken out (protocol §1).
+"""
+
+from __future__ import annotations
+
+import http
+import re
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import orjson
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    PreconditionError,
+    RefusedError,
+    TransientError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+
+RETRY_AFTER_MAX_SECONDS: Final = 300.0
+"""No control plane silences a worker for longer than this with one header."""
+SUCCESS: Final = range(200, 300)
+_REDIRECTS: Final = range(300, 400)
+MESSAGE_MAX: Final = 300
+_WORD_MAX: Final = 64
+_NO_CONTENT: Final = 204
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
+_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, *range(500, 600)})
+_OWN_LABEL: Final = frozenset({304, 400, 401, 403, 404, 409, 412, 429})
+
+
+class NoContent:
+    """The type of `NO_CONTENT`."""
+
+
+NO_CONTENT: Final = NoContent()
+"""What a 204 is parsed as: different from the JSON literal null, which has a meaning of its own."""
+
+
+class Answer(NamedTuple):
+    """An HTTP answer, read to its end; `body` is None when it was larger than we accept."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes | None
+
+
+def code_of(status: int) -> str:
+    """The label of a status in metrics.md; "error" for what the protocol does not know, as 302."""
+    return _CODES.get(status, "error")
+
+
+_CODES: Final[Mapping[int, str]] = {
+    status: str(status) if status in _OWN_LABEL else f"{status // 100}xx"
+    for status in (*SUCCESS, 304, *range(400, 600))
+}
+
+
+def value_of(op: str, answer: Answer, parse: Callable[[object], T]) -> T:
+    """Parse a success.
+
+    Raises:
+        TransientError: It is not what `parse` expects, which raises ValueError then.
+    """
+    if answer.body is None:
+        problem = "the answer is larger than we accept"
+    else:
+        try:
+            return parse(NO_CONTENT if answer.status == _NO_CONTENT else orjson.loads(answer.body))
+        except orjson.JSONDecodeError:
+            problem = "the answer is not JSON"
+        except ValueError as error:
+            problem = f"the answer is malformed: {error}"
+    # Raised out here: a JSONDecodeError carries the whole body.
+    raise TransientError(op, answer.status, problem, reason="bad_body")
+
+
+def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:
+    """The error for a status outside `SUCCESS` (design §2); `token` is kept out of its message."""
+    status = answer.status
+    if status in _REDIRECTS:
+        # Not followed: our token would travel to wherever the answer says.
+        return RefusedError(op, status, "redirected, so base_url is not the control plane's own")
+    envelope = _envelope(answer.body)
+    message = _clean(envelope.get("message"), token, MESSAGE_MAX) or _phrase(status)
+    if status in _TRANSIENT_STATUSES:
+        return TransientError(
+            op,
+            status,
+            message,
+            reason="throttled" if status == http.HTTPStatus.TOO_MANY_REQUESTS else "server_error",
+            retry_after=retry_after_of(answer.headers),
+        )
+    kind = _REFUSALS.get(status, RefusedError)
+    return kind(
+        op,
+        status,
+        message,
+        error_type=_clean(envelope.get("type"), token, _WORD_MAX),
+        param=_clean(envelope.get("param"), token, _WORD_MAX),
+    )
+
+
+_REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
+    409: ConflictError,
+    412: PreconditionError,
+}
+
+
+def retry_after_of(headers: Mapping[str, str]) -> float | None:
+    """Seconds that `Retry-After` asks for, at most 300; None when absent, past or not readable."""
+    value = headers.get("Retry-After", "").strip()
+    if _SECONDS(value):
+        return min(float(value), RETRY_AFTER_MAX_SECONDS)
+    until = _date(value)
+    if until is None:
+        return None
+    # Measured on the clock that the date was written by, where the answer tells it: a worker whose
+    # own clock is an hour off would else wait for an hour, or not at all.
+    seconds = (until - (_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
+    return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else None
+
+
+def _date(value: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
+
+
+def _envelope(body: bytes | None) -> dict[str, Any]:
+    """`error` of the envelope (protocol §1); empty when the body is not one."""
+    try:
+        envelope = orjson.loads(body or b"")
+    except orjson.JSONDecodeError:
+        return {}
+    error = envelope.get("error") if isinstance(envelope, dict) else None
+    return error if isinstance(error, dict) else {}
+
+
+def _clean(text: object, token: str, limit: int) -> str | None:
+    """`text` fit for a log line: our token is cut out before the rest is cut short."""
+    if not isinstance(text, str):
+        return None
+    line = _CONTROL.sub(" ", text).replace(token, "[token]").strip()
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def _phrase(status: int) -> str:
+    try:
+        return http.HTTPStatus(status).phrase
+    except ValueError:
+        return "unknown status"

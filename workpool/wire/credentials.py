@@ -1,0 +1,54 @@
+"""Where the token comes from: given, in a file, or in the service's own variable (design §5).
+
+Read anew at every call, so that a rotated token is found. No error quotes what was read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from typing import TYPE_CHECKING, Final
+
+from workpool.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILE_LIMIT_BYTES: Final = 64 * 1024
+_is_token = re.compile(r"[\x21-\x7e]+").fullmatch
+
+
+def read_credential(given: str | None, path: Path | None, variable: str) -> str:
+    """The token: `given`, else what the file holds, else what the variable holds.
+
+    Raises:
+        SettingsError: There is none, it cannot be read, or it could not stand in a header.
+    """
+    if given is not None:
+        source, text = "token", given
+    elif path is not None:
+        source, text = "token_file", _read_file(path)
+    else:
+        source, text = variable, os.environ.get(variable, "")
+        if not text:
+            names = f"WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or {variable}"
+            raise SettingsError((f"token: not set (set {names})",))
+    token = text.strip()
+    if not token:
+        raise SettingsError((f"{source}: empty",))
+    if not _is_token(token):
+        raise SettingsError((f"{source}: holds characters that no token has",))
+    return token
+
+
+def _read_file(path: Path) -> str:
+    problem = "not a file"
+    try:
+        # Asked first: opening a pipe would wait for its writer.
+        if stat.S_ISREG(path.stat().st_mode):
+            with path.open("rb") as file:
+                return file.read(FILE_LIMIT_BYTES).decode("ascii", "replace")
+    except OSError as error:
+        problem = error.strerror or "cannot be read"
+    raise SettingsError((f"token_file: {problem}",))

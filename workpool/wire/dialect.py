@@ -1,0 +1,55 @@
+"""What differs between the two services that speak this protocol (protocol §6), as one table.
+
+Only what a request looks like: answers are read alike in both dialects.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from workpool.wire import protocol
+
+
+@dataclass(frozen=True, slots=True)
+class DialectRules:
+    """One column of protocol §6.
+
+    Attributes:
+        base_url: The service's own address, used where `base_url` is not set.
+        credential_variable: The environment variable in which the service's users keep their token.
+        worker_id_header: The header that says who we are.
+        work_query: Added to the query of every work call, empty for none.
+        headers: Sent with every request.
+    """
+
+    base_url: str
+    credential_variable: str
+    worker_id_header: str
+    work_query: str
+    headers: Mapping[str, str]
+
+
+DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
+    {
+        protocol.QODER: DialectRules(
+            base_url=protocol.QODER_BASE_URL,
+            credential_variable="QODER_PAT",
+            worker_id_header=protocol.WORKER_ID_HEADER,
+            work_query="",
+            headers=MappingProxyType({}),
+        ),
+        protocol.ANTHROPIC: DialectRules(
+            base_url=protocol.ANTHROPIC_BASE_URL,
+            credential_variable="ANTHROPIC_ENVIRONMENT_KEY",
+            worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
+            work_query="beta=true",
+            headers=MappingProxyType(
+                {
+                    "anthropic-version": protocol.ANTHROPIC_VERSION,
+                    "anthropic-beta": protocol.ANTHROPIC_BETA,
+                }
+            ),
+        ),
+    }
+)

@@ -1,0 +1,249 @@
+"""One HTTP request and its answer: connections, headers, limits, credentials (design §2, §5).
+
+Owns the connections and the token in use. It knows no call of the protocol by name: `client.py`
+says what to send and how to read the answer. It never retries, but for two cases:
+
+- a 401 or 403 is repeated once, at once, when the token source holds another token by now;
+- aiohttp repeats a GET whose kept-alive connection turns out to be dead. A repeated poll may have
+  delivered an item to nobody, which costs that item a redelivery (design §1) and nothing else;
+  the other reads change nothing. A POST is never repeated: an ack, a beat or a stop that may have
+  been applied is for the pool to judge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import math
+import time
+from contextlib import suppress
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Final, TypeVar
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
+from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.dialect import DIALECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.settings import Settings
+    from workpool.wire.calls import Call
+
+T = TypeVar("T")
+
+ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
+KEEPALIVE_SECONDS: Final = 30.0
+"""Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
+SPARE_CONNECTIONS: Final = 16
+_TRANSIENT: Final = (
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
+    TimeoutError,
+    OSError,
+)
+"""What may pass by itself. Anything else is a bug and must be loud (design §2)."""
+
+
+class Transport:
+    """Requests of one client, on one event loop.
+
+    Args:
+        settings: Where to, and with which credentials.
+        session: The caller's own session, which stays open; None = one is made, and closed.
+    """
+
+    def __init__(self, settings: Settings, session: aiohttp.ClientSession | None) -> None:
+        self._settings = settings
+        self._given = session
+        self._worker_id: str | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.on_request: Callable[[str, str, float], None] | None = None
+        self.on_credential_refresh: Callable[[str], None] | None = None
+
+    def open(self, worker_id: str | None) -> None:
+        """Read the token and make ready to connect; connects to nothing yet."""
+        if self._loop is not None:
+            raise RuntimeError("this WorkClient is open already")
+        self._worker_id = worker_id
+        self._use(self._settings.read_token())
+        self._proxy = None if self._given else proxy_of(URL(self._settings.base_url))
+        self._session = self._given or self._connect()
+        self._loop = asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """Close the connections, unless they are the caller's."""
+        self._loop = None
+        if self._given is None:
+            await self._session.close()
+
+    async def send(self, call: Call[T], url: URL, seconds: float, body: bytes | None = None) -> T:
+        """Send one request and read its answer, all within `seconds`.
+
+        Raises:
+            ControlPlaneError: Whatever is not the success that `call` expects.
+            RuntimeError: On another event loop than the one it was opened on.
+        """
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this WorkClient is not open: use it inside `async with`"
+                if self._loop is None
+                else "this WorkClient was opened on another event loop"
+            )
+        until = time.monotonic() + seconds
+        token = self._token
+        answer = await self._exchange(call, url, seconds, body)
+        if answer.status in {401, 403} and await self._renewed(token, until):
+            token = self._token
+            answer = await self._exchange(call, url, until - time.monotonic(), body)
+        if answer.status in SUCCESS:
+            return value_of(call.op, answer, call.parse)
+        raise error_of(call.op, answer, token)
+
+    async def _exchange(
+        self, call: Call[T], url: URL, seconds: float, body: bytes | None
+    ) -> Answer:
+        if seconds <= 0:  # which aiohttp would take for "no limit"
+            raise TransientError(call.op, None, "no time left to ask", reason="timeout")
+        started = time.monotonic()
+        code = "error"
+        try:
+            async with self._session.request(
+                call.method,
+                url,
+                data=body,
+                headers=self._headers if body is None else self._json_headers,
+                timeout=_limit(seconds),
+                proxy=self._proxy,
+                allow_redirects=False,
+                raise_for_status=False,
+            ) as response:
+                answer = Answer(response.status, response.headers, await read_bounded(response))
+                code = code_of(answer.status)
+                return answer
+        except _TRANSIENT as error:
+            failure = no_answer(call.op, error)
+        finally:
+            if self.on_request is not None:
+                self.on_request(call.op, code, time.monotonic() - started)
+        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
+        raise failure
+
+    async def _renewed(self, refused: str, until: float) -> bool:
+        """Whether another token than the refused one is at hand, its source being read again."""
+        if self._token != refused:
+            return True  # a request that was refused before us has seen to it
+        read = self._settings.read_token
+        result = "error"
+        try:
+            async with asyncio.timeout(until - time.monotonic()):
+                # A file may lie on a disk that does not answer: never read on this loop.
+                token = await asyncio.to_thread(read) if self._settings.token_file else read()
+            result = "ok"
+        except (SettingsError, TimeoutError):
+            return False
+        finally:
+            if self.on_credential_refresh is not None:
+                self.on_credential_refresh(result)
+        if token != refused:
+            self._use(token)
+        return self._token != refused
+
+    def _use(self, token: str) -> None:
+        """Build the headers that every request bears from now on."""
+        rules = DIALECTS[self._settings.dialect]
+        # Given with each request, never as defaults of the session: aiohttp sends those to a proxy.
+        headers = CIMultiDict(
+            {
+                "Authorization": f"Bearer {token}",
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",  # half a kilobyte is not worth unpacking
+                "User-Agent": f"workpool/{_version()}",
+                **rules.headers,
+            }
+        )
+        if self._worker_id is not None:
+            headers[rules.worker_id_header] = self._worker_id
+        self._token = token
+        self._headers = headers
+        self._json_headers = CIMultiDict(headers, **{"Content-Type": "application/json"})
+
+    def _connect(self) -> aiohttp.ClientSession:
+        settings = self._settings
+        # All that the pool does at once, and some for what handlers add: a limit that is too low
+        # would make a beat wait for a poll.
+        places = settings.concurrency + settings.prefetch + settings.pollers
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=places + SPARE_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Content-Type",),  # a POST without a body has no type
+        )
+
+
+async def read_bounded(response: aiohttp.ClientResponse) -> bytes | None:
+    """The body, unpacked; None, and the connection is closed, when it is larger than we accept."""
+    if (response.content_length or ANSWER_LIMIT_BYTES + 1) <= ANSWER_LIMIT_BYTES and (
+        "Content-Encoding" not in response.headers
+    ):
+        return await response.read()
+    chunks: list[bytes] = []
+    room = ANSWER_LIMIT_BYTES
+    async for chunk in response.content.iter_any():
+        room -= len(chunk)
+        if room < 0:
+            response.close()
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def no_answer(op: str, error: BaseException) -> ControlPlaneError:
+    """The error for a request that was not answered."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        # Nothing that passes by itself, and no one we may talk to: as good as a refusal.
+        problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
+        return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
+    if isinstance(error, TimeoutError):
+        return TransientError(op, None, "no answer in time", reason="timeout")
+    # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
+    told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
+    return TransientError(op, None, f"no answer: {told}", reason="network")
+
+
+def proxy_of(url: URL) -> URL | None:
+    """The proxy that the environment names for `url` (`HTTPS_PROXY`, `NO_PROXY`, …).
+
+    Looked up once per client. aiohttp's `trust_env` would do it for every request, on a thread,
+    and refuse our Authorization header wherever a `.netrc` names the host.
+
+    Raises:
+        SettingsError: It cannot be used; it is not quoted, as it may hold a password.
+    """
+    text = getproxies().get(url.scheme)
+    if not text or proxy_bypass(url.host or ""):
+        return None
+    with suppress(ValueError):
+        proxy = URL(text if "://" in text else f"http://{text}")
+        if proxy.scheme in {"http", "https"} and proxy.host:
+            return proxy
+    raise SettingsError((f"{url.scheme.upper()}_PROXY: not the URL of an HTTP proxy",))
+
+
+@lru_cache(maxsize=256)
+def _limit(seconds: float) -> aiohttp.ClientTimeout:
+    # aiohttp rounds a limit above `ceil_threshold` up to a whole second of its clock: a beat's
+    # bound is derived from its lease and must hold as it is.
+    return aiohttp.ClientTimeout(total=seconds, ceil_threshold=math.inf)
+
+
+@cache
+def _version() -> str:
+    return importlib.metadata.version("workpool")
