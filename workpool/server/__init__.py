@@ -12,6 +12,7 @@ from workpool.server.errors import Refusal, ServeError, StoreError
 from workpool.server.history import History, Record, Summary, summarize
 from workpool.server.item import Item
 from workpool.server.operations import Operations, Poll
+from workpool.server.sqlite import SqliteStore
 from workpool.server.store import MemoryStore, Store
 from workpool.server.tokens import parse_token_file
 
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "Refusal",
     "ServeError",
+    "SqliteStore",
     "Store",
     "StoreError",
     "Summary",

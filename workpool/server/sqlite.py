@@ -1,0 +1,230 @@
+"""A store that survives kill -9: SQLite, written by one thread.
+
+Everything saved while a commit was under way goes into the next one, so that many calls share one
+sync to disk. The file is locked while open: two servers on one file would each believe their own
+memory. A store that failed once accepts nothing any more: memory and file no longer agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections import deque
+from contextlib import closing
+from dataclasses import fields
+from importlib.resources import files
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import orjson
+
+from workpool.server.errors import StoreError
+from workpool.server.item import Item
+from workpool.server.sessions import Session
+from workpool.server.store import Contents
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+log = logging.getLogger("workpool.server")
+
+SCHEMA_VERSION: Final = 1
+_LOCK_SECONDS: Final = 1.0
+
+
+class _Table(NamedTuple):
+    """How one dataclass is written and read: its fields are the columns, in the same order."""
+
+    kind: type[Any]
+    columns: tuple[str, ...]
+    read: str
+    write: str
+
+
+_TABLES: Final = (
+    _Table(
+        Session,
+        tuple(field.name for field in fields(Session)),
+        "SELECT * FROM session ORDER BY id",
+        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?)",
+    ),
+    _Table(
+        Item,
+        tuple(field.name for field in fields(Item)),
+        "SELECT * FROM work ORDER BY id",
+        "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    ),
+)
+
+
+class SqliteStore:
+    """Items and sessions in one SQLite file, made if there is none.
+
+    `open`, `durable` and `close` belong to one event loop; everything that touches the file
+    happens on the writer's thread.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        # Guarded by _changed: what is to be written, newest selves only, and how often it grew.
+        self._unsaved: dict[str, Item | Session] = {}
+        self._saved = 0
+        self._closing = False
+        # Touched on the loop only.
+        self._committed = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._failure = ""
+
+    async def open(self) -> Contents:
+        """Lock the file, make or check its tables, read everything. Raises `StoreError`."""
+        loop = asyncio.get_running_loop()
+        opened: asyncio.Future[Contents] = loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(loop, opened), name="workpool-store", daemon=True
+        )
+        self._thread.start()
+        return await opened
+
+    def save(self, item: Item) -> None:
+        """Take over an item's new self; returns at once."""
+        self._take(item)
+
+    def save_session(self, session: Session) -> None:
+        """Take over a new session; returns at once."""
+        self._take(session)
+
+    async def durable(self) -> None:
+        """Return once all that was saved so far is on disk. Raises `StoreError`."""
+        if self._failure:
+            raise StoreError(self._failure)
+        if self._committed < self._saved:
+            future = asyncio.get_running_loop().create_future()
+            self._waiting.append((self._saved, future))
+            await future
+
+    async def close(self) -> None:
+        """Write what is left and release the file. May be called twice, or without `open`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _take(self, row: Item | Session) -> None:
+        with self._changed:
+            self._unsaved[row.id] = row
+            self._saved += 1
+            self._changed.notify()
+
+    # -- on the writer's thread ----------------------------------------------------------------
+
+    def _run(self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]) -> None:
+        try:
+            with closing(self._connect()) as connection:
+                loop.call_soon_threadsafe(_resolve, opened, _read(connection))
+                while (batch := self._next_batch()) is not None:
+                    rows, saved = batch
+                    _write(connection, rows)
+                    loop.call_soon_threadsafe(self._on_commit, saved)
+        except (sqlite3.Error, StoreError) as error:
+            loop.call_soon_threadsafe(self._on_failure, f"store {self._path}: {error}", opened)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
+        try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("BEGIN EXCLUSIVE")
+            _migrate(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _next_batch(self) -> tuple[Sequence[Item | Session], int] | None:
+        """Wait for something to write; None when closing and nothing is left."""
+        with self._changed:
+            while not self._unsaved and not self._closing:
+                self._changed.wait()
+            if not self._unsaved:
+                return None
+            rows, self._unsaved = self._unsaved, {}
+            return tuple(rows.values()), self._saved
+
+    # -- on the loop ---------------------------------------------------------------------------
+
+    def _on_commit(self, saved: int) -> None:
+        self._committed = saved
+        while self._waiting and self._waiting[0][0] <= saved:
+            _resolve(self._waiting.popleft()[1], None)
+
+    def _on_failure(self, message: str, opened: asyncio.Future[Contents]) -> None:
+        self._failure = message
+        if not opened.done():
+            opened.set_exception(StoreError(message))
+            return
+        log.critical("store failed, nothing can be answered any more: %s", message)
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_exception(StoreError(message))
+        self._waiting.clear()
+
+
+def _resolve(future: asyncio.Future[Any], value: object) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Bring the file to the schema that this version knows."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if version > SCHEMA_VERSION:
+        raise StoreError(
+            f"written by a newer workpool: its schema is {version}, this one knows {SCHEMA_VERSION}"
+        )
+    if version == 0 and tables:
+        raise StoreError("a database of something else: it holds tables that are not ours")
+    if version == 0:
+        schema = files("workpool.server").joinpath("schema.sql").read_text("utf-8")
+        for statement in schema.split(";\n"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _read(connection: sqlite3.Connection) -> Contents:
+    sessions, items = (
+        [_from_row(table, row) for row in connection.execute(table.read)] for table in _TABLES
+    )
+    return Contents(items, sessions)
+
+
+def _from_row(table: _Table, row: tuple[Any, ...]) -> Any:
+    values = dict(zip(table.columns, row, strict=True))
+    values["metadata"] = orjson.loads(values["metadata"])
+    if "beaten" in values:
+        values["beaten"] = bool(values["beaten"])
+    return table.kind(**values)
+
+
+def _write(connection: sqlite3.Connection, rows: Sequence[Item | Session]) -> None:
+    """Write all rows in one transaction: after its COMMIT they survive a crash."""
+    connection.execute("BEGIN IMMEDIATE")
+    for table in _TABLES:
+        values = attrgetter(*table.columns)
+        at = table.columns.index("metadata")
+        connection.executemany(
+            table.write,
+            (
+                (*row[:at], orjson.dumps(row[at]).decode(), *row[at + 1 :])
+                for row in (values(one) for one in rows if isinstance(one, table.kind))
+            ),
+        )
+    connection.execute("COMMIT")
