@@ -1,0 +1,397 @@
+"""The exporter over a real socket: what it answers, and that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import socket
+import sys
+import threading
+from collections import Counter as Multiset
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import prometheus_client.openmetrics.parser as openmetrics
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
+
+from workpool.errors import ListenError
+from workpool.exporter import SCRAPES_MAX, Exporter
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
+if sys.platform != "win32":
+    import uvloop
+
+    LOOPS.append(uvloop.new_event_loop)
+
+FDS = Path("/proc/self/fd")
+COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
+
+
+class Verdicts:
+    """Reasons that a test can change."""
+
+    def __init__(self) -> None:
+        self.health: list[str] = []
+        self.readiness: list[str] = []
+
+
+class Stuck(Collector):
+    """A collector that does not answer until it is released."""
+
+    def __init__(self) -> None:
+        self.entered = threading.Event()
+        self.released = threading.Event()
+
+    def collect(self) -> Iterator[Metric]:
+        self.entered.set()
+        self.released.wait(20)
+        yield GaugeMetricFamily("unstuck", "It answered.", value=1)
+
+
+class Broken(Collector):
+    """A collector with a bug."""
+
+    def collect(self) -> Iterator[Metric]:
+        raise ValueError("sess_secret")
+
+
+def exporter_of(registry: CollectorRegistry, verdicts: Verdicts, port: int = 0) -> Exporter:
+    return Exporter(
+        "127.0.0.1", port, registry,
+        health=lambda: verdicts.health, readiness=lambda: verdicts.readiness,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    Counter("eggs", "Laid.", registry=registry).inc(7)
+    return registry
+
+
+@pytest.fixture
+def verdicts() -> Verdicts:
+    return Verdicts()
+
+
+@pytest.fixture
+async def exporter(registry: CollectorRegistry, verdicts: Verdicts) -> AsyncIterator[Exporter]:
+    async with exporter_of(registry, verdicts) as exporter:
+        yield exporter
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    timeout = aiohttp.ClientTimeout(total=20)
+    async with aiohttp.ClientSession(timeout=timeout, auto_decompress=False) as session:
+        yield session
+
+
+async def get(http: aiohttp.ClientSession, url: str, **headers: str) -> tuple[int, bytes, Any]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with http.get(url, headers={"Accept-Encoding": "identity", **named}) as response:
+        return response.status, await response.read(), response.headers
+
+
+# -- answers -------------------------------------------------------------------------------------
+
+
+async def test_metrics_are_text_by_default(exporter: Exporter, http: aiohttp.ClientSession) -> None:
+    status, body, headers = await get(http, f"{exporter.url}/metrics")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    samples = [s for f in parse_text(body.decode()) for s in f.samples]
+    assert ("eggs_total", 7.0) in [(s.name, s.value) for s in samples]
+
+
+async def test_metrics_are_openmetrics_on_request(
+    exporter: Exporter, http: aiohttp.ClientSession
+) -> None:
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept=accept)
+    assert status == 200
+    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert body.endswith(b"# EOF\n")
+    parse: Callable[[str], Iterator[Metric]] = openmetrics.text_string_to_metric_families
+    assert [family.name for family in parse(body.decode())] == ["eggs"]
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text;version=new", "text/plain;version=x.y", ",;="]
+)
+async def test_an_odd_accept_header_gets_text(
+    exporter: Exporter, http: aiohttp.ClientSession, accept: str
+) -> None:
+    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept=accept)
+    assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
+    assert b"eggs_total 7.0" in body
+
+
+async def test_metrics_are_compressed_on_request(
+    exporter: Exporter, http: aiohttp.ClientSession
+) -> None:
+    status, body, headers = await get(http, f"{exporter.url}/metrics", Accept_Encoding="br, gzip")
+    assert (status, headers["Content-Encoding"]) == (200, "gzip")
+    assert b"eggs_total 7.0" in gzip.decompress(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "good", "bad"), [("healthz", "healthy", "unhealthy"), ("readyz", "ready", "unready")]
+)
+async def test_health_answers_tell_the_reasons(
+    exporter: Exporter, http: aiohttp.ClientSession, verdicts: Verdicts,
+    path: str, good: str, bad: str,
+) -> None:  # fmt: skip
+    async with http.get(f"{exporter.url}/{path}") as response:
+        assert (response.status, await response.json()) == (200, {"status": good})
+    reasons = ["draining", "no poll succeeded in the last 30 s"]
+    (verdicts.health if path == "healthz" else verdicts.readiness)[:] = reasons
+    async with http.get(f"{exporter.url}/{path}") as response:
+        assert response.status == 503
+        assert await response.json() == {"status": bad, "reasons": reasons}
+    other = "readyz" if path == "healthz" else "healthz"
+    assert (await get(http, f"{exporter.url}/{other}"))[0] == 200
+
+
+async def test_the_index_lists_what_there_is(
+    exporter: Exporter, http: aiohttp.ClientSession
+) -> None:
+    status, body, _ = await get(http, f"{exporter.url}/")
+    assert status == 200
+    assert all(path in body for path in (b"/metrics", b"/healthz", b"/readyz"))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/healthz", "/readyz"])
+async def test_head_and_other_methods(
+    exporter: Exporter, http: aiohttp.ClientSession, path: str
+) -> None:
+    async with http.head(exporter.url + path) as response:
+        assert (response.status, await response.read()) == (200, b"")
+    async with http.post(exporter.url + path, data=b"x") as response:
+        assert response.status == 405
+
+
+@pytest.mark.parametrize("path", ["/metric", "/metrics/", "/debug", "/healthz/x", "/../etc/passwd"])
+async def test_anything_else_is_not_found(
+    exporter: Exporter, http: aiohttp.ClientSession, path: str
+) -> None:
+    assert (await get(http, exporter.url + path))[0] == 404
+
+
+async def test_nothing_is_logged_of_requests(
+    exporter: Exporter, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    await get(http, f"{exporter.url}/metrics")
+    await get(http, f"{exporter.url}/nothing")
+    assert caplog.records == []
+
+
+async def test_a_broken_collector_breaks_one_answer_and_tells_the_client_nothing(
+    exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
+) -> None:
+    broken = Broken()
+    registry.register(broken)
+    status, body, _ = await get(http, f"{exporter.url}/metrics")
+    assert status == 500
+    assert b"sess_secret" not in body
+    assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+    registry.unregister(broken)
+    assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
+
+
+async def test_scrapes_do_not_pile_up_and_health_still_answers(
+    exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
+) -> None:
+    stuck = Stuck()
+    registry.register(stuck)
+    async with asyncio.TaskGroup() as group:
+        scrapes = {
+            group.create_task(get(http, f"{exporter.url}/metrics")) for _ in range(SCRAPES_MAX + 1)
+        }
+        done, waiting = await asyncio.wait(scrapes, return_when=asyncio.FIRST_COMPLETED)
+        refused = [task.result() for task in done]
+        assert [(status, headers["Retry-After"]) for status, _, headers in refused] == [(503, "1")]
+        assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+        stuck.released.set()
+        assert [(await task)[0] for task in waiting] == [200] * SCRAPES_MAX
+    assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
+
+
+# -- listening -----------------------------------------------------------------------------------
+
+
+async def test_port_0_is_any_free_port(registry: CollectorRegistry, verdicts: Verdicts) -> None:
+    async with exporter_of(registry, verdicts) as one, exporter_of(registry, verdicts) as two:
+        assert one.port != two.port
+        assert one.url == f"http://127.0.0.1:{one.port}"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:{}"), ("::1", "http://[::1]:{}"), ("::", "http://[::1]:{}")],  # noqa: S104 - what is tested
+)
+async def test_the_url_can_be_opened_here(
+    registry: CollectorRegistry, http: aiohttp.ClientSession, host: str, url: str
+) -> None:
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    async with Exporter(host, 0, registry, health=list, readiness=list) as exporter:
+        assert exporter.url == url.format(exporter.port)
+        assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
+
+
+async def test_a_port_in_use_is_an_error_that_says_what_to_do(
+    exporter: Exporter, registry: CollectorRegistry, verdicts: Verdicts
+) -> None:
+    with pytest.raises(ListenError) as caught:
+        async with exporter_of(registry, verdicts, exporter.port):
+            pass
+    for part in (f"127.0.0.1:{exporter.port}", "metrics_listen", "second pool", "port 0", "off"):
+        assert part in str(caught.value)
+
+
+async def test_an_address_of_another_host_is_an_error(registry: CollectorRegistry) -> None:
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 .*metrics_listen") as caught:
+        async with Exporter("192.0.2.1", 0, registry, health=list, readiness=list):
+            pass
+    assert "second pool" not in str(caught.value)
+
+
+# -- leaving nothing behind ----------------------------------------------------------------------
+
+
+def left() -> tuple[Multiset[str], set[str], int]:
+    """What this thread's process holds: open sockets, our threads, tasks."""
+    sockets = Multiset(link for fd in FDS.iterdir() if (link := readlink(fd)).startswith("socket:"))
+    threads = {t.name for t in threading.enumerate() if t.name.startswith("workpool-metrics")}
+    return sockets, threads, len(asyncio.all_tasks())
+
+
+def readlink(path: Path) -> str:
+    try:
+        return str(path.readlink())
+    except OSError:  # the directory's own descriptor
+        return ""
+
+
+async def connect(port: int, request: bytes) -> socket.socket:
+    """A client that sends this and then never reads."""
+    client = socket.socket()
+    client.settimeout(0)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", port))
+    await loop.sock_sendall(client, request)
+    return client
+
+
+async def use_with_awkward_clients(registry: CollectorRegistry) -> None:
+    loop = asyncio.get_running_loop()
+    get_metrics = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
+    before = left()
+    async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
+        idle = await connect(exporter.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await loop.sock_recv(idle, 4096)).startswith(b"HTTP/1.1 200")
+        clients = [
+            idle,
+            await connect(exporter.port, b""),
+            await connect(exporter.port, b"GET /metrics HTTP/1.1\r\nHo"),
+            await connect(exporter.port, get_metrics * 50),
+        ]
+        reading = await connect(exporter.port, get_metrics)
+        assert await loop.sock_recv(reading, 10) == b"HTTP/1.1 2"
+        clients.append(reading)
+    for client in clients:
+        client.close()
+    assert left() == before
+
+
+@COUNTS_FILES
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_clients_that_stay_do_not_delay_closing_and_nothing_is_left(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    registry = CollectorRegistry()
+    big = Counter("big", "More than the sockets' buffers hold.", ["name"], registry=registry)
+    for i in range(5000):
+        big.labels(f"{i:0500}").inc()
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            await use_with_awkward_clients(registry)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+
+
+@COUNTS_FILES
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_it_can_be_cancelled_at_any_point_of_its_life(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    ends: Multiset[str] = Multiset()
+
+    async def live() -> None:
+        where = "starting"
+        try:
+            async with Exporter("127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list):
+                where = "serving"
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                where = "closing"
+            where = "over"
+        finally:
+            ends[where] += 1
+
+    async def main() -> None:
+        before = left()
+        for turns in range(40):
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(live())
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                task.cancel()
+            assert left() == before, turns
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+    assert set(ends) == {"starting", "serving", "closing", "over"}
+
+
+@COUNTS_FILES
+async def test_it_can_be_used_fifty_times(registry: CollectorRegistry) -> None:
+    before = left()
+    exporter = Exporter("127.0.0.1", 0, registry, health=list, readiness=list)
+    for _ in range(50):
+        exporter = Exporter("127.0.0.1", exporter.port, registry, health=list, readiness=list)
+        async with exporter, aiohttp.ClientSession() as http:
+            assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
+    assert left() == before
+
+
+async def test_a_collector_that_hangs_does_not_delay_closing(
+    registry: CollectorRegistry, verdicts: Verdicts, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = Stuck()
+    registry.register(stuck)
+    async with asyncio.timeout(15):  # the collector would hang for 20 s
+        async with exporter_of(registry, verdicts) as exporter:
+            client = await connect(exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.to_thread(stuck.entered.wait)
+    assert "left behind" in caplog.text
+    client.close()
+    stuck.released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("workpool-metrics"):
+            await asyncio.to_thread(thread.join)
