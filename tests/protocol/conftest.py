@@ -1,0 +1,212 @@
+"""The control plane over a real socket, asked with literal requests: no client of ours in between."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool.server import ControlPlane, MemoryStore, SqliteStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+    from pathlib import Path
+
+    from workpool.server import Store
+
+ENV = "env_0199aaaaaaaa70008000000000000001"
+OTHER = "env_0199aaaaaaaa70008000000000000002"
+CLOUD = "env_0199aaaaaaaa70008000000000000003"
+TOKEN = "token-of-everything"
+LIMITED = "token-of-env-only"
+START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+
+WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
+
+
+class Clock:
+    """Epoch seconds that stand still until told otherwise."""
+
+    def __init__(self) -> None:
+        self.seconds = START
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+    @property
+    def error(self) -> dict[str, Any]:
+        assert set(self.body) == {"type", "error"}
+        assert self.body["type"] == "error"
+        assert isinstance(self.body["error"]["message"], str)
+        error: dict[str, Any] = self.body["error"]
+        return error
+
+
+@dataclass
+class Api:
+    """Literal requests to one dialect, as one worker."""
+
+    plane: ControlPlane
+    http: aiohttp.ClientSession
+    dialect: str
+    token: str | None = TOKEN
+    worker: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        return self.plane.base_url if self.dialect == "qoder" else self.plane.anthropic_base_url
+
+    def work(self, suffix: str = "", environment: str = ENV) -> str:
+        return f"{self.base}/environments/{environment}/work{suffix}"
+
+    async def __call__(self, method: str, url: str, **options: Any) -> Answer:
+        headers = {**self.extra, **options.pop("headers", {})}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        worker = options.pop("worker", self.worker)
+        if worker is not None:
+            headers[WORKER_HEADER[self.dialect]] = worker
+        async with self.http.request(method, url, headers=headers, **options) as response:
+            content = await response.read()
+            if content:
+                assert response.headers["Content-Type"] == "application/json"
+            body = await response.json() if content else None
+            return Answer(response.status, body, response.headers)
+
+    async def poll(self, environment: str = ENV, **options: Any) -> Answer:
+        return await self("GET", self.work("/poll", environment), **options)
+
+    async def claim(self, **options: Any) -> dict[str, Any]:
+        answer = await self.poll(**options)
+        assert answer.status == 200
+        assert answer.body is not None
+        item: dict[str, Any] = answer.body
+        return item
+
+    async def ack(self, work_id: str, **options: Any) -> Answer:
+        return await self("POST", self.work(f"/{work_id}/ack"), **options)
+
+    async def beat(
+        self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
+    ) -> Answer:
+        params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
+        query = {name: str(value) for name, value in params.items() if value is not None}
+        return await self("POST", self.work(f"/{work_id}/heartbeat"), params=query, **options)
+
+    async def stop(self, work_id: str, **options: Any) -> Answer:
+        return await self("POST", self.work(f"/{work_id}/stop"), **options)
+
+    async def update(self, work_id: str, **options: Any) -> Answer:
+        return await self("POST", self.work(f"/{work_id}"), **options)
+
+    async def get(self, work_id: str, **options: Any) -> Answer:
+        return await self("GET", self.work(f"/{work_id}"), **options)
+
+    async def state(self, work_id: str) -> str:
+        answer = await self.get(work_id)
+        assert answer.status == 200
+        state: str = answer.body["state"]
+        return state
+
+    async def stats(self) -> dict[str, Any]:
+        answer = await self("GET", self.work("/stats"))
+        assert answer.status == 200
+        body: dict[str, Any] = answer.body
+        return body
+
+    async def bring_to(self, state: str, worker: str | None = None) -> str:
+        """Create an item and lead it to a state by the wire alone."""
+        (item,) = self.plane.enqueue()
+        if state in {"starting", "active", "stopping"}:
+            await self.claim(worker=worker)
+            assert (await self.ack(item.id, worker=worker)).status == 200
+        if state in {"active", "stopping"}:
+            assert (await self.beat(item.id, "NO_HEARTBEAT", worker=worker)).status == 200
+        if state == "stopping":
+            assert (await self.stop(item.id)).status in {200, 204}
+        if state == "stopped":
+            assert (await self.stop(item.id, json={"force": True})).status in {200, 204}
+        assert await self.state(item.id) == state
+        return item.id
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that the loop will bring about."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    kind = getattr(request, "param", "memory")
+    return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
+
+
+@pytest.fixture
+async def plane(clock: Clock, store: Store) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(
+        environments=(ENV, OTHER),
+        cloud_environments=(CLOUD,),
+        tokens={TOKEN: None, LIMITED: frozenset({ENV})},
+        store=store,
+        now=clock,
+    ) as plane:
+        yield plane
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest.fixture(params=["qoder", "anthropic"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def api(plane: ControlPlane, http: aiohttp.ClientSession, dialect: str) -> Api:
+    return Api(plane, http, dialect)
+
+
+@pytest.fixture
+def qoder(plane: ControlPlane, http: aiohttp.ClientSession) -> Api:
+    return Api(plane, http, "qoder")
+
+
+@pytest.fixture
+def anthropic(plane: ControlPlane, http: aiohttp.ClientSession) -> Api:
+    return Api(plane, http, "anthropic")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for `both_stores` on memory and on SQLite."""
+    if "both_stores" in metafunc.fixturenames:
+        metafunc.parametrize("store", ["memory", "sqlite"], indirect=True)
+
+
+@pytest.fixture
+def both_stores() -> None:
+    """Ask for every store."""

@@ -1,0 +1,85 @@
+"""Protocol §7: creating work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api
+
+pytestmark = pytest.mark.usefixtures("both_stores")
+
+
+@pytest.mark.parametrize(
+    ("body", "count", "metadata"),
+    [
+        (b"", 1, {}),
+        (b"{}", 1, {}),
+        (b'{"count": 3}', 3, {}),
+        (b'{"count": 1000}', 1000, {}),
+        (b'{"metadata": {"job": "report"}, "type": "session"}', 1, {"job": "report"}),
+        (b'{"colour": ["ignored"]}', 1, {}),
+    ],
+)
+async def test_items_come_back_in_creation_order(
+    api: Api, body: bytes, count: int, metadata: dict[str, str]
+) -> None:
+    answer = await api("POST", api.work(), data=body)
+    assert answer.status == 200
+    assert set(answer.body) == {"data"}
+    items = answer.body["data"]
+    assert len(items) == count
+    assert [item["id"] for item in items] == sorted({item["id"] for item in items})
+    assert len({item["data"]["id"] for item in items}) == count
+    assert all(item["state"] == "queued" and item["metadata"] == metadata for item in items)
+    assert await api.claim() == items[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b'{"count": 0}', "count"),
+        (b'{"count": 1001}', "count"),
+        (b'{"count": -1}', "count"),
+        (b'{"count": 1.0}', "count"),
+        (b'{"count": true}', "count"),
+        (b'{"count": "1"}', "count"),
+        (b'{"count": null}', "count"),
+        (b'{"count": 1e400}', None),
+        (b'{"count": 99999999999999999999999999999999}', "count"),
+        (b'{"metadata": null}', "metadata"),
+        (b'{"metadata": []}', "metadata"),
+        (b'{"metadata": {"a": 1}}', "metadata"),
+        (b'{"metadata": {"a": null}}', "metadata"),
+        (b'{"type": 1}', "type"),
+        (b'{"type": null}', "type"),
+        (b'{"type": ""}', "type"),
+        (b'{"script": []}', "script"),
+        (b'{"script": [{"name": "Bash", "input": {}}]}', "script"),
+        (b"null", None),
+        (b"[]", None),
+        (b"{", None),
+        (b" ", None),
+    ],
+)
+async def test_a_bad_body_is_400_and_creates_nothing(
+    api: Api, body: bytes, param: str | None
+) -> None:
+    answer = await api("POST", api.work(), data=body)
+    assert answer.status == 400
+    if param is not None:
+        assert answer.error["param"] == param
+    assert (await api.stats())["depth"] == 0
+
+
+async def test_other_types_of_work_can_be_created(api: Api) -> None:
+    answer = await api("POST", api.work(), json={"type": "healthcheck"})
+    assert answer.status == 200
+    assert (await api.claim())["data"]["type"] == "healthcheck"
+
+
+async def test_both_dialects_see_the_same_items(qoder: Api, anthropic: Api) -> None:
+    created = (await anthropic("POST", anthropic.work())).body["data"][0]
+    assert (await qoder.claim())["id"] == created["id"]

@@ -1,0 +1,203 @@
+"""Protocol §3.3: keep the lease."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api, Clock
+
+pytestmark = pytest.mark.usefixtures("both_stores")
+
+
+async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    clock.advance(1.25)
+    answer = await api.beat(work_id, "NO_HEARTBEAT")
+    assert answer.status == 200
+    assert answer.body == {
+        "type": "work_heartbeat",
+        "last_heartbeat": "2026-03-01T12:00:01.250000Z",
+        "lease_extended": True,
+        "state": "active",
+        "ttl_seconds": 60,
+    }
+    item = (await api.get(work_id)).body
+    assert item["state"] == "active"
+    assert item["started_at"] == "2026-03-01T12:00:01Z"
+    assert item["latest_heartbeat_at"] == "2026-03-01T12:00:01.250000Z"
+
+
+async def test_later_heartbeats_expect_the_last_and_keep_started_at(
+    api: Api, clock: Clock
+) -> None:
+    work_id = await api.bring_to("starting")
+    last = (await api.beat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
+    for _ in range(3):
+        clock.advance(20)
+        answer = await api.beat(work_id, last)
+        assert answer.status == 200
+        assert answer.body["last_heartbeat"] > last
+        last = answer.body["last_heartbeat"]
+    item = (await api.get(work_id)).body
+    assert item["started_at"] == "2026-03-01T12:00:00Z"
+    assert item["latest_heartbeat_at"] == last == "2026-03-01T12:01:00.000000Z"
+
+
+async def test_two_beats_in_one_microsecond_do_not_look_alike(api: Api) -> None:
+    work_id = await api.bring_to("starting")
+    first = (await api.beat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
+    second = (await api.beat(work_id, first)).body["last_heartbeat"]
+    assert second == "2026-03-01T12:00:00.000001Z"
+    assert (await api.beat(work_id, first)).status == 412
+
+
+@pytest.mark.parametrize("state", ["starting", "active", "stopping"])
+async def test_an_omitted_expectation_is_unconditional(api: Api, state: str) -> None:
+    work_id = await api.bring_to(state)
+    answer = await api.beat(work_id)
+    assert answer.status == 200
+    assert answer.body["state"] == ("stopping" if state == "stopping" else "active")
+
+
+@pytest.mark.parametrize(
+    ("asked", "granted"),
+    [
+        (None, 60),
+        ("1", 10),
+        ("9", 10),
+        ("10", 10),
+        ("11", 11),
+        ("600", 600),
+        ("601", 600),
+        ("9" * 4400, 600),
+    ],
+)
+async def test_the_ttl_is_clamped(api: Api, clock: Clock, asked: str | None, granted: int) -> None:
+    work_id = await api.bring_to("starting")
+    answer = await api.beat(work_id, "NO_HEARTBEAT", asked)
+    assert (answer.status, answer.body["ttl_seconds"]) == (200, granted)
+    clock.advance(granted - 0.001)
+    assert await api.state(work_id) == "active"
+    clock.advance(0.001)
+    assert await api.state(work_id) == "queued"
+
+
+@pytest.mark.parametrize("value", ["0", "00", "-1", "", "10.0", "1e1", "ten", "true", "+10"])
+async def test_a_ttl_that_is_no_positive_integer_is_400(api: Api, value: str) -> None:
+    work_id = await api.bring_to("starting")
+    answer = await api.beat(work_id, "NO_HEARTBEAT", value)
+    assert answer.status == 400
+    assert answer.error["param"] == "desired_ttl_seconds"
+    assert await api.state(work_id) == "starting"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "no_heartbeat",
+        "yesterday",
+        "2026-03-01",
+        "2026-03-01T12:00:00",
+        "2026-13-01T12:00:00Z",
+        "2026-02-30T12:00:00Z",
+        "2026-03-01T25:00:00Z",
+        "2026-03-01T12:00:00+0000",
+        "2026-03-01T12:00:00 00:00",
+        "2026-03-01T12:00:00.Z",
+        "٢٠٢٦-03-01T12:00:00Z",
+        "1772366400",
+    ],
+)
+@pytest.mark.parametrize("state", ["starting", "active"])
+async def test_an_expectation_that_is_no_time_is_400_never_412(
+    qoder: Api, value: str, state: str
+) -> None:
+    work_id = await qoder.bring_to(state)
+    answer = await qoder.beat(work_id, value)
+    assert answer.status == 400
+    assert answer.error["param"] == "expected_last_heartbeat"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2026-03-01T12:00:00Z",
+        "2026-03-01T12:00:00.000000+00:00",
+        "2026-03-01t12:00:00.000001z",
+        "1999-12-31T23:59:60Z",
+        "2026-03-01T12:00:00.123456789Z",
+    ],
+)
+@pytest.mark.parametrize("state", ["starting", "active", "stopping"])
+async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
+    work_id = await qoder.bring_to(state)
+    answer = await qoder.beat(work_id, value)
+    assert answer.status == 412
+    assert answer.error["type"] == "precondition_failed_error"
+    assert await qoder.state(work_id) == state
+
+
+@pytest.mark.parametrize("state", ["active", "stopping"])
+async def test_no_heartbeat_after_a_heartbeat_is_412(api: Api, state: str) -> None:
+    work_id = await api.bring_to(state)
+    answer = await api.beat(work_id, "NO_HEARTBEAT")
+    assert answer.status == 412
+    assert answer.error["details"] == {
+        "error_code": "heartbeat_precondition_failed",
+        "current_state": {
+            "last_heartbeat": "2026-03-01T12:00:00.000000Z",
+            "lease_extended": False,
+            "state": state,
+            "ttl_seconds": 60,
+        },
+    }
+
+
+async def test_a_refused_heartbeat_prolongs_nothing(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("active")
+    clock.advance(59)
+    assert (await api.beat(work_id, "NO_HEARTBEAT")).status == 412
+    clock.advance(1)
+    assert await api.state(work_id) == "queued"
+
+
+@pytest.mark.parametrize("state", ["queued", "stopped"])
+@pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2026-03-01T12:00:00Z"])
+async def test_a_queued_or_stopped_item_is_409(api: Api, state: str, expected: str | None) -> None:
+    work_id = await api.bring_to(state)
+    answer = await api.beat(work_id, expected)
+    assert answer.status == 409
+    assert answer.error["type"] == "invalid_request_error"
+
+
+async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("stopping")
+    clock.advance(59)
+    last = (await api.get(work_id)).body["latest_heartbeat_at"]
+    answer = await api.beat(work_id, last, 30)
+    assert answer.status == 200
+    assert (answer.body["state"], answer.body["lease_extended"]) == ("stopping", True)
+    clock.advance(29.999)
+    assert await api.state(work_id) == "stopping"
+    clock.advance(0.001)
+    assert await api.state(work_id) == "stopped"
+
+
+async def test_the_first_heartbeat_may_come_after_the_stop_request(api: Api) -> None:
+    work_id = await api.bring_to("starting")
+    await api.stop(work_id)
+    answer = await api.beat(work_id, "NO_HEARTBEAT")
+    assert (answer.status, answer.body["state"]) == (200, "stopping")
+
+
+@pytest.mark.parametrize("name", ["expected_last_heartbeat", "desired_ttl_seconds"])
+async def test_a_parameter_given_twice_is_400(api: Api, name: str) -> None:
+    work_id = await api.bring_to("starting")
+    url = api.work(f"/{work_id}/heartbeat")
+    answer = await api("POST", url, params=[(name, "10"), (name, "10")])
+    assert answer.status == 400
+    assert answer.error["param"] == name

@@ -1,0 +1,257 @@
+"""Protocol §3.6–§3.8 and §5: one item, the list, the stats, the session."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.protocol.conftest import LIMITED, OTHER
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api, Clock
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_get(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    answer = await api.get(item.id)
+    assert (answer.status, answer.body["id"]) == (200, item.id)
+
+
+@pytest.mark.parametrize(
+    "work_id",
+    [
+        "work_" + uuid.uuid4().hex,
+        "work_",
+        "x",
+        "sess_" + "0" * 32,
+        "WORK_" + "0" * 32,
+        "%00",
+        "%ff%fe",
+        "a%2Fb",
+        "%F0%9F%99%82",
+        "w" * 4000,
+        "work_" + "0" * 31 + "%7B",
+    ],
+)
+@pytest.mark.parametrize("call", ["get", "ack", "beat", "stop", "update"])
+async def test_an_unknown_or_malformed_id_is_404(qoder: Api, call: str, work_id: str) -> None:
+    from yarl import URL
+
+    method, suffix = {
+        "get": ("GET", ""),
+        "ack": ("POST", "/ack"),
+        "beat": ("POST", "/heartbeat"),
+        "stop": ("POST", "/stop"),
+        "update": ("POST", ""),
+    }[call]
+    url = URL(qoder.work(f"/{work_id}{suffix}"), encoded=True)
+    answer = await qoder(method, url)  # type: ignore[arg-type]  # an encoded URL, not to be quoted
+    assert answer.status == 404
+    assert answer.error["type"] == "not_found_error"
+
+
+async def test_an_item_of_another_environment_is_404(api: Api) -> None:
+    (item,) = api.plane.enqueue(environment_id=OTHER)
+    assert (await api.get(item.id)).status == 404
+    assert (await api("GET", api.work(f"/{item.id}", OTHER))).status == 200
+
+
+async def listed(api: Api, **params: Any) -> dict[str, Any]:
+    answer = await api("GET", api.work(), params={k: str(v) for k, v in params.items()})
+    assert answer.status == 200
+    body: dict[str, Any] = answer.body
+    assert set(body) == {"data", "first_id", "last_id", "has_more", "next_page"}
+    ids = [item["id"] for item in body["data"]]
+    assert ids == sorted(ids)
+    assert body["first_id"] == (ids[0] if ids else None)
+    assert body["last_id"] == (ids[-1] if ids else None)
+    assert (body["next_page"] is not None) is body["has_more"]
+    return {**body, "ids": ids}
+
+
+async def test_an_empty_list(api: Api) -> None:
+    assert await listed(api) == {
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+        "next_page": None,
+        "ids": [],
+    }
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_pages_go_forward_to_the_end(api: Api) -> None:
+    ids = [item.id for item in api.plane.enqueue(45)]
+    page = await listed(api)
+    seen = page["ids"]
+    assert len(seen) == 20
+    while page["has_more"]:
+        page = await listed(api, page=page["next_page"], limit=20)
+        seen += page["ids"]
+    assert seen == ids
+
+
+async def test_pages_go_backward_to_the_start(api: Api) -> None:
+    ids = [item.id for item in api.plane.enqueue(10)]
+    page = await listed(api, before_id=ids[8], limit=3)
+    assert page["ids"] == ids[5:8]
+    page = await listed(api, page=page["next_page"], limit=3)
+    assert page["ids"] == ids[2:5]
+    page = await listed(api, page=page["next_page"], limit=3)
+    assert page["ids"] == ids[0:2]
+    assert not page["has_more"]
+
+
+@pytest.mark.parametrize(("limit", "count"), [("1", 1), ("99", 99), ("100", 100), ("1000", 100)])
+async def test_the_limit_is_capped(api: Api, limit: str, count: int) -> None:
+    ids = [item.id for item in api.plane.enqueue(101)]
+    page = await listed(api, limit=limit)
+    assert page["ids"] == ids[:count]
+    assert page["has_more"]
+
+
+async def test_a_full_last_page_has_no_more(api: Api) -> None:
+    ids = [item.id for item in api.plane.enqueue(4)]
+    assert not (await listed(api, after_id=ids[1], limit=2))["has_more"]
+    assert not (await listed(api, before_id=ids[2], limit=2))["has_more"]
+
+
+async def test_after_and_before_exclude_their_item(api: Api) -> None:
+    ids = [item.id for item in api.plane.enqueue(3)]
+    assert (await listed(api, after_id=ids[0]))["ids"] == ids[1:]
+    assert (await listed(api, before_id=ids[2]))["ids"] == ids[:2]
+    assert (await listed(api, after_id=ids[2]))["ids"] == []
+    assert (await listed(api, before_id=ids[0]))["ids"] == []
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"limit": "0"}, "limit"),
+        ({"limit": "-1"}, "limit"),
+        ({"limit": "ten"}, "limit"),
+        ({"limit": ""}, "limit"),
+        ({"limit": "1.5"}, "limit"),
+        ({"after_id": "x"}, "after_id"),
+        ({"after_id": ""}, "after_id"),
+        ({"before_id": "work_"}, "before_id"),
+        ({"before_id": "work_" + "g" * 32}, "before_id"),
+        ({"page": "x"}, "page"),
+        ({"page": ""}, "page"),
+        ({"page": "work_" + "0" * 32}, "page"),
+        ({"page": "sideways-work_" + "0" * 32}, "page"),
+        ({"page": "after-x"}, "page"),
+    ],
+)
+async def test_a_bad_place_or_limit_is_400(api: Api, params: dict[str, str], param: str) -> None:
+    answer = await api("GET", api.work(), params=params)
+    assert answer.status == 400
+    assert answer.error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "names", [("after_id", "before_id"), ("after_id", "page"), ("page", "before_id")]
+)
+async def test_two_places_are_400(api: Api, names: tuple[str, str]) -> None:
+    (item,) = api.plane.enqueue()
+    value = {"after_id": item.id, "before_id": item.id, "page": f"after-{item.id}"}
+    answer = await api("GET", api.work(), params={name: value[name] for name in names})
+    assert answer.status == 400
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_stats(api: Api, clock: Clock) -> None:
+    assert await api.stats() == {
+        "type": "work_queue_stats",
+        "depth": 0,
+        "pending": 0,
+        "oldest_queued_at": None,
+        "workers_polling": 0,
+    }
+    api.plane.enqueue(3)
+    clock.advance(1)
+    await api.claim(worker="a")
+    stats = await api.stats()
+    assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
+    assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
+    clock.advance(5)  # the delivery is due for another
+    stats = await api.stats()
+    assert (stats["depth"], stats["pending"]) == (3, 0)
+
+
+async def test_stats_leave_out_what_was_acknowledged_or_stopped(api: Api, clock: Clock) -> None:
+    for state in ("starting", "active", "stopping", "stopped"):
+        await api.bring_to(state)
+    stats = await api.stats()
+    assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
+    clock.advance(60)  # starting and active lapse
+    stats = await api.stats()
+    assert (stats["depth"], stats["pending"]) == (2, 0)
+    assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
+
+
+async def test_workers_polling_are_distinct_recent_and_named(api: Api, clock: Clock) -> None:
+    for worker in ("a", "b", "a", None):
+        await api.poll(worker=worker)
+    assert (await api.stats())["workers_polling"] == 2
+    clock.advance(29.9)
+    await api.poll(worker="b")
+    clock.advance(0.1)
+    assert (await api.stats())["workers_polling"] == 1
+    clock.advance(30)
+    assert (await api.stats())["workers_polling"] == 0
+
+
+@pytest.mark.usefixtures("both_stores")
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("queued", "idle"),
+        ("starting", "idle"),
+        ("active", "running"),
+        ("stopping", "canceling"),
+        ("stopped", "idle"),
+    ],
+)
+async def test_session(qoder: Api, state: str, status: str) -> None:
+    work_id = await qoder.bring_to(state)
+    await qoder.update(work_id, json={"metadata": {"only": "the item's"}})
+    session_id = (await qoder.get(work_id)).body["data"]["id"]
+    answer = await qoder("GET", f"{qoder.base}/sessions/{session_id}")
+    assert answer.status == 200
+    assert answer.body["id"] == session_id
+    assert answer.body["type"] == "session"
+    assert answer.body["status"] == status
+    assert answer.body["environment_id"] == "env_0199aaaaaaaa70008000000000000001"
+    assert answer.body["metadata"] == {}
+    assert answer.body["agent"]["id"]
+
+
+@pytest.mark.parametrize("prefix", ["session_", "sesn_"])
+async def test_the_siblings_session_ids(anthropic: Api, prefix: str) -> None:
+    (item,) = anthropic.plane.enqueue(metadata={"k": "v"})
+    digits = item.session_id.removeprefix("sess_")
+    answer = await anthropic("GET", f"{anthropic.base}/sessions/{prefix}{digits}")
+    assert answer.status == 200
+    assert answer.body["id"] == f"session_{digits}"
+    assert answer.body["metadata"] == {"k": "v"}
+
+
+async def test_an_unknown_session_is_404(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    for session_id in ("sess_" + "0" * 32, "session_", "x", item.id, "%00"):
+        assert (await api("GET", f"{api.base}/sessions/{session_id}")).status == 404
+
+
+async def test_a_session_of_a_forbidden_environment_is_403(api: Api) -> None:
+    (item,) = api.plane.enqueue(environment_id=OTHER)
+    url = f"{api.base}/sessions/{item.session_id}"
+    assert (await api("GET", url)).status == 200
+    api.token = LIMITED
+    assert (await api("GET", url)).status == 403
+    api.token = None
+    assert (await api("GET", url)).status == 401

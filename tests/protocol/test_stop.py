@@ -1,0 +1,108 @@
+"""Protocol §3.4: finish, request or confirm a stop; and §6 for the sibling's answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api, Clock
+
+# A second copy of the table, by hand; `server/rules.py` holds the first.
+TABLE = [
+    (False, "queued", "stopped"),
+    (False, "starting", "stopping"),
+    (False, "active", "stopping"),
+    (False, "stopping", "stopped"),
+    (False, "stopped", "stopped"),
+    (True, "queued", "stopped"),
+    (True, "starting", "stopped"),
+    (True, "active", "stopped"),
+    (True, "stopping", "stopped"),
+    (True, "stopped", "stopped"),
+]
+SIBLING_REFUSES = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
+
+
+@pytest.mark.usefixtures("both_stores")
+@pytest.mark.parametrize(("force", "state", "after"), TABLE)
+async def test_the_table(
+    qoder: Api, clock: Clock, state: str, after: str, *, force: bool
+) -> None:
+    work_id = await qoder.bring_to(state)
+    before = (await qoder.get(work_id)).body
+    clock.advance(3)
+    answer = await qoder.stop(work_id, json={"force": force})
+    assert answer.status == 200
+    now = "2026-03-01T12:00:03Z"
+    expected = {**before, "state": after}
+    if state != "stopped":
+        expected["stopped_at" if after == "stopped" else "stop_requested_at"] = now
+    assert answer.body == expected
+    assert (await qoder.get(work_id)).body == expected
+
+
+@pytest.mark.usefixtures("both_stores")
+@pytest.mark.parametrize(("force", "state", "after"), TABLE)
+async def test_the_sibling_answers_204_or_409(
+    anthropic: Api, state: str, after: str, *, force: bool
+) -> None:
+    work_id = await anthropic.bring_to(state)
+    answer = await anthropic.stop(work_id, json={"force": force})
+    if (force, state) in SIBLING_REFUSES:
+        assert answer.status == 409
+        assert answer.error["type"] == "invalid_request_error"
+        assert await anthropic.state(work_id) == state
+    else:
+        assert (answer.status, answer.body) == (204, None)
+        assert await anthropic.state(work_id) == after
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
+)
+async def test_force_is_false_unless_said(api: Api, body: bytes) -> None:
+    work_id = await api.bring_to("active")
+    assert (await api.stop(work_id, data=body)).status in {200, 204}
+    assert await api.state(work_id) == "stopping"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"force": 1}',
+        b'{"force": "true"}',
+        b'{"force": []}',
+        b'{"force": {}}',
+        b"null",
+        b"true",
+        b"[]",
+        b'"force"',
+        b"1",
+        b"{",
+        b" ",
+        b"\xff",
+        b'{"force": NaN}',
+        b"\xef\xbb\xbf{}",
+        b'{"force": true} x',
+    ],
+)
+async def test_any_other_body_is_400_and_stops_nothing(api: Api, body: bytes) -> None:
+    work_id = await api.bring_to("active")
+    answer = await api.stop(work_id, data=body)
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+    assert await api.state(work_id) == "active"
+
+
+async def test_a_delivered_item_can_be_stopped_and_is_not_delivered_again(
+    api: Api, clock: Clock
+) -> None:
+    api.plane.enqueue()
+    item = await api.claim()
+    await api.stop(item["id"])
+    assert await api.state(item["id"]) == "stopped"
+    clock.advance(5)
+    assert (await api.poll()).body is None
+    assert (await api.stats())["pending"] == 0

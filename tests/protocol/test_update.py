@@ -1,0 +1,84 @@
+"""Protocol §3.5: update metadata."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api
+
+pytestmark = pytest.mark.usefixtures("both_stores")
+
+
+@pytest.mark.parametrize(
+    ("patch", "metadata"),
+    [
+        ({"new": "x"}, {"a": "1", "b": "2", "new": "x"}),
+        ({"a": "changed"}, {"a": "changed", "b": "2"}),
+        ({"a": None}, {"b": "2"}),
+        ({"a": ""}, {"a": "", "b": "2"}),
+        ({"unknown": None}, {"a": "1", "b": "2"}),
+        ({"a": None, "b": "3", "": "empty key"}, {"b": "3", "": "empty key"}),
+        ({}, {"a": "1", "b": "2"}),
+        ({"nul\u0000": "\u0000", "emoji": "🙂"}, {"a": "1", "b": "2", "nul\0": "\0", "emoji": "🙂"}),
+    ],
+)
+async def test_merge_patch(api: Api, patch: object, metadata: object) -> None:
+    (item,) = api.plane.enqueue(metadata={"a": "1", "b": "2"})
+    before = (await api.get(item.id)).body
+    answer = await api.update(item.id, json={"metadata": patch})
+    assert (answer.status, answer.body) == (200, {**before, "metadata": metadata})
+    assert (await api.get(item.id)).body == answer.body
+
+
+async def test_omitted_metadata_changes_nothing(qoder: Api) -> None:
+    (item,) = qoder.plane.enqueue(metadata={"a": "1"})
+    answer = await qoder.update(item.id, json={"other": 1})
+    assert (answer.status, answer.body["metadata"]) == (200, {"a": "1"})
+
+
+async def test_the_sibling_requires_metadata(anthropic: Api) -> None:
+    (item,) = anthropic.plane.enqueue()
+    answer = await anthropic.update(item.id, json={})
+    assert answer.status == 400
+    assert answer.error["param"] == "metadata"
+
+
+@pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
+async def test_in_any_state(api: Api, state: str) -> None:
+    work_id = await api.bring_to(state)
+    answer = await api.update(work_id, json={"metadata": {"k": "v"}})
+    assert (answer.status, answer.body["metadata"]) == (200, {"k": "v"})
+    assert answer.body["state"] == state
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"{",
+        b"null",
+        b"[]",
+        b'{"metadata": null}',
+        b'{"metadata": []}',
+        b'{"metadata": "x"}',
+        b'{"metadata": {"a": "changed", "b": 1}}',
+        b'{"metadata": {"a": "changed", "b": true}}',
+        b'{"metadata": {"a": "changed", "b": {}}}',
+        b'{"metadata": {"a": "changed", "b": ["x"]}}',
+        b'{"metadata": {"a": "changed", "b": NaN}}',
+        b'{"metadata": {"a": "\xff"}}',
+        b'{"metadata": {"a": "\\ud800"}}',
+        b'{"metadata": {"a": "x"}',
+        b'{"metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+    ],
+)
+async def test_a_bad_patch_is_400_and_nothing_of_it_is_applied(api: Api, body: bytes) -> None:
+    (item,) = api.plane.enqueue(metadata={"a": "1"})
+    answer = await api.update(item.id, data=body)
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+    assert (await api.get(item.id)).body["metadata"] == {"a": "1"}
