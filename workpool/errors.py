@@ -138,3 +138,7 @@ class SessionEnded(SessionGoneError):
 
     def __init__(self, work_id: str) -> None:
         super().__init__(work_id, "the session has ended")
+
+
+class AttemptsExceeded(WorkpoolError):
+    """An item was delivered more often than `max_attempts`, so it was ended without being run."""

@@ -69,7 +69,7 @@ class ItemDeclined:
 
 @dataclass(frozen=True, slots=True)
 class ItemReclaimed:
-    """An item changed hands: we got one held before (gained), or ours is not ours any more (lost)."""
+    """An item changed hands: gained, it was held before; lost, it was ours and is not any more."""
 
     item: WorkItem
     direction: ReclaimDirection

@@ -21,7 +21,7 @@ Outcome = Literal[
 """How a session ended for this pool (design §1, Finish)."""
 
 
-class Release(Exception):  # noqa: N818 - a request, not an error: design §3 names it
+class Release(Exception):
     """Raise from a handler to give the item back unfinished.
 
     Args:

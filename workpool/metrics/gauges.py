@@ -45,18 +45,18 @@ class PoolSnapshot:
         sessions: (handler, how many run, age of the oldest in seconds), for each handler.
     """
 
-    pollers: Mapping[str, int]
-    pollers_target: int
-    pollers_limit: int
-    last_poll_success: float | None
-    queue_depth: int
-    queue_capacity: int
-    slots: Mapping[str, int]
-    slots_limit: int
-    leases: Mapping[str, int]
-    lease_remaining_min: float | None
-    sessions: Sequence[tuple[str, int, float]]
-    draining: bool
+    pollers: Mapping[str, int] = field(default_factory=dict)
+    pollers_target: int = 0
+    pollers_limit: int = 0
+    last_poll_success: float | None = None
+    queue_depth: int = 0
+    queue_capacity: int = 0
+    slots: Mapping[str, int] = field(default_factory=dict)
+    slots_limit: int = 0
+    leases: Mapping[str, int] = field(default_factory=dict)
+    lease_remaining_min: float | None = None
+    sessions: Sequence[tuple[str, int, float]] = ()
+    draining: bool = False
 
 
 class NullWindow:

@@ -1,0 +1,90 @@
+"""What the pool asks of a client: `WorkClient`, or anything else that `connect` makes.
+
+One client belongs to one event loop; the supervisor makes two, one for its own loop and one for the
+keeper's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from workpool.wire.items import Heartbeat, QueueStats, WorkItem
+
+
+class Calls(Protocol):
+    """A client, opened as an async context on the loop that uses it.
+
+    Every call raises `TransientError`, `RefusedError`, `ConflictError` or `PreconditionError`
+    (design §2); anything else is a bug. `timeout` bounds one call in seconds, None: the client's
+    own bound.
+
+    Attributes:
+        worker_id: What it calls itself; set by the supervisor before it is opened.
+        on_request: Told the operation, the code and the seconds of every request.
+        on_budget_wait: Told the kind and the seconds of every wait for our own rate limit.
+        on_credential_refresh: Told "ok" or "error" when the token source was read again.
+        budgets: Our own rate limits; shared between the clients of one supervisor.
+    """
+
+    worker_id: str
+    on_request: Callable[[str, str, float], None] | None
+    on_budget_wait: Callable[[Any, float], None] | None
+    on_credential_refresh: Callable[[Any], None] | None
+    budgets: Any
+
+    async def __aenter__(self) -> Calls:
+        """Open on the running loop."""
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None:
+        """Close."""
+
+    async def reserve_ack(self) -> None:
+        """Wait until the write budget has room for an ack, and take it (design §5)."""
+
+    def return_ack(self) -> None:
+        """Give it back: the poll brought nothing to acknowledge."""
+
+    async def poll(
+        self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
+    ) -> WorkItem | None:
+        """Protocol §3.1."""
+
+    async def ack(
+        self, work_id: str, *, reserved: bool = False, timeout: float | None = None
+    ) -> WorkItem:
+        """Protocol §3.2."""
+
+    async def heartbeat(
+        self, work_id: str, expected: str | None, ttl: int | None, *, timeout: float | None = None
+    ) -> Heartbeat:
+        """Protocol §3.3."""
+
+    async def stop(
+        self,
+        work_id: str,
+        force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
+        *,
+        timeout: float | None = None,
+    ) -> WorkItem | None:
+        """Protocol §3.4."""
+
+    async def update_metadata(
+        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+    ) -> WorkItem:
+        """Protocol §3.5."""
+
+    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+        """Protocol §3.6."""
+
+    async def stats(self) -> QueueStats:
+        """Protocol §3.8."""

@@ -1,0 +1,198 @@
+"""One item while it is ours: from its delivery until its handler has ended and its finish is over.
+
+Owns what may be sent for the item. Every send first asks, with no await between, whether the lease
+is held, and is cut short the moment it is not (design §1, Finish). Used on the handlers' loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from typing import TYPE_CHECKING, TypeVar
+
+from workpool.backoff import Backoff
+from workpool.errors import LeaseLost, SessionEnded, TransientError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from workpool.handler import Handler
+    from workpool.pool.calls import Calls
+    from workpool.pool.lease import Lease
+    from workpool.session import Session
+    from workpool.wire.items import WorkItem
+
+T = TypeVar("T")
+
+RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
+UPDATE_SECONDS = 30.0
+"""How long a handler's `update_metadata` is tried."""
+
+
+class Cause(enum.IntEnum):
+    """What ended a session, in the order of the finish table: the greatest wins."""
+
+    RETURNED = enum.auto()
+    RAISED = enum.auto()
+    TIMED_OUT = enum.auto()
+    DRAINED = enum.auto()
+    RELEASED = enum.auto()
+    STOP_REQUESTED = enum.auto()
+    STOPPED = enum.auto()
+    LOST = enum.auto()
+
+
+class Claim:
+    """One item that is ours.
+
+    Attributes:
+        item: As the poll delivered it, then as our acknowledgement returned it.
+        held_before: It had been held, here or elsewhere, when it was delivered.
+        handler: Who will run it; None for an item that the pool answers by itself.
+        delivered_at: When the last poll that brought it was answered, on the lease clock.
+        acked_at: When the first ack that may have been applied was sent, on the lease clock.
+        begun: Done once the first beat is settled, one way or the other.
+        over: Done once the lease is not held any more.
+        running: The handler's task, from its start.
+        cancelled: We have cancelled the handler.
+        causes: Why the session ends, as far as known.
+        error: What the handler raised, or why what it returned cannot be written.
+        result: The mapping that it returned.
+    """
+
+    __slots__ = (
+        "_calls",
+        "_scopes",
+        "acked_at",
+        "begun",
+        "cancelled",
+        "causes",
+        "delivered_at",
+        "error",
+        "handler",
+        "held_before",
+        "item",
+        "lease",
+        "over",
+        "result",
+        "running",
+        "session",
+    )
+
+    lease: Lease
+    """Set once the item is acknowledged."""
+    session: Session
+    """Likewise, for an item that has a handler."""
+
+    def __init__(self, item: WorkItem, handler: Handler | None, calls: Calls, now: float) -> None:
+        self.item = item
+        self.held_before = item.acknowledged_at is not None or item.last_heartbeat is not None
+        self.handler = handler
+        self.delivered_at = now
+        self.acked_at = now
+        loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[None] = loop.create_future()
+        self.over: asyncio.Future[None] = loop.create_future()
+        self.running: asyncio.Task[object] | None = None
+        self.cancelled = False
+        self.causes: set[Cause] = set()
+        self.error: BaseException | None = None
+        self.result: Mapping[str, str] = {}
+        self._calls = calls
+        self._scopes: set[asyncio.Timeout] = set()
+
+    @property
+    def label(self) -> str:
+        """The handler's name for metrics and logs."""
+        return "none" if self.handler is None else self.handler.name
+
+    @property
+    def executing(self) -> bool:
+        """Its handler has been called and has not ended yet, cancelled or not."""
+        return self.running is not None and not self.running.done()
+
+    def cancel(self, cause: Cause) -> bool:
+        """Cancel the handler, once; False when there is nothing to cancel or it was done before."""
+        if self.running is None or self.running.done():
+            return False
+        self.causes.add(cause)
+        if self.cancelled:
+            return False
+        self.cancelled = True
+        self.running.cancel()
+        return True
+
+    def lease_changed(self) -> None:
+        """The keeper wrote to the lease: wake whoever waits, and cut what must not be sent."""
+        if not self.begun.done():
+            self.begun.set_result(None)
+        if self.lease.fate != "held":
+            if not self.over.done():
+                self.over.set_result(None)
+            now = asyncio.get_running_loop().time()
+            for scope in self._scopes:
+                scope.reschedule(now)
+
+    # What a session needs (workpool.session.Held).
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the lease must be taken for lost; 0 when it is not held."""
+        return self.lease.remaining
+
+    def check(self) -> None:
+        """Raise unless the handler may send something for the item."""
+        self.check_lease()
+        if self.cancelled or not self.executing:
+            raise SessionEnded(self.item.id)
+
+    def check_lease(self) -> None:
+        """Raise unless the item is ours at this instant."""
+        if not self.lease.held:
+            raise (SessionEnded if self.lease.fate == "stopped" else LeaseLost)(self.item.id)
+
+    async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
+        """Write metadata for the handler, tried for `UPDATE_SECONDS`."""
+        until = asyncio.get_running_loop().time() + UPDATE_SECONDS
+        return await self.send(self._update(patch), until, self.check)
+
+    async def write_metadata(self, patch: Mapping[str, str | None], until: float) -> None:
+        """Write metadata for the pool. `until` is on the loop's clock."""
+        await self.send(self._update(patch), until, self.check_lease)
+
+    def _update(self, patch: Mapping[str, str | None]) -> Callable[[], Awaitable[WorkItem]]:
+        return lambda: self._calls.update_metadata(self.item.id, patch)
+
+    async def send(
+        self,
+        call: Callable[[], Awaitable[T]],
+        until: float,
+        check: Callable[[], None],
+    ) -> T:
+        """Make a call that needs the lease, again until it is settled or `until` has come.
+
+        Raises:
+            SessionGoneError: From `check`, made right before every try.
+            ControlPlaneError: Refused, in conflict, or still transient at the end.
+        """
+        loop = asyncio.get_running_loop()
+        backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+        while True:
+            check()
+            # Waiting for a connection must not carry the send past the lease's end.
+            scope = asyncio.timeout(min(until - loop.time(), self.lease.remaining))
+            self._scopes.add(scope)
+            try:
+                async with scope:
+                    return await call()
+            except TransientError as error:
+                failure = error
+            except TimeoutError:
+                failure = TransientError("call", None, "no answer in time", reason="timeout")
+            finally:
+                self._scopes.discard(scope)
+            check()
+            delay = max(backoff.next(), failure.retry_after or 0.0)
+            if loop.time() + delay >= until:
+                raise failure
+            await asyncio.sleep(delay)

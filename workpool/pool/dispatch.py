@@ -1,0 +1,302 @@
+"""From a delivered item to the end of its session: who owns it, who runs it, what interrupts it.
+
+Owns the ids that are ours. Every item that is acknowledged here ends in exactly one
+`SessionFinished`, and an id is given up only after its handler has ended and its finish is over
+(design §1). Lives on the handlers' loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import re
+from collections import Counter, OrderedDict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from workpool.errors import (
+    AttemptsExceeded,
+    ControlPlaneError,
+    PluginError,
+    SessionGoneError,
+    TransientError,
+)
+from workpool.events import (
+    ItemClaimed,
+    ItemDeclined,
+    ItemReclaimed,
+    SessionFinished,
+    SessionStarted,
+    StopRequested,
+)
+from workpool.pool.acknowledge import Acknowledger
+from workpool.pool.claim import Cause, Claim
+from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher
+from workpool.pool.handling import Handling
+from workpool.pool.lease import Lease
+from workpool.session import Session
+from workpool.wire.protocol import HEALTHCHECK
+
+if TYPE_CHECKING:
+    from workpool.events import DeclineReason, Origin, ReclaimStage
+    from workpool.handler import Handler
+    from workpool.pool.parts import Parts
+    from workpool.session import Outcome
+    from workpool.wire.items import WorkItem
+
+log = logging.getLogger(__name__)
+
+ATTEMPT: Final = "workpool.attempt"
+REMEMBERED_IDS = 10_000
+"""How many ids are remembered, to tell redeliveries and to log a declined item once."""
+
+
+class Dispatcher:
+    """Owns the items that are ours, and runs each in a task of `group`.
+
+    Attributes:
+        owned: By work id, from delivery to the end of the finish.
+        tasks: One per item in a slot.
+        draining: No more handlers are started.
+        left_behind: Sessions that could not be handed back: their handler would not end, or the
+            time for their finish ran out.
+    """
+
+    def __init__(self, parts: Parts, group: asyncio.TaskGroup, handlers: asyncio.TaskGroup) -> None:
+        """Items are served in `group`, their handlers run in `handlers`."""
+        self.owned: dict[str, Claim] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.draining = False
+        self.left_behind = 0
+        self._parts = parts
+        self._group = group
+        self._acknowledger = Acknowledger(parts)
+        self._handling = Handling(parts, handlers)
+        self._finisher = Finisher(parts)
+        self._sessions: set[str] = set()
+        self._busy: Counter[Handler] = Counter()
+        self._handed: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
+
+    @property
+    def stuck(self) -> int:
+        """Handlers that ignore their cancellation."""
+        return len(self._handling.stuck)
+
+    # Claim and choose.
+
+    def offer(self, item: WorkItem) -> bool:
+        """Decide on a delivered item; True when it is ours and took the reserved place."""
+        if self.draining:
+            return False  # never acknowledged, so it comes back
+        now = self._parts.clock()
+        owned = self.owned.get(item.id)
+        held_before = item.acknowledged_at is not None or item.last_heartbeat is not None
+        seen = held_before or item.id in self._handed
+        origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
+        self._parts.observe(ItemClaimed(item, origin, _age(item)))
+        if owned is not None:
+            self._doubt(owned, now)
+            return False
+        self._remember(item.id)
+        if item.type == HEALTHCHECK:
+            handler = None
+        elif (handler := self._choose(item)) is None:
+            return False
+        if held_before:
+            self._parts.observe(ItemReclaimed(item, "gained", "poll"))
+        claim = self.owned[item.id] = Claim(item, handler, self._parts.calls, now)
+        if handler is not None:
+            self._sessions.add(item.session_id)
+            self._busy[handler] += 1
+        self._parts.queue.put(claim)
+        self._fill()
+        return True
+
+    def _doubt(self, owned: Claim, now: float) -> None:
+        """We were handed a copy of an item that is ours: the server thinks that it is queued."""
+        if owned.executing:
+            self._parts.keeper.beat_now(owned.lease)
+        else:
+            owned.delivered_at = now
+
+    def _choose(self, item: WorkItem) -> Handler | None:
+        """Ask the plugins; None when the item is left for others."""
+        handler = None
+        reason: DeclineReason | None = None
+        if item.session_id in self._sessions:
+            reason = "busy"
+        else:
+            try:
+                handler = self._parts.plugins.handler_for(item)
+            except PluginError:
+                reason = "plugin_error"
+            else:
+                reason = self._objection(handler)
+        if reason is None:
+            return handler
+        if not self._handed[item.id]:
+            self._handed[item.id] = True
+            log.info("item declined work_id=%s type=%s reason=%s", item.id, item.type, reason)
+        self._parts.observe(ItemDeclined(item, reason))
+        return None
+
+    def _objection(self, handler: Handler | None) -> DeclineReason | None:
+        if handler is None:
+            return "unwanted"
+        full = handler.max_sessions is not None and self._busy[handler] >= handler.max_sessions
+        return "busy" if full else None
+
+    def _remember(self, work_id: str) -> None:
+        if work_id not in self._handed:
+            self._handed[work_id] = False
+            if len(self._handed) > REMEMBERED_IDS:
+                self._handed.popitem(last=False)
+
+    def _fill(self) -> None:
+        """Start what waits in the slots that are free."""
+        while not self.draining and (claim := self._parts.queue.take()) is not None:
+            task = self._group.create_task(self._work(claim), name=claim.item.id)
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    # Serve.
+
+    async def _work(self, claim: Claim) -> None:
+        try:
+            result = await self._acknowledger.acknowledge(claim)
+            if result == "ok":
+                claim.lease = Lease(
+                    claim.item,
+                    claim.acked_at,
+                    self._parts.keeper,
+                    functools.partial(self._lease_changed, claim),
+                )
+                await (self._serve(claim, claim.handler) if claim.handler else self._answer(claim))
+            elif result == "conflict":
+                self._lost(claim, "ack")
+        finally:
+            self._disown(claim)
+            self._parts.queue.release()
+            self._fill()
+
+    async def _answer(self, claim: Claim) -> None:
+        """A health check asks whether anybody is there: it is, so the item is done."""
+        until = asyncio.get_running_loop().time() + FINISH_SECONDS
+        try:
+            await self._finisher.stop(claim, until)
+        except (ControlPlaneError, SessionGoneError) as error:
+            log.warning("health check not stopped work_id=%s error=%s", claim.item.id, error)
+
+    async def _serve(self, claim: Claim, handler: Handler) -> None:
+        claim.session = Session(claim.item, claim, redelivered=claim.held_before)
+        outcome: Outcome = "released"  # what it comes to when this is cut short: the lease lapses
+        try:
+            await self._begin(claim)
+            if not claim.causes:
+                self._parts.observe(SessionStarted(claim.session, claim.label))
+                await self._handling.run(claim, handler)
+                self._note_lease(claim)
+            outcome = await self._finisher.finish(claim)
+        except asyncio.CancelledError:
+            self.left_behind += 1
+            raise
+        finally:
+            self._parts.keeper.end(claim.lease)
+            if outcome == "lease_lost" and claim.lease.confirmed:
+                self._lost(claim, "run" if claim.lease.begun else "start")
+            seconds = self._parts.clock() - claim.acked_at
+            self._parts.observe(
+                SessionFinished(claim.session, claim.label, outcome, seconds, claim.error)
+            )
+
+    async def _begin(self, claim: Claim) -> None:
+        """Hold the lease, and note in `causes` whatever forbids to start the handler."""
+        if self.draining:
+            claim.lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
+        self._parts.keeper.hold(claim.lease)
+        await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
+        self._note_lease(claim)
+        if claim.held_before and not claim.causes:
+            await self._count_attempt(claim)
+            self._note_lease(claim)
+        if claim.lease.stop_requested:
+            claim.session.interrupt(stopping=True)
+        elif self.draining:
+            claim.causes.add(Cause.DRAINED)
+
+    async def _count_attempt(self, claim: Claim) -> None:
+        before = claim.item.metadata.get(ATTEMPT, "1")
+        attempt = 1 + (int(before) if re.fullmatch("[0-9]{1,9}", before) else 1)
+        limit = self._parts.settings.max_attempts
+        if limit is not None and attempt > limit:
+            claim.error = AttemptsExceeded(f"attempt {attempt} of {limit}")
+            claim.causes.add(Cause.RAISED)
+            return
+        until = asyncio.get_running_loop().time() + FINISH_SECONDS
+        try:
+            await claim.write_metadata({ATTEMPT: str(attempt)}, until)
+        except SessionGoneError:
+            claim.causes.add(Cause.LOST)
+        except TransientError as error:
+            # An attempt that is not counted could be repeated for ever: hand it back unrun.
+            log.warning("attempt not counted work_id=%s error=%s", claim.item.id, error)
+            claim.causes.add(Cause.DRAINED)
+        except ControlPlaneError as error:
+            log.warning("attempt refused work_id=%s error=%s", claim.item.id, error)
+
+    def _note_lease(self, claim: Claim) -> None:
+        lease = claim.lease
+        if lease.fate == "stopped":
+            claim.causes.add(Cause.STOPPED)
+        elif not lease.held and lease.fate != "released":
+            claim.causes.add(Cause.LOST)
+        elif lease.stop_requested:
+            claim.causes.add(Cause.STOP_REQUESTED)
+
+    def _lease_changed(self, claim: Claim) -> None:
+        claim.lease_changed()
+        lease = claim.lease
+        if lease.fate == "lost":
+            self._handling.cancel(claim, Cause.LOST)
+        elif lease.fate == "stopped":
+            self._handling.cancel(claim, Cause.STOPPED)
+        elif lease.stop_requested and not claim.session.stopping:
+            self._parts.observe(StopRequested(claim.item))
+            self._handling.request_stop(claim)
+
+    def _lost(self, claim: Claim, stage: ReclaimStage) -> None:
+        stage = "drain" if self.draining else stage
+        log.info("item lost to another worker work_id=%s stage=%s", claim.item.id, stage)
+        self._parts.observe(ItemReclaimed(claim.item, "lost", stage))
+
+    def _disown(self, claim: Claim) -> None:
+        del self.owned[claim.item.id]
+        if claim.handler is not None:
+            self._sessions.discard(claim.item.session_id)
+            self._busy[claim.handler] -= 1
+
+    # Drain.
+
+    def drain(self) -> None:
+        """Start nothing more; tell the running sessions."""
+        self.draining = self._acknowledger.draining = True
+        for claim in self._parts.queue.forget_waiting():
+            self._disown(claim)
+        for claim in self.owned.values():
+            if claim.executing:
+                claim.session.interrupt(draining=True)
+
+    def release_all(self) -> None:
+        """The drain's deadline has come: cancel what still runs and hand it back."""
+        for claim in list(self.owned.values()):
+            self._handling.cancel(claim, Cause.DRAINED)
+
+    def abandon(self) -> None:
+        """The time after the deadline is over, too: leave behind whatever has not ended."""
+        for task in self.tasks:
+            task.cancel()
+
+
+def _age(item: WorkItem) -> float:
+    return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

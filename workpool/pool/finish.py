@@ -1,0 +1,192 @@
+"""How a session ends: the finish table of design §1, as code, and what it makes us send.
+
+The table decides; `finish` only carries it out. Nothing is sent for an item whose lease is not
+held, and what could not be written is never taken for written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Literal
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    PreconditionError,
+    RefusedError,
+    SessionGoneError,
+    TransientError,
+)
+from workpool.events import StopFinished
+from workpool.pool.claim import Cause, Claim
+from workpool.session import Outcome, Release
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from workpool.events import CallResult
+    from workpool.pool.parts import Parts
+
+log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 10.0
+RELEASE_DELAY_SECONDS = 10.0
+NOTE_LIMIT = 512
+"""Characters of `workpool.error` and `workpool.released`."""
+
+ERROR: Final = "workpool.error"
+RELEASED: Final = "workpool.released"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the table: what is done with the item, what is written, what it counts as."""
+
+    item: Literal["stop", "release", "untouched"]
+    metadata: Literal["mapping", "error", "reason", "none"]
+    outcome: Outcome
+
+
+TABLE: Final[Mapping[Cause, Row]] = {  # when several apply, the lowest wins
+    Cause.RETURNED: Row("stop", "mapping", "completed"),
+    Cause.RAISED: Row("stop", "error", "failed"),
+    Cause.TIMED_OUT: Row("stop", "error", "timed_out"),
+    Cause.DRAINED: Row("release", "none", "released"),
+    Cause.RELEASED: Row("release", "reason", "released"),
+    Cause.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
+    Cause.STOPPED: Row("untouched", "none", "stopped"),
+    Cause.LOST: Row("untouched", "none", "lease_lost"),
+}
+
+
+def mapping_of(returned: object) -> Mapping[str, str]:
+    """What a handler returned, as metadata; None counts as an empty mapping.
+
+    Raises:
+        TypeError: It is neither None nor a mapping of strings that can be sent.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"a handler returns None or a mapping of strings, not {type(returned).__name__}"
+        )
+    for text in (text for pair in returned.items() for text in pair):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"a handler returns a mapping of strings; this one holds {type(text).__name__}"
+            )
+        text.encode()  # a lone surrogate cannot be sent: UnicodeEncodeError, a ValueError
+    return returned
+
+
+class Finisher:
+    """Carries the table out. Lives on the handlers' loop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._with_message = parts.settings.report_errors == "message"
+        self._calls = parts.calls
+        self._keeper = parts.keeper
+        self._observe = parts.observe
+
+    async def finish(self, claim: Claim) -> Outcome:
+        """Do what the row says, within `FINISH_SECONDS`, and return what it came to."""
+        row = TABLE[max(claim.causes)]
+        until = asyncio.get_running_loop().time() + FINISH_SECONDS
+        if row.item == "untouched":
+            return row.outcome
+        try:
+            if row.item == "release":
+                return await self._release(claim, row, until)
+            outcome = await self._write(claim, row, until)
+            await self.stop(claim, until, confirm=row.outcome == "stopped")
+        except SessionGoneError:
+            return "stopped" if claim.lease.fate == "stopped" else "lease_lost"
+        except RefusedError as error:
+            log.error("finish refused work_id=%s error=%s", claim.item.id, error)  # noqa: TRY400 - expected, no stack
+            return "failed"
+        except TransientError as error:
+            # Not stopped, so it is redelivered once its lease has lapsed: nothing is lost.
+            log.warning("finish not written work_id=%s error=%s", claim.item.id, error)
+            return "released"
+        return outcome
+
+    async def stop(self, claim: Claim, until: float, *, confirm: bool = False) -> None:
+        """Stop the item with force: right in every state and in both dialects (protocol §3.4).
+
+        Raises:
+            SessionGoneError: The lease is not held, and our stop is not known to be applied.
+            RefusedError, TransientError: It was not applied, as far as known.
+        """
+
+        def send() -> Awaitable[object]:
+            claim.lease.own_stop = True  # from here on a beat's 409 is this stop's success
+            return self._calls.stop(claim.item.id, force=True)
+
+        result: CallResult = "error"
+        try:
+            await claim.send(send, until, claim.check_lease)
+            result = "ok"
+        except (ConflictError, PreconditionError):
+            result = "conflict"  # it is stopped, which is all that we wanted
+        except SessionGoneError:
+            if claim.lease.fate != "finished":
+                raise
+            result = "ok"
+        except RefusedError as error:
+            result = "gone" if error.status == HTTPStatus.NOT_FOUND else "error"
+            raise
+        finally:
+            self._observe(StopFinished(claim.item, "confirm" if confirm else "force", result))
+
+    async def _write(self, claim: Claim, row: Row, until: float) -> Outcome:
+        """Write the row's metadata, if any; return the outcome that is left."""
+        patch = claim.result if row.metadata == "mapping" else self._error_note(claim)
+        if not patch:
+            return row.outcome
+        try:
+            await claim.write_metadata(patch, until)
+        except (ConflictError, PreconditionError):
+            pass  # already stopped: fine
+        except RefusedError as error:
+            log.error("metadata refused work_id=%s error=%s", claim.item.id, error)  # noqa: TRY400 - expected, no stack
+            if row.metadata != "mapping":
+                return row.outcome
+            # A result that cannot be written must not count as done.
+            claim.error = error
+            with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
+                await claim.write_metadata(self._error_note(claim), until)
+            return "failed"
+        return row.outcome
+
+    async def _release(self, claim: Claim, row: Row, until: float) -> Outcome:
+        delay = RELEASE_DELAY_SECONDS
+        if row.metadata == "reason" and isinstance(claim.error, Release):
+            delay = claim.error.delay
+            try:
+                await claim.write_metadata({RELEASED: sendable(claim.error.reason)}, until)
+            except ControlPlaneError as error:
+                log.warning("metadata not written work_id=%s error=%s", claim.item.id, error)
+        self._keeper.release(claim.lease, delay)
+        left = until - asyncio.get_running_loop().time()
+        await asyncio.wait({claim.over}, timeout=max(0.0, left))
+        if claim.lease.fate == "stopped":
+            return "stopped"
+        return "lease_lost" if claim.lease.confirmed else "released"
+
+    def _error_note(self, claim: Claim) -> Mapping[str, str]:
+        error = claim.error or TimeoutError("the session's time is over")
+        text = type(error).__name__
+        if self._with_message and str(error):
+            text = f"{text}: {error}"
+        return {ERROR: sendable(text)}
+
+
+def sendable(text: str) -> str:
+    """`text`, cut to what a note may hold, and without what UTF-8 cannot carry."""
+    return text[:NOTE_LIMIT].encode(errors="replace").decode()

@@ -1,0 +1,170 @@
+"""Running one handler: its task, the wrapping contexts, and the timers that interrupt it.
+
+Owns nothing about the item: it is told to cancel, with a cause, and reports how the handler ended.
+Cancelled is not ended: only the handler's own return ends it (design §1, Run).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workpool.pool.claim import Cause
+from workpool.pool.finish import mapping_of
+from workpool.session import Release
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.handler import Handler
+    from workpool.pool.claim import Claim
+    from workpool.pool.parts import Parts
+
+log = logging.getLogger(__name__)
+
+STUCK_SECONDS = 10.0
+LEAVE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a handler raised, carried as a value: raised, it would take its siblings down."""
+
+    error: BaseException
+
+
+class Handling:
+    """Runs handlers in tasks of `group`. Lives on the handlers' loop.
+
+    Attributes:
+        stuck: Claims whose handler has ignored its cancellation for `STUCK_SECONDS`.
+    """
+
+    def __init__(self, parts: Parts, group: asyncio.TaskGroup) -> None:
+        self.stuck: set[Claim] = set()
+        self._session_timeout = parts.settings.session_timeout
+        self._stop_grace = parts.settings.stop_grace
+        self._plugins = parts.plugins
+        self._group = group
+        self._timers: dict[Claim, list[asyncio.TimerHandle]] = {}
+
+    async def run(self, claim: Claim, handler: Handler) -> None:
+        """Call the handler and wait for its end, however long; note the cause of it."""
+        name = f"{claim.label} {claim.item.id}"
+        claim.running = self._group.create_task(self._call(claim, handler), name=name)
+        timers = self._timers[claim] = []
+        try:
+            timeout = self._session_timeout if handler.timeout is None else handler.timeout
+            if timeout is not None:
+                timers.append(self._later(timeout, claim, Cause.TIMED_OUT))
+            if claim.session.stopping:
+                timers.append(self._later(self._stop_grace, claim, Cause.STOP_REQUESTED))
+            await asyncio.wait({claim.running})
+        finally:
+            del self._timers[claim]
+            for timer in timers:
+                timer.cancel()
+            self.stuck.discard(claim)
+        self._note_end(claim, claim.running)
+
+    def request_stop(self, claim: Claim) -> None:
+        """Tell the session that an operator wants an end, and cancel it after `stop_grace`."""
+        claim.session.interrupt(stopping=True)
+        timers = self._timers.get(claim)
+        if timers is not None:
+            timers.append(self._later(self._stop_grace, claim, Cause.STOP_REQUESTED))
+
+    def cancel(self, claim: Claim, cause: Cause) -> None:
+        """Cancel the handler now; watch whether it obeys."""
+        if claim.cancel(cause):
+            log.info("handler cancelled work_id=%s cause=%s", claim.item.id, cause.name.lower())
+            loop = asyncio.get_running_loop()
+            self._timers[claim].append(loop.call_later(STUCK_SECONDS, self._report_stuck, claim))
+
+    def _later(self, seconds: float, claim: Claim, cause: Cause) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, self.cancel, claim, cause)
+
+    def _report_stuck(self, claim: Claim) -> None:
+        stack = io.StringIO()
+        if claim.running is not None:
+            claim.running.print_stack(file=stack)
+        log.critical(
+            "handler ignores its cancellation work_id=%s handler=%s seconds=%.0f\n%s",
+            claim.item.id,
+            claim.label,
+            STUCK_SECONDS,
+            stack.getvalue(),
+        )
+        self.stuck.add(claim)
+
+    async def _call(self, claim: Claim, handler: Handler) -> object:
+        session, call = claim.session, handler.call
+        try:
+            contexts = self._plugins.contexts(session)
+            if not contexts:
+                return await call(session)
+            async with AsyncExitStack() as stack:
+                for _, context in contexts:
+                    await stack.enter_async_context(context)
+                return await call(session)
+        except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
+            return _Raised(error)
+
+    def _note_end(self, claim: Claim, task: asyncio.Task[object]) -> None:
+        if task.cancelled():
+            if not claim.cancelled:  # a CancelledError that leaked from somewhere
+                self._note_error(claim, asyncio.CancelledError("leaked from the handler"))
+            return
+        returned = task.result()
+        if isinstance(returned, _Raised):
+            self._note_error(claim, returned.error)
+            return
+        try:
+            claim.result = mapping_of(returned)
+        except (TypeError, ValueError) as error:
+            self._note_error(claim, error)
+        else:
+            claim.causes.add(Cause.RETURNED)
+
+    def _note_error(self, claim: Claim, error: BaseException) -> None:
+        claim.error = error
+        if isinstance(error, Release):
+            claim.causes.add(Cause.RELEASED)
+            log.info("released by its handler work_id=%s", claim.item.id)
+            return
+        claim.causes.add(Cause.RAISED)
+        log.error(
+            "handler failed work_id=%s handler=%s", claim.item.id, claim.label, exc_info=error
+        )
+
+
+@asynccontextmanager
+async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group for handlers that may be left behind.
+
+    A handler that ignores its cancellation would hold up a group that the pool must leave, so this
+    one lives in a task of its own: the one kind of task that may outlive the pool, and only then.
+    """
+    loop = asyncio.get_running_loop()
+    opened: asyncio.Future[asyncio.TaskGroup] = loop.create_future()
+    closing = asyncio.Event()
+
+    async def host() -> None:
+        async with asyncio.TaskGroup() as group:
+            opened.set_result(group)
+            await closing.wait()
+
+    task = loop.create_task(host(), name="workpool-handlers")
+    try:
+        yield await opened
+    finally:
+        closing.set()
+        if (await asyncio.wait({task}, timeout=LEAVE_SECONDS))[1]:
+            task.cancel()
+            await asyncio.wait({task}, timeout=LEAVE_SECONDS)

@@ -1,0 +1,271 @@
+"""The keeper: a thread with an event loop and connections of its own, on which leases are kept.
+
+A handler that blocks the supervisor's loop must not lose its lease (design §1, Lease before work).
+The keeper also watches that loop: it measures its lag, names the handler that blocks it, and stops
+renewing after `max_block`. It never decides anything about an item beyond its lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import functools
+import logging
+import sys
+import tempfile
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+from workpool.errors import KeeperError
+from workpool.events import LoopLagMeasured
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from workpool.events import Event
+    from workpool.pool.calls import Calls
+    from workpool.pool.clock import Clock
+    from workpool.pool.lease import Lease
+    from workpool.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LAG_WARNING_SECONDS = 1.0
+CLOSE_SECONDS = 10.0
+SLEEP_SECONDS = 0.5
+"""A lease clock that gained this much on the loop's during one tick: the machine slept."""
+
+
+class Watcher(NamedTuple):
+    """Whom the keeper reports to."""
+
+    observe: Callable[[Event], None]
+    """Told of facts, on the keeper's thread."""
+    died: Callable[[KeeperError], None]
+    """The thread ended without being asked to. Called on the handlers' loop."""
+    blocked: Callable[[], None]
+    """The handlers' loop has been blocked for `max_block`. Called on the keeper's thread."""
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where there is one: the thread is ours, so the choice is too."""
+    if sys.platform != "win32":
+        import uvloop  # noqa: PLC0415 - not installed on Windows
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+class Keeper:
+    """Keeps leases, from `__aenter__` to `__aexit__`, on a thread of its own.
+
+    Attributes:
+        renewing: False while the handlers' loop has been blocked for `max_block`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        calls: Calls,
+        watcher: Watcher,
+        services: Sequence[AbstractAsyncContextManager[object]] = (),
+    ) -> None:
+        """`services`: more contexts to live on the keeper's loop (the exporter)."""
+        self.clock = clock
+        self.calls = calls
+        self.lease_ttl = settings.lease_ttl
+        self.request_timeout = settings.request_timeout
+        self.observe = watcher.observe
+        self.renewing = True
+        self._max_block = settings.max_block
+        self._watcher = watcher
+        self._services = services
+        # Added to on the handlers' loop, swept on the keeper's; single steps of both are atomic.
+        self._leases: dict[Lease, None] = {}
+        self._ended: deque[Lease] = deque()
+        self._stop = asyncio.Event()  # waited for and set on the keeper's loop
+        self._serving = self._closing = False  # used on the handlers' loop only
+        self._blocked_seconds = 0.0  # used on the keeper's loop only
+        self._ping = 0  # written on the keeper's loop
+        self._pong = 0  # written on the handlers' loop
+        self._pong_seconds = 0.0  # likewise
+
+    # Called on the handlers' loop.
+
+    async def __aenter__(self) -> Keeper:
+        self._handlers_loop = asyncio.get_running_loop()
+        self._loop = new_event_loop()
+        self._opened = asyncio.Event()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="workpool-keeper")
+        self._thread = self._handlers_loop.run_in_executor(self._executor, self._run)
+        self._thread.add_done_callback(self._thread_ended)
+        try:
+            await self._opened.wait()
+            if self._thread.done():
+                await self._thread  # raises what ended it
+            self._serving = True
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    def hold(self, lease: Lease) -> None:
+        """Begin to beat for `lease`; the first beat goes out at once."""
+        self._leases[lease] = None
+        if self._thread.done():
+            lease.abandon()
+        else:
+            self._call(self._adopt, lease)
+
+    def beat_now(self, lease: Lease) -> None:
+        """Check a lease that there is reason to doubt."""
+        self._call(lease.beat_now)
+
+    def release(self, lease: Lease, delay: float) -> None:
+        """Let `lease` lapse `delay` seconds from now: one last beat, then silence."""
+        self._call(lease.release, delay)
+
+    def end(self, lease: Lease) -> None:
+        """Nobody needs `lease` any more. Costs no wake-up: the next tick sweeps it out."""
+        lease.ended = True
+        self._ended.append(lease)
+
+    def leases(self) -> list[Lease]:
+        """Those held now. May be called on any thread."""
+        return [lease for lease in list(self._leases) if not lease.ended and lease.fate == "held"]
+
+    async def _close(self) -> None:
+        self._closing = True
+        self._call(self._stop.set)
+        try:
+            done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
+            if not done:
+                log.critical("keeper did not end seconds=%.0f; left behind", CLOSE_SECONDS)
+        finally:
+            self._executor.shutdown(wait=self._thread.done())
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: the keeper is gone
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _thread_ended(self, thread: asyncio.Future[None]) -> None:
+        self._opened.set()
+        cause = None if thread.cancelled() else thread.exception()
+        if self._closing or not self._serving:
+            return  # asked to end, or never began: `__aenter__` raises why
+        error = KeeperError("the thread that keeps the leases ended")
+        error.__cause__ = cause
+        for lease in list(self._leases):
+            lease.abandon()
+        self._watcher.died(error)
+
+    # Called on the keeper's thread.
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._main())
+
+    async def _main(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self.calls)
+            for service in self._services:
+                await stack.enter_async_context(service)
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                ticker = group.create_task(self._tick(), name="keeper-tick")
+                self.tell(self._opened.set)
+                await self._stop.wait()
+                ticker.cancel()
+                for lease in list(self._leases):
+                    if lease.task is not None:
+                        lease.task.cancel()
+
+    def tell(self, callback: Callable[[], object]) -> None:
+        """Run `callback` on the handlers' loop."""
+        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to be told
+            self._handlers_loop.call_soon_threadsafe(callback)
+
+    def _adopt(self, lease: Lease) -> None:
+        if not self._stop.is_set():
+            lease.task = self._group.create_task(lease.keep(), name=lease.item.id)
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            lease_time, loop_time = self.clock(), loop.time()
+            await asyncio.sleep(TICK_SECONDS)
+            seconds = loop.time() - loop_time
+            self._sweep()
+            if self.clock() - lease_time - seconds > SLEEP_SECONDS:
+                self._expire()
+            self._watch(seconds)
+
+    def _sweep(self) -> None:
+        while self._ended:
+            lease = self._ended.popleft()
+            self._leases.pop(lease, None)
+            if lease.task is not None:
+                lease.task.cancel()
+
+    def _expire(self) -> None:
+        """The machine slept, and timers with it: look at every lease now."""
+        for lease in list(self._leases):
+            lease.expire()
+            if lease.fate != "held" and lease.task is not None:
+                lease.task.cancel()
+
+    def _watch(self, seconds: float) -> None:
+        """Measure how late the handlers' loop is. `seconds`: since the last look."""
+        if self._pong == self._ping:
+            if self._ping:
+                self.observe(LoopLagMeasured(self._pong_seconds))
+            if self._blocked_seconds >= LAG_WARNING_SECONDS:
+                log.warning("event loop runs again blocked_seconds=%.1f", self._blocked_seconds)
+            self._blocked_seconds = 0.0
+            self.renewing = True
+            self._ping += 1
+            self.tell(functools.partial(self._answer, self._ping, time.monotonic()))
+            return
+        before = self._blocked_seconds
+        # Never more than two ticks at once: a stopped process is not a blocked loop.
+        self._blocked_seconds += min(seconds, 2 * TICK_SECONDS)
+        if before < LAG_WARNING_SECONDS <= self._blocked_seconds:
+            log.warning(
+                "event loop is blocked by=%r; use asyncio.to_thread for blocking code",
+                self._blocker(),
+            )
+        if self.renewing and self._blocked_seconds >= self._max_block:
+            self.renewing = False
+            log.critical(
+                "event loop blocked seconds=%.0f by=%r; leases are not renewed any more\n%s",
+                self._blocked_seconds,
+                self._blocker(),
+                all_stacks(),
+            )
+            self._watcher.blocked()
+
+    def _answer(self, ping: int, asked_at: float) -> None:
+        """Called on the handlers' loop."""
+        self._pong_seconds = time.monotonic() - asked_at
+        self._pong = ping
+
+    def _blocker(self) -> str:
+        task = asyncio.current_task(self._handlers_loop)
+        return "no task" if task is None else task.get_name()
+
+
+def all_stacks() -> str:
+    """What every thread is doing now, as text."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,51 @@
+"""A plugin's `workpool_lifespan` context, entered and left in the supervisor's root task.
+
+Owns the blame and the bound: an error on entering names the plugin, and a context that does not
+close is given up after `CLOSE_SECONDS`, so that it cannot keep the others open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0
+
+
+class Lifespan:
+    """One plugin's context around the pool's life."""
+
+    def __init__(self, plugin: str, context: AbstractAsyncContextManager[object]) -> None:
+        self._plugin = plugin
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        """Enter it; what it raises stops the start."""
+        try:
+            await self._context.__aenter__()
+        except BaseException as error:
+            error.add_note(f"while entering workpool_lifespan of plugin {self._plugin!r}")
+            raise
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        """Leave it, within `CLOSE_SECONDS`."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS) as scope:
+                return await self._context.__aexit__(kind, error, trace)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            log.exception("plugin did not close plugin=%s", self._plugin)
+            return None

@@ -1,0 +1,120 @@
+"""What a pool looks like from outside: gauges, readiness, health (design §6, metrics.md).
+
+Reads only. May be called on the exporter's threads while the pool goes on, so everything is read
+once, from things that one step of the interpreter changes whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from workpool.metrics import PoolSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.pool.dispatch import Dispatcher
+    from workpool.pool.drain import Drain
+    from workpool.pool.parts import Parts
+    from workpool.pool.poller import Poller, Polling
+
+POLL_SUCCESS_SECONDS = 30.0
+"""A pool is ready for this long after a successful poll."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A supervisor at one moment.
+
+    Attributes:
+        ready: It takes work, or is full of it.
+        reasons: Why it is not ready.
+        running: Items in slots.
+        waiting: Items delivered that wait for a slot.
+        capacity: `concurrency + prefetch`.
+        draining: No more polls.
+        error: The fatal error, if any.
+    """
+
+    ready: bool
+    reasons: tuple[str, ...]
+    running: int
+    waiting: int
+    capacity: int
+    draining: bool
+    error: BaseException | None
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The parts of a pool that runs."""
+
+    parts: Parts
+    dispatcher: Dispatcher
+    polling: Polling
+    pollers: Sequence[Poller]
+    drain: Drain
+
+    def snapshot(self) -> PoolSnapshot:
+        """The gauges."""
+        queue, clock = self.parts.queue, self.parts.clock
+        now = clock()
+        polled_at = self.polling.last_success_at
+        leases = self.parts.keeper.leases()
+        states = Counter(
+            "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
+            for lease in leases
+        )
+        free = max(0, queue.concurrency - queue.running)
+        reserved = min(queue.reserved, free)
+        return PoolSnapshot(
+            pollers=Counter(poller.state for poller in self.pollers),
+            pollers_target=len(self.pollers),
+            pollers_limit=len(self.pollers),
+            last_poll_success=(
+                None
+                if polled_at is None
+                else datetime.now(UTC).timestamp() - max(0.0, now - polled_at)
+            ),
+            queue_depth=queue.waiting,
+            queue_capacity=queue.capacity,
+            slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
+            slots_limit=queue.concurrency,
+            leases=states,
+            lease_remaining_min=min((lease.remaining for lease in leases), default=None),
+            sessions=self._sessions(now),
+            draining=self.drain.requested.is_set(),
+        )
+
+    def _sessions(self, now: float) -> list[tuple[str, int, float]]:
+        running: Counter[str] = Counter()
+        oldest: dict[str, float] = {}
+        for claim in list(self.dispatcher.owned.values()):
+            if claim.executing:
+                running[claim.label] += 1
+                oldest[claim.label] = max(oldest.get(claim.label, 0.0), now - claim.acked_at)
+        return [(name, count, oldest[name]) for name, count in running.items()]
+
+    def unready(self) -> list[str]:
+        """Why no work is taken, beside a fatal error."""
+        reasons: list[str] = []
+        if self.drain.requested.is_set():
+            reasons.append("draining")
+        if self.dispatcher.stuck:
+            reasons.append(f"handlers that ignore their cancellation: {self.dispatcher.stuck}")
+        if self.polling.refused:
+            reasons.append("refused by the control plane")
+        polled_at = self.polling.last_success_at
+        recent = polled_at is not None and self.parts.clock() - polled_at < POLL_SUCCESS_SECONDS
+        if not recent and not self.parts.queue.full:
+            reasons.append(f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s")
+        return reasons
+
+    def unhealthy(self) -> list[str]:
+        """Why the process should be restarted."""
+        if self.parts.keeper.renewing:
+            return []
+        return ["the handlers' event loop has been blocked for longer than max_block"]

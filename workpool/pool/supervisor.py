@@ -1,0 +1,377 @@
+"""The supervisor: one pool's life, from `async with` to nothing left behind (design §1, Drain; §3).
+
+Owns the order in which the parts come and go. One root task holds the task groups, so that a
+caller's cancellation cannot tear them: it becomes a drain, and is raised when that is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import secrets
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from workpool.errors import PluginError
+from workpool.events import DrainFinished, DrainStarted
+from workpool.exporter import Exporter
+from workpool.metrics import PoolSnapshot
+from workpool.plugins import Plugins
+from workpool.pool.clock import lease_clock
+from workpool.pool.dispatch import Dispatcher
+from workpool.pool.drain import Drain
+from workpool.pool.handling import handler_group
+from workpool.pool.keeper import Keeper, Watcher
+from workpool.pool.lifespan import Lifespan
+from workpool.pool.parts import Parts
+from workpool.pool.poller import Poller, Polling
+from workpool.pool.queue import BoundedQueue
+from workpool.pool.report import Running, Status
+from workpool.pool.stats import read_stats
+from workpool.pool.telemetry import Telemetry
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+    from types import EllipsisType, TracebackType
+    from typing import Self
+
+    from workpool.errors import KeeperError
+    from workpool.events import DrainResult
+    from workpool.pool.calls import Calls
+    from workpool.settings import Settings
+
+log = logging.getLogger(__name__)
+
+AFTER_DEADLINE_SECONDS = 5.0
+"""How long the finish of what a drain's deadline cancelled may take, all together."""
+CLOSE_SECONDS = 30.0
+"""How long exporter, keeper, plugins and connections may take to close."""
+
+
+class Supervisor:
+    """One worker pool: polls an environment's queue and runs its sessions.
+
+    An async context manager; entering starts the pool, leaving drains it. It touches no signal
+    handler, loop policy, logging configuration or global registry. One supervisor runs once.
+
+    Args:
+        settings: The settings; needs `environment_id` and a token.
+        plugins: Objects, modules, classes, marked functions or names, asked before those that
+            `settings.plugins` lists.
+        registry: Where the metrics live; None: a registry of its own. May be shared.
+        connect: Makes one client per event loop, called twice, with the settings.
+
+    Attributes:
+        registry: Where the metrics live.
+        left_behind: Sessions that the drain could not hand back.
+        on_blocked: Called on another thread once the loop has been blocked for `max_block`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        plugins: Sequence[object] = (),
+        registry: CollectorRegistry | None = None,
+        connect: Callable[[Settings], Calls] = WorkClient,
+    ) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self.left_behind = 0
+        self.on_blocked: Callable[[], None] | None = None
+        self._settings = settings
+        self._plugin_objects = plugins
+        self._connect = connect
+        self._drain = Drain()
+        self._until_empty = False
+        self._root: asyncio.Task[None] | None = None
+        self._running: Running | None = None
+        self._exporter: Exporter | None = None
+        self._error: BaseException | None = None
+        self._error_raised = False
+
+    def __repr__(self) -> str:
+        return f"<Supervisor of {self._settings.environment_id}>"
+
+    # What embedders call.
+
+    async def __aenter__(self) -> Self:
+        """Start the pool: plugins, keeper, exporter, then the pollers.
+
+        Raises:
+            SettingsError: Something that is needed is missing.
+            PluginError: A plugin cannot be used, or none can handle anything.
+            ListenError: `metrics_listen` cannot be had.
+        """
+        if self._root is not None:
+            raise RuntimeError("a supervisor runs once; make a new one")
+        self._settings.require_connection()
+        for warning in self._settings.warnings():
+            log.warning("%s", warning)
+        self._plugins = Plugins.load(
+            self._plugin_objects, self._settings.plugins, self._settings.plugin_options
+        )
+        if not self._plugins.can_handle:
+            raise PluginError(
+                ", ".join(self._settings.plugins) or "(none)",
+                "no plugin handles anything; name one in `plugins` or pass a handler",
+            )
+        self._loop = asyncio.get_running_loop()
+        self._opened = asyncio.Event()
+        self._served = asyncio.Event()
+        self._root = self._loop.create_task(self._live(), name="workpool-supervisor")
+        try:
+            await self._opened.wait()
+        except asyncio.CancelledError:
+            self._drain.begin(0)
+            self._root.cancel()  # it may be opening something that takes for ever
+            await self._gone()
+            raise
+        if self._root.done():
+            self._root.result()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drain, with the deadline now if the block raised, and close everything.
+
+        Raises:
+            WorkpoolError: What ended the pool, if `wait()` has not raised it.
+        """
+        self._drain.begin(self._settings.drain_timeout if kind is None else 0)
+        try:
+            await self._gone()
+        except asyncio.CancelledError:
+            self._drain.begin(0)
+            await self._gone()
+            raise
+        if kind is None:
+            self._raise_error()
+
+    async def run(self, *, until_empty: bool = False) -> None:
+        """Enter, wait, leave. `until_empty`: drain once the queue is empty and all is done."""
+        self._until_empty = until_empty
+        async with self:
+            await self.wait()
+
+    async def wait(self) -> None:
+        """Wait until the pool has drained and closed; cancelling the wait changes nothing else.
+
+        Raises:
+            WorkpoolError: What ended the pool.
+        """
+        await asyncio.wait({self._task()})
+        self._raise_error()
+
+    async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
+        """Take no more work, let the running sessions end, and wait for that.
+
+        Args:
+            timeout: Seconds until what still runs is cancelled and handed back; default the
+                setting `drain_timeout`, 0 = now, None = no limit. A second call can only shorten
+                it.
+        """
+        root = self._task()
+        self._drain.begin(self._settings.drain_timeout if timeout is ... else timeout)
+        while not root.done() and not self._served.is_set():
+            await self._served.wait()
+
+    def status(self) -> Status:
+        """How the pool is now. May be called on any thread and at any time."""
+        running = self._running
+        queue = running.parts.queue if running else None
+        reasons = tuple(self._unready())
+        return Status(
+            ready=not reasons,
+            reasons=reasons,
+            running=queue.running if queue else 0,
+            waiting=queue.waiting if queue else 0,
+            capacity=self._settings.concurrency + self._settings.prefetch,
+            draining=self._drain.requested.is_set(),
+            error=self._error,
+        )
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where `/metrics`, `/healthz` and `/readyz` are served, without a path; None when off."""
+        return self._exporter.url if self._exporter else None
+
+    # The root task.
+
+    async def _live(self) -> None:
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._open(stack)
+                parts = await self._keep(stack)
+                try:
+                    await self._serve(parts)
+                finally:
+                    self._served.set()
+        except BaseExceptionGroup as group:
+            raise _innermost(group) from None
+        finally:
+            self._served.set()
+            self._opened.set()
+            if self._error is not None:
+                log.critical("pool failed error=%s", self._error)
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Connections and plugins: what outlives the keeper."""
+        settings = self._settings
+        self._telemetry = stack.enter_context(
+            Telemetry(settings, self._plugins, self.registry, self._snapshot)
+        )
+        self._calls = self._connect(settings)
+        self._keeper_calls = self._connect(settings)
+        self._keeper_calls.budgets = self._calls.budgets
+        # Two claimants must never share a Worker-ID: protocol §4 tells whose an item is by it.
+        worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
+        for calls in (self._calls, self._keeper_calls):
+            calls.worker_id = worker_id
+            self._telemetry.listen_to(calls)
+        await stack.enter_async_context(self._calls)
+        for plugin, context in self._plugins.lifespans(self):
+            await stack.enter_async_context(Lifespan(plugin, context))
+        log.info("pool started worker_id=%s environment_id=%s", worker_id, settings.environment_id)
+
+    async def _keep(self, stack: contextlib.AsyncExitStack) -> Parts:
+        """The keeper and, on its loop, the exporter."""
+        settings = self._settings
+        services: list[AbstractAsyncContextManager[object]] = []
+        address = settings.metrics_address
+        if address is not None:
+            self._exporter = Exporter(
+                address.host or "",
+                address.port,
+                self.registry,
+                health=self._unhealthy,
+                readiness=self._unready,
+            )
+            services.append(self._exporter)
+        watcher = Watcher(self._telemetry.observe_anywhere, self._keeper_died, self._loop_blocked)
+        keeper = Keeper(settings, lease_clock, self._keeper_calls, watcher, services)
+        await stack.enter_async_context(keeper)
+        if self._exporter is not None:
+            log.info("metrics served url=%s/metrics", self._exporter.url)
+        return Parts(
+            settings=settings,
+            calls=self._calls,
+            plugins=self._plugins,
+            keeper=keeper,
+            queue=BoundedQueue(settings.concurrency, settings.prefetch),
+            clock=lease_clock,
+            observe=self._telemetry.observe,
+        )
+
+    async def _serve(self, parts: Parts) -> None:
+        """Poll until a drain is asked for; what was claimed outlives the polling."""
+        async with handler_group() as handlers, asyncio.TaskGroup() as working:
+            dispatcher = Dispatcher(parts, working, handlers)
+            polling = Polling(
+                parts,
+                until_empty=self._until_empty,
+                on_fatal=self._fail,
+                on_empty=functools.partial(self._drain.begin, self._settings.drain_timeout),
+            )
+            pollers = [Poller(parts, polling, dispatcher) for _ in range(self._settings.pollers)]
+            self._running = Running(parts, dispatcher, polling, pollers, self._drain)
+            async with asyncio.TaskGroup() as fetching:
+                tasks = [
+                    fetching.create_task(poller.run(), name=f"poller-{number}")
+                    for number, poller in enumerate(pollers)
+                ]
+                if self._settings.stats_interval:
+                    tasks.append(fetching.create_task(read_stats(parts), name="queue-stats"))
+                self._opened.set()
+                await self._drain.requested.wait()
+                dispatcher.drain()
+                for task in tasks:
+                    task.cancel()
+            await self._wind_down(parts, dispatcher)
+
+    async def _wind_down(self, parts: Parts, dispatcher: Dispatcher) -> None:
+        started = self._loop.time()
+        log.info("draining running=%d timeout=%s", parts.queue.running, self._drain.timeout)
+        parts.observe(DrainStarted(self._drain.timeout))
+        clean = await self._drain.wait_for(set(dispatcher.tasks))
+        if not clean:
+            dispatcher.release_all()
+            _, left = await asyncio.wait(dispatcher.tasks, timeout=AFTER_DEADLINE_SECONDS)
+            self.left_behind = len(left)
+            dispatcher.abandon()
+        result: DrainResult = "killed" if self.left_behind else "clean" if clean else "deadline"
+        seconds = self._loop.time() - started
+        level = logging.ERROR if self.left_behind else logging.INFO
+        log.log(
+            level,
+            "drained result=%s seconds=%.1f left_behind=%d",
+            result,
+            seconds,
+            self.left_behind,
+        )
+        parts.observe(DrainFinished(result, seconds))
+
+    def _fail(self, error: BaseException) -> None:
+        """Something fatal: no more polls; running sessions drain; then it is raised."""
+        if self._error is None:
+            self._error = error
+        self._drain.begin(self._settings.drain_timeout)
+
+    def _task(self) -> asyncio.Task[None]:
+        if self._root is None:
+            raise RuntimeError("the supervisor is not started; use `async with` or `run()`")
+        return self._root
+
+    async def _gone(self) -> None:
+        """Wait for the root task; it is bounded once the sessions are over."""
+        root = self._task()
+        await self._served.wait()
+        await asyncio.wait({root}, timeout=CLOSE_SECONDS)
+        if not root.done():
+            log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
+
+    def _raise_error(self) -> None:
+        root = self._task()
+        if root.done() and not root.cancelled() and (crash := root.exception()) is not None:
+            raise crash
+        if self._error is not None and not self._error_raised:
+            self._error_raised = True
+            raise self._error
+
+    # What the keeper reports, and what the exporter asks.
+
+    def _keeper_died(self, error: KeeperError) -> None:
+        """No lease can be kept any more. On the handlers' loop."""
+        self._fail(error)
+        self._drain.begin(0)
+
+    def _loop_blocked(self) -> None:
+        """On the keeper's thread."""
+        if self.on_blocked is not None:
+            self.on_blocked()
+
+    def _snapshot(self) -> PoolSnapshot:
+        return self._running.snapshot() if self._running else PoolSnapshot()
+
+    def _unhealthy(self) -> list[str]:
+        return self._running.unhealthy() if self._running else []
+
+    def _unready(self) -> list[str]:
+        reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
+        return reasons + (self._running.unready() if self._running else ["not started"])
+
+
+def _innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a group of one holds: nested task groups nest groups, callers want the error."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

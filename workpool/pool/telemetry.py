@@ -1,0 +1,86 @@
+"""Who learns of a fact, and on which thread (design §4).
+
+The metrics are told where the fact arose; every other observer on the handlers' loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from workpool.events import CredentialRefreshed, RateBudgetWaited, RequestFinished
+from workpool.metrics import Metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from prometheus_client import CollectorRegistry
+
+    from workpool.events import Event
+    from workpool.metrics import PoolSnapshot
+    from workpool.plugins import Plugins
+    from workpool.pool.calls import Calls
+    from workpool.settings import Settings
+
+
+class Telemetry:
+    """Tells the metrics and the plugins of one supervisor. A context around both loops' lives."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        plugins: Plugins,
+        registry: CollectorRegistry,
+        snapshot: Callable[[], PoolSnapshot],
+    ) -> None:
+        self._plugins = plugins
+        self._loop = asyncio.get_running_loop()
+        self._metrics = Metrics(
+            registry,
+            str(settings.environment_id),
+            dialect=settings.dialect,
+            version=version("workpool"),
+            snapshot=snapshot,
+            handlers=[
+                route.handler.name for plugin in plugins.describe() for route in plugin.routes
+            ],
+        )
+        self.observe = plugins.notify
+        """Tell of a fact that arose on the handlers' loop."""
+
+    def __enter__(self) -> Telemetry:
+        self._metrics.open()
+        self._plugins.metrics = self._metrics.observe
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+
+    def listen_to(self, calls: Calls) -> None:
+        """Hear of every request of a client, on whichever loop it lives."""
+        calls.on_request = self._request_finished
+        calls.on_budget_wait = self._budget_waited
+        calls.on_credential_refresh = self._credential_refreshed
+
+    def observe_anywhere(self, event: Event) -> None:
+        """Tell of a fact that arose on any thread."""
+        self._plugins.notify_metrics(event)
+        if self._plugins.observers:
+            self._forward(event)
+
+    def _forward(self, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens
+            self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
+
+    def _request_finished(self, op: str, code: str, seconds: float) -> None:
+        self._metrics.request(op, code, seconds)  # no event without anybody to see it
+        if self._plugins.observers:
+            self._forward(RequestFinished(op, code, seconds))
+
+    def _budget_waited(self, kind: str, seconds: float) -> None:
+        self.observe_anywhere(RateBudgetWaited("read" if kind == "read" else "write", seconds))
+
+    def _credential_refreshed(self, result: str) -> None:
+        self.observe_anywhere(CredentialRefreshed("ok" if result == "ok" else "error"))
