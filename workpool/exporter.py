@@ -95,9 +95,7 @@ class Exporter:
             runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=CLOSE_SECONDS)
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
-            server = await self._bind(runner)
-            stack.push_async_callback(_disconnect, server, runner)
-            await self._start(server)
+            server = await self._listen(runner, stack)
             self.url, self.port = _reach(server)
             self._exit = stack.pop_all()
         return self
@@ -117,20 +115,17 @@ class Exporter:
                 await asyncio.wait({closing})
                 raise
 
-    async def _bind(self, runner: web.AppRunner) -> asyncio.Server:
-        # Not listening yet: a start cancelled half-way would leave sockets that nobody closes.
+    async def _listen(self, runner: web.AppRunner, stack: AsyncExitStack) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         protocol = cast("Callable[[], asyncio.Protocol]", runner.server)
         try:
-            return await loop.create_server(protocol, self._host, self.port, start_serving=False)
+            # Binds only: listening at once, a cancelled call would leave a server that nobody has.
+            server = await loop.create_server(protocol, self._host, self.port, start_serving=False)
+            stack.push_async_callback(_disconnect, server, runner)
+            await server.start_serving()
         except OSError as error:
             raise self._refused(error) from error
-
-    async def _start(self, server: asyncio.Server) -> None:
-        try:
-            await server.start_serving()
-        except OSError as error:  # between our bind and our listen somebody else's listen
-            raise self._refused(error) from error
+        return server
 
     def _refused(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
@@ -169,9 +164,11 @@ class Exporter:
             )
         encode, content_type = _encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
-        if compress := gzip_accepted(request.headers.get("Accept-Encoding", "")):
+        if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
-        rendering = self._renderer.submit(_render, encode, self._registry, compress)
+            rendering = self._renderer.submit(_compressed, encode, self._registry)
+        else:
+            rendering = self._renderer.submit(encode, self._registry)
         self._renderings.add(rendering)
         rendering.add_done_callback(self._renderings.discard)
         return web.Response(body=await asyncio.wrap_future(rendering), headers=headers)
@@ -201,8 +198,8 @@ def _encoder(accept: str) -> tuple[Encoder, str]:
         return choose_encoder("")
 
 
-def _render(encode: Encoder, registry: CollectorRegistry, compress: bool) -> bytes:  # noqa: FBT001
-    return gzip.compress(encode(registry)) if compress else encode(registry)
+def _compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
+    return gzip.compress(encode(registry))
 
 
 def _reach(server: asyncio.Server) -> tuple[str, int]:

@@ -460,6 +460,17 @@ def test_the_age_of_the_oldest_item_grows_between_reads(
     assert scrape(registry)[key] == 0
 
 
+def test_time_is_the_wall_clock_s_unless_the_test_says_otherwise(
+    registry: CollectorRegistry,
+) -> None:
+    metrics = Metrics(registry, "env_1", dialect="qoder", version="1", snapshot=lambda: IDLE)
+    metrics.open()
+    before = datetime.now(UTC).timestamp()
+    metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
+    read_at = scrape(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
+    assert before <= read_at <= datetime.now(UTC).timestamp()
+
+
 # -- several supervisors -------------------------------------------------------------------------
 
 
