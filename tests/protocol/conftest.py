@@ -1,4 +1,4 @@
-"""The control plane over a real socket, asked with literal requests: no client of ours in between."""
+"""The control plane over a real socket, asked with literal requests: no client of ours."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 ENV = "env_0199aaaaaaaa70008000000000000001"
 OTHER = "env_0199aaaaaaaa70008000000000000002"
 CLOUD = "env_0199aaaaaaaa70008000000000000003"
-TOKEN = "token-of-everything"
-LIMITED = "token-of-env-only"
+TOKEN, LIMITED = "token-of-everything", "token-of-env-only"
 START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 
 WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
@@ -146,9 +145,11 @@ class Api:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for something that the loop will bring about."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    pytest.fail("it never came")
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
 
-pytestmark = pytest.mark.usefixtures("both_stores")
 
-
+@pytest.mark.usefixtures("both_stores")
 async def test_ack_moves_queued_to_starting(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
@@ -25,6 +24,7 @@ async def test_ack_moves_queued_to_starting(api: Api, clock: Clock) -> None:
     }
 
 
+@pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize("state", ["starting", "active"])
 async def test_a_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str) -> None:
     work_id = await api.bring_to(state, "a")
@@ -36,6 +36,7 @@ async def test_a_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str
     assert await api.state(work_id) == "queued"
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_never_delivered_may_be_acked_by_anyone(api: Api) -> None:
     (item,) = api.plane.enqueue()
     assert (await api.ack(item.id, worker="anyone")).status == 200
@@ -64,6 +65,7 @@ async def test_an_item_that_another_worker_holds_is_409(api: Api, state: str) ->
     assert (await api.ack(work_id, worker="b")).status == 409
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_the_former_deliverees_ack_is_409_once_redelivered(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")

@@ -9,8 +9,6 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api
 
-pytestmark = pytest.mark.usefixtures("both_stores")
-
 
 @pytest.mark.parametrize(
     ("body", "count", "metadata"),
@@ -80,6 +78,7 @@ async def test_other_types_of_work_can_be_created(api: Api) -> None:
     assert (await api.claim())["data"]["type"] == "healthcheck"
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_both_dialects_see_the_same_items(qoder: Api, anthropic: Api) -> None:
     created = (await anthropic("POST", anthropic.work())).body["data"][0]
     assert (await qoder.claim())["id"] == created["id"]

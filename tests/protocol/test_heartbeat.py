@@ -9,9 +9,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
 
-pytestmark = pytest.mark.usefixtures("both_stores")
 
-
+@pytest.mark.usefixtures("both_stores")
 async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     clock.advance(1.25)
@@ -30,9 +29,8 @@ async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> No
     assert item["latest_heartbeat_at"] == "2026-03-01T12:00:01.250000Z"
 
 
-async def test_later_heartbeats_expect_the_last_and_keep_started_at(
-    api: Api, clock: Clock
-) -> None:
+@pytest.mark.usefixtures("both_stores")
+async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     last = (await api.beat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
@@ -174,6 +172,7 @@ async def test_a_queued_or_stopped_item_is_409(api: Api, state: str, expected: s
     assert answer.error["type"] == "invalid_request_error"
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("stopping")
     clock.advance(59)

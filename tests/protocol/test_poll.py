@@ -10,8 +10,6 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
 
-pytestmark = pytest.mark.usefixtures("both_stores")
-
 
 async def test_an_empty_queue_answers_the_literal_null(api: Api) -> None:
     answer = await api.poll()
@@ -52,6 +50,7 @@ async def test_beta_query_is_accepted_and_not_required(anthropic: Api) -> None:
     assert (await anthropic.poll()).body is not None
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_a_poll_delivers_and_leaves_the_item_queued(api: Api) -> None:
     api.plane.enqueue()
     item = await api.claim()
@@ -60,6 +59,7 @@ async def test_a_poll_delivers_and_leaves_the_item_queued(api: Api) -> None:
     assert (await api.poll()).body is None
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_oldest_first(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(5)]
     assert ids == sorted(ids)
@@ -74,6 +74,7 @@ async def test_a_due_redelivery_comes_before_a_younger_item(api: Api, clock: Clo
     assert (await api.claim())["id"] == first.id
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_redelivery_is_oldest_first_whatever_was_delivered_last(
     api: Api, clock: Clock
 ) -> None:
@@ -147,6 +148,7 @@ async def test_unknown_parameters_are_ignored(api: Api) -> None:
     assert (await api.poll(params={"colour": "blue"})).status == 200
 
 
+@pytest.mark.usefixtures("both_stores")
 async def test_a_poll_stores_the_worker_it_delivered_to(api: Api) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")

@@ -6,6 +6,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from yarl import URL
 
 from tests.protocol.conftest import LIMITED, OTHER
 
@@ -38,8 +39,6 @@ async def test_get(api: Api) -> None:
 )
 @pytest.mark.parametrize("call", ["get", "ack", "beat", "stop", "update"])
 async def test_an_unknown_or_malformed_id_is_404(qoder: Api, call: str, work_id: str) -> None:
-    from yarl import URL
-
     method, suffix = {
         "get": ("GET", ""),
         "ack": ("POST", "/ack"),
@@ -206,7 +205,6 @@ async def test_workers_polling_are_distinct_recent_and_named(api: Api, clock: Cl
     assert (await api.stats())["workers_polling"] == 0
 
 
-@pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(
     ("state", "status"),
     [

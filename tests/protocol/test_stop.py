@@ -27,9 +27,7 @@ SIBLING_REFUSES = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(("force", "state", "after"), TABLE)
-async def test_the_table(
-    qoder: Api, clock: Clock, state: str, after: str, *, force: bool
-) -> None:
+async def test_the_table(qoder: Api, clock: Clock, state: str, after: str, *, force: bool) -> None:
     work_id = await qoder.bring_to(state)
     before = (await qoder.get(work_id)).body
     clock.advance(3)

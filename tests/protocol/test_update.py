@@ -9,9 +9,8 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api
 
-pytestmark = pytest.mark.usefixtures("both_stores")
 
-
+@pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(
     ("patch", "metadata"),
     [
@@ -22,7 +21,10 @@ pytestmark = pytest.mark.usefixtures("both_stores")
         ({"unknown": None}, {"a": "1", "b": "2"}),
         ({"a": None, "b": "3", "": "empty key"}, {"b": "3", "": "empty key"}),
         ({}, {"a": "1", "b": "2"}),
-        ({"nul\u0000": "\u0000", "emoji": "🙂"}, {"a": "1", "b": "2", "nul\0": "\0", "emoji": "🙂"}),
+        (
+            {"nul\u0000": "\u0000", "emoji": "🙂"},
+            {"a": "1", "b": "2", "nul\0": "\0", "emoji": "🙂"},
+        ),
     ],
 )
 async def test_merge_patch(api: Api, patch: object, metadata: object) -> None:

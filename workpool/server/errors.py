@@ -25,7 +25,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class Refusal(Exception):  # noqa: N818 - an answer of the protocol, not a failure of ours
+class Refusal(Exception):
     """One answer with a status of 400 or above.
 
     Attributes:

@@ -6,6 +6,7 @@ environment, item, the request's own values, the call. An answer leaves once it 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -14,6 +15,7 @@ from aiohttp import web
 from workpool.server import requests
 from workpool.server.clock import to_seconds_text
 from workpool.server.errors import Refusal, StoreError
+from workpool.server.presence import has_gone
 from workpool.server.rules import heartbeat_answer
 from workpool.wire.protocol import BODY_LIMIT_BYTES, WORK_HEARTBEAT, WORK_QUEUE_STATS
 
@@ -64,22 +66,18 @@ class Routes:
         environment_id = self._environment(request)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
-
-        def gone() -> bool:
-            return request.transport is None or request.transport.is_closing()
-
-        item = await self._operations.long_poll(environment_id, poll, gone)
+        item = await self._operations.long_poll(environment_id, poll, partial(has_gone, request))
         if item is None:
             await self._operations.durable()
             return answer(None)
         delivered = False
         try:
             await self._operations.durable()
-            delivered = not gone()
+            delivered = not has_gone(request)
         finally:  # cancelled while the delivery became durable: the client has gone
             if not delivered:
                 self._operations.withdraw(item)
-        return answer(self._dialect.item(item))
+        return answer(self._dialect.item(item) if delivered else None)
 
     async def stats(self, request: web.Request) -> web.Response:
         """Protocol §3.8."""

@@ -1,0 +1,131 @@
+"""Protocol §4: leases and redelivery, at the right moment for every observer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api, Clock
+
+pytestmark = pytest.mark.usefixtures("both_stores")
+
+
+@pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
+async def test_a_lapse_is_seen_by_every_observer(api: Api, clock: Clock, seen_by: str) -> None:
+    work_id = await api.bring_to("active", "a")
+    clock.advance(59.999999)
+    assert (await api.get(work_id)).body["state"] == "active"
+    clock.advance(0.000002)  # half a microsecond is lost in a float of this size
+    if seen_by == "poll":
+        assert (await api.claim())["id"] == work_id
+    elif seen_by == "get":
+        assert await api.state(work_id) == "queued"
+    elif seen_by == "list":
+        assert (await api("GET", api.work())).body["data"][0]["state"] == "queued"
+    elif seen_by == "stats":
+        assert (await api.stats())["depth"] == 1
+    elif seen_by == "ack":
+        assert (await api.ack(work_id, worker="b")).body["state"] == "starting"
+    else:
+        assert (await api.beat(work_id, worker="a")).status == 409
+
+
+async def test_from_the_ack_until_the_first_heartbeat_60_seconds(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    clock.advance(59.999)
+    assert await api.state(work_id) == "starting"
+    clock.advance(0.001)
+    assert await api.state(work_id) == "queued"
+
+
+async def test_a_worker_can_cut_its_lease_short(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    last = (await api.beat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
+    assert (await api.beat(work_id, last, 10)).body["lease_extended"] is True
+    clock.advance(10)
+    assert await api.state(work_id) == "queued"
+
+
+async def test_a_heartbeat_can_also_extend_a_short_lease(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    last = (await api.beat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
+    clock.advance(9)
+    await api.beat(work_id, last, 600)
+    clock.advance(599)
+    assert await api.state(work_id) == "active"
+    clock.advance(1)
+    assert await api.state(work_id) == "queued"
+
+
+async def test_a_lapsed_item_keeps_its_history_until_it_is_overwritten(
+    api: Api, clock: Clock
+) -> None:
+    work_id = await api.bring_to("active", "a")
+    clock.advance(60)
+    item = await api.claim(worker="b")
+    assert item["state"] == "queued"
+    assert item["acknowledged_at"] == "2026-03-01T12:00:00Z"
+    assert item["started_at"] == "2026-03-01T12:00:00Z"
+    assert item["latest_heartbeat_at"] == "2026-03-01T12:00:00.000000Z"
+    acked = (await api.ack(work_id, worker="b")).body
+    assert acked["acknowledged_at"] == "2026-03-01T12:01:00Z"
+    assert acked["latest_heartbeat_at"] == "2026-03-01T12:00:00.000000Z"
+    clock.advance(2)
+    former = acked["latest_heartbeat_at"]
+    assert (await api.beat(work_id, former, worker="a")).status == 412
+    answer = await api.beat(work_id, "NO_HEARTBEAT", worker="b")
+    assert answer.body["last_heartbeat"] == "2026-03-01T12:01:02.000000Z"
+    item = (await api.get(work_id)).body
+    assert item["started_at"] == "2026-03-01T12:01:02Z"
+
+
+async def test_a_lapse_clears_the_delivery(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting", "a")
+    clock.advance(60)
+    assert (await api.stats())["pending"] == 0
+    assert (await api.ack(work_id, worker="b")).status == 200
+
+
+async def test_a_lapsed_item_goes_to_a_poll_at_once(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("active")
+    clock.advance(60)
+    params = {"reclaim_older_than_ms": "600000"}
+    assert (await api.claim(params=params))["id"] == work_id
+    assert (await api.poll(params=params)).body is None
+
+
+async def test_a_stopping_item_that_lapses_becomes_stopped(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("stopping")
+    clock.advance(3600)
+    item = (await api.get(work_id)).body
+    assert item["state"] == "stopped"
+    assert item["stopped_at"] == "2026-03-01T12:01:00Z"  # when the lease ended, not when seen
+    assert (await api.poll()).body is None
+
+
+async def test_a_graceful_stop_does_not_change_the_lease(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    clock.advance(50)
+    await api.stop(work_id)
+    clock.advance(10)
+    assert await api.state(work_id) == "stopped"
+
+
+async def test_the_clock_set_back_moves_no_lease(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("active")
+    clock.advance(-3600)
+    assert await api.state(work_id) == "active"
+    answer = await api.beat(work_id)
+    assert answer.body["last_heartbeat"] == "2026-03-01T12:00:00.000001Z"
+
+
+async def test_lapses_come_in_the_order_of_their_ends(api: Api, clock: Clock) -> None:
+    slow, fast = await api.bring_to("active"), await api.bring_to("starting")
+    await api.beat(fast, "NO_HEARTBEAT", 10)
+    clock.advance(3600)
+    assert await api.state(slow) == await api.state(fast) == "queued"
+    lapsed = [record for record in api.plane.history if record.kind == "lapsed"]
+    assert [record.work_id for record in lapsed] == [fast, slow]
+    assert lapsed[1].time - lapsed[0].time == 50

@@ -1,0 +1,231 @@
+"""Protocol §3.1: a long poll wakes the moment there is something, and only then.
+
+The first half runs the calls on a loop whose time jumps from timer to timer: an instant is exact.
+The second half is over the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.protocol.conftest import ENV, OTHER, START, until
+from workpool.server import Operations, Poll
+from workpool.server.waiting import WaitingPolls
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from tests.protocol.conftest import Api, Clock
+    from workpool.server import Item
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """A loop on which waiting takes no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def time(self) -> float:
+        return self.seconds
+
+    def _run_once(self) -> None:
+        if not self._ready and self._scheduled:  # type: ignore[attr-defined]  # asyncio's own
+            self.seconds = max(self.seconds, self._scheduled[0].when())  # type: ignore[attr-defined]
+        super()._run_once()  # type: ignore[misc]
+
+
+def virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:
+    """Run a scene on virtual time, as far from the epoch as real time is."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+
+        async def play() -> Any:
+            loop = asyncio.get_running_loop()
+            return await scene(Operations([ENV], now=lambda: START + loop.time()))
+
+        return runner.run(play())
+
+
+def present() -> bool:
+    return False
+
+
+async def timed(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
+    item = await operations.long_poll(ENV, Poll(**poll), present)
+    return round(asyncio.get_running_loop().time(), 3), item
+
+
+def test_an_empty_queue_waits_for_block_ms() -> None:
+    assert virtually(lambda operations: timed(operations, block_ms=250)) == (0.25, None)
+
+
+def test_an_arrival_wakes_at_once() -> None:
+    async def scene(operations: Operations) -> None:
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(timed(operations, block_ms=999))
+            await asyncio.sleep(0.3)
+            operations.enqueue(ENV)
+        at, item = poll.result()
+        assert (at, item is not None) == (0.3, True)
+
+    virtually(scene)
+
+
+@pytest.mark.parametrize("reclaim", [0, 1, 200, 700])
+def test_a_redelivery_that_becomes_due_wakes(reclaim: int) -> None:
+    async def scene(operations: Operations) -> None:
+        operations.enqueue(ENV)
+        operations.poll(ENV, Poll("a"))
+        await asyncio.sleep(0.1)
+        at, item = await timed(operations, block_ms=999, reclaim_older_than_ms=reclaim)
+        assert item is not None
+        assert at == max(0.1, reclaim / 1000)
+
+    virtually(scene)
+
+
+def test_a_delivery_made_while_a_poll_waits_becomes_due_to_it() -> None:
+    async def scene(operations: Operations) -> None:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(timed(operations, block_ms=999))
+            second = group.create_task(timed(operations, block_ms=999, reclaim_older_than_ms=200))
+            await asyncio.sleep(0.1)
+            operations.enqueue(ENV)
+        assert [poll.result()[0] for poll in (first, second)] == [0.1, 0.3]
+        assert None not in [poll.result()[1] for poll in (first, second)]
+
+    virtually(scene)
+
+
+def test_a_redelivery_that_is_not_due_in_time_does_not_come() -> None:
+    async def scene(operations: Operations) -> None:
+        operations.enqueue(ENV)
+        operations.poll(ENV, Poll("a"))
+        assert await timed(operations, block_ms=999) == (0.999, None)
+
+    virtually(scene)
+
+
+@pytest.mark.parametrize("state", ["starting", "active"])
+def test_a_lease_that_lapses_wakes(state: str) -> None:
+    async def scene(operations: Operations) -> None:
+        (item,) = operations.enqueue(ENV)
+        operations.ack(ENV, item.id)
+        lease = 60.0
+        if state == "active":
+            operations.heartbeat(ENV, item.id, ttl_seconds=10)
+            lease = 10.0
+        await asyncio.sleep(lease - 0.5)
+        at, again = await timed(operations, block_ms=999)
+        assert again is not None
+        assert (at, again.id) == (lease, item.id)
+
+    virtually(scene)
+
+
+def test_first_come_first_served_one_item_each() -> None:
+    async def scene(operations: Operations) -> None:
+        async with asyncio.TaskGroup() as group:
+            polls = []
+            for _ in range(5):
+                polls.append(group.create_task(timed(operations, block_ms=999)))
+                await asyncio.sleep(0.01)
+            created = operations.enqueue(ENV, count=3)
+        items = [poll.result()[1] for poll in polls]
+        assert [item and item.id for item in items] == [*(item.id for item in created), None, None]
+
+    virtually(scene)
+
+
+def test_a_thousand_polls_share_a_thousand_items() -> None:
+    async def scene(operations: Operations) -> None:
+        async with asyncio.TaskGroup() as group:
+            polls = [group.create_task(timed(operations, block_ms=999)) for _ in range(1000)]
+            await asyncio.sleep(0.1)
+            for _ in range(1000):
+                operations.enqueue(ENV)
+        items = [poll.result()[1] for poll in polls]
+        assert len({item.id for item in items if item is not None}) == 1000
+        assert {poll.result()[0] for poll in polls} == {0.1}
+
+    virtually(scene)
+
+
+def test_release_answers_all_waiting_polls() -> None:
+    async def scene(operations: Operations) -> None:
+        async with asyncio.TaskGroup() as group:
+            polls = [group.create_task(timed(operations, block_ms=999)) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            operations.release()
+        assert [poll.result() for poll in polls] == [(0.1, None)] * 3
+        assert await timed(operations, block_ms=999) == (0.1, None)
+
+    virtually(scene)
+
+
+async def test_a_wake_up_of_a_cancelled_poll_goes_to_the_next() -> None:
+    waiting = WaitingPolls()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        first = group.create_task(waiting.wait(60, impatient=False))
+        second = group.create_task(waiting.wait(60, impatient=False))
+        await until(lambda: len(waiting) == 2)
+        waiting.wake(1)
+        first.cancel()
+        await second
+    assert first.cancelled()
+    assert len(waiting) == 0
+
+
+async def test_a_wake_up_of_a_poll_whose_client_left_goes_to_the_next() -> None:
+    operations = Operations([ENV])
+    waiting = operations.queue(ENV).waiting
+    left = False
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        first = group.create_task(operations.long_poll(ENV, Poll(block_ms=999), lambda: left))
+        await until(lambda: len(waiting) == 1)
+        second = group.create_task(operations.long_poll(ENV, Poll(block_ms=999), present))
+        await until(lambda: len(waiting) == 2)
+        left = True
+        (item,) = operations.enqueue(ENV)
+    assert first.result() is None
+    taken = second.result()
+    assert taken is not None
+    assert taken.id == item.id
+
+
+async def test_over_the_wire_an_enqueue_wakes_a_poll(api: Api) -> None:
+    waiting = api.plane.operations.queue(ENV).waiting
+    async with asyncio.TaskGroup() as group:
+        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        await until(lambda: len(waiting) == 1)
+        created = (await api("POST", api.work())).body["data"][0]
+    assert poll.result().body == created
+    delivered, made = (
+        next(record for record in api.plane.history if record.kind == kind)
+        for kind in ("delivered", "created")
+    )
+    assert delivered.time == made.time  # the clock stands still: no time-out brought it
+
+
+async def test_a_clock_moved_by_hand_wakes_with_wake(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("active")
+    waiting = api.plane.operations.queue(ENV).waiting
+    async with asyncio.TaskGroup() as group:
+        poll = group.create_task(api.poll(params={"block_ms": "999"}))
+        await until(lambda: len(waiting) == 1)
+        clock.advance(60)
+        api.plane.operations.wake()
+    assert poll.result().body["id"] == work_id
+
+
+async def test_environments_do_not_wake_each_other(api: Api) -> None:
+    waiting = api.plane.operations.queue(ENV).waiting
+    async with asyncio.TaskGroup() as group:
+        poll = group.create_task(api.poll(params={"block_ms": "200"}))
+        await until(lambda: len(waiting) == 1)
+        api.plane.enqueue(environment_id=OTHER)
+        assert len(waiting) == 1
+    assert poll.result().body is None

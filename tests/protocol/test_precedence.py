@@ -1,0 +1,171 @@
+"""Protocol §1: which answer wins when several apply, and the envelope of each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Api
+
+UNKNOWN_ENV = "env_0199aaaaaaaa7000800000000000dead"
+UNKNOWN_ITEM = "work_0199aaaaaaaa7000800000000000dead"
+
+CALLS = {
+    "poll": ("GET", "/poll"),
+    "ack": ("POST", "/{id}/ack"),
+    "heartbeat": ("POST", "/{id}/heartbeat"),
+    "stop": ("POST", "/{id}/stop"),
+    "update": ("POST", "/{id}"),
+    "get": ("GET", "/{id}"),
+    "list": ("GET", ""),
+    "stats": ("GET", "/stats"),
+    "enqueue": ("POST", ""),
+}
+ON_ITEMS = ["ack", "heartbeat", "stop", "update", "get"]
+# Everything that could be wrong with the request itself, at once.
+BAD = {
+    "params": {
+        "block_ms": "0",
+        "desired_ttl_seconds": "0",
+        "expected_last_heartbeat": "x",
+        "limit": "0",
+    },
+    "data": b"{",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_the_order(api: Api, call: str) -> None:
+    method, suffix = CALLS[call]
+
+    async def status(token: str | None, environment: str) -> int:
+        api.token = token
+        url = api.work(suffix.format(id=UNKNOWN_ITEM), environment)
+        answer = await api(method, url, **BAD)
+        assert answer.error["type"]
+        return answer.status
+
+    assert await status(None, UNKNOWN_ENV) == 401
+    assert await status("wrong", CLOUD) == 401
+    assert await status(LIMITED, UNKNOWN_ENV) == 403
+    assert await status(LIMITED, OTHER) == 403
+    assert await status(LIMITED, CLOUD) == 403
+    assert await status(TOKEN, UNKNOWN_ENV) == 404
+    assert await status(TOKEN, CLOUD) == 400
+    expected = {"get": 404, "stats": 200}.get(call, 404 if call in ON_ITEMS else 400)
+    if expected != 200:
+        assert await status(TOKEN, ENV) == expected
+        assert await status(LIMITED, ENV) == expected
+
+
+@pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])
+async def test_a_bad_request_wins_over_409(api: Api, call: str) -> None:
+    work_id = await api.bring_to("stopped")
+    method, suffix = CALLS[call]
+    answer = await api(method, api.work(suffix.format(id=work_id)), **BAD)
+    assert answer.status == (409 if call == "ack" else 400)  # an ack has nothing to be wrong
+
+
+async def test_409_wins_over_412(api: Api) -> None:
+    work_id = await api.bring_to("stopped")
+    assert (await api.beat(work_id, "2026-03-01T12:00:00Z")).status == 409
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_an_environment_that_is_not_self_hosted_is_400(api: Api, call: str) -> None:
+    method, suffix = CALLS[call]
+    answer = await api(method, api.work(suffix.format(id=UNKNOWN_ITEM), CLOUD))
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Bearer wrong",
+        f"Basic {TOKEN}",
+        TOKEN,
+        f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN[:-1]}",
+        f"Bearer {TOKEN} x",
+        "Bearer \u00ff",
+        f"Bearer {TOKEN.upper()}",
+    ],
+)
+async def test_missing_or_wrong_is_401(api: Api, authorization: str | None) -> None:
+    api.token = None
+    headers = {} if authorization is None else {"Authorization": authorization}
+    answer = await api("GET", api.work("/poll"), headers=headers)
+    assert answer.status == 401
+    assert answer.error["type"] == "authentication_error"
+    assert TOKEN not in str(answer.body)
+
+
+async def test_the_scheme_is_case_insensitive(api: Api) -> None:
+    api.token = None
+    answer = await api("GET", api.work("/poll"), headers={"Authorization": f"bearer {TOKEN}"})
+    assert answer.status == 200
+
+
+async def test_valid_but_not_allowed_is_403(api: Api) -> None:
+    api.token = LIMITED
+    assert (await api.poll(ENV)).status == 200
+    answer = await api.poll(OTHER)
+    assert answer.status == 403
+    assert answer.error["type"] == "permission_error"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/", "/environments", f"/environments/{ENV}", f"/environments/{ENV}/work/", "/work"],
+)
+async def test_an_unknown_path_is_404_with_an_envelope(api: Api, path: str) -> None:
+    answer = await api("GET", api.base + path)
+    assert answer.status == 404
+    assert answer.error["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "suffix", "allowed"),
+    [
+        ("POST", "/poll", "GET"),
+        ("POST", "/stats", "GET"),
+        ("PUT", "", "GET,POST"),
+        ("DELETE", "/work_1", "GET,POST"),
+        ("PATCH", "/work_1", "GET,POST"),
+        ("GET", "/work_1/ack", "POST"),
+        ("GET", "/work_1/heartbeat", "POST"),
+        ("PUT", "/work_1/stop", "POST"),
+        ("OPTIONS", "/poll", "GET"),
+    ],
+)
+async def test_a_wrong_method_is_405_with_an_envelope(
+    api: Api, method: str, suffix: str, allowed: str
+) -> None:
+    answer = await api(method, api.work(suffix))
+    assert answer.status == 405
+    assert answer.error["type"] == "invalid_request_error"
+    assert answer.headers["Allow"] == allowed
+
+
+async def test_each_dialect_answers_under_its_own_prefix_only(qoder: Api) -> None:
+    origin = qoder.base.removesuffix("/api/v1/cloud")
+    for prefix, status in {"/api/v1/cloud": 200, "/v1": 200, "": 404, "/api/v1": 404}.items():
+        url = f"{origin}{prefix}/environments/{ENV}/work/poll"
+        assert (await qoder("GET", url)).status == status
+
+
+async def test_the_worker_id_header_is_the_dialects_own(qoder: Api, anthropic: Api) -> None:
+    qoder.plane.enqueue(2)
+    item = await anthropic.claim(headers={"Worker-ID": "not-read-here"}, worker="a")
+    assert (await qoder.ack(item["id"], worker="b")).status == 409
+    item = await qoder.claim(headers={"anthropic-worker-id": "not-read-here"})
+    assert (await qoder.ack(item["id"], worker="b")).status == 200
