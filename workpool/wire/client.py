@@ -24,7 +24,7 @@ from workpool.wire.items import WorkItem
 from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
     from types import TracebackType
 
     import aiohttp
@@ -289,24 +289,31 @@ class WorkClient:
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
         """The URL of a work call; all parts must be encoded already."""
-        query = "&".join(part for part in (query, self._work_query) if part)
+        if self._work_query:
+            query = f"{query}&{self._work_query}" if query else self._work_query
         return URL(f"{self._work}{path}?{query}" if query else f"{self._work}{path}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)
         return self._work_url(f"/{work_id}{path}", query)
 
-    async def _send(
+    def _send(
         self,
         call: Call[T],
         url: URL,
         timeout: float | None,
         budget: Budget | None,
         body: bytes | None = None,
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         seconds = self._settings.request_timeout if timeout is None else timeout
-        if budget is not None and budget.limited:
-            seconds -= await self._pay(budget, call.op, seconds)
+        if budget is None or not budget.limited:
+            return self._transport.send(call, url, seconds, body)
+        return self._paid(budget, call, url, seconds, body)
+
+    async def _paid(
+        self, budget: Budget, call: Call[T], url: URL, seconds: float, body: bytes | None
+    ) -> T:
+        seconds -= await self._pay(budget, call.op, seconds)
         return await self._transport.send(call, url, seconds, body)
 
     async def _pay(self, budget: Budget, op: str, seconds: float) -> float:

@@ -41,6 +41,7 @@ ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
+_DENIED: Final = frozenset({401, 403})
 _TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
     aiohttp.ClientPayloadError,
@@ -83,57 +84,74 @@ class Transport:
         if self._given is None:
             await self._session.close()
 
-    async def send(self, call: Call[T], url: URL, seconds: float, body: bytes | None = None) -> T:
+    async def send(
+        self,
+        call: Call[T],
+        url: URL,
+        seconds: float,
+        body: bytes | None = None,
+        *,
+        renewed: bool = False,
+    ) -> T:
         """Send one request and read its answer, all within `seconds`.
+
+        Args:
+            call: How to send and how to read.
+            url: Where to; encoded already.
+            seconds: The bound on all of it.
+            body: JSON.
+            renewed: The token was renewed for this request: not a second time.
 
         Raises:
             ControlPlaneError: Whatever is not the success that `call` expects.
-            RuntimeError: On another event loop than the one it was opened on.
+            RuntimeError: Not open, or on another event loop than the one it was opened on.
         """
+        self._check(call.op, seconds)
+        token, started, code = self._token, time.monotonic(), "error"
+        try:
+            answer = await self._exchange(call.method, url, seconds, body)
+            code = code_of(answer.status)
+        except _TRANSIENT as error:
+            failure: ControlPlaneError = no_answer(call.op, error)
+        else:
+            if answer.status in SUCCESS:
+                return value_of(call.op, answer, call.parse)
+            failure = error_of(call.op, answer, token)
+        finally:
+            if self.on_request is not None:
+                self.on_request(call.op, code, time.monotonic() - started)
+        if failure.status in _DENIED and not renewed:
+            until = started + seconds
+            if await self._renewed(token, until):
+                return await self.send(call, url, until - time.monotonic(), body, renewed=True)
+        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
+        raise failure
+
+    async def _exchange(self, method: str, url: URL, seconds: float, body: bytes | None) -> Answer:
+        response = await self._session.request(
+            method,
+            url,
+            data=body,
+            headers=self._headers if body is None else self._json_headers,
+            timeout=_limit(seconds),
+            proxy=self._proxy,
+            allow_redirects=False,
+            raise_for_status=False,
+        )
+        try:
+            return Answer(response.status, response.headers, await read_bounded(response))
+        finally:
+            response.release()  # which closes the connection unless the answer was read to its end
+
+    def _check(self, op: str, seconds: float) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
                 "this WorkClient is not open: use it inside `async with`"
                 if self._loop is None
                 else "this WorkClient was opened on another event loop"
             )
-        until = time.monotonic() + seconds
-        token = self._token
-        answer = await self._exchange(call, url, seconds, body)
-        if answer.status in {401, 403} and await self._renewed(token, until):
-            token = self._token
-            answer = await self._exchange(call, url, until - time.monotonic(), body)
-        if answer.status in SUCCESS:
-            return value_of(call.op, answer, call.parse)
-        raise error_of(call.op, answer, token)
-
-    async def _exchange(
-        self, call: Call[T], url: URL, seconds: float, body: bytes | None
-    ) -> Answer:
         if seconds <= 0:  # which aiohttp would take for "no limit"
-            raise TransientError(call.op, None, "no time left to ask", reason="timeout")
-        started = time.monotonic()
-        code = "error"
-        try:
-            async with self._session.request(
-                call.method,
-                url,
-                data=body,
-                headers=self._headers if body is None else self._json_headers,
-                timeout=_limit(seconds),
-                proxy=self._proxy,
-                allow_redirects=False,
-                raise_for_status=False,
-            ) as response:
-                answer = Answer(response.status, response.headers, await read_bounded(response))
-                code = code_of(answer.status)
-                return answer
-        except _TRANSIENT as error:
-            failure = no_answer(call.op, error)
-        finally:
-            if self.on_request is not None:
-                self.on_request(call.op, code, time.monotonic() - started)
-        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
-        raise failure
+            raise TransientError(op, None, "no time left to ask", reason="timeout")
 
     async def _renewed(self, refused: str, until: float) -> bool:
         """Whether another token than the refused one is at hand, its source being read again."""
@@ -184,7 +202,6 @@ class Transport:
                 limit=places + SPARE_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("Content-Type",),  # a POST without a body has no type
         )
 
 
