@@ -187,6 +187,7 @@ class ControlPlane:
         runner = web.AppRunner(
             application(routes=routes, middlewares=self._middlewares),
             handler_cancellation=True,
+            auto_decompress=False,
             access_log=None,
             logger=_HttpLog(logging.getLogger("workpool.server.http")),
             shutdown_timeout=_SHUTDOWN_SECONDS,

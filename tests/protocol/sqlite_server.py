@@ -1,0 +1,21 @@
+"""A control plane on SQLite in its own process, to be killed: `python sqlite_server.py FILE`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from workpool.server import ControlPlane, SqliteStore
+
+ENV, TOKEN = "env_0199aaaaaaaa70008000000000000001", "token-of-everything"
+
+
+async def serve(path: str) -> None:
+    plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
+    async with plane:
+        print(plane.port, flush=True)  # noqa: T201 - the parent process waits for it
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1]))

@@ -1,0 +1,297 @@
+"""Bad input of any kind gets its 4xx: never a 500, never a hang, and the server lives on."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import zlib
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import aiohttp
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.protocol.conftest import ENV, TOKEN, Api
+from workpool.server import ControlPlane, SqliteStore, requests
+
+if TYPE_CHECKING:
+    import logging
+
+LIMIT = 4 * 1024 * 1024
+
+
+async def raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
+    """Send bytes and return all that comes back until the server closes or falls silent."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
+    answer = b""
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+        if eof:
+            writer.write_eof()
+        async with asyncio.timeout(10):
+            while not complete(answer):
+                chunk = await reader.read(65536)
+                if not chunk:
+                    break
+                answer += chunk
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+    return answer
+
+
+def complete(answer: bytes) -> bool:
+    head, separator, body = answer.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    return bool(separator) and length is not None and len(body) >= int(length[1])
+
+
+def status(answer: bytes) -> int | None:
+    match = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
+    return int(match[1]) if match else None
+
+
+def head(method: str, path: str, *headers: str) -> bytes:
+    lines = [
+        f"{method} /api/v1/cloud/environments/{ENV}/work{path} HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {TOKEN}",
+        *headers,
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+async def alive(plane: ControlPlane) -> None:
+    assert status(await raw(plane, head("GET", "/stats"))) == 200
+
+
+# -- size ---------------------------------------------------------------------------------------
+
+
+def metadata_of(size: int) -> bytes:
+    frame = b'{"metadata":{"k":""}}'
+    return frame.replace(b'""', b'"' + b"x" * (size - len(frame)) + b'"')
+
+
+async def test_the_body_limit_is_exact(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    answer = await api.update(item.id, data=BytesIO(metadata_of(LIMIT)))
+    assert answer.status == 200
+    answer = await api.update(item.id, data=BytesIO(metadata_of(LIMIT + 1)))
+    assert answer.status == 400
+    assert answer.error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/poll"),
+        ("GET", "/stats"),
+        ("GET", ""),
+        ("POST", ""),
+        ("GET", "/{id}"),
+        ("POST", "/{id}"),
+        ("POST", "/{id}/ack"),
+        ("POST", "/{id}/heartbeat"),
+        ("POST", "/{id}/stop"),
+    ],
+)
+async def test_an_oversized_body_is_400_everywhere(qoder: Api, method: str, path: str) -> None:
+    (item,) = qoder.plane.enqueue()
+    url = qoder.work(path.format(id=item.id))
+    answer = await qoder(method, url, data=BytesIO(b" " * (LIMIT + 1)))
+    assert answer.status == 400
+    assert await qoder.state(item.id) == "queued"
+
+
+async def test_a_bomb_is_400(qoder: Api) -> None:
+    bomb = zlib.compress(b" " * (16 * LIMIT))
+    answer = await qoder("POST", qoder.work(), data=bomb, headers={"Content-Encoding": "deflate"})
+    assert answer.status == 400
+
+
+async def test_an_endless_chunked_body_is_400(plane: ControlPlane) -> None:
+    chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    answer = await raw(plane, head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80))
+    assert status(answer) == 400
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_a_small_body_where_none_belongs_is_ignored(plane: ControlPlane, method: str) -> None:
+    plane.enqueue()
+    path = {"GET": "/poll", "POST": ""}[method]
+    request = head(method, path, "Content-Length: 2")
+    assert status(await raw(plane, request + b"{}")) == 200
+
+
+# -- broken HTTP --------------------------------------------------------------------------------
+
+BROKEN = {
+    "not HTTP": b"\x00\x01\x02\x03\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,
+    "two lengths": head("POST", "", "Content-Length: 2", "Content-Length: 3") + b"{}",
+    "a length that is none": head("POST", "", "Content-Length: -1"),
+    "length and chunks": head("POST", "", "Content-Length: 2", "Transfer-Encoding: chunked"),
+    "a bad chunk": head("POST", "", "Transfer-Encoding: chunked") + b"zz\r\n{}\r\n0\r\n\r\n",
+    "an endless chunk size": head("POST", "", "Transfer-Encoding: chunked") + b"f" * 100 + b"\r\n",
+    "an unknown coding": head("POST", "", "Transfer-Encoding: gzip, nonsense") + b"{}",
+    "no compression": head("POST", "", "Content-Encoding: gzip", "Content-Length: 2") + b"{}",
+    "a huge header": head("GET", "/poll", "X: " + "x" * 100_000),
+    "many headers": head("GET", "/poll", *[f"X-{n}: 1" for n in range(40_000)]),
+    "a NUL in a header": head("GET", "/poll", "Worker-ID: a\x00b"),
+    "a folded header": head("GET", "/poll", "X: a\r\n b"),
+    "a NUL in the path": head("GET", "/poll\x00"),
+    "raw bytes in the path": head("GET", "/w\xff\xfe"),
+    "raw bytes in the query": head("GET", "/poll?block_ms=\xff"),
+    "a bad escape": head("GET", "/poll?block_ms=%zz"),
+    "bad UTF-8 in the query": head("GET", "/poll?block_ms=%ff%fe"),
+    "bad UTF-8 in a header": head("GET", "/poll", "Worker-ID: \xff\xfe"),
+    "a long path": head("GET", "/" + "x" * 100_000),
+    "an odd expectation": head("POST", "", "Expect: the-unexpected", "Content-Length: 2") + b"{}",
+    "an unknown method": head("BREW", "/poll"),
+    "a tunnel": head("CONNECT", "/poll"),
+    "HTTP/3.0": head("GET", "/poll").replace(b"HTTP/1.1", b"HTTP/3.0"),
+    "an upgrade": head("POST", "", "Connection: Upgrade", "Upgrade: h2c", "Content-Length: 1")
+    + b"{",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_broken_http_is_4xx(plane: ControlPlane, name: str) -> None:
+    answer = await raw(plane, BROKEN[name])
+    assert status(answer) in range(400, 500), answer
+    await alive(plane)
+
+
+LATE = {
+    "a bad chunk": ("Transfer-Encoding: chunked", b"2\r\n{}XX\r\n"),
+    "compressed garbage": ("Content-Encoding: gzip\r\nContent-Length: 40", b"\x1f\x8b" + b"x" * 38),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+async def test_garbage_after_the_head_is_4xx(
+    plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # aiohttp does not tell a handler that its body went bad: the limit of time does.
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.5)
+    headers, body = LATE[name]
+    reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
+    writer.write(head("POST", "", headers, "Expect: 100-continue"))
+    assert (await reader.readline()).startswith(b"HTTP/1.1 100")
+    await reader.readline()
+    writer.write(body)
+    async with asyncio.timeout(20):
+        assert status(await reader.readline()) in range(400, 500)
+    writer.close()
+    await alive(plane)
+
+
+async def test_a_body_that_never_comes_is_408(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
+    answer = await raw(plane, head("POST", "", "Content-Length: 10"), b"{")
+    assert status(answer) == 408
+    assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_body(plane: ControlPlane) -> None:
+    await raw(plane, head("POST", "", "Content-Length: 10"), b"{", eof=True)
+    await alive(plane)
+    assert len(plane.operations.queue(ENV)) == 0
+
+
+async def test_no_token_in_the_log(plane: ControlPlane, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(0)
+    for request in BROKEN.values():
+        await raw(plane, request)
+    await raw(plane, head("GET", "/poll"))
+    assert caplog.records
+    formatter: logging.Formatter = caplog.handler.formatter or pytest.fail("no formatter")
+    assert TOKEN not in "".join(formatter.format(record) for record in caplog.records)
+    assert TOKEN not in repr(plane)
+    assert TOKEN not in repr(vars(plane.operations))
+
+
+# -- whatever comes to mind ---------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(min_value=-(2**63), max_value=2**64 - 1)
+    | st.floats()
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["a", "\0", ""]), inner),
+)
+bodies = st.binary() | st.dictionaries(
+    st.sampled_from(["count", "metadata", "type", "force"]), json_values
+).map(orjson.dumps)
+queries = st.lists(
+    st.tuples(
+        st.sampled_from(
+            [
+                "block_ms",
+                "reclaim_older_than_ms",
+                "desired_ttl_seconds",
+                "expected_last_heartbeat",
+                "limit",
+                "page",
+                "after_id",
+                "before_id",
+            ]
+        ),
+        st.text(st.characters(exclude_categories=["Cs"])) | st.integers().map(str),
+    )
+)
+suffixes = st.sampled_from(["", "/poll", "/stats", "/{id}", "/{id}/ack", "/{id}/stop"]) | st.just(
+    "/{id}/heartbeat"
+)
+
+
+async def client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession()
+
+
+def test_any_json_and_any_query_is_answered(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """On one server: what one request left behind must not trip the next."""
+    with asyncio.Runner() as runner:
+        path = tmp_path_factory.mktemp("abuse") / "work.db"
+        plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
+        runner.run(plane.__aenter__())
+        http = runner.run(client())
+        dialects = [Api(plane, http, "qoder"), Api(plane, http, "anthropic")]
+
+        @settings(max_examples=60, deadline=None)
+        @given(
+            st.sampled_from(dialects),
+            st.sampled_from(["GET", "POST"]),
+            suffixes,
+            bodies,
+            queries,
+        )
+        def check(
+            api: Api, method: str, suffix: str, body: bytes, query: list[tuple[str, str]]
+        ) -> None:
+            async def ask() -> None:
+                (item,) = plane.enqueue()
+                url = api.work(suffix.format(id=item.id))
+                answer = await api(method, url, data=body, params=query)
+                assert answer.status in {200, 204, 400, 405, 409, 412}
+                assert answer.status < 400 or answer.error["type"]
+
+            runner.run(ask())
+
+        try:
+            check()
+        finally:
+            runner.run(http.close())
+            runner.run(plane.__aexit__(None, None, None))

@@ -1,0 +1,290 @@
+"""The SQLite store: what was answered survives, and a file that is not ours is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sqlite3
+import sys
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
+from workpool.server import ControlPlane, Item, SqliteStore, StoreError
+from workpool.server.sessions import Session
+from workpool.server.sqlite import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "work.db"
+
+
+def plane_on(path: Path, clock: Clock, *environments: str) -> ControlPlane:
+    return ControlPlane(
+        environments=environments or (ENV,),
+        tokens={TOKEN: None},
+        store=SqliteStore(path),
+        now=clock,
+    )
+
+
+async def test_everything_is_as_before_after_a_restart(
+    path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    async with plane_on(path, clock, ENV, OTHER) as plane:
+        api = Api(plane, http, "qoder")
+        for state in ("stopped", "stopping", "active", "starting", "queued"):
+            await api.bring_to(state, "a")
+        plane.enqueue(metadata={"nul": "\0", "emoji": "🙂"}, environment_id=OTHER)
+        assert (await api.claim(worker="a"))["state"] == "queued"
+        sessions = [
+            (await api("GET", f"{api.base}/sessions/{item['data']['id']}")).body
+            for item in (await api("GET", api.work())).body["data"]
+        ]
+        before = [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)]
+        stats = await api.stats()
+    async with plane_on(path, clock, ENV, OTHER) as plane:
+        api = Api(plane, http, "qoder")
+        assert [(await api("GET", api.work("", env))).body for env in (ENV, OTHER)] == before
+        assert (await api.stats()) == {**stats, "workers_polling": 0}
+        for session in sessions:
+            url = f"{api.base}/sessions/{session['id']}"
+            assert (await api("GET", url)).body == session
+        _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
+        assert (await api.ack(queued, worker="b")).status == 409  # delivered to a
+        assert (await api.beat(active, "NO_HEARTBEAT")).status == 412
+        assert (await api.beat(starting, "NO_HEARTBEAT")).status == 200
+        clock.advance(60)
+        states = [await api.state(work_id) for work_id in (queued, stopping, active, starting)]
+        assert states == ["queued", "stopped", "queued", "queued"]
+        (newer,) = plane.enqueue()
+        assert newer.id > max(item["id"] for item in before[0]["data"])
+
+
+async def test_ids_ascend_over_a_restart_with_the_clock_set_back(path: Path, clock: Clock) -> None:
+    async with plane_on(path, clock) as plane:
+        (former,) = plane.enqueue()
+    clock.advance(-86_400)
+    async with plane_on(path, clock) as plane:
+        assert plane.enqueue()[0].id > former.id
+
+
+async def test_redelivery_goes_on_after_a_restart(
+    path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        first, second = (item.id for item in plane.enqueue(2))
+        await api.claim()
+        await api.claim()
+        clock.advance(5)
+        assert (await api.claim())["id"] == first  # so that 2 was delivered before 1
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        assert (await api.claim())["id"] == second
+        assert (await api.poll()).body is None
+        clock.advance(5)
+        assert (await api.claim())["id"] == first
+
+
+async def test_an_environment_that_is_not_served_now_keeps_its_items(
+    path: Path, clock: Clock
+) -> None:
+    async with plane_on(path, clock, ENV, OTHER) as plane:
+        plane.enqueue(environment_id=OTHER)
+    async with plane_on(path, clock, ENV):
+        pass
+    async with plane_on(path, clock, ENV, OTHER) as plane:
+        assert len(plane.operations.queue(OTHER)) == 1
+
+
+async def test_every_field_is_written_and_read(path: Path) -> None:
+    number = dict.fromkeys(
+        ("acknowledged_at", "started_at", "heartbeat_at", "stop_requested_at", "stopped_at"), 1
+    )
+    item = Item(
+        id="work_1",
+        environment_id=ENV,
+        session_id="sess_1",
+        created_at=2,
+        type="healthcheck",
+        state="stopping",
+        metadata={"k": "v"},
+        holder="w",
+        delivered_at=3,
+        lease_end=4,
+        ttl_seconds=5,
+        beaten=True,
+        **number,
+    )
+    session = Session("sess_1", ENV, {"k": "v"}, 7)
+    store = SqliteStore(path)
+    await store.open()
+    store.save_session(session)
+    store.save(item)
+    store.save(replace(item, ttl_seconds=6))
+    await store.durable()
+    await store.close()
+    store = SqliteStore(path)
+    contents = await store.open()
+    await store.close()
+    assert contents.items == [replace(item, ttl_seconds=6)]
+    assert contents.sessions == [session]
+
+
+async def test_a_newer_schema_is_refused(path: Path, clock: Clock) -> None:
+    async with plane_on(path, clock):
+        pass
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(StoreError, match="newer workpool"):
+        await plane_on(path, clock).__aenter__()
+
+
+async def test_a_database_of_something_else_is_refused(path: Path, clock: Clock) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(StoreError, match="not ours"):
+        await plane_on(path, clock).__aenter__()
+
+
+def test_a_file_that_is_no_database_is_refused(path: Path, clock: Clock) -> None:
+    path.write_text("not a database, and long enough to be read as one" * 100)
+    with pytest.raises(StoreError, match="not a database"), asyncio.Runner() as runner:
+        runner.run(plane_on(path, clock).__aenter__())
+    assert path.read_text().startswith("not a database")
+
+
+async def test_a_missing_directory_is_refused(tmp_path: Path, clock: Clock) -> None:
+    with pytest.raises(StoreError, match="unable to open"):
+        await plane_on(tmp_path / "missing" / "work.db", clock).__aenter__()
+
+
+async def test_a_second_server_on_one_file_is_refused(path: Path, clock: Clock) -> None:
+    async with plane_on(path, clock):
+        with pytest.raises(StoreError, match="locked"):
+            await plane_on(path, clock).__aenter__()
+
+
+async def test_wal_and_full_sync(path: Path, clock: Clock) -> None:
+    async with plane_on(path, clock):
+        pass
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+async def test_a_store_that_fails_answers_500_and_nothing_else_from_then_on(
+    path: Path, clock: Clock, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        (kept,) = (await api("POST", api.work())).body["data"]
+        monkeypatch.setattr("workpool.server.sqlite._write", full)
+        answer = await api("POST", api.work())
+        assert answer.status == 500
+        assert answer.error["type"] == "api_error"
+        assert (await api.get(kept["id"])).status == 500
+    monkeypatch.undo()
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        assert await api.state(kept["id"]) == "queued"
+        assert len(plane.operations.queue(ENV)) == 1
+
+
+# -- kill -9 under load ------------------------------------------------------------------------
+
+ORDER = ["queued", "starting", "active", "stopped"]
+
+
+@asynccontextmanager
+async def server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+    script = Path(__file__).with_name("sqlite_server.py")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), str(path), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(20):
+            yield process, int(await process.stdout.readline())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+class Load:
+    """Workers that lead items through their lives and remember every answer."""
+
+    def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
+        self._http = http
+        self._url = f"http://127.0.0.1:{port}/api/v1/cloud/environments/{ENV}/work"
+        self.answers = 0
+        self.known: dict[str, dict[str, Any]] = {}
+        self.enough = asyncio.Event()
+
+    async def call(self, method: str, suffix: str, **options: Any) -> Any:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        url = self._url + suffix
+        async with self._http.request(method, url, headers=headers, **options) as response:
+            assert response.status == 200
+            body = await response.json()
+        self.answers += 1
+        if self.answers >= 400:
+            self.enough.set()
+        return body
+
+    async def run(self) -> None:
+        """One item after the other, until the server is gone."""
+        while True:
+            try:
+                await self.one_life()
+            except (aiohttp.ClientError, ConnectionError):
+                return
+
+    async def one_life(self) -> None:
+        (item,) = (await self.call("POST", "", json={"count": 1}))["data"]
+        self.known[item["id"]] = item
+        polled = await self.call("GET", "/poll")
+        for call in ("/ack", "/heartbeat", "", "/stop"):
+            json = {"": {"metadata": {"k": "v"}}, "/stop": {"force": True}}.get(call)
+            answer = await self.call("POST", f"/{polled['id']}{call}", json=json)
+            if answer["type"] == "work":
+                self.known[polled["id"]] = answer
+
+
+@pytest.mark.slow
+async def test_kill_9_under_load_loses_nothing_that_was_answered(
+    path: Path, http: aiohttp.ClientSession
+) -> None:
+    async with server(path) as (process, port):
+        load = Load(http, port)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(load.run())
+            await load.enough.wait()
+            process.send_signal(signal.SIGKILL)
+    assert len(load.known) >= 60
+    async with server(path) as (_, port):
+        load_after = Load(http, port)
+        for work_id, item in load.known.items():
+            after = await load_after.call("GET", f"/{work_id}")
+            assert ORDER.index(after["state"]) >= ORDER.index(item["state"])
+            for name in ("created_at", "acknowledged_at", "started_at", "stopped_at"):
+                assert item[name] in {None, after[name]}
+            assert item["metadata"].items() <= after["metadata"].items()
+        stopped = [item for item in load.known.values() if item["state"] == "stopped"]
+        assert stopped
