@@ -1,0 +1,220 @@
+"""Where contenders meet: a control plane in its own process, each contender in another.
+
+A contender runs in a fresh process, alone, against the same control plane as the others; it tells
+its `Meter` what it does, and the meter counts. Shared by all benchmarks of this folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from workpool import Settings, WorkClient
+from workpool.server import ControlPlane
+from workpool.wire.protocol import ENQUEUE_COUNT_MAX
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+SENT = "sent"
+"""The metadata that holds when an item was enqueued, on the monotonic clock."""
+_processes = multiprocessing.get_context("spawn")
+_LIMIT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Plane:
+    """How to reach the control plane."""
+
+    base_url: str
+    anthropic_base_url: str
+    token: str
+    environment_id: str
+
+    def settings(self, **more: Any) -> Settings:
+        """For workpool's own client and pool."""
+        return Settings(
+            base_url=self.base_url, token=self.token, environment_id=self.environment_id, **more
+        )
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One moment of a process: all its threads' CPU seconds so far, and the wall clock."""
+
+    cpu: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> Mark:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(usage.ru_utime + usage.ru_stime, time.monotonic())
+
+
+@dataclass
+class Meter:
+    """What one contender did, from the first claim after `warm_up` items to the last stop."""
+
+    warm_up: int
+    items: int
+    begin: Mark | None = None
+    end: Mark | None = None
+    waits: list[float] = field(default_factory=list)
+    """Seconds from the call that enqueued an item to the start of its handler."""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    _claimed: int = 0
+    _stopped: int = 0
+
+    def claimed(self) -> None:
+        """A poll brought an item."""
+        self._claimed += 1
+        if self._claimed == self.warm_up + 1:
+            self.begin = Mark.now()
+
+    def started(self, metadata: Mapping[str, str]) -> None:
+        """The handler of an item was called."""
+        if SENT in metadata and self.begin is not None:
+            self.waits.append(time.monotonic() - float(metadata[SENT]))
+
+    def stopped(self) -> None:
+        """The stop of an item was answered."""
+        self._stopped += 1
+        if self._stopped == self.warm_up + self.items:
+            self.end = Mark.now()
+            self.done.set()
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender's run."""
+
+    items: int
+    cpu_seconds: float
+    wall_seconds: float
+    waits: Sequence[float]
+
+    @property
+    def cpu_ms(self) -> float:
+        return self.cpu_seconds / self.items * 1000
+
+    @property
+    def rate(self) -> float:
+        return self.items / self.wall_seconds
+
+
+Contender = Callable[[Plane, Meter], Coroutine[Any, Any, None]]
+"""Claims and runs items, telling the meter, until it is cancelled."""
+
+
+@contextmanager
+def control_plane() -> Iterator[Plane]:
+    """A control plane on a free port of the loopback interface, in memory."""
+    ours, theirs = _processes.Pipe()
+    process = _processes.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    try:
+        yield _receive(ours, process)
+    finally:
+        ours.close()
+        process.terminate()
+        process.join()
+
+
+@contextmanager
+def contest(
+    contender: Contender, plane: Plane, items: int, warm_up: int
+) -> Iterator[Callable[[], Result]]:
+    """Start a contender; the value waits until it has handled everything and returns its result."""
+    ours, theirs = _processes.Pipe()
+    process = _processes.Process(
+        target=_contend, args=(theirs, contender, plane, items, warm_up), daemon=True
+    )
+    process.start()
+    try:
+        yield lambda: _receive(ours, process)
+    finally:
+        ours.close()
+        process.terminate()
+        process.join()
+
+
+async def enqueue(plane: Plane, count: int) -> None:
+    """Fill the queue."""
+    async with WorkClient(plane.settings()) as client:
+        for start in range(0, count, ENQUEUE_COUNT_MAX):
+            await client.enqueue(min(ENQUEUE_COUNT_MAX, count - start))
+
+
+def versions() -> str:
+    """What the figures depend on, for the line below a table."""
+    packages = ("workpool", "aiohttp", "uvloop", "qca-sdk", "anthropic")
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    found = [f"{name} {installed[name]}" for name in packages if name in installed]
+    return f"{os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(found)}."
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return f"| {' | '.join((first, *others))} |"
+
+    rule = [
+        ("-" * (width - 1) + ":") if number else "-" * width for number, width in enumerate(widths)
+    ]
+    return "\n".join(line(cells) for cells in (head, rule, *rows))
+
+
+def _receive(pipe: Connection, process: Any) -> Any:
+    if not pipe.poll(_LIMIT_SECONDS):
+        raise TimeoutError(f"process {process.name} said nothing for {_LIMIT_SECONDS:.0f} s")
+    return pipe.recv()  # EOFError: it failed; its traceback is on stderr
+
+
+def _serve(pipe: Connection) -> None:
+    uvloop.run(_plane(pipe))
+
+
+async def _plane(pipe: Connection) -> None:
+    async with ControlPlane() as plane:
+        pipe.send(
+            Plane(plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0])
+        )
+        await asyncio.get_running_loop().create_future()  # until terminated
+
+
+def _contend(
+    pipe: Connection, contender: Contender, plane: Plane, items: int, warm_up: int
+) -> None:
+    pipe.send(uvloop.run(_run(contender, plane, Meter(warm_up, items))))
+
+
+async def _run(contender: Contender, plane: Plane, meter: Meter) -> Result:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(contender(plane, meter), name="contender")
+        await meter.done.wait()
+        task.cancel()
+    assert meter.begin is not None
+    assert meter.end is not None
+    return Result(
+        meter.items,
+        meter.end.cpu - meter.begin.cpu,
+        meter.end.wall - meter.begin.wall,
+        meter.waits,
+    )

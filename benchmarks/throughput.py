@@ -1,0 +1,65 @@
+"""What an item costs: CPU in the worker's process, and items per second, against a bare loop.
+
+    python benchmarks/throughput.py [--items N] [--rounds N] [--only NAME …]
+
+Every contender drains the same full queue alone, in turns, several rounds. CPU is that of all
+threads of its process, from the first claim after a warm-up to the answer to the last stop. Shown
+are medians; a ratio is taken within its round, so that the machine's noise meets both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from statistics import median
+
+from arena import Plane, Result, contest, control_plane, enqueue, table, versions
+from contenders import Entry, parse_contenders
+
+WARM_UP = 100
+
+
+def measure(plane: Plane, entry: Entry, items: int) -> Result:
+    """Fill the queue and let the contender drain it."""
+    asyncio.run(enqueue(plane, items + WARM_UP))
+    with contest(entry.run, plane, items, WARM_UP) as result:
+        return result()
+
+
+def report(rounds: dict[str, list[Result]]) -> str:
+    """The table; the others are compared with the first contender."""
+    base = next(iter(rounds.values()))
+
+    def row(name: str, results: list[Result]) -> list[str]:
+        pairs = list(zip(results, base, strict=True))
+        return [
+            name,
+            str(results[0].items),
+            f"{median(result.cpu_ms for result in results):.3f}",
+            f"{median(result.cpu_ms / floor.cpu_ms for result, floor in pairs):.2f} ×",
+            f"{median(result.rate for result in results):.0f}",
+            f"{median(result.rate / floor.rate for result, floor in pairs):.2f} ×",
+        ]
+
+    head = ("contender", "items", "CPU ms/item", "ratio", "items/s", "ratio")
+    return table(head, [row(name, results) for name, results in rounds.items()])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="CPU per item and items per second.")
+    parser.add_argument("--items", type=int, default=3000, help="per contender and round")
+    parser.add_argument("--rounds", type=int, default=5)
+    options, entries = parse_contenders(parser)
+    rounds: dict[str, list[Result]] = {entry.name: [] for entry in entries}
+    with control_plane() as plane:
+        for number in range(options.rounds):
+            turn = number % len(entries)  # nobody always comes first
+            for entry in entries[turn:] + entries[:turn]:
+                items = max(1, options.items // entry.divisor)
+                rounds[entry.name].append(measure(plane, entry, items))
+    print(report(rounds))
+    print(f"\n{options.rounds} rounds. {versions()}")
+
+
+if __name__ == "__main__":
+    main()
