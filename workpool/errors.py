@@ -142,3 +142,11 @@ class SessionEnded(SessionGoneError):
 
 class AttemptsExceeded(WorkpoolError):
     """An item was delivered more often than `max_attempts`, so it was ended without being run."""
+
+
+def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a group of one holds: nested task groups nest groups, callers want the error."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

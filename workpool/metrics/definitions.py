@@ -158,7 +158,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Pollers that crashed, which is a bug, and were started again.",
     ),
     _gauge("queue_depth", _env(), "Items that wait for a slot."),
-    _gauge("queue_capacity", _env(), "Items that may wait for a slot."),
+    _gauge("queue_capacity", _env(), "Places for items, in slots and waiting together."),
     _histogram(
         "queue_wait_seconds", _env(), (ev.AckFinished, "queue_seconds"), H_WAIT,
         "Time from an item's delivery until a slot took it.",

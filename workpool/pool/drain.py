@@ -1,12 +1,27 @@
-"""When a drain ends: its deadline, which may come nearer and never goes away again.
+"""The drain: when it ends, and what is done with the sessions until then and after it.
 
-Owns no session: it only says when. Lives on the handlers' loop.
+Its deadline may come nearer and never goes away again (design §1, Drain). Lives on the handlers'
+loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
+from typing import TYPE_CHECKING
+
+from workpool.events import DrainFinished, DrainStarted
+
+if TYPE_CHECKING:
+    from workpool.events import DrainResult
+    from workpool.pool.dispatch import Dispatcher
+    from workpool.pool.parts import Parts
+
+log = logging.getLogger(__name__)
+
+AFTER_DEADLINE_SECONDS = 5.0
+"""How long the finish of what the deadline cancelled may take, all together."""
 
 
 class Drain:
@@ -53,3 +68,22 @@ class Drain:
                 nearer.cancel()
             tasks = {task for task in tasks if not task.done()}
         return True
+
+    async def wind_down(self, parts: Parts, dispatcher: Dispatcher) -> int:
+        """See the sessions to their end; returns how many had to be left behind."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        log.info("draining running=%d timeout=%s", parts.queue.running, self.timeout)
+        parts.observe(DrainStarted(self.timeout))
+        left: set[asyncio.Task[None]] = set()
+        clean = await self.wait_for(set(dispatcher.tasks))
+        if not clean:
+            dispatcher.release_all()
+            _, left = await asyncio.wait(dispatcher.tasks, timeout=AFTER_DEADLINE_SECONDS)
+            dispatcher.abandon()
+        result: DrainResult = "killed" if left else "clean" if clean else "deadline"
+        seconds = loop.time() - started
+        level = logging.ERROR if left else logging.INFO
+        log.log(level, "drained result=%s seconds=%.1f left_behind=%d", result, seconds, len(left))
+        parts.observe(DrainFinished(result, seconds))
+        return len(left)

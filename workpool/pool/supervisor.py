@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from workpool.errors import PluginError
-from workpool.events import DrainFinished, DrainStarted
+from workpool.errors import PluginError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
@@ -41,14 +40,11 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.errors import KeeperError
-    from workpool.events import DrainResult
     from workpool.pool.calls import Calls
     from workpool.settings import Settings
 
 log = logging.getLogger(__name__)
 
-AFTER_DEADLINE_SECONDS = 5.0
-"""How long the finish of what a drain's deadline cancelled may take, all together."""
 CLOSE_SECONDS = 30.0
 """How long exporter, keeper, plugins and connections may take to close."""
 
@@ -128,7 +124,8 @@ class Supervisor:
             await self._opened.wait()
         except asyncio.CancelledError:
             self._drain.begin(0)
-            self._root.cancel()  # it may be opening something that takes for ever
+            if not self._opened.is_set():
+                self._root.cancel()  # it may be opening something that takes for ever
             await self._gone()
             raise
         if self._root.done():
@@ -153,7 +150,7 @@ class Supervisor:
             self._drain.begin(0)
             await self._gone()
             raise
-        if kind is None:
+        if kind is None and not self._error_raised:
             self._raise_error()
 
     async def run(self, *, until_empty: bool = False) -> None:
@@ -216,7 +213,7 @@ class Supervisor:
                 finally:
                     self._served.set()
         except BaseExceptionGroup as group:
-            raise _innermost(group) from None
+            raise innermost(group) from None
         finally:
             self._served.set()
             self._opened.set()
@@ -295,29 +292,7 @@ class Supervisor:
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
-            await self._wind_down(parts, dispatcher)
-
-    async def _wind_down(self, parts: Parts, dispatcher: Dispatcher) -> None:
-        started = self._loop.time()
-        log.info("draining running=%d timeout=%s", parts.queue.running, self._drain.timeout)
-        parts.observe(DrainStarted(self._drain.timeout))
-        clean = await self._drain.wait_for(set(dispatcher.tasks))
-        if not clean:
-            dispatcher.release_all()
-            _, left = await asyncio.wait(dispatcher.tasks, timeout=AFTER_DEADLINE_SECONDS)
-            self.left_behind = len(left)
-            dispatcher.abandon()
-        result: DrainResult = "killed" if self.left_behind else "clean" if clean else "deadline"
-        seconds = self._loop.time() - started
-        level = logging.ERROR if self.left_behind else logging.INFO
-        log.log(
-            level,
-            "drained result=%s seconds=%.1f left_behind=%d",
-            result,
-            seconds,
-            self.left_behind,
-        )
-        parts.observe(DrainFinished(result, seconds))
+            self.left_behind = await self._drain.wind_down(parts, dispatcher)
 
     def _fail(self, error: BaseException) -> None:
         """Something fatal: no more polls; running sessions drain; then it is raised."""
@@ -335,16 +310,20 @@ class Supervisor:
         root = self._task()
         await self._served.wait()
         await asyncio.wait({root}, timeout=CLOSE_SECONDS)
-        if not root.done():
+        if root.done():
+            if not root.cancelled() and (crash := root.exception()) is not None:
+                self._error = self._error or crash  # looked at, also when nobody asks for it
+        else:
             log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
 
     def _raise_error(self) -> None:
+        """Raise what ended the pool, if anything did."""
         root = self._task()
-        if root.done() and not root.cancelled() and (crash := root.exception()) is not None:
-            raise crash
-        if self._error is not None and not self._error_raised:
+        crash = root.exception() if root.done() and not root.cancelled() else None
+        error = crash or self._error
+        if error is not None:
             self._error_raised = True
-            raise self._error
+            raise error
 
     # What the keeper reports, and what the exporter asks.
 
@@ -367,11 +346,3 @@ class Supervisor:
     def _unready(self) -> list[str]:
         reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
         return reasons + (self._running.unready() if self._running else ["not started"])
-
-
-def _innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a group of one holds: nested task groups nest groups, callers want the error."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

@@ -1,0 +1,159 @@
+"""The house rules that a program can check (design §7)."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import workpool
+from workpool import hookspecs
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "workpool"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PLUGIN_MODULES = sorted(
+    path for path in (ROOT / "plugins").glob("*/*/*.py") if path.parent.name.startswith("workpool_")
+)
+LINES = 350
+BANNED = {
+    "manager",
+    "helper",
+    "util",
+    "common",
+    "base",
+    "core",
+    "misc",
+    "processor",
+    "data",
+    "info",
+    "types",
+}
+SUPPRESSIONS_PER_1000_LINES = 3
+LOOPS = (
+    "pool/poller.py",
+    "pool/lease.py",
+    "pool/dispatch.py",
+    "pool/supervisor.py",
+    "pool/keeper.py",
+)
+BLIND_EXCEPTS = {
+    "pool/handling.py",  # a handler
+    "plugins/finding.py",  # an observer, and every other call of a plugin's code
+    "pool/poller.py",  # one poller's loop
+    "pool/lease.py",  # one lease's beats
+}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def words(name: str) -> set[str]:
+    return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(MODULES) > 40
+    assert PLUGIN_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_a_module_is_one_idea(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
+def test_names_explain_themselves(path: Path) -> None:
+    banned = {word.rstrip("s") for word in BANNED}
+    classes = [
+        node.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    for name in [path.stem, *classes]:
+        assert not words(name) & banned, name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_every_module_says_what_it_owns(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_four_hooks() -> None:
+    hooks = [name for name in vars(hookspecs) if name.startswith("workpool_")]
+    assert sorted(hooks) == [
+        "workpool_event",
+        "workpool_lifespan",
+        "workpool_session_handler",
+        "workpool_wrap_session",
+    ]
+
+
+def blind(handler: ast.ExceptHandler) -> bool:
+    caught = ast.unparse(handler.type) if handler.type else "BaseException"
+    reraises = any(isinstance(node, ast.Raise) and node.exc is None for node in handler.body)
+    return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
+
+
+def test_everything_is_caught_in_four_places_only() -> None:
+    found = {
+        relative(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and blind(node)
+    }
+    assert found == BLIND_EXCEPTS
+
+
+def comments(path: Path) -> list[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return [token.string for token in tokens if token.type == tokenize.COMMENT]
+
+
+def suppressions(path: Path) -> list[str]:
+    return [text for text in comments(path) if re.search(r"noqa|type: ignore|pragma:", text)]
+
+
+def test_suppressions_are_few_and_say_why() -> None:
+    paths = [*MODULES, *PLUGIN_MODULES]
+    found = [(path, text) for path in paths for text in suppressions(path)]
+    for path, text in found:
+        assert re.search(
+            r"(noqa: [A-Z]+[0-9]+|type: ignore\[[a-z-]+\]|pragma: no cover).* - .+", text
+        ), (path, text)
+    lines = sum(len(path.read_text().splitlines()) for path in paths)
+    assert len(found) <= lines * SUPPRESSIONS_PER_1000_LINES / 1000
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_no_loop_hides_from_coverage_or_complexity(name: str) -> None:
+    hidden = [text for text in suppressions(PACKAGE / name) if re.search("pragma|C901|PLR", text)]
+    assert hidden == []
+
+
+@pytest.mark.parametrize("path", PLUGIN_MODULES, ids=lambda path: path.name)
+def test_plugins_use_the_public_api_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not [alias.name for alias in node.names if alias.name.startswith("workpool.")]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "workpool":
+            assert node.module in {"workpool", "workpool.events", "workpool.errors"}
+            if node.module == "workpool":
+                assert {alias.name for alias in node.names} <= set(workpool.__all__)
+
+
+def test_no_place_of_a_workshop_is_named() -> None:
+    pattern = re.compile(r"/work/(main|shared)|/root/|pypi\.org|pythonhosted|npmjs|debian\.org")
+    suffixes = {".py", ".md", ".toml", ".yml", ".sql", ".txt"}
+    named = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("workpool", "plugins", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and path != Path(__file__) and pattern.search(path.read_text())
+    ]
+    assert named == []

@@ -1,0 +1,189 @@
+"""README says everything that the code has, and its examples run."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import runpy
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient
+
+from workpool import Settings, Supervisor, WorkClient, hookspecs
+from workpool.cli import exits
+from workpool.cli.app import app as cli
+from workpool.metrics import DEFINITIONS
+from workpool.server import ControlPlane
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def block(marker: str) -> str:
+    """The one Python block that holds `marker`."""
+    [found] = [text for text in BLOCKS if marker in text]
+    return str(found)
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    for name, field in Settings.model_fields.items():
+        text = " ".join((field.description or "").split())
+        meaning, default = re.fullmatch(r"(.*?) ?Default: (.*)\.", text).groups()  # type: ignore[union-attr]
+        assert f"| `{name}` | {default} | {meaning} |" in README
+
+
+def test_every_metric_is_in_the_table_with_its_labels() -> None:
+    for row in DEFINITIONS:
+        labels = " ".join(
+            f"`{label}`=" + "·".join(values) if values else f"`{label}`"
+            for label, values in row.labels.items()
+        )
+        assert f"| `{row.full_name}` | {row.kind} | {labels or '–'} | {row.help} |" in README
+
+
+def test_every_hook_has_a_heading() -> None:
+    for name in vars(hookspecs):
+        if name.startswith("workpool_"):
+            assert re.search(rf"^### `{name}\(\w+\)`$", README, re.MULTILINE), name
+
+
+def test_every_command_and_flag_is_named() -> None:
+    section = README.partition("## Command line")[2].partition("\n## ")[0]
+    commands = [typer.main.get_command(cli)]
+    while commands:
+        command = commands.pop()
+        commands += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            for flag in parameter.opts if parameter.param_type_name == "option" else []:
+                assert f"`{flag}" in section, (command.name, flag)
+        assert (command.name or "") in section
+
+
+def test_every_exit_status_is_in_the_table() -> None:
+    section = README.partition("| exit status |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
+    assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
+
+
+def test_the_gate_runs_the_commands_of_the_readme() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci/run").read_text()
+
+
+def test_every_file_that_is_linked_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_contents_leads_somewhere() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-")
+        for line in re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+# The examples, run as they stand.
+
+
+@pytest.fixture
+async def plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    """A control plane that the environment points to, and README's reports.py to import."""
+    (tmp_path / "reports.py").write_text(block("# reports.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    async with ControlPlane() as plane:
+        monkeypatch.setenv("WORKPOOL_BASE_URL", plane.base_url)
+        monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", plane.environments[0])
+        monkeypatch.setenv("QODER_PAT", plane.token)
+        yield plane
+
+
+def run(marker: str, folder: Path) -> dict[str, Any]:
+    path = folder / "example.py"
+    path.write_text(block(marker))
+    return runpy.run_path(str(path))
+
+
+async def finished(metadata: dict[str, str]) -> dict[str, str]:
+    """Enqueue one item and wait until it is stopped; its metadata."""
+    async with WorkClient(Settings()) as client:
+        [item] = await client.enqueue(metadata=metadata)
+        async with asyncio.timeout(20):
+            while item.state != "stopped":  # noqa: ASYNC110 - the other side of a socket
+                await asyncio.sleep(0.02)
+                item = await client.get(item.id)
+    return dict(item.metadata)
+
+
+async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
+    async with Supervisor(Settings(), plugins=[plugin]):
+        return await finished(metadata)
+
+
+async def test_the_first_handler(plane: ControlPlane, tmp_path: Path) -> None:
+    names = run("# reports.py", tmp_path)
+    done = await handled_by(names["daily_report"], {"job": "daily-report"})
+    assert (done["phase"], done["rows"]) == ("fetching", "42")
+
+
+async def test_blocking_code(plane: ControlPlane, tmp_path: Path) -> None:
+    names = run("pbkdf2_hmac", tmp_path)
+    done = await handled_by(names["digest_session"], {"job": "digest"})
+    assert len(done["digest"]) == 64
+
+
+async def test_embedding_in_plain_asyncio(plane: ControlPlane, tmp_path: Path) -> None:
+    names = run("def greet", tmp_path)
+    async with asyncio.TaskGroup() as group:
+        main = group.create_task(names["main"]())
+        assert "hello, " in (await finished({}))["greeting"]
+        main.cancel()
+
+
+async def test_embedding_in_aiohttp(plane: ControlPlane, tmp_path: Path) -> None:
+    app: web.Application = run("web.Application()", tmp_path)["app"]
+    async with TestClient(TestServer(app)) as client:
+        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        async with client.get("/ready") as answer:
+            assert answer.status == 200
+
+
+async def test_embedding_in_fastapi(plane: ControlPlane, tmp_path: Path) -> None:
+    app: FastAPI = run("FastAPI(lifespan", tmp_path)["app"]
+    async with app.router.lifespan_context(app):
+        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        transport = ASGITransport(app=app)
+        async with AsyncClient(transport=transport, base_url="http://embedded") as client:
+            assert (await client.get("/running")).json() == 0
+
+
+async def test_a_database_for_the_pools_life(plane: ControlPlane, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "orders.db") as database:
+        database.executescript("create table orders (id); insert into orders values (1), (2)")
+    database.close()
+    orders: Callable[[], object] = run("class Orders", tmp_path)["Orders"]
+    assert (await handled_by(orders, {"job": "count-orders"}))["orders"] == "2"
+
+
+async def test_an_observer(
+    plane: ControlPlane, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = run("class Audit", tmp_path)["Audit"]
+    async with Supervisor(Settings(), plugins=[audit, "reports"]):
+        await finished({"job": "daily-report"})
+    assert "reports.daily_report completed" in capsys.readouterr().out
+
+
+async def test_testing_a_handler(tmp_path: Path) -> None:
+    await run("def shout", tmp_path)["test_shout"]()
