@@ -1,1 +1,45 @@
-"""TODO."""
+"""Instruments for tests of pools and handlers, on the embedded control plane over real sockets.
+
+    faults = Faults()
+    async with ControlPlane(middlewares=[faults.middleware]) as plane:
+        faults.add(status(503, retry_after=1), "poll", times=2)
+        faults.add(lost(), "ack", times=1)      # applied, and its answer lost
+
+    recorder = Recorder()                       # a plugin: pass it to the supervisor
+    await recorder.wait_for(SessionFinished)
+
+Nothing here sleeps and hopes: everything can be waited for, within a bound.
+"""
+
+from workpool.testing.actions import (
+    Hold,
+    delay,
+    expired,
+    garbled,
+    literal,
+    lost,
+    reset,
+    status,
+    trickle,
+)
+from workpool.testing.clock import Clock
+from workpool.testing.faults import Faults, Op, Request, Rule
+from workpool.testing.recorder import Recorder
+
+__all__ = [
+    "Clock",
+    "Faults",
+    "Hold",
+    "Op",
+    "Recorder",
+    "Request",
+    "Rule",
+    "delay",
+    "expired",
+    "garbled",
+    "literal",
+    "lost",
+    "reset",
+    "status",
+    "trickle",
+]

@@ -1,0 +1,75 @@
+"""What tests of the whole pool share: a control plane that can be made to fail, and an observer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from workpool import Settings, Supervisor
+from workpool.server import ControlPlane
+from workpool.testing import Clock, Faults, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+
+class MakePool(Protocol):
+    def __call__(self, *plugins: object, **settings: Any) -> Supervisor: ...
+
+
+@pytest.fixture
+def faults() -> Faults:
+    return Faults()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """The control plane's clock."""
+    return Clock()
+
+
+@pytest.fixture
+async def plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(now=clock, middlewares=[faults.middleware]) as plane:
+        yield plane
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def make_settings(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings that fit the control plane, whatever this machine's environment says."""
+    for name in os.environ:
+        if name.startswith("WORKPOOL_"):
+            monkeypatch.delenv(name)
+    defaults = {
+        "base_url": plane.base_url,
+        "environment_id": plane.environments[0],
+        "pollers": 1,
+        "concurrency": 4,
+        "stats_interval": 0,
+        "drain_timeout": 5,
+        "stop_grace": 5,
+    }
+
+    def make(**values: Any) -> Settings:
+        if "token_file" not in values:
+            values.setdefault("token", plane.token)
+        return Settings(**{**defaults, **values})
+
+    return make
+
+
+@pytest.fixture
+def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> MakePool:
+    """A supervisor of these plugins and the recorder; not started."""
+
+    def make(*plugins: object, **settings: Any) -> Supervisor:
+        return Supervisor(make_settings(**settings), plugins=[*plugins, recorder])
+
+    return make

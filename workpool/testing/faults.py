@@ -1,0 +1,248 @@
+"""Which requests to a control plane go wrong, and a log of all that came.
+
+Owns when a fault strikes: per call, by count, probability, predicate or time. What a fault does is
+in `actions`. Several that match one request stand around each other, the first added outermost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, get_args
+
+import orjson
+from aiohttp import web
+
+from workpool.testing.changes import WAIT_SECONDS, Changes
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from types import TracebackType
+    from typing import Self
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+Op = Literal["poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "session",
+             "enqueue"]  # fmt: skip
+_SUFFIXED = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
+
+
+class Fault(Protocol):
+    """A middleware: may call `handler` for the true answer, or not."""
+
+    def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+        """Answer the request."""
+
+
+class Limits(TypedDict, total=False):
+    """When a rule strikes; all that is given must hold."""
+
+    times: int
+    """At most so often."""
+    skip: int
+    """Not the first ones that match otherwise."""
+    probability: float
+    """Drawn from the seeded generator."""
+    where: Callable[[web.Request], bool]
+    """Only requests that this accepts."""
+    between: tuple[float, float]
+    """Only in this window, in seconds since the first request."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request that came.
+
+    Attributes:
+        work_id: Of the calls on one item.
+        worker_id: What the caller named itself.
+        body: The JSON that was sent; None without one, or when a fault kept it from being read.
+        status: What was answered; None while it is being answered, or when it never was.
+        lost: The connection was closed before the answer.
+    """
+
+    op: Op
+    work_id: str | None
+    worker_id: str | None
+    query: Mapping[str, str]
+    body: Any = None
+    status: int | None = None
+    lost: bool = False
+
+
+@dataclass(eq=False)
+class Rule:
+    """A fault that was added; as a context manager, removed at the end of the block.
+
+    Attributes:
+        hits: How often it has struck.
+    """
+
+    faults: Faults
+    fault: Fault
+    ops: frozenset[Op]
+    limits: Limits
+    hits: int = 0
+    _met: int = field(default=0, repr=False)
+
+    def strikes(self, op: Op, request: web.Request) -> bool:
+        """Decide, and count."""
+        limits = self.limits
+        where, window = limits.get("where"), limits.get("between")
+        if op not in self.ops or (where is not None and not where(request)):
+            return False
+        if window is not None and not window[0] <= self.faults.age() < window[1]:
+            return False
+        self._met += 1
+        if self._met <= limits.get("skip", 0) or self.hits >= limits.get("times", self._met):
+            return False
+        if not self.faults.chance(limits.get("probability", 1.0)):
+            return False
+        self.hits += 1
+        return True
+
+    def remove(self) -> None:
+        """Let requests be; once is enough, twice does no harm."""
+        if self in self.faults.rules:
+            self.faults.rules.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+class Faults:
+    """Faults of one control plane: `ControlPlane(middlewares=[faults.middleware])`.
+
+    Attributes:
+        seen: Every request that came, in order of arrival.
+        rules: Those in force.
+        seed: Of the probabilities; print it where a test draws one.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seen: list[Request] = []
+        self.rules: list[Rule] = []
+        self.seed = seed
+        self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
+        self._changes = Changes()
+        self._first_at: float | None = None
+
+    def add(self, fault: Fault, *ops: Op, **limits: Unpack[Limits]) -> Rule:
+        """Let a fault strike these calls (none named: all) from now on."""
+        rule = Rule(self, fault, frozenset(ops or get_args(Op)), limits)
+        self.rules.append(rule)
+        return rule
+
+    def of(self, *ops: Op, work_id: str | None = None) -> list[Request]:
+        """The requests so far of these calls (none named: all), of one item or of any."""
+        return [
+            request
+            for request in self.seen
+            if (not ops or request.op in ops) and work_id in {None, request.work_id}
+        ]
+
+    async def wait_for(
+        self,
+        *ops: Op,
+        work_id: str | None = None,
+        count: int = 1,
+        answered: bool = False,
+        timeout: float = WAIT_SECONDS,
+    ) -> Request:
+        """Return the `count`-th request of these calls once it has come, or been `answered`.
+
+        Raises:
+            AssertionError: It did not come in time.
+        """
+
+        def enough() -> list[Request] | None:
+            found = self.of(*ops, work_id=work_id)
+            if answered:
+                found = [request for request in found if request.status is not None]
+            return found if len(found) >= count else None
+
+        names = "/".join(ops) or "any"
+        found = await self._changes.until(
+            enough,
+            lambda: f"{count} × {names}; there was {[each.op for each in self.seen]}",
+            timeout,
+        )
+        return found[count - 1]
+
+    def age(self) -> float:
+        """Seconds since the first request."""
+        now = asyncio.get_running_loop().time()
+        return now - (now if self._first_at is None else self._first_at)
+
+    def chance(self, probability: float) -> bool:
+        """Throw the seeded dice, but only where there is something to decide."""
+        return probability >= 1 or self._random.random() < probability
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Stand around the control plane's application."""
+        op = _op_of(request)
+        if op is None:
+            return await handler(request)
+        if self._first_at is None:
+            self._first_at = asyncio.get_running_loop().time()
+        seen = _note(op, request)
+        self.seen.append(seen)
+        self._changes.notify()
+        for rule in [rule for rule in self.rules if rule.strikes(op, request)][::-1]:
+            handler = partial(rule.fault, handler=handler)
+        try:
+            response = await handler(request)
+            if request.transport is None or request.transport.is_closing():
+                seen.lost = True
+            else:
+                seen.status = response.status
+            return response
+        finally:
+            if request.body_exists and request.content.is_eof():
+                seen.body = _json(await request.read())
+            self._changes.notify()
+
+
+def _op_of(request: web.Request) -> Op | None:
+    match = request.match_info
+    tail = request.path.rpartition("/")[2]
+    op: Any
+    if "session_id" in match:
+        op = "session"
+    elif "environment_id" not in match:
+        op = None
+    elif tail in _SUFFIXED:
+        op = tail
+    elif "work_id" in match:
+        op = "get" if request.method == "GET" else "update"
+    else:
+        op = "list" if request.method == "GET" else "enqueue"
+    return op if op in get_args(Op) else None
+
+
+def _note(op: Op, request: web.Request) -> Request:
+    headers = request.headers
+    return Request(
+        op,
+        request.match_info.get("work_id"),
+        headers.get("Worker-ID") or headers.get("anthropic-worker-id"),
+        dict(request.query),
+    )
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
+        return content

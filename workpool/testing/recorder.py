@@ -1,0 +1,64 @@
+"""A plugin that keeps every event, for tests to look at and to wait for (design §4)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from workpool.hookspecs import hookimpl
+from workpool.testing.changes import WAIT_SECONDS, Changes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.events import Event
+
+E = TypeVar("E")
+
+
+class Recorder:
+    """Records what one pool tells its observers. Belongs to the supervisor's loop.
+
+    Attributes:
+        events: In the order in which they were told.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changes = Changes()
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        """Keep it."""
+        self.events.append(event)
+        self._changes.notify()
+
+    def of(self, kind: type[E], where: Callable[[E], bool] | None = None) -> list[E]:
+        """The events of one kind so far, in order; only those that `where` accepts."""
+        events: list[E] = [event for event in self.events if isinstance(event, kind)]
+        return events if where is None else [event for event in events if where(event)]
+
+    async def wait_for(
+        self,
+        kind: type[E],
+        where: Callable[[E], bool] | None = None,
+        *,
+        count: int = 1,
+        timeout: float = WAIT_SECONDS,
+    ) -> E:
+        """Return the `count`-th event of this kind, which may have come already.
+
+        Raises:
+            AssertionError: It did not come in time.
+        """
+
+        def enough() -> list[E] | None:
+            found = self.of(kind, where)
+            return found if len(found) >= count else None
+
+        found = await self._changes.until(
+            enough, lambda: f"{count} × {kind.__name__}; there was {self._names()}", timeout
+        )
+        return found[count - 1]
+
+    def _names(self) -> str:
+        return ", ".join(type(event).__name__ for event in self.events) or "nothing"
