@@ -6,22 +6,25 @@ import asyncio
 import re
 import runpy
 import sqlite3
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
-from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient
+from workpool.cli.app import app as cli
 
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
-from workpool.cli.app import app as cli
 from workpool.metrics import DEFINITIONS
 from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aiohttp import web
+    from fastapi import FastAPI
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -120,7 +123,7 @@ async def finished(metadata: dict[str, str]) -> dict[str, str]:
     async with WorkClient(Settings()) as client:
         [item] = await client.enqueue(metadata=metadata)
         async with asyncio.timeout(20):
-            while item.state != "stopped":  # noqa: ASYNC110 - the other side of a socket
+            while item.state != "stopped":
                 await asyncio.sleep(0.02)
                 item = await client.get(item.id)
     return dict(item.metadata)
@@ -131,19 +134,22 @@ async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]
         return await finished(metadata)
 
 
-async def test_the_first_handler(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_the_first_handler(tmp_path: Path) -> None:
     names = run("# reports.py", tmp_path)
     done = await handled_by(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
-async def test_blocking_code(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_blocking_code(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
-async def test_embedding_in_plain_asyncio(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_embedding_in_plain_asyncio(tmp_path: Path) -> None:
     names = run("def greet", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -151,7 +157,8 @@ async def test_embedding_in_plain_asyncio(plane: ControlPlane, tmp_path: Path) -
         main.cancel()
 
 
-async def test_embedding_in_aiohttp(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_embedding_in_aiohttp(tmp_path: Path) -> None:
     app: web.Application = run("web.Application()", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
@@ -159,7 +166,8 @@ async def test_embedding_in_aiohttp(plane: ControlPlane, tmp_path: Path) -> None
             assert answer.status == 200
 
 
-async def test_embedding_in_fastapi(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_embedding_in_fastapi(tmp_path: Path) -> None:
     app: FastAPI = run("FastAPI(lifespan", tmp_path)["app"]
     async with app.router.lifespan_context(app):
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
@@ -168,7 +176,8 @@ async def test_embedding_in_fastapi(plane: ControlPlane, tmp_path: Path) -> None
             assert (await client.get("/running")).json() == 0
 
 
-async def test_a_database_for_the_pools_life(plane: ControlPlane, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_a_database_for_the_pools_life(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
@@ -176,9 +185,8 @@ async def test_a_database_for_the_pools_life(plane: ControlPlane, tmp_path: Path
     assert (await handled_by(orders, {"job": "count-orders"}))["orders"] == "2"
 
 
-async def test_an_observer(
-    plane: ControlPlane, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("plane")
+async def test_an_observer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     audit = run("class Audit", tmp_path)["Audit"]
     async with Supervisor(Settings(), plugins=[audit, "reports"]):
         await finished({"job": "daily-report"})

@@ -107,7 +107,8 @@ class Dispatcher:
             self._parts.observe(ItemReclaimed(item, "gained", "poll"))
         claim = self.owned[item.id] = Claim(item, handler, self._parts.calls, now)
         if handler is not None:
-            self._sessions.add(item.session_id)
+            if item.session_id:  # other types of item may have none
+                self._sessions.add(item.session_id)
             self._busy[handler] += 1
         self._parts.queue.put(claim)
         self._fill()
