@@ -336,15 +336,15 @@ def _explain(error: ValidationError) -> list[str]:
     return [f"{each['loc'][0]}: {each['msg'].removeprefix('Value error, ')}" for each in found]
 
 
-def _unknown(name: str, known: Iterable[str]) -> str:
+def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, 1)
-    return f"{name}: no such setting" + (f", did you mean {close[0]}?" if close else "")
+    hint = f", did you mean {prefix}{close[0]}?" if close else ""
+    return f"{prefix}{name}: no such setting{hint}"
 
 
 def _unknown_variables(known: Iterable[str]) -> tuple[str, ...]:
-    names = {f"{PREFIX}{name.upper()}" for name in known} | {CONFIG_VARIABLE}
-    return tuple(
-        _unknown(name, names)
-        for name in sorted(os.environ)
-        if name.upper().startswith(PREFIX) and name.upper() not in names
-    )
+    # "config" is no field, as a file cannot name itself.
+    names = {name.upper() for name in known} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
+    given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
+    bare = [name.removeprefix(PREFIX) for name in given]
+    return tuple(_unknown(name, names, PREFIX) for name in bare if name not in names)

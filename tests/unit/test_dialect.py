@@ -1,0 +1,34 @@
+"""The table of dialects against a second, literal copy of protocol §6."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from workpool.wire import protocol
+from workpool.wire.dialect import DIALECTS, DialectRules
+
+
+def test_every_dialect_has_its_column() -> None:
+    assert set(DIALECTS) == set(get_args(protocol.Dialect))
+
+
+def test_qoder() -> None:
+    assert DIALECTS["qoder"] == DialectRules(
+        base_url="https://api.qoder.com/api/v1/cloud",
+        credential_variable="QODER_PAT",
+        worker_id_header="Worker-ID",
+        work_query="",
+        headers={},
+    )
+
+
+def test_anthropic() -> None:
+    rules = DIALECTS["anthropic"]
+    assert rules.base_url == "https://api.anthropic.com/v1"
+    assert rules.credential_variable == "ANTHROPIC_ENVIRONMENT_KEY"
+    assert rules.worker_id_header == "anthropic-worker-id"
+    assert rules.work_query == "beta=true"
+    assert dict(rules.headers) == {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "managed-agents-2026-04-01",
+    }

@@ -1,0 +1,266 @@
+"""Parsing: what is kept, what is refused by name, and what is never quoted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workpool.wire.items import (
+    Heartbeat,
+    QueueStats,
+    WorkItem,
+    parse_heartbeat,
+    parse_item,
+    parse_stats,
+)
+
+Parse = Callable[[object], object]
+
+ITEM: dict[str, Any] = {
+    "id": "work_0198f1a0000070008000000000000001",
+    "type": "work",
+    "environment_id": "env_00000000000070008000000000000001",
+    "data": {"type": "session", "id": "sess_0198f1a0000070008000000000000002"},
+    "state": "active",
+    "created_at": "2026-01-02T03:04:05Z",
+    "acknowledged_at": "2026-01-02T03:04:06Z",
+    "started_at": "2026-01-02T03:04:07Z",
+    "latest_heartbeat_at": "2026-01-02T03:04:08.123456Z",
+    "stop_requested_at": None,
+    "stopped_at": None,
+    "metadata": {"job": "daily-report"},
+}
+HEARTBEAT: dict[str, Any] = {
+    "type": "work_heartbeat",
+    "last_heartbeat": "2026-01-02T03:04:08.123456Z",
+    "lease_extended": True,
+    "state": "active",
+    "ttl_seconds": 60,
+}
+STATS: dict[str, Any] = {
+    "type": "work_queue_stats",
+    "depth": 3,
+    "pending": 1,
+    "oldest_queued_at": "2026-01-02T03:04:05Z",
+    "workers_polling": 2,
+}
+HIDDEN = "hunter2-hunter2"
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def without(obj: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in obj.items() if key != name}
+
+
+def test_an_item_is_read_field_by_field() -> None:
+    assert parse_item(ITEM) == WorkItem(
+        id="work_0198f1a0000070008000000000000001",
+        type="session",
+        session_id="sess_0198f1a0000070008000000000000002",
+        environment_id="env_00000000000070008000000000000001",
+        state="active",
+        metadata={"job": "daily-report"},
+        created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        acknowledged_at=datetime(2026, 1, 2, 3, 4, 6, tzinfo=UTC),
+        started_at=datetime(2026, 1, 2, 3, 4, 7, tzinfo=UTC),
+        latest_heartbeat_at=datetime(2026, 1, 2, 3, 4, 8, 123456, tzinfo=UTC),
+        last_heartbeat="2026-01-02T03:04:08.123456Z",
+        stop_requested_at=None,
+        stopped_at=None,
+    )
+
+
+def test_unknown_fields_are_ignored_and_a_secret_is_not_kept() -> None:
+    item = parse_item({**ITEM, "secret": HIDDEN, "data": {**ITEM["data"], "secret": HIDDEN}})
+    assert item == parse_item(ITEM)
+    assert HIDDEN not in repr(item)
+
+
+def test_metadata_is_read_only() -> None:
+    metadata: Any = parse_item(ITEM).metadata
+    with pytest.raises(TypeError):
+        metadata["job"] = "other"
+
+
+@pytest.mark.parametrize("metadata", [None, {}])
+def test_no_metadata_is_empty_metadata(metadata: object) -> None:
+    assert parse_item({**ITEM, "metadata": metadata}).metadata == {}
+
+
+@pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
+def test_the_five_states(state: str) -> None:
+    assert parse_item({**ITEM, "state": state}).state == state
+    assert parse_heartbeat({**HEARTBEAT, "state": state}).state == state
+
+
+@pytest.mark.parametrize("kind", ["session", "healthcheck", "something new", ""])
+def test_any_type_of_work_is_read(kind: str) -> None:
+    item = parse_item({**ITEM, "data": {"type": kind, "id": "sess_1"}})
+    assert (item.type, item.session_id) == (kind, "sess_1")
+
+
+def test_only_a_session_must_name_its_session() -> None:
+    assert parse_item({**ITEM, "data": {"type": "healthcheck"}}).session_id == ""
+    with pytest.raises(ValueError, match=r"data\.id"):
+        parse_item({**ITEM, "data": {"type": "session"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("2026-01-02T03:04:05Z", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
+        ("2026-01-02T03:04:05.1Z", datetime(2026, 1, 2, 3, 4, 5, 100000, tzinfo=UTC)),
+        ("2026-01-02T03:04:05.123Z", datetime(2026, 1, 2, 3, 4, 5, 123000, tzinfo=UTC)),
+        ("2026-01-02T03:04:05.123456789Z", datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC)),
+        ("2026-01-02T05:04:05+02:00", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
+    ],
+)
+def test_times_are_utc_whatever_their_digits_and_offset(text: str, time: datetime) -> None:
+    parsed = parse_item({**ITEM, "created_at": text}).created_at
+    assert parsed == time
+    assert parsed.utcoffset() == timedelta(0)
+
+
+def test_the_last_heartbeat_is_kept_to_the_letter() -> None:
+    text = "2026-01-02T05:04:05.100000000+02:00"
+    assert parse_item({**ITEM, "latest_heartbeat_at": text}).last_heartbeat == text
+    assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": text}).last_heartbeat == text
+
+
+def test_a_heartbeat_that_was_never_recorded_expects_none() -> None:
+    assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": ""}).last_heartbeat == "NO_HEARTBEAT"
+
+
+BAD_IDS = (None, 7, "", "a b", "../x", "a/b", "a\n", "ä", "x" * 129, ["a"])
+BAD_STATES: tuple[object, ...] = (None, 1, [], {}, "Active", "cancelled")
+BAD_TIMES: tuple[object, ...] = (
+    0,
+    "",
+    "now",
+    [],
+    "2026-01-02T03:04:05",
+    "0001-01-01T00:00:00+14:00",
+    "2026-01-02T03:04:05." + "1" * 99 + "Z",
+)
+BAD_COUNTS = (None, -1, 1.5, True)
+BAD_FIELDS: list[tuple[Parse, dict[str, Any], str, tuple[object, ...]]] = [
+    (parse_item, ITEM, "id", BAD_IDS),
+    (parse_item, ITEM, "environment_id", BAD_IDS),
+    (parse_item, ITEM, "data", (None, [], "x", {}, {"type": 1, "id": "a"})),
+    (parse_item, ITEM, "data", tuple({"type": "session", "id": bad} for bad in BAD_IDS)),
+    (parse_item, ITEM, "data", tuple({"type": "healthcheck", "id": bad} for bad in BAD_IDS[1:])),
+    (parse_item, ITEM, "state", BAD_STATES),
+    (parse_heartbeat, HEARTBEAT, "state", BAD_STATES),
+    (parse_item, ITEM, "metadata", ([], "x", 0, {"a": 1}, {"a": None})),
+    (parse_item, ITEM, "created_at", (None, *BAD_TIMES)),
+    (parse_item, ITEM, "acknowledged_at", BAD_TIMES),
+    (parse_item, ITEM, "started_at", BAD_TIMES),
+    (parse_item, ITEM, "latest_heartbeat_at", BAD_TIMES),
+    (parse_item, ITEM, "stop_requested_at", BAD_TIMES),
+    (parse_item, ITEM, "stopped_at", BAD_TIMES),
+    (parse_heartbeat, HEARTBEAT, "last_heartbeat", (None, 1, "1" * 65)),
+    (parse_heartbeat, HEARTBEAT, "lease_extended", (None, 1, "true")),
+    (parse_heartbeat, HEARTBEAT, "ttl_seconds", (None, 0, -1, True, "60", math.inf, math.nan)),
+    (parse_stats, STATS, "depth", BAD_COUNTS),
+    (parse_stats, STATS, "pending", BAD_COUNTS),
+    (parse_stats, STATS, "workers_polling", BAD_COUNTS[1:]),
+    (parse_stats, STATS, "oldest_queued_at", BAD_TIMES),
+]
+
+
+@pytest.mark.parametrize(
+    ("parse", "obj", "name", "bad"),
+    [(parse, obj, name, bad) for parse, obj, name, bads in BAD_FIELDS for bad in bads],
+)
+def test_a_malformed_field_is_refused_by_name(
+    parse: Parse, obj: dict[str, Any], name: str, bad: object
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        parse({**obj, name: bad})
+
+
+@pytest.mark.parametrize("parse", [parse_item, parse_heartbeat, parse_stats])
+@pytest.mark.parametrize("bad", [None, [], "x", 1, True])
+def test_what_is_no_object_is_refused(parse: Parse, bad: object) -> None:
+    with pytest.raises(ValueError, match="not an object"):
+        parse(bad)
+
+
+@pytest.mark.parametrize("name", ["id", "environment_id", "data", "state", "created_at"])
+def test_a_missing_field_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        parse_item(without(ITEM, name))
+
+
+def test_stats() -> None:
+    assert parse_stats(STATS) == QueueStats(
+        depth=3,
+        pending=1,
+        oldest_queued_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+        workers_polling=2,
+    )
+    quiet = parse_stats({"depth": 0, "pending": 0, "oldest_queued_at": None})
+    assert quiet == QueueStats(0, 0, None, 0)
+
+
+def test_a_heartbeat() -> None:
+    assert parse_heartbeat({**HEARTBEAT, "ttl_seconds": 12.5}) == Heartbeat(
+        "2026-01-02T03:04:08.123456Z", lease_extended=True, state="active", ttl_seconds=12.5
+    )
+
+
+def refusal(parse: Parse, obj: object) -> ValueError | None:
+    try:
+        parse(obj)
+    except ValueError as error:
+        return error
+    return None
+
+
+@given(st.sampled_from(sorted(ITEM)), anything)
+def test_no_value_of_a_field_does_harm(name: str, value: object) -> None:
+    error = refusal(parse_item, {**ITEM, name: value})
+    if error is not None:
+        assert error.__context__ is None
+        return
+    item = parse_item({**ITEM, name: value})
+    times = [getattr(item, f.name) for f in dataclasses.fields(item) if f.name.endswith("_at")]
+    assert all(time is None or time.utcoffset() == timedelta(0) for time in times)
+
+
+@given(anything)
+def test_no_json_does_harm(value: object) -> None:
+    for parse in (parse_item, parse_heartbeat, parse_stats):
+        refusal(parse, value)
+        refusal(parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value})
+
+
+@given(st.datetimes(timezones=st.just(UTC)), st.sampled_from([0, 3, 6]))
+def test_every_time_that_the_protocol_writes_is_read(time: datetime, digits: int) -> None:
+    spec = {0: "seconds", 3: "milliseconds", 6: "microseconds"}[digits]
+    text = time.isoformat(timespec=spec).replace("+00:00", "Z")
+    parsed = parse_item(orjson.loads(orjson.dumps({**ITEM, "created_at": text}))).created_at
+    assert abs(parsed - time) < timedelta(seconds=10.0**-digits)
+
+
+@pytest.mark.parametrize("name", [name for name in ITEM if name != "type"])
+@pytest.mark.parametrize("bad", [HIDDEN + "/", {"x": [HIDDEN]}, [HIDDEN]])
+def test_no_error_quotes_the_content(name: str, bad: object) -> None:
+    if name == "metadata" and isinstance(bad, dict):
+        bad = {HIDDEN: [HIDDEN]}
+    error = refusal(parse_item, {**ITEM, name: bad})
+    assert error is not None
+    assert HIDDEN not in repr(error)

@@ -1,0 +1,499 @@
+"""Settings: where they come from, what is refused and how, and that no value is ever shown."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from workpool.errors import SettingsError
+from workpool.settings import Address, Settings, parse_listen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+HIDDEN = "hunter2-hunter2"
+GIVEN = "given"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name.upper().startswith("WORKPOOL_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "workpool.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def refused(**values: Any) -> SettingsError:
+    with pytest.raises(SettingsError) as raised:
+        Settings(**values)
+    return raised.value
+
+
+# -- defaults ----------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    found = Settings().model_dump()
+    assert found.pop("worker_id")
+    assert found == {
+        "base_url": "https://api.qoder.com/api/v1/cloud",
+        "dialect": "qoder",
+        "token": None,
+        "token_file": None,
+        "environment_id": None,
+        "plugins": (),
+        "pollers": 2,
+        "concurrency": 8,
+        "prefetch": 0,
+        "block_ms": 999,
+        "reclaim_older_than_ms": 5000,
+        "lease_ttl": 60,
+        "stop_grace": 30,
+        "session_timeout": None,
+        "drain_timeout": 20,
+        "request_timeout": 10,
+        "max_block": 300,
+        "max_attempts": None,
+        "report_errors": "type",
+        "read_rate": None,
+        "write_rate": None,
+        "metrics_listen": None,
+        "stats_interval": 15,
+        "log_level": "info",
+        "log_format": "text",
+    }
+
+
+def test_every_setting_says_what_it_is_and_its_default() -> None:
+    for name, field in Settings.model_fields.items():
+        assert "Default: " in (field.description or ""), name
+
+
+def test_settings_are_frozen() -> None:
+    settings: Any = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.pollers = 3
+
+
+@pytest.mark.parametrize(
+    ("host", "worker_id"),
+    [
+        ("node-7", "node-7"),
+        ("a b\n", "a-b"),
+        ("büro", "b-ro"),
+        ("", "worker"),
+        ("x" * 99, "x" * 64),
+    ],
+)
+def test_the_worker_is_named_after_its_host(
+    monkeypatch: pytest.MonkeyPatch, host: str, worker_id: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    assert Settings().worker_id == worker_id
+
+
+# -- sources -----------------------------------------------------------------------------------
+
+
+def test_a_keyword_wins_over_a_variable_and_that_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
+) -> None:
+    path = config("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
+    monkeypatch.setenv("WORKPOOL_POLLERS", "4")
+    monkeypatch.setenv("WORKPOOL_CONCURRENCY", "4")
+    found = Settings(config=path, pollers=5)
+    assert (found.pollers, found.concurrency, found.prefetch) == (5, 4, 3)
+
+
+def test_the_file_is_named_by_a_variable_or_not_read(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = config("[workpool]\npollers = 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert Settings().pollers == 2
+    monkeypatch.setenv("WORKPOOL_CONFIG", str(path))
+    assert Settings().pollers == 3
+
+
+def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = {
+        "base_url": "http://localhost:8484/api/v1/cloud",
+        "dialect": "anthropic",
+        "token_file": str(tmp_path / "token"),
+        "environment_id": "env_1",
+        "worker_id": "me",
+        "plugins": "a, b.c:D,",
+        "pollers": "3",
+        "concurrency": "4",
+        "prefetch": "1",
+        "block_ms": "500",
+        "reclaim_older_than_ms": "0",
+        "lease_ttl": "30",
+        "stop_grace": "0",
+        "session_timeout": "1.5",
+        "drain_timeout": "0",
+        "request_timeout": "5",
+        "max_block": "9",
+        "max_attempts": "1",
+        "report_errors": "message",
+        "read_rate": "0",
+        "write_rate": "7.5",
+        "metrics_listen": ":0",
+        "stats_interval": "0",
+        "log_level": "DEBUG",
+        "log_format": "json",
+    }
+    assert {*values, "token"} == set(Settings.model_fields)
+    for name, value in values.items():
+        monkeypatch.setenv(f"WORKPOOL_{name.upper()}", value)
+    found = Settings()
+    assert found.plugins == ("a", "b.c:D")
+    assert (found.lease_ttl, found.session_timeout, found.write_rate) == (30, 1.5, 7.5)
+    assert (found.log_level, found.dialect, found.metrics_listen) == ("debug", "anthropic", ":0")
+    assert found.token_file == tmp_path / "token"
+    assert found.warnings() == ()
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKPOOL_POLLERS", "")
+    assert Settings().pollers == 2
+
+
+def test_plugins_tables_are_kept_for_their_loader(config: Callable[[str], Path]) -> None:
+    path = config(
+        f'[workpool]\nplugins = ["sql"]\n[workpool.plugin.sql]\ndsn = "{HIDDEN}"\n[other]\nx = 1\n'
+    )
+    found = Settings(config=path)
+    assert found.plugins == ("sql",)
+    assert found.plugin_options == {"sql": {"dsn": HIDDEN}}
+    assert HIDDEN not in repr(found)
+    assert Settings().plugin_options == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("pollers = 3\n", "config: has no table [workpool]"),
+        ("workpool = 3\n", "config: has no table [workpool]"),
+        (f"[workpool]\ntoken = {HIDDEN}\n", "config: not TOML (at line 2, column 9)"),
+        ("[workpool]\nplugin = 3\n", "config: [workpool.plugin] holds something else than tables"),
+        ("[workpool.plugin]\nsql = 3\n", "config: [workpool.plugin] holds something else"),
+        (
+            "[workpool]\nConcurrency = 3\n",
+            "Concurrency: no such setting, did you mean concurrency?",
+        ),
+        ('[workpool]\n_env_file = "x"\n', "_env_file: no such setting"),
+        ('[workpool]\ndialect = ["qoder"]\n', "dialect: "),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(
+    config: Callable[[str], Path], text: str, problem: str
+) -> None:
+    error = refused(config=config(text))
+    assert error.problems[0].startswith(problem)
+    assert HIDDEN not in str(error)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert refused(config=tmp_path / "none").problems == ("config: No such file or directory",)
+    (tmp_path / "latin").write_bytes(b"\xff\xfe")
+    assert refused(config=tmp_path / "latin").problems == ("config: not TOML",)
+
+
+# -- bad values --------------------------------------------------------------------------------
+
+BAD: list[tuple[str, tuple[object, ...]]] = [
+    (
+        "base_url",
+        (
+            "api.qoder.com",
+            "ftp://h",
+            "http://",
+            "http://u@h",
+            "http://u:p@h",
+            "http://h?",
+            "http://h/?a=1",
+            "http://h/#",
+            "http://h:99999",
+            "http://a b",
+            "http://h\n/x",
+            "",
+            7,
+        ),
+    ),
+    ("dialect", ("other", "", None, 7)),
+    ("environment_id", ("", "a b", "../x", "ä", "x" * 129, "a\nb", 7)),
+    ("worker_id", ("", "a b", "ä", "a\r\nX: y", "x" * 129, None)),
+    ("plugins", (7, {"a": 1}, [7])),
+    ("pollers", (0, -1, 1.5, "x", None)),
+    ("concurrency", (0, "x")),
+    ("prefetch", (-1, "x")),
+    ("block_ms", (0, 1000, "x")),
+    ("reclaim_older_than_ms", (-1, "x")),
+    ("lease_ttl", (9, 601, 10.5, "x", None)),
+    ("stop_grace", (-1, "x", float("inf"), float("nan"))),
+    ("session_timeout", (0, -1, "x", float("inf"))),
+    ("drain_timeout", (-1, "nan")),
+    ("request_timeout", (0, -1, "inf", None)),
+    ("max_block", (0, "x")),
+    ("max_attempts", (0, "x")),
+    ("report_errors", ("all", "")),
+    ("read_rate", (-1, "x", "inf")),
+    ("write_rate", (-1, "x", "inf")),
+    ("metrics_listen", ("9464", "h:", "h:x", "h:65536", "a:b:1", "[::1]", "http://h:1", "h:-1")),
+    ("stats_interval", (-1, "x")),
+    ("log_level", ("loud", 7)),
+    ("log_format", ("xml", 7)),
+    ("token", (7, [HIDDEN])),
+    ("token_file", (7,)),
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
+def test_a_bad_value_is_refused_by_name(name: str, bad: object) -> None:
+    error = refused(**{name: bad})
+    assert len(error.problems) == 1
+    assert error.problems[0].startswith(f"{name}: ")
+
+
+def test_every_setting_is_checked() -> None:
+    assert {name for name, _ in BAD} == set(Settings.model_fields)
+
+
+def test_all_bad_values_are_reported_at_once(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
+) -> None:
+    monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
+    path = config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
+    error = refused(config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN)
+    names = sorted(problem.split(":")[0] for problem in error.problems)
+    assert names == [
+        "block_ms",
+        "lease_ttl",
+        "metrics_listen",
+        "polers",
+        "token, token_file",
+        "tokn",
+    ]
+    assert HIDDEN not in str(error)
+
+
+@given(st.sampled_from(sorted(Settings.model_fields)), st.text() | st.integers() | st.floats())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_value_escapes_as_another_error(name: str, value: object) -> None:
+    try:
+        Settings(config=None, **{name: value})
+    except SettingsError as error:
+        found = error
+    else:
+        return
+    assert found.__context__ is None
+    assert found.__cause__ is None
+    assert all(problem.startswith(f"{name}: ") for problem in found.problems)
+
+
+# -- secrets -----------------------------------------------------------------------------------
+
+
+def test_the_token_is_never_shown(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text(HIDDEN)
+    for found in (Settings(token=HIDDEN), Settings(token_file=path)):
+        assert found.read_token() == HIDDEN
+        for text in (repr(found), str(found), found.model_dump_json()):
+            assert HIDDEN not in text
+
+
+def test_an_error_and_its_traceback_do_not_show_the_value() -> None:
+    error = refused(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
+    chain = [error, error.__context__, error.__cause__]
+    assert chain == [error, None, None]
+    assert HIDDEN not in "".join(traceback.format_exception(error))
+
+
+# -- the token's source --------------------------------------------------------------------------
+
+
+def test_the_token_is_given_or_in_a_file_or_in_the_services_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QODER_PAT", "from-qoder")
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", "from-anthropic")
+    path = tmp_path / "token"
+    path.write_text(" from-file\n")
+    assert Settings().read_token() == "from-qoder"
+    assert Settings(dialect="anthropic").read_token() == "from-anthropic"
+    assert Settings(token_file=path).read_token() == "from-file"
+    assert Settings(token=GIVEN).read_token() == GIVEN
+
+
+def test_a_token_of_a_stronger_source_hides_a_weaker_ones_file(
+    monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
+    assert Settings(token=GIVEN).read_token() == GIVEN
+    path = config('[workpool]\ntoken = "in-toml"\n')
+    assert Settings(config=path).token is None
+
+
+def test_the_source_is_read_again_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("first")
+    in_file, in_variable = Settings(token_file=path), Settings()
+    monkeypatch.setenv("QODER_PAT", "first")
+    assert (in_file.read_token(), in_variable.read_token()) == ("first", "first")
+    path.write_text("second")
+    monkeypatch.setenv("QODER_PAT", "second")
+    assert (in_file.read_token(), in_variable.read_token()) == ("second", "second")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "token_file: empty"),
+        (b" \n", "token_file: empty"),
+        (b"a\nb", "token_file: holds characters that no token has"),
+        (b"a b", "token_file: holds characters that no token has"),
+        ("ä".encode(), "token_file: holds characters that no token has"),
+        (b"\xff\xfe", "token_file: holds characters that no token has"),
+    ],
+)
+def test_a_file_that_holds_no_token_is_refused(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError) as raised:
+        Settings(token_file=path).read_token()
+    assert raised.value.problems == (problem,)
+    assert raised.value.__context__ is None
+
+
+def test_a_file_that_cannot_be_read_for_a_token_is_refused(tmp_path: Path) -> None:
+    for path, problem in (
+        (tmp_path / "none", "No such file or directory"),
+        (tmp_path, "not a file"),
+    ):
+        with pytest.raises(SettingsError) as raised:
+            Settings(token_file=path).read_token()
+        assert raised.value.problems == (f"token_file: {problem}",)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_for_a_token_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SettingsError, match="not a file"):
+        Settings(token_file=tmp_path / "pipe").read_token()
+
+
+@pytest.mark.parametrize("token", ["", "a\r\nX-Other: b", "a\x00"])
+def test_a_given_token_must_fit_a_header(token: str) -> None:
+    with pytest.raises(SettingsError, match="token: "):
+        Settings(token=token).read_token()
+
+
+def test_what_a_connection_lacks_is_said_at_once() -> None:
+    with pytest.raises(SettingsError) as raised:
+        Settings().require_connection()
+    assert raised.value.problems == (
+        "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID)",
+        "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or QODER_PAT)",
+    )
+    Settings(environment_id="env_1", token=GIVEN).require_connection()
+
+
+# -- derived -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given_url", "base_url"),
+    [
+        ("http://localhost:8484/api/v1/cloud/", "http://localhost:8484/api/v1/cloud"),
+        ("https://h", "https://h"),
+        ("https://H.example:443/x//", "https://h.example/x"),
+        (" http://[::1]:80/x ", "http://[::1]/x"),
+    ],
+)
+def test_a_trailing_slash_is_tolerated(given_url: str, base_url: str) -> None:
+    assert Settings(base_url=given_url).base_url == base_url
+
+
+def test_the_dialect_brings_its_base_url() -> None:
+    assert Settings(dialect="anthropic").base_url == "https://api.anthropic.com/v1"
+    assert Settings(dialect="anthropic", base_url="http://localhost").base_url == "http://localhost"
+
+
+def test_rates_are_limited_at_the_services_own_address_only() -> None:
+    own, ours = Settings(), Settings(base_url="http://localhost:8484/api/v1/cloud")
+    assert (own.read_limit, own.write_limit) == (50, 20)
+    assert (ours.read_limit, ours.write_limit) == (0, 0)
+    assert Settings(base_url="https://api.qoder.com/api/v1/cloud/").write_limit == 20
+    assert Settings(dialect="anthropic").read_limit == 50
+    assert Settings(base_url="https://api.anthropic.com/v1").read_limit == 0
+    set_ = Settings(read_rate=0, write_rate=3)
+    assert (set_.read_limit, set_.write_limit) == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("value", "address"),
+    [
+        ("off", None),
+        ("127.0.0.1:9464", Address("127.0.0.1", 9464)),
+        ("node.example:0", Address("node.example", 0)),
+        (":9464", Address(None, 9464)),
+        ("[::1]:9464", Address("::1", 9464)),
+    ],
+)
+def test_where_to_listen(value: str, address: Address | None) -> None:
+    assert parse_listen(value) == address
+    assert Settings(metrics_listen=value).metrics_address == address
+
+
+def test_not_listening_unless_told() -> None:
+    assert Settings().metrics_address is None
+
+
+def test_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().warnings() == ()
+    monkeypatch.setenv("WORKPOOL_CONCURENCY", HIDDEN)
+    monkeypatch.setenv("WORKPOOL_ZZZ", HIDDEN)
+    monkeypatch.setenv("WORKPOOL_CONFIG", "")
+    found = Settings(base_url="http://pool.example", concurrency=100, write_rate=9).warnings()
+    assert found == (
+        "WORKPOOL_CONCURENCY: no such setting, did you mean WORKPOOL_CONCURRENCY?",
+        "WORKPOOL_ZZZ: no such setting",
+        "base_url: plain http, so the token can be read on the way",
+        "write_rate: 100 sessions send 5.0 heartbeats a second, more than half of 9;"
+        " raise lease_ttl or write_rate",
+    )
+
+
+@pytest.mark.parametrize(
+    "base_url",
+    ["https://h", "http://localhost:1", "http://a.localhost", "http://127.1.2.3", "http://[::1]:1"],
+)
+def test_no_warning_where_nobody_can_listen_in(base_url: str) -> None:
+    assert Settings(base_url=base_url).warnings() == ()
+
+
+def test_no_warning_at_half_of_the_write_rate() -> None:
+    assert Settings(concurrency=100, write_rate=10).warnings() == ()
