@@ -53,9 +53,9 @@ class BoundedQueue(Generic[T]):
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():
                 self.unreserve()  # granted and cancelled at once: the place must not be lost
-            else:
+            elif turn in self._reservers:  # a place that came meanwhile has passed it over
                 self._reservers.remove(turn)
             raise
 

@@ -1,0 +1,205 @@
+"""Places are never lost, never doubled, and given out in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from workpool.pool.queue import BoundedQueue
+
+
+async def turn() -> None:
+    """Let every task that is ready run until it waits."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def fill(queue: BoundedQueue[str], *items: str) -> None:
+    for item in items:
+        await queue.reserve()
+        queue.put(item)
+
+
+async def test_items_leave_in_the_order_in_which_they_came() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(3, 0)
+    await fill(queue, "a", "b", "c")
+    assert [queue.take(), queue.take(), queue.take(), queue.take()] == ["a", "b", "c", None]
+
+
+async def test_no_more_run_than_there_are_slots() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 2)
+    await fill(queue, "a", "b", "c")
+    assert queue.take() == "a"
+    assert queue.take() is None
+    assert (queue.running, queue.waiting) == (1, 2)
+    queue.release()
+    assert queue.take() == "b"
+
+
+async def test_a_reservation_waits_until_a_place_is_free() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 1)
+    await fill(queue, "a", "b")
+    assert queue.take() == "a"
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(queue.reserve())
+        await turn()
+        assert not waiting.done()
+        queue.release()
+    assert queue.reserved == 1
+
+
+async def test_a_place_given_back_goes_to_whoever_waits_first() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await queue.reserve()
+    order: list[str] = []
+
+    async def want(name: str) -> None:
+        await queue.reserve()
+        order.append(name)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(want("first"))
+        group.create_task(want("second"))
+        await turn()
+        queue.unreserve()
+        await turn()
+        assert order == ["first"]
+        queue.unreserve()
+    assert order == ["first", "second"]
+    assert queue.reserved == 1
+
+
+async def test_a_newcomer_does_not_overtake_those_who_wait() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await queue.reserve()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(queue.reserve())
+        await turn()
+        queue.unreserve()  # granted, and not yet noticed by the first
+        late = group.create_task(queue.reserve())
+        await turn()
+        assert first.done()
+        assert not late.done()
+        queue.unreserve()
+
+
+async def test_a_wait_that_is_cancelled_gives_up_its_turn() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await queue.reserve()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(queue.reserve())
+        second = group.create_task(queue.reserve())
+        await turn()
+        first.cancel()
+        await turn()
+        queue.unreserve()
+        await second
+    assert queue.reserved == 1
+
+
+async def test_a_place_granted_to_a_wait_cancelled_at_once_is_not_lost() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await queue.reserve()
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(queue.reserve())
+        second = group.create_task(queue.reserve())
+        await turn()
+        queue.unreserve()  # grants it to the first …
+        first.cancel()  # … which is cancelled before it runs
+        await second
+    assert first.cancelled()
+    assert queue.reserved == 1
+
+
+async def test_forgotten_items_free_their_places_and_wake_who_waits() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 2)
+    await fill(queue, "a", "b", "c")
+    queue.take()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(queue.reserve())
+        await turn()
+        assert queue.forget_waiting() == ["b", "c"]
+    assert (queue.waiting, queue.reserved, queue.running) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("items", "taken", "full", "idle"),
+    [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
+)
+async def test_full_and_idle_count_items_and_not_polls(
+    items: int, taken: int, *, full: bool, idle: bool
+) -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 1)
+    await fill(queue, *("ab"[:items]))
+    for _ in range(taken):
+        queue.take()
+    assert (queue.full, queue.idle) == (full, idle)
+    if not full:
+        await queue.reserve()
+        assert (queue.full, queue.idle) == (full, idle)
+
+
+async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_cancelled() -> None:
+    """Else a poller, cancelled by a drain just as a session ends, crashes and polls on for ever."""
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await queue.reserve()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(queue.reserve())
+        await turn()
+        waiting.cancel()
+        queue.unreserve()
+        await asyncio.wait({waiting})
+    assert waiting.cancelled()
+    assert queue.reserved == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_places_add_up_whatever_happens(seed: int) -> None:
+    """Random users come, wait, are cancelled, deliver or not: no place is lost, none is doubled."""
+    dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
+    queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
+    users: list[asyncio.Task[None]] = []
+
+    async def pause() -> None:
+        for _ in range(dice.randrange(4)):
+            await asyncio.sleep(0)
+
+    async def use(number: int) -> None:
+        await queue.reserve()
+        try:
+            await pause()
+        except asyncio.CancelledError:
+            queue.unreserve()
+            raise
+        if dice.random() < 0.5:
+            queue.unreserve()
+            return
+        queue.put(number)
+        if queue.take() is not None:
+            try:
+                await pause()
+            finally:
+                queue.release()
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(200):
+            users.append(group.create_task(use(number)))
+            await pause()
+            if dice.random() < 0.4:
+                dice.choice(users).cancel()
+            if dice.random() < 0.2:
+                queue.forget_waiting()
+            taken = queue.reserved + queue.running + queue.waiting
+            assert taken <= queue.capacity
+            assert queue.running <= queue.concurrency
+        while not all(user.done() for user in users):
+            queue.forget_waiting()
+            await asyncio.sleep(0)
+    assert {user.cancelled() for user in users} == {True, False}
+    queue.forget_waiting()
+    assert (queue.reserved, queue.running, queue.waiting) == (0, 0, 0)
+    async with asyncio.timeout(1):
+        for _ in range(queue.capacity):
+            await queue.reserve()
