@@ -68,6 +68,7 @@ class Meter:
 
     warm_up: int
     items: int
+    on_warm: Callable[[], None]
     begin: Mark | None = None
     end: Mark | None = None
     waits: list[float] = field(default_factory=list)
@@ -90,6 +91,8 @@ class Meter:
     def stopped(self) -> None:
         """The stop of an item was answered."""
         self._stopped += 1
+        if self._stopped == self.warm_up:
+            self.on_warm()
         if self._stopped == self.warm_up + self.items:
             self.end = Mark.now()
             self.done.set()
@@ -102,7 +105,7 @@ class Result:
     items: int
     cpu_seconds: float
     wall_seconds: float
-    waits: Sequence[float]
+    waits: list[float]
 
     @property
     def cpu_ms(self) -> float:
@@ -117,36 +120,31 @@ Contender = Callable[[Plane, Meter], Coroutine[Any, Any, None]]
 """Claims and runs items, telling the meter, until it is cancelled."""
 
 
+@dataclass(frozen=True)
+class Contest:
+    """One contender, and how many items it is to handle."""
+
+    contender: Contender
+    plane: Plane
+    items: int
+    warm_up: int
+
+
 @contextmanager
 def control_plane() -> Iterator[Plane]:
     """A control plane on a free port of the loopback interface, in memory."""
-    ours, theirs = _processes.Pipe()
-    process = _processes.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield _receive(ours, process)
-    finally:
-        ours.close()
-        process.terminate()
-        process.join()
+    with _process(_serve) as receive:
+        yield receive()
 
 
 @contextmanager
-def contest(
-    contender: Contender, plane: Plane, items: int, warm_up: int
-) -> Iterator[Callable[[], Result]]:
-    """Start a contender; the value waits until it has handled everything and returns its result."""
-    ours, theirs = _processes.Pipe()
-    process = _processes.Process(
-        target=_contend, args=(theirs, contender, plane, items, warm_up), daemon=True
-    )
-    process.start()
-    try:
-        yield lambda: _receive(ours, process)
-    finally:
-        ours.close()
-        process.terminate()
-        process.join()
+def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
+    """Run it in a process of its own.
+
+    The value waits for what that has to say: None once it has warmed up, then its `Result`.
+    """
+    with _process(_contend, contest) as receive:
+        yield receive
 
 
 async def enqueue(plane: Plane, count: int) -> None:
@@ -181,10 +179,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line(cells) for cells in (head, rule, *rows))
 
 
-def _receive(pipe: Connection, process: Any) -> Any:
-    if not pipe.poll(_LIMIT_SECONDS):
-        raise TimeoutError(f"process {process.name} said nothing for {_LIMIT_SECONDS:.0f} s")
-    return pipe.recv()  # EOFError: it failed; its traceback is on stderr
+@contextmanager
+def _process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
+    """Run `target(pipe, *args)` in a process; the value receives what it sends."""
+    ours, theirs = _processes.Pipe()
+    process = _processes.Process(target=target, args=(theirs, *args), daemon=True)
+    process.start()
+    theirs.close()  # else the end of the process would not end our side
+
+    def receive() -> Any:
+        if not ours.poll(_LIMIT_SECONDS):
+            raise TimeoutError(f"{target.__name__} said nothing for {_LIMIT_SECONDS:.0f} s")
+        return ours.recv()  # EOFError: it failed, and its traceback is on stderr
+
+    try:
+        yield receive
+    finally:
+        ours.close()
+        process.terminate()
+        process.join()
 
 
 def _serve(pipe: Connection) -> None:
@@ -199,15 +212,14 @@ async def _plane(pipe: Connection) -> None:
         await asyncio.get_running_loop().create_future()  # until terminated
 
 
-def _contend(
-    pipe: Connection, contender: Contender, plane: Plane, items: int, warm_up: int
-) -> None:
-    pipe.send(uvloop.run(_run(contender, plane, Meter(warm_up, items))))
+def _contend(pipe: Connection, contest: Contest) -> None:
+    pipe.send(uvloop.run(_run(pipe, contest)))
 
 
-async def _run(contender: Contender, plane: Plane, meter: Meter) -> Result:
+async def _run(pipe: Connection, contest: Contest) -> Result:
+    meter = Meter(contest.warm_up, contest.items, on_warm=lambda: pipe.send(None))
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(contender(plane, meter), name="contender")
+        task = group.create_task(contest.contender(contest.plane, meter), name="contender")
         await meter.done.wait()
         task.cancel()
     assert meter.begin is not None

@@ -172,9 +172,11 @@ ENTRIES = (
 """The first is what the others are measured against."""
 
 
-def parse_contenders(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[Entry]]:
-    """Read the command line, with `--only NAME …` added; the rest is what can be run here."""
+def parse_contenders(
+    parser: argparse.ArgumentParser, *default: str
+) -> tuple[argparse.Namespace, list[Entry]]:
+    """Read the command line, with `--only NAME …` added; what of that can be run here."""
     names = [entry.name for entry in ENTRIES]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="contenders")
+    parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()
     return options, [entry for entry in ENTRIES if entry.name in options.only and entry.installed]

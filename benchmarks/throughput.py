@@ -13,7 +13,7 @@ import argparse
 import asyncio
 from statistics import median
 
-from arena import Plane, Result, contest, control_plane, enqueue, table, versions
+from arena import Contest, Plane, Result, compete, control_plane, enqueue, table, versions
 from contenders import Entry, parse_contenders
 
 WARM_UP = 100
@@ -22,8 +22,10 @@ WARM_UP = 100
 def measure(plane: Plane, entry: Entry, items: int) -> Result:
     """Fill the queue and let the contender drain it."""
     asyncio.run(enqueue(plane, items + WARM_UP))
-    with contest(entry.run, plane, items, WARM_UP) as result:
-        return result()
+    with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
+        receive()
+        result: Result = receive()
+    return result
 
 
 def report(rounds: dict[str, list[Result]]) -> str:

@@ -1,0 +1,83 @@
+"""How soon a handler starts: from the call that enqueues an item to the start of its handler.
+
+    python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …]
+
+One item at a time on an otherwise idle contender: `idle` with gaps around 50 ms, `sparse` with gaps
+of 1 to 3 s, a tenth of the items. Both ends read the system's monotonic clock. What is measured
+holds the enqueuing request, the wake-up of the poll, and all that comes before the handler: for the
+pool, ack and first heartbeat. The samples of all rounds are counted together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from statistics import quantiles
+from typing import Final
+
+import uvloop
+from arena import SENT, Contest, Plane, Result, compete, control_plane, enqueue, table, versions
+from contenders import Entry, parse_contenders
+
+from workpool import WorkClient
+
+WARM_UP = 20
+GAPS: Final = {"idle": (0.025, 0.075), "sparse": (1.0, 3.0)}
+"""The shortest and the longest, in seconds."""
+
+
+async def trickle(plane: Plane, items: int, gaps: tuple[float, float]) -> None:
+    """Enqueue one item after each gap."""
+    async with WorkClient(plane.settings()) as client:
+        for _ in range(items):
+            await asyncio.sleep(random.uniform(*gaps))  # noqa: S311 - spreads load, guards nothing
+            await client.enqueue(metadata={SENT: repr(time.monotonic())})
+
+
+def measure(plane: Plane, entry: Entry, items: int, gaps: tuple[float, float]) -> list[float]:
+    """The seconds that each item waited for its handler."""
+    uvloop.run(enqueue(plane, WARM_UP))
+    with compete(Contest(entry.run, plane, items, WARM_UP)) as receive:
+        receive()
+        uvloop.run(trickle(plane, items, gaps))
+        result: Result = receive()
+    return result.waits
+
+
+def report(waits: dict[tuple[str, str], list[float]]) -> str:
+    """The table; the others are compared with the first contender of the same gaps."""
+    base: dict[str, tuple[float, float]] = {}
+    rows = []
+    for (gaps, name), seconds in waits.items():
+        cuts = quantiles(seconds, n=100, method="inclusive")
+        p50, p99 = cuts[49], cuts[98]
+        base50, base99 = base.setdefault(gaps, (p50, p99))
+        cells = [f"{p50 * 1000:.2f}", f"{p50 / base50:.2f} ×"]
+        cells += [f"{p99 * 1000:.2f}", f"{p99 / base99:.2f} ×", f"{max(seconds) * 1000:.2f}"]
+        rows.append([gaps, name, str(len(seconds)), *cells])
+    return table(
+        ("gaps", "contender", "items", "p50 ms", "ratio", "p99 ms", "ratio", "max ms"), rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="From enqueue to the start of the handler.")
+    parser.add_argument("--items", type=int, default=300, help="per contender and round")
+    parser.add_argument("--rounds", type=int, default=2)
+    options, entries = parse_contenders(parser, "bare", "workpool")
+    waits: dict[tuple[str, str], list[float]] = {}
+    with control_plane() as plane:
+        for _ in range(options.rounds):
+            for name, gaps in GAPS.items():
+                items = options.items if name == "idle" else max(2, options.items // 10)
+                for entry in entries:
+                    samples = measure(plane, entry, items, gaps)
+                    waits.setdefault((name, entry.name), []).extend(samples)
+    print(report(waits))
+    print(f"\n{options.rounds} rounds. {versions()}")
+
+
+if __name__ == "__main__":
+    main()
