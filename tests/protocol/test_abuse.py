@@ -133,6 +133,8 @@ async def test_a_small_body_where_none_belongs_is_ignored(plane: ControlPlane, m
 # -- broken HTTP --------------------------------------------------------------------------------
 
 BROKEN = {
+    "a space after the name": head("GET", "/poll").replace(b": Bearer", b" : Bearer"),
+    "a NUL before the token": head("GET", "/poll").replace(b"Bearer ", b"Bearer\x00"),
     "not HTTP": b"\x00\x01\x02\x03\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,
     "two lengths": head("POST", "", "Content-Length: 2", "Content-Length: 3") + b"{}",

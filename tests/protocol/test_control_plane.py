@@ -1,0 +1,183 @@
+"""Start, end and options of the embedded control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Api
+from workpool.server import (
+    DEFAULT_ENVIRONMENT,
+    ControlPlane,
+    ServeError,
+    SqliteStore,
+    parse_token_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+
+async def test_everything_has_a_default(http: aiohttp.ClientSession) -> None:
+    async with ControlPlane() as plane:
+        assert plane.environments == (DEFAULT_ENVIRONMENT,)
+        assert plane.base_url == f"http://127.0.0.1:{plane.port}/api/v1/cloud"
+        assert plane.anthropic_base_url == f"http://127.0.0.1:{plane.port}/v1"
+        assert len(plane.token) >= 32
+        assert plane.token not in repr(plane)
+        api = Api(plane, http, "qoder", token=plane.token)
+        (item,) = plane.enqueue(metadata={"k": "v"})
+        claimed = (await api.poll(DEFAULT_ENVIRONMENT, params={"block_ms": "999"})).body
+        assert (claimed["id"], claimed["metadata"]) == (item.id, {"k": "v"})
+        assert plane.summary().enqueued == 1
+
+
+async def test_two_planes_do_not_share_a_token() -> None:
+    assert ControlPlane().token != ControlPlane().token
+
+
+async def test_items_of_one_session(http: aiohttp.ClientSession) -> None:
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:
+        (first,) = plane.enqueue(metadata={"of": "the session"})
+        (second,) = plane.enqueue(session_id=first.session_id)
+        assert first.session_id == second.session_id
+        api = Api(plane, http, "qoder")
+        await api.ack(second.id)
+        await api.beat(second.id)
+        session = (await api("GET", f"{api.base}/sessions/{first.session_id}")).body
+        assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
+
+
+async def test_nothing_is_left_behind_fifty_times(tmp_path: Path) -> None:
+    tasks, threads = asyncio.all_tasks(), threading.active_count()
+    for number in range(50):
+        plane = ControlPlane(store=SqliteStore(tmp_path / f"{number % 2}.db"))
+        async with plane, aiohttp.ClientSession() as session:
+            api = Api(plane, session, "qoder", token=plane.token)
+            assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", plane.port))
+    names = {thread.name for thread in threading.enumerate()}
+    assert "workpool-store" not in names
+    assert threading.active_count() <= threads + 8  # the loop's own executor
+    assert asyncio.all_tasks() == tasks
+    gc.collect()
+
+
+async def test_an_entry_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "work.db"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        plane = ControlPlane(port=port, store=SqliteStore(path))
+        with pytest.raises(ServeError, match=f"127.0.0.1 port {port}"):
+            await plane.__aenter__()
+    async with ControlPlane(store=SqliteStore(path)):
+        pass  # the file is not locked any more
+
+
+async def test_an_entry_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "work.db"
+    for steps in range(8):
+        plane = ControlPlane(store=SqliteStore(path))
+        entering = asyncio.get_running_loop().create_task(plane.__aenter__())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        if not entering.cancel():
+            await plane.__aexit__(None, None, None)
+        else:
+            with pytest.raises(asyncio.CancelledError):
+                await entering
+    async with ControlPlane(store=SqliteStore(path)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"environments": ()}, "at least one"),
+        ({"environments": (ENV, ENV)}, "none twice"),
+        ({"environments": (ENV,), "cloud_environments": (ENV,)}, "none twice"),
+        ({"environments": ("a b",)}, "'a b': not an id"),
+        ({"environments": ("",)}, "not an id"),
+        ({"tokens": {"": None}}, "1 to 1024 printable"),
+        ({"tokens": {"two words": None}}, "1 to 1024 printable"),
+        ({"tokens": {TOKEN: frozenset({"env_typo"})}}, "'env_typo', which is not served"),
+        ({"host": "256.0.0.1"}, "cannot listen"),
+        ({"port": 70000}, "cannot listen"),
+    ],
+)
+async def test_impossible_options_are_refused_at_the_start(
+    options: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(ServeError, match=problem) as error:
+        await ControlPlane(**options).__aenter__()  # type: ignore[arg-type]  # options as data
+    assert TOKEN not in str(error.value)
+    assert "two words" not in str(error.value)
+
+
+async def test_ipv6(http: aiohttp.ClientSession) -> None:
+    async with ControlPlane(host="::1") as plane:
+        assert plane.base_url.startswith("http://[::1]:")
+        api = Api(plane, http, "qoder", token=plane.token)
+        assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
+
+
+async def test_the_port_can_be_chosen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with ControlPlane(port=port) as plane:
+        assert plane.port == port
+
+
+async def test_middlewares_stand_around_every_answer(http: aiohttp.ClientSession) -> None:
+    @web.middleware
+    async def fault(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        response = await handler(request)
+        return web.Response(status=503) if response.status == 404 else response
+
+    async with ControlPlane(middlewares=[fault]) as plane:
+        api = Api(plane, http, "qoder", token=plane.token)
+        assert (await api("GET", api.base)).status == 503
+        assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
+
+
+# -- tokens -------------------------------------------------------------------------------------
+
+
+def test_a_token_file() -> None:
+    text = f"# who may call\n\n{TOKEN}\n{LIMITED} {ENV} {OTHER}\n   padded\t{CLOUD}  \n"
+    assert parse_token_file(text) == {
+        TOKEN: None,
+        LIMITED: frozenset({ENV, OTHER}),
+        "padded": frozenset({CLOUD}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no token in it"),
+        ("# only this\n\n", "no token in it"),
+        ("first\nsecret-token\n\nsecret-token env_1\n", "line 4: the token of an earlier line"),
+        ("secret-token env_1 env/2\n", "line 1: not an environment id"),
+        ("fine\n\u00fcmlaut-secret-token\n", "line 2: a token must be"),
+        ("secret-token" * 100, "line 1: a token must be"),
+    ],
+)
+def test_mistakes_in_a_token_file_name_the_line_and_never_the_token(
+    text: str, problem: str
+) -> None:
+    with pytest.raises(ServeError, match=problem) as error:
+        parse_token_file(text)
+    assert "secret" not in str(error.value)

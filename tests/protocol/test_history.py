@@ -1,0 +1,156 @@
+"""The control plane's record, and the promise checked on it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.protocol.conftest import ENV, Clock
+from workpool.server import History, Operations, Poll, Record, Refusal, Summary, summarize
+
+
+@pytest.fixture
+def operations(clock: Clock) -> Operations:
+    return Operations([ENV], now=clock)
+
+
+def run(operations: Operations, worker: str) -> str:
+    """Claim, acknowledge and beat once, as one worker."""
+    item = operations.poll(ENV, Poll(worker))
+    assert item is not None
+    operations.ack(ENV, item.id, worker)
+    operations.heartbeat(ENV, item.id, "NO_HEARTBEAT", 10, worker)
+    return item.id
+
+
+def test_a_life_is_told_in_order(operations: Operations, clock: Clock) -> None:
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    operations.update(ENV, work_id, {"k": "v"}, "a")
+    clock.advance(5)
+    operations.stop(ENV, work_id)
+    with pytest.raises(Refusal):
+        operations.ack(ENV, work_id, "b")
+    clock.advance(5)
+    operations.stats(ENV)
+    told = [(record.kind, record.worker_id, record.state) for record in operations.history]
+    assert told == [
+        ("created", None, "queued"),
+        ("delivered", "a", "queued"),
+        ("acked", "a", "starting"),
+        ("heartbeat", "a", "active"),
+        ("metadata", "a", "active"),
+        ("stop_requested", None, "stopping"),
+        ("conflict", "b", "stopping"),
+        ("lapsed", "a", "stopped"),
+    ]
+    start = clock.seconds - 10
+    records = operations.history.of(work_id)
+    assert [record.time - start for record in records] == [0, 0, 0, 0, 0, 5, 5, 10]
+    assert [record.lease_end and record.lease_end - start for record in records] == [
+        *(None, None, 60, 10, 10, 10, 10, None)
+    ]
+    assert records[6].op == "ack"
+
+
+def test_what_changes_nothing_leaves_no_record(operations: Operations) -> None:
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    before = len(operations.history)
+    operations.ack(ENV, work_id, "a")
+    operations.update(ENV, work_id, {"missing": None})
+    operations.get(ENV, work_id)
+    assert len(operations.history) == before
+
+
+def test_all_is_well(operations: Operations) -> None:
+    operations.enqueue(ENV, count=3)
+    for _ in range(3):
+        operations.stop(ENV, run(operations, "a"), "a", force=True)
+    assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
+
+
+def test_a_lease_that_lapsed_is_a_reclaim(operations: Operations, clock: Clock) -> None:
+    operations.enqueue(ENV)
+    run(operations, "a")
+    clock.advance(10)
+    operations.stop(ENV, run(operations, "b"), "b", force=True)
+    assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
+
+
+def test_a_delivery_that_another_acknowledged_is_a_reclaim(
+    operations: Operations, clock: Clock
+) -> None:
+    operations.enqueue(ENV)
+    operations.poll(ENV, Poll("a"))
+    clock.advance(5)
+    operations.stop(ENV, run(operations, "b"), "b", force=True)
+    assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
+
+
+def test_a_redelivery_to_the_same_worker_is_none(operations: Operations, clock: Clock) -> None:
+    operations.enqueue(ENV)
+    operations.poll(ENV, Poll("a"))
+    clock.advance(5)
+    run(operations, "a")
+    assert summarize(operations.history).reclaimed == 0
+
+
+def test_what_is_not_stopped_is_lost(operations: Operations) -> None:
+    operations.enqueue(ENV, count=2)
+    run(operations, "a")
+    assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
+
+
+def test_a_stopping_item_that_lapses_is_no_reclaim(operations: Operations, clock: Clock) -> None:
+    operations.enqueue(ENV)
+    operations.stop(ENV, run(operations, "a"))
+    clock.advance(10)
+    operations.stats(ENV)
+    assert summarize(operations.history) == Summary(1, 1, 0, 0, 0)
+
+
+@pytest.mark.parametrize("deed", ["heartbeat", "metadata", "stopped", "stop_requested"])
+def test_acting_on_an_item_that_another_holds_overlaps(operations: Operations, deed: str) -> None:
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    if deed == "heartbeat":
+        operations.heartbeat(ENV, work_id, None, 10, "b")
+    elif deed == "metadata":
+        operations.update(ENV, work_id, {"k": "v"}, "b")
+    else:
+        operations.stop(ENV, work_id, "b", force=deed == "stopped")
+    assert summarize(operations.history).overlapping == 1
+
+
+def test_operators_and_refused_calls_do_not_overlap(operations: Operations) -> None:
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    for expected in ("NO_HEARTBEAT", "2026-03-01T00:00:00Z"):
+        with pytest.raises(Refusal):
+            operations.heartbeat(ENV, work_id, expected, 10, "b")
+    with pytest.raises(Refusal):
+        operations.ack(ENV, work_id, "b")
+    operations.update(ENV, work_id, {"k": "v"})
+    operations.stop(ENV, work_id)
+    assert summarize(operations.history).overlapping == 0
+
+
+def test_a_former_holder_that_acts_after_the_lapse_overlaps_only_with_a_holder(
+    operations: Operations, clock: Clock
+) -> None:
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    clock.advance(10)
+    operations.update(ENV, work_id, {"k": "late"}, "a")
+    assert summarize(operations.history).overlapping == 0
+    run(operations, "b")
+    operations.update(ENV, work_id, {"k": "later"}, "a")
+    assert summarize(operations.history).overlapping == 1
+
+
+def test_the_history_is_bounded_and_says_so() -> None:
+    history = History(limit=2)
+    for number in range(5):
+        history.add(Record(number, "work_1", "created", None, "queued"))
+    assert [record.time for record in history] == [3, 4]
+    assert (len(history), history.forgotten) == (2, 3)

@@ -1,0 +1,198 @@
+"""The indexes answer as a scan of everything would, and without one."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.protocol.conftest import ENV, Clock
+from workpool.server import Item, Operations, Poll, Refusal
+from workpool.server.deliveries import Deliveries
+from workpool.server.item import Ids
+from workpool.server.leases import Leases
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["add", "discard", "ask"]), st.integers(0, 30), st.integers(0, 3)),
+    max_size=300,
+)
+
+
+@given(STEPS)
+def test_deliveries_answer_as_a_scan_would(steps: Sequence[tuple[str, int, int]]) -> None:
+    deliveries, model, now = Deliveries(), dict[str, int](), 0
+    for step, number, pause in steps:
+        now += pause
+        work_id = f"work_{number:02}"
+        if work_id in model:
+            deliveries.discard(work_id)
+            del model[work_id]
+        if step == "add":
+            deliveries.add(work_id, now)
+            model[work_id] = now
+        until = now - number
+        due = [name for name, at in model.items() if at <= until]
+        assert deliveries.oldest(until) == min(due, default=None)
+        assert deliveries.oldest() == min(model, default=None)
+        assert deliveries.first() == min(model.values(), default=None)
+        assert len(deliveries) == len(model)
+
+
+@given(STEPS)
+def test_leases_lapse_in_order_and_once(steps: Sequence[tuple[str, int, int]]) -> None:
+    leases, model, now = Leases(), dict[str, int](), 0
+    for step, number, pause in steps:
+        now += pause
+        work_id = f"work_{number % 7}"
+        if step == "add":
+            leases.hold(work_id, now + number)
+            model[work_id] = now + number
+        elif step == "discard":
+            leases.drop(work_id)
+            model.pop(work_id, None)
+        else:
+            due = sorted((end, name) for name, end in model.items() if end <= now)
+            assert sorted(leases.lapsed(now)) == sorted(name for _, name in due)
+            for _, name in due:
+                del model[name]
+        first = leases.first()
+        if model:
+            assert first is not None
+            assert first <= min(model.values())
+
+
+def test_a_beating_item_does_not_grow_the_heap() -> None:
+    leases = Leases()
+    for now in range(10_000):
+        leases.hold("work_1", now + 60)
+        assert not list(leases.lapsed(now))
+    assert len(leases._heap) <= 2
+
+
+@given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
+def test_ids_ascend_whatever_the_clock_says(instants: Sequence[int]) -> None:
+    ids = Ids()
+    made = [ids.new(now) for now in instants]
+    again = Ids(made[-1]) if made else ids
+    made += [again.new(0) for _ in range(5)]
+    assert made == sorted(set(made))
+    assert all(len(digits) == 32 and digits[12] == "7" for digits in made)
+
+
+WORKERS = st.sampled_from([None, "a", "b", "c"])
+
+
+class Everything(RuleBasedStateMachine):
+    """Any calls in any order: what the indexes say is what a scan of all items says."""
+
+    @initialize()
+    def start(self) -> None:
+        self.clock = Clock()
+        self.operations = Operations([ENV], now=self.clock)
+
+    def items(self) -> Sequence[Item]:
+        return self.operations.page(ENV, 1000).items
+
+    def pick(self, number: int) -> Item:
+        items = self.items()
+        return items[number % len(items)]
+
+    def claimable(self, reclaim_ms: int) -> list[str]:
+        cutoff = int(self.clock.seconds * 1_000_000) - reclaim_ms * 1000
+        return [
+            item.id
+            for item in self.items()
+            if item.state == "queued" and (item.delivered_at is None or item.delivered_at <= cutoff)
+        ]
+
+    @rule(count=st.integers(1, 3))
+    def enqueue(self, count: int) -> None:
+        self.operations.enqueue(ENV, count=count)
+
+    @rule(seconds=st.sampled_from([0.001, 1, 4, 5, 10, 59, 60]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule(worker=WORKERS, reclaim_ms=st.sampled_from([0, 1000, 5000, 20_000]))
+    def poll(self, worker: str | None, reclaim_ms: int) -> None:
+        expected = min(self.claimable(reclaim_ms), default=None)
+        item = self.operations.poll(ENV, Poll(worker, 0, reclaim_ms))
+        assert (item and item.id) == expected
+
+    @precondition(lambda self: self.items())
+    @rule(
+        number=st.integers(0, 50),
+        call=st.sampled_from(["ack", "heartbeat", "stop", "force", "withdraw", "update"]),
+        worker=WORKERS,
+    )
+    def call(self, number: int, call: str, worker: str | None) -> None:
+        item = self.pick(number)
+        try:
+            if call == "ack":
+                self.operations.ack(ENV, item.id, worker)
+            elif call == "heartbeat":
+                self.operations.heartbeat(ENV, item.id, ttl_seconds=number, worker_id=worker)
+            elif call == "withdraw" and item.delivered_at is not None:
+                self.operations.withdraw(item)
+            elif call == "update":
+                self.operations.update(ENV, item.id, {"k": str(number)}, worker)
+            else:
+                self.operations.stop(ENV, item.id, worker, force=call == "force")
+        except Refusal as refusal:
+            if refusal.status != 409:
+                raise
+
+    @invariant()
+    def stats_are_those_of_a_scan(self) -> None:
+        queued = [item for item in self.items() if item.state == "queued"]
+        claimable = self.claimable(5000)
+        stats = self.operations.stats(ENV)
+        assert stats.depth == len(claimable)
+        assert stats.pending == len(queued) - len(claimable)
+        assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
+
+    @invariant()
+    def no_lease_is_over_and_none_is_without_a_state(self) -> None:
+        now = int(self.clock.seconds * 1_000_000)
+        for item in self.items():
+            held = item.state in {"starting", "active", "stopping"}
+            assert held is (item.lease_end is not None)
+            assert item.lease_end is None or item.lease_end > now
+            assert item.delivered_at is None or item.state == "queued"
+
+
+TestEverything = Everything.TestCase
+TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_call_does_not_grow_with_the_queue() -> None:
+    """A hundred times the items: a scan would cost a hundred times as much, these at most ten."""
+
+    def cost(count: int) -> float:
+        operations = Operations([ENV], history_limit=0)
+        items = operations.enqueue(ENV, count=count)
+        for _ in range(count // 2):
+            operations.poll(ENV, Poll("a"))
+        middle = items[count // 2].id
+        best = float("inf")
+        for _ in range(5):
+            started = time.thread_time()
+            for _ in range(50):
+                operations.poll(ENV, Poll("b"))
+                operations.poll(ENV, Poll("b", reclaim_older_than_ms=0))
+                operations.page(ENV, 20, after=middle)
+                operations.page(ENV, 20, before=middle)
+                operations.stats(ENV)
+                operations.get(ENV, middle)
+            best = min(best, time.thread_time() - started)
+        return best
+
+    assert cost(50_000) < 10 * cost(500)

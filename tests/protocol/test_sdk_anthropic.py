@@ -1,0 +1,137 @@
+"""The sibling's own SDK (`anthropic`) as a client: all eight calls, and its work poller."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from anthropic import (
+    APIStatusError,
+    AsyncAnthropic,
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.protocol.conftest import Clock
+    from workpool.server import ControlPlane
+
+
+@pytest.fixture
+async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    # The SDK adds /v1 to each path by itself.
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    async with AsyncAnthropic(auth_token=TOKEN, base_url=base_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def strict(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    async with AsyncAnthropic(
+        auth_token=TOKEN, base_url=base_url, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
+async def test_all_eight_calls(plane: ControlPlane, strict: AsyncAnthropic, clock: Clock) -> None:
+    sdk = strict
+    work = sdk.beta.environments.work
+    assert await work.poll(ENV, anthropic_worker_id="sdk") is None
+    (created,) = plane.enqueue(metadata={"job": "report"})
+    item = await work.poll(ENV, block_ms=999, reclaim_older_than_ms=0, anthropic_worker_id="sdk")
+    assert item is not None
+    assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
+    assert item.data.id == created.session_id.replace("sess_", "session_")
+
+    acked = await work.ack(created.id, environment_id=ENV)
+    assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
+    beat = await work.heartbeat(
+        created.id,
+        environment_id=ENV,
+        expected_last_heartbeat="NO_HEARTBEAT",
+        desired_ttl_seconds=30,
+    )
+    assert (beat.state, beat.ttl_seconds, beat.lease_extended) == ("active", 30, True)
+    clock.advance(1)
+    again = await work.heartbeat(
+        created.id, environment_id=ENV, expected_last_heartbeat=beat.last_heartbeat
+    )
+    assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
+
+    updated = await work.update(created.id, environment_id=ENV, metadata={"job": None, "k": "v"})
+    assert updated.metadata == {"k": "v"}
+    read = await work.retrieve(created.id, environment_id=ENV)
+    assert (read.id, read.state) == (created.id, "active")
+    stats = await work.stats(ENV)
+    assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
+
+    # The SDK's model of a stop is an item; what the service sends is 204 (protocol §6).
+    raw = sdk.beta.environments.work.with_raw_response
+    assert (await raw.stop(created.id, environment_id=ENV)).http_response.status_code == 204
+    assert (await work.retrieve(created.id, environment_id=ENV)).state == "stopping"
+    await raw.stop(created.id, environment_id=ENV, force=True)
+    assert [one.state async for one in work.list(ENV)] == ["stopped"]
+
+
+async def test_the_list_is_walked_to_its_end(plane: ControlPlane, sdk: AsyncAnthropic) -> None:
+    ids = [item.id for item in plane.enqueue(45)]
+    assert [item.id async for item in sdk.beta.environments.work.list(ENV, limit=10)] == ids
+
+
+async def test_the_work_poller_claims_a_queue_of_50(
+    plane: ControlPlane, sdk: AsyncAnthropic, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = [item.id for item in plane.enqueue(50)]
+    claimed = []
+    poller = sdk.beta.environments.work.poller(
+        environment_id=ENV, environment_key=TOKEN, block_ms=None, drain=True, auto_stop=True
+    )
+    async for item in poller:
+        claimed.append(item.id)
+        assert (await sdk.beta.environments.work.heartbeat(item.id, environment_id=ENV)).state == (
+            "active"
+        )
+    assert claimed == ids
+    # The poller asks for a graceful stop; the lease's end, or a second stop, makes it final.
+    states = [item.state async for item in sdk.beta.environments.work.list(ENV)]
+    assert states == ["stopping"] * 50
+    assert plane.summary().overlapping == 0
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+async def test_refusals_arrive_as_the_sdks_own_errors(
+    plane: ControlPlane, sdk: AsyncAnthropic
+) -> None:
+    work = sdk.with_options(max_retries=0).beta.environments.work
+    (item,) = plane.enqueue()
+    with pytest.raises(NotFoundError):
+        await work.retrieve("work_" + "0" * 32, environment_id=ENV)
+    with pytest.raises(BadRequestError):
+        await work.poll(CLOUD)
+    with pytest.raises(BadRequestError):
+        await work.poll(ENV, block_ms=1000)
+    with pytest.raises(ConflictError):
+        await work.heartbeat(item.id, environment_id=ENV)
+    await work.ack(item.id, environment_id=ENV)
+    with pytest.raises(APIStatusError) as error:
+        await work.heartbeat(
+            item.id, environment_id=ENV, expected_last_heartbeat="2026-03-01T12:00:00Z"
+        )
+    assert error.value.status_code == 412
+    assert type(error.value).__name__ == "BetaHeartbeatPreconditionFailedError"
+    await work.with_raw_response.stop(item.id, environment_id=ENV, force=True)
+    with pytest.raises(ConflictError):
+        await work.stop(item.id, environment_id=ENV, force=True)
+    wrong = sdk.with_options(auth_token="wrong")  # noqa: S106 - it opens nothing
+    with pytest.raises(AuthenticationError):
+        await wrong.beta.environments.work.poll(ENV)
+    with pytest.raises(PermissionDeniedError):
+        await sdk.with_options(auth_token=LIMITED).beta.environments.work.poll(OTHER)

@@ -1,0 +1,114 @@
+"""The vendor's own SDK (`qca-sdk`) as a client of the control plane: all eight calls."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+from qca import AsyncManaged, ConflictError, Managed, NotFoundError
+from qca.common import APIStatusError, AuthenticationError, BadRequestError, PermissionDeniedError
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.protocol.conftest import Clock
+    from workpool.server import ControlPlane
+
+
+@pytest.fixture
+async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
+    client = AsyncManaged(pat=TOKEN, base_url=plane.base_url, _strict_response_validation=True)
+    async with client:
+        yield client
+
+
+async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Clock) -> None:
+    work = sdk.environments.work
+    assert await work.poll(ENV, worker_id="sdk") is None
+    (created,) = plane.enqueue(metadata={"job": "report"})
+    item = await work.poll(ENV, block_ms=999, reclaim_older_than_ms=0, worker_id="sdk")
+    assert item is not None
+    assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
+    assert item.data is not None
+    assert (item.data.type, item.data.id) == ("session", created.session_id)
+
+    acked = await work.ack(created.id, environment_id=ENV)
+    assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
+    beat = await work.heartbeat(
+        created.id,
+        environment_id=ENV,
+        expected_last_heartbeat="NO_HEARTBEAT",
+        desired_ttl_seconds=30,
+    )
+    assert (beat.state, beat.ttl_seconds, beat.lease_extended) == ("active", 30, True)
+    clock.advance(1)
+    again = await work.heartbeat(
+        created.id, environment_id=ENV, expected_last_heartbeat=beat.last_heartbeat
+    )
+    assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
+
+    updated = await work.update(created.id, environment_id=ENV, metadata={"job": None, "k": "v"})
+    assert updated.metadata == {"k": "v"}
+    read = await work.retrieve(created.id, environment_id=ENV)
+    assert (read.id, read.state) == (created.id, "active")
+    stats = await work.stats(ENV)
+    assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
+    session = await sdk.sessions.retrieve(created.session_id)
+    assert (session.id, session.status) == (created.session_id, "running")
+
+    assert (await work.stop(created.id, environment_id=ENV)).state == "stopping"
+    assert (await work.stop(created.id, environment_id=ENV, force=True)).state == "stopped"
+    assert [one.id async for one in work.list(ENV)] == [created.id]
+
+
+async def test_the_list_is_walked_to_its_end(plane: ControlPlane, sdk: AsyncManaged) -> None:
+    ids = [item.id for item in plane.enqueue(45)]
+    assert [item.id async for item in sdk.environments.work.list(ENV, limit=10)] == ids
+    backwards = [
+        item.id async for item in sdk.environments.work.list(ENV, limit=10, before_id=ids[25])
+    ]
+    assert set(backwards) == set(ids[:25])
+    assert len(backwards) == 25
+
+
+async def test_refusals_arrive_as_the_sdks_own_errors(
+    plane: ControlPlane, sdk: AsyncManaged
+) -> None:
+    work = sdk.environments.work
+    (item,) = plane.enqueue()
+    with pytest.raises(NotFoundError):
+        await work.retrieve("work_" + "0" * 32, environment_id=ENV)
+    with pytest.raises(BadRequestError):
+        await work.poll(CLOUD)
+    with pytest.raises(BadRequestError):
+        await work.poll(ENV, block_ms=1000)
+    with pytest.raises(ConflictError):
+        await work.heartbeat(item.id, environment_id=ENV)
+    await work.ack(item.id, environment_id=ENV)
+    with pytest.raises(APIStatusError) as error:
+        await work.heartbeat(
+            item.id, environment_id=ENV, expected_last_heartbeat="2026-03-01T12:00:00Z"
+        )
+    assert error.value.status_code == 412
+    with pytest.raises(AuthenticationError):
+        await sdk.with_options(pat="wrong").environments.work.poll(ENV)
+    with pytest.raises(PermissionDeniedError):
+        await sdk.with_options(pat=LIMITED).environments.work.poll(OTHER)
+
+
+async def test_the_synchronous_client_too(plane: ControlPlane) -> None:
+    def drain() -> list[str]:
+        seen: list[str] = []
+        with Managed(pat=TOKEN, base_url=plane.base_url) as sdk:
+            while (item := sdk.environments.work.poll(ENV, worker_id="sdk")) is not None:
+                assert item.id is not None
+                sdk.environments.work.ack(item.id, environment_id=ENV)
+                sdk.environments.work.stop(item.id, environment_id=ENV, force=True)
+                seen.append(item.id)
+        return seen
+
+    ids = [item.id for item in plane.enqueue(5)]
+    assert await asyncio.to_thread(drain) == ids
