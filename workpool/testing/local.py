@@ -1,0 +1,325 @@
+"""A client without a network: the control plane's operations in process, for virtual time.
+
+`LocalClient` stands where `WorkClient` stands and reads the same bytes; only the way there is
+missing. What a network does to a call, `Trouble` does.
+
+    operations = Operations([environment_id], now=lambda: START + loop.machine_time())
+    Supervisor(settings, connect=partial(LocalClient, operations, troubles=script))
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+import orjson
+
+from workpool.errors import TransientError
+from workpool.server import Poll, Refusal
+from workpool.server.clock import to_seconds_text
+from workpool.server.dialects import QODER
+from workpool.server.rules import heartbeat_answer
+from workpool.wire import calls
+from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.budget import Budget, Budgets
+from workpool.wire.protocol import (
+    RECLAIM_OLDER_THAN_MS,
+    TTL_DEFAULT_SECONDS,
+    WORK_HEARTBEAT,
+    WORK_QUEUE_STATS,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from types import TracebackType
+
+    from workpool.server import Operations
+    from workpool.settings import Settings
+    from workpool.wire.calls import Call
+    from workpool.wire.items import Heartbeat, QueueStats, WorkItem
+
+    Troubles = Callable[[str, str | None], "Trouble | None"]
+
+T = TypeVar("T")
+_NoAnswer = Literal["silence", "reset"]
+
+_ABSENT: Final = "\x00"
+"""In place of the token that error messages are cleared of; occurs in none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """What befalls one call on its way.
+
+    Attributes:
+        there: Seconds until the request arrives, which it does even if the caller has given up.
+        back: Seconds that its answer takes.
+        applied: The operation is carried out.
+        answer: What comes instead of the true answer: a status, bytes that answer 200, nothing at
+            all, or the connection's end. None: the true answer.
+        retry_after: Goes with a status.
+        rewrite: Changes the JSON of the true answer, if it is a success.
+    """
+
+    there: float = 0.0
+    back: float = 0.0
+    applied: bool = True
+    answer: int | bytes | _NoAnswer | None = None
+    retry_after: float | None = None
+    rewrite: Callable[[Any], Any] | None = None
+
+
+_NONE: Final = Trouble()
+
+
+class Script:
+    """Troubles by call, in order, each once; None lets a call through.
+
+        Script(heartbeat=[None, Trouble(answer="silence")], ack=[Trouble(answer=503)])
+
+    Attributes:
+        sent: Every call so far: its name and, where it has one, its item's id.
+    """
+
+    def __init__(self, **troubles: Iterable[Trouble | None]) -> None:
+        self.sent: list[tuple[str, str | None]] = []
+        self._troubles = {op: iter(each) for op, each in troubles.items()}
+
+    def __call__(self, op: str, work_id: str | None) -> Trouble | None:
+        """Note a call and say what befalls it."""
+        self.sent.append((op, work_id))
+        return next(self._troubles.get(op, iter(())), None)
+
+
+class LocalClient:
+    """A client of operations on the running loop; see `workpool.pool.calls.Calls`.
+
+    Args:
+        operations: The control plane's.
+        settings: `environment_id` and `request_timeout` are used.
+        troubles: Asked at every send, with the call's name and its item's id.
+        worker_id: Our identity.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        settings: Settings,
+        *,
+        troubles: Troubles | None = None,
+        worker_id: str | None = None,
+    ) -> None:
+        self._operations = operations
+        self._environment_id = str(settings.environment_id)
+        self._timeout = settings.request_timeout
+        self._troubles = troubles
+        self._open = False
+        self.worker_id = worker_id or settings.worker_id
+        self.budgets = Budgets(Budget("read", 0), Budget("write", 0))
+        self.on_request: Callable[[str, str, float], None] | None = None
+        self.on_budget_wait: Callable[[Any, float], None] | None = None
+        self.on_credential_refresh: Callable[[Any], None] | None = None
+
+    async def __aenter__(self) -> LocalClient:
+        """Open."""
+        self._open = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close; what is under way still arrives."""
+        self._open = False
+
+    async def reserve_ack(self) -> None:
+        """Nothing limits us."""
+
+    def return_ack(self) -> None:
+        """Nothing limits us."""
+
+    async def poll(
+        self,
+        block_ms: int | None = None,
+        reclaim_older_than_ms: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> WorkItem | None:
+        """Protocol §3.1."""
+        window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
+        poll = Poll(self.worker_id, block_ms or 0, window)
+        trouble = self._befalls("poll", None)
+
+        async def exchange() -> Answer | _NoAnswer:
+            await asyncio.sleep(trouble.there)
+            item = None
+            if trouble.applied:
+                item = await self._operations.long_poll(self._environment_id, poll, _never)
+            answer = _answer(trouble, lambda: None if item is None else QODER.item(item))
+            if answer == "silence":
+                await asyncio.Event().wait()
+            await asyncio.sleep(trouble.back)
+            return answer
+
+        seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
+        return await self._settle(calls.POLL, exchange(), seconds)
+
+    async def ack(
+        self, work_id: str, *, reserved: bool = False, timeout: float | None = None
+    ) -> WorkItem:
+        """Protocol §3.2."""
+        del reserved
+
+        def operate() -> object:
+            return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
+
+        return await self._send(calls.ACK, work_id, operate, timeout)
+
+    async def heartbeat(
+        self,
+        work_id: str,
+        expected: str | None = None,
+        ttl: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Heartbeat:
+        """Protocol §3.3."""
+
+        def operate() -> object:
+            item = self._operations.heartbeat(
+                self._environment_id, work_id, expected, ttl or TTL_DEFAULT_SECONDS, self.worker_id
+            )
+            return {"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)}
+
+        return await self._send(calls.HEARTBEAT, work_id, operate, timeout)
+
+    async def stop(
+        self,
+        work_id: str,
+        force: bool = False,  # noqa: FBT001, FBT002 - as in WorkClient
+        *,
+        timeout: float | None = None,
+    ) -> WorkItem | None:
+        """Protocol §3.4."""
+
+        def operate() -> object:
+            return QODER.item(
+                self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
+            )
+
+        return await self._send(calls.STOP, work_id, operate, timeout)
+
+    async def update_metadata(
+        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+    ) -> WorkItem:
+        """Protocol §3.5."""
+
+        def operate() -> object:
+            return QODER.item(
+                self._operations.update(self._environment_id, work_id, patch, self.worker_id)
+            )
+
+        return await self._send(calls.UPDATE, work_id, operate, timeout)
+
+    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+        """Protocol §3.6."""
+
+        def operate() -> object:
+            return QODER.item(self._operations.get(self._environment_id, work_id))
+
+        return await self._send(calls.GET, work_id, operate, timeout)
+
+    async def stats(self) -> QueueStats:
+        """Protocol §3.8."""
+
+        def operate() -> object:
+            stats = self._operations.stats(self._environment_id)
+            oldest = stats.oldest_queued_at
+            text = None if oldest is None else to_seconds_text(oldest)
+            return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}
+
+        return await self._send(calls.STATS, None, operate, None)
+
+    async def _send(
+        self,
+        call: Call[T],
+        work_id: str | None,
+        operate: Callable[[], object],
+        timeout: float | None,
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
+        trouble = self._befalls(call.op, work_id)
+
+        def arrive() -> None:
+            answer = _answer(trouble, operate)
+            if answer != "silence":
+                loop.call_later(trouble.back, settle, answer)
+
+        def settle(answer: Answer | _NoAnswer) -> None:
+            if not answered.done():
+                answered.set_result(answer)
+
+        async def exchange() -> Answer | _NoAnswer:
+            return await answered
+
+        # Not in the caller's hands any more: what was sent arrives, whatever becomes of the caller.
+        loop.call_later(trouble.there, arrive)
+        return await self._settle(call, exchange(), self._timeout if timeout is None else timeout)
+
+    def _befalls(self, op: str, work_id: str | None) -> Trouble:
+        if not self._open:
+            raise RuntimeError("this LocalClient is not open: use it inside `async with`")
+        return (self._troubles(op, work_id) if self._troubles else None) or _NONE
+
+    async def _settle(
+        self, call: Call[T], exchange: Coroutine[Any, Any, Answer | _NoAnswer], seconds: float
+    ) -> T:
+        loop = asyncio.get_running_loop()
+        started, code = loop.time(), "error"
+        try:
+            async with asyncio.timeout(seconds):
+                answer = await exchange
+            if not isinstance(answer, Answer):
+                raise TransientError(call.op, None, "no answer: reset", reason="network")
+            code = code_of(answer.status)
+        except TimeoutError:
+            raise TransientError(call.op, None, "no answer in time", reason="timeout") from None
+        finally:
+            if self.on_request is not None:
+                self.on_request(call.op, code, loop.time() - started)
+        if answer.status in SUCCESS:
+            return value_of(call.op, answer, call.parse)
+        raise error_of(call.op, answer, _ABSENT)
+
+
+def _answer(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:
+    """Carry out the operation, if it is to be, and return what is told about it."""
+    true = _operated(operate) if trouble.applied else Answer(502, {}, b"")
+    match trouble.answer:
+        case None if true.status in SUCCESS and trouble.rewrite is not None:
+            return true._replace(body=orjson.dumps(trouble.rewrite(orjson.loads(true.body or b""))))
+        case None:
+            return true
+        case int(status):
+            after = trouble.retry_after
+            headers = {} if after is None else {"Retry-After": f"{after:g}"}
+            return Answer(status, headers, orjson.dumps(Refusal(status, "injected").envelope()))
+        case bytes(body):
+            return Answer(200, {}, body)
+        case nothing:
+            return nothing
+
+
+def _operated(operate: Callable[[], object]) -> Answer:
+    try:
+        return Answer(200, {}, orjson.dumps(operate()))
+    except Refusal as refusal:
+        return Answer(refusal.status, {}, orjson.dumps(refusal.envelope()))
+
+
+def _never() -> bool:
+    return False

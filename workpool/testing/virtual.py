@@ -1,0 +1,73 @@
+"""Time travel: an event loop on which a day of waiting takes no time.
+
+The loop's clock stands still while anything runs and jumps to the next timer when nothing does, so
+a test is as fast as its work and the same on every machine. For code that waits on this loop alone:
+what threads or sockets are about to bring is not waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+T = TypeVar("T")
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """A loop whose `time()` starts at 0 and moves by waiting only.
+
+    Attributes:
+        slept: Seconds for which the machine was suspended so far: this loop's clock and timers
+            stood still meanwhile, as those of a real one do; `machine_time` went on.
+    """
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self.slept = 0.0
+        super().__init__(_Jumps(self._jump))
+
+    def time(self) -> float:
+        """Return seconds of virtual time."""
+        return self._now
+
+    def machine_time(self) -> float:
+        """Return virtual seconds with those of suspension: the clock that leases are on."""
+        return self._now + self.slept
+
+    def suspend(self, seconds: float) -> None:
+        """Put the machine to sleep."""
+        self.slept += seconds
+
+    def _jump(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class _Jumps(selectors.DefaultSelector):
+    """A selector that lets time pass instead of waiting."""
+
+    def __init__(self, jump: Callable[[float], None]) -> None:
+        super().__init__()
+        self._jump = jump
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            # Better than to hang: no timer is set, so nothing can happen any more.
+            raise RuntimeError("every task waits for what no timer will bring")
+        if not ready and timeout:
+            self._jump(timeout)
+        return ready
+
+
+def run_virtual(main: Coroutine[object, object, T]) -> T:
+    """Run `main` in virtual time, as `asyncio.run` does in real time.
+
+    Raises:
+        RuntimeError: `main` waits for something that nothing on its loop can bring about.
+    """
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
