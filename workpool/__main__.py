@@ -1,0 +1,6 @@
+"""`python -m workpool` is the `workpool` command."""
+
+from workpool.cli import main
+
+if __name__ == "__main__":
+    main()

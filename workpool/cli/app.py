@@ -1,0 +1,45 @@
+"""All commands, and what stands before them: `workpool [--version] COMMAND`."""
+
+from typing import Annotated
+
+import typer
+
+from workpool import __version__
+from workpool.cli import check, demo, listing, run, serve, work
+from workpool.cli.options import Verbose
+
+# Rich tracebacks show local variables, and so tokens.
+app = typer.Typer(
+    name="workpool",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run session handlers against a remote work queue.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"workpool {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and end."),
+    ] = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Run session handlers against a remote work queue."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(demo.demo)
+app.command()(run.run)
+app.command()(serve.serve)
+app.command()(check.check)
+app.command("plugins")(listing.plugins)
+app.add_typer(work.app, name="work")

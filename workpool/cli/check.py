@@ -1,0 +1,161 @@
+"""`workpool check`: would `run` work here, and if not, what is to be done (design §6).
+
+Claims nothing and changes nothing: one read of the queue's stats is all that it sends.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Final, Literal
+
+import aiohttp
+import typer
+
+from workpool.cli import exits
+from workpool.cli.listing import load_plugins
+from workpool.cli.options import BaseUrl, Config, EnvironmentId, Json, PluginNames, read_settings
+from workpool.cli.output import print_json
+from workpool.errors import ControlPlaneError, PluginError, SettingsError
+from workpool.settings import Settings
+from workpool.wire.client import WorkClient
+from workpool.wire.dialect import DIALECTS
+from workpool.wire.items import QueueStats
+
+SKEW_SECONDS: Final = 5.0
+"""What a wall clock may be off: it decides no lease, but ages and latencies come out wrong."""
+
+_ADVICE: Final = {
+    400: "the environment must be self_hosted, and base_url must hold the dialect's prefix",
+    401: "the token is wrong or has expired: make a new one",
+    403: "the token may not use this environment",
+    404: "check environment_id and base_url",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report; `exit` is what it makes of the exit status."""
+
+    check: str
+    status: Literal["ok", "warn", "FAIL"]
+    message: str
+    advice: str = ""
+    exit: int = exits.OK
+
+
+def check(
+    plugins: PluginNames = None,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+    json: Json = False,
+) -> None:
+    """Check settings, plugins, credentials, reachability and clock; says what to do.
+
+    Exit status: 0 all well, 2 settings or plugins, 3 refused by the control plane, 1 anything else.
+    """
+    findings: list[Finding] = []
+    try:
+        settings = read_settings(
+            config, plugins=plugins, environment_id=environment_id, base_url=base_url
+        )
+    except SettingsError as error:
+        findings += _problems("settings", error)
+    else:
+        findings += _find(settings)
+    status = next((each.exit for each in findings if each.exit), exits.OK)
+    if json:
+        shown = [{k: v for k, v in asdict(each).items() if k != "exit"} for each in findings]
+        print_json({"ok": status == exits.OK, "checks": shown})
+    else:
+        for each in findings:
+            advice = f"; {each.advice}" if each.advice else ""
+            typer.echo(f"{each.status:<4}  {each.check}: {each.message}{advice}")
+    raise typer.Exit(status)
+
+
+def _find(settings: Settings) -> Iterator[Finding]:
+    warnings = settings.warnings()
+    yield from (Finding("settings", "warn", warning) for warning in warnings)
+    if not warnings:
+        yield Finding("settings", "ok", "can be used")
+    yield _check_plugins(settings)
+    try:
+        settings.require_connection()
+    except SettingsError as error:
+        yield from _problems("credentials", error)
+        return
+    yield Finding("credentials", "ok", "there is a token")
+    yield from asyncio.run(_check_control_plane(settings))
+
+
+def _problems(check: str, error: SettingsError) -> Iterator[Finding]:
+    return (Finding(check, "FAIL", each, exit=exits.USAGE) for each in error.problems)
+
+
+def _check_plugins(settings: Settings) -> Finding:
+    try:
+        loaded = load_plugins(settings)
+    except PluginError as error:
+        return Finding("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
+    names = ", ".join(plugin.name for plugin in loaded.describe())
+    if not loaded.can_handle:
+        problem = f"nothing can handle anything: {names or 'no plugin is active'}"
+        return Finding("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")
+    return Finding("plugins", "ok", names)
+
+
+async def _check_control_plane(settings: Settings) -> list[Finding]:
+    dates: list[str] = []
+
+    async def note_date(_: object, __: object, end: aiohttp.TraceRequestEndParams) -> None:
+        dates.append(end.response.headers.get("Date", ""))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(note_date)
+    async with (
+        aiohttp.ClientSession(trust_env=True, trace_configs=[trace]) as session,
+        WorkClient(settings, session=session) as client,
+    ):
+        started = time.monotonic()
+        try:
+            answer: QueueStats | ControlPlaneError = await client.stats()
+        except ControlPlaneError as error:
+            answer = error
+        seconds = time.monotonic() - started
+    findings = [_judge(settings, answer, seconds)]
+    if dates and dates[-1]:
+        findings.append(judge_clock(dates[-1], datetime.now(UTC), seconds))
+    return findings
+
+
+def _judge(settings: Settings, answer: QueueStats | ControlPlaneError, seconds: float) -> Finding:
+    if isinstance(answer, QueueStats):
+        message = f"answered in {seconds * 1000:.0f} ms; {answer.depth} items wait"
+        return Finding("control plane", "ok", message)
+    advice = _ADVICE.get(answer.status or 0, "check base_url, proxies and the network")
+    if answer.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
+        advice += "; base_url is the service's own, as it was not set"
+    return Finding("control plane", "FAIL", str(answer), advice, exits.status_of(answer))
+
+
+def judge_clock(date: str, now: datetime, seconds: float) -> Finding:
+    """Compare this machine's clock with a `Date` header that took at most `seconds` to come."""
+    try:
+        skew = (now - parsedate_to_datetime(date)).total_seconds()
+    except (TypeError, ValueError):
+        return Finding("clock", "warn", "the control plane sends no date that can be read")
+    # The header has whole seconds and was written some time before it came.
+    off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
+    if off <= SKEW_SECONDS:
+        return Finding("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")
+    ahead = "ahead of" if skew > 0 else "behind"
+    return Finding(
+        "clock",
+        "warn",
+        f"{off:.0f} s {ahead} the control plane's",
+        "synchronise it: ages and latencies in metrics are wrong",
+    )

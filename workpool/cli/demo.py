@@ -1,0 +1,5 @@
+"""`workpool demo`."""
+
+
+def demo() -> None:
+    """Show it all."""

@@ -1,0 +1,75 @@
+"""How a command ends: exit statuses and the one line that says why (design §6).
+
+No message here may carry a token; the errors of workpool never do.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final, NoReturn
+
+import typer
+
+from workpool.errors import (
+    ControlPlaneError,
+    ListenError,
+    PluginError,
+    SettingsError,
+    WorkpoolError,
+)
+from workpool.server import ServeError, StoreError
+
+OK: Final = 0
+FAILED: Final = 1
+"""Something failed, or a session could not be handed back."""
+USAGE: Final = 2
+"""Bad usage, settings or plugins."""
+REFUSED: Final = 3
+"""The control plane refused: 400, 401, 403 or 404."""
+SIGNALLED: Final = 128
+"""Added to the number of a signal that did not let the work end."""
+
+_REFUSALS: Final = {400, 401, 403, 404}
+
+
+def status_of(error: WorkpoolError | ServeError) -> int:
+    """The exit status that an error stands for."""
+    if isinstance(error, ControlPlaneError):
+        return REFUSED if error.status in _REFUSALS else FAILED
+    if isinstance(error, StoreError):
+        return FAILED
+    bad_start = isinstance(error, SettingsError | PluginError | ListenError | ServeError)
+    return USAGE if bad_start else FAILED
+
+
+def lines_of(error: BaseException) -> tuple[str, ...]:
+    """What to say of an error: a line for each problem."""
+    return error.problems if isinstance(error, SettingsError) else (str(error),)
+
+
+def complain(error: BaseException) -> None:
+    """Say on stderr what is wrong."""
+    for line in lines_of(error):
+        typer.echo(f"workpool: {line}", err=True)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """End the command with one line and the right status when one of our errors comes out."""
+    try:
+        yield
+    except (WorkpoolError, ServeError) as error:
+        complain(error)
+        raise typer.Exit(status_of(error)) from None
+
+
+def leave_now(status: int) -> NoReturn:
+    """End the process without waiting for what does not end. On any thread.
+
+    Flushes the logs only: stdout may be just what a blocked handler waits for.
+    """
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)

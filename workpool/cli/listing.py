@@ -1,0 +1,78 @@
+"""`workpool plugins`: what is installed, what is active, and what that takes (design §4)."""
+
+from typing import Any
+
+from workpool.cli import exits
+from workpool.cli.options import Config, Json, PluginNames, import_from_here, read_settings
+from workpool.cli.output import print_json, print_rows
+from workpool.plugins import Plugin, Plugins, available
+from workpool.settings import Settings
+
+
+def load_plugins(settings: Settings) -> Plugins:
+    """The active plugins, as `run` would load them.
+
+    Raises:
+        PluginError: One cannot be used.
+    """
+    import_from_here()
+    return Plugins.load((), settings.plugins, settings.plugin_options)
+
+
+def plugins(plugins: PluginNames = None, config: Config = None, json: Json = False) -> None:
+    """Show the installed plugins, and the active ones with their hooks and handlers.
+
+    Installed is not active: name a plugin here, or in the setting `plugins`.
+    """
+    with exits.reported():
+        loaded = load_plugins(read_settings(config, plugins=plugins)).describe()
+    found = {
+        "available": [
+            {"name": one.name, "value": one.value, "distribution": one.distribution}
+            for one in available()
+        ],
+        "active": [_describe(plugin) for plugin in loaded],
+    }
+    if json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def _describe(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "source": plugin.source,
+        "hooks": sorted(plugin.hooks),
+        "handlers": [
+            {
+                "name": route.handler.name,
+                "type": route.rule.type,
+                "metadata": dict(route.rule.metadata),
+                "timeout": route.rule.timeout,
+                "max_sessions": route.rule.max_sessions,
+            }
+            for route in plugin.routes
+        ],
+    }
+
+
+def _print(found: dict[str, list[dict[str, Any]]]) -> None:
+    rows = [
+        ("available", one["name"], one["value"], one["distribution"]) for one in found["available"]
+    ]
+    for plugin in found["active"]:
+        rows.append(("active", plugin["name"], plugin["source"], ""))
+        rows += [("hook", plugin["name"], hook, "") for hook in plugin["hooks"]]
+        rows += [("handler", one["name"], _rule(one), _limits(one)) for one in plugin["handlers"]]
+    print_rows(("", "name", "from, or takes", "of, or limits"), rows)
+
+
+def _rule(handler: dict[str, Any]) -> str:
+    pairs = {"type": handler["type"], **handler["metadata"]}
+    return " ".join(f"{key}={value}" for key, value in pairs.items())
+
+
+def _limits(handler: dict[str, Any]) -> str:
+    names = ("timeout", "max_sessions")
+    return " ".join(f"{name}={handler[name]}" for name in names if handler[name] is not None)

@@ -1,0 +1,48 @@
+"""Results on stdout: one JSON value, a table on a terminal, or plain lines for other programs."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import orjson
+import typer
+
+from workpool.wire.items import QueueStats, WorkItem
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value; times in UTC, with `Z`."""
+    option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
+    typer.echo(orjson.dumps(value, default=dict, option=option).decode())
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on a terminal; else the rows alone, their fields separated by tabs."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            typer.echo("\t".join(_text(cell) for cell in row))
+        return
+    from workpool.cli.tables import print_table  # noqa: PLC0415 - only people need it; it is slow
+
+    print_table(columns, [[_text(cell) for cell in row] for row in rows])
+
+
+def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:
+    """An item or the stats as they are printed, by the protocol's names."""
+    # `last_heartbeat` is `latest_heartbeat_at` once more.
+    names = [each.name for each in fields(thing) if each.name != "last_heartbeat"]
+    return {name: getattr(thing, name) for name in names}
+
+
+def pairs_text(pairs: Any) -> str:
+    """`key=value key=value`."""
+    return " ".join(f"{key}={value}" for key, value in pairs.items())
+
+
+def _text(cell: object) -> str:
+    if cell is None:
+        return "-"
+    text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)
+    # What others wrote must not steer this terminal, nor make two lines of one.
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

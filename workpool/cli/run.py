@@ -1,0 +1,150 @@
+"""`workpool run`: one pool in this process, until a signal, an empty queue or a fatal error.
+
+Owns what happens around the supervisor: signals, the loop's kind, the exit status, and that the
+process ends even when a handler does not.
+"""
+
+import asyncio
+import functools
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Final
+
+import typer
+
+from workpool.cli import exits, logs
+from workpool.cli.options import (
+    BaseUrl,
+    Config,
+    EnvironmentId,
+    PluginNames,
+    Verbose,
+    import_from_here,
+    is_verbose,
+    read_settings,
+)
+from workpool.cli.signals import Signals
+from workpool.errors import WorkpoolError
+from workpool.pool.keeper import new_event_loop
+from workpool.pool.supervisor import Supervisor
+from workpool.settings import Settings
+
+METRICS_LISTEN: Final = "127.0.0.1:9464"
+BLOCKING_THREADS: Final = "workpool-blocking"
+THREADS_SECONDS: Final = 2.0
+"""How long blocking code of cancelled handlers may delay the end of the process."""
+
+
+def run(
+    context: typer.Context,
+    plugins: PluginNames = None,
+    drain: Annotated[bool, typer.Option("--drain", help="End once the queue is empty.")] = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+    concurrency: Annotated[str | None, typer.Option(help="How many sessions at once.")] = None,
+    pollers: Annotated[str | None, typer.Option(help="How many polls in flight.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where to serve metrics, or off.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug to critical.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    _verbose: Verbose = False,
+) -> None:
+    """Run a pool until SIGTERM or SIGINT; a second one ends it at once.
+
+    PLUGIN is an installed plugin, a MODULE or MODULE:HANDLER; the current directory is searched.
+    Every setting has a variable, WORKPOOL_ and its name; the token is one of them.
+    """
+    with exits.reported():
+        settings = read_settings(
+            config,
+            plugins=plugins,
+            environment_id=environment_id,
+            base_url=base_url,
+            concurrency=concurrency,
+            pollers=pollers,
+            metrics_listen=metrics_listen,
+            log_level="debug" if is_verbose(context) else log_level,
+            log_format=log_format,
+        )
+    if settings.metrics_listen is None:
+        settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
+    logs.configure(settings.log_level, settings.log_format)
+    import_from_here()
+    raise typer.Exit(run_pool(settings, until_empty=drain))
+
+
+def run_pool(settings: Settings, *, until_empty: bool) -> int:
+    """Run the pool on a loop of its own; returns the exit status."""
+    supervisor = Supervisor(settings)
+    supervisor.on_blocked = functools.partial(exits.leave_now, exits.FAILED)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_live(supervisor, until_empty=until_empty))
+
+
+async def _live(supervisor: Supervisor, *, until_empty: bool) -> int:
+    executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
+    asyncio.get_running_loop().set_default_executor(executor)
+    status = await _serve(supervisor, until_empty=until_empty)
+    executor.shutdown(wait=False, cancel_futures=True)
+    blocked = _blocking_threads()
+    if blocked:
+        logs.log.warning("blocking code of cancelled handlers still runs threads=%d", blocked)
+    if blocked or supervisor.left_behind:
+        # The runner would cancel and wait for ever: what ignored one cancellation ignores another.
+        sys.stdout.flush()
+        exits.leave_now(status)
+    return status
+
+
+async def _serve(supervisor: Supervisor, *, until_empty: bool) -> int:
+    failure: WorkpoolError | None = None
+    with Signals() as signals:
+        try:
+            async with asyncio.TaskGroup() as group:
+                obeying = group.create_task(
+                    _obey(signals, supervisor, asyncio.current_task()), name="signals"
+                )
+                try:
+                    await supervisor.run(until_empty=until_empty)
+                except WorkpoolError as error:
+                    failure = error
+                finally:
+                    obeying.cancel()
+        except asyncio.CancelledError:
+            if not signals.second.is_set():
+                raise
+    if signals.second.is_set() and signals.last is not None:
+        return exits.SIGNALLED + signals.last
+    if failure is not None:
+        if supervisor.status().error is not failure:  # else the supervisor has said it
+            for line in exits.lines_of(failure):
+                logs.log.critical("%s", line)
+        return exits.status_of(failure)
+    return exits.FAILED if supervisor.left_behind else exits.OK
+
+
+async def _obey(
+    signals: Signals, supervisor: Supervisor, running: "asyncio.Task[int] | None"
+) -> None:
+    """The first signal drains; the second cancels, which is a drain with the deadline now."""
+    async with asyncio.TaskGroup() as group:
+        await signals.first.wait()
+        group.create_task(supervisor.drain(), name="drain")
+        await signals.second.wait()
+        if running is not None:  # cancelling also ends a start that takes for ever
+            running.cancel()
+
+
+def _blocking_threads() -> int:
+    """How many threads still run blocking code that a handler gave to `asyncio.to_thread`."""
+    until = time.monotonic() + THREADS_SECONDS
+    left = 0
+    for thread in threading.enumerate():
+        if thread.name.startswith(BLOCKING_THREADS):
+            thread.join(max(0.0, until - time.monotonic()))
+            left += thread.is_alive()
+    return left

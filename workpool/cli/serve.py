@@ -1,0 +1,120 @@
+"""`workpool serve`: the embedded control plane in a process of its own (design §6)."""
+
+import asyncio
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import orjson
+import typer
+
+from workpool.cli import exits, logs
+from workpool.cli.options import Json, Verbose, is_verbose
+from workpool.cli.signals import Signals
+from workpool.pool.keeper import new_event_loop
+from workpool.server import (
+    DEFAULT_ENVIRONMENT,
+    ControlPlane,
+    MemoryStore,
+    ServeError,
+    SqliteStore,
+    parse_token_file,
+)
+
+Ids = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID", help="A self_hosted environment; repeatable. Default: a fixed id."),
+]
+CloudIds = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID", help="An environment that refuses work calls; repeatable."),
+]
+
+
+def serve(
+    context: typer.Context,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8484,
+    store: Annotated[
+        str, typer.Option(metavar="memory|FILE", help="Where items live; FILE is SQLite.")
+    ] = "memory",
+    token: Annotated[
+        list[str] | None, typer.Option(metavar="TOKEN", help="Who may call; repeatable.")
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A token a line, then the environments it may use."),
+    ] = None,
+    environment: Ids = None,
+    cloud_environment: CloudIds = None,
+    json: Json = False,
+    _verbose: Verbose = False,
+) -> None:
+    """Serve a work queue over HTTP, in both dialects, until SIGTERM or SIGINT.
+
+    Without a token a random one is made and printed in the ready line.
+    """
+    logs.configure("debug" if is_verbose(context) else "info", "text")
+    with exits.reported():
+        grants = _grants(token or [], token_file)
+        if not grants and not _is_loopback(host):
+            raise ServeError(f"{host} is not a loopback address: give --token or --token-file")
+        plane = ControlPlane(
+            environments=environment or [DEFAULT_ENVIRONMENT],
+            cloud_environments=cloud_environment or [],
+            tokens=grants or None,
+            store=MemoryStore() if store == "memory" else SqliteStore(store),
+            host=host,
+            port=port,
+            history_limit=0,  # nobody asks for it here, and it would grow
+        )
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
+
+
+async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:
+    with Signals() as signals:
+        async with plane:
+            typer.echo(_ready_line(plane, shown, as_json=as_json))
+            await signals.first.wait()
+            logs.log.info("serve ends signal=%s", signals.last)
+
+
+def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
+    """`token`: the random one; a given token is never printed."""
+    if as_json:
+        ready = {
+            "base_url": plane.base_url,
+            "anthropic_base_url": plane.anthropic_base_url,
+            "token": token,
+            "environments": plane.environments,
+        }
+        return orjson.dumps(ready).decode()
+    words = [
+        "ready",
+        f"WORKPOOL_BASE_URL={plane.base_url}",
+        f"WORKPOOL_ENVIRONMENT_ID={plane.environments[0]}",
+    ]
+    return " ".join(words if token is None else [*words, f"WORKPOOL_TOKEN={token}"])
+
+
+def _grants(tokens: list[str], file: Path | None) -> dict[str, frozenset[str] | None]:
+    grants: dict[str, frozenset[str] | None] = dict.fromkeys(tokens)
+    if file is not None:
+        try:
+            text = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problem = getattr(error, "strerror", None) or "not text"
+            raise ServeError(f"token file: {problem}") from None
+        grants |= parse_token_file(text)
+    return grants
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether nobody outside this machine can reach `host`; a name counts by what it stands for."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(info[4][0]).is_loopback for info in found)
