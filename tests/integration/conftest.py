@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
+import orjson
 import pytest
 
+from workpool import handler
+from workpool.events import SessionFinished
+from workpool.handler import rule_of
+from workpool.pool import lease
+from workpool.server.dialects import DIALECTS
+from workpool.testing import literal
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from workpool import Supervisor
+    from workpool.server import ControlPlane, Item
+    from workpool.testing import Faults, Recorder, Request
+
+    class MakePool(Protocol):
+        def __call__(self, *plugins: object, **settings: Any) -> Supervisor: ...
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +38,86 @@ async def nothing_left() -> AsyncIterator[None]:
     left = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not left
     assert not problems
+
+
+@dataclass
+class Life:
+    """What became of one item that one pool ran."""
+
+    item: Item
+    finished: SessionFinished
+    sent: list[Request]
+    """All that was sent for it, in order."""
+    history: list[str]
+
+    @property
+    def ops(self) -> list[str]:
+        return [request.op for request in self.sent]
+
+    @property
+    def outcome(self) -> str:
+        return self.finished.outcome
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return dict(self.item.metadata)
+
+
+class LifeOf(Protocol):
+    def __call__(self, work_id: str) -> Awaitable[Life]: ...
+
+
+class RunOne(Protocol):
+    def __call__(self, call: Callable[[Any], Any], **settings: Any) -> Awaitable[Life]: ...
+
+
+@pytest.fixture
+def life_of(plane: ControlPlane, faults: Faults, recorder: Recorder) -> LifeOf:
+    """Wait for the end of an item's session and tell what it came to."""
+
+    async def life(work_id: str) -> Life:
+        finished = await recorder.wait_for(
+            SessionFinished, lambda event: event.session.item.id == work_id
+        )
+        return Life(
+            item=plane.operations.get(plane.environments[0], work_id),
+            finished=finished,
+            sent=faults.of(work_id=work_id),
+            history=[record.kind for record in plane.history.of(work_id)],
+        )
+
+    return life
+
+
+@pytest.fixture
+def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne:
+    """Run a pool with this handler until one item's session is over."""
+
+    async def run(call: Callable[[Any], Any], **settings: Any) -> Life:
+        (item,) = plane.enqueue()
+        marked = call if rule_of(call) else handler(call)
+        async with make_pool(marked, **settings):
+            await life_of(item.id)
+        return await life_of(item.id)
+
+    return run
+
+
+@pytest.fixture
+def beat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+    """Make the pool doubt a lease, and so beat at once: a poll brings a copy of the item."""
+
+    def nudge(work_id: str) -> None:
+        def copy() -> bytes:
+            item = plane.operations.get(plane.environments[0], work_id)
+            return orjson.dumps(DIALECTS["qoder"].item(item))
+
+        faults.add(literal(copy), "poll", times=1)
+
+    return nudge
+
+
+@pytest.fixture
+def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Renew leases ten times a second rather than every third of their time."""
+    monkeypatch.setattr(lease, "RENEW_PART", 600)

@@ -14,6 +14,7 @@ Nothing here sleeps and hopes: everything can be waited for, within a bound.
 from workpool.testing.actions import (
     Hold,
     delay,
+    expire_lease,
     expired,
     garbled,
     literal,
@@ -35,6 +36,7 @@ __all__ = [
     "Request",
     "Rule",
     "delay",
+    "expire_lease",
     "expired",
     "garbled",
     "literal",

@@ -1,0 +1,403 @@
+"""The finish table of design §1, row by row: what a session came to, and what was sent for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.events import SessionStarted, StopFinished
+from workpool.testing import Hold, expire_lease, status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+BEGIN = ["ack", "heartbeat"]
+NAP = {"block_ms": 20}
+
+
+async def forever(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+def patient() -> Any:
+    """A handler that never ends by itself."""
+
+    @handler
+    async def work(session: Session) -> None:
+        await forever(session)
+
+    return work
+
+
+def stubborn(end: Callable[[], Any]) -> Any:
+    """A handler that, once cancelled, ends as it likes."""
+
+    @handler
+    async def work(session: Session) -> Any:
+        try:
+            await forever(session)
+        except asyncio.CancelledError:
+            return end()
+
+    return work
+
+
+def raises(error: BaseException) -> Callable[[], Any]:
+    def end() -> Any:
+        raise error
+
+    return end
+
+
+# -- returned --------------------------------------------------------------------------------------
+
+
+async def test_returned_a_mapping(run_one: Any, recorder: Recorder) -> None:
+    async def work(_: Session) -> dict[str, str]:
+        return {"rows": "7", "empty": ""}
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert life.metadata == {"rows": "7", "empty": ""}
+    assert life.sent[-1].body == {"force": True}
+    assert life.history == ["created", "delivered", "acked", "heartbeat", "metadata", "stopped"]
+    (stop,) = recorder.of(StopFinished)
+    assert (stop.mode, stop.result) == ("force", "ok")
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+async def test_returned_nothing_costs_four_requests(run_one: Any, nothing: Any) -> None:
+    async def work(_: Session) -> Any:
+        return nothing
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.ops == [*BEGIN, "stop"]  # and the poll
+    assert life.metadata == {}
+
+
+# -- raised, or returned something else ------------------------------------------------------------
+
+
+async def test_raised(run_one: Any) -> None:
+    error = ValueError("the secret is 42")
+
+    async def work(_: Session) -> None:
+        raise error
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert life.sent[-1].body == {"force": True}
+    assert life.metadata == {"workpool.error": "ValueError"}
+    assert life.finished.error is error
+
+
+@pytest.mark.parametrize(
+    ("message", "note"),
+    [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
+     ("a\ud800b", "ValueError: a?b")],
+)  # fmt: skip
+async def test_raised_and_the_message_may_be_told(run_one: Any, message: str, note: str) -> None:
+    async def work(_: Session) -> None:
+        raise ValueError(message)
+
+    life = await run_one(work, report_errors="message")
+    assert life.metadata == {"workpool.error": note}
+    assert len(life.metadata["workpool.error"]) <= 512
+
+
+@pytest.mark.parametrize(
+    ("returned", "error"),
+    [(7, "TypeError"), ("text", "TypeError"), ({"a": 1}, "TypeError"), ([("a", "b")], "TypeError"),
+     ({"a": "\ud800"}, "UnicodeEncodeError")],
+)  # fmt: skip
+async def test_returned_something_else(run_one: Any, returned: Any, error: str) -> None:
+    async def work(_: Session) -> Any:
+        return returned
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert life.metadata == {"workpool.error": error}
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), asyncio.CancelledError("leaked")], ids=["SystemExit", "CancelledError"]
+)
+async def test_what_is_no_exception_counts_as_raised(run_one: Any, error: BaseException) -> None:
+    async def work(_: Session) -> None:
+        raise error
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": type(error).__name__}
+
+
+# -- timed out -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "setting"), [(None, 0.05), (0.05, None), (0.05, 1000.0)], ids=["setting", "own", "both"]
+)
+async def test_timed_out(
+    plane: ControlPlane, make_pool: Any, life_of: Any, own: float | None, setting: float | None
+) -> None:
+    @handler(timeout=own)
+    async def work(session: Session) -> None:
+        await forever(session)
+
+    (item,) = plane.enqueue()
+    async with make_pool(work, session_timeout=setting):
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("timed_out", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert life.metadata == {"workpool.error": "TimeoutError"}
+
+
+# -- released --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (0, 10), (5000, 600)])
+async def test_released_by_its_handler(run_one: Any, delay: float, ttl: int) -> None:
+    async def work(_: Session) -> None:
+        raise Release("come back later", delay=delay)
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.ops == [*BEGIN, "update", "heartbeat"]
+    assert life.metadata == {"workpool.released": "come back later"}
+    assert life.sent[-1].query["desired_ttl_seconds"] == str(ttl)
+    assert life.item.ttl_seconds == ttl
+
+
+async def test_released_although_the_reason_cannot_be_written(run_one: Any, faults: Faults) -> None:
+    async def work(_: Session) -> None:
+        raise Release("why")
+
+    faults.add(status(400), "update")
+    life = await run_one(work)
+    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", {})
+    assert life.ops == [*BEGIN, "update", "heartbeat"]
+
+
+async def test_released_at_the_drains_deadline(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(patient()) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        await supervisor.drain(timeout=0)
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", {})
+    assert life.ops == [*BEGIN, "heartbeat"]
+    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+
+
+# -- asked to stop ---------------------------------------------------------------------------------
+
+
+async def test_asked_to_stop_and_did(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+) -> None:
+    async def work(session: Session) -> dict[str, str]:
+        await session.interrupted()
+        return {"stopping": str(session.stopping), "draining": str(session.draining)}
+
+    (item,) = plane.enqueue()
+    async with make_pool(handler(work), **NAP):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("stopped", "stopped")
+    assert life.metadata == {"stopping": "True", "draining": "False"}
+    assert life.ops == [*BEGIN, "heartbeat", "update", "stop"]
+    assert life.sent[-1].body == {"force": True}
+    (stop,) = recorder.of(StopFinished)
+    assert (stop.mode, stop.result) == ("confirm", "ok")
+
+
+async def test_asked_to_stop_and_did_not(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(patient(), stop_grace=0.05, **NAP):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
+    assert life.ops == [*BEGIN, "heartbeat", "stop"]
+
+
+async def test_asked_to_stop_before_the_first_beat(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, faults: Faults
+) -> None:
+    hold = Hold()
+    faults.add(hold, "heartbeat")
+    (item,) = plane.enqueue()
+    async with make_pool(patient()):
+        await hold.reached()
+        plane.operations.stop(plane.environments[0], item.id)
+        hold.release()
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("stopped", "stopped")
+    assert life.ops == [*BEGIN, "stop"]
+    assert not recorder.of(SessionStarted)
+
+
+# -- stopped by someone else, or lost: nothing is sent ---------------------------------------------
+
+
+async def test_stopped_by_someone_else(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(patient(), **NAP):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id, force=True)
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
+    assert life.ops == [*BEGIN, "heartbeat", "get"]
+    assert not recorder.of(StopFinished)
+
+
+async def test_lost_to_the_queue(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(patient(), reclaim_older_than_ms=600_000):
+        await recorder.wait_for(SessionStarted)
+        expire_lease(plane, item.id)  # which makes the plane deliver the item to us again
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "queued", {})
+    assert life.ops == [*BEGIN, "heartbeat", "get"]
+
+
+ENDS = {
+    "returns": lambda: None,
+    "returns_a_result": lambda: {"a": "b"},
+    "raises": raises(ValueError()),
+    "releases": raises(Release("why")),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_lost_to_another_worker_however_the_handler_ends(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any, end: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn(end), **NAP):
+        await recorder.wait_for(SessionStarted)
+        expire_lease(plane, item.id)
+        plane.operations.ack(plane.environments[0], item.id, "another")
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
+    assert life.ops == [*BEGIN, "heartbeat"]  # answered 412, with no beat of ours in doubt
+
+
+# -- several at once: the lowest row wins ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (lambda: {"a": "b"}, ("timed_out", "stop", {"workpool.error": "TimeoutError"})),
+        (raises(ValueError()), ("timed_out", "stop", {"workpool.error": "ValueError"})),
+        (raises(Release("why")), ("released", "heartbeat", {"workpool.released": "why"})),
+    ],
+    ids=["returned", "raised", "released"],
+)
+async def test_timed_out_and(
+    plane: ControlPlane, make_pool: Any, life_of: Any, end: Any, expected: Any
+) -> None:
+    outcome, last, metadata = expected
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn(end), session_timeout=0.05):
+        life = await life_of(item.id)
+    assert (life.outcome, life.metadata) == (outcome, metadata)
+    assert life.ops == [*BEGIN, "update", last]
+
+
+@pytest.mark.parametrize(
+    ("end", "metadata"),
+    [
+        (lambda: {"a": "b"}, {}),
+        (raises(ValueError()), {}),
+        (raises(Release("why", delay=60)), {"workpool.released": "why"}),
+    ],
+    ids=["returned", "raised", "released"],
+)
+async def test_drained_and(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, end: Any,
+    metadata: dict[str, str],
+) -> None:  # fmt: skip
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn(end)) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        await supervisor.drain(timeout=0)
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", metadata)
+    assert "stop" not in life.ops
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [(lambda: {"a": "b"}, {"a": "b"}), (raises(ValueError()), {}), (raises(Release("why")), {})],
+    ids=["returned", "raised", "released"],
+)
+async def test_asked_to_stop_and(
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    life_of: Any,
+    beat_now: Any,
+    ending: Any,
+) -> None:
+    end, metadata = ending
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn(end), stop_grace=0, **NAP):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", metadata)
+    assert life.ops[-1] == "stop"
+
+
+async def test_asked_to_stop_and_drained(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(patient(), **NAP) as supervisor:
+        started = await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        beat_now(item.id)
+        await started.session.interrupted()
+        await supervisor.drain(timeout=0)
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("stopped", "stopped")
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+async def test_stopped_by_someone_else_however_the_handler_ends(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any, end: Any
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn(end), **NAP):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id, force=True)
+        beat_now(item.id)
+        life = await life_of(item.id)
+    assert (life.outcome, life.metadata) == ("stopped", {})
+    assert life.ops == [*BEGIN, "heartbeat", "get"]

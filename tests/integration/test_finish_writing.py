@@ -1,0 +1,282 @@
+"""What is written at a session's end, and what it means when that does not work (design §1)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.errors import RefusedError
+from workpool.events import HeartbeatFinished, SessionFinished, StopFinished
+from workpool.pool import finish
+from workpool.testing import Hold, delay, expire_lease, garbled, lost, reset, status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+    from workpool.testing.faults import Fault
+
+BEGIN = ["ack", "heartbeat"]
+TRANSIENT: dict[str, Callable[[], Fault]] = {
+    "lost": lost,
+    "never_applied": lambda: lost(applied=False),
+    "reset": reset,
+    "not_json": garbled,
+    "408": lambda: status(408),
+    "425": lambda: status(425),
+    "429": lambda: status(429, retry_after="0.01"),
+    "500": lambda: status(500, applied=True),
+    "502_html": lambda: status(502, html=True),
+    "503": lambda: status(503),
+}
+
+
+@handler
+async def result(_: Session) -> dict[str, str]:
+    return {"rows": "7"}
+
+
+@pytest.fixture
+def short_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "FINISH_SECONDS", 0.3)
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+
+
+# -- stop ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
+async def test_a_stop_is_repeated_until_it_is_answered(
+    run_one: Any, faults: Faults, fault: Callable[[], Fault], recorder: Recorder
+) -> None:
+    faults.add(fault(), "stop", times=2)
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop", "stop", "stop"]
+    assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
+
+
+@pytest.mark.usefixtures("short_finish")
+async def test_a_stop_that_is_never_answered_in_time_releases(run_one: Any, faults: Faults) -> None:
+    faults.add(status(503), "stop")
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.ops.count("stop") > 1
+
+
+@pytest.mark.parametrize("code", [409, 412])
+@pytest.mark.parametrize("applied", [False, True])
+async def test_a_conflict_means_that_it_is_stopped(
+    run_one: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
+) -> None:
+    faults.add(status(code, applied=applied), "stop")
+    life = await run_one(result)
+    assert life.outcome == "completed"
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert [event.result for event in recorder.of(StopFinished)] == ["conflict"]
+
+
+@pytest.mark.parametrize(("code", "told"), [(400, "error"), (403, "error"), (404, "gone")])
+async def test_a_stop_that_is_refused_fails(
+    run_one: Any, faults: Faults, recorder: Recorder, code: int, told: str
+) -> None:
+    faults.add(status(code), "stop")
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("failed", "active")
+    assert life.ops == [*BEGIN, "update", "stop"]
+    assert [event.result for event in recorder.of(StopFinished)] == [told]
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_a_beats_409_after_our_own_stop_is_its_success(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    """The stop's answer never comes, and the lease's next beat is answered 409."""
+    faults.add(Hold(applied=True), "stop")
+    life = await run_one(result, lease_ttl=10)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
+    assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
+    assert "get" not in life.ops
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    """A beat's answer is lost before the stop, so that the item is read after it."""
+    hold = Hold(applied=True)
+    faults.add(hold, "stop")
+    faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
+    faults.add(status(412), "heartbeat", where=lambda _: hold.held > 0)
+    life = await run_one(result, lease_ttl=10)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.ops[-1] == "get"
+    assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
+
+
+# -- a result --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
+async def test_a_result_is_written_again_until_it_is_answered(
+    run_one: Any, faults: Faults, fault: Callable[[], Fault]
+) -> None:
+    faults.add(fault(), "update", times=2)
+    life = await run_one(result)
+    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
+    assert life.ops == [*BEGIN, "update", "update", "update", "stop"]
+
+
+@pytest.mark.usefixtures("short_finish")
+async def test_a_result_that_cannot_be_written_in_time_is_never_stopped_over(
+    run_one: Any, faults: Faults
+) -> None:
+    faults.add(status(503), "update")
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert "stop" not in life.ops
+
+
+@pytest.mark.usefixtures("short_finish")
+async def test_a_result_that_hangs_is_never_stopped_over(run_one: Any, faults: Faults) -> None:
+    faults.add(delay(30), "update")
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.ops == [*BEGIN, "update"]
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404])
+async def test_a_result_that_is_refused_fails(run_one: Any, faults: Faults, code: int) -> None:
+    faults.add(status(code), "update", times=1)
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.ops == [*BEGIN, "update", "update", "stop"]
+    assert life.metadata == {"workpool.error": "RefusedError"}
+    assert isinstance(life.finished.error, RefusedError)
+
+
+async def test_a_result_that_is_refused_fails_even_when_that_cannot_be_told(
+    run_one: Any, faults: Faults
+) -> None:
+    faults.add(status(400), "update")
+    life = await run_one(result)
+    assert (life.outcome, life.item.state, life.metadata) == ("failed", "stopped", {})
+    assert life.ops == [*BEGIN, "update", "update", "stop"]
+
+
+@pytest.mark.parametrize("code", [409, 412])
+async def test_a_result_in_conflict_is_already_stopped_and_fine(
+    run_one: Any, faults: Faults, code: int
+) -> None:
+    faults.add(status(code), "update")
+    life = await run_one(result)
+    assert life.outcome == "completed"
+    assert life.ops == [*BEGIN, "update", "stop"]
+
+
+async def test_an_error_note_that_is_refused_stops_all_the_same(
+    run_one: Any, faults: Faults
+) -> None:
+    async def work(_: Session) -> None:
+        raise ValueError
+
+    faults.add(status(400), "update")
+    life = await run_one(work)
+    assert (life.outcome, life.item.state, life.metadata) == ("failed", "stopped", {})
+    assert life.ops == [*BEGIN, "update", "stop"]
+
+
+# -- the lease, lost while we write ----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_nothing_more_is_sent_once_the_lease_is_lost(
+    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "update")
+    (item,) = plane.enqueue()
+    async with make_pool(result, lease_ttl=10, reclaim_older_than_ms=600_000):
+        await hold.reached()
+        expire_lease(plane, item.id)
+        plane.operations.ack(plane.environments[0], item.id, "another")
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
+    assert "stop" not in life.ops
+    assert life.ops.count("update") == 1
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_a_stop_by_someone_else_while_we_write_is_a_stop(
+    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "update")
+    (item,) = plane.enqueue()
+    async with make_pool(result, lease_ttl=10):
+        await hold.reached()
+        plane.operations.stop(plane.environments[0], item.id, force=True)
+        life = await life_of(item.id)
+    assert (life.outcome, life.metadata) == ("stopped", {})
+    assert "stop" not in life.ops
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_the_lease_is_kept_while_we_write(
+    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "update")
+    (item,) = plane.enqueue()
+    async with make_pool(result, lease_ttl=10):
+        await hold.reached()
+        beats = len(faults.of("heartbeat"))
+        await faults.wait_for("heartbeat", count=beats + 3, answered=True)
+        hold.release()
+        life = await life_of(item.id)
+    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
+
+
+async def test_the_finish_is_not_torn_by_the_embedders_cancellation(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    """The result is on its way when the embedder is cancelled: it is written, and stopped."""
+    hold = Hold()
+    faults.add(hold, "update")
+    (item,) = plane.enqueue()
+
+    async def embed() -> None:
+        async with make_pool(result):
+            await asyncio.Event().wait()
+
+    async with asyncio.TaskGroup() as group:
+        embedder = group.create_task(embed())
+        await hold.reached()
+        embedder.cancel()
+        hold.release()
+        await asyncio.wait({embedder})
+    assert embedder.cancelled()
+    assert len(recorder.of(SessionFinished)) == 1
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.ops == [*BEGIN, "update", "stop"]
+
+
+@pytest.mark.usefixtures("short_finish")
+async def test_a_release_that_is_never_answered_still_lapses(run_one: Any, faults: Faults) -> None:
+    async def work(_: Session) -> None:
+        raise Release("why")
+
+    faults.add(delay(30), "heartbeat", skip=1)
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert "stop" not in life.ops
