@@ -1,0 +1,833 @@
+"""One request and its answer over a real socket: every odd answer, and what is never told.
+
+The server here speaks bytes, because most of what it says no HTTP library would say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import shutil
+import ssl
+import subprocess
+import traceback
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from yarl import URL
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    PreconditionError,
+    RefusedError,
+    SettingsError,
+    TransientError,
+)
+from workpool.settings import Settings
+from workpool.wire import calls
+from workpool.wire.answers import RETRY_AFTER_MAX_SECONDS, Answer, code_of, error_of, retry_after_of
+from workpool.wire.transport import ANSWER_LIMIT_BYTES, Transport, proxy_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+TOKEN = "-".join(("pat", "hunter2", "hunter2"))
+OPENSSL = shutil.which("openssl")
+STATS = b'{"depth": 1, "pending": 0, "oldest_queued_at": null, "workers_polling": 1}'
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class Server:
+    """Answers each request with the next of `answers`; the last one goes on for ever."""
+
+    answers: list[bytes | Callable[[Server, asyncio.StreamWriter], Awaitable[None]]]
+    url: str = ""
+    requests: list[Request] = field(default_factory=list)
+    connections: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while True:
+                self.requests.append(await read_request(reader))
+                self.arrived.set()
+                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                if callable(answer):
+                    await answer(self, writer)
+                else:
+                    writer.write(answer)
+                    await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+async def read_request(reader: asyncio.StreamReader) -> Request:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    start, *lines = head.strip().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    method, path, _ = start.split(" ")
+    body = await reader.readexactly(int(headers.get("Content-Length", 0)))
+    return Request(method, path, headers, body)
+
+
+def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
+    fields = {"Content-Length": str(len(body)), **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status} Whatever\r\n{lines}\r\n".encode() + body
+
+
+def refusal(status: int, message: str = "no", **more: Any) -> bytes:
+    return answer(
+        status, json.dumps({"type": "error", "error": {"message": message, **more}}).encode()
+    )
+
+
+OK = answer(200, STATS)
+
+
+@asynccontextmanager
+async def serving(*answers: Any, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+    server = Server(list(answers))
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
+    port = listener.sockets[0].getsockname()[1]
+    server.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/api"
+    try:
+        yield server
+    finally:
+        server.release.set()
+        listener.close()
+
+
+@asynccontextmanager
+async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterator[Transport]:
+    if "token_file" not in values:
+        values.setdefault("token", TOKEN)
+    transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
+    transport.open("me")
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+async def ask(transport: Transport, url: str, seconds: float = 20, call: Any = calls.STATS) -> Any:
+    return await transport.send(call, URL(f"{url}/x", encoded=True), seconds)
+
+
+async def failure(*answers: Any, seconds: float = 20, call: Any = calls.STATS) -> ControlPlaneError:
+    async with serving(*answers) as server, connected(server.url) as transport:
+        with pytest.raises(ControlPlaneError) as raised:
+            await ask(transport, server.url, seconds, call)
+    assert TOKEN not in "".join(traceback.format_exception(raised.value))
+    assert raised.value.__context__ is None
+    return raised.value
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+
+async def test_what_a_request_bears() -> None:
+    async with serving(OK) as server, connected(server.url) as transport:
+        await ask(transport, server.url)
+    (request,) = server.requests
+    assert (request.method, request.path, request.body) == ("GET", "/api/x", b"")
+    headers = request.headers
+    assert headers["Authorization"] == f"Bearer {TOKEN}"
+    assert headers["Worker-ID"] == "me"
+    assert headers["Accept"] == "application/json"
+    assert re.fullmatch(r"workpool/[0-9][0-9.]*", headers["User-Agent"])
+    assert "Cookie" not in headers
+
+
+async def test_a_body_says_that_it_is_json() -> None:
+    async with serving(OK) as server, connected(server.url) as transport:
+        call: Any = calls.Call("stop", "POST", calls.STATS.parse)
+        await transport.send(call, URL(f"{server.url}/x"), 20, b'{"force":true}')
+    (request,) = server.requests
+    assert request.headers["Content-Type"] == "application/json"
+    assert request.body == b'{"force":true}'
+
+
+async def test_the_siblings_headers() -> None:
+    async with serving(OK) as server, connected(server.url, dialect="anthropic") as transport:
+        await ask(transport, server.url)
+    headers = server.requests[0].headers
+    assert headers["anthropic-worker-id"] == "me"
+    assert headers["anthropic-version"] == "2023-06-01"
+    assert headers["anthropic-beta"] == "managed-agents-2026-04-01"
+    assert "Worker-ID" not in headers
+
+
+async def test_a_connection_is_kept_and_cookies_are_not() -> None:
+    async with (
+        serving(answer(200, STATS, Set_Cookie="a=b")) as server,
+        connected(server.url) as transport,
+    ):
+        for _ in range(3):
+            await ask(transport, server.url)
+    assert server.connections == 1
+    assert all("Cookie" not in request.headers for request in server.requests)
+
+
+async def test_all_that_the_pool_does_goes_at_once() -> None:
+    async def hold(server: Server, writer: asyncio.StreamWriter) -> None:
+        if len(server.requests) == 40:
+            server.release.set()
+        await server.release.wait()
+        writer.write(OK)
+
+    async with (
+        serving(hold) as server,
+        connected(server.url, concurrency=30, pollers=8, prefetch=2) as transport,
+    ):
+        await asyncio.gather(*(ask(transport, server.url) for _ in range(40)))
+    assert server.connections == 40
+
+
+# -- answers that may pass -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (408, "server_error"),
+        (425, "server_error"),
+        (429, "throttled"),
+        (500, "server_error"),
+        (502, "server_error"),
+        (503, "server_error"),
+        (504, "server_error"),
+        (599, "server_error"),
+    ],
+)
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>Bad Gateway</html>", b"", b"\xff", b'{"error": 7}', b"[]", b"7", b'{"error": {}}'],
+)
+async def test_a_gateways_answer_is_worth_another_try(
+    status: int, reason: str, body: bytes
+) -> None:
+    error = await failure(answer(status, body))
+    assert isinstance(error, TransientError)
+    assert (error.op, error.status, error.reason) == ("stats", status, reason)
+    assert "html" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"nul",
+        b"\xff",
+        b"[" * 100000,
+        b'{"depth": 1',
+        b'{"depth": NaN}',
+        b'{"depth": -1}',
+        b"null",
+        b"[]",
+        b'"x"',
+        b"7",
+        b'{"depth": "hunter2"}',
+    ],
+)
+async def test_a_success_that_is_not_what_we_know_is_worth_another_try(body: bytes) -> None:
+    error = await failure(answer(200, body))
+    assert isinstance(error, TransientError)
+    assert (error.status, error.reason) == (200, "bad_body")
+    assert "hunter2" not in str(error)
+
+
+async def test_only_a_stop_may_be_answered_without_content() -> None:
+    async with serving(answer(204)) as server, connected(server.url) as transport:
+        assert await ask(transport, server.url, call=calls.STOP) is None
+    for call in (calls.POLL, calls.ACK, calls.STATS):
+        error = await failure(answer(204), call=call)
+        assert isinstance(error, TransientError)
+        assert error.reason == "bad_body"
+    for call in (calls.STOP, calls.ACK):
+        assert isinstance(await failure(answer(200, b"null"), call=call), TransientError)
+
+
+async def test_null_is_an_answer_to_a_poll() -> None:
+    async with serving(answer(200, b"null")) as server, connected(server.url) as transport:
+        assert await ask(transport, server.url, call=calls.POLL) is None
+
+
+async def test_an_answer_that_is_too_large_is_cut_off() -> None:
+    async def flood(_: Server, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99000000000\r\n\r\n")
+        while True:
+            writer.write(b" " * 65536)
+            await writer.drain()
+
+    async def trickle(_: Server, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"10000\r\n" + b" " * 65536 + b"\r\n")
+            await writer.drain()
+
+    packed = gzip.compress(b" " * (ANSWER_LIMIT_BYTES * 8))
+    bomb = answer(200, packed, Content_Encoding="gzip")
+    for large in (flood, trickle, bomb):
+        error = await failure(large)
+        assert isinstance(error, TransientError)
+        assert (error.reason, error.status) == ("bad_body", 200)
+        assert "larger" in str(error)
+
+
+async def test_the_largest_answer_still_fits() -> None:
+    body = STATS + b" " * (ANSWER_LIMIT_BYTES - len(STATS))
+    packed = answer(200, gzip.compress(body), Content_Encoding="gzip")
+    for fitting in (answer(200, body), packed, answer(200, STATS, Connection="close")):
+        async with serving(fitting) as server, connected(server.url) as transport:
+            assert (await ask(transport, server.url)).depth == 1
+
+
+# -- no answer -----------------------------------------------------------------------------------
+
+
+async def hang_up(*_: object) -> None:
+    raise ConnectionError
+
+
+async def half(_: Server, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+    await writer.drain()
+    raise ConnectionError
+
+
+async def reset(_: Server, writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+    raise ConnectionError
+
+
+async def never(server: Server, *_: object) -> None:
+    await server.release.wait()
+    raise ConnectionError
+
+
+async def stall(server: Server, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+    await never(server, writer)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        hang_up,
+        half,
+        reset,
+        b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"hunter2" * 20_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: hunter2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhunter2\r\n",
+        answer(200, b"hunter2", Content_Encoding="gzip"),
+    ],
+)
+async def test_a_connection_that_breaks_is_worth_another_try(odd: Any) -> None:
+    error = await failure(odd)
+    assert isinstance(error, TransientError)
+    assert error.reason == "network"
+    assert "hunter2" not in str(error)
+
+
+@pytest.mark.parametrize("odd", [never, stall])
+async def test_every_answer_is_waited_for_with_a_bound(odd: Any) -> None:
+    error = await failure(odd, seconds=0.05)
+    assert isinstance(error, TransientError)
+    assert (error.reason, error.status) == ("timeout", None)
+
+
+async def test_no_time_is_no_request() -> None:
+    for seconds in (0, -1.0):
+        error = await failure(OK, seconds=seconds)
+        assert isinstance(error, TransientError)
+        assert error.reason == "timeout"
+
+
+async def test_nobody_listens() -> None:
+    async with serving(OK) as server:
+        url = server.url
+    async with connected(url) as transport:
+        with pytest.raises(TransientError, match="Cannot connect") as raised:
+            await ask(transport, url)
+    assert raised.value.reason == "network"
+
+
+async def test_a_host_that_does_not_exist() -> None:
+    async with connected("http://no-such-host.invalid") as transport:
+        with pytest.raises(TransientError) as raised:
+            await ask(transport, "http://no-such-host.invalid")
+    assert raised.value.reason == "network"
+
+
+@pytest.fixture(scope="module")
+def untrusted(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
+    """A server's certificate that nobody signed."""
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    command = f"{OPENSSL} req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1"
+    subprocess.run(  # noqa: S603 - a command of our own
+        [*command.split(), "-keyout", str(path), "-out", f"{path}.crt"],
+        check=True,
+        capture_output=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(f"{path}.crt", path)
+    return context
+
+
+@pytest.mark.skipif(OPENSSL is None, reason="makes a certificate with the openssl command")
+async def test_a_certificate_that_is_not_trusted_is_a_refusal(untrusted: ssl.SSLContext) -> None:
+    async with serving(OK, tls=untrusted) as server, connected(server.url) as transport:
+        with pytest.raises(RefusedError, match="certificate is not trusted") as raised:
+            await ask(transport, server.url)
+    assert raised.value.status is None
+    assert server.requests == []
+
+
+async def test_a_server_without_tls_may_come_to_have_it() -> None:
+    async with serving(OK) as server:
+        url = server.url.replace("http", "https")
+        async with connected(url) as transport:
+            with pytest.raises(TransientError) as raised:
+                await ask(transport, url, 2)
+    assert raised.value.reason in {"network", "timeout"}
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, RefusedError),
+        (401, RefusedError),
+        (403, RefusedError),
+        (404, RefusedError),
+        (405, RefusedError),
+        (409, ConflictError),
+        (412, PreconditionError),
+        (418, RefusedError),
+        (451, RefusedError),
+    ],
+)
+async def test_a_refusal_is_told_with_its_envelope(
+    status: int, kind: type[ControlPlaneError]
+) -> None:
+    error = await failure(refusal(status, "not\nthis\x1b[31m", type="some_error", param="block_ms"))
+    assert type(error) is kind
+    assert (error.op, error.status) == ("stats", status)
+    assert (error.error_type, error.param) == ("some_error", "block_ms")
+    assert str(error) == f"stats: {status} not this [31m"
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
+async def test_a_redirect_is_refused_and_not_followed(status: int) -> None:
+    async with serving(OK) as other:
+        error = await failure(answer(status, b"", Location=f"{other.url}/{TOKEN}"))
+        assert other.requests == []
+    assert type(error) is RefusedError
+    assert "base_url" in str(error)
+
+
+async def test_our_token_is_cut_out_of_what_is_told() -> None:
+    told = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
+    error = await failure(refusal(403, told, type=TOKEN, param=f"a{TOKEN}b"))
+    assert (error.error_type, error.param) == ("[token]", "a[token]b")
+    assert TOKEN not in str(error)
+    assert TOKEN[:5] not in str(error)
+
+
+async def test_a_message_is_cut_short() -> None:
+    error = await failure(refusal(400, "x" * 100_000, type="y" * 1000))
+    assert len(str(error)) < 400
+    assert len(error.error_type or "") <= 64
+
+
+@given(st.integers(100, 999), st.binary(max_size=60), st.text(max_size=40))
+def test_no_answer_does_harm(status: int, body: bytes, text: str) -> None:
+    envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
+    for content in (body, envelope, None):
+        error = error_of("get", Answer(status, {"Retry-After": text}, content), TOKEN)
+        assert isinstance(error, ControlPlaneError)
+        assert str(error).isprintable() or not text.isprintable()
+        assert "\n" not in str(error)
+
+
+# -- Retry-After ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0),
+        ("7", 7),
+        (" 1.5 ", 1.5),
+        ("301", RETRY_AFTER_MAX_SECONDS),
+        ("999999999999", RETRY_AFTER_MAX_SECONDS),
+        ("-1", None),
+        ("", None),
+        ("soon", None),
+        ("inf", None),
+        ("nan", None),
+        ("1e3", None),
+        ("1_0", None),
+        ("٣", None),
+        ("9" * 400, None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None),
+        ("Wed, 99 Oct 2015 07:28:00 GMT", None),
+    ],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert retry_after_of({"Retry-After": value}) == seconds
+
+
+def test_a_date_to_retry_after_is_measured_on_the_servers_clock() -> None:
+    then = datetime(2001, 2, 3, 4, 5, 6, tzinfo=UTC)
+    headers = {
+        "Date": format_datetime(then, usegmt=True),
+        "Retry-After": format_datetime(then + timedelta(seconds=20), usegmt=True),
+    }
+    assert retry_after_of(headers) == 20
+
+
+def test_a_date_to_retry_after_without_a_date_is_measured_on_ours() -> None:
+    until = datetime.now(UTC) + timedelta(seconds=100)
+    seconds = retry_after_of({"Retry-After": format_datetime(until, usegmt=True)})
+    assert seconds is not None
+    assert 0 < seconds <= 100
+
+
+async def test_retry_after_reaches_the_caller() -> None:
+    error = await failure(answer(503, b"busy", Retry_After="7"))
+    assert isinstance(error, TransientError)
+    assert error.retry_after == 7
+
+
+@given(st.text())
+def test_no_retry_after_does_harm(value: str) -> None:
+    seconds = retry_after_of({"Retry-After": value, "Date": value})
+    assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
+
+
+# -- repetition ----------------------------------------------------------------------------------
+
+
+async def test_a_read_whose_connection_is_dead_is_repeated_and_a_write_is_not() -> None:
+    # aiohttp's doing; transport.py says why both are right.
+    async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
+        await ask(transport, server.url)
+        await ask(transport, server.url)
+    assert len(server.requests) == 3
+    post: Any = calls.Call("stop", "POST", calls.STATS.parse)
+    async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
+        await ask(transport, server.url, call=post)
+        with pytest.raises(TransientError):
+            await ask(transport, server.url, call=post)
+    assert len(server.requests) == 2
+
+
+# -- credentials ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_rotated_token_is_found_and_used_at_once(tmp_path: Path, status: int) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    refreshes: list[str] = []
+    async with (
+        serving(refusal(status), OK) as server,
+        connected(server.url, token_file=path) as transport,
+    ):
+        transport.on_credential_refresh = refreshes.append
+        path.write_text("new\n")
+        assert (await ask(transport, server.url)).depth == 1
+    assert [each.headers["Authorization"] for each in server.requests] == [
+        "Bearer old",
+        "Bearer new",
+    ]
+    assert refreshes == ["ok"]
+
+
+async def test_a_token_from_a_variable_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QODER_PAT", "old")
+    async with (
+        serving(refusal(401), OK) as server,
+        connected(server.url, token=None) as transport,
+    ):
+        monkeypatch.setenv("QODER_PAT", "new")
+        await ask(transport, server.url)
+    assert server.requests[1].headers["Authorization"] == "Bearer new"
+
+
+async def test_a_body_is_sent_again_with_the_rotated_token(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    post: Any = calls.Call("stop", "POST", calls.STATS.parse)
+    async with (
+        serving(refusal(401), OK) as server,
+        connected(server.url, token_file=path) as transport,
+    ):
+        path.write_text("new")
+        await transport.send(post, URL(f"{server.url}/x"), 20, b"{}")
+    assert [each.body for each in server.requests] == [b"{}", b"{}"]
+
+
+async def test_the_same_token_is_not_tried_twice() -> None:
+    refreshes: list[str] = []
+    async with serving(refusal(401)) as server, connected(server.url) as transport:
+        transport.on_credential_refresh = refreshes.append
+        with pytest.raises(RefusedError):
+            await ask(transport, server.url)
+    assert len(server.requests) == 1
+    assert refreshes == ["ok"]
+
+
+async def test_a_token_is_renewed_once_per_request(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("a")
+
+    async def rotate(_: Server, writer: asyncio.StreamWriter) -> None:
+        path.write_text(path.read_text() + "a")
+        writer.write(refusal(401))
+
+    async with serving(rotate) as server, connected(server.url, token_file=path) as transport:
+        with pytest.raises(RefusedError):
+            await ask(transport, server.url)
+    assert len(server.requests) == 2
+
+
+async def test_a_source_that_cannot_be_read_is_told_and_the_refusal_stands(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    refreshes: list[str] = []
+    async with (
+        serving(refusal(401, "expired")) as server,
+        connected(server.url, token_file=path) as transport,
+    ):
+        transport.on_credential_refresh = refreshes.append
+        path.unlink()
+        with pytest.raises(RefusedError, match="expired") as raised:
+            await ask(transport, server.url)
+    assert raised.value.status == 401
+    assert refreshes == ["error"]
+
+
+async def test_requests_refused_together_read_the_source_as_they_need(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+
+    async def judge(server: Server, writer: asyncio.StreamWriter) -> None:
+        old = server.requests[-1].headers["Authorization"] == "Bearer old"
+        writer.write(refusal(401) if old else OK)
+
+    async with serving(judge) as server, connected(server.url, token_file=path) as transport:
+        path.write_text("new")
+        found = await asyncio.gather(*(ask(transport, server.url) for _ in range(8)))
+    assert [each.depth for each in found] == [1] * 8
+
+
+# -- observers, cancellation, life ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (200, "2xx"),
+        (204, "2xx"),
+        (304, "304"),
+        (302, "error"),
+        (400, "400"),
+        (401, "401"),
+        (403, "403"),
+        (404, "404"),
+        (405, "4xx"),
+        (409, "409"),
+        (412, "412"),
+        (429, "429"),
+        (500, "5xx"),
+        (503, "5xx"),
+        (999, "error"),
+    ],
+)
+def test_the_labels_of_metrics(status: int, code: str) -> None:
+    assert code_of(status) == code
+
+
+async def test_every_request_is_told() -> None:
+    told: list[tuple[str, str]] = []
+    async with (
+        serving(OK, refusal(404), answer(200, b"junk"), hang_up) as server,
+        connected(server.url) as transport,
+    ):
+        transport.on_request = lambda *each: told.append(each[:2])
+        await ask(transport, server.url)
+        for _ in range(3):
+            with pytest.raises(ControlPlaneError):
+                await ask(transport, server.url)
+    assert told == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "error")]
+
+
+@pytest.mark.parametrize("odd", [never, stall])
+async def test_cancellation_passes_through_and_closes_the_connection(odd: Any) -> None:
+    told: list[str] = []
+    async with serving(odd, OK) as server, connected(server.url) as transport:
+        transport.on_request = lambda *each: told.append(each[1])
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(ask(transport, server.url))
+            await server.arrived.wait()
+            task.cancel("by the test")
+        assert task.cancelled()
+        assert told == ["error"]
+        server.release.set()
+        assert (await ask(transport, server.url)).depth == 1  # on a connection of its own
+    assert server.connections == 2
+
+
+async def test_a_bug_is_loud() -> None:
+    class Bug(Exception):
+        pass
+
+    def parse(_: object) -> None:
+        raise Bug
+
+    told: list[str] = []
+    async with serving(OK) as server, connected(server.url) as transport:
+        transport.on_request = lambda *each: told.append(each[1])
+        with pytest.raises(Bug):
+            await ask(transport, server.url, call=calls.Call("stats", "GET", parse))
+        with pytest.raises(aiohttp.InvalidURL):
+            await transport.send(calls.STATS, URL("http:///x"), 20)
+    assert told == ["2xx", "error"]
+
+
+async def test_the_callers_session_is_used_and_left_open() -> None:
+    async with (
+        aiohttp.ClientSession(
+            headers={"X-Theirs": "1"},
+            raise_for_status=True,
+            timeout=aiohttp.ClientTimeout(total=0.001),
+        ) as session,
+        serving(OK, refusal(404, "gone")) as server,
+    ):
+        async with connected(server.url, session) as transport:
+            await ask(transport, server.url)
+            with pytest.raises(RefusedError, match="gone"):
+                await ask(transport, server.url)
+        assert not session.closed
+    assert server.requests[0].headers["X-Theirs"] == "1"
+    assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+async def test_not_open() -> None:
+    settings = Settings(token=TOKEN, environment_id="env_1")
+    transport = Transport(settings, None)
+    with pytest.raises(RuntimeError, match="not open"):
+        await ask(transport, "http://localhost")
+    transport.open(None)
+    with pytest.raises(RuntimeError, match="open already"):
+        transport.open(None)
+    await transport.close()
+    with pytest.raises(RuntimeError, match="not open"):
+        await ask(transport, "http://localhost")
+
+
+async def test_another_loop() -> None:
+    async with serving(OK) as server, connected(server.url) as transport:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, ask(transport, server.url))
+
+
+async def test_no_worker_id_is_no_header() -> None:
+    async with serving(OK) as server:
+        transport = Transport(Settings(base_url=server.url, token=TOKEN), None)
+        transport.open(None)
+        await ask(transport, server.url)
+        await transport.close()
+    assert "Worker-ID" not in server.requests[0].headers
+
+
+# -- proxies -------------------------------------------------------------------------------------
+
+
+async def test_the_environments_proxy_is_asked_and_gets_its_own_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(OK) as proxy:
+        host = proxy.url.removeprefix("http://").removesuffix("/api")
+        monkeypatch.setenv("http_proxy", f"http://user:pass@{host}")
+        monkeypatch.setenv("no_proxy", "")
+        async with connected("http://pool.invalid/api") as transport:
+            for _ in range(2):
+                assert (await ask(transport, "http://pool.invalid/api")).depth == 1
+    assert [each.path for each in proxy.requests] == ["http://pool.invalid/api/x"] * 2
+    assert proxy.requests[0].headers["Proxy-Authorization"] == "Basic dXNlcjpwYXNz"
+    assert proxy.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+async def test_a_tunnel_through_a_proxy_does_not_show_it_our_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with serving(answer(407)) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url.removesuffix("/api"))
+        monkeypatch.setenv("no_proxy", "")
+        async with connected("https://pool.invalid/api") as transport:
+            with pytest.raises(TransientError) as raised:
+                await ask(transport, "https://pool.invalid/api")
+    assert raised.value.reason == "network"
+    assert [each.method for each in proxy.requests] == ["CONNECT"]
+    assert "Authorization" not in proxy.requests[0].headers
+
+
+def test_which_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "proxy.example:3128")
+    monkeypatch.setenv("no_proxy", ".internal")
+    assert proxy_of(URL("https://h.example")) == URL("http://proxy.example:3128")
+    assert proxy_of(URL("https://h.internal")) is None
+    assert proxy_of(URL("http://h.example")) is None
+
+
+@pytest.mark.parametrize("value", ["socks5://u:hunter2@h:1", "http://u:hunter2@h:x", "http://"])
+def test_a_proxy_that_cannot_be_used_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("https_proxy", value)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(SettingsError) as raised:
+        proxy_of(URL("https://h.example"))
+    assert raised.value.problems == ("HTTPS_PROXY: not the URL of an HTTP proxy",)
+
+
+async def test_a_netrc_does_not_replace_our_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login other password other\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    async with serving(OK) as server, connected(server.url) as transport:
+        await ask(transport, server.url)
+    assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
