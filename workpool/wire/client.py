@@ -66,8 +66,8 @@ class WorkClient:
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
-        self.worker_id = worker_id or settings.worker_id
-        """Our identity on the wire (protocol §1); set before opening."""
+        self.worker_id: str | None = worker_id or settings.worker_id
+        """Our identity on the wire (protocol §1), None to tell none; set before opening."""
         self.budgets = Budgets(
             Budget("read", settings.read_limit), Budget("write", settings.write_limit)
         )

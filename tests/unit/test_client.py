@@ -1,0 +1,532 @@
+"""The calls against the embedded control plane, over a real socket and in both dialects."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    PreconditionError,
+    RefusedError,
+    SettingsError,
+    TransientError,
+)
+from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
+from workpool.settings import Settings
+from workpool.wire.budget import Budget, Budgets
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from workpool.wire.items import WorkItem
+    from workpool.wire.protocol import Dialect
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+UNKNOWN = "work_00000000000070008000000000000009"
+
+
+class Tap:
+    """Records what reaches the control plane, and answers in its place where told to."""
+
+    def __init__(self) -> None:
+        self.seen: list[web.Request] = []
+        self.arrived = asyncio.Event()
+        self.instead: Callable[[], web.Response] | None = None
+        self.hold: asyncio.Event | None = None
+
+    @web.middleware
+    async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self.seen.append(request)
+        self.arrived.set()
+        if self.hold is not None:
+            await self.hold.wait()
+        if self.instead is not None:
+            return self.instead()
+        return await handler(request)
+
+    @property
+    def paths(self) -> list[str]:
+        return [each.path_qs.split(f"{DEFAULT_ENVIRONMENT}/work", 1)[-1] for each in self.seen]
+
+
+@pytest.fixture
+def tap() -> Tap:
+    return Tap()
+
+
+@pytest.fixture
+async def plane(tap: Tap) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(middlewares=[tap.watch]) as plane:
+        yield plane
+
+
+def settings_of(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
+    base_url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
+    common = {"token": plane.token, "environment_id": DEFAULT_ENVIRONMENT, "worker_id": "me"}
+    return Settings(base_url=base_url, dialect=dialect, **{**common, **values})
+
+
+@pytest.fixture(params=["qoder", "anthropic"])
+async def client(plane: ControlPlane, request: pytest.FixtureRequest) -> AsyncIterator[WorkClient]:
+    async with WorkClient(settings_of(plane, request.param)) as client:
+        yield client
+
+
+@pytest.fixture
+async def qoder(plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    async with WorkClient(settings_of(plane)) as client:
+        yield client
+
+
+async def polled(client: WorkClient) -> WorkItem:
+    item = await client.poll()
+    assert item is not None
+    return item
+
+
+# -- the calls -----------------------------------------------------------------------------------
+
+
+async def test_the_life_of_an_item(plane: ControlPlane, client: WorkClient) -> None:
+    plane.enqueue(metadata={"job": "a"})
+    delivered = await polled(client)
+    assert (delivered.state, delivered.type, delivered.metadata) == (
+        "queued",
+        "session",
+        {"job": "a"},
+    )
+    assert delivered.environment_id == DEFAULT_ENVIRONMENT
+    assert delivered.acknowledged_at is None
+
+    acked = await client.ack(delivered.id)
+    assert (acked.id, acked.state) == (delivered.id, "starting")
+    assert acked.acknowledged_at is not None
+
+    first = await client.heartbeat(delivered.id, ttl=30)
+    assert (first.state, first.ttl_seconds, first.lease_extended) == ("active", 30, True)
+    second = await client.heartbeat(delivered.id, first.last_heartbeat, 40)
+    assert second.ttl_seconds == 40
+    assert (await client.get(delivered.id)).last_heartbeat == second.last_heartbeat
+
+    changed = await client.update_metadata(delivered.id, {"job": None, "b": ""})
+    assert changed.metadata == {"b": ""}
+    await client.stop(delivered.id, force=True)
+    assert (await client.get(delivered.id)).state == "stopped"
+
+
+async def test_a_queue_without_work(client: WorkClient) -> None:
+    assert await client.poll() is None
+    assert await client.poll(1, 0) is None
+
+
+async def test_a_poll_waits_and_wakes(plane: ControlPlane, qoder: WorkClient, tap: Tap) -> None:
+    async with asyncio.TaskGroup() as group:
+        poll = group.create_task(qoder.poll(999, 5000))
+        await tap.arrived.wait()
+        (item,) = plane.enqueue()
+    found = poll.result()
+    assert found is not None
+    assert found.id == item.id
+    assert tap.paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
+
+
+async def test_a_stop_is_asked_for_and_confirmed(plane: ControlPlane, qoder: WorkClient) -> None:
+    plane.enqueue()
+    item = await polled(qoder)
+    await qoder.ack(item.id)
+    asked = await qoder.stop(item.id)
+    assert asked is not None
+    assert asked.state == "stopping"
+    beat = await qoder.heartbeat(item.id)
+    assert beat.state == "stopping"
+    confirmed = await qoder.stop(item.id)
+    assert confirmed is not None
+    assert confirmed.state == "stopped"
+
+
+async def test_the_sibling_does_not_answer_the_item_it_stopped(plane: ControlPlane) -> None:
+    plane.enqueue()
+    async with WorkClient(settings_of(plane, "anthropic")) as client:
+        item = await polled(client)
+        assert await client.stop(item.id, force=True) is None
+        with pytest.raises(ConflictError):
+            await client.stop(item.id, force=True)
+
+
+async def test_work_calls_of_the_sibling_bear_its_query(plane: ControlPlane, tap: Tap) -> None:
+    async with WorkClient(settings_of(plane, "anthropic")) as client:
+        await client.poll(1)
+        await client.stats()
+        (item,) = await client.enqueue()
+        await client.get(item.id)
+        await client.session(item.session_id)
+    assert tap.paths[:-1] == [
+        "/poll?block_ms=1&beta=true",
+        "/stats?beta=true",
+        "?beta=true",
+        f"/{item.id}?beta=true",
+    ]
+    assert tap.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
+
+
+async def test_stats(plane: ControlPlane, client: WorkClient) -> None:
+    plane.enqueue(3)
+    await client.poll()
+    stats = await client.stats()
+    assert (stats.depth, stats.pending, stats.workers_polling) == (2, 1, 1)
+    assert stats.oldest_queued_at is not None
+
+
+async def test_a_session(plane: ControlPlane, client: WorkClient) -> None:
+    plane.enqueue()
+    item = await polled(client)
+    session = await client.session(item.session_id)
+    assert session["id"] == item.session_id
+    assert session["type"] == "session"
+
+
+async def test_work_is_created(client: WorkClient) -> None:
+    items = await client.enqueue(3, {"job": "a"})
+    assert [item.metadata for item in items] == [{"job": "a"}] * 3
+    assert [item.id for item in items] == [item.id async for item in client.list()]
+    (check,) = await client.enqueue(item_type="session")
+    assert check.type == "session"
+
+
+async def test_the_answers_of_the_protocol_are_told_apart(
+    plane: ControlPlane, client: WorkClient
+) -> None:
+    with pytest.raises(RefusedError) as unknown:
+        await client.get(UNKNOWN)
+    assert (unknown.value.op, unknown.value.status) == ("get", 404)
+    assert unknown.value.error_type == "not_found_error"
+
+    plane.enqueue()
+    item = await polled(client)
+    with pytest.raises(ConflictError):
+        await client.heartbeat(item.id)  # queued
+    await client.ack(item.id)
+    with pytest.raises(PreconditionError):
+        await client.heartbeat(item.id, "2026-01-01T00:00:00.000000Z")
+    with pytest.raises(RefusedError) as refused:
+        await client.poll(0)
+    assert (refused.value.status, refused.value.param) == (400, "block_ms")
+
+    async with WorkClient(settings_of(plane), worker_id="other") as other:
+        plane.enqueue()
+        await polled(other)
+    await client.stop(item.id, force=True)
+    with pytest.raises(ConflictError):
+        await client.ack(item.id)
+
+
+async def test_two_workers_are_told_apart(plane: ControlPlane, qoder: WorkClient) -> None:
+    plane.enqueue()
+    item = await polled(qoder)
+    async with WorkClient(settings_of(plane), worker_id="other") as other:
+        with pytest.raises(ConflictError):
+            await other.ack(item.id)
+
+
+async def test_a_wrong_token_is_refused(plane: ControlPlane) -> None:
+    async with WorkClient(settings_of(plane, token=UNKNOWN)) as client:
+        with pytest.raises(RefusedError) as refused:
+            await client.poll()
+    assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
+
+
+async def test_a_heartbeat_that_is_opaque_goes_back_to_the_letter(
+    plane: ControlPlane, qoder: WorkClient, tap: Tap
+) -> None:
+    plane.enqueue()
+    item = await polled(qoder)
+    for expected in ("2026-01-01T00:00:00.5+02:00", "a&b=c#d e%/", None):
+        with pytest.raises(ControlPlaneError):
+            await qoder.heartbeat(item.id, expected, 10)
+        assert tap.seen[-1].query.get("expected_last_heartbeat") == expected
+        assert tap.seen[-1].query["desired_ttl_seconds"] == "10"
+
+
+# -- pages -----------------------------------------------------------------------------------------
+
+
+async def test_a_list_goes_through_all_pages(
+    plane: ControlPlane, client: WorkClient, tap: Tap
+) -> None:
+    ids = [item.id for item in plane.enqueue(250)]
+    assert [item.id async for item in client.list()] == ids
+    assert len(tap.seen) == 3
+    assert [item.id async for item in client.list(after_id=ids[200])] == ids[201:]
+    assert [item.id async for item in client.list(limit=120)] == ids[:120]
+    assert [item.id async for item in client.list(limit=0)] == []
+    before = [item.id async for item in client.list(before_id=ids[150])]
+    assert before == ids[50:150] + ids[:50]
+
+
+async def test_a_list_that_is_left_early_asks_for_no_more(
+    plane: ControlPlane, qoder: WorkClient, tap: Tap
+) -> None:
+    plane.enqueue(150)
+    async for _ in qoder.list():
+        break
+    assert len(tap.seen) == 1
+
+
+async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:
+    tap.instead = lambda: web.json_response({"data": [], "has_more": True, "next_page": "a/b?c"})
+    with pytest.raises(TransientError, match="repeat"):
+        _ = [item async for item in qoder.list()]
+    assert tap.paths == ["?limit=100", "?limit=100&page=a%2Fb%3Fc"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [{}, {"data": {}}, {"data": [7]}, {"data": [], "has_more": True, "next_page": 7}, [], None],
+)
+async def test_a_page_that_is_not_one(qoder: WorkClient, tap: Tap, page: Any) -> None:
+    tap.instead = lambda: web.json_response(page)
+    with pytest.raises(TransientError) as raised:
+        _ = [item async for item in qoder.list()]
+    assert raised.value.reason == "bad_body"
+
+
+# -- what never leaves -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
+)
+async def test_what_is_no_id_never_enters_a_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
+    calls = [
+        qoder.ack(bad),
+        qoder.heartbeat(bad),
+        qoder.stop(bad),
+        qoder.get(bad),
+        qoder.update_metadata(bad, {}),
+        qoder.session(bad),
+        anext(qoder.list(after_id=bad)),
+        anext(qoder.list(before_id=bad)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="not an id"):
+            await call
+    assert tap.seen == []
+
+
+async def test_metadata_that_is_not_text_never_leaves(qoder: WorkClient, tap: Tap) -> None:
+    for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
+        patch: Any = bad
+        with pytest.raises(TypeError):
+            await qoder.update_metadata(UNKNOWN, patch)
+    assert tap.seen == []
+
+
+# -- life ------------------------------------------------------------------------------------------
+
+
+async def test_a_client_that_is_not_open_says_so(plane: ControlPlane) -> None:
+    client = WorkClient(settings_of(plane))
+    with pytest.raises(RuntimeError, match="async with"):
+        await client.poll()
+    for _ in range(2):  # may be opened again
+        async with client:
+            assert await client.poll() is None
+            with pytest.raises(RuntimeError, match="open already"):
+                await client.__aenter__()
+    with pytest.raises(RuntimeError, match="async with"):
+        await client.get(UNKNOWN)
+
+
+async def test_a_client_belongs_to_one_loop(qoder: WorkClient) -> None:
+    with pytest.raises(RuntimeError, match="another event loop"):
+        await asyncio.to_thread(asyncio.run, qoder.poll())
+
+
+async def test_what_is_missing_is_said_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QODER_PAT", raising=False)
+    client = WorkClient(Settings())
+    with pytest.raises(SettingsError) as raised:
+        await client.__aenter__()
+    assert [problem.split(":")[0] for problem in raised.value.problems] == [
+        "environment_id",
+        "token",
+    ]
+
+
+async def test_the_callers_session_stays_open(plane: ControlPlane) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with WorkClient(settings_of(plane), session=session) as client:
+            assert await client.poll() is None
+        assert not session.closed
+
+
+async def test_the_worker_id_may_be_set_before_opening(plane: ControlPlane, tap: Tap) -> None:
+    client = WorkClient(settings_of(plane))
+    client.worker_id = "me-0a1b2c3d"
+    async with client:
+        await client.poll()
+    client.worker_id = None
+    async with client:
+        await client.poll()
+    assert [each.headers.get("Worker-ID") for each in tap.seen] == ["me-0a1b2c3d", None]
+
+
+async def test_observers_are_told(plane: ControlPlane, tap: Tap) -> None:
+    told: list[tuple[str, str]] = []
+    refreshes: list[str] = []
+    client = WorkClient(settings_of(plane))
+    client.on_request = lambda *each: told.append(each[:2])
+    client.on_credential_refresh = refreshes.append
+    async with client:
+        await client.poll()
+        tap.instead = lambda: web.Response(status=401)
+        with pytest.raises(RefusedError):
+            await client.stats()
+    assert told == [("poll", "2xx"), ("stats", "401")]
+    assert refreshes == ["ok"]
+
+
+# -- bounds ----------------------------------------------------------------------------------------
+
+
+async def test_a_call_is_bounded_by_its_timeout_or_the_setting(
+    plane: ControlPlane, tap: Tap
+) -> None:
+    tap.hold = asyncio.Event()
+    async with WorkClient(settings_of(plane, request_timeout=0.05)) as client:
+        for call in (client.stats(), client.get(UNKNOWN, timeout=0.01), client.poll()):
+            with pytest.raises(TransientError) as raised:
+                await call
+            assert raised.value.reason == "timeout"
+    tap.hold.set()
+
+
+async def test_a_poll_may_take_as_long_as_it_blocks_beside_the_timeout(plane: ControlPlane) -> None:
+    async with WorkClient(settings_of(plane, request_timeout=5)) as client:
+        started = time.monotonic()
+        assert await client.poll(150) is None
+        assert time.monotonic() - started >= 0.15
+    # The control plane holds this poll for longer than the whole of a plain request's time.
+    async with WorkClient(settings_of(plane, request_timeout=0.3)) as client:
+        with pytest.raises(TransientError):
+            await client.poll(999, timeout=0.3)
+
+
+async def test_a_malformed_item_is_no_crash(qoder: WorkClient, tap: Tap) -> None:
+    tap.instead = lambda: web.json_response({"id": "../x"})
+    with pytest.raises(TransientError, match="malformed") as raised:
+        await qoder.poll()
+    assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
+
+
+# -- rate limits -----------------------------------------------------------------------------------
+
+
+def spend(budget: Budget) -> int:
+    return next(count for count in range(10_000) if not budget.try_take())
+
+
+async def test_reads_and_writes_have_limits_of_their_own(plane: ControlPlane) -> None:
+    plane.enqueue()
+    async with WorkClient(settings_of(plane, read_rate=0.004, write_rate=0.004)) as client:
+        item = await polled(client)  # the only read in four minutes
+        with pytest.raises(TransientError, match="our own rate limit") as raised:
+            await client.stats(timeout=0.01)
+        assert raised.value.reason == "timeout"
+        await client.ack(item.id)  # the only write
+        for call in (
+            client.stop(item.id, timeout=0.01),
+            client.update_metadata(item.id, {}, timeout=0.01),
+            client.ack(item.id, timeout=0.01),
+        ):
+            with pytest.raises(TransientError, match="our own rate limit"):
+                await call
+        for _ in range(3):
+            await client.heartbeat(item.id, None)  # never waits
+
+
+async def test_a_wait_for_the_limit_is_told(plane: ControlPlane) -> None:
+    waits: list[tuple[str, float]] = []
+    client = WorkClient(settings_of(plane, read_rate=20, write_rate=0.004))
+    client.on_budget_wait = lambda kind, seconds: waits.append((kind, seconds))
+    async with client:
+        for _ in range(spend(client.budgets.read)):
+            pass
+        await client.stats()
+        assert [kind for kind, _ in waits] == ["read"]
+        assert waits[0][1] >= 0.04
+        spend(client.budgets.write)
+        with pytest.raises(TransientError):
+            await client.stop(UNKNOWN, timeout=0.05)
+    assert [kind for kind, _ in waits] == ["read", "write"]
+    assert waits[1][1] >= 0.05
+
+
+async def test_an_ack_is_paid_for_before_its_poll(plane: ControlPlane) -> None:
+    plane.enqueue()
+    async with WorkClient(settings_of(plane, write_rate=0.004, request_timeout=5)) as client:
+        await client.reserve_ack()
+        assert spend(client.budgets.write) == 0
+        item = await polled(client)
+        await client.ack(item.id, reserved=True)
+        client.return_ack()
+        await client.reserve_ack()
+        client.return_ack()
+        assert spend(client.budgets.write) == 1
+
+
+async def test_a_cancelled_reservation_takes_nothing(plane: ControlPlane) -> None:
+    async with WorkClient(settings_of(plane, write_rate=0.004)) as client:
+        await client.reserve_ack()
+        async with asyncio.TaskGroup() as group:
+            waiting = group.create_task(client.reserve_ack())
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            waiting.cancel()
+        client.return_ack()
+        assert spend(client.budgets.write) == 1
+
+
+async def test_without_limits_nothing_is_asked(plane: ControlPlane) -> None:
+    class Untouchable(Budget):
+        def try_take(self) -> bool:
+            raise AssertionError
+
+        async def take(self) -> None:
+            raise AssertionError
+
+        def give_back(self) -> None:
+            raise AssertionError
+
+        def debit(self) -> None:
+            raise AssertionError
+
+    plane.enqueue()
+    client = WorkClient(settings_of(plane))
+    client.budgets = Budgets(Untouchable("read", 0), Untouchable("write", 0))
+    async with client:
+        await client.reserve_ack()
+        client.return_ack()
+        item = await polled(client)
+        await client.ack(item.id, reserved=True)
+        await client.heartbeat(item.id)
+        await client.stop(item.id, force=True)
+
+
+async def test_two_clients_may_share_their_limits(plane: ControlPlane) -> None:
+    first, second = (WorkClient(settings_of(plane, write_rate=0.004)) for _ in range(2))
+    second.budgets = first.budgets
+    async with first, second:
+        await first.reserve_ack()
+        with pytest.raises(TransientError, match="our own rate limit"):
+            await second.stop(UNKNOWN, timeout=0.01)
