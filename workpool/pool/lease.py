@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from http import HTTPStatus
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -79,6 +80,15 @@ class _Retry(NamedTuple):
     at_least: float = 0.0
 
 
+class _Sent(NamedTuple):
+    """A beat on its way: sent when, under which deadline, how late, and as a release's last?"""
+
+    at: float
+    deadline: float
+    lag: float
+    last: bool
+
+
 class Lease:
     """The lease of one acknowledged item.
 
@@ -102,6 +112,7 @@ class Lease:
         "_planned",
         "_pulse",
         "_release_ttl",
+        "_renewed_at",
         "_ttl",
         "_unanswered",
         "_wake",
@@ -135,7 +146,7 @@ class Lease:
         self._expected = NO_HEARTBEAT
         self._unanswered = False
         self._release_ttl: int | None = None
-        self._planned = pulse.clock()
+        self._planned = self._renewed_at = pulse.clock()
         self._wake = asyncio.Event()
 
     # Read on either thread.
@@ -181,15 +192,9 @@ class Lease:
     async def keep(self) -> None:
         """Beat until the lease is over. The first beat goes out at once."""
         try:
-            while not self._over():
-                release_ttl = self._release_ttl
-                started = self._pulse.clock()
-                await self._beat(release_ttl or self._pulse.lease_ttl)
-                if release_ttl is not None:
-                    self._end("released")
-                    return
+            while await self._beat():
                 interval = self._ttl / RENEW_PART
-                self._planned = started + interval * (1 - JITTER * random.random())  # noqa: S311 - spreads load, guards nothing
+                self._planned = self._renewed_at + interval * (1 - JITTER * random.random())  # noqa: S311 - spreads load, guards nothing
                 await self._pause(self._planned - self._pulse.clock())
         except Exception:
             # A bug here must not leave a handler running on a lease that nobody renews.
@@ -219,14 +224,14 @@ class Lease:
                 pass
         self._wake.clear()
 
-    async def _beat(self, ttl: int) -> None:
-        """Send one beat, again and again, until an answer settles it or the lease is over."""
+    async def _beat(self) -> bool:
+        """Send one beat, again and again, until an answer settles it; False: the lease is over."""
         parts = chain(RETRY_PARTS, repeat(RETRY_PARTS[-1]))
         may_hurry = True
         while not self._over():
-            retry = await self._attempt(ttl) if self._pulse.renewing else _Retry()
+            retry = await self._attempt() if self._pulse.renewing else _Retry()
             if retry is None:
-                return
+                return self.fate == "held"
             if retry.at_once and may_hurry:
                 may_hurry = False  # a control plane that contradicts itself must not spin us
                 continue
@@ -235,49 +240,49 @@ class Lease:
             delay = max(self._ttl / next(parts), min(retry.at_least, left / 2))
             self._planned = self._pulse.clock() + delay
             await self._pause(delay)
+        return False
 
-    async def _attempt(self, ttl: int) -> _Retry | None:
+    async def _attempt(self) -> _Retry | None:
         """Send one beat; None when its answer settled it."""
-        sent, deadline = self._pulse.clock(), self.deadline
-        lag = max(0.0, sent - self._planned)
-        # Bound each beat: a network that swallows it must leave time for the next.
-        timeout = min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, self.give_up_at - sent)
+        at, last = self._pulse.clock(), self._release_ttl is not None
+        sent = _Sent(at, self.deadline, max(0.0, at - self._planned), last)
         try:
             beat = await self._pulse.calls.heartbeat(
-                self.item.id, self._expected, ttl, timeout=timeout
+                self.item.id,
+                self._expected,
+                self._release_ttl or self._pulse.lease_ttl,
+                timeout=self._patience(),
             )
         except TransientError as error:
             self._unanswered = self._unanswered or error.reason != "throttled"
-            self._observe("timeout" if error.reason == "timeout" else "transient", lag)
+            self._observe("timeout" if error.reason == "timeout" else "transient", sent.lag)
             return _Retry(at_least=error.retry_after or 0.0)
         except RefusedError as error:
-            return self._refused(error, lag)
-        except ConflictError:
-            return await self._read("conflict", lag)
-        except PreconditionError:
-            if self._unanswered:
-                return await self._read("precondition", lag)
-            self._observe("precondition", lag)
-            self._end("lost", confirmed=True)
-            return None
-        return await self._accept(beat, sent, deadline, lag)
+            return self._refused(error, sent.lag)
+        except (ConflictError, PreconditionError) as error:
+            return await self._contradicted(error, sent.lag)
+        return await self._accept(beat, sent)
 
-    async def _accept(
-        self, beat: Heartbeat, sent: float, deadline: float, lag: float
-    ) -> _Retry | None:
-        if self._pulse.clock() >= deadline:
+    def _patience(self) -> float:
+        """How long to wait for an answer: one that never comes must leave time for the next try."""
+        left = self.give_up_at - self._pulse.clock()
+        return max(0.001, min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, left))
+
+    async def _accept(self, beat: Heartbeat, sent: _Sent) -> _Retry | None:
+        if self._pulse.clock() >= sent.deadline:
             # Too late: between that deadline and this answer the item may have been another's.
-            self._observe("timeout", lag)
+            self._observe("timeout", sent.lag)
             self._end("lost")
             return None
         self._unanswered = False
         self._expected = beat.last_heartbeat
         if beat.lease_extended:
             self._ttl = beat.ttl_seconds
-            self.deadline = sent + beat.ttl_seconds
+            self.deadline = sent.at + beat.ttl_seconds
         elif beat.state != STOPPING:
-            return await self._read("conflict", lag)
-        self._observe("ok", lag)
+            return await self._read("conflict", sent.lag)
+        self._renewed_at = sent.at
+        self._observe("ok", sent.lag)
         if beat.state == STOPPED:
             self._end("finished" if self.own_stop else "stopped")
             return None
@@ -286,13 +291,27 @@ class Lease:
             self.begun = True
             self.stop_requested = self.stop_requested or asked
             self._pulse.tell(self._on_change)
+        if sent.last:
+            self._end("released")
         return None
 
     def _refused(self, error: RefusedError, lag: float) -> _Retry | None:
         self._observe("rejected", lag)
         if error.status in (401, 403):  # a token may be renewed while the lease lasts
             return _Retry()
-        self._end("lost", confirmed=True)
+        # Only "unknown" says that it is not ours; a 400 says that our request is wrong.
+        self._end("lost", confirmed=error.status == HTTPStatus.NOT_FOUND)
+        return None
+
+    async def _contradicted(
+        self, error: ConflictError | PreconditionError, lag: float
+    ) -> _Retry | None:
+        conflict = isinstance(error, ConflictError)
+        doubt: BeatResult = "conflict" if conflict else "precondition"
+        if not self.own_stop if conflict else self._unanswered:
+            return await self._read(doubt, lag)
+        self._observe(doubt, lag)
+        self._end("finished" if conflict else "lost", confirmed=not conflict)
         return None
 
     async def _read(self, doubt: BeatResult, lag: float) -> _Retry | None:
@@ -301,17 +320,8 @@ class Lease:
         If `acknowledged_at` is still our ack's, nobody else has taken it: beat again at once from
         what the item says. `doubt` is what the answer counts as if the item is not ours.
         """
-        if self.own_stop and doubt == "conflict":
-            self._observe("conflict", lag)
-            self._end("finished")
-            return None
-        timeout = min(
-            self._pulse.request_timeout,
-            self._ttl / TIMEOUT_PART,
-            max(0.001, self.give_up_at - self._pulse.clock()),
-        )
         try:
-            item = await self._pulse.calls.get(self.item.id, timeout=timeout)
+            item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
         except TransientError as error:
             self._unanswered = True  # still in doubt: the next 412 must be read again
             self._observe("transient", lag)
