@@ -651,6 +651,36 @@ async def test_requests_refused_together_read_the_source_as_they_need(tmp_path: 
     assert [each.depth for each in found] == [1] * 8
 
 
+async def test_a_refusal_that_comes_late_finds_the_token_renewed(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    refreshes: list[str] = []
+    both_arrived = asyncio.Event()
+
+    async def judge(server: Server, writer: asyncio.StreamWriter) -> None:
+        if server.requests[-1].headers["Authorization"] == "Bearer new":
+            writer.write(OK)
+            return
+        if len(server.requests) == 1:
+            await both_arrived.wait()
+        else:
+            both_arrived.set()
+            await server.release.wait()  # until the first has renewed the token
+        writer.write(refusal(401))
+
+    async with serving(judge) as server, connected(server.url, token_file=path) as transport:
+        transport.on_credential_refresh = refreshes.append
+        path.write_text("new")
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(ask(transport, server.url))
+            await server.arrived.wait()
+            group.create_task(ask(transport, server.url))
+            await first
+            server.release.set()
+    assert refreshes == ["ok"]
+    assert len(server.requests) == 4
+
+
 # -- observers, cancellation, life ---------------------------------------------------------------
 
 

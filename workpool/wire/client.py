@@ -313,17 +313,18 @@ class WorkClient:
     async def _paid(
         self, budget: Budget, call: Call[T], url: URL, seconds: float, body: bytes | None
     ) -> T:
-        seconds -= await self._pay(budget, call.op, seconds)
-        return await self._transport.send(call, url, seconds, body)
+        until = time.monotonic() + seconds
+        await self._pay(budget, call.op, seconds)
+        return await self._transport.send(call, url, until - time.monotonic(), body)
 
-    async def _pay(self, budget: Budget, op: str, seconds: float) -> float:
-        """Take one token of our rate limit; returns how long that took.
+    async def _pay(self, budget: Budget, op: str, seconds: float) -> None:
+        """Take one token of our rate limit, waiting for it if need be.
 
         Raises:
             TransientError: `seconds` were not enough; nothing was sent.
         """
         if budget.try_take():
-            return 0.0
+            return
         started = time.monotonic()
         try:
             async with asyncio.timeout(seconds):
@@ -332,10 +333,8 @@ class WorkClient:
             problem = "waited too long for our own rate limit"
             raise TransientError(op, None, problem, reason="timeout") from None
         finally:
-            waited = time.monotonic() - started
             if self.on_budget_wait is not None:
-                self.on_budget_wait(budget.kind, waited)
-        return waited
+                self.on_budget_wait(budget.kind, time.monotonic() - started)
 
 
 def _check_id(name: str, value: object) -> None:
