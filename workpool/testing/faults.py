@@ -58,6 +58,7 @@ class Request:
     Attributes:
         work_id: Of the calls on one item.
         worker_id: What the caller named itself.
+        at: When it came, on the loop's clock.
         body: The JSON that was sent; None without one, or when a fault kept it from being read.
         status: What was answered; None while it is being answered, or when it never was.
         lost: The connection was closed before the answer.
@@ -67,6 +68,7 @@ class Request:
     work_id: str | None
     worker_id: str | None
     query: Mapping[str, str]
+    at: float
     body: Any = None
     status: int | None = None
     lost: bool = False
@@ -135,7 +137,6 @@ class Faults:
         self.seed = seed
         self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
         self._changes = Changes()
-        self._first_at: float | None = None
 
     def add(self, fault: Fault, *ops: Op, **limits: Unpack[Limits]) -> Rule:
         """Let a fault strike these calls (none named: all) from now on."""
@@ -182,7 +183,7 @@ class Faults:
     def age(self) -> float:
         """Seconds since the first request."""
         now = asyncio.get_running_loop().time()
-        return now - (now if self._first_at is None else self._first_at)
+        return now - (self.seen[0].at if self.seen else now)
 
     def chance(self, probability: float) -> bool:
         """Throw the seeded dice, but only where there is something to decide."""
@@ -194,8 +195,6 @@ class Faults:
         op = _op_of(request)
         if op is None:
             return await handler(request)
-        if self._first_at is None:
-            self._first_at = asyncio.get_running_loop().time()
         seen = _note(op, request)
         self.seen.append(seen)
         self._changes.notify()
@@ -238,6 +237,7 @@ def _note(op: Op, request: web.Request) -> Request:
         request.match_info.get("work_id"),
         headers.get("Worker-ID") or headers.get("anthropic-worker-id"),
         dict(request.query),
+        asyncio.get_running_loop().time(),
     )
 
 

@@ -1,0 +1,396 @@
+"""Every cell of design §2 for polls, acks and beats; stop and metadata: test_finish_writing.py."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool import Session, Supervisor, handler
+from workpool.errors import PollerError, RefusedError
+from workpool.events import (
+    AckFinished,
+    CredentialRefreshed,
+    HeartbeatFinished,
+    ItemReclaimed,
+    PollerBackedOff,
+    PollerRestarted,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.testing import Hold, delay, garbled, literal, lost, reset, status
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from aiohttp import web
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+    from workpool.testing.faults import Fault
+
+REFUSALS = [400, 401, 403, 404]
+
+
+@handler
+async def work(_: Session) -> None:
+    pass
+
+
+@handler
+async def patient(session: Session) -> dict[str, str]:
+    await session.interrupted()
+    return {"draining": str(session.draining)}
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.poller.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.acknowledge.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.lease.RETRY_PARTS", (6000,))
+
+
+# -- poll: transient
+
+POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
+    "lost": (lambda: lost(applied=False), "error", "network"),
+    "reset": (lambda: reset(applied=False), "error", "network"),
+    "timeout": (lambda: delay(30), "timeout", "network"),
+    "408": (lambda: status(408), "error", "server_error"),
+    "425": (lambda: status(425), "error", "server_error"),
+    "429": (lambda: status(429), "throttled", "throttled"),
+    "500": (lambda: status(500), "error", "server_error"),
+    "502_html": (lambda: status(502, html=True), "error", "server_error"),
+    "503": (lambda: status(503), "error", "server_error"),
+    "504": (lambda: status(504, html=True), "error", "server_error"),
+    "not_json": (lambda: garbled(applied=False), "error", "server_error"),
+    "not_an_item": (lambda: literal(b'{"id": 7}'), "error", "server_error"),
+    "a_list": (lambda: literal(b"[]"), "error", "server_error"),
+}
+
+
+@pytest.mark.parametrize("case", POLLS)
+async def test_a_poll_backs_off_and_comes_again(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
+) -> None:
+    fault, result, reason = POLLS[case]
+    # aiohttp repeats a GET whose connection was closed, once and at once: two make one failure.
+    strikes = 2 if reason == "network" and result == "error" else 1
+    faults.add(fault(), "poll", times=strikes)
+    async with make_pool(work, request_timeout=0.2, block_ms=20) as supervisor:
+        plane.enqueue()
+        finished = await recorder.wait_for(SessionFinished)
+        assert supervisor.status().ready
+    assert finished.outcome == "completed"
+    first = recorder.of(PollFinished)[0]
+    assert first.result == result
+    assert [event.reason for event in recorder.of(PollerBackedOff)] == [reason]
+    assert not recorder.of(PollerRestarted)
+
+
+@pytest.mark.parametrize("code", [429, 503, 500])
+async def test_a_poll_honours_retry_after(
+    faults: Faults, make_pool: Any, recorder: Recorder, code: int
+) -> None:
+    faults.add(status(code, retry_after="0.3"), "poll", times=1)
+    async with make_pool(work, block_ms=20):
+        first, second = await faults.wait_for("poll"), await faults.wait_for("poll", count=2)
+    assert second.at - first.at >= 0.3
+    (backed_off,) = recorder.of(PollerBackedOff)
+    assert (backed_off.reason, backed_off.seconds) == ("retry_after", 0.3)
+
+
+@pytest.mark.parametrize(("code", "shared"), [(429, True), (503, True), (500, False), (502, False)])
+async def test_one_gate_holds_all_pollers_back_on_429_and_503(
+    faults: Faults, make_pool: Any, code: int, *, shared: bool
+) -> None:
+    hold = Hold()
+    faults.add(hold, "poll", skip=1, times=1)  # the other poll is in flight meanwhile
+    faults.add(status(code, retry_after="0.4"), "poll", times=1)
+    async with make_pool(work, pollers=2, block_ms=20):
+        first = await faults.wait_for("poll", answered=True)
+        await hold.reached()
+        hold.release()
+        third = await faults.wait_for("poll", count=3)
+    assert (third.at - first.at >= 0.4) is shared
+
+
+# -- poll: refused
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_a_poll_refused_before_the_first_success_is_fatal(
+    faults: Faults, make_pool: Any, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    faults.add(status(code), "poll")
+    async with make_pool(work) as supervisor:
+        with pytest.raises(RefusedError) as caught:
+            await supervisor.wait()
+        assert supervisor.status().error is caught.value
+        assert "failed: RefusedError" in supervisor.status().reasons
+    assert caught.value.status == code
+    assert len(faults.of("poll")) == 1
+    assert [record.levelname for record in caplog.records if "pool failed" in record.message] == [
+        "CRITICAL"
+    ]
+
+
+async def test_a_fatal_answer_is_raised_on_leaving_when_nobody_waits(
+    faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    faults.add(status(403), "poll")
+    supervisor = make_pool(work)
+    await supervisor.__aenter__()
+    await recorder.wait_for(PollerBackedOff)
+    with pytest.raises(RefusedError):
+        await supervisor.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_a_poll_refused_after_a_success_backs_off_and_recovers(
+    faults: Faults, make_pool: Any, recorder: Recorder, code: int
+) -> None:
+    rule = faults.add(status(code), "poll", skip=1)
+    async with make_pool(work, block_ms=20) as supervisor:
+        await recorder.wait_for(PollerBackedOff, count=3)
+        assert supervisor.status().reasons == ("refused by the control plane",)
+        rule.remove()
+        await recorder.wait_for(PollFinished, lambda event: event.result == "null", count=2)
+        assert supervisor.status().ready
+    reread = len(recorder.of(CredentialRefreshed))
+    assert reread == (rule.hits if code in {401, 403} else 0)
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_a_poll_refused_for_too_long_is_fatal_and_drains_the_sessions(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch, code: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("workpool.pool.poller.REFUSED_SECONDS", 0.1)
+    (item,) = plane.enqueue()
+    async with make_pool(patient, block_ms=20) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        faults.add(status(code), "poll")
+        with pytest.raises(RefusedError):
+            await supervisor.wait()
+    (finished,) = recorder.of(SessionFinished)
+    assert finished.outcome == "completed"
+    assert plane.operations.get(plane.environments[0], item.id).metadata == {"draining": "True"}
+
+
+# -- the token
+
+
+def bears(token: str) -> Callable[[web.Request], bool]:
+    return lambda request: request.headers["Authorization"] == f"Bearer {token}"
+
+
+@pytest.mark.parametrize("code", [401, 403])
+@pytest.mark.parametrize("op", ["poll", "ack", "heartbeat", "update", "stop"])
+async def test_a_renewed_token_is_read_and_used_at_once(
+    plane: ControlPlane, faults: Faults, make_pool: Any, tmp_path: Path, code: int, op: Any
+) -> None:
+    file = tmp_path / "token"
+    file.write_text(plane.token)
+    hold = Hold()
+    faults.add(hold, op, times=1)
+    # What the control plane takes for the token from now on is in the file while we hold the call.
+    faults.add(status(code), op, where=bears(plane.token))
+
+    @handler
+    async def result(_: Session) -> dict[str, str]:
+        return {"a": "b"}
+
+    async def renew() -> None:
+        await hold.reached()
+        file.write_text("renewed")
+        hold.release()
+
+    faults.add(as_the_first(plane), where=bears("renewed"))
+    (item,) = plane.enqueue()
+    async with make_pool(result, token_file=file), asyncio.TaskGroup() as group:
+        group.create_task(renew())
+        await faults.wait_for("stop", answered=True, count=2 if op == "stop" else 1)
+    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+    assert [request.status for request in faults.of(op)][:2] == [code, 200]
+
+
+def as_the_first(plane: ControlPlane) -> Fault:
+    """Let the control plane know the renewed token as well."""
+
+    async def rename(request: web.Request, handler: Any) -> web.StreamResponse:
+        headers = request.headers.copy()
+        headers["Authorization"] = f"Bearer {plane.token}"
+        answer: web.StreamResponse = await handler(request.clone(headers=headers))
+        return answer
+
+    return rename
+
+
+# -- a poller that crashes
+
+
+class Crashing(WorkClient):
+    """A client with a bug."""
+
+    crashes = 0
+
+    async def poll(self, *args: Any, **named: Any) -> Any:
+        if self.crashes:
+            self.crashes -= 1
+            raise KeyError("a bug")
+        return await super().poll(*args, **named)
+
+
+def crashing(times: int) -> Callable[[Any], WorkClient]:
+    def connect(settings: Any) -> WorkClient:
+        client = Crashing(settings)
+        client.crashes = times
+        return client
+
+    return connect
+
+
+async def test_a_crashed_poller_is_restarted_and_counted(
+    plane: ControlPlane, make_settings: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    plugins = [work, recorder]
+    async with Supervisor(make_settings(), plugins=plugins, connect=crashing(4)) as supervisor:
+        await recorder.wait_for(SessionFinished)
+        assert supervisor.status().ready
+    assert len(recorder.of(PollerRestarted)) == 4
+
+
+async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Recorder) -> None:
+    plugins = [work, recorder]
+    async with Supervisor(make_settings(), plugins=plugins, connect=crashing(5)) as supervisor:
+        with pytest.raises(PollerError) as caught:
+            await supervisor.wait()
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+# -- ack
+
+ACKS: dict[str, Callable[[], Fault]] = {
+    "lost": lost,
+    "never_applied": lambda: lost(applied=False),
+    "reset": reset,
+    "timeout": lambda: delay(30, applied=True),
+    "408": lambda: status(408),
+    "425": lambda: status(425),
+    "429": lambda: status(429),
+    "500_applied": lambda: status(500, applied=True),
+    "502_html": lambda: status(502, html=True),
+    "not_json": garbled,
+    "not_an_item": lambda: literal(orjson.dumps({"id": "work_1"}), applied=True),
+}
+
+
+@pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
+async def test_an_ack_is_repeated_and_the_item_runs_once(
+    run_one: Any, faults: Faults, recorder: Recorder, fault: Any
+) -> None:
+    faults.add(fault(), "ack", times=2)
+    life = await run_one(work, request_timeout=0.2)
+    assert life.outcome == "completed"
+    assert life.ops == ["ack", "ack", "ack", "heartbeat", "stop"]
+    assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
+    assert len(recorder.of(SessionStarted)) == 1
+    assert not recorder.of(ItemReclaimed)
+
+
+async def test_an_ack_is_dropped_when_the_claim_can_be_ours_no_more(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    faults.add(status(429), "ack")
+    plane.enqueue()
+    async with make_pool(work, reclaim_older_than_ms=100, concurrency=1) as supervisor:
+        acked = await recorder.wait_for(AckFinished)
+        assert supervisor.status().running == 0
+    assert acked.result == "error"
+    assert acked.delivery_seconds <= 0.2
+    assert not recorder.of(SessionStarted)
+
+
+async def test_an_ack_honours_retry_after(run_one: Any, faults: Faults) -> None:
+    faults.add(status(429, retry_after="0.3"), "ack", times=1)
+    life = await run_one(work)
+    first, second = faults.of("ack")
+    assert second.at - first.at >= 0.3
+    assert life.outcome == "completed"
+
+
+@pytest.mark.parametrize(
+    ("code", "result"), [(400, "error"), (401, "error"), (403, "error"), (404, "gone")]
+)
+async def test_an_ack_that_is_refused_drops_the_item_which_may_come_again(
+    run_one: Any, faults: Faults, recorder: Recorder, code: int, result: str
+) -> None:
+    faults.add(status(code), "ack", times=1)
+    life = await run_one(work, reclaim_older_than_ms=50, block_ms=20)
+    assert [event.result for event in recorder.of(AckFinished)] == [result, "ok"]
+    assert life.outcome == "completed"
+    assert life.ops == ["ack", "ack", "heartbeat", "stop"]
+    assert not recorder.of(ItemReclaimed)
+
+
+@pytest.mark.parametrize("code", [409, 412])
+async def test_an_ack_in_conflict_is_lost(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+) -> None:
+    faults.add(status(code), "ack")
+    (item,) = plane.enqueue()
+    async with make_pool(work):
+        reclaimed = await recorder.wait_for(ItemReclaimed)
+    assert (reclaimed.direction, reclaimed.stage) == ("lost", "ack")
+    assert [event.result for event in recorder.of(AckFinished)] == ["conflict"]
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
+
+
+# -- the first beat
+
+
+@pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
+async def test_a_beat_is_repeated_within_the_lease(
+    run_one: Any, faults: Faults, recorder: Recorder, fault: Any
+) -> None:
+    faults.add(fault(), "heartbeat", times=2)
+    life = await run_one(work, request_timeout=0.2)
+    assert life.outcome == "completed"
+    assert len(recorder.of(SessionStarted)) == 1
+    results = [event.result for event in recorder.of(HeartbeatFinished)]
+    assert results[-1] == "ok"
+    assert set(results[:2]) <= {"transient", "timeout", "recovered"}
+
+
+@pytest.mark.parametrize("code", [401, 403])
+async def test_a_beat_without_a_valid_token_is_repeated_within_the_lease(
+    run_one: Any, faults: Faults, recorder: Recorder, code: int
+) -> None:
+    faults.add(status(code), "heartbeat", times=2)
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    assert [event.result for event in recorder.of(HeartbeatFinished)] == [
+        "rejected", "rejected", "ok",
+    ]  # fmt: skip
+    assert len(recorder.of(CredentialRefreshed)) == 2
+
+
+@pytest.mark.parametrize("code", [400, 404])
+async def test_a_beat_that_is_refused_loses_the_lease(
+    run_one: Any, faults: Faults, recorder: Recorder, code: int
+) -> None:
+    faults.add(status(code), "heartbeat")
+    life = await run_one(work)
+    assert life.outcome == "lease_lost"
+    assert life.ops == ["ack", "heartbeat"]
+    assert not recorder.of(SessionStarted)
+    # Only "unknown" says that the item is not ours any more; a 400 speaks of our request.
+    reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
+    assert reclaims == ([("lost", "start")] if code == 404 else [])
