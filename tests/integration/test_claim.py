@@ -1,0 +1,437 @@
+"""What is claimed, what is left for others, and what is a copy (design §1, Claim and Choose)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool import PluginError, Release, Session, SettingsError, Supervisor, handler, hookimpl
+from workpool.events import (
+    AckFinished,
+    ItemClaimed,
+    ItemDeclined,
+    ItemReclaimed,
+    PluginFailed,
+    PollerRestarted,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.server import Poll
+from workpool.server.dialects import DIALECTS
+from workpool.testing import Hold, expire_lease, literal
+from workpool.testing.changes import Changes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp import web
+
+    from workpool import WorkItem
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+
+class Gate:
+    """A handler that ends when told, for every session at once."""
+
+    def __init__(self) -> None:
+        self.opened = asyncio.Event()
+        self.running = self.most = self.runs = 0
+        self._changes = Changes()
+
+    @handler
+    async def work(self, _: Session) -> None:
+        self.running += 1
+        self.runs += 1
+        self.most = max(self.most, self.running)
+        self._changes.notify()
+        try:
+            await self.opened.wait()
+        finally:
+            self.running -= 1
+
+    async def holds(self, count: int) -> None:
+        await self._changes.until(lambda: self.running >= count, lambda: f"{self.running} run")
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.poller.BACKOFF_SECONDS", 0.01)
+
+
+@handler
+async def work(_: Session) -> None:
+    pass
+
+
+def wire(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
+    item = DIALECTS["qoder"].item(plane.operations.get(plane.environments[0], work_id))
+    return orjson.dumps({**item, **changes})
+
+
+def of_item(work_id: str) -> Callable[[web.Request], bool]:
+    return lambda request: request.match_info["work_id"] == work_id
+
+
+def held(plane: ControlPlane) -> int:
+    """Items that were delivered to us or acknowledged by us, and not stopped."""
+    items = plane.operations.page(plane.environments[0], 100).items
+    return sum(
+        item.delivered_at is not None or item.state in {"starting", "active"} for item in items
+    )
+
+
+# -- a place before the poll
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
+async def test_never_more_is_claimed_than_there_are_places(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
+) -> None:
+    concurrency, prefetch, pollers = shape
+    gate, places = Gate(), concurrency + prefetch
+    plane.enqueue(places + 10)
+    pool = make_pool(gate, concurrency=concurrency, prefetch=prefetch, pollers=pollers)
+    async with pool as supervisor:
+        await recorder.wait_for(ItemClaimed, count=places)
+        await gate.holds(concurrency)
+        status = supervisor.status()
+        assert (status.running, status.waiting, status.capacity) == (concurrency, prefetch, places)
+        assert status.ready
+        polls = len(faults.of("poll"))
+        assert polls == held(plane) == places
+        gate.opened.set()
+        await recorder.wait_for(SessionFinished, count=places + 10)
+    assert gate.most == concurrency
+    assert plane.summary().stopped == places + 10
+
+
+async def test_a_place_is_reserved_before_the_poll(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    """With one place, which one poll in flight has reserved, the other pollers do not even ask."""
+    gate, hold = Gate(), Hold()
+    faults.add(hold, "poll")
+    plane.enqueue(3)
+    async with make_pool(gate, pollers=3, concurrency=1):
+        await hold.reached()
+        hold.release()
+        await gate.holds(1)
+        assert len(faults.of("poll")) == 1
+        gate.opened.set()
+
+
+# -- copies
+
+
+async def test_a_copy_of_a_waiting_item_is_dropped(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    gate = Gate()
+    first, second = plane.enqueue(2)
+    faults.add(literal(lambda: wire(plane, second.id)), "poll", skip=2, times=1)
+    async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
+        copy = await recorder.wait_for(ItemClaimed, lambda event: event.origin == "duplicate")
+        gate.opened.set()
+        await recorder.wait_for(SessionFinished, count=2)
+    assert copy.item.id == second.id
+    assert gate.runs == 2
+    for item in (first, second):
+        assert [request.op for request in faults.of(work_id=item.id)] == [
+            "ack", "heartbeat", "stop",
+        ]  # fmt: skip
+
+
+async def test_a_copy_of_a_running_item_makes_a_beat_at_once_and_changes_nothing(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+) -> None:
+    gate = Gate()
+    (item,) = plane.enqueue()
+    async with make_pool(gate, block_ms=20):
+        await recorder.wait_for(SessionStarted)
+        beat_now(item.id)
+        await faults.wait_for("heartbeat", count=2)
+        assert gate.running == 1
+        gate.opened.set()
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert (gate.runs, len(faults.of("ack"))) == (1, 1)
+    assert [event.origin for event in recorder.of(ItemClaimed)] == ["new", "duplicate"]
+    assert not recorder.of(ItemReclaimed)
+
+
+async def test_a_copy_of_an_item_that_is_finishing_is_dropped(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "stop")
+    (item,) = plane.enqueue()
+    async with make_pool(work, block_ms=20):
+        await hold.reached()
+        beat_now(item.id)
+        await recorder.wait_for(ItemClaimed, lambda event: event.origin == "duplicate")
+        hold.release()
+        await recorder.wait_for(SessionFinished)
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
+
+
+async def test_an_id_is_given_up_after_the_finish_and_may_come_again(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    """A session that was released is ours to run again when it is delivered again."""
+    runs = 0
+
+    @handler
+    async def twice(_: Session) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise Release
+
+    (item,) = plane.enqueue()
+    async with make_pool(twice, block_ms=20):
+        await recorder.wait_for(SessionFinished)
+        expire_lease(plane, item.id)
+        last = await recorder.wait_for(SessionFinished, count=2)
+    assert last.outcome == "completed"
+    assert last.session.redelivered
+    assert [event.origin for event in recorder.of(ItemClaimed)] == ["new", "redelivered"]
+    assert len(faults.of("ack")) == 2
+
+
+# -- one session at a time
+
+
+async def test_a_second_item_of_a_running_session_is_not_acknowledged(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    gate = Gate()
+    (first,) = plane.enqueue()
+    (second,) = plane.enqueue(session_id=first.session_id)
+    async with make_pool(gate, block_ms=20, reclaim_older_than_ms=30):
+        declined = await recorder.wait_for(ItemDeclined, count=2)
+        assert (declined.item.id, declined.reason) == (second.id, "busy")
+        assert not faults.of("ack", work_id=second.id)
+        gate.opened.set()
+        await recorder.wait_for(SessionFinished, count=2)
+    assert gate.most == 1
+    assert plane.summary().stopped == 2
+
+
+# -- declined
+
+
+class Picky:
+    """Wants some items, fails on others."""
+
+    @hookimpl
+    def workpool_session_handler(self, item: WorkItem) -> Any:
+        if item.metadata.get("for") == "broken":
+            raise RuntimeError("a bug in the plugin")
+        return work if item.metadata.get("for") == "us" else None
+
+
+@pytest.mark.parametrize("whose", ["others", "broken"])
+async def test_what_is_not_for_us_is_left_in_the_queue_and_logged_once(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    caplog: pytest.LogCaptureFixture, whose: str,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "workpool")
+    (item,) = plane.enqueue(metadata={"for": whose})
+    async with make_pool(Picky(), block_ms=20, reclaim_older_than_ms=20):
+        declined = await recorder.wait_for(ItemDeclined, count=3)
+        plane.enqueue(metadata={"for": "us"})
+        await recorder.wait_for(SessionFinished)
+    reason = "unwanted" if whose == "others" else "plugin_error"
+    assert (declined.item.id, declined.reason) == (item.id, reason)
+    assert not faults.of(work_id=item.id)
+    assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+    logged = [record for record in caplog.records if "item declined" in record.message]
+    assert len(logged) == 1
+    if whose == "broken":
+        assert recorder.of(PluginFailed)[0].hook == "workpool_session_handler"
+
+
+async def test_polls_that_bring_only_what_is_not_for_us_do_not_spin(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(metadata={"for": "others"})
+    async with make_pool(Picky(), block_ms=100, reclaim_older_than_ms=0):
+        await recorder.wait_for(ItemDeclined, count=4)
+    first, *_, fourth = faults.of("poll")[:4]
+    assert fourth.at - first.at >= 0.25  # three times 0.1 s, less what the first connection took
+
+
+async def test_a_handler_without_room_declines(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    opened = asyncio.Event()
+
+    @handler(max_sessions=2)
+    async def narrow(_: Session) -> None:
+        await opened.wait()
+
+    plane.enqueue(3)
+    async with make_pool(narrow, block_ms=20, reclaim_older_than_ms=30):
+        declined = await recorder.wait_for(ItemDeclined)
+        assert declined.reason == "busy"
+        await recorder.wait_for(SessionStarted, count=2)
+        assert not faults.of("ack", work_id=declined.item.id)
+        assert len(recorder.of(SessionStarted)) == 2
+        opened.set()
+        await recorder.wait_for(SessionFinished, count=3)
+    assert plane.summary().stopped == 3
+
+
+# -- other types of item
+
+
+async def test_a_healthcheck_is_answered_without_a_beat_and_without_a_session(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    (item,) = plane.enqueue(work_type="healthcheck")
+    async with make_pool(work):
+        await faults.wait_for("stop", answered=True)
+        await recorder.wait_for(AckFinished)
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "stop"]
+    assert faults.of("stop")[0].body == {"force": True}
+    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+    assert not recorder.of(SessionStarted)
+    assert not recorder.of(SessionFinished)
+
+
+async def test_a_healthcheck_is_answered_by_a_pool_whose_plugins_want_other_things(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    plane.enqueue(work_type="healthcheck")
+    async with make_pool(Picky()):
+        await faults.wait_for("stop", answered=True)
+
+
+async def test_an_unknown_type_is_offered_to_the_plugins(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler(type="index")
+    async def index(_: Session) -> dict[str, str]:
+        return {"indexed": "yes"}
+
+    (other,) = plane.enqueue(work_type="unheard_of")
+    (ours,) = plane.enqueue(work_type="index")
+    async with make_pool(index, block_ms=20):
+        finished = await recorder.wait_for(SessionFinished)
+        declined = await recorder.wait_for(ItemDeclined)
+    assert finished.session.item.id == ours.id
+    assert (declined.item.id, declined.reason) == (other.id, "unwanted")
+
+
+async def test_items_of_another_type_without_a_session_run_side_by_side(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    opened = asyncio.Event()
+
+    @handler(type="index")
+    async def index(_: Session) -> None:
+        await opened.wait()
+
+    items = plane.enqueue(2, work_type="index")
+    for number, item in enumerate(items):
+        bare = wire(plane, item.id, data={"type": "index"})
+        faults.add(literal(bare), "poll", skip=number, times=1)
+        acked = wire(plane, item.id, data={"type": "index"}, state="starting")
+        faults.add(literal(acked, applied=True), "ack", where=of_item(item.id))
+    async with make_pool(index, block_ms=20):
+        await recorder.wait_for(ItemClaimed, count=2)
+        assert not recorder.of(ItemDeclined)
+        opened.set()
+        await recorder.wait_for(SessionFinished, count=2)
+
+
+MALFORMED = {
+    "no_id": {"id": None},
+    "a_path_for_an_id": {"id": "../../x"},
+    "no_data": {"data": None},
+    "a_session_without_an_id": {"data": {"type": "session"}},
+    "an_unknown_state": {"state": "levitating"},
+    "metadata_of_numbers": {"metadata": {"a": 1}},
+    "no_time": {"created_at": "yesterday"},
+}
+
+
+@pytest.mark.parametrize("changes", MALFORMED.values(), ids=MALFORMED)
+async def test_a_malformed_item_kills_no_poller(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
+) -> None:
+    (item,) = plane.enqueue()
+    faults.add(literal(wire(plane, item.id, **changes)), "poll", times=2)
+    async with make_pool(work, block_ms=20):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert not recorder.of(PollerRestarted)
+    assert [event.result for event in recorder.of(PollFinished)][:3] == ["error", "error", "item"]
+
+
+# -- at start
+
+
+class Silent:
+    """Handles nothing."""
+
+    @hookimpl
+    def workpool_event(self, event: object) -> None:
+        """Look away."""
+
+
+@pytest.mark.parametrize("plugins", [[], [Silent()]], ids=["none", "no_handler"])
+async def test_a_pool_that_can_handle_nothing_refuses_to_start(
+    faults: Faults, make_settings: Any, plugins: list[object]
+) -> None:
+    with pytest.raises(PluginError, match="no plugin handles anything"):
+        await Supervisor(make_settings(), plugins=plugins).__aenter__()
+    assert not faults.seen
+
+
+async def test_a_pool_without_an_environment_refuses_to_start(make_pool: Any) -> None:
+    with pytest.raises(SettingsError, match="environment_id"):
+        await make_pool(work, environment_id=None).__aenter__()
+
+
+# -- ack, late
+
+
+async def test_what_waited_too_long_is_anothers(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    gate = Gate()
+    first, second = plane.enqueue(2)
+    async with make_pool(gate, concurrency=1, prefetch=1):
+        await recorder.wait_for(SessionStarted)
+        await recorder.wait_for(ItemClaimed, count=2)
+        operations, environment = plane.operations, plane.environments[0]
+        assert operations.poll(environment, Poll("another", 0, 0)) is not None
+        operations.ack(environment, second.id, "another")
+        gate.opened.set()
+        reclaimed = await recorder.wait_for(ItemReclaimed)
+    assert (reclaimed.item.id, reclaimed.stage, reclaimed.direction) == (second.id, "ack", "lost")
+    assert [request.op for request in faults.of(work_id=second.id)] == ["ack"]
+    assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
+
+
+async def test_an_ack_that_answers_active_is_a_loss(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    hold = Hold()
+    faults.add(hold, "ack")
+    (item,) = plane.enqueue()
+    async with make_pool(work):
+        await hold.reached()
+        plane.operations.ack(plane.environments[0], item.id)
+        plane.operations.heartbeat(plane.environments[0], item.id, "NO_HEARTBEAT")
+        hold.release()
+        reclaimed = await recorder.wait_for(ItemReclaimed)
+    assert (reclaimed.stage, reclaimed.direction) == ("ack", "lost")
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
+    assert not recorder.of(SessionStarted)
