@@ -21,7 +21,7 @@ async def turn() -> None:
 async def test_nothing_to_wait_for_is_a_clean_end_even_at_the_deadline() -> None:
     drain = Drain()
     drain.begin(0)
-    assert await drain.wait_for(set())
+    assert await drain.wait_for(set)
 
 
 async def test_it_waits_for_the_tasks() -> None:
@@ -34,7 +34,9 @@ async def test_it_waits_for_the_tasks() -> None:
 
     async with asyncio.TaskGroup() as group:
         tasks = {group.create_task(until_done()) for _ in range(3)}
-        waiting = group.create_task(drain.wait_for(tasks))
+        waiting = group.create_task(
+            drain.wait_for(lambda: {task for task in tasks if not task.done()})
+        )
         await turn()
         assert not waiting.done()
         done.set()
@@ -46,7 +48,7 @@ async def test_it_ends_at_the_deadline() -> None:
     drain.begin(0.01)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(forever())
-        assert not await drain.wait_for({task})
+        assert not await drain.wait_for(lambda: {task})
         task.cancel()
 
 
@@ -56,7 +58,7 @@ async def test_asked_for_again_it_ends_sooner(first: float | None) -> None:
     drain.begin(first)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(forever())
-        waiting = group.create_task(drain.wait_for({task}))
+        waiting = group.create_task(drain.wait_for(lambda: {task}))
         await turn()
         assert not waiting.done()
         drain.begin(0)
@@ -72,7 +74,7 @@ async def test_asked_for_again_it_never_ends_later(later: float | None) -> None:
     drain.begin(later)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(forever())
-        assert not await drain.wait_for({task})
+        assert not await drain.wait_for(lambda: {task})
         task.cancel()
     assert drain.timeout == 0
 
@@ -82,12 +84,25 @@ async def test_it_leaves_no_task_when_the_wait_is_cancelled() -> None:
     drain.begin(None)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(forever())
-        waiting = group.create_task(drain.wait_for({task}))
+        waiting = group.create_task(drain.wait_for(lambda: {task}))
         await turn()
         waiting.cancel()
         await asyncio.wait({waiting})
         task.cancel()
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_it_does_not_wait_for_what_is_given_up_meanwhile() -> None:
+    drain = Drain()
+    drain.begin(None)
+    async with asyncio.TaskGroup() as group:
+        tasks = {group.create_task(forever())}
+        waiting = group.create_task(drain.wait_for(tasks.copy))
+        await turn()
+        stuck = tasks.pop()
+        drain.look_again()
+        assert await waiting
+        stuck.cancel()
 
 
 async def test_it_remembers_who_asked_first() -> None:

@@ -39,6 +39,8 @@ from workpool.session import Session
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workpool.events import DeclineReason, Origin, ReclaimStage
     from workpool.handler import Handler
     from workpool.pool.parts import Parts
@@ -59,16 +61,13 @@ class Dispatcher:
         owned: By work id, from delivery to the end of the finish.
         tasks: One per item in a slot.
         draining: No more handlers are started.
-        left_behind: Sessions that could not be handed back: their handler would not end, or the
-            time for their finish ran out.
     """
 
     def __init__(self, parts: Parts, group: asyncio.TaskGroup, handlers: asyncio.TaskGroup) -> None:
         """Items are served in `group`, their handlers run in `handlers`."""
         self.owned: dict[str, Claim] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: dict[asyncio.Task[None], Claim] = {}
         self.draining = False
-        self.left_behind = 0
         self._parts = parts
         self._group = group
         self._acknowledger = Acknowledger(parts)
@@ -82,6 +81,10 @@ class Dispatcher:
     def stuck(self) -> int:
         """Handlers that ignore their cancellation."""
         return len(self._handling.stuck)
+
+    def on_stuck(self, callback: Callable[[], None]) -> None:
+        """Call this whenever there is one more of them."""
+        self._handling.on_stuck = callback
 
     # Claim and choose.
 
@@ -158,8 +161,8 @@ class Dispatcher:
         """Start what waits in the slots that are free."""
         while not self.draining and (claim := self._parts.queue.take()) is not None:
             task = self._group.create_task(self._work(claim), name=claim.item.id)
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            self.tasks[task] = claim
+            task.add_done_callback(self.tasks.pop)
 
     # Serve.
 
@@ -199,9 +202,6 @@ class Dispatcher:
                 await self._handling.run(claim, handler)
                 self._note_lease(claim)
             outcome = await self._finisher.finish(claim)
-        except asyncio.CancelledError:
-            self.left_behind += 1
-            raise
         finally:
             self._parts.keeper.end(claim.lease)
             if outcome == "lease_lost" and claim.lease.confirmed:
@@ -293,10 +293,19 @@ class Dispatcher:
         for claim in list(self.owned.values()):
             self._handling.cancel(claim, Cause.DRAINED)
 
-    def abandon(self) -> None:
-        """The time after the deadline is over, too: leave behind whatever has not ended."""
-        for task in self.tasks:
+    def unfinished(self) -> set[asyncio.Task[None]]:
+        """What a drain waits for: all but the handlers that ignore their cancellation."""
+        stuck = self._handling.stuck
+        return {
+            task for task, claim in self.tasks.items() if not task.done() and claim not in stuck
+        }
+
+    def abandon(self) -> int:
+        """The drain is over: leave behind whatever has not ended, and say how much that is."""
+        left = [task for task in self.tasks if not task.done()]
+        for task in left:
             task.cancel()
+        return len(left)
 
 
 def _age(item: WorkItem) -> float:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from workpool.events import DrainFinished, DrainStarted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workpool.events import DrainResult
     from workpool.pool.dispatch import Dispatcher
     from workpool.pool.parts import Parts
@@ -38,7 +40,7 @@ class Drain:
         self.started_at: float | None = None
         self.timeout: float | None = None
         self._deadline = math.inf
-        self._nearer = asyncio.Event()
+        self._look_again = asyncio.Event()
 
     def begin(self, timeout: float | None) -> None:
         """Ask for it; asking again can only bring the deadline nearer."""
@@ -48,25 +50,28 @@ class Drain:
             self.requested.set()
         if timeout is not None and now + timeout < self._deadline:
             self._deadline = now + timeout
-            self._nearer.set()
+            self.look_again()
 
-    async def wait_for(self, tasks: set[asyncio.Task[None]]) -> bool:
-        """Wait for the tasks until the deadline, wherever it moves; False when it came first."""
+    def look_again(self) -> None:
+        """The deadline has moved, or there is less to wait for."""
+        self._look_again.set()
+
+    async def wait_for(self, unfinished: Callable[[], set[asyncio.Task[None]]]) -> bool:
+        """Wait until nothing is; False when the deadline, wherever it moves, comes first."""
         loop = asyncio.get_running_loop()
-        while tasks:
+        while tasks := unfinished():
             left = self._deadline - loop.time()
             if left <= 0:
                 return False
-            self._nearer.clear()
+            self._look_again.clear()
             async with asyncio.TaskGroup() as group:
-                nearer = group.create_task(self._nearer.wait(), name="drain-nearer")
+                look = group.create_task(self._look_again.wait(), name="drain-look-again")
                 await asyncio.wait(
-                    {nearer, *tasks},
+                    {look, *tasks},
                     timeout=None if left == math.inf else left,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
-                nearer.cancel()
-            tasks = {task for task in tasks if not task.done()}
+                look.cancel()
         return True
 
     async def wind_down(self, parts: Parts, dispatcher: Dispatcher) -> int:
@@ -75,15 +80,16 @@ class Drain:
         started = loop.time()
         log.info("draining running=%d timeout=%s", parts.queue.running, self.timeout)
         parts.observe(DrainStarted(self.timeout))
-        left: set[asyncio.Task[None]] = set()
-        clean = await self.wait_for(set(dispatcher.tasks))
+        dispatcher.on_stuck(self.look_again)
+        clean = await self.wait_for(dispatcher.unfinished)
         if not clean:
             dispatcher.release_all()
-            _, left = await asyncio.wait(dispatcher.tasks, timeout=AFTER_DEADLINE_SECONDS)
-            dispatcher.abandon()
+            if tasks := dispatcher.unfinished():
+                await asyncio.wait(tasks, timeout=AFTER_DEADLINE_SECONDS)
+        left = dispatcher.abandon()
         result: DrainResult = "killed" if left else "clean" if clean else "deadline"
         seconds = loop.time() - started
         level = logging.ERROR if left else logging.INFO
-        log.log(level, "drained result=%s seconds=%.1f left_behind=%d", result, seconds, len(left))
+        log.log(level, "drained result=%s seconds=%.1f left_behind=%d", result, seconds, left)
         parts.observe(DrainFinished(result, seconds))
-        return len(left)
+        return left

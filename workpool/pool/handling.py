@@ -18,7 +18,7 @@ from workpool.pool.finish import mapping_of
 from workpool.session import Release
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from workpool.handler import Handler
     from workpool.pool.claim import Claim
@@ -42,10 +42,12 @@ class Handling:
 
     Attributes:
         stuck: Claims whose handler has ignored its cancellation for `STUCK_SECONDS`.
+        on_stuck: Called whenever there is one more of them.
     """
 
     def __init__(self, parts: Parts, group: asyncio.TaskGroup) -> None:
         self.stuck: set[Claim] = set()
+        self.on_stuck: Callable[[], None] | None = None
         self._session_timeout = parts.settings.session_timeout
         self._stop_grace = parts.settings.stop_grace
         self._plugins = parts.plugins
@@ -100,6 +102,8 @@ class Handling:
             stack.getvalue(),
         )
         self.stuck.add(claim)
+        if self.on_stuck is not None:
+            self.on_stuck()
 
     async def _call(self, claim: Claim, handler: Handler) -> object:
         session, call = claim.session, handler.call

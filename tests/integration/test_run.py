@@ -1,0 +1,576 @@
+"""A handler while it runs: what interrupts it, what it may still send (design §1, Run)."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import LeaseLost, Session, SessionEnded, handler, hookimpl
+from workpool.errors import ConflictError, RefusedError, TransientError
+from workpool.events import (
+    DrainFinished,
+    ItemClaimed,
+    ItemDeclined,
+    SessionFinished,
+    SessionStarted,
+    StopRequested,
+)
+from workpool.testing import Hold, expire_lease, lost, status
+from workpool.testing.changes import Changes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+
+class Body:
+    """A handler that tells where it is, and what its calls raised."""
+
+    def __init__(self) -> None:
+        self.cancelled = self.left = False
+        self.may_end = asyncio.Event()
+        self.raised: list[type[BaseException]] = []
+        self._changes = Changes()
+
+    @handler
+    async def stubborn(self, session: Session) -> dict[str, str]:
+        """Swallow the cancellation, try to write, and go on until allowed to end."""
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            self._changes.notify()
+        try:
+            await session.update_metadata({"late": "yes"})
+        except Exception as error:  # noqa: BLE001 - noted, whatever it is
+            self.raised.append(type(error))
+        while not self.may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.may_end.wait()
+        self.left = True
+        return {"late": "result"}
+
+    async def is_cancelled(self) -> None:
+        await self._changes.until(lambda: self.cancelled, lambda: "not cancelled")
+
+
+@pytest.fixture
+def stuck_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.handling.STUCK_SECONDS", 0.05)
+
+
+def levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    return [record.levelname for record in caplog.records if text in record.getMessage()]
+
+
+# -- interruptions
+
+
+async def test_a_stop_request_reaches_the_session_and_is_told(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, beat_now: Any
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        seen.append((session.stopping, session.draining))
+        await session.interrupted()
+        await session.interrupted()  # which has come, so it returns at once
+        seen.append((session.stopping, session.draining))
+
+    (item,) = plane.enqueue()
+    async with make_pool(work, block_ms=20) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        beat_now(item.id)
+        await recorder.wait_for(SessionFinished)
+        assert supervisor.status().ready
+    assert seen == [(False, False), (True, False)]
+    assert [event.item.id for event in recorder.of(StopRequested)] == [item.id]
+
+
+async def test_a_drain_reaches_the_session(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        await session.interrupted()
+        seen.append((session.stopping, session.draining))
+
+    plane.enqueue()
+    async with make_pool(work):
+        await recorder.wait_for(SessionStarted)
+    assert seen == [(False, True)]
+    assert recorder.of(SessionFinished)[0].outcome == "completed"
+
+
+async def test_the_session_tells_its_item_and_its_lease(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    remaining: list[float] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        remaining.append(session.lease_remaining)
+        session.log.warning("at work")
+
+    (item,) = plane.enqueue(metadata={"a": "b"})
+    async with make_pool(work, lease_ttl=120):
+        session = (await recorder.wait_for(SessionFinished)).session
+    assert (session.id, session.item.id) == (item.session_id, item.id)
+    assert session.item.metadata == {"a": "b"}
+    assert not session.redelivered
+    assert 60 < remaining[0] <= 120
+    (record,) = [record for record in caplog.records if record.message == "at work"]
+    assert getattr(record, "work_id", None) == item.id
+
+
+# -- a handler that ignores its cancellation
+
+
+@pytest.mark.usefixtures("stuck_at_once")
+async def test_a_handler_that_swallows_cancellation_keeps_its_slot_and_its_id(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = Body()
+    (item,) = plane.enqueue()
+    plane.enqueue(session_id=item.session_id)
+    settings = {"concurrency": 2, "session_timeout": 0.02, "block_ms": 20}
+    async with make_pool(body, **settings, reclaim_older_than_ms=20) as supervisor:
+        await body.is_cancelled()
+        await recorder.wait_for(ItemDeclined, lambda _: not supervisor.status().ready)
+        declined = len(recorder.of(ItemDeclined))
+        await recorder.wait_for(ItemDeclined, count=declined + 2)
+        assert supervisor.status().running == 1
+        assert not recorder.of(SessionFinished)
+        assert levels(caplog, "handler ignores its cancellation") == ["CRITICAL"]
+        assert "stubborn" in caplog.text  # its stack
+        assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
+        body.may_end.set()
+        finished = await recorder.wait_for(SessionFinished)
+        assert supervisor.status().ready
+        assert finished.outcome == "timed_out"
+        body.cancelled = False
+        plane.operations.stop(plane.environments[0], recorder.of(ItemDeclined)[0].item.id)
+    assert body.raised == [SessionEnded]
+
+
+@pytest.mark.usefixtures("stuck_at_once")
+@pytest.mark.parametrize("timeout", [None, 60.0])
+async def test_no_drain_waits_for_a_handler_that_ignores_its_cancellation(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, timeout: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
+    body = Body()
+    plane.enqueue()
+    async with make_pool(body, session_timeout=0.02) as supervisor:
+        await body.is_cancelled()
+        async with asyncio.timeout(5):
+            await supervisor.drain(timeout=timeout)
+    assert supervisor.left_behind == 1
+    assert recorder.of(DrainFinished)[0].result == "killed"
+    assert not body.left
+    body.may_end.set()  # left behind is not gone: end it, so that the next test starts clean
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=5)
+    assert body.left
+
+
+# -- what a session may still send
+
+
+async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+) -> None:
+    body = Body()
+    (item,) = plane.enqueue()
+    async with make_pool(body, block_ms=20):
+        await recorder.wait_for(SessionStarted)
+        expire_lease(plane, item.id)
+        plane.operations.ack(plane.environments[0], item.id, "another")
+        beat_now(item.id)
+        await body.is_cancelled()
+        body.may_end.set()
+        await recorder.wait_for(SessionFinished)
+    assert body.raised == [LeaseLost]
+    assert not faults.of("update", "stop")
+
+
+async def test_a_session_that_was_stopped_elsewhere_sends_nothing_and_is_told(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+) -> None:
+    body = Body()
+    (item,) = plane.enqueue()
+    async with make_pool(body, block_ms=20):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id, force=True)
+        beat_now(item.id)
+        await body.is_cancelled()
+        body.may_end.set()
+        await recorder.wait_for(SessionFinished)
+    assert body.raised == [SessionEnded]
+    assert not faults.of("update", "stop")
+
+
+async def test_a_session_that_is_over_sends_nothing(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    """A task that a handler left running must not write to an item that is done."""
+
+    @handler
+    async def work(_: Session) -> None:
+        pass
+
+    plane.enqueue()
+    async with make_pool(work):
+        session = (await recorder.wait_for(SessionFinished)).session
+        with pytest.raises(SessionEnded):
+            await session.update_metadata({"late": "yes"})
+    with pytest.raises((SessionEnded, LeaseLost)):
+        await session.update_metadata({"later": "yes"})
+    assert not faults.of("update")
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_a_write_under_way_is_cut_when_the_lease_is_lost(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    """Waiting for an answer must not hide the loss; the handler sees it, or its cancellation."""
+    hold = Hold()
+    faults.add(hold, "update")
+    raised: list[BaseException] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        try:
+            await session.update_metadata({"a": "b"})
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    (item,) = plane.enqueue()
+    async with make_pool(work, lease_ttl=10):
+        await hold.reached()
+        expire_lease(plane, item.id)
+        plane.operations.ack(plane.environments[0], item.id, "another")
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "lease_lost"
+    assert isinstance(raised[0], LeaseLost | asyncio.CancelledError)
+    assert len(faults.of("update")) == 1
+
+
+# -- update_metadata
+
+
+async def test_metadata_is_merged_and_the_item_returned(
+    plane: ControlPlane, make_pool: Any, life_of: Any
+) -> None:
+    answers: list[dict[str, str]] = []
+
+    @handler
+    async def work(session: Session) -> dict[str, str]:
+        answers.append(dict((await session.update_metadata({"a": "1", "b": "2"})).metadata))
+        answers.append(dict((await session.update_metadata({"a": None})).metadata))
+        return {"c": "3"}
+
+    (item,) = plane.enqueue(metadata={"given": "yes"})
+    async with make_pool(work):
+        life = await life_of(item.id)
+    assert answers == [{"given": "yes", "a": "1", "b": "2"}, {"given": "yes", "b": "2"}]
+    assert life.metadata == {"given": "yes", "b": "2", "c": "3"}
+    assert life.ops == ["ack", "heartbeat", "update", "update", "update", "stop"]
+
+
+@pytest.mark.parametrize("fault", [lost, lambda: status(503), lambda: status(429)])
+async def test_metadata_is_written_again_while_that_is_worth_it(
+    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
+) -> None:
+    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+
+    @handler
+    async def work(session: Session) -> None:
+        await session.update_metadata({"a": "1"})
+
+    faults.add(fault(), "update", times=2)
+    life = await run_one(work)
+    assert (life.outcome, life.metadata) == ("completed", {"a": "1"})
+    assert len(faults.of("update")) == 3
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(400, RefusedError), (404, RefusedError), (409, ConflictError)]
+)
+async def test_metadata_that_is_refused_is_the_handlers_error(
+    run_one: Any, faults: Faults, code: int, error: type[Exception]
+) -> None:
+    @handler
+    async def work(session: Session) -> None:
+        await session.update_metadata({"a": "1"})
+
+    faults.add(status(code), "update", times=1)
+    life = await run_one(work)
+    assert life.outcome == "failed"
+    assert type(life.finished.error) is error
+    assert life.metadata == {"workpool.error": error.__name__}
+
+
+async def test_metadata_that_cannot_be_written_in_time_is_the_handlers_error(
+    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.1)
+
+    @handler
+    async def work(session: Session) -> None:
+        with pytest.raises(TransientError):
+            await session.update_metadata({"a": "1"})
+
+    rule = faults.add(status(503), "update")
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    assert rule.hits >= 1
+
+
+@pytest.mark.parametrize("patch", [{"a": 1}, {"a": "\ud800"}])
+async def test_metadata_that_cannot_be_sent_is_the_handlers_error(
+    run_one: Any, faults: Faults, patch: Any
+) -> None:
+    @handler
+    async def work(session: Session) -> None:
+        await session.update_metadata(patch)
+
+    life = await run_one(work)
+    assert life.outcome == "failed"
+    assert isinstance(life.finished.error, TypeError | ValueError)
+    assert len(faults.of("update")) == 1  # the note of the error
+
+
+# -- contexts around the handler
+
+
+class Wrapper:
+    """A plugin whose context notes that it was entered and left."""
+
+    def __init__(self, name: str, trace: list[str]) -> None:
+        self.name = name
+        self.trace = trace
+
+    @hookimpl
+    def workpool_wrap_session(self, session: Session) -> Any:
+        return self.context(session)
+
+    @asynccontextmanager
+    async def context(self, _: Session) -> AsyncIterator[None]:
+        self.trace.append(f"enter {self.name}")
+        try:
+            yield
+        except BaseException as error:
+            self.trace.append(f"{self.name} saw {type(error).__name__}")
+            raise
+        finally:
+            self.trace.append(f"leave {self.name}")
+
+
+def wrapper(name: str, trace: list[str]) -> Wrapper:
+    """One plugin class per name: names come from classes."""
+    built: Wrapper = type(name, (Wrapper,), {})(name, trace)
+    return built
+
+
+async def test_contexts_are_entered_in_plugin_order_and_left_in_reverse(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    trace: list[str] = []
+
+    @handler
+    async def work(_: Session) -> None:
+        trace.append("work")
+
+    plane.enqueue()
+    async with make_pool(wrapper("A", trace), work, wrapper("B", trace)):
+        await recorder.wait_for(SessionFinished)
+    assert trace == ["enter A", "enter B", "work", "leave B", "leave A"]
+
+
+async def test_what_the_handler_raises_passes_through_the_contexts(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    trace: list[str] = []
+
+    @handler
+    async def work(_: Session) -> None:
+        raise ValueError
+
+    plane.enqueue()
+    async with make_pool(wrapper("A", trace), work):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "failed"
+    assert trace == ["enter A", "A saw ValueError", "leave A"]
+
+
+class Raising:
+    """A plugin whose context raises, on its way in or out, or whose hook does."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    @hookimpl
+    def workpool_wrap_session(self, session: Session) -> Any:
+        if self.where == "hook":
+            raise LookupError("in the hook")
+        return self.context(session)
+
+    @asynccontextmanager
+    async def context(self, _: Session) -> AsyncIterator[None]:
+        if self.where == "enter":
+            raise LookupError("on entering")
+        yield
+        if self.where == "leave":
+            raise LookupError("on leaving")
+
+
+@pytest.mark.parametrize("where", ["hook", "enter", "leave"])
+async def test_what_a_context_raises_is_the_handlers_error(
+    plane: ControlPlane, make_pool: Any, life_of: Any, where: str
+) -> None:
+    ran: list[bool] = []
+
+    @handler
+    async def work(_: Session) -> dict[str, str]:
+        ran.append(True)
+        return {"a": "b"}
+
+    trace: list[str] = []
+    (item,) = plane.enqueue()
+    async with make_pool(wrapper("A", trace), Raising(where), work):
+        life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": "LookupError"}
+    assert bool(ran) is (where == "leave")
+    assert trace == ([] if where == "hook" else ["enter A", "A saw LookupError", "leave A"])
+
+
+class Forgiving:
+    """A plugin whose context swallows errors."""
+
+    @hookimpl
+    def workpool_wrap_session(self, session: Session) -> Any:
+        return self.context(session)
+
+    @asynccontextmanager
+    async def context(self, _: Session) -> AsyncIterator[None]:
+        with suppress(ValueError):
+            yield
+
+
+async def test_a_context_may_swallow_the_handlers_error(
+    plane: ControlPlane, make_pool: Any, life_of: Any
+) -> None:
+    @handler
+    async def work(_: Session) -> None:
+        raise ValueError
+
+    (item,) = plane.enqueue()
+    async with make_pool(Forgiving(), work):
+        life = await life_of(item.id)
+    assert (life.outcome, life.ops) == ("completed", ["ack", "heartbeat", "stop"])
+
+
+# -- redelivery
+
+
+async def held_before(plane: ControlPlane, **metadata: str) -> str:
+    """An item that another worker held and lost."""
+    (item,) = plane.enqueue(metadata=metadata)
+    operations, environment = plane.operations, plane.environments[0]
+    operations.ack(environment, item.id, "another")
+    operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
+    expire_lease(plane, item.id)
+    return item.id
+
+
+async def test_an_item_that_was_held_before_is_known_and_counted(
+    plane: ControlPlane, make_pool: Any, life_of: Any, recorder: Recorder
+) -> None:
+    seen: list[Any] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        item = plane.operations.get(plane.environments[0], session.item.id)
+        seen.append((session.redelivered, dict(item.metadata)))
+
+    work_id = await held_before(plane)
+    async with make_pool(work):
+        life = await life_of(work_id)
+    assert seen == [(True, {"workpool.attempt": "2"})]  # written before the handler starts
+    assert life.ops == ["ack", "heartbeat", "update", "stop"]
+    assert [event.origin for event in recorder.of(ItemClaimed)] == ["redelivered"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("2", "3"), ("9", "10"), ("nonsense", "2"), ("-4", "2"), ("9" * 40, "2")]
+)
+async def test_attempts_are_counted_on(
+    plane: ControlPlane, make_pool: Any, life_of: Any, before: str, after: str
+) -> None:
+    @handler
+    async def work(_: Session) -> None:
+        pass
+
+    work_id = await held_before(plane, **{"workpool.attempt": before})
+    async with make_pool(work):
+        life = await life_of(work_id)
+    assert life.metadata == {"workpool.attempt": after}
+
+
+@pytest.mark.parametrize(("limit", "runs"), [(1, False), (2, True)])
+async def test_an_attempt_beyond_the_limit_is_failed_unrun(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, limit: int, *, runs: bool
+) -> None:
+    @handler
+    async def work(_: Session) -> None:
+        pass
+
+    work_id = await held_before(plane)
+    async with make_pool(work, max_attempts=limit):
+        life = await life_of(work_id)
+    assert bool(recorder.of(SessionStarted)) is runs
+    assert life.item.state == "stopped"
+    assert life.outcome == ("completed" if runs else "failed")
+    if not runs:
+        assert life.ops == ["ack", "heartbeat", "update", "stop"]
+        assert life.metadata["workpool.error"] == "AttemptsExceeded"
+
+
+async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Else an item that kills its worker could be tried for ever."""
+    monkeypatch.setattr("workpool.pool.dispatch.FINISH_SECONDS", 0.1)
+
+    @handler
+    async def work(_: Session) -> None:
+        pass
+
+    faults.add(status(503), "update")
+    work_id = await held_before(plane)
+    async with make_pool(work):
+        life = await life_of(work_id)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert not recorder.of(SessionStarted)
+
+
+async def test_an_item_that_was_never_held_is_not_counted(run_one: Any) -> None:
+    @handler
+    async def work(session: Session) -> dict[str, str]:
+        return {"redelivered": str(session.redelivered)}
+
+    life = await run_one(work, max_attempts=1)
+    assert life.metadata == {"redelivered": "False"}
