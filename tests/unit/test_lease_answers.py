@@ -146,7 +146,7 @@ async def test_a_reading_that_fails_leaves_the_doubt_to_the_next_beat(bench: typ
         "timeout",
         "transient",
         "rejected",
-        "transient",
+        "timeout",
         "recovered",
     ]
     assert lease.held

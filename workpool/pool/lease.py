@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from contextlib import suppress
 from http import HTTPStatus
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
@@ -29,6 +30,7 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workpool.errors import ControlPlaneError
     from workpool.events import BeatResult, Event
     from workpool.pool.calls import Calls
     from workpool.pool.clock import Clock
@@ -215,13 +217,9 @@ class Lease:
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, unless woken; never past the moment to give up."""
-        seconds = min(seconds, self.give_up_at - self._pulse.clock())
-        if seconds > 0:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._wake.wait()
-            except TimeoutError:
-                pass
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, self.give_up_at - self._pulse.clock())):
+                await self._wake.wait()
         self._wake.clear()
 
     async def _beat(self) -> bool:
@@ -245,26 +243,20 @@ class Lease:
     async def _attempt(self) -> _Retry | None:
         """Send one beat; None when its answer settled it."""
         at, last = self._pulse.clock(), self._release_ttl is not None
+        ttl = self._release_ttl or self._pulse.lease_ttl
         sent = _Sent(at, self.deadline, max(0.0, at - self._planned), last)
+        # It may cut the lease short and its answer be lost: believe in no more than we ask for.
+        self.deadline, self._ttl = min(self.deadline, at + ttl), min(self._ttl, ttl)
         try:
             beat = await self._pulse.calls.heartbeat(
-                self.item.id,
-                self._expected,
-                self._release_ttl or self._pulse.lease_ttl,
-                timeout=self._patience(),
+                self.item.id, self._expected, ttl, timeout=self._patience()
             )
-        except TransientError as error:
-            self._unanswered = self._unanswered or error.reason != "throttled"
-            self._observe("timeout" if error.reason == "timeout" else "transient", sent.lag)
-            return _Retry(at_least=error.retry_after or 0.0)
-        except RefusedError as error:
-            return self._refused(error, sent.lag)
-        except (ConflictError, PreconditionError) as error:
-            return await self._contradicted(error, sent.lag)
+        except (TransientError, RefusedError, ConflictError, PreconditionError) as error:
+            return await self._failed(error, sent)
         return await self._accept(beat, sent)
 
     def _patience(self) -> float:
-        """How long to wait for an answer: one that never comes must leave time for the next try."""
+        """How long to wait for an answer: one that never comes must leave time for another try."""
         left = self.give_up_at - self._pulse.clock()
         return max(0.001, min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, left))
 
@@ -295,23 +287,34 @@ class Lease:
             self._end("released")
         return None
 
+    async def _failed(self, error: ControlPlaneError, sent: _Sent) -> _Retry | None:
+        """What an error makes of a beat: design §2, its column."""
+        if isinstance(error, TransientError) and error.reason != "throttled":
+            self._unanswered = True
+        else:
+            self.deadline = sent.deadline  # certainly not applied, so nothing was cut
+        if isinstance(error, TransientError):
+            return self._transient(error, sent.lag)
+        if isinstance(error, RefusedError):
+            return self._refused(error, sent.lag)
+        conflict = isinstance(error, ConflictError)
+        doubt: BeatResult = "conflict" if conflict else "precondition"
+        if not self.own_stop if conflict else self._unanswered:
+            return await self._read(doubt, sent.lag)
+        self._observe(doubt, sent.lag)
+        self._end("finished" if conflict else "lost", confirmed=not conflict)
+        return None
+
+    def _transient(self, error: TransientError, lag: float) -> _Retry:
+        self._observe("timeout" if error.reason == "timeout" else "transient", lag)
+        return _Retry(at_least=error.retry_after or 0.0)
+
     def _refused(self, error: RefusedError, lag: float) -> _Retry | None:
         self._observe("rejected", lag)
         if error.status in (401, 403):  # a token may be renewed while the lease lasts
             return _Retry()
         # Only "unknown" says that it is not ours; a 400 says that our request is wrong.
         self._end("lost", confirmed=error.status == HTTPStatus.NOT_FOUND)
-        return None
-
-    async def _contradicted(
-        self, error: ConflictError | PreconditionError, lag: float
-    ) -> _Retry | None:
-        conflict = isinstance(error, ConflictError)
-        doubt: BeatResult = "conflict" if conflict else "precondition"
-        if not self.own_stop if conflict else self._unanswered:
-            return await self._read(doubt, lag)
-        self._observe(doubt, lag)
-        self._end("finished" if conflict else "lost", confirmed=not conflict)
         return None
 
     async def _read(self, doubt: BeatResult, lag: float) -> _Retry | None:
@@ -324,18 +327,15 @@ class Lease:
             item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
         except TransientError as error:
             self._unanswered = True  # still in doubt: the next 412 must be read again
-            self._observe("transient", lag)
-            return _Retry(at_least=error.retry_after or 0.0)
+            return self._transient(error, lag)
         except RefusedError as error:
             return self._refused(error, lag)
         if item.state == STOPPED:
             self._observe(doubt, lag)
             self._end("finished" if self.own_stop else "stopped")
             return None
-        ours = self.item.acknowledged_at is not None and (
-            item.acknowledged_at == self.item.acknowledged_at and item.state != QUEUED
-        )
-        if not ours:
+        acked = self.item.acknowledged_at
+        if acked is None or item.acknowledged_at != acked or item.state == QUEUED:
             self._observe(doubt, lag)
             self._end("lost", confirmed=True)
             return None
