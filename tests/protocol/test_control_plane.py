@@ -112,7 +112,8 @@ async def test_an_entry_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) 
         ({"tokens": {"two words": None}}, "1 to 1024 printable"),
         ({"tokens": {TOKEN: frozenset({"env_typo"})}}, "'env_typo', which is not served"),
         ({"host": "256.0.0.1"}, "cannot listen"),
-        ({"port": 70000}, "cannot listen"),
+        ({"port": 70000}, "port 70000: not in 0-65535"),
+        ({"port": -1}, "port -1: not in"),
     ],
 )
 async def test_impossible_options_are_refused_at_the_start(

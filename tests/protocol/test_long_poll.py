@@ -179,21 +179,52 @@ async def test_a_wake_up_of_a_cancelled_poll_goes_to_the_next() -> None:
     assert len(waiting) == 0
 
 
-async def test_a_wake_up_of_a_poll_whose_client_left_goes_to_the_next() -> None:
-    operations = Operations([ENV])
-    waiting = operations.queue(ENV).waiting
-    left = False
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        first = group.create_task(operations.long_poll(ENV, Poll(block_ms=999), lambda: left))
-        await until(lambda: len(waiting) == 1)
-        second = group.create_task(operations.long_poll(ENV, Poll(block_ms=999), present))
-        await until(lambda: len(waiting) == 2)
-        left = True
+def test_a_wake_up_of_a_poll_whose_client_left_goes_to_the_next() -> None:
+    async def scene(operations: Operations) -> None:
+        left = False
+        async with asyncio.TaskGroup() as group:
+            poll = Poll(block_ms=999)
+            first = group.create_task(operations.long_poll(ENV, poll, lambda: left))
+            await asyncio.sleep(0.1)
+            second = group.create_task(timed(operations, block_ms=999))
+            await asyncio.sleep(0.1)
+            left = True
+            operations.enqueue(ENV)
+        assert first.result() is None
+        at, item = second.result()
+        assert (at, item is not None) == (0.2, True)
+
+    virtually(scene)
+
+
+def test_a_withdrawn_item_wakes_the_next_poll() -> None:
+    async def scene(operations: Operations) -> None:
+        operations.enqueue(ENV)
+        delivered = operations.poll(ENV, Poll("gone"))
+        assert delivered is not None
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(timed(operations, block_ms=999))
+            await asyncio.sleep(0.3)
+            operations.withdraw(delivered)
+        at, item = poll.result()
+        assert (at, item is not None) == (0.3, True)
+
+    virtually(scene)
+
+
+def test_a_lapse_that_another_call_noticed_wakes_too() -> None:
+    async def scene(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
-    assert first.result() is None
-    taken = second.result()
-    assert taken is not None
-    assert taken.id == item.id
+        operations.ack(ENV, item.id)
+        await asyncio.sleep(59.5)
+        async with asyncio.TaskGroup() as group:
+            poll = group.create_task(timed(operations, block_ms=999))
+            await asyncio.sleep(0.5)
+            operations.stats(ENV)
+        at, again = poll.result()
+        assert (at, again is not None) == (60.0, True)
+
+    virtually(scene)
 
 
 async def test_over_the_wire_an_enqueue_wakes_a_poll(api: Api) -> None:

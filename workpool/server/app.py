@@ -6,9 +6,11 @@ half-way leaves nothing behind.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
+import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 DEFAULT_ENVIRONMENT: Final = "env_00000000000070008000000000000001"
 HISTORY_LIMIT: Final = 1_000_000
 _SHUTDOWN_SECONDS: Final = 2.0
+_BACKLOG: Final = 1024
+_PORT_MAX: Final = 65535
 
 
 class _HttpLog(logging.LoggerAdapter[logging.Logger]):
@@ -171,6 +175,8 @@ class ControlPlane:
                 raise ServeError(f"environment {name!r}: not an id ({ID_PATTERN})")
         if not self.environments or len(set(names)) != len(names):
             raise ServeError("environments: at least one, and none twice")
+        if not 0 <= self.port <= _PORT_MAX:
+            raise ServeError(f"port {self.port}: not in 0-{_PORT_MAX}")
         for token in self.tokens:
             check_token(token)
         limited = {name for limits in (self._tokens or {}).values() for name in limits or ()}
@@ -178,6 +184,7 @@ class ControlPlane:
             raise ServeError(f"a token is limited to {name!r}, which is not served")
 
     async def _listen(self, stack: AsyncExitStack) -> None:
+        bound = self._bind(stack)
         tokens = Tokens(self._tokens or {})
         routes = [
             route
@@ -195,13 +202,26 @@ class ControlPlane:
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         stack.callback(self.operations.release)
+        await web.SockSite(runner, bound).start()
+
+    def _bind(self, stack: AsyncExitStack) -> socket.socket:
+        """Bind the port ourselves: a cancelled `create_server` would leave it bound for ever."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            await web.TCPSite(runner, self.host, self.port).start()
-        except (OSError, OverflowError) as error:
+            bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
+        except OSError as error:
             raise ServeError(f"cannot listen on {self.host} port {self.port}: {error}") from error
-        self.port = runner.addresses[0][1]
+        stack.callback(_unbind, asyncio.get_running_loop(), bound)
+        self.port = bound.getsockname()[1]
+        return bound
 
     @property
     def _origin(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+
+def _unbind(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
+    if bound.fileno() >= 0:  # not closed by its server
+        loop.remove_reader(bound)
+        bound.close()

@@ -20,7 +20,6 @@ from workpool.server.sessions import Session
 from workpool.server.store import MemoryStore
 from workpool.wire.protocol import (
     LIST_LIMIT_DEFAULT,
-    QUEUED,
     RECLAIM_OLDER_THAN_MS,
     SESSION,
     STOPPING,
@@ -315,8 +314,7 @@ class Operations:
         """Apply the lapses that are due (protocol §4), each at the instant its lease ended."""
         for work_id in queue.leases.lapsed(self._tick()):
             held = queue.get(work_id)
-            lapsed = self._apply(queue, rules.lapse(held), "lapsed", held.holder, held.lease_end)
-            queue.waiting.wake(lapsed.state == QUEUED)
+            self._apply(queue, rules.lapse(held), "lapsed", held.holder, held.lease_end)
 
     def _apply(
         self,

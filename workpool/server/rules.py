@@ -74,7 +74,6 @@ def ack(item: Item, worker_id: str | None, now: int) -> Item:
         delivered_at=None,
         lease_end=now + ACK_LEASE_SECONDS * SECOND,
         ttl_seconds=ACK_LEASE_SECONDS,
-        beaten=False,
     )
 
 
