@@ -311,8 +311,8 @@ class Lease:
 
     def _refused(self, error: RefusedError, lag: float) -> _Retry | None:
         self._observe("rejected", lag)
-        if error.status in (401, 403):  # a token may be renewed while the lease lasts
-            return _Retry()
+        if error.status not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
+            return _Retry()  # token, proxy, certificate: may be mended while the lease lasts
         # Only "unknown" says that it is not ours; a 400 says that our request is wrong.
         self._end("lost", confirmed=error.status == HTTPStatus.NOT_FOUND)
         return None
