@@ -1,0 +1,212 @@
+"""The demo's workers: `workpool run` in processes of their own, their log lines, their metrics.
+
+Owns the processes: whatever happens to `Worker.live`, its process is gone when it ends.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+SCRAPE_SECONDS: Final = 2.0
+LINE_BYTES: Final = 64 * 1024
+_METRICS_SERVED: Final = "metrics served url="
+_LOUD: Final = {"warning", "error", "critical"}
+
+State = Literal["starting", "running", "killed", "ended"]
+
+
+@dataclass
+class Figures:
+    """What the view shows of one worker's `/metrics`."""
+
+    busy: int = 0
+    slots: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)
+    polls: int = 0
+    poll_seconds: float = 0.0
+    null_ratio: float = 0.0
+    gained: int = 0
+    lost: int = 0
+
+    @property
+    def poll_latency(self) -> float:
+        """Mean seconds of a poll."""
+        return self.poll_seconds / self.polls if self.polls else 0.0
+
+
+class Worker:
+    """One worker process.
+
+    Args:
+        name: Its `worker_id`.
+        plugin: What it runs.
+        settings: Its settings as variables; the token travels here, never in arguments.
+        show: Told of a line worth showing, with this worker's name.
+
+    Attributes:
+        pid: 0 before it was started.
+        url: Where `/metrics` is, once known.
+        status: Its exit status, None while it runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        plugin: str,
+        settings: Mapping[str, str],
+        show: Callable[[str, str], None],
+    ) -> None:
+        self.name = name
+        self.state: State = "starting"
+        self.url = ""
+        self.pid = 0
+        self.status: int | None = None
+        self.figures = Figures()
+        self._plugin = plugin
+        self._settings = settings
+        self._show = show
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def live(self) -> None:
+        """Run the process and read its output until it ends; cancelled, it is killed."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "workpool", "run", self._plugin),
+            env=self._settings,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the demo, which ends its workers in order
+        )
+        self._process, self.pid = process, process.pid
+        try:
+            if process.stdout is not None:
+                async for line in _lines(process.stdout):
+                    self._read(line)
+            self.status = await process.wait()
+        finally:
+            if self.state != "killed":
+                self.state = "ended"
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL: no clean-up, no last word."""
+        if self._process is not None:
+            self.state = "killed"
+            with suppress(ProcessLookupError):
+                self._process.kill()
+
+    def terminate(self) -> None:
+        """SIGTERM: drain and end."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.terminate()
+
+    async def scrape(self, http: aiohttp.ClientSession) -> None:
+        """Read its metrics; keeps the last ones when it does not answer."""
+        if self.state != "running":
+            return
+        with suppress(aiohttp.ClientError, TimeoutError):
+            timeout = aiohttp.ClientTimeout(total=SCRAPE_SECONDS)
+            async with http.get(self.url, timeout=timeout) as response:
+                self.figures = read_figures(await response.text())
+
+    def _read(self, line: str) -> None:
+        """Show what a handler logged or printed, and what went wrong."""
+        record: Any = None
+        with suppress(ValueError):
+            record = json.loads(line)
+        if not isinstance(record, dict) or "logger" not in record:
+            self._show(self.name, line)
+            return
+        logger, message = str(record["logger"]), str(record.get("message"))
+        if message.startswith(_METRICS_SERVED):
+            self.url = message.removeprefix(_METRICS_SERVED)
+            self.state = "running"
+            self._show(self.name, f"runs pid={self.pid} metrics={self.url}")
+        ours = logger.partition(".")[0] == "workpool" and logger != "workpool.session"
+        if ours and record.get("level") not in _LOUD:
+            return
+        self._show(self.name, message)
+        error = record.get("error")
+        if isinstance(error, dict):
+            self._show(self.name, str(error.get("stack")))
+
+
+def worker_settings(base_url: str, token: str, environment_id: str, name: str) -> dict[str, str]:
+    """The variables of a worker of the demo: those of this process, but for what must be ours."""
+    settings = {
+        "base_url": base_url,
+        "dialect": "qoder",
+        "token": token,
+        "environment_id": environment_id,
+        "worker_id": name,
+        "concurrency": "4",
+        "pollers": "2",
+        "prefetch": "0",
+        "reclaim_older_than_ms": "5000",
+        "lease_ttl": "10",  # the least there is: what a killed worker held is free again soon
+        "drain_timeout": "3",
+        "read_rate": "0",
+        "write_rate": "0",
+        "metrics_listen": "127.0.0.1:0",
+        "log_level": "info",
+        "log_format": "json",
+    }
+    foreign = {"WORKPOOL_TOKEN_FILE", "WORKPOOL_PLUGINS"}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in foreign},
+        **{f"WORKPOOL_{name.upper()}": value for name, value in settings.items()},
+        **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1"),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def read_figures(text: str) -> Figures:
+    """Read a worker's `/metrics`."""
+    found = Figures()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            _note(found, sample.name.removeprefix("workpool_"), sample.labels, int(sample.value))
+            if sample.name == "workpool_poll_duration_seconds_sum":
+                found.poll_seconds += sample.value
+            elif sample.name == "workpool_poll_null_ratio":
+                found.null_ratio = sample.value
+    return found
+
+
+def _note(found: Figures, name: str, labels: Mapping[str, str], count: int) -> None:
+    if name == "slots" and labels["state"] == "busy":
+        found.busy = count
+    elif name == "slots_limit":
+        found.slots = count
+    elif name == "sessions_total" and count:
+        outcome = labels["outcome"]
+        found.outcomes[outcome] = found.outcomes.get(outcome, 0) + count
+    elif name == "poll_duration_seconds_count":
+        found.polls += count
+    elif name == "reclaims_total":
+        found.gained += count if labels["direction"] == "gained" else 0
+        found.lost += count if labels["direction"] == "lost" else 0
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines of any length: what is longer than `LINE_BYTES` comes in pieces."""
+    rest = b""
+    while chunk := await stream.read(LINE_BYTES):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+    if rest:
+        yield rest.decode("utf-8", "replace")

@@ -1,0 +1,20 @@
+"""What `workpool demo` runs where the plugin `echo` is not installed."""
+
+import asyncio
+
+from workpool.handler import handler
+from workpool.session import Release, Session
+
+
+@handler
+async def sample(session: Session) -> dict[str, str]:
+    """Work for `seconds`, then give `text` back; both come from the metadata."""
+    text = session.item.metadata.get("text", "hello")
+    session.log.info("sample: %r %s", text, "redelivered" if session.redelivered else "started")
+    try:
+        async with asyncio.timeout(float(session.item.metadata.get("seconds", "1.5"))):
+            await session.interrupted()
+    except TimeoutError:
+        session.log.info("sample: %r done", text)
+        return {"sample": text}
+    raise Release("interrupted")

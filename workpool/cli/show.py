@@ -1,0 +1,215 @@
+"""The performance of `workpool demo`: the promise, shown, and checked in the record of it.
+
+A control plane in this process, two workers in processes of their own, sessions over real HTTP;
+one worker is killed (SIGKILL) while it holds sessions, and the other one finishes them.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+import aiohttp
+import typer
+from aiohttp import web
+
+from workpool.cli import exits
+from workpool.cli.fleet import Worker, worker_settings
+from workpool.cli.ledger import Ledger, worker_of
+from workpool.cli.screen import Scene, Screen, open_screen
+from workpool.cli.signals import ENDING, Signals
+from workpool.plugins import available
+from workpool.pool.keeper import new_event_loop
+from workpool.server import ControlPlane, Summary
+
+FIRST: Final = 4
+"""Sessions that wait when the first worker comes; the rest comes once both are there."""
+FIRST_SECONDS: Final = "0.2"
+SECONDS: Final = "1.5"
+TICK_SECONDS: Final = 0.1
+SCRAPE_EVERY_SECONDS: Final = 1.0
+STALL_SECONDS: Final = 20.0
+"""Longer than the 10 s after which a killed worker's sessions are free again."""
+END_SECONDS: Final = 6.0
+"""How long workers have to drain before they are killed."""
+
+HANGUP: Final = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+
+Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def perform(handler: str | None, metadata: Mapping[str, str], count: int) -> int:
+    """Play it; returns the exit status."""
+    chosen = handler or ("echo" if _installed("echo") else "workpool.cli.sample")
+    plans = _plans(count, metadata, example=handler is None)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_perform(chosen, plans))
+
+
+def _installed(plugin: str) -> bool:
+    return any(one.name == plugin for one in available())
+
+
+def _plans(count: int, given: Mapping[str, str], *, example: bool) -> list[dict[str, str]]:
+    """The metadata of each session."""
+    if not example:
+        return [dict(given) for _ in range(count)]
+    return [
+        {
+            "text": f"session {number:02d}",
+            "seconds": FIRST_SECONDS if number <= FIRST else SECONDS,
+            **given,
+        }
+        for number in range(1, count + 1)
+    ]
+
+
+async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
+    show = Show(handler, plans)
+    with Signals((*ENDING, *HANGUP)) as signals:
+        async with show.plane:
+            with show.screen:
+                status = await show.run(signals)
+            summary = show.plane.summary()
+    typer.echo(promise_text(summary))
+    if signals.last is not None:
+        return exits.SIGNALLED + signals.last
+    if status == exits.OK:
+        kept = summary.enqueued == summary.stopped and not summary.overlapping
+        typer.echo(NEXT)
+        return exits.OK if kept else exits.FAILED
+    return status
+
+
+def promise_text(summary: Summary) -> str:
+    """`40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping`."""
+    return " · ".join(f"{value} {name}" for name, value in summary._asdict().items())
+
+
+NEXT: Final = """\
+Try next:
+  workpool demo MODULE:HANDLER --metadata KEY=VALUE   the same with your own handler
+  workpool serve                                      a queue that stays
+  workpool run --help                                 a worker for it"""
+
+
+class Show:
+    """One performance: what comes when.
+
+    Attributes:
+        plane: The control plane; not entered.
+        screen: Where it is shown; not entered.
+    """
+
+    def __init__(self, handler: str, plans: list[dict[str, str]]) -> None:
+        self.plane = ControlPlane(middlewares=[self._watch])
+        self.screen: Screen = open_screen()
+        self._handler = handler
+        self._plans = plans
+        self._names: dict[str, str] = {}
+        self._ledger = Ledger(self.plane.history, self._names)
+        self._workers: list[Worker] = []
+        self._polled: set[str] = set()
+        self._victim: Worker | None = None
+
+    async def run(self, signals: Signals) -> int:
+        """Play it to its end, or to the first signal; no worker is left when it returns."""
+        self._workers = [self._worker(f"worker-{number}") for number in (1, 2)]
+        scene = Scene(self.plane.base_url, len(self._plans), self._ledger, self._workers)
+        self.screen.say(
+            f"workpool demo: {scene.count} sessions for {self._handler}, 2 workers,"
+            f" control plane {scene.url}"
+        )
+        self._enqueue(FIRST)
+        async with self._on_stage(signals):
+            return await self._play(scene, signals)
+
+    @asynccontextmanager
+    async def _on_stage(self, signals: Signals) -> AsyncIterator[None]:
+        """The workers' processes and their scraping; all of it has ended when this is left."""
+        async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
+            tasks = {group.create_task(worker.live(), name=worker.name) for worker in self._workers}
+            scraping = group.create_task(self._scrape(http), name="scrape")
+            yield
+            for worker in self._workers:
+                worker.terminate()
+            ending = group.create_task(signals.second.wait(), name="second-signal")
+            await self._ended(tasks, ending)
+            for task in (*tasks, scraping, ending):
+                task.cancel()  # which kills what has not ended
+
+    async def _ended(self, tasks: set["asyncio.Task[None]"], ending: "asyncio.Task[bool]") -> None:
+        """Wait until all workers have ended, for a while, or until a second signal."""
+        until = asyncio.get_running_loop().time() + END_SECONDS
+        while tasks and not ending.done():
+            left = until - asyncio.get_running_loop().time()
+            if left <= 0:
+                return
+            await asyncio.wait({*tasks, ending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            tasks = {task for task in tasks if not task.done()}
+
+    async def _play(self, scene: Scene, signals: Signals) -> int:
+        loop = asyncio.get_running_loop()
+        acked, moved_at = 0, loop.time()
+        while self._ledger.stopped < scene.count:
+            if signals.first.is_set():
+                self.screen.say("ending: the workers drain")
+                return exits.OK
+            for worker in self._workers:
+                if worker.status is not None and worker is not self._victim:
+                    self.screen.say(f"{worker.name} ended by itself, status {worker.status}")
+                    return worker.status or exits.FAILED
+            if len(self._polled) == len(self._workers):
+                self._enqueue(scene.count)
+            if self._ledger.held or self._ledger.acked != acked:
+                acked, moved_at = self._ledger.acked, loop.time()
+            elif loop.time() - moved_at > STALL_SECONDS:
+                self.screen.say("nobody takes these sessions: does --metadata fit the handler?")
+                return exits.FAILED
+            self.screen.draw(scene)
+            await asyncio.sleep(TICK_SECONDS)
+        self.screen.draw(scene)
+        return exits.OK
+
+    def _worker(self, name: str) -> Worker:
+        plane = self.plane
+        settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
+        return Worker(name, self._handler, settings, self.screen.show)
+
+    def _enqueue(self, until: int) -> None:
+        """Create sessions until there are `until`."""
+        for metadata in self._plans[len(self._names) : until]:
+            [item] = self.plane.enqueue(metadata=metadata)
+            self._names[item.id] = f"session {len(self._names) + 1:02d}"
+
+    @web.middleware
+    async def _watch(self, request: web.Request, handler: Respond) -> web.StreamResponse:
+        """Around every request that a worker makes: look what it did, and kill at the moment."""
+        self._polled.add(worker_of(request.headers.get("Worker-ID")))
+        response = await handler(request)
+        for line in self._ledger.follow():
+            self.screen.say(line)
+        if self._victim is None and len(self._names) == len(self._plans):
+            self._kill_one()
+        return response
+
+    def _kill_one(self) -> None:
+        """SIGKILL a worker once it holds several sessions and a quarter of all is done."""
+        stopped, count = self._ledger.stopped, len(self._plans)
+        wanted = 3 if stopped < count // 2 else 1
+        for worker in reversed(self._workers):
+            held = self._ledger.held_by(worker.name)
+            if stopped >= count // 4 and len(held) >= wanted and self._victim is None:
+                self._victim = worker
+                worker.kill()
+                self.screen.say(
+                    f"{worker.name} is killed (kill -9 {worker.pid}) while it holds"
+                    f" {', '.join(held)}"
+                )
+
+    async def _scrape(self, http: aiohttp.ClientSession) -> None:
+        while True:
+            for worker in self._workers:
+                await worker.scrape(http)
+            await asyncio.sleep(SCRAPE_EVERY_SECONDS)
