@@ -38,7 +38,7 @@ TICK_SECONDS = 1.0
 LAG_WARNING_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
 SLEEP_SECONDS = 0.5
-"""A lease clock that gained this much on the loop's during one tick: the machine slept."""
+"""A lease clock that gained this much on one that sleeps, during one tick: the machine slept."""
 
 
 class Watcher(NamedTuple):
@@ -160,8 +160,12 @@ class Keeper:
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
-        if self._closing or not self._serving:
-            return  # asked to end, or never began: `__aenter__` raises why
+        if not self._serving:
+            return  # never began: `__aenter__` raises why
+        if self._closing:
+            if cause is not None:
+                log.error("keeper did not close cleanly", exc_info=cause)
+            return
         error = KeeperError("the thread that keeps the leases ended")
         error.__cause__ = cause
         for lease in list(self._leases):
@@ -199,14 +203,15 @@ class Keeper:
             lease.task = self._group.create_task(lease.keep(), name=lease.item.id)
 
     async def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
+        # Not the loop's clock: a busy uvloop's lags behind, which must not look like sleep.
+        lease_time, awake_time = self.clock(), time.monotonic()
         while True:
-            lease_time, loop_time = self.clock(), loop.time()
             await asyncio.sleep(TICK_SECONDS)
-            seconds = loop.time() - loop_time
+            lease_before, awake_before = lease_time, awake_time
+            lease_time, awake_time = self.clock(), time.monotonic()
+            seconds = awake_time - awake_before
             self._sweep()
-            if self.clock() - lease_time - seconds > SLEEP_SECONDS:
-                self._expire()
+            self._expire(slept=lease_time - lease_before - seconds > SLEEP_SECONDS)
             self._watch(seconds)
 
     def _sweep(self) -> None:
@@ -216,12 +221,18 @@ class Keeper:
             if lease.task is not None:
                 lease.task.cancel()
 
-    def _expire(self) -> None:
-        """The machine slept, and timers with it: look at every lease now."""
+    def _expire(self, *, slept: bool) -> None:
+        """Give up every lease whose time to has come, however late its own timers are.
+
+        Timers stand still while the machine sleeps, so what is still held then is renewed at once.
+        """
         for lease in list(self._leases):
             lease.expire()
-            if lease.fate != "held" and lease.task is not None:
-                lease.task.cancel()
+            if lease.fate != "held":
+                if lease.task is not None:
+                    lease.task.cancel()
+            elif slept:
+                lease.beat_now()
 
     def _watch(self, seconds: float) -> None:
         """Measure how late the handlers' loop is. `seconds`: since the last look."""
