@@ -48,16 +48,16 @@ class Routes:
         """Return the routes under the dialect's prefix. No HEAD: a poll must be a real one."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
         session = self._dialect.prefix + "/sessions/{session_id}"
-        return [
+        return [  # tried in this order: what a worker calls all day comes first
             web.get(environment + "/poll", self.poll, allow_head=False),
+            web.post(item + "/ack", self.ack),
+            web.post(item + "/heartbeat", self.heartbeat),
+            web.post(item + "/stop", self.stop),
             web.get(environment + "/stats", self.stats, allow_head=False),
             web.get(environment, self.list, allow_head=False),
             web.post(environment, self.enqueue),
             web.get(item, self.get, allow_head=False),
             web.post(item, self.update),
-            web.post(item + "/ack", self.ack),
-            web.post(item + "/heartbeat", self.heartbeat),
-            web.post(item + "/stop", self.stop),
             web.get(session, self.session, allow_head=False),
         ]
 
