@@ -346,7 +346,7 @@ async def test_a_credential_refused_for_good_costs_the_lease_in_time(bench: type
     assert not lease.confirmed
 
 
-@pytest.mark.parametrize(("status", "confirmed"), [(404, True), (400, False), (302, False)])
+@pytest.mark.parametrize(("status", "confirmed"), [(404, True), (400, False)])
 def test_a_refused_beat_is_a_loss_and_only_an_unknown_item_confirms_it(
     bench: type[Bench], status: int, *, confirmed: bool
 ) -> None:
