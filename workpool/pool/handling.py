@@ -155,18 +155,18 @@ async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
     A handler that ignores its cancellation would hold up a group that the pool must leave, so this
     one lives in a task of its own: the one kind of task that may outlive the pool, and only then.
     """
-    loop = asyncio.get_running_loop()
-    opened: asyncio.Future[asyncio.TaskGroup] = loop.create_future()
-    closing = asyncio.Event()
+    opened, closing = asyncio.Event(), asyncio.Event()
+    group = asyncio.TaskGroup()
 
     async def host() -> None:
-        async with asyncio.TaskGroup() as group:
-            opened.set_result(group)
+        async with group:
+            opened.set()
             await closing.wait()
 
-    task = loop.create_task(host(), name="workpool-handlers")
+    task = asyncio.get_running_loop().create_task(host(), name="workpool-handlers")
     try:
-        yield await opened
+        await opened.wait()
+        yield group
     finally:
         closing.set()
         if (await asyncio.wait({task}, timeout=LEAVE_SECONDS))[1]:

@@ -1,0 +1,55 @@
+"""The group that handlers live in: it can be left whatever they do, and entered at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from typing import Any
+
+import pytest
+
+from workpool.pool.handling import handler_group
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_it_may_be_cancelled_at_any_turn_of_its_start(turns: int) -> None:
+    """Else its host fails on its own, and the loop logs an error that nobody can act on."""
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+
+    async def enter() -> None:
+        async with handler_group():
+            await asyncio.Event().wait()
+
+    async with asyncio.TaskGroup() as group:
+        entering = group.create_task(enter())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        entering.cancel()
+        await asyncio.wait({entering})
+    assert entering.cancelled()
+    hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
+    assert not hosts
+    del entering
+    gc.collect()  # only now are the errors told that nobody asked for
+    assert not problems
+
+
+async def test_it_is_left_although_a_handler_does_not_end() -> None:
+    may_end = asyncio.Event()
+
+    async def deaf() -> None:
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                continue
+
+    async with asyncio.timeout(5):
+        async with handler_group() as group:
+            task = group.create_task(deaf())
+            await asyncio.sleep(0)
+    assert not task.done()
+    may_end.set()
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()})
+    assert task.done()
