@@ -38,6 +38,7 @@ class Polling:
 
     Attributes:
         until_empty: End at the first null poll while nothing of ours waits, runs or is in flight.
+        ended: That poll has been; there shall be no other.
         last_success_at: Of the last answered poll, on the lease clock; None before the first.
         refused: The control plane's last word was a refusal.
     """
@@ -51,6 +52,7 @@ class Polling:
         on_empty: Callable[[], None],
     ) -> None:
         self.until_empty = until_empty
+        self.ended = False
         self.last_success_at: float | None = None
         self.refused = False
         self.fail = on_fatal
@@ -80,7 +82,7 @@ class Polling:
         """A poll is in flight."""
         self._in_flight += 1
 
-    def ended(self) -> None:
+    def answered(self) -> None:
         """A poll is not in flight any more."""
         self._in_flight -= 1
         self._answered.set()
@@ -110,6 +112,7 @@ class Polling:
         if not (self.until_empty and self._parts.queue.idle):
             return
         if self._in_flight == 0:
+            self.ended = True
             self._on_empty()
         else:
             await self._answered.wait()  # bounded: so is every poll
@@ -133,9 +136,9 @@ class Poller:
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
 
     async def run(self) -> None:
-        """Poll until cancelled; a crash is a bug, said loudly, and survived a few times."""
+        """Poll until cancelled or done; a crash is a bug, said loudly, and survived a few times."""
         crashes = 0
-        while True:
+        while not self._polling.ended:
             try:
                 await self._once()
                 crashes = 0
@@ -159,13 +162,14 @@ class Poller:
         except ControlPlaneError as error:
             await self._back_off(error)
             return
+        if item is None:
+            # Before the pause: in there, the others poll again, and so would we, for ever.
+            await self._polling.settle_empty()
         if not taken:
             # A control plane that does not wait for `block_ms`, or keeps offering what we do not
             # want, must not spin us.
             now = asyncio.get_running_loop().time()
             await self._sleep(self._polled_at + self._block_ms / 1000 - now)
-        if item is None:
-            await self._polling.settle_empty()
 
     async def _deliver(self) -> tuple[WorkItem | None, bool]:
         """Poll and hand over what came; returns it, and whether it took the reserved place."""
@@ -209,7 +213,7 @@ class Poller:
                 result = "throttled" if error.reason == "throttled" else "timeout"
             raise
         finally:
-            self._polling.ended()
+            self._polling.answered()
             seconds = asyncio.get_running_loop().time() - started
             self._parts.observe(PollFinished(result, seconds))
         self._backoff.reset()

@@ -1,0 +1,122 @@
+"""`run(until_empty=True)`: all of the queue, nothing twice, and an end (design §1, Drain)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.events import ItemDeclined, SessionFinished
+from workpool.testing import Hold, delay, literal
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+NULL_EARLY = 0.09  # s, of polls that may wait for 0.1 s
+
+
+@handler
+async def work(_: Session) -> None:
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("pollers", "prefetch"), [(1, 0), (2, 0), (4, 4)])
+async def test_everything_is_handled_once_with_four_requests_an_item(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, pollers: int,
+    prefetch: int,
+) -> None:  # fmt: skip
+    items = plane.enqueue(200)
+    pool = make_pool(work, pollers=pollers, prefetch=prefetch, block_ms=20)
+    await pool.run(until_empty=True)
+    assert plane.summary() == (200, 200, 0, 0, 0)
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"] * 200
+    assert {event.session.item.id for event in recorder.of(SessionFinished)} == {
+        item.id for item in items
+    }
+    delivered = [record for record in plane.history if record.kind == "delivered"]
+    assert len(delivered) == 200
+    sent = Counter(request.op for request in faults.seen)
+    assert set(sent) == {"poll", "ack", "heartbeat", "stop"}
+    assert sent["ack"] == sent["heartbeat"] == sent["stop"] == 200
+    assert pool.left_behind == 0
+
+
+async def test_an_empty_queue_ends_it_at_the_first_null(faults: Faults, make_pool: Any) -> None:
+    await make_pool(work, pollers=1, block_ms=20).run(until_empty=True)
+    assert len(faults.of("poll")) == 1
+
+
+async def test_it_waits_for_what_still_runs_and_takes_what_comes_meanwhile(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler
+    async def more(session: Session) -> None:
+        if "last" not in session.item.metadata:
+            await asyncio.sleep(0.1)  # several null polls long
+            plane.enqueue(metadata={"last": "yes"})
+
+    plane.enqueue()
+    async with asyncio.timeout(10):
+        await make_pool(more, pollers=2, block_ms=20).run(until_empty=True)
+    assert len(recorder.of(SessionFinished)) == 2
+
+
+async def test_it_does_not_end_while_another_poll_may_bring_an_item(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    """One poller is told null; the other's answer, with an item in it, is on its way."""
+    hold = Hold(applied=True)
+    faults.add(hold, "poll", times=1)
+    plane.enqueue()
+    pool = make_pool(work, pollers=2, block_ms=20)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(pool.run(until_empty=True))
+        await hold.reached()
+        await faults.wait_for("poll", count=2)
+        await faults.wait_for("poll", answered=True)
+        assert not running.done()
+        hold.release()
+    assert len(recorder.of(SessionFinished)) == 1
+
+
+async def test_pollers_out_of_step_do_not_keep_each_other_going(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    """A control plane that says null a little early: each poller pauses during the other's poll."""
+
+    @handler
+    async def until_out_of_step(_: Session) -> None:
+        await faults.wait_for("poll", count=7)
+
+    plane.enqueue()
+    faults.add(delay(NULL_EARLY / 2), "poll", skip=2, times=1)
+    faults.add(delay(NULL_EARLY), "poll", skip=1)
+    faults.add(literal(b"null"), "poll", skip=1)
+    async with asyncio.timeout(5):
+        await make_pool(until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
+
+
+async def test_what_only_others_want_does_not_keep_it_from_ending(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(work_type="for_others")
+    async with asyncio.timeout(10):
+        await make_pool(work, pollers=2, block_ms=20).run(until_empty=True)
+    assert recorder.of(ItemDeclined)
+
+
+async def test_what_was_released_does_not_keep_it_from_ending(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler
+    async def later(_: Session) -> None:
+        raise Release(delay=600)
+
+    plane.enqueue()
+    async with asyncio.timeout(10):
+        await make_pool(later, pollers=2, block_ms=20).run(until_empty=True)
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]
