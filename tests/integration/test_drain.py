@@ -1,0 +1,416 @@
+"""The drain, whatever is under way when it comes (design §1, Drain)."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, Supervisor, handler, hookimpl
+from workpool.events import (
+    DrainFinished,
+    DrainStarted,
+    ItemClaimed,
+    ItemReclaimed,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.testing import Hold, lost, status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+LONG = 60.0
+
+
+@handler
+async def patient(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+@handler
+async def polite(session: Session) -> dict[str, str]:
+    await session.interrupted()
+    return {"draining": str(session.draining)}
+
+
+async def draining(supervisor: Supervisor, recorder: Recorder) -> None:
+    await recorder.wait_for(DrainStarted)
+    assert supervisor.status().draining
+    assert supervisor.status().reasons == ("draining",)
+
+
+# -- what is under way
+
+
+async def test_an_idle_pool_ends_at_once(
+    faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    async with make_pool(patient, pollers=3) as supervisor:
+        await faults.wait_for("poll", count=3)
+        async with asyncio.timeout(0.9):  # less than a poll waits
+            await supervisor.drain(timeout=LONG)
+    assert [event.result for event in recorder.of(PollFinished)] == ["cancelled"] * 3
+    (finished,) = recorder.of(DrainFinished)
+    assert finished.result == "clean"
+
+
+async def test_waiting_items_are_forgotten_and_come_back(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    first, *waiting = plane.enqueue(3)
+    async with make_pool(polite, concurrency=1, prefetch=2):
+        await recorder.wait_for(SessionStarted)
+        await recorder.wait_for(ItemClaimed, count=3)
+    for item in waiting:
+        assert not faults.of(work_id=item.id)
+        assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+    assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
+
+
+async def test_pollers_that_wait_for_a_place_are_woken(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    async with make_pool(polite, concurrency=1, pollers=3):
+        await recorder.wait_for(SessionStarted)
+    assert len(recorder.of(PollFinished)) == 1
+
+
+async def test_a_delivery_that_arrives_in_the_drain_is_not_taken(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    hold = Hold(applied=True)
+    faults.add(hold, "poll")
+    (item,) = plane.enqueue()
+    async with make_pool(patient) as supervisor:
+        await hold.reached()
+        await supervisor.drain(timeout=LONG)
+    assert not recorder.of(ItemClaimed)
+    assert plane.operations.get(plane.environments[0], item.id).state == "queued"
+
+
+async def test_an_ack_in_flight_that_succeeds_is_released(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "ack")
+    (item,) = plane.enqueue()
+    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        await hold.reached()
+        group.create_task(supervisor.drain(timeout=LONG))
+        await draining(supervisor, recorder)
+        hold.release()
+    life = await life_of(item.id)
+    assert life.outcome == "released"
+    assert life.ops == ["ack", "heartbeat"]
+    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+    assert not recorder.of(SessionStarted)
+    assert recorder.of(DrainFinished)[0].result == "clean"
+
+
+@pytest.mark.parametrize("code", [409, 404, 500])
+async def test_an_ack_in_flight_that_fails_ends_the_matter(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+) -> None:
+    hold = Hold()
+    faults.add(hold, "ack")
+    faults.add(status(code), "ack")
+    (item,) = plane.enqueue()
+    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        await hold.reached()
+        group.create_task(supervisor.drain(timeout=LONG))
+        await draining(supervisor, recorder)
+        hold.release()
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
+    assert recorder.of(DrainFinished)[0].result == "clean"
+    assert [event.stage for event in recorder.of(ItemReclaimed)] == (["drain"] * (code == 409))
+
+
+async def test_a_first_beat_in_flight_is_followed_by_the_last(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "heartbeat", times=1)
+    (item,) = plane.enqueue()
+    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        await hold.reached()
+        group.create_task(supervisor.drain(timeout=LONG))
+        await draining(supervisor, recorder)
+        hold.release()
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.ops == ["ack", "heartbeat", "heartbeat"]
+    assert [request.query["desired_ttl_seconds"] for request in life.sent[1:]] == ["60", "10"]
+    assert not recorder.of(SessionStarted)
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_running_sessions_keep_their_leases_and_finish(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+) -> None:
+    may_end = asyncio.Event()
+
+    @handler
+    async def slow(session: Session) -> dict[str, str]:
+        await session.interrupted()
+        await may_end.wait()
+        await session.update_metadata({"phase": "last"})
+        return {"draining": str(session.draining)}
+
+    (item,) = plane.enqueue()
+    async with make_pool(slow, lease_ttl=10) as supervisor, asyncio.TaskGroup() as group:
+        await recorder.wait_for(SessionStarted)
+        group.create_task(supervisor.drain(timeout=None))
+        await draining(supervisor, recorder)
+        beats = len(faults.of("heartbeat"))
+        await faults.wait_for("heartbeat", count=beats + 3, answered=True)
+        may_end.set()
+    life = await life_of(item.id)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.metadata == {"phase": "last", "draining": "True"}
+
+
+# -- the deadline
+
+
+async def test_the_deadline_is_the_settings_unless_told(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    async with make_pool(patient, drain_timeout=0.05) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        await supervisor.drain()
+    assert recorder.of(DrainStarted)[0].timeout == 0.05
+    assert recorder.of(DrainFinished)[0].result == "deadline"
+    assert recorder.of(SessionFinished)[0].outcome == "released"
+    assert supervisor.left_behind == 0
+
+
+@pytest.mark.parametrize("first", [None, LONG])
+async def test_a_second_drain_brings_the_deadline_nearer(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, first: float | None
+) -> None:
+    plane.enqueue()
+    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        await recorder.wait_for(SessionStarted)
+        waiting = group.create_task(supervisor.drain(timeout=first))
+        await draining(supervisor, recorder)
+        assert not waiting.done()
+        await supervisor.drain(timeout=0)
+    assert recorder.of(SessionFinished)[0].outcome == "released"
+
+
+async def test_many_sessions_are_handed_back_together(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(8)
+    async with make_pool(patient, concurrency=8) as supervisor:
+        await recorder.wait_for(SessionStarted, count=8)
+        await supervisor.drain(timeout=0)
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"] * 8
+    last = {request.work_id: request.query["desired_ttl_seconds"] for request in
+            faults.of("heartbeat")}  # fmt: skip
+    assert list(last.values()) == ["10"] * 8
+
+
+async def test_a_release_whose_answers_never_come_is_bounded(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
+    faults.add(lost(), "heartbeat", skip=1)
+    plane.enqueue()
+    async with make_pool(patient) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        async with asyncio.timeout(5):
+            await supervisor.drain(timeout=0)
+    assert supervisor.left_behind == 1
+    assert recorder.of(DrainFinished)[0].result == "killed"
+    assert len(recorder.of(SessionFinished)) == 1
+
+
+async def test_an_ack_that_hangs_does_not_hold_up_a_drain(
+    plane: ControlPlane, faults: Faults, make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
+    hold = Hold()
+    faults.add(hold, "ack")
+    plane.enqueue()
+    async with make_pool(patient) as supervisor:
+        await hold.reached()
+        async with asyncio.timeout(5):
+            await supervisor.drain(timeout=0)
+    assert supervisor.left_behind == 1
+
+
+async def test_a_handler_that_will_not_end_is_left_behind(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
+    may_end = asyncio.Event()
+
+    @handler
+    async def deaf(_: Session) -> None:
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                continue
+
+    plane.enqueue()
+    async with make_pool(deaf) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        async with asyncio.timeout(5):
+            await supervisor.drain(timeout=0)
+    assert supervisor.left_behind == 1
+    assert recorder.of(DrainFinished)[0].result == "killed"
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert left
+    may_end.set()
+    await asyncio.wait(left, timeout=5)
+
+
+# -- who asks
+
+
+async def test_an_exception_in_the_embedders_block_is_a_deadline_now(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    with pytest.raises(LookupError):  # noqa: PT012 - the block is what is tested
+        async with make_pool(patient, drain_timeout=LONG):
+            await recorder.wait_for(SessionStarted)
+            raise LookupError
+    assert recorder.of(DrainStarted)[0].timeout == 0
+    assert recorder.of(SessionFinished)[0].outcome == "released"
+
+
+@pytest.mark.parametrize("where", ["wait", "sleep", "run", "leaving"])
+async def test_the_embedders_cancellation_is_raised_once_the_drain_is_over(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, where: str
+) -> None:
+    supervisor = make_pool(patient, drain_timeout=LONG)
+
+    async def embed() -> None:
+        if where == "run":
+            await supervisor.run()
+            return
+        async with supervisor:
+            if where == "wait":
+                await supervisor.wait()
+            elif where == "sleep":
+                await asyncio.sleep(LONG)
+            await recorder.wait_for(SessionStarted)
+
+    plane.enqueue()
+    async with asyncio.TaskGroup() as group:
+        embedder = group.create_task(embed())
+        await recorder.wait_for(DrainStarted if where == "leaving" else SessionStarted)
+        embedder.cancel()
+        await asyncio.wait({embedder}, timeout=5)
+        assert embedder.cancelled()
+    assert recorder.of(SessionFinished)[0].outcome == "released"
+    assert recorder.of(DrainFinished)[0].result == "deadline"
+
+
+async def test_cancelling_a_wait_changes_nothing_else(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    async with make_pool(polite) as supervisor:
+        for waiting in (supervisor.wait, supervisor.drain):
+            if waiting == supervisor.drain:
+                continue
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await waiting()
+        assert not supervisor.status().draining
+        plane.enqueue()
+        await recorder.wait_for(SessionStarted)
+
+
+async def test_wait_returns_once_it_is_drained_and_closed(make_pool: Any) -> None:
+    async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        waiting = group.create_task(supervisor.wait())
+        await supervisor.drain()
+        async with asyncio.timeout(5):
+            await waiting
+        await supervisor.drain()  # again, when all is over
+    await supervisor.wait()
+
+
+# -- cancelled while it starts
+
+
+@pytest.mark.parametrize("chunk", range(6))
+async def test_a_start_may_be_cancelled_at_any_point(
+    make_settings: Any, recorder: Recorder, chunk: int
+) -> None:
+    """At every turn of the loop, and now and then after what takes the keeper's thread a moment."""
+    for turns in range(chunk * 8, chunk * 8 + 8):
+        supervisor = Supervisor(
+            make_settings(metrics_listen="127.0.0.1:0"), plugins=[patient, recorder]
+        )
+        async with asyncio.TaskGroup() as group:
+            starting = group.create_task(supervisor.__aenter__())
+            for turn in range(turns):
+                await asyncio.sleep(0.0005 * (turn > 15))
+            starting.cancel()
+            await asyncio.wait({starting}, timeout=5)
+        if starting.cancelled():
+            assert asyncio.all_tasks() - {asyncio.current_task()} == plane_tasks()
+        else:
+            await supervisor.__aexit__(None, None, None)
+
+
+def plane_tasks() -> set[Any]:
+    """The control plane's own, which answer requests."""
+    return {task for task in asyncio.all_tasks() if "RequestHandler" in repr(task.get_coro())}
+
+
+class Slow:
+    """A plugin that takes for ever to open, or to close."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.reached = asyncio.Event()
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        return self.context()
+
+    @asynccontextmanager
+    async def context(self) -> AsyncIterator[None]:
+        if self.where == "opening":
+            self.reached.set()
+            await asyncio.Event().wait()
+        yield
+        self.reached.set()
+        if self.where == "closing":
+            await asyncio.Event().wait()
+
+
+async def test_a_start_that_takes_for_ever_may_be_cancelled(make_pool: Any) -> None:
+    slow = Slow("opening")
+    supervisor = make_pool(patient, slow)
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(supervisor.__aenter__())
+        await slow.reached.wait()
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=5)
+        assert starting.cancelled()
+
+
+async def test_a_plugin_that_does_not_close_is_given_up(
+    make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workpool.pool.lifespan.CLOSE_SECONDS", 0.05)
+    async with make_pool(patient, Slow("closing")):
+        pass
+    assert "plugin did not close plugin=Slow" in caplog.text
