@@ -322,7 +322,7 @@ def test_a_beat_that_answers_stopped_ends_the_lease(
 # Refusals
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, 403, 302])
 def test_a_refused_credential_is_tried_again_within_the_lease(
     bench: type[Bench], status: int
 ) -> None:

@@ -215,6 +215,7 @@ class Dispatcher:
         """Hold the lease, and note in `causes` whatever forbids to start the handler."""
         if self.draining:
             claim.lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
+            claim.causes.add(Cause.DRAINED)
         self._parts.keeper.hold(claim.lease)
         await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
         self._note_lease(claim)
@@ -250,7 +251,9 @@ class Dispatcher:
         lease = claim.lease
         if lease.fate == "stopped":
             claim.causes.add(Cause.STOPPED)
-        elif not lease.held and lease.fate != "released":
+        elif lease.fate == "released":
+            return  # nothing may be sent any more, and nobody has taken it from us
+        elif not (lease.held and lease.begun):
             claim.causes.add(Cause.LOST)
         elif lease.stop_requested:
             claim.causes.add(Cause.STOP_REQUESTED)

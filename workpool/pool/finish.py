@@ -175,9 +175,11 @@ class Finisher:
         self._keeper.release(claim.lease, delay)
         left = until - asyncio.get_running_loop().time()
         await asyncio.wait({claim.over}, timeout=max(0.0, left))
-        if claim.lease.fate == "stopped":
-            return "stopped"
-        return "lease_lost" if claim.lease.confirmed else "released"
+        if claim.lease.confirmed:
+            return "lease_lost"
+        # An item that is stopping when its lease lapses is stopped: nobody gets it any more.
+        ended = claim.lease.fate == "stopped" or claim.lease.stop_requested
+        return "stopped" if ended else "released"
 
     def _error_note(self, claim: Claim) -> Mapping[str, str]:
         error = claim.error or TimeoutError("the session's time is over")

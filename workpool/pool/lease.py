@@ -279,12 +279,12 @@ class Lease:
             self._end("finished" if self.own_stop else "stopped")
             return None
         asked = beat.state == STOPPING and not self.stop_requested and not self.own_stop
-        if asked or not self.begun:
-            self.begun = True
-            self.stop_requested = self.stop_requested or asked
-            self._pulse.tell(self._on_change)
+        news = asked or not self.begun
+        self.begun, self.stop_requested = True, self.stop_requested or asked
         if sent.last:
             self._end("released")
+        elif news:
+            self._pulse.tell(self._on_change)
         return None
 
     async def _failed(self, error: ControlPlaneError, sent: _Sent) -> _Retry | None:

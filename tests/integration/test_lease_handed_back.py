@@ -1,0 +1,103 @@
+"""What a drain hands back before its handler began: an ack in flight that succeeds is released."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler
+from workpool.events import DrainStarted, SessionStarted
+from workpool.testing import Hold
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool import Settings, Supervisor
+    from workpool.server import ControlPlane
+    from workpool.testing import Clock, Faults, Recorder
+
+
+@handler
+async def work(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def former(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+    """Another worker, that comes to nothing."""
+    async with WorkClient(make_settings(), worker_id="former") as client:
+        yield client
+
+
+@pytest.fixture
+def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> Any:
+    """A pool that is told to drain while it acknowledges."""
+
+    @asynccontextmanager
+    async def pool() -> AsyncIterator[Supervisor]:
+        ack = Hold()
+        faults.add(ack, "ack", where=lambda request: request.headers["Worker-ID"] != "former")
+        async with make_pool(work) as supervisor:
+            await ack.reached()
+            async with asyncio.TaskGroup() as group:
+                group.create_task(supervisor.drain())
+                await recorder.wait_for(DrainStarted)
+                ack.release()
+                yield supervisor
+
+    return pool
+
+
+async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
+    plane: ControlPlane,
+    former: WorkClient,
+    clock: Clock,
+    drained_in_its_ack: Any,
+    life_of: Any,
+    recorder: Recorder,
+) -> None:
+    """Its attempt is not counted: nothing may be written after the beat that lets it go."""
+    (item,) = plane.enqueue()
+    await former.poll()
+    await former.ack(item.id)
+    clock.advance(100)
+    async with drained_in_its_ack():
+        pass
+    life = await life_of(item.id)
+    assert life.outcome == "released"
+    assert not recorder.of(SessionStarted)
+    assert life.ops[-1] == "heartbeat"
+    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+
+
+async def test_an_item_that_its_last_beat_finds_stopping_counts_as_stopped(
+    plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
+) -> None:
+    """Nobody gets it any more: once its lease has lapsed it is `stopped`."""
+    (item,) = plane.enqueue()
+    beat = Hold()
+    faults.add(beat, "heartbeat")
+    async with drained_in_its_ack():
+        await beat.reached()
+        plane.operations.stop(plane.environments[0], item.id)
+        beat.release()
+    life = await life_of(item.id)
+    assert life.outcome == "stopped"
+    assert not recorder.of(SessionStarted)
+
+
+async def test_a_released_session_that_its_last_beat_finds_stopping_counts_as_stopped(
+    plane: ControlPlane, make_pool: Any, faults: Faults, life_of: Any, recorder: Recorder
+) -> None:
+    (item,) = plane.enqueue()
+    async with make_pool(work) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        await supervisor.drain(timeout=0)
+    life = await life_of(item.id)
+    assert life.outcome == "stopped"
+    assert faults.of("heartbeat")
