@@ -1,0 +1,371 @@
+"""A pool in somebody's service: it takes nothing over, and leaves nothing behind (design §3)."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import random
+import re
+import signal
+import socket
+import threading
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from workpool import PluginError, Session, Supervisor, handler, hookimpl
+from workpool.errors import ListenError
+from workpool.events import SessionFinished, SessionStarted, StopFinished
+from workpool.testing import Hold, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults
+
+FDS = Path("/proc/self/fd")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@handler
+async def work(session: Session) -> dict[str, str]:
+    if "wait" in session.item.metadata:
+        await session.interrupted()
+    return {"done": "yes"}
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what the loop or the kernel will bring about."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - threads and sockets tell nobody
+            await asyncio.sleep(0.001)
+
+
+def taken_over() -> dict[str, Any]:
+    """What belongs to the process, and so to the embedder."""
+    root = logging.getLogger()
+    ours = logging.getLogger("workpool")
+    return {
+        "signals": [signal.getsignal(number) for number in SIGNALS],
+        "policy": asyncio.get_event_loop_policy(),
+        "handlers": [*root.handlers],
+        "our handlers": [*ours.handlers],
+        "levels": (root.level, ours.level),
+        "exception handler": asyncio.get_running_loop().get_exception_handler(),
+    }
+
+
+def open_files() -> int:
+    return len(list(FDS.iterdir())) if FDS.exists() else 0
+
+
+# -- nothing is taken over, nothing is left
+
+
+async def test_it_takes_nothing_over_while_it_runs(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    before = taken_over()
+    plane.enqueue()
+    async with make_pool(work, metrics_listen="127.0.0.1:0"):
+        await recorder.wait_for(SessionFinished)
+        assert taken_over() == before
+    assert taken_over() == before
+
+
+async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
+    """Live until some moment of a pool's life, and leave in some way."""
+    async with supervisor:
+        if moment >= 1:
+            plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})
+        if moment >= 2:
+            await recorder.wait_for(SessionStarted)
+        if moment >= 4 and moment % 2:
+            await recorder.wait_for(StopFinished)
+        if moment in {3, 5}:
+            raise LookupError
+        if moment >= 6:
+            await asyncio.sleep(60)
+
+
+async def test_it_leaves_nothing_behind_fifty_times_at_any_point_of_its_life(
+    plane: ControlPlane, make_settings: Any
+) -> None:
+    dice = random.Random(7)  # noqa: S311 - repeatable, guards nothing
+    seen: list[int] = []
+
+    async def once(moment: int) -> None:
+        recorder = Recorder()
+        settings = make_settings(
+            metrics_listen="127.0.0.1:0", drain_timeout=dice.choice([0, 5]), stats_interval=0.01
+        )
+        supervisor = Supervisor(settings, plugins=[work, recorder])
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(swallow(leave_at(moment, supervisor, recorder, plane)))
+            if moment >= 6:
+                await recorder.wait_for(SessionStarted)
+                task.cancel()
+            elif moment == 0 and dice.random() < 0.5:
+                for _ in range(dice.randrange(30)):
+                    await asyncio.sleep(0)
+                task.cancel()
+
+    await once(2)
+    await until(lambda: threading.active_count() == 1 or not workpool_threads())
+    gc.collect()
+    before, tasks, world = open_files(), asyncio.all_tasks(), taken_over()
+    for _ in range(50):
+        seen.append(dice.randrange(8))
+        await once(seen[-1])
+        assert not workpool_threads()
+    assert len(set(seen)) == 8
+    assert taken_over() == world
+    await until(lambda: asyncio.all_tasks() <= tasks)
+    await until(lambda: open_files() <= before)
+
+
+def workpool_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "workpool" in thread.name]
+
+
+async def swallow(life: Any) -> None:
+    with suppress(LookupError):
+        await life
+
+
+# -- several of them
+
+
+async def test_several_pools_share_a_loop_and_a_registry(
+    plane: ControlPlane, faults: Faults, make_settings: Any
+) -> None:
+    registry = CollectorRegistry()
+    recorders = [Recorder(), Recorder(), Recorder()]
+    pools = [
+        Supervisor(make_settings(concurrency=1), plugins=[work, recorder], registry=registry)
+        for recorder in recorders
+    ]
+    plane.enqueue(3, {"wait": "yes"})
+    async with pools[0], pools[1], pools[2]:
+        for recorder in recorders:
+            await recorder.wait_for(SessionStarted)
+        text = generate_latest(registry).decode()
+        (limit,) = re.findall(r"^workpool_slots_limit{.*} (.*)$", text, re.MULTILINE)
+        (active,) = re.findall(r'^workpool_sessions_active{.*work"} (.*)$', text, re.MULTILINE)
+        assert (float(limit), float(active)) == (3, 3)
+        workers = {request.worker_id for request in faults.of("ack")}
+        assert len(workers) == 3
+    assert plane.summary() == (3, 3, 0, 0, 0)
+
+
+async def test_each_start_is_another_claimant(faults: Faults, make_pool: Any) -> None:
+    for _ in range(3):
+        polls = len(faults.of("poll"))
+        async with make_pool(work, worker_id="me"):
+            await faults.wait_for("poll", count=polls + 1)
+    names = {request.worker_id for request in faults.seen}
+    assert len(names) == 3
+    assert all(re.fullmatch("me-[0-9a-f]{8}", str(name)) for name in names)
+
+
+async def test_all_requests_of_one_pool_bear_one_worker_id(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    async with make_pool(work):
+        await recorder.wait_for(SessionFinished)
+    assert {request.op for request in faults.seen} == {"poll", "ack", "heartbeat", "update", "stop"}
+    assert len({request.worker_id for request in faults.seen}) == 1
+
+
+async def test_a_callers_registry_is_used_and_given_back(
+    plane: ControlPlane, make_settings: Any, recorder: Recorder
+) -> None:
+    registry = CollectorRegistry()
+    Counter("mine", "The caller's own.", registry=registry)
+    supervisor = Supervisor(make_settings(), plugins=[work, recorder], registry=registry)
+    assert supervisor.registry is registry
+    plane.enqueue()
+    async with supervisor:
+        await recorder.wait_for(SessionFinished)
+    text = generate_latest(registry).decode()
+    assert "mine_total" in text
+    assert re.search(r'^workpool_sessions_total{.*outcome="completed"} 1.0$', text, re.MULTILINE)
+    async with Supervisor(make_settings(), plugins=[work], registry=registry):
+        pass
+
+
+# -- used wrongly
+
+
+async def test_a_supervisor_runs_once(make_pool: Any) -> None:
+    supervisor = make_pool(work)
+    async with supervisor:
+        with pytest.raises(RuntimeError, match="runs once"):
+            await supervisor.__aenter__()
+        assert supervisor.status().ready or "no successful poll" in supervisor.status().reasons[0]
+    with pytest.raises(RuntimeError, match="runs once"):
+        await supervisor.run()
+
+
+async def test_before_its_start_it_says_so(make_pool: Any) -> None:
+    supervisor = make_pool(work)
+    for call in (supervisor.wait, supervisor.drain):
+        with pytest.raises(RuntimeError, match="not started"):
+            await call()
+    status = supervisor.status()
+    assert (status.ready, status.reasons, status.capacity) == (False, ("not started",), 4)
+
+
+async def test_a_port_in_use_is_named(make_pool: Any, faults: Faults) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ListenError, match="metrics_listen") as caught:
+            await make_pool(work, metrics_listen=address).__aenter__()
+        assert address in str(caught.value)
+    assert not faults.seen
+    assert not workpool_threads()
+
+
+async def test_two_pools_cannot_listen_on_one_port(make_pool: Any) -> None:
+    async with make_pool(work, metrics_listen="127.0.0.1:0") as first:
+        address = first.metrics_url.removeprefix("http://")
+        with pytest.raises(ListenError):
+            await make_pool(work, metrics_listen=address).__aenter__()
+        async with aiohttp.ClientSession() as http, http.get(f"{first.metrics_url}/healthz") as ok:
+            assert ok.status == 200
+
+
+# -- a plugin's context around its life
+
+
+class Life:
+    """A plugin that notes when its context is open, and may fail."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.trace: list[str] = []
+        self.closed = False
+
+    @hookimpl
+    def workpool_lifespan(self, supervisor: Supervisor) -> Any:
+        Counter("plugins_own", "The plugin's own.", registry=supervisor.registry)
+        return self.context()
+
+    @hookimpl
+    def workpool_event(self, event: object) -> None:
+        self.trace.append(type(event).__name__)
+
+    @asynccontextmanager
+    async def context(self) -> AsyncIterator[None]:
+        self.trace.append("opening")
+        if self.fails == "opening":
+            raise LookupError("no database")
+        try:
+            yield
+        finally:
+            self.closed = True
+            self.trace.append("closing")
+        if self.fails == "closing":
+            raise LookupError("no database any more")
+
+
+async def test_a_plugins_context_stands_around_everything(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    life = Life()
+    plane.enqueue(metadata={"wait": "yes"})
+    async with make_pool(work, life) as supervisor:
+        await recorder.wait_for(SessionStarted)
+    facts = [fact for fact in life.trace if fact != "RequestFinished"]
+    assert facts[0] == "opening"
+    assert facts.index("SessionFinished") < facts.index("closing")
+    assert facts.index("DrainFinished") < facts.index("closing")
+    assert "plugins_own_total" in generate_latest(supervisor.registry).decode()
+
+
+async def test_a_context_that_cannot_be_opened_stops_the_start(
+    faults: Faults, make_pool: Any
+) -> None:
+    first = Life()
+    with pytest.raises(LookupError, match="no database") as caught:
+        await make_pool(first_of(first), work, Life("opening")).__aenter__()
+    assert any("'Life'" in note for note in caught.value.__notes__)
+    assert first.closed
+    assert not faults.seen
+    assert not workpool_threads()
+
+
+def first_of(life: Life) -> object:
+    """The same plugin under another name."""
+
+    class First:
+        @hookimpl
+        def workpool_lifespan(self) -> Any:
+            return life.context()
+
+    return First()
+
+
+async def test_a_context_that_fails_on_closing_is_told_after_the_drain(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(metadata={"wait": "yes"})
+    supervisor = make_pool(work, Life("closing"))
+    await supervisor.__aenter__()
+    await recorder.wait_for(SessionStarted)
+    with pytest.raises(LookupError, match="no database any more"):
+        await supervisor.__aexit__(None, None, None)
+    assert recorder.of(SessionFinished)[0].outcome == "completed"
+
+
+async def test_a_plugin_that_cannot_be_used_is_named_and_nothing_starts(
+    faults: Faults, make_pool: Any
+) -> None:
+    with pytest.raises(PluginError, match="no_such_plugin"):
+        await make_pool(work, "no_such_plugin:Anywhere").__aenter__()
+    assert not faults.seen
+
+
+async def test_observers_that_fail_disturb_nobody(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    class Broken:
+        @hookimpl
+        def workpool_event(self, event: object) -> None:
+            raise LookupError(event)
+
+    plane.enqueue(5)
+    async with make_pool(Broken(), work):
+        await recorder.wait_for(SessionFinished, count=5)
+    assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
+
+
+# -- its order of closing
+
+
+async def test_health_and_leases_outlive_the_sessions_and_not_the_pool(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    hold = Hold()
+    faults.add(hold, "stop")
+    plane.enqueue()
+    pool = make_pool(work, metrics_listen="127.0.0.1:0")
+    async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
+        running = group.create_task(pool.run())
+        await hold.reached()
+        url = pool.metrics_url
+        group.create_task(pool.drain())
+        async with http.get(f"{url}/readyz") as ready:
+            assert ready.status == 503
+            assert (await ready.json())["reasons"] == ["draining"]
+        hold.release()
+        await running
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await http.get(f"{url}/healthz")
