@@ -23,6 +23,7 @@ class Ledger:
         self.held: dict[str, str] = {}
         self.stopped = 0
         self.acked = 0
+        self._unbeaten: set[str] = set()
         self._history = history
         self._names = names
         self._seen = 0
@@ -37,14 +38,22 @@ class Ledger:
         return news
 
     def held_by(self, worker: str) -> list[str]:
-        """The names of the items that a worker holds."""
-        return [self._name(work_id) for work_id, holder in self.held.items() if holder == worker]
+        """The names of the items that a worker holds; none while one has had no heartbeat yet.
+
+        The lease of an acknowledgement is six times as long as the demo's (protocol §4): an item
+        whose worker is killed before the first heartbeat would keep everyone waiting.
+        """
+        held = [work_id for work_id, holder in self.held.items() if holder == worker]
+        return [] if self._unbeaten.intersection(held) else [self._name(each) for each in held]
 
     def _see(self, record: Record) -> list[str]:
         work_id, name = record.work_id, self._name(record.work_id)
+        if record.kind in {"heartbeat", "lapsed", "stopped"}:
+            self._unbeaten.discard(work_id)
         if record.kind == "acked":
             worker = worker_of(record.worker_id)
             self.held[work_id] = worker
+            self._unbeaten.add(work_id)
             self.acked += 1
             if work_id in self._orphans:
                 return [f"{name} reclaimed by {worker}"]

@@ -1,5 +1,6 @@
 """The demo on a terminal: log lines that scroll above a table that changes in place."""
 
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
@@ -11,9 +12,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from workpool.cli.screen import Scene, latency_text, reclaims_text, slots_text
+from workpool.cli.fleet import Worker
+from workpool.cli.screen import Scene, latency_text, outcomes_text, reclaims_text, slots_text
 
 _STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow", "ended": "dim"}
+
+_ROWS: Final[Mapping[str, Callable[[Worker], str]]] = {
+    "slots": slots_text,
+    "sessions": outcomes_text,
+    "poll latency": latency_text,
+    "null rate": lambda worker: f"{worker.figures.null_ratio:.0%}",
+    "reclaims": reclaims_text,
+}
 
 
 class LiveScreen:
@@ -49,25 +59,14 @@ class LiveScreen:
 
 def picture(scene: Scene) -> Panel:
     """The scene as Rich draws it."""
-    table = Table(box=box.SIMPLE, expand=True)
-    for column in ("worker", "state", "slots", "sessions", "poll", "null rate", "reclaims"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("metrics", overflow="fold")
-    for worker in scene.workers:
-        outcomes = worker.figures.outcomes.items()
-        table.add_row(
-            worker.name,
-            Text(worker.state, style=_STYLES[worker.state]),
-            slots_text(worker),
-            ", ".join(f"{number} {outcome}" for outcome, number in outcomes) or "-",
-            latency_text(worker),
-            f"{worker.figures.null_ratio:.0%}",
-            reclaims_text(worker),
-            worker.url or "-",
-        )
+    table = Table("", *(worker.name for worker in scene.workers), box=box.SIMPLE)
+    table.add_row("state", *(Text(one.state, style=_STYLES[one.state]) for one in scene.workers))
+    for label, text in _ROWS.items():
+        table.add_row(label, *(text(worker) for worker in scene.workers))
     head = Text(
         f"queue {scene.queued}   running {scene.running}   stopped {scene.ledger.stopped}"
         f" of {scene.count}"
     )
+    urls = Text("\n".join(f"  {worker.name}  {worker.url or '-'}" for worker in scene.workers))
     bar = ProgressBar(total=scene.count, completed=scene.ledger.stopped)
-    return Panel(Group(head, bar, table), title=f"control plane {scene.url}")
+    return Panel(Group(head, bar, table, urls), title=f"control plane {scene.url}")

@@ -91,18 +91,28 @@ class PlainScreen:
         self._drawn_at = monotonic()
         ledger = scene.ledger
         parts = [f"queue {scene.queued}", f"running {scene.running}", f"stopped {ledger.stopped}"]
-        parts += [
-            f"{worker.name}: {slots_text(worker)} slots, polls {latency_text(worker)},"
-            f" {worker.figures.null_ratio:.0%} null, {reclaims_text(worker)}"
-            for worker in scene.workers
-            if worker.state == "running"
-        ]
+        parts += [plain_text(worker) for worker in scene.workers if worker.state == "running"]
         typer.echo(f"-- {' | '.join(parts)}")
+
+
+def plain_text(worker: Worker) -> str:
+    """A worker in one line."""
+    return (
+        f"{worker.name}: {slots_text(worker)} slots, {outcomes_text(worker)},"
+        f" polls {latency_text(worker)}, {worker.figures.null_ratio:.0%} null,"
+        f" {reclaims_text(worker)}"
+    )
 
 
 def slots_text(worker: Worker) -> str:
     """`3/4`: busy of all."""
     return f"{worker.figures.busy}/{worker.figures.slots}"
+
+
+def outcomes_text(worker: Worker) -> str:
+    """Sessions that it ended, by outcome."""
+    outcomes = worker.figures.outcomes.items()
+    return ", ".join(f"{number} {outcome}" for outcome, number in outcomes) or "-"
 
 
 def latency_text(worker: Worker) -> str:

@@ -72,14 +72,14 @@ async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
             with show.screen:
                 status = await show.run(signals)
             summary = show.plane.summary()
-    typer.echo(promise_text(summary))
     if signals.last is not None:
+        typer.echo(f"ended early: {summary.stopped} of {len(plans)} sessions done, nobody left")
         return exits.SIGNALLED + signals.last
-    if status == exits.OK:
-        kept = summary.enqueued == summary.stopped and not summary.overlapping
-        typer.echo(NEXT)
-        return exits.OK if kept else exits.FAILED
-    return status
+    if status != exits.OK:
+        return status
+    typer.echo(f"{promise_text(summary)}\n{NEXT}")
+    kept = summary.enqueued == summary.stopped and not summary.overlapping
+    return exits.OK if kept else exits.FAILED
 
 
 def promise_text(summary: Summary) -> str:
@@ -186,7 +186,10 @@ class Show:
     @web.middleware
     async def _watch(self, request: web.Request, handler: Respond) -> web.StreamResponse:
         """Around every request that a worker makes: look what it did, and kill at the moment."""
-        self._polled.add(worker_of(request.headers.get("Worker-ID")))
+        worker = worker_of(request.headers.get("Worker-ID"))
+        if self._victim is not None and worker == self._victim.name:
+            raise web.HTTPServiceUnavailable  # its last words, found in the socket: it is dead
+        self._polled.add(worker)
         response = await handler(request)
         for line in self._ledger.follow():
             self.screen.say(line)
