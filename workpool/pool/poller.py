@@ -173,15 +173,15 @@ class Poller:
 
     async def _deliver(self) -> tuple[WorkItem | None, bool]:
         """Poll and hand over what came; returns it, and whether it took the reserved place."""
-        taken = False
+        item, taken = None, False
         try:
             item = await self._claim()
             taken = item is not None and self._dispatcher.offer(item)
         finally:
             if not taken:
                 self._parts.queue.unreserve()
-        if item is not None and not taken:
-            self._parts.calls.return_ack()
+                if item is not None:
+                    self._parts.calls.return_ack()
         return item, taken
 
     async def _claim(self) -> WorkItem | None:
