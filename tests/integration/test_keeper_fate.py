@@ -1,0 +1,67 @@
+"""A keeper that cannot start, or dies, takes the pool down with it: no lease is kept without it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler
+from workpool.errors import KeeperError, ListenError
+from workpool.events import SessionFinished, SessionStarted
+from workpool.pool.keeper import Keeper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+
+@pytest.fixture(autouse=True)
+def no_keeper_left() -> Iterator[None]:
+    yield
+    assert not [each for each in threading.enumerate() if each.name.startswith("workpool-keeper")]
+
+
+@handler
+async def patient(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_a_keeper_that_dies_is_fatal_and_nothing_more_is_sent(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (item,) = plane.enqueue()
+
+    def crash(_: Keeper) -> None:
+        raise ZeroDivisionError("a bug of the keeper's")
+
+    async with make_pool(patient) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        monkeypatch.setattr(Keeper, "_sweep", crash)
+        finished = await recorder.wait_for(SessionFinished)
+        assert finished.outcome == "lease_lost"
+        with pytest.raises(KeeperError) as caught:
+            await supervisor.wait()
+    assert caught.value.__cause__ is not None
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
+    assert plane.operations.get(plane.environments[0], item.id).state == "active"
+
+
+async def test_an_address_in_use_is_an_error_at_start_and_leaves_nothing(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    plane.enqueue()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ListenError, match=str(port)):
+            await make_pool(patient, metrics_listen=f"127.0.0.1:{port}").__aenter__()
+    assert not faults.seen

@@ -1,0 +1,103 @@
+"""A handler that blocks its loop keeps its lease, and the metrics are answered meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool import Session, Supervisor, handler
+from workpool.events import SessionFinished
+from workpool.testing import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults
+
+
+class Apart:
+    """A pool on a thread and a loop of its own: its handlers may block that."""
+
+    def __init__(self, settings: Settings, call: Callable[[Session], Coroutine[Any, Any, None]]):
+        self.recorder = Recorder()
+        self.supervisor = Supervisor(settings, plugins=[handler(call), self.recorder])
+        self.errors: list[str] = []
+
+    async def run(self) -> None:
+        """Run until the queue is empty and all is done."""
+        await asyncio.to_thread(asyncio.run, self.supervisor.run(until_empty=True))
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [event.outcome for event in self.recorder.of(SessionFinished)]
+
+
+async def get(url: str) -> str:
+    async with aiohttp.ClientSession() as http, http.get(url) as response:
+        assert response.status == 200
+        return await response.text()
+
+
+async def test_beats_go_on_and_metrics_are_answered_while_a_handler_blocks(
+    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+) -> None:
+    blocked, may_end = threading.Event(), threading.Event()
+
+    async def work(_: Session) -> None:
+        blocked.set()
+        may_end.wait(20)  # not awaited: nothing else runs on this loop
+
+    (item,) = plane.enqueue()
+    pool = Apart(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pool.run())
+        await asyncio.to_thread(blocked.wait, 10)
+        await faults.wait_for("heartbeat", work_id=item.id, count=2, answered=True)
+        assert pool.supervisor.metrics_url is not None
+        text = await get(f"{pool.supervisor.metrics_url}/metrics")
+        assert 'state="active"} 1.0' in text
+        assert await get(f"{pool.supervisor.metrics_url}/healthz")
+        may_end.set()
+    assert pool.outcomes == ["completed"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+async def test_time_sleep_25_under_a_lease_of_10_seconds_keeps_it(
+    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+) -> None:
+    started = threading.Event()
+
+    async def work(_: Session) -> None:
+        started.set()
+        time.sleep(25)  # noqa: ASYNC251 - blocking the loop is the point
+
+    (item,) = plane.enqueue()
+    pool = Apart(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(pool.run())
+        await asyncio.to_thread(started.wait, 10)
+        slowest = 0.0
+        while not running.done():
+            if faults.of("stop"):
+                break
+            before = time.monotonic()
+            try:
+                await get(f"{pool.supervisor.metrics_url}/metrics")
+            except aiohttp.ClientError:
+                assert faults.of("stop")  # the handler has ended, and the pool is closing
+            slowest = max(slowest, time.monotonic() - before)
+            await asyncio.sleep(0.5)
+    assert slowest < 5
+    assert pool.outcomes == ["completed"]
+    kinds = [record.kind for record in plane.history.of(item.id)]
+    assert "lapsed" not in kinds
+    assert kinds.count("heartbeat") >= 7
+    assert plane.summary().overlapping == 0

@@ -1,0 +1,172 @@
+"""A lease in doubt over a real socket: answers that get lost, and items that pass to another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import LeaseLost, Session, handler
+from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished, SessionStarted
+from workpool.pool import lease, supervisor
+from workpool.pool.clock import lease_clock
+from workpool.testing import garbled, lost, reset, status
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Clock, Faults, Recorder
+
+OURS_IN_DOUBT = [lost(), reset(), garbled(), status(502, html=True, applied=True)]
+IDS = ["closed", "reset", "garbled", "502"]
+
+
+@pytest.fixture
+async def rival(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+    """Another worker."""
+    async with WorkClient(make_settings(), worker_id="rival") as client:
+        yield client
+
+
+@pytest.fixture
+def take_over(clock: Clock, rival: WorkClient) -> Callable[[str], Awaitable[None]]:
+    """Let our lease lapse at the control plane, and the rival have the item."""
+
+    async def take(work_id: str) -> None:
+        clock.advance(1_000)
+        item = await rival.poll()
+        assert item is not None
+        assert item.id == work_id
+        await rival.ack(work_id)
+        await rival.heartbeat(work_id)
+
+    return take
+
+
+def results(recorder: Recorder) -> list[str]:
+    return [event.result for event in recorder.of(HeartbeatFinished)]
+
+
+@pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
+async def test_a_first_beat_that_was_applied_and_not_answered_is_recovered(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
+) -> None:
+    faults.add(fault, "heartbeat", times=1)
+
+    @handler
+    async def work(_: Session) -> None:
+        return
+
+    plane.enqueue()
+    async with make_pool(work, lease_ttl=10):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert results(recorder)[:3] == ["transient", "recovered", "ok"]
+    assert not recorder.of(ItemReclaimed)
+    assert len(faults.of("get")) == 1
+
+
+@pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
+async def test_a_later_beat_that_was_applied_and_not_answered_does_not_disturb_the_handler(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Any,
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_PART", 100)  # a tenth of a second
+    may_end = asyncio.Event()
+
+    @handler
+    async def work(_: Session) -> None:
+        await may_end.wait()
+
+    plane.enqueue()
+    async with make_pool(work, lease_ttl=10):
+        await recorder.wait_for(SessionStarted)
+        rule = faults.add(fault, "heartbeat", times=1)
+        await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
+        seen = len(results(recorder))
+        await recorder.wait_for(HeartbeatFinished, count=seen + 2)
+        assert rule.hits == 1
+        assert set(results(recorder)[seen:]) == {"ok"}
+        may_end.set()
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+
+
+async def test_once_another_has_the_item_the_handler_is_cancelled_and_nothing_is_sent(
+    plane: ControlPlane,
+    take_over: Callable[[str], Awaitable[None]],
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_PART", 20)
+    told: list[BaseException] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            try:
+                await session.update_metadata({"too": "late"})
+            except LeaseLost as error:
+                told.append(error)
+
+    (item,) = plane.enqueue()
+    async with make_pool(work, lease_ttl=10, concurrency=1):  # full, so it polls for nothing
+        await recorder.wait_for(SessionStarted)
+        await take_over(item.id)
+        finished = await recorder.wait_for(SessionFinished)
+        taken = len(plane.history)
+    assert finished.outcome == "lease_lost"
+    assert len(told) == 1
+    (lost_to,) = recorder.of(ItemReclaimed)
+    assert (lost_to.direction, lost_to.stage) == ("lost", "run")
+    assert results(recorder)[-1] == "precondition"
+    after = list(plane.history)[taken:]
+    assert not [record for record in after if record.work_id == item.id]
+    assert plane.summary().overlapping == 0
+    assert plane.operations.get(plane.environments[0], item.id).metadata == {}
+
+
+async def test_a_machine_that_slept_past_its_lease_sends_nothing_when_it_wakes(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lease clock counts the sleep; the loops' clocks and timers do not."""
+    slept = 0.0
+    monkeypatch.setattr(supervisor, "lease_clock", lambda: lease_clock() + slept)
+    told: list[BaseException] = []
+    woken = asyncio.Event()
+
+    @handler
+    async def work(session: Session) -> None:
+        await woken.wait()
+        try:
+            await session.update_metadata({"too": "late"})
+        except LeaseLost as error:
+            told.append(error)
+        await asyncio.Event().wait()
+
+    (item,) = plane.enqueue()
+    async with make_pool(work):
+        await recorder.wait_for(SessionStarted)
+        sent = len(faults.of(work_id=item.id))
+        slept = 61.0
+        woken.set()
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "lease_lost"
+    assert len(told) == 1
+    assert len(faults.of(work_id=item.id)) == sent
+    assert not recorder.of(ItemReclaimed)  # nobody has confirmed it
