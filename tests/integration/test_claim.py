@@ -242,7 +242,7 @@ async def test_what_is_not_for_us_is_left_in_the_queue_and_logged_once(
 ) -> None:  # fmt: skip
     caplog.set_level("INFO", "workpool")
     (item,) = plane.enqueue(metadata={"for": whose})
-    async with make_pool(Picky(), block_ms=20, reclaim_older_than_ms=20):
+    async with make_pool(Picky(), block_ms=20, reclaim_older_than_ms=100):
         declined = await recorder.wait_for(ItemDeclined, count=3)
         plane.enqueue(metadata={"for": "us"})
         await recorder.wait_for(SessionFinished)
