@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.pool.supervisor import Supervisor
-
     from workpool.events import Event
+    from workpool.pool.supervisor import Supervisor
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 

@@ -28,9 +28,8 @@ from workpool.plugins.loading import SPECS, Plugin, Route, load, new_handler
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from workpool.pool.supervisor import Supervisor
-
     from workpool.events import Event
+    from workpool.pool.supervisor import Supervisor
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 

@@ -30,7 +30,7 @@ class Calls(Protocol):
         budgets: Our own rate limits; shared between the clients of one supervisor.
     """
 
-    worker_id: str
+    worker_id: str | None
     on_request: Callable[[str, str, float], None] | None
     on_budget_wait: Callable[[Any, float], None] | None
     on_credential_refresh: Callable[[Any], None] | None
