@@ -115,7 +115,7 @@ class LocalClient:
         self._timeout = settings.request_timeout
         self._troubles = troubles
         self._open = False
-        self.worker_id = worker_id or settings.worker_id
+        self.worker_id: str | None = worker_id or settings.worker_id
         self.budgets = Budgets(Budget("read", 0), Budget("write", 0))
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_budget_wait: Callable[[Any, float], None] | None = None

@@ -31,6 +31,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._now = 0.0
         self.slept = 0.0
         super().__init__(_Jumps(self._jump))
+        # A timer is due this much early: after a month a float is too coarse for the default, and
+        # one that is due exactly now would never be.
+        self._clock_resolution = 1e-6
 
     def time(self) -> float:
         """Return seconds of virtual time."""

@@ -1,0 +1,134 @@
+"""The instruments of time travel: a loop that jumps, and a client without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool import Settings, Supervisor, handler
+from workpool.errors import ConflictError, RefusedError, TransientError
+from workpool.events import SessionFinished
+from workpool.server import Operations
+from workpool.testing import Recorder
+from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.virtual import in_virtual_time, run_virtual
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Bench
+    from workpool import Session
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+
+
+def test_a_year_passes_at_once_and_to_the_second() -> None:
+    async def main() -> float:
+        await asyncio.sleep(365 * 86_400)
+        return asyncio.get_running_loop().time()
+
+    before = time.monotonic()
+    assert run_virtual(main()) == 365 * 86_400
+    assert time.monotonic() - before < 10
+
+
+def test_what_would_wait_for_ever_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="no timer"):
+        run_virtual(asyncio.Event().wait())
+
+
+@in_virtual_time
+async def test_a_suspended_machines_timers_stand_still(bench: type[Bench]) -> None:
+    one = bench()
+    one.loop.suspend(100)
+    await asyncio.sleep(5)
+    assert (one.loop.time(), one.loop.machine_time()) == (5, 105)
+
+
+@in_virtual_time
+async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
+    one = bench()
+    codes: list[tuple[str, str]] = []
+    one.calls.on_request = lambda op, code, _: codes.append((op, code))
+    lease = await one.claim()
+    work_id = lease.item.id
+    beat = await one.calls.heartbeat(work_id, "NO_HEARTBEAT", 30)
+    assert (beat.state, beat.ttl_seconds) == ("active", 30)
+    assert (await one.calls.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
+    assert (await one.calls.get(work_id)).last_heartbeat == beat.last_heartbeat
+    assert (await one.calls.stats()).depth == 0
+    stopped = await one.calls.stop(work_id, force=True)
+    assert stopped is not None
+    assert stopped.state == "stopped"
+    with pytest.raises(ConflictError):
+        await one.rival.ack(work_id)
+    with pytest.raises(RefusedError) as caught:
+        await one.calls.get("work_unknown")
+    assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
+    assert [op for op, _ in codes] == [
+        "poll",
+        "ack",
+        "heartbeat",
+        "update",
+        "get",
+        "stats",
+        "stop",
+        "get",
+    ]
+    assert codes[-1] == ("get", "404")
+
+
+@in_virtual_time
+async def test_a_poll_waits_and_may_be_troubled(bench: type[Bench]) -> None:
+    one = bench(poll=[None, None, Trouble(answer="silence"), Trouble(back=2), Trouble(answer=503)])
+    async with one.calls:
+        assert await one.calls.poll(999) is None
+        assert one.clock() == pytest.approx(0.999)
+        one.loop.call_later(0.5, partial(one.operations.enqueue, ENVIRONMENT, count=2))
+        assert await one.calls.poll(999)
+        assert one.clock() == pytest.approx(1.499)
+        with pytest.raises(TransientError, match="time"):
+            await one.calls.poll()
+        again = await one.calls.poll()  # it was delivered to nobody, and 10 s have passed
+        assert again is not None
+        assert one.clock() == pytest.approx(13.499)
+        with pytest.raises(TransientError, match="503"):
+            await one.calls.poll()
+
+
+@in_virtual_time
+async def test_what_was_sent_arrives_although_its_caller_has_given_up(bench: type[Bench]) -> None:
+    one = bench(stop=[Trouble(there=30)])
+    lease = await one.claim()
+    with pytest.raises(TransientError) as caught:
+        await one.calls.stop(lease.item.id, force=True, timeout=1)
+    assert caught.value.reason == "timeout"
+    assert (await one.calls.get(lease.item.id)).state == "starting"
+    await asyncio.sleep(30)
+    assert (await one.calls.get(lease.item.id)).state == "stopped"
+
+
+@in_virtual_time
+async def test_a_client_that_is_not_open_sends_nothing(bench: type[Bench]) -> None:
+    with pytest.raises(RuntimeError, match="not open"):
+        await bench().calls.get("work_1")
+
+
+async def test_a_whole_pool_runs_on_it() -> None:
+    """On a real loop, as the keeper is a thread."""
+
+    @handler
+    async def work(session: Session) -> dict[str, str]:
+        return {"seen": session.id}
+
+    operations = Operations([ENVIRONMENT])
+    recorder, script = Recorder(), Script(ack=[Trouble(answer=503, applied=False)])
+    settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
+    connect = partial(LocalClient, operations, troubles=script)
+    (item,) = operations.enqueue(ENVIRONMENT)
+    async with Supervisor(settings, plugins=[work, recorder], connect=connect):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert operations.get(ENVIRONMENT, item.id).state == "stopped"
