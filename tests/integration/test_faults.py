@@ -1,0 +1,264 @@
+"""The instruments themselves: a fault strikes when and where it is told, and does what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool import Session, handler
+from workpool.events import SessionFinished, SessionStarted
+from workpool.testing import (
+    Faults,
+    Hold,
+    delay,
+    expire_lease,
+    expired,
+    garbled,
+    literal,
+    lost,
+    reset,
+    status,
+    trickle,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aiohttp import web
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Clock, Recorder
+
+
+class Wire:
+    """Literal requests for one item."""
+
+    def __init__(self, plane: ControlPlane, http: aiohttp.ClientSession) -> None:
+        self.plane = plane
+        self.http = http
+        (item,) = plane.enqueue()
+        self.id = item.id
+
+    async def __call__(self, method: str, suffix: str = "", **options: Any) -> Any:
+        url = f"{self.plane.base_url}/environments/{self.plane.environments[0]}/work{suffix}"
+        headers = {"Authorization": f"Bearer {self.plane.token}", "Worker-ID": "me"}
+        async with self.http.request(method, url, headers=headers, **options) as answer:
+            return answer.status, answer.headers, await answer.read()
+
+    async def ack(self) -> Any:
+        return await self("POST", f"/{self.id}/ack")
+
+    @property
+    def state(self) -> str:
+        return self.plane.operations.get(self.plane.environments[0], self.id).state
+
+
+@pytest.fixture
+async def wire(plane: ControlPlane) -> AsyncIterator[Wire]:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as http:
+        yield Wire(plane, http)
+
+
+@pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
+@pytest.mark.parametrize(("fault", "error"), [
+    (lost, aiohttp.ServerDisconnectedError), (reset, aiohttp.ClientOSError),
+])  # fmt: skip
+async def test_an_answer_is_lost_after_the_operation_or_before(
+    wire: Wire, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
+) -> None:
+    faults.add(fault(applied=applied), "ack")
+    with pytest.raises(error):
+        await wire.ack()
+    assert wire.state == state
+    assert [(request.op, request.status, request.lost) for request in faults.seen] == [
+        ("ack", None, True)
+    ]
+
+
+async def test_a_reset_is_a_reset(wire: Wire, faults: Faults) -> None:
+    faults.add(reset(), "ack")
+    with pytest.raises(aiohttp.ClientOSError) as caught:
+        await wire.ack()
+    assert caught.value.errno == errno.ECONNRESET
+
+
+@pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
+async def test_a_status_has_an_envelope_or_html_and_a_retry_after(
+    wire: Wire, faults: Faults, state: str, *, applied: bool
+) -> None:
+    faults.add(status(503, retry_after=7, applied=applied), "ack", times=1)
+    faults.add(status(502, html=True), "ack", skip=1)
+    code, headers, body = await wire.ack()
+    assert (code, headers["Retry-After"], wire.state) == (503, "7", state)
+    assert body.startswith(b'{"type":"error"')
+    code, headers, body = await wire.ack()
+    assert (code, headers["Content-Type"]) == (502, "text/html")
+    assert b"<html>" in body
+
+
+async def test_bodies_can_be_anything_and_slow(wire: Wire, faults: Faults) -> None:
+    faults.add(garbled(), "ack")
+    faults.add(literal(lambda: b"[]", 201), "get")
+    faults.add(trickle(0.0001), "stats")
+    assert (await wire.ack())[2] == b'{"id": "work_'
+    assert wire.state == "starting"
+    assert (await wire("GET", f"/{wire.id}"))[0::2] == (201, b"[]")
+    assert (await wire("GET", "/stats"))[2].endswith(b"}")
+
+
+async def test_a_client_that_goes_while_it_trickles_harms_nobody(
+    wire: Wire, faults: Faults
+) -> None:
+    faults.add(trickle(10), "ack")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await wire.ack()
+    assert wire.state == "starting"
+
+
+@pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
+async def test_a_request_is_held_until_it_is_released(
+    wire: Wire, faults: Faults, state: str, *, applied: bool
+) -> None:
+    hold = Hold(applied=applied)
+    faults.add(hold, "ack")
+    async with asyncio.TaskGroup() as group:
+        acking = group.create_task(wire.ack())
+        await hold.reached()
+        assert (wire.state, acking.done()) == (state, False)
+        hold.release()
+        assert (await acking)[0] == 200
+
+
+async def test_a_delay_is_at_least_that(wire: Wire, faults: Faults) -> None:
+    faults.add(delay(0.05), "ack")
+    faults.add(delay(0.05, applied=True), "ack")
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    assert (await wire.ack())[0] == 200
+    assert loop.time() - started >= 0.099
+
+
+async def test_a_lease_expires_now(
+    plane: ControlPlane, wire: Wire, faults: Faults, clock: Clock
+) -> None:
+    faults.add(expired(plane), "heartbeat", times=1)
+    await wire.ack()
+    assert (await wire("POST", f"/{wire.id}/heartbeat"))[0] == 409
+    assert wire.state == "queued"
+    await wire.ack()
+    clock.advance(61)
+    assert wire.state == "queued"
+    expire_lease(plane, wire.id)  # which it has not: nothing happens
+    lapsed = [record for record in plane.history if record.kind == "lapsed"]
+    assert len(lapsed) == 2
+    times = [record.time for record in plane.history]
+    assert times == sorted(times)
+
+
+# -- when it strikes
+
+
+async def codes(wire: Wire, count: int) -> list[int]:
+    return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
+
+
+async def test_it_strikes_the_nth_and_so_often(wire: Wire, faults: Faults) -> None:
+    rule = faults.add(status(500), "get", skip=1, times=2)
+    assert await codes(wire, 5) == [200, 500, 500, 200, 200]
+    assert rule.hits == 2
+
+
+async def test_it_strikes_only_the_calls_that_are_named(wire: Wire, faults: Faults) -> None:
+    faults.add(status(500), "get", "list")
+    assert await codes(wire, 1) == [500]
+    assert (await wire("GET"))[0] == 500
+    assert (await wire.ack())[0] == 200
+
+
+async def test_it_strikes_all_calls_when_none_is_named(wire: Wire, faults: Faults) -> None:
+    faults.add(status(500))
+    session = f"{wire.plane.base_url}/sessions/x"
+    async with wire.http.get(session) as answer:
+        assert answer.status == 500
+    for method, suffix in [
+        ("GET", "/poll"), ("POST", "/x/ack"), ("POST", "/x/heartbeat"), ("POST", "/x/stop"),
+        ("POST", "/x"), ("GET", "/x"), ("GET", ""), ("GET", "/stats"), ("POST", ""),
+    ]:  # fmt: skip
+        assert (await wire(method, suffix))[0] == 500
+    assert [request.op for request in faults.seen] == [
+        "session", "poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "enqueue",
+    ]  # fmt: skip
+    async with wire.http.get(wire.plane.base_url) as answer:
+        assert answer.status == 404  # not a call at all
+
+
+async def test_it_strikes_where_it_is_told(wire: Wire, faults: Faults) -> None:
+    def ours(request: web.Request) -> bool:
+        return request.match_info["work_id"] == wire.id
+
+    faults.add(status(500), "get", where=ours)
+    assert await codes(wire, 1) == [500]
+    assert (await wire("GET", "/work_other"))[0] == 404
+
+
+async def test_it_strikes_in_its_window(wire: Wire, faults: Faults) -> None:
+    faults.add(status(500), "get", between=(0, 3600))
+    faults.add(status(501), "get", between=(3600, 7200))
+    assert await codes(wire, 1) == [500]
+
+
+async def test_it_strikes_by_a_seeded_chance(
+    wire: Wire, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = faults.add(status(500), "get", probability=0.3)
+    struck = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(faults, "_random", Faults(seed)._random)
+        struck.append(await codes(wire, 60))
+    assert struck[0] == struck[1] != struck[2]
+    assert 0.1 * 180 < rule.hits < 0.5 * 180
+
+
+async def test_a_rule_is_gone_after_its_block(wire: Wire, faults: Faults) -> None:
+    with faults.add(status(500), "get") as rule:
+        assert await codes(wire, 1) == [500]
+    assert await codes(wire, 1) == [200]
+    rule.remove()  # again
+
+
+async def test_faults_stand_around_each_other(wire: Wire, faults: Faults) -> None:
+    faults.add(lost(), "ack", skip=1)
+    faults.add(status(503, applied=True), "ack")
+    assert (await wire.ack())[0] == 503
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await wire.ack()
+
+
+async def test_what_came_is_noted(wire: Wire, faults: Faults) -> None:
+    await wire("POST", f"/{wire.id}", json={"metadata": {"a": "b"}})
+    await wire("POST", f"/{wire.id}", data=b"not json")
+    first, second = faults.of("update", work_id=wire.id)
+    assert (first.worker_id, first.body, first.status) == ("me", {"metadata": {"a": "b"}}, 200)
+    assert (second.body, second.status) == (b"not json", 400)
+    with pytest.raises(AssertionError, match="there was"):
+        await faults.wait_for("stop", timeout=0.01)
+
+
+async def test_the_recorder_waits_for_what_comes_and_tells_what_came_instead(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler
+    async def work(_: Session) -> None:
+        pass
+
+    plane.enqueue(2)
+    async with make_pool(work):
+        second = await recorder.wait_for(SessionFinished, count=2)
+        assert recorder.of(SessionFinished)[1] is second
+        with pytest.raises(AssertionError, match=r"there was .*SessionFinished"):
+            await recorder.wait_for(SessionStarted, count=3, timeout=0.01)
