@@ -130,7 +130,9 @@ async def test_returned_something_else(run_one: Any, returned: Any, error: str) 
 
 
 @pytest.mark.parametrize(
-    "error", [SystemExit(3), asyncio.CancelledError("leaked")], ids=["SystemExit", "CancelledError"]
+    "error",
+    [SystemExit(3), asyncio.CancelledError("leaked"), GeneratorExit(), BaseException()],
+    ids=lambda error: type(error).__name__,
 )
 async def test_what_is_no_exception_counts_as_raised(run_one: Any, error: BaseException) -> None:
     async def work(_: Session) -> None:

@@ -115,7 +115,7 @@ class Handling:
                 for _, context in contexts:
                     await stack.enter_async_context(context)
                 return await call(session)
-        except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
+        except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             return _Raised(error)
