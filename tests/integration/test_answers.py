@@ -318,6 +318,16 @@ async def test_an_ack_is_dropped_when_the_claim_can_be_ours_no_more(
     assert not recorder.of(SessionStarted)
 
 
+async def test_an_ack_that_may_be_applied_is_repeated_beyond_the_window(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    """If it was, nobody else can have the item before that lease has lapsed."""
+    faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
+    life = await run_one(work, reclaim_older_than_ms=100)
+    assert life.ops == ["ack", "ack", "heartbeat", "stop"]
+    assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
+
+
 async def test_an_ack_honours_retry_after(run_one: Any, faults: Faults) -> None:
     faults.add(status(429, retry_after="0.3"), "ack", times=1)
     life = await run_one(work)
