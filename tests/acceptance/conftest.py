@@ -1,0 +1,224 @@
+"""The real command line in a process of its own, against a control plane in the test's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import pytest
+from typer.testing import CliRunner
+
+from workpool.cli.app import app
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+SECONDS = 25.0
+"""Bounds every wait; a machine under load may need most of it to import everything."""
+
+ENVIRONMENT = "env_0199bbbbbbbb70008000000000000001"
+FORBIDDEN = "env_0199bbbbbbbb70008000000000000002"
+CLOUD = "env_0199bbbbbbbb70008000000000000003"
+TOKEN, LIMITED = "token-of-everything-Zx9", "token-of-one-environment-Zx9"
+TOKENS = {TOKEN: None, LIMITED: frozenset({ENVIRONMENT})}
+
+HANDLERS = """
+import asyncio, time
+from workpool import Session, handler
+
+@handler(metadata={"do": "finish"})
+async def finish(session: Session) -> dict[str, str]:
+    session.log.info("finish runs")
+    return {"done": "yes"}
+
+@handler(metadata={"do": "fail"})
+async def fail(session: Session) -> None:
+    raise RuntimeError("as it was asked to")
+
+@handler(metadata={"do": "wait"})
+async def wait(session: Session) -> dict[str, str]:
+    session.log.info("wait runs")
+    await session.interrupted()
+    return {"done": "when asked"}
+
+@handler(metadata={"do": "linger"})
+async def linger(session: Session) -> None:
+    session.log.info("linger runs")
+    await asyncio.sleep(3600)
+
+@handler(metadata={"do": "ignore"})
+async def ignore(session: Session) -> None:
+    session.log.info("ignore runs")
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            session.log.info("cancellation ignored")
+
+@handler(metadata={"do": "block"})
+async def block(session: Session) -> None:
+    session.log.info("block runs")
+    time.sleep(float(session.item.metadata["seconds"]))
+    session.log.info("block ends")
+
+@handler(metadata={"do": "thread"})
+async def thread(session: Session) -> None:
+    session.log.info("thread runs")
+    await asyncio.to_thread(time.sleep, 600)
+"""
+
+
+class Command:
+    """A running `workpool` and what it has said so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self.pid = process.pid
+        self.out = ""
+        self.err = ""
+        self._process = process
+        self._stdout, self._stderr = process.stdout, process.stderr
+
+    async def logs(self, text: str) -> str:
+        """Wait for a line on stderr that holds `text`; it may have come already."""
+        for line in self.err.splitlines():
+            if text in line:
+                return line
+        async with asyncio.timeout(SECONDS):
+            while line := (await self._stderr.readline()).decode():
+                self.err += line
+                if text in line:
+                    return line
+        pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
+
+    async def prints(self, text: str = "") -> str:
+        """Wait for the next line on stdout that holds `text`."""
+        async with asyncio.timeout(SECONDS):
+            while line := (await self._stdout.readline()).decode():
+                self.out += line
+                if text in line:
+                    return line
+        pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    async def ends(self, seconds: float = SECONDS) -> int:
+        """Wait for its end and read the rest; the exit status."""
+        async with asyncio.timeout(seconds):
+            out, err = await self._process.communicate()
+        self.out += out.decode()
+        self.err += err.decode()
+        assert self._process.returncode is not None
+        assert TOKEN not in self.out + self.err
+        assert LIMITED not in self.out + self.err
+        return self._process.returncode
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.communicate()
+
+
+class Start(Protocol):
+    async def __call__(self, *arguments: str, **variables: str) -> Command: ...
+
+
+@pytest.fixture
+async def plane() -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(
+        environments=(ENVIRONMENT, FORBIDDEN), cloud_environments=(CLOUD,), tokens=TOKENS
+    ) as plane:
+        yield plane
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The current directory of the commands, with `handlers.py` in it."""
+    (tmp_path / "handlers.py").write_text(HANDLERS)
+    return tmp_path
+
+
+@pytest.fixture
+async def bare(folder: Path) -> AsyncIterator[Start]:
+    """Start a command that knows nothing of a control plane but what is given."""
+    commands: list[Command] = []
+    foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
+
+    async def start(*arguments: str, **variables: str) -> Command:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "workpool", *arguments),
+            env={**inherited, **variables},
+            cwd=folder,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        commands.append(Command(process))
+        return commands[-1]
+
+    yield start
+    for command in commands:
+        await command.kill()
+
+
+@pytest.fixture
+def start(bare: Start, plane: ControlPlane) -> Start:
+    """Start a command whose environment points to the control plane."""
+
+    async def begin(*arguments: str, **variables: str) -> Command:
+        defaults = {
+            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+            "WORKPOOL_TOKEN": TOKEN,
+            "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
+        }
+        return await bare(*arguments, **{**defaults, **variables})
+
+    return begin
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Ask(Protocol):
+    async def __call__(self, *arguments: str, **variables: str) -> Ended: ...
+
+
+@pytest.fixture
+def ask(plane: ControlPlane, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
+    """Run a command that soon ends, in this process: a process of its own costs a second each."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    monkeypatch.delitem(sys.modules, "handlers", raising=False)
+
+    async def run(*arguments: str, **variables: str) -> Ended:
+        environment = dict.fromkeys((n for n in os.environ if n.startswith("WORKPOOL_")), "")
+        environment |= {
+            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+            "WORKPOOL_TOKEN": TOKEN,
+        }
+        async with asyncio.timeout(SECONDS):
+            result = await asyncio.to_thread(
+                CliRunner().invoke, app, arguments, env=environment | variables
+            )
+        assert TOKEN not in result.output
+        assert LIMITED not in result.output
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Ended(result.exit_code, result.stdout, result.stderr)
+
+    return run

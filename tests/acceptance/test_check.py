@@ -1,0 +1,91 @@
+"""`workpool check` and `workpool plugins`: what they find and how they end (design §6)."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Ask, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+
+async def test_all_is_well(start: Start) -> None:
+    command = await start("check", "handlers")
+    assert await command.ends() == 0
+    lines = command.out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 5
+    for subject in ("settings", "plugins: handlers", "credentials", "control plane", "clock"):
+        assert any(subject in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "status", "check", "said"),
+    [
+        ([], {"WORKPOOL_LEASE_TTL": "5"}, 2, "settings", "lease_ttl"),
+        ([], {"WORKPOOL_TOKEN": ""}, 2, "credentials", "WORKPOOL_TOKEN"),
+        (["nowhere"], {}, 2, "plugins", "nowhere"),
+        ([], {"WORKPOOL_TOKEN": "wrong"}, 3, "control plane", "the token is wrong"),
+        ([], {"WORKPOOL_ENVIRONMENT_ID": "env_x"}, 3, "control plane", "environment_id"),
+        ([], {"WORKPOOL_BASE_URL": "http://127.0.0.1:9"}, 1, "control plane", "network"),
+    ],
+)
+async def test_what_fails_says_what_to_do(
+    ask: Ask,
+    arguments: list[str],
+    variables: dict[str, str],
+    status: int,
+    check: str,
+    said: str,
+) -> None:
+    ended = await ask("check", *arguments, "--json", **variables)
+    assert ended.status == status
+    found = json.loads(ended.out)
+    assert found["ok"] is False
+    [failed] = [each for each in found["checks"] if each["status"] == "FAIL"]
+    assert failed["check"] == check
+    assert said in failed["message"] + failed["advice"]
+
+
+async def test_what_is_allowed_and_not_meant_is_a_warning(ask: Ask) -> None:
+    ended = await ask("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
+    assert ended.status == 0
+    warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]
+    assert len(warnings) == 3
+    for said in ("write_rate", "did you mean WORKPOOL_LEASE_TTL", "no plugin is active"):
+        assert any(said in line for line in warnings)
+
+
+async def test_plugins_shows_hooks_and_handlers(ask: Ask) -> None:
+    ended = await ask("plugins", "handlers:finish", "--json")
+    assert ended.status == 0
+    found: dict[str, Any] = json.loads(ended.out)
+    assert {"name": "echo", "value": "workpool_echo"}.items() <= found["available"][0].items()
+    [active] = found["active"]
+    assert active["handlers"] == [
+        {
+            "name": "finish.finish",
+            "type": "session",
+            "metadata": {"do": "finish"},
+            "timeout": None,
+            "max_sessions": None,
+        }
+    ]
+
+
+async def test_plugins_in_plain_lines(ask: Ask) -> None:
+    ended = await ask("plugins", "handlers")
+    assert ended.status == 0
+    rows = [line.split("\t") for line in ended.out.splitlines()]
+    assert ["available", "echo", "workpool_echo"] in [row[:3] for row in rows]
+    assert ["active", "handlers", "handlers"] in [row[:3] for row in rows]
+    assert ["handler", "handlers.finish", "type=session do=finish"] in [row[:3] for row in rows]
+
+
+async def test_a_plugin_that_cannot_be_used(ask: Ask) -> None:
+    ended = await ask("plugins", "eco")
+    assert ended.status == 2
+    assert "did you mean 'echo'" in ended.err

@@ -1,0 +1,52 @@
+"""What stands around the commands: help, version, and the missing extra."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+import workpool
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+
+async def test_no_arguments_print_the_help(bare: Start) -> None:
+    command = await bare()
+    assert await command.ends() == 0
+    for name in ("demo", "run", "serve", "check", "plugins", "work"):
+        assert name in command.out
+
+
+async def test_version(bare: Start) -> None:
+    command = await bare("--version")
+    assert await command.ends() == 0
+    assert command.out == f"workpool {workpool.__version__}\n"
+
+
+async def test_an_unknown_command_is_bad_usage(bare: Start) -> None:
+    command = await bare("rnu")
+    assert await command.ends() == 2
+    assert command.out == ""
+
+
+@pytest.mark.parametrize("module", ["typer", "rich"])
+async def test_without_the_extra_it_says_how_to_install_it(module: str) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from workpool.cli import main; main()"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(25):
+        out, err = await process.communicate()
+    assert process.returncode == 2
+    assert out == b""
+    assert err.decode().splitlines() == [
+        "workpool: the command line needs its extra: pip install 'workpool[cli]'"
+    ]

@@ -1,0 +1,119 @@
+"""`workpool demo`, without a terminal and on one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(60)]
+
+PROMISE = re.compile(r"(\d+) enqueued · (\d+) stopped · (\d+) reclaimed · (\d+) lost · (\d+) overl")
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_the_demo_keeps_its_promise(bare: Start) -> None:
+    command = await bare("demo")
+    assert await command.ends(55) == 0
+    assert command.err == ""
+    promise = PROMISE.search(command.out)
+    assert promise is not None
+    assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
+    assert int(promise[3]) >= 1
+    assert re.search(r"worker-\d  echo: 'session 01' started", command.out)
+    assert re.search(r"worker-\d  echo: 'session \d\d' redelivered", command.out)
+    [victim] = re.findall(r"(worker-\d) is killed \(kill -9 \d+\) while it holds", command.out)
+    takers = set(re.findall(r"session \d\d reclaimed by (worker-\d)", command.out))
+    assert takers == {"worker-1", "worker-2"} - {victim}
+    assert len(re.findall(r"metrics=http://127\.0\.0\.1:\d+/metrics", command.out)) == 2
+    assert "Try next" in command.out.partition("overlapping")[2]
+
+
+async def test_the_demo_of_ones_own_handler(bare: Start, folder: Path) -> None:
+    (folder / "reports.py").write_text(
+        "from workpool import Session, handler\n"
+        '@handler(metadata={"job": "daily-report"})\n'
+        "async def daily_report(session: Session) -> dict[str, str]:\n"
+        '    session.log.info("the report of %s", session.id)\n'
+        '    print("a printed line")\n'
+        '    return {"rows": "42"}\n'
+    )
+    command = await bare("demo", "reports:daily_report", "--metadata", "job=daily-report")
+    assert await command.ends(55) == 0
+    assert re.search(r"worker-\d  the report of sess_", command.out)
+    assert re.search(r"worker-\d  a printed line", command.out)
+    promise = PROMISE.search(command.out)
+    assert promise is not None
+    assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
+
+
+async def test_a_handler_that_cannot_be_loaded_ends_the_demo(bare: Start) -> None:
+    command = await bare("demo", "nowhere:nothing")
+    assert await command.ends() == 2
+    assert "no module named 'nowhere'" in command.out
+    assert "Try next" not in command.out
+
+
+async def test_ctrl_c_leaves_no_process_behind(bare: Start) -> None:
+    command = await bare("demo")
+    lines = [await command.prints("runs pid=") for _ in range(2)]
+    pids = [int(line.partition("pid=")[2].split()[0]) for line in lines]
+    command.send(signal.SIGINT)
+    assert await command.ends() == 130
+    assert not any(alive(pid) for pid in pids)
+
+
+async def test_metadata_that_fits_no_handler_is_said(bare: Start) -> None:
+    command = await bare("demo", "handlers:finish", "--metadata", "do=nothing")
+    assert await command.ends(55) == 1
+    assert "does --metadata fit" in command.out
+
+
+async def test_on_a_terminal_there_is_a_live_view(folder: Path) -> None:
+    master, slave = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "workpool", "demo", "--count", "4"),
+        cwd=folder,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    with os.fdopen(master, "rb", buffering=0) as terminal:
+        async with asyncio.timeout(50):
+            shown = await asyncio.to_thread(read_all, terminal.fileno())
+            status = await process.wait()
+    assert status == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    for words in ("poll latency", "null rate", "reclaims", "queue 0", "stopped 4 of 4", "/metrics"):
+        assert words in text
+    assert PROMISE.search(text)
+
+
+def read_all(terminal: int) -> bytes:
+    """What is written until the last writer has gone, which a pty reports as an error."""
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    except OSError:
+        pass
+    return shown

@@ -1,0 +1,268 @@
+"""`workpool run`: signals, exit statuses, health (design §6)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import CLOUD, ENVIRONMENT, FORBIDDEN, LIMITED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Start
+    from workpool.server import ControlPlane, Item, Operations
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+
+def enqueue(plane: ControlPlane, do: str, **metadata: str) -> Item:
+    [item] = plane.enqueue(metadata={"do": do, **metadata})
+    return item
+
+
+def now(plane: ControlPlane, item: Item) -> Item:
+    operations: Operations = plane.operations
+    return operations.queue(ENVIRONMENT).get(item.id)
+
+
+async def test_drain_ends_with_0_once_the_queue_is_empty(start: Start, plane: ControlPlane) -> None:
+    items = [enqueue(plane, "finish") for _ in range(20)]
+    command = await start("run", "handlers", "--drain")
+    assert await command.ends() == 0
+    assert [now(plane, item).state for item in items] == ["stopped"] * 20
+    assert {now(plane, item).metadata["done"] for item in items} == {"yes"}
+    assert command.out == ""  # logs are on stderr
+
+
+async def test_one_marked_function_of_a_module_in_the_current_directory(
+    start: Start, plane: ControlPlane
+) -> None:
+    item, other = enqueue(plane, "finish"), enqueue(plane, "fail")
+    command = await start("run", "handlers:finish")
+    await command.logs("finish runs")
+    await command.logs("item declined")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert now(plane, item).state == "stopped"
+    assert now(plane, other).state == "queued"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_first_signal_lets_the_sessions_end(
+    start: Start, plane: ControlPlane, number: signal.Signals
+) -> None:
+    item = enqueue(plane, "wait")
+    command = await start("run", "handlers")
+    await command.logs("wait runs")
+    command.send(number)
+    assert await command.ends() == 0
+    assert now(plane, item).state == "stopped"
+    assert now(plane, item).metadata["done"] == "when asked"
+    assert "result=clean" in command.err
+
+
+async def test_what_the_drain_hands_back_is_not_stopped(start: Start, plane: ControlPlane) -> None:
+    item = enqueue(plane, "linger")
+    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
+    await command.logs("linger runs")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert now(plane, item).state == "active"  # until its last, short lease lapses
+    assert "result=deadline" in command.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_is_the_deadline(
+    start: Start, plane: ControlPlane, number: signal.Signals
+) -> None:
+    item = enqueue(plane, "linger")
+    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="3600")
+    await command.logs("linger runs")
+    command.send(signal.SIGTERM)
+    await command.logs("draining")
+    command.send(number)
+    assert await command.ends() == 128 + number
+    assert now(plane, item).state == "active"
+
+
+async def test_a_session_left_behind_is_a_failure_and_does_not_keep_the_process(
+    start: Start, plane: ControlPlane
+) -> None:
+    enqueue(plane, "ignore")
+    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
+    await command.logs("ignore runs")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 1
+    assert "left_behind=1" in command.err
+
+
+async def test_blocking_code_in_a_thread_does_not_keep_the_process(
+    start: Start, plane: ControlPlane
+) -> None:
+    enqueue(plane, "thread")
+    command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
+    await command.logs("thread runs")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert "still runs threads=1" in command.err
+
+
+async def test_a_loop_blocked_for_too_long_ends_the_process(
+    start: Start, plane: ControlPlane
+) -> None:
+    enqueue(plane, "block", seconds="3600")
+    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
+    assert await command.ends() == 1
+    assert "event loop blocked" in command.err
+    assert "in block" in command.err  # a line of the stacks
+
+
+async def test_health_and_metrics_answer_while_a_handler_blocks_its_loop(
+    start: Start, plane: ControlPlane
+) -> None:
+    item = enqueue(plane, "block", seconds="4")
+    command = await start("run", "handlers", "--drain")
+    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    await command.logs("block runs")
+    async with aiohttp.ClientSession(url.removesuffix("metrics")) as http:
+        for path in ("healthz", "readyz", "metrics"):
+            async with http.get(path) as answer:
+                assert answer.status == 200, path
+                text = await answer.text()
+    assert 'workpool_slots{environment_id="' in text
+    assert now(plane, item).state == "active"
+    assert "block ends" not in command.err
+    assert await command.ends() == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORKPOOL_TOKEN": "wrong"}, "401"),
+        ({"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}, "403"),
+        ({"WORKPOOL_ENVIRONMENT_ID": "env_of_nobody"}, "404"),
+        ({"WORKPOOL_ENVIRONMENT_ID": CLOUD}, "400"),
+    ],
+)
+async def test_refused_by_the_control_plane(
+    start: Start, variables: dict[str, str], said: str
+) -> None:
+    command = await start("run", "handlers", **variables)
+    assert await command.ends() == 3
+    assert f"poll: {said}" in command.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (["run", "--nonsense"], {}, "--nonsense"),
+        (["run", "handlers", "--concurrency", "none"], {}, "concurrency"),
+        (["run", "handlers"], {"WORKPOOL_LEASE_TTL": "5"}, "lease_ttl"),
+        (["run", "handlers"], {"WORKPOOL_TOKEN": ""}, "WORKPOOL_TOKEN_FILE"),
+        (["run", "handlers", "--config", "nowhere.toml"], {}, "config"),
+        (["run"], {}, "no plugin handles anything"),
+        (["run", "handlres"], {}, "no module named 'handlres'"),
+        (["run", "handlers:nothing"], {}, "has no 'nothing'"),
+    ],
+)
+async def test_bad_usage_settings_and_plugins(
+    start: Start, arguments: list[str], variables: dict[str, str], said: str
+) -> None:
+    command = await start(*arguments, **variables)
+    assert await command.ends() == 2
+    assert said in command.err
+
+
+async def test_a_port_in_use_is_named(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = await start("run", "handlers", "--metrics-listen", address)
+        assert await command.ends() == 2
+    assert address in command.err
+    assert "metrics_listen" in command.err
+
+
+async def test_a_plugin_that_breaks_at_start_is_a_failure(start: Start, folder: Path) -> None:
+    (folder / "broken.py").write_text(
+        "from contextlib import asynccontextmanager\n"
+        "from workpool import handler, hookimpl\n"
+        "@handler\n"
+        "async def nothing(session): ...\n"
+        "@asynccontextmanager\n"
+        "async def database():\n"
+        "    raise OSError('the database is away')\n"
+        "    yield\n"
+        "@hookimpl\n"
+        "def workpool_lifespan(supervisor): return database()\n"
+    )
+    command = await start("run", "broken", "--log-format", "json")
+    assert await command.ends() == 1
+    last = json.loads(command.err.splitlines()[-1])
+    assert "the database is away" in last["error"]["stack"]
+
+
+async def test_a_start_that_takes_for_ever_can_be_ended(start: Start, folder: Path) -> None:
+    (folder / "slow.py").write_text(
+        "import asyncio, logging\n"
+        "from contextlib import asynccontextmanager\n"
+        "from workpool import handler, hookimpl\n"
+        "@handler\n"
+        "async def nothing(session): ...\n"
+        "@asynccontextmanager\n"
+        "async def database():\n"
+        "    logging.getLogger('slow').info('connecting')\n"
+        "    await asyncio.sleep(3600)\n"
+        "    yield\n"
+        "@hookimpl\n"
+        "def workpool_lifespan(supervisor): return database()\n"
+    )
+    command = await start("run", "slow")
+    await command.logs("connecting")
+    command.send(signal.SIGINT)
+    command.send(signal.SIGTERM)
+    assert await command.ends() in {130, 143}  # two at once may arrive in either order
+
+
+async def test_json_lines_carry_ids_and_errors(start: Start, plane: ControlPlane) -> None:
+    item, bad = enqueue(plane, "finish"), enqueue(plane, "fail")
+    command = await start("run", "handlers", "--drain", "--log-format", "json", "-v")
+    assert await command.ends() == 0
+    records = [json.loads(line) for line in command.err.splitlines()]
+    [ran] = [record for record in records if record["message"] == "finish runs"]
+    assert (ran["work_id"], ran["session_id"]) == (item.id, item.session_id)
+    assert (ran["level"], ran["logger"]) == ("info", "workpool.session")
+    assert ran["time"].endswith("Z")
+    [failed] = [record for record in records if "error" in record]
+    assert bad.id in failed["message"]
+    assert failed["error"]["type"] == "RuntimeError"
+    assert "as it was asked to" in failed["error"]["stack"]
+
+
+async def test_flags_win_over_variables_and_those_over_the_file(
+    start: Start, plane: ControlPlane, folder: Path
+) -> None:
+    (folder / "greeter.py").write_text(
+        "from workpool import handler\n"
+        "class Greeter:\n"
+        "    def __init__(self, greeting): self.greeting = greeting\n"
+        "    @handler\n"
+        "    async def greet(self, session): return {'said': self.greeting}\n"
+    )
+    (folder / "pool.toml").write_text(
+        "[workpool]\nplugins = ['greeter:Greeter']\nlog_level = 'error'\n"
+        "base_url = 'http://127.0.0.1:9'\n"
+        "[workpool.plugin.Greeter]\ngreeting = 'hello from the file'\n"
+    )
+    [item] = plane.enqueue()
+    command = await start(
+        "run", "--drain", "--config", "pool.toml", "--log-level", "info", WORKPOOL_LOG_LEVEL="error"
+    )
+    assert await command.ends() == 0
+    assert now(plane, item).metadata["said"] == "hello from the file"
+    assert "drained result=clean" in command.err

@@ -1,0 +1,122 @@
+"""`workpool serve`: the ready line, its end, its refusals (design §6)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Command, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+
+async def serve(bare: Start, *arguments: str) -> tuple[Command, dict[str, Any]]:
+    command = await bare("serve", "--port", "0", "--json", *arguments)
+    ready: dict[str, Any] = json.loads(await command.prints())
+    return command, ready
+
+
+def variables(ready: dict[str, Any], token: str) -> dict[str, str]:
+    return {
+        "WORKPOOL_BASE_URL": ready["base_url"],
+        "WORKPOOL_TOKEN": token,
+        "WORKPOOL_ENVIRONMENT_ID": ready["environments"][0],
+    }
+
+
+async def said(bare: Start, asked: dict[str, str], *arguments: str, status: int = 0) -> str:
+    command = await bare(*arguments, **asked)
+    assert await command.ends() == status, command.err
+    return command.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_alone_works(bare: Start, number: signal.Signals) -> None:
+    command, ready = await serve(bare)
+    assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
+    asked = variables(ready, ready["token"])
+    [work_id] = (await said(bare, asked, "work", "enqueue")).split()
+    anthropic = asked | {
+        "WORKPOOL_BASE_URL": ready["anthropic_base_url"],
+        "WORKPOOL_DIALECT": "anthropic",
+    }
+    assert work_id in await said(bare, anthropic, "work", "get", work_id)
+    command.send(number)
+    assert await command.ends() == 0
+    assert len(command.out.splitlines()) == 1
+    assert ready["token"] not in command.err
+
+
+async def test_the_ready_line_for_people_is_what_a_worker_needs(bare: Start) -> None:
+    command = await bare("serve", "--port", "0")
+    word, *pairs = (await command.prints()).split()
+    assert word == "ready"
+    asked = dict(pair.split("=", 1) for pair in pairs)
+    assert "depth" in await said(bare, asked, "work", "stats")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+
+
+async def test_given_tokens_are_limited_and_never_printed(bare: Start, folder: Path) -> None:
+    (folder / "tokens").write_text(f"# a token, its environments\n{LIMITED} {ENVIRONMENT}\n")
+    command, ready = await serve(
+        bare,
+        *("--token", TOKEN, "--token-file", "tokens", "--cloud-environment", "env_cloud"),
+        *("--environment", ENVIRONMENT, "--environment", FORBIDDEN),
+    )
+    assert ready["token"] is None
+    assert ready["environments"] == [ENVIRONMENT, FORBIDDEN]
+    asked = variables(ready, TOKEN)
+    other = {"WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}
+    await said(bare, asked, "work", "stats")
+    await said(bare, {**asked, **other}, "work", "stats")
+    await said(bare, {**asked, "WORKPOOL_TOKEN": LIMITED}, "work", "stats")
+    await said(bare, {**asked, **other, "WORKPOOL_TOKEN": LIMITED}, "work", "stats", status=3)
+    cloud = {"WORKPOOL_ENVIRONMENT_ID": "env_cloud"}
+    await said(bare, {**asked, **cloud}, "work", "stats", status=3)
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+
+
+async def test_a_store_on_disk_outlives_the_process(bare: Start) -> None:
+    command, ready = await serve(bare, "--store", "work.db")
+    asked = variables(ready, ready["token"])
+    ids = (await said(bare, asked, "work", "enqueue", "--count", "3")).split()
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    command, ready = await serve(bare, "--store", "work.db")
+    listed = await said(bare, variables(ready, ready["token"]), "work", "list")
+    assert [line.split()[0] for line in listed.splitlines()] == ids
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+
+
+async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
+    (folder / "tokens").write_text("two words are a token and no-environment!\n")
+    (folder / "notes.txt").write_text("this is no database" * 100)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        cases = [
+            (["--port", port], 2, port),
+            (["--host", "0.0.0.0"], 2, "--token"),  # noqa: S104 - refused
+            (["--token-file", "nowhere"], 2, "token file: No such file"),
+            (["--token-file", "tokens"], 2, "line 1"),
+            (["--environment", "not an id"], 2, "environment"),
+            (["--port", "70000"], 2, "--port"),
+            (["--store", "notes.txt"], 1, "notes.txt"),
+        ]
+        commands = [await bare("serve", "--port", "0", *arguments) for arguments, _, _ in cases]
+        for command, (arguments, status, words) in zip(commands, cases, strict=True):
+            assert await command.ends() == status, arguments
+            assert words in command.err
+            assert "Traceback" not in command.err
+            assert command.out == ""

@@ -1,0 +1,106 @@
+"""`workpool work`: a queue from the shell, and how refusals end (design §6)."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.acceptance.conftest import CLOUD, FORBIDDEN, LIMITED
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Ask, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+
+async def out(ask: Ask, *arguments: str) -> str:
+    ended = await ask("work", *arguments)
+    assert (ended.status, ended.err) == (0, "")
+    return ended.out
+
+
+async def test_from_a_shell(start: Start) -> None:
+    command = await start("work", "enqueue", "--count", "2")
+    assert await command.ends() == 0
+    assert [line[:5] for line in command.out.splitlines()] == ["work_", "work_"]
+    command = await start("work", "get", "work_unknown")
+    assert await command.ends() == 3
+    assert command.err == "workpool: get: 404 no such work item in this environment\n"
+
+
+async def test_the_life_of_items_by_hand(ask: Ask) -> None:
+    printed = await out(ask, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n=")
+    first, second, third = printed.splitlines()
+    assert all(each.startswith("work_") for each in (first, second, third))
+
+    rows = [line.split("\t") for line in (await out(ask, "list", "--limit", "2")).splitlines()]
+    assert [row[0] for row in rows] == [first, second]
+    assert rows[0][2] == "queued"
+    assert rows[0][-1] == "job=a n="
+    after = json.loads(await out(ask, "list", "--after", second, "--json"))
+    assert [item["id"] for item in after] == [third]
+    before = json.loads(await out(ask, "list", "--before", second, "--json"))
+    assert [item["id"] for item in before] == [first]
+
+    updated = await out(ask, "update", first, "job=b", "more=x=y", "--delete", "n", "--json")
+    assert json.loads(updated)["metadata"] == {"job": "b", "more": "x=y"}
+    assert json.loads(await out(ask, "stop", first, "--force", "--json"))["state"] == "stopped"
+    got = json.loads(await out(ask, "get", first, "--json"))
+    assert got["state"] == "stopped"
+    assert got["created_at"].endswith("Z")
+    assert "state\tstopped" in await out(ask, "stop", second)
+
+    stats = json.loads(await out(ask, "stats", "--json"))
+    assert (stats["depth"], stats["pending"]) == (1, 0)
+    assert "depth\t1" in await out(ask, "stats")
+    created = json.loads(await out(ask, "enqueue", "--type", "healthcheck", "--json"))
+    assert [item["type"] for item in created] == ["healthcheck"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "said"),
+    [
+        ({"WORKPOOL_TOKEN": "wrong"}, 3, "401"),
+        ({"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}, 3, "403"),
+        ({"WORKPOOL_ENVIRONMENT_ID": "env_of_nobody"}, 3, "404"),
+        ({"WORKPOOL_ENVIRONMENT_ID": CLOUD}, 3, "400"),
+        ({"WORKPOOL_BASE_URL": "http://127.0.0.1:9"}, 1, "no answer"),
+        ({"WORKPOOL_ENVIRONMENT_ID": ""}, 2, "WORKPOOL_ENVIRONMENT_ID"),
+        ({"WORKPOOL_LEASE_TTL": "1"}, 2, "lease_ttl"),
+    ],
+)
+async def test_what_is_refused_is_one_line_and_a_status(
+    ask: Ask, variables: dict[str, str], status: int, said: str
+) -> None:
+    ended = await ask("work", "stats", **variables)
+    assert ended.status == status
+    assert said in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert ended.out == ""
+
+
+async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
+    (folder / "bad.json").write_text("{")
+    (folder / "object.json").write_text("{}")
+    (folder / "script.json").write_text('[{"name": "Bash", "input": {}}]')
+    cases = [
+        (["get", "not/an-id"], 2),
+        (["get", "work_unknown"], 3),
+        (["list", "--after", "a", "--before", "b"], 2),
+        (["enqueue", "--metadata", "novalue"], 2),
+        (["enqueue", "--count", "0"], 2),
+        (["enqueue", "--script", "nowhere.json"], 2),
+        (["enqueue", "--script", "bad.json"], 2),
+        (["enqueue", "--script", "object.json"], 2),
+        (["enqueue", "--script", "script.json"], 3),  # not built here: a 400
+        (["update", "work_unknown"], 2),
+    ]
+    for arguments, status in cases:
+        ended = await ask("work", *arguments)
+        assert ended.status == status, (arguments, ended.err)
+        assert ended.err
+        assert ended.out == ""
