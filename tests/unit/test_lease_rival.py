@@ -167,7 +167,7 @@ def test_at_no_instant_do_two_workers_hold_one_item(
 ) -> None:
     @in_virtual_time
     async def check() -> None:
-        one = bench(ttl=ttl)
+        one = bench(ttl=ttl, ack=[Trouble(there=LATENCY_SECONDS)])
         lease = await one.claim()
         one.script = Script(heartbeat=chain(beats, repeat(SILENCE)), get=reads)
         match = Match(one, lease)
