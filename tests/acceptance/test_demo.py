@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from workpool.cli import show
+from workpool.cli.signals import Signals
+
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Start
 
@@ -80,10 +83,16 @@ async def test_ctrl_c_leaves_no_process_behind(bare: Start) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
-async def test_metadata_that_fits_no_handler_is_said(bare: Start) -> None:
-    command = await bare("demo", "handlers:finish", "--metadata", "do=nothing")
-    assert await command.ends(55) == 1
-    assert "does --metadata fit" in command.out
+async def test_metadata_that_fits_no_handler_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(show, "STALL_SECONDS", 4.0)
+    played = show.Show("handlers:finish", [{"do": "nothing"}] * 4)
+    with Signals() as signals:
+        async with played.plane:
+            assert await played.run(signals) == 1
+    assert "does --metadata fit" in capsys.readouterr().out
 
 
 async def test_on_a_terminal_there_is_a_live_view(folder: Path) -> None:

@@ -15,7 +15,7 @@ from tests.acceptance.conftest import CLOUD, ENVIRONMENT, FORBIDDEN, LIMITED
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.acceptance.conftest import Start
+    from tests.acceptance.conftest import Ask, Start
     from workpool.server import ControlPlane, Item, Operations
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
@@ -166,15 +166,27 @@ async def test_refused_by_the_control_plane(
         (["run", "handlers"], {"WORKPOOL_LEASE_TTL": "5"}, "lease_ttl"),
         (["run", "handlers"], {"WORKPOOL_TOKEN": ""}, "WORKPOOL_TOKEN_FILE"),
         (["run", "handlers", "--config", "nowhere.toml"], {}, "config"),
-        (["run"], {}, "no plugin handles anything"),
-        (["run", "handlres"], {}, "no module named 'handlres'"),
-        (["run", "handlers:nothing"], {}, "has no 'nothing'"),
     ],
 )
-async def test_bad_usage_settings_and_plugins(
-    start: Start, arguments: list[str], variables: dict[str, str], said: str
+async def test_bad_usage_and_settings(
+    ask: Ask, arguments: list[str], variables: dict[str, str], said: str
 ) -> None:
-    command = await start(*arguments, **variables)
+    ended = await ask(*arguments, **variables)
+    assert ended.status == 2
+    assert said in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no plugin handles anything"),
+        (["handlres"], "no module named 'handlres'"),
+        (["handlers:nothing"], "has no 'nothing'"),
+    ],
+)
+async def test_bad_plugins(start: Start, arguments: list[str], said: str) -> None:
+    command = await start("run", *arguments)
     assert await command.ends() == 2
     assert said in command.err
 

@@ -1,0 +1,41 @@
+"""How `workpool check` judges the clock by a `Date` header of whole seconds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from workpool.cli.check import judge_clock
+
+DATE = "Sun, 01 Mar 2026 12:00:00 GMT"
+THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("offset", "request_seconds", "status"),
+    [
+        (0.0, 0.01, "ok"),
+        (0.99, 0.01, "ok"),
+        (5.9, 0.01, "ok"),
+        (6.1, 0.01, "warn"),
+        (-4.9, 0.01, "ok"),
+        (-5.1, 0.01, "warn"),
+        (10.0, 8.0, "ok"),  # the answer may have been under way for that long
+        (3600.0, 0.01, "warn"),
+    ],
+)
+def test_skew(offset: float, request_seconds: float, status: str) -> None:
+    found = judge_clock(DATE, THEN + timedelta(seconds=offset), request_seconds)
+    assert found.status == status
+    assert found.exit == 0
+
+
+def test_which_way() -> None:
+    assert "60 s behind" in judge_clock(DATE, THEN - timedelta(seconds=60), 0.0).message
+    assert "ahead of" in judge_clock(DATE, THEN + timedelta(seconds=60), 0.0).message
+
+
+@pytest.mark.parametrize("date", ["yesterday", "Sun, 01 Mar 2026 12:00:00 -0000"])
+def test_a_date_that_says_nothing(date: str) -> None:
+    assert "no date" in judge_clock(date, THEN, 0.0).message

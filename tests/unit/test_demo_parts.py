@@ -1,0 +1,203 @@
+"""The parts of the demo: what the record says, what a worker says, what is drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from rich.console import Console
+
+from workpool import Session
+from workpool.cli import sample, screen
+from workpool.cli.fleet import Figures, Worker, _lines, read_figures, worker_settings
+from workpool.cli.ledger import Ledger
+from workpool.cli.live import picture
+from workpool.cli.screen import PlainScreen, Scene
+from workpool.cli.show import promise_text
+from workpool.cli.tables import print_table
+from workpool.events import ItemReclaimed, PollFinished, SessionFinished
+from workpool.metrics import Metrics, PoolSnapshot
+from workpool.server import History, Record, Summary
+from workpool.wire.items import parse_item
+
+if TYPE_CHECKING:
+    from workpool.server.history import Kind
+    from workpool.wire.protocol import State
+
+ITEM = {
+    "id": "work_1",
+    "data": {"type": "session", "id": "sess_1"},
+    "environment_id": "env_1",
+    "state": "active",
+    "metadata": {"text": "hi", "seconds": "0.01"},
+    "created_at": "2026-03-01T12:00:00Z",
+}
+
+
+class Held:
+    remaining = 10.0
+
+    def check(self) -> None: ...
+
+    async def update_metadata(self, patch: object) -> object: ...
+
+
+def session() -> Session:
+    return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]
+
+
+class Tale:
+    def __init__(self) -> None:
+        self.history = History()
+        self.ledger = Ledger(self.history, {"w1": "session 01"})
+
+    def tell(self, kind: Kind, worker: str | None, state: State) -> list[str]:
+        self.history.add(Record(0.0, "w1", kind, worker, state))
+        return self.ledger.follow()
+
+
+def test_a_session_changes_hands() -> None:
+    tale = Tale()
+    assert tale.tell("created", None, "queued") == []
+    assert tale.tell("delivered", "one-1234", "queued") == []
+    assert tale.tell("acked", "one-1234", "starting") == []
+    assert tale.ledger.held_by("one") == []  # not before its first heartbeat
+    assert tale.tell("heartbeat", "one-1234", "active") == []
+    assert tale.ledger.held_by("one") == ["session 01"]
+    [free] = tale.tell("lapsed", None, "queued")
+    assert "one" in free
+    assert tale.ledger.held == {}
+    assert tale.tell("acked", "two-1234", "starting") == ["session 01 reclaimed by two"]
+    assert tale.tell("stopped", "two-1234", "stopped") == ["session 01 finished by two"]
+    assert (tale.ledger.stopped, tale.ledger.acked) == (1, 2)
+
+
+def test_figures_of_a_real_exposition() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(
+        registry,
+        "env_1",
+        dialect="qoder",
+        version="0",
+        snapshot=lambda: PoolSnapshot(slots={"busy": 3, "free": 1}, slots_limit=4),
+        handlers=["a.b"],
+    )
+    metrics.open()
+    for result in ("item", "item", "item", "null"):
+        metrics.observe(PollFinished(result, 0.5))
+    metrics.observe(SessionFinished(session(), "a.b", "completed", 1.0))
+    metrics.observe(ItemReclaimed(parse_item(ITEM), "gained", "poll"))
+    found = read_figures(generate_latest(registry).decode())
+    metrics.close()
+    assert (found.busy, found.slots, found.outcomes) == (3, 4, {"completed": 1})
+    assert (found.polls, found.poll_latency, found.null_ratio) == (4, 0.5, 0.25)
+    assert (found.gained, found.lost) == (1, 0)
+    assert Figures().poll_latency == 0.0
+
+
+def test_what_is_shown_of_a_workers_lines() -> None:
+    shown: list[str] = []
+    worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
+
+    def log(logger: str, level: str, message: str, **more: object) -> None:
+        worker._read(json.dumps({"logger": logger, "level": level, "message": message, **more}))
+
+    log("workpool.pool.supervisor", "info", "metrics served url=http://h/metrics")
+    assert (worker.state, worker.url) == ("running", "http://h/metrics")
+    log("workpool.pool.poller", "info", "idle")
+    log("workpool.pool.poller", "warning", "poll failed")
+    log("workpool.session", "info", "from a handler", error={"stack": "its stack"})
+    log("mine", "info", "from a plugin")
+    worker._read("printed")
+    worker._read("[1, 2]")
+    assert shown[1:] == [
+        "poll failed",
+        "from a handler",
+        "its stack",
+        "from a plugin",
+        "printed",
+        "[1, 2]",
+    ]
+
+
+async def test_a_worker_that_was_not_started_has_nothing_to_end() -> None:
+    worker = Worker("one", "echo", {}, lambda *_: None)
+    worker.kill()
+    worker.terminate()
+    assert worker.state == "starting"
+
+
+async def test_lines_of_any_length() -> None:
+    stream = asyncio.StreamReader()
+    stream.feed_data(b"a\nb")
+    stream.feed_data(b"c\n" + b"x" * 70_000 + b"\nend")
+    stream.feed_eof()
+    lines = [line async for line in _lines(stream)]
+    assert lines[:2] == ["a", "bc"]
+    assert lines[-1] == "end"
+    assert "".join(lines[2:-1]) == "x" * 70_000
+
+
+def test_a_workers_settings_are_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKPOOL_TOKEN_FILE", "mine")
+    monkeypatch.setenv("WORKPOOL_BASE_URL", "https://elsewhere.example")
+    monkeypatch.setenv("HOME", "/home/me")
+    found = worker_settings("http://127.0.0.1:1/x", "secret", "env_1", "one")
+    assert found["WORKPOOL_BASE_URL"] == "http://127.0.0.1:1/x"
+    assert found["WORKPOOL_TOKEN"] == "secret"  # noqa: S105 - made up
+    assert found["HOME"] == "/home/me"
+    assert found["no_proxy"] == "127.0.0.1"
+    assert "WORKPOOL_TOKEN_FILE" not in found
+
+
+@pytest.fixture
+def scene() -> Scene:
+    one, two = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two"))
+    one.state, one.url = "running", "http://127.0.0.1:1/metrics"
+    one.figures = Figures(3, 4, {"completed": 7}, 10, 0.05, 0.25, 2, 0)
+    two.state = "killed"
+    tale = Tale()
+    tale.tell("acked", "one-1", "starting")
+    return Scene("http://cp", 40, tale.ledger, (one, two))
+
+
+def test_the_picture(scene: Scene) -> None:
+    page = io.StringIO()
+    Console(file=page, width=80).print(picture(scene))
+    for words in ("queue 39", "running 1", "3/4", "7 completed", "5 ms", "25%", "2 gained"):
+        assert words in page.getvalue()
+    assert "http://127.0.0.1:1/metrics" in page.getvalue()
+    assert "killed" in page.getvalue()
+
+
+def test_plain_lines(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with PlainScreen() as plain:
+        plain.draw(scene)
+        assert capsys.readouterr().out == ""  # not that often
+        monkeypatch.setattr(screen, "PLAIN_SECONDS", 0.0)
+        plain.draw(scene)
+        plain.show("one", "hello")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("-- queue 39 | running 1 | stopped 0 | one: 3/4 slots, 7 completed")
+    assert "two" not in lines[0]
+    assert lines[1:] == ["one  hello"]
+
+
+def test_the_promise_in_one_line() -> None:
+    text = "40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping"
+    assert promise_text(Summary(40, 40, 3, 0, 0)) == text
+
+
+def test_a_table_takes_nothing_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(("a", "b"), [("[red]x[/red]", "[/nothing]")])
+    assert "[red]x[/red]" in capsys.readouterr().out
+
+
+async def test_the_sample_handler() -> None:
+    assert await sample.sample(session()) == {"sample": "hi"}
