@@ -65,9 +65,11 @@ async def test_waiting_items_are_forgotten_and_come_back(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     first, *waiting = plane.enqueue(3)
-    async with make_pool(polite, concurrency=1, prefetch=2):
+    async with make_pool(polite, concurrency=1, prefetch=2) as supervisor:
         await recorder.wait_for(SessionStarted)
         await recorder.wait_for(ItemClaimed, count=3)
+        assert supervisor.status().waiting == 2
+    assert supervisor.status().waiting == 0
     for item in waiting:
         assert not faults.of(work_id=item.id)
         assert plane.operations.get(plane.environments[0], item.id).state == "queued"
