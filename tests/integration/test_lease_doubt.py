@@ -146,7 +146,7 @@ async def test_a_machine_that_slept_past_its_lease_sends_nothing_when_it_wakes(
 ) -> None:
     """The lease clock counts the sleep; the loops' clocks and timers do not."""
     slept = 0.0
-    monkeypatch.setattr(supervisor, "lease_clock", lambda: lease_clock() + slept)
+    monkeypatch.setattr(supervisor.Supervisor, "_clock", lambda _: lease_clock() + slept)
     told: list[BaseException] = []
     woken = asyncio.Event()
 

@@ -95,7 +95,7 @@ class Scene:
 
 @pytest.fixture(autouse=True)
 def fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "TICK_SECONDS", TICK_SECONDS)
+    monkeypatch.setattr(keeper_module.Keeper, "tick_seconds", TICK_SECONDS)
 
 
 @pytest.fixture(autouse=True)

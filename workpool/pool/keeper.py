@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import KeeperError
 from workpool.events import LoopLagMeasured
@@ -66,7 +66,10 @@ class Keeper:
 
     Attributes:
         renewing: False while the handlers' loop has been blocked for `max_block`.
+        tick_seconds: How often it looks after the handlers' loop and the machine's sleep.
     """
+
+    tick_seconds: ClassVar[float] = TICK_SECONDS
 
     def __init__(
         self,
@@ -100,10 +103,8 @@ class Keeper:
 
     async def __aenter__(self) -> Keeper:
         self._handlers_loop = asyncio.get_running_loop()
-        self._loop = new_event_loop()
         self._opened = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="workpool-keeper")
-        self._thread = self._handlers_loop.run_in_executor(self._executor, self._run)
+        self._thread = self._start_thread()
         self._thread.add_done_callback(self._thread_ended)
         try:
             await self._opened.wait()
@@ -151,7 +152,16 @@ class Keeper:
             if not done:
                 log.critical("keeper did not end seconds=%.0f; left behind", CLOSE_SECONDS)
         finally:
-            self._executor.shutdown(wait=self._thread.done())
+            self._join_thread()
+
+    def _start_thread(self) -> asyncio.Future[None]:
+        """Start to run `_main` on `_loop`; done when it has ended. A simulation does without."""
+        self._loop = new_event_loop()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="workpool-keeper")
+        return self._handlers_loop.run_in_executor(self._executor, self._run)
+
+    def _join_thread(self) -> None:
+        self._executor.shutdown(wait=self._thread.done())
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed: the keeper is gone
@@ -206,7 +216,7 @@ class Keeper:
         # Not the loop's clock: a busy uvloop's lags behind, which must not look like sleep.
         lease_time, awake_time = self.clock(), time.monotonic()
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            await asyncio.sleep(self.tick_seconds)
             lease_before, awake_before = lease_time, awake_time
             lease_time, awake_time = self.clock(), time.monotonic()
             seconds = awake_time - awake_before

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import logging
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from prometheus_client import CollectorRegistry
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from workpool.errors import KeeperError
     from workpool.pool.calls import Calls
+    from workpool.pool.clock import Clock
     from workpool.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,10 @@ class Supervisor:
         left_behind: Sessions that the drain could not hand back.
         on_blocked: Called on another thread once the loop has been blocked for `max_block`.
     """
+
+    # A simulation puts others in their place.
+    _keeper: ClassVar[type[Keeper]] = Keeper
+    _clock: Clock = staticmethod(lease_clock)
 
     def __init__(
         self,
@@ -120,6 +125,7 @@ class Supervisor:
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         self._root = self._loop.create_task(self._live(), name="workpool-supervisor")
+        self._root.add_done_callback(self._root_ended)
         try:
             await self._opened.wait()
         except asyncio.CancelledError:
@@ -254,7 +260,7 @@ class Supervisor:
             )
             services.append(self._exporter)
         watcher = Watcher(self._telemetry.observe_anywhere, self._keeper_died, self._loop_blocked)
-        keeper = Keeper(settings, lease_clock, self._keeper_calls, watcher, services)
+        keeper = self._keeper(settings, self._clock, self._keeper_calls, watcher, services)
         await stack.enter_async_context(keeper)
         if self._exporter is not None:
             log.info("metrics served url=%s/metrics", self._exporter.url)
@@ -264,7 +270,7 @@ class Supervisor:
             plugins=self._plugins,
             keeper=keeper,
             queue=BoundedQueue(settings.concurrency, settings.prefetch),
-            clock=lease_clock,
+            clock=self._clock,
             observe=self._telemetry.observe,
         )
 
@@ -310,30 +316,26 @@ class Supervisor:
         root = self._task()
         await self._served.wait()
         await asyncio.wait({root}, timeout=CLOSE_SECONDS)
-        if root.done():
-            if not root.cancelled() and (crash := root.exception()) is not None:
-                self._error = self._error or crash  # looked at, also when nobody asks for it
-        else:
+        if not root.done():
             log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
+
+    def _root_ended(self, root: asyncio.Task[None]) -> None:
+        if not root.cancelled():
+            self._error = self._error or root.exception()
 
     def _raise_error(self) -> None:
         """Raise what ended the pool, if anything did."""
-        root = self._task()
-        crash = root.exception() if root.done() and not root.cancelled() else None
-        error = crash or self._error
-        if error is not None:
+        if self._error is not None:
             self._error_raised = True
-            raise error
+            raise self._error
 
     # What the keeper reports, and what the exporter asks.
 
     def _keeper_died(self, error: KeeperError) -> None:
-        """No lease can be kept any more. On the handlers' loop."""
         self._fail(error)
         self._drain.begin(0)
 
     def _loop_blocked(self) -> None:
-        """On the keeper's thread."""
         if self.on_blocked is not None:
             self.on_blocked()
 
