@@ -82,6 +82,12 @@ class Scene:
             item = await client.ack(item.id)
         return Lease(item, sent, keeper, self.changes.notify)
 
+    async def at_rest(self, keeper: Keeper) -> None:
+        """Wait until the keeper's loop has done all that it was doing: its leases wait again."""
+        rested = asyncio.Event()
+        keeper._call(keeper.tell, rested.set)
+        await rested.wait()
+
     def results(self) -> list[str]:
         return [each.result for each in list(self.events) if isinstance(each, HeartbeatFinished)]
 
@@ -283,6 +289,7 @@ async def test_a_machine_that_slept_too_long_has_lost_its_leases(scene: Scene) -
     async with keeper:
         keeper.hold(lease)
         await scene.beats(1)
+        await scene.at_rest(keeper)
         scene.ahead += 55
         await scene.until(lambda: lease.fate == "lost")
         assert not lease.confirmed
@@ -297,6 +304,7 @@ async def test_a_machine_that_slept_renews_at_once_what_it_still_holds(scene: Sc
     async with keeper:
         keeper.hold(lease)
         await scene.beats(1)
+        await scene.at_rest(keeper)
         scene.ahead += 50
         await scene.beats(2)
         assert lease.held
@@ -314,6 +322,7 @@ async def test_a_lease_is_given_up_in_time_while_a_beat_of_it_hangs(scene: Scene
         scene.script = Script(heartbeat=[Trouble(answer="silence", applied=False)])
         keeper.beat_now(lease)
         await asyncio.to_thread(scene.sent.acquire, timeout=5)
+        await scene.at_rest(keeper)
         scene.ahead += 53.5
         await scene.until(lambda: lease.fate == "lost")
         assert scene.clock() < lease.deadline
@@ -327,6 +336,7 @@ async def test_a_lease_whose_beats_were_cancelled_by_mistake_is_given_up(scene: 
         await scene.beats(1)
         assert lease.task is not None
         keeper._call(lease.task.cancel)
+        await scene.at_rest(keeper)
         scene.ahead += 53.5
         await scene.until(lambda: lease.fate == "lost")
         assert scene.clock() < lease.deadline

@@ -213,13 +213,15 @@ class Keeper:
             lease.task = self._group.create_task(lease.keep(), name=lease.item.id)
 
     async def _tick(self) -> None:
-        # Not the loop's clock: a busy uvloop's lags behind, which must not look like sleep.
-        lease_time, awake_time = self.clock(), time.monotonic()
+        loop = asyncio.get_running_loop()
+        # Two clocks that stop while the machine sleeps: a busy uvloop's own one lags behind, which
+        # must not look like sleep, and a virtual loop's is the only one that moves.
+        lease_time, clocks = self.clock(), (loop.time(), time.monotonic())
         while True:
             await asyncio.sleep(self.tick_seconds)
-            lease_before, awake_before = lease_time, awake_time
-            lease_time, awake_time = self.clock(), time.monotonic()
-            seconds = awake_time - awake_before
+            lease_before, before = lease_time, clocks
+            lease_time, clocks = self.clock(), (loop.time(), time.monotonic())
+            seconds = max(clocks[0] - before[0], clocks[1] - before[1])
             self._sweep()
             self._expire(slept=lease_time - lease_before - seconds > SLEEP_SECONDS)
             self._watch(seconds)
