@@ -116,6 +116,7 @@ class Command:
         self.out += out.decode()
         self.err += err.decode()
         assert self._process.returncode is not None
+        sys.stderr.write(self.err)  # shown when the test fails
         assert TOKEN not in self.out + self.err
         assert LIMITED not in self.out + self.err
         return self._process.returncode

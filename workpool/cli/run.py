@@ -70,6 +70,7 @@ def run(
             log_level="debug" if is_verbose(context) else log_level,
             log_format=log_format,
         )
+        settings.require_connection()
     if settings.metrics_listen is None:
         settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
     logs.configure(settings.log_level, settings.log_format)
@@ -120,10 +121,10 @@ async def _serve(supervisor: Supervisor, *, until_empty: bool) -> int:
     if signals.second.is_set() and signals.last is not None:
         return exits.SIGNALLED + signals.last
     if failure is not None:
-        if supervisor.status().error is not failure:  # else the supervisor has said it
-            for line in exits.lines_of(failure):
-                logs.log.critical("%s", line)
-        return exits.status_of(failure)
+        status = exits.status_of(failure)
+        for line in exits.lines_of(failure):
+            logs.log.critical("ended status=%d error=%s", status, line)
+        return status
     return exits.FAILED if supervisor.left_behind else exits.OK
 
 
