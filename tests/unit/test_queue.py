@@ -155,49 +155,53 @@ async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_canc
     assert queue.reserved == 0
 
 
+class Users:
+    """Those who want a place of one queue, and do with it what the dice say."""
+
+    def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
+        self.dice = dice
+        self.queue = queue
+
+    async def pause(self) -> None:
+        for _ in range(self.dice.randrange(4)):
+            await asyncio.sleep(0)
+
+    async def use(self, number: int) -> None:
+        await self.queue.reserve()
+        try:
+            await self.pause()
+        except asyncio.CancelledError:
+            self.queue.unreserve()
+            raise
+        if self.dice.random() < 0.5:
+            self.queue.unreserve()
+            return
+        self.queue.put(number)
+        if self.queue.take() is not None:
+            try:
+                await self.pause()
+            finally:
+                self.queue.release()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_places_add_up_whatever_happens(seed: int) -> None:
     """Random users come, wait, are cancelled, deliver or not: no place is lost, none is doubled."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
-    users: list[asyncio.Task[None]] = []
-
-    async def pause() -> None:
-        for _ in range(dice.randrange(4)):
-            await asyncio.sleep(0)
-
-    async def use(number: int) -> None:
-        await queue.reserve()
-        try:
-            await pause()
-        except asyncio.CancelledError:
-            queue.unreserve()
-            raise
-        if dice.random() < 0.5:
-            queue.unreserve()
-            return
-        queue.put(number)
-        if queue.take() is not None:
-            try:
-                await pause()
-            finally:
-                queue.release()
-
+    users, tasks = Users(dice, queue), list[asyncio.Task[None]]()
     async with asyncio.TaskGroup() as group:
         for number in range(200):
-            users.append(group.create_task(use(number)))
-            await pause()
+            tasks.append(group.create_task(users.use(number)))
+            await users.pause()
             if dice.random() < 0.4:
-                dice.choice(users).cancel()
-            if dice.random() < 0.2:
-                queue.forget_waiting()
-            taken = queue.reserved + queue.running + queue.waiting
-            assert taken <= queue.capacity
+                dice.choice(tasks).cancel()
+            assert queue.reserved + queue.running + queue.waiting <= queue.capacity
             assert queue.running <= queue.concurrency
-        while not all(user.done() for user in users):
+        while not all(task.done() for task in tasks):
             queue.forget_waiting()
             await asyncio.sleep(0)
-    assert {user.cancelled() for user in users} == {True, False}
+    assert {task.cancelled() for task in tasks} == {True, False}
     queue.forget_waiting()
     assert (queue.reserved, queue.running, queue.waiting) == (0, 0, 0)
     async with asyncio.timeout(1):
