@@ -210,6 +210,9 @@ class Dispatcher:
             self._parts.observe(
                 SessionFinished(claim.session, claim.label, outcome, seconds, claim.error)
             )
+            # They know each other: left so, only the garbage collector would find them, a hundred
+            # objects per session, and stop all handlers meanwhile.
+            del claim.session
 
     async def _begin(self, claim: Claim) -> None:
         """Hold the lease, and note in `causes` whatever forbids to start the handler."""
@@ -259,8 +262,10 @@ class Dispatcher:
             claim.causes.add(Cause.STOP_REQUESTED)
 
     def _lease_changed(self, claim: Claim) -> None:
-        claim.lease_changed()
         lease = claim.lease
+        if lease.ended:
+            return  # told too late: nobody needs it any more
+        claim.lease_changed()
         if lease.fate == "lost":
             self._handling.cancel(claim, Cause.LOST)
         elif lease.fate == "stopped":

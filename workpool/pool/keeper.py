@@ -136,8 +136,9 @@ class Keeper:
         self._call(lease.release, delay)
 
     def end(self, lease: Lease) -> None:
-        """Nobody needs `lease` any more. Costs no wake-up: the next tick sweeps it out."""
+        """Nobody needs `lease` any more. Costs no wake-up: the next one sweeps it out."""
         lease.ended = True
+        lease.on_change = _ignore  # it knew the claim, which knows the lease
         self._ended.append(lease)
 
     def leases(self) -> list[Lease]:
@@ -209,6 +210,7 @@ class Keeper:
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def _adopt(self, lease: Lease) -> None:
+        self._sweep()
         if not self._stop.is_set():
             lease.task = self._group.create_task(lease.keep(), name=lease.item.id)
 
@@ -232,6 +234,7 @@ class Keeper:
             self._leases.pop(lease, None)
             if lease.task is not None:
                 lease.task.cancel()
+                lease.task = None  # it knew the lease
 
     def _expire(self, *, slept: bool) -> None:
         """Give up every lease whose time to has come, however late its own timers are.
@@ -284,6 +287,10 @@ class Keeper:
     def _blocker(self) -> str:
         task = asyncio.current_task(self._handlers_loop)
         return "no task" if task is None else task.get_name()
+
+
+def _ignore() -> None:
+    """Takes the place of a callback that would keep its owner alive."""
 
 
 def all_stacks() -> str:

@@ -102,15 +102,14 @@ class Lease:
             the keeper only.
         begun: The first beat has succeeded. Written on the keeper only.
         stop_requested: A beat said that an operator wants an end. Written on the keeper only.
-        own_stop: We have sent a stop of our own, so a 409 is its success. Written on the handlers'
-            loop only, before that send.
+        own_stop: We sent a stop, so a 409 is its success. Written on the handlers' loop only.
         ended: Nobody needs it any more: nothing may be sent. Written on the handlers' loop only.
+        on_change: Run on the handlers' loop whenever the above changes. Written there only.
         task: The one that runs `keep`. Used on the keeper only.
     """
 
     __slots__ = (
         "_expected",
-        "_on_change",
         "_planned",
         "_pulse",
         "_release_ttl",
@@ -124,6 +123,7 @@ class Lease:
         "ended",
         "fate",
         "item",
+        "on_change",
         "own_stop",
         "stop_requested",
         "task",
@@ -143,7 +143,7 @@ class Lease:
         self.ended = False
         self.task: asyncio.Task[None] | None = None
         self._pulse = pulse
-        self._on_change = on_change
+        self.on_change = on_change
         self._ttl = float(ACK_LEASE_SECONDS)
         self._expected = NO_HEARTBEAT
         self._unanswered = False
@@ -213,7 +213,7 @@ class Lease:
         if self.fate == "held":
             self.confirmed = confirmed
             self.fate = fate
-            self._pulse.tell(self._on_change)
+            self._pulse.tell(self.on_change)
 
     async def _pause(self, seconds: float) -> None:
         """Sleep, unless woken; never past the moment to give up."""
@@ -284,7 +284,7 @@ class Lease:
         if sent.last:
             self._end("released")
         elif news:
-            self._pulse.tell(self._on_change)
+            self._pulse.tell(self.on_change)
         return None
 
     async def _failed(self, error: ControlPlaneError, sent: _Sent) -> _Retry | None:

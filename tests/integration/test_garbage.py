@@ -1,0 +1,51 @@
+"""What a session leaves behind in memory: nothing that only the garbage collector would find.
+
+A collection stops the handlers' loop and the keeper alike; under load it took a sixth of a pool's
+time and, when it looked at everything, 70 ms at once.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool import Session, Supervisor, handler
+from workpool.pool.claim import Claim
+from workpool.pool.lease import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+
+
+def ours() -> dict[int, object]:
+    return {id(one): one for one in gc.get_objects() if isinstance(one, Claim | Lease | Session)}
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@handler
+async def write(session: Session) -> dict[str, str]:
+    await session.update_metadata({"phase": "half"})
+    return {"done": "yes"}
+
+
+@pytest.mark.usefixtures("no_collection")
+async def test_finished_sessions_are_freed_without_the_collector(
+    plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> None:
+    of_other_tests = ours()
+    plane.enqueue(count=50)
+    await Supervisor(make_settings(), plugins=[write]).run(until_empty=True)
+    assert plane.summary().stopped == 50
+    assert ours().keys() <= of_other_tests.keys()
