@@ -8,6 +8,9 @@
     recorder = Recorder()                       # a plugin: pass it to the supervisor
     await recorder.wait_for(SessionFinished)
 
+    async with Proxy(plane.base_url) as way:    # give `way.base_url` to one of several workers
+        way.partition()                         # it hears nothing more, and nobody is told
+
 Nothing here sleeps and hopes: everything can be waited for, within a bound.
 """
 
@@ -25,6 +28,7 @@ from workpool.testing.actions import (
 )
 from workpool.testing.clock import Clock
 from workpool.testing.faults import Faults, Op, Request, Rule
+from workpool.testing.proxy import Proxy
 from workpool.testing.recorder import Recorder
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "Faults",
     "Hold",
     "Op",
+    "Proxy",
     "Recorder",
     "Request",
     "Rule",

@@ -90,7 +90,7 @@ def lost(*, applied: bool = True) -> Fault:
 
 def reset(*, applied: bool = True) -> Fault:
     """Reset the connection instead of answering."""
-    return _hang_up(_reset, applied=applied)
+    return _hang_up(reset_connection, applied=applied)
 
 
 def trickle(seconds: float) -> Fault:
@@ -184,7 +184,8 @@ def _close(transport: asyncio.Transport) -> None:
     transport.close()
 
 
-def _reset(transport: asyncio.Transport) -> None:
+def reset_connection(transport: asyncio.WriteTransport) -> None:
+    """Close a connection with a reset, and without what it had still to send."""
     connection = transport.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

@@ -1,0 +1,278 @@
+"""The proxy itself, and what a pool makes of such a network."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from workpool import Session, Settings, Supervisor, handler
+from workpool.events import HeartbeatFinished, PollFinished, SessionFinished, SessionStarted
+from workpool.testing import Proxy, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tests.integration.conftest import MakePool
+    from workpool.server import ControlPlane
+
+SECONDS = 10.0
+SILENCE = 0.3
+
+
+class Peer(NamedTuple):
+    """One end of a connection."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def says(self, text: bytes) -> None:
+        self.writer.write(text)
+        await self.writer.drain()
+
+    async def hears(self, text: bytes) -> None:
+        async with asyncio.timeout(SECONDS):
+            assert await self.reader.readexactly(len(text)) == text
+
+    async def hears_the_end(self) -> None:
+        async with asyncio.timeout(SECONDS):
+            assert await self.reader.read() == b""
+
+    async def hears_nothing(self) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(SILENCE):
+                await self.reader.read(1)
+
+    async def is_reset(self) -> None:
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(ConnectionResetError):
+                await self.reader.read()
+
+
+class Wire:
+    """A proxy between a server that we are and clients that we are."""
+
+    def __init__(self, proxy: Proxy, accepted: asyncio.Queue[Peer]) -> None:
+        self.proxy = proxy
+        self._accepted = accepted
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def pair(self) -> tuple[Peer, Peer]:
+        """A new connection through the proxy: the client's end and the server's."""
+        port = int(self.proxy.base_url.rpartition(":")[2])
+        async with asyncio.timeout(SECONDS):
+            client = Peer(*await asyncio.open_connection("127.0.0.1", port))
+            server = await self._accepted.get()
+        self._writers += [client.writer, server.writer]
+        return client, server
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[Wire]:
+    accepted: asyncio.Queue[Peer] = asyncio.Queue()
+    listening = await asyncio.start_server(
+        lambda reader, writer: accepted.put_nowait(Peer(reader, writer)), "127.0.0.1", 0
+    )
+    port = listening.sockets[0].getsockname()[1]
+    async with Proxy(f"http://127.0.0.1:{port}") as proxy:
+        wire = Wire(proxy, accepted)
+        yield wire
+    wire.close()
+    listening.close()
+
+
+async def test_bytes_and_ends_go_through(wire: Wire) -> None:
+    client, server = await wire.pair()
+    await client.says(b"question")
+    await server.hears(b"question")
+    await server.says(b"answer")
+    await client.hears(b"answer")
+    client.writer.write_eof()
+    await server.hears_the_end()
+    await server.says(b"late")
+    await client.hears(b"late")
+    server.writer.close()
+    await client.hears_the_end()
+
+
+async def test_a_blackhole_is_silent_and_for_ever(wire: Wire) -> None:
+    client, server = await wire.pair()
+    wire.proxy.blackhole()
+    await client.says(b"lost")
+    await server.hears_nothing()
+    server.writer.close()  # not even this is told
+    await client.hears_nothing()
+    wire.proxy.heal()
+    await client.says(b"lost too")
+    await client.hears_nothing()
+    client, server = await wire.pair()
+    await client.says(b"new")
+    await server.hears(b"new")
+
+
+async def test_a_partition_holds_back_and_delivers_when_it_heals(wire: Wire) -> None:
+    client, server = await wire.pair()
+    wire.proxy.partition()
+    await client.says(b"question")
+    await server.says(b"news")
+    await server.hears_nothing()
+    wire.proxy.partition()  # again, with no gap between
+    await client.hears_nothing()
+    wire.proxy.heal()
+    await server.hears(b"question")
+    await client.hears(b"news")
+
+
+async def test_a_half_closed_connection_still_carries_requests(wire: Wire) -> None:
+    client, server = await wire.pair()
+    wire.proxy.half_close()
+    await client.hears_the_end()
+    await client.says(b"question")
+    await server.hears(b"question")
+    await server.says(b"answer")  # to nobody
+    await client.says(b"more")
+    await server.hears(b"more")
+
+
+async def test_a_reset_strikes_what_is_open_and_spares_what_comes(wire: Wire) -> None:
+    client, server = await wire.pair()
+    await client.says(b"known to both")
+    await server.hears(b"known to both")
+    wire.proxy.reset()
+    await client.is_reset()
+    await server.is_reset()
+    client, server = await wire.pair()
+    await client.says(b"new")
+    await server.hears(b"new")
+
+
+async def test_a_delay_comes_before_every_byte(wire: Wire) -> None:
+    client, server = await wire.pair()
+    loop = asyncio.get_running_loop()
+    wire.proxy.delay(SILENCE)
+    began = loop.time()
+    await client.says(b"question")
+    await server.hears(b"question")
+    assert loop.time() - began >= SILENCE
+    wire.proxy.heal()
+    await client.says(b"more")
+    await server.hears(b"more")
+
+
+async def test_a_throttle_bounds_the_bytes_per_second(wire: Wire) -> None:
+    client, server = await wire.pair()
+    loop = asyncio.get_running_loop()
+    await client.says(b"warm")
+    await server.hears(b"warm")
+    wire.proxy.throttle(10_000)
+    began = loop.time()
+    await client.says(b"x" * 6_000)
+    await server.hears(b"x" * 6_000)
+    assert loop.time() - began >= 0.5
+
+
+async def test_the_end_of_the_proxy_is_the_end_of_its_connections(wire: Wire) -> None:
+    async with Proxy(wire.proxy.base_url) as outer:
+        inner = Wire(outer, wire._accepted)
+        client, server = await inner.pair()
+        outer.blackhole()
+        await client.says(b"lost")
+    await server.hears_the_end()
+    inner.close()
+
+
+async def test_without_a_control_plane_connections_end() -> None:
+    async with Proxy("http://127.0.0.1:9") as proxy:
+        port = int(proxy.base_url.rpartition(":")[2])
+        client = Peer(*await asyncio.open_connection("127.0.0.1", port))
+        await client.hears_the_end()
+        client.writer.transport.abort()
+
+
+# -- pools -------------------------------------------------------------------------------------
+
+
+@handler
+async def until_interrupted(session: Session) -> None:
+    await session.interrupted()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fault", ["blackhole", "partition"])
+async def test_one_of_two_workers_is_cut_off_and_the_other_goes_on(
+    plane: ControlPlane,
+    make_settings: Callable[..., Settings],
+    fault: str,
+) -> None:
+    @handler
+    async def hold(session: Session) -> None:
+        if session.redelivered:
+            return
+        await asyncio.Event().wait()
+
+    cut, free = Recorder(), Recorder()
+    (item,) = plane.enqueue()
+    async with Proxy(plane.base_url) as way:
+        settings = make_settings(base_url=way.base_url, lease_ttl=10, request_timeout=1)
+        async with Supervisor(settings, plugins=[hold, cut]):
+            await cut.wait_for(SessionStarted)
+            getattr(way, fault)()
+            held = plane.operations.get(plane.environments[0], item.id).holder
+            async with Supervisor(make_settings(lease_ttl=10), plugins=[hold, free]):
+                # Its lease ends on both sides' clocks by itself: no jump, no help.
+                lost = await cut.wait_for(SessionFinished, timeout=25)
+                assert lost.outcome == "lease_lost"
+                done = await free.wait_for(SessionFinished, timeout=25)
+                assert done.outcome == "completed"
+                way.heal()
+                await cut.wait_for(PollFinished, lambda poll: poll.result == "null", count=3)
+    taken_at = min(
+        record.time
+        for record in plane.history.of(item.id)
+        if record.kind == "acked" and record.worker_id != held
+    )
+    late = [
+        record
+        for record in plane.history.of(item.id)
+        if record.worker_id == held and record.time >= taken_at and record.kind != "conflict"
+    ]
+    assert late == []
+    assert plane.summary().overlapping == 0
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_a_throttled_and_slow_way_still_keeps_leases(
+    plane: ControlPlane, recorder: Recorder, make_pool: MakePool
+) -> None:
+    plane.enqueue()
+    async with Proxy(plane.base_url) as way:
+        way.delay(0.02)
+        async with make_pool(until_interrupted, base_url=way.base_url):
+            await recorder.wait_for(HeartbeatFinished, lambda beat: beat.result == "ok", count=3)
+    finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+
+
+@pytest.mark.parametrize("fault", ["reset", "half_close"])
+async def test_a_pool_goes_on_over_new_connections(
+    plane: ControlPlane, recorder: Recorder, make_pool: MakePool, fault: str
+) -> None:
+    @handler
+    async def done(session: Session) -> None:
+        pass
+
+    async with (
+        Proxy(plane.base_url) as way,
+        make_pool(done, base_url=way.base_url, reclaim_older_than_ms=500),
+    ):
+        await recorder.wait_for(PollFinished)
+        getattr(way, fault)()
+        plane.enqueue(count=3)
+        await recorder.wait_for(SessionFinished, count=3)
+    assert plane.summary().stopped == 3
