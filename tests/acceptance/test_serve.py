@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -113,6 +114,8 @@ async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
             (["--environment", "not an id"], 2, "environment"),
             (["--port", "70000"], 2, "--port"),
             (["--store", "notes.txt"], 1, "notes.txt"),
+            (["--faults", "nowhere"], 2, "faults file: No such file"),
+            (["--faults", "notes.txt"], 2, "faults file: "),
         ]
         commands = [await bare("serve", "--port", "0", *arguments) for arguments, _, _ in cases]
         for command, (arguments, status, words) in zip(commands, cases, strict=True):
@@ -120,3 +123,29 @@ async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
             assert words in command.err
             assert "Traceback" not in command.err
             assert command.out == ""
+
+
+async def test_faults_of_a_file_strike(bare: Start, folder: Path) -> None:
+    (folder / "faults.toml").write_text(
+        "clock_skew = 90\n"
+        '[[fault]]\nkind = "status"\ncode = 503\nops = ["enqueue"]\ntimes = 1\n'
+        '[[fault]]\nkind = "expired"\nops = ["heartbeat"]\ntimes = 1\n'
+    )
+    command, ready = await serve(bare, "--faults", "faults.toml")
+    asked = variables(ready, ready["token"])
+    failed = await bare("work", "enqueue", **asked)
+    assert await failed.ends() == 1
+    assert "503" in failed.err
+    [work_id] = (await said(bare, asked, "work", "enqueue", "--metadata", "do=finish")).split()
+    worker = await bare(
+        *("run", "handlers", "--drain"), **asked, WORKPOOL_METRICS_LISTEN="127.0.0.1:0"
+    )
+    assert await worker.ends() == 0
+    assert "item lost to another worker" in worker.err
+    # The first beat found its lease expired: the item came back, and was run by the second try.
+    item = json.loads(await said(bare, asked, "work", "get", work_id, "--json"))
+    assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
+    assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert "faults strike file=faults.toml count=2" in command.err

@@ -21,6 +21,8 @@ from workpool.server import (
     SqliteStore,
     parse_token_file,
 )
+from workpool.testing import Clock, Faults
+from workpool.testing.plan import Plan, read_plan
 
 Ids = Annotated[
     list[str] | None,
@@ -48,6 +50,10 @@ def serve(
     ] = None,
     environment: Ids = None,
     cloud_environment: CloudIds = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Faults to inject, TOML or JSON: see the README."),
+    ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
@@ -60,6 +66,10 @@ def serve(
         grants = _grants(token or [], token_file)
         if not grants and not _is_loopback(host):
             raise ServeError(f"{host} is not a loopback address: give --token or --token-file")
+        plan = read_plan(faults) if faults is not None else Plan()
+        injected = Faults(plan.seed, remember=False)
+        clock = Clock()
+        clock.advance(plan.clock_skew)
         plane = ControlPlane(
             environments=environment or [DEFAULT_ENVIRONMENT],
             cloud_environments=cloud_environment or [],
@@ -67,8 +77,13 @@ def serve(
             store=MemoryStore() if store == "memory" else SqliteStore(store),
             host=host,
             port=port,
+            now=clock,
             history_limit=0,  # nobody asks for it here, and it would grow
+            middlewares=[injected.middleware] if plan.fault else [],
         )
+        plan.install(injected, plane)
+        if faults is not None:
+            logs.log.warning("faults strike file=%s count=%d", faults, len(plan.fault))
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
 

@@ -114,6 +114,11 @@ class Operations:
         for queue in self._queues.values():
             queue.waiting.wake(len(queue.waiting))
 
+    @property
+    def latest(self) -> int:
+        """The instant of the last call: no record is later."""
+        return self._latest
+
     def queue(self, environment_id: str) -> Queue:
         """Return the environment's queue as of now; 404 unknown, 400 not `self_hosted`."""
         queue = self._queues.get(environment_id)

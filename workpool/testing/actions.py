@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 import orjson
 from aiohttp import web
 
-from workpool.server.clock import SECOND
 from workpool.server.errors import Refusal
 from workpool.testing.changes import Changes
 
@@ -130,9 +129,8 @@ def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None =
     queue = plane.operations.queue(environment_id or plane.environments[0])
     item = queue.get(work_id)
     if item.lease_end is not None:
-        # "Now" is the last instant that the control plane has recorded: history never goes back.
-        latest = max(record.time for record in plane.history)
-        queue.put(replace(item, lease_end=min(item.lease_end, round(latest * SECOND))))
+        # "Now" is the control plane's own last instant: history never goes back.
+        queue.put(replace(item, lease_end=min(item.lease_end, plane.operations.latest)))
         plane.operations.queue(queue.environment_id)
 
 

@@ -126,17 +126,20 @@ class Faults:
     """Faults of one control plane: `ControlPlane(middlewares=[faults.middleware])`.
 
     Attributes:
-        seen: Every request that came, in order of arrival.
+        seen: Every request that came, in order of arrival; none when `remember` is off.
         rules: Those in force.
         seed: Of the probabilities; print it where a test draws one.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, remember: bool = True) -> None:
+        """`remember`: keep a log of the requests; for a server that runs for days, do not."""
         self.seen: list[Request] = []
         self.rules: list[Rule] = []
         self.seed = seed
         self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
         self._changes = Changes()
+        self._remember = remember
+        self._began: float | None = None
 
     def add(self, fault: Fault, *ops: Op, **limits: Unpack[Limits]) -> Rule:
         """Let a fault strike these calls (none named: all) from now on."""
@@ -183,7 +186,7 @@ class Faults:
     def age(self) -> float:
         """Seconds since the first request."""
         now = asyncio.get_running_loop().time()
-        return now - (self.seen[0].at if self.seen else now)
+        return now - (now if self._began is None else self._began)
 
     def chance(self, probability: float) -> bool:
         """Throw the seeded dice, but only where there is something to decide."""
@@ -196,7 +199,10 @@ class Faults:
         if op is None:
             return await handler(request)
         seen = _note(op, request)
-        self.seen.append(seen)
+        if self._began is None:
+            self._began = seen.at
+        if self._remember:
+            self.seen.append(seen)
         self._changes.notify()
         for rule in [rule for rule in self.rules if rule.strikes(op, request)][::-1]:
             handler = partial(rule.fault, handler=handler)

@@ -1,0 +1,116 @@
+"""The file of faults: what it may say, and how a mistake in it is told."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from workpool.server import ControlPlane, ServeError
+from workpool.testing import Faults
+from workpool.testing.plan import Plan, read_plan
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def written(folder: Path, text: str, name: str = "faults.toml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_the_readmes_file_is_one(tmp_path: Path) -> None:
+    [text] = [
+        block
+        for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+        if "[[fault]]" in block
+    ]
+    plan = read_plan(written(tmp_path, text))
+    assert (plan.seed, plan.clock_skew) == (7, 30)
+    faults = Faults(plan.seed)
+    plan.install(faults, ControlPlane())
+    poll, ack, anything, beat = faults.rules
+    assert poll.ops == {"poll"}
+    assert poll.limits == {"skip": 0, "probability": 0.1, "between": (5.0, 65.0)}
+    assert ack.ops == {"ack", "heartbeat"}
+    assert ack.limits == {"skip": 2, "probability": 1.0, "times": 3}
+    assert len(anything.ops) == 10
+    assert beat.limits["times"] == 1
+
+
+def test_json_says_the_same(tmp_path: Path) -> None:
+    text = '{"fault": [{"kind": "reset", "ops": ["stop"], "between": [0, 1]}]}'
+    plan = read_plan(written(tmp_path, text, "faults.json"))
+    assert plan.fault[0].kind == "reset"
+    assert plan.fault[0].limits() == {"skip": 0, "probability": 1.0, "between": (0, 1)}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        'kind = "status"\ncode = 429\nretry_after = 1',
+        'kind = "status"\ncode = 502\nhtml = true\napplied = true',
+        'kind = "lost"\napplied = false',
+        'kind = "reset"',
+        'kind = "garbled"',
+        'kind = "delay"\nseconds = 1\napplied = true',
+        'kind = "trickle"\nseconds = 0.1',
+        'kind = "expired"',
+    ],
+)
+def test_every_kind_can_be_had(tmp_path: Path, fault: str) -> None:
+    plan = read_plan(written(tmp_path, f"[[fault]]\n{fault}\n"))
+    faults = Faults()
+    plan.install(faults, ControlPlane())
+    assert len(faults.rules) == 1
+
+
+def test_an_empty_file_is_calm(tmp_path: Path) -> None:
+    assert read_plan(written(tmp_path, "")) == Plan()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sead = 1", "sead: there is no such key"),
+        ("[[fault]]", "fault 1: unable to extract tag"),
+        ('[[fault]]\nkind = "explode"', "fault 1: input tag 'explode' found"),
+        ('[[fault]]\nkind = "status"', "fault 1: code: field required"),
+        ('[[fault]]\nkind = "status"\ncode = "503"', "fault 1: code: input should be a valid int"),
+        ('[[fault]]\nkind = "status"\ncode = 99', "fault 1: code: input should be greater"),
+        ('[[fault]]\nkind = "delay"', "fault 1: seconds: field required"),
+        ('[[fault]]\nkind = "delay"\nseconds = -1', "fault 1: seconds: input should be greater"),
+        ('[[fault]]\nkind = "delay"\nseconds = inf', "fault 1: seconds: input should be a finite"),
+        ('[[fault]]\nkind = "lost"\ncode = 503', "fault 1: code: there is no such key"),
+        ('[[fault]]\nkind = "lost"\nops = ["pol"]', "fault 1: ops: 0: input should be 'poll'"),
+        ('[[fault]]\nkind = "lost"\nops = []', "fault 1: ops: list should have at least 1 item"),
+        ('[[fault]]\nkind = "lost"\ntimes = 0', "fault 1: times: input should be greater"),
+        ('[[fault]]\nkind = "lost"\nskip = -1', "fault 1: skip: input should be greater"),
+        ('[[fault]]\nkind = "lost"\nprobability = 1.5', "fault 1: probability: input should be"),
+        ('[[fault]]\nkind = "lost"\nbetween = [5, 5]', "fault 1: value error, between: the window"),
+        ('[[fault]]\nkind = "lost"\nbetween = [5]', "fault 1: between: 1: field required"),
+        ("[[fault]\n", "faults file: "),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ServeError, match=re.escape(said)):
+        read_plan(written(tmp_path, text))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    text = '[[fault]]\nkind = "lost"\ntimes = 0\n[[fault]]\nkind = "delay"\n'
+    with pytest.raises(ServeError, match=r"fault 1: times: .*; fault 2: seconds: "):
+        read_plan(written(tmp_path, text))
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="faults file: No such file"):
+        read_plan(tmp_path / "nowhere.toml")
+    with pytest.raises(ServeError, match="faults file: unexpected end"):
+        read_plan(written(tmp_path, "{", "faults.json"))
+    with pytest.raises(ServeError, match="faults file: input should be a valid dict"):
+        read_plan(written(tmp_path, "[]", "faults.json"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ServeError, match="faults file: 'utf-8'"):
+        read_plan(tmp_path / "bytes.toml")

@@ -1,0 +1,155 @@
+"""Faults from a file, for work by hand: `workpool serve --faults FILE` (README, Testing handlers).
+
+Owns the file's words and what is refused; when a fault strikes is in `faults`, what it does in
+`actions`. A file that is not wholly right is wholly refused: a typo must not look like calm.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Final, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from workpool.server import ServeError
+from workpool.testing import actions
+from workpool.testing.faults import Limits, Op
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any, Self
+
+    from workpool.server import ControlPlane
+    from workpool.testing.faults import Fault, Faults
+
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _When(_Strict):
+    """When a fault strikes: the same words as `faults.Limits`."""
+
+    ops: Annotated[list[Op], Field(min_length=1)] | None = None
+    times: Annotated[int, Field(ge=1)] | None = None
+    skip: Annotated[int, Field(ge=0)] = 0
+    probability: Annotated[float, Field(gt=0, le=1)] = 1.0
+    between: Annotated[tuple[_Seconds, _Seconds], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.between is not None and self.between[0] >= self.between[1]:
+            raise ValueError("between: the window must end after it begins")
+        return self
+
+    def limits(self) -> Limits:
+        limits = Limits(skip=self.skip, probability=self.probability)
+        if self.times is not None:
+            limits["times"] = self.times
+        if self.between is not None:
+            limits["between"] = self.between
+        return limits
+
+
+class _Status(_When):
+    kind: Literal["status"]
+    code: Annotated[int, Field(ge=300, le=599)]
+    retry_after: _Seconds | str | None = None
+    html: bool = False
+    applied: bool = False
+
+    def fault(self, _plane: ControlPlane) -> Fault:
+        return actions.status(
+            self.code, retry_after=self.retry_after, html=self.html, applied=self.applied
+        )
+
+
+class _Unanswered(_When):
+    kind: Literal["lost", "reset", "garbled"]
+    applied: bool = True
+
+    def fault(self, _plane: ControlPlane) -> Fault:
+        makers = {"lost": actions.lost, "reset": actions.reset, "garbled": actions.garbled}
+        return makers[self.kind](applied=self.applied)
+
+
+class _Delay(_When):
+    kind: Literal["delay"]
+    seconds: _Seconds
+    applied: bool = False
+
+    def fault(self, _plane: ControlPlane) -> Fault:
+        return actions.delay(self.seconds, applied=self.applied)
+
+
+class _Trickle(_When):
+    kind: Literal["trickle"]
+    seconds: _Seconds
+
+    def fault(self, _plane: ControlPlane) -> Fault:
+        return actions.trickle(self.seconds)
+
+
+class _Expired(_When):
+    kind: Literal["expired"]
+
+    def fault(self, plane: ControlPlane) -> Fault:
+        return actions.expired(plane)
+
+
+class Plan(_Strict):
+    """What a file of faults says.
+
+    Attributes:
+        seed: Of the probabilities.
+        clock_skew: Seconds that the control plane's clock is ahead of this machine's.
+        fault: In the order of the file, which is that of `Faults.add`.
+    """
+
+    seed: int = 0
+    clock_skew: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    fault: list[
+        Annotated[_Status | _Unanswered | _Delay | _Trickle | _Expired, Field(discriminator="kind")]
+    ] = []
+
+    def install(self, faults: Faults, plane: ControlPlane) -> None:
+        """Let the plan's faults strike from now on."""
+        for each in self.fault:
+            faults.add(each.fault(plane), *(each.ops or ()), **each.limits())
+
+
+_WORDING: Final = {"Extra inputs are not permitted": "there is no such key"}
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a file: JSON when it is named so, else TOML.
+
+    Raises:
+        ServeError: It cannot be read, or something in it is wrong; all of that, by place.
+    """
+    try:
+        content = path.read_bytes()
+        found: Any = (
+            orjson.loads(content) if path.suffix == ".json" else tomllib.loads(content.decode())
+        )
+    except OSError as error:
+        raise ServeError(f"faults file: {error.strerror}") from None
+    except ValueError as error:  # of either parser, or no UTF-8
+        raise ServeError(f"faults file: {error}") from None
+    try:
+        return Plan.model_validate(found)
+    except ValidationError as error:
+        problems = [_problem(each["loc"], each["msg"]) for each in error.errors()]
+        raise ServeError(f"faults file: {'; '.join(problems)}") from None
+
+
+def _problem(place: tuple[int | str, ...], message: str) -> str:
+    """`fault 2: code: field required`."""
+    words = [str(part) for part in place]
+    if len(place) > 1 and isinstance(place[1], int):
+        # The third part is the kind, or what pydantic calls it; the person wrote that one.
+        words = [f"{place[0]} {place[1] + 1}", *words[3:]]
+    return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])
