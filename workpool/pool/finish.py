@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
+from traceback import TracebackException
 from typing import TYPE_CHECKING, Final, Literal
 
 from workpool.errors import (
@@ -65,7 +67,9 @@ TABLE: Final[Mapping[Cause, Row]] = {  # when several apply, the lowest wins
 
 
 def mapping_of(returned: object) -> Mapping[str, str]:
-    """What a handler returned, as metadata; None counts as an empty mapping.
+    """What a handler returned, as metadata, copied; None counts as an empty mapping.
+
+    A copy, because the handler may share its mapping with others who go on changing it.
 
     Raises:
         TypeError: It is neither None nor a mapping of strings that can be sent.
@@ -76,13 +80,14 @@ def mapping_of(returned: object) -> Mapping[str, str]:
         raise TypeError(
             f"a handler returns None or a mapping of strings, not {type(returned).__name__}"
         )
-    for text in (text for pair in returned.items() for text in pair):
+    result = dict(returned.items())
+    for text in (text for pair in result.items() for text in pair):
         if not isinstance(text, str):
             raise TypeError(
                 f"a handler returns a mapping of strings; this one holds {type(text).__name__}"
             )
         text.encode()  # a lone surrogate cannot be sent: UnicodeEncodeError, a ValueError
-    return returned
+    return result
 
 
 class Finisher:
@@ -167,9 +172,9 @@ class Finisher:
     async def _release(self, claim: Claim, row: Row, until: float) -> Outcome:
         delay = RELEASE_DELAY_SECONDS
         if row.metadata == "reason" and isinstance(claim.error, Release):
-            delay = claim.error.delay
+            delay = delay_of(claim.error)
             try:
-                await claim.write_metadata({RELEASED: sendable(claim.error.reason)}, until)
+                await claim.write_metadata({RELEASED: sendable(text_of(claim.error.reason))}, until)
             except ControlPlaneError as error:
                 log.warning("metadata not written work_id=%s error=%s", claim.item.id, error)
         self._keeper.release(claim.lease, delay)
@@ -184,9 +189,24 @@ class Finisher:
     def _error_note(self, claim: Claim) -> Mapping[str, str]:
         error = claim.error or TimeoutError("the session's time is over")
         text = type(error).__name__
-        if self._with_message and str(error):
-            text = f"{text}: {error}"
+        if self._with_message and (message := text_of(error)):
+            text = f"{text}: {message}"
         return {ERROR: sendable(text)}
+
+
+def delay_of(release: Release) -> float:
+    """Seconds until a released item may be taken; the usual ones when it says no number."""
+    delay: object = release.delay
+    if isinstance(delay, int | float) and not math.isnan(delay):
+        return delay
+    log.error("release delay is no number; type=%s", type(delay).__name__)
+    return RELEASE_DELAY_SECONDS
+
+
+def text_of(told: object) -> str:
+    """What a handler raised or gave as a reason, as text, even if its `__str__` raises."""
+    error = told if isinstance(told, BaseException) else Exception(told)
+    return str(TracebackException(type(error), error, None))
 
 
 def sendable(text: str) -> str:

@@ -18,11 +18,12 @@ from workpool.pool.finish import mapping_of
 from workpool.session import Release
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from workpool.handler import Handler
     from workpool.pool.claim import Claim
     from workpool.pool.parts import Parts
+    from workpool.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Handling:
     async def run(self, claim: Claim, handler: Handler) -> None:
         """Call the handler and wait for its end, however long; note the cause of it."""
         name = f"{claim.label} {claim.item.id}"
-        claim.running = self._group.create_task(self._call(claim, handler), name=name)
+        running = claim.running = self._group.create_task(self._call(claim, handler), name=name)
         timers = self._timers[claim] = []
         try:
             timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -65,13 +66,13 @@ class Handling:
                 timers.append(self._later(timeout, claim, Cause.TIMED_OUT))
             if claim.session.stopping:
                 timers.append(self._later(self._stop_grace, claim, Cause.STOP_REQUESTED))
-            await asyncio.wait({claim.running})
+            await asyncio.wait({running})
         finally:
             del self._timers[claim]
             for timer in timers:
                 timer.cancel()
             self.stuck.discard(claim)
-        self._note_end(claim, claim.running)
+        self._note_end(claim, running)
 
     def request_stop(self, claim: Claim) -> None:
         """Tell the session that an operator wants an end, and cancel it after `stop_grace`."""
@@ -105,22 +106,26 @@ class Handling:
         if self.on_stuck is not None:
             self.on_stuck()
 
-    async def _call(self, claim: Claim, handler: Handler) -> object:
-        session, call = claim.session, handler.call
+    async def _call(self, claim: Claim, handler: Handler) -> Mapping[str, str] | _Raised:
         try:
-            contexts = self._plugins.contexts(session)
-            if not contexts:
-                return await call(session)
-            async with AsyncExitStack() as stack:
-                for _, context in contexts:
-                    await stack.enter_async_context(context)
-                return await call(session)
+            # Read here, where an error is the handler's: its mapping may be code of its own.
+            return mapping_of(await self._inside(claim.session, handler))
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             return _Raised(error)
 
-    def _note_end(self, claim: Claim, task: asyncio.Task[object]) -> None:
+    async def _inside(self, session: Session, handler: Handler) -> object:
+        contexts = self._plugins.contexts(session)
+        if not contexts:
+            return await handler.call(session)
+        async with AsyncExitStack() as stack:
+            for _, context in contexts:
+                await stack.enter_async_context(context)
+            return await handler.call(session)
+        return None  # a context has swallowed what was raised
+
+    def _note_end(self, claim: Claim, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
         if task.cancelled():
             if not claim.cancelled:  # a CancelledError that leaked from somewhere
                 self._note_error(claim, asyncio.CancelledError("leaked from the handler"))
@@ -128,12 +133,8 @@ class Handling:
         returned = task.result()
         if isinstance(returned, _Raised):
             self._note_error(claim, returned.error)
-            return
-        try:
-            claim.result = mapping_of(returned)
-        except (TypeError, ValueError) as error:
-            self._note_error(claim, error)
         else:
+            claim.result = returned
             claim.causes.add(Cause.RETURNED)
 
     def _note_error(self, claim: Claim, error: BaseException) -> None:

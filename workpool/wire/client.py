@@ -13,18 +13,17 @@ import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
-import orjson
 from yarl import URL
 
 from workpool.errors import TransientError
-from workpool.wire import calls, protocol
+from workpool.wire import bodies, calls, protocol
 from workpool.wire.budget import Budget, Budgets
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.items import WorkItem
 from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
 
     import aiohttp
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Items = list[WorkItem]
 
-_STOP_BODY: Final = {False: b'{"force":false}', True: b'{"force":true}'}
 _is_id: Final = re.compile(protocol.ID_PATTERN).fullmatch
 
 
@@ -150,7 +148,8 @@ class WorkClient:
             ConflictError: Another worker has it, or it is stopping or stopped.
         """
         budget = None if reserved else self.budgets.write
-        return await self._send(calls.ACK, self._item_url(work_id, "/ack"), timeout, budget)
+        url = self._item_url(work_id, "/ack")
+        return _same("ack", work_id, await self._send(calls.ACK, url, timeout, budget))
 
     async def heartbeat(
         self,
@@ -195,7 +194,7 @@ class WorkClient:
             The item; None from a control plane that does not answer it (protocol §6).
         """
         url = self._item_url(work_id, "/stop")
-        return await self._send(calls.STOP, url, timeout, self.budgets.write, _STOP_BODY[force])
+        return await self._send(calls.STOP, url, timeout, self.budgets.write, bodies.STOP[force])
 
     async def update_metadata(
         self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
@@ -205,14 +204,14 @@ class WorkClient:
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
         """
-        _check_values(patch.values())
-        body = orjson.dumps({"metadata": dict(patch)})
+        body = bodies.update(patch)
         url = self._item_url(work_id)
         return await self._send(calls.UPDATE, url, timeout, self.budgets.write, body)
 
     async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
         """Read one item (protocol §3.6)."""
-        return await self._send(calls.GET, self._item_url(work_id), timeout, self.budgets.read)
+        url = self._item_url(work_id)
+        return _same("get", work_id, await self._send(calls.GET, url, timeout, self.budgets.read))
 
     async def list(
         self,
@@ -280,9 +279,7 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = orjson.dumps(
-            {name: value for name, value in fields.items() if value is not None}, default=dict
-        )
+        body = bodies.enqueue(fields)
         url = self._work_url()
         page = await self._send(calls.ENQUEUE, url, timeout, self.budgets.write, body)
         return page.items
@@ -343,7 +340,8 @@ def _check_id(name: str, value: object) -> None:
         raise ValueError(f"{name}: not an id")
 
 
-def _check_values(values: Iterable[object]) -> None:
-    # A number would be refused by the control plane, far from the handler that wrote it.
-    if not all(value is None or isinstance(value, str) for value in values):
-        raise TypeError("metadata: a value is neither a string nor None")
+def _same(op: str, work_id: str, item: WorkItem) -> WorkItem:
+    # Another item's answer, by a proxy's mistake say, must not decide about this one.
+    if item.id != work_id:
+        raise TransientError(op, None, "the answer is about another item", reason="bad_body")
+    return item

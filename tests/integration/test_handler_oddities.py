@@ -1,0 +1,151 @@
+"""Whatever a handler returns or raises is its own affair: the pool and its other sessions go on."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.events import SessionFinished
+from workpool.server.dialects import DIALECTS
+from workpool.testing import literal, status
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+
+class Phase(enum.StrEnum):
+    PHASE = "phase"
+    DONE = "done"
+
+
+class Changing(Mapping[str, str]):
+    """A mapping that another thread changes while it is read."""
+
+    def __getitem__(self, key: str) -> str:
+        raise KeyError(key)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        raise RuntimeError("changed size during iteration")
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+async def test_a_result_may_be_keyed_by_an_enum_of_strings(run_one: Any) -> None:
+    async def work(session: Session) -> Mapping[str, str]:
+        await session.update_metadata({Phase.DONE: Phase.PHASE})
+        return {Phase.PHASE: Phase.DONE}
+
+    life = await run_one(work)
+    assert (life.outcome, life.metadata) == ("completed", {"done": "phase", "phase": "done"})
+
+
+async def test_a_result_that_cannot_be_read_is_the_handlers_error(run_one: Any) -> None:
+    async def work(_: Session) -> Mapping[str, str]:
+        return Changing()
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": "RuntimeError"}
+
+
+async def test_a_result_is_what_it_was_when_the_handler_returned(
+    run_one: Any, faults: Faults
+) -> None:
+    shared: dict[str, Any] = {"rows": "42"}
+
+    def change() -> bytes:
+        shared["rows"] = 43
+        return b""
+
+    async def work(_: Session) -> Mapping[str, str]:
+        return shared
+
+    faults.add(literal(change, 503), "update", times=1)
+    life = await run_one(work)
+    assert (life.outcome, life.metadata) == ("completed", {"rows": "42"})
+
+
+async def test_an_error_without_words_is_told_all_the_same(run_one: Any) -> None:
+    async def work(_: Session) -> None:
+        raise Mute
+
+    life = await run_one(work, report_errors="message")
+    assert life.outcome == "failed"
+    assert life.metadata == {"workpool.error": "Mute: <exception str() failed>"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "note"),
+    [(ValueError("why"), "why"), (None, "None"), (Mute(), "<exception str() failed>")],
+    ids=["error", "none", "mute"],
+)
+async def test_a_release_may_give_anything_for_a_reason(
+    run_one: Any, reason: Any, note: str
+) -> None:
+    async def work(_: Session) -> None:
+        raise Release(reason)
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.metadata == {"workpool.released": note}
+
+
+@pytest.mark.parametrize("delay", [float("nan"), "60", None])
+async def test_a_release_whose_delay_is_no_number_is_one_all_the_same(
+    run_one: Any, delay: Any
+) -> None:
+    async def work(_: Session) -> None:
+        raise Release("later", delay)
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+
+
+@pytest.mark.parametrize("op", ["ack", "get"])
+async def test_an_answer_about_another_item_decides_nothing(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
+) -> None:
+    """As a proxy that mixes answers up would give."""
+
+    @handler
+    async def work(_: Session) -> None:
+        return None
+
+    ours, other = plane.enqueue(2)
+
+    def mixed_up() -> bytes:
+        item = plane.operations.get(plane.environments[0], other.id)
+        return orjson.dumps(DIALECTS["qoder"].item(item) | {"state": "starting"})
+
+    if op == "get":  # which is asked once a beat was applied and not answered
+        faults.add(status(503, applied=True), "heartbeat", times=1)
+    faults.add(literal(mixed_up), op, times=1)
+    async with make_pool(work):
+        await recorder.wait_for(SessionFinished, count=2)
+    assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
+    assert len(faults.of(op, work_id=ours.id)) == 2
+
+
+async def test_a_handler_that_cancels_itself_has_failed(run_one: Any) -> None:
+    async def work(_: Session) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": "CancelledError"}

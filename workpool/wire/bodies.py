@@ -1,0 +1,35 @@
+"""What we send: the JSON bodies of calls (protocol §3.4, §3.5, §7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+STOP: Final = {False: b'{"force":false}', True: b'{"force":true}'}
+
+
+def update(patch: Mapping[str, str | None]) -> bytes:
+    """A merge patch of metadata.
+
+    Raises:
+        TypeError: A key or a value is of another type, or cannot be sent.
+    """
+    texts = {_text(key): None if value is None else _text(value) for key, value in patch.items()}
+    return orjson.dumps({"metadata": texts})
+
+
+def enqueue(fields: Mapping[str, Any]) -> bytes:
+    """New work; fields that are None are left out."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    return orjson.dumps(given, default=dict)
+
+
+def _text(text: object) -> str:
+    # A number would be refused by the control plane, far from the handler that wrote it.
+    if not isinstance(text, str):
+        raise TypeError("metadata: a key or a value is not a string")
+    return str.__str__(text)  # a StrEnum's value, say: orjson takes no other key than a plain str
