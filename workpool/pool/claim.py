@@ -131,7 +131,8 @@ class Claim:
                 self.over.set_result(None)
             now = asyncio.get_running_loop().time()
             for scope in self._scopes:
-                scope.reschedule(now)
+                if not scope.expired():  # one that times out at this moment is cut already
+                    scope.reschedule(now)
 
     # What a session needs (workpool.session.Held).
 
