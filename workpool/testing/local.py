@@ -158,7 +158,7 @@ class LocalClient:
             item = None
             if trouble.applied:
                 item = await self._operations.long_poll(self._environment_id, poll, _never)
-            answer = _answer(trouble, lambda: None if item is None else QODER.item(item))
+            answer = answer_to(trouble, lambda: None if item is None else QODER.item(item))
             if answer == "silence":
                 await asyncio.Event().wait()
             await asyncio.sleep(trouble.back)
@@ -255,7 +255,7 @@ class LocalClient:
         trouble = self._befalls(call.op, work_id)
 
         def arrive() -> None:
-            answer = _answer(trouble, operate)
+            answer = answer_to(trouble, operate)
             if answer != "silence":
                 loop.call_later(trouble.back, settle, answer)
 
@@ -267,8 +267,11 @@ class LocalClient:
             return await answered
 
         # Not in the caller's hands any more: what was sent arrives, whatever becomes of the caller.
-        loop.call_later(trouble.there, arrive)
+        self._carry(trouble.there, arrive)
         return await self._settle(call, exchange(), self._timeout if timeout is None else timeout)
+
+    def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(seconds, arrive)
 
     def _befalls(self, op: str, work_id: str | None) -> Trouble:
         if not self._open:
@@ -296,7 +299,7 @@ class LocalClient:
         raise error_of(call.op, answer, _ABSENT)
 
 
-def _answer(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:
+def answer_to(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:
     """Carry out the operation, if it is to be, and return what is told about it."""
     true = _operated(operate) if trouble.applied else Answer(502, {}, b"")
     match trouble.answer:

@@ -1,0 +1,178 @@
+"""Several machines on one virtual loop: each may be suspended, stopped or crash by itself.
+
+Which machine a callback belongs to is told by its context. One that does not run keeps its
+callbacks waiting, for ever if it has crashed: a pool that vanishes with everything that it knew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import selectors
+from contextvars import Context, ContextVar, copy_context
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from workpool.testing.virtual import VirtualLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NETWORK: Final = Context()
+"""Belongs to no machine: what is under way arrives, whatever becomes of its sender."""
+
+
+class Machine:
+    """One pool's computer, and its process: a restart is another one.
+
+    Attributes:
+        halted: Why nothing runs on it now.
+        pauses: From when to when it did not run, on the loop's clock.
+        slept: Seconds for which its timers have stood still.
+        stage: Where its handlers play.
+    """
+
+    stage: Any
+
+    def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
+        """`rate`: seconds of its lease clock per second."""
+        self.name = name
+        self.halted: Literal["asleep", "stopped", "crashed"] | None = None
+        self.pauses: list[tuple[float, float]] = []
+        self.slept = 0.0
+        self._loop = loop
+        self._rate = rate
+        self._halted_at = 0.0
+        self._waiting: list[asyncio.Handle] = []
+
+    def clock(self) -> float:
+        """Tell the time that leases are measured on: it goes on whatever the machine does."""
+        return self._loop.now * self._rate
+
+    def context(self) -> Context:
+        """Make a context in which everything belongs to this machine."""
+        context = copy_context()
+        context.run(_MACHINE.set, self)
+        return context
+
+    def halt(self, how: Literal["asleep", "stopped", "crashed"]) -> None:
+        """Let nothing run any more. While `asleep`, timers stand still as well."""
+        if self.halted is None:
+            self.halted, self._halted_at = how, self._loop.now
+
+    def go_on(self) -> None:
+        """Run again, what has waited first. A crash is final."""
+        if self.halted in {"asleep", "stopped"}:
+            self.pauses.append((self._halted_at, self._loop.now))
+            if self.halted == "asleep":
+                self.slept += self._loop.now - self._halted_at
+            self._release()
+
+    def bury(self) -> None:
+        """The play is over: let what is left of it be cancelled."""
+        self._release()
+
+    def wait(self, handle: asyncio.Handle) -> None:
+        """Keep a callback until the machine runs."""
+        self._waiting.append(handle)
+
+    def _release(self) -> None:
+        self.halted = None
+        waiting, self._waiting = self._waiting, []
+        for handle in waiting:
+            self._loop.run_soon(handle)
+
+
+_MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
+
+
+def this_machine() -> Machine:
+    """Return the machine that the caller runs on."""
+    machine = _MACHINE.get()
+    assert machine is not None  # noqa: S101 - a bug of the simulation
+    return machine
+
+
+class _Timer(asyncio.TimerHandle):
+    """A timer of a machine: it stands still while that sleeps."""
+
+    __slots__ = ("_machine", "_slept")
+
+    def __init__(self, when: float, machine: Machine, *rest: Any) -> None:
+        super().__init__(when, *rest)
+        self._machine = machine
+        self._slept = machine.slept
+
+    def _run(self) -> None:
+        machine = self._machine
+        if machine.halted is not None:
+            machine.wait(self)
+        elif machine.slept > self._slept:
+            self._when += machine.slept - self._slept
+            self._slept = machine.slept
+            self._loop.push(self)  # type: ignore[attr-defined] - made by that loop only
+        else:
+            super()._run()
+
+
+class MachinesLoop(VirtualLoop):
+    """A virtual loop for several machines. `now` is the same for all, `time()` each one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clock_resolution = 1e-6
+
+    @property
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return self._now
+
+    def time(self) -> float:
+        """Return the loop's clock as the running machine sees it."""
+        machine = _MACHINE.get()
+        return self._now if machine is None else self._now - machine.slept
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Run it in this step, or once its machine runs."""
+        machine = _MACHINE.get() if context is None else context.get(_MACHINE)
+        handle = asyncio.Handle(callback, args, self, context)
+        if machine is None or machine.halted is None:
+            self._ready.append(handle)
+        else:
+            machine.wait(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # there are no threads
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Run it at `when` of the machine's `time()`."""
+        machine = _MACHINE.get() if context is None else context.get(_MACHINE)
+        if machine is None:
+            timer = asyncio.TimerHandle(when, callback, args, self, context)
+        else:
+            timer = _Timer(when + machine.slept, machine, callback, args, self, context)
+        self.push(timer)
+        return timer
+
+    def push(self, timer: asyncio.TimerHandle) -> None:
+        """Set a timer, for the first time or again."""
+        heapq.heappush(self._scheduled, timer)
+        timer._scheduled = True
+
+    def run_soon(self, handle: asyncio.Handle) -> None:
+        """Run a callback that has waited."""
+        if not handle.cancelled():
+            self._ready.append(handle)
+
+
+def run_machines(main: Callable[[], Any]) -> Any:
+    """Run `main()` on such a loop, and cancel what is left at its end."""
+    with asyncio.Runner(loop_factory=MachinesLoop) as runner:
+        return runner.run(main())

@@ -1,0 +1,193 @@
+"""The network of a simulation: every pool's calls, what befalls them, and a note of each."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from workpool.errors import ControlPlaneError, TransientError
+from workpool.server import Poll
+from workpool.server.dialects import QODER
+from workpool.testing.local import LocalClient, Trouble, answer_to
+from workpool.testing.simulation.machine import NETWORK, MachinesLoop
+from workpool.testing.simulation.trace import Sent
+from workpool.wire import calls
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from random import Random
+
+    from workpool.server import Operations
+    from workpool.settings import Settings
+    from workpool.testing.simulation.schedule import Schedule
+    from workpool.testing.simulation.trace import Node, Trace
+    from workpool.wire.answers import Answer
+    from workpool.wire.calls import Call
+    from workpool.wire.items import WorkItem
+
+    Reply = Answer | Literal["silence", "reset"]
+
+T = TypeVar("T")
+
+LATENCY_SECONDS: Final = 0.001
+"""No request arrives at once: the control plane's clock counts whole microseconds."""
+PATIENCE_MS: Final = 8_000
+"""How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
+CALM: Final = Trouble(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
+SILENCE: Final = Trouble(there=LATENCY_SECONDS, applied=False, answer="silence")
+
+
+class Network:
+    """Between the pools and the control plane of one simulation.
+
+    Attributes:
+        healed: Nothing befalls any call any more.
+        over: The simulation has ended; what is still sent goes nowhere.
+    """
+
+    def __init__(
+        self, schedule: Schedule, random: Random, operations: Operations, trace: Trace
+    ) -> None:
+        self.operations = operations
+        self.trace = trace
+        self.healed = False
+        self.over = False
+        self.serving: set[asyncio.Task[None]] = set()
+        self._random = random
+        self._share = schedule.troubles
+        self._kinds = schedule.kinds
+
+    def befalls(self, node: Node, op: str, work_id: str | None) -> tuple[Trouble, Sent | None]:
+        """Decide on a call that is being sent, and note it."""
+        if self.over:
+            return SILENCE, None
+        now = _loop().now
+        trouble: Trouble | None = None
+        if not self.healed:
+            if node.cuts and any(since <= now < until for since, until in node.cuts):
+                trouble = SILENCE
+            elif self._share and self._random.random() < self._share:
+                trouble = make_trouble(self._random.choice(self._kinds), self._random)
+        sent = Sent(now, node, op, work_id, trouble)
+        self.trace.sent.append(sent)
+        self.trace.troubles += trouble is not None
+        return trouble or CALM, sent
+
+
+def make_trouble(kind: str, random: Random) -> Trouble:
+    """One trouble of a kind of `schedule.TROUBLES`."""
+    there = LATENCY_SECONDS
+    match kind:
+        case "late":
+            return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
+        case "slow":
+            seconds = random.uniform(1, 40)
+            return Trouble(there=seconds) if random.random() < 0.5 else Trouble(there, seconds)
+        case "silence":
+            return SILENCE
+        case "lost":
+            return Trouble(there, answer="silence")
+        case "reset" | "reset-applied":
+            return Trouble(there, there, applied=kind != "reset", answer="reset")
+        case "garbage" | "garbage-applied":
+            return Trouble(there, there, applied=kind != "garbage", answer=b'{"id": "work_')
+        case "500":
+            return Trouble(there, there, applied=random.random() < 0.5, answer=500)
+        case _:
+            after = random.choice((None, 0.5, 5.0, 40.0)) if kind in {"503", "429"} else None
+            return Trouble(there, there, applied=False, answer=int(kind), retry_after=after)
+
+
+class Client(LocalClient):
+    """One pool's client: on its machine, through the network."""
+
+    def __init__(self, network: Network, node: Node, settings: Settings) -> None:
+        super().__init__(network.operations, settings)
+        self._network = network
+        self._node = node
+        self._sent: Sent | None = None
+
+    async def __aenter__(self) -> Client:
+        """Open; from now on the pool has a name."""
+        self._node.worker_id = self.worker_id or ""
+        await super().__aenter__()
+        return self
+
+    async def poll(
+        self,
+        block_ms: int | None = None,
+        reclaim_older_than_ms: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> WorkItem | None:
+        """Protocol §3.1, with more patience; what was sent arrives, whatever becomes of us."""
+        del block_ms, timeout
+        trouble = self._befalls("poll", None)
+        loop = _loop()
+        answered: asyncio.Future[Reply] = loop.create_future()
+        poll = Poll(self.worker_id, PATIENCE_MS, reclaim_older_than_ms or 0)
+        travel = partial(self._travel, poll, trouble, answered)
+        loop.call_at(loop.now + trouble.there, travel, context=NETWORK)
+
+        async def exchange() -> Reply:
+            return await answered
+
+        return await self._settle(calls.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
+
+    def _travel(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
+        """The poll has arrived. A task of nobody's: the control plane serves it."""
+        task = _loop().create_task(self._serve(poll, trouble, answered), context=NETWORK)
+        self._network.serving.add(task)
+        task.add_done_callback(self._network.serving.discard, context=NETWORK)
+
+    async def _serve(
+        self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]
+    ) -> None:
+        item = None
+        if trouble.applied:
+            item = await self._operations.long_poll(
+                self._environment_id, poll, lambda: self._gone(answered)
+            )
+        reply = answer_to(trouble, lambda: None if item is None else QODER.item(item))
+        if reply != "silence":
+            await asyncio.sleep(trouble.back)
+            if not answered.done():
+                answered.set_result(reply)
+
+    def _gone(self, answered: asyncio.Future[Reply]) -> bool:
+        return answered.cancelled() or self._node.machine.halted == "crashed"
+
+    def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
+        loop = _loop()
+        loop.call_at(loop.now + seconds, arrive, context=NETWORK)
+
+    def _befalls(self, op: str, work_id: str | None) -> Trouble:
+        super()._befalls(op, work_id)
+        trouble, self._sent = self._network.befalls(self._node, op, work_id)
+        return trouble
+
+    async def _settle(
+        self, call: Call[T], exchange: Coroutine[Any, Any, Reply], seconds: float
+    ) -> T:
+        sent = self._sent  # set in this very step
+        answer: str | int | None = None
+        try:
+            value = await super()._settle(call, exchange, seconds)
+        except ControlPlaneError as error:
+            answer = "lost" if isinstance(error, TransientError) else error.status
+            raise
+        else:
+            answer = "ok"
+            if sent is not None:
+                sent.told = value
+            return value
+        finally:
+            if sent is not None:
+                sent.answer, sent.answered_at = answer, _loop().now
+
+
+def _loop() -> MachinesLoop:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+    return loop

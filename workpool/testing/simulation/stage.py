@@ -1,0 +1,127 @@
+"""The handlers of a simulation: what they do is in their item's metadata, when is in the trace."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool import Release, Session, handler
+from workpool.errors import ControlPlaneError
+from workpool.testing.simulation.machine import this_machine
+from workpool.testing.simulation.trace import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.testing.simulation.trace import Node, Trace
+
+PLAY: Final = "play"
+SECONDS: Final = "seconds"
+STUBBORN_SECONDS: Final = 15.0
+"""How long a stubborn handler goes on after its cancellation, at most."""
+TIDY_SECONDS: Final = 0.9
+"""How long a clean-up takes: less than the second that every lease leaves for it."""
+ENCORE_SECONDS: Final = 0.05
+
+
+@handler
+async def play(session: Session) -> Any:
+    """Do what the item says, and note when."""
+    return await this_machine().stage.play(session)
+
+
+class Stage:
+    """Where the handlers of one pool play.
+
+    Attributes:
+        healed: Every play is short.
+    """
+
+    def __init__(self, trace: Trace, node: Node, now: Callable[[], float]) -> None:
+        self.healed = False
+        self._trace = trace
+        self._node = node
+        self._now = now
+
+    async def play(self, session: Session) -> Any:
+        """Do what the item says, and note when."""
+        item = session.item
+        name, seconds = item.metadata[PLAY], float(item.metadata[SECONDS])
+        if self.healed:
+            seconds = min(seconds, ENCORE_SECONDS)
+        first = not any(run.work_id == item.id for run in self._trace.runs)
+        run = Run(self._node, item.id, item.session_id, name, self._now())
+        self._trace.runs.append(run)
+        act = getattr(self, f"_{name}", self._work)
+        result = "raised"
+        try:
+            returned = await act(session, run, seconds, first)
+            result = "returned"
+            return returned
+        except asyncio.CancelledError:
+            self._note(run)
+            result = "cancelled"
+            raise
+        except Release:
+            result = "released"
+            raise
+        finally:
+            if self._node.machine.halted is None and run.result is None:
+                run.ended, run.result, run.stop_seen = self._now(), result, session.stopping
+
+    def _note(self, run: Run) -> None:
+        run.told_at = min(run.told_at, self._now())
+
+    async def _work(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        await asyncio.sleep(seconds)
+        return {"done": "yes"}
+
+    async def _raise(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        await asyncio.sleep(seconds)
+        raise ValueError("on purpose")
+
+    async def _release(self, _session: Session, _run: Run, seconds: float, first: bool) -> Any:
+        await asyncio.sleep(seconds)
+        if first:
+            raise Release("not yet", 12)
+        return {}
+
+    async def _odd(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        await asyncio.sleep(seconds)
+        return 42
+
+    async def _eager(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await session.interrupted()
+        if session.draining and not session.stopping:
+            raise Release("draining")
+        return {"done": "early"}
+
+    async def _tidy(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            self._note(run)
+            await asyncio.sleep(TIDY_SECONDS)
+            raise
+        return None
+
+    async def _stubborn(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        until = self._now() + seconds
+        while self._now() < min(until, run.told_at + STUBBORN_SECONDS):
+            try:
+                await asyncio.sleep(1)
+            except asyncio.CancelledError:  # as handlers should not
+                self._note(run)
+        return {"done": "at last"}
+
+    async def _write(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        until, count = self._now() + seconds, 0
+        while self._now() < until:
+            count += 1
+            with suppress(ControlPlaneError):
+                await session.update_metadata({"count": str(count)})
+            await asyncio.sleep(2.5)
+        return {"count": str(count)}

@@ -1,0 +1,114 @@
+"""What is noted while a simulation runs, beside the control plane's own history.
+
+By the network: what every pool sent and was answered. By the handlers: when they ran and when they
+were told to end. Nothing in here is what a pool says of itself, but the events that `agreement`
+holds against the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from workpool.events import Event
+    from workpool.testing.local import Trouble
+    from workpool.testing.simulation.machine import Machine
+    from workpool.testing.simulation.schedule import Pool
+
+FOREVER: Final = float("inf")
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """One call of a pool.
+
+    Attributes:
+        trouble: What befell it.
+        answer: "ok", the status of a refusal, or "lost"; None: its caller did not wait for it.
+        told: What the answer said, where it was good.
+    """
+
+    at: float
+    node: Node
+    op: str
+    work_id: str | None
+    trouble: Trouble | None
+    answer: str | int | None = None
+    answered_at: float = FOREVER
+    told: object = None
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """One handler's run.
+
+    Attributes:
+        play: What it was to do.
+        told_at: When it was first cancelled.
+        result: How it ended: returned, raised, released, cancelled; None: it had not.
+        stop_seen: An operator's wish had reached it when it ended.
+        believed: The most that it believed of its lease past the control plane's, in seconds.
+    """
+
+    node: Node
+    work_id: str
+    session_id: str
+    play: str
+    started: float
+    ended: float = FOREVER
+    told_at: float = FOREVER
+    result: str | None = None
+    stop_seen: bool = False
+
+    @property
+    def obeyed_at(self) -> float:
+        """When it ended, or was told to."""
+        return min(self.ended, self.told_at)
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One life of one pool.
+
+    Attributes:
+        born: When it was started.
+        drain: When its drain began, and the seconds that it was given; None: it had none.
+        closed: When nothing of it was left; infinite if it crashed.
+        crashed: When it vanished.
+        cut: From when to when nothing that it sent arrived.
+        shaken: When its clock or its machine was disturbed.
+    """
+
+    machine: Machine
+    pool: Pool
+    born: float
+    worker_id: str = ""
+    drain: tuple[float, float] | None = None
+    drained: float = FOREVER
+    closed: float = FOREVER
+    crashed: float = FOREVER
+    left_behind: int = 0
+    error: BaseException | None = None
+    cuts: list[tuple[float, float]] = field(default_factory=list)
+    events: list[tuple[float, Event]] = field(default_factory=list)
+
+    def paused(self, start: float, end: float) -> bool:
+        """Whether it stood still at any time between."""
+        return any(since < end and until > start for since, until in self.machine.pauses)
+
+
+@dataclass(slots=True)
+class Trace:
+    """All that was noted.
+
+    Attributes:
+        broken: Items whose lease the operator ended early, and when.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    sent: list[Sent] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    broken: list[tuple[float, str]] = field(default_factory=list)
+    troubles: int = 0
+    deeds: int = 0

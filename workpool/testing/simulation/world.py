@@ -1,0 +1,300 @@
+"""One simulation: the machines, their pools, and the schedule that is carried out on them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry
+
+from workpool.errors import WorkpoolError
+from workpool.pool.keeper import Keeper
+from workpool.pool.supervisor import Supervisor
+from workpool.server import Operations, Refusal
+from workpool.server.clock import SECOND
+from workpool.settings import Settings
+from workpool.testing.simulation.machine import Machine, MachinesLoop
+from workpool.testing.simulation.network import Client, Network
+from workpool.testing.simulation.schedule import Deed, Pool, Schedule
+from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
+from workpool.testing.simulation.trace import FOREVER, Node, Trace
+
+if TYPE_CHECKING:
+    from contextlib import AsyncExitStack
+
+    from workpool.events import Event
+    from workpool.pool.parts import Parts
+    from workpool.server import Record
+
+ENVIRONMENT: Final = "env_00000000000070008000000000000001"
+START: Final = 1_772_366_400.0  # 2026-03-01T12:00:00Z
+TICK_SECONDS: Final = 5.0
+REST_SECONDS: Final = 25.0
+"""From the last deed until everything heals."""
+LEAVE_SECONDS: Final = 200.0
+ENCORE_SECONDS: Final = 900.0
+"""By then a fresh pool must have drained the queue."""
+
+
+class LoopKeeper(Keeper):
+    """A keeper whose leases live on the handlers' loop: a machine has one."""
+
+    tick_seconds = TICK_SECONDS
+
+    def _start_thread(self) -> asyncio.Future[None]:
+        self._loop = self._handlers_loop
+        return self._loop.create_task(self._main(), name="keeper")
+
+    def _join_thread(self) -> None:
+        pass
+
+
+class Simulated(Supervisor):
+    """A supervisor on a machine; nothing else is different."""
+
+    _keeper = LoopKeeper
+    node: Node
+
+    async def _keep(self, stack: AsyncExitStack) -> Parts:
+        parts = await super()._keep(stack)
+        told = parts.observe
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+
+        def observe(event: Event) -> None:
+            self.node.events.append((loop.now, event))
+            told(event)
+
+        return replace(parts, observe=observe)
+
+
+def settings_of(pool: Pool) -> Settings:
+    """Make the pool's settings. All have one configured `worker_id`, as after a restart."""
+    return _usual_settings().model_copy(
+        update={
+            "concurrency": pool.concurrency,
+            "prefetch": pool.prefetch,
+            "pollers": pool.pollers,
+            "lease_ttl": pool.lease_ttl,
+            "reclaim_older_than_ms": pool.reclaim_ms,
+            "drain_timeout": pool.drain_timeout,
+            "stop_grace": pool.stop_grace,
+            "session_timeout": pool.session_timeout,
+            "request_timeout": pool.request_timeout,
+        }
+    )
+
+
+@cache
+def _usual_settings() -> Settings:
+    return Settings(
+        environment_id=ENVIRONMENT,
+        base_url="http://127.0.0.1:1",
+        token=ENVIRONMENT,
+        worker_id="worker",
+        stats_interval=0,
+    )
+
+
+class World:
+    """Carries one schedule out; made and used inside `run_machines`."""
+
+    def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+        self.loop = loop
+        self.schedule = schedule
+        self.trace = Trace()
+        self.operations = Operations(
+            [ENVIRONMENT], now=lambda: START + loop.now, history_limit=None
+        )
+        self.items: list[str] = []
+        self._registry = registry
+        chance = random.Random(schedule.seed)  # noqa: S311 - must be repeatable
+        self._network = Network(schedule, chance, self.operations, self.trace)
+        self._supervisors: dict[Node, Simulated] = {}
+        self._tasks: dict[asyncio.Task[None], Node] = {}
+        self._stages: list[Stage] = []
+
+    @property
+    def history(self) -> list[Record]:
+        """What the control plane recorded, on the loop's clock."""
+        return [record._replace(time=record.time - START) for record in self.operations.history]
+
+    async def live(self) -> None:
+        """Carry the schedule out, heal everything, let a fresh pool finish the work."""
+        async with asyncio.TaskGroup() as self._group:
+            try:
+                await self._act()
+            finally:
+                self._bury()
+
+    async def _act(self) -> None:
+        for pool in self.schedule.pools:
+            self._start(pool)
+        for deed in self.schedule.deeds:
+            await asyncio.sleep(deed.at - self.loop.now)
+            self._do(deed)
+        await asyncio.sleep(REST_SECONDS)
+        self._heal()
+        await self._leave()
+        self._start(Pool(concurrency=4, lease_ttl=30, drain_timeout=60), healed=True)
+        await self._encore()
+        await self._leave()
+
+    def _start(self, pool: Pool, *, healed: bool = False) -> None:
+        machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
+        node = Node(machine, pool, self.loop.now)
+        self.trace.nodes.append(node)
+        stage = Stage(self.trace, node, lambda: self.loop.now)
+        stage.healed = healed
+        self._stages.append(stage)
+        machine.stage = stage
+        supervisor = Simulated(
+            settings_of(pool),
+            plugins=[play],
+            registry=self._registry,
+            connect=partial(Client, self._network, node),
+        )
+        supervisor.node = node
+        supervisor._clock = machine.clock
+        self._supervisors[node] = supervisor
+        self._spawn(node, self._life(node, supervisor))
+
+    def _spawn(self, node: Node, coroutine) -> None:
+        context = node.machine.context()
+        task = self._group.create_task(coroutine, context=context)
+        self._tasks[task] = node
+
+    async def _life(self, node: Node, supervisor: Simulated) -> None:
+        try:
+            async with supervisor:
+                await supervisor.wait()
+        except WorkpoolError as error:
+            node.error = error
+        finally:
+            if node.crashed == FOREVER:
+                node.closed = self.loop.now
+                node.left_behind = supervisor.left_behind
+
+    async def _drain(self, node: Node, timeout: float) -> None:
+        await self._supervisors[node].drain(timeout)
+        if node.crashed == FOREVER:
+            node.drained = self.loop.now
+
+    # Deeds.
+
+    def _living(self) -> list[Node]:
+        return [
+            node for node in self.trace.nodes if node.crashed == FOREVER and node.closed == FOREVER
+        ]
+
+    def _do(self, deed: Deed) -> None:
+        self.trace.deeds += 1
+        match deed.kind:
+            case "work":
+                self._enqueue(deed)
+            case "stop" | "force" | "expire":
+                if self.items:
+                    self._interfere(deed, self.items[deed.target % len(self.items)])
+            case _:
+                if living := self._living():
+                    self._strike(deed, living[deed.target % len(living)])
+
+    def _enqueue(self, deed: Deed) -> None:
+        session_id = None
+        if deed.count < 0 and self.items:
+            session_id = self.operations.get(ENVIRONMENT, self.items[-1]).session_id
+        items = self.operations.enqueue(
+            ENVIRONMENT,
+            count=abs(deed.count),
+            metadata={PLAY: deed.play, SECONDS: f"{deed.seconds:.3f}"},
+            session_id=session_id,
+        )
+        self.items += [item.id for item in items]
+
+    def _interfere(self, deed: Deed, work_id: str) -> None:
+        """An operator does something to an item."""
+        if deed.kind == "expire":
+            queue = self.operations.queue(ENVIRONMENT)
+            item = queue.get(work_id)
+            if item.lease_end is not None:
+                now = int((START + self.loop.now) * SECOND)
+                self.trace.broken.append((self.loop.now, work_id))
+                queue.put(replace(item, lease_end=min(item.lease_end, now)))
+                self.operations.queue(ENVIRONMENT)
+                self.operations.wake()
+            return
+        with suppress(Refusal):
+            self.operations.stop(ENVIRONMENT, work_id, "operator", force=deed.kind == "force")
+
+    def _strike(self, deed: Deed, node: Node) -> None:
+        """Something befalls a pool."""
+        now, machine = self.loop.now, node.machine
+        match deed.kind:
+            case "crash" | "restart":
+                self._crash(node)
+                if deed.kind == "restart":
+                    self._start(node.pool)
+            case "cut":
+                node.cuts.append((now, now + deed.seconds))
+            case "sleep" | "freeze":
+                machine.halt("asleep" if deed.kind == "sleep" else "stopped")
+                self.loop.call_later(deed.seconds, machine.go_on)
+            case "drain":
+                self._begin_drain(node, deed.seconds)
+                if deed.target % 2:
+                    self._start(node.pool)
+
+    def _crash(self, node: Node) -> None:
+        node.machine.halt("crashed")
+        node.machine.halted = "crashed"  # also one that slept
+        node.crashed = self.loop.now
+        for run in self.trace.runs:
+            if run.node is node and run.result is None:
+                run.ended, run.result = node.crashed, "crashed"
+
+    def _begin_drain(self, node: Node, timeout: float) -> None:
+        if node.drain is None:
+            node.drain = (self.loop.now, timeout)
+            self._spawn(node, self._drain(node, timeout))
+
+    # The end.
+
+    def _heal(self) -> None:
+        self._network.healed = True
+        for stage in self._stages:
+            stage.healed = True
+        for node in self._living():
+            node.cuts = [(since, min(until, self.loop.now)) for since, until in node.cuts]
+            node.machine.go_on()
+
+    async def _leave(self) -> None:
+        """All pools drain, each with its own timeout."""
+        for node in self._living():
+            self._begin_drain(node, node.pool.drain_timeout)
+        alive = [task for task, node in self._tasks.items() if node.crashed == FOREVER]
+        if alive:
+            await asyncio.wait(alive, timeout=LEAVE_SECONDS)
+
+    async def _encore(self) -> None:
+        until = self.loop.now + ENCORE_SECONDS
+        while self.loop.now < until and not self._all_stopped():
+            await asyncio.sleep(1)
+
+    def _all_stopped(self) -> bool:
+        self.operations.queue(ENVIRONMENT)
+        return all(
+            self.operations.get(ENVIRONMENT, work_id).state == "stopped" for work_id in self.items
+        )
+
+    def _bury(self) -> None:
+        self._network.over = True
+        for node in self.trace.nodes:
+            node.machine.bury()
+        for task in [*self._tasks, *self._network.serving]:
+            task.cancel()
