@@ -13,10 +13,10 @@ import pytest
 import typer
 from aiohttp.test_utils import TestClient, TestServer
 from httpx import ASGITransport, AsyncClient
-from workpool.cli.app import app as cli
 
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
+from workpool.cli.app import app as cli
 from workpool.metrics import DEFINITIONS
 from workpool.server import ControlPlane
 

@@ -4,9 +4,9 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
-from workpool_echo import echo
 
 from workpool import Release, Session, WorkItem
+from workpool_echo import echo
 
 
 class Lease:
