@@ -11,6 +11,7 @@ Everything but `notify_metrics` runs on the supervisor's loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
@@ -232,7 +233,10 @@ def _as_handler(plugin: str, answer: object) -> Handler:
 def _contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
     contexts: list[Context] = []
     for plugin, call in calls:
-        context = call(argument)
+        try:
+            context = call(argument)
+        except asyncio.CancelledError as error:  # a synchronous call cannot be cancelled
+            raise PluginError(plugin, f"{hook} raised CancelledError") from error
         if isinstance(context, AbstractAsyncContextManager):
             contexts.append((plugin, context))
         elif context is not None:

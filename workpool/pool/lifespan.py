@@ -7,10 +7,14 @@ close is given up after `CLOSE_SECONDS`, so that it cannot keep the others open.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from workpool.errors import PluginError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -29,7 +33,8 @@ class Lifespan:
     async def __aenter__(self) -> None:
         """Enter it; what it raises stops the start."""
         try:
-            await self._context.__aenter__()
+            with self._leaks_named():
+                await self._context.__aenter__()
         except BaseException as error:
             error.add_note(f"while entering workpool_lifespan of plugin {self._plugin!r}")
             raise
@@ -43,9 +48,26 @@ class Lifespan:
         """Leave it, within `CLOSE_SECONDS`."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
-                return await self._context.__aexit__(kind, error, trace)
+                with self._leaks_named():
+                    return await self._context.__aexit__(kind, error, trace)
         except TimeoutError:
             if not scope.expired():
                 raise
             log.exception("plugin did not close plugin=%s", self._plugin)
             return None
+
+    @contextlib.contextmanager
+    def _leaks_named(self) -> Iterator[None]:
+        """Make a CancelledError that nobody asked for an error like any other.
+
+        It would look as if the embedder had been cancelled, or the pool had ended well.
+        """
+        task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            if task is None or task.cancelling():
+                raise
+            raise PluginError(
+                self._plugin, "its workpool_lifespan leaked a CancelledError"
+            ) from error

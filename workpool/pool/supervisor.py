@@ -121,10 +121,9 @@ class Supervisor:
                 ", ".join(self._settings.plugins) or "(none)",
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
-        self._loop = asyncio.get_running_loop()
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
-        self._root = self._loop.create_task(self._live(), name="workpool-supervisor")
+        self._root = asyncio.get_running_loop().create_task(self._live(), name="workpool")
         self._root.add_done_callback(self._root_ended)
         try:
             await self._opened.wait()
@@ -132,6 +131,7 @@ class Supervisor:
             self._drain.begin(0)
             if not self._opened.is_set():
                 self._root.cancel()  # it may be opening something that takes for ever
+                self._served.set()  # or heed nothing: what serves nothing has a bound to close
             await self._gone()
             raise
         if self._root.done():
@@ -171,7 +171,7 @@ class Supervisor:
         Raises:
             WorkpoolError: What ended the pool.
         """
-        await asyncio.wait({self._task()})
+        await self._gone()
         self._raise_error()
 
     async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
@@ -312,7 +312,7 @@ class Supervisor:
         return self._root
 
     async def _gone(self) -> None:
-        """Wait for the root task; it is bounded once the sessions are over."""
+        """Wait for the root task, with a bound once no session is left to wait for."""
         root = self._task()
         await self._served.wait()
         await asyncio.wait({root}, timeout=CLOSE_SECONDS)

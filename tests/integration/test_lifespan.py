@@ -1,0 +1,121 @@
+"""Plugins whose `workpool_lifespan` misbehaves: the pool starts and ends in bounded time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler, hookimpl
+from workpool.errors import PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@handler
+async def work(_: Session) -> None:
+    return None
+
+
+class Leaking:
+    """Raises a CancelledError that nobody has asked for."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        self.leak("hook")
+        return self.context()
+
+    @asynccontextmanager
+    async def context(self) -> AsyncIterator[None]:
+        self.leak("entering")
+        yield
+        self.leak("leaving")
+
+    def leak(self, where: str) -> None:
+        if where == self.where:
+            raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("where", ["hook", "entering", "leaving"])
+async def test_a_cancellation_that_leaks_from_a_plugin_is_its_error_not_the_embedders(
+    make_pool: Any, where: str
+) -> None:
+    entered = False
+    with pytest.raises(PluginError, match="CancelledError") as caught:
+        async with make_pool(work, Leaking(where)):
+            entered = True
+    assert caught.value.plugin == "Leaking"
+    assert entered is (where == "leaving")
+
+
+class Deaf:
+    """Ignores its cancellation, on its way in or out, until it is allowed to end."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.reached = asyncio.Event()
+        self.may_end = asyncio.Event()
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        return self.context()
+
+    @asynccontextmanager
+    async def context(self) -> AsyncIterator[None]:
+        await self.stay("opening")
+        yield
+        await self.stay("closing")
+
+    async def stay(self, where: str) -> None:
+        if where != self.where:
+            return
+        self.reached.set()
+        while not self.may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await self.may_end.wait()
+
+    async def end(self) -> None:
+        """Let it end, and wait until the pool that was given up has closed."""
+        self.may_end.set()
+        [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
+        await asyncio.wait({root}, timeout=10)
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.supervisor.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.lifespan.CLOSE_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("brief")
+async def test_a_start_that_heeds_no_cancellation_is_left_behind(
+    make_pool: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    deaf = Deaf("opening")
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(make_pool(work, deaf).__aenter__())
+        await deaf.reached.wait()
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=10)
+    assert starting.cancelled()
+    assert "pool did not close" in caplog.text
+    await deaf.end()
+
+
+@pytest.mark.usefixtures("brief")
+async def test_a_pool_whose_plugin_never_closes_is_left_behind(
+    make_pool: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    deaf = Deaf("closing")
+    pool = make_pool(work, deaf)
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        running = group.create_task(pool.run(until_empty=True))
+        await running
+    assert "pool did not close" in caplog.text
+    await deaf.end()
