@@ -138,8 +138,8 @@ class Claim:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the lease must be taken for lost; 0 when it is not held."""
-        return self.lease.remaining
+        """Seconds until the lease must be taken for lost; 0 when nobody keeps it any more."""
+        return 0.0 if self.lease.ended else self.lease.remaining
 
     def check(self) -> None:
         """Raise unless the handler may send something for the item."""

@@ -222,7 +222,7 @@ class Dispatcher:
         self._parts.keeper.hold(claim.lease)
         await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
         self._note_lease(claim)
-        if claim.held_before and not claim.causes:
+        if claim.held_before and not claim.causes and not self.draining:
             await self._count_attempt(claim)
             self._note_lease(claim)
         if claim.lease.stop_requested:
