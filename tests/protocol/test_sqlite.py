@@ -71,6 +71,19 @@ async def test_everything_is_as_before_after_a_restart(
         assert newer.id > max(item["id"] for item in before[0]["data"])
 
 
+async def test_a_restart_does_not_forget_who_holds_an_item(
+    path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        starting, active = [await api.bring_to(state, "a") for state in ("starting", "active")]
+    async with plane_on(path, clock) as plane:
+        api = Api(plane, http, "qoder")
+        for work_id in (starting, active):
+            assert (await api.ack(work_id, worker="b")).status == 409
+            assert (await api.ack(work_id, worker="a")).status == 200
+
+
 async def test_ids_ascend_over_a_restart_with_the_clock_set_back(path: Path, clock: Clock) -> None:
     async with plane_on(path, clock) as plane:
         (former,) = plane.enqueue()

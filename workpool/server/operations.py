@@ -8,6 +8,7 @@ a result to the outside awaits `durable` first.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from workpool.server import rules
@@ -90,7 +91,7 @@ class Operations:
             self._sessions[item.session_id] = (sessions[item.session_id], item.id)
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
             if item.environment_id in self._queues:
-                self._queues[item.environment_id].put(rules.withdraw(item))
+                self._queues[item.environment_id].put(replace(item, delivered_at=None))
         delivered = [item for item in contents.items if item.delivered_at is not None]
         for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
             if item.environment_id in self._queues:
