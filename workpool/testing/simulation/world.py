@@ -17,6 +17,8 @@ from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
 from workpool.server.clock import SECOND
 from workpool.settings import Settings
+from workpool.testing.simulation.case import START, Case
+from workpool.testing.simulation.counted import totals
 from workpool.testing.simulation.machine import Machine, MachinesLoop
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import Deed, Pool, Schedule
@@ -24,14 +26,13 @@ from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
 from workpool.testing.simulation.trace import FOREVER, Node, Trace
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
     from contextlib import AsyncExitStack
 
     from workpool.events import Event
     from workpool.pool.parts import Parts
-    from workpool.server import Record
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
-START: Final = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 TICK_SECONDS: Final = 5.0
 REST_SECONDS: Final = 25.0
 """From the last deed until everything heals."""
@@ -120,18 +121,20 @@ class World:
         self._tasks: dict[asyncio.Task[None], Node] = {}
         self._stages: list[Stage] = []
 
-    @property
-    def history(self) -> list[Record]:
-        """What the control plane recorded, on the loop's clock."""
-        return [record._replace(time=record.time - START) for record in self.operations.history]
-
-    async def live(self) -> None:
+    async def live(self, judge: Callable[[Case], list[str]]) -> tuple[Case, list[str]]:
         """Carry the schedule out, heal everything, let a fresh pool finish the work."""
+        before = totals(self._registry)
         async with asyncio.TaskGroup() as self._group:
             try:
                 await self._act()
+                counted = totals(self._registry)
+                counted.subtract(before)
+                history = [each._replace(time=each.time - START) for each in self.operations.history]
+                case = Case(history, self.trace, counted)
+                verdict = judge(case)
             finally:
                 self._bury()
+        return case, verdict
 
     async def _act(self) -> None:
         for pool in self.schedule.pools:
@@ -165,7 +168,7 @@ class World:
         self._supervisors[node] = supervisor
         self._spawn(node, self._life(node, supervisor))
 
-    def _spawn(self, node: Node, coroutine) -> None:
+    def _spawn(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
         context = node.machine.context()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node

@@ -1,0 +1,136 @@
+"""7. What a pool says of itself, by its events and its metrics, agrees with what happened."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from workpool.events import AckFinished, PollFinished, SessionFinished, SessionStarted, StopFinished
+from workpool.testing.simulation.trace import FOREVER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.trace import Node, Run
+
+_EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
+GIVE_UP_SECONDS: Final = 4.0
+"""Before the lease's end: a tenth of the longest, and what a last try may take."""
+
+
+def outcomes_agree(case: Case) -> Iterator[str]:
+    """7a. Every acknowledged session ends in one outcome, and it is what happened."""
+    for node in case.trace.nodes:
+        if node.crashed < FOREVER:
+            continue
+        acked = sum(
+            isinstance(event, AckFinished) and event.result == "ok" for _, event in node.events
+        )
+        ends = [(at, each) for at, each in node.events if isinstance(each, SessionFinished)]
+        if acked != len(ends):
+            yield f"{node.machine.name}: {acked} acked, {len(ends)} finished"
+        for at, event in ends:
+            tenure = case.tenure(node, event.session.item.id, at)
+            if tenure is None:
+                yield f"{node.machine.name}: finished what it never had"
+                continue
+            words = _contradiction(case, node, tenure, event.outcome, at)
+            if words:
+                work_id = tenure.work_id[-6:]
+                yield f"{node.machine.name}: {work_id} is {event.outcome} at {at:.3f}, but {words}"
+
+
+def _contradiction(
+    case: Case, node: Node, tenure: Tenure, outcome: str, at: float
+) -> str | None:
+    run = case.run_of(node, tenure)
+    stopped = case.stopped.get(tenure.work_id)
+    match outcome:
+        case "completed" | "timed_out" if stopped is None or stopped.time > at:
+            return "it is not stopped"
+        case "completed" if run is None or run.result != "returned":
+            return "its handler has not returned"
+        case "timed_out" if node.pool.session_timeout is None:
+            return "there is no timeout"
+        case "stopped" if not _ended_by_others(case, node, tenure, at):
+            return "nobody else has ended it"
+        case "lease_lost" if not case.disturbed(node, tenure) and not _over(tenure, at):
+            return f"its lease was promised until {tenure.promised(at):.3f}"
+        case "released" if not case.disturbed(node, tenure) and stopped and stopped.time <= at:
+            return "it is stopped"
+        case _:
+            return _unexpected(case, node, tenure, run, outcome)
+
+
+def _unexpected(
+    case: Case, node: Node, tenure: Tenure, run: Run | None, outcome: str
+) -> str | None:
+    """What an undisturbed handler's end must come to."""
+    if run is None or run.told_at < FOREVER or case.disturbed(node, tenure):
+        return None
+    if min(tenure.stop_wished, _ended_by_operator(tenure)) <= run.ended + 1:
+        return None
+    expected = "failed" if run.play == "odd" else _EXPECTED.get(str(run.result))
+    return None if expected in {None, outcome} else f"its handler has {run.result}"
+
+
+def _ended_by_operator(tenure: Tenure) -> float:
+    foreign = tenure.how == "stopped" and tenure.stopped_by != tenure.worker_id
+    return tenure.ended if foreign else FOREVER
+
+
+def _ended_by_others(case: Case, node: Node, tenure: Tenure, at: float) -> bool:
+    stopped = case.stopped.get(tenure.work_id)
+    foreign = stopped is not None and stopped.worker_id != node.worker_id and stopped.time <= at
+    if foreign or tenure.stop_wished <= at:
+        return True
+    # A stop of ours that was sent in an earlier tenure and arrived in this one.
+    return any(
+        call.op == "stop" and call.at < tenure.began for call in case.sent[node, tenure.work_id]
+    )
+
+
+def _over(tenure: Tenure, at: float) -> bool:
+    return tenure.ended <= at or tenure.promised(at) - GIVE_UP_SECONDS <= at
+
+
+def metrics_agree(case: Case) -> Iterator[str]:
+    """7b. The counters of all pools together say what the network saw."""
+    told = {key: value for key, value in case.counted.items() if value}
+    for key, seen in _seen(case).items():
+        if told.get(key, 0) != seen:
+            yield f"{' '.join(key)} is {told.get(key, 0):g}, but there were {seen}"
+
+
+def _seen(case: Case) -> Counter[tuple[str, ...]]:
+    seen: Counter[tuple[str, ...]] = Counter()
+    for call in case.trace.sent:
+        if call.answered_at < FOREVER:
+            seen["http_requests_total", call.op] += 1
+        if call.op == "poll" and call.answer == "ok":
+            seen["polls_total", "null" if call.told is None else "item"] += 1
+    for node in case.trace.nodes:
+        for _, event in node.events:
+            if isinstance(event, SessionFinished):
+                seen["sessions_total", event.outcome] += 1
+            elif isinstance(event, AckFinished):
+                seen["acks_total", event.result] += 1
+            elif isinstance(event, StopFinished):
+                seen["stops_total", event.result] += 1
+    for node in case.trace.nodes:
+        if node.crashed == FOREVER:
+            _check_events(case, node, seen)
+    return seen
+
+
+def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:
+    """Count what the pool's events say, under names of their own."""
+    runs = sum(run.node is node for run in case.trace.runs)
+    started = sum(isinstance(event, SessionStarted) for _, event in node.events)
+    if runs != started:
+        seen[node.machine.name, "sessions started"] = runs
+    polls = sum(isinstance(event, PollFinished) for _, event in node.events)
+    sent = sum(call.node is node and call.op == "poll" for call in case.trace.sent)
+    if polls != sent:
+        seen[node.machine.name, "polls"] = sent

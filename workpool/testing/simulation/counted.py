@@ -1,0 +1,31 @@
+"""What the metrics of a shared registry counted between two moments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+from workpool.metrics.collectors import collectors_of
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+_LABEL: Final = {
+    "http_requests_total": "op",
+    "polls_total": "result",
+    "sessions_total": "outcome",
+    "acks_total": "result",
+    "stops_total": "result",
+}
+"""By which label each is summed up."""
+
+
+def totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
+    """Read the counters now; the difference of two readings is what was counted between them."""
+    found: Counter[tuple[str, ...]] = Counter()
+    counters = collectors_of(registry).counters
+    for name, label in _LABEL.items():
+        place = counters[name]._labelnames.index(label)
+        for labels, child in counters[name]._metrics.items():
+            found[name, labels[place]] += child._value.get()
+    return found
