@@ -239,18 +239,20 @@ class Crashing(WorkClient):
     """A client with a bug."""
 
     crashes = 0
+    bug: BaseException = KeyError("a bug")
 
     async def poll(self, *args: Any, **named: Any) -> Any:
         if self.crashes:
             self.crashes -= 1
-            raise KeyError("a bug")
+            raise self.bug
         return await super().poll(*args, **named)
 
 
-def crashing(times: int) -> Callable[[Any], WorkClient]:
+def crashing(times: int, bug: BaseException | None = None) -> Callable[[Any], WorkClient]:
     def connect(settings: Any) -> WorkClient:
         client = Crashing(settings)
         client.crashes = times
+        client.bug = bug or client.bug
         return client
 
     return connect
@@ -265,6 +267,16 @@ async def test_a_crashed_poller_is_restarted_and_counted(
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
     assert len(recorder.of(PollerRestarted)) == 4
+
+
+async def test_a_cancellation_that_leaks_into_a_poller_is_a_crash(
+    plane: ControlPlane, make_settings: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    connect = crashing(2, asyncio.CancelledError("leaked"))
+    async with Supervisor(make_settings(), plugins=[work, recorder], connect=connect):
+        await recorder.wait_for(SessionFinished)
+    assert len(recorder.of(PollerRestarted)) == 2
 
 
 async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Recorder) -> None:

@@ -142,7 +142,9 @@ class Poller:
             try:
                 await self._once()
                 crashes = 0
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                    raise  # any other has leaked, and would end this poller unseen
                 crashes += 1
                 log.exception("poller crashed in_a_row=%d", crashes)
                 self._parts.observe(PollerRestarted(error))
@@ -247,3 +249,8 @@ class Poller:
         if seconds > 0:
             self.state = "backoff"
             await asyncio.sleep(seconds)
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is None or bool(task.cancelling())
