@@ -1,0 +1,198 @@
+"""The promise end to end: what it costs, and what a kill -9 on either side takes away: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN
+from workpool.server import ControlPlane
+from workpool.testing import Clock, Faults
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Command, Start
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+
+ITEMS = 1000
+HELD = 8
+LEASE_SECONDS = 10
+SECONDS = 60.0
+HANDLER = """
+import asyncio
+from pathlib import Path
+from workpool import Session, handler
+
+@handler
+async def work(session: Session) -> None:
+    with Path("runs").open("a") as runs:
+        runs.write(session.item.id + "\\n")
+    if session.item.metadata.get("do") == "hold" and not session.redelivered:
+        await asyncio.Event().wait()
+"""
+ORDER = ["queued", "starting", "active", "stopping", "stopped"]
+
+
+@pytest.fixture
+def works(folder: Path) -> Path:
+    """The current directory of the workers; where handlers write whom they ran."""
+    (folder / "works.py").write_text(HANDLER)
+    return folder
+
+
+async def run(bare: Start, base_url: str, *flags: str, **variables: str) -> Command:
+    defaults = {
+        "WORKPOOL_BASE_URL": base_url,
+        "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+        "WORKPOOL_TOKEN": TOKEN,
+        "WORKPOOL_METRICS_LISTEN": "off",
+        "WORKPOOL_STATS_INTERVAL": "0",
+        "WORKPOOL_LEASE_TTL": str(LEASE_SECONDS),
+        "WORKPOOL_CONCURRENCY": str(HELD),
+    }
+    return await bare("run", "works", *flags, **{**defaults, **variables})
+
+
+def runs(folder: Path) -> Counter[str]:
+    return Counter((folder / "runs").read_text().split())
+
+
+async def test_a_thousand_items_cost_four_requests_each(bare: Start, works: Path) -> None:
+    faults = Faults()
+    async with ControlPlane(
+        environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
+    ) as plane:
+        items = plane.enqueue(count=ITEMS)
+        # No slow machine may make a lease need a second beat, or an item a second delivery.
+        patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
+        command = await run(bare, plane.base_url, "--drain", **patient)
+        assert await command.ends(SECONDS) == 0
+    assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
+    assert runs(works) == Counter({item.id: 1 for item in items})
+    sent = Counter(request.op for request in faults.seen)
+    empty = sent.pop("poll") - ITEMS
+    assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
+    assert empty >= 1  # the one that ends it, and those that came while the last items ran
+    for item in items:
+        kinds = [record.kind for record in plane.history.of(item.id)]
+        assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
+
+
+@pytest.mark.usefixtures("works")
+async def test_another_worker_finishes_what_a_killed_one_held(bare: Start) -> None:
+    faults, clock = Faults(), Clock()
+    async with ControlPlane(
+        environments=(ENVIRONMENT,),
+        tokens={TOKEN: None},
+        now=clock,
+        middlewares=[faults.middleware],
+    ) as plane:
+        items = plane.enqueue(count=HELD, metadata={"do": "hold"})
+        victim = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="victim")
+        for item in items:
+            await faults.wait_for("heartbeat", work_id=item.id, answered=True, timeout=SECONDS)
+        heir = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="heir")
+        await heir.logs("idle")  # it has asked, and was given nothing of what is held
+        victim.send(signal.SIGKILL)
+        assert await victim.ends() == -signal.SIGKILL
+        clock.advance(LEASE_SECONDS)  # the dead do not mind
+        plane.operations.wake()
+        await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
+        heir.send(signal.SIGTERM)
+        assert await heir.ends() == 0
+    assert plane.summary() == (HELD, HELD, HELD, 0, 0)
+    for item in items:
+        records = plane.history.of(item.id)
+        acks = [record for record in records if record.kind == "acked"]
+        [lapse] = [record for record in records if record.kind == "lapsed"]
+        names = [(record.worker_id or "").partition("-")[0] for record in acks]
+        assert names == ["victim", "heir"]
+        beats = [beat for beat in records if beat.kind == "heartbeat" and beat.time < lapse.time]
+        assert lapse.time == beats[-1].lease_end
+        assert lapse.time <= acks[1].time
+        assert (records[-1].worker_id or "").startswith("heir")
+
+
+class Shell:
+    """Calls to a control plane that may be killed at any moment."""
+
+    def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
+        self.known: dict[str, dict[str, Any]] = {}
+        self._http = http
+        self._url = f"http://127.0.0.1:{port}/api/v1/cloud/environments/{ENVIRONMENT}/work"
+
+    async def call(self, method: str, query: str = "", body: Any = None) -> Any:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        url = self._url + query
+        async with self._http.request(method, url, json=body, headers=headers) as answer:
+            assert answer.status == 200
+            return await answer.json()
+
+    async def enqueue(self) -> None:
+        """Until the control plane is gone; remembers every answer."""
+        while True:
+            try:
+                created = await self.call("POST", body={"count": 5})
+                self.known |= {item["id"]: item for item in created["data"]}
+                self.known |= {item["id"]: item for item in await self.items()}
+            except (aiohttp.ClientError, ConnectionError):
+                return
+
+    async def items(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        page: dict[str, Any] = {"has_more": True, "last_id": ""}
+        while page["has_more"]:
+            after = f"&after_id={page['last_id']}" if page["last_id"] else ""
+            page = await self.call("GET", f"?limit=100{after}")
+            found += page["data"]
+        return found
+
+    async def stopped(self, count: int) -> list[dict[str, Any]]:
+        """Wait until so many are stopped; all items as they are then."""
+        async with asyncio.timeout(SECONDS):
+            while True:
+                items = await self.items()
+                if sum(item["state"] == "stopped" for item in items) >= count:
+                    return items
+                await asyncio.sleep(0.05)
+
+
+async def test_a_killed_control_plane_loses_nothing_and_its_worker_goes_on(
+    bare: Start, works: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve = ["serve", "--port", str(port), "--store", "work.db", "--token", TOKEN, "--json"]
+    serve += ["--environment", ENVIRONMENT]
+    plane = await bare(*serve)
+    base_url = json.loads(await plane.prints())["base_url"]
+    worker = await run(bare, base_url, WORKPOOL_REQUEST_TIMEOUT="3")
+    async with aiohttp.ClientSession() as http:
+        shell = Shell(http, port)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(shell.enqueue())
+            await shell.stopped(50)
+            plane.send(signal.SIGKILL)
+        assert await plane.ends() == -signal.SIGKILL
+        plane = await bare(*serve)
+        await plane.prints()
+        after = {item["id"]: item for item in await shell.items()}
+        for work_id, item in shell.known.items():
+            assert ORDER.index(after[work_id]["state"]) >= ORDER.index(item["state"])
+        await shell.call("POST", body={"count": 5})
+        items = await shell.stopped(len(after) + 5)
+    assert {item["state"] for item in items} == {"stopped"}
+    worker.send(signal.SIGTERM)
+    assert await worker.ends() == 0
+    assert set(runs(works)) == {item["id"] for item in items}
+    plane.send(signal.SIGTERM)
+    assert await plane.ends() == 0
