@@ -25,7 +25,7 @@ START: Final = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 """When every simulation begins, by the control plane's clock."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Tenure:
     """One worker's time with one item.
 
@@ -56,7 +56,7 @@ class Tenure:
         return self.promises[-1][1]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Case:
     """One simulation, ready to be judged.
 

@@ -1,74 +1,167 @@
-"""Running simulations."""
+"""Running simulations: one, or as many as a seed, a number and a time allow, on all cores."""
+
 from __future__ import annotations
 
 import functools
+import gc
 import logging
+import multiprocessing
 import random
-import sys
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.testing.simulation.invariants import judge
 from prometheus_client import CollectorRegistry
 
 from workpool.metrics import observer
 from workpool.plugins import asking
 from workpool.pool import telemetry
+from workpool.testing.simulation.invariants import INVARIANTS, judge
 from workpool.testing.simulation.machine import run_machines
-from workpool.testing.simulation.schedule import draw
+from workpool.testing.simulation.schedule import Schedule, draw
 from workpool.testing.simulation.stage import play
 from workpool.testing.simulation.world import World
 
-registry=CollectorRegistry()
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
-def shortcuts():
-    """Do once what every pool would do again, with the same result: most of the cost of a start."""
-    load, in_order = asking.load, asking._in_order
-    loaded = functools.cache(lambda: load((play,), {}))
-    ordered = functools.cache(lambda: in_order(loaded()))
-    asking.load = lambda *_: loaded()
-    asking._in_order = lambda _: ordered()
-    observer._Series = series_of
-    telemetry.version = functools.cache(telemetry.version)
+    from workpool.testing.simulation.case import Case
 
-_Series = observer._Series
-_series = {}
+CHUNK: Final = 50
+COLLECT_EVERY: Final = 50
+"""Simulations are full of cycles; a collection of the young ones at every turn finds nothing."""
 
-def series_of(metric, row, environment_id):
+
+class Report(NamedTuple):
+    """What came of some simulations.
+
+    Attributes:
+        troubles: Calls that something befell.
+        deeds: What else was done: work, crashes, cuts, stops …
+        judged: Invariants that were checked.
+        failures: The words of what was broken, by the seed of the schedule.
+    """
+
+    schedules: int = 0
+    troubles: int = 0
+    deeds: int = 0
+    judged: int = 0
+    failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    def plus(self, other: Report) -> Report:
+        """Both together."""
+        return Report(*(one + two for one, two in zip(self, other, strict=True)))
+
+    def __str__(self) -> str:
+        """Say it in one line, and in one more per failure."""
+        lines = [
+            f"{self.schedules} schedules, {self.troubles} faults, {self.deeds} deeds, "
+            f"{self.judged} invariants checked, {len(self.failures)} broken"
+        ]
+        for seed, words in self.failures:
+            lines += [f"seed {seed}: {each}" for each in words[:3]]
+            lines.append(f"  replay: python -m workpool.testing.simulation --replay {seed}")
+        return "\n".join(lines)
+
+
+def schedule_of(seed: int) -> Schedule:
+    """Draw the schedule of a seed."""
+    return draw(random.Random(seed), seed)  # noqa: S311 - must be repeatable
+
+
+def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
+    """Carry a schedule out; returns what happened, and what breaks the promise."""
+
+    async def main() -> tuple[Case, list[str]]:
+        return await World(schedule, _registry()).live(judge)
+
+    state, disabled = random.getstate(), logging.root.manager.disable
+    random.seed(schedule.seed)
+    logging.disable(logging.CRITICAL)
+    try:
+        with _shortcuts():
+            result: tuple[Case, list[str]] = run_machines(main)
+    finally:
+        random.setstate(state)
+        logging.disable(disabled)
+    return result
+
+
+def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
+    """Simulate every seed's schedule, here, as long as `time.monotonic()` is before `until`."""
+    report = Report()
+    gc.disable()
+    try:
+        for number, seed in enumerate(seeds):
+            if time.monotonic() >= until:
+                break
+            case, words = simulate(schedule_of(seed))
+            failures = ((seed, tuple(words)),) if words else ()
+            trace = case.trace
+            report = report.plus(
+                Report(1, trace.troubles, trace.deeds, len(INVARIANTS), failures)
+            )
+            if number % COLLECT_EVERY == 0:
+                gc.collect()
+    finally:
+        gc.enable()
+    return report
+
+
+def simulate_many(seed: int, schedules: int, processes: int) -> Report:
+    """Simulate `schedules` from `seed` on, in several processes."""
+    chunks = [
+        range(first, min(first + CHUNK, seed + schedules))
+        for first in range(seed, seed + schedules, CHUNK)
+    ]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return functools.reduce(Report.plus, pool.imap_unordered(simulate_all, chunks), Report())
+
+
+@functools.cache
+def _registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@functools.cache
+def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
+    plugins = asking.load((play,), {})
+    return plugins, asking._in_order(plugins)
+
+
+@functools.cache
+def _version(name: str) -> str:
+    return _shortcut_from["version"](name)
+
+
+_shortcut_from: Final[dict[str, Any]] = {
+    "version": telemetry.version,
+    "series": observer._Series,
+}
+_series: Final[dict[object, observer._Series]] = {}
+
+
+def _series_of(metric: Any, *rest: Any) -> observer._Series:
     if metric not in _series:
-        _series[metric] = _Series(metric, row, environment_id)
+        _series[metric] = _shortcut_from["series"](metric, *rest)
     return _series[metric]
 
-def simulate(schedule):
-    async def main():
-        random.seed(schedule.seed)
-        return await World(schedule, registry).live(judge)
-    return run_machines(main)
-shortcuts()
-if __name__=="__main__":
-    from workpool.testing.simulation.invariants import judge
-    from collections import Counter
-    logging.disable(logging.CRITICAL)
-    a=time.perf_counter()
-    s0=int(sys.argv[1]); n=int(sys.argv[2])
-    bad=Counter(); first={}
-    for seed in range(s0,s0+n):
-        schedule=draw(random.Random(seed),seed)
-        c,words=simulate(schedule)
-        if n<5:
-            print(schedule.pools, schedule.troubles, schedule.kinds); 
-            for d in schedule.deeds: print(d)
-            log=[(r.time,0,r.work_id[-6:],r.kind,r.worker_id,r.state,r.lease_end and r.lease_end-1772366400) for r in c.history]
-            log+=[(r.started,1,r.work_id[-6:],"RUN",r.node.machine.name,r.play,"ended",r.ended,"told",r.told_at,r.result) for r in c.trace.runs]
-            log+=[(r.at,2,str(r.work_id)[-6:],"SENT",r.node.machine.name,r.op,r.answer,r.answered_at,r.trouble and (r.trouble.there,r.trouble.back,r.trouble.applied,r.trouble.answer)) for r in c.trace.sent]
-            for l in sorted(log,key=lambda l:l[:2]): print(*l)
-            for node in c.trace.nodes: print(node.machine.name,node.worker_id,"born",node.born,"drain",node.drain,node.drained,"closed",node.closed,"crash",node.crashed,node.left_behind,node.error,node.machine.pauses,node.cuts)
-            for node in c.trace.nodes: 
-                for at,e in node.events: 
-                    if type(e).__name__ not in ("PollFinished",): print("  ",node.machine.name,at,str(e)[:60],getattr(e,"outcome",""),getattr(e,"result",""))
-            print(words)
-        for w in words:
-            k=w.split(":")[0]; bad[k]+=1; first.setdefault(k,[]).append((seed,w))
-    for k,v in bad.most_common():
-        print(k,v)
-        for x in first[k][:4]: print("    ",x)
-    print((time.perf_counter()-a)/n*1000,"ms")
+
+@contextmanager
+def _shortcuts() -> Iterator[None]:
+    """Do once what every pool would do again with the same result: nine tenths of its start."""
+    plugins, hooks = _loaded()
+    replaced = [
+        (asking, "load", lambda *_: plugins),
+        (asking, "_in_order", lambda _: hooks),
+        (observer, "_Series", _series_of),
+        (telemetry, "version", _version),
+    ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, new in replaced:
+        setattr(module, name, new)
+    try:
+        yield
+    finally:
+        for module, name, old in before:
+            setattr(module, name, old)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FOREVER: Final = float("inf")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Sent:
     """One call of a pool.
 
@@ -39,7 +39,7 @@ class Sent:
     told: object = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Run:
     """One handler's run.
 
@@ -67,7 +67,7 @@ class Run:
         return min(self.ended, self.told_at)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Node:
     """One life of one pool.
 
@@ -98,7 +98,7 @@ class Node:
         return any(since < end and until > start for since, until in self.machine.pauses)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Trace:
     """All that was noted.
 

@@ -1,0 +1,69 @@
+"""One simulation told line by line, to find out what led to a failure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from workpool.events import PollFinished
+from workpool.testing.simulation.trace import FOREVER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.testing.simulation.case import Case
+    from workpool.testing.simulation.schedule import Schedule
+
+
+def tell(schedule: Schedule, case: Case) -> Iterator[str]:
+    """The schedule, then all that happened, in order; polls only where something befell them."""
+    yield f"troubles {schedule.troubles} of {', '.join(schedule.kinds)}"
+    yield from (str(pool) for pool in schedule.pools)
+    lines = [*_deeds(schedule), *_history(case), *_calls(case), *_runs(case), *_pools(case)]
+    for at, line in sorted(lines, key=lambda each: each[0]):
+        yield f"{at:10.4f}  {line}"
+
+
+def _deeds(schedule: Schedule) -> Iterator[tuple[float, str]]:
+    for deed in schedule.deeds:
+        yield deed.at, f"DEED     {deed}"
+
+
+def _history(case: Case) -> Iterator[tuple[float, str]]:
+    names = {node.worker_id: f"pool {node.machine.name}" for node in case.trace.nodes}
+    for record in case.history:
+        who = names.get(str(record.worker_id), str(record.worker_id))
+        yield record.time, f"HISTORY  {record.work_id[-6:]} {record.kind} {record.state} by {who}"
+
+
+def _calls(case: Case) -> Iterator[tuple[float, str]]:
+    for call in case.trace.sent:
+        name = f"pool {call.node.machine.name} {call.op} {str(call.work_id)[-6:]}"
+        if call.op != "poll" or call.trouble is not None:
+            trouble = "" if call.trouble is None else f"  {call.trouble}"
+            yield call.at, f"SENT     {name}{trouble}"
+            if call.answered_at < FOREVER:
+                yield call.answered_at, f"ANSWERED {name} {call.answer}"
+
+
+def _runs(case: Case) -> Iterator[tuple[float, str]]:
+    for run in case.trace.runs:
+        name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.play}"
+        yield run.started, f"RUNS     {name}"
+        for at, what in ((run.told_at, "is told"), (run.ended, f"has {run.result}")):
+            if at < FOREVER:
+                yield at, f"RUNS     {name} {what}"
+
+
+def _pools(case: Case) -> Iterator[tuple[float, str]]:
+    for node in case.trace.nodes:
+        name = f"pool {node.machine.name}"
+        yield node.born, f"POOL     {name} starts as {node.worker_id}"
+        for at, event in node.events:
+            if not isinstance(event, PollFinished):
+                what = getattr(event, "outcome", getattr(event, "result", ""))
+                yield at, f"EVENT    {name} {type(event).__name__} {what}"
+        for since, until in node.machine.pauses:
+            yield since, f"POOL     {name} stands still until {until:.4f}"
+        for at, what in ((node.crashed, "crashes"), (node.closed, f"has closed {node.error}")):
+            if at < FOREVER:
+                yield at, f"POOL     {name} {what}"
