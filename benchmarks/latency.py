@@ -1,6 +1,6 @@
 """How soon a handler starts: from the call that enqueues an item to the start of its handler.
 
-    python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …]
+    python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …] [--gaps idle|sparse …]
 
 One item at a time on an otherwise idle contender: `idle` with gaps around 50 ms, `sparse` with gaps
 of 1 to 3 s, a tenth of the items. Both ends read the system's monotonic clock. What is measured
@@ -66,14 +66,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="From enqueue to the start of the handler.")
     parser.add_argument("--items", type=int, default=300, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
     options, entries = parse_contenders(parser, "bare", "workpool")
     waits: dict[tuple[str, str], list[float]] = {}
     with control_plane() as plane:
         for _ in range(options.rounds):
-            for name, gaps in GAPS.items():
+            for name in options.gaps:
                 items = options.items if name == "idle" else max(2, options.items // 10)
                 for entry in entries:
-                    samples = measure(plane, entry, items, gaps)
+                    samples = measure(plane, entry, items, GAPS[name])
                     waits.setdefault((name, entry.name), []).extend(samples)
     print(report(waits))
     print(f"\n{options.rounds} rounds. {versions()}")

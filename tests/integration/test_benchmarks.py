@@ -1,0 +1,46 @@
+"""The benchmarks run and print their tables; what the figures are is nobody's business here."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+async def rows(script: str, *options: str) -> list[list[str]]:
+    """The cells of the table that a benchmark prints, its head and rule left out."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, BENCHMARKS / script, *options, "--only", "bare", "workpool"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    lines = [line for line in output.decode().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_throughput_compares_the_pool_with_the_bare_loop() -> None:
+    bare, pool = await rows("throughput.py", "--items", "40", "--rounds", "2")
+    assert bare[:2] == ["bare", "40"]
+    assert pool[:2] == ["workpool", "40"]
+    assert bare[3] == bare[5] == "1.00 ×"
+    assert all(float(cell) > 0 for cell in (bare[2], bare[4], pool[2], pool[4]))
+    assert all(re.fullmatch(r"\d+\.\d\d ×", cell) for cell in (pool[3], pool[5]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_latency_counts_every_item_of_both() -> None:
+    bare, pool = await rows("latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle")
+    assert bare[:3] == ["idle", "bare", "20"]
+    assert pool[:3] == ["idle", "workpool", "20"]
+    for cells in (bare, pool):
+        p50, p99, most = float(cells[3]), float(cells[5]), float(cells[7])
+        assert 0 < p50 <= p99 <= most
