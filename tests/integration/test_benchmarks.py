@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 async def rows(script: str, *options: str) -> list[list[str]]:
     """The cells of the table that a benchmark prints, its head and rule left out."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, BENCHMARKS / script, *options, "--only", "bare", "workpool"),
+        *(sys.executable, str(BENCHMARKS / script), *options, "--only", "bare", "workpool"),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
