@@ -31,6 +31,8 @@ HANDLERS = """
 import asyncio, time
 from workpool import Session, handler
 
+tasks = []
+
 @handler(metadata={"do": "finish"})
 async def finish(session: Session) -> dict[str, str]:
     session.log.info("finish runs")
@@ -59,6 +61,11 @@ async def ignore(session: Session) -> None:
             await asyncio.sleep(3600)
         except asyncio.CancelledError:
             session.log.info("cancellation ignored")
+
+@handler(metadata={"do": "spawn"})
+async def spawn(session: Session) -> None:
+    session.log.info("spawn runs")
+    tasks.append(asyncio.get_running_loop().create_task(ignore(session), name="orphan"))
 
 @handler(metadata={"do": "block"})
 async def block(session: Session) -> None:

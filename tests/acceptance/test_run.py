@@ -102,6 +102,15 @@ async def test_a_session_left_behind_is_a_failure_and_does_not_keep_the_process(
     assert "left_behind=1" in command.err
 
 
+async def test_a_task_that_a_handler_left_running_does_not_keep_the_process(
+    start: Start, plane: ControlPlane
+) -> None:
+    enqueue(plane, "spawn")
+    command = await start("run", "handlers", "--drain")
+    assert await command.ends() == 0
+    assert "left behind name=orphan" in command.err
+
+
 async def test_blocking_code_in_a_thread_does_not_keep_the_process(
     start: Start, plane: ControlPlane
 ) -> None:

@@ -33,6 +33,8 @@ from workpool.settings import Settings
 
 METRICS_LISTEN: Final = "127.0.0.1:9464"
 BLOCKING_THREADS: Final = "workpool-blocking"
+TASKS_SECONDS: Final = 2.0
+"""How long tasks that handlers left running may delay it, once cancelled."""
 THREADS_SECONDS: Final = 2.0
 """How long blocking code of cancelled handlers may delay the end of the process."""
 
@@ -94,7 +96,7 @@ async def _live(supervisor: Supervisor, *, until_empty: bool) -> int:
     blocked = _blocking_threads()
     if blocked:
         logs.log.warning("blocking code of cancelled handlers still runs threads=%d", blocked)
-    if blocked or supervisor.left_behind:
+    if blocked or supervisor.left_behind or await _deaf_tasks():
         # The runner would cancel and wait for ever: what ignored one cancellation ignores another.
         sys.stdout.flush()
         exits.leave_now(status)
@@ -138,6 +140,17 @@ async def _obey(
         await signals.second.wait()
         if running is not None:  # cancelling also ends a start that takes for ever
             running.cancel()
+
+
+async def _deaf_tasks() -> int:
+    """How many tasks that handlers and plugins left running ignore their cancellation."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    left = (await asyncio.wait(tasks, timeout=TASKS_SECONDS))[1] if tasks else set()
+    for task in left:
+        logs.log.warning("task ignores its cancellation; left behind name=%s", task.get_name())
+    return len(left)
 
 
 def _blocking_threads() -> int:
