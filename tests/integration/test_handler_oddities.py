@@ -149,3 +149,20 @@ async def test_a_handler_that_cancels_itself_has_failed(run_one: Any) -> None:
     life = await run_one(work)
     assert (life.outcome, life.item.state) == ("failed", "stopped")
     assert life.metadata == {"workpool.error": "CancelledError"}
+
+
+@pytest.mark.parametrize(
+    ("size", "outcome"),
+    [(1_500_000, "completed"), (5_000_000, "failed")],
+    ids=["fits", "too_large"],
+)
+async def test_a_large_result_is_written_or_the_handlers_error(
+    run_one: Any, size: int, outcome: str
+) -> None:
+    async def work(_: Session) -> dict[str, str]:
+        return {"text": "x" * size}
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == (outcome, "stopped")
+    assert (len(life.metadata.get("text", "")) == size) is (outcome == "completed")
+    assert ("workpool.error" in life.metadata) is (outcome == "failed")

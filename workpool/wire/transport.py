@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.metadata
+import io
 import math
 import time
 from contextlib import suppress
@@ -41,6 +42,7 @@ ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
+LARGE_BYTES: Final = 256 * 1024
 _DENIED: Final = frozenset({401, 403})
 _TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
@@ -131,7 +133,8 @@ class Transport:
         response = await self._session.request(
             method,
             url,
-            data=body,
+            # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
+            data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
             headers=self._headers if body is None else self._json_headers,
             timeout=_limit(seconds),
             proxy=self._proxy,
