@@ -273,6 +273,7 @@ async def test_a_handler_that_will_not_end_is_left_behind(
             await supervisor.drain(timeout=0)
     assert supervisor.left_behind == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
+    assert recorder.of(SessionFinished)[0].outcome == "detached"
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert left
     may_end.set()
