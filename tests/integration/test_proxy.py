@@ -151,6 +151,17 @@ async def test_a_reset_strikes_what_is_open_and_spares_what_comes(wire: Wire) ->
     await server.hears(b"new")
 
 
+async def test_a_reset_spares_who_has_just_hung_up(wire: Wire) -> None:
+    client, server = await wire.pair()
+    await client.says(b"known to both")
+    await server.hears(b"known to both")
+    for link in wire.proxy._links:
+        link.worker.transport.abort()
+    await asyncio.sleep(0)  # the socket is closed; nobody has noticed
+    wire.proxy.reset()
+    await server.is_reset()
+
+
 async def test_a_delay_comes_before_every_byte(wire: Wire) -> None:
     client, server = await wire.pair()
     loop = asyncio.get_running_loop()
@@ -184,6 +195,12 @@ async def test_the_end_of_the_proxy_is_the_end_of_its_connections(wire: Wire) ->
         await client.says(b"lost")
     await server.hears_the_end()
     inner.close()
+
+
+async def test_an_error_in_the_block_comes_out_as_it_is(wire: Wire) -> None:
+    with pytest.raises(KeyError):
+        async with Proxy(wire.proxy.base_url):
+            raise KeyError("mine")
 
 
 async def test_without_a_control_plane_connections_end() -> None:

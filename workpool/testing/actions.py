@@ -185,5 +185,6 @@ def _close(transport: asyncio.Transport) -> None:
 def reset_connection(transport: asyncio.WriteTransport) -> None:
     """Close a connection with a reset, and without what it had still to send."""
     connection = transport.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+    with suppress(OSError):  # it has ended by itself just now
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

@@ -144,7 +144,7 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+        await self._stack.aclose()  # without the block's error, which is to come out as it is
 
     async def _live(
         self, ending: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
