@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from workpool import Release, Session, handler
-from workpool.events import SessionFinished
+from workpool.events import ItemClaimed, ItemDeclined, SessionFinished
 from workpool.server.dialects import DIALECTS
 from workpool.testing import literal, status
 
@@ -166,3 +166,28 @@ async def test_a_large_result_is_written_or_the_handlers_error(
     assert (life.outcome, life.item.state) == (outcome, "stopped")
     assert (len(life.metadata.get("text", "")) == size) is (outcome == "completed")
     assert ("workpool.error" in life.metadata) is (outcome == "failed")
+
+
+async def test_an_ack_that_answers_another_session_leaves_the_first_one_free(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler(type="session")
+    async def work(_: Session) -> None:
+        return None
+
+    (item,) = plane.enqueue()
+
+    def changed() -> bytes:
+        acked = DIALECTS["qoder"].item(plane.operations.ack(plane.environments[0], item.id))
+        return orjson.dumps(acked | {"data": {"type": "session", "id": "sess_other"}})
+
+    faults.add(literal(changed), "ack", times=1)
+    async with make_pool(work) as pool:
+        await recorder.wait_for(SessionFinished)
+        again = orjson.dumps(DIALECTS["qoder"].item(item) | {"id": "work_again"})
+        faults.add(literal(again), "poll", times=1)
+        claimed = await recorder.wait_for(ItemClaimed, count=2)
+        assert claimed.item.session_id == item.session_id
+        await faults.wait_for("ack", work_id="work_again")
+    assert not recorder.of(ItemDeclined)
+    assert pool.left_behind == 0

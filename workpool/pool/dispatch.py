@@ -73,7 +73,7 @@ class Dispatcher:
         self._acknowledger = Acknowledger(parts)
         self._handling = Handling(parts, handlers)
         self._finisher = Finisher(parts)
-        self._sessions: set[str] = set()
+        self._sessions: dict[str, str] = {}  # by work id, as delivered
         self._busy: Counter[Handler] = Counter()
         self._handed: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
 
@@ -111,7 +111,7 @@ class Dispatcher:
         claim = self.owned[item.id] = Claim(item, handler, self._parts.calls, now)
         if handler is not None:
             if item.session_id:  # other types of item may have none
-                self._sessions.add(item.session_id)
+                self._sessions[item.id] = item.session_id
             self._busy[handler] += 1
         self._parts.queue.put(claim)
         self._fill()
@@ -128,7 +128,7 @@ class Dispatcher:
         """Ask the plugins; None when the item is left for others."""
         handler = None
         reason: DeclineReason | None = None
-        if item.session_id in self._sessions:
+        if item.session_id in self._sessions.values():
             reason = "busy"
         else:
             try:
@@ -221,8 +221,10 @@ class Dispatcher:
         if self.draining:
             claim.lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
             claim.causes.add(Cause.DRAINED)
-        self._parts.keeper.hold(claim.lease)
-        await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
+        self._parts.keeper.watch(claim.lease)
+        if not await claim.lease.begin(self._parts.calls):
+            self._parts.keeper.hold(claim.lease)
+            await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
         self._note_lease(claim)
         if claim.held_before and not claim.causes and not self.draining:
             await self._count_attempt(claim)
@@ -284,7 +286,7 @@ class Dispatcher:
     def _disown(self, claim: Claim) -> None:
         del self.owned[claim.item.id]
         if claim.handler is not None:
-            self._sessions.discard(claim.item.session_id)
+            self._sessions.pop(claim.item.id, None)
             self._busy[claim.handler] -= 1
 
     # Drain.
