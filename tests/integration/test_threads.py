@@ -1,0 +1,113 @@
+"""Which thread and context things happen in, and in which order they close (design §1, §4)."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, Supervisor, WorkClient, handler, hookimpl
+from workpool.events import HeartbeatFinished, LoopLagMeasured, RequestFinished, SessionFinished
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+seen: ContextVar[str] = ContextVar("seen", default="nothing")
+
+
+@handler
+async def work(_: Session) -> None:
+    return None
+
+
+async def test_observers_are_told_on_the_handlers_loop_wherever_the_fact_arose(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    threads: dict[type, set[str]] = {}
+
+    class Watching:
+        @hookimpl
+        def workpool_event(self, event: object) -> None:
+            threads.setdefault(type(event), set()).add(threading.current_thread().name)
+
+    plane.enqueue()
+    async with make_pool(work, Watching()):
+        await recorder.wait_for(SessionFinished)
+        await recorder.wait_for(LoopLagMeasured)
+    here = threading.current_thread().name
+    assert {HeartbeatFinished, RequestFinished, LoopLagMeasured} <= threads.keys()
+    assert set().union(*threads.values()) == {here}
+
+
+async def test_what_a_handler_sets_in_its_context_stays_there(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    before: list[str] = []
+
+    @handler
+    async def setting(session: Session) -> None:
+        before.append(seen.get())
+        seen.set(session.id)
+
+    plane.enqueue(5)
+    token = seen.set("the embedder's")
+    async with make_pool(setting, concurrency=1):
+        await recorder.wait_for(SessionFinished, count=5)
+    assert before == ["the embedder's"] * 5
+    seen.reset(token)
+
+
+async def test_the_keeper_closes_before_the_plugins_and_those_before_the_connections(
+    plane: ControlPlane, make_settings: Any, recorder: Recorder
+) -> None:
+    clients: list[WorkClient] = []
+    closing: dict[str, Any] = {}
+
+    def connect(settings: Settings) -> WorkClient:
+        clients.append(WorkClient(settings))
+        return clients[-1]
+
+    class Late:
+        @hookimpl
+        def workpool_lifespan(self) -> Any:
+            return self.context()
+
+        @asynccontextmanager
+        async def context(self) -> AsyncIterator[None]:
+            yield
+            closing["threads"] = [
+                thread.name
+                for thread in threading.enumerate()
+                if thread.name.startswith("workpool-keeper")
+            ]
+            closing["stats"] = await clients[0].stats()
+
+    plane.enqueue()
+    plugins = [work, Late(), recorder]
+    async with Supervisor(make_settings(), plugins=plugins, connect=connect):
+        await recorder.wait_for(SessionFinished)
+    assert closing["threads"] == []
+    assert closing["stats"].depth == 0
+    assert len(clients) == 2  # one per event loop
+    for client in clients:
+        with pytest.raises(RuntimeError, match="not open"):
+            await client.stats()
+
+
+async def test_the_ids_that_are_remembered_are_bounded(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.dispatch.REMEMBERED_IDS", 3)
+    plane.enqueue(8)
+    async with make_pool(work) as pool:
+        await recorder.wait_for(SessionFinished, count=8)
+        dispatcher = pool._running.dispatcher
+        assert len(dispatcher._handed) == 3
+        assert not dispatcher.owned
