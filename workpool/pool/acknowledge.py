@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,11 @@ class Acknowledger:
         self._calls = parts.calls
         self._clock = parts.clock
         self._observe = parts.observe
-        self.draining = False
+        self._leaving = asyncio.Event()
+
+    def drain(self) -> None:
+        """The pool is going away: repeat no ack any more, those that wait for it included."""
+        self._leaving.set()
 
     async def acknowledge(self, claim: Claim) -> CallResult:
         """Acknowledge the claim's item, again while it is worth it, and say how it went.
@@ -82,10 +87,16 @@ class Acknowledger:
                 lease_from = min(lease_from, sent)
                 until = max(until, lease_from + ACK_LEASE_SECONDS - MARGIN_SECONDS)
             delay = max(backoff.next(), failure.retry_after or 0.0)
-            if self.draining or self._clock() + delay >= until:
+            if self._clock() + delay >= until or await self._leaves_within(delay):
                 log.warning("ack given up work_id=%s error=%s", claim.item.id, failure)
                 return "error"
-            await asyncio.sleep(delay)
+
+    async def _leaves_within(self, seconds: float) -> bool:
+        """Sleep, unless the drain comes: it must not wait for a long `Retry-After`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._leaving.wait()
+        return self._leaving.is_set()
 
 
 def _accept(claim: Claim, item: WorkItem, acked_at: float) -> CallResult:

@@ -293,7 +293,8 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Start nothing more; tell the running sessions."""
-        self.draining = self._acknowledger.draining = True
+        self.draining = True
+        self._acknowledger.drain()
         for claim in self._parts.queue.forget_waiting():
             self._disown(claim)
         for claim in self.owned.values():

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from workpool.events import AckFinished, PollFinished, SessionFinished, SessionStarted, StopFinished
+from workpool.events import (
+    AckFinished,
+    ItemReclaimed,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+    StopFinished,
+)
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
@@ -39,6 +46,17 @@ def outcomes_agree(case: Case) -> Iterator[str]:
             if words:
                 work_id = tenure.work_id[-6:]
                 yield f"{node.machine.name}: {work_id} is {event.outcome} at {at:.3f}, but {words}"
+
+
+def losses_are_true(case: Case) -> Iterator[str]:
+    """7c. What is counted as lost to another worker is not this pool's any more."""
+    for node in case.trace.nodes:
+        for at, event in node.events:
+            if not isinstance(event, ItemReclaimed) or event.direction != "lost":
+                continue
+            tenure = case.tenure(node, event.item.id, at)
+            if event.stage != "ack" and tenure is not None and tenure.ended > at:
+                yield f"{node.machine.name}: {tenure.work_id[-6:]} is not lost at {at:.3f}"
 
 
 def _contradiction(

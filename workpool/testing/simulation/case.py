@@ -117,7 +117,7 @@ class Case:
         since = tenure.began - 0.01
         return (
             any(
-                call.trouble is not None and call.answered_at >= since and call.at <= until
+                call.trouble is not None and call.over_at >= since and call.at <= until
                 for call in self.sent[node, tenure.work_id]
             )
             or node.paused(since, min(until, tenure.last_promise + 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
-from workpool.testing.simulation.agreement import metrics_agree, outcomes_agree
+from workpool.testing.simulation.agreement import losses_are_true, metrics_agree, outcomes_agree
 from workpool.testing.simulation.case import WRITES
 from workpool.testing.simulation.trace import FOREVER
 
@@ -206,6 +206,17 @@ def drains_end_in_time(case: Case) -> Iterator[str]:
             yield f"{node.machine.name} closed after {node.closed - began:.1f} s"
 
 
+def only_stubborn_handlers_are_left_behind(case: Case) -> Iterator[str]:
+    """6c. Whatever heeds its cancellation, and its finish, fits into a drain."""
+    for node in case.trace.nodes:
+        stubborn = sum(
+            run.node is node and run.play == "stubborn" and run.ended > run.told_at
+            for run in case.trace.runs
+        )
+        if node.left_behind > stubborn and not node.machine.pauses:
+            yield f"{node.machine.name} left {node.left_behind} behind, {stubborn} stubborn"
+
+
 def drains_leave_nothing_behind(case: Case) -> Iterator[str]:
     """6b. What a pool that has closed still holds was released; nothing of it runs or is sent."""
     for node, tenure in case.all_tenures():
@@ -252,8 +263,10 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     what_is_acked_is_run,
     no_more_is_claimed_than_can_be_run,
     drains_end_in_time,
+    only_stubborn_handlers_are_left_behind,
     drains_leave_nothing_behind,
     outcomes_agree,
+    losses_are_true,
     metrics_agree,
 )
 

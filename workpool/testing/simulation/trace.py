@@ -38,6 +38,12 @@ class Sent:
     answered_at: float = FOREVER
     told: object = None
 
+    @property
+    def over_at(self) -> float:
+        """When nothing comes of it any more: a request may arrive after its sender gave up."""
+        late = 0.0 if self.trouble is None else self.trouble.there + self.trouble.back
+        return max(self.answered_at, self.at + late + 0.1)
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Run:

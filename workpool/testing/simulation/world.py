@@ -24,6 +24,7 @@ from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
 from workpool.testing.simulation.trace import FOREVER, Node, Trace
+from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -54,10 +55,24 @@ class LoopKeeper(Keeper):
         pass
 
 
-class Simulated(Supervisor):
-    """A supervisor on a machine; nothing else is different."""
+class LoopSupervisor(Supervisor):
+    """A supervisor that needs no thread: its keeper and its lease clock are the loop's.
+
+    For tests of one pool in virtual time; `Simulated` is for several machines.
+    """
 
     _keeper = LoopKeeper
+
+    async def _live(self) -> None:
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, VirtualLoop) and not isinstance(loop, MachinesLoop):
+            self._clock = loop.machine_time
+        await super()._live()
+
+
+class Simulated(LoopSupervisor):
+    """A supervisor on a machine; nothing else is different."""
+
     node: Node
 
     async def _keep(self, stack: AsyncExitStack) -> Parts:
