@@ -1,0 +1,173 @@
+"""A control plane to be killed: SQLite, faults from a file, and a journal that outlives it.
+
+`python control_plane.py CONFIG`, CONFIG the JSON of a `Config`. The journal is one line of JSON per
+fact, written as it happens: what came, what was applied, what is durable, what was made to fail.
+Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control plane's clock says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+
+from workpool.pool.keeper import new_event_loop
+from workpool.server import ControlPlane, History, SqliteStore
+from workpool.testing import Faults
+from workpool.testing.plan import read_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool.server import Record
+    from workpool.testing.faults import Fault
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+TICK_SECONDS = 0.05
+LAG_SECONDS = 0.1
+
+
+def boot_time() -> float:
+    """Seconds, the same in every process, counting on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`offset`: the control plane's clock minus `boot_time`; `faults` empty: nothing fails."""
+
+    store: str
+    journal: str
+    environment: str
+    token: str
+    port: int
+    offset: float
+    seed: int
+    faults: str = ""
+
+
+class Journal(History):
+    """A history on disk: a kill -9 loses nothing that was written."""
+
+    def __init__(self, path: str, offset: float) -> None:
+        super().__init__(0)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._offset = offset
+
+    def note(self, what: str, **facts: Any) -> None:
+        os.write(self._file, orjson.dumps({"t": boot_time(), "what": what, **facts}) + b"\n")
+
+    def add(self, record: Record) -> None:
+        facts = record._asdict()
+        for name in ("time", "lease_end"):
+            if facts[name] is not None:
+                facts[name] -= self._offset
+        self.note("record", **facts)
+
+    def snapshot(self, what: str, plane: ControlPlane) -> None:
+        """All items as they are now, in the order of `judge.Seen`."""
+        items = plane.operations.page(plane.environments[0], sys.maxsize).items
+        self.note(
+            what,
+            items=[
+                (
+                    item.id,
+                    item.state,
+                    item.holder,
+                    None if item.lease_end is None else item.lease_end / 1e6 - self._offset,
+                    item.acknowledged_at is not None,
+                    item.heartbeat_at is not None,
+                )
+                for item in items
+            ],
+        )
+
+    @web.middleware
+    async def arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Outside everything: when it came, whatever becomes of it."""
+        if "work_id" in request.match_info:
+            self.note("came", **_call(request))
+        return await handler(request)
+
+    @web.middleware
+    async def durables(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Inside the faults: what the control plane was ready to answer for."""
+        response = await handler(request)
+        if "work_id" in request.match_info and response.status == 200:
+            self.note("durable", **_call(request))
+        return response
+
+
+def _call(request: web.Request) -> dict[str, str | None]:
+    tail = request.path.rpartition("/")[2]
+    work_id = request.match_info["work_id"]
+    op = tail if tail != work_id else {"GET": "get", "POST": "update"}[request.method]
+    return {"op": op, "work_id": work_id, "worker": request.headers.get("Worker-ID")}
+
+
+def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journal) -> None:
+    """Let the file's faults strike, each noted."""
+    if not config.faults:
+        return
+    read_plan(Path(config.faults)).install(faults, plane)
+    for rule, told in zip(faults.rules, read_plan(Path(config.faults)).fault, strict=True):
+        name = f"{told.kind} {getattr(told, 'code', '')}".strip()
+        rule.fault = noted(rule.fault, name, journal)
+
+
+def noted(fault: Fault, name: str, journal: Journal) -> Fault:
+    async def strike(request: web.Request, handler: Handler) -> web.StreamResponse:
+        journal.note("fault", kind=name, work_id=request.match_info.get("work_id"))
+        return await fault(request, handler)
+
+    return strike
+
+
+async def measure_lag(journal: Journal) -> None:
+    """Note when this loop was late: what came then was read late."""
+    while True:
+        before = boot_time()
+        await asyncio.sleep(TICK_SECONDS)
+        lag = boot_time() - before - TICK_SECONDS
+        if lag > LAG_SECONDS:
+            journal.note("lag", seconds=lag)
+
+
+async def serve(config: Config) -> None:
+    journal = Journal(config.journal, config.offset)
+    faults = Faults(config.seed, remember=False)
+    plane = ControlPlane(
+        environments=(config.environment,),
+        tokens={config.token: None},
+        store=SqliteStore(config.store),
+        port=config.port,
+        now=lambda: boot_time() + config.offset,
+        middlewares=[journal.arrivals, faults.middleware, journal.durables],
+    )
+    plane.operations.history = journal
+    install(config, faults, plane, journal)
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    async with plane, asyncio.TaskGroup() as group:
+        journal.snapshot("boot", plane)
+        ticking = group.create_task(measure_lag(journal))
+        print(plane.port, flush=True)  # noqa: T201 - the parent waits for it
+        await ending.wait()
+        journal.snapshot("end", plane)
+        ticking.cancel()
+
+
+if __name__ == "__main__":
+    given = orjson.loads(sys.argv[1])
+    config = Config(**{field.name: given[field.name] for field in fields(Config)})
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve(config))

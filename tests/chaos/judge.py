@@ -1,0 +1,258 @@
+"""Whether the promise was kept, by the control plane's journal and the handlers' own traces.
+
+Never by what a pool says of itself. What a worker may do depends on the end of the lease that it
+was last granted: nothing may be sent for an item after it, and no handler may start or go on.
+The margin: a request may be sent in time and read late, and a handler may be cancelled in time
+and end late, so both count only beyond `slack` seconds and the lag that was measured just then.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    Line = Mapping[str, Any]
+
+WAKE_SECONDS = 5.0
+"""A handler whose process was stopped beyond its lease must have ended so soon after it woke."""
+_ENDS = frozenset({"returned", "raised", "cancelled"})
+
+
+class Seen(NamedTuple):
+    """An item in a snapshot."""
+
+    id: str
+    state: str
+    holder: str | None
+    lease_end: float | None
+    acknowledged: bool
+    beaten: bool
+
+
+@dataclass(slots=True)
+class Run:
+    """One handler's run of one item; `end` is its process's end when nothing was written."""
+
+    pid: int
+    start: float
+    end: float
+    how: str
+
+
+@dataclass
+class Verdict:
+    """What was found.
+
+    Attributes:
+        broken: One sentence for each breach of the promise.
+        counts: What happened how often, to tell a storm from a calm.
+        latest: By how many seconds the latest request came after its sender's lease.
+    """
+
+    broken: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    latest: float = 0.0
+
+
+class Judge:
+    """Reads everything once, then judges.
+
+    Args:
+        journal: The control plane's, over all its lives; then lags that others measured.
+        trace: The handlers'.
+        deeds: What the storm did: `kill`, `stop`, `cont`, `exit` of a `pid`, in order.
+        workers: Process id → the Worker-ID that it took.
+    """
+
+    def __init__(
+        self,
+        journal: Iterable[Line],
+        trace: Iterable[Line],
+        deeds: Iterable[Line],
+        workers: Mapping[int, str],
+        *,
+        slack: float,
+    ) -> None:
+        self._journal = list(journal)
+        self._trace = list(trace)
+        self._deeds = list(deeds)
+        self._workers = workers
+        self._slack = slack
+        self.verdict = Verdict()
+        # (worker, item) → when a lease end was granted, and that end; both ascending in time.
+        self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+        self._holder: dict[str, str | None] = {}
+        self._cut: set[tuple[str, str]] = set()
+        self._durable: dict[str, set[str]] = defaultdict(set)
+        self._lags = [
+            (line["t"] - line["seconds"] - 1.0, line["t"] + 1.0, line["seconds"])
+            for line in self._journal
+            if line["what"] == "lag"
+        ]
+
+    def judge(self, enqueued: Sequence[str]) -> Verdict:
+        """`enqueued`: every id that the control plane answered for."""
+        for line in self._journal:
+            what = line["what"]
+            if what == "record":
+                self._record(line)
+            elif what == "came":
+                self._came(line)
+            elif what == "durable" and line["worker"] is not None:
+                self._durable[line["work_id"]].add(line["op"])
+            elif what in {"boot", "end"}:
+                self.verdict.counts["boots"] += what == "boot"
+                self._snapshot(line["t"], [Seen(*item) for item in line["items"]])
+            elif what == "fault":
+                self._fault(line["kind"], line["work_id"])
+        self._nothing_lost(enqueued)
+        self._runs()
+        self.verdict.counts.update(f"deed: {deed['what']}" for deed in self._deeds)
+        return self.verdict
+
+    def _breach(self, text: str) -> None:
+        self.verdict.broken.append(text)
+
+    # -- the journal ---------------------------------------------------------------------------
+
+    def _record(self, line: Line) -> None:
+        work_id, worker, kind = line["work_id"], line["worker_id"], line["kind"]
+        self.verdict.counts[f"record: {kind}"] += 1
+        holder = self._holder.get(work_id)
+        if kind == "acked" or (kind == "heartbeat" and worker == holder):
+            self._holder[work_id] = worker
+            self._grants[worker, work_id].append((line["t"], line["lease_end"]))
+        elif kind in {"lapsed", "stopped"}:
+            self._holder[work_id] = None
+        if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
+            # Sent in time, or `_came` says so, and applied late: a delay's doing, not a worker's.
+            self.verdict.counts["applied late to another's item"] += 1
+
+    def _fault(self, kind: str, work_id: str | None) -> None:
+        self.verdict.counts[f"fault: {kind}"] += 1
+        holder = self._holder.get(work_id or "")
+        if kind == "expired" and holder is not None:
+            self._cut.add((holder, work_id or ""))  # whoever holds it cannot know
+
+    def _came(self, line: Line) -> None:
+        worker, work_id, op = line["worker"], line["work_id"], line["op"]
+        if worker is None or op == "ack":  # an operator; and to ask for an item is always allowed
+            return
+        self.verdict.counts[f"came: {op}"] += 1
+        grants = self._grants.get((worker, work_id))
+        if not grants:
+            self._breach(f"{worker} sent {op} for {work_id}, which it never held")
+            return
+        late = line["t"] - grants[-1][1]
+        self.verdict.latest = max(self.verdict.latest, late)
+        if late > self._slack + self._lag(line["t"]):
+            holder = self._holder.get(work_id)
+            self._breach(
+                f"{worker} sent {op} for {work_id} {late:.2f} s after its lease; held by {holder}"
+            )
+
+    def _lag(self, at: float) -> float:
+        """How late anything was just before `at`."""
+        return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
+
+    def _snapshot(self, at: float, items: Sequence[Seen]) -> None:
+        """A control plane came up, or ends: what it had answered for must be there."""
+        known = {item.id: item for item in items}
+        for work_id, ops in self._durable.items():
+            item = known.get(work_id)
+            kept = item is not None and (
+                (item.state == "stopped" or "stop" not in ops)
+                and (item.acknowledged or "ack" not in ops)
+                and (item.beaten or "heartbeat" not in ops)
+            )
+            if not kept:
+                self._breach(f"{work_id}: answered {sorted(ops)}, then forgotten: {item}")
+        for item in items:
+            self._holder[item.id] = item.holder if item.lease_end is not None else None
+            if item.lease_end is not None and item.holder is not None:
+                self._grants[item.holder, item.id].append((at, item.lease_end))
+
+    def _nothing_lost(self, enqueued: Sequence[str]) -> None:
+        ends = [line["items"] for line in self._journal if line["what"] == "end"]
+        states = {item[0]: item[1] for item in (ends[-1] if ends else [])}
+        self.verdict.counts["enqueued"] = len(states)
+        self.verdict.counts["stopped"] = sum(state == "stopped" for state in states.values())
+        for work_id in {*enqueued, *states}:
+            if states.get(work_id) != "stopped":
+                self._breach(f"{work_id} is lost: {states.get(work_id)}")
+
+    # -- the handlers --------------------------------------------------------------------------
+
+    def _runs(self) -> None:
+        for work_id, runs in self._runs_by_item().items():
+            self.verdict.counts["runs"] += len(runs)
+            self.verdict.counts["runs again"] += len(runs) - 1
+            for run in runs:
+                self.verdict.counts[f"run {run.how}"] += 1
+                self._in_time(work_id, run)
+            for number, run in enumerate(runs):
+                for later in runs[number + 1 :]:
+                    if later.start < run.end:
+                        self._overlap(work_id, run, later)
+
+    def _runs_by_item(self) -> dict[str, list[Run]]:
+        gone = {deed["pid"]: deed["t"] for deed in self._deeds if deed["what"] in {"kill", "exit"}}
+        runs: dict[str, list[Run]] = defaultdict(list)
+        for line in self._trace:
+            mine = [run for run in runs[line["work_id"]] if run.pid == line["pid"]]
+            if line["what"] == "start":
+                end = gone.get(line["pid"], float("inf"))
+                runs[line["work_id"]].append(Run(line["pid"], line["t"], end, "cut off"))
+            elif line["what"] in _ENDS:
+                mine[-1].end, mine[-1].how = line["t"], line["what"]
+        return runs
+
+    def _in_time(self, work_id: str, run: Run) -> None:
+        """It began under a lease of its own, and ended before that did."""
+        worker = self._workers.get(run.pid, "")
+        grants = self._grants.get((worker, work_id), [])
+        granted_at = [at for at, _ in grants]
+        place = bisect_right(granted_at, run.start)
+        if not place:
+            self._breach(f"{worker} ran {work_id} without a lease")
+            return
+        late = run.start - grants[place - 1][1]
+        if late > self._slack + self._lag(run.start):
+            self._breach(f"{worker} began {work_id} {late:.2f} s after its lease")
+        lease_end = grants[bisect_right(granted_at, run.end) - 1][1]
+        until = lease_end + self._slack + self._lag(lease_end)
+        for stopped, woke in self._stops(run.pid):
+            if run.start <= stopped <= run.end:
+                until = max(until, woke + WAKE_SECONDS)
+                self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
+        if run.end > until:
+            self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")
+
+    def _overlap(self, work_id: str, run: Run, later: Run) -> None:
+        """A second handler began while the first had not ended: excused if nobody could know."""
+        worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
+        seconds = min(run.end, later.end) - later.start
+        if (worker, work_id) in self._cut:
+            self.verdict.counts["overlaps excused: lease expired by a fault"] += 1
+        elif any(
+            run.start <= stopped <= later.start <= woke + WAKE_SECONDS
+            for stopped, woke in self._stops(run.pid)
+        ):
+            self.verdict.counts["overlaps excused: process was stopped"] += 1
+        elif seconds > self._slack + self._lag(later.start):
+            self._breach(f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s")
+        else:
+            self.verdict.counts["overlaps within the margin"] += 1
+
+    def _stops(self, pid: int) -> list[tuple[float, float]]:
+        """When the process was stopped, and when it went on."""
+        mine = [deed for deed in self._deeds if deed["pid"] == pid]
+        stopped = [deed["t"] for deed in mine if deed["what"] == "stop"]
+        return list(
+            zip(stopped, (deed["t"] for deed in mine if deed["what"] == "cont"), strict=False)
+        )

@@ -1,0 +1,183 @@
+"""The storm's processes: started on the loopback, killed by their own ids, and what befell them.
+
+Owns them all: when a `Fleet` is left, none is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tests.chaos.control_plane import Config, boot_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+    from typing import Self
+
+    Process = asyncio.subprocess.Process
+
+HERE = Path(__file__).parent
+ENVIRONMENT, TOKEN = "env_0199cccccccc70008000000000000001", "token-of-the-storm"
+LEASE_SECONDS = 10
+SECONDS = 60.0
+"""How long a process may take to start or to end, on a machine that has much else to do."""
+SETTINGS = {
+    "TOKEN": TOKEN,
+    "ENVIRONMENT_ID": ENVIRONMENT,
+    "LEASE_TTL": str(LEASE_SECONDS),
+    "RECLAIM_OLDER_THAN_MS": "2000",
+    "REQUEST_TIMEOUT": "3",
+    "STOP_GRACE": "2",
+    "METRICS_LISTEN": "off",
+    "STATS_INTERVAL": "0",
+}
+_NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
+
+
+class Fleet:
+    """One control plane and some workers, in one folder.
+
+    Attributes:
+        base_url: Where the control plane is, in all its lives.
+        workers: The living one of each name, or the last.
+        deeds: What was done to whom, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
+        broken: What a process should not have done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.workers: dict[str, Process] = {}
+        self.deeds: list[dict[str, Any]] = []
+        self.broken: list[str] = []
+        self._plane: Process | None = None
+        self._logs: dict[int, Path] = {}
+        self._offset = datetime.now(UTC).timestamp() - boot_time()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.base_url = f"http://127.0.0.1:{self._port}/api/v1/cloud"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in (*self.workers.values(), self._plane):
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()
+
+    async def start_plane(self, seed: int, *, faults: str = "", ahead: float = 0.0) -> None:
+        """Start the control plane, its clock `ahead`; kill the one there is."""
+        if self._plane is not None:
+            with suppress(ProcessLookupError):
+                self._plane.kill()
+            await self._plane.wait()
+        config = Config(
+            store=str(self.folder / "work.db"),
+            journal=str(self.folder / "journal"),
+            environment=ENVIRONMENT,
+            token=TOKEN,
+            port=self._port,
+            offset=self._offset + ahead,
+            seed=seed,
+            faults=faults,
+        )
+        with self._log("plane") as log:
+            self._plane = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.chaos.control_plane", json.dumps(asdict(config))),
+                cwd=HERE.parents[1],
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+            )
+        assert self._plane.stdout is not None
+        async with asyncio.timeout(SECONDS):
+            assert int(await self._plane.stdout.readline()) == self._port
+
+    async def end_plane(self) -> None:
+        """Let it write its last snapshot."""
+        assert self._plane is not None
+        self._plane.terminate()
+        async with asyncio.timeout(SECONDS):
+            await self._plane.wait()
+
+    async def start_worker(self, name: str, base_url: str = "", *flags: str) -> None:
+        """Start `workpool run`; without `base_url` it goes straight to the control plane."""
+        foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+        settings = {**SETTINGS, "BASE_URL": base_url or self.base_url, "WORKER_ID": name}
+        with self._log(f"worker-{len(self._logs) + 1}") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "workpool", "run", "storm_handlers", *flags),
+                env={
+                    **inherited,
+                    **{f"WORKPOOL_{key}": value for key, value in settings.items()},
+                    "STORM_TRACE": str(self.folder / "trace"),
+                    "NO_PROXY": "127.0.0.1",
+                },
+                cwd=HERE,
+                stdin=asyncio.subprocess.DEVNULL,
+                stderr=log,
+            )
+        self.workers[name] = process
+        self._logs[process.pid] = Path(log.name)
+
+    @contextmanager
+    def _log(self, name: str) -> Iterator[IO[str]]:
+        """Where a process writes; the child has a copy of its own."""
+        with (self.folder / f"{name}.log").open("a") as file:
+            yield file
+
+    def send(self, what: str, name: str) -> None:
+        """`kill`, `stop` or `cont` a worker, and remember it; it counts from its sending."""
+        process = self.workers[name]
+        if process.returncode is None:
+            self.deeds.append({"t": boot_time(), "what": what, "pid": process.pid})
+            process.send_signal(_NUMBERS[what])
+        elif what == "kill":
+            self.broken.append(f"worker {name} ended by itself: {process.returncode}")
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL, and wait until it is dead."""
+        self.send("kill", name)
+        await self.workers[name].wait()
+
+    def was_killed(self, name: str) -> bool:
+        """Whether the last worker of this name was sent a SIGKILL."""
+        pid = self.workers[name].pid
+        return any(deed["pid"] == pid and deed["what"] == "kill" for deed in self.deeds)
+
+    async def ends(self, name: str) -> None:
+        """Wait for a worker's end, which must be a good one."""
+        process = self.workers[name]
+        try:
+            async with asyncio.timeout(SECONDS):
+                status = await process.wait()
+        except TimeoutError:
+            self.broken.append(f"worker {name} did not end")
+            return
+        self.deeds.append({"t": boot_time(), "what": "exit", "pid": process.pid})
+        if status != 0:
+            self.broken.append(f"worker {name} ended with {status}")
+
+    def worker_ids(self) -> dict[int, str]:
+        """Process id → the Worker-ID that it took, of all that lived long enough."""
+        said = {
+            pid: re.search(r"pool started worker_id=(\S+)", path.read_text())
+            for pid, path in self._logs.items()
+        }
+        return {pid: found[1] for pid, found in said.items() if found}

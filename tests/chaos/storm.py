@@ -1,0 +1,325 @@
+"""Everything at once: `python -m tests.chaos.storm --seed 1` for a minute of it.
+
+Three `workpool run` processes against a control plane on SQLite that fails as a file says. Workers
+are killed and started again, one is stopped for longer than its lease, one has a network that
+fails, the control plane itself is killed, operators stop items. Then all heals, the queue is
+drained, and `judge` reads what was written down meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from tests.chaos.control_plane import boot_time
+from tests.chaos.judge import Judge, Verdict
+from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, Fleet
+from workpool.testing import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAMES = ("one", "two", "three")
+BEHIND_PROXY = "three"
+ACK_LEASE_SECONDS = 60
+TICK_SECONDS, LAG_SECONDS = 0.1, 0.2
+WORKER_OPS = ["poll", "ack", "heartbeat", "stop", "update", "get"]
+KINDS: tuple[dict[str, Any], ...] = (
+    {"kind": "status", "code": 503, "retry_after": 0.2},
+    {"kind": "status", "code": 429, "retry_after": 0.3, "ops": ["poll", "ack", "heartbeat"]},
+    {"kind": "status", "code": 502, "html": True, "applied": True},
+    {"kind": "status", "code": 500},
+    {"kind": "status", "code": 401, "ops": ["heartbeat", "stop", "update"]},
+    {"kind": "lost", "applied": True},
+    {"kind": "lost", "applied": False},
+    {"kind": "reset", "applied": True},
+    {"kind": "garbled", "applied": True},
+    {"kind": "delay", "seconds": 0.3},
+    {"kind": "delay", "seconds": 1.0, "applied": True},
+    {"kind": "trickle", "seconds": 0.001},
+    {"kind": "expired", "ops": ["heartbeat"]},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weather:
+    """How hard it blows.
+
+    Attributes:
+        seconds: For how long at least; a worker that is stopped is waited for.
+        fresh: Heal by killing every worker and letting time pass on the control plane's clock,
+            rather than by letting the living ones finish: quicker, and as fair.
+        slack: See `judge`.
+    """
+
+    seed: int
+    seconds: float = 60.0
+    items_per_second: float = 4.0
+    longest: float = 20.0
+    ends: tuple[str, ...] = ("return", "return", "write", "write", "fail", "release")
+    kill_every: float = 2.0
+    plane_kill_every: float = 11.0
+    stop_beyond: tuple[float, float] = (2.5, 5.0)
+    fresh: bool = False
+    slack: float = 1.0
+
+
+class Storm:
+    """One storm, in a folder of its own."""
+
+    def __init__(self, weather: Weather, folder: Path) -> None:
+        self.weather = weather
+        self._random = random.Random(weather.seed)  # noqa: S311 - a storm must be repeatable
+        self._fleet = Fleet(folder)
+        self._faults = folder / "faults.json"
+        self._enqueued: list[str] = []
+        self._lags: list[dict[str, Any]] = []
+        self._woke = asyncio.Event()
+        self._stopped: str | None = None
+
+    async def blow(self) -> Verdict:
+        """All of it, and what came of it."""
+        faults = [
+            {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
+            for kind in KINDS
+        ]
+        self._faults.write_text(json.dumps({"fault": faults}))
+        async with (
+            Proxy(self._fleet.base_url) as proxy,
+            aiohttp.ClientSession() as http,
+            self._fleet,
+        ):
+            await self._start_plane()
+            for name in NAMES:
+                await self._start_worker(name, proxy)
+            await self._all_at_once(http, proxy)
+            await self._heal(http, proxy)
+        return self._judge()
+
+    async def _start_plane(self) -> None:
+        seed = self._random.randrange(1 << 30)
+        await self._fleet.start_plane(seed, faults=str(self._faults))
+
+    async def _start_worker(self, name: str, proxy: Proxy) -> None:
+        await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
+
+    # -- while it blows ------------------------------------------------------------------------
+
+    async def _all_at_once(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+        async with asyncio.TaskGroup() as group:
+            scenes = [
+                group.create_task(scene)
+                for scene in (
+                    self._enqueue(http),
+                    self._kill_workers(proxy),
+                    self._stop_workers(),
+                    self._kill_plane(),
+                    self._operate(http),
+                    self._break_network(proxy),
+                    self._measure_lag(),
+                )
+            ]
+            await asyncio.sleep(self.weather.seconds)
+            await self._woke.wait()
+            for scene in scenes:
+                scene.cancel()
+        if self._stopped is not None:  # the end found another one stopped
+            self._fleet.send("cont", self._stopped)
+
+    async def _enqueue(self, http: aiohttp.ClientSession) -> None:
+        for number in count():
+            chance = self._random.random()
+            # The first ones are long, so that whoever is stopped soon holds something.
+            is_long = chance > 0.8 or number < 2 * len(NAMES)
+            seconds = self._random.uniform(3, self.weather.longest) if is_long else chance * 3
+            metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.weather.ends)}
+            answer = await self._call(http, "POST", "", {"metadata": metadata})
+            if answer is not None:  # else nobody knows, and the last snapshot will tell
+                self._enqueued += [item["id"] for item in answer["data"]]
+            if number >= 2 * len(NAMES):
+                await asyncio.sleep(self._random.expovariate(self.weather.items_per_second))
+
+    async def _call(
+        self, http: aiohttp.ClientSession, method: str, path: str, body: Any = None
+    ) -> Any:
+        """Call as an operator does, who has no Worker-ID; None when there was no good answer."""
+        url = f"{self._fleet.base_url}/environments/{ENVIRONMENT}/work{path}"
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        timeout = aiohttp.ClientTimeout(total=5)
+        with suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            async with http.request(
+                method, url, json=body, headers=headers, timeout=timeout
+            ) as answer:
+                return await answer.json() if answer.status == 200 else None
+        return None
+
+    async def _kill_workers(self, proxy: Proxy) -> None:
+        while True:
+            await asyncio.sleep(self.weather.kill_every)
+            name = self._random.choice([each for each in NAMES if each != self._stopped])
+            await self._fleet.kill(name)
+            await self._start_worker(name, proxy)
+
+    async def _stop_workers(self) -> None:
+        """SIGSTOP one that runs something, until its lease is certainly another's to have."""
+        while True:
+            self._stopped = await self._busy_worker()
+            self._fleet.send("stop", self._stopped)
+            await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.weather.stop_beyond))
+            self._fleet.send("cont", self._stopped)
+            await asyncio.sleep(1)  # long enough to see what it does when it wakes
+            self._stopped = None
+            self._woke.set()
+
+    async def _busy_worker(self) -> str:
+        while True:
+            await asyncio.sleep(0.2)
+            running: dict[int, int] = {}
+            for line in lines(self._fleet.folder / "trace"):
+                delta = 1 if line["what"] == "start" else -1
+                running[line["pid"]] = running.get(line["pid"], 0) + delta
+            workers = self._fleet.workers.items()
+            busy = [name for name, process in workers if running.get(process.pid, 0) >= 2]
+            if busy:
+                return self._random.choice(busy)
+
+    async def _kill_plane(self) -> None:
+        while True:
+            await asyncio.sleep(self.weather.plane_kill_every * self._random.uniform(0.7, 1.3))
+            await self._start_plane()
+
+    async def _operate(self, http: aiohttp.ClientSession) -> None:
+        """Stop an item every few seconds, gracefully or not."""
+        while True:
+            await asyncio.sleep(self._random.uniform(2, 4))
+            if self._enqueued:
+                work_id = self._random.choice(self._enqueued[-10:])
+                force = self._random.random() < 0.3
+                await self._call(http, "POST", f"/{work_id}/stop", {"force": force})
+
+    async def _break_network(self, proxy: Proxy) -> None:
+        # No partition: what it delivers late was sent in time, and the journal cannot tell.
+        troubles = (
+            proxy.blackhole,
+            proxy.reset,
+            proxy.half_close,
+            lambda: proxy.delay(0.2),
+            lambda: proxy.throttle(4000),
+        )
+        while True:
+            await asyncio.sleep(self._random.uniform(1, 4))
+            self._random.choice(troubles)()
+            await asyncio.sleep(self._random.uniform(1, LEASE_SECONDS + 2))
+            proxy.heal()
+
+    async def _measure_lag(self) -> None:
+        """Note when this machine had no time for us: it had none for the others either."""
+        while True:
+            before = boot_time()
+            await asyncio.sleep(TICK_SECONDS)
+            lag = boot_time() - before - TICK_SECONDS
+            if lag > LAG_SECONDS:
+                self._lags.append({"t": boot_time(), "what": "lag", "seconds": lag})
+
+    # -- afterwards ----------------------------------------------------------------------------
+
+    async def _heal(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+        proxy.heal()
+        if self.weather.fresh:
+            for name in NAMES:
+                if not self._fleet.was_killed(name):
+                    await self._fleet.kill(name)
+            await self._fleet.start_plane(0, ahead=ACK_LEASE_SECONDS + 1)
+            await self._fleet.start_worker("last", "", "--drain", "--concurrency", "64")
+            await self._fleet.ends("last")
+        else:
+            await self._fleet.start_plane(0)
+            for name in NAMES:
+                if self._fleet.was_killed(name):  # and not started again yet
+                    await self._fleet.workers[name].wait()
+                    await self._start_worker(name, proxy)
+            await self._all_stopped(http)
+            for name in NAMES:
+                self._fleet.workers[name].terminate()
+                await self._fleet.ends(name)
+        await self._fleet.end_plane()
+
+    async def _all_stopped(self, http: aiohttp.ClientSession) -> None:
+        """Wait for it, as long as leases of killed workers may last; the judge decides."""
+        until = boot_time() + 2 * ACK_LEASE_SECONDS
+        while await self._some_left(http):
+            if boot_time() > until:
+                return
+            await asyncio.sleep(0.5)
+
+    async def _some_left(self, http: aiohttp.ClientSession) -> bool:
+        after = ""
+        while True:
+            page = await self._call(http, "GET", f"?limit=100{after}")
+            if page is None or any(item["state"] != "stopped" for item in page["data"]):
+                return True
+            if not page["has_more"]:
+                return False
+            after = f"&after_id={page['last_id']}"
+
+    def _judge(self) -> Verdict:
+        folder = self._fleet.folder
+        judge = Judge(
+            [*lines(folder / "journal"), *self._lags],
+            lines(folder / "trace"),
+            self._fleet.deeds,
+            self._fleet.worker_ids(),
+            slack=self.weather.slack,
+        )
+        verdict = judge.judge(self._enqueued)
+        verdict.broken += self._fleet.broken
+        return verdict
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal or trace, but for one that is being written."""
+    if path.exists():
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def report(weather: Weather, verdict: Verdict) -> str:
+    """What there is to say of a storm."""
+    return "\n".join(
+        [
+            f"seed {weather.seed}, {weather.seconds:g} s",
+            *(f"  {name:45} {count:6}" for name, count in sorted(verdict.counts.items())),
+            f"  latest request after its lease: {verdict.latest:.3f} s",
+            *(f"  BROKEN: {text}" for text in verdict.broken or ["nothing"]),
+        ]
+    )
+
+
+def main() -> None:
+    """Blow once; exit status 1 when a promise was broken. Leaves the folder for who looks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--fresh", action="store_true", help="heal by a fresh start")
+    given = parser.parse_args()
+    weather = Weather(seed=given.seed, seconds=given.seconds, fresh=given.fresh)
+    folder = Path(tempfile.mkdtemp(prefix="storm-"))
+    verdict = asyncio.run(Storm(weather, folder).blow())
+    print(f"{folder}\n{report(weather, verdict)}")  # noqa: T201 - what it is for
+    sys.exit(1 if verdict.broken else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""A short storm over real processes: whatever happens at once, the promise holds.
+
+A minute of it, any seed: `python -m tests.chaos.storm --seed 1`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chaos.storm import Storm, Weather, report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+
+SHORT = Weather(
+    seed=1,
+    seconds=10,
+    items_per_second=3,
+    longest=4,
+    ends=("return", "write", "fail"),
+    plane_kill_every=5,
+    stop_beyond=(2.0, 2.2),
+    fresh=True,
+    slack=1.5,
+)
+
+
+async def test_a_storm_loses_nothing_and_runs_nothing_twice_at_once(tmp_path: Path) -> None:
+    verdict = await Storm(SHORT, tmp_path).blow()
+    assert verdict.broken == [], report(SHORT, verdict)
+    # It was a storm: no slow machine makes these happen less than once.
+    assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
+    assert verdict.counts["boots"] >= 3
+    for name in ("deed: kill", "deed: stop", "deed: cont", "runs", "record: lapsed"):
+        assert verdict.counts[name] >= 1, name
+    assert sum(n for name, n in verdict.counts.items() if name.startswith("fault: ")) >= 10
