@@ -107,6 +107,8 @@ class Handling:
             self.on_stuck()
 
     async def _call(self, claim: Claim, handler: Handler) -> Mapping[str, str] | _Raised:
+        # An eager task runs before whoever makes it has it; its session must be in force by then.
+        claim.running = asyncio.current_task()
         try:
             # Read here, where an error is the handler's: its mapping may be code of its own.
             return mapping_of(await self._inside(claim.session, handler))

@@ -1,0 +1,53 @@
+"""In an application that runs its tasks eagerly (Python 3.12 and later)."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.server import ControlPlane
+
+pytestmark = [
+    pytest.mark.usefixtures("eager"),
+    pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks"),
+]
+
+
+@pytest.fixture
+async def eager() -> AsyncIterator[None]:
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", None))
+    yield
+    loop.set_task_factory(before)
+
+
+@handler
+async def at_once(_: Session) -> dict[str, str]:
+    return {"done": "yes"}
+
+
+@handler
+async def writing(session: Session) -> dict[str, str]:
+    await session.update_metadata({"done": "yes"})
+    return {}
+
+
+@pytest.mark.parametrize("work", [at_once, writing], ids=lambda work: work.__name__)
+async def test_a_session_is_in_force_in_its_handlers_first_step(
+    plane: ControlPlane, make_pool: Any, work: Any
+) -> None:
+    items = plane.enqueue(20)
+    async with asyncio.timeout(20):
+        await make_pool(work).run(until_empty=True)
+    for item in items:
+        done = plane.operations.get(plane.environments[0], item.id)
+        assert (done.state, dict(done.metadata)) == ("stopped", {"done": "yes"})
