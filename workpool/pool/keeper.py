@@ -119,21 +119,27 @@ class Keeper:
     async def __aexit__(self, *_: object) -> None:
         await self._close()
 
-    def hold(self, lease: Lease) -> None:
-        """Begin to beat for `lease`; the first beat goes out at once."""
+    def watch(self, lease: Lease) -> None:
+        """Look after `lease` from the next tick on. Costs no wake-up, so short sessions need none.
+
+        Its first beat is the handlers' loop's to send, unless that is blocked meanwhile.
+        """
         self._leases[lease] = None
         if self._thread.done():
             lease.abandon()
-        else:
-            self._call(self._adopt, lease)
+
+    def hold(self, lease: Lease) -> None:
+        """Begin to beat for `lease` now."""
+        self.watch(lease)
+        self._call(self._adopt, lease)
 
     def beat_now(self, lease: Lease) -> None:
         """Check a lease that there is reason to doubt."""
-        self._call(lease.beat_now)
+        self._call(self._prompt, lease, lease.beat_now)
 
     def release(self, lease: Lease, delay: float) -> None:
         """Let `lease` lapse `delay` seconds from now: one last beat, then silence."""
-        self._call(lease.release, delay)
+        self._call(self._prompt, lease, functools.partial(lease.release, delay))
 
     def end(self, lease: Lease) -> None:
         """Nobody needs `lease` any more. Costs no wake-up: the next one sweeps it out."""
@@ -211,8 +217,12 @@ class Keeper:
 
     def _adopt(self, lease: Lease) -> None:
         self._sweep()
-        if not self._stop.is_set():
+        if lease.task is None and not (lease.ended or self._stop.is_set()):
             lease.task = self._group.create_task(lease.keep(), name=lease.item.id)
+
+    def _prompt(self, lease: Lease, call: Callable[[], None]) -> None:
+        self._adopt(lease)
+        call()
 
     async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
@@ -225,7 +235,7 @@ class Keeper:
             lease_time, clocks = self.clock(), (loop.time(), time.monotonic())
             seconds = max(clocks[0] - before[0], clocks[1] - before[1])
             self._sweep()
-            self._expire(slept=lease_time - lease_before - seconds > SLEEP_SECONDS)
+            self._look_after(slept=lease_time - lease_before - seconds > SLEEP_SECONDS)
             self._watch(seconds)
 
     def _sweep(self) -> None:
@@ -236,8 +246,12 @@ class Keeper:
                 lease.task.cancel()
                 lease.task = None  # it knew the lease
 
-    def _expire(self, *, slept: bool) -> None:
-        """Give up every lease whose time to has come, however late its own timers are.
+    @property
+    def _blocked(self) -> bool:
+        return self._blocked_seconds >= LAG_WARNING_SECONDS
+
+    def _look_after(self, *, slept: bool) -> None:
+        """Give up every lease whose time to has come, and adopt those that have begun.
 
         Timers stand still while the machine sleeps, so what is still held then is renewed at once.
         """
@@ -246,7 +260,10 @@ class Keeper:
             if lease.fate != "held":
                 if lease.task is not None:
                     lease.task.cancel()
-            elif slept:
+                continue
+            if lease.task is None and (lease.begun or (self._blocked and lease.take_over())):
+                self._adopt(lease)
+            if slept:
                 lease.beat_now()
 
     def _watch(self, seconds: float) -> None:
@@ -254,7 +271,7 @@ class Keeper:
         if self._pong == self._ping:
             if self._ping:
                 self.observe(LoopLagMeasured(self._pong_seconds))
-            if self._blocked_seconds >= LAG_WARNING_SECONDS:
+            if self._blocked:
                 log.warning("event loop runs again blocked_seconds=%.1f", self._blocked_seconds)
             self._blocked_seconds = 0.0
             self.renewing = True

@@ -1,7 +1,8 @@
 """One item's lease: its deadline, its beats, and what their answers mean (design §1, §2).
 
-`Lease.keep` runs on the keeper's loop, which alone writes the lease; the handlers' loop reads it
-before every send and never waits for it. No beat is sent once the lease is over.
+`Lease.keep` runs on the keeper's loop, which writes the lease; the handlers' loop reads it before
+every send. Only the first beat is the handlers' loop's (README, D15); a lock that is taken once
+decides which of the two writes what came of it. No beat is sent once the lease is over.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import threading
 from contextlib import suppress
 from http import HTTPStatus
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
+from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import HeartbeatFinished
+from workpool.pool.beats import Retry, Sent, send
+from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     NO_HEARTBEAT,
@@ -31,20 +35,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.errors import ControlPlaneError
-    from workpool.events import BeatResult, Event
+    from workpool.events import BeatResult
+    from workpool.pool.beats import Pulse
     from workpool.pool.calls import Calls
-    from workpool.pool.clock import Clock
-    from workpool.wire.items import Heartbeat, WorkItem
+    from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
 
 Fate = Literal["held", "finished", "released", "stopped", "lost"]
 """held, or final: our own stop was applied; given up by us; stopped by someone else; not ours."""
 
-RENEW_PART = 3
-"""A lease is renewed every third of its TTL …"""
-JITTER = 0.1
-"""… less up to this part of that, so that leases taken together spread out."""
+RENEW_PART, JITTER = 3, 0.1
+"""Renewed every third of the TTL, less up to a tenth of that to spread leases taken together."""
 RETRY_PARTS = (60, 30, 15)
 """A failed beat is tried again after these parts of the TTL, the last one repeating."""
 TIMEOUT_PART = 6
@@ -53,54 +55,15 @@ MARGIN_SECONDS, MARGIN_PART = 1.0, 10
 """The handler is cancelled this long before the deadline, so that it ends before another starts."""
 
 
-class Pulse(Protocol):
-    """What the leases of one keeper share."""
-
-    clock: Clock
-    request_timeout: float
-    lease_ttl: int
-
-    @property
-    def calls(self) -> Calls:
-        """The keeper's own connection."""
-
-    @property
-    def renewing(self) -> bool:
-        """False while the handlers' loop has been blocked for `max_block`: nothing is sent."""
-
-    def observe(self, event: Event) -> None:
-        """Tell the observers."""
-
-    def tell(self, callback: Callable[[], None]) -> None:
-        """Run `callback` on the handlers' loop."""
-
-
-class _Retry(NamedTuple):
-    """An attempt that settled nothing."""
-
-    at_once: bool = False
-    at_least: float = 0.0
-
-
-class _Sent(NamedTuple):
-    """A beat on its way: sent when, under which deadline, how late, and as a release's last?"""
-
-    at: float
-    deadline: float
-    lag: float
-    last: bool
-
-
 class Lease:
     """The lease of one acknowledged item.
 
     Attributes:
         item: The item as our acknowledgement returned it.
-        deadline: When it certainly ends, on the lease clock. Written on the keeper only.
+        deadline: When it certainly ends, on the lease clock. Written by whoever beats.
         fate: Written on the keeper only.
-        confirmed: The control plane said that it is lost; otherwise its time ran out. Written on
-            the keeper only.
-        begun: The first beat has succeeded. Written on the keeper only.
+        confirmed: The control plane said that it is lost; else its time ran out. Likewise.
+        begun: The first beat has succeeded. Written by whoever sent it.
         stop_requested: A beat said that an operator wants an end. Written on the keeper only.
         own_stop: We sent a stop, so a 409 is its success. Written on the handlers' loop only.
         ended: Nobody needs it any more: nothing may be sent. Written on the handlers' loop only.
@@ -110,6 +73,8 @@ class Lease:
 
     __slots__ = (
         "_expected",
+        "_first",
+        "_first_settled",
         "_planned",
         "_pulse",
         "_release_ttl",
@@ -136,11 +101,7 @@ class Lease:
         self.item = item
         self.deadline = acked_at + ACK_LEASE_SECONDS
         self.fate: Fate = "held"
-        self.confirmed = False
-        self.begun = False
-        self.stop_requested = False
-        self.own_stop = False
-        self.ended = False
+        self.begun = self.confirmed = self.stop_requested = self.own_stop = self.ended = False
         self.task: asyncio.Task[None] | None = None
         self._pulse = pulse
         self.on_change = on_change
@@ -150,6 +111,8 @@ class Lease:
         self._release_ttl: int | None = None
         self._planned = self._renewed_at = pulse.clock()
         self._wake = asyncio.Event()
+        self._first: tuple[Heartbeat | ControlPlaneError, Sent] | None = None
+        self._first_settled = threading.Lock()
 
     # Read on either thread.
 
@@ -174,7 +137,31 @@ class Lease:
         """The keeper is dead, so nobody renews this lease or writes it: it counts as lost."""
         self._end("lost")
 
+    async def begin(self, calls: Calls) -> bool:
+        """Send the first beat; False when what came of it is for the keeper to settle."""
+        sent = self._depart()
+        try:
+            outcome = await self._send(calls, sent)
+        except Exception:
+            log.exception("first beat crashed work_id=%s", self.item.id)
+            self.take_over()
+            return False
+        if not self._first_settled.acquire(blocking=False):
+            return False  # this loop was blocked, and the keeper has taken over
+        if isinstance(outcome, Heartbeat) and sent.is_plain(outcome, self._pulse.clock()):
+            self._renew(outcome, sent)
+            self.begun = True
+            return True
+        self._first = outcome, sent
+        return False
+
     # Called on the keeper's loop.
+
+    def take_over(self) -> bool:
+        """Settle the first beat in the place of a blocked loop; False when that has done it."""
+        taken = self._first_settled.acquire(blocking=False)
+        self._unanswered = self._unanswered or taken  # it may have been applied
+        return taken
 
     def beat_now(self) -> None:
         """Do not wait for the next beat's time: there is reason to doubt the lease."""
@@ -192,12 +179,14 @@ class Lease:
             self._end("lost")
 
     async def keep(self) -> None:
-        """Beat until the lease is over. The first beat goes out at once."""
+        """Beat until the lease is over: at once, unless it has begun."""
         try:
-            while await self._beat():
+            held = self.begun or await self._beat()
+            while held:
                 interval = self._ttl / RENEW_PART
                 self._planned = self._renewed_at + interval * (1 - JITTER * random.random())  # noqa: S311 - spreads load, guards nothing
                 await self._pause(self._planned - self._pulse.clock())
+                held = await self._beat()
         except Exception:
             # A bug here must not leave a handler running on a lease that nobody renews.
             log.exception("lease crashed work_id=%s", self.item.id)
@@ -227,7 +216,7 @@ class Lease:
         parts = chain(RETRY_PARTS, repeat(RETRY_PARTS[-1]))
         may_hurry = True
         while not self._over():
-            retry = await self._attempt() if self._pulse.renewing else _Retry()
+            retry = await self._attempt() if self._pulse.renewing else Retry()
             if retry is None:
                 return self.fate == "held"
             if retry.at_once and may_hurry:
@@ -240,41 +229,52 @@ class Lease:
             await self._pause(delay)
         return False
 
-    async def _attempt(self) -> _Retry | None:
+    async def _attempt(self) -> Retry | None:
         """Send one beat; None when its answer settled it."""
-        at, last = self._pulse.clock(), self._release_ttl is not None
-        ttl = self._release_ttl or self._pulse.lease_ttl
-        sent = _Sent(at, self.deadline, max(0.0, at - self._planned), last)
+        if self._first is None:
+            sent = self._depart()
+            outcome = await self._send(self._pulse.calls, sent)
+        else:
+            (outcome, sent), self._first = self._first, None
+        if isinstance(outcome, Heartbeat):
+            return await self._accept(outcome, sent)
+        return await self._failed(outcome, sent)
+
+    def _depart(self) -> Sent:
+        at, ttl = self._pulse.clock(), self._release_ttl or self._pulse.lease_ttl
+        lag, last = max(0.0, at - self._planned), self._release_ttl is not None
+        sent = Sent(at, ttl, self.deadline, lag, last)
         # It may cut the lease short and its answer be lost: believe in no more than we ask for.
         self.deadline, self._ttl = min(self.deadline, at + ttl), min(self._ttl, ttl)
-        try:
-            beat = await self._pulse.calls.heartbeat(
-                self.item.id, self._expected, ttl, timeout=self._patience()
-            )
-        except (TransientError, RefusedError, ConflictError, PreconditionError) as error:
-            return await self._failed(error, sent)
-        return await self._accept(beat, sent)
+        return sent
+
+    async def _send(self, calls: Calls, sent: Sent) -> Heartbeat | ControlPlaneError:
+        return await send(calls, self.item.id, self._expected, sent.ttl, self._patience())
 
     def _patience(self) -> float:
         """How long to wait for an answer: one that never comes must leave time for another try."""
         left = self.give_up_at - self._pulse.clock()
         return max(0.001, min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, left))
 
-    async def _accept(self, beat: Heartbeat, sent: _Sent) -> _Retry | None:
-        if self._pulse.clock() >= sent.deadline:
-            # Too late: between that deadline and this answer the item may have been another's.
-            self._observe("timeout", sent.lag)
-            self._end("lost")
-            return None
+    def _renew(self, beat: Heartbeat, sent: Sent) -> None:
         self._unanswered = False
         self._expected = beat.last_heartbeat
         if beat.lease_extended:
             self._ttl = beat.ttl_seconds
             self.deadline = sent.at + beat.ttl_seconds
-        elif beat.state != STOPPING:
-            return await self._read("conflict", sent.lag)
         self._renewed_at = sent.at
         self._observe("ok", sent.lag)
+
+    async def _accept(self, beat: Heartbeat, sent: Sent) -> Retry | None:
+        if self._pulse.clock() >= sent.deadline:
+            # Too late: between that deadline and this answer the item may have been another's.
+            self._observe("timeout", sent.lag)
+            self._end("lost")
+            return None
+        if not beat.lease_extended and beat.state != STOPPING:
+            self._unanswered, self._expected = False, beat.last_heartbeat
+            return await self._read("conflict", sent.lag)
+        self._renew(beat, sent)
         if beat.state == STOPPED:
             self._end("finished" if self.own_stop else "stopped")
             return None
@@ -287,7 +287,7 @@ class Lease:
             self._pulse.tell(self.on_change)
         return None
 
-    async def _failed(self, error: ControlPlaneError, sent: _Sent) -> _Retry | None:
+    async def _failed(self, error: ControlPlaneError, sent: Sent) -> Retry | None:
         """What an error makes of a beat: design §2, its column."""
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
@@ -305,19 +305,19 @@ class Lease:
         self._end("finished" if conflict else "lost", confirmed=not conflict)
         return None
 
-    def _transient(self, error: TransientError, lag: float) -> _Retry:
+    def _transient(self, error: TransientError, lag: float) -> Retry:
         self._observe("timeout" if error.reason == "timeout" else "transient", lag)
-        return _Retry(at_least=error.retry_after or 0.0)
+        return Retry(at_least=error.retry_after or 0.0)
 
-    def _refused(self, error: RefusedError, lag: float) -> _Retry | None:
+    def _refused(self, error: RefusedError, lag: float) -> Retry | None:
         self._observe("rejected", lag)
         if error.status not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
-            return _Retry()  # token, proxy, certificate: may be mended while the lease lasts
+            return Retry()  # token, proxy, certificate: may be mended while the lease lasts
         # Only "unknown" says that it is not ours; a 400 says that our request is wrong.
         self._end("lost", confirmed=error.status == HTTPStatus.NOT_FOUND)
         return None
 
-    async def _read(self, doubt: BeatResult, lag: float) -> _Retry | None:
+    async def _read(self, doubt: BeatResult, lag: float) -> Retry | None:
         """Find out whose the item is, after an answer that leaves it open (protocol §4).
 
         If `acknowledged_at` is still our ack's, nobody else has taken it: beat again at once from
@@ -344,7 +344,7 @@ class Lease:
         # In `starting` the field is a former holder's history.
         fresh = item.state == STARTING or item.last_heartbeat is None
         self._expected = NO_HEARTBEAT if fresh else str(item.last_heartbeat)
-        return _Retry(at_once=True)
+        return Retry(at_once=True)
 
     def _observe(self, result: BeatResult, lag: float) -> None:
         self._pulse.observe(HeartbeatFinished(self.item, result, lag))
