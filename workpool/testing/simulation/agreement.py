@@ -59,9 +59,7 @@ def losses_are_true(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name}: {tenure.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _contradiction(
-    case: Case, node: Node, tenure: Tenure, outcome: str, at: float
-) -> str | None:
+def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:
     run = case.run_of(node, tenure)
     stopped = case.stopped.get(tenure.work_id)
     match outcome:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
-START: Final = 1_772_366_400.0  # 2026-03-01T12:00:00Z
-"""When every simulation begins, by the control plane's clock."""
+START: Final = 86_400.0
+"""When every simulation begins, by the control plane's clock: long ago, for exact floats."""
 
 
 @dataclass(slots=True, eq=False, repr=False)

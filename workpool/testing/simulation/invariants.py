@@ -112,9 +112,7 @@ def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
         for tenure in case.tenures.get(work_id, ()):
             if tenure.worker_id != node.worker_id:
                 continue
-            following = [
-                call for call in calls if case.tenure(node, work_id, call.at) is tenure
-            ]
+            following = [call for call in calls if case.tenure(node, work_id, call.at) is tenure]
             news = min((_news(call, following, tenure) for call in following), default=FOREVER)
             for call in following:
                 if call.op in WRITES and call.at > news:
@@ -207,14 +205,26 @@ def drains_end_in_time(case: Case) -> Iterator[str]:
 
 
 def only_stubborn_handlers_are_left_behind(case: Case) -> Iterator[str]:
-    """6c. Whatever heeds its cancellation, and its finish, fits into a drain."""
+    """6c. Whatever heeds its cancellation, and its finish, fits into a drain that is answered."""
     for node in case.trace.nodes:
         stubborn = sum(
             run.node is node and run.play == "stubborn" and run.ended > run.told_at
             for run in case.trace.runs
         )
-        if node.left_behind > stubborn and not node.machine.pauses:
+        if node.left_behind > stubborn and not (node.machine.pauses or _unanswered(case, node)):
             yield f"{node.machine.name} left {node.left_behind} behind, {stubborn} stubborn"
+
+
+def _unanswered(case: Case, node: Node) -> bool:
+    """Whether something befell the pool's calls in the last seconds of its drain."""
+    return any(
+        call.node is node
+        and call.op != "poll"
+        and call.trouble is not None
+        and call.at <= node.closed
+        and call.over_at >= node.closed - DRAIN_SECONDS
+        for call in case.trace.sent
+    )
 
 
 def drains_leave_nothing_behind(case: Case) -> Iterator[str]:

@@ -83,7 +83,8 @@ def make_trouble(kind: str, random: Random) -> Trouble:
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
             seconds = random.uniform(1, 40)
-            return Trouble(there=seconds) if random.random() < 0.5 else Trouble(there, seconds)
+            first = random.random() < 0.5
+            return Trouble(seconds, there) if first else Trouble(there, seconds)
         case "silence":
             return SILENCE
         case "lost":
@@ -141,9 +142,7 @@ class Client(LocalClient):
         self._network.serving.add(task)
         task.add_done_callback(self._network.serving.discard, context=NETWORK)
 
-    async def _serve(
-        self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]
-    ) -> None:
+    async def _serve(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
         item = None
         if trouble.applied:
             item = await self._operations.long_poll(

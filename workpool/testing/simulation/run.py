@@ -98,9 +98,7 @@ def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
             case, words = simulate(schedule_of(seed))
             failures = ((seed, tuple(words)),) if words else ()
             trace = case.trace
-            report = report.plus(
-                Report(1, trace.troubles, trace.deeds, len(INVARIANTS), failures)
-            )
+            report = report.plus(Report(1, trace.troubles, trace.deeds, len(INVARIANTS), failures))
             if number % COLLECT_EVERY == 0:
                 gc.collect()
     finally:

@@ -144,7 +144,9 @@ class World:
                 await self._act()
                 counted = totals(self._registry)
                 counted.subtract(before)
-                history = [each._replace(time=each.time - START) for each in self.operations.history]
+                history = [
+                    each._replace(time=each.time - START) for each in self.operations.history
+                ]
                 case = Case(history, self.trace, counted)
                 verdict = judge(case)
             finally:
