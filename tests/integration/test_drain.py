@@ -273,7 +273,7 @@ async def test_a_handler_that_will_not_end_is_left_behind(
             await supervisor.drain(timeout=0)
     assert supervisor.left_behind == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert recorder.of(SessionFinished)[0].outcome == "detached"
+    assert recorder.of(SessionFinished)[0].outcome == "released"
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert left
     may_end.set()
@@ -321,6 +321,27 @@ async def test_the_embedders_cancellation_is_raised_once_the_drain_is_over(
         assert embedder.cancelled()
     assert recorder.of(SessionFinished)[0].outcome == "released"
     assert recorder.of(DrainFinished)[0].result == "deadline"
+
+
+async def test_an_embedder_that_is_cancelled_at_every_turn_leaves_nothing_behind(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+
+    async def embed() -> None:
+        async with make_pool(patient, drain_timeout=LONG):
+            await asyncio.Event().wait()
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        embedding = group.create_task(embed())
+        await recorder.wait_for(SessionStarted)
+        while not embedding.done():
+            embedding.cancel()
+            await asyncio.sleep(0)
+        assert embedding.cancelled()
+        assert recorder.of(DrainFinished)
+        assert not [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
+    assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
 async def test_cancelling_a_wait_changes_nothing_else(

@@ -204,8 +204,6 @@ class Dispatcher:
             outcome = await self._finisher.finish(claim)
         finally:
             self._parts.keeper.end(claim.lease)
-            if claim.executing:
-                outcome = "detached"  # left behind by the drain: not handed back
             if outcome == "lease_lost" and claim.lease.confirmed:
                 self._lost(claim, "run" if claim.lease.begun else "start")
             seconds = self._parts.clock() - claim.acked_at
