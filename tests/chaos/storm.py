@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -316,6 +317,7 @@ def main() -> None:
     given = parser.parse_args()
     weather = Weather(seed=given.seed, seconds=given.seconds, fresh=given.fresh)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us leaves no workers
     verdict = asyncio.run(Storm(weather, folder).blow())
     print(f"{folder}\n{report(weather, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
