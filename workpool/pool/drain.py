@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from workpool.events import DrainFinished, DrainStarted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from workpool.events import DrainResult
     from workpool.pool.dispatch import Dispatcher
@@ -93,3 +93,21 @@ class Drain:
         log.log(level, "drained result=%s seconds=%.1f left_behind=%d", result, seconds, left)
         parts.observe(DrainFinished(result, seconds))
         return left
+
+
+async def see_through(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
+    """Await `end()` although cancelled, be it again and again; raise that once it is over.
+
+    A cancellation makes the deadline now, so that `end()` is bounded. It must not leave a pool
+    behind that goes on without its embedder: some libraries cancel a task at every turn.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while True:
+        try:
+            await end()
+            break
+        except asyncio.CancelledError as error:
+            drain.begin(0)
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled

@@ -21,7 +21,7 @@ from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.pool.clock import lease_clock
 from workpool.pool.dispatch import Dispatcher
-from workpool.pool.drain import Drain
+from workpool.pool.drain import Drain, see_through
 from workpool.pool.handling import handler_group
 from workpool.pool.keeper import Keeper, Watcher
 from workpool.pool.lifespan import Lifespan
@@ -132,7 +132,7 @@ class Supervisor:
             if not self._opened.is_set():
                 self._root.cancel()  # it may be opening something that takes for ever
                 self._served.set()  # or heed nothing: what serves nothing has a bound to close
-            await self._gone()
+            await see_through(self._gone, self._drain)
             raise
         if self._root.done():
             self._root.result()
@@ -150,12 +150,7 @@ class Supervisor:
             WorkpoolError: What ended the pool, if `wait()` has not raised it.
         """
         self._drain.begin(self._settings.drain_timeout if kind is None else 0)
-        try:
-            await self._gone()
-        except asyncio.CancelledError:
-            self._drain.begin(0)
-            await self._gone()
-            raise
+        await see_through(self._gone, self._drain)
         if kind is None and not self._error_raised:
             self._raise_error()
 
@@ -315,7 +310,8 @@ class Supervisor:
         """Wait for the root task, with a bound once no session is left to wait for."""
         root = self._task()
         await self._served.wait()
-        await asyncio.wait({root}, timeout=CLOSE_SECONDS)
+        if not root.done():  # else it would wait a turn, and could be cancelled at every one
+            await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
             log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
 
