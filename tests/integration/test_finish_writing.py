@@ -72,6 +72,19 @@ async def test_a_stop_that_is_never_answered_in_time_releases(run_one: Any, faul
     assert life.ops.count("stop") > 1
 
 
+@pytest.mark.parametrize("op", ["update", "stop"])
+async def test_a_retry_after_beyond_the_finish_leaves_another_try(
+    run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
+) -> None:
+    """A session that is done must not be run again because of one 429."""
+    monkeypatch.setattr(finish, "FINISH_SECONDS", 2.0)
+    faults.add(status(429, retry_after=60), op, times=1)
+    life = await run_one(result)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    first, second = [request.at for request in life.sent if request.op == op]
+    assert second - first > 0.5  # it is honoured as far as that goes
+
+
 @pytest.mark.parametrize("code", [409, 412])
 @pytest.mark.parametrize("applied", [False, True])
 async def test_a_conflict_means_that_it_is_stopped(

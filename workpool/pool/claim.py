@@ -193,7 +193,10 @@ class Claim:
             finally:
                 self._scopes.discard(scope)
             check()
-            delay = max(backoff.next(), failure.retry_after or 0.0)
-            if loop.time() + delay >= until:
+            # A Retry-After may take half of the time that is left, so that it leaves another try: a
+            # session that is done must not be run again because of a 429.
+            left = until - loop.time()
+            delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
+            if delay >= left:
                 raise failure
             await asyncio.sleep(delay)
