@@ -107,6 +107,7 @@ class Supervisor:
             SettingsError: Something that is needed is missing.
             PluginError: A plugin cannot be used, or none can handle anything.
             ListenError: `metrics_listen` cannot be had.
+            RegistryError: The registry holds somebody else's metric of one of our names.
         """
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")

@@ -1,0 +1,58 @@
+"""A start that fails raises why, sends nothing, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from workpool import Session, Supervisor, WorkClient, handler
+from workpool.errors import RegistryError
+
+if TYPE_CHECKING:
+    from workpool import Settings
+    from workpool.testing import Faults
+
+
+@handler
+async def work(_: Session) -> None:
+    return None
+
+
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_connection_that_cannot_be_made_stops_the_start(
+    make_settings: Any, faults: Faults, number: int
+) -> None:
+    made: list[WorkClient] = []
+
+    def connect(settings: Settings) -> WorkClient:
+        if len(made) == number - 1:
+            raise LookupError("no such vault")
+        made.append(WorkClient(settings))
+        return made[-1]
+
+    registry = CollectorRegistry()
+    supervisor = Supervisor(make_settings(), plugins=[work], registry=registry, connect=connect)
+    with pytest.raises(LookupError, match="no such vault"):
+        await supervisor.__aenter__()
+    assert not supervisor.status().ready
+    assert not faults.seen
+    assert not [each for each in threading.enumerate() if each.name.startswith("workpool")]
+    assert "workpool_slots_limit{" not in generate_latest(registry).decode()  # no gauge is left
+    async with Supervisor(make_settings(), plugins=[work], registry=registry) as another:
+        assert another.status().capacity
+
+
+async def test_a_registry_that_holds_one_of_our_names_stops_the_start(
+    make_settings: Any, faults: Faults
+) -> None:
+    registry = CollectorRegistry()
+    theirs = Counter("workpool_polls_total", "Somebody else's.", registry=registry)
+    with pytest.raises(RegistryError, match="workpool_polls"):
+        await Supervisor(make_settings(), plugins=[work], registry=registry).__aenter__()
+    assert not faults.seen
+    registry.unregister(theirs)
+    async with Supervisor(make_settings(), plugins=[work], registry=registry) as supervisor:
+        assert "workpool_slots_limit{" in generate_latest(supervisor.registry).decode()
