@@ -38,7 +38,7 @@ LAG_SECONDS = 0.1
 
 def boot_time() -> float:
     """Seconds, the same in every process, counting on while the machine sleeps."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Weather:
 
     Attributes:
         seconds: For how long at least; a worker that is stopped is waited for.
+        ends: How items end; `release` wants more time than a fresh start grants.
         fresh: Heal by killing every worker and letting time pass on the control plane's clock,
             rather than by letting the living ones finish: quicker, and as fair.
         slack: See `judge`.
@@ -221,7 +222,7 @@ class Storm:
         while True:
             await asyncio.sleep(self._random.uniform(1, 4))
             self._random.choice(troubles)()
-            await asyncio.sleep(self._random.uniform(1, LEASE_SECONDS + 2))
+            await asyncio.sleep(self._random.uniform(1, LEASE_SECONDS + 6))
             proxy.heal()
 
     async def _measure_lag(self) -> None:
@@ -313,9 +314,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--fresh", action="store_true", help="heal by a fresh start")
     given = parser.parse_args()
-    weather = Weather(seed=given.seed, seconds=given.seconds, fresh=given.fresh)
+    weather = Weather(seed=given.seed, seconds=given.seconds)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us leaves no workers
     verdict = asyncio.run(Storm(weather, folder).blow())
