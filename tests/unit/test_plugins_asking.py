@@ -267,6 +267,21 @@ def not_async(session: Session) -> Awaitable[None]:
     return top(session)
 
 
+class Hostile:
+    def __getattr__(self, name: str) -> object:
+        raise ZeroDivisionError(name)
+
+
+def test_an_answer_that_raises_for_being_looked_at_is_blamed_on_the_plugin() -> None:
+    class Broken:
+        @hookimpl
+        def workpool_session_handler(self) -> object:
+            return Hostile()
+
+    with pytest.raises(PluginError, match="'Broken': looking at the answer .* ZeroDivisionError"):
+        load(Broken()).handler_for(item())
+
+
 @pytest.mark.parametrize("answer", [plain_def, 7, Call, not_async, True])
 def test_an_answer_that_cannot_be_run_is_blamed_on_the_plugin(answer: object) -> None:
     class Broken:

@@ -221,11 +221,14 @@ def _taking_one(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
 def _as_handler(plugin: str, answer: object) -> Handler:
     if isinstance(answer, Handler):
         return answer
-    if is_async_callable(answer):
-        return new_handler(plugin, name_of(answer), answer)
+    # Looked at under guard: an object may raise for being looked at.
+    looking = "looking at the answer of workpool_session_handler"
+    name = guarded(plugin, looking, name_of, answer)
+    if guarded(plugin, looking, is_async_callable, answer):
+        return new_handler(plugin, name, answer)
     raise PluginError(
         plugin,
-        f"workpool_session_handler returned {type(answer).__name__} {name_of(answer)!r}, "
+        f"workpool_session_handler returned {type(answer).__name__} {name!r}, "
         "not an async callable",
     )
 
