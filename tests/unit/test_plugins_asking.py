@@ -278,7 +278,7 @@ def test_an_answer_that_raises_for_being_looked_at_is_blamed_on_the_plugin() -> 
         def workpool_session_handler(self) -> object:
             return Hostile()
 
-    with pytest.raises(PluginError, match="'Broken': looking at the answer .* ZeroDivisionError"):
+    with pytest.raises(PluginError, match=r"'Broken': looking at the answer .* ZeroDivisionError"):
         load(Broken()).handler_for(item())
 
 
