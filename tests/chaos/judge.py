@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Line = Mapping[str, Any]
 
-WAKE_SECONDS = 5.0
+WAKE_SECONDS = 2.0
 """A handler whose process was stopped beyond its lease must have ended so soon after it woke."""
 _ENDS = frozenset({"returned", "raised", "cancelled"})
 
@@ -228,7 +228,7 @@ class Judge:
         until = lease_end + self._slack + self._lag(lease_end)
         for stopped, woke in self._stops(run.pid):
             if run.start <= stopped <= run.end:
-                until = max(until, woke + WAKE_SECONDS)
+                until = max(until, woke + WAKE_SECONDS + self._lag(woke))
                 self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
         if run.end > until:
             self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")

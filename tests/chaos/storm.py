@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.chaos.control_plane import boot_time
-from tests.chaos.judge import Judge, Verdict
+from tests.chaos.judge import WAKE_SECONDS, Judge, Verdict
 from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, Fleet
 from workpool.testing import Proxy
 
@@ -143,7 +143,7 @@ class Storm:
         for number in count():
             chance = self._random.random()
             # The first ones are long, so that whoever is stopped soon holds something.
-            is_long = chance > 0.8 or number < 2 * len(NAMES)
+            is_long = chance > 0.65 or number < 2 * len(NAMES)
             seconds = self._random.uniform(3, self.weather.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.weather.ends)}
             answer = await self._call(http, "POST", "", {"metadata": metadata})
@@ -180,7 +180,7 @@ class Storm:
             self._fleet.send("stop", self._stopped)
             await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.weather.stop_beyond))
             self._fleet.send("cont", self._stopped)
-            await asyncio.sleep(1)  # long enough to see what it does when it wakes
+            await asyncio.sleep(WAKE_SECONDS + 0.5)  # long enough to see what it does when it wakes
             self._stopped = None
             self._woke.set()
 
