@@ -32,6 +32,8 @@ class Edit(NamedTuple):
 MUTATIONS: dict[str, list[Edit]] = {
     "no dedupe": [
         Edit("dispatch:Dispatcher", "owned = self.owned.get(item.id)", "owned = None"),
+        # Else the second line of defence holds: an item of a session that runs is declined.
+        Edit("dispatch:Dispatcher", "item.session_id in self._sessions.values()", "False"),
         Edit(
             "dispatch:Dispatcher",
             "del self.owned[claim.item.id]",
@@ -39,7 +41,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "two items of one session": [
-        Edit("dispatch:Dispatcher", "item.session_id in self._sessions", "False"),
+        Edit("dispatch:Dispatcher", "item.session_id in self._sessions.values()", "False"),
     ],
     "412 taken for lost": [
         Edit(
@@ -87,13 +89,6 @@ MUTATIONS: dict[str, list[Edit]] = {
             "self.deadline = self._pulse.clock() + beat.ttl_seconds",
         ),
     ],
-    "deadline of the ack from receipt": [
-        Edit(
-            "acknowledge:Acknowledger",
-            "_accept(claim, item, min(lease_from, sent))",
-            "_accept(claim, item, self._clock())",
-        ),
-    ],
     "two supervisors under one Worker-ID": [
         Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
@@ -121,9 +116,9 @@ MUTATIONS: dict[str, list[Edit]] = {
     "id given up at the cancel": [
         Edit(
             "handling:Handling",
-            "await asyncio.wait({claim.running})",
-            'await asyncio.wait({claim.running, claim.over}, return_when="FIRST_COMPLETED")\n'
-            "            if not claim.running.done():\n"
+            "await asyncio.wait({running})",
+            'await asyncio.wait({running, claim.over}, return_when="FIRST_COMPLETED")\n'
+            "            if not running.done():\n"
             "                return",
         ),
     ],

@@ -9,6 +9,8 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
+from workpool.errors import RefusedError
+from workpool.events import PollerRestarted
 from workpool.testing.simulation.agreement import losses_are_true, metrics_agree, outcomes_agree
 from workpool.testing.simulation.case import WRITES
 from workpool.testing.simulation.trace import FOREVER
@@ -244,6 +246,16 @@ def drains_leave_nothing_behind(case: Case) -> Iterator[str]:
             yield f"{_name(run)} runs on in a pool that has closed"
 
 
+def nothing_crashes(case: Case) -> Iterator[str]:
+    """A pool ends by a drain, or because it was refused; a poller that crashes is a bug."""
+    for node in case.trace.nodes:
+        if node.error is not None and not isinstance(node.error, RefusedError):
+            yield f"{node.machine.name} failed: {node.error!r}"
+        for _, event in node.events:
+            if isinstance(event, PollerRestarted):
+                yield f"{node.machine.name}: a poller crashed: {event.error!r}"
+
+
 def _leaving(node: Node, at: float) -> bool:
     return node.error is not None or node.drain is not None and node.drain[0] <= at
 
@@ -275,6 +287,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     drains_end_in_time,
     only_stubborn_handlers_are_left_behind,
     drains_leave_nothing_behind,
+    nothing_crashes,
     outcomes_agree,
     losses_are_true,
     metrics_agree,

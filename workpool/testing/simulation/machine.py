@@ -21,6 +21,10 @@ NETWORK: Final = Context()
 """Belongs to no machine: what is under way arrives, whatever becomes of its sender."""
 
 
+INSTANT_SECONDS: Final = 1e-9
+"""What a timer takes at least: else who waits for what rounding keeps from coming would spin."""
+
+
 class Machine:
     """One pool's computer, and its process: a restart is another one.
 
@@ -93,23 +97,28 @@ def this_machine() -> Machine:
 
 
 class _Timer(asyncio.TimerHandle):
-    """A timer of a machine: it stands still while that sleeps."""
+    """A timer of a machine, or of none: it stands still while that sleeps."""
 
     __slots__ = ("_machine", "_slept")
 
-    def __init__(self, when: float, machine: Machine, *rest: Any) -> None:
+    _loop: MachinesLoop
+
+    def __init__(self, when: float, machine: Machine | None, *rest: Any) -> None:
         super().__init__(when, *rest)
         self._machine = machine
-        self._slept = machine.slept
+        self._slept = 0.0 if machine is None else machine.slept
 
     def _run(self) -> None:
         machine = self._machine
-        if machine.halted is not None:
+        self._loop.now = max(self._loop.now, self._when)  # else who waits for it spins
+        if machine is None:
+            super()._run()
+        elif machine.halted is not None:
             machine.wait(self)
         elif machine.slept > self._slept:
             self._when += machine.slept - self._slept
             self._slept = machine.slept
-            self._loop.push(self)  # type: ignore[attr-defined] - made by that loop only
+            self._loop.push(self)
         else:
             super()._run()
 
@@ -119,12 +128,22 @@ class MachinesLoop(VirtualLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._clock_resolution = 1e-6
+        self._selector.select = self._leap  # type: ignore[method-assign] - no sockets to ask about
+
+    def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("every task waits for what no timer will bring")
+        self._now += timeout
+        return []
 
     @property
     def now(self) -> float:
         """Seconds since the beginning."""
         return self._now
+
+    @now.setter
+    def now(self, seconds: float) -> None:
+        self._now = seconds
 
     def time(self) -> float:
         """Return the loop's clock as the running machine sees it."""
@@ -154,10 +173,9 @@ class MachinesLoop(VirtualLoop):
     ) -> asyncio.TimerHandle:
         """Run it at `when` of the machine's `time()`."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
-        if machine is None:
-            timer = asyncio.TimerHandle(when, callback, args, self, context)
-        else:
-            timer = _Timer(when + machine.slept, machine, callback, args, self, context)
+        when += 0.0 if machine is None else machine.slept
+        when = max(when, self._now + INSTANT_SECONDS)
+        timer = _Timer(when, machine, callback, args, self, context)
         self.push(timer)
         return timer
 

@@ -12,7 +12,8 @@ DeedKind = Literal[
     "work", "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire"
 ]
 DEEDS: Final[tuple[DeedKind, ...]] = (
-    "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire"
+    "crash", "restart", "cut", "cut", "cut", "stop", "force", "drain", "drain", "sleep", "freeze",
+    "freeze", "expire",
 )  # fmt: skip
 PLAYS: Final = (
     "work", "work", "work", "raise", "release", "heedless", "stubborn", "tidy", "write", "odd",
@@ -82,8 +83,8 @@ def draw(random: Random, seed: int) -> Schedule:
     """Draw a schedule."""
     pools = tuple(_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
     work = [_work(random) for _ in range(random.randint(1, 4))]
-    deeds = [_deed(random) for _ in range(random.choice((0, 1, 2, 2, 3, 4)))]
-    kinds = tuple(random.sample(TROUBLES, random.randint(1, 5)))
+    deeds = [_deed(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
+    kinds = (*random.choice(((), ("late",))), *random.sample(TROUBLES, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     return Schedule(seed, pools, tuple(sorted([*work, *deeds], key=_at)), share, kinds)
 
@@ -112,7 +113,7 @@ def _work(random: Random) -> Deed:
         at=_moment(random, 60),
         kind="work",
         target=random.randrange(4),
-        seconds=random.choice((0.005, 0.5, 3.0, 9.0, 20.0, 45.0)) * random.uniform(0.8, 1.2),
+        seconds=random.choice((0.005, 3.0, 9.0, 20.0, 30.0, 45.0)) * random.uniform(0.8, 1.2),
         play=random.choice(PLAYS),
         count=random.choice((1, 1, 1, 2, 3, -1)),
     )
