@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from workpool.testing.simulation import story
 from workpool.testing.simulation.run import schedule_of, simulate, simulate_all
 from workpool.testing.simulation.schedule import DEEDS, PLAYS, TROUBLES, Deed, Pool, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECONDS = 20.0
 ENOUGH = 100
@@ -63,7 +67,7 @@ schedules = st.builds(
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_promise_holds_on_as_many_schedules_as_time_allows(
-    record_property: pytest.RecordProperty,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """From a seed of its own every time: what it finds is printed with its replay."""
     first = random.SystemRandom().randrange(10**9)
@@ -86,11 +90,10 @@ def test_the_promise_holds_on_what_shrinks(schedule: Schedule) -> None:
 def test_a_seed_is_a_schedule_and_its_story() -> None:
     """The same calls, troubles and facts at the same instants: else a replay would be no use."""
 
-    def once() -> list[tuple[object, ...]]:
+    def once() -> list[object]:
         case, _ = simulate(schedule_of(7))
-        return [(call.at, call.op, call.answer) for call in case.trace.sent] + [
-            (record.time, record.kind, record.state) for record in case.history
-        ]
+        calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
+        return [*calls, *((each.time, each.kind, each.state) for each in case.history)]
 
     assert once() == once()
 

@@ -1,0 +1,1 @@
+"""Whole pools in virtual time: seeded schedules, a history, and the promise as invariants."""

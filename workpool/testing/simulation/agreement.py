@@ -126,6 +126,11 @@ def _seen(case: Case) -> Counter[tuple[str, ...]]:
             seen["http_requests_total", call.op] += 1
         if call.op == "poll" and call.answer == "ok":
             seen["polls_total", "null" if call.told is None else "item"] += 1
+    _count_events(case, seen)
+    return seen
+
+
+def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
     for node in case.trace.nodes:
         for _, event in node.events:
             if isinstance(event, SessionFinished):
@@ -137,7 +142,6 @@ def _seen(case: Case) -> Counter[tuple[str, ...]]:
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
             _check_events(case, node, seen)
-    return seen
 
 
 def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:

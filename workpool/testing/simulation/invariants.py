@@ -6,6 +6,7 @@ over a lease of 60 s, and the network's latency.
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
@@ -126,7 +127,7 @@ def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
     if call.trouble is not None and call.trouble.answer is not None:
         return FOREVER
     over = call.op == "stop" and call.answer == "ok"
-    if call.op == "heartbeat" and call.answer == 412:
+    if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
         over = all(each.answer in DECIDED for each in before)
     if call.op == "get" and call.answer == "ok":
@@ -257,7 +258,7 @@ def nothing_crashes(case: Case) -> Iterator[str]:
 
 
 def _leaving(node: Node, at: float) -> bool:
-    return node.error is not None or node.drain is not None and node.drain[0] <= at
+    return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
 def _just_woken(node: Node, at: float, more: float = 0.0) -> bool:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import selectors
 from contextvars import Context, ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVarTuple, Unpack
 
 from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
+    import selectors
+    from collections import deque
     from collections.abc import Callable
+
+Ts = TypeVarTuple("Ts")
 
 NETWORK: Final = Context()
 """Belongs to no machine: what is under way arrives, whatever becomes of its sender."""
@@ -92,7 +95,7 @@ _MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
 def this_machine() -> Machine:
     """Return the machine that the caller runs on."""
     machine = _MACHINE.get()
-    assert machine is not None  # noqa: S101 - a bug of the simulation
+    assert machine is not None
     return machine
 
 
@@ -126,6 +129,10 @@ class _Timer(asyncio.TimerHandle):
 class MachinesLoop(VirtualLoop):
     """A virtual loop for several machines. `now` is the same for all, `time()` each one's own."""
 
+    _ready: deque[asyncio.Handle]
+    _scheduled: list[asyncio.TimerHandle]
+    _selector: selectors.BaseSelector
+
     def __init__(self) -> None:
         super().__init__()
         self._selector.select = self._leap  # type: ignore[method-assign] - no sockets to ask about
@@ -151,7 +158,10 @@ class MachinesLoop(VirtualLoop):
         return self._now if machine is None else self._now - machine.slept
 
     def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
+        context: Context | None = None,
     ) -> asyncio.Handle:
         """Run it in this step, or once its machine runs."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
@@ -162,13 +172,20 @@ class MachinesLoop(VirtualLoop):
             machine.wait(handle)
         return handle
 
-    call_soon_threadsafe = call_soon  # there are no threads
+    def call_soon_threadsafe(
+        self,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
+        context: Context | None = None,
+    ) -> asyncio.Handle:
+        """There are no other threads."""
+        return self.call_soon(callback, *args, context=context)
 
     def call_at(
         self,
         when: float,
-        callback: Callable[..., object],
-        *args: Any,
+        callback: Callable[[Unpack[Ts]], object],
+        *args: Unpack[Ts],
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Run it at `when` of the machine's `time()`."""
@@ -182,7 +199,8 @@ class MachinesLoop(VirtualLoop):
     def push(self, timer: asyncio.TimerHandle) -> None:
         """Set a timer, for the first time or again."""
         heapq.heappush(self._scheduled, timer)
-        timer._scheduled = True
+        scheduled: Any = timer
+        scheduled._scheduled = True
 
     def run_soon(self, handle: asyncio.Handle) -> None:
         """Run a callback that has waited."""

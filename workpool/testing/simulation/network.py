@@ -188,5 +188,5 @@ class Client(LocalClient):
 
 def _loop() -> MachinesLoop:
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+    assert isinstance(loop, MachinesLoop)
     return loop

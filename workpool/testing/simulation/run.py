@@ -9,12 +9,13 @@ import multiprocessing
 import random
 import time
 from contextlib import contextmanager
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from workpool.metrics import observer
-from workpool.plugins import asking
+from workpool.plugins import asking, loading
 from workpool.pool import telemetry
 from workpool.testing.simulation.invariants import INVARIANTS, judge
 from workpool.testing.simulation.machine import run_machines
@@ -50,7 +51,13 @@ class Report(NamedTuple):
 
     def plus(self, other: Report) -> Report:
         """Both together."""
-        return Report(*(one + two for one, two in zip(self, other, strict=True)))
+        return Report(
+            self.schedules + other.schedules,
+            self.troubles + other.troubles,
+            self.deeds + other.deeds,
+            self.judged + other.judged,
+            self.failures + other.failures,
+        )
 
     def __str__(self) -> str:
         """Say it in one line, and in one more per failure."""
@@ -66,7 +73,7 @@ class Report(NamedTuple):
 
 def schedule_of(seed: int) -> Schedule:
     """Draw the schedule of a seed."""
-    return draw(random.Random(seed), seed)  # noqa: S311 - must be repeatable
+    return draw(random.Random(seed), seed)
 
 
 def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
@@ -126,25 +133,22 @@ def _registry() -> CollectorRegistry:
 
 @functools.cache
 def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    plugins = asking.load((play,), {})
+    plugins = loading.load((play,), {})
     return plugins, asking._in_order(plugins)
 
 
 @functools.cache
 def _version(name: str) -> str:
-    return _shortcut_from["version"](name)
+    return metadata.version(name)
 
 
-_shortcut_from: Final[dict[str, Any]] = {
-    "version": telemetry.version,
-    "series": observer._Series,
-}
+_Series: Final = observer._Series
 _series: Final[dict[object, observer._Series]] = {}
 
 
 def _series_of(metric: Any, *rest: Any) -> observer._Series:
     if metric not in _series:
-        _series[metric] = _shortcut_from["series"](metric, *rest)
+        _series[metric] = _Series(metric, *rest)
     return _series[metric]
 
 

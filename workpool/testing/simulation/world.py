@@ -79,7 +79,7 @@ class Simulated(LoopSupervisor):
         parts = await super()._keep(stack)
         told = parts.observe
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+        assert isinstance(loop, MachinesLoop)
 
         def observe(event: Event) -> None:
             self.node.events.append((loop.now, event))
@@ -121,7 +121,7 @@ class World:
 
     def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, MachinesLoop)  # noqa: S101 - tells the type
+        assert isinstance(loop, MachinesLoop)
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
@@ -130,7 +130,7 @@ class World:
         )
         self.items: list[str] = []
         self._registry = registry
-        chance = random.Random(schedule.seed)  # noqa: S311 - must be repeatable
+        chance = random.Random(schedule.seed)
         self._network = Network(schedule, chance, self.operations, self.trace)
         self._supervisors: dict[Node, Simulated] = {}
         self._tasks: dict[asyncio.Task[None], Node] = {}
