@@ -118,8 +118,8 @@ MUTATIONS: dict[str, list[Edit]] = {
             "handling:Handling",
             "await asyncio.wait({running})",
             'await asyncio.wait({running, claim.over}, return_when="FIRST_COMPLETED")\n'
-            "            if not running.done():\n"
-            "                return",
+            "        if not running.done():\n"
+            "            return",
         ),
     ],
     "ack's 409 ignored": [

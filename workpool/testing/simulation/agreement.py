@@ -61,9 +61,8 @@ def losses_are_true(case: Case) -> Iterator[str]:
 
 def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:
     run = case.run_of(node, tenure)
-    stopped = case.stopped.get(tenure.work_id)
     match outcome:
-        case "completed" | "timed_out" if stopped is None or stopped.time > at:
+        case "completed" | "timed_out" if not _stopped_by(case, tenure, at):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
@@ -73,10 +72,18 @@ def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: flo
             return "nobody else has ended it"
         case "lease_lost" if not case.disturbed(node, tenure) and not _over(tenure, at):
             return f"its lease was promised until {tenure.promised(at):.3f}"
-        case "released" if not case.disturbed(node, tenure) and stopped and stopped.time <= at:
+        case "released" if _stopped_by(case, tenure, at) and not case.disturbed(node, tenure):
+            # What a drain leaves behind is cut short wherever it is.
+            if node.left_behind:
+                return None
             return "it is stopped"
         case _:
             return _unexpected(case, node, tenure, run, outcome)
+
+
+def _stopped_by(case: Case, tenure: Tenure, at: float) -> bool:
+    stopped = case.stopped.get(tenure.work_id)
+    return stopped is not None and stopped.time <= at
 
 
 def _unexpected(

@@ -63,8 +63,11 @@ class Machine:
 
     def halt(self, how: Literal["asleep", "stopped", "crashed"]) -> None:
         """Let nothing run any more. While `asleep`, timers stand still as well."""
-        if self.halted is None:
-            self.halted, self._halted_at = how, self._loop.now
+        if self.halted is not None:
+            if how != "crashed":
+                return
+            self.pauses.append((self._halted_at, self._loop.now))
+        self.halted, self._halted_at = how, self._loop.now
 
     def go_on(self) -> None:
         """Run again, what has waited first. A crash is final."""

@@ -272,7 +272,6 @@ class World:
 
     def _crash(self, node: Node) -> None:
         node.machine.halt("crashed")
-        node.machine.halted = "crashed"  # also one that slept
         node.crashed = self.loop.now
         for run in self.trace.runs:
             if run.node is node and run.result is None:

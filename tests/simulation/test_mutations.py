@@ -1,0 +1,30 @@
+"""A simulation that finds nothing proves little, unless it finds what was put in."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location(
+    "mutations", Path(__file__).with_name("mutations.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+mutations = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(mutations)
+
+SCHEDULES = range(1000)
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(mutations.MUTATIONS) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
+def test_a_mistake_in_the_pool_is_caught(name: str) -> None:
+    found = mutations.hunt(mutations.MUTATIONS[name], SCHEDULES)
+    assert found is not None, f"{name}: {len(SCHEDULES)} schedules did not catch it"
