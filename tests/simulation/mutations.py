@@ -143,7 +143,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "unwritten taken for written": [
-        Edit("finish:Finisher", 'return "released"', "return outcome"),
+        Edit("finish:Finisher", 'return "released"', "return row.outcome"),
     ],
     "sleep not noticed": [
         Edit("keeper:Keeper", "lease.expire()", "pass"),

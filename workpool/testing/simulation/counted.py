@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from workpool.metrics.collectors import collectors_of
 
@@ -26,6 +26,7 @@ def totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
     counters = collectors_of(registry).counters
     for name, label in _LABEL.items():
         place = counters[name]._labelnames.index(label)
-        for labels, child in counters[name]._metrics.items():
+        children: Any = counters[name]._metrics
+        for labels, child in children.items():
             found[name, labels[place]] += child._value.get()
     return found

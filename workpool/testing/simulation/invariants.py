@@ -142,19 +142,26 @@ def stops_are_justified(case: Case) -> Iterator[str]:
         if call.op != "stop" or call.work_id is None:
             continue
         tenure = case.tenure(call.node, call.work_id, call.at)
-        if tenure is None:
-            continue  # 3a
-        run = case.run_of(call.node, tenure)
-        wished = tenure.stop_wished <= call.at
-        if run is None:
-            if not wished:
-                yield f"{_call(call)} was sent for what had not run"
-        elif call.at < run.ended:
-            yield f"{_call(call)} was sent while its handler ran"
-        elif run.result == "released" and not wished:
-            yield f"{_call(call)} was sent for what its handler had released"
-        elif run.result == "cancelled" and not wished and call.node.pool.session_timeout is None:
-            yield f"{_call(call)} was sent for what was cancelled"
+        if tenure is not None and tenure.stop_wished > call.at:  # without one: 3a
+            run = case.run_of(call.node, tenure)
+            if words := _unjustified(call, run):
+                yield f"{_call(call)} was sent {words}"
+        elif tenure is not None:
+            run = case.run_of(call.node, tenure)
+            if run is not None and call.at < run.ended:
+                yield f"{_call(call)} was sent while its handler ran"
+
+
+def _unjustified(call: Sent, run: Run | None) -> str | None:
+    """What is wrong with a stop that no operator asked for."""
+    if run is None:
+        return "for what had not run"
+    if call.at < run.ended:
+        return "while its handler ran"
+    if run.result == "cancelled" and call.node.pool.session_timeout is not None:
+        return None
+    untouched = run.result in {"released", "cancelled"}
+    return f"for what was {run.result}" if untouched else None
 
 
 def an_item_completes_once(case: Case) -> Iterator[str]:

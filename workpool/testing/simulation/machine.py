@@ -107,6 +107,8 @@ class _Timer(asyncio.TimerHandle):
 
     __slots__ = ("_machine", "_slept")
 
+    _when: float
+
     _loop: MachinesLoop
 
     def __init__(self, when: float, machine: Machine | None, *rest: Any) -> None:
@@ -138,7 +140,8 @@ class MachinesLoop(VirtualLoop):
 
     def __init__(self) -> None:
         super().__init__()
-        self._selector.select = self._leap  # type: ignore[method-assign] - no sockets to ask about
+        selector: Any = self._selector
+        selector.select = self._leap  # there are no sockets to ask about
 
     def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
@@ -163,7 +166,7 @@ class MachinesLoop(VirtualLoop):
     def call_soon(
         self,
         callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
         """Run it in this step, or once its machine runs."""
@@ -178,7 +181,7 @@ class MachinesLoop(VirtualLoop):
     def call_soon_threadsafe(
         self,
         callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
         """There are no other threads."""
@@ -188,7 +191,7 @@ class MachinesLoop(VirtualLoop):
         self,
         when: float,
         callback: Callable[[Unpack[Ts]], object],
-        *args: Unpack[Ts],
+        *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
         """Run it at `when` of the machine's `time()`."""

@@ -83,7 +83,7 @@ def make_trouble(kind: str, random: Random) -> Trouble:
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
             seconds = random.uniform(1, 40)
-            first = random.random() < 0.5
+            first = random.choice((True, False))
             return Trouble(seconds, there) if first else Trouble(there, seconds)
         case "silence":
             return SILENCE
@@ -94,7 +94,7 @@ def make_trouble(kind: str, random: Random) -> Trouble:
         case "garbage" | "garbage-applied":
             return Trouble(there, there, applied=kind != "garbage", answer=b'{"id": "work_')
         case "500":
-            return Trouble(there, there, applied=random.random() < 0.5, answer=500)
+            return Trouble(there, there, applied=random.choice((True, False)), answer=500)
         case _:
             after = random.choice((None, 0.5, 5.0, 40.0)) if kind in {"503", "429"} else None
             return Trouble(there, there, applied=False, answer=int(kind), retry_after=after)

@@ -57,8 +57,6 @@ class Stage:
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
-            result = "returned"
-            return returned
         except asyncio.CancelledError:
             self._note(run)
             result = "cancelled"
@@ -66,6 +64,9 @@ class Stage:
         except Release:
             result = "released"
             raise
+        else:
+            result = "returned"
+            return returned
         finally:
             if self._node.machine.halted is None and run.result is None:
                 run.ended, run.result, run.stop_seen = self._now(), result, session.stopping

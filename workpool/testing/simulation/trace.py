@@ -41,7 +41,10 @@ class Sent:
     @property
     def over_at(self) -> float:
         """When nothing comes of it any more: a request may arrive after its sender gave up."""
-        late = 0.0 if self.trouble is None else self.trouble.there + self.trouble.back
+        trouble = self.trouble
+        late = 0.0
+        if trouble is not None:
+            late = trouble.there + trouble.back + (trouble.retry_after or 0.0)
         return max(self.answered_at, self.at + late + 0.1)
 
 

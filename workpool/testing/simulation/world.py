@@ -9,8 +9,6 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry
-
 from workpool.errors import WorkpoolError
 from workpool.pool.keeper import Keeper
 from workpool.pool.supervisor import Supervisor
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from contextlib import AsyncExitStack
 
+    from prometheus_client import CollectorRegistry
+
     from workpool.events import Event
     from workpool.pool.parts import Parts
 
@@ -38,7 +38,7 @@ TICK_SECONDS: Final = 5.0
 REST_SECONDS: Final = 25.0
 """From the last deed until everything heals."""
 LEAVE_SECONDS: Final = 200.0
-ENCORE_SECONDS: Final = 900.0
+ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
 
 
@@ -301,8 +301,9 @@ class World:
             await asyncio.wait(alive, timeout=LEAVE_SECONDS)
 
     async def _encore(self) -> None:
-        until = self.loop.now + ENCORE_SECONDS
-        while self.loop.now < until and not self._all_stopped():
+        for _ in range(ENCORE_SECONDS):
+            if self._all_stopped():
+                return
             await asyncio.sleep(1)
 
     def _all_stopped(self) -> bool:
