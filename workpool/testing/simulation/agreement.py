@@ -62,7 +62,9 @@ def losses_are_true(case: Case) -> Iterator[str]:
 def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:
     run = case.run_of(node, tenure)
     match outcome:
-        case "completed" | "timed_out" if not _stopped_by(case, tenure, at):
+        case "completed" | "timed_out" if not (
+            _stopped_by(case, tenure, at) or case.broken(tenure)
+        ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"

@@ -242,8 +242,10 @@ class World:
         if deed.kind == "expire":
             queue = self.operations.queue(ENVIRONMENT)
             item = queue.get(work_id)
-            if item.lease_end is not None:
-                now = int((START + self.loop.now) * SECOND)
+            now = int((START + self.loop.now) * SECOND)
+            # Not in the second of its ack: protocol §4 tells owners apart by whole seconds, which
+            # is safe as no lease lapses so early.
+            if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
                 queue.put(replace(item, lease_end=min(item.lease_end, now)))
                 self.operations.queue(ENVIRONMENT)
