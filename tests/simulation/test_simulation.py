@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import time
 from typing import TYPE_CHECKING
 
@@ -69,9 +67,8 @@ schedules = st.builds(
 def test_the_promise_holds_on_as_many_schedules_as_time_allows(
     record_property: Callable[[str, object], None],
 ) -> None:
-    """From a seed of its own every time: what it finds is printed with its replay."""
-    first = random.SystemRandom().randrange(10**9)
-    report = simulate_all(itertools.count(first), time.monotonic() + SECONDS)
+    """The same seeds every time, so that a failure is the change's; `poe simulate` takes others."""
+    report = simulate_all(range(1, 4001), time.monotonic() + SECONDS)
     record_property("simulation", str(report))
     print(report)  # noqa: T201 - shown with a failure, and with -s
     assert report.schedules > ENOUGH
@@ -80,7 +77,9 @@ def test_the_promise_holds_on_as_many_schedules_as_time_allows(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(schedules)
 def test_the_promise_holds_on_what_shrinks(schedule: Schedule) -> None:
     _, words = simulate(schedule)
