@@ -77,9 +77,7 @@ def test_the_promise_holds_on_as_many_schedules_as_time_allows(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)
 def test_the_promise_holds_on_what_shrinks(schedule: Schedule) -> None:
     _, words = simulate(schedule)
