@@ -40,7 +40,9 @@ def block(marker: str) -> str:
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     for name, field in Settings.model_fields.items():
         text = " ".join((field.description or "").split())
-        meaning, default = re.fullmatch(r"(.*?) ?Default: (.*)\.", text).groups()  # type: ignore[union-attr]
+        said = re.fullmatch(r"(.*?) ?Default: (.*)\.", text)
+        assert said, name
+        meaning, default = said.groups()
         assert f"| `{name}` | {default} | {meaning} |" in README
 
 

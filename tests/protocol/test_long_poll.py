@@ -34,8 +34,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         if not self._ready and self._scheduled:  # type: ignore[attr-defined]  # asyncio's own
-            self.seconds = max(self.seconds, self._scheduled[0].when())  # type: ignore[attr-defined]
-        super()._run_once()  # type: ignore[misc]
+            self.seconds = max(self.seconds, self._scheduled[0].when())  # type: ignore[attr-defined]  # same
+        super()._run_once()  # type: ignore[misc]  # asyncio's own
 
 
 def virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:

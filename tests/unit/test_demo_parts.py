@@ -47,7 +47,7 @@ class Held:
 
 
 def session() -> Session:
-    return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]
+    return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
 
 
 class Tale:
