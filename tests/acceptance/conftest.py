@@ -29,6 +29,7 @@ TOKENS = {TOKEN: None, LIMITED: frozenset({ENVIRONMENT})}
 
 HANDLERS = """
 import asyncio, time
+from pathlib import Path
 from workpool import Session, handler
 
 tasks = []
@@ -70,13 +71,16 @@ async def spawn(session: Session) -> None:
 @handler(metadata={"do": "block"})
 async def block(session: Session) -> None:
     session.log.info("block runs")
-    time.sleep(float(session.item.metadata["seconds"]))
+    while not Path("free").exists():
+        time.sleep(0.05)
     session.log.info("block ends")
 
 @handler(metadata={"do": "thread"})
 async def thread(session: Session) -> None:
-    session.log.info("thread runs")
-    await asyncio.to_thread(time.sleep, 600)
+    def code() -> None:  # says itself that it runs: until then its cancellation prevents it
+        session.log.info("thread runs")
+        time.sleep(600)
+    await asyncio.to_thread(code)
 """
 
 
