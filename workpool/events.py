@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PollResult = Literal["item", "null", "throttled", "error", "timeout", "cancelled"]
 BackoffReason = Literal["throttled", "server_error", "network", "retry_after"]
+ScaleDirection = Literal["up", "down"]
+ScaleReason = Literal["hits", "nulls", "throttled"]
 Origin = Literal["new", "redelivered", "duplicate"]
 DeclineReason = Literal["unwanted", "busy", "plugin_error"]
 ReclaimDirection = Literal["gained", "lost"]
@@ -41,6 +43,15 @@ class PollerBackedOff:
 
     reason: BackoffReason
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PollersScaled:
+    """`target` pollers poll from now on; what made it change."""
+
+    direction: ScaleDirection
+    reason: ScaleReason
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +214,7 @@ class DrainFinished:
 Event = (
     PollFinished
     | PollerBackedOff
+    | PollersScaled
     | PollerRestarted
     | ItemClaimed
     | ItemDeclined

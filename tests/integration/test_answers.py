@@ -107,8 +107,9 @@ async def test_a_poll_honours_retry_after(
 
 @pytest.mark.parametrize(("code", "shared"), [(429, True), (503, True), (500, False), (502, False)])
 async def test_one_gate_holds_all_pollers_back_on_429_and_503(
-    faults: Faults, make_pool: Any, code: int, *, shared: bool
+    plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
+    plane.enqueue()  # for the other poller, which then has reason to go on
     hold = Hold()
     faults.add(hold, "poll", skip=1, times=1)  # the other poll is in flight meanwhile
     faults.add(status(code, retry_after="0.4"), "poll", times=1)

@@ -102,7 +102,7 @@ class World:
 
     async def run(self) -> None:
         """Run one poller until its script is at its end, or it ends by itself."""
-        one = Poller(self.parts, self.polling(), cast("Any", self.dispatch))
+        one = Poller(self.parts, self.polling(), cast("Any", self.dispatch), 0)
         async with asyncio.timeout(5), asyncio.TaskGroup() as group:
             task = group.create_task(one.run())
             over = group.create_task(self.calls.exhausted.wait())

@@ -128,7 +128,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _counter(
         "poller_scale_events_total",
         _env(direction=("up", "down"), reason=("hits", "nulls", "throttled", "slots", "budget")),
-        None, "Changes of pollers_target.",
+        ev.PollersScaled, "Changes of pollers_target.",
     ),
     _gauge(
         "last_poll_success_timestamp_seconds", _env(),

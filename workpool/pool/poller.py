@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, PollerError, TransientError, WorkpoolError
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
+from workpool.pool.scaling import Scaling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ class Polling:
     Attributes:
         until_empty: End at the first null poll while nothing of ours waits, runs or is in flight.
         ended: That poll has been; there shall be no other.
+        scaling: How many of the pollers poll.
         last_success_at: Of the last answered poll, on the lease clock; None before the first.
         refused: The control plane's last word was a refusal.
     """
@@ -53,6 +55,7 @@ class Polling:
     ) -> None:
         self.until_empty = until_empty
         self.ended = False
+        self.scaling = Scaling(parts.settings.pollers, parts.observe)
         self.last_success_at: float | None = None
         self.refused = False
         self.fail = on_fatal
@@ -93,6 +96,10 @@ class Polling:
         self.last_success_at = self._parts.clock()
         self.refused = False
         self._refused_since = None
+        if null:
+            self.scaling.null()
+        else:
+            self.scaling.hit()
         idle = null and self._parts.queue.idle
         if idle and not self._idle:  # once when idleness starts, not once per poll
             log.info("idle; waiting for work")
@@ -121,17 +128,24 @@ class Polling:
 class Poller:
     """One of the pool's pollers.
 
+    Args:
+        parts: The pool's.
+        polling: What it shares with its siblings.
+        dispatcher: Takes what it brings.
+        number: Its place among them, from 0; the first one always polls.
+
     Attributes:
         state: What it does now, for the gauge.
     """
 
-    def __init__(self, parts: Parts, polling: Polling, dispatcher: Dispatcher) -> None:
+    def __init__(self, parts: Parts, polling: Polling, dispatcher: Dispatcher, number: int) -> None:
         self.state: PollerState = "waiting_slot"
         self._parts = parts
         self._block_ms = parts.settings.block_ms
         self._reclaim_older_than_ms = parts.settings.reclaim_older_than_ms
         self._polling = polling
         self._dispatcher = dispatcher
+        self._number = number
         self._polled_at = 0.0  # on the loop's clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
 
@@ -157,6 +171,9 @@ class Poller:
 
     async def _once(self) -> None:
         """Reserve, poll, hand over; then wait as long as the answer suggests."""
+        if not self._polling.scaling.has_turn(self._number):
+            self.state = "paused"
+            await self._polling.scaling.turn(self._number)  # before it takes a place from others
         self.state = "waiting_slot"
         await self._parts.queue.reserve()
         try:
@@ -234,6 +251,8 @@ class Poller:
                 reason, seconds = "retry_after", failure.retry_after
         else:
             self._polling.note_refusal(failure)
+        if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
+            self._polling.scaling.throttled()
         if failure.status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
             self._polling.close_gate(seconds)
         log.warning(

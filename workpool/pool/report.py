@@ -72,7 +72,7 @@ class Running:
         reserved = min(queue.reserved, free)
         return PoolSnapshot(
             pollers=Counter(poller.state for poller in self.pollers),
-            pollers_target=len(self.pollers),
+            pollers_target=self.polling.scaling.target,
             pollers_limit=len(self.pollers),
             last_poll_success=(
                 None

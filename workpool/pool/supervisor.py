@@ -280,7 +280,10 @@ class Supervisor:
                 on_fatal=self._fail,
                 on_empty=functools.partial(self._drain.begin, self._settings.drain_timeout),
             )
-            pollers = [Poller(parts, polling, dispatcher) for _ in range(self._settings.pollers)]
+            pollers = [
+                Poller(parts, polling, dispatcher, number)
+                for number in range(self._settings.pollers)
+            ]
             self._running = Running(parts, dispatcher, polling, pollers, self._drain)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [

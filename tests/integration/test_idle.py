@@ -1,0 +1,45 @@
+"""With nothing to do, one poller listens; the others wait until items come."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from workpool import Session, handler
+from workpool.events import PollersScaled, SessionFinished
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+POLLERS = 4
+
+
+@handler
+async def work(_: Session) -> None:
+    pass
+
+
+async def test_an_idle_pool_keeps_one_poll_in_flight_and_wakes_the_others_for_work(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    (environment_id,) = plane.environments
+    async with make_pool(work, pollers=POLLERS, block_ms=200) as supervisor:
+
+        def gauge(name: str, **labels: str) -> float | None:
+            labels["environment_id"] = environment_id
+            found: float | None = supervisor.registry.get_sample_value(f"workpool_{name}", labels)
+            return found
+
+        await recorder.wait_for(PollersScaled, count=POLLERS - 1)
+        assert gauge("pollers_target") == 1
+        asked = len(faults.of("poll"))
+        for more in range(2, 5):  # the last of the first ones may still be out beside the next
+            await faults.wait_for("poll", count=asked + more)
+            assert sum(poll.status is None for poll in faults.of("poll")) <= 1
+        assert gauge("pollers", state="paused") == POLLERS - 1
+
+        plane.enqueue(3)
+        await recorder.wait_for(SessionFinished, count=3)
+        up = recorder.of(PollersScaled)[POLLERS - 1]
+        assert (up.direction, up.reason, up.target) == ("up", "hits", 2)
+        assert gauge("poller_scale_events_total", direction="up", reason="hits")
