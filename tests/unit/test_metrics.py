@@ -276,6 +276,9 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     ),
     (ev.PollerBackedOff("retry_after", 2.5),
      {"poll_backoff_seconds_total{environment_id=env_1,reason=retry_after}": 2.5}),
+    (ev.PollersScaled("down", "throttled", 1), {
+        "poller_scale_events_total{environment_id=env_1,direction=down,reason=throttled}": 1
+    }),
     (ev.PollerRestarted(ValueError()), {"poller_restarts_total{environment_id=env_1}": 1}),
     *(
         (ev.ItemClaimed(replace(ITEM, type=kind), origin, 0.25), {

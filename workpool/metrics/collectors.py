@@ -9,16 +9,17 @@ import threading
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.registry import Collector
 
 from workpool.errors import RegistryError
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.metrics.gauges import Source, gauge_families
+from workpool.metrics.stores import store_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from prometheus_client import CollectorRegistry
     from prometheus_client.metrics_core import Metric
 
 
@@ -26,18 +27,7 @@ class Collectors(Collector):
     """Every metric, registered as one collector: a clash of names leaves nothing half-done."""
 
     def __init__(self) -> None:
-        self.counters = {
-            row.name: Counter(row.full_name, row.help, tuple(row.labels), registry=None)
-            for row in DEFINITIONS
-            if row.kind == "counter"
-        }
-        self.histograms = {
-            row.name: Histogram(
-                row.full_name, row.help, tuple(row.labels), registry=None, buckets=row.buckets
-            )
-            for row in DEFINITIONS
-            if row.kind == "histogram"
-        }
+        self.stores = {row.name: store_of(row) for row in DEFINITIONS if row.kind != "gauge"}
         self._lock = threading.Lock()
         self._sources: list[Source] = []  # guarded by the lock: supervisors and scrapes use threads
 
@@ -53,14 +43,14 @@ class Collectors(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """The names that we take; the registry then refuses others of the same name."""
-        for metric in (*self.counters.values(), *self.histograms.values()):
-            yield from metric.describe()
+        for store in self.stores.values():
+            yield from store.describe()
         yield from gauge_families(())
 
     def collect(self) -> Iterable[Metric]:
         """The values of now."""
-        for metric in (*self.counters.values(), *self.histograms.values()):
-            yield from metric.collect()
+        for store in self.stores.values():
+            yield from store.collect()
         with self._lock:
             sources = tuple(self._sources)
         yield from gauge_families(sources)

@@ -14,8 +14,6 @@ from datetime import UTC, datetime
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import Counter
-
 from workpool import events as ev
 from workpool.errors import RegistryError
 from workpool.metrics.collectors import collectors_of
@@ -26,13 +24,12 @@ from workpool.wire.protocol import HEALTHCHECK, SESSION
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
-    from prometheus_client import CollectorRegistry, Histogram
+    from prometheus_client import CollectorRegistry
 
     from workpool.metrics.collectors import Collectors
     from workpool.metrics.definitions import Definition
     from workpool.metrics.gauges import PoolSnapshot
-
-    Add = Callable[[float], object]
+    from workpool.metrics.stores import Add, Store
 
 
 def _unix_time() -> float:
@@ -51,9 +48,9 @@ class _Series(dict["Hashable", "Add"]):
     `rate()` does not see the beginning of a series that begins at 1.
     """
 
-    def __init__(self, metric: Counter | Histogram, row: Definition, environment_id: str) -> None:
+    def __init__(self, store: Store, row: Definition, environment_id: str) -> None:
         super().__init__(dict.fromkeys(row.skips, _leave_out))
-        self._metric = metric
+        self._store = store
         self._row = row
         self._environment_id = environment_id
         self.labels = tuple(label for label in row.labels if label != ENVIRONMENT)
@@ -76,11 +73,8 @@ class _Series(dict["Hashable", "Add"]):
         """Make all series that have the given values of the run-time labels."""
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
-            child = self._metric
-            if self._row.labels:
-                environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
-                child = child.labels(*environment, *values)
-            add: Add = child.inc if isinstance(child, Counter) else child.observe
+            environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
+            add = self._store.series((*environment, *map(str, values)))
             self[values[0] if len(values) == 1 else values] = add
 
 
@@ -90,20 +84,22 @@ def _item_type(event: ev.ItemClaimed) -> str:
 
 def _reader(labels: tuple[str, ...]) -> Callable[[Any], Hashable]:
     """Read an event's key in `_Series`: its attributes of the labels' names."""
-    if not labels:
-        return lambda _: ()
     if "type" not in labels:
         return attrgetter(*labels)
-    getters = [_item_type if label == "type" else attrgetter(label) for label in labels]
-    return lambda event: tuple(get(event) for get in getters)
+    other, _ = labels
+    read = attrgetter(other)
+    return lambda event: (read(event), _item_type(event))
 
 
 def _feed(series: _Series, value: str | None) -> Callable[[Any], object]:
     """What one event adds to one metric: its attribute `value`, or 1."""
+    amount_of = None if value is None else attrgetter(value)
+    if not series.labels:
+        add = series[()]
+        return (lambda _: add(1)) if amount_of is None else (lambda event: add(amount_of(event)))
     key_of = _reader(series.labels)
-    if value is None:
+    if amount_of is None:
         return lambda event: series[key_of(event)](1)
-    amount_of = attrgetter(value)
     return lambda event: series[key_of(event)](amount_of(event))
 
 
@@ -131,6 +127,8 @@ class Metrics:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
     _series: dict[str, _Series] = field(init=False)
+    _requests: _Series = field(init=False)
+    _request_durations: _Series = field(init=False)
     _feeds: dict[type[ev.Event], list[Callable[[Any], object]]] = field(init=False)
     _source: Source = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
@@ -148,12 +146,13 @@ class Metrics:
             self.environment_id, self.version, self.dialect, self.snapshot,
             NullWindow(self.clock), self.now,
         )  # fmt: skip
-        metrics: dict[str, Counter | Histogram] = {**shared.counters, **shared.histograms}
         self._series = {
-            row.name: _Series(metrics[row.name], row, self.environment_id)
+            row.name: _Series(shared.stores[row.name], row, self.environment_id)
             for row in DEFINITIONS
-            if row.name in metrics
+            if row.name in shared.stores
         }
+        self._requests = self._series["http_requests_total"]
+        self._request_durations = self._series["http_request_duration_seconds"]
         self._feeds = self._wire()
         for handler in self.handlers:
             self._see(handler)
@@ -173,8 +172,8 @@ class Metrics:
 
     def request(self, op: str, code: str, seconds: float) -> None:
         """Count one HTTP request: `RequestFinished` without the event, for the busiest path."""
-        self._series["http_requests_total"][op, code](1)
-        self._series["http_request_duration_seconds"][op](seconds)
+        self._requests[op, code](1)
+        self._request_durations[op](seconds)
 
     def _wire(self) -> dict[type[ev.Event], list[Callable[[Any], object]]]:
         feeds: dict[type[ev.Event], list[Callable[[Any], object]]] = {

@@ -1,0 +1,86 @@
+"""Our counts are told apart from prometheus_client's own by nothing but their cost."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from workpool.metrics import DEFINITIONS
+from workpool.metrics.stores import store_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prometheus_client.registry import Collector
+
+    from workpool.metrics import Definition
+
+ROWS = {row.name: row for row in DEFINITIONS}
+COUNTER, HISTOGRAM = ROWS["acks_total"], ROWS["session_duration_seconds"]
+AMOUNTS = st.lists(
+    st.one_of(st.sampled_from(HISTOGRAM.buckets), st.floats(-1, 1e9, allow_nan=False)), max_size=30
+)
+LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
+
+
+def text_of(collector: Collector) -> list[str]:
+    """What a scrape says, creation times left out."""
+    registry = CollectorRegistry()
+    registry.register(collector)
+    lines = generate_latest(registry).decode().splitlines()
+    return [line for line in lines if "_created" not in line]
+
+
+def library_of(row: Definition) -> Counter | Histogram:
+    labels = tuple(row.labels)
+    if row.kind == "counter":
+        return Counter(row.full_name, row.help, labels, registry=None)
+    return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
+
+
+@given(AMOUNTS)
+def test_a_histogram_reads_as_the_library_s(amounts: Iterable[float]) -> None:
+    ours, theirs = store_of(HISTOGRAM), library_of(HISTOGRAM)
+    assert isinstance(theirs, Histogram)
+    for labels in LABELS:
+        add, child = ours.series(labels), theirs.labels(*labels)
+        for amount in amounts:
+            add(amount)
+            child.observe(amount)
+    assert text_of(ours) == text_of(theirs)
+
+
+@given(st.lists(st.floats(0, 1e9), max_size=30))
+def test_a_counter_reads_as_the_library_s(amounts: Iterable[float]) -> None:
+    ours, theirs = store_of(COUNTER), library_of(COUNTER)
+    assert isinstance(theirs, Counter)
+    for labels in LABELS:
+        add, child = ours.series(labels), theirs.labels(*labels)
+        for amount in amounts:
+            add(amount)
+            child.inc(amount)
+    assert text_of(ours) == text_of(theirs)
+
+
+@pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
+def test_threads_that_ask_for_one_series_get_the_same_and_lose_nothing(row: Definition) -> None:
+    store, begin = store_of(row), threading.Barrier(4)
+
+    def count() -> None:
+        begin.wait()
+        for _ in range(2000):
+            store.series(("a", "b"))(1)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [family] = store.collect()
+    suffix = "_total" if row is COUNTER else "_count"
+    assert [s.value for s in family.samples if s.name.endswith(suffix)] == [8000]
