@@ -176,7 +176,8 @@ class LocalClient:
         def operate() -> object:
             return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
 
-        return await self._send(calls.ACK, work_id, operate, timeout)
+        item = await self._send(calls.ACK, work_id, operate, timeout)
+        return calls.same_item(calls.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -230,7 +231,8 @@ class LocalClient:
         def operate() -> object:
             return QODER.item(self._operations.get(self._environment_id, work_id))
 
-        return await self._send(calls.GET, work_id, operate, timeout)
+        item = await self._send(calls.GET, work_id, operate, timeout)
+        return calls.same_item(calls.GET, work_id, item)
 
     async def stats(self) -> QueueStats:
         """Protocol §3.8."""

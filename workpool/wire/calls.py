@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
+from workpool.errors import TransientError
 from workpool.wire.answers import NO_CONTENT
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 
@@ -65,3 +66,16 @@ LIST: Final = Call("list", "GET", _page)
 STATS: Final = Call("stats", "GET", parse_stats)
 SESSION: Final[Call[Mapping[str, Any]]] = Call("session", "GET", _object)
 ENQUEUE: Final = Call("enqueue", "POST", _page)
+
+
+def same_item(call: Call[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
+    """Pass on an answer about `work_id`.
+
+    Another item's, by a proxy's mistake say, must not decide about this one.
+
+    Raises:
+        TransientError: It is about another.
+    """
+    if item.id != work_id:
+        raise TransientError(call.op, None, "the answer is about another item", reason="bad_body")
+    return item

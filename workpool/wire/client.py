@@ -149,7 +149,9 @@ class WorkClient:
         """
         budget = None if reserved else self.budgets.write
         url = self._item_url(work_id, "/ack")
-        return _same("ack", work_id, await self._send(calls.ACK, url, timeout, budget))
+        return calls.same_item(
+            calls.ACK, work_id, await self._send(calls.ACK, url, timeout, budget)
+        )
 
     async def heartbeat(
         self,
@@ -211,7 +213,9 @@ class WorkClient:
     async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
         """Read one item (protocol §3.6)."""
         url = self._item_url(work_id)
-        return _same("get", work_id, await self._send(calls.GET, url, timeout, self.budgets.read))
+        return calls.same_item(
+            calls.GET, work_id, await self._send(calls.GET, url, timeout, self.budgets.read)
+        )
 
     async def list(
         self,
@@ -338,10 +342,3 @@ def _check_id(name: str, value: object) -> None:
     """Ids become parts of URLs: what is not an id must not get that far (protocol §1)."""
     if not isinstance(value, str) or not _is_id(value):
         raise ValueError(f"{name}: not an id")
-
-
-def _same(op: str, work_id: str, item: WorkItem) -> WorkItem:
-    # Another item's answer, by a proxy's mistake say, must not decide about this one.
-    if item.id != work_id:
-        raise TransientError(op, None, "the answer is about another item", reason="bad_body")
-    return item

@@ -1,0 +1,119 @@
+"""A control plane that answers garbage for an hour: nothing crashes, nothing is lost, and no item
+runs twice at once in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+
+from workpool import Session, Settings, handler
+from workpool.events import PluginFailed, PollerRestarted
+from workpool.server import Operations
+from workpool.testing import Recorder
+from workpool.testing.local import LocalClient, Trouble
+from workpool.testing.simulation.world import LoopSupervisor
+from workpool.testing.virtual import VirtualLoop, run_virtual
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+HOUR = 3600.0
+ITEMS = 120
+BODIES = (
+    b"", b"null", b"true", b"{", b"[]", b"{}", b'"item"', b"\xff\xfe", b"NaN", b"1e999",
+    b"[" * 5000, b'{"id": 5}', b'{"id": "../../x", "state": "queued"}', b"<html>Bad Gateway</html>",
+    b'{"data": [{}], "has_more": true}', b'{"lease_extended": "yes"}', b"\x00" * 10_000,
+)  # fmt: skip
+STATUSES = (202, 204, 206, 302, 304, 402, 405, 408, 418, 425, 429, 451, 500, 502, 503, 507, 599)
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2**63 - 1,
+    1e300,
+    "",
+    "x" * 5000,
+    "../..",
+    "stopped",
+    [],
+    {},
+    [[]],
+)
+
+
+class Garbage:
+    """Makes seven of ten answers wrong for an hour, in every way there is."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
+        self.given = 0
+
+    def __call__(self, _op: str, _work_id: str | None) -> Trouble | None:
+        if asyncio.get_running_loop().time() > HOUR or self.dice.random() < 0.3:
+            return None
+        self.given += 1
+        applied = self.dice.random() < 0.5
+        match self.dice.randrange(4):
+            case 0:
+                return Trouble(applied=applied, answer=self.dice.choice(BODIES))
+            case 1:
+                after = self.dice.choice((None, None, 0.0, -5.0, 3.0, 1e12, float("nan")))
+                return Trouble(
+                    applied=applied, answer=self.dice.choice(STATUSES), retry_after=after
+                )
+            case 2:
+                return Trouble(rewrite=self._rewrite)
+            case _:
+                return Trouble(applied=applied, answer=self.dice.choice(("silence", "reset")))
+
+    def _rewrite(self, answer: Any) -> Any:
+        if isinstance(answer, dict) and answer:
+            name = self.dice.choice(sorted(answer))
+            answer[name] = self.dice.choice(VALUES)
+        return answer
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_survives_an_hour_of_garbage_and_then_does_the_work(seed: int) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        operations = Operations([ENVIRONMENT], now=lambda: 1e9 + loop.machine_time())
+        garbage, recorder = Garbage(seed), Recorder()
+        running: set[str] = set()
+
+        @handler
+        async def work(session: Session) -> dict[str, str]:
+            assert session.item.id not in running
+            running.add(session.item.id)
+            try:
+                await asyncio.sleep(garbage.dice.uniform(0, 90))
+                await session.update_metadata({"half": "done"})
+                return {"done": "yes"}
+            finally:
+                running.discard(session.item.id)
+
+        settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=60)
+        supervisor = LoopSupervisor(
+            settings,
+            plugins=[work, recorder],
+            connect=partial(LocalClient, operations, troubles=garbage),
+        )
+        async with supervisor:
+            items = []
+            for _ in range(ITEMS):
+                items += operations.enqueue(ENVIRONMENT)
+                await asyncio.sleep(HOUR / ITEMS)
+            while any(operations.get(ENVIRONMENT, item.id).state != "stopped" for item in items):
+                assert loop.time() < 2 * HOUR
+                await asyncio.sleep(10)
+            assert supervisor.status().error is None
+        assert garbage.given > 1000
+        assert not recorder.of(PollerRestarted)
+        assert not recorder.of(PluginFailed)
+
+    run_virtual(main())
