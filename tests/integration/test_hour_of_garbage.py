@@ -13,7 +13,7 @@ import pytest
 
 from workpool import Session, Settings, handler
 from workpool.events import PluginFailed, PollerRestarted
-from workpool.server import Operations
+from workpool.server import Item, Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Trouble
 from workpool.testing.simulation.world import LoopSupervisor
@@ -28,7 +28,7 @@ BODIES = (
     b'{"data": [{}], "has_more": true}', b'{"lease_extended": "yes"}', b"\x00" * 10_000,
 )  # fmt: skip
 STATUSES = (202, 204, 206, 302, 304, 402, 405, 408, 418, 425, 429, 451, 500, 502, 503, 507, 599)
-VALUES = (
+VALUES: tuple[object, ...] = (
     None,
     True,
     -1,
@@ -104,7 +104,7 @@ def test_it_survives_an_hour_of_garbage_and_then_does_the_work(seed: int) -> Non
             connect=partial(LocalClient, operations, troubles=garbage),
         )
         async with supervisor:
-            items = []
+            items: list[Item] = []
             for _ in range(ITEMS):
                 items += operations.enqueue(ENVIRONMENT)
                 await asyncio.sleep(HOUR / ITEMS)
