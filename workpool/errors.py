@@ -140,6 +140,18 @@ class SessionEnded(SessionGoneError):
         super().__init__(work_id, "the session has ended")
 
 
+class HandoverError(WorkpoolError):
+    """No child has taken the item over in time: it is ours again, and the child will be refused.
+
+    Attributes:
+        work_id: The item.
+    """
+
+    def __init__(self, work_id: str) -> None:
+        super().__init__(f"{work_id}: no child has taken the item over in time")
+        self.work_id = work_id
+
+
 class AttemptsExceeded(WorkpoolError):
     """An item was delivered more often than `max_attempts`, so it was ended without being run."""
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from workpool.wire.items import WorkItem
 
@@ -35,6 +37,23 @@ class Release(Exception):
         self.delay = delay
 
 
+@dataclass(frozen=True, slots=True)
+class HandedLease:
+    """What a child must know to take an item over (`Session.handover`).
+
+    Attributes:
+        work_id: The item, `work_…`.
+        environment_id: Its environment, `env_…`.
+        last_heartbeat: What the child's first beat sends as `expected_last_heartbeat`.
+        ttl: Seconds that our last beat was granted: the child should ask for as much.
+    """
+
+    work_id: str
+    environment_id: str
+    last_heartbeat: str
+    ttl: int
+
+
 class Held(Protocol):
     """What a session needs of its item's lease and of the connection to write through."""
 
@@ -47,6 +66,9 @@ class Held(Protocol):
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
         """Write metadata, checked right before each send (protocol §3.5)."""
+
+    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+        """Hand the item over to a child."""
 
 
 class Session:
@@ -123,6 +145,25 @@ class Session:
         """
         self._held.check()
         return await self._held.update_metadata(patch)
+
+    def handover(self) -> AbstractAsyncContextManager[HandedLease]:
+        """Hand the item over to a program of its own, which keeps the lease from then on.
+
+            async with session.handover() as lease:
+                await start_container(lease)  # runs `workpool hold`, say
+
+        Inside the block no heartbeat of ours is sent, nor anything else, so start the child and
+        leave. Leaving waits for the child's first beat, about two thirds of `lease.ttl` after
+        entering at the most; then the session's outcome is `detached`, whatever the handler
+        returns, and nothing more is sent for the item. If the block raises, our heartbeats go on,
+        and a child that has not sent its first one by then is refused.
+
+        Raises:
+            HandoverError: No child's beat came in time; the item is ours again.
+            LeaseLost: The item is not ours any more, nor a child's.
+            SessionEnded: The session is over, or an operator has asked to end it.
+        """
+        return self._held.hand_over()
 
     def interrupt(self, *, stopping: bool = False, draining: bool = False) -> None:
         """Tell the handler to come to an end. Called by the pool."""

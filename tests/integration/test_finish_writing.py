@@ -109,7 +109,7 @@ async def test_a_stop_that_is_refused_fails(
 
 
 @pytest.mark.usefixtures("fast_beats")
-async def test_a_beats_409_after_our_own_stop_is_its_success(
+async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The stop's answer never comes, and the lease's next beat is answered 409."""
@@ -118,7 +118,7 @@ async def test_a_beats_409_after_our_own_stop_is_its_success(
     assert (life.outcome, life.item.state) == ("completed", "stopped")
     assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
-    assert "get" not in life.ops
+    assert life.ops[-1] == "get"  # a 409 may also say that the item is queued again
 
 
 @pytest.mark.usefixtures("fast_beats")

@@ -46,8 +46,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "412 taken for lost": [
         Edit(
             "lease:Lease",
-            "if not self.own_stop if conflict else self._unanswered:",
-            "if conflict and not self.own_stop:",
+            "doubted=self._unanswered or self._lent",
+            "doubted=False",
         )
     ],
     "loss ignored": [Edit("dispatch:Dispatcher", "self._handling.cancel(claim, Cause.LOST)", "0")],
@@ -93,12 +93,12 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
     "own stop taken for an operator's": [
-        Edit("finish:Finisher", "claim.lease.own_stop = True", "pass"),
+        Edit("finish:Finisher", "lease.own_stop, True", "lease.own_stop, False"),
     ],
     "handler before the first beat": [
         Edit(
             "dispatch:Dispatcher",
-            "await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)",
+            'await claim.until(lambda: lease.begun or lease.fate != "held", lease.remaining)',
             "pass",
         ),
         Edit("dispatch:Dispatcher", "(lease.held and lease.begun)", "lease.held"),
@@ -117,7 +117,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit(
             "handling:Handling",
             "await asyncio.wait({running})",
-            'await asyncio.wait({running, claim.over}, return_when="FIRST_COMPLETED")\n'
+            'await claim.until(lambda: running.done() or claim.lease.fate != "held", None)\n'
             "        if not running.done():\n"
             "            return",
         ),

@@ -22,6 +22,7 @@ DESIGN = [
     ("DRAINED", "release", "none", "released"),
     ("RELEASED", "release", "reason", "released"),
     ("STOP_REQUESTED", "stop", "mapping", "stopped"),
+    ("DETACHED", "untouched", "none", "detached"),
     ("STOPPED", "untouched", "none", "stopped"),
     ("LOST", "untouched", "none", "lease_lost"),
 ]

@@ -1,20 +1,28 @@
-"""One beat on its way, and what the leases of one keeper share."""
+"""One beat on its way, what its answer means, and what the leases of one keeper share.
+
+The meanings are pure functions (design §1, Lease before work; §2, its column): a lease heeds them.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
-from workpool.wire.protocol import ACTIVE
+from workpool.wire.protocol import ACTIVE, NO_HEARTBEAT, QUEUED, STARTING, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.errors import ControlPlaneError
-    from workpool.events import Event
+    from workpool.events import BeatResult, Event
     from workpool.pool.calls import Calls
     from workpool.pool.clock import Clock
-    from workpool.wire.items import Heartbeat
+    from workpool.wire.items import Heartbeat, WorkItem
+
+Fate = Literal["held", "finished", "released", "stopped", "lost", "detached"]
+"""held, or final: our own stop was applied; given up by us; stopped by someone else; not ours; a
+child's."""
 
 
 class Pulse(Protocol):
@@ -70,3 +78,49 @@ async def send(
         return await calls.heartbeat(work_id, expected, ttl, timeout=patience)
     except (TransientError, RefusedError, ConflictError, PreconditionError) as error:
         return error
+
+
+class Verdict(NamedTuple):
+    """What an error makes of a beat: what it counts as, and what follows.
+
+    Try again while the lease lasts, read the item, or the lease is lost, confirmed or not.
+    """
+
+    result: BeatResult
+    then: Literal["retry", "read", "lost", "confirmed"]
+
+
+def verdict_on(error: ControlPlaneError, *, doubted: bool) -> Verdict:
+    """Judge an error; `doubted`: a 412 does not yet say that the lease is gone (protocol §4)."""
+    if isinstance(error, TransientError):
+        return Verdict("timeout" if error.reason == "timeout" else "transient", "retry")
+    if isinstance(error, ConflictError):
+        return Verdict("conflict", "read")
+    if isinstance(error, PreconditionError):
+        return Verdict("precondition", "read" if doubted else "confirmed")
+    if error.status == HTTPStatus.BAD_REQUEST:
+        return Verdict("rejected", "lost")  # our request is wrong: that says not whose the item is
+    # Token, proxy, certificate: they may be mended while the lease lasts.
+    return Verdict("rejected", "confirmed" if error.status == HTTPStatus.NOT_FOUND else "retry")
+
+
+def fate_by(item: WorkItem, ours: WorkItem, lent: str | None = None) -> Fate:
+    """Whose an item is that was just read; `ours`: as our acknowledgement returned it.
+
+    If `acknowledged_at` is still our ack's, no worker has taken it since (protocol §4). `lent`: our
+    last beat, if a child was given it. A later one is the child's, or one of ours that was left
+    unanswered: in doubt the child's, because two that run one item are worse than none.
+    """
+    same = ours.acknowledged_at is not None and item.acknowledged_at == ours.acknowledged_at
+    if lent is not None and same and item.last_heartbeat != lent:
+        return "detached"
+    if item.state == STOPPED:
+        return "stopped"
+    return "held" if same and item.state != QUEUED else "lost"
+
+
+def expected_by(item: WorkItem) -> str:
+    """What our next beat must expect, by an item of ours that was just read (protocol §4)."""
+    # In `starting` the field is a former holder's history.
+    fresh = item.state == STARTING or item.last_heartbeat is None
+    return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import enum
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
+from workpool.pool.handover import hand_over
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from workpool.handler import Handler
     from workpool.pool.calls import Calls
+    from workpool.pool.handover import Handover
+    from workpool.pool.keeper import Keeper
     from workpool.pool.lease import Lease
-    from workpool.session import Session
+    from workpool.session import HandedLease, Session
     from workpool.wire.items import WorkItem
 
 T = TypeVar("T")
@@ -38,6 +43,7 @@ class Cause(enum.IntEnum):
     DRAINED = enum.auto()
     RELEASED = enum.auto()
     STOP_REQUESTED = enum.auto()
+    DETACHED = enum.auto()
     STOPPED = enum.auto()
     LOST = enum.auto()
 
@@ -51,8 +57,7 @@ class Claim:
         handler: Who will run it; None for an item that the pool answers by itself.
         delivered_at: When the last poll that brought it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
-        begun: Done once the first beat is settled, one way or the other.
-        over: Done once the lease is not held any more.
+        handover: The last attempt to hand the item over.
         running: The handler's task, from its start.
         cancelled: We have cancelled the handler.
         causes: Why the session ends, as far as known.
@@ -62,25 +67,27 @@ class Claim:
 
     __slots__ = (
         "_calls",
+        "_changed",
         "_scopes",
         "acked_at",
-        "begun",
         "cancelled",
         "causes",
         "delivered_at",
         "error",
         "handler",
+        "handover",
         "held_before",
         "item",
+        "keeper",
         "lease",
-        "over",
         "result",
         "running",
         "session",
     )
 
     lease: Lease
-    """Set once the item is acknowledged."""
+    keeper: Keeper
+    """Set once the item is acknowledged, both."""
     session: Session
     """Likewise, for an item that has a handler."""
 
@@ -90,15 +97,14 @@ class Claim:
         self.handler = handler
         self.delivered_at = now
         self.acked_at = now
-        loop = asyncio.get_running_loop()
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self.over: asyncio.Future[None] = loop.create_future()
+        self.handover: Handover | None = None
         self.running: asyncio.Task[object] | None = None
         self.cancelled = False
         self.causes: set[Cause] = set()
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
         self._calls = calls
+        self._changed = asyncio.Event()
         self._scopes: set[asyncio.Timeout] = set()
 
     @property
@@ -124,15 +130,28 @@ class Claim:
 
     def lease_changed(self) -> None:
         """The keeper wrote to the lease: wake whoever waits, and cut what must not be sent."""
-        if not self.begun.done():
-            self.begun.set_result(None)
+        self.wake()
         if self.lease.fate != "held":
-            if not self.over.done():
-                self.over.set_result(None)
-            now = asyncio.get_running_loop().time()
-            for scope in self._scopes:
-                if not scope.expired():  # one that times out at this moment is cut already
-                    scope.reschedule(now)
+            self.cut_sends()
+
+    def wake(self) -> None:
+        """Let whoever waits in `until` look again."""
+        self._changed.set()
+        self._changed.clear()
+
+    async def until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait until a change meets the condition; no longer than so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not met():
+                    await self._changed.wait()
+
+    def cut_sends(self) -> None:
+        """Wait for no answer any more to what was sent for the item, and send none again."""
+        now = asyncio.get_running_loop().time()
+        for scope in self._scopes:
+            if not scope.expired():  # one that times out at this moment is cut already
+                scope.reschedule(now)
 
     # What a session needs (workpool.session.Held).
 
@@ -148,9 +167,15 @@ class Claim:
             raise SessionEnded(self.item.id)
 
     def check_lease(self) -> None:
-        """Raise unless the item is ours at this instant."""
-        if not self.lease.held:
-            raise (SessionEnded if self.lease.fate == "stopped" else LeaseLost)(self.item.id)
+        """Raise unless the item is ours, and nobody else's, at this instant."""
+        lent = self.handover is not None and self.handover.state != "closed"
+        if lent or not self.lease.held:
+            ended = self.lease.fate in {"stopped", "detached"}
+            raise (SessionEnded if ended else LeaseLost)(self.item.id)
+
+    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+        """Hand the item over to a child."""
+        return hand_over(self)
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
         """Write metadata for the handler, tried for `UPDATE_SECONDS`."""

@@ -34,6 +34,7 @@ from workpool.pool.acknowledge import Acknowledger
 from workpool.pool.claim import Cause, Claim
 from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher
 from workpool.pool.handling import Handling
+from workpool.pool.handover import settle
 from workpool.pool.lease import Lease
 from workpool.session import Session
 from workpool.wire.protocol import HEALTHCHECK
@@ -170,6 +171,7 @@ class Dispatcher:
         try:
             result = await self._acknowledger.acknowledge(claim)
             if result == "ok":
+                claim.keeper = self._parts.keeper
                 claim.lease = Lease(
                     claim.item,
                     claim.acked_at,
@@ -200,6 +202,7 @@ class Dispatcher:
             if not claim.causes:
                 self._parts.observe(SessionStarted(claim.session, claim.label))
                 await self._handling.run(claim, handler)
+                await settle(claim)
                 self._note_lease(claim)
             outcome = await self._finisher.finish(claim)
         finally:
@@ -222,7 +225,8 @@ class Dispatcher:
         self._parts.keeper.watch(claim.lease)
         if not await claim.lease.begin(self._parts.calls):
             self._parts.keeper.hold(claim.lease)
-            await asyncio.wait({claim.begun}, timeout=claim.lease.remaining)
+            lease = claim.lease
+            await claim.until(lambda: lease.begun or lease.fate != "held", lease.remaining)
         self._note_lease(claim)
         if claim.held_before and not claim.causes and not self.draining:
             await self._count_attempt(claim)
@@ -256,6 +260,8 @@ class Dispatcher:
         lease = claim.lease
         if lease.fate == "stopped":
             claim.causes.add(Cause.STOPPED)
+        elif lease.fate == "detached":
+            claim.causes.add(Cause.DETACHED)
         elif lease.fate == "released":
             return  # nothing may be sent any more, and nobody has taken it from us
         elif not (lease.held and lease.begun):

@@ -29,8 +29,6 @@ from workpool.pool.claim import Cause, Claim
 from workpool.session import Outcome, Release
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
     from workpool.events import CallResult
     from workpool.pool.parts import Parts
 
@@ -61,6 +59,7 @@ TABLE: Final[Mapping[Cause, Row]] = {  # when several apply, the lowest wins
     Cause.DRAINED: Row("release", "none", "released"),
     Cause.RELEASED: Row("release", "reason", "released"),
     Cause.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
+    Cause.DETACHED: Row("untouched", "none", "detached"),
     Cause.STOPPED: Row("untouched", "none", "stopped"),
     Cause.LOST: Row("untouched", "none", "lease_lost"),
 }
@@ -128,14 +127,9 @@ class Finisher:
             SessionGoneError: The lease is not held, and our stop is not known to be applied.
             RefusedError, TransientError: It was not applied, as far as known.
         """
-
-        def send() -> Awaitable[object]:
-            claim.lease.own_stop = True  # from here on a beat's 409 is this stop's success
-            return self._calls.stop(claim.item.id, force=True)
-
         result: CallResult = "error"
         try:
-            await claim.send(send, until, claim.check_lease)
+            await claim.send(lambda: self._send_stop(claim), until, claim.check_lease)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # it is stopped, which is all that we wanted
@@ -148,6 +142,16 @@ class Finisher:
             raise
         finally:
             self._observe(StopFinished(claim.item, "confirm" if confirm else "force", result))
+
+    async def _send_stop(self, claim: Claim) -> None:
+        lease = claim.lease
+        before, lease.own_stop = lease.own_stop, True  # if it is read as stopped, this did it
+        try:
+            await self._calls.stop(claim.item.id, force=True)
+        except (TransientError, RefusedError) as error:
+            if isinstance(error, RefusedError) or error.reason == "throttled":
+                lease.own_stop = before  # certainly not applied: whatever stops it is not ours
+            raise
 
     async def _write(self, claim: Claim, row: Row, until: float) -> Outcome:
         """Write the row's metadata, if any; return the outcome that is left."""
@@ -179,7 +183,7 @@ class Finisher:
                 log.warning("metadata not written work_id=%s error=%s", claim.item.id, error)
         self._keeper.release(claim.lease, delay)
         left = until - asyncio.get_running_loop().time()
-        await asyncio.wait({claim.over}, timeout=max(0.0, left))
+        await claim.until(lambda: claim.lease.fate != "held", max(0.0, left))
         if claim.lease.confirmed:
             return "lease_lost"
         # An item that is stopping when its lease lapses is stopped: nobody gets it any more.

@@ -135,11 +135,15 @@ class Keeper:
 
     def beat_now(self, lease: Lease) -> None:
         """Check a lease that there is reason to doubt."""
-        self._call(self._prompt, lease, lease.beat_now)
+        self.prompt(lease, lease.beat_now)
 
     def release(self, lease: Lease, delay: float) -> None:
         """Let `lease` lapse `delay` seconds from now: one last beat, then silence."""
-        self._call(self._prompt, lease, functools.partial(lease.release, delay))
+        self.prompt(lease, functools.partial(lease.release, delay))
+
+    def prompt(self, lease: Lease, call: Callable[[], None]) -> None:
+        """Run a call of the lease's, or of its handover's, on the keeper's loop."""
+        self._call(self._prompt, lease, call)
 
     def end(self, lease: Lease) -> None:
         """Nobody needs `lease` any more. Costs no wake-up: the next one sweeps it out."""

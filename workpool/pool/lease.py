@@ -12,19 +12,16 @@ import logging
 import random
 import threading
 from contextlib import suppress
-from http import HTTPStatus
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from workpool.errors import ConflictError, RefusedError, TransientError
+from workpool.errors import RefusedError, TransientError
 from workpool.events import HeartbeatFinished
-from workpool.pool.beats import Retry, Sent, send
+from workpool.pool.beats import Retry, Sent, expected_by, fate_by, send, verdict_on
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     NO_HEARTBEAT,
-    QUEUED,
-    STARTING,
     STOPPED,
     STOPPING,
     TTL_MAX_SECONDS,
@@ -36,14 +33,12 @@ if TYPE_CHECKING:
 
     from workpool.errors import ControlPlaneError
     from workpool.events import BeatResult
-    from workpool.pool.beats import Pulse
+    from workpool.pool.beats import Fate, Pulse, Verdict
     from workpool.pool.calls import Calls
+    from workpool.pool.handover import Handover
     from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
-
-Fate = Literal["held", "finished", "released", "stopped", "lost"]
-"""held, or final: our own stop was applied; given up by us; stopped by someone else; not ours."""
 
 RENEW_PART, JITTER = 3, 0.1
 """Renewed every third of the TTL, less up to a tenth of that to spread leases taken together."""
@@ -65,34 +60,17 @@ class Lease:
         confirmed: The control plane said that it is lost; else its time ran out. Likewise.
         begun: The first beat has succeeded. Written by whoever sent it.
         stop_requested: A beat said that an operator wants an end. Written on the keeper only.
-        own_stop: We sent a stop, so a 409 is its success. Written on the handlers' loop only.
+        own_stop: A stop of ours may be applied. Written on the handlers' loop only.
         ended: Nobody needs it any more: nothing may be sent. Written on the handlers' loop only.
         on_change: Run on the handlers' loop whenever the above changes. Written there only.
         task: The one that runs `keep`. Used on the keeper only.
     """
 
     __slots__ = (
-        "_expected",
-        "_first",
-        "_first_settled",
-        "_planned",
-        "_pulse",
-        "_release_ttl",
-        "_renewed_at",
-        "_ttl",
-        "_unanswered",
-        "_wake",
-        "begun",
-        "confirmed",
-        "deadline",
-        "ended",
-        "fate",
-        "item",
-        "on_change",
-        "own_stop",
-        "stop_requested",
-        "task",
-    )
+        "_expected", "_first", "_first_settled", "_handover", "_planned", "_pulse", "_release_ttl",
+        "_renewed_at", "_ttl", "_unanswered", "_wake", "begun", "confirmed", "deadline", "ended",
+        "fate", "item", "on_change", "own_stop", "stop_requested", "task",
+    )  # fmt: skip
 
     def __init__(
         self, item: WorkItem, acked_at: float, pulse: Pulse, on_change: Callable[[], None]
@@ -109,6 +87,7 @@ class Lease:
         self._expected = NO_HEARTBEAT
         self._unanswered = False
         self._release_ttl: int | None = None
+        self._handover: Handover | None = None
         self._planned = self._renewed_at = pulse.clock()
         self._wake = asyncio.Event()
         self._first: tuple[Heartbeat | ControlPlaneError, Sent] | None = None
@@ -173,6 +152,11 @@ class Lease:
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
         self.beat_now()
 
+    def hand_over(self, handover: Handover) -> None:
+        """Beat once more, then be silent, so that a child can take the item."""
+        self._handover = handover
+        self.beat_now()
+
     def expire(self) -> None:
         """Give up at once if the time to has come: timers do not run while a machine sleeps."""
         if self.fate == "held" and self._pulse.clock() >= self.give_up_at:
@@ -181,18 +165,40 @@ class Lease:
     async def keep(self) -> None:
         """Beat until the lease is over: at once, unless it has begun."""
         try:
-            held = self.begun or await self._beat()
+            held = self.begun or await self.beat()
             while held:
                 interval = self._ttl / RENEW_PART
                 self._planned = self._renewed_at + interval * (1 - JITTER * random.random())  # noqa: S311 - spreads load, guards nothing
-                await self._pause(self._planned - self._pulse.clock())
-                held = await self._beat()
+                await self.pause(self._planned - self._pulse.clock())
+                held = await self.beat()
+                if held and self._handover is not None:
+                    held = await self._handover.carry_out(self._expected, self._ttl)
+                    self._handover = None
         except Exception:
             # A bug here must not leave a handler running on a lease that nobody renews.
             log.exception("lease crashed work_id=%s", self.item.id)
             self._end("lost")
 
+    # Called by a handover, between two beats.
+
+    async def look(self) -> bool:
+        """Read whether the child has the item; False: there is no more to wait for."""
+        try:
+            item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
+        except (TransientError, RefusedError):
+            return True
+        fate = self._fate_by(item)
+        if fate != "held":
+            self._end(fate, confirmed=fate == "lost")
+        # An operator who wants an end must not wait for a child that may not come.
+        return fate == "held" and item.state != STOPPING
+
     # Private to the keeper's loop.
+
+    @property
+    def _lent(self) -> bool:
+        """A child may have the item."""
+        return self._handover is not None and self._handover.state == "open"
 
     def _over(self) -> bool:
         self.expire()
@@ -204,14 +210,14 @@ class Lease:
             self.fate = fate
             self._pulse.tell(self.on_change)
 
-    async def _pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Sleep, unless woken; never past the moment to give up."""
         with suppress(TimeoutError):
             async with asyncio.timeout(min(seconds, self.give_up_at - self._pulse.clock())):
                 await self._wake.wait()
         self._wake.clear()
 
-    async def _beat(self) -> bool:
+    async def beat(self) -> bool:
         """Send one beat, again and again, until an answer settles it; False: the lease is over."""
         parts = chain(RETRY_PARTS, repeat(RETRY_PARTS[-1]))
         may_hurry = True
@@ -226,7 +232,7 @@ class Lease:
             left = self.give_up_at - self._pulse.clock()
             delay = max(self._ttl / next(parts), min(retry.at_least, left / 2))
             self._planned = self._pulse.clock() + delay
-            await self._pause(delay)
+            await self.pause(delay)
         return False
 
     async def _attempt(self) -> Retry | None:
@@ -288,63 +294,44 @@ class Lease:
         return None
 
     async def _failed(self, error: ControlPlaneError, sent: Sent) -> Retry | None:
-        """What an error makes of a beat: design §2, its column."""
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
             self.deadline = sent.deadline  # certainly not applied, so nothing was cut
-        if isinstance(error, TransientError):
-            return self._transient(error, sent.lag)
-        if isinstance(error, RefusedError):
-            return self._refused(error, sent.lag)
-        conflict = isinstance(error, ConflictError)
-        doubt: BeatResult = "conflict" if conflict else "precondition"
-        if not self.own_stop if conflict else self._unanswered:
-            return await self._read(doubt, sent.lag)
-        self._observe(doubt, sent.lag)
-        self._end("finished" if conflict else "lost", confirmed=not conflict)
-        return None
+        verdict = verdict_on(error, doubted=self._unanswered or self._lent)
+        if verdict.then == "read":
+            return await self._read(verdict.result, sent.lag)
+        return self._heed(verdict, error, sent.lag)
 
-    def _transient(self, error: TransientError, lag: float) -> Retry:
-        self._observe("timeout" if error.reason == "timeout" else "transient", lag)
-        return Retry(at_least=error.retry_after or 0.0)
-
-    def _refused(self, error: RefusedError, lag: float) -> Retry | None:
-        self._observe("rejected", lag)
-        if error.status not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND):
-            return Retry()  # token, proxy, certificate: may be mended while the lease lasts
-        # Only "unknown" says that it is not ours; a 400 says that our request is wrong.
-        self._end("lost", confirmed=error.status == HTTPStatus.NOT_FOUND)
+    def _heed(self, verdict: Verdict, error: ControlPlaneError, lag: float) -> Retry | None:
+        self._observe(verdict.result, lag)
+        if verdict.then == "retry":
+            return Retry(at_least=getattr(error, "retry_after", None) or 0.0)
+        self._end("lost", confirmed=verdict.then == "confirmed")
         return None
 
     async def _read(self, doubt: BeatResult, lag: float) -> Retry | None:
-        """Find out whose the item is, after an answer that leaves it open (protocol §4).
+        """Find out whose the item is, after an answer that leaves it open: ours, beat at once.
 
-        If `acknowledged_at` is still our ack's, nobody else has taken it: beat again at once from
-        what the item says. `doubt` is what the answer counts as if the item is not ours.
+        `doubt` is what the answer counts as if the item is not ours.
         """
         try:
             item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
-        except TransientError as error:
+        except (TransientError, RefusedError) as error:
             self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._transient(error, lag)
-        except RefusedError as error:
-            return self._refused(error, lag)
-        if item.state == STOPPED:
-            self._observe(doubt, lag)
-            self._end("finished" if self.own_stop else "stopped")
+            return self._heed(verdict_on(error, doubted=True), error, lag)
+        fate = self._fate_by(item)
+        self._observe("recovered" if fate == "held" else doubt, lag)
+        if fate != "held":
+            self._end(fate, confirmed=fate == "lost")
             return None
-        acked = self.item.acknowledged_at
-        if acked is None or item.acknowledged_at != acked or item.state == QUEUED:
-            self._observe(doubt, lag)
-            self._end("lost", confirmed=True)
-            return None
-        self._observe("recovered", lag)
         self._unanswered = False
-        # In `starting` the field is a former holder's history.
-        fresh = item.state == STARTING or item.last_heartbeat is None
-        self._expected = NO_HEARTBEAT if fresh else str(item.last_heartbeat)
+        self._expected = expected_by(item)
         return Retry(at_once=True)
+
+    def _fate_by(self, item: WorkItem) -> Fate:
+        fate = fate_by(item, self.item, self._expected if self._lent else None)
+        return "finished" if fate == "stopped" and self.own_stop else fate
 
     def _observe(self, result: BeatResult, lag: float) -> None:
         self._pulse.observe(HeartbeatFinished(self.item, result, lag))
