@@ -117,7 +117,9 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit(
             "handling:Handling",
             "await asyncio.wait({running})",
-            'await claim.until(lambda: running.done() or claim.lease.fate != "held", None)\n'
+            'lost = asyncio.ensure_future(claim.until(lambda: claim.lease.fate != "held"))\n'
+            '        await asyncio.wait({running, lost}, return_when="FIRST_COMPLETED")\n'
+            "        lost.cancel()\n"
             "        if not running.done():\n"
             "            return",
         ),

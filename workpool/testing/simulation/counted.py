@@ -23,10 +23,9 @@ _LABEL: Final = {
 def totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
     """Read the counters now; the difference of two readings is what was counted between them."""
     found: Counter[tuple[str, ...]] = Counter()
-    counters = collectors_of(registry).counters
+    stores: Any = collectors_of(registry).stores
     for name, label in _LABEL.items():
-        place = counters[name]._labelnames.index(label)
-        children: Any = counters[name]._metrics
-        for labels, child in children.items():
-            found[name, labels[place]] += child._value.get()
+        place = list(stores[name]._row.labels).index(label)
+        for labels, count in stores[name]._series.items():
+            found[name, labels[place]] += count.value
     return found
