@@ -1,0 +1,83 @@
+"""Five hundred pools at once, each started, drained or cancelled at a moment of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.integration.test_embedding import open_files, until, workpool_threads
+from workpool import Session, Supervisor, handler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Clock
+
+POOLS = 500
+SECONDS = 8.0
+"""Over which their moments are spread; a start takes its time when all of them start."""
+
+
+@handler
+async def work(session: Session) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await session.interrupted()
+
+
+async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
+    """One pool's life: `end` is how it is told to go."""
+    await asyncio.sleep(dice.uniform(0, SECONDS / 2))
+    async with supervisor:
+        await asyncio.sleep(dice.uniform(0, SECONDS / 4))
+        if end == "drain":
+            await supervisor.drain(dice.choice([0, 0.1, 5]))
+        elif end == "raise":
+            raise LookupError
+        elif end == "stay":
+            await asyncio.sleep(3600)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_500_pools_at_once_leave_nothing_behind(
+    plane: ControlPlane, clock: Clock, make_settings: Callable[..., Settings]
+) -> None:
+    dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
+    settings = make_settings(drain_timeout=2, concurrency=2)
+    async with Supervisor(settings, plugins=[work]):
+        pass  # what a first pool leaves in caches is none of what we look for
+    gc.collect()
+    files, tasks, threads = open_files(), asyncio.all_tasks(), threading.active_count()
+    plane.enqueue(count=200)
+    ends = [dice.choice(["drain", "leave", "raise", "stay"]) for _ in range(POOLS)]
+    async with asyncio.TaskGroup() as group:
+        lives = [
+            group.create_task(swallow(live(Supervisor(settings, plugins=[work]), dice, end)))
+            for end in ends
+        ]
+        for life, end in zip(lives, ends, strict=True):
+            if end == "stay" or dice.random() < 0.2:
+                asyncio.get_running_loop().call_later(dice.uniform(0, SECONDS), life.cancel)
+    assert not workpool_threads()
+    await until(lambda: threading.active_count() <= threads)
+    await until(lambda: asyncio.all_tasks() <= tasks)
+    gc.collect()
+    await until(lambda: open_files() <= files)
+    clock.advance(60)  # the leases that they left have lapsed: another pool finishes the rest
+    await Supervisor(make_settings(concurrency=16), plugins=[work]).run(until_empty=True)
+    told = plane.summary()
+    assert (told.stopped, told.overlapping) == (200, 0)
+
+
+async def swallow(life: Any) -> None:
+    with suppress(LookupError):
+        await life
