@@ -64,7 +64,7 @@ class Supervisor:
         connect: Makes one client per event loop, called twice, with the settings.
 
     Attributes:
-        registry: Where the metrics live.
+        settings, registry: The settings, which do not change, and where the metrics live.
         left_behind: Sessions that the drain could not hand back.
         on_blocked: Called on another thread once the loop has been blocked for `max_block`.
     """
@@ -84,7 +84,7 @@ class Supervisor:
         self.registry = CollectorRegistry() if registry is None else registry
         self.left_behind = 0
         self.on_blocked: Callable[[], None] | None = None
-        self._settings = settings
+        self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
         self._drain = Drain()
@@ -96,7 +96,7 @@ class Supervisor:
         self._error_raised = False
 
     def __repr__(self) -> str:
-        return f"<Supervisor of {self._settings.environment_id}>"
+        return f"<Supervisor of {self.settings.environment_id}>"
 
     # What embedders call.
 
@@ -111,15 +111,15 @@ class Supervisor:
         """
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")
-        self._settings.require_connection()
-        for warning in self._settings.warnings():
+        self.settings.require_connection()
+        for warning in self.settings.warnings():
             log.warning("%s", warning)
         self._plugins = Plugins.load(
-            self._plugin_objects, self._settings.plugins, self._settings.plugin_options
+            self._plugin_objects, self.settings.plugins, self.settings.plugin_options
         )
         if not self._plugins.can_handle:
             raise PluginError(
-                ", ".join(self._settings.plugins) or "(none)",
+                ", ".join(self.settings.plugins) or "(none)",
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
         self._opened = asyncio.Event()
@@ -150,7 +150,7 @@ class Supervisor:
         Raises:
             WorkpoolError: What ended the pool, if `wait()` has not raised it.
         """
-        self._drain.begin(self._settings.drain_timeout if kind is None else 0)
+        self._drain.begin(self.settings.drain_timeout if kind is None else 0)
         await see_through(self._gone, self._drain)
         if kind is None and not self._error_raised:
             self._raise_error()
@@ -179,7 +179,7 @@ class Supervisor:
                 it.
         """
         root = self._task()
-        self._drain.begin(self._settings.drain_timeout if timeout is ... else timeout)
+        self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
         while not root.done() and not self._served.is_set():
             await self._served.wait()
 
@@ -193,7 +193,7 @@ class Supervisor:
             reasons=reasons,
             running=queue.running if queue else 0,
             waiting=queue.waiting if queue else 0,
-            capacity=self._settings.concurrency + self._settings.prefetch,
+            capacity=self.settings.concurrency + self.settings.prefetch,
             draining=self._drain.requested.is_set(),
             error=self._error,
         )
@@ -224,7 +224,7 @@ class Supervisor:
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Connections and plugins: what outlives the keeper."""
-        settings = self._settings
+        settings = self.settings
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
         )
@@ -243,7 +243,7 @@ class Supervisor:
 
     async def _keep(self, stack: contextlib.AsyncExitStack) -> Parts:
         """The keeper and, on its loop, the exporter."""
-        settings = self._settings
+        settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
         if address is not None:
@@ -278,11 +278,11 @@ class Supervisor:
                 parts,
                 until_empty=self._until_empty,
                 on_fatal=self._fail,
-                on_empty=functools.partial(self._drain.begin, self._settings.drain_timeout),
+                on_empty=functools.partial(self._drain.begin, self.settings.drain_timeout),
             )
             pollers = [
                 Poller(parts, polling, dispatcher, number)
-                for number in range(self._settings.pollers)
+                for number in range(self.settings.pollers)
             ]
             self._running = Running(parts, dispatcher, polling, pollers, self._drain)
             async with asyncio.TaskGroup() as fetching:
@@ -290,7 +290,7 @@ class Supervisor:
                     fetching.create_task(poller.run(), name=f"poller-{number}")
                     for number, poller in enumerate(pollers)
                 ]
-                if self._settings.stats_interval:
+                if self.settings.stats_interval:
                     tasks.append(fetching.create_task(read_stats(parts), name="queue-stats"))
                 self._opened.set()
                 await self._drain.requested.wait()
@@ -303,7 +303,7 @@ class Supervisor:
         """Something fatal: no more polls; running sessions drain; then it is raised."""
         if self._error is None:
             self._error = error
-        self._drain.begin(self._settings.drain_timeout)
+        self._drain.begin(self.settings.drain_timeout)
 
     def _task(self) -> asyncio.Task[None]:
         if self._root is None:
