@@ -54,8 +54,29 @@ async def test_items_come_back_in_creation_order(
         (b'{"type": 1}', "type"),
         (b'{"type": null}', "type"),
         (b'{"type": ""}', "type"),
-        (b'{"script": []}', "script"),
-        (b'{"script": [{"name": "Bash", "input": {}}]}', "script"),
+        (b'{"script": null}', "script"),
+        (b'{"script": {}}', "script"),
+        (b'{"script": "Bash"}', "script"),
+        (b'{"script": ["Bash"]}', "script"),
+        (b'{"script": [{"input": {}}]}', "script"),
+        (b'{"script": [{"name": ""}]}', "script"),
+        (b'{"script": [{"name": "Bash", "input": []}]}', "script"),
+        (b'{"script": [{"name": "Bash", "custom": 1}]}', "script"),
+        (b'{"script": [{"name": "Bash"}, {"name": "Bash", "permission": "maybe"}]}', "script"),
+        (b'{"script": [{"name": "Bash", "permission": []}]}', "script"),
+        (b'{"script": [' + b",".join([b'{"name": "Bash"}'] * 1001) + b"]}", "script"),
+        (
+            b'{"script": [{"name": "B", "input": ' + b'{"a":' * 251 + b"1" + b"}" * 252 + b"]}",
+            "script",
+        ),
+        (
+            b'{"count": 1000, "script": [{"name": "'
+            + b"B" * 99
+            + b'", "input": {"command": "'
+            + b"x" * 17_000
+            + b'"}}]}',
+            "script",
+        ),
         (b"null", None),
         (b"[]", None),
         (b"{", None),

@@ -22,6 +22,7 @@ from workpool.server.errors import ServeError
 from workpool.server.history import summarize
 from workpool.server.operations import Operations
 from workpool.server.routes import Routes, application
+from workpool.server.session_routes import SessionRoutes
 from workpool.server.tokens import Tokens, check_token
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
@@ -141,15 +142,33 @@ class ControlPlane:
         environment_id: str | None = None,
         work_type: str = SESSION,
         session_id: str | None = None,
+        script: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Item, ...]:
-        """Create work items; waiting polls wake at once. Durable after `operations.durable()`."""
+        """Create work items; waiting polls wake at once. Durable after `operations.durable()`.
+
+        `script`: the tool uses of a scripted session (protocol §5); raises `Refusal` for a bad one.
+        """
         return self.operations.enqueue(
             environment_id or self.environments[0],
             count=count,
             metadata=metadata,
             work_type=work_type,
             session_id=session_id,
+            script=script,
         )
+
+    def emit(self, session_id: str, *events: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+        """Say something as the agent of a session that is not scripted, or about any session.
+
+        Events that only a server emits (`agent.tool_use`, `session.status_terminated`, …), without
+        id; returns them as stored. Raises `Refusal`.
+        """
+        return self.operations.emit(session_id, events)
+
+    def events(self, session_id: str) -> tuple[Mapping[str, Any], ...]:
+        """All that was said in a session, oldest first."""
+        said = self.operations.sessions.conversation(session_id).events
+        return tuple(event.value for event in said)
 
     async def __aenter__(self) -> Self:
         self._check()
@@ -189,7 +208,8 @@ class ControlPlane:
         routes = [
             route
             for dialect in DIALECTS.values()
-            for route in Routes(self.operations, tokens, dialect).table()
+            for paths in (Routes, SessionRoutes)
+            for route in paths(self.operations, tokens, dialect).table()
         ]
         runner = web.AppRunner(
             application(routes=routes, middlewares=self._middlewares),

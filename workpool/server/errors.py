@@ -18,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # on work endpoints; others answer conflict_error
+    409: protocol.INVALID_REQUEST_ERROR,  # on work endpoints; elsewhere see `conflict`
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,
@@ -33,6 +33,7 @@ class Refusal(Exception):
         message: One sentence for a human.
         param: The field, query parameter or header to blame, None when there is none.
         details: Protocol §3.3: what a 412 may add.
+        kind: The envelope's error type, where the status alone does not say it.
     """
 
     def __init__(
@@ -41,24 +42,28 @@ class Refusal(Exception):
         message: str,
         param: str | None = None,
         details: Mapping[str, Any] | None = None,
+        kind: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
         self.details = details
+        self.kind = kind or ERROR_TYPES.get(status, protocol.INVALID_REQUEST_ERROR)
 
     def envelope(self) -> dict[str, Any]:
         """The JSON body of protocol §1."""
-        error: dict[str, Any] = {
-            "type": ERROR_TYPES.get(self.status, protocol.INVALID_REQUEST_ERROR),
-            "message": self.message,
-        }
+        error: dict[str, Any] = {"type": self.kind, "message": self.message}
         if self.param is not None:
             error["param"] = self.param
         if self.details is not None:
             error["details"] = self.details
         return {"type": "error", "error": error}
+
+
+def conflict(message: str) -> Refusal:
+    """A 409 of an endpoint that is not about work items (protocol §1)."""
+    return Refusal(409, message, kind=protocol.CONFLICT_ERROR)
 
 
 class ServeError(Exception):

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workpool.server import rules
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
 from workpool.server.errors import Refusal
 from workpool.server.history import History, Record
-from workpool.server.item import SESSION_PREFIX, WORK_PREFIX, Ids, Item
+from workpool.server.item import WORK_PREFIX, Ids, Item
+from workpool.server.paging import Page, page_of
 from workpool.server.queue import Queue
-from workpool.server.sessions import Session
+from workpool.server.script import parse_script
+from workpool.server.sessions import Session, Sessions
 from workpool.server.store import MemoryStore
 from workpool.wire.protocol import (
     LIST_LIMIT_DEFAULT,
@@ -30,6 +32,7 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from workpool.server.conversation import Event
     from workpool.server.history import Kind
     from workpool.server.queue import Stats
     from workpool.server.store import Store
@@ -41,14 +44,6 @@ class Poll(NamedTuple):
     worker_id: str | None = None
     block_ms: int = 0
     reclaim_older_than_ms: int = RECLAIM_OLDER_THAN_MS
-
-
-class Page(NamedTuple):
-    """A page of a list (protocol §3.7); `backwards`: it goes on before its first item."""
-
-    items: Sequence[Item]
-    has_more: bool
-    backwards: bool
 
 
 class Operations:
@@ -78,17 +73,16 @@ class Operations:
         self._clock = now or system_clock()
         self._latest = 0
         self._ids = Ids()
-        self._sessions: dict[str, tuple[Session, str]] = {}
+        self.sessions = Sessions(self._store, self._ids)
         self._closing = False
 
     async def open(self) -> None:
         """Open the store and take over what it holds."""
         contents = await self._store.open()
-        ids = [item.id for item in contents.items] + [one.id for one in contents.sessions]
+        ids = [row.id for rows in contents for row in rows]
         self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
-        sessions = {session.id: session for session in contents.sessions}
+        self.sessions.restore(contents, self._ids, self._tick())
         for item in contents.items:
-            self._sessions[item.session_id] = (sessions[item.session_id], item.id)
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
             if item.environment_id in self._queues:
                 self._queues[item.environment_id].put(replace(item, delivered_at=None))
@@ -106,8 +100,9 @@ class Operations:
         await self._store.close()
 
     def release(self) -> None:
-        """Answer all waiting polls now, and let no poll wait any more: the server goes away."""
+        """Answer all waiting polls now, and let nobody wait any more: the server goes away."""
         self._closing = True
+        self.sessions.release()
         self.wake()
 
     def wake(self) -> None:
@@ -138,15 +133,17 @@ class Operations:
         metadata: Mapping[str, str] | None = None,
         work_type: str = SESSION,
         session_id: str | None = None,
+        script: object = None,
     ) -> tuple[Item, ...]:
         """Protocol §7. `session_id`: put the items on a session that exists."""
         queue = self.queue(environment_id)
         now = self._latest
-        known = None if session_id is None else self._session(session_id)[0]
+        known = None if session_id is None else self.sessions.find(session_id)[0]
+        told = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
             work_id = WORK_PREFIX + self._ids.new(now)
-            session = known or self._new_session(environment_id, metadata or {}, now)
+            session = known or self.sessions.new(environment_id, metadata or {}, told, now)
             item = Item(
                 id=work_id,
                 environment_id=environment_id,
@@ -155,8 +152,8 @@ class Operations:
                 metadata=dict(metadata or {}),
                 created_at=now,
             )
-            self._sessions[session.id] = (session, work_id)
             self._apply(queue, item, "created")
+            self.sessions.attach(session, work_id, now)
             items.append(item)
         queue.waiting.wake(count)
         return tuple(items)
@@ -282,13 +279,10 @@ class Operations:
         *,
         after: str = "",
         before: str | None = None,
-    ) -> Page:
+    ) -> Page[Item]:
         """Protocol §3.7: the items next to a place, and whether there are more that way."""
         items = self.queue(environment_id).page(limit + 1, after=after, before=before)
-        more = len(items) > limit
-        if before is not None:
-            return Page(items[1:] if more else items, more, backwards=True)
-        return Page(items[:limit], more, backwards=False)
+        return page_of(items, limit, backwards=before is not None)
 
     def stats(self, environment_id: str) -> Stats:
         """Protocol §3.8."""
@@ -296,20 +290,20 @@ class Operations:
 
     def session(self, session_id: str) -> tuple[Session, Item]:
         """Protocol §5: a session and its latest work item; 404 unknown."""
-        session, work_id = self._session(session_id)
+        session, work_id = self.sessions.find(session_id)
         return session, self.get(session.environment_id, work_id)
 
-    def _session(self, session_id: str) -> tuple[Session, str]:
-        found = self._sessions.get(session_id)
-        if found is None:
-            raise Refusal(404, "no such session")
-        return found
+    def send(self, session_id: str, said: Sequence[Mapping[str, Any]]) -> Sequence[Event]:
+        """Protocol §5: append a client's events."""
+        self.session(session_id)
+        return self.sessions.send(session_id, said, self._latest)
 
-    def _new_session(self, environment_id: str, metadata: Mapping[str, str], now: int) -> Session:
-        session_id = SESSION_PREFIX + self._ids.new(now)
-        session = Session(session_id, environment_id, dict(metadata), now)
-        self._store.save_session(session)
-        return session
+    def emit(
+        self, session_id: str, said: Sequence[Mapping[str, Any]]
+    ) -> tuple[Mapping[str, Any], ...]:
+        """Append events as the agent's side of a session says them; returns what is stored."""
+        self.session(session_id)
+        return tuple(event.value for event in self.sessions.emit(session_id, said, self._latest))
 
     def _tick(self) -> int:
         """Read the clock, once per call: one call decides everything on one instant."""

@@ -18,8 +18,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from workpool.server.clock import is_rfc3339
 from workpool.server.errors import Refusal
-from workpool.server.item import WORK_PREFIX
 from workpool.server.operations import Poll
+from workpool.server.paging import AFTER, BEFORE
 from workpool.wire.protocol import (
     BLOCK_MS_MAX,
     BLOCK_MS_MIN,
@@ -40,11 +40,9 @@ BODY_SECONDS: Final = 10.0
 """How long a body may take to arrive: a client that stalls must not hold a handler for ever."""
 WORKER_ID_LENGTH: Final = 256
 _LONGEST_NUMBER: Final = 15
+_DIGITS: Final = "[0-9a-f]{32}"
 _NUMBER: Final = re.compile(r"[0-9]+")
-_WORK_ID: Final = re.compile(WORK_PREFIX + "[0-9a-f]{32}")
 _WORK_TYPE: Final = re.compile(r"[a-z][a-z0-9_.-]{0,63}")
-AFTER: Final = "after"
-BEFORE: Final = "before"
 _PLACES: Final = {"page": "", "before_id": BEFORE, "after_id": AFTER}
 
 
@@ -55,6 +53,7 @@ class Enqueue:
     count: int
     metadata: Mapping[str, str]
     work_type: str
+    script: object
 
 
 class Place(NamedTuple):
@@ -71,11 +70,6 @@ def one(request: web.Request, name: str) -> str | None:
     if len(values) > 1:
         raise Refusal(400, f"{name} is given more than once", name)
     return values[0] if values else None
-
-
-def onward(*, backwards: bool, work_id: str) -> str:
-    """Return the `next_page` that `place` will read: opaque to the client (protocol §3.7)."""
-    return f"{BEFORE if backwards else AFTER}-{work_id}"
 
 
 def number(request: web.Request, name: str, default: int) -> int:
@@ -114,8 +108,8 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
     return expected, ttl_seconds
 
 
-def place(request: web.Request) -> Place:
-    """Protocol §3.7."""
+def place(request: web.Request, prefix: str) -> Place:
+    """Protocol §3.7; `prefix`: how the ids of this list begin."""
     limit = number(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise Refusal(400, "limit must be positive", "limit")
@@ -128,7 +122,7 @@ def place(request: web.Request) -> Place:
         direction, text = _PLACES[name], value
         if name == "page":
             direction, _, text = value.partition("-")
-        if direction not in {AFTER, BEFORE} or not _WORK_ID.fullmatch(text):
+        if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + _DIGITS, text):
             raise Refusal(400, f"{name} is malformed", name)
         return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
     return Place(limit, "", None)
@@ -193,8 +187,8 @@ def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
 def enqueue(content: bytes) -> Enqueue:
     """Protocol §7: the body of an enqueue."""
     fields = json_object(content) if content else {}
-    if "script" in fields:
-        raise Refusal(400, "scripted sessions are not built here", "script")
+    if fields.get("script", ...) is None:
+        raise Refusal(400, "script must be a list of tool uses", "script")
     count = fields.get("count", 1)
     if not isinstance(count, int) or isinstance(count, bool):
         raise Refusal(400, "count must be an integer", "count")
@@ -203,7 +197,9 @@ def enqueue(content: bytes) -> Enqueue:
     work_type = fields.get("type", SESSION)
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
         raise Refusal(400, "type must be a lowercase word", "type")
-    return Enqueue(count, _strings(fields.get("metadata", {}), (str,)), work_type)
+    return Enqueue(
+        count, _strings(fields.get("metadata", {}), (str,)), work_type, fields.get("script")
+    )
 
 
 def _strings(value: object, allowed: tuple[type, ...]) -> dict[str, Any]:

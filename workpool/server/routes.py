@@ -1,4 +1,4 @@
-"""HTTP in front of `operations`: the paths of protocol §3, §5 and §7 in one dialect.
+"""HTTP in front of `operations`: the paths of protocol §3 and §7 in one dialect.
 
 Every handler goes the same way, which is the order of precedence in protocol §1: token,
 environment, item, the request's own values, the call. An answer leaves once it is durable.
@@ -15,6 +15,8 @@ from aiohttp import web
 from workpool.server import requests
 from workpool.server.clock import to_seconds_text
 from workpool.server.errors import Refusal, StoreError
+from workpool.server.item import WORK_PREFIX
+from workpool.server.paging import listing
 from workpool.server.presence import has_gone
 from workpool.server.rules import heartbeat_answer
 from workpool.wire.protocol import BODY_LIMIT_BYTES, WORK_HEARTBEAT, WORK_QUEUE_STATS
@@ -47,7 +49,6 @@ class Routes:
     def table(self) -> list[web.RouteDef]:
         """Return the routes under the dialect's prefix. No HEAD: a poll must be a real one."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
-        session = self._dialect.prefix + "/sessions/{session_id}"
         return [  # tried in this order: what a worker calls all day comes first
             web.get(environment + "/poll", self.poll, allow_head=False),
             web.post(item + "/ack", self.ack),
@@ -58,7 +59,6 @@ class Routes:
             web.post(environment, self.enqueue),
             web.get(item, self.get, allow_head=False),
             web.post(item, self.update),
-            web.get(session, self.session, allow_head=False),
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
@@ -97,23 +97,11 @@ class Routes:
         """Protocol §3.7."""
         environment_id = self._environment(request)
         await requests.body(request)
-        place = requests.place(request)
+        place = requests.place(request, WORK_PREFIX)
         page = self._operations.page(
             environment_id, place.limit, after=place.after, before=place.before
         )
-        first = page.items[0].id if page.items else None
-        last = page.items[-1].id if page.items else None
-        edge = (first if page.backwards else last) or ""
-        onward = requests.onward(backwards=page.backwards, work_id=edge)
-        return await self._durable(
-            {
-                "data": [self._dialect.item(item) for item in page.items],
-                "first_id": first,
-                "last_id": last,
-                "has_more": page.has_more,
-                "next_page": onward if page.has_more else None,
-            }
-        )
+        return await self._durable(listing(page, self._dialect.item))
 
     async def enqueue(self, request: web.Request) -> web.Response:
         """Protocol §7."""
@@ -124,6 +112,7 @@ class Routes:
             count=wanted.count,
             metadata=wanted.metadata,
             work_type=wanted.work_type,
+            script=wanted.script,
         )
         return await self._durable({"data": [self._dialect.item(item) for item in items]})
 
@@ -179,21 +168,11 @@ class Routes:
         await self._operations.durable()
         return web.Response(status=204)
 
-    async def session(self, request: web.Request) -> web.Response:
-        """Protocol §5."""
-        limits = self._tokens.admit(request.headers.get("Authorization"))
-        own = self._dialect.own_session_id(request.match_info["session_id"])
-        session, item = self._operations.session(own)
-        _check_allowed(limits, session.environment_id)
-        await requests.body(request)
-        value = session.answer(item)
-        return await self._durable({**value, "id": self._dialect.session_id(session.id)})
-
     def _environment(self, request: web.Request) -> str:
         """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order."""
         limits = self._tokens.admit(request.headers.get("Authorization"))
         environment_id = request.match_info["environment_id"]
-        _check_allowed(limits, environment_id)
+        check_allowed(limits, environment_id)
         self._operations.queue(environment_id)
         return environment_id
 
@@ -211,7 +190,8 @@ class Routes:
         return answer(value)
 
 
-def _check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
+def check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
+    """Refuse a token that is limited to other environments."""
     if limits is not None and environment_id not in limits:
         raise Refusal(403, "this token is not allowed on this environment")
 

@@ -1,20 +1,30 @@
-"""Session objects (protocol §5): what a work item's `data.id` names. Events come later.
+"""The sessions of a control plane (protocol §5): what a work item's `data.id` names.
 
-The services own sessions; here one is born with every work item and says what its item tells.
+The services own sessions; here one is born with every work item. Owns their events: each change is
+checked, given its id, handed to the store and told to those who follow, all in one step.
 """
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.clock import to_seconds_text
+import orjson
+
+from workpool.server.clock import to_heartbeat_text, to_seconds_text
+from workpool.server.conversation import EVENT_PREFIX, Conversation, Event
+from workpool.server.errors import Refusal
+from workpool.server.item import SESSION_PREFIX
 from workpool.wire.protocol import ACTIVE, QUEUED, SESSION, STARTING, STOPPED, STOPPING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from workpool.server.item import Item
+    from workpool.server.item import Ids, Item
+    from workpool.server.script import Script
+    from workpool.server.store import Contents, Store
     from workpool.wire.protocol import State
 
 STATUS: Final[Mapping[State, str]] = {
@@ -24,6 +34,7 @@ STATUS: Final[Mapping[State, str]] = {
     STOPPING: "canceling",
     STOPPED: "idle",
 }
+"""The status of a session in which nothing has been said yet, by its item's state."""
 
 AGENT: Final[Mapping[str, Any]] = {
     "id": "agent_00000000000070008000000000000001",
@@ -35,19 +46,28 @@ AGENT: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session. Its metadata are those that its first item was created with."""
+    """A session. Its metadata are those that its first item was created with.
+
+    Attributes:
+        script: The tool uses of a scripted session; None: it is none.
+    """
 
     id: str
     environment_id: str
     metadata: Mapping[str, str]
     created_at: int
+    script: Script | None = None
 
-    def answer(self, item: Item) -> dict[str, Any]:
-        """Return the session's JSON; `item` is the latest work item of this session."""
+    def answer(self, item: Item, status: str | None) -> dict[str, Any]:
+        """Return the session's JSON.
+
+        `item`: its latest work item; `status`: what its events say, None when they say nothing.
+        """
+        said = status if status is not None and item.state != STOPPING else STATUS[item.state]
         return {
             "id": self.id,
             "type": SESSION,
-            "status": STATUS[item.state],
+            "status": said,
             "environment_id": self.environment_id,
             "agent": AGENT,
             "metadata": self.metadata,
@@ -55,3 +75,133 @@ class Session:
             "created_at": to_seconds_text(self.created_at),
             "archived_at": None,
         }
+
+
+class Sessions:
+    """All sessions. Synchronous but for `wait`; belongs to one loop."""
+
+    def __init__(self, store: Store, ids: Ids) -> None:
+        self._store = store
+        self._ids = ids
+        self._sessions: dict[str, tuple[Session, str]] = {}
+        self._conversations: dict[str, Conversation] = {}
+        self._following: dict[str, set[asyncio.Event]] = {}
+        self._closing = False
+
+    def restore(self, contents: Contents, ids: Ids, now: int) -> None:
+        """Take over what the store holds; what a crash kept from being said is said now."""
+        self._ids = ids
+        sessions = {session.id: session for session in contents.sessions}
+        for item in contents.items:
+            self._sessions[item.session_id] = (sessions[item.session_id], item.id)
+        for event in contents.events:
+            self.conversation(event.session_id).append(event)
+        for session, _ in self._sessions.values():
+            if session.script is not None or session.id in self._conversations:
+                self._proceed(session.id, now)
+
+    def find(self, session_id: str) -> tuple[Session, str]:
+        """Return a session and the id of its latest work item; 404 unknown."""
+        found = self._sessions.get(session_id)
+        if found is None:
+            raise Refusal(404, "no such session")
+        return found
+
+    def conversation(self, session_id: str) -> Conversation:
+        """What is said in a session; 404 unknown."""
+        found = self._conversations.get(session_id)
+        if found is None:
+            found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)
+        return found
+
+    def status(self, session_id: str) -> str | None:
+        """What the session's events say about it; None when they say nothing."""
+        found = self._conversations.get(session_id)
+        return None if found is None else found.status
+
+    def new(
+        self,
+        environment_id: str,
+        metadata: Mapping[str, str],
+        script: Script | None,
+        now: int,
+    ) -> Session:
+        """Create a session; it begins with `attach`."""
+        session_id = SESSION_PREFIX + self._ids.new(now)
+        session = Session(session_id, environment_id, dict(metadata), now, script)
+        self._store.save_session(session)
+        return session
+
+    def attach(self, session: Session, work_id: str, now: int) -> None:
+        """Make this the session's latest work item."""
+        self._sessions[session.id] = (session, work_id)
+        if session.script is not None:
+            self._proceed(session.id, now)
+
+    def send(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
+        """Append a client's events, all or none (protocol §5)."""
+        self.conversation(session_id).check(said)
+        return self._say(session_id, said, now)
+
+    def emit(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
+        """Append the server's events, as whoever plays the agent wants them."""
+        self.conversation(session_id).check_server(said)
+        try:
+            orjson.dumps({"data": list(said)}, default=dict)
+        except orjson.JSONEncodeError as error:
+            raise Refusal(400, f"events cannot be written as JSON: {error}", "events") from None
+        return self._say(session_id, said, now)
+
+    async def wait(self, session_id: str, place: int, seconds: float) -> bool:
+        """Return once there are more than `place` events, or after `seconds`.
+
+        False: the control plane closes, and nothing more will come.
+        """
+        conversation = self.conversation(session_id)
+        if len(conversation.events) <= place and not self._closing:
+            changed = asyncio.Event()
+            following = self._following.setdefault(session_id, set())
+            following.add(changed)
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await changed.wait()
+            finally:
+                following.discard(changed)
+                if not following:
+                    self._following.pop(session_id, None)
+        return not self._closing
+
+    def release(self) -> None:
+        """Let nobody wait any more: the control plane closes."""
+        self._closing = True
+        for session_id in list(self._following):
+            self._tell(session_id)
+
+    def _say(self, session_id: str, said: Iterable[Mapping[str, Any]], now: int) -> Sequence[Event]:
+        conversation = self.conversation(session_id)
+        events = [self._event(session_id, fields, now) for fields in said]
+        for event in events:
+            conversation.append(event)
+        self._proceed(session_id, now, events)
+        return events
+
+    def _proceed(self, session_id: str, now: int, said: Sequence[Event] = ()) -> None:
+        """Say what follows; it is saved in one piece with what was `said`, and told."""
+        conversation = self.conversation(session_id)
+        events = list(said)
+        while (fields := conversation.following()) is not None:
+            events.append(self._event(session_id, fields, now))
+            conversation.append(events[-1])
+        if events:
+            self._store.save_events(events)
+            self._tell(session_id)
+
+    def _event(self, session_id: str, fields: Mapping[str, Any], now: int) -> Event:
+        event_id = EVENT_PREFIX + self._ids.new(now)
+        value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
+        return Event(event_id, session_id, value)
+
+    def _tell(self, session_id: str) -> None:
+        for changed in self._following.get(session_id, ()):
+            changed.set()

@@ -16,10 +16,11 @@ from contextlib import closing
 from dataclasses import fields
 from importlib.resources import files
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
+from workpool.server.conversation import Event
 from workpool.server.errors import StoreError
 from workpool.server.item import Item
 from workpool.server.sessions import Session
@@ -29,17 +30,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    _Row: TypeAlias = Item | Session | Event
+
 log = logging.getLogger("workpool.server")
 
-SCHEMA_VERSION: Final = 1
+SCHEMAS: Final = ("schema.sql", "schema_2.sql")
+"""What makes a file of the version before one of the next; a new file goes through them all."""
+SCHEMA_VERSION: Final = len(SCHEMAS)
 _LOCK_SECONDS: Final = 1.0
 
 
 class _Table(NamedTuple):
-    """How one dataclass is written and read: its fields are the columns, in the same order."""
+    """How one dataclass is written and read: its fields are the columns, in the same order.
+
+    Those in `json` hold JSON.
+    """
 
     kind: type[Any]
     columns: tuple[str, ...]
+    json: frozenset[str]
     read: str
     write: str
 
@@ -48,20 +57,29 @@ _TABLES: Final = (
     _Table(
         Session,
         tuple(field.name for field in fields(Session)),
+        frozenset({"metadata", "script"}),
         "SELECT * FROM session ORDER BY id",
-        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?)",
     ),
     _Table(
         Item,
         tuple(field.name for field in fields(Item)),
+        frozenset({"metadata"}),
         "SELECT * FROM work ORDER BY id",
         "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    ),
+    _Table(
+        Event,
+        tuple(field.name for field in fields(Event)),
+        frozenset({"value"}),
+        "SELECT * FROM event ORDER BY id",
+        "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
     ),
 )
 
 
 class SqliteStore:
-    """Items and sessions in one SQLite file, made if there is none.
+    """Items, sessions and their events in one SQLite file, made if there is none.
 
     `open`, `durable` and `close` belong to one event loop; everything that touches the file
     happens on the writer's thread.
@@ -72,7 +90,7 @@ class SqliteStore:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         # Guarded by _changed: what is to be written, newest selves only, and how often it grew.
-        self._unsaved: dict[str, Item | Session] = {}
+        self._unsaved: dict[str, _Row] = {}
         self._saved = 0
         self._closing = False
         # Touched on the loop only.
@@ -98,6 +116,10 @@ class SqliteStore:
         """Take over a new session; returns at once."""
         self._take(session)
 
+    def save_events(self, events: Sequence[Event]) -> None:
+        """Take over new events, in one transaction; returns at once."""
+        self._take(*events)
+
     async def durable(self) -> None:
         """Return once all that was saved so far is on disk. Raises `StoreError`."""
         if self._failure:
@@ -115,9 +137,9 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _take(self, row: Item | Session) -> None:
+    def _take(self, *rows: _Row) -> None:
         with self._changed:
-            self._unsaved[row.id] = row
+            self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
             self._changed.notify()
 
@@ -148,7 +170,7 @@ class SqliteStore:
             raise
         return connection
 
-    def _next_batch(self) -> tuple[Sequence[Item | Session], int] | None:
+    def _next_batch(self) -> tuple[Sequence[_Row], int] | None:
         """Wait for something to write; None when closing and nothing is left."""
         with self._changed:
             while not self._unsaved and not self._closing:
@@ -192,39 +214,44 @@ def _migrate(connection: sqlite3.Connection) -> None:
         )
     if version == 0 and tables:
         raise StoreError("a database of something else: it holds tables that are not ours")
-    if version == 0:
-        schema = files("workpool.server").joinpath("schema.sql").read_text("utf-8")
+    for name in SCHEMAS[version:]:
+        schema = files("workpool.server").joinpath(name).read_text("utf-8")
         for statement in schema.split(";\n"):
             connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _read(connection: sqlite3.Connection) -> Contents:
-    sessions, items = (
+    sessions, items, events = (
         [_from_row(table, row) for row in connection.execute(table.read)] for table in _TABLES
     )
-    return Contents(items, sessions)
+    return Contents(items, sessions, events)
 
 
 def _from_row(table: _Table, row: tuple[Any, ...]) -> Any:
     values = dict(zip(table.columns, row, strict=True))
-    values["metadata"] = orjson.loads(values["metadata"])
+    for name in table.json:
+        values[name] = None if values[name] is None else orjson.loads(values[name])
     if "beaten" in values:
         values["beaten"] = bool(values["beaten"])
     return table.kind(**values)
 
 
-def _write(connection: sqlite3.Connection, rows: Sequence[Item | Session]) -> None:
+def _write(connection: sqlite3.Connection, rows: Sequence[_Row]) -> None:
     """Write all rows in one transaction: after its COMMIT they survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
     for table in _TABLES:
         values = attrgetter(*table.columns)
-        at = table.columns.index("metadata")
+        json = [table.columns.index(name) for name in table.json]
         connection.executemany(
             table.write,
-            (
-                (*row[:at], orjson.dumps(row[at]).decode(), *row[at + 1 :])
-                for row in (values(one) for one in rows if isinstance(one, table.kind))
-            ),
+            (_to_row(values(one), json) for one in rows if isinstance(one, table.kind)),
         )
     connection.execute("COMMIT")
+
+
+def _to_row(values: tuple[Any, ...], json: Sequence[int]) -> list[Any]:
+    row = list(values)
+    for at in json:
+        row[at] = None if row[at] is None else orjson.dumps(row[at], default=dict).decode()
+    return row

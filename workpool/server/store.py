@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from workpool.server.conversation import Event
     from workpool.server.item import Item
     from workpool.server.sessions import Session
 
 
 class Contents(NamedTuple):
-    """What a store holds at start: items and sessions in ascending order of their ids."""
+    """What a store holds at start: items, sessions and events in ascending order of their ids."""
 
     items: Sequence[Item] = ()
     sessions: Sequence[Session] = ()
+    events: Sequence[Event] = ()
 
 
 class Store(Protocol):
@@ -33,6 +35,9 @@ class Store(Protocol):
 
     def save_session(self, session: Session) -> None:
         """Take over a new session; returns at once."""
+
+    def save_events(self, events: Sequence[Event]) -> None:
+        """Take over new events, all of which survive a crash or none; returns at once."""
 
     async def durable(self) -> None:
         """Return once all that was saved so far survives a crash. Raises `StoreError`."""
@@ -53,6 +58,9 @@ class MemoryStore:
 
     def save_session(self, session: Session) -> None:
         """Nothing to do: the index holds it."""
+
+    def save_events(self, events: Sequence[Event]) -> None:
+        """Nothing to do: the index holds them."""
 
     async def durable(self) -> None:
         """Return at once."""

@@ -41,6 +41,26 @@ LIST_LIMIT_MAX: Final = 100
 # protocol §3.8
 WORKERS_POLLING_WINDOW_SECONDS: Final = 30
 
+# protocol §5
+USER_MESSAGE: Final = "user.message"
+USER_INTERRUPT: Final = "user.interrupt"
+USER_TOOL_RESULT: Final = "user.tool_result"
+USER_CUSTOM_TOOL_RESULT: Final = "user.custom_tool_result"
+USER_TOOL_CONFIRMATION: Final = "user.tool_confirmation"
+AGENT_MESSAGE: Final = "agent.message"
+AGENT_TOOL_USE: Final = "agent.tool_use"
+AGENT_CUSTOM_TOOL_USE: Final = "agent.custom_tool_use"
+AGENT_TOOL_RESULT: Final = "agent.tool_result"
+STATUS_RUNNING: Final = "session.status_running"
+STATUS_IDLE: Final = "session.status_idle"
+STATUS_TERMINATED: Final = "session.status_terminated"
+SESSION_DELETED: Final = "session.deleted"
+REQUIRES_ACTION: Final = "requires_action"
+END_TURN: Final = "end_turn"
+LAST_EVENT_ID_HEADER: Final = "Last-Event-ID"
+KEEP_ALIVE_SECONDS: Final = 10
+"""How long the embedded control plane lets an event stream be silent, at most."""
+
 # protocol §7
 ENQUEUE_COUNT_MAX: Final = 1000
 

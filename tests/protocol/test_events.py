@@ -1,0 +1,546 @@
+"""Protocol §5: the events of a session, listed, sent and scripted; literal JSON is the referee."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api
+from workpool.server import ControlPlane, Refusal, SqliteStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import aiohttp
+
+    from tests.protocol.conftest import Clock
+
+BASH = {"name": "Bash", "input": {"command": "ls"}}
+TIME = "2026-03-01T12:00:00.000000Z"
+TEXT = [{"type": "text", "text": "hello"}]
+
+
+def path(api: Api, session_id: str, suffix: str = "/events") -> str:
+    written = session_id if api.dialect == "qoder" else session_id.replace("sess_", "session_")
+    return f"{api.base}/sessions/{written}{suffix}"
+
+
+async def history(api: Api, session_id: str) -> list[dict[str, Any]]:
+    answer = await api("GET", path(api, session_id), params={"limit": "100"})
+    assert answer.status == 200
+    assert answer.body["has_more"] is False
+    events: list[dict[str, Any]] = answer.body["data"]
+    return events
+
+
+async def types(api: Api, session_id: str) -> list[str]:
+    return [event["type"] for event in await history(api, session_id)]
+
+
+async def send(api: Api, session_id: str, *events: object) -> Answer:
+    return await api("POST", path(api, session_id), json={"events": events})
+
+
+async def status(api: Api, session_id: str) -> str:
+    word: str = (await api("GET", path(api, session_id, ""))).body["status"]
+    return word
+
+
+def result(use: dict[str, Any], text: str = "done", **more: object) -> dict[str, Any]:
+    custom = use["type"] == "agent.custom_tool_use"
+    return {
+        "type": "user.custom_tool_result" if custom else "user.tool_result",
+        "custom_tool_use_id" if custom else "tool_use_id": use["id"],
+        "content": [{"type": "text", "text": text}],
+        **more,
+    }
+
+
+def scripted(api: Api, *entries: dict[str, Any]) -> str:
+    (item,) = api.plane.enqueue(script=entries)
+    return item.session_id
+
+
+async def last(api: Api, session_id: str, kind: str) -> dict[str, Any]:
+    return [event for event in await history(api, session_id) if event["type"] == kind][-1]
+
+
+# -- scripted sessions -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_a_scripted_session_from_its_first_event_to_its_last(api: Api) -> None:
+    body = {"script": [BASH, {"name": "Read", "input": {"file_path": "a"}, "permission": "allow"}]}
+    created = await api("POST", api.work(), json=body)
+    assert created.status == 200
+    session_id = created.body["data"][0]["data"]["id"].replace("session_", "sess_")
+
+    message, running, first = await history(api, session_id)
+    assert message == {
+        "id": message["id"],
+        "type": "user.message",
+        "content": [{"type": "text", "text": "Run the script."}],
+        "processed_at": TIME,
+    }
+    assert running == {"id": running["id"], "type": "session.status_running", "processed_at": TIME}
+    assert first == {
+        "id": first["id"],
+        "type": "agent.tool_use",
+        "name": "Bash",
+        "input": {"command": "ls"},
+        "evaluated_permission": "allow",
+        "processed_at": TIME,
+    }
+    assert await status(api, session_id) == "running"
+
+    sent = await send(api, session_id, result(first, is_error=False))
+    assert sent.status == 200
+    (stored,) = sent.body["data"]
+    assert stored == {
+        "id": stored["id"],
+        "type": "user.tool_result",
+        "tool_use_id": first["id"],
+        "content": [{"type": "text", "text": "done"}],
+        "is_error": False,
+        "processed_at": TIME,
+    }
+    second = await last(api, session_id, "agent.tool_use")
+    assert (second["name"], second["input"]) == ("Read", {"file_path": "a"})
+    await send(api, session_id, result(second))
+
+    events = await history(api, session_id)
+    assert [event["type"] for event in events] == [
+        "user.message",
+        "session.status_running",
+        "agent.tool_use",
+        "user.tool_result",
+        "agent.tool_use",
+        "user.tool_result",
+        "agent.message",
+        "session.status_idle",
+    ]
+    assert events[-1]["stop_reason"] == {"type": "end_turn"}
+    ids = [event["id"] for event in events]
+    assert ids == sorted(set(ids))
+    assert all(name.startswith("evt_") and len(name) == 36 for name in ids)
+    assert await status(api, session_id) == "idle"
+
+
+async def test_an_empty_script_is_done_at_once(api: Api) -> None:
+    assert await types(api, scripted(api)) == [
+        "user.message",
+        "session.status_running",
+        "agent.message",
+        "session.status_idle",
+    ]
+
+
+async def test_every_session_of_one_enqueue_plays_the_script_for_itself(api: Api) -> None:
+    first, second = (item.session_id for item in api.plane.enqueue(2, script=[BASH]))
+    await send(api, first, result(await last(api, first, "agent.tool_use")))
+    assert (await types(api, first))[-1] == "session.status_idle"
+    assert (await types(api, second))[-1] == "agent.tool_use"
+
+
+async def test_a_custom_tool_use_is_waited_for(api: Api) -> None:
+    session_id = scripted(api, {"name": "weather", "input": {"city": "Ulm"}, "custom": True}, BASH)
+    use, idle = (await history(api, session_id))[2:]
+    assert (use["type"], use["name"]) == ("agent.custom_tool_use", "weather")
+    assert idle["type"] == "session.status_idle"
+    assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [use["id"]]}
+    assert await status(api, session_id) == "idle"
+    wrong = {"type": "user.tool_result", "tool_use_id": use["id"]}
+    assert (await send(api, session_id, wrong)).status == 400
+    assert (await send(api, session_id, result(use))).status == 200
+    assert (await types(api, session_id))[4:] == [
+        "user.custom_tool_result",
+        "session.status_running",
+        "agent.tool_use",
+    ]
+
+
+async def test_a_tool_use_that_asks_waits_for_a_confirmation(api: Api) -> None:
+    session_id = scripted(api, {**BASH, "permission": "ask"})
+    use, idle = (await history(api, session_id))[2:]
+    assert use["evaluated_permission"] == "ask"
+    assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [use["id"]]}
+    early = await send(api, session_id, result(use))
+    assert (early.status, early.error["type"]) == (409, "conflict_error")
+    allow = {"type": "user.tool_confirmation", "tool_use_id": use["id"], "result": "allow"}
+    assert (await send(api, session_id, allow)).status == 200
+    again = await send(api, session_id, allow)
+    assert (again.status, again.error["type"]) == (409, "conflict_error")
+    assert (await types(api, session_id))[-1] == "session.status_running"
+    assert (await send(api, session_id, result(use))).status == 200
+    assert (await types(api, session_id))[-2:] == ["agent.message", "session.status_idle"]
+
+
+async def test_a_denied_tool_use_is_resolved_by_the_server(api: Api) -> None:
+    session_id = scripted(api, {**BASH, "permission": "ask"}, {**BASH, "permission": "deny"})
+    use = await last(api, session_id, "agent.tool_use")
+    deny = {
+        "type": "user.tool_confirmation",
+        "tool_use_id": use["id"],
+        "result": "deny",
+        "deny_message": "not on a Sunday",
+    }
+    assert (await send(api, session_id, deny)).status == 200
+    events = await history(api, session_id)
+    assert [event["type"] for event in events[4:]] == [
+        "user.tool_confirmation",
+        "agent.tool_result",
+        "session.status_running",
+        "agent.tool_use",
+        "agent.tool_result",
+        "agent.message",
+        "session.status_idle",
+    ]
+    assert events[5] == {
+        "id": events[5]["id"],
+        "type": "agent.tool_result",
+        "tool_use_id": use["id"],
+        "content": [{"type": "text", "text": "not on a Sunday"}],
+        "is_error": True,
+        "processed_at": TIME,
+    }
+    assert events[7]["evaluated_permission"] == "deny"
+    assert events[8]["tool_use_id"] == events[7]["id"]
+    late = await send(api, session_id, result(use))
+    assert (late.status, late.error["type"]) == (409, "conflict_error")
+
+
+async def test_an_interrupt_ends_the_turn_and_a_message_goes_on(api: Api) -> None:
+    session_id = scripted(api, BASH, BASH)
+    use = await last(api, session_id, "agent.tool_use")
+    assert (await send(api, session_id, {"type": "user.interrupt"})).status == 200
+    events = await history(api, session_id)
+    assert [event["type"] for event in events[3:]] == [
+        "user.interrupt",
+        "agent.tool_result",
+        "session.status_idle",
+    ]
+    assert events[-1]["stop_reason"] == {"type": "end_turn"}
+    assert (await send(api, session_id, result(use))).status == 409
+    assert (await send(api, session_id, {"type": "user.interrupt"})).status == 200
+    assert (await types(api, session_id))[-1] == "user.interrupt"  # there was nothing to interrupt
+    await send(api, session_id, {"type": "user.message", "content": TEXT})
+    assert (await types(api, session_id))[-2:] == ["session.status_running", "agent.tool_use"]
+
+
+async def test_an_interrupt_with_a_message_begins_a_new_turn(api: Api) -> None:
+    session_id = scripted(api, {**BASH, "permission": "ask"}, BASH)
+    message = {"type": "user.message", "content": TEXT}
+    assert (await send(api, session_id, {"type": "user.interrupt"}, message)).status == 200
+    assert (await types(api, session_id))[4:] == [
+        "user.interrupt",
+        "user.message",
+        "agent.tool_result",
+        "session.status_idle",
+        "session.status_running",
+        "agent.tool_use",
+    ]
+
+
+async def test_a_message_after_the_end_gets_an_answer(api: Api) -> None:
+    session_id = scripted(api)
+    await send(api, session_id, {"type": "user.message", "content": TEXT})
+    assert (await types(api, session_id))[4:] == [
+        "user.message",
+        "session.status_running",
+        "agent.message",
+        "session.status_idle",
+    ]
+
+
+# -- sending -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_a_batch_is_validated_whole(api: Api) -> None:
+    session_id = scripted(api, BASH)
+    use = await last(api, session_id, "agent.tool_use")
+    before = await history(api, session_id)
+    message = {"type": "user.message", "content": TEXT}
+    unknown = {"type": "user.tool_result", "tool_use_id": "evt_" + "0" * 32}
+    for batch, code, kind in (
+        ([message, {"type": "agent.message"}], 400, "invalid_request_error"),
+        ([message, unknown], 400, "invalid_request_error"),
+        ([result(use), result(use)], 409, "conflict_error"),
+        ([result(use), {"type": "user.message"}], 400, "invalid_request_error"),
+    ):
+        answer = await send(api, session_id, *batch)
+        assert (answer.status, answer.error["type"]) == (code, kind)
+    assert await history(api, session_id) == before
+    assert (await send(api, session_id, message, result(use))).status == 200
+
+
+async def test_a_second_result_is_refused_whatever_it_says(api: Api) -> None:
+    session_id = scripted(api, BASH, BASH)
+    use = await last(api, session_id, "agent.tool_use")
+    await send(api, session_id, result(use))
+    for text in ("done", "something else"):
+        answer = await send(api, session_id, result(use, text))
+        assert (answer.status, answer.error["type"]) == (409, "conflict_error")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"[]", None),
+        (b"{}", "events"),
+        (b'{"events": {}}', "events"),
+        (b'{"events": []}', "events"),
+        (b'{"events": [1]}', "events"),
+        (b'{"events": [{}]}', "type"),
+        (b'{"events": [{"type": []}]}', "type"),
+        (b'{"events": [{"type": "agent.tool_use", "name": "Bash"}]}', "type"),
+        (b'{"events": [{"type": "session.status_idle"}]}', "type"),
+        (b'{"events": [{"type": "user.unheard_of"}]}', "type"),
+        (b'{"events": [{"type": "user.message"}]}', "content"),
+        (b'{"events": [{"type": "user.message", "content": []}]}', "content"),
+        (b'{"events": [{"type": "user.message", "content": "hi"}]}', "content"),
+        (b'{"events": [{"type": "user.message", "content": [{"type": "text"}]}]}', "content"),
+        (b'{"events": [{"type": "user.tool_result"}]}', "tool_use_id"),
+        (b'{"events": [{"type": "user.tool_result", "tool_use_id": 1}]}', "tool_use_id"),
+        (b'{"events": [{"type": "user.tool_result", "tool_use_id": "e", "is_error": 1}]}',
+         "is_error"),
+        (b'{"events": [{"type": "user.tool_result", "tool_use_id": "e", "content": [1]}]}',
+         "content"),
+        (b'{"events": [{"type": "user.custom_tool_result", "tool_use_id": "e"}]}',
+         "custom_tool_use_id"),
+        (b'{"events": [{"type": "user.tool_confirmation", "tool_use_id": "e"}]}', "result"),
+        (b'{"events": [{"type": "user.tool_confirmation", "tool_use_id": "e", "result": "yes"}]}',
+         "result"),
+        (b'{"events": [{"type": "user.tool_confirmation", "tool_use_id": "e", "result": "allow",'
+         b' "deny_message": "no"}]}', "deny_message"),
+        (b'{"events": [{"type": "user.tool_confirmation", "tool_use_id": "e", "result": "allow"}]}',
+         None),
+        (b'{"events": [' + b",".join([b'{"type": "user.interrupt"}'] * 101) + b"]}", "events"),
+        (b'{"events": [{"type": "user.message", "content": [{"type": "x", "x": '
+         + b"[" * 260 + b"]" * 260 + b"}]}]}", "events"),
+    ],
+)  # fmt: skip
+async def test_a_bad_send_is_400_and_appends_nothing(
+    api: Api, body: bytes, param: str | None
+) -> None:
+    session_id = scripted(api, BASH)
+    answer = await api("POST", path(api, session_id), data=body)
+    assert answer.status == 400
+    assert answer.error.get("param") == param
+    assert len(await history(api, session_id)) == 3
+
+
+async def test_unknown_fields_are_ignored(api: Api) -> None:
+    session_id = scripted(api)
+    message = {"type": "user.message", "content": TEXT, "id": "evt_mine", "colour": "red"}
+    (stored,) = (await send(api, session_id, message)).body["data"]
+    assert set(stored) == {"id", "type", "content", "processed_at"}
+    assert stored["id"] != "evt_mine"
+
+
+async def test_who_may_read_and_send(api: Api, http: aiohttp.ClientSession) -> None:
+    mine, theirs = (
+        api.plane.enqueue(environment_id=name, script=[BASH])[0].session_id for name in (ENV, OTHER)
+    )
+    for token, session_id, code in (
+        (None, mine, 401),
+        ("wrong", mine, 401),
+        (LIMITED, mine, 200),
+        (LIMITED, theirs, 403),
+        (TOKEN, theirs, 200),
+        (TOKEN, "sess_" + "0" * 32, 404),
+        (TOKEN, "nonsense", 404),
+    ):
+        as_them = Api(api.plane, http, api.dialect, token)
+        assert (await as_them("GET", path(api, session_id))).status == code
+        sent = await as_them(
+            "POST", path(api, session_id), json={"events": [{"type": "user.interrupt"}]}
+        )
+        assert sent.status == code
+        assert code == 200 or (
+            (await as_them("GET", path(api, session_id, "/events/stream"))).status == code
+        )
+
+
+# -- listing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_the_list_is_walked_by_pages_in_both_directions(api: Api) -> None:
+    session_id = scripted(api)
+    for _ in range(5):
+        await send(api, session_id, {"type": "user.message", "content": TEXT})
+    url = path(api, session_id)
+    whole = await history(api, session_id)
+    assert len(whole) == 24
+    ids = [event["id"] for event in whole]
+
+    page = (await api("GET", url)).body
+    assert page["data"] == whole[:20]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[0], ids[19], True)
+    rest = (await api("GET", url, params={"page": page["next_page"]})).body
+    assert rest["data"] == whole[20:]
+    assert (rest["has_more"], rest["next_page"]) == (False, None)
+
+    after = (await api("GET", url, params={"after_id": ids[21], "limit": "1"})).body
+    assert (after["data"], after["has_more"]) == ([whole[22]], True)
+    before = (await api("GET", url, params={"before_id": ids[3], "limit": "2"})).body
+    assert (before["data"], before["has_more"]) == (whole[1:3], True)
+    first = (await api("GET", url, params={"page": before["next_page"], "limit": "2"})).body
+    assert (first["data"], first["has_more"]) == (whole[:1], False)
+    none = (await api("GET", url, params={"after_id": ids[-1]})).body
+    assert none == {
+        "data": [], "first_id": None, "last_id": None, "has_more": False, "next_page": None
+    }  # fmt: skip
+
+
+async def test_a_session_in_which_nothing_was_said(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    assert await history(api, item.session_id) == []
+    assert await status(api, item.session_id) == "idle"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"limit": "0"}, {"limit": "x"}, {"page": "x"}, {"after_id": "work_" + "0" * 32},
+     {"before_id": "evt_x"}, {"page": "after-evt_" + "0" * 32, "after_id": "evt_" + "0" * 32}],
+)  # fmt: skip
+async def test_a_bad_place_is_400(api: Api, params: dict[str, str]) -> None:
+    assert (await api("GET", path(api, scripted(api)), params=params)).status == 400
+
+
+# -- the agent's side, played by whoever embeds ------------------------------------------------
+
+
+async def test_what_was_resolved_in_part_is_named_again_with_the_rest(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    one, two, three = api.plane.emit(
+        item.session_id,
+        {"type": "agent.custom_tool_use", "name": "weather", "input": {}},
+        {"type": "agent.tool_use", "name": "Bash", "input": {}, "evaluated_permission": "ask"},
+        {"type": "agent.tool_use", "name": "Bash", "input": {}},
+    )
+    idle = await last(api, item.session_id, "session.status_idle")
+    assert idle["stop_reason"] == {
+        "type": "requires_action", "event_ids": [one["id"], two["id"]]
+    }  # fmt: skip
+    await send(api, item.session_id, result(dict(three)))  # a worker's: nobody waits for it
+    assert (await last(api, item.session_id, "session.status_idle"))["id"] == idle["id"]
+    await send(api, item.session_id, result(dict(one)))
+    idle = await last(api, item.session_id, "session.status_idle")
+    assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [two["id"]]}
+    allow = {"type": "user.tool_confirmation", "tool_use_id": two["id"], "result": "allow"}
+    await send(api, item.session_id, allow, result(dict(two)))  # a verdict frees the result
+    assert (await types(api, item.session_id))[-3:] == [
+        "user.tool_confirmation",
+        "user.tool_result",
+        "session.status_running",
+    ]
+    assert await status(api, item.session_id) == "running"
+
+
+async def test_nothing_is_said_after_the_end(api: Api) -> None:
+    session_id = scripted(api, BASH)
+    api.plane.emit(session_id, {"type": "session.status_terminated"})
+    assert await status(api, session_id) == "terminated"
+    answer = await send(api, session_id, {"type": "user.interrupt"})
+    assert (answer.status, answer.error["type"]) == (409, "conflict_error")
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{}, {"type": 1}, {"type": "user.message"}, {"type": "agent.tool_use", "name": "Bash"},
+     {"type": "agent.message", "content": object()}],
+)  # fmt: skip
+async def test_what_an_agent_cannot_say_here(qoder: Api, event: dict[str, Any]) -> None:
+    session_id = scripted(qoder, BASH)
+    with pytest.raises(Refusal):
+        qoder.plane.emit(session_id, event)
+    assert len(qoder.plane.events(session_id)) == 3
+
+
+async def test_an_item_that_is_stopping_says_more_than_its_events(api: Api) -> None:
+    work_id = await api.bring_to("stopping")
+    session_id = api.plane.operations.get(ENV, work_id).session_id
+    api.plane.emit(session_id, {"type": "session.status_running"})
+    assert await status(api, session_id) == "canceling"
+
+
+async def test_cloud_environments_have_no_sessions_here(qoder: Api) -> None:
+    with pytest.raises(Refusal):
+        qoder.plane.enqueue(environment_id=CLOUD, script=[BASH])
+
+
+# -- SQLite ------------------------------------------------------------------------------------
+
+
+def plane_on(file: Path, clock: Clock) -> ControlPlane:
+    return ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(file), now=clock
+    )
+
+
+async def test_a_restart_goes_on_where_it_was(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    file = tmp_path / "work.db"
+    script = [{**BASH, "permission": "ask"}, BASH, {"name": "w", "input": {}, "custom": True}]
+    async with plane_on(file, clock) as plane:
+        api = Api(plane, http, "qoder")
+        session_id = scripted(api, *script)
+        before = await history(api, session_id)
+    for place in range(3):
+        async with plane_on(file, clock) as plane:
+            api = Api(plane, http, "qoder")
+            assert await history(api, session_id) == before
+            uses = [event for event in before if event["type"].endswith("tool_use")]
+            assert len(uses) == place + 1
+            if uses[-1]["evaluated_permission"] == "ask":
+                confirmed = {
+                    "type": "user.tool_confirmation",
+                    "tool_use_id": uses[-1]["id"],
+                    "result": "allow",
+                }
+                assert (await send(api, session_id, confirmed)).status == 200
+            assert (await send(api, session_id, result(uses[-1]))).status == 200
+            assert (await send(api, session_id, result(uses[-1]))).status == 409
+            before = await history(api, session_id)
+    assert before[-1]["stop_reason"] == {"type": "end_turn"}
+
+
+async def test_what_a_crash_kept_from_being_said_is_said_at_the_start(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    file = tmp_path / "work.db"
+    async with plane_on(file, clock) as plane:
+        session_id = scripted(Api(plane, http, "qoder"), BASH)
+    with closing(sqlite3.connect(file)) as connection:  # the session and its item only
+        connection.execute("DELETE FROM event")
+        connection.commit()
+    async with plane_on(file, clock) as plane:
+        said = [event["type"] for event in plane.events(session_id)]
+        assert said == ["user.message", "session.status_running", "agent.tool_use"]
+
+
+async def test_a_database_of_version_1_is_migrated(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    file = tmp_path / "work.db"
+    async with plane_on(file, clock) as plane:
+        (item,) = plane.enqueue(metadata={"k": "v"})
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(
+            "DROP TABLE event; ALTER TABLE session DROP COLUMN script; PRAGMA user_version = 1"
+        )
+    async with plane_on(file, clock) as plane:
+        api = Api(plane, http, "qoder")
+        assert (await api.claim())["id"] == item.id
+        assert (await api("GET", path(api, item.session_id, ""))).body["metadata"] == {"k": "v"}
+        message = {"type": "user.message", "content": TEXT}
+        assert (await send(api, item.session_id, message)).status == 200
+    async with plane_on(file, clock) as plane:
+        assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]

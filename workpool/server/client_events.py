@@ -1,0 +1,105 @@
+"""What a client may send to a session, checked event by event (protocol §5): values or a 400.
+
+Knows nothing of any session: whether an event fits what was said before, `conversation` decides.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from workpool.server.errors import Refusal
+from workpool.server.requests import json_object
+from workpool.wire import protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+BATCH_MAX: Final = 100
+
+
+def client_events(content: bytes) -> list[dict[str, Any]]:
+    """Read the body of a send; nothing of a bad batch is applied."""
+    given = json_object(content).get("events")
+    if not isinstance(given, list) or not 1 <= len(given) <= BATCH_MAX:
+        raise Refusal(400, f"events must be a list of 1 to {BATCH_MAX} events", "events")
+    events = [_event(event) for event in given]
+    try:
+        orjson.dumps({"data": events})
+    except orjson.JSONEncodeError:  # nested deeper than can be written again
+        raise Refusal(400, "events are nested too deep", "events") from None
+    return events
+
+
+def _event(given: object) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise Refusal(400, "an event must be an object", "events")
+    kind = given.get("type")
+    fields = _FIELDS.get(kind) if isinstance(kind, str) else None
+    if fields is None:
+        raise Refusal(400, "not an event type that a client may send", "type")
+    event: dict[str, Any] = {"type": kind}
+    for name, (check, required) in fields.items():
+        if given.get(name) is None:
+            if required:
+                raise Refusal(400, f"{kind}: {name} is missing", name)
+        elif check(given[name]):
+            event[name] = given[name]
+        else:
+            raise Refusal(400, f"{kind}: {name} is malformed", name)
+    if "deny_message" in event and event["result"] != "deny":
+        raise Refusal(400, f"{kind}: deny_message goes with a denial only", "deny_message")
+    return event
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 128  # noqa: PLR2004 - as in ID_PATTERN
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_verdict(value: object) -> bool:
+    return value in {"allow", "deny"} if isinstance(value, str) else False
+
+
+def _is_content(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_block, value))
+
+
+def _is_message(value: object) -> bool:
+    return _is_content(value) and bool(value)
+
+
+def _is_block(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return False
+    return value["type"] != "text" or isinstance(value.get("text"), str)
+
+
+_FIELDS: Final[Mapping[str, Mapping[str, tuple[Callable[[object], bool], bool]]]] = {
+    protocol.USER_MESSAGE: {"content": (_is_message, True)},
+    protocol.USER_INTERRUPT: {},
+    protocol.USER_TOOL_RESULT: {
+        "tool_use_id": (_is_id, True),
+        "content": (_is_content, False),
+        "is_error": (_is_flag, False),
+    },
+    protocol.USER_CUSTOM_TOOL_RESULT: {
+        "custom_tool_use_id": (_is_id, True),
+        "content": (_is_content, False),
+        "is_error": (_is_flag, False),
+    },
+    protocol.USER_TOOL_CONFIRMATION: {
+        "tool_use_id": (_is_id, True),
+        "result": (_is_verdict, True),
+        "deny_message": (_is_text, False),
+    },
+}
+"""Per type, its fields: how each is checked, and whether it must be there; others are ignored."""

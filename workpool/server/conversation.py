@@ -1,0 +1,271 @@
+"""What is said in one session, and what follows from it (protocol §5).
+
+Pure: no clock, no store, no ids. `append` takes in what was said, `check` refuses what a client may
+not say, and `following` is what the control plane says next. All of the state comes from the
+events, so that a restart has only to read them again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from workpool.server.errors import Refusal, conflict
+from workpool.wire import protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from workpool.server.script import Script
+
+EVENT_PREFIX: Final = "evt_"
+RESULTS: Final[Mapping[str, str]] = {
+    protocol.USER_TOOL_RESULT: "tool_use_id",
+    protocol.USER_CUSTOM_TOOL_RESULT: "custom_tool_use_id",
+}
+"""The events that answer a tool use, and where each names it."""
+TOOL_USES: Final = frozenset({protocol.AGENT_TOOL_USE, protocol.AGENT_CUSTOM_TOOL_USE})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event: what the wire shows, `value`, and whose it is."""
+
+    id: str
+    session_id: str
+    value: Mapping[str, Any]
+
+    @property
+    def type(self) -> str:
+        """The event's type."""
+        return str(self.value["type"])
+
+
+@dataclass(slots=True)
+class _Use:
+    """A tool use: whether it is custom, "allow", "ask" or "deny" as it stands now, and why."""
+
+    custom: bool
+    permission: str
+    denial: str = "The tool use was denied."
+
+    @property
+    def blocks(self) -> bool:
+        """Whether somebody other than the worker's built-in tools has to do something."""
+        return self.custom or self.permission == "ask"
+
+
+class Conversation:
+    """The events of one session, in their order.
+
+    Attributes:
+        events: All of them; only `append` adds.
+        status: What the last `session.status_…` said: "running", "idle" or "terminated".
+    """
+
+    def __init__(self, script: Script | None = None) -> None:
+        """`script`: the tool uses of a scripted session; None: nobody plays the agent here."""
+        self.events: list[Event] = []
+        self.status: str | None = None
+        self._script = script
+        self._place = 0  # in the script
+        self._uses: dict[str, _Use] = {}
+        self._open: dict[str, _Use] = {}  # those of _uses that are not answered
+        self._blocking: tuple[str, ...] = ()  # what the last requires_action named
+        self._turn = self._next_turn = False  # somebody waits for the agent; again, once it is idle
+        self._interrupted = False
+        self._concluded = False  # the agent has said its last word of the turn
+
+    def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Event]:
+        """Up to `limit` events next to a place in their order (protocol §3.7)."""
+        if before is None:
+            start = bisect_right(self.events, after, key=_id_of)
+            return self.events[start : start + limit]
+        end = bisect_left(self.events, before, key=_id_of)
+        return self.events[max(0, end - limit) : end]
+
+    def place_after(self, event_id: str) -> int:
+        """How many events there are up to and with this one; 0 when it is not known."""
+        place = bisect_left(self.events, event_id, key=_id_of)
+        known = place < len(self.events) and self.events[place].id == event_id
+        return place + 1 if known else 0
+
+    # What a client may say.
+
+    def check(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse the whole batch if any event of it does not fit: 400 unknown, 409 too late."""
+        if self.status == "terminated":
+            raise conflict("the session is terminated")
+        answered: set[str] = set()
+        allowed: set[str] = set()
+        for event in said:
+            kind = event["type"]
+            if kind in RESULTS:
+                use_id = event[RESULTS[kind]]
+                self._check_result(use_id, allowed, custom=kind == protocol.USER_CUSTOM_TOOL_RESULT)
+                if use_id in answered:
+                    raise conflict("the tool use has a result already")
+                answered.add(use_id)
+            elif kind == protocol.USER_TOOL_CONFIRMATION:
+                use_id = event["tool_use_id"]
+                self._check_confirmation(use_id)
+                if use_id in answered | allowed:
+                    raise conflict("the tool use has been decided on already")
+                (allowed if event["result"] == "allow" else answered).add(use_id)
+
+    def _check_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
+        use = self._uses.get(use_id)
+        if use is None or use.custom != custom:
+            raise Refusal(400, "the result does not match any tool use of this session")
+        if use_id not in self._open or use.permission == "deny":
+            raise conflict("the tool use has a result already")
+        if use.permission == "ask" and use_id not in allowed:
+            raise conflict("the tool use waits for a confirmation")
+
+    def _check_confirmation(self, use_id: str) -> None:
+        if use_id not in self._uses:
+            raise Refusal(400, "the confirmation does not match any tool use of this session")
+        if use_id not in self._open or self._uses[use_id].permission != "ask":
+            raise conflict("the tool use does not wait for a confirmation")
+
+    def check_server(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse events that whoever plays the agent may not say here."""
+        for event in said:
+            kind = event.get("type")
+            if not isinstance(kind, str) or kind.startswith("user."):
+                raise Refusal(400, "not an event that the server emits", "type")
+            if kind in TOOL_USES and self._script is not None:
+                raise Refusal(400, "a scripted session's tool uses are its script's", "type")
+
+    # What was said.
+
+    def append(self, event: Event) -> None:
+        """Take in an event, whose id must be the greatest yet."""
+        self.events.append(event)
+        effect = self._EFFECTS.get(event.type)
+        if effect is not None:
+            effect(self, event)
+
+    def _message(self, _: Event) -> None:
+        if self._interrupted:
+            self._next_turn = True
+        else:
+            self._turn = True
+
+    def _interrupt(self, _: Event) -> None:
+        self._interrupted = self._turn or bool(self._open)
+
+    def _use(self, event: Event) -> None:
+        value = event.value
+        custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
+        use = _Use(custom, value.get("evaluated_permission", "allow"))
+        self._uses[event.id] = self._open[event.id] = use
+        self._place += self._script is not None
+        self._concluded = False
+
+    def _answer(self, event: Event) -> None:
+        self._open.pop(event.value.get(RESULTS.get(event.type, "tool_use_id"), ""), None)
+
+    def _confirm(self, event: Event) -> None:
+        use = self._uses[event.value["tool_use_id"]]
+        use.permission = event.value["result"]
+        use.denial = event.value.get("deny_message", use.denial)
+
+    def _speak(self, _: Event) -> None:
+        self._concluded = not self._open
+
+    def _run(self, _: Event) -> None:
+        self.status, self._blocking = "running", ()
+
+    def _idle(self, event: Event) -> None:
+        self.status, self._blocking = "idle", ()
+        reason = event.value.get("stop_reason") or {}
+        if reason.get("type") == protocol.REQUIRES_ACTION:
+            self._blocking = tuple(reason.get("event_ids", ()))
+            return
+        self._turn, self._next_turn = self._next_turn, False
+        self._interrupted = self._concluded = False
+
+    def _terminate(self, _: Event) -> None:
+        self.status = "terminated"
+
+    _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, Event], None]]] = {
+        protocol.USER_MESSAGE: _message,
+        protocol.USER_INTERRUPT: _interrupt,
+        protocol.AGENT_TOOL_USE: _use,
+        protocol.AGENT_CUSTOM_TOOL_USE: _use,
+        protocol.USER_TOOL_RESULT: _answer,
+        protocol.USER_CUSTOM_TOOL_RESULT: _answer,
+        protocol.AGENT_TOOL_RESULT: _answer,
+        protocol.USER_TOOL_CONFIRMATION: _confirm,
+        protocol.AGENT_MESSAGE: _speak,
+        protocol.STATUS_RUNNING: _run,
+        protocol.STATUS_IDLE: _idle,
+        protocol.STATUS_TERMINATED: _terminate,
+    }
+
+    # What follows.
+
+    def following(self) -> dict[str, Any] | None:
+        """Return what the control plane says next; None when it is others' turn."""
+        if self.status == "terminated":
+            return None
+        for use_id, use in self._open.items():
+            if use.permission == "deny":
+                return _resolved(use_id, use.denial)
+            if self._interrupted:
+                return _resolved(use_id, "The tool use was interrupted.")
+        if self._interrupted:
+            return _pause(protocol.END_TURN)
+        blocking = tuple(use_id for use_id, use in self._open.items() if use.blocks)
+        if blocking != self._blocking:
+            return _pause(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
+        return None if self._open or self._script is None else self._played(self._script)
+
+    def _played(self, script: Script) -> dict[str, Any] | None:
+        """What the agent of a scripted session does while it waits for nobody."""
+        if not self.events:
+            return {"type": protocol.USER_MESSAGE, "content": _text("Run the script.")}
+        if not self._turn:
+            return None
+        if self.status != "running":
+            return _RUNNING
+        if self._place < len(script):
+            return _use_of(script[self._place])
+        if not self._concluded:
+            return {"type": protocol.AGENT_MESSAGE, "content": _text("The script is done.")}
+        return _pause(protocol.END_TURN)
+
+
+_RUNNING: Final = {"type": protocol.STATUS_RUNNING}
+
+
+def _id_of(event: Event) -> str:
+    return event.id
+
+
+def _text(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _pause(reason: str, **more: object) -> dict[str, Any]:
+    return {"type": protocol.STATUS_IDLE, "stop_reason": {"type": reason, **more}}
+
+
+def _use_of(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": protocol.AGENT_CUSTOM_TOOL_USE if entry["custom"] else protocol.AGENT_TOOL_USE,
+        "name": entry["name"],
+        "input": entry["input"],
+        "evaluated_permission": entry["permission"],
+    }
+
+
+def _resolved(use_id: str, why: str) -> dict[str, Any]:
+    return {
+        "type": protocol.AGENT_TOOL_RESULT,
+        "tool_use_id": use_id,
+        "content": _text(why),
+        "is_error": True,
+    }

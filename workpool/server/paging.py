@@ -1,0 +1,47 @@
+"""Pages of a list, cut and told alike for every list (protocol §3.7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from workpool.server.conversation import Event
+    from workpool.server.item import Item
+
+Row = TypeVar("Row", bound="Item | Event")
+
+AFTER: Final = "after"
+BEFORE: Final = "before"
+"""How a `next_page` begins, which is opaque to clients: the direction, then an id."""
+
+
+class Page(NamedTuple, Generic[Row]):
+    """A page of a list; `backwards`: it goes on before its first row."""
+
+    items: Sequence[Row]
+    has_more: bool
+    backwards: bool
+
+
+def page_of(rows: Sequence[Row], limit: int, *, backwards: bool) -> Page[Row]:
+    """Make a page of `rows`, of which there is one beyond `limit` where there are more."""
+    more = len(rows) > limit
+    if backwards:
+        return Page(rows[1:] if more else rows, more, backwards=True)
+    return Page(rows[:limit], more, backwards=False)
+
+
+def listing(page: Page[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
+    """Return a page's JSON."""
+    first = page.items[0].id if page.items else None
+    last = page.items[-1].id if page.items else None
+    edge = (first if page.backwards else last) or ""
+    return {
+        "data": [render(row) for row in page.items],
+        "first_id": first,
+        "last_id": last,
+        "has_more": page.has_more,
+        "next_page": f"{BEFORE if page.backwards else AFTER}-{edge}" if page.has_more else None,
+    }

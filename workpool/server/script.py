@@ -1,0 +1,63 @@
+"""Scripts of scripted sessions, checked before anything is created (protocol §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import orjson
+
+from workpool.server.errors import Refusal
+
+Script: TypeAlias = tuple[Mapping[str, Any], ...]
+"""Tool uses in their order: `name`, `input`, `custom` and `permission`, all of them set."""
+
+ENTRIES_MAX: Final = 1000
+SCRIPTS_BYTES_MAX: Final = 16 * 1024 * 1024
+"""All copies together: every session of one enqueue keeps its own."""
+NAME_LENGTH: Final = 128
+PERMISSIONS: Final = ("allow", "ask", "deny")
+
+
+def parse_script(value: object, copies: int = 1) -> Script:
+    """Return a script as `value` tells it, for so many sessions; 400 when it is none."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise _refusal("must be a list of tool uses")
+    if len(value) > ENTRIES_MAX:
+        raise _refusal(f"must have at most {ENTRIES_MAX} entries")
+    script = tuple(_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
+    try:
+        # Deeper than it will ever stand in an answer: what passes here can always be written.
+        size = len(orjson.dumps({"data": [{"input": script}]}))
+    except orjson.JSONEncodeError:
+        raise _refusal("cannot be written as JSON") from None
+    if size * copies > SCRIPTS_BYTES_MAX:
+        raise _refusal(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
+    return script
+
+
+def _entry(entry: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise _refusal(f"{where} must be an object")
+    name, given, custom, permission = (
+        entry.get(key, default)
+        for key, default in (
+            ("name", ""),
+            ("input", {}),
+            ("custom", False),
+            ("permission", "allow"),
+        )
+    )
+    if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH:
+        raise _refusal(f"{where}: name must be 1 to {NAME_LENGTH} characters")
+    if not isinstance(given, Mapping):
+        raise _refusal(f"{where}: input must be an object")
+    if not isinstance(custom, bool):
+        raise _refusal(f"{where}: custom must be a boolean")
+    if permission not in PERMISSIONS:
+        raise _refusal(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
+    return {"name": name, "input": dict(given), "custom": custom, "permission": permission}
+
+
+def _refusal(problem: str) -> Refusal:
+    return Refusal(400, f"script {problem}", "script")

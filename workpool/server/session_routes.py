@@ -1,0 +1,134 @@
+"""HTTP in front of sessions and their events (protocol §5) in one dialect.
+
+An event stream holds no queue for its reader, only a place in the session's events: a slow reader
+costs nothing, and one that has stopped reading is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from aiohttp import web
+
+from workpool.server import requests
+from workpool.server.client_events import client_events
+from workpool.server.conversation import EVENT_PREFIX
+from workpool.server.paging import listing, page_of
+from workpool.server.routes import answer, check_allowed
+from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER
+
+if TYPE_CHECKING:
+    from workpool.server.conversation import Conversation, Event
+    from workpool.server.dialects import Dialect
+    from workpool.server.item import Item
+    from workpool.server.operations import Operations
+    from workpool.server.sessions import Session
+    from workpool.server.tokens import Tokens
+
+WRITE_SECONDS: Final = 30.0
+"""How long a reader may take to read what was sent before it is cut off."""
+_STREAM: Final = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # a proxy that collects would make the stream look stalled
+}
+_KEEP_ALIVE: Final = b": keep-alive\n\n"
+
+
+class SessionRoutes:
+    """The endpoints of sessions, spoken in one dialect."""
+
+    def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
+        self._operations = operations
+        self._tokens = tokens
+        self._dialect = dialect
+
+    def table(self) -> list[web.RouteDef]:
+        """Return the routes under the dialect's prefix."""
+        session = self._dialect.prefix + "/sessions/{session_id}"
+        return [
+            web.get(session, self.session, allow_head=False),
+            web.get(session + "/events", self.list, allow_head=False),
+            web.post(session + "/events", self.send),
+            web.get(session + "/events/stream", self.stream, allow_head=False),
+        ]
+
+    async def session(self, request: web.Request) -> web.Response:
+        """Protocol §5: the session itself."""
+        session, item = self._session(request)
+        await requests.body(request)
+        value = session.answer(item, self._operations.sessions.status(session.id))
+        return await self._durable({**value, "id": self._dialect.session_id(session.id)})
+
+    async def list(self, request: web.Request) -> web.Response:
+        """Protocol §5: the events, oldest first, by pages as in §3.7."""
+        said = self._conversation(request)
+        await requests.body(request)
+        place = requests.place(request, EVENT_PREFIX)
+        events = said.page(place.limit + 1, after=place.after, before=place.before)
+        page = page_of(events, place.limit, backwards=place.before is not None)
+        return await self._durable(listing(page, _value))
+
+    async def send(self, request: web.Request) -> web.Response:
+        """Protocol §5: a client's events; all of them, or none."""
+        session, _ = self._session(request)
+        said = client_events(await requests.body(request))
+        events = self._operations.send(session.id, said)
+        return await self._durable({"data": [_value(event) for event in events]})
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Protocol §5: events as they come; those after `Last-Event-ID` first."""
+        session, _ = self._session(request)
+        await requests.body(request)
+        said = self._operations.sessions.conversation(session.id)
+        last = request.headers.get(LAST_EVENT_ID_HEADER)
+        # Before the first byte leaves: whoever sees the stream open misses nothing from then on.
+        place = len(said.events) if last is None else said.place_after(last)
+        response = web.StreamResponse(headers=_STREAM)
+        with suppress(ConnectionError, TimeoutError):  # the reader has gone, or stopped reading
+            await response.prepare(request)
+            await _write(request, response, _KEEP_ALIVE)
+            while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
+                await self._operations.durable()
+                told = said.events[place:]
+                place += len(told)
+                await _write(request, response, b"".join(map(_told, told)) or _KEEP_ALIVE)
+        return response
+
+    def _session(self, request: web.Request) -> tuple[Session, Item]:
+        """Admit the caller to the session of the path: 401, 404, 403, in this order."""
+        limits = self._tokens.admit(request.headers.get("Authorization"))
+        own = self._dialect.own_session_id(request.match_info["session_id"])
+        session, item = self._operations.session(own)
+        check_allowed(limits, session.environment_id)
+        return session, item
+
+    def _conversation(self, request: web.Request) -> Conversation:
+        session, _ = self._session(request)
+        return self._operations.sessions.conversation(session.id)
+
+    async def _durable(self, value: dict[str, Any]) -> web.Response:
+        await self._operations.durable()
+        return answer(value)
+
+
+async def _write(request: web.Request, response: web.StreamResponse, content: bytes) -> None:
+    try:
+        async with asyncio.timeout(WRITE_SECONDS):
+            await response.write(content)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+        raise
+
+
+def _value(event: Event) -> dict[str, Any]:
+    return dict(event.value)
+
+
+def _told(event: Event) -> bytes:
+    head = f"id: {event.id}\nevent: {event.type}\ndata: "
+    return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))
