@@ -98,7 +98,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "handler before the first beat": [
         Edit(
             "dispatch:Dispatcher",
-            'await claim.until(lambda: lease.begun or lease.fate != "held", lease.remaining)',
+            "await claim.until(lambda: lease.settled or self.draining, lease.remaining)",
             "pass",
         ),
         Edit("dispatch:Dispatcher", "(lease.held and lease.begun)", "lease.held"),

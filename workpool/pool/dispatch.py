@@ -32,7 +32,7 @@ from workpool.events import (
 )
 from workpool.pool.acknowledge import Acknowledger
 from workpool.pool.claim import Cause, Claim
-from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher
+from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher, cut_short
 from workpool.pool.handling import Handling
 from workpool.pool.handover import settle
 from workpool.pool.lease import Lease
@@ -196,7 +196,7 @@ class Dispatcher:
 
     async def _serve(self, claim: Claim, handler: Handler) -> None:
         claim.session = Session(claim.item, claim, redelivered=claim.held_before)
-        outcome: Outcome = "released"  # what it comes to when this is cut short: the lease lapses
+        outcome: Outcome | None = None
         try:
             await self._begin(claim)
             if not claim.causes:
@@ -206,6 +206,7 @@ class Dispatcher:
                 self._note_lease(claim)
             outcome = await self._finisher.finish(claim)
         finally:
+            outcome = outcome or cut_short(claim)
             self._parts.keeper.end(claim.lease)
             if outcome == "lease_lost" and claim.lease.confirmed:
                 self._lost(claim, "run" if claim.lease.begun else "start")
@@ -219,19 +220,20 @@ class Dispatcher:
 
     async def _begin(self, claim: Claim) -> None:
         """Hold the lease, and note in `causes` whatever forbids to start the handler."""
+        lease, keeper = claim.lease, self._parts.keeper
         if self.draining:
-            claim.lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
-            claim.causes.add(Cause.DRAINED)
-        self._parts.keeper.watch(claim.lease)
-        if not await claim.lease.begin(self._parts.calls):
-            self._parts.keeper.hold(claim.lease)
-            lease = claim.lease
-            await claim.until(lambda: lease.begun or lease.fate != "held", lease.remaining)
-        self._note_lease(claim)
+            lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
+        keeper.watch(lease)
+        if not await lease.begin(self._parts.calls):
+            keeper.hold(lease)
+            # A drain must not wait until a refused first beat is tried again: its finish does so.
+            await claim.until(lambda: lease.settled or self.draining, lease.remaining)
+        if lease.settled or not self.draining:
+            self._note_lease(claim)
         if claim.held_before and not claim.causes and not self.draining:
             await self._count_attempt(claim)
             self._note_lease(claim)
-        if claim.lease.stop_requested:
+        if lease.stop_requested:
             claim.session.interrupt(stopping=True)
         elif self.draining:
             claim.causes.add(Cause.DRAINED)
@@ -302,6 +304,7 @@ class Dispatcher:
         for claim in self._parts.queue.forget_waiting():
             self._disown(claim)
         for claim in self.owned.values():
+            claim.wake()
             if claim.executing:
                 claim.session.interrupt(draining=True)
 

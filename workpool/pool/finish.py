@@ -186,9 +186,7 @@ class Finisher:
         await claim.until(lambda: claim.lease.fate != "held", max(0.0, left))
         if claim.lease.confirmed:
             return "lease_lost"
-        # An item that is stopping when its lease lapses is stopped: nobody gets it any more.
-        ended = claim.lease.fate == "stopped" or claim.lease.stop_requested
-        return "stopped" if ended else "released"
+        return _lapsed(claim)
 
     def _error_note(self, claim: Claim) -> Mapping[str, str]:
         error = claim.error or TimeoutError("the session's time is over")
@@ -196,6 +194,23 @@ class Finisher:
         if self._with_message and (message := text_of(error)):
             text = f"{text}: {message}"
         return {ERROR: sendable(text)}
+
+
+def cut_short(claim: Claim) -> Outcome:
+    """What a session comes to whose end a drain does not wait for: what its lease came to."""
+    match claim.lease.fate:
+        case "finished":
+            return TABLE[max(claim.causes)].outcome
+        case "lost":
+            return "lease_lost"
+        case "detached":
+            return "detached"
+    return _lapsed(claim)
+
+
+def _lapsed(claim: Claim) -> Outcome:
+    """An item that is stopping when its lease lapses is stopped: nobody gets it any more."""
+    return "stopped" if claim.lease.fate == "stopped" or claim.lease.stop_requested else "released"
 
 
 def delay_of(release: Release) -> float:

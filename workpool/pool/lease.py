@@ -101,6 +101,11 @@ class Lease:
         return self.fate == "held" and self._pulse.clock() < self.deadline
 
     @property
+    def settled(self) -> bool:
+        """The first beat has succeeded, or none ever will."""
+        return self.begun or self.fate != "held"
+
+    @property
     def remaining(self) -> float:
         """Seconds until the deadline; 0 when not held."""
         return max(0.0, self.deadline - self._pulse.clock()) if self.fate == "held" else 0.0

@@ -75,9 +75,6 @@ def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: flo
         case "lease_lost" if not case.disturbed(node, tenure) and not _over(tenure, at):
             return f"its lease was promised until {tenure.promised(at):.3f}"
         case "released" if _stopped_by(case, tenure, at) and not case.disturbed(node, tenure):
-            # What a drain leaves behind is cut short wherever it is.
-            if node.left_behind:
-                return None
             return "it is stopped"
         case _:
             return _unexpected(case, node, tenure, run, outcome)
