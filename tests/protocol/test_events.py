@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from tests.protocol.conftest import Clock
 
-BASH = {"name": "Bash", "input": {"command": "ls"}}
+BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
+CUSTOM: dict[str, Any] = {"name": "weather", "input": {"city": "Ulm"}, "custom": True}
 TIME = "2026-03-01T12:00:00.000000Z"
 TEXT = [{"type": "text", "text": "hello"}]
 
@@ -146,7 +147,7 @@ async def test_every_session_of_one_enqueue_plays_the_script_for_itself(api: Api
 
 
 async def test_a_custom_tool_use_is_waited_for(api: Api) -> None:
-    session_id = scripted(api, {"name": "weather", "input": {"city": "Ulm"}, "custom": True}, BASH)
+    session_id = scripted(api, CUSTOM, BASH)
     use, idle = (await history(api, session_id))[2:]
     assert (use["type"], use["name"]) == ("agent.custom_tool_use", "weather")
     assert idle["type"] == "session.status_idle"
@@ -488,7 +489,7 @@ async def test_a_restart_goes_on_where_it_was(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
-    script = [{**BASH, "permission": "ask"}, BASH, {"name": "w", "input": {}, "custom": True}]
+    script = [{**BASH, "permission": "ask"}, BASH, CUSTOM]
     async with plane_on(file, clock) as plane:
         api = Api(plane, http, "qoder")
         session_id = scripted(api, *script)

@@ -1,0 +1,165 @@
+"""The sibling's own SDK (`anthropic`) on the session's side of a conversation."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+from anthropic import AsyncAnthropic, BadRequestError, ConflictError, beta_async_tool
+from anthropic.lib.tools import ToolError
+from anthropic.lib.tools._beta_session_runner import SessionToolRunner
+
+from tests.protocol.conftest import TOKEN
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from anthropic import AsyncStream
+    from anthropic.types.beta.sessions import BetaManagedAgentsStreamSessionEvents
+
+    from workpool.server import ControlPlane
+
+BASH: dict[str, Any] = {"name": "bash", "input": {"command": "ls"}}
+ASK = {**BASH, "permission": "ask"}
+
+
+@pytest.fixture
+async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    async with AsyncAnthropic(
+        auth_token=TOKEN, base_url=base_url, max_retries=0, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
+def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
+    (item,) = plane.enqueue(script=script)
+    return item.session_id.replace("sess_", "session_")
+
+
+async def test_list_send_and_stream(plane: ControlPlane, sdk: AsyncAnthropic) -> None:
+    events = sdk.beta.sessions.events
+    session_id = scripted(plane, BASH, ASK)
+    said = [event async for event in events.list(session_id, limit=2)]
+    assert [event.type for event in said] == [
+        "user.message",
+        "session.status_running",
+        "agent.tool_use",
+    ]
+    async with await events.stream(session_id) as stream:
+        use = said[-1]
+        assert use.type == "agent.tool_use"
+        assert (use.name, use.input) == ("bash", {"command": "ls"})
+        answered = await events.send(
+            session_id,
+            events=[{"type": "user.tool_result", "tool_use_id": use.id, "is_error": False,
+                     "content": [{"type": "text", "text": "a b"}]}],
+        )  # fmt: skip
+        assert answered.data is not None
+        assert [event.type for event in answered.data] == ["user.tool_result"]
+        told = [await anext(aiter(stream)) for _ in range(3)]
+        assert [event.type for event in told] == [
+            "user.tool_result",
+            "agent.tool_use",
+            "session.status_idle",
+        ]
+        idle = told[-1]
+        assert idle.type == "session.status_idle"
+        assert idle.stop_reason.type == "requires_action"
+        (waits,) = idle.stop_reason.event_ids
+        await events.send(
+            session_id,
+            events=[{"type": "user.tool_confirmation", "tool_use_id": waits, "result": "deny"}],
+        )
+        told = [await anext(aiter(stream)) for _ in range(5)]
+        assert told[1].type == "agent.tool_result"
+        assert told[-1].type == "session.status_idle"
+        assert told[-1].stop_reason.type == "end_turn"
+
+
+async def test_refusals_arrive_as_the_sdks_own_errors(
+    plane: ControlPlane, sdk: AsyncAnthropic
+) -> None:
+    events = sdk.beta.sessions.events
+    session_id = scripted(plane, BASH)
+    use = [event async for event in events.list(session_id)][-1]
+    await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": use.id}])
+    with pytest.raises(ConflictError):
+        await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": use.id}])
+    with pytest.raises(BadRequestError):
+        await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": "evt_1"}])
+
+
+async def confirm(
+    sdk: AsyncAnthropic,
+    session_id: str,
+    stream: AsyncStream[BetaManagedAgentsStreamSessionEvents],
+) -> None:
+    """Allow what is asked for first, deny what is asked for next."""
+    verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
+    async with stream:
+        async for event in stream:
+            if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
+                await sdk.beta.sessions.events.send(
+                    session_id,
+                    events=[{"type": "user.tool_confirmation", "tool_use_id": event.id,
+                             "result": verdicts.pop(0)}],
+                )  # fmt: skip
+            if event.type == "agent.message":
+                return
+
+
+async def test_the_sdks_tool_runner_plays_a_whole_script(
+    plane: ControlPlane, sdk: AsyncAnthropic
+) -> None:
+    """Its own client of this very protocol: stream first, history, reconcile, answer once."""
+
+    @beta_async_tool
+    async def bash(command: str) -> str:
+        """Run a command.
+
+        Args:
+            command: What to run.
+        """
+        if command == "fail":
+            raise ToolError("it failed")
+        return f"ran {command}"
+
+    @beta_async_tool
+    async def weather(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+            city: Where.
+        """
+        return f"rain in {city}"
+
+    script = [
+        BASH,
+        {"name": "weather", "input": {"city": "Ulm"}, "custom": True},
+        {"name": "bash", "input": {"command": "fail"}},
+        ASK,
+        {**BASH, "permission": "deny"},
+        ASK,
+    ]
+    session_id = scripted(plane, *script)
+    runner = SessionToolRunner(sdk, session_id, tools=[bash, weather], max_idle=0.05)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        stream = await sdk.beta.sessions.events.stream(session_id)
+        group.create_task(confirm(sdk, session_id, stream))
+        calls = [
+            (call.name, call.is_error, call.posted, call.confirmation) async for call in runner
+        ]
+    assert calls == [
+        ("bash", False, True, None),
+        ("weather", False, True, None),
+        ("bash", True, True, None),
+        ("bash", False, True, "allow"),
+        ("bash", False, False, "deny"),
+        ("bash", False, False, "deny"),
+    ]
+    told = plane.events(session_id.replace("session_", "sess_"))
+    assert told[-1]["stop_reason"] == {"type": "end_turn"}
+    texts = [event["content"][0]["text"] for event in told if event["type"] == "user.tool_result"]
+    assert texts == ["ran ls", "it failed", "ran ls"]

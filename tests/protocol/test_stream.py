@@ -1,0 +1,147 @@
+"""Protocol §5: the event stream (Server-Sent Events), read to the letter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from tests.protocol.conftest import TOKEN, Api, until
+from tests.protocol.test_events import BASH, history, last, path, result, scripted, send
+from workpool.server import session_routes
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+UNKNOWN = "evt_" + "0" * 32
+
+
+class Reader:
+    """The blocks of one open stream, in order."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+
+    async def block(self) -> str:
+        async with asyncio.timeout(10):
+            return (await self.response.content.readuntil(b"\n\n")).decode()
+
+    async def event(self) -> dict[str, Any]:
+        """The next event; its three lines must agree."""
+        while (text := await self.block()).startswith(":"):
+            pass
+        first, second, third = text.removesuffix("\n\n").split("\n")
+        event: dict[str, Any] = json.loads(third.removeprefix("data: "))
+        assert first == f"id: {event['id']}"
+        assert second == f"event: {event['type']}"
+        return event
+
+
+@asynccontextmanager
+async def stream(api: Api, session_id: str, last_id: str | None = None) -> AsyncIterator[Reader]:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    if last_id is not None:
+        headers["Last-Event-ID"] = last_id
+    url = path(api, session_id, "/events/stream")
+    async with api.http.get(url, headers=headers) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/event-stream"
+        assert response.headers["Cache-Control"] == "no-store"
+        reader = Reader(response)
+        assert (await reader.block()).startswith(":")  # open, before anything is said
+        yield reader
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_a_stream_starts_live(api: Api) -> None:
+    session_id = scripted(api, BASH)
+    use = await last(api, session_id, "agent.tool_use")
+    async with stream(api, session_id) as one, stream(api, session_id) as two:
+        await send(api, session_id, result(use, "ünïcode \n\r\n two lines"))
+        told = [await one.event() for _ in range(3)]
+        assert [event["type"] for event in told] == [
+            "user.tool_result",
+            "agent.message",
+            "session.status_idle",
+        ]
+        assert told == (await history(api, session_id))[3:]
+        assert [await two.event() for _ in range(3)] == told
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_a_stream_resumes_after_the_last_event_that_was_read(api: Api) -> None:
+    session_id = scripted(api, BASH)
+    whole = await history(api, session_id)
+    for place, event in enumerate(whole):
+        async with stream(api, session_id, event["id"]) as reader:
+            left = whole[place + 1 :]
+            assert [await reader.event() for _ in left] == left
+    async with stream(api, session_id, whole[0]["id"]) as reader:  # and goes on live
+        await send(api, session_id, {"type": "user.interrupt"})
+        assert [(await reader.event())["id"] for _ in whole[1:]] == [one["id"] for one in whole[1:]]
+        assert (await reader.event())["type"] == "user.interrupt"
+
+
+@pytest.mark.parametrize("unknown", [UNKNOWN, "evt_" + "f" * 32, "nonsense", ""])
+async def test_an_unknown_last_event_id_replays_everything(api: Api, unknown: str) -> None:
+    session_id = scripted(api, BASH)
+    async with stream(api, session_id, unknown) as reader:
+        assert [await reader.event() for _ in range(3)] == await history(api, session_id)
+
+
+async def test_another_sessions_event_is_unknown(api: Api) -> None:
+    first, second = scripted(api, BASH), scripted(api, BASH)
+    theirs = (await history(api, first))[-1]["id"]
+    async with stream(api, second, theirs) as reader:
+        assert (await reader.event())["type"] == "user.message"
+
+
+async def test_a_silent_stream_is_kept_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_routes, "KEEP_ALIVE_SECONDS", 0.02)
+    async with stream(api, scripted(api)) as reader:
+        for _ in range(3):
+            assert await reader.block() == ": keep-alive\n\n"
+
+
+async def test_a_stream_ends_when_the_control_plane_goes(qoder: Api) -> None:
+    async with stream(qoder, scripted(qoder)) as reader:
+        qoder.plane.operations.release()
+        async with asyncio.timeout(5):
+            assert await reader.response.content.read() == b""
+    async with stream(qoder, scripted(qoder)) as reader:  # nor does a new one stay open
+        assert await reader.response.content.read() == b""
+
+
+async def test_a_reader_that_leaves_is_forgotten(qoder: Api) -> None:
+    session_id = scripted(qoder)
+    following = qoder.plane.operations.sessions._following
+    async with stream(qoder, session_id) as reader:
+        await until(lambda: following)
+        reader.response.close()
+    await until(lambda: not following)
+
+
+async def test_a_reader_that_does_not_read_is_cut_off(
+    qoder: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_routes, "WRITE_SECONDS", 0.1)
+    session_id = scripted(qoder)
+    following = qoder.plane.operations.sessions._following
+    text = "x" * 1_000_000
+    async with stream(qoder, session_id) as reader:
+        message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
+        for _ in range(20):  # more than all buffers between the two can hold
+            assert (await send(qoder, session_id, message)).status == 200
+        await until(lambda: not following)
+        with pytest.raises(aiohttp.ClientError):
+            await reader.response.content.read()
+
+
+async def test_head_is_no_stream(api: Api) -> None:
+    url = path(api, scripted(api), "/events/stream")
+    async with api.http.head(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+        assert response.status == 405
