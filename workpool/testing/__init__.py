@@ -28,22 +28,27 @@ from workpool.testing.actions import (
 )
 from workpool.testing.clock import Clock
 from workpool.testing.faults import Faults, Op, Request, Rule
+from workpool.testing.kit import Kit, SessionResult
 from workpool.testing.proxy import Proxy
 from workpool.testing.recorder import Recorder
+from workpool.testing.virtual import in_virtual_time
 
 __all__ = [
     "Clock",
     "Faults",
     "Hold",
+    "Kit",
     "Op",
     "Proxy",
     "Recorder",
     "Request",
     "Rule",
+    "SessionResult",
     "delay",
     "expire_lease",
     "expired",
     "garbled",
+    "in_virtual_time",
     "literal",
     "lost",
     "reset",

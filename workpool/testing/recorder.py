@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from workpool.hookspecs import hookimpl
 from workpool.testing.changes import WAIT_SECONDS, Changes
+from workpool.testing.report import names_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,15 +51,16 @@ class Recorder:
         Raises:
             AssertionError: It did not come in time.
         """
+        found: list[E] = []
+        seen = 0
 
         def enough() -> list[E] | None:
-            found = self.of(kind, where)
+            nonlocal seen
+            new, seen = self.events[seen:], len(self.events)
+            found.extend(e for e in new if isinstance(e, kind) and (where is None or where(e)))
             return found if len(found) >= count else None
 
-        found = await self._changes.until(
-            enough, lambda: f"{count} × {kind.__name__}; there was {self._names()}", timeout
+        await self._changes.until(
+            enough, lambda: f"{count} × {kind.__name__}; there was {names_of(self.events)}", timeout
         )
         return found[count - 1]
-
-    def _names(self) -> str:
-        return ", ".join(type(event).__name__ for event in self.events) or "nothing"

@@ -1,0 +1,123 @@
+"""The fixture `workpool` under pytest as others have set it up, and pytest where nobody uses it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+pytest_plugins = ["pytester"]
+
+TESTS = """
+import asyncio
+import os
+
+import pytest
+from workpool import handler
+from workpool.testing import in_virtual_time
+
+MARKS
+
+loops = []
+
+@pytest.fixture
+def text():
+    return "from a fixture"
+
+@handler
+async def work(session):
+    loops.append(asyncio.get_running_loop())
+    await asyncio.sleep(0)
+    return {"text": session.item.metadata["text"]}
+
+async def check(workpool, text):
+    result = await workpool.run_session(work, metadata={"text": text})
+    assert (result.outcome, result.metadata["text"]) == ("completed", text)
+
+async def test_function(workpool, text):
+    assert not [name for name in os.environ if name.startswith("WORKPOOL_")]
+    await check(workpool, text)
+    assert loops[-1] is asyncio.get_running_loop()
+
+class TestClass:
+    @pytest.mark.parametrize("text", ["one", "two"])
+    async def test_method(self, workpool, text):
+        await check(workpool, text)
+"""
+VIRTUAL = """
+@in_virtual_time
+async def test_virtual(workpool, text):
+    await asyncio.sleep(3600)
+    await check(workpool, text)
+"""
+ANYIO = "pytestmark = pytest.mark.anyio\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
+ASYNCIO = ["-o", "asyncio_default_fixture_loop_scope=function"]  # it warns when this is not set
+
+
+@pytest.mark.parametrize(
+    ("marks", "options"),
+    [
+        ("", [*ASYNCIO, "-o", "asyncio_mode=auto"]),
+        ("pytestmark = pytest.mark.asyncio", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
+        ("", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
+        ("", ["-p", "no:asyncio", "-p", "no:anyio"]),
+        (ANYIO, [*ASYNCIO, "-o", "asyncio_mode=strict"]),
+        (ANYIO, ["-p", "no:asyncio"]),
+    ],
+    ids=["auto", "strict", "strict, unmarked", "no plugin", "anyio beside asyncio", "anyio"],
+)
+def test_whoever_runs_async_tests(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
+) -> None:
+    monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
+    virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL  # marks are for coroutines
+    pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
+    quiet = ["-p", "no:randomly", "-p", "no:cov", "-W", "error"]
+    result = pytester.runpytest_inprocess(*quiet, *options)
+    result.assert_outcomes(passed=3 + bool(virtual))
+
+
+def test_a_failure_shows_the_tests_line_and_the_pools_log(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        from workpool import handler
+
+        @handler(metadata={"job": "ours"})
+        async def work(session): ...
+
+        async def test_it(workpool):
+            await workpool.run_session(work, metadata={"job": "theirs"})
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:randomly", "-p", "no:cov", *ASYNCIO)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            ">       await workpool.run_session(work, metadata={*",
+            "E       AssertionError: the item was declined as unwanted; it has: job=theirs",
+            "E       work takes type=session job=ours",
+            "*INFO*pool started*",
+            "*INFO*item declined*reason=unwanted",
+        ],
+        consecutive=False,
+    )
+    assert "kit.py" not in str(result.stdout)
+
+
+def test_a_test_without_the_fixture_pays_nothing(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_it():
+            assert "pytest_workpool" in sys.modules
+            assert not {"workpool", "aiohttp", "pydantic", "prometheus_client"} & set(sys.modules)
+        """
+    )
+    alone = ["-p", "no:cov", "-p", "no:randomly", "-p", "no:hypothesispytest"]
+    result = pytester.run(sys.executable, "-m", "pytest", *alone)
+    result.assert_outcomes(passed=1)

@@ -1,0 +1,174 @@
+"""The fixture `workpool`, as authors of handlers use it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.errors import RefusedError
+from workpool.events import SessionFinished, SessionStarted
+from workpool.testing import in_virtual_time, lost, status
+
+if TYPE_CHECKING:
+    from workpool.testing import Kit
+
+HOUR = 3600.0
+
+
+@handler(metadata={"job": "add"})
+async def add(session: Session) -> dict[str, str]:
+    metadata = session.item.metadata
+    return {"sum": str(int(metadata["a"]) + int(metadata["b"]))}
+
+
+@handler
+async def wait(session: Session) -> dict[str, str]:
+    await session.interrupted()
+    return {"heard": "stopping" if session.stopping else "draining"}
+
+
+@handler
+async def sleep(session: Session) -> dict[str, str]:
+    await asyncio.sleep(float(session.item.metadata["seconds"]))
+    return {"slept": session.item.metadata["seconds"]}
+
+
+@handler
+async def second_time_lucky(session: Session) -> None:
+    if not session.redelivered:
+        raise Release("not yet", delay=60)
+
+
+async def test_a_session_runs_to_its_end(workpool: Kit) -> None:
+    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    assert (result.outcome, result.item.state) == ("completed", "stopped")
+    assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
+    assert result.error is None
+    assert 0 < result.seconds < 10
+
+
+async def test_a_failed_session_tells_what_its_handler_raised(workpool: Kit) -> None:
+    result = await workpool.run_session(add, metadata={"job": "add", "a": "one", "b": "2"})
+    assert (result.outcome, result.metadata["workpool.error"]) == ("failed", "ValueError")
+    assert isinstance(result.error, ValueError)
+
+
+async def test_one_server_for_all_that_a_test_does(workpool: Kit) -> None:
+    for a in ("1", "2"):
+        await workpool.run_session(add, metadata={"job": "add", "a": a, "b": "2"})
+    assert workpool.server.summary().stopped == 2
+    assert [each.outcome for each in workpool.recorder.of(SessionFinished)] == ["completed"] * 2
+
+
+async def test_an_operators_stop_is_learnt_of_at_once(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(wait, lease_ttl=600):
+        await workpool.wait_for(SessionStarted)
+        workpool.stop(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "stopped"
+    done = workpool.server.operations.get(item.environment_id, item.id)
+    assert done.metadata["heard"] == "stopping"
+
+
+async def test_a_drain_is_heard(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(wait) as pool:
+        await workpool.wait_for(SessionStarted)
+        await pool.drain()
+    done = workpool.server.operations.get(item.environment_id, item.id)
+    assert (done.state, done.metadata["heard"]) == ("stopped", "draining")
+
+
+async def test_faults_strike(workpool: Kit) -> None:
+    workpool.faults.add(status(503, retry_after=0), "poll", times=2)
+    lost_once = workpool.faults.add(lost(), "stop", times=1)
+    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    assert (result.outcome, lost_once.hits) == ("completed", 1)
+    assert len(workpool.faults.of("poll")) >= 3
+
+
+async def test_what_no_handler_wants_is_said_at_once(workpool: Kit) -> None:
+    with pytest.raises(AssertionError) as caught:
+        await workpool.run_session(add, metadata={"job": "subtract"}, timeout=3600)
+    assert str(caught.value).splitlines() == [
+        "the item was declined as unwanted; it has: job=subtract",
+        "add takes type=session job=add",
+    ]
+
+
+@in_virtual_time
+async def test_a_session_that_does_not_end_says_where_it_waits(workpool: Kit) -> None:
+    with pytest.raises(AssertionError) as caught:
+        await workpool.run_session(sleep, metadata={"seconds": str(2 * HOUR)}, timeout=HOUR)
+    said = str(caught.value)
+    assert "the session has not ended within 3600 s" in said
+    assert "the item is active; it was created, delivered, acked, heartbeat ×" in said
+    assert "sleep waits here:" in said
+    assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in said
+    assert "the pool told: PollFinished, ItemClaimed, RequestFinished ×" in said
+
+
+async def test_an_event_that_does_not_come_says_what_came(workpool: Kit) -> None:
+    workpool.enqueue()
+    async with workpool.pool(wait):
+        await workpool.wait_for(SessionStarted)
+        with pytest.raises(AssertionError, match=r"1 × SessionFinished; there was .*Started"):
+            await workpool.wait_for(SessionFinished, timeout=0.05)
+
+
+async def test_a_pool_that_fails_says_so(workpool: Kit) -> None:
+    workpool.faults.add(status(401), "poll")
+    with pytest.raises(RefusedError, match="401"):
+        await workpool.run_session(wait)
+
+
+def test_a_plain_function_is_told_to_be_async(workpool: Kit) -> None:
+    with pytest.raises(RuntimeError, match="async def"):
+        workpool.enqueue()
+
+
+@in_virtual_time
+async def test_hours_pass_at_once(workpool: Kit) -> None:
+    result = await workpool.run_session(sleep, metadata={"seconds": str(6 * HOUR)})
+    assert result.outcome == "completed"
+    assert result.seconds == pytest.approx(6 * HOUR, abs=1)
+
+
+@in_virtual_time
+async def test_a_timeout_comes_when_it_is_due(workpool: Kit) -> None:
+    seconds = {"seconds": str(2 * HOUR)}
+    result = await workpool.run_session(sleep, metadata=seconds, session_timeout=HOUR)
+    assert result.outcome == "timed_out"
+    assert result.seconds == pytest.approx(HOUR, abs=1)
+
+
+@in_virtual_time
+async def test_what_is_released_comes_again(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(second_time_lucky):
+        first = await workpool.wait_for(SessionFinished)
+        second = await workpool.wait_for(SessionFinished, count=2)
+    assert (first.outcome, second.outcome) == ("released", "completed")
+    done = workpool.server.operations.get(item.environment_id, item.id)
+    assert done.metadata["workpool.attempt"] == "2"
+
+
+@in_virtual_time
+async def test_a_stop_in_virtual_time(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(wait):
+        await asyncio.sleep(HOUR)
+        workpool.stop(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "stopped"
+    assert finished.seconds == pytest.approx(HOUR, abs=1)
+
+
+@in_virtual_time
+async def test_no_fault_is_added_that_could_not_strike(workpool: Kit) -> None:
+    with pytest.raises(RuntimeError, match="in virtual time"):
+        workpool.faults.add(status(503), "poll")

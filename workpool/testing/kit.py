@@ -1,0 +1,295 @@
+"""The fixture `workpool`: a control plane, pools on it, and what became of their sessions.
+
+    async def test_counts_the_rows(workpool: Kit) -> None:
+        result = await workpool.run_session(count_rows, metadata={"table": "orders"})
+        assert (result.outcome, result.metadata["rows"]) == ("completed", "42")
+
+Under `@in_virtual_time` the same calls run on a clock that jumps, without a network. Every wait is
+bounded, and one that ends in vain says what there was instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from workpool.events import DrainFinished, ItemDeclined, SessionFinished
+from workpool.handler import name_of, rule_of
+from workpool.pool.supervisor import Supervisor
+from workpool.server import ControlPlane
+from workpool.settings import Settings
+from workpool.testing.changes import WAIT_SECONDS
+from workpool.testing.faults import Faults
+from workpool.testing.local import LocalClient
+from workpool.testing.recorder import Recorder
+from workpool.testing.report import names_of, story_of
+from workpool.testing.simulation.world import LoopSupervisor
+from workpool.testing.virtual import VirtualLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from contextlib import AsyncExitStack
+    from types import TracebackType
+    from typing import Self
+
+    from workpool.pool.parts import Parts
+    from workpool.server import Item
+    from workpool.session import Outcome
+
+E = TypeVar("E")
+T = TypeVar("T")
+
+VIRTUAL_WAIT_SECONDS: Final = 86_400.0
+"""How long a test waits in virtual time; a session that never ends costs seconds of real time."""
+VIRTUAL_START: Final = 1_772_366_400.0
+"""When virtual time begins by the control plane's clock: 2026-03-01T12:00:00Z."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResult:
+    """What became of one session.
+
+    Attributes:
+        outcome: How it ended for the pool.
+        metadata: The item's, at the end: what it came with, and what the session wrote.
+        events: The session's own (protocol §5), oldest first.
+        error: What the handler raised; None when it did not.
+        seconds: From the acknowledgement to the end, virtual in virtual time.
+        item: The control plane's: `state` is `stopped` unless the item is to be delivered again.
+    """
+
+    outcome: Outcome
+    metadata: Mapping[str, str]
+    events: Sequence[Mapping[str, Any]]
+    error: BaseException | None
+    seconds: float
+    item: Item
+
+
+class Kit:
+    """One test's control plane, and whatever pools the test runs on it.
+
+    Attributes:
+        recorder: Every event that the pools told their observers.
+    """
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self._faults = Faults()
+        self._pools: list[_Prompted] = []
+
+    @functools.cached_property
+    def server(self) -> ControlPlane:
+        """The control plane: on a free port, or, in virtual time, without one."""
+        __tracebackhide__ = True
+        loop = _virtual_loop()
+        if loop is None:
+            return ControlPlane(middlewares=[self._faults.middleware])
+        return ControlPlane(now=lambda: VIRTUAL_START + loop.machine_time())
+
+    @property
+    def faults(self) -> Faults:
+        """What is to go wrong at the control plane, and a log of all requests.
+
+        Raises:
+            RuntimeError: In virtual time, where there are no requests for them to strike.
+        """
+        if _virtual_loop() is not None:
+            raise RuntimeError("faults strike requests, and in virtual time there are none")
+        return self._faults
+
+    def enqueue(
+        self,
+        count: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        **given: Any,
+    ) -> tuple[Item, ...]:
+        """Create work items: `ControlPlane.enqueue`, whose keywords it takes."""
+        return self.server.enqueue(count, metadata, **given)
+
+    def stop(self, item: Item, *, force: bool = False) -> None:
+        """Stop an item as an operator does, and have its lease looked at, so that it is noticed."""
+        self.server.operations.stop(item.environment_id, item.id, force=force)
+        for pool in self._pools:
+            pool.beat_now(item.id)
+
+    def settings(self, **values: Any) -> Settings:
+        """Settings that lead to the control plane; a keyword of yours wins."""
+        plane = self.server
+        ours: dict[str, Any] = {
+            "base_url": plane.base_url,
+            "environment_id": plane.environments[0],
+            "token": plane.token,
+            "stats_interval": 0,
+        }
+        return Settings(**ours | values)
+
+    def pool(self, *plugins: object, **settings: Any) -> Supervisor:
+        """A pool of these plugins, to be run with `async with`; see `Supervisor`."""
+        plugins = (*plugins, self.recorder)
+        if _virtual_loop() is None:
+            pool = _Prompted(self.settings(**settings), plugins=plugins)
+        else:
+            connect = functools.partial(LocalClient, self.server.operations)
+            pool = _LoopPool(self.settings(**settings), plugins=plugins, connect=connect)
+        self._pools.append(pool)
+        return pool
+
+    async def run_session(
+        self,
+        *plugins: object,
+        metadata: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        **settings: Any,
+    ) -> SessionResult:
+        """Enqueue one item and run a pool of these plugins until its session has ended.
+
+        Args:
+            plugins: A handler, or whatever else `Supervisor` takes for one.
+            metadata: The item's.
+            timeout: Seconds to wait; None: 10, in virtual time a day.
+            settings: The pool's, by name.
+
+        Raises:
+            AssertionError: The session has not ended, or no handler wanted it.
+            WorkpoolError: The pool cannot start, or failed.
+        """
+        __tracebackhide__ = True
+        (item,) = self.enqueue(metadata=metadata)
+
+        def over(event: object) -> bool:
+            match event:
+                case SessionFinished(session=session):
+                    return session.item.id == item.id
+                case ItemDeclined(item=declined, reason=reason):
+                    return declined.id == item.id and reason != "busy"
+            # The pool has failed, and leaving it says why; an earlier pool's end is none of ours.
+            return isinstance(event, DrainFinished) and pool.status().draining
+
+        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # a pool that is full does not poll
+        pool = self.pool(*plugins, **one_at_a_time | settings)
+        async with pool:
+            try:
+                end = await self.recorder.wait_for(object, over, timeout=_patience(timeout))
+            except AssertionError:
+                raise AssertionError(self._story(item, timeout)) from None
+        match end:
+            case SessionFinished():
+                return self._result(end)
+            case ItemDeclined():
+                raise AssertionError(_declined(end, plugins))
+        raise AssertionError("the pool was drained before the session had ended")
+
+    async def wait_for(
+        self,
+        kind: type[E],
+        where: Callable[[E], bool] | None = None,
+        *,
+        count: int = 1,
+        timeout: float | None = None,
+    ) -> E:
+        """Return the `count`-th event of this kind, which may have come already.
+
+        Args:
+            kind: A class of `workpool.events`.
+            where: Only events that this accepts.
+            count: Which of them.
+            timeout: Seconds to wait; None: 10, in virtual time a day.
+
+        Raises:
+            AssertionError: It did not come in time.
+        """
+        __tracebackhide__ = True
+        try:
+            return await self.recorder.wait_for(
+                kind, where, count=count, timeout=_patience(timeout)
+            )
+        except AssertionError as error:
+            raise AssertionError(str(error)) from None
+
+    async def __aenter__(self) -> Self:
+        """Open the control plane's port."""
+        await self.server.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        await self.server.__aexit__(kind, error, trace)
+
+    def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
+        """Let `test` run with the control plane open, on whatever loop it runs."""
+
+        @functools.wraps(test)
+        async def run(*args: Any, **kwargs: Any) -> T:
+            async with self:
+                return await test(*args, **kwargs)
+
+        return run
+
+    def _story(self, item: Item, timeout: float | None) -> str:
+        lines = [f"the session has not ended within {_patience(timeout):g} s"]
+        lines += story_of(item.id, self.server)
+        return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
+
+    def _result(self, finished: SessionFinished) -> SessionResult:
+        operations, work = self.server.operations, finished.session.item
+        item = operations.get(work.environment_id, work.id)
+        return SessionResult(
+            outcome=finished.outcome,
+            metadata=dict(item.metadata),
+            events=(),
+            error=finished.error,
+            seconds=finished.seconds,
+            item=item,
+        )
+
+
+class _Prompted(Supervisor):
+    """A pool that can be told to look at a lease now, not only when the next beat is due."""
+
+    _parts: Parts | None = None
+
+    async def _keep(self, stack: AsyncExitStack) -> Parts:
+        self._parts = await super()._keep(stack)
+        return self._parts
+
+    def beat_now(self, work_id: str) -> None:
+        """Beat for an item, if this pool holds it."""
+        if self._parts is not None:
+            for lease in self._parts.keeper.leases():
+                if lease.item.id == work_id:
+                    self._parts.keeper.beat_now(lease)
+
+
+class _LoopPool(_Prompted, LoopSupervisor):
+    """The same on a loop of its own time."""
+
+
+def _virtual_loop() -> VirtualLoop | None:
+    __tracebackhide__ = True
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError("the fixture `workpool` is for tests that are `async def`") from None
+    return loop if isinstance(loop, VirtualLoop) else None
+
+
+def _patience(timeout: float | None) -> float:
+    if timeout is not None:
+        return timeout
+    return WAIT_SECONDS if _virtual_loop() is None else VIRTUAL_WAIT_SECONDS
+
+
+def _declined(event: ItemDeclined, plugins: Sequence[object]) -> str:
+    rules = [f"{name_of(each)} takes {rule}" for each in plugins if (rule := rule_of(each))]
+    had = " ".join(f"{key}={value}" for key, value in event.item.metadata.items())
+    return "\n".join(
+        [f"the item was declined as {event.reason}; it has: {had or 'no metadata'}", *rules]
+    )

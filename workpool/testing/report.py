@@ -1,0 +1,49 @@
+"""What to tell a test's author when something was waited for in vain: what there was instead."""
+
+from __future__ import annotations
+
+import asyncio
+import linecache
+from collections import Counter
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from workpool.events import Event
+    from workpool.server import ControlPlane
+
+
+def names_of(events: Iterable[Event]) -> str:
+    """The events' names, each once, with how many there were."""
+    counts = Counter(type(event).__name__ for event in events)
+    return ", ".join(_times(name, count) for name, count in counts.items()) or "nothing"
+
+
+def story_of(work_id: str, plane: ControlPlane) -> list[str]:
+    """What became of an item so far, and where its handler waits."""
+    records = plane.history.of(work_id)
+    kinds = groupby(record.kind for record in records)
+    story = ", ".join(_times(kind, len(list(same))) for kind, same in kinds)
+    return [f"the item is {records[-1].state}; it was {story}", *_where(work_id)]
+
+
+def _times(name: str, count: int) -> str:
+    return name if count == 1 else f"{name} ×{count}"
+
+
+def _where(work_id: str) -> list[str]:
+    """Every frame of the item's handler, down to its last `await`."""
+    lines: list[str] = []
+    for task in asyncio.all_tasks():
+        label, _, name = task.get_name().rpartition(" ")  # as `pool.handling` names it
+        if label and name == work_id:
+            lines.append(f"its handler {label} waits here:")
+            awaited: Any = task.get_coro()
+            while frame := getattr(awaited, "cr_frame", None):
+                path, number = frame.f_code.co_filename, frame.f_lineno
+                lines.append(f"  {path}:{number} in {frame.f_code.co_name}")
+                lines.append(f"    {linecache.getline(path, number).strip()}")
+                awaited = awaited.cr_await
+    return lines
