@@ -128,15 +128,25 @@ async def test_a_reader_that_leaves_is_forgotten(qoder: Api) -> None:
 async def test_a_reader_that_does_not_read_is_cut_off(
     qoder: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cut, write = asyncio.Event(), session_routes._write
+
+    async def watched(*args: Any) -> None:
+        try:
+            await write(*args)
+        except TimeoutError:
+            cut.set()
+            raise
+
     monkeypatch.setattr(session_routes, "WRITE_SECONDS", 0.1)
+    monkeypatch.setattr(session_routes, "_write", watched)
     session_id = scripted(qoder)
-    following = qoder.plane.operations.sessions._following
     text = "x" * 1_000_000
     async with stream(qoder, session_id) as reader:
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
         for _ in range(20):  # more than all buffers between the two can hold
             assert (await send(qoder, session_id, message)).status == 200
-        await until(lambda: not following)
+        async with asyncio.timeout(10):
+            await cut.wait()
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
 
