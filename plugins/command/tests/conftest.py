@@ -1,0 +1,84 @@
+"""A control plane and pools of the plugin on it; and what the machine knows of our processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from workpool.testing import Kit
+from workpool_command import Command
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+class Shell(Protocol):
+    def __call__(self, script: str, *arguments: object, **settings: Any) -> Command: ...
+
+
+class Machine:
+    """What the kernel knows."""
+
+    @staticmethod
+    def _status(pid: str) -> list[str]:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return ["gone", "0"]
+
+    def runs(self, pid: int | str) -> bool:
+        """A zombie does not run."""
+        return self._status(str(pid))[0] not in {"gone", "Z", "X"}
+
+    def children(self) -> set[str]:
+        """Our own, zombies included."""
+        pids = [path.name for path in Path("/proc").glob("[0-9]*")]
+        return {pid for pid in pids if self._status(pid)[1] == str(os.getpid())}
+
+    def descriptors(self) -> set[str]:
+        return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+    async def written(self, path: Path, lines: int = 1) -> list[str]:
+        """The lines of a file, once it has as many: a command's way to say how far it is."""
+        async with asyncio.timeout(10):
+            while True:
+                text = path.read_text() if path.exists() else ""
+                if text.count("\n") >= lines:
+                    return text.splitlines()
+                await asyncio.sleep(0.01)
+
+    async def gone(self, pids: list[str]) -> None:
+        async with asyncio.timeout(10):
+            while any(self.runs(pid) for pid in pids):
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def shell() -> Shell:
+    """A command that is a script; its `$0` is the first argument."""
+
+    def make(script: str, *arguments: object, **settings: Any) -> Command:
+        return Command(command=["sh", "-c", script, *map(str, arguments)], **settings)
+
+    return make
+
+
+@pytest.fixture
+def machine() -> Machine:
+    return Machine()
+
+
+@pytest.fixture
+async def kit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Kit]:
+    caplog.set_level("INFO", "workpool")
+    for name in os.environ:
+        if name.startswith("WORKPOOL_"):
+            monkeypatch.delenv(name)
+    async with Kit() as kit:
+        yield kit

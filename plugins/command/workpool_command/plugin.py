@@ -1,0 +1,244 @@
+"""The plugin: its settings, what of them can be checked before the first session, and the handler.
+
+What a session can still find wrong, it reports as its own failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import math
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from workpool import PluginError, Release, Session, handler, hookimpl
+from workpool_command.ending import CommandFailed, result_of, settle
+from workpool_command.group import ProcessGroup, Start, running
+from workpool_command.guard import Guard, guarding
+from workpool_command.output import reading
+from workpool_command.surroundings import (
+    HANDED_ON,
+    SECRET_PREFIXES,
+    fresh_directory,
+    handed_on,
+    ids_of,
+    item_json,
+    kept_directory,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+NAME: Final = "command"
+CANCELLED_SECONDS: Final = 3.0
+"""The most that is left after a SIGTERM to a cancelled session: a drain's last step takes 5 s."""
+LOST_SECONDS: Final = 0.5
+"""What is left when the lease is lost: less than the margin before somebody else can start."""
+EXHAUSTED: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC}
+"""This machine has no room for another process now: the session is another worker's to run."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Command:
+    """Runs a command per session; its exit status decides the outcome.
+
+    The keywords are the table `[workpool.plugin.command]`.
+    """
+
+    command: Sequence[str]
+    """The program and its arguments. A string is refused: nothing here knows a shell's syntax."""
+    root: str | os.PathLike[str] | None = None
+    """Where the sessions' working directories are made. Default: where temporary files go."""
+    keep: bool = False
+    """Keep a session's directory, and use it again when the session comes again."""
+    environment: Sequence[str] = HANDED_ON
+    """The worker's variables that the command gets."""
+    result: bool = False
+    """The last line on stdout is a JSON object of strings: the session's metadata."""
+    grace: float = 10.0
+    """Seconds between SIGTERM and SIGKILL."""
+    log_lines: int = 1000
+    """How many lines of a session's output go to the log."""
+    detach: bool = False
+    """Hand the lease over to `workpool hold`, so that the command lives on without the worker."""
+    type: str = "session"
+    """As of `@handler`."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """As of `@handler`."""
+    timeout: float | None = None
+    """As of `@handler`."""
+    max_sessions: int | None = None
+    """As of `@handler`."""
+
+    def __post_init__(self) -> None:
+        """Check what can be known without a look at the machine.
+
+        Raises:
+            TypeError: A setting is of the wrong kind.
+            ValueError: A setting can never work.
+        """
+        _check(self)
+        self._root = None if self.root is None else Path(self.root).absolute()
+        self._guard: Guard | None = None
+
+        async def run(session: Session) -> Mapping[str, str] | None:
+            return await self._run(session)
+
+        run.__qualname__ = NAME  # in errors about the four settings that follow
+        mark = handler(
+            type=self.type,
+            metadata=self.metadata,
+            timeout=self.timeout,
+            max_sessions=self.max_sessions,
+        )
+        self.run = mark(run)
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_lifespan(self) -> AsyncIterator[None]:
+        """Check what can be known of this machine before the first session; keep a guard."""
+        if self._guard is not None:
+            raise PluginError(NAME, "one object serves one pool; give each its own")
+        try:
+            self._look_around()
+            async with guarding(handed_on(("PATH", "LD_LIBRARY_PATH"))) as self._guard:
+                yield
+        except OSError as error:
+            raise PluginError(NAME, f"cannot be used here: {error}") from error
+        finally:
+            self._guard = None
+
+    def _look_around(self) -> None:
+        """Find what would fail every session.
+
+        Raises:
+            PluginError: What it is.
+            OSError: Likewise.
+        """
+        program, path = self.command[0], handed_on(self.environment).get("PATH", os.defpath)
+        if shutil.which(program, path=path) is None:
+            raise PluginError(NAME, f"command: {program!r} is not an executable file on the PATH")
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
+            raise PluginError(NAME, "SIGCHLD is ignored here, so no exit status can be known")
+        if self._root is not None:
+            self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._root):
+            pass  # it can be written to
+        os.close(os.pidfd_open(os.getpid()))  # not everywhere: Linux 5.3
+
+    async def _run(self, session: Session) -> Mapping[str, str] | None:
+        if self._guard is None:
+            raise PluginError(NAME, "runs in a pool only")
+        program = Path(self.command[0]).name
+        with reading(session.log, self.log_lines) as (stdout, stderr):
+            async with AsyncExitStack() as stack:
+                with _blamed(program):
+                    cwd = await stack.enter_async_context(self._directory(session))
+                    start = self._start(session, cwd, stdout.writer, stderr.writer)
+                    patience = functools.partial(self._patience, session)
+                    group = await stack.enter_async_context(running(start, self._guard, patience))
+                stdout.started()
+                stderr.started()
+                await self._attend(session, group)
+        settle(session, program, group.status)
+        return result_of(program, stdout.lines.last) if self.result else None
+
+    async def _attend(self, session: Session, group: ProcessGroup) -> None:
+        """Wait for the command's end, and see to it once somebody asks for one."""
+        async with asyncio.TaskGroup() as tasks:
+            ending = tasks.create_task(self._end_when_asked(session, group), name="interrupted")
+            await group.exited.wait()
+            ending.cancel()
+
+    async def _end_when_asked(self, session: Session, group: ProcessGroup) -> None:
+        await session.interrupted()
+        await group.end(self.grace)
+
+    def _patience(self, session: Session) -> float:
+        """What a cancelled session's command has between SIGTERM and SIGKILL.
+
+        It must be gone before somebody else can start the session, and before a drain gives up.
+        """
+        return min(self.grace, CANCELLED_SECONDS, max(LOST_SECONDS, session.lease_remaining / 2))
+
+    def _directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
+        name = session.id or session.item.id
+        if self.keep and self._root is not None:
+            return nullcontext(kept_directory(self._root, name))
+        return fresh_directory(self._root, name)
+
+    def _start(self, session: Session, cwd: Path, stdout: int, stderr: int) -> Start:
+        return Start(
+            argv=self.command,
+            cwd=cwd,
+            env=handed_on(self.environment) | ids_of(session),
+            stdin=item_json(session.item),
+            stdout=stdout,
+            stderr=stderr,
+        )
+
+
+@contextmanager
+def _blamed(program: str) -> Iterator[None]:
+    """Make what keeps a command from being started the session's error.
+
+    Raises:
+        Release: It is for want of something that another machine may have.
+        CommandFailed: It is for good.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in EXHAUSTED:
+            raise Release(f"{program}: {error.strerror}") from error
+        raise CommandFailed(program, f"cannot be started: {error}") from error
+
+
+def _check(plugin: Command) -> None:
+    """Refuse settings that can never work, whatever the machine."""
+    _check_kinds(plugin)
+    if not plugin.command or not plugin.command[0]:
+        raise ValueError("command: names no program")
+    if "/" in plugin.command[0] and not Path(plugin.command[0]).is_absolute():
+        raise ValueError("command: not an absolute path, nor a name to be looked up on the PATH")
+    for name in plugin.environment:
+        if name.startswith(SECRET_PREFIXES):
+            raise ValueError(f"environment: {name} is never handed on: it may be a credential")
+    if (plugin.keep or plugin.detach) and plugin.root is None:
+        raise ValueError("root: needed for a directory that is kept")
+    if plugin.detach and plugin.result:
+        raise ValueError("result: a command that was detached has none")
+
+
+def _check_kinds(plugin: Command) -> None:
+    _check_strings("command", plugin.command)
+    _check_strings("environment", plugin.environment)
+    _check_number("grace", plugin.grace, float)
+    _check_number("log_lines", plugin.log_lines, int)
+    for name in ("keep", "result", "detach"):
+        if not isinstance(getattr(plugin, name), bool):
+            raise TypeError(f"{name}: not true or false")
+
+
+def _check_strings(name: str, given: object) -> None:
+    # A string is a sequence of strings, too: `command = "ls -l"` would run `l`.
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise TypeError(f"{name}: not a list of strings")
+    if not all(isinstance(each, str) and "\0" not in each for each in given):
+        raise TypeError(f"{name}: not a list of strings without NUL")
+
+
+def _check_number(name: str, given: object, kind: type[int] | type[float]) -> None:
+    if isinstance(given, bool) or not isinstance(given, int | kind):
+        raise TypeError(f"{name}: not a number")
+    if not 0 <= given < math.inf:
+        raise ValueError(f"{name}: less than 0, or no number")
