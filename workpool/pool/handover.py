@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 LOOK_SECONDS, LOOK_CAP_SECONDS = 0.2, 2.0
 """How often the item is read while its child is expected."""
-TAKE_BACK_PART = 6
+TAKE_BACK_PART = 4
 """So much of the TTL before it would be given up, an item without a child is taken back."""
 
 

@@ -1,0 +1,486 @@
+"""A session's lease goes over to a child: every way in which the two may meet (design §1, Finish).
+
+In virtual time; the child is a second client of the same control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import LeaseLost, SessionEnded, Settings, handler
+from workpool.errors import HandoverError, PreconditionError
+from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
+from workpool.server import Operations
+from workpool.testing import Recorder
+from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.simulation.case import START
+from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
+from workpool.testing.virtual import VirtualLoop, in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool import Session
+    from workpool.session import HandedLease
+
+UNSENT = Trouble(answer="silence", applied=False)
+UNANSWERED = Trouble(answer="silence")
+GARBLED = Trouble(answer=b"{")
+BOUND = 60 - 6 - 15
+"""When an item of the usual 60 s is taken back: a quarter of it before it would be given up."""
+
+
+class Scene:
+    """A pool with one session, a child, and what was sent.
+
+    Attributes:
+        lease: What was handed over last.
+        sent: The pool's calls for the item, and when.
+    """
+
+    def __init__(self, **troubles: list[Trouble | None]) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.loop = loop
+        self.operations = Operations(
+            [ENVIRONMENT], now=lambda: START + loop.machine_time(), history_limit=None
+        )
+        self.recorder = Recorder()
+        self.sent: list[tuple[float, str]] = []
+        self.lease: HandedLease
+        self._children: list[asyncio.Task[None]] = []
+        self._script = Script(**troubles)
+        (item,) = self.operations.enqueue(ENVIRONMENT)
+        self.work_id = item.id
+
+    async def run(
+        self,
+        play: Callable[[Session], Awaitable[Any]],
+        meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
+        **values: Any,
+    ) -> str:
+        """Run a pool with this handler until its session is over; the outcome."""
+
+        @handler
+        async def work(session: Session) -> Any:
+            return await play(session)
+
+        settings = Settings(
+            environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
+        )
+        connect = partial(LocalClient, self.operations, troubles=self._note)
+        pool = LoopSupervisor(settings, plugins=[work, self.recorder], connect=connect)
+        child = LocalClient(self.operations, settings, worker_id="child")
+        async with child as self.child, asyncio.TaskGroup() as self.group, pool:
+            if meanwhile is not None:
+                await meanwhile(pool)
+            finished = await self.recorder.wait_for(SessionFinished, timeout=900)
+            assert pool.status().running == 0
+            await asyncio.sleep(5)  # what is still to be sent will be
+        return finished.outcome
+
+    def _note(self, op: str, work_id: str | None) -> Trouble | None:
+        if work_id is not None:
+            self.sent.append((self.loop.time(), op))
+        return self._script(op, work_id)
+
+    def start_child(self, after: float = 0.0) -> None:
+        """Start a child that sends its first beat so many seconds from now."""
+
+        async def begin() -> None:
+            await asyncio.sleep(after)
+            await self.beat()
+
+        self._children.append(self.group.create_task(begin()))
+
+    async def beat(self) -> None:
+        """The child's first beat."""
+        await self.child.heartbeat(self.work_id, self.lease.last_heartbeat, self.lease.ttl)
+
+    async def is_refused(self) -> bool:
+        """Whether the child's first beat is."""
+        with pytest.raises(PreconditionError):
+            await self.beat()
+        return True
+
+    def stop(self, *, force: bool = False) -> None:
+        """The operator's."""
+        self.operations.stop(ENVIRONMENT, self.work_id, "operator", force=force)
+
+    @property
+    def ops(self) -> list[str]:
+        return [op for _, op in self.sent]
+
+    def sent_since(self, moment: float) -> list[str]:
+        return [op for at, op in self.sent if at > moment]
+
+    @property
+    def item(self) -> Any:
+        return self.operations.get(ENVIRONMENT, self.work_id)
+
+
+# The child comes.
+
+
+@in_virtual_time
+@pytest.mark.parametrize("after", [0.0, 3.0, BOUND - 2])
+async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
+    scene = Scene()
+    left_at = 0.0
+
+    async def play(session: Session) -> dict[str, str]:
+        nonlocal left_at
+        async with session.handover() as scene.lease:
+            scene.start_child(after)
+        left_at = scene.loop.time()
+        with pytest.raises(SessionEnded):
+            await session.update_metadata({"a": "b"})
+        return {"ignored": "yes"}
+
+    assert await scene.run(play) == "detached"
+    assert after <= left_at <= after + 2
+    assert scene.lease.work_id == scene.work_id
+    assert scene.lease.environment_id == ENVIRONMENT
+    assert scene.lease.ttl == 60
+    assert scene.ops.count("heartbeat") == 2  # the first, and a fresh one
+    assert set(scene.sent_since(0)) <= {"get"}
+    assert (scene.item.state, dict(scene.item.metadata)) == ("active", {})
+    assert scene.recorder.of(ItemReclaimed) == []
+
+
+@in_virtual_time
+async def test_nothing_is_sent_inside_the_block() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            entered = scene.loop.time()
+            with pytest.raises(LeaseLost):
+                await session.update_metadata({"a": "b"})
+            with pytest.raises(LeaseLost):
+                await session.handover().__aenter__()
+            await asyncio.sleep(BOUND - 4)
+            assert scene.sent_since(entered) == []
+            await scene.beat()
+
+    assert await scene.run(play) == "detached"
+
+
+@in_virtual_time
+async def test_a_write_under_way_is_cut_when_the_handover_begins() -> None:
+    scene = Scene(update=[UNSENT])
+
+    async def play(session: Session) -> None:
+        async def write() -> None:
+            with pytest.raises(LeaseLost):
+                await session.update_metadata({"a": "b"})
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(write())
+            await asyncio.sleep(1)
+            async with session.handover() as scene.lease:
+                assert scene.loop.time() == 1
+                scene.start_child()
+
+    assert await scene.run(play) == "detached"
+    assert scene.item.metadata == {}
+
+
+@in_virtual_time
+async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
+    """One at a time: a beat that arrives after the child's would be one too many."""
+    scene = Scene(heartbeat=[None, Trouble(there=4, back=4)])
+
+    async def play(session: Session) -> None:
+        await asyncio.sleep(21)  # a third of 60 s, less some jitter: a beat is on its way
+        assert scene.ops.count("heartbeat") == 2
+        async with session.handover() as scene.lease:
+            assert scene.loop.time() > 25
+            assert scene.ops.count("heartbeat") == 2
+            scene.start_child()
+
+    assert await scene.run(play) == "detached"
+
+
+@in_virtual_time
+async def test_a_beat_in_doubt_is_settled_before_the_child_is_told_of_it() -> None:
+    """Applied, its answer lost: the child would be refused with the value before it."""
+    scene = Scene(heartbeat=[None, UNANSWERED])
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            scene.start_child()
+
+    assert await scene.run(play) == "detached"
+    assert "recovered" in [event.result for event in scene.recorder.of(HeartbeatFinished)]
+
+
+@in_virtual_time
+@pytest.mark.parametrize("end", ["stopped", "lapsed"])
+async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            if end == "stopped":
+                await scene.beat()
+                await scene.child.stop(scene.work_id, force=True)
+            else:
+                await scene.child.heartbeat(scene.work_id, scene.lease.last_heartbeat, 10)
+                await asyncio.sleep(10.5)
+
+    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+    assert scene.ops == ["ack", "heartbeat", "heartbeat", "get"]
+
+
+@in_virtual_time
+async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
+    """No look has shown its beat: ours is refused, and that is no loss."""
+    scene = Scene(get=[UNSENT] * 5)
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            scene.start_child(BOUND - 0.1)
+
+    assert await scene.run(play) == "detached"
+    beats = [event.result for event in scene.recorder.of(HeartbeatFinished)]
+    assert beats[-1] == "precondition"
+    assert scene.item.state == "active"
+    assert scene.recorder.of(ItemReclaimed) == []
+
+
+@in_virtual_time
+async def test_in_doubt_the_item_is_the_childs() -> None:
+    """Our beat took it back and its answer was lost: who has it, the item does not say."""
+    scene = Scene(heartbeat=[None, None, GARBLED])
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            pass
+
+    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+    assert "stop" not in scene.ops
+
+
+@in_virtual_time
+async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
+    """A handler that is slow to start its child must not lose the item to a lapse."""
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async def start_slowly() -> None:
+            async with session.handover() as scene.lease:
+                await asyncio.sleep(300)
+                assert await scene.is_refused()
+
+        with pytest.raises(HandoverError):
+            await start_slowly()
+
+    assert await scene.run(play) == "completed"
+
+
+# The child does not come.
+
+
+@in_virtual_time
+async def test_without_a_child_the_item_is_ours_again() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> dict[str, str]:
+        with pytest.raises(HandoverError) as caught:
+            async with session.handover() as scene.lease:
+                pass
+        assert caught.value.work_id == scene.work_id
+        assert scene.loop.time() == pytest.approx(BOUND, abs=0.1)
+        assert await scene.is_refused()
+        await session.update_metadata({"a": "b"})
+        await asyncio.sleep(100)  # renewed as ever
+        return {"c": "d"}
+
+    assert await scene.run(play) == "completed"
+    assert dict(scene.item.metadata) == {"a": "b", "c": "d"}
+
+
+@in_virtual_time
+async def test_a_second_attempt_may_succeed() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        with pytest.raises(HandoverError):
+            async with session.handover() as scene.lease:
+                pass
+        async with session.handover() as scene.lease:
+            scene.start_child()
+
+    assert await scene.run(play) == "detached"
+
+
+@in_virtual_time
+async def test_a_handover_that_fails_has_failed() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            pass
+
+    assert await scene.run(play) == "failed"
+    assert scene.item.metadata == {"workpool.error": "HandoverError"}
+
+
+@in_virtual_time
+@pytest.mark.parametrize("came", [False, True])
+async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            if came:
+                await scene.beat()
+            raise ValueError("cannot start it")
+
+    assert await scene.run(play) == ("detached" if came else "failed")
+    assert ("stop" in scene.ops) is not came
+    assert scene.item.metadata == ({} if came else {"workpool.error": "ValueError"})
+    assert scene.loop.time() < 10
+    if not came:
+        assert scene.item.state == "stopped"
+
+
+@in_virtual_time
+async def test_the_item_is_ours_again_before_the_exception_goes_on() -> None:
+    scene = Scene(heartbeat=[None, None, GARBLED])
+
+    async def play(session: Session) -> None:
+        with pytest.raises(ValueError, match="cannot"):
+            async with session.handover() as scene.lease:
+                raise ValueError("cannot")
+        with pytest.raises(SessionEnded):  # in doubt the child's
+            await session.update_metadata({"a": "b"})
+
+    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+
+
+# Others interfere.
+
+
+@in_virtual_time
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("force", [False, True])
+async def test_an_operators_stop_ends_the_session_at_once(
+    force: bool,  # noqa: FBT001 - a parameter of the test
+    inside: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    """No child may start what nobody wants any more."""
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            if inside:
+                scene.stop(force=force)
+            else:
+                scene.loop.call_later(3, partial(scene.stop, force=force))
+
+    assert await scene.run(play) == "stopped"
+    assert scene.loop.time() < 12
+    assert scene.item.state == "stopped"
+    assert ("stop" in scene.ops) is not force
+
+
+@in_virtual_time
+async def test_a_session_that_is_to_be_stopped_is_not_handed_over() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        scene.stop()
+        async with session.handover():
+            raise AssertionError("the block was entered")
+
+    assert await scene.run(play) == "stopped"
+    assert scene.item.state == "stopped"
+
+
+@in_virtual_time
+@pytest.mark.parametrize("comes", [False, True])
+async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    scene = Scene()
+    entered = asyncio.Event()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            if comes:
+                scene.start_child(3)
+            entered.set()
+
+    async def drain(pool: LoopSupervisor) -> None:
+        await entered.wait()
+        began = scene.loop.time()
+        await pool.drain(6)
+        assert scene.loop.time() - began <= (5.1 if comes else 6.1)
+        assert pool.left_behind == 0
+
+    outcome = await scene.run(play, drain, reclaim_older_than_ms=60_000)
+    assert outcome == ("detached" if comes else "released")
+    if not comes:
+        assert scene.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and a release's 10 s
+
+
+@in_virtual_time
+async def test_a_timeout_takes_the_item_back() -> None:
+    scene = Scene()
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            pass
+
+    assert await scene.run(play, session_timeout=5) == "timed_out"
+    assert scene.item.state == "stopped"
+
+
+@in_virtual_time
+async def test_a_handler_cancelled_before_the_block_is_entered_leaves_nothing_behind() -> None:
+    scene = Scene(heartbeat=[None, Trouble(there=1, back=4)])
+
+    async def play(session: Session) -> None:
+        async with session.handover():
+            raise AssertionError("the block was entered")
+
+    assert await scene.run(play, session_timeout=2) == "timed_out"
+    assert scene.item.state == "stopped"
+
+
+@in_virtual_time
+@pytest.mark.parametrize("inside", [False, True])
+async def test_a_lease_that_cannot_be_renewed_is_lost(inside: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    silence = [UNSENT] * 99
+    scene = Scene(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
+
+    async def play(session: Session) -> None:
+        async with session.handover():
+            if inside:
+                await asyncio.sleep(300)
+
+    assert await scene.run(play, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert scene.sent_since(54) == []
+    assert scene.recorder.of(ItemReclaimed) == []
+
+
+@in_virtual_time
+async def test_an_item_that_is_queued_again_without_a_childs_beat_is_lost() -> None:
+    """A control plane that ends a lease early: nobody has it, so nobody may go on with it."""
+    scene = Scene()
+
+    def expire() -> None:
+        queue = scene.operations.queue(ENVIRONMENT)
+        queue.put(replace(queue.get(scene.work_id), lease_end=0))
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            scene.loop.call_later(5, expire)
+
+    assert await scene.run(play, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert scene.recorder.of(ItemReclaimed)[0].stage == "run"
