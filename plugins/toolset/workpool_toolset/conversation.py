@@ -1,0 +1,152 @@
+"""What a session's events say is to be done: which calls are ours, allowed and not yet answered.
+
+Pure: fed with every event of the session once, in order, history and live alike; asked by the
+runner. Nothing here waits, sends or executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from workpool_toolset.tools import ToolCall
+
+Event: TypeAlias = Mapping[str, Any]
+
+_RESULTS: Final = {
+    "user.tool_result": "tool_use_id",
+    "agent.tool_result": "tool_use_id",
+    "user.custom_tool_result": "custom_tool_use_id",
+}
+_CALLS: Final = {"agent.tool_use": False, "agent.custom_tool_use": True}
+_INTERRUPT: Final = "user.interrupt"
+_VERDICT: Final = "user.tool_confirmation"
+_THREAD_ENDED: Final = "session.thread_status_terminated"
+_NEEDS_ACTION: Final = "requires_action"
+_ENDINGS: Final = frozenset({"session.status_terminated", "session.deleted"})
+_KEEPS_CLOCK: Final = frozenset({_VERDICT, _THREAD_ENDED})
+
+
+@dataclass(slots=True)
+class _Open:
+    """A call without an answer; `allowed` None: nobody has said yet."""
+
+    call: ToolCall
+    thread: str | None
+    allowed: bool | None
+    interrupted: bool = False
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The state of one session, as far as its tool calls go.
+
+    Attributes:
+        session: The session's id.
+        owns: Whether a call is for this worker; others' are left to them, and hold up nothing.
+        denied: Told of each of our calls that will never run.
+        ended: The session is over for good.
+        turn_over: The latest word is that the agent waits for nobody's action.
+        answered: Ids that need no answer (any more) of ours.
+    """
+
+    session: str
+    owns: Callable[[ToolCall], bool]
+    denied: Callable[[ToolCall], None]
+    ended: bool = False
+    turn_over: bool = False
+    answered: set[str] = field(default_factory=set)
+    _open: dict[str, _Open] = field(default_factory=dict)
+    _verdicts: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def idle(self) -> bool:
+        """The agent's turn is over, and no call of ours waits, neither to run nor for a verdict."""
+        return self.turn_over and not self._open
+
+    def next(self) -> ToolCall | None:
+        """The oldest call that is to be answered now; it stays until `close`."""
+        return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
+
+    def runnable(self) -> list[ToolCall]:
+        """All calls that `next` would give, oldest first."""
+        return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
+
+    def is_interrupted(self, call: str) -> bool:
+        """Whether the user gave up waiting for this call."""
+        found = self._open.get(call)
+        return found is not None and found.interrupted
+
+    def close(self, call: str) -> None:
+        """This call needs nothing more of us."""
+        self.answered.add(call)
+        self._open.pop(call, None)
+
+    def apply(self, event: Event) -> None:
+        """Take in one event; what is malformed or unknown changes nothing but the idle clock."""
+        kind = str(event.get("type"))
+        if kind not in _KEEPS_CLOCK:
+            self.turn_over = kind == "session.status_idle" and _stop_reason(event) != _NEEDS_ACTION
+        if kind in _CALLS:
+            self._called(event, custom=_CALLS[kind])
+        elif answered := result_for(event):
+            self.close(answered)
+        elif kind == _VERDICT:
+            self._decided(str(event.get("tool_use_id")), allowed=event.get("result") == "allow")
+        elif kind in {_INTERRUPT, _THREAD_ENDED}:
+            self._given_up(kind, _thread(event))
+        self.ended = self.ended or kind in _ENDINGS
+
+    def _given_up(self, kind: str, thread: str | None) -> None:
+        """The user waits no more for any call, or a thread has ended, with its calls."""
+        for name, one in list(self._open.items()):
+            if kind == _INTERRUPT:
+                one.interrupted = True
+            elif one.thread == thread:
+                self.close(name)
+
+    def _called(self, event: Event, *, custom: bool) -> None:
+        name, given = event.get("name"), event.get("input")
+        call = ToolCall(
+            id=str(event.get("id")),
+            name=name if isinstance(name, str) else "",
+            input=given if isinstance(given, Mapping) else {},
+            custom=custom,
+            session=self.session,
+        )
+        if call.id in self.answered or call.id in self._open or not self.owns(call):
+            return
+        said = event.get("evaluated_permission")
+        allowed = True if said in {None, "allow"} else False if said == "deny" else None
+        self._open[call.id] = _Open(call, _thread(event), allowed)
+        if allowed is None:
+            allowed = self._verdicts.get(call.id)
+        if allowed is not None:
+            self._decided(call.id, allowed=allowed)
+
+    def _decided(self, name: str, *, allowed: bool) -> None:
+        """A verdict, by the server or by a person; it may come before its call."""
+        self._verdicts.setdefault(name, allowed)
+        waiting = self._open.get(name)
+        if waiting and not allowed:
+            self.close(name)  # the control plane resolves it
+            self.denied(waiting.call)
+        elif waiting:
+            waiting.allowed = True
+
+
+def result_for(event: Event) -> str | None:
+    """The id of the call that this event answers, None when it answers none."""
+    name = _RESULTS.get(str(event.get("type")))
+    return str(event.get(name)) if name else None
+
+
+def _stop_reason(event: Event) -> object:
+    reason = event.get("stop_reason")
+    return reason.get("type") if isinstance(reason, Mapping) else reason
+
+
+def _thread(event: Event) -> str | None:
+    thread = event.get("session_thread_id")
+    return thread if isinstance(thread, str) else None

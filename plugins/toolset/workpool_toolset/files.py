@@ -1,0 +1,202 @@
+"""The tools that read and change one file: `read`, `write`, `edit`.
+
+Plain functions, run in a thread: regular files only, so nothing here can wait for ever. They touch
+files through `Workspace` alone, which is what keeps them inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import contextlib
+import os
+import posixpath
+import secrets
+import stat
+from typing import TYPE_CHECKING, BinaryIO, Final
+
+from workpool_toolset.results import ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool_toolset.results import Block
+    from workpool_toolset.workspace import Spot, Workspace
+
+FILE_BYTES: Final = 256 * 1024
+"""What `read` and `edit` take of a text file, unless set otherwise."""
+
+CHUNK_BYTES: Final = 64 * 1024
+IMAGE_BYTES: Final = 5 * 1024 * 1024 * 3 // 4  # 5 MiB of base64
+PDF_BYTES: Final = 20 * 1024 * 1024
+IMAGES: Final = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+    ".webp": "image/webp",
+}
+LAST: Final = 1 << 62
+"""The end of a range without one."""
+
+
+def read(
+    workspace: Workspace, path: str, view_range: tuple[int, int] | None, limit: int = FILE_BYTES
+) -> str | list[Block]:
+    """The text of a file, or an image or a PDF as a block.
+
+    Args:
+        workspace: Where the session may read.
+        path: As the session wrote it.
+        view_range: First and last line, from 1; a last line of 0 or less is the file's.
+        limit: Bytes at most.
+
+    Raises:
+        ToolError: What the agent should know.
+    """
+    with workspace.at(path) as spot, _opened(spot, path) as (file, size):
+        suffix = posixpath.splitext(spot.name)[1].lower()
+        if suffix in IMAGES or suffix == ".pdf":
+            if view_range:
+                raise ToolError(f"{path}: view_range is for text files only")
+            return [_encoded(file, path, suffix)]
+        if view_range:
+            return _lines(file, path, view_range, limit)
+        return _text(_whole(file, path, size, limit), path)
+
+
+def write(workspace: Workspace, path: str, content: str) -> str:
+    """Replace or make a file, with the directories that it needs; newlines stay as they are."""
+    encoded = _bytes(content)
+    with workspace.at(path, write=True, make=True) as spot:
+        _replace(spot, path, encoded)
+    return f"wrote {len(encoded)} bytes to {path}"
+
+
+def edit(
+    workspace: Workspace,
+    path: str,
+    change: tuple[str, str],
+    *,
+    replace_all: bool = False,
+    limit: int = FILE_BYTES,
+) -> str:
+    """Replace the one occurrence of `change[0]`, or all of them, by `change[1]`."""
+    old, new = change
+    if not old or old == new:
+        raise ToolError("old_string must not be empty, nor equal to new_string")
+    with workspace.at(path, write=True) as spot:
+        with _opened(spot, path) as (file, size):
+            text = _text(_whole(file, path, size, limit), path)
+        count = text.count(old)
+        if count == 0:
+            raise ToolError(f"{path}: old_string was not found")
+        if count > 1 and not replace_all:
+            raise ToolError(
+                f"{path}: old_string occurs {count} times; make it unique, or use replace_all"
+            )
+        _replace(spot, path, _bytes(text.replace(old, new)))
+    return f"replaced {count} occurrence{'s' if count > 1 else ''} in {path}"
+
+
+@contextlib.contextmanager
+def _opened(spot: Spot, path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The file, if it is a regular one: asked before opening, since opening a device may act."""
+    _check_regular(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
+    # O_NONBLOCK: a pipe put in its place meanwhile must not keep us waiting for its writer.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(spot.name, flags, dir_fd=spot.directory), "rb") as file:
+        found = os.fstat(file.fileno())
+        _check_regular(found, path)
+        yield file, found.st_size
+
+
+def _check_regular(found: os.stat_result, path: str) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise ToolError(f"{path}: is a directory")
+    if not stat.S_ISREG(found.st_mode):
+        raise ToolError(f"{path}: not a regular file")
+
+
+def _whole(file: BinaryIO, path: str, size: int, limit: int) -> bytes:
+    content = file.read(limit + 1) if size <= limit else b""  # a size can be out of date
+    if size > limit or len(content) > limit:
+        raise ToolError(
+            f"{path}: larger than {limit} bytes; read it in parts with view_range=[start, end]"
+        )
+    return content
+
+
+def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
+    """The lines of a range, read in chunks: a line may be as long as the file."""
+    start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST
+    if start < 1 or end < start:
+        raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
+    kept, line, last = bytearray(), 1, b""
+    while line <= end and len(kept) <= limit and (chunk := file.read(CHUNK_BYTES)):
+        for index, piece in enumerate(chunk.split(b"\n")):
+            if index:
+                kept += b"\n" if start <= line <= end else b""
+                line += 1
+            if start <= line <= end:
+                kept += piece
+        last = chunk[-1:]
+    count = line - 1 if last == b"\n" else line
+    if start > count:
+        raise ToolError(f"{path}: has only {count} lines")
+    if len(kept) <= limit:
+        return _text(bytes(kept), path)
+    return _text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
+
+
+def _encoded(file: BinaryIO, path: str, suffix: str) -> Block:
+    limit = PDF_BYTES if suffix == ".pdf" else IMAGE_BYTES
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ToolError(f"{path}: larger than {limit} bytes")
+    return {
+        "type": "document" if suffix == ".pdf" else "image",
+        "source": {
+            "type": "base64",
+            "media_type": IMAGES.get(suffix, "application/pdf"),
+            "data": base64.b64encode(content).decode(),
+        },
+    }
+
+
+def _replace(spot: Spot, path: str, content: bytes) -> None:
+    """Put the content under a name of its own, then in place: nobody sees half a file."""
+    mode = 0o644
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
+        _check_regular(found, path)
+        mode = stat.S_IMODE(found.st_mode) & 0o777  # never setuid: it may be given away below
+    temporary = f".{secrets.token_hex(8)}.tmp"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    opened = os.open(temporary, flags, 0o600, dir_fd=spot.directory)
+    try:
+        with os.fdopen(opened, "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+            if spot.root.owner:
+                os.fchown(file.fileno(), *spot.root.owner)
+        os.replace(temporary, spot.name, src_dir_fd=spot.directory, dst_dir_fd=spot.directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=spot.directory)
+        raise
+
+
+def _text(content: bytes, path: str, *, final: bool = True) -> str:
+    """Decode strictly; unless `final`, a character that a cut went through is left out."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(content, final)
+    except UnicodeDecodeError:
+        raise ToolError(f"{path}: not UTF-8 text") from None
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ToolError("the text holds lone surrogates, which no file can hold") from None

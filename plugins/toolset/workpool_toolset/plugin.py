@@ -1,0 +1,192 @@
+"""`Toolset`: the plugin's settings, its start, and its handler."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool import PluginError, Session, handler, hookimpl
+from workpool_toolset.files import FILE_BYTES
+from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Isolation, Limits, problem
+from workpool_toolset.journal import Journal
+from workpool_toolset.runner import Runner
+from workpool_toolset.search import Sandboxed, Search
+from workpool_toolset.shell import Shell
+from workpool_toolset.tools import MARGIN_SECONDS, CustomTool, Times, Toolbox
+from workpool_toolset.workspace import Root, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+
+    from workpool import Supervisor
+
+NAME: Final = "toolset"
+NUMBERS: Final = (
+    *("bash_timeout", "tool_timeout", "max_idle", "max_file_bytes"),
+    *("memory_mb", "cpu_seconds", "processes", "file_mb"),
+)
+
+_SESSION: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_log: Final = logging.getLogger("workpool_toolset")
+
+
+def _state() -> str:
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return f"{home}/workpool-toolset"
+
+
+@dataclass(kw_only=True, eq=False)
+class Toolset:
+    """Executes the tool calls of sessions; the fields are its settings (README)."""
+
+    isolation: str = "bubblewrap"
+    """`bubblewrap`, or `none`: commands may then do all that this worker may."""
+    state: str = field(default_factory=_state)
+    """Where workspaces and journals are kept, a directory per session; on a local disk."""
+    allowed_roots: Sequence[str] = ()
+    """Directories that sessions may read and write besides their own."""
+    read_only_roots: Sequence[str] = ()
+    """Directories that sessions may read."""
+    environment: Mapping[str, str] | None = None
+    """All variables of commands; unset: PATH, HOME, LANG, TZ and TMPDIR."""
+    tools: Mapping[str, str | CustomTool] = field(default_factory=dict)
+    """Custom tools by name: functions, or where to find them, `module:function`."""
+    bash_timeout: float = 120.0
+    """Seconds that a command has unless its call says otherwise."""
+    tool_timeout: float = 150.0
+    """Seconds that any call has; 10 more than `bash_timeout` at least."""
+    max_idle: float = 60.0
+    """Seconds to stay with a session after the end of its turn; `inf`: until it ends."""
+    max_file_bytes: int = FILE_BYTES
+    """What `read` and `edit` take of a text file."""
+    memory_mb: int = 4096
+    """Data of each process, and the size of its `/tmp`, in MiB; sandboxed."""
+    cpu_seconds: int = 3600
+    """Processor time of each process; sandboxed."""
+    processes: int = 512
+    """Processes and threads of a session; sandboxed."""
+    file_mb: int = 4096
+    """The largest file that a process may write, in MiB; sandboxed."""
+
+    _isolation: Isolation | None = field(default=None, init=False, repr=False)
+    _roots: tuple[Root, ...] = field(default=(), init=False, repr=False)
+    _tools: Mapping[str, CustomTool] = field(default_factory=dict, init=False, repr=False)
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
+        """Check the settings, prove the isolation, and say which one is in force."""
+        self._check_numbers()
+        state = self._folder()
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token = supervisor.settings.token_file
+        self._roots = tuple(self._checked_roots([state, *([Path(token)] if token else [])]))
+        self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
+        self._isolation = await self._chosen(state)
+        yield
+
+    @handler
+    async def run(self, session: Session) -> None:
+        """Answer the session's tool calls until it ends or is idle."""
+        isolation = self._isolation
+        if isolation is None:
+            raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
+        folder = self._session_folder(session.id)
+        toolbox = self._toolbox(session.id, folder / "workspace", isolation)
+        async with Journal(folder / "journal.sqlite") as journal:
+            try:
+                await Runner(session, toolbox, journal, self.max_idle).run()
+            finally:
+                await toolbox.close()
+
+    def _toolbox(self, session: str, workspace: Path, isolation: Isolation) -> Toolbox:
+        owner = isolation.owner(session)
+        roots = Workspace([Root(isolation.shown(workspace), workspace, owner=owner), *self._roots])
+        environment = isolation.environment(self.environment)
+        prefix = isolation.command(session, workspace, ())
+        sandbox = Sandboxed(prefix, environment) if isolation.sandboxed else None
+        return Toolbox(
+            roots,
+            Shell([*prefix, *BASH], environment, None if sandbox else workspace),
+            Search(roots, sandbox),
+            custom=self._tools,
+            times=Times(bash=self.bash_timeout, tool=self.tool_timeout),
+            file_bytes=self.max_file_bytes,
+        )
+
+    def _session_folder(self, session: str) -> Path:
+        """The session's directory, made with its workspace. The id is checked: it names a file."""
+        if not _SESSION.fullmatch(session):
+            raise ValueError("the session's id cannot be a directory's name")
+        folder = self._folder() / session
+        workspace = folder / "workspace"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        workspace.mkdir(mode=0o700, exist_ok=True)
+        owner = self._isolation.owner(session) if self._isolation else None
+        if owner:
+            os.chown(workspace, *owner)
+        return folder
+
+    def _folder(self) -> Path:
+        return Path(os.path.realpath(Path(self.state).expanduser()))
+
+    async def _chosen(self, state: Path) -> Isolation:
+        if self.isolation == "none":
+            _log.warning("toolset: isolation is none: sessions may do all that this worker may")
+            return Bare()
+        if self.isolation != "bubblewrap":
+            raise PluginError(NAME, "isolation must be bubblewrap or none")
+        limits = Limits(
+            memory_mb=self.memory_mb,
+            cpu_seconds=self.cpu_seconds,
+            processes=self.processes,
+            file_mb=self.file_mb,
+        )
+        sandbox = Bubblewrap(limits, self._roots)
+        if found := await problem(sandbox, state):
+            raise PluginError(
+                NAME, f'bubblewrap does not work here ({found}); isolation = "none" goes without'
+            )
+        _log.info("toolset: isolation is bubblewrap, state in %s", state)
+        return sandbox
+
+    def _check_numbers(self) -> None:
+        for name in NUMBERS:
+            value: Any = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise PluginError(NAME, f"{name} must be a number above 0")
+            if not (isinstance(value, int) or name in {"bash_timeout", "tool_timeout", "max_idle"}):
+                raise PluginError(NAME, f"{name} must be a whole number")
+        if self.tool_timeout < self.bash_timeout + MARGIN_SECONDS:
+            raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
+
+    def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
+        """The further roots; sandboxed sessions see none with the token, journals or each other."""
+        asked = [(path, True) for path in self.allowed_roots]
+        for path, writable in [*asked, *((path, False) for path in self.read_only_roots)]:
+            host = Path(os.path.realpath(path))
+            if not host.is_dir():
+                raise PluginError(NAME, f"root {path}: not a directory")
+            for secret in map(os.path.realpath, private if self.isolation != "none" else ()):
+                if host.is_relative_to(secret) or Path(secret).is_relative_to(host):
+                    raise PluginError(NAME, f"root {path}: shows {secret} to sessions")
+            yield Root(str(host), host, writable)
+
+
+def _function(name: str, tool: object) -> CustomTool:
+    """A custom tool: itself, or what `module:function` names."""
+    if isinstance(tool, str):
+        module, _, attribute = tool.partition(":")
+        try:
+            tool = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise PluginError(NAME, f"tool {name!r}: {tool} cannot be loaded: {error}") from error
+    if not callable(tool):
+        raise PluginError(NAME, f"tool {name!r}: neither a function nor module:function")
+    return tool

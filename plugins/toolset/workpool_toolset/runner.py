@@ -1,0 +1,240 @@
+"""One session: its stream of events in, the results of its tool calls out, each exactly once.
+
+Two tasks share the conversation: one reads and applies events, one answers calls, one call at a
+time. Neither keeps the other waiting; a cancellation (lost lease, deadline of a drain) ends both at
+any await, because what was begun and what came of it is in the journal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from workpool import Release, Session
+from workpool.errors import (
+    ConflictError,
+    LeaseLost,
+    RefusedError,
+    TransientError,
+    innermost,
+)
+from workpool_toolset.conversation import Conversation, result_for
+from workpool_toolset.results import Result
+
+if TYPE_CHECKING:
+    from workpool_toolset.journal import Journal
+    from workpool_toolset.tools import Toolbox, ToolCall
+
+UNKNOWN: Final = (
+    "the worker was interrupted while this call was running, and it was not run again: "
+    "its outcome is unknown; check what it did before repeating it"
+)
+INTERRUPTED: Final = "interrupted by the user"
+REFUSED: Final = "the result was refused by the control plane; it may be too large"
+
+POST_SECONDS: Final = 300.0
+"""How long a result is sent anew before the session is given back, to be sent from the journal."""
+REFUSED_SECONDS: Final = 30.0
+"""How long a 400 is tried anew: a result can arrive before its call is known everywhere."""
+WAIT_MAX_SECONDS: Final = 30.0
+_BAD_REQUEST: Final = 400
+
+Ending = Literal["ended", "idle", "interrupted"]
+
+
+class Runner:
+    """Answers one session's calls until it ends, is idle, or is asked to stop.
+
+    Args:
+        session: The claimed session.
+        toolbox: What executes the calls.
+        journal: Open; this session's.
+        max_idle: Seconds to stay after the end of a turn; infinite: until the session ends.
+    """
+
+    def __init__(
+        self, session: Session, toolbox: Toolbox, journal: Journal, max_idle: float
+    ) -> None:
+        self._session = session
+        self._toolbox = toolbox
+        self._journal = journal
+        self._max_idle = max_idle
+        self._conversation = Conversation(session.id, toolbox.owns, self._denied)
+        self._changed = asyncio.Event()
+        self._caught_up = False
+        self._joined = False
+        self._idle_since: float | None = None
+        self._running: tuple[ToolCall, asyncio.Timeout] | None = None
+
+    async def run(self) -> None:
+        """Work until there is nothing more to do.
+
+        Raises:
+            Release: The pool drains; the session is another worker's now.
+            LeaseLost, SessionEnded, ControlPlaneError: As the session's calls raise them.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                others = [
+                    group.create_task(self._read(), name="toolset-reader"),
+                    group.create_task(self._watch(), name="toolset-watch"),
+                ]
+                ending = await self._work()
+                for other in others:
+                    other.cancel()
+        except BaseExceptionGroup as group_error:
+            raise innermost(group_error) from None
+        self._session.log.info("toolset: %s", ending)
+        if ending == "interrupted" and not self._session.stopping:
+            raise Release("the pool is draining")
+
+    async def _read(self) -> None:
+        async with self._session.events.stream() as stream:
+            async for event in stream:
+                self._conversation.apply(event)
+                self._caught_up = stream.caught_up
+                self._noticed()
+                if answered := result_for(event):
+                    await self._journal.forget(answered)
+        self._conversation.ended = True
+        self._noticed()
+
+    async def _watch(self) -> None:
+        await self._session.interrupted()
+        self._changed.set()
+
+    def _noticed(self) -> None:
+        """Something changed: wind the idle clock, stop what nobody waits for, wake the worker."""
+        now = asyncio.get_running_loop().time()
+        if not self._conversation.idle:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        if self._running:
+            call, scope = self._running
+            gone = call.id in self._conversation.answered
+            if gone or self._conversation.ended or self._conversation.is_interrupted(call.id):
+                scope.reschedule(now)
+        self._changed.set()
+
+    async def _work(self) -> Ending:
+        while True:
+            self._changed.clear()
+            if self._session.stopping or self._session.draining:
+                return "interrupted"
+            if self._conversation.ended and self._caught_up:
+                return "ended"
+            call = await self._next()
+            if call:
+                await self._answer(call)
+            elif not await self._wait():
+                return "idle"
+
+    async def _next(self) -> ToolCall | None:
+        if not self._caught_up:  # a result may be among what was not read yet
+            return None
+        if not self._joined:
+            self._joined = True
+            await self._distrust()
+        return self._conversation.next()
+
+    async def _distrust(self) -> None:
+        """Another machine held this session: what it may have begun there is not begun here."""
+        if self._session.redelivered and self._journal.new:
+            for call in self._conversation.runnable():
+                await self._journal.begin(call.id)
+
+    async def _wait(self) -> bool:
+        """Wait for a change; False when the session was idle for long enough."""
+        since = self._idle_since if self._caught_up else None
+        try:
+            async with asyncio.timeout_at(None if since is None else since + self._max_idle):
+                await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _answer(self, call: ToolCall) -> None:
+        self._check_lease()
+        known = await self._journal.begin(call.id)
+        if self._conversation.is_interrupted(call.id) and known in {"new", "begun"}:
+            result = Result.error(INTERRUPTED if known == "new" else UNKNOWN)
+        elif known == "new":
+            self._check_lease()  # the journal may have taken its time
+            result = await self._execute(call)
+            await self._journal.finish(call.id, result)
+        else:
+            result = Result.error(UNKNOWN) if known == "begun" else known
+            self._session.log.info("toolset: %s %s was begun before", call.name, call.id)
+        if call.id not in self._conversation.answered:
+            await self._post(call, result)
+        self._conversation.close(call.id)
+        self._noticed()
+
+    def _check_lease(self) -> None:
+        if self._session.lease_remaining <= 0:
+            raise LeaseLost(self._session.item.id)
+
+    async def _execute(self, call: ToolCall) -> Result:
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._running = call, scope
+                self._noticed()  # the interrupt may have come while the journal was written
+                result = await self._toolbox.run(call)
+        except TimeoutError:
+            result = Result.error(INTERRUPTED)
+        finally:
+            self._running = None
+        outcome = "error" if result.is_error else "ok"
+        self._session.log.info(
+            "toolset: %s %s %s in %.2f s", call.name, call.id, outcome, clock() - started
+        )
+        return result
+
+    async def _post(self, call: ToolCall, result: Result) -> None:
+        """Send a result until it is there; one refused for good is replaced once, then dropped."""
+        for candidate in (result, Result.error(REFUSED)):
+            try:
+                await self._send(call, candidate)
+            except ConflictError:  # an earlier send was applied and its answer lost
+                return
+            except RefusedError:
+                self._session.log.exception("toolset: result of %s refused", call.id)
+            else:
+                return
+
+    async def _send(self, call: ToolCall, result: Result) -> None:
+        clock = asyncio.get_running_loop().time
+        started, pause = clock(), 1.0
+        while True:
+            bound = POST_SECONDS
+            try:
+                await self._session.events.send(_event(call, result))
+            except TransientError as error:
+                failure: TransientError | RefusedError = error
+            except RefusedError as error:
+                failure = error
+                bound = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
+            else:
+                return
+            if call.id in self._conversation.answered:  # the stream showed that it was applied
+                return
+            if clock() - started >= bound:
+                if isinstance(failure, TransientError):
+                    raise Release("results cannot be sent")
+                raise failure
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, hides nothing
+            pause = min(pause * 2, WAIT_MAX_SECONDS)
+
+    def _denied(self, call: ToolCall) -> None:
+        self._session.log.info("toolset: %s %s denied", call.name, call.id)
+
+
+def _event(call: ToolCall, result: Result) -> dict[str, Any]:
+    kind, name = "user.tool_result", "tool_use_id"
+    if call.custom:
+        kind, name = "user.custom_tool_result", "custom_tool_use_id"
+    return {"type": kind, name: call.id, "content": result.content, "is_error": result.is_error}

@@ -1,0 +1,240 @@
+"""The six tools by name, and the custom ones: from an agent's input to a `Result`, no exceptions.
+
+Names are matched without regard to case, and fields under each name that a service uses for them,
+since not all services document theirs. Fields that no tool knows are ignored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from workpool_toolset import files
+from workpool_toolset.results import Result, ToolError
+from workpool_toolset.shell import Shell, ShellEnded
+
+if TYPE_CHECKING:
+    from workpool_toolset.search import Search
+    from workpool_toolset.workspace import Workspace
+
+Fields: TypeAlias = Mapping[str, Any]
+
+RESTART: Final = "use restart=true for a new one"
+MARGIN_SECONDS: Final = 10.0
+"""What a command's own limit stays below the tools', so that its output can still be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of an agent's tool.
+
+    Attributes:
+        id: The event's id; what the answer refers to.
+        name: As the agent called it.
+        input: Its arguments; made by a model, so check them.
+        custom: Whether it is a custom tool's (`agent.custom_tool_use`).
+        session: The session's id.
+    """
+
+    id: str
+    name: str
+    input: Mapping[str, Any]
+    custom: bool
+    session: str
+
+
+CustomTool: TypeAlias = Callable[[ToolCall], object]
+"""Takes the call; returns text, a content block, a list of these, or any JSON value, or raises.
+
+An `async def` is awaited on the supervisor's loop; a plain `def` runs in a thread, which goes on
+when the call is given up.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Seconds that a command has unless it asks for less or more, and that any tool has."""
+
+    bash: float
+    tool: float
+
+
+class Toolbox:
+    """The tools of one session. Its calls run one at a time.
+
+    Args:
+        workspace: Where the file tools may go.
+        shell: The session's.
+        search: The session's.
+        custom: Custom tools by name.
+        times: Limits.
+        file_bytes: What `read` and `edit` take of a text file.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        shell: Shell,
+        search: Search,
+        *,
+        custom: Mapping[str, CustomTool],
+        times: Times,
+        file_bytes: int,
+    ) -> None:
+        self._workspace = workspace
+        self._shell = shell
+        self._search = search
+        self._custom = custom
+        self._times = times
+        self._file_bytes = file_bytes
+        self._tools: Mapping[str, Callable[[Fields], Awaitable[object]]] = {
+            "bash": self._bash,
+            "read": self._read,
+            "write": self._write,
+            "edit": self._edit,
+            "glob": self._glob,
+            "grep": self._grep,
+        }
+
+    def owns(self, call: ToolCall) -> bool:
+        """Whether the call is for a tool of this worker."""
+        return call.name in self._custom if call.custom else call.name.lower() in self._tools
+
+    async def run(self, call: ToolCall) -> Result:
+        """Execute a call that is owned, within the tools' time; what goes wrong is its result."""
+        try:
+            async with asyncio.timeout(self._times.tool):
+                if call.custom:
+                    return Result.of(await _called(self._custom[call.name], call))
+                done = await self._tools[call.name.lower()](call.input)
+                return done if isinstance(done, Result) else Result.of(done)
+        except ToolError as error:
+            return Result.error(str(error))
+        except TimeoutError:
+            return Result.error(f"{call.name}: took more than {self._times.tool:g} s")
+        except Exception as error:  # noqa: BLE001 - a tool's error is its answer, not the worker's end
+            return Result.error(f"{call.name}: {type(error).__name__}: {error}")
+
+    async def close(self) -> None:
+        """End the session's shell."""
+        await self._shell.close()
+
+    async def _bash(self, fields: Fields) -> object:
+        again = _flag(fields, "restart")
+        if again:
+            await self._shell.restart()
+        command = _text(fields, "command", default="" if again else None)
+        if not command.strip():
+            if again:
+                return "bash session restarted"
+            raise ToolError("bash: command is missing")
+        if "\0" in command:
+            raise ToolError("bash: command holds a NUL")
+        if self._shell.ended:
+            raise ToolError(f"bash: the shell has ended; {RESTART}")
+        return await self._command(command, self._seconds(fields))
+
+    async def _command(self, command: str, seconds: float) -> Result:
+        try:
+            async with asyncio.timeout(seconds):
+                output = await self._shell.run(command)
+        except TimeoutError:
+            said = f"killed after {seconds:g} s, and the shell with it; {RESTART}"
+            return Result.of([self._shell.printed, said], is_error=True)
+        except ShellEnded as error:
+            said = f"the shell ended with status {error.status}; {RESTART}"
+            return Result.of([error.output, said], is_error=True)
+        if output.status == 0:
+            return Result.of(output.text)
+        return Result.of([output.text, f"exit status {output.status}"], is_error=True)
+
+    def _seconds(self, fields: Fields) -> float:
+        asked = _number(fields, "timeout_ms", "timeout")
+        most = self._times.tool - MARGIN_SECONDS
+        return min(self._times.bash if asked is None else max(asked / 1000, 0.001), most)
+
+    async def _read(self, fields: Fields) -> object:
+        path = _text(fields, "file_path", "path")
+        return await asyncio.to_thread(
+            files.read, self._workspace, path, _range(fields), self._file_bytes
+        )
+
+    async def _write(self, fields: Fields) -> object:
+        path = _text(fields, "file_path", "path")
+        return await asyncio.to_thread(files.write, self._workspace, path, _text(fields, "content"))
+
+    async def _edit(self, fields: Fields) -> object:
+        path = _text(fields, "file_path", "path")
+        change = _text(fields, "old_string"), _text(fields, "new_string")
+        return await asyncio.to_thread(
+            files.edit,
+            self._workspace,
+            path,
+            change,
+            replace_all=_flag(fields, "replace_all"),
+            limit=self._file_bytes,
+        )
+
+    async def _glob(self, fields: Fields) -> object:
+        return await self._search.glob(_text(fields, "pattern"), _text(fields, "path", default="."))
+
+    async def _grep(self, fields: Fields) -> object:
+        include = _text(fields, "include", "glob", default="")
+        path = _text(fields, "path", default=".")
+        return await self._search.grep(_text(fields, "pattern"), path, include or None)
+
+
+async def _called(tool: CustomTool, call: ToolCall) -> object:
+    if inspect.iscoroutinefunction(tool):
+        return await tool(call)
+    return await asyncio.to_thread(tool, call)
+
+
+def _field(fields: Fields, *names: str) -> Any:
+    """The first of the names that has a value."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+def _text(fields: Fields, *names: str, default: str | None = None) -> str:
+    value = _field(fields, *names)
+    if value is None:
+        if default is None:
+            raise ToolError(f"{names[0]} is missing")
+        return default
+    if not isinstance(value, str):
+        raise ToolError(f"{names[0]} must be a string")
+    return value
+
+
+def _flag(fields: Fields, name: str) -> bool:
+    value = _field(fields, name)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ToolError(f"{name} must be true or false")
+
+
+def _number(fields: Fields, *names: str) -> float | None:
+    value = _field(fields, *names)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ToolError(f"{names[0]} must be a number")
+    return float(value)
+
+
+def _range(fields: Fields) -> tuple[int, int] | None:
+    """`view_range`, or the same said as `offset` (a line, from 1) and `limit` (a count)."""
+    asked = _field(fields, "view_range")
+    if asked is None:
+        offset, limit = _number(fields, "offset"), _number(fields, "limit")
+        if offset is None and limit is None:
+            return None
+        start = max(int(offset or 1), 1)
+        return start, (start + int(limit) - 1 if limit else 0)
+    match asked:
+        case [int(start), int(end)]:
+            return start, end
+    raise ToolError("view_range must be two whole numbers")

@@ -1,0 +1,214 @@
+"""Where a session's file tools may go: paths resolved component by component, on descriptors.
+
+No path is ever handed to the kernel whole. Each component is opened relative to the directory
+before it, with O_NOFOLLOW; a symbolic link is read and followed here, starting over at a root. So
+whatever a session does between a check and a use, it cannot lead a file tool out of its roots: a
+directory that is replaced by a link is not entered, and `..` is never asked of the kernel at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import posixpath
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from workpool_toolset.results import ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+HOPS: Final = 40
+"""Symbolic links followed for one path, as many as the kernel follows."""
+
+_ENTER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WORDS: Final = {
+    errno.ENOENT: "no such file or directory",
+    errno.ENOTDIR: "not a directory",
+    errno.EISDIR: "is a directory",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "read-only",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "no space left",
+    errno.EFBIG: "the file is too large",
+    errno.ELOOP: "the path changed while it was used",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """A directory that the file tools may enter.
+
+    Attributes:
+        shown: Its path as the session sees it, absolute and without links.
+        host: Its path on this machine; nobody else may replace it.
+        writable: Whether files may be written below it.
+        owner: Whose the files made here are, as user and group id; None: this process's.
+    """
+
+    shown: str
+    host: Path
+    writable: bool = True
+    owner: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A place with no link on the way to it: a directory that is open, and a name in it.
+
+    Attributes:
+        directory: Valid inside the `with` that gave it.
+        name: A single component, `.` for a root itself; it may not exist, or be anything by now.
+        shown: The whole path, for messages.
+        root: The root it lies in.
+    """
+
+    directory: int
+    name: str
+    shown: str
+    root: Root
+
+    def give(self, name: str) -> None:
+        """Give a new entry of the directory to the root's owner."""
+        if self.root.owner:
+            os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
+
+
+class Workspace:
+    """The roots of one session; the first is where relative paths begin."""
+
+    def __init__(self, roots: Sequence[Root]) -> None:
+        self._roots = tuple(roots)
+
+    @property
+    def home(self) -> Root:
+        """The session's own directory."""
+        return self._roots[0]
+
+    @contextlib.contextmanager
+    def at(self, path: str, *, write: bool = False, make: bool = False) -> Iterator[Spot]:
+        """Open the directory that holds what `path` leads to, every link followed.
+
+        Args:
+            path: As the session wrote it: absolute as it sees it, or relative to its directory.
+            write: Refuse read-only roots.
+            make: Make the directories that are missing on the way.
+
+        Raises:
+            ToolError: Outside the roots, a loop, or a component that cannot be entered. What the
+                block raises as `OSError` becomes one too.
+        """
+        with plainly(path), contextlib.ExitStack() as stack:
+            yield self._find(path, stack, write=write, make=make)
+
+    @contextlib.contextmanager
+    def directory(self, path: str) -> Iterator[Spot]:
+        """Open the directory that `path` leads to: as `directory`, with the name `.`."""
+        with self.at(path) as spot:
+            opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
+            try:
+                yield Spot(opened, ".", spot.shown, spot.root)
+            finally:
+                os.close(opened)
+
+    def relative(self, shown: str) -> str:
+        """A path as the session would write it: relative where it lies in its own directory."""
+        inside = _below(shown, self.home.shown)
+        return shown if inside is None else "/".join(inside)
+
+    def _find(self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool) -> Spot:
+        _check_text(path)
+        wanted = _collapse(posixpath.join(self.home.shown, path))
+        for _ in range(HOPS + 1):
+            root, parts = self._root_of(wanted, path)
+            if write and not root.writable:
+                raise ToolError(f"{path}: read-only")
+            with contextlib.ExitStack() as attempt:
+                found = _descend(root, parts, attempt, make=make)
+                if isinstance(found, Spot):
+                    stack.push(attempt.pop_all())
+                    return found
+            wanted = found
+        raise ToolError(f"{path}: too many levels of symbolic links")
+
+    def _root_of(self, wanted: str, path: str) -> tuple[Root, list[str]]:
+        found = [(root, _below(wanted, root.shown)) for root in self._roots]
+        inside = [(root, parts) for root, parts in found if parts is not None]
+        if not inside:
+            raise ToolError(f"{path}: outside the session's working directory")
+        return min(inside, key=lambda pair: len(pair[1]))  # the innermost root decides
+
+
+@contextlib.contextmanager
+def plainly(path: str) -> Iterator[None]:
+    """Turn the errors of the operating system into words, without errno or host path."""
+    try:
+        yield
+    except OSError as error:
+        raise ToolError(f"{path}: {_WORDS.get(error.errno or 0, 'cannot be used')}") from None
+
+
+def _descend(
+    root: Root, parts: list[str], stack: contextlib.ExitStack, *, make: bool
+) -> Spot | str:
+    """Go down from a root: the place, or, met by a link, the path to go on with instead."""
+    here = root.shown
+    directory = os.open(root.host, _ENTER)
+    stack.callback(os.close, directory)
+    for index, name in enumerate(parts):
+        target = _target(directory, name)
+        if target is not None:
+            return _collapse(posixpath.join(here, target, *parts[index + 1 :]))
+        if index == len(parts) - 1:
+            return Spot(directory, name, posixpath.join(here, name), root)
+        spot = Spot(directory, name, posixpath.join(here, name), root)
+        directory = _enter(spot, make=make)
+        stack.callback(os.close, directory)
+        here = spot.shown
+    return Spot(directory, ".", here, root)
+
+
+def _enter(spot: Spot, *, make: bool) -> int:
+    try:
+        return os.open(spot.name, _ENTER, dir_fd=spot.directory)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with contextlib.suppress(FileExistsError):  # the session made it first
+        os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
+        spot.give(spot.name)
+    return os.open(spot.name, _ENTER, dir_fd=spot.directory)
+
+
+def _target(directory: int, name: str) -> str | None:
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno in {errno.EINVAL, errno.ENOENT}:  # no link, or nothing
+            return None
+        raise
+
+
+def _below(path: str, root: str) -> list[str] | None:
+    """The components of `path` below `root`, None when it is not below."""
+    if root not in {"/", path} and not path.startswith(root + "/"):
+        return None
+    return [part for part in path[len(root) :].split("/") if part]
+
+
+def _collapse(path: str) -> str:
+    return "/" + posixpath.normpath(path).lstrip("/")  # normpath keeps a leading `//`
+
+
+def _check_text(path: str) -> None:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ToolError("the path is not valid Unicode") from None
+    if not encoded or b"\0" in encoded:
+        raise ToolError("the path is empty or holds a NUL")
