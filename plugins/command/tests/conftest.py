@@ -13,7 +13,7 @@ from workpool.testing import Kit
 from workpool_command import Command
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
 
 class Shell(Protocol):
@@ -44,17 +44,22 @@ class Machine:
 
     async def written(self, path: Path, lines: int = 1) -> list[str]:
         """The lines of a file, once it has as many: a command's way to say how far it is."""
-        async with asyncio.timeout(10):
-            while True:
-                text = path.read_text() if path.exists() else ""
-                if text.count("\n") >= lines:
-                    return text.splitlines()
-                await asyncio.sleep(0.01)
+
+        def read() -> list[str]:
+            return path.read_text().splitlines() if path.exists() else []
+
+        await until(lambda: len(read()) >= lines)
+        return read()
 
     async def gone(self, pids: list[str]) -> None:
-        async with asyncio.timeout(10):
-            while any(self.runs(pid) for pid in pids):
-                await asyncio.sleep(0.01)
+        await until(lambda: not any(map(self.runs, pids)))
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    """Look again and again: the kernel tells nobody about processes that are not our children."""
+    async with asyncio.timeout(10):
+        while not reached():  # noqa: ASYNC110 - there is nothing else to wait for
+            await asyncio.sleep(0.01)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from workpool_command import CommandFailed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool_command import Command
     from workpool.testing import Kit
+    from workpool_command import Command
 
     Shell = Callable[..., Command]
 

@@ -1,0 +1,182 @@
+"""How a command is ended, by whomever: nothing of its group is left, nothing waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+
+from workpool.events import SessionFinished, SessionStarted
+from workpool.testing import Kit, expire_lease
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from workpool_command import Command
+
+    Shell = Callable[..., Command]
+
+DEAF = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sleep 60"
+"""It and its child ignore SIGTERM; both numbers are in the file."""
+
+
+async def test_a_stop_request_lets_it_finish(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""
+    [item] = kit.enqueue()
+    async with kit.pool(shell(script, tmp_path / "pids", result=True)):
+        await machine.written(tmp_path / "pids")
+        kit.stop(item)
+        end = await kit.wait_for(SessionFinished)
+
+    assert end.outcome == "stopped"
+    done = kit.server.operations.get(item.environment_id, item.id)
+    assert dict(done.metadata) == {"done": "half"}
+
+
+async def test_one_that_ignores_a_stop_request_is_killed_with_its_children(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    [item] = kit.enqueue()
+    async with kit.pool(shell(DEAF, tmp_path / "pids", grace=0.3)):
+        pids = await machine.written(tmp_path / "pids", 2)
+        kit.stop(item)
+        end = await kit.wait_for(SessionFinished)
+
+        assert (end.outcome, end.error) == ("stopped", None)
+        await machine.gone(pids)
+
+
+async def test_a_timeout_ends_all_of_it(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, timeout=0.5))
+
+    assert result.outcome == "timed_out"
+    await machine.gone(await machine.written(tmp_path / "pids", 0))  # as far as it got in time
+
+
+async def test_a_lost_lease_ends_all_of_it(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    [item] = kit.enqueue()
+    async with kit.pool(shell(DEAF, tmp_path / "pids")):
+        pids = await machine.written(tmp_path / "pids", 2)
+        expire_lease(kit.server, item.id)  # it is delivered again, and so the pool looks
+        end = await kit.wait_for(SessionFinished)
+
+        assert end.outcome == "lease_lost"
+        await machine.gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        ("echo $$ >$0; sleep 60", "released"),
+        ("trap 'exit 75' TERM; echo $$ >$0; sleep 60 & wait", "released"),
+        ("trap 'exit 0' TERM; echo $$ >$0; sleep 60 & wait", "completed"),
+        (DEAF, "released"),
+    ],
+    ids=["killed", "gives back", "finishes", "deaf"],
+)
+async def test_a_drain_ends_it(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, script: str, outcome: str
+) -> None:
+    kit.enqueue()
+    async with kit.pool(shell(script, tmp_path / "pids", grace=0.2)):
+        pids = await machine.written(tmp_path / "pids")
+
+    assert (await kit.wait_for(SessionFinished)).outcome == outcome
+    await machine.gone(pids)
+
+
+async def test_what_it_leaves_behind_is_killed(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))
+
+    assert result.outcome == "completed"
+    await machine.gone(await machine.written(tmp_path / "pids"))
+
+
+async def test_a_daemon_that_holds_the_pipes_does_not_hold_the_session(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = (
+        "setsid sh -c 'echo $$ >$0; exec sleep 60' $0 & while ! test -s $0; do :; done; echo ok"
+    )
+    result = await kit.run_session(shell(script, tmp_path / "pids"))
+
+    assert (result.outcome, result.seconds < 30) == ("completed", True)
+    assert "stdout: ok" in caplog.messages
+    [daemon] = await machine.written(tmp_path / "pids")
+    os.kill(int(daemon), signal.SIGKILL)  # out of reach for the plugin, as its readme says
+
+
+async def test_a_status_that_somebody_else_took_is_no_success(
+    kit: Kit, shell: Shell, tmp_path: Path
+) -> None:
+    kit.enqueue()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with kit.pool(shell("read x <$0", fifo)):
+        await kit.wait_for(SessionStarted)
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps from now on
+        try:
+            await asyncio.to_thread(fifo.write_text, "go\n")
+            end = await kit.wait_for(SessionFinished)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
+
+    assert end.outcome == "failed"
+    assert "its exit status was taken" in str(end.error)
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_hundred_sessions_leave_nothing(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    shell: Shell,
+    machine: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some end by themselves, some are stopped, some have to be killed, some kill themselves."""
+    script = """
+        case $(cat) in
+            *quick*) echo '{"done": "yes"}';;
+            *slow*) sleep 60;;
+            *deaf*) trap '' TERM; sleep 60 & sleep 60;;
+            *dies*) sleep 60 & kill -KILL $$;;
+        esac
+    """
+    kinds = {"quick": "completed", "slow": "stopped", "deaf": "stopped", "dies": "failed"}
+    monkeypatch.delenv("WORKPOOL_CONFIG", raising=False)
+
+    async def run(kit: Kit, count: int) -> None:
+        command = shell(script, grace=0.3)
+        items = {item.id: item for kind in kinds for item in kit.enqueue(count, {"kind": kind})}
+        async with kit.pool(command, concurrency=25):
+            for number in range(len(items)):
+                started = await kit.wait_for(SessionStarted, count=number + 1)
+                if started.session.item.metadata["kind"] in {"slow", "deaf"}:
+                    kit.stop(items[started.session.item.id])
+            await kit.wait_for(SessionFinished, count=len(items))
+        for end in kit.recorder.of(SessionFinished):
+            assert end.outcome == kinds[end.session.item.metadata["kind"]]
+
+    async def hundred() -> None:
+        async with Kit() as first, Kit() as kit:
+            await run(first, 1)  # whatever a loop opens once, it has opened then
+            children, descriptors = machine.children(), machine.descriptors()
+            await run(kit, 25)
+            assert machine.children() == children
+            assert len(machine.descriptors()) == len(descriptors)
+            assert kit.server.summary().overlapping == 0
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(hundred())
