@@ -1,0 +1,95 @@
+"""What a command says: in the log as lines, within bounds, whatever it says and however much."""
+
+from __future__ import annotations
+
+import resource
+from typing import TYPE_CHECKING
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workpool.events import SessionFinished
+from workpool_command.ending import RESULT_LIMIT
+from workpool_command.output import Lines, readable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from workpool.testing import Kit
+    from workpool_command import Command
+
+    Shell = Callable[..., Command]
+
+
+async def test_lines_of_both_streams_are_logged_with_their_session(
+    kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = r"printf 'one\r\n\377\033[31m\ntwo'; printf 'three\n' >&2"
+    result = await kit.run_session(shell(script))
+
+    records = [record for record in caplog.records if record.name == "workpool.session"]
+    assert sorted(record.getMessage() for record in records) == [
+        "stderr: three",
+        "stdout: \\xff\\x1b[31m",
+        "stdout: one",
+        "stdout: two",
+    ]
+    assert {vars(record)["session_id"] for record in records} == {result.item.session_id}
+
+
+async def test_one_that_says_too_much_is_neither_blocked_nor_logged(
+    kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = """yes | head -c 2000000; head -c 2000000 /dev/zero; echo; echo '{"bytes": "4 MB"}'"""
+    result = await kit.run_session(shell(script, log_lines=3, result=True))
+
+    assert (result.outcome, result.metadata["bytes"]) == ("completed", "4 MB")
+    said = [r.getMessage() for r in caplog.records if r.name == "workpool.session"]
+    assert said == ["stdout: y"] * 3 + ["lines not logged: 999999"]
+
+
+async def test_others_go_on_beside_one_that_never_stops_talking(kit: Kit, shell: Shell) -> None:
+    [chatty] = kit.enqueue(metadata={"kind": "chatty"})
+    async with kit.pool(shell("case $(cat) in *chatty*) exec yes;; esac", log_lines=0)):
+        kit.enqueue(20)
+        await kit.wait_for(SessionFinished, count=20)
+        kit.stop(chatty)
+        last = await kit.wait_for(SessionFinished, count=21)
+
+    assert (last.session.item.id, last.outcome) == (chatty.id, "stopped")
+
+
+def test_a_line_without_an_end_is_not_kept() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Lines(lambda _: None)
+    for _ in range(3_000):
+        lines.feed(b"\0" * 65_536)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
+def test_lines_do_not_depend_on_how_they_are_read(chunks: list[bytes]) -> None:
+    told: list[bytes] = []
+    lines = Lines(told.append)
+    for chunk in chunks:
+        lines.feed(chunk)
+    lines.close()
+
+    whole = b"".join(chunks).split(b"\n")
+    assert told == (whole if whole[-1] else whole[:-1])
+    assert lines.last == next((line for line in reversed(told) if line.strip()), b"")
+
+
+@given(st.binary())
+def test_a_line_in_the_log_is_one_line_of_text(line: bytes) -> None:
+    assert readable(line).isprintable()
+
+
+def test_a_long_line_is_cut() -> None:
+    lines = Lines(lambda _: None)
+    lines.feed(b"x" * 70_000 + b"\n")
+    assert len(lines.last) == RESULT_LIMIT + 1
+    assert readable(lines.last).endswith("xxx … (cut)")
+    assert len(readable(lines.last)) < 2_100

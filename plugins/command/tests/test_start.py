@@ -1,0 +1,156 @@
+"""What is refused: at start whatever can be known then, else as the session's own failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import PluginError, Release
+from workpool.events import ItemDeclined, SessionFinished
+from workpool_command import Command, CommandFailed
+from workpool_command.plugin import _blamed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from workpool.testing import Kit
+
+    Shell = Callable[..., Command]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"command": "ls -l"}, "command: not a list of strings"),
+        ({"command": []}, "command: names no program"),
+        ({"command": [""]}, "command: names no program"),
+        ({"command": ["ls", 1]}, "command: not a list of strings without NUL"),
+        ({"command": ["l\0s"]}, "command: not a list of strings without NUL"),
+        ({"command": ["./run"]}, "command: not an absolute path, nor a name"),
+        ({"environment": ["PATH", "WORKPOOL_TOKEN"]}, "environment: WORKPOOL_TOKEN is never"),
+        ({"environment": ["QODER_PAT"]}, "environment: QODER_PAT is never handed on"),
+        ({"environment": ["ANTHROPIC_API_KEY"]}, "environment: ANTHROPIC_API_KEY is never"),
+        ({"environment": "PATH"}, "environment: not a list of strings"),
+        ({"grace": "10"}, "grace: not a number"),
+        ({"grace": -1}, "grace: less than 0"),
+        ({"grace": float("nan")}, "grace: less than 0, or no number"),
+        ({"log_lines": 1.5}, "log_lines: not a number"),
+        ({"keep": "yes"}, "keep: not true or false"),
+        ({"keep": True}, "root: needed"),
+        ({"detach": True}, "root: needed"),
+        ({"detach": True, "root": "/tmp", "result": True}, "result: a command that was"),  # noqa: S108 - not touched
+        ({"timeout": 0}, "@handler: timeout of command must be more than 0"),
+        ({"max_sessions": 0}, "@handler: max_sessions of command must be at least 1"),
+        ({"metadata": {"n": 1}}, "@handler: metadata of command must map strings"),
+        ({"comand": ["ls"]}, "unexpected keyword argument 'comand'"),
+    ],
+    ids=str,
+)
+def test_settings_that_can_never_work_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Command(**{"command": ["true"]} | settings)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["no-such-program", "{tmp}/absent", "{tmp}/plain", "{tmp}"])
+async def test_a_program_that_cannot_be_run_is_an_error_at_start(
+    kit: Kit, tmp_path: Path, given: str
+) -> None:
+    (tmp_path / "plain").write_text("not executable")
+    with pytest.raises(PluginError, match="is not an executable file on the PATH"):
+        await kit.pool(Command(command=[given.format(tmp=tmp_path)])).run(until_empty=True)
+
+
+async def test_the_path_is_the_command_s_own(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tool").write_text("#!/bin/sh\n")
+    (tmp_path / "tool").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    assert (await kit.run_session(Command(command=["tool"]))).outcome == "completed"
+    with pytest.raises(PluginError):
+        await kit.run_session(Command(command=["tool"], environment=[]))
+
+
+async def test_a_root_that_is_no_directory_is_an_error_at_start(
+    kit: Kit, shell: Shell, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PluginError, match="cannot be used here"):
+        await kit.pool(shell("", root=tmp_path / "file")).run(until_empty=True)
+
+
+async def test_ignored_children_are_an_error_at_start(kit: Kit, shell: Shell) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(PluginError, match="SIGCHLD is ignored"):
+            await kit.pool(shell("")).run(until_empty=True)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+async def test_one_object_serves_one_pool(kit: Kit, shell: Shell) -> None:
+    command = shell("")
+    async with kit.pool(command):
+        with pytest.raises(PluginError, match="one object serves one pool"):
+            await kit.pool(command).run(until_empty=True)
+    assert (await kit.run_session(command)).outcome == "completed"
+
+
+async def test_what_has_gone_since_the_start_fails_the_session_by_name(
+    kit: Kit, tmp_path: Path
+) -> None:
+    program, root = tmp_path / "tool", tmp_path / "root"
+    program.write_text("#!/nowhere/at/all\n")
+    program.chmod(0o755)
+    async with kit.pool(Command(command=[str(program), "hunter2"], root=root)):
+        kit.enqueue()
+        failed = await kit.wait_for(SessionFinished)
+        root.rmdir()
+        kit.enqueue()
+        rootless = await kit.wait_for(SessionFinished, count=2)
+
+    for end in (failed, rootless):
+        assert end.outcome == "failed"
+        assert isinstance(end.error, CommandFailed)
+        assert str(end.error).startswith("tool: cannot be started: [Errno 2] No such file")
+        assert "hunter2" not in str(end.error)
+
+
+async def test_a_kept_directory_s_place_may_be_taken(
+    kit: Kit, shell: Shell, tmp_path: Path
+) -> None:
+    async with kit.pool(shell("touch owned", root=tmp_path / "root", keep=True)):
+        [item] = kit.enqueue()
+        await kit.wait_for(SessionFinished)
+        place = tmp_path / "root" / item.session_id
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+        kit.enqueue(session_id=item.session_id)
+        end = await kit.wait_for(SessionFinished, count=2)
+
+    assert end.outcome == "failed"
+    assert "File exists" in str(end.error)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
+def test_a_machine_without_room_gives_the_session_back(number: int) -> None:
+    with pytest.raises(Release), _blamed("tool"):
+        raise OSError(number, os.strerror(number))
+
+
+async def test_only_items_that_match_are_taken(kit: Kit, shell: Shell) -> None:
+    kit.enqueue(metadata={"job": "other"})
+    kit.enqueue(metadata={"job": "report"})
+    async with kit.pool(shell("", metadata={"job": "report"}, max_sessions=1)):
+        declined = await kit.wait_for(ItemDeclined)
+        taken = await kit.wait_for(SessionFinished)
+
+    assert declined.item.metadata["job"] == "other"
+    assert (taken.session.item.metadata["job"], taken.handler) == ("report", "Command.run")
