@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
 async def test_no_arguments_print_the_help(bare: Start) -> None:
     command = await bare()
     assert await command.ends() == 0
-    for name in ("demo", "run", "serve", "check", "plugins", "work"):
+    for name in ("demo", "run", "serve", "check", "plugins", "new", "work"):
         assert name in command.out
 
 

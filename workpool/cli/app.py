@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from workpool import __version__
-from workpool.cli import check, demo, listing, run, serve, work
+from workpool.cli import check, demo, listing, new, run, serve, work
 from workpool.cli.options import Verbose
 
 # Rich tracebacks show local variables, and so tokens.
@@ -42,4 +42,5 @@ app.command()(run.run)
 app.command()(serve.serve)
 app.command()(check.check)
 app.command("plugins")(listing.plugins)
+app.command()(new.new)
 app.add_typer(work.app, name="work")

@@ -141,6 +141,7 @@ class Kit:
         self,
         *plugins: object,
         metadata: Mapping[str, str] | None = None,
+        script: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
         **settings: Any,
     ) -> SessionResult:
@@ -149,6 +150,7 @@ class Kit:
         Args:
             plugins: A handler, or whatever else `Supervisor` takes for one.
             metadata: The item's.
+            script: The tool uses of a scripted session (protocol §5); None: nothing is said.
             timeout: Seconds to wait; None: 10, in virtual time a day.
             settings: The pool's, by name.
 
@@ -157,7 +159,7 @@ class Kit:
             WorkpoolError: The pool cannot start, or failed.
         """
         __tracebackhide__ = True
-        (item,) = self.enqueue(metadata=metadata)
+        (item,) = self.enqueue(metadata=metadata, script=script)
 
         def over(event: object) -> bool:
             match event:
@@ -244,7 +246,7 @@ class Kit:
         return SessionResult(
             outcome=finished.outcome,
             metadata=dict(item.metadata),
-            events=(),
+            events=self.server.events(item.session_id),
             error=finished.error,
             seconds=finished.seconds,
             item=item,

@@ -1,0 +1,127 @@
+"""`workpool new`: what it writes works as it is, and it writes over nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import distributions
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from typer.testing import CliRunner
+
+from workpool.cli.app import app
+from workpool.cli.new import NAME_LENGTH
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+LONG = "a" * (NAME_LENGTH + 1)
+
+
+class Ended(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def new(*arguments: str) -> Ended:
+    result = CliRunner().invoke(app, ["new", *arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ended(result.exit_code, result.stdout, result.stderr)
+
+
+def python(*arguments: str, folder: Path) -> str:
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_new_plugins_tests_pass_and_it_can_be_installed(folder: Path) -> None:
+    ended = new("daily-reports")
+    assert ended.status == 0
+    assert ended.out.splitlines() == [
+        "daily-reports/pyproject.toml",
+        "daily-reports/README.md",
+        "daily-reports/workpool_daily_reports.py",
+        "daily-reports/tests/test_workpool_daily_reports.py",
+    ]
+    assert ended.err == "workpool: next: cd daily-reports && pytest\n"
+    project = folder / "daily-reports"
+    assert not [path for path in project.rglob("*.*") if "$" in path.read_text("utf-8")]
+
+    assert "3 passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", folder=project)
+    shown = python("-m", "workpool", "plugins", "workpool_daily_reports", folder=project)
+    assert "type=session job=daily-reports" in shown
+
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", "installed"]
+    python("-m", "pip", "install", "-q", *offline, ".", folder=project)
+    (installed,) = distributions(path=[str(project / "installed")])
+    (point,) = installed.entry_points
+    assert (point.group, point.name) == ("workpool", "daily-reports")
+    assert (project / "installed" / f"{point.value}.py").exists()
+
+
+def test_what_it_writes_follows_the_house_style(folder: Path) -> None:
+    new("reports")
+    ruff = ["-m", "ruff"]
+    rules = ["--select", "E,F,I,W,UP,B,RUF"]
+    python(*ruff, "check", "--isolated", *rules, ".", folder=folder / "reports")
+    python(*ruff, "format", "--isolated", "--check", ".", folder=folder / "reports")
+
+
+@pytest.mark.parametrize("what", ["directory", "file", "dangling link"])
+def test_it_touches_nothing_that_is_there(folder: Path, what: str) -> None:
+    place = folder / "reports"
+    if what == "directory":
+        place.mkdir()
+    elif what == "file":
+        place.write_text("mine")
+    else:
+        place.symlink_to("nowhere")
+    ended = new("reports")
+    assert ended.status == 2
+    assert "cannot write reports: File exists" in ended.err
+    assert ended.out == ""
+    assert [path.name for path in folder.rglob("*")] == ["reports"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "Reports", "my_reports", "2nd", "a--b", "a-", "../up", "/x", "é", "a\n", "echo me", LONG],
+)
+def test_a_bad_name_is_refused(folder: Path, name: str) -> None:
+    ended = new(name)
+    assert ended.status == 2
+    assert "cannot be a plugin's name" in ended.err
+    assert not list(folder.iterdir())
+
+
+def test_the_name_of_an_installed_plugin_is_refused(folder: Path) -> None:
+    ended = new("echo")
+    assert ended.status == 2
+    assert "a plugin named 'echo' is installed already" in ended.err
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    ended = new("reports")
+    assert ended.status == 2
+    assert "cannot write reports: No such file or directory" in ended.err
