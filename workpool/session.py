@@ -46,12 +46,28 @@ class HandedLease:
         environment_id: Its environment, `env_…`.
         last_heartbeat: What the child's first beat sends as `expected_last_heartbeat`.
         ttl: Seconds that our last beat was granted: the child should ask for as much.
+        base_url: Where the control plane is.
+        dialect: What it speaks.
     """
 
     work_id: str
     environment_id: str
     last_heartbeat: str
     ttl: int
+    base_url: str
+    dialect: str
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """All of it as environment variables for `workpool hold`; the token it needs besides."""
+        return {
+            "WORKPOOL_BASE_URL": self.base_url,
+            "WORKPOOL_DIALECT": self.dialect,
+            "WORKPOOL_ENVIRONMENT_ID": self.environment_id,
+            "WORKPOOL_HOLD_WORK_ID": self.work_id,
+            "WORKPOOL_HOLD_LAST_HEARTBEAT": self.last_heartbeat,
+            "WORKPOOL_HOLD_TTL": str(self.ttl),
+        }
 
 
 class Held(Protocol):

@@ -50,7 +50,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "doubted=False",
         )
     ],
-    "loss ignored": [Edit("dispatch:Dispatcher", "self._handling.cancel(claim, Cause.LOST)", "0")],
+    "loss ignored": [Edit("serve:Serving", "self.handling.cancel(claim, Cause.LOST)", "0")],
     "finish without a held lease": [
         Edit("claim:Claim", "if not self.lease.held:", "if False:"),
     ],
@@ -60,7 +60,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "metadata after loss": [
         Edit("claim:Claim", "self.check_lease()", "pass"),
-        Edit("dispatch:Dispatcher", "self._handling.cancel(claim, Cause.LOST)", "0"),
+        Edit("serve:Serving", "self.handling.cancel(claim, Cause.LOST)", "0"),
     ],
     "beat after loss": [
         Edit("lease:Lease", 'if self.fate == "held" and self._pulse.clock() >=', "if 0 >"),
@@ -97,11 +97,11 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "handler before the first beat": [
         Edit(
-            "dispatch:Dispatcher",
+            "serve:Serving",
             "await claim.until(lambda: lease.settled or self.draining, lease.remaining)",
             "pass",
         ),
-        Edit("dispatch:Dispatcher", "(lease.held and lease.begun)", "lease.held"),
+        Edit("serve:Serving", "(lease.held and lease.begun)", "lease.held"),
     ],
     "lease not cut by an unanswered beat": [
         Edit(

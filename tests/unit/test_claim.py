@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,7 +12,16 @@ from workpool.pool.claim import Claim
 from workpool.testing.virtual import in_virtual_time
 
 if TYPE_CHECKING:
+    from workpool.pool.lease import Lease
     from tests.unit.conftest import Bench
+
+
+def claim_of(lease: Lease) -> Claim:
+    """Without a pool: what is sent is the test's own."""
+    parts: Any = None
+    claim = Claim(lease.item, None, parts, 0)
+    claim.lease = lease
+    return claim
 
 
 async def silence() -> None:
@@ -26,8 +35,7 @@ async def test_a_lease_that_ends_as_a_call_times_out_is_told_all_the_same(
     """Both in one turn of the loop, as after a handler that blocked it: the handler must end."""
     one = bench()
     lease = await one.claim()
-    claim = Claim(lease.item, None, one.calls, 0)
-    claim.lease = lease
+    claim = claim_of(lease)
     told: list[str] = []
 
     def lose() -> None:
@@ -46,8 +54,7 @@ async def test_a_lease_that_ends_as_a_call_times_out_is_told_all_the_same(
 async def test_a_call_is_cut_when_the_lease_ends_and_not_made_after_it(bench: type[Bench]) -> None:
     one = bench()
     lease = await one.claim()
-    claim = Claim(lease.item, None, one.calls, 0)
-    claim.lease = lease
+    claim = claim_of(lease)
     calls: list[float] = []
 
     async def call() -> None:

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.handler import Handler
-    from workpool.pool.calls import Calls
     from workpool.pool.handover import Handover
-    from workpool.pool.keeper import Keeper
     from workpool.pool.lease import Lease
+    from workpool.pool.parts import Parts
     from workpool.session import HandedLease, Session
     from workpool.wire.items import WorkItem
 
@@ -54,6 +53,7 @@ class Claim:
     Attributes:
         item: As the poll delivered it, then as our acknowledgement returned it.
         held_before: It had been held, here or elsewhere, when it was delivered.
+        parts: Those of its pool.
         handler: Who will run it; None for an item that the pool answers by itself.
         delivered_at: When the last poll that brought it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
@@ -66,7 +66,6 @@ class Claim:
     """
 
     __slots__ = (
-        "_calls",
         "_changed",
         "_scopes",
         "acked_at",
@@ -78,20 +77,19 @@ class Claim:
         "handover",
         "held_before",
         "item",
-        "keeper",
         "lease",
+        "parts",
         "result",
         "running",
         "session",
     )
 
     lease: Lease
-    keeper: Keeper
-    """Set once the item is acknowledged, both."""
+    """Set once the item is acknowledged."""
     session: Session
     """Likewise, for an item that has a handler."""
 
-    def __init__(self, item: WorkItem, handler: Handler | None, calls: Calls, now: float) -> None:
+    def __init__(self, item: WorkItem, handler: Handler | None, parts: Parts, now: float) -> None:
         self.item = item
         self.held_before = item.acknowledged_at is not None or item.last_heartbeat is not None
         self.handler = handler
@@ -103,7 +101,7 @@ class Claim:
         self.causes: set[Cause] = set()
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
-        self._calls = calls
+        self.parts = parts
         self._changed = asyncio.Event()
         self._scopes: set[asyncio.Timeout] = set()
 
@@ -187,7 +185,7 @@ class Claim:
         await self.send(self._update(patch), until, self.check_lease)
 
     def _update(self, patch: Mapping[str, str | None]) -> Callable[[], Awaitable[WorkItem]]:
-        return lambda: self._calls.update_metadata(self.item.id, patch)
+        return lambda: self.parts.calls.update_metadata(self.item.id, patch)
 
     async def send(
         self,

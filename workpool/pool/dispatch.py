@@ -1,7 +1,6 @@
-"""From a delivered item to the end of its session: who owns it, who runs it, what interrupts it.
+"""From a delivered item to the end of its session: who owns it, and when a slot takes it.
 
-Owns the ids that are ours. Every item that is acknowledged here ends in exactly one
-`SessionFinished`, and an id is given up only after its handler has ended and its finish is over
+Owns the ids that are ours: one is given up only after its handler has ended and its finish is over
 (design §1). Lives on the handlers' loop.
 """
 
@@ -10,47 +9,29 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import re
 from collections import Counter, OrderedDict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from workpool.errors import (
-    AttemptsExceeded,
-    ControlPlaneError,
-    PluginError,
-    SessionGoneError,
-    TransientError,
-)
-from workpool.events import (
-    ItemClaimed,
-    ItemDeclined,
-    ItemReclaimed,
-    SessionFinished,
-    SessionStarted,
-    StopRequested,
-)
+from workpool.errors import ControlPlaneError, PluginError, SessionGoneError
+from workpool.events import ItemClaimed, ItemDeclined, ItemReclaimed
 from workpool.pool.acknowledge import Acknowledger
 from workpool.pool.claim import Cause, Claim
-from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher, cut_short
-from workpool.pool.handling import Handling
-from workpool.pool.handover import settle
+from workpool.pool.finish import FINISH_SECONDS
 from workpool.pool.lease import Lease
-from workpool.session import Session
+from workpool.pool.serve import Serving
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.events import DeclineReason, Origin, ReclaimStage
+    from workpool.events import DeclineReason, Origin
     from workpool.handler import Handler
     from workpool.pool.parts import Parts
-    from workpool.session import Outcome
     from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
 
-ATTEMPT: Final = "workpool.attempt"
 REMEMBERED_IDS = 10_000
 """How many ids are remembered, to tell redeliveries and to log a declined item once."""
 
@@ -72,8 +53,7 @@ class Dispatcher:
         self._parts = parts
         self._group = group
         self._acknowledger = Acknowledger(parts)
-        self._handling = Handling(parts, handlers)
-        self._finisher = Finisher(parts)
+        self._serving = Serving(parts, handlers)
         self._sessions: dict[str, str] = {}  # by work id, as delivered
         self._busy: Counter[Handler] = Counter()
         self._handed: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
@@ -81,11 +61,11 @@ class Dispatcher:
     @property
     def stuck(self) -> int:
         """Handlers that ignore their cancellation."""
-        return len(self._handling.stuck)
+        return len(self._serving.handling.stuck)
 
     def on_stuck(self, callback: Callable[[], None]) -> None:
         """Call this whenever there is one more of them."""
-        self._handling.on_stuck = callback
+        self._serving.handling.on_stuck = callback
 
     # Claim and choose.
 
@@ -109,7 +89,7 @@ class Dispatcher:
             return False
         if held_before:
             self._parts.observe(ItemReclaimed(item, "gained", "poll"))
-        claim = self.owned[item.id] = Claim(item, handler, self._parts.calls, now)
+        claim = self.owned[item.id] = Claim(item, handler, self._parts, now)
         if handler is not None:
             if item.session_id:  # other types of item may have none
                 self._sessions[item.id] = item.session_id
@@ -171,16 +151,12 @@ class Dispatcher:
         try:
             result = await self._acknowledger.acknowledge(claim)
             if result == "ok":
-                claim.keeper = self._parts.keeper
-                claim.lease = Lease(
-                    claim.item,
-                    claim.acked_at,
-                    self._parts.keeper,
-                    functools.partial(self._lease_changed, claim),
-                )
-                await (self._serve(claim, claim.handler) if claim.handler else self._answer(claim))
+                changed = functools.partial(self._serving.lease_changed, claim)
+                claim.lease = Lease(claim.item, claim.acked_at, self._parts.keeper, changed)
+                serve = self._serving.serve
+                await (serve(claim, claim.handler) if claim.handler else self._answer(claim))
             elif result == "conflict":
-                self._lost(claim, "ack")
+                self._serving.lost(claim, "ack")
         finally:
             self._disown(claim)
             self._parts.queue.release()
@@ -190,104 +166,9 @@ class Dispatcher:
         """A health check asks whether anybody is there: it is, so the item is done."""
         until = asyncio.get_running_loop().time() + FINISH_SECONDS
         try:
-            await self._finisher.stop(claim, until)
+            await self._serving.finisher.stop(claim, until)
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning("health check not stopped work_id=%s error=%s", claim.item.id, error)
-
-    async def _serve(self, claim: Claim, handler: Handler) -> None:
-        claim.session = Session(claim.item, claim, redelivered=claim.held_before)
-        outcome: Outcome | None = None
-        try:
-            await self._begin(claim)
-            if not claim.causes:
-                self._parts.observe(SessionStarted(claim.session, claim.label))
-                await self._handling.run(claim, handler)
-                await settle(claim)
-                self._note_lease(claim)
-            outcome = await self._finisher.finish(claim)
-        finally:
-            outcome = outcome or cut_short(claim)
-            self._parts.keeper.end(claim.lease)
-            if outcome == "lease_lost" and claim.lease.confirmed:
-                self._lost(claim, "run" if claim.lease.begun else "start")
-            seconds = self._parts.clock() - claim.acked_at
-            self._parts.observe(
-                SessionFinished(claim.session, claim.label, outcome, seconds, claim.error)
-            )
-            # They know each other: left so, only the garbage collector would find them, a hundred
-            # objects per session, and stop all handlers meanwhile.
-            del claim.session
-
-    async def _begin(self, claim: Claim) -> None:
-        """Hold the lease, and note in `causes` whatever forbids to start the handler."""
-        lease, keeper = claim.lease, self._parts.keeper
-        if self.draining:
-            lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
-        keeper.watch(lease)
-        if not await lease.begin(self._parts.calls):
-            keeper.hold(lease)
-            # A drain must not wait until a refused first beat is tried again: its finish does so.
-            await claim.until(lambda: lease.settled or self.draining, lease.remaining)
-        if lease.settled or not self.draining:
-            self._note_lease(claim)
-        if claim.held_before and not claim.causes and not self.draining:
-            await self._count_attempt(claim)
-            self._note_lease(claim)
-        if lease.stop_requested:
-            claim.session.interrupt(stopping=True)
-        elif self.draining:
-            claim.causes.add(Cause.DRAINED)
-
-    async def _count_attempt(self, claim: Claim) -> None:
-        before = claim.item.metadata.get(ATTEMPT, "1")
-        attempt = 1 + (int(before) if re.fullmatch("[0-9]{1,9}", before) else 1)
-        limit = self._parts.settings.max_attempts
-        if limit is not None and attempt > limit:
-            claim.error = AttemptsExceeded(f"attempt {attempt} of {limit}")
-            claim.causes.add(Cause.RAISED)
-            return
-        until = asyncio.get_running_loop().time() + FINISH_SECONDS
-        try:
-            await claim.write_metadata({ATTEMPT: str(attempt)}, until)
-        except SessionGoneError:
-            claim.causes.add(Cause.LOST)
-        except TransientError as error:
-            # An attempt that is not counted could be repeated for ever: hand it back unrun.
-            log.warning("attempt not counted work_id=%s error=%s", claim.item.id, error)
-            claim.causes.add(Cause.DRAINED)
-        except ControlPlaneError as error:
-            log.warning("attempt refused work_id=%s error=%s", claim.item.id, error)
-
-    def _note_lease(self, claim: Claim) -> None:
-        lease = claim.lease
-        if lease.fate == "stopped":
-            claim.causes.add(Cause.STOPPED)
-        elif lease.fate == "detached":
-            claim.causes.add(Cause.DETACHED)
-        elif lease.fate == "released":
-            return  # nothing may be sent any more, and nobody has taken it from us
-        elif not (lease.held and lease.begun):
-            claim.causes.add(Cause.LOST)
-        elif lease.stop_requested:
-            claim.causes.add(Cause.STOP_REQUESTED)
-
-    def _lease_changed(self, claim: Claim) -> None:
-        lease = claim.lease
-        if lease.ended:
-            return  # told too late: nobody needs it any more
-        claim.lease_changed()
-        if lease.fate == "lost":
-            self._handling.cancel(claim, Cause.LOST)
-        elif lease.fate == "stopped":
-            self._handling.cancel(claim, Cause.STOPPED)
-        elif lease.stop_requested and not claim.session.stopping:
-            self._parts.observe(StopRequested(claim.item))
-            self._handling.request_stop(claim)
-
-    def _lost(self, claim: Claim, stage: ReclaimStage) -> None:
-        stage = "drain" if self.draining else stage
-        log.info("item lost to another worker work_id=%s stage=%s", claim.item.id, stage)
-        self._parts.observe(ItemReclaimed(claim.item, "lost", stage))
 
     def _disown(self, claim: Claim) -> None:
         del self.owned[claim.item.id]
@@ -299,7 +180,7 @@ class Dispatcher:
 
     def drain(self) -> None:
         """Start nothing more; tell the running sessions."""
-        self.draining = True
+        self.draining = self._serving.draining = True
         self._acknowledger.drain()
         for claim in self._parts.queue.forget_waiting():
             self._disown(claim)
@@ -311,11 +192,11 @@ class Dispatcher:
     def release_all(self) -> None:
         """The drain's deadline has come: cancel what still runs and hand it back."""
         for claim in list(self.owned.values()):
-            self._handling.cancel(claim, Cause.DRAINED)
+            self._serving.handling.cancel(claim, Cause.DRAINED)
 
     def unfinished(self) -> set[asyncio.Task[None]]:
         """What a drain waits for: all but the handlers that ignore their cancellation."""
-        stuck = self._handling.stuck
+        stuck = self._serving.handling.stuck
         return {
             task for task, claim in self.tasks.items() if not task.done() and claim not in stuck
         }

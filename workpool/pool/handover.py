@@ -101,15 +101,15 @@ async def hand_over(claim: Claim) -> AsyncIterator[HandedLease]:
     """Hand a claim's item over: see `Session.handover`. Used on the handlers' loop."""
     claim.check()
     lease = claim.lease
-    claim.handover = handover = Handover(lease, claim.keeper)
+    claim.handover = handover = Handover(lease, claim.parts.keeper)
     claim.cut_sends()
-    claim.keeper.prompt(lease, lambda: lease.hand_over(handover))
+    claim.parts.keeper.prompt(lease, lambda: lease.hand_over(handover))
     try:
         yield await _opened(claim, handover)
-        claim.keeper.prompt(lease, handover.expect_child)
+        claim.parts.keeper.prompt(lease, handover.expect_child)
         await _reaches(claim, handover, "closed")
     except asyncio.CancelledError:
-        claim.keeper.prompt(lease, handover.take_back)
+        claim.parts.keeper.prompt(lease, handover.take_back)
         raise  # whoever cancels a handler waits for its end only; `settle` does the rest
     except BaseException:
         await settle(claim)
@@ -124,7 +124,7 @@ async def settle(claim: Claim) -> None:
     """See that no handover is under way any more: then it is known whose the item is."""
     handover = claim.handover
     if handover is not None and handover.state != "closed":
-        claim.keeper.prompt(claim.lease, handover.take_back)
+        claim.parts.keeper.prompt(claim.lease, handover.take_back)
         await _reaches(claim, handover, "closed")
     if claim.lease.fate == "detached":
         log.info("handed over work_id=%s", claim.item.id)
@@ -136,8 +136,15 @@ async def _opened(claim: Claim, handover: Handover) -> HandedLease:
         claim.check_lease()
     if claim.lease.stop_requested:  # a child would be started only to be stopped
         raise SessionEnded(claim.item.id)
-    item = claim.item
-    return HandedLease(item.id, item.environment_id, handover.last_heartbeat, handover.ttl)
+    item, settings = claim.item, claim.parts.settings
+    return HandedLease(
+        work_id=item.id,
+        environment_id=item.environment_id,
+        last_heartbeat=handover.last_heartbeat,
+        ttl=handover.ttl,
+        base_url=settings.base_url,
+        dialect=settings.dialect,
+    )
 
 
 async def _reaches(claim: Claim, handover: Handover, state: str) -> None:
