@@ -12,8 +12,8 @@ from workpool.pool.claim import Claim
 from workpool.testing.virtual import in_virtual_time
 
 if TYPE_CHECKING:
-    from workpool.pool.lease import Lease
     from tests.unit.conftest import Bench
+    from workpool.pool.lease import Lease
 
 
 def claim_of(lease: Lease) -> Claim:
