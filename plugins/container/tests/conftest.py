@@ -1,0 +1,268 @@
+"""A real engine for the tests: Podman, with a store of its own, serving the Docker API.
+
+Where the kernel, the user or the machine forbids it, the tests skip with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiodocker
+import pytest
+
+from workpool import Settings, Supervisor
+from workpool.events import SessionFinished
+from workpool.server import ControlPlane
+from workpool.testing import Recorder
+from workpool_container import Container
+from workpool_container.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from workpool.server import Item
+
+T = TypeVar("T")
+
+IMAGE = "localhost/workpool-test:1"
+APPLETS = ("cat", "echo", "env", "grep", "id", "ls", "sh", "sleep", "tail", "touch", "true")
+CONFIGURATION = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+cgroup_manager = "cgroupfs"
+runtime = "runc"
+events_logger = "file"
+"""
+"""Limits that a root without CAP_SYS_RESOURCE may set; nothing of systemd's."""
+SECONDS = 20.0
+"""Bounds every wait."""
+FOREVER = "trap 'echo asked; exit 9' TERM; echo ready; sleep 1000 & wait"
+
+
+def busybox_root(program: str) -> bytes:
+    """A root file system with one program, as an archive."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for folder, mode in (("bin", 0o755), ("tmp", 0o1777), ("proc", 0o755), ("etc", 0o755)):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, mode
+            tar.addfile(entry)
+        tar.add(program, "bin/busybox")
+        for applet in APPLETS:
+            link = tarfile.TarInfo(f"bin/{applet}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return archive.getvalue()
+
+
+class Podman:
+    """A Podman of the tests' own in `folder`, and its service."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = str(folder / "podman.sock")
+        self._folder = folder
+        self._service: subprocess.Popen[bytes] | None = None
+        (folder / "containers.conf").write_text(CONFIGURATION)
+        self._environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
+
+    def run(self, *arguments: str, stdin: bytes = b"") -> str:
+        """Run a command of Podman's; skip the test, saying why, if it fails."""
+        done = subprocess.run(  # noqa: S603 - our own words
+            [*self._command, *arguments],
+            env=self._environment,
+            input=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"podman {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
+        return done.stdout.decode().strip()
+
+    def start(self) -> None:
+        """Start the service and wait until it answers."""
+        command = [*self._command, "system", "service", "--time", "0", f"unix://{self.socket}"]
+        with (self._folder / "service.log").open("ab") as log:
+            self._service = subprocess.Popen(  # noqa: S603 - our own words
+                command, env=self._environment, stdout=log, stderr=log
+            )
+        until = time.monotonic() + SECONDS
+        while not Path(self.socket).is_socket():
+            if self._service.poll() is not None or time.monotonic() > until:
+                pytest.skip(f"podman: {(self._folder / 'service.log').read_text()[-500:]}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the service, by its id; containers run on."""
+        if self._service is not None:
+            self._service.kill()
+            self._service.wait()
+            self._service = None
+        Path(self.socket).unlink(missing_ok=True)
+
+    @property
+    def _command(self) -> list[str]:
+        places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
+        return ["podman", *places, "--storage-driver=vfs"]
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[Podman]:
+    """Podman with an image of busybox, shown to run a container."""
+    programs = {name: shutil.which(name) for name in ("podman", "runc", "busybox")}
+    missing = [name for name, path in programs.items() if path is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.geteuid() != 0:
+        pytest.skip("only root runs containers with limits everywhere")
+    folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))  # a socket's path must be short
+    podman = Podman(folder)
+    try:
+        podman.run("import", "-", IMAGE, stdin=busybox_root(str(programs["busybox"])))
+        podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
+        podman.start()
+        yield podman
+        podman.stop()
+        podman.run("rm", "--all", "--force", "--time=0")
+    finally:
+        podman.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Scene:
+    """A control plane, an engine and one observer; pools of the plugin between them.
+
+    Attributes:
+        options: The plugin's settings, unless a test says otherwise.
+        forever: A script that says "ready" and runs until it is asked to end.
+    """
+
+    def __init__(self, plane: ControlPlane, podman: Podman, docker: aiodocker.Docker) -> None:
+        self.plane = plane
+        self.docker = docker
+        self.forever = FOREVER
+        self.recorder = Recorder()
+        self.options: dict[str, Any] = {
+            "image": IMAGE,
+            "socket": podman.socket,
+            "sweep_seconds": 1,
+        }
+
+    def pool(
+        self, script: str, settings: dict[str, Any] | None = None, **options: Any
+    ) -> Supervisor:
+        """A pool whose containers run this script."""
+        options = self.options | {"command": ["/bin/sh", "-c", script]} | options
+        usual = {
+            "reclaim_older_than_ms": 100,
+            "stats_interval": 0,
+            "pollers": 1,
+            "drain_timeout": 0,
+        }
+        return Supervisor(
+            self.settings(**usual | (settings or {})), plugins=[Container(**options), self.recorder]
+        )
+
+    def settings(self, **settings: Any) -> Settings:
+        return Settings(
+            base_url=self.plane.base_url,
+            token=self.plane.token,
+            environment_id=self.plane.environments[0],
+            **settings,
+        )
+
+    async def run(
+        self, script: str, told: dict[str, str] | None = None, **options: Any
+    ) -> SessionFinished:
+        """Run one item's session to its end. `told`: its metadata."""
+        (item,) = self.plane.enqueue(metadata=told or {})
+        async with self.pool(script, **options):
+            return await self.finished(item.id)
+
+    async def finished(self, work_id: str, count: int = 1) -> SessionFinished:
+        return await self.recorder.wait_for(
+            SessionFinished,
+            lambda event: event.session.item.id == work_id,
+            count=count,
+            timeout=SECONDS,
+        )
+
+    def item(self, work_id: str) -> Item:
+        return self.plane.operations.get(self.plane.environments[0], work_id)
+
+    async def containers(self, work_id: str) -> list[Any]:
+        """The item's containers, as the engine lists them."""
+        filters = json.dumps({"label": [f"workpool.work_id={work_id}"]})
+        return await self.docker.containers.list(all=True, filters=filters)
+
+    async def until(self, wanted: Callable[[], Awaitable[T]]) -> T:
+        """Ask the engine until the answer is true: it tells nobody by itself."""
+        async with asyncio.timeout(SECONDS):
+            while not (found := await wanted()):  # noqa: ASYNC110 - another process brings it about
+                await asyncio.sleep(0.05)
+        return found
+
+    async def running(self, work_id: str) -> str:
+        """Wait until the item has a container that runs; its id."""
+
+        async def look() -> str:
+            states = {each["State"]: each.id for each in await self.containers(work_id)}
+            return states.get("running", "")
+
+        return await self.until(look)
+
+    async def says(self, container: str, text: str) -> None:
+        """Wait until the container has printed this."""
+        async with asyncio.timeout(SECONDS), Engine(self.options["socket"]) as engine:
+            await engine.version()
+            async with aclosing(engine.output(container, "all")) as pieces:
+                async for _, piece in pieces:
+                    if text.encode() in piece:
+                        return
+        pytest.fail(f"the container ended without {text!r}")
+
+
+@pytest.fixture
+async def docker(podman: Podman) -> AsyncIterator[aiodocker.Docker]:
+    """The engine as a bystander sees it; no container is left in it after the test."""
+    async with aiodocker.Docker(f"unix://{podman.socket}") as docker:
+        yield docker
+        for container in await docker.containers.list(all=True):
+            await container.delete(force=True)
+
+
+@pytest.fixture
+async def engine(podman: Podman) -> AsyncIterator[Engine]:
+    async with Engine(podman.socket) as engine:
+        yield engine
+
+
+@pytest.fixture
+async def scene(
+    podman: Podman, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Scene]:
+    for name in os.environ:
+        if name.startswith("WORKPOOL_"):
+            monkeypatch.delenv(name)
+    async with ControlPlane() as plane:
+        yield Scene(plane, podman, docker)
+
+
+@pytest.fixture(autouse=True)
+async def nothing_left() -> AsyncIterator[None]:
+    """No task outlives a test."""
+    before = asyncio.all_tasks()
+    yield
+    assert not asyncio.all_tasks() - before - {asyncio.current_task()}

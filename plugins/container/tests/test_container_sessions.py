@@ -1,0 +1,158 @@
+"""Sessions in real containers, from the queue to the metadata that says how they ended."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from workpool.events import SessionStarted
+from workpool_container import ContainerFailed, ItemTooLarge
+from workpool_container.run import CONTAINER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+    from plugins.container.tests.conftest import Scene
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the containers printed, as the session's log has it."""
+    streams = ("stdout: ", "stderr: ")
+    return [line[len("std...: ") :] for line in caplog.messages if line.startswith(streams)]
+
+
+async def test_runs_a_session_in_a_container_of_its_own(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    finished = await scene.run(
+        "env; echo on stderr >&2", {"job": "x"}, environment={"GREETING": "hello you"}
+    )
+    item = finished.session.item
+    assert finished.outcome == "completed"
+    assert scene.item(item.id).metadata["exit_status"] == "0"
+    variables = dict(line.split("=", 1) for line in said(caplog) if "=" in line)
+    assert "stderr: on stderr" in caplog.messages
+    assert variables["GREETING"] == "hello you"
+    assert variables["WORKPOOL_WORK_ID"] == item.id
+    assert variables["WORKPOOL_SESSION_ID"] == item.session_id
+    assert variables["WORKPOOL_ENVIRONMENT_ID"] == item.environment_id
+    assert variables["WORKPOOL_REDELIVERED"] == "0"
+    told = json.loads(variables["WORKPOOL_ITEM"])
+    assert (told["id"], told["metadata"]) == (item.id, {"job": "x"})
+    assert told["data"] == {"type": "session", "id": item.session_id}
+    assert scene.plane.token not in str(variables)
+    assert await scene.containers(item.id) == []  # removed once the item was stopped
+
+
+async def test_the_exit_status_decides(scene: Scene) -> None:
+    scene.options["environment"] = {"IGNORED": ""}
+    failed = await scene.run("exit 3")
+    assert failed.outcome == "failed"
+    assert isinstance(failed.error, ContainerFailed)
+    assert failed.error.status == 3
+
+    released = await scene.run("exit 75")
+    assert released.outcome == "released"
+    assert scene.item(released.session.item.id).metadata["workpool.released"] == "exit status 75"
+    assert await scene.containers(released.session.item.id) == []  # not to be adopted
+
+
+async def test_what_a_container_may_not(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    finished = await scene.run(
+        """
+        grep -E '^(CapEff|CapBnd|NoNewPrivs)' /proc/self/status
+        touch /here || echo root is read-only
+        touch /tmp/here && echo tmp is writable
+        ls /sys/class/net
+        cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null
+        cat /sys/fs/cgroup/pids/pids.max /sys/fs/cgroup/pids.max 2>/dev/null; true
+        """,
+        memory="64MiB",
+        pids=17,
+    )
+    assert finished.outcome == "completed"
+    lines = [line.split() for line in said(caplog)]
+    assert ["CapEff:", "0000000000000000"] in lines
+    assert ["CapBnd:", "0000000000000000"] in lines
+    assert ["NoNewPrivs:", "1"] in lines
+    assert ["root", "is", "read-only"] in lines
+    assert ["tmp", "is", "writable"] in lines
+    assert lines.count(["lo"]) == 1
+    assert not [line for line in lines if line[0].startswith("eth")]
+    assert [str(64 << 20)] in lines
+    assert ["17"] in lines
+
+
+async def test_a_mount_is_read_only_unless_said(
+    scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for name in ("given", "kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "given/word").write_text("sesame")
+    finished = await scene.run(
+        "cat /given/word; echo; touch /given/new || echo refused; cat /given/word > /kept/word",
+        mounts=[f"{tmp_path}/given:/given", f"{tmp_path}/kept:/kept:rw"],
+    )
+    assert finished.outcome == "completed"
+    assert {"sesame", "refused"} <= set(said(caplog))
+    assert (tmp_path / "kept/word").read_text() == "sesame"
+
+
+async def test_memory_is_bounded(scene: Scene) -> None:
+    finished = await scene.run("exec tail /dev/zero", memory="16MiB")
+    assert finished.outcome == "failed"
+    assert isinstance(finished.error, ContainerFailed)
+    assert "out of memory?" in str(finished.error)
+
+
+async def test_a_chatty_container_fills_no_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    finished = await scene.run(
+        "i=0; while [ $i -lt 5000 ]; do echo line $i; i=$((i+1)); done", log_lines=50
+    )
+    assert finished.outcome == "completed"
+    assert said(caplog) == [f"line {number}" for number in range(50)]
+    assert "more of its output is not logged" in caplog.messages
+
+
+async def test_an_item_that_does_not_fit_fails(scene: Scene) -> None:
+    finished = await scene.run("true", {"much": "x" * 100_000})
+    assert finished.outcome == "failed"
+    assert isinstance(finished.error, ItemTooLarge)
+
+
+async def test_a_program_that_is_not_there_hands_the_item_back(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    finished = await scene.run("", command=["/bin/nothing"])
+    assert finished.outcome == "released"
+    assert "container not started" in caplog.text
+    assert "/bin/nothing" in caplog.text
+    assert await scene.containers(finished.session.item.id) == []
+
+
+async def test_takes_only_the_sessions_it_was_given(scene: Scene) -> None:
+    scene.plane.enqueue(metadata={"job": "other"})
+    finished = await scene.run("true", {"job": "mine"}, metadata={"job": "mine"})
+    assert finished.outcome == "completed"
+    assert len(scene.recorder.of(SessionStarted)) == 1
+
+
+async def test_the_item_names_its_container(scene: Scene) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(scene.forever):
+        container = await scene.running(item.id)
+        assert scene.item(item.id).metadata[CONTAINER] == container
+        (found,) = await scene.containers(item.id)
+        assert found["Labels"] == {
+            "workpool.work_id": item.id,
+            "workpool.session_id": item.session_id,
+            "workpool.environment_id": item.environment_id,
+        }

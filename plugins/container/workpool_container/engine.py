@@ -1,0 +1,270 @@
+"""The container engine, Docker or Podman, behind its socket: one method per call that we need.
+
+Owns the bounds and the errors: no call waits for ever, but for `exit_of` and `output`, which follow
+a container that may run for days; and whatever goes wrong is an `EngineError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import os
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import aiodocker
+import aiohttp
+
+from workpool import WorkpoolError
+from workpool_container.options import WORK_ID
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator, Mapping
+    from typing import Self
+
+log = logging.getLogger(__name__)
+
+CALL_SECONDS: Final = 60.0
+"""What a call may take: an engine under load takes its time to create and to start."""
+WAIT_SECONDS: Final = 60.0
+"""How long the engine is trusted to tell of an exit by itself, before it is asked."""
+RETRY_SECONDS: Final = (0.2, 1.0, 5.0)
+"""The pauses of who waits for an engine that does not answer, the last one repeating."""
+PULL_SECONDS: Final = 600.0
+ORIGIN: Final = "http://localhost"
+"""Behind a socket any host will do."""
+STREAMS: Final = {1: "stdout", 2: "stderr"}
+ENDED: Final = "-ended"
+"""What the name of a container ends on once its holder has given it up (README, Adoption)."""
+_RUNNING: Final = {"running", "paused", "stopping", "restarting"}
+
+
+class EngineError(WorkpoolError):
+    """The engine refused a call, or did not answer it.
+
+    Attributes:
+        status: The HTTP status, None when no answer came: then the call may have been carried out.
+    """
+
+    def __init__(self, doing: str, problem: str, status: int | None = None) -> None:
+        super().__init__(f"{doing}: {problem}")
+        self.status = status
+
+    @property
+    def absent(self) -> bool:
+        """What the call was for does not exist."""
+        return self.status == HTTPStatus.NOT_FOUND
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A container as the engine lists it."""
+
+    id: str
+    name: str
+    state: str
+    labels: Mapping[str, str]
+
+    @property
+    def started(self) -> bool:
+        """It runs, or has run to its end."""
+        return self.state == "exited" or self.state in _RUNNING
+
+    @property
+    def ended(self) -> bool:
+        """Its holder has given it up: neither it nor its exit status counts any more."""
+        return self.name.endswith(ENDED)
+
+
+class Engine:
+    """A connection to the engine at `socket`. An async context manager."""
+
+    def __init__(self, socket: str) -> None:
+        self.socket = socket
+
+    async def __aenter__(self) -> Self:
+        # No limit: each running container holds two connections, and a stop must not wait for one.
+        connector = aiohttp.UnixConnector(self.socket, limit=0)
+        timeout = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=10.0)
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
+        self._docker = aiodocker.Docker(
+            ORIGIN, connector=connector, session=self._session, timeout=timeout
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._docker.close()
+        await self._session.close()
+
+    async def version(self) -> str:
+        """The engine's name and version."""
+        with _errors("asking for its version"):
+            found = await self._docker.version()
+        names = [part["Name"] for part in found.get("Components") or ()]
+        return f"{names[0] if names else 'engine'} {found.get('Version')}"
+
+    async def has_image(self, image: str) -> bool:
+        """Whether the image is there."""
+        try:
+            with _errors(f"looking for image {image}"):
+                await self._docker.images.inspect(image)
+        except EngineError as error:
+            if error.absent:
+                return False
+            raise
+        return True
+
+    async def pull(self, image: str) -> None:
+        """Fetch the image from where the engine has it from."""
+        log.info("pulling image=%s", image)
+        with _errors(f"pulling image {image}"):
+            async with asyncio.timeout(PULL_SECONDS):
+                await self._docker.images.pull(image, timeout=None)
+
+    async def containers(self, label: str, value: str) -> list[Found]:
+        """All containers with this label, in any state."""
+        filters = json.dumps({"label": [f"{label}={value}"]})
+        with _errors("listing containers"):
+            listed = await self._docker.containers.list(all=True, filters=filters)
+        return [
+            Found(
+                each.id,
+                str((each["Names"] or [""])[0]).removeprefix("/"),
+                str(each["State"]).lower(),
+                each["Labels"] or {},
+            )
+            for each in listed
+            if WORK_ID in (each["Labels"] or {})
+        ]
+
+    async def create(self, name: str, specification: Mapping[str, Any]) -> str:
+        """Create a container without starting it; its id."""
+        with _errors("creating a container"):
+            made = await self._docker.containers.create(dict(specification), name=name)
+        return made.id
+
+    async def start(self, container: str) -> None:
+        """Start one that was just created. Never repeat it: that would run an ended one again."""
+        with _errors("starting the container"):
+            await self._at(container).start()
+
+    async def rename(self, name: str, to: str) -> bool:
+        """Rename it, if it still has this name: of two who try at once, one succeeds."""
+        try:
+            with _errors("renaming the container"):
+                await self._at(name).rename(to)
+        except EngineError as error:
+            if error.absent:
+                return False
+            raise
+        return True
+
+    async def stop(self, container: str, grace: float) -> None:
+        """Stop it: its stop signal, SIGKILL after `grace`, both sent by the engine itself."""
+        with _errors("stopping the container"):
+            async with asyncio.timeout(CALL_SECONDS + grace):
+                await self._at(container).stop(t=math.ceil(grace))
+
+    async def remove(self, container: str) -> None:
+        """Remove it, whatever its state: one that runs is killed. Gone already is as good."""
+        try:
+            with _errors("removing the container"):
+                await self._at(container).delete(force=True, v=True)
+        except EngineError as error:
+            if not error.absent:
+                raise
+
+    async def exit_of(self, container: str) -> int:
+        """Wait for its exit status, however long, and through restarts of the engine.
+
+        Raises:
+            EngineError: It is not there any more.
+        """
+        failures = 0
+        while True:
+            try:
+                status = await self._exit_of(container)
+            except EngineError as error:
+                if error.absent:
+                    raise
+                # It may well be running: as long as that is so, its lease is kept.
+                log.warning("container not reached id=%.12s error=%s", container, error)
+                await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
+                failures += 1
+            else:
+                failures = 0
+                if status is not None:
+                    return status
+
+    async def _exit_of(self, container: str) -> int | None:
+        """Its exit status if that comes within `WAIT_SECONDS`, else None."""
+        with _errors("waiting for the container"):
+            try:
+                async with asyncio.timeout(WAIT_SECONDS) as scope:
+                    await self._at(container).wait()
+            except TimeoutError:
+                if not scope.expired():
+                    raise
+            state = (await self._at(container).show())["State"]
+        if str(state["Status"]).lower() in _RUNNING:
+            return None
+        return int(state["ExitCode"])
+
+    async def output(self, container: str, tail: str) -> AsyncGenerator[tuple[str, bytes], None]:
+        """Follow what it prints, to its end: pieces, each with its stream's name.
+
+        Not through aiodocker, which leaves the connection open when its reader stops early.
+
+        Args:
+            container: One that this engine was asked for before.
+            tail: How many lines of before, or `all`.
+        """
+        url = f"{ORIGIN}/{self._docker.api_version}/containers/{container}/logs"
+        asked = {"stdout": "1", "stderr": "1", "follow": "1", "tail": tail}
+        endless = aiohttp.ClientTimeout(total=None, sock_connect=10.0)
+        doing = "reading the container's output"
+        with _errors(doing):
+            async with self._session.get(url, params=asked, timeout=endless) as response:
+                if response.status != HTTPStatus.OK:
+                    raise EngineError(doing, response.reason or "refused", response.status)
+                with suppress(asyncio.IncompleteReadError):
+                    while True:  # a header of stream and length, then so many bytes
+                        header = await response.content.readexactly(8)
+                        piece = await response.content.readexactly(int.from_bytes(header[4:]))
+                        yield STREAMS.get(header[0], "stdout"), piece
+
+    def _at(self, container: str) -> aiodocker.containers.DockerContainer:
+        return self._docker.containers.container(container)
+
+
+@contextmanager
+def _errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except aiodocker.DockerError as error:
+        answered = 100 <= error.status < 600  # noqa: PLR2004 - what HTTP has; others are the library's
+        raise EngineError(doing, error.message, error.status if answered else None) from error
+    except TimeoutError as error:
+        raise EngineError(doing, "no answer in time") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise EngineError(doing, str(error) or type(error).__name__) from error
+
+
+def find_socket(given: str | None) -> str:
+    """Where the engine's socket should be: as given, `DOCKER_HOST`, or where they usually are."""
+    host = os.environ.get("DOCKER_HOST", "")
+    if given is not None or host.startswith("unix://"):
+        return (given or host).removeprefix("unix://")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "/run/user/0")
+    usual = [
+        "/run/docker.sock",
+        "/run/podman/podman.sock",
+        f"{runtime}/docker.sock",
+        f"{runtime}/podman/podman.sock",
+    ]
+    return next((path for path in usual if Path(path).is_socket()), usual[0])

@@ -1,0 +1,95 @@
+"""Containers that no worker of this process runs: removed once they cannot count any more.
+
+At start, every `sweep_seconds`, whenever a session has finished, and in the end. What decides is
+the control plane's word on the item, never a guess about other workers: several may share an
+engine, each with a sweep of its own. A container that is still to be adopted is left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from workpool.errors import ControlPlaneError
+from workpool_container.engine import EngineError
+from workpool_container.options import ENVIRONMENT_ID, WORK_ID
+from workpool_container.run import CONTAINER
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from workpool import WorkClient
+    from workpool_container.engine import Engine, Found
+
+log = logging.getLogger(__name__)
+
+NOT_FOUND = 404
+
+
+class Leftovers:
+    """Looks after the containers of one environment on one engine.
+
+    Attributes:
+        look: Set to have it look now.
+    """
+
+    def __init__(
+        self, engine: Engine, client: WorkClient, environment_id: str, here: AbstractSet[str]
+    ) -> None:
+        """`here`: the work ids whose containers have a handler in this process; they are its."""
+        self.look = asyncio.Event()
+        self._engine = engine
+        self._client = client
+        self._environment_id = environment_id
+        self._here = here
+        self._unknown: set[str] = set()
+
+    async def keep_sweeping(self, seconds: float) -> None:
+        """Sweep at once, then whenever told and every so often, until cancelled."""
+        while True:
+            await self.sweep()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.look.wait()
+            except TimeoutError:
+                pass
+
+    async def sweep(self) -> None:
+        """Remove what cannot count any more; what fails is tried at the next sweep."""
+        self.look.clear()
+        try:
+            # Listed before the items are read: a container that is listed as started was named in
+            # its item's metadata before that.
+            for found in await self._engine.containers(ENVIRONMENT_ID, self._environment_id):
+                if found.labels[WORK_ID] not in self._here:
+                    await self._judge(found)
+        except (EngineError, ControlPlaneError) as error:
+            log.warning("leftover containers not looked after error=%s", error)
+
+    async def _judge(self, found: Found) -> None:
+        reason = "given up" if found.ended else await self._objection(found)
+        if reason is not None:
+            log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
+            await self._engine.remove(found.id)
+
+    async def _objection(self, found: Found) -> str | None:
+        """Why it cannot count any more; None when it may."""
+        try:
+            item = await self._client.get(found.labels[WORK_ID])
+        except ControlPlaneError as error:
+            if error.status != NOT_FOUND:
+                raise
+            if found.id not in self._unknown:  # perhaps another control plane's: not ours to end
+                self._unknown.add(found.id)
+                log.warning(
+                    "container left alone name=%s: the control plane does not know its item",
+                    found.name,
+                )
+            return None
+        if item.state == "stopped":
+            return "its item is stopped"
+        named = item.metadata.get(CONTAINER)
+        if found.started and named is not None and named != found.id:
+            return f"superseded by {named:.12}"
+        return None

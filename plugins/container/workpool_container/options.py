@@ -1,0 +1,182 @@
+"""The plugin's settings, and what they make of an item: the container to ask the engine for.
+
+Pure: nothing here does I/O. A container gets what is written here and nothing of the worker's own
+environment, so the worker's token cannot reach it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from workpool import WorkpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+    from workpool import Session, WorkItem
+
+WORK_ID: Final = "workpool.work_id"
+SESSION_ID: Final = "workpool.session_id"
+ENVIRONMENT_ID: Final = "workpool.environment_id"
+"""The labels of a session's container."""
+
+ITEM_BYTES_MAX: Final = 100_000
+"""Linux refuses to start a program with one environment variable of 128 KiB or more."""
+ENGINE_LOG: Final[Mapping[str, object]] = {"Type": "json-file", "Config": {"max-size": "10m"}}
+"""Where the engine keeps the output: a kind that can be read back, and does not fill the disk."""
+
+
+class ItemTooLarge(WorkpoolError):
+    """The item does not fit into the variable `WORKPOOL_ITEM`, so it cannot be run here."""
+
+
+def _check_mount(text: str) -> str:
+    match = re.fullmatch(r"([^:]+):(/[^:]*)(:ro|:rw)?", text)
+    if match is None or not re.match(r"/|[A-Za-z0-9][A-Za-z0-9_.-]*$", match[1]):
+        raise ValueError("not /SOURCE:/TARGET or VOLUME:/TARGET, with :ro or :rw after it")
+    return text if match[3] else f"{text}:ro"
+
+
+Mount = Annotated[str, AfterValidator(_check_mount)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Options(BaseModel):
+    """The settings of `[workpool.plugin.container]`. README says what each is for."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
+
+    image: Annotated[str, Field(min_length=1)]
+    """The image to run. Default: none, it must be set."""
+    pull: Literal["never", "missing"] = "never"
+    """What to do when the image is not on the engine: `never` pull it, or pull it when it is
+    `missing`. Default: `never`."""
+    command: tuple[str, ...] | None = None
+    """The program's arguments, a list. Default: the image's own."""
+    user: str | None = None
+    """Whom to run as, `USER` or `UID:GID`. Default: the image's own."""
+    workdir: str | None = None
+    """The directory to start in. Default: the image's own."""
+    environment: dict[str, str] = {}
+    """More variables; `docker inspect` shows them. Default: none."""
+    mounts: tuple[Mount, ...] = ()
+    """`SOURCE:TARGET`, read-only unless `:rw` follows. Default: none."""
+    network: str = "none"
+    """The network to join: `none`, `bridge`, or a network's name. Default: `none`."""
+    memory: ByteSize = ByteSize(1 << 30)
+    """The most memory, swap included, as `512MiB`; 0 = no limit. Default: `1GiB`."""
+    cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """The most processor time, in cores; 0 = no limit. Default: 1."""
+    pids: Annotated[int, Field(ge=0)] = 256
+    """The most processes and threads; 0 = no limit. Default: 256."""
+    read_only: bool = True
+    """Whether the root file system is read-only. Default: true."""
+    tmpfs: dict[str, str] = {"/tmp": "size=64m"}  # noqa: S108 - the container's own
+    """Directories in memory, with their mount options. Default: `/tmp` of 64 MB."""
+    capabilities: tuple[str, ...] = ()
+    """Capabilities to keep; all others are dropped. Default: none."""
+    grace: Seconds = 10.0
+    """What a container has between SIGTERM and SIGKILL when its session is stopped. Default: 10."""
+    on_drain: Literal["wait", "leave"] = "wait"
+    """What a draining pool does with a container: `wait` for its end until the drain's deadline, or
+    `leave` it running for a worker on the same engine to adopt. Default: `wait`."""
+    log_lines: Annotated[int, Field(ge=0)] = 1000
+    """How many lines of a container's output go to the log. Default: 1000."""
+    socket: str | None = None
+    """The engine's socket. Default: `DOCKER_HOST` if it is a socket, else the first that exists
+    where Docker and Podman have theirs."""
+    sweep_seconds: Seconds = 30.0
+    """How often leftover containers are looked for. Default: 30."""
+    metadata: dict[str, str] = {}
+    """Which sessions to take: those whose item has these pairs. Default: all."""
+    timeout: Seconds | None = None
+    """What one session may take, in seconds. Default: the pool's `session_timeout`."""
+    max_sessions: Annotated[int, Field(ge=1)] | None = None
+    """How many containers this worker runs at once. Default: no limit but `concurrency`."""
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self:
+        """Check the settings, all of them.
+
+        Raises:
+            ValueError: Some are wrong; names them all in one line, and quotes none.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_context=False, include_input=False)
+            problems = [f"{_place(each['loc'])}: {each['msg']}" for each in found]
+        # Raised out here: a ValidationError carries the values, and some may be secrets.
+        raise ValueError("; ".join(problems))
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def describe(item: WorkItem) -> str:
+    """The item as the container sees it in `WORKPOOL_ITEM`: JSON in the protocol's words (§2).
+
+    Raises:
+        ItemTooLarge: It does not fit into an environment variable.
+    """
+    text = json.dumps(
+        {
+            "id": item.id,
+            "type": "work",
+            "environment_id": item.environment_id,
+            "data": {"type": item.type, "id": item.session_id},
+            "created_at": item.created_at.isoformat().replace("+00:00", "Z"),
+            "metadata": dict(item.metadata),
+        }
+    )
+    if len(text) > ITEM_BYTES_MAX:
+        raise ItemTooLarge(f"{item.id}: {len(text)} bytes, more than {ITEM_BYTES_MAX}")
+    return text
+
+
+def specify(options: Options, session: Session) -> dict[str, Any]:
+    """The container of a session, in the words of the Docker API.
+
+    Raises:
+        ItemTooLarge: The item does not fit into an environment variable.
+    """
+    item = session.item
+    variables = options.environment | {
+        "WORKPOOL_WORK_ID": item.id,
+        "WORKPOOL_SESSION_ID": item.session_id,
+        "WORKPOOL_ENVIRONMENT_ID": item.environment_id,
+        "WORKPOOL_REDELIVERED": "1" if session.redelivered else "0",
+        "WORKPOOL_ITEM": describe(item),
+    }
+    asked = {"Cmd": options.command, "User": options.user, "WorkingDir": options.workdir}
+    return {
+        "Image": options.image,
+        "Env": [f"{name}={value}" for name, value in variables.items()],
+        "Labels": {
+            WORK_ID: item.id,
+            SESSION_ID: item.session_id,
+            ENVIRONMENT_ID: item.environment_id,
+        },
+        "HostConfig": {
+            "Binds": list(options.mounts),
+            "NetworkMode": options.network,
+            "CapDrop": ["ALL"],
+            "CapAdd": list(options.capabilities),
+            "SecurityOpt": ["no-new-privileges"],
+            "ReadonlyRootfs": options.read_only,
+            "Tmpfs": options.tmpfs,
+            "Memory": int(options.memory),
+            "MemorySwap": int(options.memory),  # memory and swap together: no swap beyond it
+            "NanoCpus": round(options.cpus * 1e9),
+            "PidsLimit": options.pids,
+            "LogConfig": ENGINE_LOG,
+        },
+    } | {key: value for key, value in asked.items() if value is not None}

@@ -1,0 +1,114 @@
+"""The plugin: its settings, its connection to the engine, and the handler.
+
+Refuses to start without an engine or an image: a worker that claims sessions which it cannot run
+would keep them from those that can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from workpool import PluginError, Session, Supervisor, WorkClient, handler, hookimpl
+from workpool.events import Event, SessionFinished
+from workpool_container.engine import Engine, EngineError, find_socket
+from workpool_container.leftovers import Leftovers
+from workpool_container.options import Options
+from workpool_container.run import Run
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+log = logging.getLogger(__name__)
+
+
+class Container:
+    """Runs a container per session. The keywords are the table `[workpool.plugin.container]`.
+
+    Raises:
+        ValueError: Some settings are wrong; names them all.
+    """
+
+    _engine: Engine
+    """Open as long as the pool lives."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._options = Options.read(settings)
+        self._here: set[str] = set()
+        self._leftovers: Leftovers | None = None
+
+        async def session(session: Session) -> dict[str, str]:
+            return await self._run(session)
+
+        self.session = handler(
+            metadata=self._options.metadata,
+            timeout=self._options.timeout,
+            max_sessions=self._options.max_sessions,
+        )(session)
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
+        """Connect to the engine, and look after leftover containers as long as the pool lives."""
+        settings = supervisor.settings
+        socket = find_socket(self._options.socket)
+        async with Engine(socket) as engine, WorkClient(settings) as client:
+            await self._check(engine)
+            self._engine = engine
+            leftovers = Leftovers(engine, client, settings.environment_id or "", self._here)
+            async with asyncio.TaskGroup() as group:
+                sweeping = group.create_task(
+                    leftovers.keep_sweeping(self._options.sweep_seconds), name="container-sweep"
+                )
+                self._leftovers = leftovers
+                try:
+                    yield
+                finally:
+                    self._leftovers = None
+                    sweeping.cancel()
+            await leftovers.sweep()  # what ended last
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        """A finished session's container is not needed any more."""
+        if isinstance(event, SessionFinished) and self._leftovers is not None:
+            self._leftovers.look.set()
+
+    async def _run(self, session: Session) -> dict[str, str]:
+        work_id = session.item.id
+        self._here.add(work_id)
+        try:
+            return await Run(self._engine, self._options, session).complete()
+        finally:
+            self._here.discard(work_id)
+
+    async def _check(self, engine: Engine) -> None:
+        """Find the engine and the image.
+
+        Raises:
+            PluginError: One of them is not to be had; says what to do.
+        """
+        socket, image = engine.socket, self._options.image
+        try:
+            version = await engine.version()
+        except EngineError as error:
+            raise PluginError(
+                "container",
+                f"no container engine answers at {socket} ({error}); start Docker, or Podman's "
+                "socket (systemctl start podman.socket), or set `socket`",
+            ) from error
+        try:
+            present = await engine.has_image(image)
+            if not present and self._options.pull == "missing":
+                await engine.pull(image)
+                present = True
+        except EngineError as error:
+            raise PluginError("container", f"image {image} cannot be had: {error}") from error
+        if not present:
+            raise PluginError(
+                "container",
+                f"image {image} is not on the engine at {socket}; pull it, or set pull = 'missing'",
+            )
+        log.info("container engine ready socket=%s engine=%s image=%s", socket, version, image)
