@@ -1,0 +1,27 @@
+"""The readme says every setting, and its example works."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from workpool_command import Command
+from workpool_command.surroundings import HANDED_ON
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_every_setting_is_in_the_table() -> None:
+    table = README.partition("## Settings")[2]
+    for field in fields(Command):
+        assert re.search(rf"^\| .*`{field.name}`", table, re.MULTILINE), field.name
+    assert "| `environment` | " + ", ".join(f"`{name}`" for name in HANDED_ON) + " |" in table
+
+
+def test_one_module_may_hold_several_commands() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102 - our own
+    assert (names["report"].result, names["backup"].max_sessions) == (True, 1)
