@@ -70,7 +70,7 @@ async def test_an_operators_stop_is_learnt_of_at_once(workpool: Kit) -> None:
         workpool.stop(item)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
-    done = workpool.server.operations.get(item.environment_id, item.id)
+    done = workpool.item(item)
     assert done.metadata["heard"] == "stopping"
 
 
@@ -79,7 +79,7 @@ async def test_a_drain_is_heard(workpool: Kit) -> None:
     async with workpool.pool(wait) as pool:
         await workpool.wait_for(SessionStarted)
         await pool.drain()
-    done = workpool.server.operations.get(item.environment_id, item.id)
+    done = workpool.item(item)
     assert (done.state, done.metadata["heard"]) == ("stopped", "draining")
 
 
@@ -153,7 +153,7 @@ async def test_what_is_released_comes_again(workpool: Kit) -> None:
         first = await workpool.wait_for(SessionFinished)
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
-    done = workpool.server.operations.get(item.environment_id, item.id)
+    done = workpool.item(item)
     assert done.metadata["workpool.attempt"] == "2"
 
 

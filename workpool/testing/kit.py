@@ -109,6 +109,10 @@ class Kit:
         """Create work items: `ControlPlane.enqueue`, whose keywords it takes."""
         return self.server.enqueue(count, metadata, **given)
 
+    def item(self, item: Item) -> Item:
+        """Return an item as the control plane has it now."""
+        return self.server.operations.get(item.environment_id, item.id)
+
     def stop(self, item: Item, *, force: bool = False) -> None:
         """Stop an item as an operator does, and have its lease looked at, so that it is noticed."""
         self.server.operations.stop(item.environment_id, item.id, force=force)
@@ -179,7 +183,7 @@ class Kit:
                 raise AssertionError(self._story(item, timeout)) from None
         match end:
             case SessionFinished():
-                return self._result(end)
+                return self._result(end, self.item(item))
             case ItemDeclined():
                 raise AssertionError(_declined(end, plugins))
         raise AssertionError("the pool was drained before the session had ended")
@@ -240,9 +244,7 @@ class Kit:
         lines += story_of(item.id, self.server)
         return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
 
-    def _result(self, finished: SessionFinished) -> SessionResult:
-        operations, work = self.server.operations, finished.session.item
-        item = operations.get(work.environment_id, work.id)
+    def _result(self, finished: SessionFinished, item: Item) -> SessionResult:
         return SessionResult(
             outcome=finished.outcome,
             metadata=dict(item.metadata),

@@ -1,0 +1,105 @@
+"""README's tutorial, step by step as it stands there, in a shell of a newcomer's.
+
+Two things only are different from a newcomer's: what is installed comes from this environment
+instead of a package index, and the port is a free one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+HEADING = "## Tutorial: from nothing to a tested handler\n"
+INSTALLED = """
+printf '#!/bin/sh\\nexec python -m pytest "$@"\\n' > .venv/bin/pytest
+chmod +x .venv/bin/pytest
+"""
+"""What pip makes of pytest where it installs it: here it has found it installed already."""
+WAIT = "until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; done\n"
+
+
+def blocks() -> list[tuple[str, str]]:
+    """The tutorial's blocks, each with its language."""
+    section = (ROOT / "README.md").read_text().partition(HEADING)[2].partition("\n## ")[0]
+    return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+
+
+def script_of(found: list[tuple[str, str]], port: int) -> str:
+    """One script for a shell, of everything that a newcomer types."""
+    steps = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"]
+    for language, text in found:
+        if language == "python":
+            file = text.splitlines()[0].removeprefix("# ")
+            steps.append(f"cat > {file} <<'END'\n{text}END\n")
+            continue
+        assert language == "console"
+        step = text.replace("pip install", "pip install --no-index --no-build-isolation")
+        step = step.replace("workpool serve", f"workpool serve --port {port}")
+        steps.append(step.replace("8484", str(port)))
+        if "pip install" in step:
+            steps.append(INSTALLED)
+        if "workpool serve" in step:
+            steps.append(WAIT.format(port=port))
+    return "".join(steps)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def checkout(place: Path) -> Path:
+    """A clone, less what a newcomer does not need for this."""
+    place.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "workpool", place / "workpool", ignore=ignored)
+    return place
+
+
+def variables() -> dict[str, str]:
+    """A newcomer's, and the way to what is installed here."""
+    foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    return inherited | {
+        "PATH": f"{Path(sys.executable).parent}:{inherited['PATH']}",
+        "PYTHONPATH": sysconfig.get_path("purelib"),
+        "WORKPOOL_METRICS_LISTEN": "off",
+    }
+
+
+def test_every_step_does_what_it_says(tmp_path: Path) -> None:
+    place = checkout(tmp_path / "workpool")
+    done = subprocess.run(  # noqa: S603 - the README's words, and ours
+        ["/bin/bash", "-c", script_of(blocks(), free_port())],
+        cwd=place,
+        env=variables(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert re.findall(r"(\d+) passed", done.stdout) == ["3", "4"]
+    assert "ready WORKPOOL_BASE_URL=http://127.0.0.1:" in done.stdout
+    listed = [line.split("\t") for line in done.stdout.splitlines() if "\tsession\t" in line]
+    assert [fields[2] for fields in listed] == ["stopped"] * 3, said
+    assert all("page=5" in fields[-1] and "written=5" in fields[-1] for fields in listed), said
+    assert (tmp_path / "reports" / "workpool_reports.py").exists()
+
+
+def test_the_steps_are_all_there() -> None:
+    kinds = [language for language, _ in blocks()]
+    assert kinds == ["console", "console", "python", "python", "console", "console", "console"]
