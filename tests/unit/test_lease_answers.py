@@ -200,7 +200,7 @@ async def test_after_our_own_stop_a_409_is_its_success(bench: type[Bench]) -> No
     await one.calls.stop(lease.item.id, force=True)
     await one.keep(lease, 60)
     assert lease.fate == "finished"
-    assert not one.times("get")
+    assert one.times("get")  # a 409 may also say that the item is queued again
 
 
 @in_virtual_time

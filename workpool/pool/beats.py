@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workpool.wire.items import Heartbeat, WorkItem
 
 Fate = Literal["held", "finished", "released", "stopped", "lost", "detached"]
-"""held, or final: our own stop was applied; given up by us; stopped by someone else; not ours; a
-child's."""
+"""held, or final: our own stop was applied; given up by us; stopped by someone else; not ours; the
+child's, or still its parent's."""
 
 
 class Pulse(Protocol):
@@ -107,9 +107,10 @@ def verdict_on(error: ControlPlaneError, *, doubted: bool) -> Verdict:
 def fate_by(item: WorkItem, ours: WorkItem, lent: str | None = None) -> Fate:
     """Whose an item is that was just read; `ours`: as our acknowledgement returned it.
 
-    If `acknowledged_at` is still our ack's, no worker has taken it since (protocol §4). `lent`: our
-    last beat, if a child was given it. A later one is the child's, or one of ours that was left
-    unanswered: in doubt the child's, because two that run one item are worse than none.
+    If `acknowledged_at` is still our ack's, no worker has taken it since (protocol §4). `lent`: the
+    beat that parent and child both expect during a handover. A later one is the other's, or one of
+    ours that was left unanswered: in doubt the other's, as two that run one item are worse than
+    none.
     """
     same = ours.acknowledged_at is not None and item.acknowledged_at == ours.acknowledged_at
     if lent is not None and same and item.last_heartbeat != lent:

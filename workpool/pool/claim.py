@@ -57,6 +57,7 @@ class Claim:
         handler: Who will run it; None for an item that the pool answers by itself.
         delivered_at: When the last poll that brought it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
+        parents_beat: The last one of the parent that has handed the item over to us, if one has.
         handover: The last attempt to hand the item over.
         running: The handler's task, from its start.
         cancelled: We have cancelled the handler.
@@ -78,6 +79,7 @@ class Claim:
         "held_before",
         "item",
         "lease",
+        "parents_beat",
         "parts",
         "result",
         "running",
@@ -95,6 +97,7 @@ class Claim:
         self.handler = handler
         self.delivered_at = now
         self.acked_at = now
+        self.parents_beat: str | None = None
         self.handover: Handover | None = None
         self.running: asyncio.Task[object] | None = None
         self.cancelled = False

@@ -98,6 +98,17 @@ class Dispatcher:
         self._fill()
         return True
 
+    async def adopt(self, item: WorkItem, parents_beat: str) -> None:
+        """Serve an item that was handed over to us, in the place of its parent."""
+        handler = self._parts.plugins.handler_for(item)
+        claim = self.owned[item.id] = Claim(item, handler, self._parts, self._parts.clock())
+        claim.parents_beat, claim.held_before = parents_beat, False
+        if handler is not None:
+            self._busy[handler] += 1
+        await self._parts.queue.reserve()
+        self._parts.queue.put(claim)
+        self._fill()
+
     def _doubt(self, owned: Claim, now: float) -> None:
         """We were handed a copy of an item that is ours: the server thinks that it is queued."""
         if owned.executing:
@@ -149,10 +160,12 @@ class Dispatcher:
 
     async def _work(self, claim: Claim) -> None:
         try:
-            result = await self._acknowledger.acknowledge(claim)
+            adopted = claim.parents_beat
+            result = "ok" if adopted else await self._acknowledger.acknowledge(claim)
             if result == "ok":
                 changed = functools.partial(self._serving.lease_changed, claim)
-                claim.lease = Lease(claim.item, claim.acked_at, self._parts.keeper, changed)
+                keeper = self._parts.keeper
+                claim.lease = Lease(claim.item, claim.acked_at, keeper, changed, adopted)
                 serve = self._serving.serve
                 await (serve(claim, claim.handler) if claim.handler else self._answer(claim))
             elif result == "conflict":

@@ -67,15 +67,23 @@ class Lease:
     """
 
     __slots__ = (
-        "_expected", "_first", "_first_settled", "_handover", "_planned", "_pulse", "_release_ttl",
-        "_renewed_at", "_ttl", "_unanswered", "_wake", "begun", "confirmed", "deadline", "ended",
-        "fate", "item", "on_change", "own_stop", "stop_requested", "task",
+        "_expected", "_first", "_first_settled", "_handover", "_lent", "_planned", "_pulse",
+        "_release_ttl", "_renewed_at", "_ttl", "_unanswered", "_wake", "begun", "confirmed",
+        "deadline", "ended", "fate", "item", "on_change", "own_stop", "stop_requested", "task",
     )  # fmt: skip
 
     def __init__(
-        self, item: WorkItem, acked_at: float, pulse: Pulse, on_change: Callable[[], None]
+        self,
+        item: WorkItem,
+        acked_at: float,
+        pulse: Pulse,
+        on_change: Callable[[], None],
+        parents_beat: str | None = None,
     ) -> None:
-        """`acked_at`: when the ack was sent (the first that may be applied), on the lease clock."""
+        """`acked_at`: when the ack was sent (the first that may be applied), on the lease clock.
+
+        `parents_beat`: what our first one must expect if a parent has handed the item over.
+        """
         self.item = item
         self.deadline = acked_at + ACK_LEASE_SECONDS
         self.fate: Fate = "held"
@@ -84,7 +92,8 @@ class Lease:
         self._pulse = pulse
         self.on_change = on_change
         self._ttl = float(ACK_LEASE_SECONDS)
-        self._expected = NO_HEARTBEAT
+        self._expected = parents_beat or NO_HEARTBEAT
+        self._lent = parents_beat is not None  # parent or child, the other may have it
         self._unanswered = False
         self._release_ttl: int | None = None
         self._handover: Handover | None = None
@@ -177,6 +186,7 @@ class Lease:
                 await self.pause(self._planned - self._pulse.clock())
                 held = await self.beat()
                 if held and self._handover is not None:
+                    self._lent = True
                     held = await self._handover.carry_out(self._expected, self._ttl)
                     self._handover = None
         except Exception:
@@ -199,11 +209,6 @@ class Lease:
         return fate == "held" and item.state != STOPPING
 
     # Private to the keeper's loop.
-
-    @property
-    def _lent(self) -> bool:
-        """A child may have the item."""
-        return self._handover is not None and self._handover.state == "open"
 
     def _over(self) -> bool:
         self.expire()
@@ -268,7 +273,7 @@ class Lease:
         return max(0.001, min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, left))
 
     def _renew(self, beat: Heartbeat, sent: Sent) -> None:
-        self._unanswered = False
+        self._unanswered = self._lent = False
         self._expected = beat.last_heartbeat
         if beat.lease_extended:
             self._ttl = beat.ttl_seconds

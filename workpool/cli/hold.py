@@ -1,0 +1,81 @@
+"""`workpool hold`: the child's side of a handover, which keeps a lease around any program.
+
+Owns what makes the process a child that outlives its parent: a session of its own, deaf to the end
+of the parent's terminal.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+from typing import Annotated, Final
+
+import typer
+
+from workpool.cli import exits, logs
+from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_verbose, read_settings
+from workpool.cli.program import Program
+from workpool.cli.run import run_supervisor
+from workpool.pool.hold import Hold
+
+WORK_ID: Final = "WORKPOOL_HOLD_WORK_ID"
+LAST_HEARTBEAT: Final = "WORKPOOL_HOLD_LAST_HEARTBEAT"
+TTL: Final = "WORKPOOL_HOLD_TTL"
+GOOD: Final = frozenset({"completed", "stopped", "released"})
+
+
+def hold(
+    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="The program and its arguments.")],
+    work_id: Annotated[
+        str, typer.Option("--work-id", metavar="ID", envvar=WORK_ID, help="The item.")
+    ],
+    last_heartbeat: Annotated[
+        str,
+        typer.Option(
+            "--last-heartbeat", metavar="TIME", envvar=LAST_HEARTBEAT, help="The parent's last one."
+        ),
+    ],
+    ttl: Annotated[
+        str | None,
+        typer.Option("--ttl", metavar="SECONDS", envvar=TTL, help="How long a heartbeat holds."),
+    ] = None,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+    _verbose: Verbose = False,
+) -> None:
+    """Keep the lease that a parent hands over around a program, and end the item with it.
+
+    The parent is a handler inside `session.handover()`: `lease.variables` is what this needs, with
+    the token. A stop request and SIGTERM are handed on to the program.
+    """
+    _leave_the_parent()
+    for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # read by now; they are no settings
+        os.environ.pop(name, None)
+    with exits.reported():
+        settings = read_settings(
+            config, environment_id=environment_id, base_url=base_url, lease_ttl=ttl
+        )
+        settings.require_connection()
+    if shutil.which(command[0]) is None:
+        raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
+    # The parent's plugins and its port for metrics are the parent's.
+    settings = settings.model_copy(
+        update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
+    )
+    logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
+    program = Program(command)
+    status = run_supervisor(Hold(settings, work_id, last_heartbeat, plugins=[program]))
+    logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
+    if status == exits.OK and program.outcome not in GOOD:
+        status = exits.FAILED
+    raise typer.Exit(status)
+
+
+def _leave_the_parent() -> None:
+    """Live on without the parent, its terminal and its process group."""
+    if hasattr(os, "setsid"):
+        with contextlib.suppress(PermissionError):  # the leader of a group already
+            os.setsid()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,0 +1,146 @@
+"""A program as the handler of the one session that `workpool hold` runs.
+
+Owns the program's process group: nothing of it outlives the session, nor a holder that is killed,
+for then the lease is not kept any more either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from typing import TYPE_CHECKING, Final
+
+from workpool import Release, WorkpoolError, hookimpl
+from workpool.events import SessionFinished
+from workpool.wire.dialect import DIALECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from workpool import Outcome, Session, WorkItem
+    from workpool.events import Event
+
+LOST_SECONDS: Final = 0.8
+"""From SIGTERM to SIGKILL once the session is over: less than any lease's margin (design §1)."""
+REAP_SECONDS: Final = 2.0
+CREDENTIALS: Final = frozenset(rules.credential_variable for rules in DIALECTS.values())
+PREFIX: Final = "WORKPOOL_"
+# It leads the group, so that the group's number stays ours while it lives. Its input ends when the
+# holder does, however that comes about; then all of the group must.
+_GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
+
+
+class ProgramFailed(WorkpoolError):
+    """The program could not be started, or ended with another status than 0 and 75."""
+
+
+class Program:
+    """Runs a command, and notes what its session came to. A plugin.
+
+    Args:
+        argv: The program and its arguments.
+
+    Attributes:
+        outcome: None before the session's end.
+    """
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.outcome: Outcome | None = None
+        self._argv = argv
+
+    @hookimpl
+    def workpool_session_handler(self, item: WorkItem) -> object:
+        """Whatever the item's type: its parent has chosen."""
+        del item
+        return self.run
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        """Note the outcome."""
+        if isinstance(event, SessionFinished):
+            self.outcome = event.outcome
+
+    async def run(self, session: Session) -> None:
+        """Run the program to its end; its exit status says what that means.
+
+        Raises:
+            Release: It exited with 75 (EX_TEMPFAIL), or the holder's end has cut it short.
+            ProgramFailed: It failed.
+        """
+        with _running(self._argv, _surroundings(session)) as (program, number):
+            ended = asyncio.get_running_loop().run_in_executor(None, program.wait)
+            async with asyncio.TaskGroup() as group:
+                asking = group.create_task(_ask_to_end(session, number), name="program-end")
+                try:
+                    await asyncio.wait({ended})
+                except asyncio.CancelledError:
+                    if not asking.done():  # the lease is lost, and nobody has told the program yet
+                        _signal(number, signal.SIGTERM)
+                        await asyncio.wait({ended}, timeout=LOST_SECONDS)
+                    raise
+                finally:
+                    asking.cancel()
+        self._settle(session, program.returncode)
+
+    def _settle(self, session: Session, status: int) -> None:
+        if status == 0 or session.stopping:
+            return
+        if status == os.EX_TEMPFAIL or session.draining:
+            raise Release(_text_of(status))
+        raise ProgramFailed(f"{self._argv[0]}: {_text_of(status)}")
+
+
+async def _ask_to_end(session: Session, group: int) -> None:
+    """The pool's own patience decides how long the program may take to obey."""
+    await session.interrupted()
+    _signal(group, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _running(
+    argv: Sequence[str], env: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The program and its group's number; nothing of the group is left after the block."""
+    shell = ("/bin/sh", "-c", _GUARD)
+    guard = subprocess.Popen(shell, stdin=subprocess.PIPE, env={}, process_group=0)  # noqa: S603 - our own words
+    try:
+        program = subprocess.Popen(argv, env=env, process_group=guard.pid)  # noqa: S603 - the caller's own command, without a shell
+    except OSError as error:
+        guard.kill()
+        guard.communicate()
+        raise ProgramFailed(f"{argv[0]}: {error.strerror}") from None
+    try:
+        yield program, guard.pid
+    finally:
+        _signal(guard.pid, signal.SIGKILL)
+        guard.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+            program.wait(REAP_SECONDS)
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _surroundings(session: Session) -> dict[str, str]:
+    """The holder's environment without its settings and credentials, and the session's ids."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in CREDENTIALS and not name.startswith(PREFIX)
+    }
+    return env | {
+        "WORKPOOL_WORK_ID": session.item.id,
+        "WORKPOOL_SESSION_ID": session.id,
+        "WORKPOOL_ENVIRONMENT_ID": session.item.environment_id,
+    }
+
+
+def _text_of(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    return f"killed by {signal.Signals(-status).name}"
