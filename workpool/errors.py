@@ -102,6 +102,13 @@ class TransientError(ControlPlaneError):
         self.retry_after = retry_after
 
 
+class TooLargeError(TransientError):
+    """A success whose body is larger than we accept: less should be asked for at once."""
+
+    def __init__(self, op: str, status: int | None) -> None:
+        super().__init__(op, status, "the answer is larger than we accept", reason="bad_body")
+
+
 class RefusedError(ControlPlaneError):
     """Refused for good: 400, 401, 403, 404, and any other status that is not worth another try."""
 

@@ -36,7 +36,9 @@ from workpool.errors import (
 from workpool.settings import Settings
 from workpool.wire import calls
 from workpool.wire.answers import RETRY_AFTER_MAX_SECONDS, Answer, code_of, error_of, retry_after_of
-from workpool.wire.transport import ANSWER_LIMIT_BYTES, Transport, proxy_of
+from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire.proxy import proxy_of
+from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -19,6 +19,7 @@ from workpool.errors import (
     ControlPlaneError,
     PreconditionError,
     RefusedError,
+    TooLargeError,
     TransientError,
 )
 
@@ -74,14 +75,13 @@ def value_of(op: str, answer: Answer, parse: Callable[[object], T]) -> T:
         TransientError: It is not what `parse` expects, which raises ValueError then.
     """
     if answer.body is None:
-        problem = "the answer is larger than we accept"
-    else:
-        try:
-            return parse(NO_CONTENT if answer.status == _NO_CONTENT else orjson.loads(answer.body))
-        except orjson.JSONDecodeError:
-            problem = "the answer is not JSON"
-        except ValueError as error:
-            problem = f"the answer is malformed: {error}"
+        raise TooLargeError(op, answer.status)
+    try:
+        return parse(NO_CONTENT if answer.status == _NO_CONTENT else orjson.loads(answer.body))
+    except orjson.JSONDecodeError:
+        problem = "the answer is not JSON"
+    except ValueError as error:
+        problem = f"the answer is malformed: {error}"
     # Raised out here: a JSONDecodeError carries the whole body.
     raise TransientError(op, answer.status, problem, reason="bad_body")
 

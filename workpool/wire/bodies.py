@@ -1,4 +1,4 @@
-"""What we send: the JSON bodies of calls (protocol §3.4, §3.5, §7)."""
+"""What we send: the JSON bodies of calls (protocol §3.4, §3.5, §5, §7)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 STOP: Final = {False: b'{"force":false}', True: b'{"force":true}'}
 
@@ -26,6 +26,15 @@ def enqueue(fields: Mapping[str, Any]) -> bytes:
     """New work; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps(given, default=dict)
+
+
+def events(said: Sequence[Mapping[str, Any]]) -> bytes:
+    """Events to append.
+
+    Raises:
+        TypeError: Something that JSON cannot carry.
+    """
+    return orjson.dumps({"events": said}, default=dict)
 
 
 def _text(text: object) -> str:

@@ -1,30 +1,43 @@
-"""The calls of the protocol as a table: name, method, and how to read a success (protocol §3).
+"""The calls of the protocol as a table: name, method, and how to read a success (protocol §3, §5).
 
 Reading is all that happens here; a parser raises `ValueError` for what it does not know.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from workpool.errors import TransientError
 from workpool.wire.answers import NO_CONTENT
+from workpool.wire.event_calls import Event, EventPage
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
+from workpool.wire.protocol import ID_PATTERN
+from workpool.wire.sse import FRAME_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 T = TypeVar("T")
 
+ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """A call: `op` is its name in errors and metrics."""
+    """A call.
+
+    Attributes:
+        op: Its name in errors and metrics.
+        parse: Reads a success.
+        limit: Bytes of an answer that are accepted.
+    """
 
     op: str
     method: Literal["GET", "POST"]
     parse: Callable[[object], T]
+    limit: int = ANSWER_LIMIT_BYTES
 
 
 class Page(NamedTuple):
@@ -56,6 +69,38 @@ def _page(obj: object) -> Page:
     raise ValueError("not a list of items")
 
 
+def parse_event(obj: object) -> Event:
+    """Read one event (protocol §5)."""
+    event = _object(obj)
+    kind, event_id = event.get("type"), event.get("id")
+    # An id is sent back in a URL and in a header: one that is malformed must not get that far.
+    if isinstance(kind, str) and isinstance(event_id, str) and _is_id(event_id):
+        return event
+    raise ValueError("an event without type or id")
+
+
+def _event_page(obj: object) -> EventPage:
+    get = _object(obj).get
+    data, following = get("data"), get("next_page")
+    # The sibling writes no `has_more`: there, a next page is all that says that there is one.
+    if get("has_more", True) is False:
+        following = None
+    if isinstance(data, list) and isinstance(following, str | None):
+        return EventPage([parse_event(event) for event in data], following or None)
+    raise ValueError("not a list of events")
+
+
+def _stored_events(obj: object) -> list[Event]:
+    data = None if obj is NO_CONTENT else _object(obj).get("data")
+    if data is None:  # the sibling may leave it out
+        return []
+    if isinstance(data, list):
+        return [parse_event(event) for event in data]
+    raise ValueError("not a list of events")
+
+
+_is_id: Final = re.compile(ID_PATTERN).fullmatch
+
 POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery)
 ACK: Final = Call("ack", "POST", parse_item)
 HEARTBEAT: Final = Call("heartbeat", "POST", parse_heartbeat)
@@ -66,6 +111,9 @@ LIST: Final = Call("list", "GET", _page)
 STATS: Final = Call("stats", "GET", parse_stats)
 SESSION: Final[Call[Mapping[str, Any]]] = Call("session", "GET", _object)
 ENQUEUE: Final = Call("enqueue", "POST", _page)
+EVENTS: Final = Call("events", "GET", _event_page, FRAME_LIMIT_BYTES)
+SEND: Final = Call("events", "POST", _stored_events, FRAME_LIMIT_BYTES)
+STREAM: Final = "stream"
 
 
 def same_item(call: Call[WorkItem], work_id: str, item: WorkItem) -> WorkItem:

@@ -6,11 +6,9 @@ to do about an error is the caller's: no call is ever repeated here but for what
 
 from __future__ import annotations
 
-import asyncio
 import re
 import sys
-import time
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from yarl import URL
@@ -19,20 +17,23 @@ from workpool.errors import TransientError
 from workpool.wire import bodies, calls, protocol
 from workpool.wire.budget import Budget, Budgets
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.http_events import HttpEvents
 from workpool.wire.items import WorkItem
+from workpool.wire.paying import Paying
+from workpool.wire.session_events import SessionEvents
 from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from types import TracebackType
 
     import aiohttp
+    from pydantic import SecretStr
 
     from workpool.settings import Settings
-    from workpool.wire.calls import Call
+    from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats
 
-T = TypeVar("T")
 Items = list[WorkItem]
 
 _is_id: Final = re.compile(protocol.ID_PATTERN).fullmatch
@@ -61,6 +62,7 @@ class WorkClient:
     ) -> None:
         self._settings = settings
         self._transport = Transport(settings, session)
+        self._paying = Paying(self._transport, settings.request_timeout)
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
@@ -86,6 +88,7 @@ class WorkClient:
         self._settings.require_connection()
         self._transport.on_request = self.on_request
         self._transport.on_credential_refresh = self.on_credential_refresh
+        self._paying.on_budget_wait = self.on_budget_wait
         self._transport.open(self.worker_id)
         return self
 
@@ -121,13 +124,13 @@ class WorkClient:
         if timeout is None:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
         url = self._work_url("/poll", query)
-        return await self._send(calls.POLL, url, timeout, self.budgets.read)
+        return await self._paying.send(calls.POLL, url, timeout, self.budgets.read)
 
     async def reserve_ack(self) -> None:
         """Pay for an acknowledgement before polling, so that no item waits for our rate limit."""
         write = self.budgets.write
         if write.limited:
-            await self._pay(write, "ack", self._settings.request_timeout)
+            await self._paying.pay(write, "ack", self._settings.request_timeout)
 
     def return_ack(self) -> None:
         """Take back what `reserve_ack` paid: there is nothing to acknowledge."""
@@ -150,7 +153,7 @@ class WorkClient:
         budget = None if reserved else self.budgets.write
         url = self._item_url(work_id, "/ack")
         return calls.same_item(
-            calls.ACK, work_id, await self._send(calls.ACK, url, timeout, budget)
+            calls.ACK, work_id, await self._paying.send(calls.ACK, url, timeout, budget)
         )
 
     async def heartbeat(
@@ -181,7 +184,7 @@ class WorkClient:
         url = self._item_url(work_id, "/heartbeat", "&".join(asked))
         if self.budgets.write.limited:
             self.budgets.write.debit()
-        return await self._send(calls.HEARTBEAT, url, timeout, None)
+        return await self._paying.send(calls.HEARTBEAT, url, timeout, None)
 
     async def stop(
         self,
@@ -196,7 +199,9 @@ class WorkClient:
             The item; None from a control plane that does not answer it (protocol §6).
         """
         url = self._item_url(work_id, "/stop")
-        return await self._send(calls.STOP, url, timeout, self.budgets.write, bodies.STOP[force])
+        return await self._paying.send(
+            calls.STOP, url, timeout, self.budgets.write, bodies.STOP[force]
+        )
 
     async def update_metadata(
         self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
@@ -208,13 +213,13 @@ class WorkClient:
         """
         body = bodies.update(patch)
         url = self._item_url(work_id)
-        return await self._send(calls.UPDATE, url, timeout, self.budgets.write, body)
+        return await self._paying.send(calls.UPDATE, url, timeout, self.budgets.write, body)
 
     async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
         """Read one item (protocol §3.6)."""
         url = self._item_url(work_id)
         return calls.same_item(
-            calls.GET, work_id, await self._send(calls.GET, url, timeout, self.budgets.read)
+            calls.GET, work_id, await self._paying.send(calls.GET, url, timeout, self.budgets.read)
         )
 
     async def list(
@@ -242,7 +247,7 @@ class WorkClient:
         seen: set[str] = set()
         while left > 0:
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
-            page = await self._send(calls.LIST, url, timeout, self.budgets.read)
+            page = await self._paying.send(calls.LIST, url, timeout, self.budgets.read)
             for item in page.items[:left]:
                 yield item
             left -= len(page.items)
@@ -256,13 +261,35 @@ class WorkClient:
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read how full the queue is (protocol §3.8)."""
         url = self._work_url("/stats")
-        return await self._send(calls.STATS, url, timeout, self.budgets.read)
+        return await self._paying.send(calls.STATS, url, timeout, self.budgets.read)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
         """Read a session as the control plane writes it (protocol §5)."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
-        return await self._send(calls.SESSION, url, timeout, self.budgets.read)
+        return await self._paying.send(calls.SESSION, url, timeout, self.budgets.read)
+
+    def events(
+        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+    ) -> SessionEvents:
+        """The events of a session: list, send, stream (protocol §5).
+
+        Args:
+            session_id: The session.
+            token: The bearer for these calls; None = the client's own.
+            guard: Asked before and during each; None = nothing is.
+        """
+        _check_id("session_id", session_id)
+        own = self._paying if token is None else self._paying.bearing(token.get_secret_value())
+        http_events = HttpEvents(
+            own,
+            self.budgets,
+            f"{self._sessions}/{session_id}/events",
+            self._work_query,
+            # The sibling's list begins at a page only.
+            resumes=self._settings.dialect == protocol.QODER,
+        )
+        return SessionEvents(http_events, session_id, guard)
 
     async def enqueue(
         self,
@@ -285,7 +312,7 @@ class WorkClient:
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
         body = bodies.enqueue(fields)
         url = self._work_url()
-        page = await self._send(calls.ENQUEUE, url, timeout, self.budgets.write, body)
+        page = await self._paying.send(calls.ENQUEUE, url, timeout, self.budgets.write, body)
         return page.items
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
@@ -297,45 +324,6 @@ class WorkClient:
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)
         return self._work_url(f"/{work_id}{path}", query)
-
-    def _send(
-        self,
-        call: Call[T],
-        url: URL,
-        timeout: float | None,
-        budget: Budget | None,
-        body: bytes | None = None,
-    ) -> Coroutine[Any, Any, T]:
-        seconds = self._settings.request_timeout if timeout is None else timeout
-        if budget is None or not budget.limited:
-            return self._transport.send(call, url, seconds, body)
-        return self._paid(budget, call, url, seconds, body)
-
-    async def _paid(
-        self, budget: Budget, call: Call[T], url: URL, seconds: float, body: bytes | None
-    ) -> T:
-        until = time.monotonic() + seconds
-        await self._pay(budget, call.op, seconds)
-        return await self._transport.send(call, url, until - time.monotonic(), body)
-
-    async def _pay(self, budget: Budget, op: str, seconds: float) -> None:
-        """Take one token of our rate limit, waiting for it if need be.
-
-        Raises:
-            TransientError: `seconds` were not enough; nothing was sent.
-        """
-        if budget.try_take():
-            return
-        started = time.monotonic()
-        try:
-            async with asyncio.timeout(seconds):
-                await budget.take()
-        except TimeoutError:
-            problem = "waited too long for our own rate limit"
-            raise TransientError(op, None, problem, reason="timeout") from None
-        finally:
-            if self.on_budget_wait is not None:
-                self.on_budget_wait(budget.kind, time.monotonic() - started)
 
 
 def _check_id(name: str, value: object) -> None:

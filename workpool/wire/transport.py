@@ -13,14 +13,14 @@ says what to send and how to read the answer. It never retries, but for two case
 from __future__ import annotations
 
 import asyncio
+import copy
+import http
 import importlib.metadata
 import io
 import math
 import time
-from contextlib import suppress
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Final, TypeVar
-from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from multidict import CIMultiDict
@@ -28,23 +28,25 @@ from yarl import URL
 
 from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.proxy import proxy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from workpool.settings import Settings
     from workpool.wire.calls import Call
 
 T = TypeVar("T")
 
-ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
 LARGE_BYTES: Final = 256 * 1024
 _DENIED: Final = frozenset({401, 403})
-_TRANSIENT: Final = (
+_ENDLESS: Final = aiohttp.ClientTimeout(total=None)
+TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
     aiohttp.ClientPayloadError,
     aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
@@ -67,6 +69,8 @@ class Transport:
         self._given = session
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._renews = True
+        self._streams: aiohttp.ClientSession | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
 
@@ -83,8 +87,20 @@ class Transport:
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
         self._loop = None
-        if self._given is None:
-            await self._session.close()
+        for session in (self._session, self._streams):
+            if session is not None and session is not self._given:
+                await session.close()
+
+    def bearing(self, token: str) -> Transport:
+        """The same connections with a token of its own, whose source is not read again."""
+        other = copy.copy(self)
+        other.bear(token)
+        return other
+
+    def bear(self, token: str) -> None:
+        """Send this token from now on, and no other."""
+        self._renews = False
+        self._use(token)
 
     async def send(
         self,
@@ -111,9 +127,9 @@ class Transport:
         self._check(call.op, seconds)
         token, started, code = self._token, time.monotonic(), "error"
         try:
-            answer = await self._exchange(call.method, url, seconds, body)
+            answer = await self._exchange(call, url, seconds, body)
             code = code_of(answer.status)
-        except _TRANSIENT as error:
+        except TRANSIENT as error:
             failure: ControlPlaneError = no_answer(call.op, error)
         else:
             if answer.status in SUCCESS:
@@ -129,9 +145,60 @@ class Transport:
         # Raised out here: aiohttp's errors carry the request's headers, and so our token.
         raise failure
 
-    async def _exchange(self, method: str, url: URL, seconds: float, body: bytes | None) -> Answer:
+    async def open_stream(
+        self, url: URL, seconds: float, headers: Mapping[str, str], *, renewed: bool = False
+    ) -> aiohttp.ClientResponse:
+        """Open an event stream within `seconds`; how long it lasts is the caller's to bound.
+
+        Raises:
+            ControlPlaneError: It was not opened.
+        """
+        self._check(STREAM, seconds)
+        token, started, code = self._token, time.monotonic(), "error"
+        try:
+            async with asyncio.timeout(seconds):
+                response = await self._connect_stream(url, headers)
+                code = code_of(response.status)
+                if response.status == http.HTTPStatus.OK:
+                    return _checked(response)
+                try:
+                    answer = Answer(response.status, response.headers, await read_bounded(response))
+                finally:
+                    response.close()
+            failure = error_of(STREAM, answer, token)
+        except TRANSIENT as error:
+            failure = no_answer(STREAM, error)
+        finally:
+            if self.on_request is not None:
+                self.on_request(STREAM, code, time.monotonic() - started)
+        if failure.status in _DENIED and not renewed:
+            until = started + seconds
+            if await self._renewed(token, until):
+                left = until - time.monotonic()
+                return await self.open_stream(url, left, headers, renewed=True)
+        raise failure
+
+    async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        if self._streams is None:
+            # Connections of their own: however many are open, no other request waits for them.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            self._streams = self._given or aiohttp.ClientSession(
+                connector=connector, cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return await self._streams.get(
+            url,
+            headers=CIMultiDict(self._headers, **headers),
+            timeout=_ENDLESS,
+            proxy=self._proxy,
+            allow_redirects=False,
+            raise_for_status=False,
+        )
+
+    async def _exchange(
+        self, call: Call[T], url: URL, seconds: float, body: bytes | None
+    ) -> Answer:
         response = await self._session.request(
-            method,
+            call.method,
             url,
             # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
             data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
@@ -142,7 +209,8 @@ class Transport:
             raise_for_status=False,
         )
         try:
-            return Answer(response.status, response.headers, await read_bounded(response))
+            content = await read_bounded(response, call.limit)
+            return Answer(response.status, response.headers, content)
         finally:
             response.release()  # which closes the connection unless the answer was read to its end
 
@@ -158,6 +226,8 @@ class Transport:
 
     async def _renewed(self, refused: str, until: float) -> bool:
         """Whether another token than the refused one is at hand, its source being read again."""
+        if not self._renews:
+            return False
         if self._token != refused:
             return True  # a request that was refused before us has seen to it
         read = self._settings.read_token
@@ -208,14 +278,24 @@ class Transport:
         )
 
 
-async def read_bounded(response: aiohttp.ClientResponse) -> bytes | None:
-    """The body, unpacked; None, and the connection is closed, when it is larger than we accept."""
-    if (response.content_length or ANSWER_LIMIT_BYTES + 1) <= ANSWER_LIMIT_BYTES and (
+def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    """An event stream; what answers 200 may be a gateway's page instead."""
+    if response.content_type == "text/event-stream":
+        return response
+    response.close()
+    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
+
+
+async def read_bounded(
+    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
+) -> bytes | None:
+    """The body, unpacked; None, and the connection is closed, when it is larger than `limit`."""
+    if (response.content_length or limit + 1) <= limit and (
         "Content-Encoding" not in response.headers
     ):
         return await response.read()
     chunks: list[bytes] = []
-    room = ANSWER_LIMIT_BYTES
+    room = limit
     async for chunk in response.content.iter_any():
         room -= len(chunk)
         if room < 0:
@@ -236,25 +316,6 @@ def no_answer(op: str, error: BaseException) -> ControlPlaneError:
     # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
     told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
     return TransientError(op, None, f"no answer: {told}", reason="network")
-
-
-def proxy_of(url: URL) -> URL | None:
-    """The proxy that the environment names for `url` (`HTTPS_PROXY`, `NO_PROXY`, …).
-
-    Looked up once per client. aiohttp's `trust_env` would do it for every request, on a thread,
-    and refuse our Authorization header wherever a `.netrc` names the host.
-
-    Raises:
-        SettingsError: It cannot be used; it is not quoted, as it may hold a password.
-    """
-    text = getproxies().get(url.scheme)
-    if not text or proxy_bypass(url.host or ""):
-        return None
-    with suppress(ValueError):
-        proxy = URL(text if "://" in text else f"http://{text}")
-        if proxy.scheme in {"http", "https"} and proxy.host:
-            return proxy
-    raise SettingsError((f"{url.scheme.upper()}_PROXY: not the URL of an HTTP proxy",))
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,200 @@
+"""A session's events as one sequence: the history, then what comes, each once (protocol §5).
+
+Every connection goes the same way: the stream is opened first, then the history read, then both are
+reconciled by their ids, so that nothing falls between the two. What breaks is begun again. Each
+await may be cancelled without losing an event: the next one goes on where this one was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import orjson
+
+from workpool.backoff import Backoff
+from workpool.errors import ConflictError, TransientError
+from workpool.wire.calls import parse_event
+from workpool.wire.event_calls import Pages
+from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
+from workpool.wire.sse import FrameParser
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from workpool.wire.event_calls import Event, EventCalls, Guard, OpenStream
+
+log = logging.getLogger(__name__)
+
+BACKOFF_SECONDS: Final = 0.5
+BACKOFF_CAP_SECONDS: Final = 10.0
+STALL_SECONDS: Final = 4.5 * KEEP_ALIVE_SECONDS
+"""A stream that is silent for so long, keep-alives included, is taken for broken."""
+_PATIENCE_SECONDS: Final = 1.0
+"""Waited at least: a reader who was busy meanwhile finds what came when it looks."""
+_LAST: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
+
+
+class EventStream:
+    """The events of one session, for one reader at a time: `async with … as stream`, `async for`.
+
+    Ends after the event that says that the session is terminated or deleted.
+
+    Attributes:
+        caught_up: The event just yielded was the last one that the history held when it was read,
+            or came live; False while a history, or what a broken connection missed, is replayed.
+    """
+
+    def __init__(
+        self, calls: EventCalls, guard: Guard, session_id: str, *, stall_seconds: float
+    ) -> None:
+        self.caught_up = False
+        self._calls = calls
+        self._guard = guard
+        self._session_id = session_id
+        self._stall_seconds = stall_seconds
+        self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
+        self._entered = self._over = False
+        self._ready: deque[tuple[Event, bool]] = deque()  # with what `caught_up` will be
+        self._held_back: list[Event] = []  # the last of a page: perhaps the last of all
+        self._seen: set[str] = set()
+        self._last_id: str | None = None
+        self._retry_at = 0.0
+        # Of the present connection:
+        self._stream: OpenStream | None = None
+        self._pages: Pages
+        self._parser: FrameParser
+        self._heard_at = 0.0
+
+    async def __aenter__(self) -> Self:
+        """Begin; connects when the first event is asked for."""
+        self._entered = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Hang up."""
+        self._over = True
+        self._disconnect()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Return the next event; may be cancelled, by a timeout say, and called again.
+
+        Raises:
+            LeaseLost, SessionEnded: The session is not the handler's any more.
+            ControlPlaneError: Refused for good; everything else is tried again, for ever.
+        """
+        if not self._entered:
+            raise RuntimeError("this event stream is not open: use it inside `async with`")
+        while True:
+            self._guard.check()
+            if self._ready:
+                return self._hand_out()
+            if self._over:
+                raise StopAsyncIteration
+            try:
+                await self._advance()
+            except (TransientError, ConflictError) as error:
+                self._begin_again(error)
+
+    def _hand_out(self) -> Event:
+        event, self.caught_up = self._ready.popleft()
+        if event["type"] in _LAST:
+            self._over = True
+            self._ready.clear()
+            self._disconnect()
+        return event
+
+    async def _advance(self) -> None:
+        if self._stream is None:
+            await self._connect()
+        elif not self._pages.done:
+            await self._read_history(self._pages)
+        else:
+            await self._read_live(self._stream)
+
+    async def _connect(self) -> None:
+        clock = asyncio.get_running_loop().time
+        await self._guard.within(lambda: asyncio.sleep(self._retry_at - clock()))
+        self._stream = await self._guard.within(lambda: self._calls.open(self._last_id))
+        self._pages = Pages(self._calls, self._last_id if self._calls.resumes else None)
+        self._parser = FrameParser()
+        self._heard_at = clock()
+
+    async def _read_history(self, pages: Pages) -> None:
+        events = await self._guard.within(pages.next)
+        fresh = self._held_back + [event for event in events if self._is_new(event)]
+        self._held_back = [] if pages.done else fresh[-1:]
+        fresh = fresh if pages.done else fresh[:-1]
+        self._ready.extend((event, False) for event in fresh)
+        if not pages.done:
+            return
+        if fresh:
+            self._ready[-1] = (fresh[-1], True)
+        else:
+            self.caught_up = True
+
+    async def _read_live(self, stream: OpenStream) -> None:
+        clock = asyncio.get_running_loop().time
+        patience = self._stall_seconds - (clock() - self._heard_at)
+        try:
+            chunk = await self._guard.within(stream.read, max(_PATIENCE_SECONDS, patience))
+        except TimeoutError:
+            raise TransientError("stream", None, "silent for too long", reason="timeout") from None
+        if not chunk:
+            raise TransientError("stream", None, "ended by the server", reason="network")
+        self._heard_at = clock()
+        try:
+            for frame in self._parser.feed(chunk):
+                self._take_frame(frame.event, frame.data)
+        except ValueError:  # not quoted: it may be anything
+            raise TransientError("stream", None, "malformed", reason="bad_body") from None
+
+    def _take_frame(self, kind: str, text: str) -> None:
+        value = orjson.loads(text)
+        if kind == "error":
+            raise ValueError("the server reports an error")
+        if isinstance(value, dict) and "id" not in value:
+            return  # a ping, or what is no event of the session
+        event = parse_event(value)
+        if self._is_new(event):
+            self._ready.append((event, True))
+
+    def _is_new(self, event: Event) -> bool:
+        event_id = event["id"]
+        if event_id in self._seen:
+            return False
+        self._seen.add(event_id)
+        self._last_id = event_id
+        self._backoff.reset()
+        return True
+
+    def _begin_again(self, error: TransientError | ConflictError) -> None:
+        self._disconnect()
+        self._ready.extend((event, False) for event in self._held_back)
+        self._held_back = []
+        self.caught_up = False
+        asked = error.retry_after if isinstance(error, TransientError) else None
+        delay = max(self._backoff.next(), asked or 0.0)
+        self._retry_at = asyncio.get_running_loop().time() + delay
+        log.info(
+            "event stream broke session_id=%s retry_seconds=%.1f error=%s",
+            self._session_id,
+            delay,
+            error,
+        )
+
+    def _disconnect(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None

@@ -1,0 +1,109 @@
+"""The events of one session, for whoever works on it: list, send, stream (protocol §5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from workpool.errors import ConflictError, TransientError
+from workpool.wire import bodies, protocol
+from workpool.wire.event_calls import Pages, Unguarded
+from workpool.wire.event_stream import STALL_SECONDS, EventStream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from workpool.wire.event_calls import Event, EventCalls, Guard
+
+_ANSWERS: Final[Mapping[str, str]] = {
+    protocol.USER_TOOL_RESULT: "tool_use_id",
+    protocol.USER_CUSTOM_TOOL_RESULT: "custom_tool_use_id",
+    protocol.USER_TOOL_CONFIRMATION: "tool_use_id",
+}
+"""What the control plane takes once only, so that saying it again does no harm."""
+
+
+class SessionEvents:
+    """`session.events`, and `WorkClient.events(session_id)`."""
+
+    def __init__(self, calls: EventCalls, session_id: str, guard: Guard | None = None) -> None:
+        self._calls = calls
+        self._session_id = session_id
+        self._guard: Guard = guard or Unguarded()
+
+    async def list(self) -> AsyncIterator[Event]:
+        """Iterate over the whole history, oldest first, page by page.
+
+        Raises:
+            LeaseLost, SessionEnded: The session is not the handler's any more.
+            ControlPlaneError: A page could not be read.
+        """
+        pages = Pages(self._calls)
+        while not pages.done:
+            for event in await self._guard.within(pages.next):
+                yield event
+
+    async def send(self, *events: Mapping[str, Any]) -> Sequence[Event]:
+        """Append events, all of them or none, and return them as they are stored.
+
+        A handler's are tried again while the lease lasts, unless that could say something twice:
+        results and confirmations are taken once only, a message is not. A result that was accepted
+        already, word for word, counts as sent: its first answer may have been lost.
+
+        Raises:
+            TypeError: Something that JSON cannot carry; nothing was sent.
+            LeaseLost, SessionEnded: The session is not the handler's any more; nothing was sent.
+            ConflictError: A tool use has another result already, or the session is over.
+            TransientError: Not settled in time, and perhaps applied.
+            ControlPlaneError: Refused.
+        """
+        body = bodies.events(events)
+        repeatable = all(event.get("type") in _ANSWERS for event in events)
+
+        async def post() -> Sequence[Event] | TransientError:
+            try:
+                return await self._calls.post(body)
+            except TransientError as error:
+                if repeatable or error.reason == "throttled":
+                    raise
+                return error
+
+        try:
+            answer = await self._guard.carry(post)
+        except ConflictError:
+            stored = await self._stored(orjson.loads(body)["events"]) if repeatable else None
+            if stored is None:
+                raise
+            return stored
+        if isinstance(answer, TransientError):
+            raise answer
+        return answer
+
+    def stream(self, *, stall_seconds: float = STALL_SECONDS) -> EventStream:
+        """Follow the session: its history first, then what comes, reconnecting by itself.
+
+        `stall_seconds`: how long the connection may be silent before it is taken for broken.
+        """
+        return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
+
+    async def _stored(self, said: Sequence[Event]) -> Sequence[Event] | None:
+        """All of `said` as the history holds it; None when any of it is not there as we said it."""
+        held = {_key(event): event async for event in self.list() if event["type"] in _ANSWERS}
+        pairs = [(event, held.get(_key(event))) for event in said]
+        stored = [theirs for ours, theirs in pairs if theirs is not None and _within(ours, theirs)]
+        return stored if len(stored) == len(pairs) else None
+
+
+def _key(event: Mapping[str, Any]) -> tuple[object, object]:
+    kind = event["type"]
+    return kind, event.get(_ANSWERS[kind])
+
+
+def _within(ours: object, theirs: object) -> bool:
+    """Whether all that we said is there; the control plane may have added to it."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return all(_within(value, theirs.get(name)) for name, value in ours.items())
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and all(map(_within, ours, theirs))
+    return ours == theirs or (not ours and not theirs)
