@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import socket
 from datetime import UTC, datetime, timedelta
@@ -149,3 +150,14 @@ async def test_faults_of_a_file_strike(bare: Start, folder: Path) -> None:
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
     assert "faults strike file=faults.toml count=2" in command.err
+
+
+async def test_a_store_that_cannot_be_written_ends_it(bare: Start, folder: Path) -> None:
+    """Restarted, it goes on from what was promised; going on as it is, it could promise nothing."""
+    command, ready = await serve(bare, "--store", str(folder / "work.db"))
+    resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    asked = variables(ready, ready["token"])
+    await said(bare, asked, "work", "enqueue", "--count", "100", status=1)
+    assert await command.ends() == 1
+    assert "work.db" in command.err
+    assert "Traceback" not in command.err

@@ -12,6 +12,7 @@ import typer
 from workpool.cli import exits, logs
 from workpool.cli.options import Json, Verbose, is_verbose
 from workpool.cli.signals import Signals
+from workpool.errors import innermost
 from workpool.pool.keeper import new_event_loop
 from workpool.server import (
     DEFAULT_ENVIRONMENT,
@@ -92,7 +93,13 @@ async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> No
     with Signals() as signals:
         async with plane:
             typer.echo(_ready_line(plane, shown, as_json=as_json))
-            await signals.first.wait()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    watching = group.create_task(plane.operations.failed())
+                    await signals.first.wait()
+                    watching.cancel()
+            except BaseExceptionGroup as group_error:
+                raise innermost(group_error) from None  # a broken store can only be restarted
             logs.log.info("serve ends signal=%s", signals.last)
 
 

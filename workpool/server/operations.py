@@ -95,6 +95,10 @@ class Operations:
         """Return once everything done so far survives a crash. Raises `StoreError`."""
         await self._store.durable()
 
+    async def failed(self) -> None:
+        """Wait until the store can save nothing any more. Raises `StoreError`."""
+        await self._store.failed()
+
     async def close(self) -> None:
         """Close the store."""
         await self._store.close()

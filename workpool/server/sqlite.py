@@ -97,6 +97,7 @@ class SqliteStore:
         self._committed = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._failure = ""
+        self._failed = asyncio.Event()
 
     async def open(self) -> Contents:
         """Lock the file, make or check its tables, read everything. Raises `StoreError`."""
@@ -128,6 +129,11 @@ class SqliteStore:
             future = asyncio.get_running_loop().create_future()
             self._waiting.append((self._saved, future))
             await future
+
+    async def failed(self) -> None:
+        """Wait until a write has failed. Raises `StoreError`."""
+        await self._failed.wait()
+        raise StoreError(self._failure)
 
     async def close(self) -> None:
         """Write what is left and release the file. May be called twice, or without `open`."""
@@ -189,6 +195,7 @@ class SqliteStore:
 
     def _on_failure(self, message: str, opened: asyncio.Future[Contents]) -> None:
         self._failure = message
+        self._failed.set()
         if not opened.done():
             opened.set_exception(StoreError(message))
             return

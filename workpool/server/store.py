@@ -6,6 +6,7 @@ A store is only written to while the control plane runs: its working state is th
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class Store(Protocol):
     async def durable(self) -> None:
         """Return once all that was saved so far survives a crash. Raises `StoreError`."""
 
+    async def failed(self) -> None:
+        """Wait for the moment after which nothing can be saved any more. Raises `StoreError`."""
+
     async def close(self) -> None:
         """Make the rest durable and let go of the file."""
 
@@ -64,6 +68,10 @@ class MemoryStore:
 
     async def durable(self) -> None:
         """Return at once."""
+
+    async def failed(self) -> None:
+        """Wait for ever: there is nothing to fail."""
+        await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
         """Nothing to do."""
