@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from workpool import __version__
-from workpool.cli import check, demo, listing, new, run, serve, work
+from workpool.cli import check, demo, hold, listing, new, run, serve, work
 from workpool.cli.options import Verbose
 
 # Rich tracebacks show local variables, and so tokens.
@@ -39,6 +39,7 @@ def root(
 
 app.command()(demo.demo)
 app.command()(run.run)
+app.command(context_settings={"allow_interspersed_args": False})(hold.hold)
 app.command()(serve.serve)
 app.command()(check.check)
 app.command("plugins")(listing.plugins)

@@ -29,7 +29,6 @@ from workpool.cli.signals import Signals
 from workpool.errors import WorkpoolError
 from workpool.pool.keeper import new_event_loop
 from workpool.pool.supervisor import Supervisor
-from workpool.settings import Settings
 
 METRICS_LISTEN: Final = "127.0.0.1:9464"
 BLOCKING_THREADS: Final = "workpool-blocking"
@@ -77,12 +76,11 @@ def run(
         settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
     logs.configure(settings.log_level, settings.log_format)
     import_from_here()
-    raise typer.Exit(run_pool(settings, until_empty=drain))
+    raise typer.Exit(run_supervisor(Supervisor(settings), until_empty=drain))
 
 
-def run_pool(settings: Settings, *, until_empty: bool) -> int:
-    """Run the pool on a loop of its own; returns the exit status."""
-    supervisor = Supervisor(settings)
+def run_supervisor(supervisor: Supervisor, *, until_empty: bool = False) -> int:
+    """Run a pool on a loop of its own; returns the exit status."""
     supervisor.on_blocked = functools.partial(exits.leave_now, exits.FAILED)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_live(supervisor, until_empty=until_empty))
