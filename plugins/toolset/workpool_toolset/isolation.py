@@ -67,8 +67,8 @@ class Limits:
         # Goes home here: `bwrap` of a root worker may not enter what is its session's alone.
         # -d, not -v: programs like node reserve far more addresses than they ever use.
         return (
-            f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds} -u {self.processes}"
-            f' -f {self.file_mb * 1024} -n 4096 && exec "$@"'
+            f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
+            f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
         )
 
 
@@ -173,12 +173,13 @@ class Bubblewrap:
 
     def _files(self, workspace: Path) -> list[str]:
         words = ["--ro-bind", "/usr", "/usr"]
-        for path in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64")):
-            if path.is_symlink():
-                words += ["--symlink", str(path.readlink()), str(path)]
-            elif path.exists():
-                words += ["--ro-bind", str(path), str(path)]
-        words += ["--perms", "0755", "--dir", "/etc"]  # made on the way, it would be private
+        for folder in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64")):
+            if folder.is_symlink():
+                words += ["--symlink", str(folder.readlink()), str(folder)]
+            elif folder.exists():
+                words += ["--ro-bind", str(folder), str(folder)]
+        for path in ("/etc", "/etc/ssl"):  # made on the way, they would be private
+            words += ["--perms", "0755", "--dir", path]
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         size = str(self.limits.memory_mb << 20)

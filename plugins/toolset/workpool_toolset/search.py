@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from workpool_toolset import walker
 from workpool_toolset.results import ERROR_CHARACTERS, ToolError
+from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,11 +69,17 @@ class Search:
     async def grep(self, pattern: str, path: str, include: str | None) -> str:
         """The lines that match, as `path:line:text`."""
         with self._workspace.at(path) as spot:
+            mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
+                raise ToolError(f"{path}: neither a file nor a directory")
             inside = spot.root is self._workspace.home
             if self._sandboxed and inside and RIPGREP.exists():
                 found = await self._ripgrep(self._sandboxed, spot, pattern, include)
+            elif stat.S_ISDIR(mode):
+                with self._workspace.directory(path) as inner:
+                    found = await self._walk(inner, _grep(pattern, include))
             else:
-                found = await self._walker_grep(spot, path, pattern, include)
+                found = await self._walk(spot, _grep(pattern, include) | {"name": spot.name})
         return found or "no matches"
 
     async def _ripgrep(
@@ -87,14 +94,6 @@ class Search:
         if status not in {0, _NOTHING} and not found:
             raise ToolError(f"grep: {said.strip() or 'failed'}")
         return found.replace("\n./", "\n").removeprefix("./")
-
-    async def _walker_grep(self, spot: Spot, path: str, pattern: str, include: str | None) -> str:
-        request = {"tool": "grep", "pattern": pattern, "include": include}
-        found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
-        if not stat.S_ISDIR(found.st_mode):
-            return await self._walk(spot, request | {"name": spot.name})
-        with self._workspace.directory(path) as inner:
-            return await self._walk(inner, request)
 
     async def _walk(self, spot: Spot, request: dict[str, str | None]) -> str:
         where = self._workspace.relative(spot.shown)
@@ -111,6 +110,10 @@ class Search:
         if status and not found:
             raise ToolError(f"the search failed, or took more than {walker.CPU_SECONDS} s")
         return found
+
+
+def _grep(pattern: str, include: str | None) -> dict[str, str | None]:
+    return {"tool": "grep", "pattern": pattern, "include": include}
 
 
 async def _bounded(
@@ -132,11 +135,14 @@ async def _bounded(
             said = group.create_task(_start_of(process.stderr, ERROR_CHARACTERS), name="said")
             if (await found)[1]:
                 _kill(process)
-        await process.wait()
+            await process.wait()
     except TimeoutError:
         raise ToolError(f"the search took more than {SEARCH_SECONDS:.0f} s") from None
     finally:
         _kill(process)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(REAP_SECONDS):
+                await process.wait()
     text, cut = found.result()
     return process.returncode or 0, text + (CUT if cut else ""), said.result()[0]
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 HOPS: Final = 40
 """Symbolic links followed for one path, as many as the kernel follows."""
+PATH_BYTES: Final = 4096
+"""As the kernel's own limit."""
 
 _ENTER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WORDS: Final = {
@@ -128,11 +130,10 @@ class Workspace:
             root, parts = self._root_of(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
-            with contextlib.ExitStack() as attempt:
-                found = _descend(root, parts, attempt, make=make)
-                if isinstance(found, Spot):
-                    stack.push(attempt.pop_all())
-                    return found
+            found = _descend(root, parts, make=make)
+            if isinstance(found, Spot):
+                stack.callback(os.close, found.directory)
+                return found
             wanted = found
         raise ToolError(f"{path}: too many levels of symbolic links")
 
@@ -153,23 +154,25 @@ def plainly(path: str) -> Iterator[None]:
         raise ToolError(f"{path}: {_WORDS.get(error.errno or 0, 'cannot be used')}") from None
 
 
-def _descend(
-    root: Root, parts: list[str], stack: contextlib.ExitStack, *, make: bool
-) -> Spot | str:
-    """Go down from a root: the place, or, met by a link, the path to go on with instead."""
+def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:
+    """Go down from a root: the place, its directory open, or, met by a link, the path to go on."""
     here = root.shown
     directory = os.open(root.host, _ENTER)
-    stack.callback(os.close, directory)
-    for index, name in enumerate(parts):
-        target = _target(directory, name)
-        if target is not None:
-            return _collapse(posixpath.join(here, target, *parts[index + 1 :]))
-        if index == len(parts) - 1:
-            return Spot(directory, name, posixpath.join(here, name), root)
-        spot = Spot(directory, name, posixpath.join(here, name), root)
-        directory = _enter(spot, make=make)
-        stack.callback(os.close, directory)
-        here = spot.shown
+    try:
+        for index, name in enumerate(parts):
+            target = _target(directory, name)
+            if target is not None:
+                os.close(directory)
+                return _collapse(posixpath.join(here, target, *parts[index + 1 :]))
+            spot = Spot(directory, name, posixpath.join(here, name), root)
+            if index == len(parts) - 1:
+                return spot
+            entered = _enter(spot, make=make)
+            os.close(directory)  # one at a time: a path may be deeper than descriptors last
+            directory, here = entered, spot.shown
+    except BaseException:
+        os.close(directory)
+        raise
     return Spot(directory, ".", here, root)
 
 
@@ -210,5 +213,5 @@ def _check_text(path: str) -> None:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:
         raise ToolError("the path is not valid Unicode") from None
-    if not encoded or b"\0" in encoded:
-        raise ToolError("the path is empty or holds a NUL")
+    if not encoded or b"\0" in encoded or len(encoded) > PATH_BYTES:
+        raise ToolError("the path is empty, too long or holds a NUL")

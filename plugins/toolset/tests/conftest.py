@@ -1,0 +1,139 @@
+"""Sessions of the plugin without a control plane: its toolbox on a workspace of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Isolation, Limits, problem
+from workpool_toolset.search import Sandboxed, Search
+from workpool_toolset.shell import Shell
+from workpool_toolset.tools import Times, Toolbox, ToolCall
+from workpool_toolset.workspace import Root, Workspace
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from workpool_toolset.results import Result
+
+SESSION = "sess_1"
+
+
+class Agent:
+    """Calls tools and reads their answers, as an agent would."""
+
+    def __init__(self, toolbox: Toolbox, folder: Path, shown: str) -> None:
+        self.toolbox = toolbox
+        self.folder = folder
+        self.shown = shown
+
+    async def call(self, name: str, *, custom: bool = False, **fields: Any) -> Result:
+        call = ToolCall(id="evt_1", name=name, input=fields, custom=custom, session=SESSION)
+        return await self.toolbox.run(call)
+
+    async def says(self, name: str, **fields: Any) -> str:
+        """The text of a success."""
+        result = await self.call(name, **fields)
+        assert not result.is_error, result
+        return text(result)
+
+    async def fails(self, name: str, **fields: Any) -> str:
+        """The text of a failure."""
+        result = await self.call(name, **fields)
+        assert result.is_error, result
+        return text(result)
+
+
+def text(result: Result) -> str:
+    return "\n".join(str(block.get("text")) for block in result.content)
+
+
+def agent_of(
+    isolation: Isolation,
+    folder: Path,
+    roots: Sequence[Root] = (),
+    *,
+    custom: Any = None,
+    times: Times = Times(bash=20.0, tool=30.0),  # noqa: B008 - frozen
+    file_bytes: int = 256 * 1024,
+) -> Agent:
+    owner = isolation.owner(SESSION)
+    if owner:
+        os.chown(folder, *owner)
+    shown = isolation.shown(folder)
+    workspace = Workspace([Root(shown, folder, owner=owner), *roots])
+    prefix, environment = isolation.command(SESSION, folder, ()), isolation.environment(None)
+    sandbox = Sandboxed(prefix, environment) if isolation.sandboxed else None
+    toolbox = Toolbox(
+        workspace,
+        Shell([*prefix, *BASH], environment, None if sandbox else folder),
+        Search(workspace, sandbox),
+        custom=custom or {},
+        times=times,
+        file_bytes=file_bytes,
+    )
+    return Agent(toolbox, folder, shown)
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Bubblewrap:
+    """A sandbox that works here; without one, the tests that need it are skipped, and say why."""
+    found = Bubblewrap(Limits(memory_mb=1024, cpu_seconds=20, processes=64, file_mb=64))
+    if wrong := asyncio.run(problem(found, tmp_path_factory.mktemp("probe"))):
+        pytest.skip(f"bubblewrap does not work here: {wrong}")
+    return found
+
+
+def remove(folder: Path) -> None:
+    """As `rm -rf`, which removes what is deeper than Python can."""
+    subprocess.run(["/bin/rm", "-rf", folder], check=True)  # noqa: S603 - the test's own folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "workspace"
+    folder.mkdir(mode=0o700)
+    yield folder
+    remove(folder)
+
+
+@pytest.fixture
+async def agents(folder: Path) -> AsyncIterator[Callable[..., Agent]]:
+    """Makes agents without isolation: `agents(roots=…, custom=…, times=…)`."""
+    made: list[Agent] = []
+
+    def make(**options: Any) -> Agent:
+        made.append(agent_of(Bare(), folder, **options))
+        return made[-1]
+
+    yield make
+    for agent in made:
+        await agent.toolbox.close()
+
+
+@pytest.fixture(params=["bare", "boxed"])
+def agent(request: pytest.FixtureRequest) -> Agent:
+    """Both, one after the other."""
+    found: Agent = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def bare(folder: Path) -> AsyncIterator[Agent]:
+    """An agent whose commands run without isolation."""
+    agent = agent_of(Bare(), folder)
+    yield agent
+    await agent.toolbox.close()
+
+
+@pytest.fixture
+async def boxed(sandbox: Bubblewrap, folder: Path) -> AsyncIterator[Agent]:
+    """An agent whose commands run in a sandbox."""
+    agent = agent_of(sandbox, folder)
+    yield agent
+    await agent.toolbox.close()

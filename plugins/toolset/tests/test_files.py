@@ -1,0 +1,178 @@
+"""`read`, `write` and `edit`, as an agent calls them."""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool_toolset.workspace import Root
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+async def test_writes_then_reads_what_was_written(bare: Any, folder: Path) -> None:
+    content = "one\r\ntwo\n\n  é✓\n"
+    said = await bare.says("Write", file_path="new/deep/a.txt", content=content)
+    assert said == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
+    assert (folder / "new/deep/a.txt").read_bytes() == content.encode()
+    assert await bare.says("Read", file_path="new/deep/a.txt") == content
+    assert await bare.says("read", path=f"{folder}/./new/../new/deep/a.txt") == content
+    assert [path.name for path in (folder / "new/deep").iterdir()] == ["a.txt"]
+
+
+async def test_writing_over_a_file_keeps_its_mode_but_not_setuid(bare: Any, folder: Path) -> None:
+    (folder / "run.sh").write_text("old")
+    (folder / "run.sh").chmod(0o4750)
+    await bare.says("write", file_path="run.sh", content="new")
+    assert stat.S_IMODE((folder / "run.sh").stat().st_mode) == 0o750
+
+
+async def test_follows_links_inside_the_workspace(bare: Any, folder: Path) -> None:
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    (folder / "absolute").symlink_to(folder / "link")
+    (folder / "dangling").symlink_to("absolute/later.txt")
+    await bare.says("write", file_path="dangling", content="here")
+    assert (folder / "real/later.txt").read_text() == "here"
+    assert (folder / "dangling").is_symlink()
+    assert await bare.says("read", file_path="absolute/later.txt") == "here"
+    for number in range(40):
+        (folder / f"hop{number}").symlink_to(f"hop{number + 1}")
+    (folder / "hop40").write_text("end")
+    assert await bare.says("read", file_path="hop0") == "end"
+    (folder / "hop").symlink_to("hop0")
+    assert "too many levels" in await bare.fails("read", file_path="hop")
+
+
+LINES = "one\ntwo\nthree\nfour"
+
+
+@pytest.mark.parametrize(
+    ("fields", "selected"),
+    [
+        ({"view_range": [1, 2]}, "one\ntwo\n"),
+        ({"view_range": [2, 2]}, "two\n"),
+        ({"view_range": [3, 0]}, "three\nfour"),
+        ({"view_range": [4, -1]}, "four"),
+        ({"view_range": [2, 99]}, "two\nthree\nfour"),
+        ({"offset": 2, "limit": 2}, "two\nthree\n"),
+        ({"offset": 3}, "three\nfour"),
+        ({"limit": 1}, "one\n"),
+    ],
+)
+async def test_reads_a_range_of_lines(
+    bare: Any, folder: Path, fields: dict[str, Any], selected: str
+) -> None:
+    (folder / "lines").write_text(LINES)
+    assert await bare.says("read", file_path="lines", **fields) == selected
+
+
+@pytest.mark.parametrize("asked", [[0, 1], [3, 2], [5, 0], [1], "1-2", [1, "x"], [1.5, 2], {}])
+async def test_a_range_that_cannot_be(bare: Any, folder: Path, asked: object) -> None:
+    (folder / "lines").write_text(LINES)
+    await bare.fails("read", file_path="lines", view_range=asked)
+
+
+async def test_a_large_file_is_read_in_parts(bare: Any, folder: Path) -> None:
+    line = "é" * 49 + "\n"
+    (folder / "large").write_text(line * 10_000)  # 990 kB
+    assert "view_range" in await bare.fails("read", file_path="large")
+    assert await bare.says("read", file_path="large", view_range=[9_999, 0]) == line * 2
+    cut = await bare.says("read", file_path="large", view_range=[2, 0])
+    assert cut.endswith("[cut after 262144 bytes]")
+    assert "\ufffd" not in cut
+    assert "larger" in await bare.fails(
+        "edit", file_path="large", old_string="é", new_string="e", replace_all=True
+    )
+
+
+async def test_images_and_documents_are_blocks(bare: Any, folder: Path) -> None:
+    (folder / "a.PNG").write_bytes(b"\x89PNG")
+    (folder / "b.pdf").write_bytes(b"%PDF")
+    [image] = (await bare.call("read", file_path="a.PNG")).content
+    assert (image["type"], image["source"]["media_type"]) == ("image", "image/png")
+    assert base64.b64decode(image["source"]["data"]) == b"\x89PNG"
+    [document] = (await bare.call("read", file_path="b.pdf")).content
+    assert (document["type"], document["source"]["media_type"]) == ("document", "application/pdf")
+    await bare.fails("read", file_path="a.PNG", view_range=[1, 2])
+    (folder / "huge.jpg").write_bytes(b"x" * (4 * 1024 * 1024))
+    assert "larger" in await bare.fails("read", file_path="huge.jpg")
+
+
+async def test_what_is_no_text_file_is_refused(bare: Any, folder: Path) -> None:
+    (folder / "binary").write_bytes(b"\xff\xfe\x00")
+    (folder / "empty").touch()
+    (folder / "directory").mkdir()
+    os.mkfifo(folder / "pipe")
+    assert "UTF-8" in await bare.fails("read", file_path="binary")
+    assert "is a directory" in await bare.fails("read", file_path="directory")
+    assert "is a directory" in await bare.fails("write", file_path=".", content="x")
+    assert "is a directory" in await bare.fails("write", file_path="directory", content="x")
+    assert "regular" in await bare.fails("read", file_path="pipe")
+    assert "regular" in await bare.fails("write", file_path="pipe", content="x")
+    assert "no such file" in await bare.fails("read", file_path="missing")
+    assert "not a directory" in await bare.fails("write", file_path="empty/x", content="x")
+    assert "surrogates" in await bare.fails("write", file_path="x", content="\ud800")
+    assert await bare.says("read", file_path="empty") == "(no output)"
+
+
+async def test_edits(bare: Any, folder: Path) -> None:
+    path = folder / "code.py"
+    path.write_text("a = 1\nb = 1\n")
+    assert await bare.says("edit", file_path="code.py", old_string="a = 1", new_string="a = 2") == (
+        "replaced 1 occurrence in code.py"
+    )
+    failed = await bare.fails("edit", file_path="code.py", old_string=" = ", new_string=": ")
+    assert "2 times" in failed
+    assert "not found" in await bare.fails(
+        "edit", file_path="code.py", old_string="c", new_string="d"
+    )
+    said = await bare.says(
+        "edit", file_path="code.py", old_string=" = ", new_string=": ", replace_all=True
+    )
+    assert said == "replaced 2 occurrences in code.py"
+    assert path.read_text() == "a: 2\nb: 1\n"
+    for old, new in [("", "x"), ("a", "a")]:
+        await bare.fails("edit", file_path="code.py", old_string=old, new_string=new)
+    await bare.fails("edit", file_path="gone/code.py", old_string="a", new_string="b")
+    assert not (folder / "gone").exists()
+
+
+async def test_further_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
+    shared, frozen, nested = tmp_path / "shared", tmp_path / "frozen", tmp_path / "shared/frozen"
+    nested.mkdir(parents=True)
+    frozen.mkdir()
+    (frozen / "a").write_text("kept")
+    (folder / "to").symlink_to(shared)
+    roots = [
+        Root(str(shared), shared),
+        *(Root(str(r), r, writable=False) for r in (frozen, nested)),
+    ]
+    agent = agents(roots=roots)
+    await agent.says("write", file_path=f"{shared}/b", content="new")
+    assert await agent.says("read", file_path="to/b") == "new"
+    assert await agent.says("read", file_path=f"{frozen}/a") == "kept"
+    for path in (f"{frozen}/a", f"{nested}/a", "to/frozen/a", f"{frozen}/made/a"):
+        assert "read-only" in await agent.fails("write", file_path=path, content="x")
+    assert "read-only" in await agent.fails(
+        "edit", file_path=f"{frozen}/a", old_string="kept", new_string="x"
+    )
+    assert await agent.says("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
+    assert await agent.says("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
+    assert not (frozen / "made").exists()
+
+
+async def test_files_of_a_sandboxed_session_are_its_own(boxed: Any, folder: Path) -> None:
+    await boxed.says("write", file_path="/workspace/made/by-tool", content="one\n")
+    await boxed.says(
+        "bash", command="echo two >> made/by-tool; mkdir sub; echo three > sub/by-bash"
+    )
+    assert await boxed.says("read", file_path="made/by-tool") == "one\ntwo\n"
+    await boxed.says("edit", file_path="sub/by-bash", old_string="three", new_string="four")
+    await boxed.says("bash", command="rm -r made && echo five >> /workspace/sub/by-bash")
+    assert (folder / "sub/by-bash").read_text() == "four\nfive\n"

@@ -1,0 +1,349 @@
+"""What a hostile session tries: to read the worker's token, or to change what is not its own.
+
+The token stands where a real worker has it: in this process's environment, in a file beside the
+workspaces, in another session's workspace. No answer of any tool may hold it, and nothing outside
+the session's workspace may change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from workpool_toolset.results import Result
+
+TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - there to be looked for
+
+
+@pytest.fixture(autouse=True)
+def secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Everything that is not the session's own, beside its workspace; unchanged at the end."""
+    monkeypatch.setenv("QODER_PAT", TOKEN)
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", TOKEN)
+    outside = folder.parent
+    (outside / "token").write_text(TOKEN)
+    other = outside / "workspace-2"
+    (other / "deep").mkdir(parents=True)
+    (other / "secret.txt").write_text(TOKEN)
+    (other / "deep/secret.txt").write_text(TOKEN)
+    before = snapshot(outside)
+    yield outside
+    assert snapshot(outside) == before
+
+
+def snapshot(outside: Path) -> dict[str, str]:
+    """All files beside the workspace, by what is in them."""
+    return {
+        str(path.relative_to(outside)): hashlib.sha256(
+            path.read_bytes() if path.is_file() else b""
+        ).hexdigest()
+        for part in sorted(outside.iterdir())
+        for path in (part, *sorted(part.rglob("*") if part.name != "workspace" else ()))
+    }
+
+
+def said(result: Result) -> str:
+    return str(result.content)
+
+
+def plant(folder: Path) -> None:
+    """Links of every kind, as a session can make them with Bash."""
+    outside = folder.parent
+    (folder / "src").mkdir()
+    (folder / "src/own.txt").write_text("own")
+    for name, target in {
+        "absolute": outside / "token",
+        "relative": "../token",
+        "folder": outside / "workspace-2",
+        "up": "..",
+        "top": "/",
+        "chain": "chain2",
+        "chain2": "src/../chain3",
+        "chain3": "../token",
+        "loop": "loop2",
+        "loop2": "loop",
+        "self": "self",
+        "dangling": "../not-there",
+        "environ": "/proc/self/environ",
+        "parent": f"/proc/{os.getpid()}/environ",
+        "cwd": "/proc/self/cwd",
+        "descriptor": "/proc/self/fd",
+        "image.png": "../token",
+        "paper.pdf": outside / "token",
+        "src/inner": "../../token",
+        "src/absolute": str(folder / "absolute"),
+        "shown": "/workspace/../token",
+        "long": "src/" + "../src/" * 500 + "../../token",
+        "device": "/dev/zero",
+        "root": "/proc/self/root",
+    }.items():
+        (folder / name).symlink_to(target)
+    for number in range(60):
+        (folder / f"hop{number}").symlink_to(f"hop{number + 1}")
+    (folder / "hop60").symlink_to("../token")
+    os.mkfifo(folder / "pipe")
+
+
+def paths(folder: Path) -> list[str]:
+    outside, pid = folder.parent, os.getpid()
+    return [
+        f"{outside}/token",
+        f"{outside}/workspace-2/secret.txt",
+        f"/{outside}/token",
+        f"{folder}/../token",
+        f"{folder}-2/secret.txt",
+        *("../token", "./../token", "src/../../token", "src/../../workspace-2/secret.txt"),
+        *(
+            "/workspace/../token",
+            "/workspace/../../token",
+            "/workspace-2/secret.txt",
+            "/workspacex",
+        ),
+        *("absolute", "relative", "chain", "shown", "long", "hop0", "hop20", "src/inner"),
+        *("src/absolute", "folder/secret.txt", "folder/deep/secret.txt", "up/token", "up/up/up"),
+        *(
+            "up/workspace-2/secret.txt",
+            f"top{outside}/token",
+            "loop",
+            "loop/token",
+            "self",
+            "self/x",
+        ),
+        *("dangling", "environ", "parent", "cwd/../token", "descriptor/0", f"root{outside}/token"),
+        *("image.png", "paper.pdf", "device", "pipe", "pipe/x", "src/own.txt/../../../token"),
+        *("/proc/self/environ", f"/proc/{pid}/environ", "/proc/1/environ", "/proc/self/mem"),
+        *(f"/proc/self/root{outside}/token", f"/proc/{pid}/cwd/token", "/proc/self/fd/0"),
+        *("/etc/passwd", "/etc/shadow", "/dev/stdin", "/dev/zero", "/dev/fd/0", "/", "//", "///"),
+        *(
+            "..",
+            "../",
+            "../..",
+            "....//....//token",
+            "..\\token",
+            "%2e%2e/token",
+            "\uff0e\uff0e/token",
+        ),
+        *("~/token", "~root", "$HOME/token", "file:///etc/passwd", "", " ", "\0", "../token\0.txt"),
+        *("\ud800", "\udcff/../../token", "a" * 300, "a/" * 3000, "../" * 3000 + "etc/passwd"),
+        *("src\n/../../token", "-rf", "--files", "*", "{..,}/token", ".git/../../token"),
+    ]
+
+
+INPUTS: dict[str, list[dict[str, Any]]] = {
+    "read": [{}, {"view_range": [1, 5]}],
+    "write": [{"content": "changed"}],
+    "edit": [{"old_string": "pat", "new_string": "changed"}],
+    "glob": [{"pattern": "**"}],
+    "grep": [{"pattern": "pat|Zx9"}],
+}
+FIELD = {"glob": "path", "grep": "path"}
+
+
+@pytest.mark.parametrize("tool", INPUTS)
+async def test_no_path_leads_a_file_tool_out_of_a_sandboxed_workspace(
+    boxed: Any, folder: Path, tool: str
+) -> None:
+    await attempt(boxed, folder, tool)
+
+
+@pytest.mark.parametrize("tool", INPUTS)
+async def test_no_path_leads_a_file_tool_out_without_a_sandbox(
+    bare: Any, folder: Path, tool: str
+) -> None:
+    await attempt(bare, folder, tool)
+
+
+async def attempt(agent: Any, folder: Path, tool: str) -> None:
+    plant(folder)
+    for path in paths(folder):
+        for fields in INPUTS[tool]:
+            result = await agent.call(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
+            answer = said(result)
+            assert TOKEN not in answer, path
+            assert "secret.txt" not in answer or "secret.txt" in path, path
+            assert str(folder.parent) not in answer.replace(path, ""), path
+
+
+PATTERNS = [
+    *("/**", "/etc/*", "../*", "../**", "**/../../*", "src/../../*", "..", "{../,}*", "[.][.]/*"),
+    *("*/token", "up/*", "top/**", "folder/*", "**/secret.txt", "*/*/secret.txt", "loop/**"),
+    *("\0", "\ud800", "", "**/" * 400, "[", "[!", "*" * 300, "a" * 5000, "cwd/**", "root/etc/*"),
+]
+
+
+async def test_no_pattern_leads_glob_out(boxed: Any, folder: Path) -> None:
+    plant(folder)
+    for pattern in PATTERNS:
+        answer = said(await boxed.call("glob", pattern=pattern))
+        assert "secret.txt" not in answer or "secret.txt" in pattern, pattern
+        assert "token" not in answer or "token" in pattern, pattern
+
+
+GREPS = [
+    *("--files", "-f../token", "--pre=cat", "-z", "--follow", "(a+)+$", "(?", "[", "\\", "\0", ""),
+    *("\ud800", "(" * 500, "a{1,1000}{1,1000}", "--hostname-bin=/bin/sh", "-e pat", "pat"),
+]
+
+
+async def test_no_pattern_turns_grep_into_something_else(boxed: Any, folder: Path) -> None:
+    plant(folder)
+    for pattern in GREPS:
+        assert TOKEN not in said(await boxed.call("grep", pattern=pattern)), pattern
+        include = await boxed.call("grep", pattern="pat", include=pattern)
+        assert TOKEN not in said(include), pattern
+
+
+def commands(outside: Path, port: int) -> list[str]:
+    pid = os.getpid()
+    python = "python3 -c"
+    return [
+        *("env", "export -p", "set", "cat /proc/*/environ", "cat /proc/1/environ | tr '\\0' '\\n'"),
+        *(f"cat /proc/{pid}/environ", f"cat /proc/{pid}/cmdline", "cat /proc/$PPID/environ"),
+        *(f"cat {outside}/token", f"ls {outside}", f"cat {outside}/workspace-2/secret.txt"),
+        *("ls ..", "cat ../token", f"cat /proc/1/root{outside}/token", f"cat /proc/1/cwd{outside}"),
+        f"for f in /proc/*/root /proc/*/cwd; do cat $f{outside}/token; done",
+        *("for f in /proc/*/fd/*; do timeout 1 cat $f; done", "cat /proc/*/mem | head -c 100"),
+        *("find / -xdev -name token -exec cat {} +", "grep -rs Zx9 /etc /dev /tmp /workspace"),
+        *("ls -la /root /home /var /srv /mnt /opt /run /sys", "cat /etc/shadow", "cat /root/.*"),
+        *("ps axeww", "pgrep -a python", "kill -9 -1", f"kill -9 {pid}", "kill -STOP 1"),
+        *(
+            "touch /usr/x",
+            "touch /etc/x",
+            "touch /x",
+            "mkdir /y",
+            "rm -rf /usr/bin/env",
+            "touch /dev/x",
+        ),
+        *("chmod u+w /usr", "mount -o remount,rw /", "mount -o remount,rw /usr", "umount /usr"),
+        *("mount -t proc proc /tmp", f"mount --bind / /tmp && cat /tmp{outside}/token"),
+        *("mknod /tmp/disk b 254 0 && head -c 1000 /tmp/disk", "ls /dev", "cat /dev/mem /dev/kmsg"),
+        *(
+            "mknod disk b 8 0 && head -c 1000 disk",
+            "debugfs -R 'ls /' /dev/vda",
+            "head -c 1 /dev/vda",
+        ),
+        f"unshare -Urm sh -c 'mount --bind / /tmp; cat /tmp{outside}/token'",
+        f"unshare -Urmp --fork sh -c 'mount -t proc proc /proc; cat /proc/{pid}/environ'",
+        *(f"nsenter -t 1 -a cat {outside}/token", f"nsenter -t {pid} -m cat {outside}/token"),
+        f"chroot /proc/1/root cat {outside}/token",
+        f"bwrap --bind / / cat {outside}/token",
+        *("setpriv --reuid 0 id -u", "su -c id", "sudo -n id", "newgrp root", "passwd root"),
+        *("echo '|/bin/sh' > /proc/sys/kernel/core_pattern", "echo b > /proc/sysrq-trigger"),
+        *("sysctl -w kernel.hostname=x", "hostname owned", "date -s 2001-01-01", "dmesg"),
+        *("echo 0 > /proc/self/oom_score_adj", "ulimit -u unlimited", "ulimit -d unlimited"),
+        *("echo 1 > /proc/sys/vm/drop_caches", "insmod /tmp/x.ko", "keyctl show", "capsh --print"),
+        f"exec 3<>/dev/tcp/127.0.0.1/{port}; echo GET >&3",
+        f"{python} 'import socket; socket.create_connection((\"127.0.0.1\", {port}), 2)'",
+        f"{python} 'import socket; socket.create_connection((\"1.1.1.1\", 53), 2)'",
+        f"{python} 'import socket; socket.socket(17, 3, 768)'",  # AF_PACKET
+        f"{python} 'import ctypes; print(ctypes.CDLL(None).ptrace(16, {pid}, 0, 0))'",
+        f"{python} 'import os; os.setuid(0); print(open(\"{outside}/token\").read())'",
+        f'{python} \'import os; fd = os.open("/", 0); os.chroot("/tmp"); os.fchdir(fd)\'',
+        *("ln -s / top; cat top/etc/shadow", f"ln {outside}/token hard", "ln /usr/bin/su hard; ls"),
+        *("cat /proc/mounts | grep -c token", "cat /proc/self/mountinfo | grep Zx9"),
+        *("exit", "kill -9 $$", "exec true", "exec <&-", "exec >&-; echo x", "set -e; false"),
+        *(
+            "builtin() { :; }; printf() { :; }; echo x",
+            "trap 'echo x' DEBUG EXIT",
+            "alias eval=true",
+        ),
+        *("cat /proc/$$/fd/0 & sleep 0.1; kill %1", "head -c 20 /proc/$$/fd/0"),
+        *(
+            "echo \"'",
+            "cat <<X",
+            "(((",
+            "if",
+            "$(",
+            "\\",
+            "'; cat ../token; '",
+            "\ud800",
+            "\x1b[2J",
+        ),
+    ]
+
+
+async def test_no_command_reaches_out_of_the_sandbox(boxed: Any, secrets: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0)
+        for command in commands(secrets, listener.getsockname()[1]):
+            if boxed.toolbox._shell.ended:
+                await boxed.says("bash", restart=True)
+            result = await boxed.call("bash", command=command, timeout_ms=800)
+            assert TOKEN not in said(result), command
+            assert not re.search("root:[x*!$]", said(result)), command  # of passwd, of shadow
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    os.kill(os.getpid(), 0)
+
+
+def test_there_are_200_hostile_inputs(folder: Path) -> None:
+    files = len(paths(folder)) * sum(map(len, INPUTS.values()))
+    assert files + len(PATTERNS) + 2 * len(GREPS) + len(commands(folder, 1)) >= 600
+
+
+SWAPPER = """
+import ctypes, os, sys
+folder, outside = sys.argv[1:]
+os.chdir(folder)
+os.symlink(outside, "place2")
+os.symlink(outside + "/secret.txt", "leaf2")
+libc, here, exchange = ctypes.CDLL(None), -100, 2
+print("ready", flush=True)
+while True:
+    assert libc.renameat2(here, b"place", here, b"place2", exchange) == 0
+    assert libc.renameat2(here, b"leaf", here, b"leaf2", exchange) == 0
+"""
+
+
+@pytest.fixture
+def race(folder: Path) -> Iterator[None]:
+    """A directory and a file that another process turns into links to the outside, and back."""
+    (folder / "place").mkdir()
+    (folder / "place/secret.txt").write_text("own")
+    (folder / "leaf").write_text("own")
+    words = [sys.executable, "-c", SWAPPER, str(folder), str(folder.parent / "workspace-2")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:  # noqa: S603 - ours
+        assert process.stdout
+        assert process.stdout.readline()
+        yield
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.usefixtures("race")
+async def test_no_race_leads_a_file_tool_out(bare: Any) -> None:
+    outcomes = set()
+    for _ in range(300):
+        for tool, fields in [
+            ("read", {"file_path": "place/secret.txt"}),
+            ("read", {"file_path": "leaf"}),
+            ("write", {"file_path": "place/new.txt", "content": "changed"}),
+            ("write", {"file_path": "place/made/new.txt", "content": "changed"}),
+            ("edit", {"file_path": "place/secret.txt", "old_string": "own", "new_string": "own2"}),
+            ("edit", {"file_path": "place/secret.txt", "old_string": "own2", "new_string": "own"}),
+        ]:
+            result = await bare.call(tool, **fields)
+            assert TOKEN not in said(result)
+            outcomes.add((tool, result.is_error))
+    # The race was one: each tool has both succeeded and failed.
+    assert outcomes == {(tool, error) for tool in ("read", "write", "edit") for error in (0, 1)}
+
+
+@pytest.mark.usefixtures("race")
+async def test_no_race_leads_a_search_out(bare: Any) -> None:
+    for _ in range(8):
+        assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own"))
+        assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own", path="place"))
+        assert "deep" not in said(await bare.call("glob", pattern="**"))
+        assert "deep" not in said(await bare.call("glob", pattern="**", path="place"))

@@ -1,0 +1,200 @@
+"""The persistent bash, without and with a sandbox."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Limits
+
+
+def running(mark: str) -> list[int]:
+    """The descriptors of all processes that have this word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                found.append(os.pidfd_open(int(path.parent.name)))
+    return found
+
+
+async def ended(*processes: int) -> None:
+    """Wait until all these processes have ended, and close their descriptors."""
+    loop = asyncio.get_running_loop()
+    for process in processes:
+        over = asyncio.Event()
+        loop.add_reader(process, over.set)  # a process that has ended is readable
+        try:
+            async with asyncio.timeout(10):
+                await over.wait()
+        finally:
+            loop.remove_reader(process)
+            os.close(process)
+
+
+async def test_keeps_its_state_from_call_to_call(agent: Any) -> None:
+    await agent.says("Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }")
+    assert await agent.says("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("echo out; echo err >&2", "out\nerr\n"),
+        ("printf 'no newline'", "no newline"),
+        ("true", "(no output)"),
+        ("cat", "(no output)"),  # stdin is empty
+        ("printf '\\e[1;31mred\\e[0m \\e]0;title\\a'", "red "),
+        ("printf 'a\\xffb'", "a\ufffdb"),
+        ("echo a\n\n# comment\necho b", "a\nb\n"),
+        ("cat <<'X'\n'\"$(\nX", "'\"$(\n"),
+        ("echo $PS1$PS2-$TERM", "-dumb\n"),
+    ],
+)
+async def test_output(agent: Any, command: str, output: str) -> None:
+    assert await agent.says("bash", command=command) == output
+
+
+async def test_the_end_cannot_be_said_by_echoing_what_the_shell_reads(agent: Any) -> None:
+    said = await agent.says("bash", command="set -vx; echo 1")
+    assert "\n1\n" in said
+    assert "2\n" in await agent.says("bash", command="set +vx; echo 2")
+
+
+async def test_a_failure_is_told_with_its_output(agent: Any) -> None:
+    assert await agent.fails("bash", command="echo x; exit_code() { return 3; }; exit_code") == (
+        "x\n\nexit status 3"
+    )
+    assert "syntax error" in await agent.fails("bash", command="if; then")
+    assert "unexpected EOF" in await agent.fails("bash", command="echo 'open")
+    assert await agent.says("bash", command="echo still here") == "still here\n"
+
+
+async def test_the_end_of_much_output_is_kept(agent: Any) -> None:
+    said = await agent.says("bash", command="seq 1 200000")
+    assert said.startswith("[output truncated]\n")
+    assert said.endswith("\n199999\n200000\n")
+    assert 102_400 <= len(said) <= 102_400 + 19
+
+
+async def test_a_command_that_takes_too_long_takes_the_shell_with_it(agent: Any) -> None:
+    failed = await agent.fails("bash", command="echo before; sleep 600", timeout_ms=300)
+    assert failed.startswith("before\n\nkilled after 0.3 s")
+    assert "restart=true" in failed
+    assert "restart=true" in await agent.fails("bash", command="echo x")
+    assert await agent.says("bash", restart=True) == "bash session restarted"
+    assert await agent.says("bash", command="echo x") == "x\n"
+
+
+async def test_a_shell_that_ends_says_so(agent: Any) -> None:
+    failed = await agent.fails("bash", command="echo bye; exit 7")
+    assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
+    assert await agent.says("bash", command="echo new", restart=True) == "new\n"
+
+
+async def test_no_process_outlives_the_shell(bare: Any) -> None:
+    await bare.says("bash", command="(trap '' TERM; exec sleep 60.123) & sleep 60.123 &")
+    processes = running("60.123")
+    assert len(processes) == 2
+    await bare.toolbox.close()
+    await ended(*processes)
+
+
+async def test_no_process_outlives_the_sandbox(boxed: Any) -> None:
+    await boxed.says("bash", command="for n in 1 2; do setsid sleep 60.125 & done; sleep 0.2")
+    processes = running("60.125")
+    assert len(processes) == 2
+    await boxed.toolbox.close()
+    await ended(*processes)
+
+
+async def test_cancelled_the_shell_is_killed(agent: Any, folder: Path) -> None:
+    os.mkfifo(folder / "ready")
+    (folder / "ready").chmod(0o666)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        command = "trap '' TERM; echo > ready; sleep 60.127"
+        calling = group.create_task(agent.call("bash", command=command))
+        await asyncio.to_thread((folder / "ready").read_text)
+        calling.cancel()
+    assert running("60.127") == []
+    assert "restart" in await agent.fails("bash", command="echo x")
+
+
+async def test_a_sandbox_dies_with_its_worker(sandbox: Bubblewrap, folder: Path) -> None:
+    os.chown(folder, *(sandbox.owner("s") or (-1, -1)))
+    words = sandbox.command("s", folder, [*BASH, "-c", "echo up; setsid sleep 61.25"])
+    script = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    worker = await asyncio.create_subprocess_exec(
+        "python3", "-c", script, *words, stdout=asyncio.subprocess.PIPE
+    )
+    assert worker.stdout
+    async with asyncio.timeout(20):
+        assert await worker.stdout.readline() == b"up\n"
+        worker.kill()
+        assert await worker.stdout.read() == b""  # every holder of the pipe is gone
+        await worker.wait()
+
+
+@pytest.mark.parametrize("isolation", [Bare(), Bubblewrap(Limits())])
+def test_only_allowed_variables_are_passed(
+    isolation: Bare | Bubblewrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
+        monkeypatch.setenv(name, "C.UTF-8")
+    allowed = {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "PS1", "PS2", "TERM"}
+    assert isolation.environment(None).keys() <= allowed
+    assert isolation.environment(None)["LANG"] == "C.UTF-8"
+    only = isolation.environment({"A": "1"})
+    assert only == {"A": "1", "PS1": "", "PS2": "", "TERM": "dumb"}
+
+
+async def test_limits(boxed: Any) -> None:
+    memory = "python3 -c 'bytearray(3 << 30)'"
+    assert "MemoryError" in await boxed.fails("bash", command=memory)
+    assert "File size limit" in await boxed.fails("bash", command="head -c 80M /dev/zero > f")
+    many = "for n in $(seq 100); do sleep 30 & done 2>&1 | head -c 1000; jobs -p | wc -l"
+    assert "Resource temporarily unavailable" in str(await boxed.call("bash", command=many))
+    await boxed.says("bash", restart=True)
+    said = await boxed.says("bash", command="ulimit -H -t -u -d -f -c")
+    assert re.findall(r"\d+$", said, re.MULTILINE) == ["0", "1048576", "65536", "20", "64"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_worker_that_is_not_root_is_sandboxed_too(sandbox: Bubblewrap) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        os.chown(folder, 65534, 65534)
+        other = Bubblewrap(sandbox.limits, as_root=False)
+        script = "touch made; id -u; grep -c . /proc/self/mounts; cat /etc/shadow; unshare -U id"
+        done = subprocess.run(  # noqa: S603 - ours
+            other.command("s", folder, [*BASH, "-c", script]),
+            env=other.environment(None),
+            capture_output=True,
+            text=True,
+            check=False,
+            user=65534,
+            group=65534,
+            extra_groups=[],
+        )
+        if "setting up uid map" in done.stderr or "No permissions" in done.stderr:
+            pytest.skip(done.stderr)
+        assert done.stdout.splitlines()[0] == "65534", done.stderr
+        assert (folder / "made").exists()
+        assert "unshare failed" in done.stderr
+
+
+def test_each_session_has_a_user_of_its_own() -> None:
+    isolation = Bubblewrap(Limits(), as_root=True)
+    users = {isolation.owner(f"sess_{number}") for number in range(200)}
+    assert len(users) == 200
+    assert all(user and 1_900_000_000 <= user[0] < 2_100_000_000 for user in users)
+    assert Bubblewrap(Limits(), as_root=False).owner("sess_1") is None
