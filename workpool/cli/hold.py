@@ -50,7 +50,6 @@ def hold(
     The parent is a handler inside `session.handover()`: `lease.variables` is what this needs, with
     the token. A stop request and SIGTERM are handed on to the program.
     """
-    _leave_the_parent()
     for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # read by now; they are no settings
         os.environ.pop(name, None)
     with exits.reported():
@@ -66,6 +65,7 @@ def hold(
     )
     logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
     program = Program(command)
+    _leave_the_parent()
     status = run_supervisor(Hold(settings, work_id, last_heartbeat, plugins=[program]))
     logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
     if status == exits.OK and program.outcome not in GOOD:

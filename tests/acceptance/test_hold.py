@@ -1,0 +1,247 @@
+"""`workpool hold`: a lease kept around a program, whatever becomes of parent, holder or program."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, Command
+from workpool import Settings, WorkClient
+from workpool.wire.protocol import NO_HEARTBEAT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.acceptance.conftest import Ask, Start
+    from workpool.server import ControlPlane
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+
+LINGER = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.05; done"
+DEAF = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
+
+
+class Handed(NamedTuple):
+    """An item that a parent holds, and is about to hand over."""
+
+    work_id: str
+    variables: dict[str, str]
+
+
+class Parent(Protocol):
+    async def __call__(self, **variables: str) -> Handed: ...
+
+
+@pytest.fixture
+async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
+    async with WorkClient(settings) as client:
+        yield client
+
+
+@pytest.fixture
+def hand_over(plane: ControlPlane, client: WorkClient) -> Parent:
+    """Acknowledge an item, send one heartbeat, and tell what a child must know."""
+
+    async def parent(**variables: str) -> Handed:
+        (item,) = plane.enqueue(environment_id=ENVIRONMENT)
+        await client.poll()
+        await client.ack(item.id)
+        beat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
+        return Handed(
+            item.id,
+            {
+                "WORKPOOL_HOLD_WORK_ID": item.id,
+                "WORKPOOL_HOLD_LAST_HEARTBEAT": beat.last_heartbeat,
+                "WORKPOOL_HOLD_TTL": "10",
+                **variables,
+            },
+        )
+
+    return parent
+
+
+def kinds(plane: ControlPlane, work_id: str) -> list[str]:
+    """What became of the item since its parent's heartbeat."""
+    return [str(record.kind) for record in plane.history.of(work_id)][4:]
+
+
+async def in_shell(start: Start, handed: Handed, script: str) -> Command:
+    return await start("hold", "--", "sh", "-c", script, **handed.variables)
+
+
+@pytest.mark.parametrize(
+    ("status", "means"),
+    [
+        (0, (0, "stopped", {})),
+        (75, (0, "active", {"workpool.released": "exit status 75"})),
+        (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
+    ],
+)
+async def test_a_programs_exit_status_ends_the_item(
+    client: WorkClient, start: Start, hand_over: Parent, status: int, means: object
+) -> None:
+    handed = await hand_over()
+    command = await in_shell(start, handed, f"exit {status}")
+    exits = await command.ends()
+    item = await client.get(handed.work_id)
+    assert (exits, item.state, dict(item.metadata)) == means
+
+
+async def test_a_program_finds_the_ids_and_no_credentials(
+    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent
+) -> None:
+    handed = await hand_over(KEPT="yes", QODER_PAT="other")
+    command = await in_shell(start, handed, "env")
+    assert await command.ends() == 0
+    item = await client.get(handed.work_id)
+    assert kinds(plane, handed.work_id) == ["heartbeat", "stopped"]
+    found = dict(line.split("=", 1) for line in command.out.splitlines() if "=" in line)
+    assert {name: found[name] for name in found if name.startswith("WORKPOOL_")} == {
+        "WORKPOOL_WORK_ID": handed.work_id,
+        "WORKPOOL_SESSION_ID": item.session_id,
+        "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+    }
+    assert found["KEPT"] == "yes"
+    assert "QODER_PAT" not in found
+
+
+@pytest.mark.parametrize("script", [LINGER, DEAF], ids=["obeys", "deaf"])
+async def test_an_operators_stop_ends_the_program(
+    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent, script: str
+) -> None:
+    """SIGTERM, the grace, SIGKILL; the item is stopped whatever it exits with."""
+    handed = await hand_over(WORKPOOL_STOP_GRACE="0.5")
+    command = await in_shell(start, handed, script)
+    await command.prints("begun")
+    await client.stop(handed.work_id)
+    assert await command.ends() == 0
+    assert ("asked" in command.out) is (script is LINGER)
+    assert (await client.get(handed.work_id)).state == "stopped"
+    assert kinds(plane, handed.work_id)[-1] == "stopped"
+
+
+async def test_sigterm_hands_the_item_back(
+    client: WorkClient, start: Start, hand_over: Parent
+) -> None:
+    """As `docker stop` and the end of a pod do: somebody else is to run it."""
+    handed = await hand_over()
+    command = await in_shell(start, handed, LINGER)
+    await command.prints("begun")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert "asked" in command.out
+    item = await client.get(handed.work_id)
+    assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "exit status 3"})
+
+
+async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
+    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent
+) -> None:
+    handed = await hand_over()
+    command = await in_shell(start, handed, LINGER)
+    await command.prints("begun")
+    queue = plane.operations.queue(ENVIRONMENT)
+    queue.put(replace(queue.get(handed.work_id), lease_end=0))
+    rival = await client.poll(reclaim_older_than_ms=0)
+    assert rival is not None
+    await client.ack(rival.id)
+    assert await command.ends() == 1
+    assert "asked" in command.out
+    assert kinds(plane, handed.work_id)[-2:] == ["acked", "conflict"]
+    assert (await client.get(handed.work_id)).state == "starting"
+
+
+async def test_what_its_parent_has_taken_back_is_not_run(
+    client: WorkClient, start: Start, hand_over: Parent
+) -> None:
+    handed = await hand_over()
+    last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
+    back = await client.heartbeat(handed.work_id, last, 60)
+    command = await in_shell(start, handed, "echo begun")
+    assert await command.ends() == 1
+    assert command.out == ""
+    item = await client.get(handed.work_id)
+    assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
+
+
+async def test_nothing_of_the_program_outlives_a_holder_that_is_killed(
+    start: Start, hand_over: Parent
+) -> None:
+    """Its lease lapses, and another worker starts the session anew."""
+    handed = await hand_over()
+    command = await in_shell(start, handed, f"({DEAF}) & {DEAF}")
+    await command.prints("begun")
+    await command.prints("begun")
+    command.send(signal.SIGKILL)
+    assert await command.ends() == -signal.SIGKILL  # whoever could write to its output is gone
+
+
+PARENT = """
+import fcntl, subprocess, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.argv[1]])
+"""
+
+
+async def test_the_program_outlives_its_parent_and_the_terminal(
+    plane: ControlPlane, client: WorkClient, hand_over: Parent, tmp_path: Any
+) -> None:
+    """The holder ends the item as if nothing had happened."""
+    fifo = tmp_path / "go"
+    os.mkfifo(fifo)
+    handed = await hand_over()
+    connection = {
+        "WORKPOOL_BASE_URL": plane.base_url,
+        "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+        "WORKPOOL_TOKEN": TOKEN,
+    }
+    master, terminal = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT, f"echo begun; read _ < {fifo}; echo ended"),
+        env={**os.environ, **connection, **handed.variables},
+        stdin=terminal,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    pidfd = os.pidfd_open(process.pid)
+    command = Command(process)
+    try:
+        await command.prints("begun")
+        gone = asyncio.Event()
+        asyncio.get_running_loop().add_reader(pidfd, gone.set)
+        os.close(master)  # SIGHUP to all that belong to the terminal
+        async with asyncio.timeout(SECONDS):
+            await gone.wait()
+        asyncio.get_running_loop().remove_reader(pidfd)
+        fifo.write_text("go\n")
+        await command.prints("ended")
+        assert await command.ends() == -signal.SIGHUP
+    finally:
+        os.close(pidfd)
+        await command.kill()
+    assert (await client.get(handed.work_id)).state == "stopped"
+
+
+async def test_bad_usage_takes_nothing(client: WorkClient, ask: Ask, hand_over: Parent) -> None:
+    handed = await hand_over()
+    assert (await ask("hold", "true")).status == 2  # of which item?
+    assert (await ask("hold", "no-such-program", **handed.variables)).status == 2
+    assert (await ask("hold", "--ttl", "5", "true", **handed.variables)).status == 2
+    item = await client.get(handed.work_id)
+    assert item.last_heartbeat == handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
+
+
+async def test_an_item_that_is_not_known_is_refused(start: Start) -> None:
+    command = await start(
+        *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
+    )
+    assert await command.ends() == 3
