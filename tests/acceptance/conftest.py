@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-SECONDS = 25.0
+SECONDS = 45.0
 """Bounds every wait; a machine under load may need most of it to import everything."""
 
 ENVIRONMENT = "env_0199bbbbbbbb70008000000000000001"

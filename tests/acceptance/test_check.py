@@ -10,7 +10,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Ask, Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_all_is_well(start: Start) -> None:

@@ -13,7 +13,7 @@ import workpool
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_no_arguments_print_the_help(bare: Start) -> None:
@@ -43,7 +43,7 @@ async def test_without_the_extra_it_says_how_to_install_it(module: str) -> None:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(25):
+    async with asyncio.timeout(45):
         out, err = await process.communicate()
     assert process.returncode == 2
     assert out == b""

@@ -19,7 +19,7 @@ from workpool.cli.signals import Signals
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
 
 PROMISE = re.compile(r"(\d+) enqueued · (\d+) stopped · (\d+) reclaimed · (\d+) lost · (\d+) overl")
 
@@ -34,7 +34,7 @@ def alive(pid: int) -> bool:
 
 async def test_the_demo_keeps_its_promise(bare: Start) -> None:
     command = await bare("demo")
-    assert await command.ends(55) == 0
+    assert await command.ends(100) == 0
     assert command.err == ""
     promise = PROMISE.search(command.out)
     assert promise is not None
@@ -59,7 +59,7 @@ async def test_the_demo_of_ones_own_handler(bare: Start, folder: Path) -> None:
         '    return {"rows": "42"}\n'
     )
     command = await bare("demo", "reports:daily_report", "--metadata", "job=daily-report")
-    assert await command.ends(55) == 0
+    assert await command.ends(100) == 0
     assert re.search(r"worker-\d  the report of sess_", command.out)
     assert re.search(r"worker-\d  a printed line", command.out)
     promise = PROMISE.search(command.out)
@@ -107,7 +107,7 @@ async def test_on_a_terminal_there_is_a_live_view(folder: Path) -> None:
     )
     os.close(slave)
     with os.fdopen(master, "rb", buffering=0) as terminal:
-        async with asyncio.timeout(50):
+        async with asyncio.timeout(100):
             shown = await asyncio.to_thread(read_all, terminal.fileno())
             status = await process.wait()
     assert status == 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.acceptance.conftest import Ask, Start
     from workpool.server import ControlPlane, Item, Operations
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 def enqueue(plane: ControlPlane, do: str, **metadata: str) -> Item:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tests.acceptance.conftest import Ask, Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def out(ask: Ask, *arguments: str) -> str:

@@ -42,7 +42,7 @@ async def work(session: Session) -> dict[str, str]:
 
 async def until(condition: Callable[[], object]) -> None:
     """Wait for what the loop or the kernel will bring about."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - threads and sockets tell nobody
             await asyncio.sleep(0.001)
 

@@ -84,7 +84,7 @@ class Deaf:
         """Let it end, and wait until the pool that was given up has closed."""
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
-        await asyncio.wait({root}, timeout=10)
+        await asyncio.wait({root}, timeout=20)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ async def test_a_start_that_heeds_no_cancellation_is_left_behind(
         starting = group.create_task(make_pool(work, deaf).__aenter__())
         await deaf.reached.wait()
         starting.cancel()
-        await asyncio.wait({starting}, timeout=10)
+        await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
     await deaf.end()
@@ -114,7 +114,7 @@ async def test_a_pool_whose_plugin_never_closes_is_left_behind(
 ) -> None:
     deaf = Deaf("closing")
     pool = make_pool(work, deaf)
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text

@@ -60,7 +60,7 @@ async def test_it_waits_for_what_still_runs_and_takes_what_comes_meanwhile(
             plane.enqueue(metadata={"last": "yes"})
 
     plane.enqueue()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await make_pool(more, pollers=2, block_ms=20).run(until_empty=True)
     assert len(recorder.of(SessionFinished)) == 2
 
@@ -96,7 +96,7 @@ async def test_pollers_out_of_step_do_not_keep_each_other_going(
     faults.add(delay(NULL_EARLY / 2), "poll", skip=2, times=1)
     faults.add(delay(NULL_EARLY), "poll", skip=1)
     faults.add(literal(b"null"), "poll", skip=1)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await make_pool(until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
 
 
@@ -104,7 +104,7 @@ async def test_what_only_others_want_does_not_keep_it_from_ending(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(work_type="for_others")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await make_pool(work, pollers=2, block_ms=20).run(until_empty=True)
     assert recorder.of(ItemDeclined)
 
@@ -117,6 +117,6 @@ async def test_what_was_released_does_not_keep_it_from_ending(
         raise Release(delay=600)
 
     plane.enqueue()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         await make_pool(later, pollers=2, block_ms=20).run(until_empty=True)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]

@@ -33,7 +33,7 @@ async def raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
             await writer.drain()
         if eof:
             writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while not complete(answer):
                 chunk = await reader.read(65536)
                 if not chunk:

@@ -168,7 +168,7 @@ def test_release_answers_all_waiting_polls() -> None:
 
 async def test_a_wake_up_of_a_cancelled_poll_goes_to_the_next() -> None:
     waiting = WaitingPolls()
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         first = group.create_task(waiting.wait(60, impatient=False))
         second = group.create_task(waiting.wait(60, impatient=False))
         await until(lambda: len(waiting) == 2)

@@ -45,7 +45,7 @@ async def test_it_is_left_although_a_handler_does_not_end() -> None:
             except asyncio.CancelledError:
                 continue
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         async with handler_group() as group:
             task = group.create_task(deaf())
             await asyncio.sleep(0)

@@ -103,7 +103,7 @@ class World:
     async def run(self) -> None:
         """Run one poller until its script is at its end, or it ends by itself."""
         one = Poller(self.parts, self.polling(), cast("Any", self.dispatch), 0)
-        async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             task = group.create_task(one.run())
             over = group.create_task(self.calls.exhausted.wait())
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
@@ -196,7 +196,7 @@ async def test_a_gate_that_is_closed_for_longer_meanwhile_stays_closed() -> None
 
 
 async def test_an_open_gate_holds_nobody() -> None:
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         await World().polling().pass_gate()
 
 

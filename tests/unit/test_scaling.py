@@ -42,7 +42,7 @@ async def test_a_poller_beyond_the_target_waits_until_items_come() -> None:
     pool, _ = scaling(2)
     pool.null()
     await pool.turn(0)
-    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         waiting = group.create_task(pool.turn(1))
         await asyncio.sleep(0)
         assert not waiting.done()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 async def test_the_first_and_the_second_and_then_as_before() -> None:
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         with Signals() as signals:
             assert not signals.first.is_set()
             signal.raise_signal(signal.SIGTERM)
@@ -34,7 +34,7 @@ async def test_where_the_loop_has_no_signal_handlers(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "add_signal_handler", refuse)
     monkeypatch.setattr(loop, "remove_signal_handler", refuse)
     before = signal.getsignal(signal.SIGTERM)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         with Signals((signal.SIGTERM,)) as signals:
             signal.raise_signal(signal.SIGTERM)
             await signals.first.wait()
