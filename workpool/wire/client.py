@@ -64,7 +64,8 @@ class WorkClient:
         self._transport = Transport(settings, session)
         self._paying = Paying(self._transport, settings.request_timeout)
         self._sessions = f"{settings.base_url}/sessions"
-        self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
+        work = URL(f"{settings.base_url}/environments/{settings.environment_id}/work", encoded=True)
+        self._scheme, self._authority, self._work = work.scheme, work.raw_authority, work.raw_path
         self._work_query = DIALECTS[settings.dialect].work_query
         self.worker_id: str | None = worker_id or settings.worker_id
         """Our identity on the wire (protocol §1), None to tell none; set before opening."""
@@ -319,7 +320,14 @@ class WorkClient:
         """The URL of a work call; all parts must be encoded already."""
         if self._work_query:
             query = f"{query}&{self._work_query}" if query else self._work_query
-        return URL(f"{self._work}{path}?{query}" if query else f"{self._work}{path}", encoded=True)
+        # From its parts: that costs half of finding them in a string, three times per item.
+        return URL.build(
+            scheme=self._scheme,
+            authority=self._authority,
+            path=f"{self._work}{path}",
+            query_string=query,
+            encoded=True,
+        )
 
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)

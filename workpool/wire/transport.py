@@ -183,7 +183,9 @@ class Transport:
             # Connections of their own: however many are open, no other request waits for them.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             self._streams = self._given or aiohttp.ClientSession(
-                connector=connector, cookie_jar=aiohttp.DummyCookieJar()
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._public_headers(),
             )
         return await self._streams.get(
             url,
@@ -247,23 +249,26 @@ class Transport:
         return self._token != refused
 
     def _use(self, token: str) -> None:
-        """Build the headers that every request bears from now on."""
-        rules = DIALECTS[self._settings.dialect]
-        # Given with each request, never as defaults of the session: aiohttp sends those to a proxy.
-        headers = CIMultiDict(
-            {
-                "Authorization": f"Bearer {token}",
-                "Accept": "application/json",
-                "Accept-Encoding": "identity",  # half a kilobyte is not worth unpacking
-                "User-Agent": f"workpool/{_version()}",
-                **rules.headers,
-            }
-        )
-        if self._worker_id is not None:
-            headers[rules.worker_id_header] = self._worker_id
+        """Build the headers that every request bears from now on, beside its session's."""
+        # With each request, never as a default of the session: aiohttp sends those to a proxy, too.
+        headers = CIMultiDict(self._public_headers() if self._given else ())
+        headers["Authorization"] = f"Bearer {token}"
         self._token = token
         self._headers = headers
         self._json_headers = CIMultiDict(headers, **{"Content-Type": "application/json"})
+
+    def _public_headers(self) -> dict[str, str]:
+        """What all requests bear and a proxy may see; cheaper as defaults of a session of ours."""
+        rules = DIALECTS[self._settings.dialect]
+        headers = {
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # half a kilobyte is not worth unpacking
+            "User-Agent": f"workpool/{_version()}",
+            **rules.headers,
+        }
+        if self._worker_id is not None:
+            headers[rules.worker_id_header] = self._worker_id
+        return headers
 
     def _connect(self) -> aiohttp.ClientSession:
         settings = self._settings
@@ -275,6 +280,7 @@ class Transport:
                 limit=places + SPARE_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._public_headers(),
         )
 
 
@@ -293,7 +299,8 @@ async def read_bounded(
     if (response.content_length or limit + 1) <= limit and (
         "Content-Encoding" not in response.headers
     ):
-        return await response.read()
+        content = response.content  # mostly all there with the headers: nothing to wait for
+        return content.read_nowait() if content.is_eof() else await content.read()
     chunks: list[bytes] = []
     room = limit
     async for chunk in response.content.iter_any():
