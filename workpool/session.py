@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.wire.items import WorkItem
+    from workpool.wire.session_events import SessionEvents
 
 Outcome = Literal[
     "completed", "failed", "timed_out", "stopped", "released", "lease_lost", "detached"
@@ -86,6 +87,9 @@ class Held(Protocol):
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
         """Hand the item over to a child."""
 
+    def events(self) -> SessionEvents:
+        """The session's events, read and sent only while the item is ours to touch."""
+
 
 class Session:
     """One claimed session, for its handler. Belongs to the supervisor's loop.
@@ -140,6 +144,15 @@ class Session:
     def lease_remaining(self) -> float:
         """Seconds for which the item is certainly ours if no further heartbeat succeeds."""
         return self._held.remaining
+
+    @property
+    def events(self) -> SessionEvents:
+        """What is said in the session: `list()`, `send(…)` and `stream()` (protocol §5).
+
+        All of it raises `LeaseLost` or `SessionEnded` once the item is not ours any more, and sends
+        nothing then.
+        """
+        return self._held.events()
 
     async def interrupted(self) -> None:
         """Wait until `stopping` or `draining` comes; returns at once if it has come."""

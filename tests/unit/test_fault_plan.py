@@ -35,7 +35,7 @@ def test_the_readmes_file_is_one(tmp_path: Path) -> None:
     assert poll.limits == {"skip": 0, "probability": 0.1, "between": (5.0, 65.0)}
     assert ack.ops == {"ack", "heartbeat"}
     assert ack.limits == {"skip": 2, "probability": 1.0, "times": 3}
-    assert len(anything.ops) == 10
+    assert len(anything.ops) == 13
     assert beat.limits["times"] == 1
 
 

@@ -30,8 +30,9 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:
     """An item or the stats as they are printed, by the protocol's names."""
-    # `last_heartbeat` is `latest_heartbeat_at` once more.
-    names = [each.name for each in fields(thing) if each.name != "last_heartbeat"]
+    # `last_heartbeat` is `latest_heartbeat_at` once more, and a token is never shown.
+    hidden = {"last_heartbeat", "sessions_token"}
+    names = [each.name for each in fields(thing) if each.name not in hidden]
     return {name: getattr(thing, name) for name in names}
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -102,6 +103,8 @@ class Acknowledger:
 def _accept(claim: Claim, item: WorkItem, acked_at: float) -> CallResult:
     if item.state != STARTING:  # `active`: another claimant's beats are running on it
         return "conflict"
+    if item.sessions_token is None:  # told to whoever polled, and perhaps not again
+        item = replace(item, sessions_token=claim.item.sessions_token)
     claim.item = item
     claim.acked_at = acked_at
     return "ok"

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
+    from pydantic import SecretStr
+
+    from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
+    from workpool.wire.session_events import SessionEvents
 
 
 class Calls(Protocol):
@@ -85,6 +89,11 @@ class Calls(Protocol):
 
     async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
         """Protocol §3.6."""
+
+    def events(
+        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+    ) -> SessionEvents:
+        """Protocol §5; `guard` is asked before and during each call."""
 
     async def stats(self) -> QueueStats:
         """Protocol §3.8."""

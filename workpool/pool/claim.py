@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from workpool.pool.parts import Parts
     from workpool.session import HandedLease, Session
     from workpool.wire.items import WorkItem
+    from workpool.wire.session_events import SessionEvents
 
 T = TypeVar("T")
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
+EVENTS_SECONDS = 60.0
+"""How long a handler's `events.send` is tried: a default lease."""
 UPDATE_SECONDS = 30.0
 """How long a handler's `update_metadata` is tried."""
 
@@ -183,6 +187,34 @@ class Claim:
         until = asyncio.get_running_loop().time() + UPDATE_SECONDS
         return await self.send(self._update(patch), until, self.check)
 
+    def events(self) -> SessionEvents:
+        """The events of the item's session, for the handler."""
+        token = self.item.sessions_token
+        return self.parts.calls.events(self.item.session_id, token=token, guard=self)
+
+    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Send something for the handler, tried for `EVENTS_SECONDS`."""
+        until = asyncio.get_running_loop().time() + EVENTS_SECONDS
+        return await self.send(call, until, self.check)
+
+    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+        """Await `call()`, made anew whenever the lease was renewed meanwhile.
+
+        Raises:
+            SessionGoneError: The item is not the handler's any more, told as soon as it is not.
+            TimeoutError: After `seconds`.
+        """
+        loop = asyncio.get_running_loop()
+        until = math.inf if seconds is None else loop.time() + seconds
+        while True:
+            self.check()
+            try:
+                return await self._cut(call, until - loop.time())
+            except TimeoutError:
+                self.check()
+                if loop.time() >= until:
+                    raise
+
     async def write_metadata(self, patch: Mapping[str, str | None], until: float) -> None:
         """Write metadata for the pool. `until` is on the loop's clock."""
         await self.send(self._update(patch), until, self.check_lease)
@@ -206,18 +238,12 @@ class Claim:
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
         while True:
             check()
-            # Waiting for a connection must not carry the send past the lease's end.
-            scope = asyncio.timeout(min(until - loop.time(), self.lease.remaining))
-            self._scopes.add(scope)
             try:
-                async with scope:
-                    return await call()
+                return await self._cut(call, until - loop.time())
             except TransientError as error:
                 failure = error
             except TimeoutError:
                 failure = TransientError("call", None, "no answer in time", reason="timeout")
-            finally:
-                self._scopes.discard(scope)
             check()
             # A Retry-After may take half of the time that is left, so that it leaves another try: a
             # session that is done must not be run again because of a 429.
@@ -226,3 +252,13 @@ class Claim:
             if delay >= left:
                 raise failure
             await asyncio.sleep(delay)
+
+    async def _cut(self, call: Callable[[], Awaitable[T]], seconds: float) -> T:
+        """Await `call()`, at most for `seconds` and never past the lease's end as it is known."""
+        scope = asyncio.timeout(min(seconds, self.lease.remaining))
+        self._scopes.add(scope)
+        try:
+            async with scope:
+                return await call()
+        finally:
+            self._scopes.discard(scope)

@@ -35,7 +35,8 @@ _STREAM: Final = {
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",  # a proxy that collects would make the stream look stalled
 }
-_KEEP_ALIVE: Final = b": keep-alive\n\n"
+KEEP_ALIVE: Final = b": keep-alive\n\n"
+"""What a stream says when there is nothing to say."""
 
 
 class SessionRoutes:
@@ -70,14 +71,14 @@ class SessionRoutes:
         place = requests.place(request, EVENT_PREFIX)
         events = said.page(place.limit + 1, after=place.after, before=place.before)
         page = page_of(events, place.limit, backwards=place.before is not None)
-        return await self._durable(listing(page, _value))
+        return await self._durable(listing(page, value_of))
 
     async def send(self, request: web.Request) -> web.Response:
         """Protocol §5: a client's events; all of them, or none."""
         session, _ = self._session(request)
         said = client_events(await requests.body(request))
         events = self._operations.send(session.id, said)
-        return await self._durable({"data": [_value(event) for event in events]})
+        return await self._durable({"data": [value_of(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Protocol §5: events as they come; those after `Last-Event-ID` first."""
@@ -90,12 +91,12 @@ class SessionRoutes:
         response = web.StreamResponse(headers=_STREAM)
         with suppress(ConnectionError, TimeoutError):  # the reader has gone, or stopped reading
             await response.prepare(request)
-            await _write(request, response, _KEEP_ALIVE)
+            await _write(request, response, KEEP_ALIVE)
             while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
                 await self._operations.durable()
                 told = said.events[place:]
                 place += len(told)
-                await _write(request, response, b"".join(map(_told, told)) or _KEEP_ALIVE)
+                await _write(request, response, b"".join(map(frame_of, told)) or KEEP_ALIVE)
         return response
 
     def _session(self, request: web.Request) -> tuple[Session, Item]:
@@ -125,10 +126,12 @@ async def _write(request: web.Request, response: web.StreamResponse, content: by
         raise
 
 
-def _value(event: Event) -> dict[str, Any]:
+def value_of(event: Event) -> dict[str, Any]:
+    """An event's JSON."""
     return dict(event.value)
 
 
-def _told(event: Event) -> bytes:
+def frame_of(event: Event) -> bytes:
+    """An event as a stream tells it."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

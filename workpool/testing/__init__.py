@@ -15,6 +15,7 @@ Nothing here sleeps and hopes: everything can be waited for, within a bound.
 """
 
 from workpool.testing.actions import (
+    Cut,
     Hold,
     delay,
     expire_lease,
@@ -35,6 +36,7 @@ from workpool.testing.virtual import in_virtual_time
 
 __all__ = [
     "Clock",
+    "Cut",
     "Faults",
     "Hold",
     "Kit",

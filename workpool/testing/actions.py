@@ -168,6 +168,31 @@ class Hold:
         self._released.set()
 
 
+class Cut:
+    """A fault that lets requests through and can end their connections later: event streams."""
+
+    def __init__(self) -> None:
+        self._open: set[asyncio.WriteTransport] = set()
+
+    async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Let one request through."""
+        transport = request.transport
+        if transport is None:
+            return await handler(request)
+        self._open.add(transport)
+        try:
+            return await handler(request)
+        finally:
+            self._open.discard(transport)
+
+    def now(self) -> int:
+        """Reset all connections whose requests are still being answered; return how many."""
+        cut = list(self._open)
+        for transport in cut:
+            reset_connection(transport)
+        return len(cut)
+
+
 def _hang_up(close: Callable[[asyncio.Transport], None], *, applied: bool) -> Fault:
     async def hang_up(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request) if applied else web.Response()

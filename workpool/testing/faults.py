@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 Op = Literal["poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "session",
-             "enqueue"]  # fmt: skip
+             "enqueue", "events", "send", "stream"]  # fmt: skip
 _SUFFIXED = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
 
 
@@ -224,7 +224,8 @@ def _op_of(request: web.Request) -> Op | None:
     tail = request.path.rpartition("/")[2]
     op: Any
     if "session_id" in match:
-        op = "session"
+        listed = "events" if request.method == "GET" else "send"
+        op = {"events": listed, "stream": "stream"}.get(tail, "session")
     elif "environment_id" not in match:
         op = None
     elif tail in _SUFFIXED:

@@ -20,6 +20,7 @@ from workpool.server import Poll, Refusal
 from workpool.server.clock import to_seconds_text
 from workpool.server.dialects import QODER
 from workpool.server.rules import heartbeat_answer
+from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.budget import Budget, Budgets
@@ -29,14 +30,18 @@ from workpool.wire.protocol import (
     WORK_HEARTBEAT,
     WORK_QUEUE_STATS,
 )
+from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
     from types import TracebackType
 
+    from pydantic import SecretStr
+
     from workpool.server import Operations
     from workpool.settings import Settings
     from workpool.wire.calls import Call
+    from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
     Troubles = Callable[[str, str | None], "Trouble | None"]
@@ -233,6 +238,15 @@ class LocalClient:
 
         item = await self._send(calls.GET, work_id, operate, timeout)
         return calls.same_item(calls.GET, work_id, item)
+
+    def events(
+        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+    ) -> SessionEvents:
+        """Protocol §5."""
+        del token
+        return SessionEvents(
+            LocalEvents(self._operations, session_id, self._send), session_id, guard
+        )
 
     async def stats(self) -> QueueStats:
         """Protocol §3.8."""

@@ -1,18 +1,23 @@
 """What the control plane tells us, parsed once at the edge (protocol §2).
 
 Parsing is strict in what the pool depends on and blind to everything else: unknown fields are
-ignored, and a per-item `secret` (protocol §6) is never kept. A malformed object raises `ValueError`
-that names the field; its content is never quoted.
+ignored. Of a per-item `secret` (protocol §6) only the bearer for the session's calls is kept, where
+no repr shows it. A malformed object raises `ValueError` that names the field; its content is never
+quoted.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+from pydantic import SecretStr
 
 from workpool.wire import protocol
 
@@ -29,7 +34,8 @@ class WorkItem:
     `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
     session must have: it is empty for an item of another type that came without one.
     `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next beat
-    must expect, to the letter (protocol §3.3).
+    must expect, to the letter (protocol §3.3). `sessions_token`, where there is one, is the bearer
+    for the calls on this item's session, and on no other.
     """
 
     id: str
@@ -45,6 +51,7 @@ class WorkItem:
     last_heartbeat: str | None
     stop_requested_at: datetime | None
     stopped_at: datetime | None
+    sessions_token: SecretStr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ def parse_item(obj: object) -> WorkItem:
         last_heartbeat=beat,
         stop_requested_at=_time_or_none("stop_requested_at", get("stop_requested_at")),
         stopped_at=_time_or_none("stopped_at", get("stopped_at")),
+        sessions_token=None if (secret := get("secret")) is None else _sessions_token(secret),
     )
 
 
@@ -129,6 +137,7 @@ def parse_stats(obj: object) -> QueueStats:
 
 
 _is_id = re.compile(protocol.ID_PATTERN).fullmatch
+_is_token = re.compile(r"[\x21-\x7e]{1,8192}").fullmatch
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 _TIME_LENGTH_MAX: Final = 64
 """A heartbeat's time goes back to the control plane in a URL, which must stay short."""
@@ -158,6 +167,19 @@ def _subject(data: dict[str, Any]) -> str:
     if subject is None and data["type"] != protocol.SESSION:
         return ""
     return _id("data.id", subject)
+
+
+def _sessions_token(secret: object) -> SecretStr | None:
+    """What a `secret` holds for us; None when it holds nothing that we can read (protocol §6)."""
+    if not isinstance(secret, str) or not secret.isascii():
+        return None
+    try:
+        # Padding may be left out; what is there too much does no harm.
+        payload = orjson.loads(base64.urlsafe_b64decode(secret + "=="))
+    except ValueError:
+        return None
+    token = payload.get("sessions_token") if isinstance(payload, dict) else None
+    return SecretStr(token) if isinstance(token, str) and _is_token(token) else None
 
 
 def _state(value: object) -> State:

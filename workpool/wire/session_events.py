@@ -61,13 +61,20 @@ class SessionEvents:
         body = bodies.events(events)
         repeatable = all(event.get("type") in _ANSWERS for event in events)
 
+        doubtful = False  # it was sent, and we do not know what came of it
+
         async def post() -> Sequence[Event] | TransientError:
+            nonlocal doubtful
+            if doubtful:
+                return TransientError("events", None, "no answer in time", reason="timeout")
+            doubtful = not repeatable
             try:
                 return await self._calls.post(body)
             except TransientError as error:
-                if repeatable or error.reason == "throttled":
-                    raise
-                return error
+                if doubtful and error.reason != "throttled":
+                    return error
+                doubtful = False
+                raise
 
         try:
             answer = await self._guard.carry(post)

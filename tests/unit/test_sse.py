@@ -1,0 +1,111 @@
+"""The parser of event streams: what the bytes say, however they are cut."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from workpool.wire.sse import Frame, FrameParser
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def parse(*chunks: bytes) -> list[Frame]:
+    parser = FrameParser()
+    return [frame for chunk in chunks for frame in parser.feed(chunk)]
+
+
+def reference(content: bytes) -> list[Frame]:
+    """The standard's words, on the whole text at once."""
+    text = content.decode(errors="replace").removeprefix("\ufeff")
+    *lines, _ = re.split("\r\n|\r|\n", text)
+    frames, event, data, last = [], "", "", ""
+    for line in lines:
+        if line == "":
+            if data:
+                frames.append(Frame(event or "message", data[:-1], last))
+            event, data = "", ""
+            continue
+        field, colon, value = line.partition(":")
+        if colon and value[:1] == " ":
+            value = value[1:]
+        if field == "event":
+            event = value
+        elif field == "data":
+            data += value + "\n"
+        elif field == "id" and "\0" not in value:
+            last = value
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("stream", "frames"),
+    [
+        (b"", []),
+        (b"data: a\n\n", [("message", "a", "")]),
+        (b"data: a\n", []),
+        (b"data: a", []),
+        (b"data:a\ndata:  b\n\n", [("message", "a\n b", "")]),
+        (b"data\n\n", [("message", "", "")]),
+        (b"event: x\n\ndata: a\n\n", [("message", "a", "")]),
+        (b"event: x\nid: 7\ndata: a\n\ndata: b\n\n", [("x", "a", "7"), ("message", "b", "7")]),
+        (b"id: 7\n\ndata: a\n\nid\ndata: b\n\n", [("message", "a", "7"), ("message", "b", "")]),
+        (b"id: 7\nid: 8\0\ndata: a\n\n", [("message", "a", "7")]),
+        (b": keep-alive\n\n:\n\n", []),
+        (b"\xef\xbb\xbfdata: a\n\n", [("message", "a", "")]),
+        (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [("message", "a", "")]),
+        (b"data: a\r\rdata: b\r\n\r\ndata: c\n\r", [("message", x, "") for x in "abc"]),
+        (b"retry: 10\ncolour: red\ndata: \xff\xc3\xa9\n\n", [("message", "\ufffdé", "")]),
+        (b"data: a\x0bb\x0cc\x1cd\xc2\x85e\xe2\x80\xa8f\n\n",
+         [("message", "a\x0bb\x0cc\x1cd\x85e\u2028f", "")]),
+    ],
+)  # fmt: skip
+def test_what_a_stream_says(stream: bytes, frames: list[tuple[str, str, str]]) -> None:
+    assert parse(stream) == frames == reference(stream)
+    assert parse(*(bytes((byte,)) for byte in stream)) == frames
+
+
+pieces = st.sampled_from(
+    [b"data", b"event", b"id", b"retry", b":", b": ", b" ", b"\n", b"\r", b"\r\n", b"\n\n",
+     b"\0", b"\xef\xbb\xbf", b"\xc3\xa9", b"\xff", b"x", b"\xe2\x80\xa8"]
+)  # fmt: skip
+streams = st.lists(pieces | st.binary(max_size=4), max_size=40).map(b"".join)
+
+
+@given(streams, st.lists(st.integers(0, 160), max_size=12))
+@example(b"data: a\r\n\r\ndata: b\r\n\r\n", [8, 9, 10, 11])
+def test_how_it_is_cut_makes_no_difference(stream: bytes, cuts: Sequence[int]) -> None:
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    chunks = [stream[start:end] for start, end in pairwise(places)]
+    assert parse(*chunks) == reference(stream)
+
+
+def test_a_frame_comes_with_its_last_byte() -> None:
+    parser = FrameParser()
+    assert parser.feed(b"data: a\r\n\r") == [("message", "a", "")]
+    assert parser.feed(b"\ndata: b\n") == []
+    assert parser.feed(b"\n") == [("message", "b", "")]
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_what_is_too_long_is_refused_before_it_is_held(size: int) -> None:
+    line = b"data: " + b"x" * 94
+    assert FrameParser(limit=100).feed(line + b"\n\n")
+    for endless in (b"data: " + b"x" * 4096, b": " + b"x" * 4096, b"data: x\n" * 512):
+        parser = FrameParser(limit=100)
+        chunks = (endless[place : place + size] for place in range(0, len(endless), size))
+        with pytest.raises(ValueError, match="too long"):
+            deque(map(parser.feed, chunks), maxlen=0)
+        assert len(parser._line) <= 100
+
+
+def test_a_long_stream_of_short_frames_is_within_the_limit() -> None:
+    parser = FrameParser(limit=20)
+    assert sum(len(parser.feed(b"data: x\n\n: alive\n\n")) for _ in range(1000)) == 1000

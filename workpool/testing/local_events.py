@@ -1,0 +1,103 @@
+"""A session's events without a network, for virtual time; see `workpool.testing.local`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+from workpool.server.client_events import client_events
+from workpool.server.paging import listing, page_of
+from workpool.server.session_routes import KEEP_ALIVE, frame_of, value_of
+from workpool.wire import calls
+from workpool.wire.protocol import KEEP_ALIVE_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool.server import Operations
+    from workpool.server.conversation import Conversation
+    from workpool.wire.calls import Call
+    from workpool.wire.event_calls import Event, EventPage, OpenStream
+
+T = TypeVar("T")
+
+
+def _place(obj: Any) -> int:
+    return int(obj["place"])
+
+
+_OPEN: Final[Call[int]] = calls.Call(calls.STREAM, "GET", _place)
+
+
+class Send(Protocol):
+    """Carries one call there and its answer back, with what befalls them on the way."""
+
+    def __call__(
+        self, call: Call[T], subject: str, operate: Callable[[], object], timeout: float | None, /
+    ) -> Awaitable[T]:
+        """Send."""
+
+
+class LocalEvents:
+    """The calls on one session's events; see `workpool.wire.event_calls.EventCalls`."""
+
+    resumes = True
+
+    def __init__(self, operations: Operations, session_id: str, send: Send) -> None:
+        self._operations = operations
+        self._session_id = session_id
+        self._send = send
+
+    async def page(
+        self, limit: int, *, after_id: str | None = None, page: str | None = None
+    ) -> EventPage:
+        """List."""
+        after = after_id or (page or "").partition("-")[2]
+
+        def operate() -> object:
+            events = self._conversation().page(limit + 1, after=after)
+            return listing(page_of(events, limit, backwards=False), value_of)
+
+        return await self._send(calls.EVENTS, self._session_id, operate, None)
+
+    async def post(self, body: bytes) -> list[Event]:
+        """Append."""
+
+        def operate() -> object:
+            stored = self._operations.send(self._session_id, client_events(body))
+            return {"data": [value_of(event) for event in stored]}
+
+        return await self._send(calls.SEND, self._session_id, operate, None)
+
+    async def open(self, last_id: str | None) -> OpenStream:
+        """Open a stream."""
+
+        def operate() -> object:
+            said = self._conversation()
+            return {"place": len(said.events) if last_id is None else said.place_after(last_id)}
+
+        place = await self._send(_OPEN, self._session_id, operate, None)
+        return _Stream(self._operations, self._session_id, place)
+
+    def _conversation(self) -> Conversation:
+        self._operations.session(self._session_id)
+        return self._operations.sessions.conversation(self._session_id)
+
+
+class _Stream:
+    """An open stream: a place in the events."""
+
+    def __init__(self, operations: Operations, session_id: str, place: int) -> None:
+        self._sessions = operations.sessions
+        self._session_id = session_id
+        self._place = place
+
+    async def read(self) -> bytes:
+        """Return what was said since, or a keep-alive."""
+        if not await self._sessions.wait(self._session_id, self._place, KEEP_ALIVE_SECONDS):
+            return b""
+        told = self._sessions.conversation(self._session_id).events[self._place :]
+        self._place += len(told)
+        return b"".join(map(frame_of, told)) or KEEP_ALIVE
+
+    def close(self) -> None:
+        """Nothing is held."""
