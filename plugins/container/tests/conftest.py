@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import time
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,7 +26,9 @@ import pytest
 from workpool import Settings, Supervisor
 from workpool.events import SessionFinished
 from workpool.server import ControlPlane
-from workpool.testing import Recorder
+from workpool.server.dialects import DIALECTS
+from workpool.testing import Faults, Recorder, literal
+from workpool.testing.changes import Changes
 from workpool_container import Container
 from workpool_container.engine import Engine
 
@@ -141,6 +145,17 @@ def podman() -> Iterator[Podman]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+WORKER = """
+import asyncio, json, sys
+from workpool import Settings, Supervisor
+from workpool.testing.changes import Changes
+from workpool_container import Container
+
+settings, options = json.loads(sys.argv[1])
+asyncio.run(Supervisor(Settings(**settings), plugins=[Container(**options)]).run())
+"""
+
+
 class Scene:
     """A control plane, an engine and one observer; pools of the plugin between them.
 
@@ -149,8 +164,12 @@ class Scene:
         forever: A script that says "ready" and runs until it is asked to end.
     """
 
-    def __init__(self, plane: ControlPlane, podman: Podman, docker: aiodocker.Docker) -> None:
+    def __init__(
+        self, plane: ControlPlane, faults: Faults, podman: Podman, docker: aiodocker.Docker
+    ) -> None:
         self.plane = plane
+        self.faults = faults
+        self.log = Log()
         self.docker = docker
         self.forever = FOREVER
         self.recorder = Recorder()
@@ -202,6 +221,33 @@ class Scene:
     def item(self, work_id: str) -> Item:
         return self.plane.operations.get(self.plane.environments[0], work_id)
 
+    def ask_to_stop(self, work_id: str) -> None:
+        """Request a stop, and make the pool beat, and so learn of it, at once."""
+        self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
+        copy = json.dumps(DIALECTS["qoder"].item(self.item(work_id))).encode()
+        self.faults.add(literal(copy), "poll", times=1)
+
+    @asynccontextmanager
+    async def worker(
+        self, script: str, **options: Any
+    ) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A worker in a process of its own, killed on leaving."""
+        options = self.options | {"command": ["/bin/sh", "-c", script]} | options
+        settings = {
+            "base_url": self.plane.base_url,
+            "token": self.plane.token,
+            "environment_id": self.plane.environments[0],
+        }
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", WORKER, json.dumps([settings, options])
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
     async def containers(self, work_id: str) -> list[Any]:
         """The item's containers, as the engine lists them."""
         filters = json.dumps({"label": [f"workpool.work_id={work_id}"]})
@@ -223,21 +269,40 @@ class Scene:
 
         return await self.until(look)
 
-    async def says(self, container: str, text: str) -> None:
-        """Wait until the container has printed this."""
-        async with asyncio.timeout(SECONDS), Engine(self.options["socket"]) as engine:
-            await engine.version()
-            async with aclosing(engine.output(container, "all")) as pieces:
-                async for _, piece in pieces:
-                    if text.encode() in piece:
-                        return
-        pytest.fail(f"the container ended without {text!r}")
+    async def exited(self, container: str) -> None:
+        """Wait until this container has ended."""
+
+        async def look() -> bool:
+            shown = await self.docker.containers.container(container).show()
+            return bool(shown["State"]["Status"] == "exited")
+
+        await self.until(look)
+
+    async def says(self, text: str) -> None:
+        """Wait until a container's output has this line."""
+        await self.log.until(lambda: f"stdout: {text}" in self.log.lines)
+
+
+class Log(logging.Handler):
+    """What sessions log, to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._changes = Changes()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+        self._changes.notify()
+
+    async def until(self, wanted: Callable[[], bool]) -> None:
+        await self._changes.until(wanted, lambda: "\n".join(self.lines), SECONDS)
 
 
 @pytest.fixture
 async def docker(podman: Podman) -> AsyncIterator[aiodocker.Docker]:
     """The engine as a bystander sees it; no container is left in it after the test."""
-    async with aiodocker.Docker(f"unix://{podman.socket}") as docker:
+    async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as docker:
         yield docker
         for container in await docker.containers.list(all=True):
             await container.delete(force=True)
@@ -246,6 +311,7 @@ async def docker(podman: Podman) -> AsyncIterator[aiodocker.Docker]:
 @pytest.fixture
 async def engine(podman: Podman) -> AsyncIterator[Engine]:
     async with Engine(podman.socket) as engine:
+        await engine.greet()
         yield engine
 
 
@@ -256,8 +322,13 @@ async def scene(
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
-    async with ControlPlane() as plane:
-        yield Scene(plane, podman, docker)
+    faults = Faults()
+    async with ControlPlane(middlewares=[faults.middleware]) as plane:
+        scene = Scene(plane, faults, podman, docker)
+        log = logging.getLogger("workpool.session")
+        monkeypatch.setattr(log, "level", logging.INFO)
+        monkeypatch.setattr(log, "handlers", [scene.log])
+        yield scene
 
 
 @pytest.fixture(autouse=True)

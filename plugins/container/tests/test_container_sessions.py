@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from workpool.events import SessionStarted
+from workpool.events import SessionFinished, SessionStarted
 from workpool_container import ContainerFailed, ItemTooLarge
 from workpool_container.run import CONTAINER
 
@@ -140,9 +140,12 @@ async def test_a_program_that_is_not_there_hands_the_item_back(
 
 async def test_takes_only_the_sessions_it_was_given(scene: Scene) -> None:
     scene.plane.enqueue(metadata={"job": "other"})
-    finished = await scene.run("true", {"job": "mine"}, metadata={"job": "mine"})
-    assert finished.outcome == "completed"
-    assert len(scene.recorder.of(SessionStarted)) == 1
+    scene.plane.enqueue(metadata={"job": "mine"})
+    pool = scene.pool("true", {"reclaim_older_than_ms": 60_000}, metadata={"job": "mine"})
+    async with pool:
+        await scene.recorder.wait_for(SessionFinished)
+    (started,) = scene.recorder.of(SessionStarted)
+    assert started.session.item.metadata["job"] == "mine"
 
 
 async def test_the_item_names_its_container(scene: Scene) -> None:

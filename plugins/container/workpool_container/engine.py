@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 CALL_SECONDS: Final = 60.0
 """What a call may take: an engine under load takes its time to create and to start."""
-WAIT_SECONDS: Final = 60.0
-"""How long the engine is trusted to tell of an exit by itself, before it is asked."""
+WAIT_SECONDS: Final = (0.25, 10.0)
+"""How long to wait to be told of an exit before looking, at first and at most."""
 RETRY_SECONDS: Final = (0.2, 1.0, 5.0)
 """The pauses of who waits for an engine that does not answer, the last one repeating."""
 PULL_SECONDS: Final = 600.0
@@ -82,7 +82,7 @@ class Found:
 
 
 class Engine:
-    """A connection to the engine at `socket`. An async context manager."""
+    """A connection to the engine at `socket`. An async context manager; then `greet` it."""
 
     def __init__(self, socket: str) -> None:
         self.socket = socket
@@ -101,10 +101,12 @@ class Engine:
         await self._docker.close()
         await self._session.close()
 
-    async def version(self) -> str:
-        """The engine's name and version."""
+    async def greet(self) -> str:
+        """Agree on the API's version, before any other call; the engine's name and version."""
         with _errors("asking for its version"):
-            found = await self._docker.version()
+            async with self._session.get(f"{ORIGIN}/version", raise_for_status=True) as answer:
+                found = await answer.json()
+        self._docker.api_version = f"v{found['ApiVersion']}"
         names = [part["Name"] for part in found.get("Components") or ()]
         return f"{names[0] if names else 'engine'} {found.get('Version')}"
 
@@ -185,10 +187,14 @@ class Engine:
         Raises:
             EngineError: It is not there any more.
         """
-        failures = 0
+        failures, patience = 0, WAIT_SECONDS[0]
         while True:
             try:
-                status = await self._exit_of(container)
+                status = await self._status(container)
+                if status is not None:
+                    return status
+                await self._next_exit(container, patience)
+                failures, patience = 0, min(2 * patience, WAIT_SECONDS[1])
             except EngineError as error:
                 if error.absent:
                     raise
@@ -196,24 +202,22 @@ class Engine:
                 log.warning("container not reached id=%.12s error=%s", container, error)
                 await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
-            else:
-                failures = 0
-                if status is not None:
-                    return status
 
-    async def _exit_of(self, container: str) -> int | None:
-        """Its exit status if that comes within `WAIT_SECONDS`, else None."""
-        with _errors("waiting for the container"):
-            try:
-                async with asyncio.timeout(WAIT_SECONDS) as scope:
-                    await self._at(container).wait()
-            except TimeoutError:
-                if not scope.expired():
-                    raise
+    async def _status(self, container: str) -> int | None:
+        """Its exit status, None while it runs."""
+        with _errors("looking at the container"):
             state = (await self._at(container).show())["State"]
-        if str(state["Status"]).lower() in _RUNNING:
-            return None
-        return int(state["ExitCode"])
+        return None if str(state["Status"]).lower() in _RUNNING else int(state["ExitCode"])
+
+    async def _next_exit(self, container: str, patience: float) -> None:
+        """Wait for an exit, or for so many seconds: one just before the call is not told of.
+
+        Podman burns a core over any other condition.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                with _errors("waiting for the container"):
+                    await self._at(container).wait(condition="next-exit")
 
     async def output(self, container: str, tail: str) -> AsyncGenerator[tuple[str, bytes], None]:
         """Follow what it prints, to its end: pieces, each with its stream's name.
@@ -221,7 +225,7 @@ class Engine:
         Not through aiodocker, which leaves the connection open when its reader stops early.
 
         Args:
-            container: One that this engine was asked for before.
+            container: Its id or name.
             tail: How many lines of before, or `all`.
         """
         url = f"{ORIGIN}/{self._docker.api_version}/containers/{container}/logs"

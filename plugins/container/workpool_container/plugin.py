@@ -92,7 +92,7 @@ class Container:
         """
         socket, image = engine.socket, self._options.image
         try:
-            version = await engine.version()
+            version = await engine.greet()
         except EngineError as error:
             raise PluginError(
                 "container",

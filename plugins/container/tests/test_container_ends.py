@@ -1,0 +1,155 @@
+"""How a container is stopped, left, adopted and cleared away: never two at once for one item."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.testing import expire_lease
+from workpool_container.run import CONTAINER
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from plugins.container.tests.conftest import Scene
+
+COUNTED = "echo started >> /kept/starts; "
+"""Each start of a container leaves a line."""
+
+
+def starts(folder: Path) -> int:
+    """How many containers have begun to run."""
+    return len((folder / "starts").read_text().splitlines())
+
+
+@pytest.fixture
+def kept(scene: Scene, tmp_path: Path) -> Path:
+    """A folder that the containers see as /kept."""
+    scene.options["mounts"] = [f"{tmp_path}:/kept:rw"]
+    return tmp_path
+
+
+# Stopped.
+
+
+async def test_a_stop_request_ends_the_container(scene: Scene) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(scene.forever):
+        await scene.says("ready")
+        scene.ask_to_stop(item.id)
+        finished = await scene.finished(item.id)
+    assert finished.outcome == "stopped"
+    assert scene.item(item.id).metadata["exit_status"] == "9"
+    assert await scene.containers(item.id) == []
+
+
+async def test_a_deaf_container_is_killed_after_its_grace(scene: Scene) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool("trap '' TERM; echo ready; sleep 1000", grace=0.2):
+        await scene.says("ready")
+        scene.ask_to_stop(item.id)
+        finished = await scene.finished(item.id)
+    assert finished.outcome == "stopped"
+    assert scene.item(item.id).metadata["exit_status"] == "137"
+
+
+async def test_a_container_that_takes_too_long_is_stopped(scene: Scene) -> None:
+    finished = await scene.run(scene.forever, timeout=0.5)
+    assert finished.outcome == "timed_out"
+    assert await scene.containers(finished.session.item.id) == []
+
+
+@pytest.mark.parametrize("script", ["", "trap '' TERM; "], ids=["willing", "deaf"])
+async def test_a_lost_lease_ends_the_container_before_the_handler(
+    scene: Scene, script: str
+) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(script + "echo ready; sleep 1000 & wait", sweep_seconds=600):
+        await scene.says("ready")
+        expire_lease(scene.plane, item.id)  # it is delivered again, and so found to be lost
+        finished = await scene.finished(item.id)
+        assert finished.outcome == "lease_lost"
+        assert finished.seconds < 10
+        ours = finished.session.item.id
+        # What is there now was started by the second run, after the first one's was gone.
+        second = await scene.running(ours)
+        assert scene.item(ours).metadata[CONTAINER] == second
+        assert len(await scene.containers(ours)) == 1
+
+
+async def test_the_drains_deadline_ends_the_container(scene: Scene) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(scene.forever) as supervisor:
+        await scene.says("ready")
+        await supervisor.drain(timeout=0)
+        assert (await scene.finished(item.id)).outcome == "released"
+        assert await scene.containers(item.id) == []
+
+
+async def test_a_container_that_somebody_removes_fails_its_session(scene: Scene) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(scene.forever):
+        container = await scene.running(item.id)
+        await scene.docker.containers.container(container).delete(force=True)
+        finished = await scene.finished(item.id)
+    assert finished.outcome == "failed"
+    assert "removed by somebody else" in str(finished.error)
+
+
+# Adopted.
+
+
+async def test_a_container_that_was_left_is_adopted(scene: Scene, kept: Path) -> None:
+    script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done"
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(script, on_drain="leave") as supervisor:
+        container = await scene.running(item.id)
+        await supervisor.drain(timeout=10)
+        assert (await scene.finished(item.id)).outcome == "released"
+    assert await scene.running(item.id) == container
+
+    expire_lease(scene.plane, item.id)
+    async with scene.pool(script):
+        (kept / "end").touch()
+        assert (await scene.finished(item.id, count=2)).outcome == "completed"
+    assert starts(kept) == 1
+    assert await scene.containers(item.id) == []
+
+
+async def test_an_end_that_nobody_saw_is_reported(scene: Scene, kept: Path) -> None:
+    script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done; exit 4"
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(script, on_drain="leave") as supervisor:
+        container = await scene.running(item.id)
+        await supervisor.drain(timeout=10)
+    (kept / "end").touch()
+    await scene.exited(container)
+
+    expire_lease(scene.plane, item.id)
+    async with scene.pool(script):
+        finished = await scene.finished(item.id, count=2)
+    assert finished.outcome == "failed"
+    assert "exit status 4" in str(finished.error)
+    assert starts(kept) == 1
+
+
+async def test_a_killed_workers_container_is_adopted(scene: Scene, kept: Path) -> None:
+    script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done"
+    (item,) = scene.plane.enqueue()
+    async with scene.worker(script) as worker:
+        container = await scene.running(item.id)
+        name = (await scene.containers(item.id))[0]["Names"]
+        worker.kill()
+        await worker.wait()
+
+    async def adopted() -> bool:
+        return (await scene.containers(item.id))[0]["Names"] != name
+
+    expire_lease(scene.plane, item.id)
+    async with scene.pool(script):
+        await scene.until(adopted)
+        (kept / "end").touch()
+        assert (await scene.finished(item.id)).outcome == "completed"
+    assert scene.item(item.id).metadata[CONTAINER] == container
+    assert starts(kept) == 1
