@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,8 +40,13 @@ class Machine:
         pids = [path.name for path in Path("/proc").glob("[0-9]*")]
         return {pid for pid in pids if self._status(pid)[1] == str(os.getpid())}
 
-    def descriptors(self) -> set[str]:
-        return {path.name for path in Path("/proc/self/fd").iterdir()}
+    def descriptors(self) -> list[str]:
+        """What ours stand for, sockets aside: a control plane's may close a little later."""
+        found = []
+        for path in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # the one that lists them
+                found.append(str(path.readlink()).partition(":")[0])
+        return sorted(kind for kind in found if kind != "socket")
 
     async def written(self, path: Path, lines: int = 1) -> list[str]:
         """The lines of a file, once it has as many: a command's way to say how far it is."""
@@ -51,13 +57,16 @@ class Machine:
         await until(lambda: len(read()) >= lines)
         return read()
 
+    async def reached(self, condition: Callable[[], bool]) -> None:
+        await until(condition)
+
     async def gone(self, pids: list[str]) -> None:
         await until(lambda: not any(map(self.runs, pids)))
 
 
 async def until(reached: Callable[[], bool]) -> None:
     """Look again and again: the kernel tells nobody about processes that are not our children."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(25):
         while not reached():  # noqa: ASYNC110 - there is nothing else to wait for
             await asyncio.sleep(0.01)
 

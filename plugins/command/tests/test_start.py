@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.plugin import _blamed
+from workpool_command.ending import blamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,7 @@ async def test_a_kept_directory_s_place_may_be_taken(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
 def test_a_machine_without_room_gives_the_session_back(number: int) -> None:
-    with pytest.raises(Release), _blamed("tool"):
+    with pytest.raises(Release), blamed("tool"):
         raise OSError(number, os.strerror(number))
 
 

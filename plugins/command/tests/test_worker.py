@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from workpool.events import SessionFinished
+from workpool_command import Command
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from workpool.server import Item
     from workpool.testing import Kit
 
 pytestmark = pytest.mark.acceptance
@@ -61,3 +65,64 @@ async def test_commands_do_not_outlive_a_worker_that_is_killed(
         process.kill()
         await process.wait()
         await machine.gone(pids)
+
+
+LASTING = """
+    cat >item; env >env; echo hello; echo started >$0/told
+    read go <$0/fifo
+"""
+
+
+async def test_a_detached_command_lives_on_when_the_worker_is_killed(
+    kit: Kit, machine: Any, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    command = ["sh", "-c", LASTING, str(tmp_path)]
+    root = tmp_path / "root"
+    async with worker(kit, tmp_path, command=command, detach=True, root=str(root)) as process:
+        [item] = kit.enqueue()
+        await machine.written(tmp_path / "told")
+        process.kill()
+        await process.wait()
+    assert state_of(kit, item) == "active"
+    await asyncio.to_thread((tmp_path / "fifo").write_text, "go\n")
+    await machine.reached(lambda: state_of(kit, item) == "stopped")
+
+    cwd = root / item.session_id
+    assert json.loads((cwd / "item").read_text())["id"] == item.id
+    assert kit.server.token not in (cwd / "env").read_text()
+    assert "WORKPOOL_REDELIVERED=0\n" in (cwd / "env").read_text()
+    assert "hello\n" in (cwd / "output.log").read_text()
+
+
+async def test_a_detached_command_is_reaped_by_a_worker_that_lives(
+    kit: Kit, machine: Any, tmp_path: Path
+) -> None:
+    children, descriptors = machine.children(), machine.descriptors()
+    [item] = kit.enqueue()
+    async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
+        end = await kit.wait_for(SessionFinished, timeout=25)
+        await machine.reached(lambda: state_of(kit, item) == "stopped")
+        await machine.reached(lambda: len(machine.children() - children) == 1)  # the guard
+
+    assert end.outcome == "detached"
+    assert machine.children() == children
+    assert machine.descriptors() == descriptors
+
+
+async def test_a_hold_that_cannot_live_fails_the_session_at_once(kit: Kit, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(kit.server.token)
+    command = Command(command=["true"], detach=True, root=tmp_path)
+    async with kit.pool(command, token=None, token_file=token):
+        token.write_text("revoked")  # the pool reads it again only when it is refused
+        [item] = kit.enqueue()
+        end = await kit.wait_for(SessionFinished, timeout=25)
+
+    assert end.outcome == "failed"
+    assert str(end.error).startswith("workpool hold: exit status 3; see ")
+    assert "401" in (tmp_path / item.session_id / "output.log").read_text()
+
+
+def state_of(kit: Kit, item: Item) -> str:
+    return kit.server.operations.get(item.environment_id, item.id).state

@@ -79,6 +79,7 @@ class ProcessGroup:
     """A process that was just spawned, and its group. Belongs to the running loop.
 
     Attributes:
+        number: The group's, and its leader's.
         exited: Its leader has ended; it is not reaped yet.
         status: Its exit status, or the negative number of the signal that ended it; None before
             it was reaped, or when somebody else took it.
@@ -86,8 +87,10 @@ class ProcessGroup:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self.number = process.pid
         self.exited = asyncio.Event()
         self.status: int | None = None
+        self._left_alone = False
         self._pidfd = os.pidfd_open(process.pid)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pidfd, self._leader_exited)
@@ -95,7 +98,7 @@ class ProcessGroup:
     def signal(self, number: signal.Signals) -> None:
         """Send it to all that is left of the group."""
         try:
-            os.killpg(self._process.pid, number)
+            os.killpg(self.number, number)
         except ProcessLookupError:
             pass  # somebody else in this process has reaped the leader
         except PermissionError:
@@ -121,7 +124,7 @@ class ProcessGroup:
     def reap(self) -> None:
         """Take the status. Not with `Popen.wait`: to it, one that somebody else took is a 0."""
         try:
-            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG)
+            ended = os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
             ended = None
         if ended is not None:
@@ -129,14 +132,41 @@ class ProcessGroup:
             self.status = sign * ended.si_status
         self._process.returncode = -signal.SIGKILL if self.status is None else self.status
 
+    def leave_alone(self) -> None:
+        """Nobody waits for its end any more: it is only reaped then, unless it was closed."""
+        self._left_alone = True
+        if self.exited.is_set():
+            self._leader_exited()
+
     def close(self) -> None:
         """Let go of it."""
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
+        if self._pidfd != -1:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     def _leader_exited(self) -> None:
-        self._loop.remove_reader(self._pidfd)
         self.exited.set()
+        if self._left_alone:
+            self.reap()
+            self.close()
+        else:
+            self._loop.remove_reader(self._pidfd)
+
+
+def started(start: Start) -> ProcessGroup:
+    """A command in a group of its own.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    process = start.spawn()
+    try:
+        return ProcessGroup(process)
+    except OSError:  # no descriptor left to watch it with
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
 
 
 @asynccontextmanager
@@ -153,20 +183,14 @@ async def running(
     Raises:
         OSError: It cannot be started.
     """
-    process = start.spawn()
-    try:
-        group = ProcessGroup(process)
-    except OSError:  # no descriptor left to watch it with
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    watch.add(process.pid)
+    group = started(start)
+    watch.add(group.number)
     try:
         yield group
     finally:
         try:
             await group.end(patience())
-            watch.remove(process.pid)  # before the number may become somebody else's
+            watch.remove(group.number)  # before the number may become somebody else's
             group.reap()
         finally:
             group.close()

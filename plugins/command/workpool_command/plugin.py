@@ -6,7 +6,6 @@ What a session can still find wrong, it reports as its own failure.
 from __future__ import annotations
 
 import asyncio
-import errno
 import functools
 import math
 import os
@@ -14,13 +13,14 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from workpool import PluginError, Release, Session, handler, hookimpl
-from workpool_command.ending import CommandFailed, result_of, settle
+from workpool import PluginError, Session, Supervisor, handler, hookimpl
+from workpool_command.detached import Holders
+from workpool_command.ending import blamed, result_of, settle
 from workpool_command.group import ProcessGroup, Start, running
 from workpool_command.guard import Guard, guarding
 from workpool_command.output import reading
@@ -32,10 +32,11 @@ from workpool_command.surroundings import (
     ids_of,
     item_json,
     kept_directory,
+    redelivered,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
 NAME: Final = "command"
@@ -43,8 +44,6 @@ CANCELLED_SECONDS: Final = 3.0
 """The most that is left after a SIGTERM to a cancelled session: a drain's last step takes 5 s."""
 LOST_SECONDS: Final = 0.5
 """What is left when the lease is lost: less than the margin before somebody else can start."""
-EXHAUSTED: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC}
-"""This machine has no room for another process now: the session is another worker's to run."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -89,6 +88,7 @@ class Command:
         _check(self)
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: Guard | None = None
+        self._holders: Holders | None = None
 
         async def run(session: Session) -> Mapping[str, str] | None:
             return await self._run(session)
@@ -104,18 +104,20 @@ class Command:
 
     @hookimpl
     @asynccontextmanager
-    async def workpool_lifespan(self) -> AsyncIterator[None]:
+    async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Check what can be known of this machine before the first session; keep a guard."""
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         try:
             self._look_around()
-            async with guarding(handed_on(("PATH", "LD_LIBRARY_PATH"))) as self._guard:
-                yield
+            self._holders = Holders(self, supervisor.settings)
+            with closing(self._holders):
+                async with guarding(handed_on(("PATH", "LD_LIBRARY_PATH"))) as self._guard:
+                    yield
         except OSError as error:
             raise PluginError(NAME, f"cannot be used here: {error}") from error
         finally:
-            self._guard = None
+            self._guard = self._holders = None
 
     def _look_around(self) -> None:
         """Find what would fail every session.
@@ -136,12 +138,17 @@ class Command:
         os.close(os.pidfd_open(os.getpid()))  # not everywhere: Linux 5.3
 
     async def _run(self, session: Session) -> Mapping[str, str] | None:
-        if self._guard is None:
+        if self._guard is None or self._holders is None:
             raise PluginError(NAME, "runs in a pool only")
+        if self.detach and self._root is not None:
+            with blamed("directory"):
+                cwd = kept_directory(self._root, _name(session))
+            await self._holders.hand_over(session, cwd)
+            return None
         program = Path(self.command[0]).name
         with reading(session.log, self.log_lines) as (stdout, stderr):
             async with AsyncExitStack() as stack:
-                with _blamed(program):
+                with blamed(program):
                     cwd = await stack.enter_async_context(self._directory(session))
                     start = self._start(session, cwd, stdout.writer, stderr.writer)
                     patience = functools.partial(self._patience, session)
@@ -171,36 +178,23 @@ class Command:
         return min(self.grace, CANCELLED_SECONDS, max(LOST_SECONDS, session.lease_remaining / 2))
 
     def _directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
-        name = session.id or session.item.id
         if self.keep and self._root is not None:
-            return nullcontext(kept_directory(self._root, name))
-        return fresh_directory(self._root, name)
+            return nullcontext(kept_directory(self._root, _name(session)))
+        return fresh_directory(self._root, _name(session))
 
     def _start(self, session: Session, cwd: Path, stdout: int, stderr: int) -> Start:
         return Start(
             argv=self.command,
             cwd=cwd,
-            env=handed_on(self.environment) | ids_of(session),
+            env=handed_on(self.environment) | ids_of(session) | redelivered(session),
             stdin=item_json(session.item),
             stdout=stdout,
             stderr=stderr,
         )
 
 
-@contextmanager
-def _blamed(program: str) -> Iterator[None]:
-    """Make what keeps a command from being started the session's error.
-
-    Raises:
-        Release: It is for want of something that another machine may have.
-        CommandFailed: It is for good.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in EXHAUSTED:
-            raise Release(f"{program}: {error.strerror}") from error
-        raise CommandFailed(program, f"cannot be started: {error}") from error
+def _name(session: Session) -> str:
+    return session.id or session.item.id  # items of another type may have no session
 
 
 def _check(plugin: Command) -> None:

@@ -52,8 +52,12 @@ def ids_of(session: Session) -> dict[str, str]:
         "WORKPOOL_WORK_ID": session.item.id,
         "WORKPOOL_SESSION_ID": session.item.session_id,
         "WORKPOOL_ENVIRONMENT_ID": session.item.environment_id,
-        "WORKPOOL_REDELIVERED": "1" if session.redelivered else "0",
     }
+
+
+def redelivered(session: Session) -> dict[str, str]:
+    """Whether it may have been run before."""
+    return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
 def item_json(item: WorkItem) -> bytes:

@@ -1,0 +1,111 @@
+"""A command that lives on when the worker goes: under `workpool hold`, which keeps its lease.
+
+Nothing has to be undone when the handover fails half-way. `hold` starts the command only once its
+first heartbeat has succeeded, and that is refused as soon as the item is ours again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
+
+from workpool.errors import HandoverError, innermost
+from workpool_command.ending import CommandFailed, blamed, text_of
+from workpool_command.group import ProcessGroup, Start, started
+from workpool_command.surroundings import handed_on, item_json, redelivered
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from workpool import Session, Settings
+    from workpool_command.plugin import Command
+
+OUTPUT: Final = "output.log"
+"""Where, in the session's directory, `hold` and the command write to."""
+
+ENDED: Final = {0, 1}
+"""Exit statuses of a `hold` that may have had the item, and ended it well or not."""
+
+
+class Holders:
+    """Starts a `workpool hold` per session, and reaps those that end while the worker lives."""
+
+    def __init__(self, command: Command, settings: Settings) -> None:
+        self._command = command
+        self._settings = settings
+        self._groups: WeakSet[ProcessGroup] = WeakSet()  # one that has ended is forgotten
+
+    def close(self) -> None:
+        """The worker goes. They stay, and somebody else reaps them."""
+        for group in list(self._groups):
+            group.close()
+
+    async def hand_over(self, session: Session, cwd: Path) -> None:
+        """Start the command under `hold`, and wait until the item is its own.
+
+        Raises:
+            CommandFailed: `hold` could not be started, or has ended at once.
+            WorkpoolError: The item was not handed over: see `Session.handover`.
+        """
+        group: ProcessGroup | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                async with session.handover() as lease:
+                    group = self._start(session, cwd, lease.variables)
+                    watching = tasks.create_task(self._see_it_live(group, cwd), name="hold")
+                watching.cancel()
+        except BaseExceptionGroup as failure:
+            error = innermost(failure)
+            if group is not None and isinstance(error, HandoverError):
+                group.signal(signal.SIGKILL)  # it would be refused: the item is ours again
+            raise error from None
+        finally:
+            if group is not None:
+                self._groups.add(group)
+                group.leave_alone()
+
+    def _start(self, session: Session, cwd: Path, lease: Mapping[str, str]) -> ProcessGroup:
+        hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")  # -P: not what lies in `cwd`
+        ids = [f"{name}={value}" for name, value in redelivered(session).items()]
+        with blamed("workpool hold"), (cwd / OUTPUT).open("ab") as output:
+            return started(
+                Start(
+                    argv=(*hold, "env", *ids, *self._command.command),
+                    cwd=cwd,
+                    env={**handed_on(self._command.environment), **self._variables(), **lease},
+                    stdin=item_json(session.item),
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
+                )
+            )
+
+    def _variables(self) -> dict[str, str]:
+        """The pool's settings that `hold` goes by; it keeps all of them from the command."""
+        settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
+        variables = {
+            "WORKPOOL_STOP_GRACE": str(self._command.grace),
+            "WORKPOOL_REPORT_ERRORS": settings.report_errors,
+            "WORKPOOL_LOG_LEVEL": settings.log_level,
+            "WORKPOOL_LOG_FORMAT": settings.log_format,
+        }
+        if limit is not None:
+            variables["WORKPOOL_SESSION_TIMEOUT"] = str(limit)
+        if settings.token_file is None:
+            return variables | {"WORKPOOL_TOKEN": settings.read_token()}
+        return variables | {"WORKPOOL_TOKEN_FILE": str(Path(settings.token_file).absolute())}
+
+    async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:
+        """Notice at once one that cannot live: the handover would wait for it to the end.
+
+        Raises:
+            CommandFailed: It has ended, not well.
+        """
+        await group.exited.wait()
+        group.reap()
+        if group.status not in ENDED:
+            problem = "lost" if group.status is None else text_of(group.status)
+            raise CommandFailed("workpool hold", f"{problem}; see {cwd / OUTPUT}", group.status)
