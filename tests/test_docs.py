@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from aiohttp import web
     from fastapi import FastAPI
 
+pytest_plugins = ["pytester"]
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -80,7 +82,7 @@ def test_every_exit_status_is_in_the_table() -> None:
 
 
 def test_the_gate_runs_the_commands_of_the_readme() -> None:
-    commands = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    commands = re.findall(r"^python3 -m venv .venv && .*$", README, re.MULTILINE)
     assert len(commands) == 2
     assert commands[1] in (ROOT / ".ci/run").read_text()
 
@@ -195,5 +197,22 @@ async def test_an_observer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "reports.daily_report completed" in capsys.readouterr().out
 
 
-async def test_testing_a_handler(tmp_path: Path) -> None:
-    await run("def shout", tmp_path)["test_shout"]()
+@pytest.mark.usefixtures("plane")
+async def test_several_kinds_of_work(tmp_path: Path) -> None:
+    names = run("# kinds.py", tmp_path)
+    async with Supervisor(
+        Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
+    ):
+        for more, by in [
+            ({}, "report"),
+            ({"size": "huge"}, "huge_report"),
+            ({"weight": "101"}, "carry"),
+        ]:
+            assert (await finished({"job": "report", **more}))["by"] == by
+
+
+def test_the_tests_of_handlers(pytester: pytest.Pytester) -> None:
+    for name in ("test_approval", "test_answering", "test_count"):
+        pytester.makepyfile(**{name: block(f"# {name}.py")})
+    result = pytester.runpytest_inprocess("-p", "no:cov", "-p", "no:randomly", "-p", "no:asyncio")
+    result.assert_outcomes(passed=4)

@@ -1,0 +1,171 @@
+"""Several handlers in one pool, and what unwanted items cost: README, "Several kinds of work"."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import re
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, Supervisor, handler, hookimpl
+from workpool.events import ItemDeclined, SessionFinished, SessionStarted
+from workpool.server import DEFAULT_ENVIRONMENT
+from workpool.testing import in_virtual_time
+
+if TYPE_CHECKING:
+    from workpool import WorkItem
+    from workpool.testing import Kit
+
+MINUTES = 60.0
+
+
+@handler
+async def any_session(_: Session) -> dict[str, str]:
+    return {"by": "any_session"}
+
+
+@handler(metadata={"job": "report"}, timeout=5 * MINUTES)
+async def report(session: Session) -> dict[str, str]:
+    return await _work(session, "report")
+
+
+@handler(metadata={"job": "report", "size": "huge"}, timeout=50 * MINUTES, max_sessions=1)
+async def huge_report(session: Session) -> dict[str, str]:
+    return await _work(session, "huge_report")
+
+
+@handler(type="job")
+async def job(_: Session) -> dict[str, str]:
+    return {"by": "job"}
+
+
+class Weighing:
+    """Routes by something else than equality."""
+
+    @hookimpl
+    def workpool_session_handler(self, item: WorkItem) -> Any:
+        heavy = int(item.metadata.get("weight", "0")) > 100
+        return self.carry if heavy else None
+
+    async def carry(self, _: Session) -> dict[str, str]:
+        return {"by": "carry"}
+
+
+async def _work(session: Session, by: str) -> dict[str, str]:
+    await asyncio.sleep(float(session.item.metadata.get("minutes", "0")) * MINUTES)
+    return {"by": by}
+
+
+ALL = (Weighing(), any_session, report, huge_report, job)
+
+
+@pytest.mark.parametrize(
+    ("work_type", "metadata", "by"),
+    [
+        ("session", {}, "any_session"),
+        ("session", {"size": "huge"}, "any_session"),
+        ("session", {"job": "report"}, "report"),
+        ("session", {"job": "report", "size": "small"}, "report"),
+        ("session", {"job": "report", "size": "huge"}, "huge_report"),
+        ("session", {"job": "report", "size": "huge", "weight": "101"}, "carry"),
+        ("session", {"weight": "99"}, "any_session"),
+        ("job", {"job": "report"}, "job"),
+    ],
+)
+@in_virtual_time
+async def test_each_item_goes_to_its_handler(
+    workpool: Kit, work_type: str, metadata: dict[str, str], by: str
+) -> None:
+    (item,) = workpool.enqueue(metadata=metadata, work_type=work_type)
+    async with workpool.pool(*ALL):
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert workpool.item(item).metadata["by"] == by
+
+
+@in_virtual_time
+async def test_each_handler_has_its_own_timeout(workpool: Kit) -> None:
+    for size in ("small", "huge"):
+        workpool.enqueue(metadata={"job": "report", "size": size, "minutes": "60"})
+    async with workpool.pool(*ALL, session_timeout=1):
+        small, huge = [await workpool.wait_for(SessionFinished, count=count) for count in (1, 2)]
+    assert (small.outcome, huge.outcome) == ("timed_out", "timed_out")
+    assert small.seconds == pytest.approx(5 * MINUTES, abs=1)
+    assert huge.seconds == pytest.approx(50 * MINUTES, abs=1)
+
+
+@in_virtual_time
+async def test_a_full_handler_declines_before_the_ack_and_holds_up_no_other(workpool: Kit) -> None:
+    huge = {"job": "report", "size": "huge", "minutes": "10"}
+    workpool.enqueue(count=2, metadata=huge)
+    async with workpool.pool(*ALL):
+        await workpool.wait_for(SessionStarted)
+        declined = await workpool.wait_for(ItemDeclined)
+        assert declined.reason == "busy"
+        (small,) = workpool.enqueue(metadata={"job": "report"})
+        first = await workpool.wait_for(SessionFinished)
+        assert first.session.item.id == small.id
+        second = await workpool.wait_for(SessionFinished, count=2)
+        acked = [each for each in workpool.server.history if each.kind == "acked"]
+        assert declined.item.id not in {each.work_id for each in acked}
+        third = await workpool.wait_for(SessionFinished, count=3)
+    assert third.session.item.id == declined.item.id != second.session.item.id
+    assert {each.outcome for each in (first, second, third)} == {"completed"}
+
+
+def declines_per_poll(pool: Supervisor) -> float:
+    """What the alert WorkpoolPollsWasted looks at, over the pool's whole life."""
+    named = {"environment_id": DEFAULT_ENVIRONMENT}
+
+    def total(name: str, label: str, *values: str) -> float:
+        found = [pool.registry.get_sample_value(name, named | {label: each}) for each in values]
+        return sum(each or 0 for each in found)
+
+    declined = total("workpool_items_declined_total", "reason", "unwanted", "busy", "plugin_error")
+    return declined / total("workpool_polls_total", "result", "item", "null")
+
+
+def threshold() -> float:
+    """From which on the alert strikes."""
+    text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
+    yaml = importlib.import_module("yaml")  # has no types
+    rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+    (expr,) = [rule["expr"] for rule in rules if rule.get("alert") == "WorkpoolPollsWasted"]
+    return float(re.findall(r"> ([\d.]+)\s*$", expr)[0])
+
+
+@pytest.mark.parametrize("pollers", [1, 2])
+@in_virtual_time
+async def test_a_few_unwanted_items_cost_polls_and_starve_nobody(
+    workpool: Kit, pollers: int
+) -> None:
+    workpool.enqueue(count=3, metadata={"job": "of another pool"})
+    async with workpool.pool(report, pollers=pollers) as pool:
+        for count in range(1, 30):
+            await asyncio.sleep(20)
+            workpool.enqueue(metadata={"job": "report"})
+            finished = await workpool.wait_for(SessionFinished, count=count, timeout=10)
+            assert finished.outcome == "completed"
+        assert 0.1 < declines_per_poll(pool) < threshold()
+
+
+@pytest.mark.parametrize("pollers", [1, 2])
+@in_virtual_time
+async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_the_rest(
+    workpool: Kit, pollers: int
+) -> None:
+    workpool.enqueue(count=30, metadata={"job": "of another pool"})
+    async with workpool.pool(report, pollers=pollers) as pool:
+        await asyncio.sleep(60)
+        (wanted,) = workpool.enqueue(metadata={"job": "report"})
+        await asyncio.sleep(10 * MINUTES)
+        assert declines_per_poll(pool) > threshold()
+        assert workpool.item(wanted).state == "queued"
+        assert workpool.item(wanted).delivered_at is None
+        # The other kind's own pool comes: it takes what is its own, and the rest is free.
+        async with workpool.pool(any_session):
+            await workpool.wait_for(SessionFinished, count=31)
+    assert workpool.item(wanted).state == "stopped"
