@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib.util
 import math
 import os
 import shutil
@@ -108,16 +109,18 @@ class Command:
         """Check what can be known of this machine before the first session; keep a guard."""
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
-        try:
-            self._look_around()
-            self._holders = Holders(self, supervisor.settings)
-            with closing(self._holders):
-                async with guarding(handed_on(("PATH", "LD_LIBRARY_PATH"))) as self._guard:
-                    yield
-        except OSError as error:
-            raise PluginError(NAME, f"cannot be used here: {error}") from error
-        finally:
-            self._guard = self._holders = None
+        async with AsyncExitStack() as stack:
+            try:
+                self._look_around()
+                env = handed_on(("PATH", "LD_LIBRARY_PATH"))
+                self._guard = await stack.enter_async_context(guarding(env))
+            except OSError as error:
+                raise PluginError(NAME, f"cannot be used here: {error}") from error
+            self._holders = stack.enter_context(closing(Holders(self, supervisor.settings)))
+            try:
+                yield
+            finally:
+                self._guard = self._holders = None
 
     def _look_around(self) -> None:
         """Find what would fail every session.
@@ -135,6 +138,8 @@ class Command:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
             pass  # it can be written to
+        if self.detach and importlib.util.find_spec("typer") is None:
+            raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
         os.close(os.pidfd_open(os.getpid()))  # not everywhere: Linux 5.3
 
     async def _run(self, session: Session) -> Mapping[str, str] | None:
