@@ -13,7 +13,7 @@ from workpool.events import SessionFinished, SessionStarted
 from workpool.testing import in_virtual_time, lost, status
 
 if TYPE_CHECKING:
-    from workpool.testing import Kit
+    from workpool.testing import Kit, SessionResult
 
 HOUR = 3600.0
 
@@ -40,6 +40,18 @@ async def sleep(session: Session) -> dict[str, str]:
 async def second_time_lucky(session: Session) -> None:
     if not session.redelivered:
         raise Release("not yet", delay=60)
+
+
+@handler
+async def converse(session: Session) -> None:
+    async with session.events.stream() as stream:
+        async for event in stream:
+            if event["type"] == "agent.tool_use":
+                await asyncio.sleep(float(event["input"]["seconds"]))
+                result = {"tool_use_id": event["id"], "content": [], "is_error": False}
+                await session.events.send({"type": "user.tool_result", **result})
+            if event.get("stop_reason", {}).get("type") == "end_turn":
+                return
 
 
 async def test_a_session_runs_to_its_end(workpool: Kit) -> None:
@@ -166,6 +178,31 @@ async def test_a_stop_in_virtual_time(workpool: Kit) -> None:
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
     assert finished.seconds == pytest.approx(HOUR, abs=1)
+
+
+def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
+    asked = [each["id"] for each in result.events if each["type"] == "agent.tool_use"]
+    answered = [each["tool_use_id"] for each in result.events if each["type"] == "user.tool_result"]
+    return asked, answered
+
+
+async def test_a_script_makes_a_conversation(workpool: Kit) -> None:
+    script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
+    result = await workpool.run_session(converse, script=script)
+    asked, answered = uses_of(result)
+    assert (result.outcome, len(asked)) == ("completed", 3)
+    assert asked == answered
+    assert result.events[-1]["stop_reason"]["type"] == "end_turn"
+
+
+@in_virtual_time
+async def test_a_conversation_of_hours(workpool: Kit) -> None:
+    script = [{"name": "Bash", "input": {"seconds": HOUR}}] * 3
+    result = await workpool.run_session(converse, script=script)
+    asked, answered = uses_of(result)
+    assert (result.outcome, len(asked)) == ("completed", 3)
+    assert asked == answered
+    assert result.seconds == pytest.approx(3 * HOUR, abs=10)
 
 
 @in_virtual_time
