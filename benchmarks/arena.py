@@ -1,12 +1,14 @@
 """Where contenders meet: a control plane in its own process, each contender in another.
 
 A contender runs in a fresh process, alone, against the same control plane as the others; it tells
-its `Meter` what it does, and the meter counts. Shared by all benchmarks of this folder.
+its `Meter` what it does, and the meter counts. Shared by all benchmarks of this folder. A contest
+either counts items (`Result`) or watches a while what a contender costs once warm (`Watched`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
 import multiprocessing
 import os
@@ -15,17 +17,21 @@ import resource
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvloop
+from aiohttp import web
 
 from workpool import Settings, WorkClient
 from workpool.server import ControlPlane
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from multiprocessing.connection import Connection
+    from multiprocessing.sharedctypes import Synchronized
 
 SENT = "sent"
 """The metadata that holds when an item was enqueued, on the monotonic clock."""
@@ -35,12 +41,13 @@ _LIMIT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Plane:
-    """How to reach the control plane."""
+    """How to reach the control plane, and how many requests it was sent."""
 
     base_url: str
     anthropic_base_url: str
     token: str
     environment_id: str
+    requests: Synchronized[int] | None = None
 
     def settings(self, **more: Any) -> Settings:
         """For workpool's own client and pool."""
@@ -68,11 +75,11 @@ class Meter:
 
     warm_up: int
     items: int
-    on_warm: Callable[[], None]
     begin: Mark | None = None
     end: Mark | None = None
     waits: list[float] = field(default_factory=list)
     """Seconds from the call that enqueued an item to the start of its handler."""
+    warm: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     _claimed: int = 0
     _stopped: int = 0
@@ -92,7 +99,7 @@ class Meter:
         """The stop of an item was answered."""
         self._stopped += 1
         if self._stopped == self.warm_up:
-            self.on_warm()
+            self.warm.set()
         if self._stopped == self.warm_up + self.items:
             self.end = Mark.now()
             self.done.set()
@@ -116,32 +123,57 @@ class Result:
         return self.items / self.wall_seconds
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What one contender cost while it was watched; `memory` is its own, in bytes."""
+
+    cpu_seconds: float
+    wall_seconds: float
+    requests: int
+    memory: int
+
+    @property
+    def cpu_percent(self) -> float:
+        """Of one core."""
+        return 100 * self.cpu_seconds / self.wall_seconds
+
+    @property
+    def rate(self) -> float:
+        return self.requests / self.wall_seconds
+
+
 Contender = Callable[[Plane, Meter], Coroutine[Any, Any, None]]
 """Claims and runs items, telling the meter, until it is cancelled."""
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One contender, and how many items it is to handle."""
+    """One contender, and how many items it is to handle after the first `warm_up` ones.
+
+    With `watch` (seconds), what it costs for so long, beginning `settle` seconds after it is warm.
+    """
 
     contender: Contender
     plane: Plane
     items: int
     warm_up: int
+    watch: float = 0.0
+    settle: float = 0.0
 
 
 @contextmanager
 def control_plane() -> Iterator[Plane]:
     """A control plane on a free port of the loopback interface, in memory."""
-    with _process(_serve) as receive:
-        yield receive()
+    requests: Synchronized[int] = _processes.Value("q", 0)
+    with _process(_serve, requests) as receive:
+        yield replace(receive(), requests=requests)
 
 
 @contextmanager
 def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
     """Run it in a process of its own.
 
-    The value waits for what that has to say: None once it has warmed up, then its `Result`.
+    The value waits for what that has to say: None once it has warmed up, then what was measured.
     """
     with _process(_contend, contest) as receive:
         yield receive
@@ -200,12 +232,19 @@ def _process(target: Callable[..., None], *args: object) -> Iterator[Callable[[]
         process.join()
 
 
-def _serve(pipe: Connection) -> None:
-    uvloop.run(_plane(pipe))
+def _serve(pipe: Connection, requests: Synchronized[int]) -> None:
+    uvloop.run(_plane(pipe, requests))
 
 
-async def _plane(pipe: Connection) -> None:
-    async with ControlPlane() as plane:
+async def _plane(pipe: Connection, requests: Synchronized[int]) -> None:
+    @web.middleware
+    async def count(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        requests.value += 1
+        return await handler(request)
+
+    async with ControlPlane(middlewares=[count]) as plane:
         pipe.send(
             Plane(plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0])
         )
@@ -213,15 +252,21 @@ async def _plane(pipe: Connection) -> None:
 
 
 def _contend(pipe: Connection, contest: Contest) -> None:
-    pipe.send(uvloop.run(_run(pipe, contest)))
+    uvloop.run(_run(pipe, contest))
 
 
-async def _run(pipe: Connection, contest: Contest) -> Result:
-    meter = Meter(contest.warm_up, contest.items, on_warm=lambda: pipe.send(None))
+async def _run(pipe: Connection, contest: Contest) -> None:
+    meter = Meter(contest.warm_up, contest.items)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(contest.contender(contest.plane, meter), name="contender")
-        await meter.done.wait()
+        await meter.warm.wait()
+        pipe.send(None)
+        pipe.send(await (_watch(contest) if contest.watch else _count(meter)))
         task.cancel()
+
+
+async def _count(meter: Meter) -> Result:
+    await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
     return Result(
@@ -230,3 +275,22 @@ async def _run(pipe: Connection, contest: Contest) -> Result:
         meter.end.wall - meter.begin.wall,
         meter.waits,
     )
+
+
+async def _watch(contest: Contest) -> Watched:
+    requests = contest.plane.requests
+    assert requests is not None
+    await asyncio.sleep(contest.settle)
+    gc.collect()
+    memory = _own_memory()
+    sent, begin = requests.value, Mark.now()
+    await asyncio.sleep(contest.watch)
+    end = Mark.now()
+    return Watched(end.cpu - begin.cpu, end.wall - begin.wall, requests.value - sent, memory)
+
+
+def _own_memory() -> int:
+    """Bytes that only this process uses; what it shares, as libraries, is left out."""
+    rows = Path("/proc/self/smaps_rollup").read_text("ascii").splitlines()
+    [kib] = [row.split()[1] for row in rows if row.startswith("Private_Dirty:")]
+    return int(kib) * 1024

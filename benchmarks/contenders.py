@@ -19,7 +19,7 @@ from workpool import Session, Supervisor, WorkClient, handler
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
 
     from arena import Contender, Meter, Plane
 
@@ -77,8 +77,15 @@ async def bare(plane: Plane, meter: Meter) -> None:
         await _all(loop)
 
 
-async def workpool(plane: Plane, meter: Meter) -> None:
-    """The pool as it comes, metrics included."""
+async def workpool(
+    plane: Plane,
+    meter: Meter,
+    *,
+    supervisor: type[Supervisor] = Supervisor,
+    plugins: Sequence[object] = (),
+    **settings: Any,
+) -> None:
+    """The pool as it comes, metrics included; or with other settings, or parts of it replaced."""
 
     class Counted(WorkClient):
         """Tells the meter of claims and stops, at the price of one more call each."""
@@ -101,11 +108,36 @@ async def workpool(plane: Plane, meter: Meter) -> None:
     async def nothing(session: Session) -> None:
         meter.started(session.item.metadata)
 
-    settings = plane.settings(
-        concurrency=CONCURRENCY, block_ms=BLOCK_MS, lease_ttl=LEASE_SECONDS, drain_timeout=0
+    usual = {
+        "concurrency": CONCURRENCY,
+        "block_ms": BLOCK_MS,
+        "lease_ttl": LEASE_SECONDS,
+        "drain_timeout": 0,
+    }
+    pool = supervisor(
+        plane.settings(**usual | settings), plugins=[nothing, *plugins], connect=connect
     )
-    async with Supervisor(settings, plugins=[nothing], connect=connect) as supervisor:
-        await supervisor.wait()
+    async with pool:
+        await pool.wait()
+
+
+async def client(plane: Plane, meter: Meter) -> None:
+    """`WorkClient` without the pool: the same loop as `bare`, answers read strictly."""
+    async with WorkClient(plane.settings(concurrency=CONCURRENCY)) as work:
+
+        async def loop() -> None:
+            while True:
+                item = await work.poll(BLOCK_MS, 5000)
+                if item is None:
+                    continue
+                meter.claimed()
+                await work.ack(item.id)
+                await work.heartbeat(item.id, ttl=LEASE_SECONDS)
+                meter.started(item.metadata)
+                await work.stop(item.id, force=True)
+                meter.stopped()
+
+        await _all(loop)
 
 
 async def qca_sdk(plane: Plane, meter: Meter) -> None:
@@ -173,10 +205,10 @@ ENTRIES = (
 
 
 def parse_contenders(
-    parser: argparse.ArgumentParser, *default: str
+    parser: argparse.ArgumentParser, *default: str, entries: Sequence[Entry] = ENTRIES
 ) -> tuple[argparse.Namespace, list[Entry]]:
     """Read the command line, with `--only NAME …` added; what of that can be run here."""
-    names = [entry.name for entry in ENTRIES]
+    names = [entry.name for entry in entries]
     parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()
-    return options, [entry for entry in ENTRIES if entry.name in options.only and entry.installed]
+    return options, [entry for entry in entries if entry.name in options.only and entry.installed]

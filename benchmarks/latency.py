@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=300, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
-    options, entries = parse_contenders(parser, "bare", "workpool")
+    options, entries = parse_contenders(parser, "bare", "workpool", "anthropic")
     waits: dict[tuple[str, str], list[float]] = {}
     with control_plane() as plane:
         for _ in range(options.rounds):

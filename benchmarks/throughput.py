@@ -47,20 +47,25 @@ def report(rounds: dict[str, list[Result]]) -> str:
     return table(head, [row(name, results) for name, results in rounds.items()])
 
 
+def compare(entries: list[Entry], items: int, number_of_rounds: int) -> None:
+    """Let everybody drain a queue in turns, and print the table."""
+    rounds: dict[str, list[Result]] = {entry.name: [] for entry in entries}
+    with control_plane() as plane:
+        for number in range(number_of_rounds):
+            turn = number % len(entries)  # nobody always comes first
+            for entry in entries[turn:] + entries[:turn]:
+                result = measure(plane, entry, max(1, items // entry.divisor))
+                rounds[entry.name].append(result)
+    print(report(rounds))
+    print(f"\n{number_of_rounds} rounds. {versions()}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU per item and items per second.")
     parser.add_argument("--items", type=int, default=3000, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     options, entries = parse_contenders(parser)
-    rounds: dict[str, list[Result]] = {entry.name: [] for entry in entries}
-    with control_plane() as plane:
-        for number in range(options.rounds):
-            turn = number % len(entries)  # nobody always comes first
-            for entry in entries[turn:] + entries[:turn]:
-                items = max(1, options.items // entry.divisor)
-                rounds[entry.name].append(measure(plane, entry, items))
-    print(report(rounds))
-    print(f"\n{options.rounds} rounds. {versions()}")
+    compare(entries, options.items, options.rounds)
 
 
 if __name__ == "__main__":

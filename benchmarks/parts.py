@@ -1,0 +1,96 @@
+"""What each part of the pool costs, and each setting: the same run with it left out or changed.
+
+    python benchmarks/parts.py [--items N] [--rounds N] [--only NAME …]
+
+As throughput.py measures; the first contender, with which the others are compared, is the pool as
+it comes. A setting that costs nothing by default makes no difference when it is turned off, and
+shows what it costs when it is turned on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from contenders import Entry, bare, client, parse_contenders, workpool
+from throughput import compare
+
+from workpool import hookimpl
+from workpool.metrics import Metrics
+from workpool.plugins import Plugins
+from workpool.testing.simulation.world import LoopSupervisor
+
+if TYPE_CHECKING:
+    from arena import Meter, Plane
+
+    from workpool.events import Event
+
+
+class Observer:
+    """A plugin that is told everything and does nothing with it."""
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        pass
+
+
+class Wrapper:
+    """A plugin that wraps every session in nothing."""
+
+    @hookimpl
+    def workpool_wrap_session(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return contextlib.nullcontext()
+
+
+def ignore(*_: object) -> None:
+    pass
+
+
+async def without(owner: type, names: tuple[str, ...], plane: Plane, meter: Meter) -> None:
+    """The pool with some methods of a class doing nothing, in this process only."""
+    for name in names:
+        setattr(owner, name, ignore)
+    await workpool(plane, meter)
+
+
+def pool(name: str, **changed: Any) -> Entry:
+    """The pool with something changed."""
+    return Entry(name, partial(workpool, **changed), "workpool")
+
+
+def lacking(name: str, owner: type, *names: str) -> Entry:
+    """The pool with something left out."""
+    return Entry(name, partial(without, owner, names), "workpool")
+
+
+ENTRIES = (
+    pool("workpool"),
+    Entry("bare", bare, "aiohttp"),
+    Entry("client only", client, "workpool"),
+    lacking("metrics off", Metrics, "observe", "request"),
+    lacking("nobody told", Plugins, "notify", "notify_metrics"),
+    pool("an observer", plugins=(Observer,)),
+    pool("a wrapper", plugins=(Wrapper,)),
+    pool("one loop", supervisor=LoopSupervisor),
+    pool("stats_interval=0", stats_interval=0),
+    pool("stats_interval=1", stats_interval=1),
+    pool("rates=100000", read_rate=100_000, write_rate=100_000),
+    pool("session_timeout=60", session_timeout=60),
+    pool("max_attempts=3", max_attempts=3),
+    pool("prefetch=8", prefetch=8),
+    pool("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What each part and setting costs.")
+    parser.add_argument("--items", type=int, default=1000, help="per contender and round")
+    parser.add_argument("--rounds", type=int, default=7)
+    options, entries = parse_contenders(parser, entries=ENTRIES)
+    compare(entries, options.items, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
