@@ -22,6 +22,8 @@ from workpool.wire.client import WorkClient
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from prometheus_client import CollectorRegistry
+
     from workpool.pool.calls import Calls
     from workpool.pool.parts import Parts
     from workpool.settings import Settings
@@ -38,7 +40,8 @@ class Hold(Supervisor):
         work_id: The item.
         last_heartbeat: Of the parent, as `Session.handover` told it.
         plugins: Run it and watch it.
-        connect: As a supervisor's.
+        registry: As a supervisor's.
+        connect: Likewise.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class Hold(Supervisor):
         last_heartbeat: str,
         *,
         plugins: Sequence[object] = (),
+        registry: CollectorRegistry | None = None,
         connect: Callable[[Settings], Calls] = WorkClient,
     ) -> None:
-        super().__init__(settings, plugins=plugins, connect=connect)
+        super().__init__(settings, plugins=plugins, registry=registry, connect=connect)
         self._work_id = work_id
         self._last_heartbeat = last_heartbeat
 

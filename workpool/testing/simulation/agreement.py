@@ -35,12 +35,13 @@ def outcomes_agree(case: Case) -> Iterator[str]:
             isinstance(event, AckFinished) and event.result == "ok" for _, event in node.events
         )
         ends = [(at, each) for at, each in node.events if isinstance(each, SessionFinished)]
-        if acked != len(ends):
+        if acked != len(ends) and not node.child:
             yield f"{node.machine.name}: {acked} acked, {len(ends)} finished"
         for at, event in ends:
             tenure = case.tenure(node, event.session.item.id, at)
             if tenure is None:
-                yield f"{node.machine.name}: finished what it never had"
+                if not node.child or event.outcome in {"completed", "failed", "timed_out"}:
+                    yield f"{node.machine.name}: finished what it never had"
                 continue
             words = _contradiction(case, node, tenure, event.outcome, at)
             if words:
@@ -61,6 +62,9 @@ def losses_are_true(case: Case) -> Iterator[str]:
 
 def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:
     run = case.run_of(node, tenure)
+    handed = tenure.how == "detached" and tenure.ended <= at
+    if handed != (outcome == "detached") and not (case.disturbed(node, tenure) or node.left_behind):
+        return "a child has taken it" if handed else "no child has taken it"
     match outcome:
         case "completed" | "timed_out" if not (
             _stopped_by(case, tenure, at) or case.broken(tenure)
@@ -152,7 +156,7 @@ def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
 
 def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:
     """Count what the pool's events say, under names of their own."""
-    runs = sum(run.node is node for run in case.trace.runs)
+    runs = sum(run.node is node and run.play != "alone" for run in case.trace.runs)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
     if runs != started:
         seen[node.machine.name, "sessions started"] = runs

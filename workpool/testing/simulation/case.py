@@ -33,6 +33,7 @@ class Tenure:
         promises: When the control plane said so, and until when the lease was to last.
         ended: When the item was not this worker's any more.
         stop_wished: When an operator first asked for its end.
+        how: Detached: a child that its worker had started took the item over.
         stopped_by: Who stopped it; None when its lease lapsed.
     """
 
@@ -41,7 +42,7 @@ class Tenure:
     began: float
     promises: list[tuple[float, float]] = field(default_factory=list)
     ended: float = FOREVER
-    how: Literal["lapsed", "stopped"] | None = None
+    how: Literal["lapsed", "stopped", "detached"] | None = None
     stop_wished: float = FOREVER
     stopped_by: str | None = None
 
@@ -106,11 +107,12 @@ class Case:
                 yield nodes[tenure.worker_id], tenure
 
     def run_of(self, node: Node, tenure: Tenure) -> Run | None:
-        """The handler's run in a tenure."""
+        """The handler's run in a tenure; what it did alone, if no child had come."""
+        found = None
         for run in self.runs.get(tenure.work_id, ()):
             if run.node is node and tenure is self.tenure(node, tenure.work_id, run.started):
-                return run
-        return None
+                found = run
+        return found
 
     def disturbed(self, node: Node, tenure: Tenure, until: float = FOREVER) -> bool:
         """Whether anything befell the pool or its calls for the item during the tenure."""
@@ -144,12 +146,23 @@ def _tenures(history: Iterable[Record]) -> dict[str, list[Tenure]]:
         tenures = found.get(record.work_id)
         if not tenures or tenures[-1].how is not None:
             continue
+        if record.kind == "heartbeat" and record.worker_id != tenures[-1].worker_id:
+            tenures.append(_handed_over(tenures[-1], record))
+            continue
         _continue(tenures[-1], record)
     return found
 
 
+def _handed_over(tenure: Tenure, record: Record) -> Tenure:
+    tenure.ended, tenure.how = record.time, "detached"
+    child = Tenure(record.work_id, str(record.worker_id), record.time)
+    child.promises.append((record.time, _end(record)))
+    child.stop_wished = tenure.stop_wished
+    return child
+
+
 def _continue(tenure: Tenure, record: Record) -> None:
-    if record.kind == "heartbeat" and record.worker_id == tenure.worker_id:
+    if record.kind == "heartbeat":
         tenure.promises.append((record.time, _end(record)))
     elif record.kind == "stop_requested":
         tenure.stop_wished = min(tenure.stop_wished, record.time)

@@ -7,10 +7,10 @@ over a lease of 60 s, and the network's latency.
 from __future__ import annotations
 
 from http import HTTPStatus
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Final
 
-from workpool.errors import RefusedError
+from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import PollerRestarted
 from workpool.testing.simulation.agreement import losses_are_true, metrics_agree, outcomes_agree
 from workpool.testing.simulation.case import WRITES
@@ -59,7 +59,7 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
         if not any(
             call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= run.started
             for call in case.sent[run.node, run.work_id]
-            if call.at >= tenure.began
+            if call.answered_at >= tenure.began
         ):
             yield f"{_name(run)} started before a beat was answered"
         told = run.obeyed_at
@@ -104,7 +104,8 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
             continue
         tenure = case.tenure(call.node, call.work_id, call.at)
         if tenure is None:
-            yield f"{_call(call)} was sent without a lease"
+            if call.op != "heartbeat" or not call.node.child:
+                yield f"{_call(call)} was sent without a lease"
         elif call.at > tenure.promised(call.at) + MARGIN_SECONDS:
             yield f"{_call(call)} was sent; promised until {tenure.promised(call.at):.3f}"
 
@@ -115,7 +116,11 @@ def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
         for tenure in case.tenures.get(work_id, ()):
             if tenure.worker_id != node.worker_id:
                 continue
-            following = [call for call in calls if case.tenure(node, work_id, call.at) is tenure]
+            following = [  # a child's begins with its first call, not with its ack
+                call
+                for call in calls
+                if node.child or case.tenure(node, work_id, call.at) is tenure
+            ]
             news = min((_news(call, following, tenure) for call in following), default=FOREVER)
             for call in following:
                 if call.op in WRITES and call.at > news:
@@ -134,6 +139,48 @@ def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
         state = getattr(call.told, "state", None)
         over = state in {"stopped", "queued"}
     return call.answered_at if over and call.answered_at >= tenure.began else FOREVER
+
+
+def a_handover_is_silent(case: Case) -> Iterator[str]:
+    """3d. No beat is on its way, and nothing is sent, while a handler starts a child."""
+    for handing in case.trace.handings:
+        until = min(handing.left, handing.entered + handing.ttl / 2)
+        if handing.node.paused(handing.entered - 1, until):
+            continue
+        for call in case.sent[handing.node, handing.work_id]:
+            under_way = call.op == "heartbeat" and call.at <= handing.entered < call.answered_at
+            if under_way or (call.op in WRITES and handing.entered <= call.at < until):
+                yield f"{_call(call)} was sent; handing over since {handing.entered:.3f}"
+
+
+def only_a_child_takes_over(case: Case) -> Iterator[str]:
+    """3e. Nobody takes an item from a child while its lease lasts, and from a pool only a child."""
+    children = {node.worker_id for node in case.trace.nodes if node.child}
+    for tenures in case.tenures.values():
+        for one, two in pairwise(tenures):
+            fair = one.worker_id not in children and two.worker_id in children
+            if one.how == "detached" and not fair:
+                yield f"{one.work_id} was taken over at {one.ended:.3f}"
+
+
+def what_is_handed_over_is_let_go(case: Case) -> Iterator[str]:
+    """3f. Its parent does not touch it, but for one beat that is to take it back."""
+    for node, tenure in case.all_tenures():
+        if tenure.how == "detached":
+            yield from _not_let_go(case, node, tenure)
+
+
+def _not_let_go(case: Case, node: Node, tenure: Tenure) -> Iterator[str]:
+    tries = 0
+    for call in case.sent[node, tenure.work_id]:
+        if call.at <= tenure.ended or case.tenure(node, tenure.work_id, call.at) is not tenure:
+            continue
+        if call.op in {"stop", "update"}:
+            yield f"{_call(call)} was sent for what a child has"
+        tries += call.op == "heartbeat" and call.trouble is None
+        tries -= call.op == "get" and call.trouble is not None
+    if tries > 1:
+        yield f"{tenure.work_id} was to be taken back {tries} times by {node.machine.name}"
 
 
 def stops_are_justified(case: Case) -> Iterator[str]:
@@ -257,7 +304,8 @@ def drains_leave_nothing_behind(case: Case) -> Iterator[str]:
 def nothing_crashes(case: Case) -> Iterator[str]:
     """A pool ends by a drain, or because it was refused; a poller that crashes is a bug."""
     for node in case.trace.nodes:
-        if node.error is not None and not isinstance(node.error, RefusedError):
+        allowed = ControlPlaneError if node.child else RefusedError
+        if node.error is not None and not isinstance(node.error, allowed):
             yield f"{node.machine.name} failed: {node.error!r}"
         for _, event in node.events:
             if isinstance(event, PollerRestarted):
@@ -288,6 +336,9 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     no_two_handlers_run_one_session,
     nothing_is_sent_without_the_lease,
     nothing_is_sent_after_the_news,
+    a_handover_is_silent,
+    only_a_child_takes_over,
+    what_is_handed_over_is_let_go,
     stops_are_justified,
     an_item_completes_once,
     what_is_acked_is_run,

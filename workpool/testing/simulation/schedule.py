@@ -17,7 +17,7 @@ DEEDS: Final[tuple[DeedKind, ...]] = (
 )  # fmt: skip
 PLAYS: Final = (
     "work", "work", "work", "raise", "release", "heedless", "stubborn", "tidy", "write", "odd",
-    "eager",
+    "eager", "detach", "detach",
 )  # fmt: skip
 TROUBLES: Final = (
     "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",

@@ -7,13 +7,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool import Release, Session, handler
-from workpool.errors import ControlPlaneError
+from workpool.errors import ControlPlaneError, HandoverError
 from workpool.testing.simulation.machine import this_machine
-from workpool.testing.simulation.trace import Run
+from workpool.testing.simulation.trace import Handing, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workpool.session import HandedLease
     from workpool.testing.simulation.trace import Node, Trace
 
 PLAY: Final = "play"
@@ -23,6 +24,9 @@ STUBBORN_SECONDS: Final = 15.0
 TIDY_SECONDS: Final = 0.9
 """How long a clean-up takes: less than the second that every lease leaves for it."""
 ENCORE_SECONDS: Final = 0.05
+WAYS: Final = ("soon", "soon", "late", "fails", "never")
+BLOCK_SECONDS: Final = 0.3
+"""How long it takes to start a child."""
 
 
 @handler
@@ -38,8 +42,16 @@ class Stage:
         healed: Every play is short.
     """
 
-    def __init__(self, trace: Trace, node: Node, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        node: Node,
+        now: Callable[[], float],
+        start_child: Callable[[Node, HandedLease, float], None],
+    ) -> None:
+        """`start_child`: of this node, for the lease, so many seconds from now."""
         self.healed = False
+        self._start_child = start_child
         self._trace = trace
         self._node = node
         self._now = now
@@ -53,7 +65,14 @@ class Stage:
         first = not any(run.work_id == item.id for run in self._trace.runs)
         run = Run(self._node, item.id, item.session_id, name, self._now())
         self._trace.runs.append(run)
-        act = getattr(self, f"_{name}", self._work)
+        alone = self._node.child or (self.healed and name == "detach")
+        act = self._work if alone else getattr(self, f"_{name}", self._work)
+        return await self._noted(act, session, run, seconds, first)
+
+    async def _noted(
+        self, act: Any, session: Session, run: Run, seconds: float, first: bool
+    ) -> Any:
+        """Do it, and note in its run how it ended."""
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
@@ -126,3 +145,34 @@ class Stage:
                 await session.update_metadata({"count": str(count)})
             await asyncio.sleep(2.5)
         return {"count": str(count)}
+
+    async def _detach(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
+        """Hand it over: at once, at the last moment, with an error in the block, or to nobody."""
+        lot, way = divmod(round(seconds * 1000), len(WAYS))
+        try:
+            async with session.handover() as lease:
+                bound = lease.ttl - max(1.0, lease.ttl / 10) - lease.ttl / 4
+                late = bound - 1 + lot % 20 / 10
+                delay = {"soon": lot % 20 / 10, "late": late, "fails": lot % 20 / 40}.get(WAYS[way])
+                await self._hand(session, run, lease, delay, fails=WAYS[way] == "fails")
+        except HandoverError:
+            alone = Run(self._node, run.work_id, run.session_id, "alone", self._now())
+            self._trace.runs.append(alone)
+            return await self._noted(self._work, session, alone, seconds, first)
+        return {"ignored": "yes"}
+
+    async def _hand(
+        self, session: Session, run: Run, lease: HandedLease, delay: float | None, *, fails: bool
+    ) -> None:
+        """What a handler does inside the block; its own run is over."""
+        handing = Handing(self._node, session.item.id, lease.ttl, self._now())
+        self._trace.handings.append(handing)
+        run.ended, run.result = self._now(), "handed"
+        if delay is not None:
+            self._start_child(self._node, lease, delay)
+        try:
+            await asyncio.sleep(BLOCK_SECONDS)
+            if fails:
+                raise ValueError("on purpose")
+        finally:
+            handing.left = self._now()

@@ -55,7 +55,8 @@ class Run:
     Attributes:
         play: What it was to do.
         told_at: When it was first cancelled.
-        result: How it ended: returned, raised, released, cancelled; None: it had not.
+        result: How it ended: returned, raised, released, cancelled, handed (over to a child);
+            None: it had not.
         stop_seen: An operator's wish had reached it when it ended.
         believed: The most that it believed of its lease past the control plane's, in seconds.
     """
@@ -77,10 +78,26 @@ class Run:
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class Handing:
+    """One block in which a handler hands its item over.
+
+    Attributes:
+        ttl: Of the lease, in seconds.
+    """
+
+    node: Node
+    work_id: str
+    ttl: float
+    entered: float
+    left: float = FOREVER
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class Node:
     """One life of one pool.
 
     Attributes:
+        child: It is the holder of one item that a pool has handed over.
         born: When it was started.
         drain: When its drain began, and the seconds that it was given; None: it had none.
         closed: When nothing of it was left; infinite if it crashed.
@@ -93,6 +110,7 @@ class Node:
     pool: Pool
     born: float
     worker_id: str = ""
+    child: bool = False
     drain: tuple[float, float] | None = None
     drained: float = FOREVER
     closed: float = FOREVER
@@ -118,6 +136,7 @@ class Trace:
     nodes: list[Node] = field(default_factory=list)
     sent: list[Sent] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    handings: list[Handing] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
     troubles: int = 0
     deeds: int = 0

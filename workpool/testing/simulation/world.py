@@ -7,9 +7,10 @@ import random
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from workpool.errors import WorkpoolError
+from workpool.pool.hold import Hold
 from workpool.pool.keeper import Keeper
 from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
@@ -17,7 +18,7 @@ from workpool.server.clock import SECOND
 from workpool.settings import Settings
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
-from workpool.testing.simulation.machine import Machine, MachinesLoop
+from workpool.testing.simulation.machine import NETWORK, Machine, MachinesLoop
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from workpool.events import Event
     from workpool.pool.parts import Parts
+    from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
 TICK_SECONDS: Final = 5.0
@@ -86,6 +88,10 @@ class Simulated(LoopSupervisor):
             told(event)
 
         return replace(parts, observe=observe)
+
+
+class SimulatedHold(Simulated, Hold):
+    """A child on a machine, as `workpool hold` runs it."""
 
 
 def settings_of(pool: Pool) -> Settings:
@@ -167,23 +173,37 @@ class World:
         await self._leave()
 
     def _start(self, pool: Pool, *, healed: bool = False) -> None:
+        node = self._node(pool)
+        node.machine.stage.healed = healed
+        supervisor = Simulated(settings_of(pool), **self._surroundings(node))
+        self._spawn(node, self._life(node, supervisor))
+
+    def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
+        """It starts wherever that is, whatever befalls its parent until then."""
+        begin = partial(self._begin_child, parent, lease)
+        self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
+
+    def _begin_child(self, parent: Node, lease: HandedLease) -> None:
+        if self._network.over:
+            return
+        node = self._node(replace(parent.pool, session_timeout=None, lease_ttl=lease.ttl))
+        node.child = True
+        child = SimulatedHold(
+            settings_of(node.pool), lease.work_id, lease.last_heartbeat, **self._surroundings(node)
+        )
+        self._spawn(node, self._life(node, child))
+
+    def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
         self.trace.nodes.append(node)
-        stage = Stage(self.trace, node, lambda: self.loop.now)
-        stage.healed = healed
-        self._stages.append(stage)
-        machine.stage = stage
-        supervisor = Simulated(
-            settings_of(pool),
-            plugins=[play],
-            registry=self._registry,
-            connect=partial(Client, self._network, node),
-        )
-        supervisor.node = node
-        supervisor._clock = machine.clock
-        self._supervisors[node] = supervisor
-        self._spawn(node, self._life(node, supervisor))
+        machine.stage = Stage(self.trace, node, lambda: self.loop.now, self._start_child)
+        self._stages.append(machine.stage)
+        return node
+
+    def _surroundings(self, node: Node) -> dict[str, Any]:
+        connect = partial(Client, self._network, node)
+        return {"plugins": [play], "registry": self._registry, "connect": connect}
 
     def _spawn(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
         context = node.machine.context()
@@ -191,6 +211,9 @@ class World:
         self._tasks[task] = node
 
     async def _life(self, node: Node, supervisor: Simulated) -> None:
+        supervisor.node = node
+        supervisor._clock = node.machine.clock
+        self._supervisors[node] = supervisor
         try:
             async with supervisor:
                 await supervisor.wait()
@@ -260,7 +283,7 @@ class World:
         match deed.kind:
             case "crash" | "restart":
                 self._crash(node)
-                if deed.kind == "restart":
+                if deed.kind == "restart" and not node.child:
                     self._start(node.pool)
             case "cut":
                 node.cuts.append((now, now + deed.seconds))
@@ -269,7 +292,7 @@ class World:
                 self.loop.call_later(deed.seconds, machine.go_on)
             case "drain":
                 self._begin_drain(node, deed.seconds)
-                if deed.target % 2:
+                if deed.target % 2 and not node.child:
                     self._start(node.pool)
 
     def _crash(self, node: Node) -> None:
