@@ -108,16 +108,18 @@ def test_a_failure_shows_the_tests_line_and_the_pools_log(pytester: pytest.Pytes
     assert "kit.py" not in str(result.stdout)
 
 
-def test_a_test_without_the_fixture_pays_nothing(pytester: pytest.Pytester) -> None:
+def test_a_test_without_the_fixture_pays_nothing(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others import what we must not
     pytester.makepyfile(
         """
         import sys
 
-        def test_it():
-            assert "pytest_workpool" in sys.modules
-            assert not {"workpool", "aiohttp", "pydantic", "prometheus_client"} & set(sys.modules)
+        def test_it(pytestconfig):
+            assert pytestconfig.pluginmanager.has_plugin("workpool")
+            assert not {"workpool", "aiohttp", "asyncio", "pydantic"} & set(sys.modules)
         """
     )
-    alone = ["-p", "no:cov", "-p", "no:randomly", "-p", "no:hypothesispytest"]
-    result = pytester.run(sys.executable, "-m", "pytest", *alone)
+    result = pytester.run(sys.executable, "-m", "pytest", "-p", "workpool")
     result.assert_outcomes(passed=1)

@@ -7,7 +7,6 @@ test asks for the fixture.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 from typing import TYPE_CHECKING
@@ -43,6 +42,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test of the fixture's that no other plugin runs: none is needed for `async def`."""
     if "workpool" not in pyfuncitem.funcargs or not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
+    import asyncio  # noqa: PLC0415 - pytest alone does without it
+
     names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001 - as every plugin that calls tests
     asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
     return True
