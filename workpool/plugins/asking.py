@@ -146,7 +146,8 @@ class Plugins:
     def notify(self, event: Event) -> None:
         """Tell the metrics, then the observers. Never raises because of one of them."""
         self.notify_metrics(event)
-        self.notify_observers(event)
+        if self._observers:
+            self._tell(event, but=None)
 
     def notify_metrics(self, event: Event) -> None:
         """Tell the built-in metrics only. On any thread."""

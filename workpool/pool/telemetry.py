@@ -60,7 +60,10 @@ class Telemetry:
 
     def listen_to(self, calls: Calls) -> None:
         """Hear of every request of a client, on whichever loop it lives."""
-        calls.on_request = self._request_finished
+        # No event, nor a call more, without anybody to see it.
+        calls.on_request = (
+            self._request_finished if self._plugins.observers else self._metrics.request
+        )
         calls.on_budget_wait = self._budget_waited
         calls.on_credential_refresh = self._credential_refreshed
 
@@ -75,9 +78,8 @@ class Telemetry:
             self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
 
     def _request_finished(self, op: str, code: str, seconds: float) -> None:
-        self._metrics.request(op, code, seconds)  # no event without anybody to see it
-        if self._plugins.observers:
-            self._forward(RequestFinished(op, code, seconds))
+        self._metrics.request(op, code, seconds)
+        self._forward(RequestFinished(op, code, seconds))
 
     def _budget_waited(self, kind: str, seconds: float) -> None:
         self.observe_anywhere(RateBudgetWaited("read" if kind == "read" else "write", seconds))
