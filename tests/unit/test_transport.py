@@ -12,6 +12,7 @@ import re
 import shutil
 import ssl
 import subprocess
+import time
 import traceback
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -362,6 +363,23 @@ async def test_every_answer_is_waited_for_with_a_bound(odd: Any) -> None:
     error = await failure(odd, seconds=0.05)
     assert isinstance(error, TransientError)
     assert (error.reason, error.status) == ("timeout", None)
+
+
+@pytest.mark.parametrize("cancelled_first", [False, True])
+async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
+    *, cancelled_first: bool
+) -> None:
+    """aiohttp's own timeout takes it for its own: a pool's poller then went on for ever."""
+    seconds, loop = 0.5, asyncio.get_running_loop()
+    async with serving(never) as server, connected(server.url) as transport:
+        async with asyncio.TaskGroup() as group:
+            url = URL(server.url)
+            task = group.create_task(transport.send(calls.STATS, url, seconds))
+            await server.arrived.wait()
+            loop.call_later(seconds * (0.5 if cancelled_first else 1.5), task.cancel)
+            time.sleep(seconds * 2)  # noqa: ASYNC251 - both are due in one turn of the loop
+        assert task.cancelled()
+        server.release.set()
 
 
 async def test_no_time_is_no_request() -> None:

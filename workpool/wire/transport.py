@@ -17,9 +17,8 @@ import copy
 import http
 import importlib.metadata
 import io
-import math
 import time
-from functools import cache, lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import aiohttp
@@ -127,7 +126,9 @@ class Transport:
         self._check(call.op, seconds)
         token, started, code = self._token, time.monotonic(), "error"
         try:
-            answer = await self._exchange(call, url, seconds, body)
+            # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
+            async with asyncio.timeout(seconds):
+                answer = await self._exchange(call, url, body)
             code = code_of(answer.status)
         except TRANSIENT as error:
             failure: ControlPlaneError = no_answer(call.op, error)
@@ -196,16 +197,14 @@ class Transport:
             raise_for_status=False,
         )
 
-    async def _exchange(
-        self, call: Call[T], url: URL, seconds: float, body: bytes | None
-    ) -> Answer:
+    async def _exchange(self, call: Call[T], url: URL, body: bytes | None) -> Answer:
         response = await self._session.request(
             call.method,
             url,
             # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
             data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
             headers=self._headers if body is None else self._json_headers,
-            timeout=_limit(seconds),
+            timeout=_ENDLESS,
             proxy=self._proxy,
             allow_redirects=False,
             raise_for_status=False,
@@ -323,13 +322,6 @@ def no_answer(op: str, error: BaseException) -> ControlPlaneError:
     # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
     told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
     return TransientError(op, None, f"no answer: {told}", reason="network")
-
-
-@lru_cache(maxsize=256)
-def _limit(seconds: float) -> aiohttp.ClientTimeout:
-    # aiohttp rounds a limit above `ceil_threshold` up to a whole second of its clock: a beat's
-    # bound is derived from its lease and must hold as it is.
-    return aiohttp.ClientTimeout(total=seconds, ceil_threshold=math.inf)
 
 
 @cache
