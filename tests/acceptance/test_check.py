@@ -63,7 +63,8 @@ async def test_plugins_shows_hooks_and_handlers(ask: Ask) -> None:
     ended = await ask("plugins", "handlers:finish", "--json")
     assert ended.status == 0
     found: dict[str, Any] = json.loads(ended.out)
-    assert {"name": "echo", "value": "workpool_echo"}.items() <= found["available"][0].items()
+    [echo] = [each for each in found["available"] if each["name"] == "echo"]
+    assert echo["value"] == "workpool_echo"
     [active] = found["active"]
     assert active["handlers"] == [
         {

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def serve(bare: Start, *arguments: str) -> tuple[Command, dict[str, Any]]:
-    command = await bare("serve", "--port", "0", "--json", *arguments)
+async def serve(
+    bare: Start, *arguments: str, **environment: str
+) -> tuple[Command, dict[str, Any]]:
+    command = await bare("serve", "--port", "0", "--json", *arguments, **environment)
     ready: dict[str, Any] = json.loads(await command.prints())
     return command, ready
 
@@ -156,7 +158,8 @@ async def test_faults_of_a_file_strike(bare: Start, ask: Ask, folder: Path) -> N
 
 async def test_a_store_that_cannot_be_written_ends_it(bare: Start, ask: Ask, folder: Path) -> None:
     """Restarted, it goes on from what was promised; going on as it is, it could promise nothing."""
-    command, ready = await serve(bare, "--store", str(folder / "work.db"))
+    unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # else its own file could not be written either
+    command, ready = await serve(bare, "--store", str(folder / "work.db"), **unmeasured)
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     asked = variables(ready, ready["token"])
     await said(ask, asked, "work", "enqueue", "--count", "100", status=1)
