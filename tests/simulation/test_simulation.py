@@ -1,8 +1,7 @@
-"""The promise, on thousands of schedules; more with `poe simulate`, or a million by hand."""
+"""The promise on some schedules; on thousands with `poe simulate`, or a million by hand."""
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,9 +14,6 @@ from workpool.testing.simulation.schedule import DEEDS, PLAYS, TROUBLES, Deed, P
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-SECONDS = 8.0
-ENOUGH = 10
 
 pools = st.builds(
     Pool,
@@ -64,14 +60,14 @@ schedules = st.builds(
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_the_promise_holds_on_as_many_schedules_as_time_allows(
+def test_the_promise_holds_on_two_hundred_schedules(
     record_property: Callable[[str, object], None],
 ) -> None:
-    """The same seeds every time, so that a failure is the change's; `poe simulate` takes others."""
-    report = simulate_all(range(1, 4001), time.monotonic() + SECONDS)
+    """Others than the 10,000 of `poe simulate`, which `poe check` runs without coverage's cost."""
+    report = simulate_all(range(10_000, 10_200))
     record_property("simulation", str(report))
-    print(report)  # noqa: T201 - shown with a failure, and with -s
-    assert report.schedules > ENOUGH
+    assert report.schedules == 200
+    assert report.troubles > 200
     assert report.failures == (), str(report)
 
 
