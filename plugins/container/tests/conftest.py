@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -72,14 +73,29 @@ def busybox_root(program: str) -> bytes:
 
 
 class Podman:
-    """A Podman of the tests' own in `folder`, and its service."""
+    """A Podman of the tests' own in `folder`, and its service.
+
+    Attributes:
+        socket: Where it serves.
+        image: An image that it has.
+        registry: A port, bound and not served, from which it pulls without TLS.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.socket = str(folder / "podman.sock")
+        self.image = IMAGE
+        self.registry = socket.create_server(("127.0.0.1", 0))
         self._folder = folder
         self._service: subprocess.Popen[bytes] | None = None
         (folder / "containers.conf").write_text(CONFIGURATION)
-        self._environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
+        port = self.registry.getsockname()[1]
+        (folder / "registries.conf").write_text(
+            f'[[registry]]\nlocation = "localhost:{port}"\ninsecure = true\n'
+        )
+        self._environment = os.environ | {
+            "CONTAINERS_CONF": str(folder / "containers.conf"),
+            "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+        }
 
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run a command of Podman's; skip the test, saying why, if it fails."""
@@ -142,6 +158,7 @@ def podman() -> Iterator[Podman]:
         podman.run("rm", "--all", "--force", "--time=0")
     finally:
         podman.stop()
+        podman.registry.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -12,7 +12,7 @@ from workpool_container.run import CONTAINER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from plugins.container.tests.conftest import Scene
+    from plugins.container.tests.conftest import Podman, Scene
 
 COUNTED = "echo started >> /kept/starts; "
 """Each start of a container leaves a line."""
@@ -60,12 +60,13 @@ async def test_a_container_that_takes_too_long_is_stopped(scene: Scene) -> None:
     assert await scene.containers(finished.session.item.id) == []
 
 
-@pytest.mark.parametrize("script", ["", "trap '' TERM; "], ids=["willing", "deaf"])
+@pytest.mark.parametrize("deaf", [False, True])
 async def test_a_lost_lease_ends_the_container_before_the_handler(
-    scene: Scene, script: str
+    scene: Scene, *, deaf: bool
 ) -> None:
     (item,) = scene.plane.enqueue()
-    async with scene.pool(script + "echo ready; sleep 1000 & wait", sweep_seconds=600):
+    script = "echo ready; exec sleep 1000" if deaf else scene.forever
+    async with scene.pool(script, sweep_seconds=600):
         await scene.says("ready")
         expire_lease(scene.plane, item.id)  # it is delivered again, and so found to be lost
         finished = await scene.finished(item.id)
@@ -144,7 +145,8 @@ async def test_a_killed_workers_container_is_adopted(scene: Scene, kept: Path) -
         await worker.wait()
 
     async def adopted() -> bool:
-        return (await scene.containers(item.id))[0]["Names"] != name
+        (found,) = await scene.containers(item.id)
+        return bool(found["Names"] != name)
 
     expire_lease(scene.plane, item.id)
     async with scene.pool(script):
@@ -153,3 +155,24 @@ async def test_a_killed_workers_container_is_adopted(scene: Scene, kept: Path) -
         assert (await scene.finished(item.id)).outcome == "completed"
     assert scene.item(item.id).metadata[CONTAINER] == container
     assert starts(kept) == 1
+
+
+# The engine.
+
+
+async def test_a_container_is_followed_through_a_restart_of_the_engine(
+    scene: Scene, podman: Podman, kept: Path
+) -> None:
+    script = "while [ ! -e /kept/end ]; do echo ready; sleep 0.05; done; echo bye"
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(script):
+        await scene.says("ready")
+        podman.stop()
+        await scene.log.until(lambda: any("output interrupted" in line for line in scene.log.lines))
+        scene.log.lines.clear()
+        podman.start()
+        await scene.says("ready")
+        (kept / "end").touch()
+        assert (await scene.finished(item.id)).outcome == "completed"
+    assert "stdout: bye" in scene.log.lines
+    assert await scene.containers(item.id) == []

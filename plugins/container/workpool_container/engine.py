@@ -106,6 +106,8 @@ class Engine:
         with _errors("asking for its version"):
             async with self._session.get(f"{ORIGIN}/version", raise_for_status=True) as answer:
                 found = await answer.json()
+        if "ApiVersion" not in found:
+            raise EngineError("asking for its version", "it is no container engine")
         self._docker.api_version = f"v{found['ApiVersion']}"
         names = [part["Name"] for part in found.get("Components") or ()]
         return f"{names[0] if names else 'engine'} {found.get('Version')}"

@@ -1,0 +1,180 @@
+"""One container per item, whatever moment a worker is cut off at: its own run against an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from workpool import Release, Session, WorkItem
+from workpool.errors import TransientError
+from workpool_container.engine import ENDED, Engine
+from workpool_container.options import Options, specify
+from workpool_container.run import CONTAINER, Run
+
+if TYPE_CHECKING:
+    import aiodocker
+
+    from plugins.container.tests.conftest import Scene
+
+WORK_ID = "work_1"
+
+
+class Lease:
+    """A lease in the test's hands, and the metadata that was written under it."""
+
+    def __init__(self) -> None:
+        self.remaining = 60.0
+        self.metadata: dict[str, Any] = {}
+
+    def check(self) -> None: ...
+
+    async def update_metadata(self, patch: dict[str, Any]) -> None:
+        self.metadata |= patch
+
+
+class Worker:
+    """One worker's run of the one item, as far as its container goes."""
+
+    def __init__(self, scene: Scene, engine: Engine, named: str = "") -> None:
+        now = datetime.now(UTC)
+        item = WorkItem(
+            id=WORK_ID,
+            type="session",
+            session_id="sess_1",
+            environment_id="env_1",
+            state="starting",
+            metadata={CONTAINER: named} if named else {},
+            created_at=now,
+            acknowledged_at=now,
+            started_at=None,
+            latest_heartbeat_at=None,
+            last_heartbeat=None,
+            stop_requested_at=None,
+            stopped_at=None,
+        )
+        self.lease = Lease()
+        self.engine = engine
+        self.session = Session(item, cast("Any", self.lease), redelivered=False)
+        command = ["/bin/sh", "-c", scene.forever]
+        self.options = Options.read(scene.options | {"command": command})
+
+    async def run(self) -> dict[str, str]:
+        return await Run(self.engine, self.options, self.session).complete()
+
+
+async def containers(docker: aiodocker.Docker) -> dict[str, str]:
+    """The states of the item's containers, by id."""
+    filters = json.dumps({"label": [f"workpool.work_id={WORK_ID}"]})
+    listed = await docker.containers.list(all=True, filters=filters)
+    return {each.id: each["State"] for each in listed}
+
+
+async def test_a_worker_that_lost_the_lease_leaves_an_adopted_container_alone(
+    scene: Scene, engine: Engine, docker: aiodocker.Docker
+) -> None:
+    stale = Worker(scene, engine)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(stale.run())
+        await scene.says("ready")
+        (container,) = await containers(docker)
+        second = group.create_task(Worker(scene, engine, named=container).run())
+        await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
+
+        stale.lease.remaining = 0.0  # frozen for longer than its lease, it wakes and is told
+        first.cancel()
+        await asyncio.wait({first})
+        assert await containers(docker) == {container: "running"}
+
+        second.cancel()
+    assert await containers(docker) == {}
+
+
+@pytest.mark.parametrize("turns", [1, 4, 12])
+@pytest.mark.parametrize("call", ["containers", "create", "start", "_status"])
+async def test_cancelled_at_any_call_leaves_nothing_running(
+    scene: Scene,
+    engine: Engine,
+    docker: aiodocker.Docker,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    turns: int,
+) -> None:
+    original = getattr(engine, call)
+
+    def cancel_after(left: int) -> None:
+        if left:
+            asyncio.get_running_loop().call_soon(cancel_after, left - 1)
+        else:
+            task.cancel()
+
+    async def cut(*arguments: Any) -> Any:
+        cancel_after(turns)  # loop iterations: before, while and after the request is sent
+        return await original(*arguments)
+
+    monkeypatch.setattr(engine, call, cut)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(Worker(scene, engine).run())
+        await asyncio.wait({task})
+    assert task.cancelled()
+    # A container that was asked for when the cut came may be there, but is never started.
+    assert set((await containers(docker)).values()) <= {"created"}
+
+
+async def test_nothing_starts_once_the_lease_is_over(
+    scene: Scene, engine: Engine, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(scene, engine)
+    states = []
+
+    async def freeze(patch: dict[str, str]) -> None:
+        states.append((await containers(docker))[patch[CONTAINER]])
+        worker.lease.remaining = 0.0
+
+    monkeypatch.setattr(worker.lease, "update_metadata", freeze)
+    with pytest.raises(Release):
+        await worker.run()
+    assert states == ["created"]  # named before it runs
+    assert await containers(docker) == {}
+    assert scene.log.lines == []
+
+
+async def test_an_item_that_cannot_name_its_container_is_handed_back(
+    scene: Scene, engine: Engine, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(scene, engine)
+
+    async def fail(_: object) -> None:
+        raise TransientError("update", 503, "busy", reason="server_error")
+
+    monkeypatch.setattr(worker.lease, "update_metadata", fail)
+    with pytest.raises(Release):
+        await worker.run()
+    assert await containers(docker) == {}
+
+
+@pytest.mark.parametrize("kind", ["never named", "given up", "never started"])
+async def test_a_container_that_does_not_count_is_gone_before_another_starts(
+    scene: Scene, engine: Engine, docker: aiodocker.Docker, kind: str
+) -> None:
+    old = Worker(scene, engine)
+    name = f"workpool-{WORK_ID}-old{ENDED if kind == 'given up' else ''}"
+    left = await engine.create(name, specify(old.options, old.session))
+    if kind != "never started":
+        await engine.start(left)
+        await scene.until(lambda: _has(docker, left, "running"))
+    worker = Worker(scene, engine, named="" if kind == "never named" else left)
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(worker.run())
+        await scene.says("ready")
+        (container,) = await containers(docker)
+        assert container != left
+        assert worker.lease.metadata == {CONTAINER: container}
+        task.cancel()
+
+
+async def _has(docker: aiodocker.Docker, container: str, state: str) -> bool:
+    return (await containers(docker)).get(container) == state

@@ -1,0 +1,50 @@
+"""What a container prints, on its way to the log: bounded, and harmless."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from workpool_container.output import LINE_BYTES, Output
+
+
+def logged(caplog: pytest.LogCaptureFixture, *pieces: bytes, limit: int = 10) -> list[str]:
+    caplog.set_level("INFO")
+    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), limit)
+    for piece in pieces:
+        output.add("stdout", piece)
+    output.close()
+    return caplog.messages
+
+
+def test_lines_are_whole_however_they_come(caplog: pytest.LogCaptureFixture) -> None:
+    pieces = (b"on", b"e\ntwo\r\n\nth", b"r\xc3", b"\xa9e")
+    assert logged(caplog, *pieces) == ["stdout: one", "stdout: two", "stdout: ", "stdout: thrée"]
+
+
+def test_the_streams_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), 10)
+    output.add("stdout", b"out")
+    output.add("stderr", b"err\n")
+    output.close()
+    assert caplog.messages == ["stderr: err", "stdout: out"]
+
+
+def test_no_line_obeys_or_forges(caplog: pytest.LogCaptureFixture) -> None:
+    (line,) = logged(caplog, b"a\x1b[2Jb\rc\td\xff\xe2\x80\xa8e\n")
+    assert line == "stdout: a\\x1b[2Jb\\rc\td\\xff\\u2028e"
+
+
+def test_a_long_line_is_cut_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    (line, after) = logged(caplog, *[b"x" * 1000] * 1000, b"\nafter\n")
+    assert line == "stdout: " + "x" * LINE_BYTES + " … (cut)"
+    assert after == "stdout: after"
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_no_more_lines_than_allowed(caplog: pytest.LogCaptureFixture, limit: int) -> None:
+    lines = logged(caplog, b"1\n2\n3\n4\n5", limit=limit)
+    said = [line for line in lines if line.startswith("stdout")]
+    assert said == [f"stdout: {number}" for number in range(1, limit + 1)]
