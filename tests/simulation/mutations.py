@@ -147,6 +147,22 @@ MUTATIONS: dict[str, list[Edit]] = {
     "unwritten taken for written": [
         Edit("finish:Finisher", 'return "released"', "return row.outcome"),
     ],
+    "beating after the handover": [
+        Edit("handover:Handover", "looking = True", "looking = False"),
+    ],
+    "a child's beat taken for our own": [
+        Edit("lease:Lease", "self._expected if self._lent else None", "None"),
+    ],
+    "finish before the handover is settled": [
+        Edit("serve:Serving", "await settle(claim)", "pass"),
+        Edit("claim:Claim", "lent or not self.lease.held", "not self.lease.held"),
+    ],
+    "no child, and the item not taken back": [
+        Edit("handover:Handover", "held = await lease.beat()", "held = True"),
+    ],
+    "a child that does not expect its parent's beat": [
+        Edit("dispatch:Dispatcher", "keeper, changed, adopted)", "keeper, changed)"),
+    ],
     "sleep not noticed": [
         Edit("keeper:Keeper", "lease.expire()", "pass"),
         Edit("lease:Lease", "self._pulse.clock() < self.deadline", "True"),

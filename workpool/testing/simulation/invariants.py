@@ -134,7 +134,11 @@ def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        over = all(each.answer in DECIDED for each in before)
+        # Between parent and child it leaves open whose the item is: 3f says what follows.
+        lent = tenure.how == "detached" or (
+            call.node.child and not any(each.answer == "ok" for each in before)
+        )
+        over = not lent and all(each.answer in DECIDED for each in before)
     if call.op == "get" and call.answer == "ok":
         state = getattr(call.told, "state", None)
         over = state in {"stopped", "queued"}
