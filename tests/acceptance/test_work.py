@@ -86,7 +86,7 @@ async def test_what_is_refused_is_one_line_and_a_status(
 async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
     (folder / "bad.json").write_text("{")
     (folder / "object.json").write_text("{}")
-    (folder / "script.json").write_text('[{"name": "Bash", "input": {}}]')
+    (folder / "script.json").write_text('[{"name": 5}]')
     cases = [
         (["get", "not/an-id"], 2),
         (["get", "work_unknown"], 3),
@@ -96,7 +96,7 @@ async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        (["enqueue", "--script", "script.json"], 3),  # not built here: a 400
+        (["enqueue", "--script", "script.json"], 3),  # a 400
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:
