@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def serve(
-    bare: Start, *arguments: str, **environment: str
-) -> tuple[Command, dict[str, Any]]:
+async def serve(bare: Start, *arguments: str, **environment: str) -> tuple[Command, dict[str, Any]]:
     command = await bare("serve", "--port", "0", "--json", *arguments, **environment)
     ready: dict[str, Any] = json.loads(await command.prints())
     return command, ready
