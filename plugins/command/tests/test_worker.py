@@ -110,7 +110,7 @@ async def test_a_detached_command_is_reaped_by_a_worker_that_lives(
     assert machine.descriptors() == descriptors
 
 
-async def test_a_hold_that_cannot_live_fails_the_session_at_once(kit: Kit, tmp_path: Path) -> None:
+async def test_a_hold_that_cannot_live_gives_the_session_back(kit: Kit, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)
@@ -119,7 +119,7 @@ async def test_a_hold_that_cannot_live_fails_the_session_at_once(kit: Kit, tmp_p
         [item] = kit.enqueue()
         end = await kit.wait_for(SessionFinished, timeout=25)
 
-    assert end.outcome == "failed"
+    assert (end.outcome, end.seconds < 20) == ("released", True)
     assert str(end.error).startswith("workpool hold: exit status 3; see ")
     assert "401" in (tmp_path / item.session_id / "output.log").read_text()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
+from workpool import Release
 from workpool.errors import HandoverError, innermost
 from workpool_command.ending import CommandFailed, blamed, text_of
 from workpool_command.group import ProcessGroup, Start, started
@@ -29,6 +30,8 @@ OUTPUT: Final = "output.log"
 
 ENDED: Final = {0, 1}
 """Exit statuses of a `hold` that may have had the item, and ended it well or not."""
+UNUSABLE: Final = 2
+"""Exit status of a `hold` with bad settings."""
 
 
 class Holders:
@@ -48,8 +51,9 @@ class Holders:
         """Start the command under `hold`, and wait until the item is its own.
 
         Raises:
-            CommandFailed: `hold` could not be started, or has ended at once.
-            WorkpoolError: The item was not handed over: see `Session.handover`.
+            CommandFailed: `hold` can never be started.
+            Release: It could not live now, or was not ready in time.
+            SessionGoneError: The item was not handed over: see `Session.handover`.
         """
         group: ProcessGroup | None = None
         try:
@@ -60,9 +64,10 @@ class Holders:
                 watching.cancel()
         except BaseExceptionGroup as failure:
             error = innermost(failure)
-            if group is not None and isinstance(error, HandoverError):
-                group.signal(signal.SIGKILL)  # it would be refused: the item is ours again
-            raise error from None
+            if group is None or not isinstance(error, HandoverError):
+                raise error from None
+            group.signal(signal.SIGKILL)  # it would be refused: the item is ours again
+            raise Release("workpool hold was not ready in time") from error
         finally:
             if group is not None:
                 self._groups.add(group)
@@ -102,10 +107,13 @@ class Holders:
         """Notice at once one that cannot live: the handover would wait for it to the end.
 
         Raises:
-            CommandFailed: It has ended, not well.
+            CommandFailed: It cannot live here at all.
+            Release: It has ended, which is not the command's fault.
         """
         await group.exited.wait()
         group.reap()
+        problem = f"{text_of(group.status)}; see {cwd / OUTPUT}"
+        if group.status == UNUSABLE:
+            raise CommandFailed("workpool hold", problem, group.status)
         if group.status not in ENDED:
-            problem = "lost" if group.status is None else text_of(group.status)
-            raise CommandFailed("workpool hold", f"{problem}; see {cwd / OUTPUT}", group.status)
+            raise Release(f"workpool hold: {problem}")

@@ -84,8 +84,10 @@ def settle(session: Session, program: str, status: int | None) -> None:
         raise CommandFailed(program, text_of(status), status)
 
 
-def text_of(status: int) -> str:
+def text_of(status: int | None) -> str:
     """`exit status 3`, or `killed by SIGSEGV`."""
+    if status is None:
+        return "exit status unknown"
     if status >= 0:
         return f"exit status {status}"
     try:

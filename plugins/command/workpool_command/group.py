@@ -96,7 +96,9 @@ class ProcessGroup:
         self._loop.add_reader(self._pidfd, self._leader_exited)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it to all that is left of the group."""
+        """Send it to all that is left of the group, unless that may be somebody else's by now."""
+        if self._reaped:
+            return
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
@@ -123,6 +125,8 @@ class ProcessGroup:
 
     def reap(self) -> None:
         """Take the status. Not with `Popen.wait`: to it, one that somebody else took is a 0."""
+        if self._reaped:
+            return
         try:
             ended = os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
@@ -131,6 +135,10 @@ class ProcessGroup:
             sign = 1 if ended.si_code == os.CLD_EXITED else -1
             self.status = sign * ended.si_status
         self._process.returncode = -signal.SIGKILL if self.status is None else self.status
+
+    @property
+    def _reaped(self) -> bool:
+        return self._process.returncode is not None
 
     def leave_alone(self) -> None:
         """Nobody waits for its end any more: it is only reaped then, unless it was closed."""
