@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -54,6 +54,11 @@ class WorkItem:
     sessions_token: SecretStr | None = None
 
 
+_Draft: Final[Any] = make_dataclass("_Draft", WorkItem.__slots__, slots=True)
+"""A `WorkItem` in the making, in the order of its fields: a frozen class's own way to fill in its
+fields takes a third of all that reading an item costs."""
+
+
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """The answer to a heartbeat. `last_heartbeat` is opaque: sent back as it came."""
@@ -82,23 +87,26 @@ def parse_item(obj: object) -> WorkItem:
     """
     get = _object("work item", obj).get
     data = _object("data", get("data"))
-    beat = get("latest_heartbeat_at")
-    return WorkItem(
-        id=_id("id", get("id")),
-        type=_text("data.type", data.get("type")),
-        session_id=_subject(data),
-        environment_id=_id("environment_id", get("environment_id")),
-        state=_state(get("state")),
-        metadata=_metadata(get("metadata")),
-        created_at=_time("created_at", get("created_at")),
-        acknowledged_at=_time_or_none("acknowledged_at", get("acknowledged_at")),
-        started_at=_time_or_none("started_at", get("started_at")),
-        latest_heartbeat_at=_time_or_none("latest_heartbeat_at", beat),
-        last_heartbeat=beat,
-        stop_requested_at=_time_or_none("stop_requested_at", get("stop_requested_at")),
-        stopped_at=_time_or_none("stopped_at", get("stopped_at")),
-        sessions_token=None if (secret := get("secret")) is None else _sessions_token(secret),
+    secret = get("secret")
+    item: Any = _Draft(
+        _id("id", get("id")),
+        _text("data.type", data.get("type")),
+        _subject(data),
+        _id("environment_id", get("environment_id")),
+        _state(get("state")),
+        _metadata(get("metadata")),
+        _time("created_at", get("created_at")),
+        _time_or_none("acknowledged_at", get("acknowledged_at")),
+        _time_or_none("started_at", get("started_at")),
+        _time_or_none("latest_heartbeat_at", get("latest_heartbeat_at")),
+        get("latest_heartbeat_at"),
+        _time_or_none("stop_requested_at", get("stop_requested_at")),
+        _time_or_none("stopped_at", get("stopped_at")),
+        None if secret is None else _sessions_token(secret),
     )
+    item.__class__ = WorkItem
+    made: WorkItem = item
+    return made
 
 
 def parse_heartbeat(obj: object) -> Heartbeat:

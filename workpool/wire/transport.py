@@ -213,7 +213,8 @@ class Transport:
             content = await read_bounded(response, call.limit)
             return Answer(response.status, response.headers, content)
         finally:
-            response.release()  # which closes the connection unless the answer was read to its end
+            if not response.closed:  # the answer was not read to its end, so nor is the connection
+                response.release()
 
     def _check(self, op: str, seconds: float) -> None:
         if self._loop is not asyncio.get_running_loop():
