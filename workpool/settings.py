@@ -154,7 +154,7 @@ class Settings(BaseSettings):
     """What to run, in order of preference; in a variable, separated by commas. Default: nothing."""
 
     pollers: Annotated[int, Field(ge=1)] = 2
-    """How many polls may be in flight. Default: 2."""
+    """How many polls may be in flight; one is when there is nothing to do. Default: 2."""
     concurrency: Annotated[int, Field(ge=1)] = 8
     """How many sessions may run at once. Default: 8."""
     prefetch: Annotated[int, Field(ge=0)] = 0
