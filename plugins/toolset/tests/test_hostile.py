@@ -62,7 +62,7 @@ def plant(folder: Path) -> None:
     outside = folder.parent
     (folder / "src").mkdir()
     (folder / "src/own.txt").write_text("own")
-    for name, target in {
+    links: dict[str, str | Path] = {
         "absolute": outside / "token",
         "relative": "../token",
         "folder": outside / "workspace-2",
@@ -87,7 +87,8 @@ def plant(folder: Path) -> None:
         "long": "src/" + "../src/" * 500 + "../../token",
         "device": "/dev/zero",
         "root": "/proc/self/root",
-    }.items():
+    }
+    for name, target in links.items():
         (folder / name).symlink_to(target)
     for number in range(60):
         (folder / f"hop{number}").symlink_to(f"hop{number + 1}")

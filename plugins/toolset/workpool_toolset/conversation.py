@@ -103,22 +103,22 @@ class Conversation:
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
-            elif one.thread == thread:
+            elif thread is not None and one.thread == thread:
                 self.close(name)
 
     def _called(self, event: Event, *, custom: bool) -> None:
-        name, given = event.get("name"), event.get("input")
+        id_, name, given = event.get("id"), event.get("name"), event.get("input")
         call = ToolCall(
-            id=str(event.get("id")),
+            id=id_ if isinstance(id_, str) else "",
             name=name if isinstance(name, str) else "",
             input=given if isinstance(given, Mapping) else {},
             custom=custom,
             session=self.session,
         )
-        if call.id in self.answered or call.id in self._open or not self.owns(call):
+        if not call.id or call.id in self.answered or call.id in self._open or not self.owns(call):
             return
-        said = event.get("evaluated_permission")
-        allowed = True if said in {None, "allow"} else False if said == "deny" else None
+        said = event.get("evaluated_permission", "allow")
+        allowed = said == "allow" if said in ("allow", "deny") else None
         self._open[call.id] = _Open(call, _thread(event), allowed)
         if allowed is None:
             allowed = self._verdicts.get(call.id)

@@ -33,7 +33,7 @@ NUMBERS: Final = (
 )
 
 _SESSION: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_log: Final = logging.getLogger("workpool_toolset")
+_log: Final = logging.getLogger("workpool.toolset")
 
 
 def _state() -> str:

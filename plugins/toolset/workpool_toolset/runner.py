@@ -97,7 +97,7 @@ class Runner:
                 self._noticed()
                 if answered := result_for(event):
                     await self._journal.forget(answered)
-        self._conversation.ended = True
+        self._conversation.ended = self._caught_up = True
         self._noticed()
 
     async def _watch(self) -> None:
@@ -116,6 +116,7 @@ class Runner:
             gone = call.id in self._conversation.answered
             if gone or self._conversation.ended or self._conversation.is_interrupted(call.id):
                 scope.reschedule(now)
+                self._running = None  # once is enough
         self._changed.set()
 
     async def _work(self) -> Ending:

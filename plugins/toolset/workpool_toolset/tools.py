@@ -130,11 +130,11 @@ class Toolbox:
         if not command.strip():
             if again:
                 return "bash session restarted"
-            raise ToolError("bash: command is missing")
+            raise ToolError("command is missing")
         if "\0" in command:
-            raise ToolError("bash: command holds a NUL")
+            raise ToolError("command holds a NUL")
         if self._shell.ended:
-            raise ToolError(f"bash: the shell has ended; {RESTART}")
+            raise ToolError(f"the shell has ended; {RESTART}")
         return await self._command(command, self._seconds(fields))
 
     async def _command(self, command: str, seconds: float) -> Result:

@@ -1,0 +1,158 @@
+"""What events come to: pure, event by event."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool_toolset.conversation import Conversation
+
+if TYPE_CHECKING:
+    from workpool_toolset.tools import ToolCall
+
+
+class Told:
+    """A conversation of which two tools are ours."""
+
+    def __init__(self) -> None:
+        self.denied: list[str] = []
+        self.now = Conversation("sess_1", self.owns, lambda call: self.denied.append(call.id))
+
+    @staticmethod
+    def owns(call: ToolCall) -> bool:
+        return call.name == ("weather" if call.custom else "bash")
+
+    def use(self, name: str, tool: str = "bash", *, custom: bool = False, **more: Any) -> Told:
+        kind = "agent.custom_tool_use" if custom else "agent.tool_use"
+        return self.say(kind, id=name, name=tool, input={"command": "ls"}, **more)
+
+    def say(self, kind: str, **fields: Any) -> Told:
+        self.now.apply({"type": kind, **fields})
+        return self
+
+    def idle(self, reason: object = "end_turn") -> Told:
+        return self.say("session.status_idle", stop_reason={"type": reason})
+
+    @property
+    def next(self) -> str | None:
+        call = self.now.next()
+        return call.id if call else None
+
+
+def test_calls_come_in_order_and_go_when_they_are_answered() -> None:
+    told = Told().use("a").use("b", "weather", custom=True).use("c")
+    assert told.next == "a"
+    assert [call.id for call in told.now.runnable()] == ["a", "b", "c"]
+    told.now.close("a")
+    assert told.next == "b"
+    told.say("user.custom_tool_result", custom_tool_use_id="b")
+    told.say("agent.tool_result", tool_use_id="c")
+    assert told.next is None
+
+
+def test_a_result_may_come_before_its_call() -> None:
+    assert Told().say("user.tool_result", tool_use_id="a").use("a").next is None
+
+
+def test_a_call_is_taken_once() -> None:
+    told = Told().use("a")
+    told.now.close("a")
+    assert told.use("a").next is None
+
+
+def test_others_tools_are_left_to_others() -> None:
+    told = Told().use("a", "browser").use("b", "bash", custom=True).use("c", "weather")
+    assert told.next is None
+    assert told.idle().now.idle
+    assert told.denied == []
+    assert told.say("agent.mcp_tool_use", id="d", name="bash").next is None
+
+
+@pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
+def test_what_is_not_allowed_waits_for_a_verdict(permission: object) -> None:
+    told = Told().use("a", evaluated_permission=permission).use("b")
+    assert told.next == "b"
+    told.now.close("b")
+    assert not told.idle().now.idle
+    assert told.say("user.tool_confirmation", tool_use_id="a", result="allow").next == "a"
+
+
+@pytest.mark.parametrize("verdict", ["deny", "unknown", None])
+def test_a_denied_call_is_never_run(verdict: object) -> None:
+    told = Told().use("a", evaluated_permission="ask")
+    told.say("user.tool_confirmation", tool_use_id="a", result=verdict)
+    assert (told.next, told.denied) == (None, ["a"])
+    told.say("user.tool_confirmation", tool_use_id="a", result="allow")
+    assert told.use("a").next is None
+    assert told.idle().now.idle
+    assert Told().use("a", evaluated_permission="deny").denied == ["a"]
+
+
+@pytest.mark.parametrize(("verdict", "follows"), [("allow", "a"), ("deny", None)])
+def test_a_verdict_may_come_before_its_call(verdict: str, follows: str | None) -> None:
+    told = Told().say("user.tool_confirmation", tool_use_id="a", result=verdict)
+    assert told.use("a", evaluated_permission="ask").next == follows
+
+
+def test_a_denial_after_an_allowance_counts() -> None:
+    told = Told().use("a").say("user.tool_confirmation", tool_use_id="a", result="deny")
+    assert told.next is None
+
+
+@pytest.mark.parametrize(
+    ("reason", "idle"),
+    [("end_turn", True), ("retries_exhausted", True), (None, True), ("requires_action", False)],
+)
+def test_idle_after_a_turn(reason: object, *, idle: bool) -> None:
+    assert Told().idle(reason).now.idle is idle
+
+
+def test_what_winds_the_idle_clock_up_and_what_does_not() -> None:
+    told = Told().idle()
+    assert told.say("user.tool_confirmation", tool_use_id="x", result="allow").now.idle
+    assert told.say("session.thread_status_terminated", session_thread_id="t").now.idle
+    assert not told.say("user.message").now.idle
+    assert told.idle().now.idle
+    assert not told.say("something.new").now.idle
+
+
+def test_an_interrupt_gives_up_what_waits_but_not_what_comes_later() -> None:
+    told = Told().use("a").use("b", evaluated_permission="ask").say("user.interrupt").use("c")
+    assert told.now.is_interrupted("a")
+    assert told.now.is_interrupted("b")
+    assert not told.now.is_interrupted("c")
+    assert [call.id for call in told.now.runnable()] == ["c"]
+    assert told.next == "a"  # to be answered, not to be run
+
+
+def test_a_thread_takes_its_calls_with_it() -> None:
+    told = Told().use("a", session_thread_id="t").use("b", session_thread_id="u").use("c")
+    assert told.say("session.thread_status_terminated", session_thread_id="t").next == "b"
+
+
+@pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
+def test_the_end(kind: str) -> None:
+    told = Told()
+    assert not told.now.ended
+    assert told.say(kind).now.ended
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {},
+        {"type": None},
+        {"type": "agent.tool_use"},
+        {"type": "agent.tool_use", "id": "a", "name": ["bash"], "input": "x"},
+        {"type": "user.tool_result"},
+        {"type": "user.tool_confirmation"},
+        {"type": "session.status_idle"},
+        {"type": "session.status_idle", "stop_reason": "end_turn"},
+        {"type": "session.thread_status_terminated"},
+    ],
+)
+def test_a_malformed_event_does_no_harm(event: dict[str, Any]) -> None:
+    told = Told().use("z", session_thread_id="t")
+    told.now.apply(event)
+    assert told.next == "z"

@@ -1,0 +1,349 @@
+"""Whole sessions: the plugin in a pool, on the real control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import WorkClient
+from workpool.events import SessionFinished
+from workpool.testing import expire_lease, lost, status
+from workpool_toolset import ToolCall, Toolset, runner
+from workpool_toolset.journal import Journal
+from workpool_toolset.results import Result
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from workpool.testing import Kit
+
+    Make = Callable[..., Toolset]
+
+Event = "Mapping[str, Any]"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A toolset without isolation, whose state is the test's own."""
+
+    def make(**given: Any) -> Toolset:
+        defaults: dict[str, Any] = {"isolation": "none", "state": str(tmp_path / "state"), "max_idle": 0.05}
+        return Toolset(**defaults | given)
+
+    return make
+
+
+def bash(command: str, **more: Any) -> dict[str, Any]:
+    return {"name": "Bash", "input": {"command": command}} | more
+
+
+def answers(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    """What was answered to each call, in the order of the calls; each has one answer at most."""
+    calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
+    found: dict[str, tuple[str, bool]] = {}
+    for event in events:
+        if event["type"].endswith("tool_result"):
+            name = event.get("tool_use_id") or event["custom_tool_use_id"]
+            assert name not in found
+            text = "\n".join(block["text"] for block in event["content"])
+            found[name] = text, event.get("is_error", False)
+    return [found[name] for name in calls if name in found]
+
+
+def folder_of(tmp_path: Path, session: str) -> Path:
+    return tmp_path / "state" / session
+
+
+async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: Path) -> None:
+    async def weather(call: ToolCall) -> object:
+        return {"place": call.input["place"], "celsius": 21}
+
+    def fail(call: ToolCall) -> None:
+        raise RuntimeError(f"no {call.name}")
+
+    result = await workpool.run_session(
+        make(tools={"weather": weather, "fail": fail}),
+        script=[
+            {"name": "Write", "input": {"file_path": "a.txt", "content": "one\n"}},
+            {"name": "Edit", "input": {"file_path": "a.txt", "old_string": "o", "new_string": "0"}},
+            {"name": "read", "input": {"file_path": "a.txt"}},
+            {"name": "GLOB", "input": {"pattern": "*"}},
+            {"name": "Grep", "input": {"pattern": "ne"}},
+            bash("cat a.txt; exit_now() { return 2; }; exit_now"),
+            {"name": "Read", "input": {"file_path": "../../journal.sqlite"}},
+            {"name": "Read", "input": {}},
+            {"name": "weather", "input": {"place": "Oslo"}, "custom": True},
+            {"name": "weather", "input": {}, "custom": True},
+            {"name": "fail", "input": {}, "custom": True},
+        ],
+    )
+    assert result.outcome == "completed"
+    assert answers(result.events) == [
+        ("wrote 4 bytes to a.txt", False),
+        ("replaced 1 occurrence in a.txt", False),
+        ("0ne\n", False),
+        ("a.txt\n", False),
+        ("a.txt:1:0ne\n", False),
+        ("0ne\n\nexit status 2", True),
+        ("../../journal.sqlite: outside the session's working directory", True),
+        ("file_path is missing", True),
+        ('{"place": "Oslo", "celsius": 21}', False),
+        ("weather: KeyError: 'place'", True),
+        ("fail: RuntimeError: no fail", True),
+    ]
+    assert result.events[-1]["stop_reason"]["type"] == "end_turn"
+    workspace = folder_of(tmp_path, result.item.session_id) / "workspace"
+    assert (workspace / "a.txt").read_text() == "0ne\n"
+
+
+@contextlib.asynccontextmanager
+async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
+    """Somebody who answers each request for a confirmation, in this order."""
+
+    async def confirm() -> None:
+        left = list(verdicts)
+        async with WorkClient(workpool.settings()) as client:
+            events = client.events(session)
+            async with events.stream() as stream:
+                async for event in stream:
+                    for name in event.get("stop_reason", {}).get("event_ids", ()):
+                        verdict = {"tool_use_id": name, "result": left.pop(0)}
+                        await events.send({"type": "user.tool_confirmation", **verdict})
+                    if not left:
+                        return
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(confirm())
+        yield
+
+
+async def test_confirmations(workpool: Kit, make: Make) -> None:
+    script = [
+        bash("echo allowed >> log", permission="ask"),
+        bash("echo refused >> log", permission="ask"),
+        bash("echo denied >> log", permission="deny"),
+        bash("cat log"),
+    ]
+    [item] = workpool.enqueue(script=script)
+    async with workpool.pool(make()), person(workpool, item.session_id, "allow", "deny"):
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    events = workpool.server.events(item.session_id)
+    said = answers(events)
+    assert said[0] == ("(no output)", False)
+    assert [error for _, error in said] == [False, True, True, False]
+    assert said[3] == ("allowed\n", False)
+    ours = [event for event in events if event["type"] == "user.tool_result"]
+    assert len(ours) == 2  # the denied ones are answered by the control plane
+
+
+async def test_a_tool_of_somebody_else_is_left_to_them(workpool: Kit, make: Make) -> None:
+    script = [{"name": "browse", "input": {}, "custom": True}, bash("echo after")]
+    [item] = workpool.enqueue(script=script)
+    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+        events = client.events(item.session_id)
+        async with asyncio.timeout(20), events.stream() as stream:
+            async for event in stream:
+                if event["type"] == "agent.custom_tool_use":
+                    reply = {"custom_tool_use_id": event["id"], "content": []}
+                    await events.send({"type": "user.custom_tool_result", **reply})
+                    break
+        await workpool.wait_for(SessionFinished)
+    assert answers(workpool.server.events(item.session_id))[1] == ("after\n", False)
+
+
+@pytest.mark.parametrize(
+    "fault", [lost(), lost(applied=False), status(503), status(503, applied=True), status(429)]
+)
+async def test_lost_answers_make_neither_second_runs_nor_second_results(
+    workpool: Kit, make: Make, tmp_path: Path, fault: Any
+) -> None:
+    workpool.faults.add(fault, "send", times=2)
+    workpool.faults.add(lost(), "stream", "events", times=2)
+    result = await workpool.run_session(make(), script=[bash(f"echo {n} >> log") for n in range(3)])
+    assert result.outcome == "completed"
+    assert answers(result.events) == [("(no output)", False)] * 3
+    log = folder_of(tmp_path, result.item.session_id) / "workspace/log"
+    assert log.read_text() == "0\n1\n2\n"
+
+
+async def test_a_result_that_is_refused_is_replaced(
+    workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "REFUSED_SECONDS", 0.0)
+    workpool.faults.add(status(400), "send", times=1)
+    result = await workpool.run_session(make(), script=[bash("echo 1"), bash("echo 2")])
+    assert answers(result.events) == [(runner.REFUSED, True), ("2\n", False)]
+
+
+async def test_a_result_that_is_too_early_is_sent_anew(workpool: Kit, make: Make) -> None:
+    workpool.faults.add(status(400), "send", times=1)
+    result = await workpool.run_session(make(), script=[bash("echo 1")])
+    assert answers(result.events) == [("1\n", False)]
+
+
+async def test_results_that_cannot_be_sent_are_kept_for_later(
+    workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
+    monkeypatch.setattr("workpool.pool.claim.EVENTS_SECONDS", 0.2)
+    toolset = make()
+    with workpool.faults.add(status(500), "send"):
+        result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
+    assert result.outcome == "released"
+    expire_lease(workpool.server, result.item.id)
+    async with workpool.pool(toolset):
+        await workpool.wait_for(SessionFinished, count=2)
+    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    log = folder_of(tmp_path, result.item.session_id) / "workspace/log"
+    assert log.read_text() == "1\n"
+
+
+async def running(tmp_path: Path, session: str) -> None:
+    """Wait until a command of the session has opened the pipe `ready`."""
+    workspace = folder_of(tmp_path, session) / "workspace"
+    async with asyncio.timeout(20):
+        while not (workspace / "ready").exists():  # noqa: ASYNC110 - nobody tells of files
+            await asyncio.sleep(0.01)
+
+
+async def test_an_interrupt_ends_what_runs(workpool: Kit, make: Make, tmp_path: Path) -> None:
+    [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo never")])
+    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+        await running(tmp_path, item.session_id)
+        await client.events(item.session_id).send({"type": "user.interrupt"})
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    [(text, error)] = answers(workpool.server.events(item.session_id))
+    assert error
+    assert "interrupted" in text
+
+
+async def test_a_lost_lease_ends_everything_at_once(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    script = [bash("touch ready; sleep 2; echo x >> log"), bash("echo never >> log")]
+    [item] = workpool.enqueue(script=script)
+    pool = workpool.pool(make())
+    async with pool:
+        await running(tmp_path, item.session_id)
+        workpool.stop(item, force=True)
+        finished = await workpool.wait_for(SessionFinished)
+        assert finished.outcome == "stopped"
+    assert answers(workpool.server.events(item.session_id)) == []
+    assert not (folder_of(tmp_path, item.session_id) / "workspace/log").exists()
+
+
+async def test_an_operators_stop_lets_the_running_call_end(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    script = [bash("touch ready; sleep 0.3; echo done"), bash("echo never")]
+    [item] = workpool.enqueue(script=script)
+    async with workpool.pool(make()):
+        await running(tmp_path, item.session_id)
+        workpool.stop(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "stopped"
+    assert answers(workpool.server.events(item.session_id)) == [("done\n", False)]
+
+
+async def test_a_drain_lets_the_running_call_end_and_hands_the_rest_on(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    script = [bash("touch ready; sleep 0.3; echo 1 | tee -a log"), bash("echo 2 | tee -a log")]
+    [item] = workpool.enqueue(script=script)
+    toolset = make()
+    async with workpool.pool(toolset):
+        await running(tmp_path, item.session_id)
+    expire_lease(workpool.server, item.id)
+    async with workpool.pool(toolset):
+        await workpool.wait_for(SessionFinished, count=2)
+    assert [end.outcome for end in workpool.recorder.of(SessionFinished)] == [
+        *("released", "completed"),
+    ]
+    assert answers(workpool.server.events(item.session_id)) == [("1\n", False), ("2\n", False)]
+    log = folder_of(tmp_path, item.session_id) / "workspace/log"
+    assert log.read_text() == "1\n2\n"
+
+
+async def test_a_call_of_which_nobody_knows_is_answered_and_not_run(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    [item] = workpool.enqueue(script=[bash("echo 1 >> log"), bash("echo 2 >> log")])
+    [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
+    folder = folder_of(tmp_path, item.session_id)
+    folder.mkdir(parents=True)
+    async with Journal(folder / "journal.sqlite") as journal:  # the worker that died
+        await journal.begin(call)
+    async with workpool.pool(make()):
+        await workpool.wait_for(SessionFinished)
+    said = answers(workpool.server.events(item.session_id))
+    assert said == [(runner.UNKNOWN, True), ("(no output)", False)]
+    assert (folder / "workspace/log").read_text() == "2\n"
+
+
+async def test_a_result_that_was_computed_is_sent_and_not_computed_again(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    [item] = workpool.enqueue(script=[bash("echo 1 >> log")])
+    [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
+    folder = folder_of(tmp_path, item.session_id)
+    folder.mkdir(parents=True)
+    async with Journal(folder / "journal.sqlite") as journal:
+        await journal.begin(call)
+        await journal.finish(call, Result.of("computed before"))
+    async with workpool.pool(make()):
+        await workpool.wait_for(SessionFinished)
+    assert answers(workpool.server.events(item.session_id)) == [("computed before", False)]
+    assert not (folder / "workspace/log").exists()
+
+
+async def test_what_another_machine_may_have_begun_is_not_begun_here(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo 2")])
+    async with workpool.pool(make()) as pool:
+        await running(tmp_path, item.session_id)
+        await pool.drain(timeout=0)
+    expire_lease(workpool.server, item.id)
+    async with workpool.pool(make(state=str(tmp_path / "elsewhere"))):
+        await workpool.wait_for(SessionFinished, count=2)
+    said = answers(workpool.server.events(item.session_id))
+    assert said == [(runner.UNKNOWN, True), ("2\n", False)]
+
+
+async def test_a_session_that_is_terminated_ends(workpool: Kit, make: Make) -> None:
+    [item] = workpool.enqueue()
+    workpool.server.emit(
+        item.session_id,
+        {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo never"}},
+        {"type": "session.status_terminated"},
+    )
+    async with workpool.pool(make(max_idle=float("inf"))):
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert answers(workpool.server.events(item.session_id)) == []
+
+
+async def test_idle_is_counted_from_the_end_of_the_turn_and_begins_anew(
+    workpool: Kit, make: Make
+) -> None:
+    [item] = workpool.enqueue()
+    idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
+    use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo 1"}}
+    workpool.server.emit(item.session_id, idle, {"type": "session.status_running"})
+    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+        async with asyncio.timeout(20), client.events(item.session_id).stream() as stream:
+            async for event in stream:
+                if event["type"] == "session.status_running":
+                    workpool.server.emit(item.session_id, use)
+                if event["type"] == "user.tool_result":
+                    break
+        assert not workpool.recorder.of(SessionFinished)
+        workpool.server.emit(item.session_id, idle)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"

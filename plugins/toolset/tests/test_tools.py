@@ -1,0 +1,205 @@
+"""What every tool has in common: its input, its answer, its time. And the plugin's start."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import PluginError
+from workpool_toolset import ToolCall, Toolset
+from workpool_toolset.isolation import Bubblewrap, Limits, problem
+from workpool_toolset.results import Result
+from workpool_toolset.tools import Times
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workpool.testing import Kit
+
+
+@pytest.mark.parametrize(
+    ("tool", "fields", "said"),
+    [
+        ("bash", {}, "command is missing"),
+        ("bash", {"command": "  "}, "command is missing"),
+        ("bash", {"command": 1}, "command must be a string"),
+        ("bash", {"command": "ls", "restart": "yes"}, "restart must be true or false"),
+        ("bash", {"command": "ls", "timeout_ms": "1"}, "timeout_ms must be a number"),
+        ("bash", {"command": "ls", "timeout": True}, "timeout_ms must be a number"),
+        ("bash", {"command": "a\0b"}, "command holds a NUL"),
+        ("read", {}, "file_path is missing"),
+        ("read", {"file_path": None}, "file_path is missing"),
+        ("read", {"file_path": ["a"]}, "file_path must be a string"),
+        ("write", {"file_path": "a"}, "content is missing"),
+        ("write", {"file_path": "a", "content": {"b": 1}}, "content must be a string"),
+        ("edit", {"file_path": "a", "old_string": "b"}, "new_string is missing"),
+        ("edit", {"file_path": "a", "new_string": "b"}, "old_string is missing"),
+        ("glob", {}, "pattern is missing"),
+        ("grep", {"path": "."}, "pattern is missing"),
+        ("grep", {"pattern": "x", "include": 3}, "include must be a string"),
+    ],
+)
+async def test_bad_input_is_the_agents_to_mend(
+    bare: Any, tool: str, fields: dict[str, Any], said: str
+) -> None:
+    assert await bare.fails(tool, **fields) == said
+
+
+async def test_unknown_fields_are_ignored(bare: Any, folder: Path) -> None:
+    (folder / "a").write_text("x")
+    assert await bare.says("read", file_path="a", pages="1-2", limit=None) == "x"
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        (None, ["(no output)"]),
+        ("", ["(no output)"]),
+        ([], ["(no output)"]),
+        ("a\ud800b", ["a\ufffdb"]),
+        ({"type": "text", "text": "a\udc00", "extra": 1}, ["a\ufffd"]),
+        (["a", {"type": "text", "text": "b"}], ["a", "b"]),
+        ([1, 2], ["[1, 2]"]),
+        (0, ["0"]),
+        (False, ["false"]),
+        ({"type": "other"}, ['{"type": "other"}']),
+        ({"a\ud800": 1}, ['{"a\ufffd": 1}']),
+    ],
+)
+def test_what_a_tool_returns_becomes_blocks(value: object, content: list[str]) -> None:
+    result = Result.of(value)
+    assert [block["text"] for block in result.content] == content
+    assert not result.is_error
+
+
+def test_blocks_are_kept() -> None:
+    image = {"type": "image", "source": {"type": "base64", "data": "eA=="}}
+    assert Result.of([image, "text"]).content == [image, {"type": "text", "text": "text"}]
+
+
+def test_an_error_is_cut() -> None:
+    [block] = Result.error("x" * 10_000).content
+    assert len(block["text"]) == 4_001
+
+
+async def test_custom_tools(agents: Any) -> None:
+    main = threading.current_thread()
+
+    async def later(call: ToolCall) -> object:
+        await asyncio.sleep(0)
+        return [call.session, threading.current_thread() is main]
+
+    def plain(call: ToolCall) -> object:
+        return {"input": call.input, "thread": threading.current_thread() is main}
+
+    def broken(call: ToolCall) -> object:
+        return {"a": object} if call.input else 1 / 0
+
+    agent = agents(custom={"later": later, "plain": plain, "broken": broken})
+    assert await agent.says("later", custom=True) == '["sess_1", true]'
+    said = await agent.says("plain", custom=True, a=1)
+    assert said == '{"input": {"a": 1}, "thread": false}'
+    assert await agent.fails("broken", custom=True) == "broken: ZeroDivisionError: division by zero"
+    assert "class" in await agent.says("broken", custom=True, a=1)
+    call = ToolCall(id="e", name="LATER", input={}, custom=True, session="s")
+    assert not agent.toolbox.owns(call)
+
+
+async def test_a_tool_that_takes_too_long_is_given_up(agents: Any) -> None:
+    async def sleep(_: ToolCall) -> None:
+        await asyncio.sleep(600)
+
+    agent = agents(custom={"sleep": sleep}, times=Times(bash=20, tool=0.1))
+    assert await agent.fails("sleep", custom=True) == "sleep: took more than 0.1 s"
+
+
+async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(agents: Any) -> None:
+    agent = agents(times=Times(bash=20, tool=10.2))
+    said = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
+    assert said.startswith("killed after 0.2 s")
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"isolation": "docker"}, "isolation must be"),
+        ({"bash_timeout": 0}, "bash_timeout must be a number above 0"),
+        ({"max_idle": "60"}, "max_idle must be a number above 0"),
+        ({"max_idle": float("nan")}, "max_idle must be a number above 0"),
+        ({"processes": 1.5}, "processes must be a whole number"),
+        ({"memory_mb": True}, "memory_mb must be a number above 0"),
+        ({"bash_timeout": 145.0}, "tool_timeout must exceed bash_timeout by 10"),
+        ({"tools": {"a": "no.such:thing"}}, "tool 'a': no.such:thing cannot be loaded"),
+        ({"tools": {"a": "json:nothing"}}, "cannot be loaded"),
+        ({"tools": {"a": ""}}, "cannot be loaded"),
+        ({"tools": {"a": 3}}, "neither a function nor"),
+        ({"allowed_roots": ["/no/such"]}, "root /no/such: not a directory"),
+        ({"read_only_roots": ["/"], "isolation": "bubblewrap"}, "root /: shows "),
+    ],
+)
+async def test_a_bad_setting_is_refused_at_start(
+    workpool: Kit, tmp_path: Path, given: dict[str, Any], problem: str
+) -> None:
+    toolset = Toolset(**{"isolation": "none", "state": str(tmp_path)} | given)
+    with pytest.raises(PluginError) as caught:
+        async with workpool.pool(toolset):
+            pass
+    assert problem in str(caught.value)
+
+
+async def test_a_root_that_shows_the_token_is_refused(workpool: Kit, tmp_path: Path) -> None:
+    (tmp_path / "open/secrets").mkdir(parents=True)
+    (tmp_path / "open/secrets/token").write_text("a-token")
+    toolset = Toolset(state=str(tmp_path / "state"), read_only_roots=[str(tmp_path / "open")])
+    pool = workpool.pool(toolset, token=None, token_file=tmp_path / "open/secrets/token")
+    with pytest.raises(PluginError, match="shows"):
+        async with pool:
+            pass
+
+
+async def test_a_sandbox_that_does_not_work_is_never_done_without(
+    workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: no permission' >&2; exit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(PluginError, match=r"\(bwrap: no permission\); isolation = \"none\""):
+        async with workpool.pool(Toolset(state=str(tmp_path / "state"))):
+            pass
+    broken.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PluginError, match="bwrap is not installed"):
+        async with workpool.pool(Toolset(state=str(tmp_path / "state"))):
+            pass
+
+
+@pytest.mark.usefixtures("sandbox")
+@pytest.mark.parametrize("isolation", ["none", "bubblewrap"])
+async def test_the_start_says_which_isolation_is_in_force(
+    workpool: Kit, tmp_path: Path, isolation: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with workpool.pool(Toolset(state=str(tmp_path / "state"), isolation=isolation)):
+        assert f"toolset: isolation is {isolation}" in caplog.text
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_sandbox_that_says_nothing_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = tmp_path / "bwrap"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr("workpool_toolset.isolation.PROBE_SECONDS", 0.2)
+    sandbox = Bubblewrap(Limits(), as_root=False, program=str(silent))
+    assert await problem(sandbox, tmp_path) == "bwrap did not answer"
+
+
+async def test_a_session_id_never_becomes_a_path(tmp_path: Path) -> None:
+    toolset = Toolset(state=str(tmp_path / "state"), isolation="none")
+    for session in ("../x", "a/b", "", ".", "..", "a\0", "x" * 129):
+        with pytest.raises(ValueError, match="name"):
+            toolset._session_folder(session)
