@@ -52,10 +52,10 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "loss ignored": [Edit("serve:Serving", "self.handling.cancel(claim, Cause.LOST)", "0")],
     "finish without a held lease": [
-        Edit("claim:Claim", "if not self.lease.held:", "if False:"),
+        Edit("claim:Claim", "lent or not self.lease.held", "lent"),
     ],
     "stop after loss": [
-        Edit("claim:Claim", "if not self.lease.held:", "if False:"),
+        Edit("claim:Claim", "lent or not self.lease.held", "lent"),
         Edit("finish:Finisher", 'if row.item == "untouched":', "if False:"),
     ],
     "metadata after loss": [

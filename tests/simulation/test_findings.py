@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from workpool import Session, Settings, handler
-from workpool.events import AckFinished, ItemClaimed
+from workpool.events import AckFinished, DrainFinished, ItemClaimed, SessionFinished
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
@@ -22,10 +24,18 @@ async def work(session: Session) -> dict[str, str]:
     return {"seen": session.id}
 
 
+@handler
+async def ignore(_: Session) -> None:
+    until = asyncio.get_running_loop().time() + 60
+    while asyncio.get_running_loop().time() < until:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(1)
+
+
 class Bench:
     """A pool on virtual time, what befalls its calls, and what it tells."""
 
-    def __init__(self, script: Script, **values: Any) -> None:
+    def __init__(self, script: Script, plugin: object = work, **values: Any) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
@@ -36,9 +46,13 @@ class Bench:
         )
         self.supervisor = LoopSupervisor(
             settings,
-            plugins=[work, self.recorder],
+            plugins=[plugin, self.recorder],
             connect=partial(LocalClient, self.operations, troubles=script),
         )
+
+    @property
+    def outcomes(self) -> list[str]:
+        return [event.outcome for event in self.recorder.of(SessionFinished)]
 
 
 @in_virtual_time
@@ -55,3 +69,63 @@ async def test_a_drain_does_not_wait_for_an_ack_that_pauses() -> None:
         assert bench.loop.time() - began < 1
     assert pool.left_behind == 0
     assert [event.result for event in bench.recorder.of(AckFinished)] == ["error"]
+
+
+@in_virtual_time
+async def test_a_drain_does_not_wait_for_a_first_beat_that_pauses() -> None:
+    """Refused with a long `Retry-After`, it was left behind, and its item not handed back."""
+    script = Script(heartbeat=[Trouble(answer=429, applied=False, retry_after=40)])
+    bench = Bench(script, drain_timeout=1)
+    async with bench.supervisor as pool:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished)
+        await asyncio.sleep(1)
+        await pool.drain()
+    assert pool.left_behind == 0
+    assert (bench.outcomes, bench.recorder.of(DrainFinished)[0].result) == (["released"], "clean")
+    assert script.sent.count(("heartbeat", item.id)) == 2
+    held = bench.operations.get(ENVIRONMENT, item.id)
+    assert held.lease_end is not None
+    assert held.lease_end <= (START + 1 + 10.1) * 1_000_000  # the shortest there is
+
+
+@in_virtual_time
+async def test_a_drain_sends_no_second_beat_while_the_first_is_under_way() -> None:
+    script = Script(heartbeat=[Trouble(there=4, back=4)])
+    bench = Bench(script, drain_timeout=20)
+    async with bench.supervisor as pool, asyncio.TaskGroup() as group:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished)
+        group.create_task(pool.drain())
+        await asyncio.sleep(7.9)
+        assert script.sent.count(("heartbeat", item.id)) == 1
+    assert (bench.outcomes, pool.left_behind) == (["released"], 0)
+    assert script.sent.count(("heartbeat", item.id)) == 2
+
+
+@in_virtual_time
+async def test_a_409_after_a_stop_that_was_refused_is_not_its_success() -> None:
+    """The item was queued again, its lease ended early; it counted as completed and ran again."""
+    script = Script(stop=[Trouble(answer=429, applied=False, retry_after=30)])
+    bench = Bench(script, lease_ttl=10)
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await asyncio.sleep(1.5)  # it has run, and its stop has been refused
+        queue = bench.operations.queue(ENVIRONMENT)
+        queue.put(replace(queue.get(item.id), lease_end=0))
+        await bench.recorder.wait_for(SessionFinished, count=2, timeout=60)
+    assert bench.outcomes == ["lease_lost", "completed"]
+    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@in_virtual_time
+async def test_what_a_drain_leaves_behind_counts_by_what_its_lease_came_to() -> None:
+    """Stopped by an operator, it counted as released, though nobody will get it again."""
+    bench = Bench(Script(), ignore, lease_ttl=10)
+    async with bench.supervisor as pool:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await asyncio.sleep(1)
+        bench.operations.stop(ENVIRONMENT, item.id, "operator", force=True)
+        await asyncio.sleep(4)  # a beat has told it
+        await pool.drain(0)
+    assert (bench.outcomes, pool.left_behind) == (["stopped"], 1)
