@@ -1,0 +1,237 @@
+"""Following a session in virtual time, over connections that do whatever they like."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from workpool import Settings
+from workpool.errors import TransientError
+from workpool.server import Operations
+from workpool.testing import in_virtual_time, local_events
+from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.virtual import run_virtual
+from workpool.wire.event_calls import Unguarded
+from workpool.wire.event_stream import EventStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from workpool.wire.event_calls import Event, EventCalls, EventPage, OpenStream
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+START = 1_772_366_400.0
+
+
+class World:
+    """A control plane on the running loop, and one session on it."""
+
+    def __init__(self, **troubles: list[Trouble | None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.operations = Operations([ENVIRONMENT], now=lambda: START + self.loop.time())
+        (item,) = self.operations.enqueue(ENVIRONMENT)
+        self.session_id = item.session_id
+        self.script = Script(**troubles)
+        self.settings = Settings(
+            environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT
+        )
+        self.client = LocalClient(self.operations, self.settings, troubles=self.script)
+
+    def say(self, number: int) -> None:
+        self.operations.emit(self.session_id, [{"type": "agent.thinking", "number": number}])
+
+    @property
+    def said(self) -> list[str]:
+        return [event.id for event in self.operations.sessions.conversation(self.session_id).events]
+
+    @property
+    def opened(self) -> int:
+        return [op for op, _ in self.script.sent].count("stream")
+
+
+@in_virtual_time
+async def test_keep_alives_keep_a_stream_for_a_day() -> None:
+    world = World()
+    async with world.client as client, client.events(world.session_id).stream() as stream:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(86_400):
+                await anext(stream)
+        assert world.opened == 1
+        world.say(1)
+        assert (await anext(stream))["number"] == 1
+
+
+@in_virtual_time
+async def test_a_stream_that_falls_silent_is_begun_again() -> None:
+    world = World()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_events, "KEEP_ALIVE_SECONDS", 1e6)
+        async with world.client as client, client.events(world.session_id).stream() as stream:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(450):
+                    await anext(stream)
+    assert 9 <= world.opened <= 11  # every 45 s and the backoff
+
+
+@in_virtual_time
+async def test_a_reader_that_was_busy_finds_what_was_said() -> None:
+    """It hears nothing for an hour because it does not listen: the stream is as good as before."""
+    world = World()
+    async with world.client as client, client.events(world.session_id).stream() as stream:
+        world.say(0)
+        await anext(stream)
+        for number in range(3):
+            await asyncio.sleep(3600)
+            world.say(number)
+            assert (await anext(stream))["number"] == number
+    assert world.opened == 1
+
+
+@in_virtual_time
+async def test_the_backoff_grows_to_ten_seconds_and_begins_anew_with_any_event() -> None:
+    world = World(stream=[Trouble(answer=503)] * 200)
+    world.say(0)
+    async with world.client as client, client.events(world.session_id).stream() as stream:
+        assert (await anext(stream))["number"] == 0
+        # Full jitter: 0.25 s, 0.5 s, 1 s, 2 s, 4 s, then 5 s each on average.
+        assert 600 < world.loop.time() < 1400
+        assert stream._backoff.failures == 0
+
+
+@in_virtual_time
+async def test_retry_after_is_honoured() -> None:
+    world = World(stream=[Trouble(answer=429, retry_after=100)])
+    world.say(0)
+    async with world.client as client, client.events(world.session_id).stream() as stream:
+        await anext(stream)
+    assert world.loop.time() >= 100
+
+
+@in_virtual_time
+async def test_what_comes_too_late_is_asked_for_again() -> None:
+    world = World(
+        stream=[Trouble(answer="silence"), Trouble(answer="reset")],
+        events=[Trouble(answer="silence"), Trouble(back=60), Trouble(answer=b"[]")],
+    )
+    world.say(0)
+    async with world.client as client, client.events(world.session_id).stream() as stream:
+        assert (await anext(stream))["number"] == 0
+    assert world.opened == 6
+
+
+# -- any breakage ------------------------------------------------------------------------------
+
+
+class Flaky:
+    """A way to the session that breaks as it is told, call by call, and holds at the end."""
+
+    def __init__(
+        self, calls: EventCalls, deeds: Iterator[str], *, resumes: bool, replays: bool
+    ) -> None:
+        self.resumes = resumes
+        self._calls = calls
+        self._deeds = deeds
+        self._replays = replays
+
+    async def page(
+        self, limit: int, *, after_id: str | None = None, page: str | None = None
+    ) -> EventPage:
+        await self.befall()
+        return await self._calls.page(min(limit, 3), after_id=after_id, page=page)
+
+    async def post(self, body: bytes) -> list[Event]:
+        return await self._calls.post(body)
+
+    async def open(self, last_id: str | None) -> OpenStream:
+        await self.befall()
+        stream = await self._calls.open(last_id if self._replays else None)
+        return FlakyStream(stream, self)
+
+    async def befall(self) -> str:
+        deed = next(self._deeds, "fine")
+        if deed == "slow":
+            await asyncio.sleep(2.5)
+        if deed == "broken":
+            raise TransientError("events", 503, "told to", reason="server_error")
+        return deed
+
+
+class FlakyStream:
+    """An open stream; one that was cut tells what came before the cut, perhaps half an event."""
+
+    def __init__(self, stream: OpenStream, way: Flaky) -> None:
+        self._stream = stream
+        self._way = way
+        self._cut = False
+
+    async def read(self) -> bytes:
+        if self._cut:
+            return b""
+        deed = await self._way.befall()
+        if deed == "silent":
+            await asyncio.Event().wait()
+        content = await self._stream.read()
+        if deed == "cut":
+            self._cut = True
+            content = content[: len(content) // 2 + 1]
+        if deed == "garbled":
+            content += b"data: {\n\n"
+        return content
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+DEEDS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent", "cut", "garbled"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    deeds=st.lists(DEEDS, max_size=25),
+    pauses=st.lists(st.sampled_from([0.0, 0.0, 0.3, 1.0, 7.0, 50.0]), max_size=25),
+    patience=st.sampled_from([0.4, 3.0, 1000.0]),
+    resumes=st.booleans(),
+    replays=st.booleans(),
+)
+# A page that fails after one that told the beginning:
+@example(
+    deeds=["fine", "fine", "broken"], pauses=[0.0] * 5, patience=9.0, resumes=False, replays=False
+)
+# A silence that a reader who looks up every now and then must notice all the same:
+@example(
+    deeds=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
+)
+def test_whatever_breaks_every_event_comes_once_and_in_order(
+    deeds: Sequence[str], pauses: Sequence[float], patience: float, *, resumes: bool, replays: bool
+) -> None:
+    async def follow() -> None:
+        world = World()
+        told: list[Event] = []
+        flags: list[bool] = []
+        async with world.client as client:
+            calls: Any = client.events(world.session_id)._calls
+            way = Flaky(calls, iter(deeds), resumes=resumes, replays=replays)
+            stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
+            async with stream, asyncio.TaskGroup() as group:
+                group.create_task(speak(world, pauses))
+                while len(told) < len(pauses) or world.loop.time() < sum(pauses):
+                    try:
+                        async with asyncio.timeout(patience):
+                            told.append(await anext(stream))
+                            flags.append(stream.caught_up)
+                    except TimeoutError:
+                        assert world.loop.time() < 100_000  # everything comes some day
+        assert [event["id"] for event in told] == world.said
+        assert flags[-1:] in ([], [True])
+
+    run_virtual(follow())
+
+
+async def speak(world: World, pauses: Sequence[float]) -> None:
+    for number, pause in enumerate(pauses):
+        world.say(number)
+        await asyncio.sleep(pause)

@@ -1,0 +1,515 @@
+"""Listing, sending and following a session's events, over sockets that do not always hold."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
+from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
+from workpool.wire import calls, event_stream
+from workpool.wire.client import WorkClient
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.wire.event_calls import Event
+    from workpool.wire.event_stream import EventStream
+
+BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
+MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(event_stream, "BACKOFF_CAP_SECONDS", 0.05)
+
+
+@pytest.fixture(params=["qoder", "anthropic"])
+async def client(
+    request: pytest.FixtureRequest, plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> AsyncIterator[WorkClient]:
+    dialect = request.param
+    url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
+    async with WorkClient(make_settings(dialect=dialect, base_url=url)) as client:
+        yield client
+
+
+@pytest.fixture
+async def qoder(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+    async with WorkClient(make_settings()) as client:
+        yield client
+
+
+def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
+    return plane.enqueue(script=script)[0].session_id
+
+
+def ids(events: Sequence[Event]) -> list[str]:
+    return [event["id"] for event in events]
+
+
+def result(use: Event, text: str = "done") -> dict[str, Any]:
+    return {
+        "type": "user.tool_result",
+        "tool_use_id": use["id"],
+        "content": [{"type": "text", "text": text}],
+        "is_error": False,
+    }
+
+
+def open_use(plane: ControlPlane, session_id: str) -> Event:
+    return [event for event in plane.events(session_id) if event["type"] == "agent.tool_use"][-1]
+
+
+async def read(stream: EventStream, count: int) -> list[Event]:
+    async with asyncio.timeout(10):
+        return [await anext(stream) for _ in range(count)]
+
+
+def talk(plane: ControlPlane, session_id: str, count: int) -> list[str]:
+    """Say so many things; return the ids of all that was said."""
+    for number in range(count):
+        plane.emit(session_id, {"type": "agent.thinking", "number": number})
+    return ids(plane.events(session_id))
+
+
+# -- list and send -----------------------------------------------------------------------------
+
+
+async def test_the_whole_history_is_listed(plane: ControlPlane, client: WorkClient) -> None:
+    session_id = scripted(plane)
+    said = talk(plane, session_id, 250)
+    events = [event async for event in client.events(session_id).list()]
+    assert ids(events) == said
+    assert events == list(plane.events(session_id))
+
+
+async def test_an_answer_that_is_too_large_is_asked_for_in_smaller_pages(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "EVENTS", replace(calls.EVENTS, limit=20_000))
+    session_id = scripted(plane)
+    for _ in range(30):
+        plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
+    events = [event async for event in qoder.events(session_id).list()]
+    assert ids(events) == ids(plane.events(session_id))
+    assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
+
+
+async def test_pages_that_repeat_are_noticed(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
+) -> None:
+    body = b'{"data": [], "has_more": true, "next_page": "same"}'
+    faults.add(literal(body), "events")
+    with pytest.raises(TransientError, match="repeat"):
+        [event async for event in qoder.events(scripted(plane)).list()]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"[]", b"{}", b'{"data": {}}', b'{"data": [1]}', b'{"data": [{"type": "x"}]}',
+     b'{"data": [{"id": "a/b", "type": "x"}]}', b'{"data": [{"id": "evt_1", "type": 1}]}',
+     b'{"data": [], "next_page": 1}'],
+)  # fmt: skip
+async def test_a_malformed_page_is_no_history(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults, body: bytes
+) -> None:
+    faults.add(literal(body), "events")
+    with pytest.raises(TransientError) as caught:
+        [event async for event in qoder.events(scripted(plane)).list()]
+    assert caught.value.reason == "bad_body"
+
+
+async def test_what_is_sent_comes_back_as_it_is_stored(
+    plane: ControlPlane, client: WorkClient
+) -> None:
+    session_id = scripted(plane, BASH)
+    use = open_use(plane, session_id)
+    stored = await client.events(session_id).send(MESSAGE, result(use))
+    assert list(stored) == list(plane.events(session_id)[3:5])
+
+
+async def test_refusals(plane: ControlPlane, client: WorkClient) -> None:
+    session_id = scripted(plane, BASH)
+    events = client.events(session_id)
+    with pytest.raises(RefusedError) as refused:
+        await events.send({"type": "agent.message"})
+    assert (refused.value.op, refused.value.status) == ("events", 400)
+    with pytest.raises(RefusedError):
+        await client.events("sess_" + "0" * 32).send(MESSAGE)
+    with pytest.raises(TypeError):
+        await events.send({**MESSAGE, "content": object()})
+    with pytest.raises(TypeError):
+        await events.send({"type": "user.message", "content": "\ud800"})
+    with pytest.raises(ValueError, match="session_id"):
+        client.events("../work")
+    assert len(plane.events(session_id)) == 3
+
+
+async def test_a_result_whose_answer_was_lost_counts_as_sent_when_said_again(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane, BASH)
+    use = open_use(plane, session_id)
+    faults.add(lost(applied=True), "send", times=1)
+    with pytest.raises(TransientError):
+        await client.events(session_id).send(result(use))
+    (stored,) = await client.events(session_id).send(result(use))
+    assert stored == plane.events(session_id)[3]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"content": [{"type": "text", "text": "else"}]}, {"is_error": True}, {"content": []},
+     {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
+)  # fmt: skip
+async def test_a_second_result_that_says_something_else_is_a_conflict(
+    plane: ControlPlane, qoder: WorkClient, other: dict[str, Any]
+) -> None:
+    session_id = scripted(plane, BASH)
+    use = open_use(plane, session_id)
+    await qoder.events(session_id).send(result(use))
+    with pytest.raises(ConflictError):
+        await qoder.events(session_id).send({**result(use), **other})
+
+
+async def test_a_verdict_said_again_counts_as_sent_and_the_opposite_does_not(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
+    session_id = scripted(plane, {**BASH, "permission": "ask"})
+    verdict = {
+        "type": "user.tool_confirmation",
+        "tool_use_id": open_use(plane, session_id)["id"],
+        "result": "allow",
+    }
+    first = await qoder.events(session_id).send(verdict)
+    assert await qoder.events(session_id).send(verdict) == first
+    with pytest.raises(ConflictError):
+        await qoder.events(session_id).send({**verdict, "result": "deny"})
+
+
+async def test_a_message_is_never_taken_for_one_that_was_said_before(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
+    session_id = scripted(plane)
+    await qoder.events(session_id).send(MESSAGE)
+    plane.emit(session_id, {"type": "session.status_terminated"})
+    with pytest.raises(ConflictError):
+        await qoder.events(session_id).send(MESSAGE)
+
+
+# -- follow ------------------------------------------------------------------------------------
+
+
+async def test_the_history_comes_first_then_what_is_said(
+    plane: ControlPlane, client: WorkClient
+) -> None:
+    session_id = scripted(plane)
+    said = talk(plane, session_id, 120)
+    async with client.events(session_id).stream() as stream:
+        caught_up = []
+        for expected in said:
+            assert (await anext(stream))["id"] == expected
+            caught_up.append(stream.caught_up)
+        assert caught_up == [False] * (len(said) - 1) + [True]
+        for _ in range(3):
+            plane.emit(session_id, {"type": "agent.thinking"})
+            assert await read(stream, 1) == list(plane.events(session_id)[-1:])
+            assert stream.caught_up
+
+
+async def test_an_empty_history_is_caught_up_with(plane: ControlPlane, client: WorkClient) -> None:
+    (item,) = plane.enqueue()
+    async with client.events(item.session_id).stream() as stream:
+        plane.emit(item.session_id, {"type": "agent.thinking"})
+        await read(stream, 1)
+        assert stream.caught_up
+
+
+async def test_nothing_falls_between_the_stream_and_the_history(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane)
+    hold = Hold()
+    faults.add(hold, "events", times=1)
+    async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
+        reader = group.create_task(read(stream, 9))
+        await hold.reached()  # the stream is open, the history not read
+        talk(plane, session_id, 3)
+        hold.release()
+        await faults.wait_for("events", answered=True)
+        talk(plane, session_id, 2)
+    assert ids(reader.result()) == ids(plane.events(session_id))
+
+
+async def test_the_stream_is_opened_before_the_history_is_read(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
+) -> None:
+    async with qoder.events(scripted(plane)).stream() as stream:
+        await read(stream, 4)
+    assert [request.op for request in faults.seen] == ["stream", "events"]
+
+
+async def test_an_event_that_was_not_waited_for_to_the_end_is_not_lost(
+    plane: ControlPlane, client: WorkClient
+) -> None:
+    """Every wait may be cancelled: the next goes on where it was."""
+    session_id = scripted(plane)
+    seen: list[Event] = []
+    seconds = 0.0
+    async with client.events(session_id).stream() as stream, asyncio.timeout(20):
+        while len(seen) < 30:
+            seconds = 0.0 if seconds > 0.02 else seconds + 0.0007
+            try:
+                async with asyncio.timeout(seconds):
+                    seen.append(await anext(stream))
+            except TimeoutError:
+                if len(plane.events(session_id)) < 30:
+                    talk(plane, session_id, 1)
+    assert ids(seen) == ids(plane.events(session_id))
+
+
+async def test_streams_that_break_lose_nothing_and_repeat_nothing(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane)
+    cut = Cut()
+    faults.add(cut, "stream")
+    faults.add(status(503), "stream", probability=0.2)
+    faults.add(reset(), "events", probability=0.2)
+    async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
+        reader = group.create_task(read(stream, 64))
+        for number in range(20):
+            await faults.wait_for("stream", count=number // 2 + 1)
+            talk(plane, session_id, 3)
+            if number % 2:
+                cut.now()
+    assert len(faults.of("stream")) >= 10
+    assert ids(reader.result()) == ids(plane.events(session_id))
+
+
+async def test_a_gap_is_replayed_as_history(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane)
+    cut = Cut()
+    faults.add(cut, "stream")
+    async with client.events(session_id).stream() as stream:
+        (*_, last) = await read(stream, 4)
+        assert stream.caught_up
+        hold = Hold()
+        faults.add(hold, "stream", times=1)
+        assert cut.now() == 1
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(anext(stream))
+            await hold.reached()
+            talk(plane, session_id, 3)
+            hold.release()
+        flags = [stream.caught_up]
+        for _ in range(2):
+            await read(stream, 1)
+            flags.append(stream.caught_up)
+        assert flags == [False, False, True]
+        assert reader.result()["id"] == ids(plane.events(session_id))[4]
+    if client.events(session_id)._calls.resumes:
+        assert faults.of("events")[-1].query["after_id"] == last["id"]
+
+
+async def test_a_stream_that_is_silent_is_begun_again(
+    plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> None:
+    session_id = scripted(plane)
+    async with (
+        Proxy(plane.base_url) as way,
+        WorkClient(make_settings(base_url=way.base_url)) as client,
+        client.events(session_id).stream(stall_seconds=0.1) as stream,
+    ):
+        await read(stream, 4)
+        way.partition()  # nobody is told
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(read(stream, 1))
+            talk(plane, session_id, 1)
+            await asyncio.to_thread(lambda: None)
+            way.heal()
+        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+
+
+async def test_without_keep_alives_a_stream_is_begun_again(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "_PATIENCE_SECONDS", 0.0)
+    session_id = scripted(plane)
+    async with qoder.events(session_id).stream(stall_seconds=0.05) as stream:
+        await read(stream, 4)
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(read(stream, 1))
+            await faults.wait_for("stream", count=3)
+            talk(plane, session_id, 1)
+        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+    assert faults.of("stream")[-1].status is None
+
+
+@pytest.mark.parametrize("code", [400, 401, 403, 404])
+async def test_a_refusal_is_for_good(
+    plane: ControlPlane, client: WorkClient, faults: Faults, code: int
+) -> None:
+    faults.add(status(code), "stream")
+    async with client.events(scripted(plane)).stream() as stream:
+        with pytest.raises(RefusedError) as refused:
+            await anext(stream)
+    assert (refused.value.op, refused.value.status) == ("stream", code)
+
+
+@pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 503])
+async def test_what_may_pass_is_tried_again(
+    plane: ControlPlane, client: WorkClient, faults: Faults, code: int
+) -> None:
+    for op in ("stream", "events"):
+        faults.add(status(code), op, times=2)
+    async with client.events(scripted(plane)).stream() as stream:
+        assert len(await read(stream, 4)) == 4
+    assert len(faults.of("stream")) == 5
+
+
+PAGE = b"<html>busy</html>"
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        b"data: {\n\n",
+        b"data: []\n\n",
+        b'event: error\ndata: {"type": "error"}\n\n',
+        b'data: {"id": 1, "type": "x"}\n\n',
+        b'data: {"id": "evt_1"}\n\n',
+        None,
+    ],
+)
+async def test_a_stream_that_says_nonsense_is_begun_again(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults, frames: bytes | None
+) -> None:
+    headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
+    faults.add(literal(frames or PAGE, headers=headers), "stream", times=2)
+    session_id = scripted(plane)
+    async with qoder.events(session_id).stream() as stream:
+        assert ids(await read(stream, 4)) == ids(plane.events(session_id))
+        async with asyncio.TaskGroup() as group:
+            reader = group.create_task(read(stream, 1))
+            await faults.wait_for("stream", count=3)
+            talk(plane, session_id, 1)
+        assert ids(reader.result()) == ids(plane.events(session_id))[4:]
+
+
+async def test_frames_that_are_no_events_are_passed_over(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane)
+    said = plane.events(session_id)
+    event = {"id": "evt_live", "type": "agent.thinking"}
+    body = b'event: ping\ndata: {"type": "ping"}\n\n: alive\n\n' + b"".join(
+        b"data: " + orjson.dumps(each) + b"\n\n" for each in (*said, event, event)
+    )
+    faults.add(literal(body, headers={"Content-Type": "text/event-stream"}), "stream", times=1)
+    async with qoder.events(session_id).stream() as stream:
+        assert await read(stream, 5) == [*said, event]
+
+
+@pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
+async def test_the_stream_ends_with_the_session(
+    plane: ControlPlane, client: WorkClient, kind: str
+) -> None:
+    session_id = scripted(plane)
+    plane.emit(session_id, {"type": kind})
+    async with client.events(session_id).stream() as stream, asyncio.timeout(10):
+        types = [event["type"] async for event in stream]
+        assert types[-1] == kind
+        assert [event async for event in stream] == []
+
+
+async def test_a_stream_is_used_inside_async_with(plane: ControlPlane, qoder: WorkClient) -> None:
+    stream = qoder.events(scripted(plane)).stream()
+    with pytest.raises(RuntimeError, match="async with"):
+        await anext(stream)
+    async with stream:
+        await read(stream, 1)
+    await read(stream, 3)  # what was there already
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def test_many_streams_hold_up_no_other_call(plane: ControlPlane, qoder: WorkClient) -> None:
+    """More than the client has connections for everything else."""
+    session_id = scripted(plane)
+    streams = [qoder.events(session_id).stream() for _ in range(40)]
+    try:
+        for stream in streams:
+            await stream.__aenter__()
+            await read(stream, 4)
+        async with asyncio.timeout(5):
+            await qoder.stats()
+    finally:
+        for stream in streams:
+            await stream.__aexit__(None, None, None)
+
+
+async def test_requests_are_counted_by_their_names(
+    plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
+) -> None:
+    told: list[tuple[str, str]] = []
+    client = WorkClient(make_settings())
+    client.on_request = lambda op, code, _: told.append((op, code))
+    faults.add(status(404), "stream", times=1)
+    async with client:
+        events = client.events(scripted(plane))
+        async with events.stream() as stream:
+            with pytest.raises(RefusedError):
+                await read(stream, 1)
+            await read(stream, 1)
+        await events.send(MESSAGE)
+    assert told == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
+
+
+async def test_our_own_rate_limit_holds_for_events_too(
+    plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> None:
+    waits: list[str] = []
+    client = WorkClient(make_settings(read_rate=2, write_rate=2))
+    client.on_budget_wait = lambda kind, _: waits.append(kind)
+    async with client:
+        events = client.events(scripted(plane))
+        async with events.stream() as stream:
+            await read(stream, 1)
+        await events.send(MESSAGE)
+        await events.send(MESSAGE)
+    assert waits == ["read", "write"]
+
+
+async def test_a_renewed_token_opens_the_stream(
+    plane: ControlPlane,
+    make_settings: Callable[..., Settings],
+    tmp_path: Any,
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("stale")
+    async with WorkClient(make_settings(token_file=file)) as client:
+        file.write_text(plane.token)
+        async with client.events(scripted(plane)).stream() as stream:
+            assert len(await read(stream, 4)) == 4
+
+
+async def test_a_control_plane_that_is_not_there(make_settings: Callable[..., Settings]) -> None:
+    settings = make_settings(base_url="http://127.0.0.1:1/api")
+    async with WorkClient(settings) as client, client.events("sess_1").stream() as stream:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await anext(stream)
+        with pytest.raises(ControlPlaneError):
+            await client.events("sess_1").send(MESSAGE)
