@@ -76,7 +76,7 @@ class Scene:
         connect = partial(LocalClient, self.operations, troubles=self._note)
         pool = LoopSupervisor(settings, plugins=[work, self.recorder], connect=connect)
         child = LocalClient(self.operations, settings, worker_id="child")
-        async with child as self.child, asyncio.TaskGroup() as self.group, pool:
+        async with child as self.child, asyncio.TaskGroup() as self.group, pool as self.pool:
             if meanwhile is not None:
                 await meanwhile(pool)
             finished = await self.recorder.wait_for(SessionFinished, timeout=900)
@@ -108,6 +108,10 @@ class Scene:
             await self.beat()
         return True
 
+    def metric(self, name: str, **labels: str) -> float | None:
+        labels["environment_id"] = ENVIRONMENT
+        return self.pool.registry.get_sample_value(f"workpool_{name}", labels)
+
     def stop(self, *, force: bool = False) -> None:
         """The operator's."""
         self.operations.stop(ENVIRONMENT, self.work_id, "operator", force=force)
@@ -136,14 +140,18 @@ async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
     async def play(session: Session) -> dict[str, str]:
         nonlocal left_at
         async with session.handover() as scene.lease:
+            assert scene.metric("leases", state="active") == 1
             scene.start_child(after)
         left_at = scene.loop.time()
+        assert scene.metric("leases", state="active") == 0
         with pytest.raises(SessionEnded):
             await session.update_metadata({"a": "b"})
         return {"ignored": "yes"}
 
     assert await scene.run(play) == "detached"
     assert after <= left_at <= after + 2
+    labels = {"handler": "work.work", "outcome": "detached"}
+    assert scene.metric("sessions_total", **labels) == 1
     assert scene.lease.work_id == scene.work_id
     assert scene.lease.environment_id == ENVIRONMENT
     assert scene.lease.ttl == 60

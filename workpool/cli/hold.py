@@ -57,6 +57,8 @@ def hold(
             config, environment_id=environment_id, base_url=base_url, lease_ttl=ttl
         )
         settings.require_connection()
+    if not work_id or not last_heartbeat:
+        raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
     # The parent's plugins and its port for metrics are the parent's.

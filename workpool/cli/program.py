@@ -104,21 +104,26 @@ def _running(
     argv: Sequence[str], env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The program and its group's number; nothing of the group is left after the block."""
-    shell = ("/bin/sh", "-c", _GUARD)
-    guard = subprocess.Popen(shell, stdin=subprocess.PIPE, env={}, process_group=0)  # noqa: S603 - our own words
+    with contextlib.ExitStack() as stack:
+        guard = _start(("/bin/sh", "-c", _GUARD), 0, {}, stdin=subprocess.PIPE)
+        stack.callback(guard.communicate)
+        stack.callback(_signal, guard.pid, signal.SIGKILL)
+        program = _start(argv, guard.pid, env)
+        try:
+            yield program, guard.pid
+        finally:
+            _signal(guard.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+                program.wait(REAP_SECONDS)
+
+
+def _start(
+    argv: Sequence[str], group: int, env: dict[str, str], stdin: int | None = None
+) -> subprocess.Popen[bytes]:
     try:
-        program = subprocess.Popen(argv, env=env, process_group=guard.pid)  # noqa: S603 - the caller's own command, without a shell
+        return subprocess.Popen(argv, env=env, stdin=stdin, process_group=group)  # noqa: S603 - the caller's own command, without a shell
     except OSError as error:
-        guard.kill()
-        guard.communicate()
         raise ProgramFailed(f"{argv[0]}: {error.strerror}") from None
-    try:
-        yield program, guard.pid
-    finally:
-        _signal(guard.pid, signal.SIGKILL)
-        guard.communicate()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
-            program.wait(REAP_SECONDS)
 
 
 def _signal(group: int, number: signal.Signals) -> None:

@@ -161,7 +161,7 @@ class Dispatcher:
     async def _work(self, claim: Claim) -> None:
         try:
             adopted = claim.parents_beat
-            result = "ok" if adopted else await self._acknowledger.acknowledge(claim)
+            result = "ok" if adopted is not None else await self._acknowledger.acknowledge(claim)
             if result == "ok":
                 changed = functools.partial(self._serving.lease_changed, claim)
                 keeper = self._parts.keeper
