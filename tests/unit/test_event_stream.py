@@ -166,13 +166,14 @@ class FlakyStream:
     def __init__(self, stream: OpenStream, way: Flaky) -> None:
         self._stream = stream
         self._way = way
-        self._cut = False
+        self._cut = self._silent = False
 
     async def read(self) -> bytes:
         if self._cut:
             return b""
         deed = await self._way.befall()
-        if deed == "silent":
+        self._silent = self._silent or deed == "silent"
+        if self._silent:
             await asyncio.Event().wait()
         content = await self._stream.read()
         if deed == "cut":
