@@ -211,8 +211,9 @@ async def test_several_kinds_of_work(tmp_path: Path) -> None:
             assert (await finished({"job": "report", **more}))["by"] == by
 
 
-def test_the_tests_of_handlers(pytester: pytest.Pytester) -> None:
+def test_the_tests_of_handlers(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     for name in ("test_approval", "test_answering", "test_count"):
         pytester.makepyfile(**{name: block(f"# {name}.py")})
-    result = pytester.runpytest_inprocess("-p", "no:cov", "-p", "no:randomly", "-p", "no:asyncio")
+    result = pytester.runpytest_inprocess("-p", "pytest_workpool")
     result.assert_outcomes(passed=4)

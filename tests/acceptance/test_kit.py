@@ -55,7 +55,14 @@ async def test_virtual(workpool, text):
     await check(workpool, text)
 """
 ANYIO = "pytestmark = pytest.mark.anyio\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-ASYNCIO = ["-o", "asyncio_default_fixture_loop_scope=function"]  # it warns when this is not set
+# pytest-asyncio warns when this is not set.
+ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_scope=function"]
+
+
+@pytest.fixture(autouse=True)
+def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take long to import, or import what we must not."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 @pytest.mark.parametrize(
@@ -64,9 +71,9 @@ ASYNCIO = ["-o", "asyncio_default_fixture_loop_scope=function"]  # it warns when
         ("", [*ASYNCIO, "-o", "asyncio_mode=auto"]),
         ("pytestmark = pytest.mark.asyncio", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
         ("", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
-        ("", ["-p", "no:asyncio", "-p", "no:anyio"]),
-        (ANYIO, [*ASYNCIO, "-o", "asyncio_mode=strict"]),
-        (ANYIO, ["-p", "no:asyncio"]),
+        ("", []),
+        (ANYIO, [*ASYNCIO, "-p", "anyio.pytest_plugin", "-o", "asyncio_mode=strict"]),
+        (ANYIO, ["-p", "anyio.pytest_plugin"]),
     ],
     ids=["auto", "strict", "strict, unmarked", "no plugin", "anyio beside asyncio", "anyio"],
 )
@@ -76,8 +83,7 @@ def test_whoever_runs_async_tests(
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL  # marks are for coroutines
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
-    quiet = ["-p", "no:randomly", "-p", "no:cov", "-W", "error"]
-    result = pytester.runpytest_inprocess(*quiet, *options)
+    result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
     result.assert_outcomes(passed=3 + bool(virtual))
 
 
@@ -93,7 +99,7 @@ def test_a_failure_shows_the_tests_line_and_the_pools_log(pytester: pytest.Pytes
             await workpool.run_session(work, metadata={"job": "theirs"})
         """
     )
-    result = pytester.runpytest_inprocess("-p", "no:randomly", "-p", "no:cov", *ASYNCIO)
+    result = pytester.runpytest_inprocess("-p", "pytest_workpool", *ASYNCIO)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
@@ -108,18 +114,15 @@ def test_a_failure_shows_the_tests_line_and_the_pools_log(pytester: pytest.Pytes
     assert "kit.py" not in str(result.stdout)
 
 
-def test_a_test_without_the_fixture_pays_nothing(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # others import what we must not
+def test_a_test_without_the_fixture_pays_nothing(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import sys
 
         def test_it(pytestconfig):
-            assert pytestconfig.pluginmanager.has_plugin("workpool")
+            assert pytestconfig.pluginmanager.has_plugin("pytest_workpool")
             assert not {"workpool", "aiohttp", "asyncio", "pydantic"} & set(sys.modules)
         """
     )
-    result = pytester.run(sys.executable, "-m", "pytest", "-p", "workpool")
+    result = pytester.run(sys.executable, "-m", "pytest", "-p", "pytest_workpool")
     result.assert_outcomes(passed=1)
