@@ -79,6 +79,8 @@ class Meter:
     end: Mark | None = None
     waits: list[float] = field(default_factory=list)
     """Seconds from the call that enqueued an item to the start of its handler."""
+    lost: int = 0
+    """Leases that were not held to the end."""
     warm: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     _claimed: int = 0
@@ -131,6 +133,7 @@ class Watched:
     wall_seconds: float
     requests: int
     memory: int
+    lost: int
 
     @property
     def cpu_percent(self) -> float:
@@ -261,7 +264,7 @@ async def _run(pipe: Connection, contest: Contest) -> None:
         task = group.create_task(contest.contender(contest.plane, meter), name="contender")
         await meter.warm.wait()
         pipe.send(None)
-        pipe.send(await (_watch(contest) if contest.watch else _count(meter)))
+        pipe.send(await (_watch(contest, meter) if contest.watch else _count(meter)))
         task.cancel()
 
 
@@ -277,7 +280,7 @@ async def _count(meter: Meter) -> Result:
     )
 
 
-async def _watch(contest: Contest) -> Watched:
+async def _watch(contest: Contest, meter: Meter) -> Watched:
     requests = contest.plane.requests
     assert requests is not None
     await asyncio.sleep(contest.settle)
@@ -286,7 +289,13 @@ async def _watch(contest: Contest) -> Watched:
     sent, begin = requests.value, Mark.now()
     await asyncio.sleep(contest.watch)
     end = Mark.now()
-    return Watched(end.cpu - begin.cpu, end.wall - begin.wall, requests.value - sent, memory)
+    return Watched(
+        end.cpu - begin.cpu,
+        end.wall - begin.wall,
+        requests.value - sent,
+        memory,
+        meter.lost,
+    )
 
 
 def _own_memory() -> int:

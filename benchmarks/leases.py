@@ -43,7 +43,11 @@ async def bare(plane: Plane, meter: Meter) -> None:
             expected = "NO_HEARTBEAT"
             while True:
                 query = f"expected_last_heartbeat={expected}&desired_ttl_seconds={LEASE_SECONDS}"
-                beat = await call("POST", f"{work_id}/heartbeat?{query}")
+                try:
+                    beat = await call("POST", f"{work_id}/heartbeat?{query}")
+                except aiohttp.ClientResponseError:
+                    meter.lost += 1
+                    return
                 if expected == "NO_HEARTBEAT":
                     meter.stopped()
                 expected = beat["last_heartbeat"]
@@ -62,7 +66,11 @@ async def workpool(plane: Plane, meter: Meter) -> None:
     @handler
     async def wait(session: Session) -> None:
         meter.stopped()
-        await session.interrupted()
+        try:
+            await session.interrupted()
+        except asyncio.CancelledError:
+            meter.lost += 1
+            raise
 
     settings = plane.settings(
         concurrency=meter.warm_up + 1, lease_ttl=LEASE_SECONDS, block_ms=BLOCK_MS, drain_timeout=0
@@ -92,9 +100,9 @@ def report(found: dict[tuple[str, int], Watched], alone: dict[str, Watched]) -> 
         kib = (each.memory - alone[name].memory) / leases / 1024
         cpu = each.cpu_percent - alone[name].cpu_percent
         numbers = (f"{kib:.1f}", f"{each.rate:.1f}", f"{cpu:.2f}", f"{1000 * cpu / leases:.3f}")
-        rows.append([name, str(leases), *numbers])
+        rows.append([name, str(leases), *numbers, str(each.lost)])
     head = ("contender", "leases", "KiB each", "requests/s", "CPU % of a core", "per 1,000")
-    return table(head, rows)
+    return table((*head, "lost"), rows)
 
 
 def main() -> None:

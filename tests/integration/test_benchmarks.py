@@ -12,10 +12,12 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-async def rows(script: str, *options: str) -> list[list[str]]:
+async def rows(
+    script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
+) -> list[list[str]]:
     """The cells of the table that a benchmark prints, its head and rule left out."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(BENCHMARKS / script), *options, "--only", "bare", "workpool"),
+        *(sys.executable, str(BENCHMARKS / script), *options, "--only", *only),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
@@ -44,3 +46,47 @@ async def test_latency_counts_every_item_of_both() -> None:
     for cells in (bare, pool):
         p50, p99, most = float(cells[3]), float(cells[5]), float(cells[7])
         assert 0 < p50 <= p99 <= most
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_idle_counts_the_requests_of_both() -> None:
+    found = await rows("idle.py", "--seconds", "1.5", "--settle", "0")
+    assert [cells[0] for cells in found] == ["bare", "workpool"]
+    for _, requests, cpu, memory in found:
+        assert float(requests) > 0
+        assert float(cpu) >= 0
+        assert float(memory) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("contender", ["bare", "workpool"])
+async def test_leases_are_all_held(contender: str) -> None:
+    options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
+    [cells] = await rows("leases.py", *options, only=(contender,))
+    assert cells[:2] == [contender, "3"]
+    assert cells[-1] == "0"  # lost
+
+
+PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+async def test_parts_are_left_out_one_at_a_time() -> None:
+    found = await rows("parts.py", "--items", "10", "--rounds", "1", only=PARTS)
+    assert sorted(cells[0] for cells in found) == sorted(PARTS)
+    assert found[0][0] == "workpool"
+    assert all(cells[1] == "10" and float(cells[2]) > 0 for cells in found)
+
+
+async def test_instructions_name_everybody_they_can_count() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(BENCHMARKS / "instructions.py"), "--help"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    for name in ("bare", *PARTS):
+        assert name in output.decode()
