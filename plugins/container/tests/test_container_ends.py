@@ -83,9 +83,27 @@ async def test_the_drains_deadline_ends_the_container(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever) as supervisor:
         await scene.says("ready")
+        (found,) = await scene.containers(item.id)
+        assert scene.item(item.id).metadata[CONTAINER] == found.id
+        assert found["Labels"] == {
+            "workpool.work_id": item.id,
+            "workpool.session_id": item.session_id,
+            "workpool.environment_id": item.environment_id,
+        }
         await supervisor.drain(timeout=0)
         assert (await scene.finished(item.id)).outcome == "released"
         assert await scene.containers(item.id) == []
+
+
+@pytest.mark.parametrize(("status", "outcome"), [(0, "completed"), (9, "released")])
+async def test_a_drain_asks_the_container_to_end(scene: Scene, status: int, outcome: str) -> None:
+    (item,) = scene.plane.enqueue()
+    async with scene.pool(scene.forever.replace("exit 9", f"exit {status}")) as supervisor:
+        await scene.says("ready")
+        await supervisor.drain(timeout=10)
+        assert (await scene.finished(item.id)).outcome == outcome
+    assert "stdout: asked" in scene.log.lines
+    assert await scene.containers(item.id) == []
 
 
 async def test_a_container_that_somebody_removes_fails_its_session(scene: Scene) -> None:

@@ -84,9 +84,9 @@ class Options(BaseModel):
     """Capabilities to keep; all others are dropped. Default: none."""
     grace: Seconds = 10.0
     """What a container has between SIGTERM and SIGKILL when its session is stopped. Default: 10."""
-    on_drain: Literal["wait", "leave"] = "wait"
-    """What a draining pool does with a container: `wait` for its end until the drain's deadline, or
-    `leave` it running for a worker on the same engine to adopt. Default: `wait`."""
+    on_drain: Literal["stop", "leave"] = "stop"
+    """What a draining pool does with a container: `stop` it, or `leave` it running for a worker on
+    the same engine to adopt. Default: `stop`."""
     log_lines: Annotated[int, Field(ge=0)] = 1000
     """How many lines of a container's output go to the log. Default: 1000."""
     socket: str | None = None

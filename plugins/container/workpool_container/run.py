@@ -174,19 +174,17 @@ class Run:
                 return
 
     async def _heed(self) -> None:
-        """Stop the container when an operator asks; obey `on_drain` when the pool goes away."""
+        """Stop the container when an operator asks or the pool goes away, unless it is left."""
         session = self._session
         await session.interrupted()
-        if not session.stopping:
-            if self._options.on_drain == "wait":
-                return  # until the drain's deadline, which cancels us
+        if not session.stopping and self._options.on_drain == "leave":
             session.log.info("container left for adoption id=%.12s", self._id)
             raise Release("its container runs on, to be adopted")
         session.log.info("container asked to stop id=%.12s", self._id)
         try:
             await self._engine.stop(self._id, self._options.grace)
         except EngineError as error:
-            # Gone, as `exit_of` will tell; or not reached, and the pool's `stop_grace` ends it.
+            # Gone, as `exit_of` will tell; or not reached, and the pool cancels us in time.
             session.log.warning("container not stopped error=%s", error)
 
     # End.
@@ -195,7 +193,7 @@ class Run:
         self._session.log.info("container ended id=%.12s status=%d", self._id, status)
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
-        if status == os.EX_TEMPFAIL:
+        if status == os.EX_TEMPFAIL or self._session.draining:
             await self._give_up()  # else the next run would adopt this end
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == KILLED else ""
