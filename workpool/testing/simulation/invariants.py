@@ -7,13 +7,18 @@ over a lease of 60 s, and the network's latency.
 from __future__ import annotations
 
 from http import HTTPStatus
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
 from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import PollerRestarted
 from workpool.testing.simulation.agreement import losses_are_true, metrics_agree, outcomes_agree
 from workpool.testing.simulation.case import WRITES
+from workpool.testing.simulation.handovers import (
+    a_handover_is_silent,
+    only_a_child_takes_over,
+    what_is_handed_over_is_let_go,
+)
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
@@ -105,9 +110,9 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
         tenure = case.tenure(call.node, call.work_id, call.at)
         if tenure is None:
             if call.op != "heartbeat" or not call.node.child:
-                yield f"{_call(call)} was sent without a lease"
+                yield f"{call} was sent without a lease"
         elif call.at > tenure.promised(call.at) + MARGIN_SECONDS:
-            yield f"{_call(call)} was sent; promised until {tenure.promised(call.at):.3f}"
+            yield f"{call} was sent; promised until {tenure.promised(call.at):.3f}"
 
 
 def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
@@ -124,7 +129,7 @@ def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
             news = min((_news(call, following, tenure) for call in following), default=FOREVER)
             for call in following:
                 if call.op in WRITES and call.at > news:
-                    yield f"{_call(call)} was sent; over since {news:.3f}"
+                    yield f"{call} was sent; over since {news:.3f}"
 
 
 def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
@@ -145,48 +150,6 @@ def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
     return call.answered_at if over and call.answered_at >= tenure.began else FOREVER
 
 
-def a_handover_is_silent(case: Case) -> Iterator[str]:
-    """3d. No beat is on its way, and nothing is sent, while a handler starts a child."""
-    for handing in case.trace.handings:
-        until = min(handing.left, handing.entered + handing.ttl / 2)
-        if handing.node.paused(handing.entered - 1, until):
-            continue
-        for call in case.sent[handing.node, handing.work_id]:
-            under_way = call.op == "heartbeat" and call.at <= handing.entered < call.answered_at
-            if under_way or (call.op in WRITES and handing.entered <= call.at < until):
-                yield f"{_call(call)} was sent; handing over since {handing.entered:.3f}"
-
-
-def only_a_child_takes_over(case: Case) -> Iterator[str]:
-    """3e. Nobody takes an item from a child while its lease lasts, and from a pool only a child."""
-    children = {node.worker_id for node in case.trace.nodes if node.child}
-    for tenures in case.tenures.values():
-        for one, two in pairwise(tenures):
-            fair = one.worker_id not in children and two.worker_id in children
-            if one.how == "detached" and not fair:
-                yield f"{one.work_id} was taken over at {one.ended:.3f}"
-
-
-def what_is_handed_over_is_let_go(case: Case) -> Iterator[str]:
-    """3f. Its parent does not touch it, but for one beat that is to take it back."""
-    for node, tenure in case.all_tenures():
-        if tenure.how == "detached":
-            yield from _not_let_go(case, node, tenure)
-
-
-def _not_let_go(case: Case, node: Node, tenure: Tenure) -> Iterator[str]:
-    tries = 0
-    for call in case.sent[node, tenure.work_id]:
-        if call.at <= tenure.ended or case.tenure(node, tenure.work_id, call.at) is not tenure:
-            continue
-        if call.op in {"stop", "update"}:
-            yield f"{_call(call)} was sent for what a child has"
-        tries += call.op == "heartbeat" and call.trouble is None
-        tries -= call.op == "get" and call.trouble is not None
-    if tries > 1:
-        yield f"{tenure.work_id} was to be taken back {tries} times by {node.machine.name}"
-
-
 def stops_are_justified(case: Case) -> Iterator[str]:
     """3c. A pool stops what its handler has finished, or what an operator wants ended."""
     for call in case.trace.sent:
@@ -196,11 +159,11 @@ def stops_are_justified(case: Case) -> Iterator[str]:
         if tenure is not None and tenure.stop_wished > call.at:  # without one: 3a
             run = case.run_of(call.node, tenure)
             if words := _unjustified(call, run):
-                yield f"{_call(call)} was sent {words}"
+                yield f"{call} was sent {words}"
         elif tenure is not None:
             run = case.run_of(call.node, tenure)
             if run is not None and call.at < run.ended:
-                yield f"{_call(call)} was sent while its handler ran"
+                yield f"{call} was sent while its handler ran"
 
 
 def _unjustified(call: Sent, run: Run | None) -> str | None:
@@ -249,7 +212,7 @@ def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
                 under_way = sum(one.at <= call.at < one.answered_at for one in of_op)
                 running = sum(run.started <= call.at < run.ended for run in runs)
                 if under_way + running > places:
-                    yield f"{_call(call)}: {under_way} {op}s and {running} runs in {places} places"
+                    yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
 
 
 def drains_end_in_time(case: Case) -> Iterator[str]:
@@ -299,7 +262,7 @@ def drains_leave_nothing_behind(case: Case) -> Iterator[str]:
             yield f"{tenure.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
         if call.at > call.node.closed:
-            yield f"{_call(call)} was sent by a pool that had closed"
+            yield f"{call} was sent by a pool that had closed"
     for run in case.trace.runs:
         if run.ended > run.node.closed and not run.node.left_behind:
             yield f"{_name(run)} runs on in a pool that has closed"
@@ -327,10 +290,6 @@ def _just_woken(node: Node, at: float, more: float = 0.0) -> bool:
 
 def _name(run: Run) -> str:
     return f"{run.node.machine.name}:{run.play}({run.work_id[-6:]})@{run.started:.3f}"
-
-
-def _call(call: Sent) -> str:
-    return f"{call.node.machine.name}:{call.op}({str(call.work_id)[-6:]})@{call.at:.3f}"
 
 
 INVARIANTS: Final[tuple[Invariant, ...]] = (

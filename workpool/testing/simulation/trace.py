@@ -38,6 +38,10 @@ class Sent:
     answered_at: float = FOREVER
     told: object = None
 
+    def __str__(self) -> str:
+        """Who sent it, for which item, when."""
+        return f"{self.node.machine.name}:{self.op}({str(self.work_id)[-6:]})@{self.at:.3f}"
+
     @property
     def over_at(self) -> float:
         """When nothing comes of it any more: a request may arrive after its sender gave up."""
