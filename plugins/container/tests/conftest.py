@@ -116,7 +116,7 @@ class Podman:
         command = [*self._command, "system", "service", "--time", "0", f"unix://{self.socket}"]
         with (self._folder / "service.log").open("ab") as log:
             self._service = subprocess.Popen(  # noqa: S603 - our own words
-                command, env=self._environment, stdout=log, stderr=log
+                command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
             )
         until = time.monotonic() + SECONDS
         while not Path(self.socket).is_socket():
