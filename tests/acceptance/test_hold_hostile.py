@@ -1,0 +1,140 @@
+"""A handover under a hostile eye: what parent, child and control plane may make of each other."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from subprocess import DEVNULL
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.integration.test_handover import Scene
+from workpool import LeaseLost, Settings, WorkClient
+from workpool.server import ControlPlane
+from workpool.testing import Clock
+from workpool.testing.virtual import in_virtual_time
+from workpool.wire.protocol import NO_HEARTBEAT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workpool import Session
+
+
+async def hold(plane: ControlPlane, work_id: str, beat: str, *command: str, **more: str) -> int:
+    """Run `workpool hold` to its end; its exit status."""
+    variables = {
+        "WORKPOOL_BASE_URL": plane.base_url,
+        "WORKPOOL_ENVIRONMENT_ID": plane.environments[0],
+        "WORKPOOL_TOKEN": plane.token,
+        "WORKPOOL_HOLD_WORK_ID": work_id,
+        "WORKPOOL_HOLD_LAST_HEARTBEAT": beat,
+        "WORKPOOL_HOLD_TTL": "10",
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "workpool", "hold", "--", *command),
+        env=os.environ | variables | more,
+        stderr=DEVNULL,
+    )
+    return await process.wait()
+
+
+def client_of(plane: ControlPlane, name: str) -> WorkClient:
+    settings = Settings(
+        base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0]
+    )
+    return WorkClient(settings, worker_id=name)
+
+
+@in_virtual_time
+@pytest.mark.xfail(strict=False, reason="the block is entered with last_heartbeat='' and ttl=0")
+async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
+    """A process that was stopped for a TTL: the wait is over, and the keeper has not come to it."""
+    scene = Scene()
+    entered = False
+
+    async def play(session: Session) -> None:
+        nonlocal entered
+        keeper = session._held.parts.keeper  # type: ignore[attr-defined]  # no test has another way
+        keeper.prompt = lambda *_: None  # its thread does not run
+        with pytest.raises(LeaseLost):
+            async with session.handover():
+                entered = True
+
+    await scene.run(play, reclaim_older_than_ms=60_000)
+    assert not entered
+
+
+@pytest.mark.acceptance
+@pytest.mark.xfail(strict=False, reason="it sends NO_HEARTBEAT for another worker's ack")
+async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_it(
+    tmp_path: Path,
+) -> None:
+    """Its parent's lease has lapsed, and another worker is about to send its first heartbeat."""
+    clock = Clock()
+    async with ControlPlane(now=clock) as plane:
+        [item] = plane.enqueue()
+        async with client_of(plane, "parent") as parent, client_of(plane, "other") as other:
+            await parent.poll()
+            await parent.ack(item.id)
+            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            clock.advance(11)
+            await other.poll()
+            await other.ack(item.id)
+
+            status = await hold(
+                plane, item.id, beat.last_heartbeat, "touch", str(tmp_path / "child-ran")
+            )
+
+            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # it is the other's
+    assert status == 1
+    assert not (tmp_path / "child-ran").exists()
+
+
+@pytest.mark.acceptance
+@pytest.mark.xfail(strict=False, reason="[workpool.plugin.Orders] is for no active plugin")
+async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: Path) -> None:
+    """Parent and child read one WORKPOOL_CONFIG, as in the readme's examples of both."""
+    config = tmp_path / "workpool.toml"
+    config.write_text(
+        '[workpool]\nplugins = ["orders:Orders"]\n[workpool.plugin.Orders]\npath = "a"'
+    )
+    async with ControlPlane() as plane:
+        [item] = plane.enqueue()
+        async with client_of(plane, "parent") as parent:
+            await parent.poll()
+            await parent.ack(item.id)
+            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            config_variable = {"WORKPOOL_CONFIG": str(config)}
+            assert await hold(plane, item.id, beat.last_heartbeat, "true", **config_variable) == 0
+            assert (await parent.get(item.id)).state == "stopped"
+
+
+@pytest.mark.acceptance
+@pytest.mark.xfail(strict=False, reason="SIG_IGN is inherited by the program")
+async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_path: Path) -> None:
+    note = tmp_path / "ended"
+    script = f"kill -HUP $$; touch {note}"
+    async with ControlPlane() as plane:
+        [item] = plane.enqueue()
+        async with client_of(plane, "parent") as parent:
+            await parent.poll()
+            await parent.ack(item.id)
+            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            assert await hold(plane, item.id, beat.last_heartbeat, "sh", "-c", script) == 1
+    assert not note.exists()
+
+
+@pytest.mark.acceptance
+@pytest.mark.xfail(strict=False, reason="the child's beats count as an overlap")
+async def test_a_handover_is_no_overlap_in_the_control_planes_summary() -> None:
+    async with ControlPlane() as plane:
+        [item] = plane.enqueue()
+        async with client_of(plane, "parent") as parent:
+            await parent.poll()
+            await parent.ack(item.id)
+            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            assert await hold(plane, item.id, beat.last_heartbeat, "true") == 0
+        assert plane.summary().overlapping == 0
