@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import runpy
 import sqlite3
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +152,15 @@ async def test_blocking_code(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
+
+
+@pytest.mark.usefixtures("plane")
+async def test_handing_a_session_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a real holder, which ends the item with its program."""
+    commands = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    apart = run("def apart", tmp_path)["apart"]
+    assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
 
 
 @pytest.mark.usefixtures("plane")

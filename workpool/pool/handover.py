@@ -114,10 +114,9 @@ async def hand_over(claim: Claim) -> AsyncIterator[HandedLease]:
     except BaseException:
         await settle(claim)
         raise
-    if lease.fate == "held":
-        raise HandoverError(claim.item.id)
     if lease.fate != "detached":
         claim.check_lease()
+        raise HandoverError(claim.item.id)
 
 
 async def settle(claim: Claim) -> None:
@@ -132,8 +131,9 @@ async def settle(claim: Claim) -> None:
 
 async def _opened(claim: Claim, handover: Handover) -> HandedLease:
     await _reaches(claim, handover, "open")
-    if claim.lease.fate != "held":
+    if handover.state != "open" or claim.lease.fate != "held":
         claim.check_lease()
+        raise HandoverError(claim.item.id)  # there was no time left for a child
     if claim.lease.stop_requested:  # a child would be started only to be stopped
         raise SessionEnded(claim.item.id)
     item, settings = claim.item, claim.parts.settings
