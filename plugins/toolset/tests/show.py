@@ -1,0 +1,263 @@
+"""A scripted session of 30 tool calls through `workpool run`, its worker killed as often as asked.
+
+    python plugins/toolset/tests/show.py --kills 20 --seed 1
+
+Judged by side effects and by the control plane's own events, never by what the worker says: each
+call is answered exactly once, each command has left its line in the log at most once, and exactly
+once where it was answered with a result of its own. Prints the event log, the workspace's final
+state and a summary; ends with 1 if any of that does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workpool import Settings, WorkClient
+from workpool.server import ControlPlane
+from workpool.testing import expire_lease
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+TOKEN = "the-worker's-token-Zx9"  # noqa: S105 - to be looked for in every answer
+BOUND_SECONDS = 600.0
+UNKNOWN = "its outcome is unknown"
+TOOLS = """
+import os
+from pathlib import Path
+
+async def shout(call):
+    with Path(os.environ["SHOUTS"]).open("a") as log:
+        log.write(call.input["line"] + "\\n")
+    return call.input["line"].upper()
+"""
+
+
+def line(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
+    """A command whose execution can be counted."""
+    command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
+    return {"name": "Bash", "input": {"command": command}, "permission": permission}
+
+
+def tool(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "input": fields}
+
+
+SCRIPT: list[dict[str, Any]] = [
+    line(1),
+    tool("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
+    tool("Read", file_path="notes/plan.txt"),
+    tool("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
+    tool("Glob", pattern="**/*.txt"),
+    tool("Grep", pattern="2nd|log"),
+    line(7, "cd notes; cat plan.txt; cd ..; "),
+    tool("Read", file_path="missing.txt"),  # an error
+    tool("Bash", command="echo to stderr >&2; (exit 3)"),  # another
+    tool("Bash", command="echo begun; sleep 60", timeout_ms=300),  # a timeout
+    tool("Bash", restart=True),
+    line(12, permission="ask"),  # a confirmation: allowed
+    line(13, permission="deny"),  # denied by the control plane
+    line(14, permission="ask"),  # denied by the person
+    {"name": "shout", "input": {"line": "15"}, "custom": True},
+    tool("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
+    tool("Read", file_path="/proc/self/environ"),  # refused
+    *(line(number) for number in range(18, 24)),
+    {"name": "shout", "input": {"line": "24"}, "custom": True},
+    tool("Read", file_path="notes/plan.txt", view_range=[2, 2]),
+    tool("Write", file_path="notes/done.txt", content="done\n"),
+    *(line(number) for number in range(27, 31)),
+]
+VERDICTS = {12: "allow", 14: "deny"}
+DENIED = {13, 14}
+COUNTED = {
+    number
+    for number, entry in enumerate(SCRIPT, 1)
+    if "echo said" in entry["input"].get("command", "") or entry["name"] == "shout"
+}
+
+
+class Show:
+    """One session, its control plane, and the workers that come and go."""
+
+    def __init__(self, plane: ControlPlane, folder: Path, seed: int) -> None:
+        self.plane = plane
+        self.folder = folder
+        self.random = random.Random(seed)  # noqa: S311 - repeatable, not secret
+        [self.item] = plane.enqueue(script=SCRIPT)
+        self.settings = Settings(
+            base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0]
+        )
+        (folder / "show_tools.py").write_text(TOOLS)
+        (folder / "workpool.toml").write_text(
+            f"""
+            [workpool]
+            metrics_listen = "off"
+            lease_ttl = 10
+            [workpool.plugin.toolset]
+            state = {json.dumps(str(folder / "state"))}
+            isolation = "bubblewrap"
+            max_idle = 0.2
+            tools = {{ shout = "show_tools:shout" }}
+            """
+        )
+
+    @property
+    def events(self) -> Sequence[Mapping[str, Any]]:
+        return self.plane.events(self.item.session_id)
+
+    def answered(self) -> int:
+        return sum(event["type"].endswith("tool_result") for event in self.events)
+
+    def over(self) -> bool:
+        last = self.events[-1]
+        return bool(last.get("stop_reason", {}).get("type") == "end_turn")
+
+    @contextlib.asynccontextmanager
+    async def worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`workpool run toolset`, killed at the end."""
+        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        with (self.folder / "worker.log").open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "workpool", "run", "toolset", "--config", "workpool.toml"),
+                cwd=self.folder,
+                stderr=log,
+                env=environment
+                | {
+                    "WORKPOOL_BASE_URL": self.plane.base_url,
+                    "WORKPOOL_ENVIRONMENT_ID": self.plane.environments[0],
+                    "QODER_PAT": self.plane.token,
+                    "SHOUTS": str(self.folder / "shouts"),
+                },
+            )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def confirm(self) -> None:
+        """The person: answers what is asked, in order."""
+        waiting = list(VERDICTS.values())
+        async with WorkClient(self.settings) as client:
+            events = client.events(self.item.session_id)
+            async with events.stream() as stream:
+                async for event in stream:
+                    for name in event.get("stop_reason", {}).get("event_ids", ()):
+                        if self._name(name) == "Bash":
+                            verdict = {"tool_use_id": name, "result": waiting.pop(0)}
+                            await events.send({"type": "user.tool_confirmation", **verdict})
+                    if not waiting:
+                        return
+
+    def _name(self, call: str) -> object:
+        return next(event["name"] for event in self.events if event["id"] == call)
+
+    async def until(self, answers: int) -> None:
+        """Wait until so many calls are answered, or the session is over."""
+        async with WorkClient(self.settings) as client:
+            async with client.events(self.item.session_id).stream() as stream:
+                async for _ in stream:
+                    if self.answered() >= answers or self.over():
+                        return
+
+    async def play(self, kills: int) -> int:
+        """Run it to its end; how often the worker was killed before."""
+        killed = 0
+        async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
+            group.create_task(self.confirm(), name="person")
+            while killed < kills and not self.over():
+                async with self.worker():
+                    await self.until(self.answered() + self.random.choice((0, 1, 1, 2)))
+                    await asyncio.sleep(self.random.choice((0.0, 0.02, 0.1, 0.4, 0.8, 1.2)))
+                if not self.over():
+                    killed += 1
+                expire_lease(self.plane, self.item.id)
+            async with self.worker() as process:
+                await self.until(len(SCRIPT) + 1)
+                while self.plane.operations.get(*self.place).state != "stopped":
+                    await asyncio.sleep(0.05)
+                process.terminate()
+                assert await process.wait() == 0
+        return killed
+
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.item.environment_id, self.item.id
+
+    def judge(self) -> tuple[list[str], Counter[str]]:
+        """What does not hold, and how the calls were answered."""
+        wrong: list[str] = []
+        calls = [event for event in self.events if event["type"].endswith("tool_use")]
+        results = [event for event in self.events if event["type"].endswith("tool_result")]
+        done = Counter((self.workspace / "log").read_text().split())
+        done += Counter((self.folder / "shouts").read_text().split())
+        counts: Counter[str] = Counter()
+        if len(calls) != len(SCRIPT):
+            wrong.append(f"{len(calls)} of {len(SCRIPT)} calls were made")
+        for number, call in enumerate(calls, 1):
+            own = [r for r in results if call["id"] in r.values()]
+            if len(own) != 1:
+                wrong.append(f"call {number} has {len(own)} answers")
+                continue
+            said = json.dumps(own[0]["content"])
+            unknown, ours = UNKNOWN in said, own[0]["type"].startswith("user.")
+            counts["unknown" if unknown else "own" if ours else "denied"] += 1
+            times = done[str(number)]
+            least = int(number in COUNTED - DENIED and not unknown)
+            most = int(number in COUNTED - DENIED)
+            if not least <= times <= most:
+                wrong.append(f"call {number} was executed {times} times, answered with {said}")
+            if (number in DENIED) is ours:
+                wrong.append(f"call {number} was answered by {own[0]['type']}")
+            if TOKEN in said:
+                wrong.append(f"call {number} shows the token")
+        return wrong, counts
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "state" / self.item.session_id / "workspace"
+
+
+async def main(kills: int, seed: int, *, quiet: bool) -> int:
+    """Play, print, judge."""
+    say = sys.stdout.write
+    with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
+        async with ControlPlane(tokens={TOKEN: None}) as plane:
+            show = Show(plane, Path(name), seed)
+            try:
+                killed = await show.play(kills)
+            except BaseException:
+                say((show.folder / "worker.log").read_text()[-5000:])
+                raise
+            wrong, counts = show.judge()
+            for event in () if quiet else show.events:
+                told = {key: event[key] for key in event if key not in {"type", "id"}}
+                say(f"{event['type']:24} {json.dumps(told, ensure_ascii=False)[:150]}\n")
+            for path in () if quiet else sorted(show.workspace.rglob("*")):
+                if path.is_file():
+                    say(f"{path.relative_to(show.workspace)}: {path.read_text()!r}\n")
+    say(
+        f"seed={seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
+        f" unknown={counts['unknown']} denied={counts['denied']} wrong={wrong}\n"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true")
+    given = parser.parse_args()
+    sys.exit(asyncio.run(main(given.kills, given.seed, quiet=given.quiet)))
