@@ -69,7 +69,6 @@ class Transport:
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
-        self._streams: aiohttp.ClientSession | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
 
@@ -81,14 +80,19 @@ class Transport:
         self._use(self._settings.read_token())
         self._proxy = None if self._given else proxy_of(URL(self._settings.base_url))
         self._session = self._given or self._connect()
+        # Connections of their own: however many are open, no other request waits for them.
+        self._streams = self._given or aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
         self._loop = None
-        for session in (self._session, self._streams):
-            if session is not None and session is not self._given:
-                await session.close()
+        if self._given is None:
+            await self._session.close()
+            await self._streams.close()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -180,14 +184,6 @@ class Transport:
         raise failure
 
     async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        if self._streams is None:
-            # Connections of their own: however many are open, no other request waits for them.
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._streams = self._given or aiohttp.ClientSession(
-                connector=connector,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers=self._public_headers(),
-            )
         return await self._streams.get(
             url,
             headers=CIMultiDict(self._headers, **headers),

@@ -1,0 +1,301 @@
+"""`session.events`: a handler talks in its session for as long as the lease is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from workpool import LeaseLost, Session, SessionEnded, handler
+from workpool.errors import ConflictError, TransientError
+from workpool.events import SessionFinished
+from workpool.handler import rule_of
+from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
+from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
+from workpool.wire import event_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from workpool.testing import Recorder
+    from workpool.wire.event_stream import EventStream
+
+BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
+MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+SESSIONS_TOKEN = "-".join(("sessions", "token", "of", "one", "item"))
+
+
+def result(use: Mapping[str, Any]) -> dict[str, Any]:
+    content = [{"type": "text", "text": f"ran {use['input']['command']}"}]
+    return {"type": "user.tool_result", "tool_use_id": use["id"], "content": content}
+
+
+async def answer_all(session: Session) -> dict[str, str]:
+    """Execute every tool use that has no result yet, until the turn ends."""
+    uses: dict[str, Mapping[str, Any]] = {}
+    answered = 0
+    async with session.events.stream() as stream:
+        async for event in stream:
+            if event["type"] == "agent.tool_use":
+                uses[event["id"]] = event
+            elif event["type"] == "user.tool_result":
+                uses.pop(event["tool_use_id"], None)
+            elif event["type"] == "session.status_idle":
+                return {"answered": str(answered)}
+            for use in list(uses.values()) if stream.caught_up else ():
+                await session.events.send(result(use))
+                del uses[use["id"]]
+                answered += 1
+    raise AssertionError("the stream ended before the turn did")
+
+
+@pytest.fixture
+def play(plane: ControlPlane, make_pool: Any, life_of: Any) -> Callable[..., Awaitable[Any]]:
+    """Run a scripted session through a pool."""
+
+    async def run(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
+        (item,) = plane.enqueue(script=script)
+        marked = call if rule_of(call) else handler(call)
+        async with make_pool(marked, **settings):
+            return await life_of(item.id)
+
+    return run
+
+
+async def test_a_handler_plays_a_whole_script(plane: ControlPlane, play: Any) -> None:
+    script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
+    life = await play(answer_all, *script)
+    assert (life.outcome, life.metadata) == ("completed", {"answered": "10"})
+    said = plane.events(life.item.session_id)
+    texts = [one["content"][0]["text"] for one in said if one["type"] == "user.tool_result"]
+    assert texts == [f"ran {number}" for number in range(10)]
+
+
+async def test_every_call_is_answered_once_whatever_is_lost(
+    plane: ControlPlane, play: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
+    for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
+        faults.add(fault, "send", "stream", "events", probability=0.15)
+    life = await play(answer_all, *[BASH] * 15)
+    assert life.outcome == "completed"
+    said = plane.events(life.item.session_id)
+    uses = [event["id"] for event in said if event["type"] == "agent.tool_use"]
+    assert [one["tool_use_id"] for one in said if one["type"] == "user.tool_result"] == uses
+    assert len(uses) == 15
+    assert len(faults.of("send")) > 15
+
+
+async def test_the_history_is_listed(play: Any) -> None:
+    async def work(session: Session) -> dict[str, str]:
+        return {"types": " ".join([event["type"] async for event in session.events.list()])}
+
+    life = await play(work, BASH)
+    assert life.metadata["types"] == "user.message session.status_running agent.tool_use"
+
+
+async def test_a_message_that_may_have_been_said_is_not_said_again(
+    plane: ControlPlane, play: Any, faults: Faults
+) -> None:
+    faults.add(status(429), "send", times=2)  # certainly not applied
+    faults.add(lost(applied=True), "send", times=1, skip=2)
+
+    async def work(session: Session) -> None:
+        with pytest.raises(TransientError):
+            await session.events.send(MESSAGE)
+
+    life = await play(work, BASH)
+    assert life.outcome == "completed"
+    said = [event["type"] for event in plane.events(life.item.session_id)]
+    assert said.count("user.message") == 2  # the script's own, and ours
+    assert len(faults.of("send")) == 3
+
+
+async def test_another_result_is_a_conflict(plane: ControlPlane, play: Any) -> None:
+    async def work(session: Session) -> None:
+        use = plane.events(session.id)[-1]
+        plane.operations.send(session.id, [{**result(use), "content": []}])
+        with pytest.raises(ConflictError):
+            await session.events.send(result(use))
+
+    assert (await play(work, BASH)).outcome == "completed"
+
+
+async def test_nothing_is_sent_or_read_once_the_lease_is_lost(
+    plane: ControlPlane, play: Any, faults: Faults
+) -> None:
+    raised: list[type[BaseException]] = []
+
+    async def work(session: Session) -> None:
+        events = session.events
+        use = plane.events(session.id)[-1]
+        async with events.stream() as stream:
+            for _ in range(3):
+                await anext(stream)
+            expire_lease(plane, session.item.id)
+            with pytest.raises(asyncio.CancelledError):
+                await anext(stream)
+            before = len(faults.seen)
+            for call in (lambda: anext(stream), lambda: events.send(result(use)),
+                         lambda: anext(events.list())):  # fmt: skip
+                with pytest.raises(LeaseLost) as caught:
+                    await call()
+                raised.append(caught.type)
+            assert [one.op for one in faults.seen[before:] if one.op in {"send", "events"}] == []
+
+    life = await play(work, BASH)
+    assert life.outcome == "lease_lost"
+    assert len(raised) == 3
+
+
+async def test_a_stream_in_a_task_of_its_own_ends_with_the_lease(
+    plane: ControlPlane, play: Any
+) -> None:
+    """Nobody cancels that task: what it waits for must end by itself."""
+    ended = asyncio.Event()
+
+    async def read(stream: EventStream, caught_up: asyncio.Event) -> None:
+        async for _ in stream:
+            if stream.caught_up:
+                caught_up.set()
+
+    async def follow(session: Session, caught_up: asyncio.Event) -> None:
+        async with session.events.stream() as stream:
+            with pytest.raises(LeaseLost):
+                await read(stream, caught_up)
+        ended.set()
+
+    async with asyncio.TaskGroup() as group:
+
+        async def work(session: Session) -> None:
+            caught_up = asyncio.Event()
+            group.create_task(follow(session, caught_up))
+            await caught_up.wait()
+            expire_lease(plane, session.item.id)
+            async with asyncio.timeout(10):
+                await ended.wait()
+
+        # The item comes back and is taken again: by then the script has been played.
+        assert (await play(work, BASH)).outcome == "lease_lost"
+
+
+async def test_a_send_under_way_is_cut_short_with_the_lease(
+    plane: ControlPlane, play: Any, faults: Faults
+) -> None:
+    hold = Hold()
+    faults.add(hold, "send")
+    raised: list[type[BaseException]] = []
+
+    async def send(session: Session) -> None:
+        with pytest.raises(LeaseLost) as caught:
+            await session.events.send(result(plane.events(session.id)[-1]))
+        raised.append(caught.type)
+
+    async with asyncio.TaskGroup() as group:
+
+        async def work(session: Session) -> None:
+            group.create_task(send(session))
+            await hold.reached()
+            expire_lease(plane, session.item.id)
+            await asyncio.Event().wait()
+
+        assert (await play(work, BASH)).outcome == "lease_lost"
+    assert raised == [LeaseLost]
+    hold.release()
+
+
+async def test_nothing_is_sent_or_read_once_the_session_is_over(play: Any, faults: Faults) -> None:
+    kept: list[Session] = []
+
+    async def work(session: Session) -> None:
+        kept.append(session)
+
+    assert (await play(work, BASH)).outcome == "completed"
+    (session,) = kept
+    with pytest.raises(SessionEnded):
+        await session.events.send(MESSAGE)
+    with pytest.raises(SessionEnded):
+        await anext(session.events.list())
+    async with session.events.stream() as stream:
+        with pytest.raises(SessionEnded):
+            await anext(stream)
+    assert not faults.of("send", "events", "stream")
+
+
+# -- the sibling's sessions token (protocol §6) ------------------------------------------------
+
+
+class Secrets:
+    """Gives every polled item a secret, as the sibling does, and notes who bears what."""
+
+    def __init__(self, secret: object) -> None:
+        self.secret = secret
+        self.borne: dict[str, set[str]] = {}
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        tail = request.path.rpartition("/")[2]
+        self.borne.setdefault(tail, set()).add(request.headers["Authorization"])
+        response = await handler(request)
+        if tail == "poll" and (item := json.loads(response.body)) is not None:
+            return web.json_response({**item, "secret": self.secret})
+        assert isinstance(response, web.StreamResponse)
+        return response
+
+
+def packed(value: object) -> str:
+    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    ("secret", "bears_its_own"),
+    [
+        (packed({"sessions_token": SESSIONS_TOKEN, "other": {"more": "?>~"}}), True),
+        (packed({"sessions_token": "not a token\r\n"}), False),
+        (packed({"sessions_token": 1}), False),
+        (packed({}), False),
+        (packed([SESSIONS_TOKEN]), False),
+        ("%%%", False),
+        ("é", False),
+        (None, False),
+        ({"sessions_token": SESSIONS_TOKEN}, False),
+    ],
+)
+async def test_the_items_own_bearer_goes_with_its_sessions_calls_and_is_never_told(
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+    secret: object,
+    *,
+    bears_its_own: bool,
+) -> None:
+    caplog.set_level("DEBUG")
+    shown: list[str] = []
+
+    async def work(session: Session) -> None:
+        shown.append(f"{session!r} {session.item!r} {session.item}")
+        await answer_all(session)
+
+    secrets, faults = Secrets(secret), Faults()
+    faults.add(status(500), "send", "stream", times=2)
+    tokens = {"environment-key": None, SESSIONS_TOKEN: frozenset({DEFAULT_ENVIRONMENT})}
+    async with ControlPlane(
+        tokens=tokens, middlewares=[secrets.middleware, faults.middleware]
+    ) as plane:
+        (item,) = plane.enqueue(script=[BASH])
+        settings = {"base_url": plane.anthropic_base_url, "token": "environment-key"}
+        async with make_pool(handler(work), dialect="anthropic", **settings):
+            await recorder.wait_for(SessionFinished)
+        assert plane.events(item.session_id)[-1]["stop_reason"] == {"type": "end_turn"}
+    own = {f"Bearer {SESSIONS_TOKEN if bears_its_own else 'environment-key'}"}
+    assert {tail: bearers for tail, bearers in secrets.borne.items() if tail in {"events", "stream"}
+            } == {"events": own, "stream": own}  # fmt: skip
+    assert secrets.borne["ack"] == secrets.borne["heartbeat"] == {"Bearer environment-key"}
+    told = "\n".join([caplog.text, *shown, *map(repr, recorder.events)])
+    assert "sessions_token=" in told
+    assert SESSIONS_TOKEN not in told
+    assert not isinstance(secret, str) or len(secret) < 4 or secret not in told
