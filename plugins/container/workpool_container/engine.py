@@ -42,6 +42,7 @@ STREAMS: Final = {1: "stdout", 2: "stderr"}
 ENDED: Final = "-ended"
 """What the name of a container ends on once its holder has given it up (README, Adoption)."""
 _RUNNING: Final = {"running", "paused", "stopping", "restarting"}
+_EXITED: Final = {"exited", "stopped", "dead"}
 
 
 class EngineError(WorkpoolError):
@@ -73,7 +74,7 @@ class Found:
     @property
     def started(self) -> bool:
         """It runs, or has run to its end."""
-        return self.state == "exited" or self.state in _RUNNING
+        return self.state in _RUNNING or self.state in _EXITED
 
     @property
     def ended(self) -> bool:
@@ -206,10 +207,10 @@ class Engine:
                 failures += 1
 
     async def _status(self, container: str) -> int | None:
-        """Its exit status, None while it runs."""
+        """Its exit status, None while it has none: one that is being removed may show a 0."""
         with _errors("looking at the container"):
             state = (await self._at(container).show())["State"]
-        return None if str(state["Status"]).lower() in _RUNNING else int(state["ExitCode"])
+        return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED else None
 
     async def _next_exit(self, container: str, patience: float) -> None:
         """Wait for an exit, or for so many seconds: one just before the call is not told of.

@@ -69,9 +69,14 @@ class Leftovers:
 
     async def _judge(self, found: Found) -> None:
         reason = "given up" if found.ended else await self._objection(found)
-        if reason is not None:
-            log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
+        if reason is None:
+            return
+        try:
             await self._engine.remove(found.id)
+        except EngineError as error:  # one that cannot be removed must not keep the others
+            log.warning("container not removed name=%s error=%s", found.name, error)
+        else:
+            log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
 
     async def _objection(self, found: Found) -> str | None:
         """Why it cannot count any more; None when it may."""

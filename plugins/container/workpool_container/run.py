@@ -65,6 +65,7 @@ class Run:
         self._session = session
         self._name = f"workpool-{session.item.id}-{secrets.token_hex(4)}"
         self._id = ""
+        self._asked = False
 
     async def complete(self) -> dict[str, str]:
         """Run the session to its end; the metadata to report.
@@ -181,6 +182,7 @@ class Run:
             session.log.info("container left for adoption id=%.12s", self._id)
             raise Release("its container runs on, to be adopted")
         session.log.info("container asked to stop id=%.12s", self._id)
+        self._asked = True
         try:
             await self._engine.stop(self._id, self._options.grace)
         except EngineError as error:
@@ -193,7 +195,7 @@ class Run:
         self._session.log.info("container ended id=%.12s status=%d", self._id, status)
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
-        if status == os.EX_TEMPFAIL or self._session.draining:
+        if status == os.EX_TEMPFAIL or self._asked:
             await self._give_up()  # else the next run would adopt this end
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == KILLED else ""
