@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 OUTPUT: Final = "output.log"
 """Where, in the session's directory, `hold` and the command write to."""
-
 ENDED: Final = {0, 1}
 """Exit statuses of a `hold` that may have had the item, and ended it well or not."""
 UNUSABLE: Final = 2
@@ -92,6 +91,7 @@ class Holders:
         """The pool's settings that `hold` goes by; it keeps all of them from the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
+            "WORKPOOL_WORKER_ID": settings.worker_id,
             "WORKPOOL_STOP_GRACE": str(self._command.grace),
             "WORKPOOL_REPORT_ERRORS": settings.report_errors,
             "WORKPOOL_LOG_LEVEL": settings.log_level,

@@ -40,13 +40,14 @@ class Log:
         """Nothing more is logged."""
         return self._left <= 0
 
-    def add(self, name: str, line: bytes) -> None:
-        """Log one line, if there is room for it."""
-        if self.spent:
-            self._dropped += 1
-            return
-        self._left -= 1
-        self._log.info("%s: %s", name, readable(line))
+    def add(self, name: str, text: bytes) -> None:
+        """Log some lines of a stream, as far as there is room for them."""
+        lines = text.split(b"\n", self._left) if self._left else [text]
+        for line in lines[: self._left]:
+            self._log.info("%s: %s", name, readable(line))
+        # A stream of short lines costs little once nobody reads them: the rest is one piece.
+        self._dropped += sum(rest.count(b"\n") + 1 for rest in lines[self._left :])
+        self._left = max(0, self._left - len(lines))
 
     def close(self) -> None:
         """Say how much was not logged."""
@@ -62,32 +63,28 @@ class Lines:
     """
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
+        """`tell` is given one or more whole lines, without the last one's newline."""
         self.last = b""
         self._tell = tell
-        self._part = bytearray()
+        self._part = b""
 
     def feed(self, chunk: bytes) -> None:
         """Take what was read."""
-        *ended, rest = chunk.split(b"\n")
-        for piece in ended:
-            self._append(piece)
-            self._end()
-        self._append(rest)
+        whole, newline, rest = (self._part + chunk).rpartition(b"\n")
+        if newline:
+            self._end(whole)
+        self._part = rest[: RESULT_LIMIT + 1]
 
     def close(self) -> None:
         """What came after the last newline is a line, too."""
         if self._part:
-            self._end()
+            self._end(self._part)
+            self._part = b""
 
-    def _append(self, piece: bytes) -> None:
-        self._part += piece[: RESULT_LIMIT + 1 - len(self._part)]
-
-    def _end(self) -> None:
-        line = bytes(self._part)
-        self._part.clear()
-        if line.strip():
-            self.last = line
-        self._tell(line)
+    def _end(self, lines: bytes) -> None:
+        last = lines.rstrip().rpartition(b"\n")[2]
+        self.last = last[: RESULT_LIMIT + 1] or self.last
+        self._tell(lines)
 
 
 class Reader:
@@ -102,7 +99,7 @@ class Reader:
     """
 
     def __init__(self, name: str, log: Log) -> None:
-        self.lines = Lines(lambda line: log.add(name, line))
+        self.lines = Lines(lambda lines: log.add(name, lines))
         self.writer = -1
         self._reader = -1
         self._log = log

@@ -140,7 +140,9 @@ class Command:
             pass  # it can be written to
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
-        os.close(os.pidfd_open(os.getpid()))  # not everywhere: Linux 5.3
+        if not hasattr(os, "pidfd_open"):
+            raise PluginError(NAME, "needs Linux")
+        os.close(os.pidfd_open(os.getpid()))  # from Linux 5.3 on, and not in every sandbox
 
     async def _run(self, session: Session) -> Mapping[str, str] | None:
         if self._guard is None or self._holders is None:
