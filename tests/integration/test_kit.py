@@ -10,10 +10,10 @@ import pytest
 from workpool import Release, Session, handler
 from workpool.errors import RefusedError
 from workpool.events import SessionFinished, SessionStarted
-from workpool.testing import in_virtual_time, lost, status
+from workpool.testing import Kit, in_virtual_time, lost, status
 
 if TYPE_CHECKING:
-    from workpool.testing import Kit, SessionResult
+    from workpool.testing import SessionResult
 
 HOUR = 3600.0
 
@@ -136,6 +136,14 @@ async def test_a_pool_that_fails_says_so(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
         await workpool.run_session(wait)
+
+
+async def test_it_works_without_pytest_and_only_while_it_is_open() -> None:
+    async with Kit() as kit:
+        result = await kit.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    assert result.metadata["sum"] == "3"
+    with pytest.raises(RuntimeError, match=r"async with Kit\(\)"):
+        await Kit().run_session(add)
 
 
 def test_a_plain_function_is_told_to_be_async(workpool: Kit) -> None:

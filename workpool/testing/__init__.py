@@ -1,5 +1,8 @@
 """Instruments for tests of pools and handlers, on the embedded control plane over real sockets.
 
+    async def test_it(workpool: Kit) -> None:   # the fixture, for tests of handlers
+        result = await workpool.run_session(count_rows, metadata={"table": "orders"})
+
     faults = Faults()
     async with ControlPlane(middlewares=[faults.middleware]) as plane:
         faults.add(status(503, retry_after=1), "poll", times=2)

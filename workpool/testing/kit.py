@@ -131,9 +131,15 @@ class Kit:
         return Settings(**ours | values)
 
     def pool(self, *plugins: object, **settings: Any) -> Supervisor:
-        """A pool of these plugins, to be run with `async with`; see `Supervisor`."""
+        """A pool of these plugins, to be run with `async with`; see `Supervisor`.
+
+        Raises:
+            RuntimeError: The control plane is not open: outside of the fixture, `async with Kit()`.
+        """
         plugins = (*plugins, self.recorder)
         if _virtual_loop() is None:
+            if self.server.port == 0:
+                raise RuntimeError("the control plane is not open; use `async with Kit()`")
             pool = _Prompted(self.settings(**settings), plugins=plugins)
         else:
             connect = functools.partial(LocalClient, self.server.operations)
