@@ -14,6 +14,7 @@ from workpool import LeaseLost, Session, SessionEnded, handler
 from workpool.errors import ConflictError, TransientError
 from workpool.events import SessionFinished
 from workpool.handler import rule_of
+from workpool.pool import claim
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
 from workpool.wire import event_stream
@@ -53,6 +54,19 @@ async def answer_all(session: Session) -> dict[str, str]:
     raise AssertionError("the stream ended before the turn did")
 
 
+def lose(plane: ControlPlane, session: Session) -> None:
+    """Let the lease lapse; the pool hears of it as soon as it is handed its own item again."""
+    expire_lease(plane, session.item.id)
+    plane.operations.wake()
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(claim, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(claim, "RETRY_CAP_SECONDS", 0.1)
+
+
 @pytest.fixture
 def play(plane: ControlPlane, make_pool: Any, life_of: Any) -> Callable[..., Awaitable[Any]]:
     """Run a scripted session through a pool."""
@@ -76,9 +90,8 @@ async def test_a_handler_plays_a_whole_script(plane: ControlPlane, play: Any) ->
 
 
 async def test_every_call_is_answered_once_whatever_is_lost(
-    plane: ControlPlane, play: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
-    monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
         faults.add(fault, "send", "stream", "events", probability=0.15)
     life = await play(answer_all, *[BASH] * 15)
@@ -136,7 +149,7 @@ async def test_nothing_is_sent_or_read_once_the_lease_is_lost(
         async with events.stream() as stream:
             for _ in range(3):
                 await anext(stream)
-            expire_lease(plane, session.item.id)
+            lose(plane, session)
             with pytest.raises(asyncio.CancelledError):
                 await anext(stream)
             before = len(faults.seen)
@@ -175,7 +188,7 @@ async def test_a_stream_in_a_task_of_its_own_ends_with_the_lease(
             caught_up = asyncio.Event()
             group.create_task(follow(session, caught_up))
             await caught_up.wait()
-            expire_lease(plane, session.item.id)
+            lose(plane, session)
             async with asyncio.timeout(10):
                 await ended.wait()
 
@@ -200,7 +213,7 @@ async def test_a_send_under_way_is_cut_short_with_the_lease(
         async def work(session: Session) -> None:
             group.create_task(send(session))
             await hold.reached()
-            expire_lease(plane, session.item.id)
+            lose(plane, session)
             await asyncio.Event().wait()
 
         assert (await play(work, BASH)).outcome == "lease_lost"

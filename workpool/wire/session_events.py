@@ -60,7 +60,6 @@ class SessionEvents:
         """
         body = bodies.events(events)
         repeatable = all(event.get("type") in _ANSWERS for event in events)
-
         doubtful = False  # it was sent, and we do not know what came of it
 
         async def post() -> Sequence[Event] | TransientError:
@@ -70,19 +69,18 @@ class SessionEvents:
             doubtful = not repeatable
             try:
                 return await self._calls.post(body)
+            except ConflictError:
+                stored = await self._stored(orjson.loads(body)["events"]) if repeatable else None
+                if stored is None:
+                    raise
+                return stored
             except TransientError as error:
                 if doubtful and error.reason != "throttled":
                     return error
                 doubtful = False
                 raise
 
-        try:
-            answer = await self._guard.carry(post)
-        except ConflictError:
-            stored = await self._stored(orjson.loads(body)["events"]) if repeatable else None
-            if stored is None:
-                raise
-            return stored
+        answer = await self._guard.carry(post)
         if isinstance(answer, TransientError):
             raise answer
         return answer
