@@ -123,12 +123,13 @@ class Show:
         return bool(last.get("stop_reason", {}).get("type") == "end_turn")
 
     @contextlib.asynccontextmanager
-    async def worker(self) -> AsyncIterator[asyncio.subprocess.Process]:
+    async def worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """`workpool run toolset`, killed at the end."""
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         with (self.folder / "worker.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "workpool", "run", "toolset", "--config", "workpool.toml"),
+                *flags,
                 cwd=self.folder,
                 stderr=log,
                 env=environment
@@ -165,11 +166,13 @@ class Show:
 
     async def until(self, answers: int) -> None:
         """Wait until so many calls are answered, or the session is over."""
-        async with WorkClient(self.settings) as client:
-            async with client.events(self.item.session_id).stream() as stream:
-                async for _ in stream:
-                    if self.answered() >= answers or self.over():
-                        return
+        async with (
+            WorkClient(self.settings) as client,
+            client.events(self.item.session_id).stream() as stream,
+        ):
+            async for _ in stream:
+                if self.answered() >= answers or self.over():
+                    return
 
     async def play(self, kills: int) -> int:
         """Run it to its end; how often the worker was killed before."""
@@ -178,22 +181,15 @@ class Show:
             group.create_task(self.confirm(), name="person")
             while killed < kills and not self.over():
                 async with self.worker():
-                    await self.until(self.answered() + self.random.choice((0, 1, 1, 2)))
-                    await asyncio.sleep(self.random.choice((0.0, 0.02, 0.1, 0.4, 0.8, 1.2)))
+                    await self.until(self.answered() + 1)  # it has begun
+                    await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
                 if not self.over():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            async with self.worker() as process:
-                await self.until(len(SCRIPT) + 1)
-                while self.plane.operations.get(*self.place).state != "stopped":
-                    await asyncio.sleep(0.05)
-                process.terminate()
-                assert await process.wait() == 0
+            async with self.worker("--drain") as process:
+                status = await process.wait()  # `--drain`: ends with the queue
+                assert status == 0, f"the worker ended with {status}"
         return killed
-
-    @property
-    def place(self) -> tuple[str, str]:
-        return self.item.environment_id, self.item.id
 
     def judge(self) -> tuple[list[str], Counter[str]]:
         """What does not hold, and how the calls were answered."""

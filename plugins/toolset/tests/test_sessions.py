@@ -31,7 +31,11 @@ def make(tmp_path: Path) -> Make:
     """A toolset without isolation, whose state is the test's own."""
 
     def make(**given: Any) -> Toolset:
-        defaults: dict[str, Any] = {"isolation": "none", "state": str(tmp_path / "state"), "max_idle": 0.05}
+        defaults: dict[str, Any] = {
+            "isolation": "none",
+            "state": str(tmp_path / "state"),
+            "max_idle": 0.05,
+        }
         return Toolset(**defaults | given)
 
     return make

@@ -231,7 +231,8 @@ class Runner:
             pause = min(pause * 2, WAIT_MAX_SECONDS)
 
     def _denied(self, call: ToolCall) -> None:
-        self._session.log.info("toolset: %s %s denied", call.name, call.id)
+        if self._caught_up:  # not again whenever the history is read
+            self._session.log.info("toolset: %s %s denied", call.name, call.id)
 
 
 def _event(call: ToolCall, result: Result) -> dict[str, Any]:
