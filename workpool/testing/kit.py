@@ -247,7 +247,7 @@ class Kit:
 
     def _story(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_patience(timeout):g} s"]
-        lines += story_of(item.id, self.server)
+        lines += story_of(self.item(item), self.server)
         return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
 
     def _result(self, finished: SessionFinished, item: Item) -> SessionResult:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from workpool.events import Event
-    from workpool.server import ControlPlane
+    from workpool.server import ControlPlane, Item
 
 
 def names_of(events: Iterable[Event]) -> str:
@@ -21,12 +21,11 @@ def names_of(events: Iterable[Event]) -> str:
     return ", ".join(_times(name, count) for name, count in counts.items()) or "nothing"
 
 
-def story_of(work_id: str, plane: ControlPlane) -> list[str]:
-    """What became of an item so far, and where its handler waits."""
-    records = plane.history.of(work_id)
-    kinds = groupby(record.kind for record in records)
+def story_of(item: Item, plane: ControlPlane) -> list[str]:
+    """What became of an item so far, and where its handler waits. `item`: as it is now."""
+    kinds = groupby(record.kind for record in plane.history.of(item.id))
     story = ", ".join(_times(kind, len(list(same))) for kind, same in kinds)
-    return [f"the item is {records[-1].state}; it was {story}", *_where(work_id)]
+    return [f"the item is {item.state}; it was {story}", *_where(item.id)]
 
 
 def _times(name: str, count: int) -> str:
