@@ -113,7 +113,7 @@ class Podman:
 
     def start(self) -> None:
         """Start the service and wait until it answers."""
-        command = [*self._command, "system", "service", "--time", "0", f"unix://{self.socket}"]
+        command = [*self._command, "system", "service", "--time", "300", f"unix://{self.socket}"]
         with (self._folder / "service.log").open("ab") as log:
             self._service = subprocess.Popen(  # noqa: S603 - our own words
                 command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
