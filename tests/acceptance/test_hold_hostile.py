@@ -49,7 +49,6 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-@pytest.mark.xfail(strict=False, reason="the block is entered with last_heartbeat='' and ttl=0")
 async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
     """A process that was stopped for a TTL: the wait is over, and the keeper has not come to it."""
     scene = Scene()
@@ -68,7 +67,6 @@ async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
 
 
 @pytest.mark.acceptance
-@pytest.mark.xfail(strict=False, reason="it sends NO_HEARTBEAT for another worker's ack")
 async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_it(
     tmp_path: Path,
 ) -> None:
@@ -94,7 +92,6 @@ async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_i
 
 
 @pytest.mark.acceptance
-@pytest.mark.xfail(strict=False, reason="[workpool.plugin.Orders] is for no active plugin")
 async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: Path) -> None:
     """Parent and child read one WORKPOOL_CONFIG, as in the readme's examples of both."""
     config = tmp_path / "workpool.toml"
@@ -113,7 +110,6 @@ async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: 
 
 
 @pytest.mark.acceptance
-@pytest.mark.xfail(strict=False, reason="SIG_IGN is inherited by the program")
 async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_path: Path) -> None:
     note = tmp_path / "ended"
     script = f"kill -HUP $$; touch {note}"
@@ -128,7 +124,6 @@ async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_pat
 
 
 @pytest.mark.acceptance
-@pytest.mark.xfail(strict=False, reason="the child's beats count as an overlap")
 async def test_a_handover_is_no_overlap_in_the_control_planes_summary() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()

@@ -6,6 +6,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, Clock
 from workpool.server import History, Operations, Poll, Record, Refusal, Summary, summarize
+from workpool.server.clock import to_heartbeat_text
 
 
 @pytest.fixture
@@ -154,3 +155,15 @@ def test_the_history_is_bounded_and_says_so() -> None:
         history.add(Record(number, "work_1", "created", None, "queued"))
     assert [record.time for record in history] == [3, 4]
     assert (len(history), history.forgotten) == (2, 3)
+
+
+def test_who_knows_the_holders_last_heartbeat_takes_over(operations: Operations) -> None:
+    """As a child to which the item is handed over; its parent must not act from then on."""
+    operations.enqueue(ENV)
+    work_id = run(operations, "a")
+    last = to_heartbeat_text(operations.get(ENV, work_id).heartbeat_at or 0)
+    operations.heartbeat(ENV, work_id, last, 10, "b")
+    operations.update(ENV, work_id, {"k": "v"}, "b")
+    assert summarize(operations.history).overlapping == 0
+    operations.update(ENV, work_id, {"k": "v2"}, "a")
+    assert summarize(operations.history).overlapping == 1

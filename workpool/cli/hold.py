@@ -8,20 +8,30 @@ import contextlib
 import os
 import shutil
 import signal
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 import typer
 
 from workpool.cli import exits, logs
-from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_verbose, read_settings
+from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_verbose
 from workpool.cli.program import Program
 from workpool.cli.run import run_supervisor
 from workpool.pool.hold import Hold
+from workpool.settings import Settings
 
 WORK_ID: Final = "WORKPOOL_HOLD_WORK_ID"
 LAST_HEARTBEAT: Final = "WORKPOOL_HOLD_LAST_HEARTBEAT"
 TTL: Final = "WORKPOOL_HOLD_TTL"
 GOOD: Final = frozenset({"completed", "stopped", "released"})
+
+
+class _OwnSettings(Settings):
+    """Settings that a parent may share: its plugins' tables are not for us."""
+
+    @property
+    def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
+        return {}
 
 
 def hold(
@@ -53,16 +63,19 @@ def hold(
     for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # read by now; they are no settings
         os.environ.pop(name, None)
     with exits.reported():
-        settings = read_settings(
-            config, environment_id=environment_id, base_url=base_url, lease_ttl=ttl
-        )
+        flags: dict[str, Any] = {
+            "config": config,
+            "environment_id": environment_id,
+            "base_url": base_url,
+            "lease_ttl": ttl,
+        }
+        settings = _OwnSettings(**{name: given for name, given in flags.items() if given})
         settings.require_connection()
     if not work_id or not last_heartbeat:
         raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
-    # The parent's plugins and its port for metrics are the parent's.
-    settings = settings.model_copy(
+    settings = settings.model_copy(  # nor are its plugins and its port for metrics
         update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
     )
     logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
@@ -80,4 +93,4 @@ def _leave_the_parent() -> None:
     if hasattr(os, "setsid"):
         with contextlib.suppress(PermissionError):  # the leader of a group already
             os.setsid()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the program must not inherit a deaf ear

@@ -112,6 +112,8 @@ def fate_by(item: WorkItem, ours: WorkItem, lent: str | None = None) -> Fate:
     ours that was left unanswered: in doubt the other's, as two that run one item are worse than
     none.
     """
+    if lent is not None and item.state == STARTING:
+        return "lost"  # both had it `active`: another worker's ack, whose first beat is to come
     same = ours.acknowledged_at is not None and item.acknowledged_at == ours.acknowledged_at
     if lent is not None and same and item.last_heartbeat != lent:
         return "detached"

@@ -6,7 +6,7 @@ The control plane's own record: appended to by `operations`, never read by it.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,6 +27,9 @@ Kind: TypeAlias = Literal[
 ]
 
 
+BLIND: Final = "blind"
+
+
 class Record(NamedTuple):
     """One fact about one item.
 
@@ -35,7 +38,8 @@ class Record(NamedTuple):
         worker_id: Who did it, None when the request did not say or nobody did.
         state: The item's state afterwards.
         lease_end: Until when the item is held afterwards, in epoch seconds; None when it is not.
-        op: The call that was refused; only of a `conflict` (409 or 412).
+        op: The call that was refused, of a `conflict` (409 or 412); `BLIND` of a heartbeat that
+            named none before it.
     """
 
     time: float
@@ -125,7 +129,12 @@ class _Life:
     def see(self, record: Record) -> None:
         if record.kind == "conflict":
             return  # refused: it changed nothing
-        self.overlapping |= self._is_foreign(record)
+        if self._is_foreign(record):
+            if record.kind == "heartbeat" and record.op != BLIND:
+                # It knew the holder's last one: a child, to which the item was handed over.
+                self._holder = record.worker_id
+            else:
+                self.overlapping = True
         if record.kind == "delivered":
             changed = self._delivered_to not in {None, record.worker_id}
             self._redelivered = self._redelivered or changed

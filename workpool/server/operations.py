@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workpool.server import rules
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
 from workpool.server.errors import Refusal
-from workpool.server.history import History, Record
+from workpool.server.history import BLIND, History, Record
 from workpool.server.item import WORK_PREFIX, Ids, Item
 from workpool.server.paging import Page, page_of
 from workpool.server.queue import Queue
@@ -240,7 +240,7 @@ class Operations:
         except Refusal:
             self._record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._apply(queue, beaten, "heartbeat", worker_id)
+        return self._apply(queue, beaten, "heartbeat", worker_id, op=None if expected else BLIND)
 
     def stop(
         self,
@@ -327,12 +327,13 @@ class Operations:
         kind: Kind,
         worker_id: str | None = None,
         at: int | None = None,
+        op: str | None = None,
     ) -> Item:
         """Make `item` the present self of its id; what did not change leaves no trace."""
         if not queue.holds(item):
             queue.put(item)
             self._store.save(item)
-            self._record(kind, item, worker_id, at)
+            self._record(kind, item, worker_id, at, op)
         return item
 
     def _record(
