@@ -72,10 +72,19 @@ def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         ("pytestmark = pytest.mark.asyncio", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
         ("", [*ASYNCIO, "-o", "asyncio_mode=strict"]),
         ("", []),
+        ("", ["-p", "no:logging"]),
         (ANYIO, [*ASYNCIO, "-p", "anyio.pytest_plugin", "-o", "asyncio_mode=strict"]),
         (ANYIO, ["-p", "anyio.pytest_plugin"]),
     ],
-    ids=["auto", "strict", "strict, unmarked", "no plugin", "anyio beside asyncio", "anyio"],
+    ids=[
+        "auto",
+        "strict",
+        "strict, unmarked",
+        "no plugin",
+        "no log",
+        "anyio beside asyncio",
+        "anyio",
+    ],
 )
 def test_whoever_runs_async_tests(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]

@@ -18,15 +18,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def workpool(
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> Kit:
+def workpool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
     """A control plane of the test's own, and pools on it; see `workpool.testing.Kit`."""
     from workpool.testing.kit import Kit  # noqa: PLC0415 - half a second, for those who need it
 
-    caplog.set_level("INFO", "workpool")  # pytest shows the log of a test that fails
+    if request.config.pluginmanager.has_plugin("logging"):  # it shows the log of what fails
+        request.getfixturevalue("caplog").set_level("INFO", "workpool")
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)  # a test must not depend on the machine that it runs on
