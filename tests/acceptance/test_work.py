@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.acceptance.conftest import Ask, Start
+    from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -59,6 +60,16 @@ async def test_the_life_of_items_by_hand(ask: Ask) -> None:
     assert "depth\t1" in await out(ask, "stats")
     created = json.loads(await out(ask, "enqueue", "--type", "healthcheck", "--json"))
     assert [item["type"] for item in created] == ["healthcheck"]
+
+
+async def test_a_scripted_session_from_the_shell(
+    ask: Ask, folder: Path, plane: ControlPlane
+) -> None:
+    (folder / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
+    work_id = (await out(ask, "enqueue", "--script", "script.json")).strip()
+    session_id = json.loads(await out(ask, "get", work_id, "--json"))["session_id"]
+    said = plane.events(session_id)
+    assert (said[-1]["name"], said[-1]["input"]) == ("Bash", {"command": "ls"})
 
 
 @pytest.mark.parametrize(

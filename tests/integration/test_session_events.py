@@ -128,6 +128,24 @@ async def test_a_message_that_may_have_been_said_is_not_said_again(
     assert len(faults.of("send")) == 3
 
 
+async def test_the_look_whether_a_result_was_taken_may_fail_too(
+    plane: ControlPlane, play: Any, faults: Faults
+) -> None:
+    faults.add(lost(applied=True), "send", times=1)
+    faults.add(status(503), "events", times=2)
+
+    async def work(session: Session) -> None:
+        (stored,) = await session.events.send(result(plane.events(session.id)[2]))
+        assert stored == plane.events(session.id)[3]
+
+    life = await play(work, BASH)
+    assert life.outcome == "completed"
+    assert [request.op for request in faults.of("send", "events")] == [
+        "send",  # taken, its answer lost
+        *["send", "events"] * 3,  # a 409 each, and at last the history that says why
+    ]
+
+
 async def test_another_result_is_a_conflict(plane: ControlPlane, play: Any) -> None:
     async def work(session: Session) -> None:
         use = plane.events(session.id)[-1]

@@ -15,7 +15,9 @@ from workpool.wire import calls, event_stream
 from workpool.wire.client import WorkClient
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+    from aiohttp import web
 
     from workpool import Settings
     from workpool.server import ControlPlane
@@ -458,6 +460,38 @@ async def test_many_streams_hold_up_no_other_call(plane: ControlPlane, qoder: Wo
     finally:
         for stream in streams:
             await stream.__aexit__(None, None, None)
+
+
+async def test_a_stream_is_asked_for_as_the_dialect_wants_it(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    asked: list[Mapping[str, str]] = []
+
+    def look(request: web.Request) -> bool:
+        asked.append(request.headers)
+        return False
+
+    cut = Cut()
+    faults.add(cut, "stream")
+    faults.add(status(500), "stream", "events", "send", where=look)
+    session_id = scripted(plane)
+    events = client.events(session_id)
+    async with events.stream() as stream:
+        (*_, last) = await read(stream, 4)
+        cut.now()
+        plane.emit(session_id, {"type": "agent.thinking"})
+        await read(stream, 1)
+    await events.send(MESSAGE)
+    for headers in asked:
+        assert headers["Authorization"] == f"Bearer {plane.token}"
+        assert headers["Accept-Encoding"] == "identity"
+        if not client.events("sess_1")._calls.resumes:
+            assert headers["anthropic-version"] == "2023-06-01"
+            assert headers["anthropic-beta"] == "managed-agents-2026-04-01"
+    accepts = ["text/event-stream", "application/json"]
+    assert [headers["Accept"] for headers in asked] == [*accepts, *accepts, "application/json"]
+    resumed = [headers.get("Last-Event-ID") for headers in asked]
+    assert resumed == [None, None, last["id"], None, None]
 
 
 async def test_requests_are_counted_by_their_names(

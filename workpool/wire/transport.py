@@ -84,6 +84,7 @@ class Transport:
         self._streams = self._given or aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._public_headers(),
         )
         self._loop = asyncio.get_running_loop()
 
