@@ -327,7 +327,7 @@ async def test_an_ack_is_dropped_when_the_claim_can_be_ours_no_more(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    assert acked.delivery_seconds <= 0.2
+    assert acked.delivery_seconds < 10  # not the 54 s of one that may have been applied
     assert not recorder.of(SessionStarted)
 
 
