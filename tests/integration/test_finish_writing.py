@@ -109,7 +109,7 @@ async def test_a_stop_that_is_refused_fails(
 
 
 @pytest.mark.usefixtures("fast_beats")
-async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
+async def test_a_beats_409_after_our_own_stop_is_read_and_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The stop's answer never comes, and the lease's next beat is answered 409."""

@@ -34,6 +34,10 @@ class Held:
 
     async def update_metadata(self, patch: object) -> Any: ...
 
+    def hand_over(self) -> Any: ...
+
+    def events(self) -> Any: ...
+
 
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("workpool_")}
 

@@ -137,6 +137,12 @@ class Over:
     async def update_metadata(self, patch: Mapping[str, str | None]) -> NoReturn:
         raise SessionEnded(f"{ITEM.id} {patch}")
 
+    def hand_over(self) -> NoReturn:
+        raise SessionEnded(ITEM.id)
+
+    def events(self) -> NoReturn:
+        raise SessionEnded(ITEM.id)
+
 
 SESSION = Session(ITEM, Over(), redelivered=False)
 
