@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -545,3 +546,16 @@ async def test_a_database_of_version_1_is_migrated(
         assert (await send(api, item.session_id, message)).status == 200
     async with plane_on(file, clock) as plane:
         assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]
+
+
+# -- what an embedder hands over ---------------------------------------------------------------
+
+
+async def test_what_is_said_does_not_change_when_its_author_changes_it(qoder: Api) -> None:
+    given: dict[str, Any] = {"command": ["ls"]}
+    session_id = scripted(qoder, {"name": "Bash", "input": MappingProxyType(given)})
+    event: dict[str, Any] = {"type": "agent.thinking", "more": MappingProxyType(given)}
+    qoder.plane.emit(session_id, event)
+    given["command"].append("-l")
+    use, thought = (await history(qoder, session_id))[2:]
+    assert use["input"] == thought["more"] == {"command": ["ls"]}

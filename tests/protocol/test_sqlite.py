@@ -17,6 +17,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
+from workpool.server.conversation import Event
 from workpool.server.sessions import Session
 from workpool.server.sqlite import SCHEMA_VERSION
 
@@ -140,10 +141,18 @@ async def test_every_field_is_written_and_read(path: Path) -> None:
         beaten=True,
         **number,
     )
-    session = Session("sess_1", ENV, {"k": "v"}, 7)
+    script = [{"name": "Bash", "input": {}, "custom": False, "permission": "allow"}]
+    sessions = [
+        Session("sess_1", ENV, {"k": "v"}, 7),
+        Session("sess_2", ENV, {}, 8, script),
+        Session("sess_3", ENV, {}, 9, []),
+    ]
+    events = [Event(f"evt_{number}", "sess_2", {"type": "x", "n": number}) for number in range(3)]
     store = SqliteStore(path)
     await store.open()
-    store.save_session(session)
+    for session in sessions:
+        store.save_session(session)
+    store.save_events(events)
     store.save(item)
     store.save(replace(item, ttl_seconds=6))
     await store.durable()
@@ -152,7 +161,8 @@ async def test_every_field_is_written_and_read(path: Path) -> None:
     contents = await store.open()
     await store.close()
     assert contents.items == [replace(item, ttl_seconds=6)]
-    assert contents.sessions == [session]
+    assert contents.sessions == sessions
+    assert contents.events == events
 
 
 async def test_a_newer_schema_is_refused(path: Path, clock: Clock) -> None:

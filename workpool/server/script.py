@@ -9,7 +9,7 @@ import orjson
 
 from workpool.server.errors import Refusal
 
-Script: TypeAlias = tuple[Mapping[str, Any], ...]
+Script: TypeAlias = Sequence[Mapping[str, Any]]
 """Tool uses in their order: `name`, `input`, `custom` and `permission`, all of them set."""
 
 ENTRIES_MAX: Final = 1000
@@ -28,12 +28,13 @@ def parse_script(value: object, copies: int = 1) -> Script:
     script = tuple(_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
     try:
         # Deeper than it will ever stand in an answer: what passes here can always be written.
-        size = len(orjson.dumps({"data": [{"input": script}]}))
+        content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
         raise _refusal("cannot be written as JSON") from None
-    if size * copies > SCRIPTS_BYTES_MAX:
+    if len(content) * copies > SCRIPTS_BYTES_MAX:
         raise _refusal(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
-    return script
+    copy: Script = orjson.loads(content)[0][0]  # which nobody else changes
+    return copy
 
 
 def _entry(entry: object, where: str) -> Mapping[str, Any]:
@@ -56,7 +57,7 @@ def _entry(entry: object, where: str) -> Mapping[str, Any]:
         raise _refusal(f"{where}: custom must be a boolean")
     if permission not in PERMISSIONS:
         raise _refusal(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
-    return {"name": name, "input": dict(given), "custom": custom, "permission": permission}
+    return {"name": name, "input": given, "custom": custom, "permission": permission}
 
 
 def _refusal(problem: str) -> Refusal:

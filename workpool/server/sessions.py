@@ -147,10 +147,11 @@ class Sessions:
         """Append the server's events, as whoever plays the agent wants them."""
         self.conversation(session_id).check_server(said)
         try:
-            orjson.dumps({"data": list(said)}, default=dict)
+            content = orjson.dumps({"data": list(said)}, default=dict)
         except orjson.JSONEncodeError as error:
             raise Refusal(400, f"events cannot be written as JSON: {error}", "events") from None
-        return self._say(session_id, said, now)
+        copy = orjson.loads(content)["data"]  # which nobody else changes
+        return self._say(session_id, copy, now)
 
     async def wait(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
