@@ -216,7 +216,7 @@ def commands(outside: Path, port: int) -> list[str]:
         f"for f in /proc/*/root /proc/*/cwd; do cat $f{outside}/token; done",
         *("for f in /proc/*/fd/*; do timeout 1 cat $f; done", "cat /proc/*/mem | head -c 100"),
         *("find / -xdev -name token -exec cat {} +", "grep -rs Zx9 /etc /dev /tmp /workspace"),
-        *("ls -la /root /home /var /srv /mnt /opt /run /sys", "cat /etc/shadow", "cat /root/.*"),
+        *("ls -la /root /home /var /srv /mnt /opt /run /sys", "cat /etc/shadow", "cat ~root/.*"),
         *("ps axeww", "pgrep -a python", "kill -9 -1", f"kill -9 {pid}", "kill -STOP 1"),
         *(
             "touch /usr/x",

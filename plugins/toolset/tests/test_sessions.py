@@ -306,6 +306,27 @@ async def test_a_result_that_was_computed_is_sent_and_not_computed_again(
     assert not (folder / "workspace/log").exists()
 
 
+async def test_an_interrupt_keeps_a_result_that_was_computed(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    [item] = workpool.enqueue()
+    use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo never"}}
+    idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
+    calls = workpool.server.emit(item.session_id, use, use)
+    folder = folder_of(tmp_path, item.session_id)
+    folder.mkdir(parents=True)
+    async with Journal(folder / "journal.sqlite") as journal:
+        for call in calls:
+            await journal.begin(str(call["id"]))
+        await journal.finish(str(calls[1]["id"]), Result.of("computed before"))
+    async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
+        await client.events(item.session_id).send({"type": "user.interrupt"})
+        workpool.server.emit(item.session_id, idle)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert len(answers(workpool.server.events(item.session_id))) == 2
+
+
 async def test_what_another_machine_may_have_begun_is_not_begun_here(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:

@@ -100,16 +100,22 @@ async def test_a_shell_that_ends_says_so(agent: Any) -> None:
     assert await agent.says("bash", command="echo new", restart=True) == "new\n"
 
 
+def two(program: str, mark: str = "60.123") -> str:
+    """A command that leaves two processes behind, and ends once they are up."""
+    start = f'rm -f up*; for n in 1 2; do {program} -c "touch up$n; sleep 60; :" {mark} & done'
+    return f"{start}; until [ -e up1 -a -e up2 ]; do sleep 0.02; done"
+
+
 async def test_no_process_outlives_the_shell(bare: Any) -> None:
-    await bare.says("bash", command="(trap '' TERM; exec sleep 60.123) & sleep 60.123 &")
+    await bare.says("bash", command=f"trap '' TERM; {two('sh')}; trap - TERM; {two('sh')}")
     processes = running("60.123")
-    assert len(processes) == 2
+    assert len(processes) == 4
     await bare.toolbox.close()
     await ended(*processes)
 
 
 async def test_no_process_outlives_the_sandbox(boxed: Any) -> None:
-    await boxed.says("bash", command="for n in 1 2; do setsid sleep 60.125 & done; sleep 0.2")
+    await boxed.says("bash", command=two("setsid sh", "60.125"))
     processes = running("60.125")
     assert len(processes) == 2
     await boxed.toolbox.close()

@@ -108,6 +108,17 @@ async def test_custom_tools(agents: Any) -> None:
     assert not agent.toolbox.owns(call)
 
 
+async def test_what_fails_unexpectedly_tells_the_agent_nothing_of_this_machine(
+    bare: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("/secret/place")
+
+    monkeypatch.setattr("workpool_toolset.files.write", fail)
+    assert await bare.fails("write", file_path="a", content="b") == "write: MemoryError"
+    assert "/secret/place" in caplog.text
+
+
 async def test_a_tool_that_takes_too_long_is_given_up(agents: Any) -> None:
     async def sleep(_: ToolCall) -> None:
         await asyncio.sleep(600)

@@ -8,6 +8,7 @@ any await, because what was begun and what came of it is in the journal.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -148,7 +149,7 @@ class Runner:
 
     async def _wait(self) -> bool:
         """Wait for a change; False when the session was idle for long enough."""
-        since = self._idle_since if self._caught_up else None
+        since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
         try:
             async with asyncio.timeout_at(None if since is None else since + self._max_idle):
                 await self._changed.wait()
@@ -159,15 +160,18 @@ class Runner:
     async def _answer(self, call: ToolCall) -> None:
         self._check_lease()
         known = await self._journal.begin(call.id)
-        if self._conversation.is_interrupted(call.id) and known in {"new", "begun"}:
-            result = Result.error(INTERRUPTED if known == "new" else UNKNOWN)
-        elif known == "new":
+        if known != "new":
+            self._session.log.info("toolset: %s %s was begun before", call.name, call.id)
+        if isinstance(known, Result):
+            result = known
+        elif known == "begun":
+            result = Result.error(UNKNOWN)
+        elif self._conversation.is_interrupted(call.id):
+            result = Result.error(INTERRUPTED)
+        else:
             self._check_lease()  # the journal may have taken its time
             result = await self._execute(call)
             await self._journal.finish(call.id, result)
-        else:
-            result = Result.error(UNKNOWN) if known == "begun" else known
-            self._session.log.info("toolset: %s %s was begun before", call.name, call.id)
         if call.id not in self._conversation.answered:
             await self._post(call, result)
         self._conversation.close(call.id)

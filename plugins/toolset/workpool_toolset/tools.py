@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Fields: TypeAlias = Mapping[str, Any]
 
 RESTART: Final = "use restart=true for a new one"
+_log: Final = logging.getLogger("workpool.toolset")
+
 MARGIN_SECONDS: Final = 10.0
 """What a command's own limit stays below the tools', so that its output can still be told."""
 
@@ -115,8 +118,10 @@ class Toolbox:
             return Result.error(str(error))
         except TimeoutError:
             return Result.error(f"{call.name}: took more than {self._times.tool:g} s")
-        except Exception as error:  # noqa: BLE001 - a tool's error is its answer, not the worker's end
-            return Result.error(f"{call.name}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001 - a tool's error is an answer, not the worker's end
+            _log.exception("toolset: %s %s failed", call.name, call.id)
+            said = f": {error}" if call.custom else ""  # of ours it may name places of this machine
+            return Result.error(f"{call.name}: {type(error).__name__}{said}")
 
     async def close(self) -> None:
         """End the session's shell."""

@@ -1,0 +1,58 @@
+"""`workpool run toolset` in a process of its own, and what its documentation promises."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from workpool_toolset import Toolset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+async def show(*flags: str) -> str:
+    """What `show.py` prints; it judges the conversation itself."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(ROOT / "tests/show.py"), *flags),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        async with asyncio.timeout(100):
+            said, _ = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, said.decode()
+    return said.decode()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("sandbox")
+async def test_thirty_calls() -> None:
+    said = await show()
+    assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in said
+    assert r"notes/plan.txt: 'first\n2nd\n'" in said
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("sandbox")
+async def test_thirty_calls_of_a_worker_that_is_killed() -> None:
+    assert "killed=2 " in await show("--kills", "2", "--seed", "3", "--quiet")
+
+
+def test_the_readme_has_every_setting_with_its_default_and_meaning() -> None:
+    words = {"isolation": "`bubblewrap`", "state": "`~/.local/state/workpool-toolset`"}
+    for field in dataclasses.fields(Toolset):
+        if not field.name.startswith("_"):
+            default = field.default if isinstance(field.default, int | float) else None
+            said = words.get(field.name) or (f"{default:g}" if default else "")
+            said = str(default) if isinstance(default, int) else said
+            [row] = [line for line in README.splitlines() if line.startswith(f"| `{field.name}`")]
+            assert row.split(" | ")[1] in {said, "none", "unset"}, field.name
+            assert len(row.split(" | ")) == 3
