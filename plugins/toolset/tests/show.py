@@ -125,7 +125,9 @@ class Show:
     @contextlib.asynccontextmanager
     async def worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """`workpool run toolset`, killed at the end."""
-        environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+        environment = {
+            name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
+        }
         with (self.folder / "worker.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "workpool", "run", "toolset", "--config", "workpool.toml"),
