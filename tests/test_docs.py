@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import runpy
@@ -124,10 +125,12 @@ def run(marker: str, folder: Path) -> dict[str, Any]:
     return runpy.run_path(str(path))
 
 
-async def finished(metadata: dict[str, str]) -> dict[str, str]:
+async def finished(
+    metadata: dict[str, str], script: list[dict[str, Any]] | None = None
+) -> dict[str, str]:
     """Enqueue one item and wait until it is stopped; its metadata."""
     async with WorkClient(Settings()) as client:
-        [item] = await client.enqueue(metadata=metadata)
+        [item] = await client.enqueue(metadata=metadata, script=script)
         async with asyncio.timeout(20):
             while item.state != "stopped":
                 await asyncio.sleep(0.02)
@@ -161,6 +164,16 @@ async def test_handing_a_session_over(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     apart = run("def apart", tmp_path)["apart"]
     assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
+
+
+async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None:
+    names = run("async def talk(", tmp_path)
+    [text] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    script = json.loads(text)
+    uses = [entry for entry in script if set(entry) == {"name", "input"}]  # nobody else needed
+    async with Supervisor(Settings(), plugins=[names["talk"]]):
+        assert (await finished({"job": "talk"}, uses * 3))["done"] == "3"
+    plane.enqueue(script=script)
 
 
 @pytest.mark.usefixtures("plane")
