@@ -27,6 +27,7 @@ from yarl import URL
 
 from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.bound import Bound
 from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.proxy import proxy_of
@@ -132,7 +133,7 @@ class Transport:
         token, started, code = self._token, time.monotonic(), "error"
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
-            async with asyncio.timeout(seconds):
+            with Bound(seconds):
                 answer = await self._exchange(call, url, body)
             code = code_of(answer.status)
         except TRANSIENT as error:
