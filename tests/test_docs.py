@@ -162,8 +162,17 @@ async def test_handing_a_session_over(tmp_path: Path, monkeypatch: pytest.Monkey
     """To a real holder, which ends the item with its program."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    start, children = asyncio.create_subprocess_exec, []
+
+    async def started(*words: Any, **given: Any) -> asyncio.subprocess.Process:
+        children.append(await start(*words, **given))
+        return children[-1]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", started)
     apart = run("def apart", tmp_path)["apart"]
     assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
+    async with asyncio.timeout(20):
+        await children[0].wait()  # it outlives its item by a moment, and must not this loop
 
 
 async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None:
