@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 LATENCY_SECONDS: Final = 0.001
 """No request arrives at once: the control plane's clock counts whole microseconds."""
+FADED_SECONDS: Final = 20.0
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
 CALM: Final = Trouble(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
@@ -68,7 +69,10 @@ class Network:
             if node.cuts and any(since <= now < until for since, until in node.cuts):
                 trouble = SILENCE
             elif self._share and self._random.random() < self._share:
-                trouble = make_trouble(self._random.choice(self._kinds), self._random)
+                kind = self._random.choice(self._kinds)
+                trouble = make_trouble(kind, self._random)
+                if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
+                    node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         sent = Sent(now, node, op, work_id, trouble)
         self.trace.sent.append(sent)
         self.trace.troubles += trouble is not None
@@ -79,7 +83,7 @@ def make_trouble(kind: str, random: Random) -> Trouble:
     """One trouble of a kind of `schedule.TROUBLES`."""
     there = LATENCY_SECONDS
     match kind:
-        case "late":
+        case "late" | "fading":
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
             seconds = random.uniform(1, 40)

@@ -21,7 +21,7 @@ PLAYS: Final = (
 )  # fmt: skip
 TROUBLES: Final = (
     "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",
-    "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403",
+    "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
 )  # fmt: skip
 HORIZON_SECONDS: Final = 150.0
 """Until then things happen; after that everything heals."""
