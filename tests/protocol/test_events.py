@@ -180,6 +180,16 @@ async def test_a_tool_use_that_asks_waits_for_a_confirmation(api: Api) -> None:
     assert (await types(api, session_id))[-2:] == ["agent.message", "session.status_idle"]
 
 
+@pytest.mark.parametrize("verdicts", [("allow", "deny"), ("deny", "allow"), ("allow", "allow")])
+async def test_one_batch_decides_once(api: Api, verdicts: tuple[str, str]) -> None:
+    session_id = scripted(api, {**BASH, "permission": "ask"})
+    use = await last(api, session_id, "agent.tool_use")
+    decision = {"type": "user.tool_confirmation", "tool_use_id": use["id"]}
+    answer = await send(api, session_id, *({**decision, "result": word} for word in verdicts))
+    assert (answer.status, answer.error["type"]) == (409, "conflict_error")
+    assert len(await history(api, session_id)) == 4
+
+
 async def test_a_denied_tool_use_is_resolved_by_the_server(api: Api) -> None:
     session_id = scripted(api, {**BASH, "permission": "ask"}, {**BASH, "permission": "deny"})
     use = await last(api, session_id, "agent.tool_use")

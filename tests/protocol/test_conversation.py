@@ -1,0 +1,272 @@
+"""A conversation under any sequence of events: what the server says, refuses and remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.protocol.sqlite_server import ENV, TOKEN
+from tests.protocol.test_sqlite import server
+from workpool.server import Refusal
+from workpool.server.conversation import Conversation, Event
+from workpool.server.script import parse_script
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ENTRY = st.fixed_dictionaries(
+    {
+        "name": st.just("Bash"),
+        "custom": st.booleans(),
+        "permission": st.sampled_from(["allow", "allow", "ask", "deny"]),
+    }
+)
+USES = {"agent.tool_use", "agent.custom_tool_use"}
+RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
+
+
+def named(event: Event) -> str:
+    """The tool use that an answer is about."""
+    value = event.value
+    return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
+
+
+class Talk(RuleBasedStateMachine):
+    """Clients say anything, at any time, in any order."""
+
+    @initialize(script=st.none() | st.lists(ENTRY, max_size=4))
+    def begin(self, script: list[dict[str, Any]] | None) -> None:
+        self.script = None if script is None else parse_script(script)
+        self.talk = Conversation(self.script)
+        self.proceed()
+
+    def proceed(self) -> None:
+        for _ in range(50):
+            if (fields := self.talk.following()) is None:
+                return
+            self.append(fields)
+        raise AssertionError("it never stops talking")
+
+    def append(self, fields: dict[str, Any]) -> None:
+        event_id = f"evt_{len(self.talk.events):03}"
+        self.talk.append(Event(event_id, "sess_1", {"id": event_id, **fields}))
+
+    def say(self, *said: dict[str, Any]) -> bool:
+        try:
+            self.talk.check(said)
+        except Refusal:
+            return False
+        for fields in said:
+            self.append(fields)
+        self.proceed()
+        return True
+
+    def uses(self) -> list[Event]:
+        return [event for event in self.talk.events if event.type in USES]
+
+    def result(self, pick: int, *, custom: bool) -> dict[str, Any]:
+        uses = self.uses()
+        use_id = uses[pick % len(uses)].id if uses else "evt_none"
+        if custom:
+            return {"type": "user.custom_tool_result", "custom_tool_use_id": use_id}
+        return {"type": "user.tool_result", "tool_use_id": use_id}
+
+    @rule(picks=st.lists(st.integers(0, 9), min_size=1, max_size=2), custom=st.booleans())
+    def answer(self, picks: list[int], *, custom: bool) -> None:
+        self.say(*[self.result(pick, custom=custom) for pick in picks])
+
+    @rule(pick=st.integers(0, 9), verdict=st.sampled_from(["allow", "deny"]), at_once=st.booleans())
+    def decide(self, pick: int, verdict: str, *, at_once: bool) -> None:
+        use_id = self.result(pick, custom=False)["tool_use_id"]
+        said = [{"type": "user.tool_confirmation", "tool_use_id": use_id, "result": verdict}]
+        if at_once:
+            said.append(self.result(pick, custom=False))
+        self.say(*said)
+
+    @rule(first=st.booleans())
+    def message(self, *, first: bool) -> None:
+        message = {"type": "user.message", "content": []}
+        self.say(message, {"type": "user.interrupt"}) if first else self.say(message)
+
+    @rule(more=st.booleans())
+    def interrupt(self, *, more: bool) -> None:
+        said = ({"type": "user.interrupt"}, {"type": "user.message", "content": []})
+        self.say(*said) if more else self.say(said[0])
+
+    @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
+    def act(self, permission: str, *, custom: bool) -> None:
+        """Somebody plays the agent."""
+        kind = "agent.custom_tool_use" if custom else "agent.tool_use"
+        event = {"type": kind, "evaluated_permission": permission}
+        try:
+            self.talk.check_server([event])
+        except Refusal:
+            assert self.script is not None
+            return
+        self.append(event)
+        self.proceed()
+
+    @invariant()
+    def every_use_is_answered_once_at_most(self) -> None:
+        answers = [named(event) for event in self.talk.events if event.type in RESULTS]
+        assert len(answers) == len(set(answers))
+        assert set(answers) <= {event.id for event in self.uses()}
+
+    @invariant()
+    def a_script_goes_one_by_one(self) -> None:
+        if self.script is not None:
+            uses = self.uses()
+            assert len(uses) <= len(self.script)
+            answers = {named(event) for event in self.talk.events if event.type in RESULTS}
+            assert all(use.id in answers for use in uses[:-1])
+
+    @invariant()
+    def whoever_waits_is_named(self) -> None:
+        answers = {named(event) for event in self.talk.events if event.type in RESULTS}
+        allowed = {
+            named(event)
+            for event in self.talk.events
+            if event.type == "user.tool_confirmation" and event.value["result"] == "allow"
+        }
+        waiting = [
+            use.id
+            for use in self.uses()
+            if use.id not in answers
+            and (use.type == "agent.custom_tool_use" or use.id not in allowed)
+            and (use.type == "agent.custom_tool_use" or use.value["evaluated_permission"] == "ask")
+        ]
+        states = [event for event in self.talk.events if event.type.startswith("session.status")]
+        reason = states[-1].value.get("stop_reason", {}) if states else {}
+        assert list(reason.get("event_ids", ())) == waiting
+
+    @invariant()
+    def a_restart_changes_nothing(self) -> None:
+        again = Conversation(self.script)
+        for event in self.talk.events:
+            again.append(event)
+        assert again.following() is None
+        for name, value in vars(self.talk).items():
+            assert vars(again)[name] == value, name
+
+    def teardown(self) -> None:
+        """Whatever was said, who goes on answering comes to the end of the script."""
+        if getattr(self, "script", None) is None:
+            return
+        self.say({"type": "user.message", "content": []})
+        for _ in range(len(self.script or ())):
+            use = self.uses()[-1]
+            self.say({"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"})
+            at = len(self.uses()) - 1
+            self.say(self.result(at, custom=use.type == "agent.custom_tool_use"))
+        assert self.talk.events[-1].value.get("stop_reason") == {"type": "end_turn"}
+        assert len(self.uses()) == len(self.script or ())
+
+
+Talk.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+TestTalk = Talk.TestCase
+
+
+# -- kill -9 -----------------------------------------------------------------------------------
+
+
+class Talker:
+    """Answers one scripted session over and over, and remembers all that it was told."""
+
+    def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
+        self.http = http
+        self.base = f"http://127.0.0.1:{port}/api/v1/cloud"
+        self.known: dict[str, dict[str, Any]] = {}
+        self.session_id = ""
+
+    async def call(self, method: str, url: str, **options: Any) -> Any:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        async with self.http.request(method, url, headers=headers, **options) as response:
+            assert response.status == 200
+            body = await response.json()
+        for event in body["data"] if url.endswith("/events") else ():
+            self.known[event["id"]] = event
+        return body
+
+    async def begin(self) -> None:
+        script = [{"name": "Bash", "custom": number % 2 == 1} for number in range(400)]
+        created = await self.call(
+            "POST", f"{self.base}/environments/{ENV}/work", json={"script": script}
+        )
+        self.session_id = created["data"][0]["data"]["id"]
+
+    @property
+    def events(self) -> str:
+        return f"{self.base}/sessions/{self.session_id}/events"
+
+    async def step(self) -> None:
+        """Answer the use that is open."""
+        last = max(self.known, default=None)
+        params = {"limit": "100"} if last is None else {"limit": "100", "after_id": last}
+        for event in (await self.call("GET", self.events, params=params))["data"]:
+            if event["type"] in USES:
+                custom = event["type"] == "agent.custom_tool_use"
+                answer = {
+                    "type": "user.custom_tool_result" if custom else "user.tool_result",
+                    "custom_tool_use_id" if custom else "tool_use_id": event["id"],
+                }
+                await self.call("POST", self.events, json={"events": [answer]})
+
+    async def history(self) -> list[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
+        params = {"limit": "100"}
+        while True:
+            page = await self.call("GET", self.events, params=params)
+            events += page["data"]
+            if not page["has_more"]:
+                return events
+            params = {"limit": "100", "page": page["next_page"]}
+
+
+@pytest.mark.slow
+async def test_kill_9_forgets_nothing_that_was_told(tmp_path: Path) -> None:
+    async with aiohttp.ClientSession() as http:
+        async with server(tmp_path / "work.db") as (process, port):
+            talkers = [Talker(http, port) for _ in range(4)]
+            enough = asyncio.Event()
+
+            async def talk(talker: Talker) -> None:
+                await talker.begin()
+                try:
+                    while True:
+                        await talker.step()
+                        if sum(len(each.known) for each in talkers) > 300:
+                            enough.set()
+                except (aiohttp.ClientError, ConnectionError):
+                    return
+
+            async with asyncio.TaskGroup() as group:
+                for talker in talkers:
+                    group.create_task(talk(talker))
+                await enough.wait()
+                process.send_signal(signal.SIGKILL)
+        async with server(tmp_path / "work.db") as (_, port):
+            for talker in talkers:
+                again = Talker(http, port)
+                again.session_id = talker.session_id
+                events = {event["id"]: event for event in await again.history()}
+                assert talker.known.items() <= events.items()
+                answers = [
+                    event.get("tool_use_id") or event["custom_tool_use_id"]
+                    for event in events.values()
+                    if event["type"] in RESULTS
+                ]
+                assert len(answers) == len(set(answers))
+                again.known = {}
+                uses = [each for each in events.values() if each["type"] in USES]
+                assert [each["id"] for each in uses[:-1]] == answers
+                before = len(events)
+                again.known = dict(list(events.items())[:-3])
+                await again.step()  # it goes on where it was
+                assert len(await again.history()) > before
