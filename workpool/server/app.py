@@ -212,7 +212,9 @@ class ControlPlane:
             for route in paths(self.operations, tokens, dialect).table()
         ]
         runner = web.AppRunner(
-            application(routes=routes, middlewares=self._middlewares),
+            application(
+                routes=routes, durable=self.operations.durable, middlewares=self._middlewares
+            ),
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,

@@ -7,6 +7,7 @@ environment, item, the request's own values, the call. An answer leaves once it 
 from __future__ import annotations
 
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -196,28 +197,44 @@ def check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
         raise Refusal(403, "this token is not allowed on this environment")
 
 
-@web.middleware
-async def envelopes(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """Turn every refusal into the envelope of protocol §1."""
-    try:
-        return await handler(request)
-    except Refusal as refusal:
-        return answer(refusal.envelope(), refusal.status)
-    except StoreError as error:
-        return answer(Refusal(500, str(error)).envelope(), 500)
-    except web.HTTPException as error:
-        response = answer(Refusal(error.status, error.reason).envelope(), error.status)
-        if isinstance(error, web.HTTPMethodNotAllowed):
-            response.headers["Allow"] = error.headers["Allow"]
-        return response
+def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable[Any]]:
+    """Return what turns every refusal into the envelope of protocol §1.
+
+    A 409 tells whoever repeats a call that the first one was applied: like that one's answer, it
+    leaves once that is `durable`.
+    """
+
+    @web.middleware
+    async def middleware(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        try:
+            try:
+                return await handler(request)
+            except Refusal as refusal:
+                if refusal.status == HTTPStatus.CONFLICT:
+                    await durable()
+                return answer(refusal.envelope(), refusal.status)
+        except StoreError as error:
+            return answer(Refusal(500, str(error)).envelope(), 500)
+        except web.HTTPException as error:
+            response = answer(Refusal(error.status, error.reason).envelope(), error.status)
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = error.headers["Allow"]
+            return response
+
+    return middleware
 
 
 def application(
-    *, routes: list[web.RouteDef], middlewares: tuple[Any, ...] = ()
+    *,
+    routes: list[web.RouteDef],
+    durable: Callable[[], Awaitable[None]],
+    middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
     """Return the aiohttp application; `middlewares` stand outside, where faults are injected."""
-    app = web.Application(middlewares=[*middlewares, envelopes], client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(
+        middlewares=[*middlewares, envelopes(durable)], client_max_size=BODY_LIMIT_BYTES
+    )
     app.add_routes(routes)
     return app

@@ -1,0 +1,101 @@
+"""No answer leaves before what it tells is durable: kill -9 must take nothing back (issue 2)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.protocol.conftest import ENV, TOKEN, Answer, Api, until
+from workpool.server import ControlPlane, MemoryStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    import aiohttp
+
+
+class Gate(MemoryStore):
+    """A store whose commits wait while it is closed."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.waiting = 0
+
+    async def durable(self) -> None:
+        self.waiting += 1
+        await self.gate.wait()
+        self.waiting -= 1
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+async def api(gate: Gate, http: aiohttp.ClientSession, dialect: str) -> AsyncIterator[Api]:
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=gate) as plane:
+        yield Api(plane, http, dialect)
+
+
+async def held_back(gate: Gate, answer: Awaitable[Answer]) -> Answer:
+    """The answer, which must not come before the gate is opened."""
+    gate.gate.clear()
+    async with asyncio.TaskGroup() as group:
+        asking = group.create_task(_await(answer))
+        async with asyncio.timeout(20):
+            await until(lambda: gate.waiting or asking.done())
+        assert not asking.done()
+        gate.gate.set()
+    return asking.result()
+
+
+async def _await(answer: Awaitable[Answer]) -> Answer:
+    return await answer
+
+
+CALLS: dict[str, tuple[str, Callable[[Api, str], Awaitable[Answer]]]] = {
+    "enqueue": ("queued", lambda api, _: api("POST", api.work())),
+    "poll": ("queued", lambda api, _: api.poll()),
+    "a poll that finds nothing": ("stopped", lambda api, _: api.poll()),
+    "ack": ("queued", lambda api, work_id: api.ack(work_id)),
+    "heartbeat": ("starting", lambda api, work_id: api.beat(work_id)),
+    "stop": ("active", lambda api, work_id: api.stop(work_id)),
+    "update": ("active", lambda api, work_id: api.update(work_id, json={"metadata": {"a": "b"}})),
+    "get": ("active", lambda api, work_id: api.get(work_id)),
+    "list": ("active", lambda api, _: api("GET", api.work())),
+    "stats": ("active", lambda api, _: api("GET", api.work("/stats"))),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_is_answered_once_it_is_durable(api: Api, gate: Gate, call: str) -> None:
+    state, ask = CALLS[call]
+    work_id = await api.bring_to(state)
+    assert (await held_back(gate, ask(api, work_id))).status in {200, 204}
+
+
+async def test_a_session_and_its_events_are_told_once_they_are_durable(
+    api: Api, gate: Gate
+) -> None:
+    api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
+    [item] = (await api("GET", api.work())).body["data"]
+    session = f"{api.base}/sessions/{item['data']['id']}"
+    assert (await held_back(gate, api("GET", session))).status == 200
+    listed = await held_back(gate, api("GET", f"{session}/events"))
+    [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
+    said = {"events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]}
+    assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 200
+    # Whoever repeats it, its answer being lost, takes this for "it was taken".
+    assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 409
+
+
+async def test_a_conflict_tells_no_more_than_what_is_durable(api: Api, gate: Gate) -> None:
+    stopped = await api.bring_to("stopped")
+    answers = [await held_back(gate, api.ack(stopped)), await held_back(gate, api.beat(stopped))]
+    if api.dialect == "anthropic":  # there a second stop's 409 says: the first one was applied
+        answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
+    assert {answer.status for answer in answers} == {409}
