@@ -25,6 +25,36 @@ async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
         yield client
 
 
+async def test_the_events_of_a_session(plane: ControlPlane, sdk: AsyncManaged) -> None:
+    events = sdk.sessions.events
+    (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
+    said = [event async for event in await events.list(item.session_id, limit=2)]
+    assert [event.type for event in said] == [
+        "user.message",
+        "session.status_running",
+        "agent.tool_use",
+    ]
+    first, use = said[0].id, said[-1].id
+    assert use is not None
+    sent = await events.send(
+        item.session_id, events=[{"type": "user.tool_result", "tool_use_id": use}]
+    )
+    assert sent.data is not None
+    with pytest.raises(ConflictError):
+        await events.send(
+            item.session_id, events=[{"type": "user.tool_result", "tool_use_id": use}]
+        )
+    async with await events.stream(item.session_id, last_event_id=first) as stream:
+        told = [await anext(aiter(stream)) for _ in range(5)]
+    assert [event.type for event in told] == [
+        "session.status_running",
+        "agent.tool_use",
+        "user.tool_result",
+        "agent.message",
+        "session.status_idle",
+    ]
+
+
 async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Clock) -> None:
     work = sdk.environments.work
     assert await work.poll(ENV, worker_id="sdk") is None

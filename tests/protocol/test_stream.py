@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
 
-from tests.protocol.conftest import TOKEN, Api, until
+from tests.protocol.conftest import ENV, TOKEN, Api, until
 from tests.protocol.test_events import BASH, history, last, path, result, scripted, send
-from workpool.server import session_routes
+from workpool.server import ControlPlane, SqliteStore, session_routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 UNKNOWN = "evt_" + "0" * 32
 
@@ -149,6 +151,23 @@ async def test_a_reader_that_does_not_read_is_cut_off(
             await cut.wait()
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
+
+
+async def test_what_is_not_durable_is_not_told(
+    tmp_path: Path, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    store = SqliteStore(tmp_path / "work.db")
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store) as plane:
+        api = Api(plane, http, "qoder")
+        session_id = scripted(api, BASH)
+        async with stream(api, session_id) as reader:
+            monkeypatch.setattr("workpool.server.sqlite._write", full)
+            use = plane.events(session_id)[-1]
+            assert (await send(api, session_id, result(dict(use)))).status == 500
+            assert await reader.response.content.read() == b""
 
 
 async def test_head_is_no_stream(api: Api) -> None:

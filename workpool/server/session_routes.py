@@ -16,6 +16,7 @@ from aiohttp import web
 from workpool.server import requests
 from workpool.server.client_events import client_events
 from workpool.server.conversation import EVENT_PREFIX
+from workpool.server.errors import StoreError
 from workpool.server.paging import listing, page_of
 from workpool.server.routes import answer, check_allowed
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER
@@ -89,7 +90,8 @@ class SessionRoutes:
         # Before the first byte leaves: whoever sees the stream open misses nothing from then on.
         place = len(said.events) if last is None else said.place_after(last)
         response = web.StreamResponse(headers=_STREAM)
-        with suppress(ConnectionError, TimeoutError):  # the reader has gone, or stopped reading
+        # The reader has gone or stopped reading, or nothing is durable any more: the stream ends.
+        with suppress(ConnectionError, TimeoutError, StoreError):
             await response.prepare(request)
             await _write(request, response, KEEP_ALIVE)
             while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
