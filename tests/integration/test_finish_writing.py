@@ -11,7 +11,7 @@ from workpool import Release, Session, handler
 from workpool.errors import RefusedError
 from workpool.events import HeartbeatFinished, SessionFinished, StopFinished
 from workpool.pool import finish
-from workpool.testing import Hold, delay, expire_lease, garbled, lost, reset, status
+from workpool.testing import Hold, delay, expire_lease, garbled, literal, lost, reset, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,6 +134,23 @@ async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
     assert (life.outcome, life.item.state) == ("completed", "stopped")
     assert life.ops[-1] == "get"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_a_stop_by_someone_else_after_ours_was_throttled_is_theirs(
+    plane: ControlPlane, faults: Faults, run_one: Any
+) -> None:
+    """A 429 is certainly not applied, so what stops the item then is not our stop."""
+
+    def theirs() -> bytes:
+        work_id = faults.of("ack")[-1].work_id
+        plane.operations.stop(plane.environments[0], work_id or "", force=True)
+        return b""
+
+    faults.add(literal(theirs, 429, headers={"Retry-After": "60"}), "stop", times=1)
+    life = await run_one(result, lease_ttl=10)
+    assert (life.outcome, life.item.state) == ("stopped", "stopped")
+    assert life.ops.count("stop") == 1
 
 
 # -- a result --------------------------------------------------------------------------------------
