@@ -1,6 +1,7 @@
 """A real engine for the tests: Podman, with a store of its own, serving the Docker API.
 
-Where the kernel, the user or the machine forbids it, the tests skip with the reason.
+Where the kernel, the user or the machine forbids it, the tests skip with the reason. With
+`TEST_CONTAINER_ENGINE=docker` it is Docker, with a store of its own, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import io
 import json
 import logging
 import os
+import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -76,13 +79,18 @@ class Podman:
     """A Podman of the tests' own in `folder`, and its service.
 
     Attributes:
+        programs: What it needs of the machine.
+        ending: The signal that ends its service, and leaves its containers.
         socket: Where it serves.
         image: An image that it has.
         registry: A port, bound and not served, from which it pulls without TLS.
     """
 
+    programs = ("podman", "runc", "busybox")
+    ending = signal.SIGKILL
+
     def __init__(self, folder: Path) -> None:
-        self.socket = str(folder / "podman.sock")
+        self.socket = str(folder / "engine.sock")
         self.image = IMAGE
         self.registry = socket.create_server(("127.0.0.1", 0))
         self._folder = folder
@@ -108,64 +116,92 @@ class Podman:
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"podman {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
+            pytest.skip(f"{self.programs[0]} {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
         return done.stdout.decode().strip()
 
     def start(self) -> None:
         """Start the service and wait until it answers."""
-        command = [*self._command, "system", "service", "--time", "300", f"unix://{self.socket}"]
         with (self._folder / "service.log").open("ab") as log:
             self._service = subprocess.Popen(  # noqa: S603 - our own words
-                command, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+                self._serving, cwd=self._folder, env=self._environment, stdout=log, stderr=log
             )
         until = time.monotonic() + SECONDS
         while not Path(self.socket).is_socket():
             if self._service.poll() is not None or time.monotonic() > until:
-                pytest.skip(f"podman: {(self._folder / 'service.log').read_text()[-500:]}")
+                pytest.skip(
+                    f"{self.programs[0]}: {(self._folder / 'service.log').read_text()[-500:]}"
+                )
             time.sleep(0.02)
 
     def stop(self) -> None:
         """End the service, by its id; containers run on."""
         if self._service is not None:
-            self._service.kill()
+            self._service.send_signal(self.ending)
             self._service.wait()
             self._service = None
         Path(self.socket).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End everything."""
+        self.stop()
+        self.registry.close()
 
     @property
     def _command(self) -> list[str]:
         places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
         return ["podman", *places, "--storage-driver=vfs"]
 
+    @property
+    def _serving(self) -> list[str]:
+        # It ends by itself when nobody asks it anything: a killed test cannot end it.
+        return [*self._command, "system", "service", "--time=300", f"unix://{self.socket}"]
+
+
+class Docker(Podman):
+    """A Docker of the tests' own. Its containers, too, outlive its service."""
+
+    programs = ("docker", "dockerd", "busybox")
+    ending = signal.SIGTERM
+
+    @property
+    def _command(self) -> list[str]:
+        return ["docker", "--host", f"unix://{self.socket}"]
+
+    @property
+    def _serving(self) -> list[str]:
+        places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
+        return [
+            *("dockerd", "--host", f"unix://{self.socket}", "--live-restore"),
+            *(f"--{name}={self._folder / place}" for name, place in places.items()),
+            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--bridge=none"),
+            *("--storage-driver=vfs", "--default-ulimit=nofile=1024:1024"),
+        ]
+
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
     """Podman with an image of busybox, shown to run a container."""
-    programs = {name: shutil.which(name) for name in ("podman", "runc", "busybox")}
-    missing = [name for name, path in programs.items() if path is None]
+    engine = Docker if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else Podman
+    missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
         pytest.skip("only root runs containers with limits everywhere")
     folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))  # a socket's path must be short
-    podman = Podman(folder)
+    podman = engine(folder)
     try:
-        podman.run("import", "-", IMAGE, stdin=busybox_root(str(programs["busybox"])))
-        podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         podman.start()
+        podman.run("import", "-", IMAGE, stdin=busybox_root(str(shutil.which("busybox"))))
+        podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
-        podman.stop()
-        podman.run("rm", "--all", "--force", "--time=0")
     finally:
-        podman.stop()
-        podman.registry.close()
+        podman.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 WORKER = """
 import asyncio, json, sys
 from workpool import Settings, Supervisor
-from workpool.testing.changes import Changes
 from workpool_container import Container
 
 settings, options = json.loads(sys.argv[1])
@@ -178,6 +214,7 @@ class Scene:
 
     Attributes:
         options: The plugin's settings, unless a test says otherwise.
+        work_id: The id of an item that the control plane does not have.
         forever: A script that says "ready" and runs until it is asked to end.
     """
 
@@ -188,6 +225,7 @@ class Scene:
         self.faults = faults
         self.log = Log()
         self.docker = docker
+        self.work_id = f"work_{secrets.token_hex(16)}"
         self.forever = FOREVER
         self.recorder = Recorder()
         self.options: dict[str, Any] = {
@@ -317,12 +355,12 @@ class Log(logging.Handler):
 
 
 @pytest.fixture
-async def docker(podman: Podman) -> AsyncIterator[aiodocker.Docker]:
+async def docker(podman: Podman, engine: Engine) -> AsyncIterator[aiodocker.Docker]:
     """The engine as a bystander sees it; no container is left in it after the test."""
     async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as docker:
         yield docker
         for container in await docker.containers.list(all=True):
-            await container.delete(force=True)
+            await engine.remove(container.id)
 
 
 @pytest.fixture

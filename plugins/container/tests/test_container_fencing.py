@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,11 +15,7 @@ from workpool_container.options import Options, specify
 from workpool_container.run import CONTAINER, Run
 
 if TYPE_CHECKING:
-    import aiodocker
-
     from plugins.container.tests.conftest import Scene
-
-WORK_ID = "work_1"
 
 
 class Lease:
@@ -42,7 +37,7 @@ class Worker:
     def __init__(self, scene: Scene, engine: Engine, named: str = "") -> None:
         now = datetime.now(UTC)
         item = WorkItem(
-            id=WORK_ID,
+            id=scene.work_id,
             type="session",
             session_id="sess_1",
             environment_id="env_1",
@@ -66,31 +61,29 @@ class Worker:
         return await Run(self.engine, self.options, self.session).complete()
 
 
-async def containers(docker: aiodocker.Docker) -> dict[str, str]:
+async def containers(scene: Scene) -> dict[str, str]:
     """The states of the item's containers, by id."""
-    filters = json.dumps({"label": [f"workpool.work_id={WORK_ID}"]})
-    listed = await docker.containers.list(all=True, filters=filters)
-    return {each.id: each["State"] for each in listed}
+    return {each.id: each["State"] for each in await scene.containers(scene.work_id)}
 
 
 async def test_a_worker_that_lost_the_lease_leaves_an_adopted_container_alone(
-    scene: Scene, engine: Engine, docker: aiodocker.Docker
+    scene: Scene, engine: Engine
 ) -> None:
     stale = Worker(scene, engine)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(stale.run())
         await scene.says("ready")
-        (container,) = await containers(docker)
+        (container,) = await containers(scene)
         second = group.create_task(Worker(scene, engine, named=container).run())
         await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
 
         stale.lease.remaining = 0.0  # frozen for longer than its lease, it wakes and is told
         first.cancel()
         await asyncio.wait({first})
-        assert await containers(docker) == {container: "running"}
+        assert await containers(scene) == {container: "running"}
 
         second.cancel()
-    assert await containers(docker) == {}
+    assert await containers(scene) == {}
 
 
 @pytest.mark.parametrize("turns", [1, 8])
@@ -98,7 +91,6 @@ async def test_a_worker_that_lost_the_lease_leaves_an_adopted_container_alone(
 async def test_cancelled_at_any_call_leaves_nothing_running(
     scene: Scene,
     engine: Engine,
-    docker: aiodocker.Docker,
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     turns: int,
@@ -121,29 +113,29 @@ async def test_cancelled_at_any_call_leaves_nothing_running(
         await asyncio.wait({task})
     assert task.cancelled()
     # A container that was asked for when the cut came may be there, but is never started.
-    assert set((await containers(docker)).values()) <= {"created"}
+    assert set((await containers(scene)).values()) <= {"created"}
 
 
 async def test_nothing_starts_once_the_lease_is_over(
-    scene: Scene, engine: Engine, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(scene, engine)
     states = []
 
     async def freeze(patch: dict[str, str]) -> None:
-        states.append((await containers(docker))[patch[CONTAINER]])
+        states.append((await containers(scene))[patch[CONTAINER]])
         worker.lease.remaining = 0.0
 
     monkeypatch.setattr(worker.lease, "update_metadata", freeze)
     with pytest.raises(Release):
         await worker.run()
     assert states == ["created"]  # named before it runs
-    assert await containers(docker) == {}
+    assert await containers(scene) == {}
     assert scene.log.lines == []
 
 
 async def test_an_item_that_cannot_name_its_container_is_handed_back(
-    scene: Scene, engine: Engine, docker: aiodocker.Docker, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(scene, engine)
 
@@ -153,28 +145,28 @@ async def test_an_item_that_cannot_name_its_container_is_handed_back(
     monkeypatch.setattr(worker.lease, "update_metadata", fail)
     with pytest.raises(Release):
         await worker.run()
-    assert await containers(docker) == {}
+    assert await containers(scene) == {}
 
 
 @pytest.mark.parametrize("kind", ["never named", "given up", "never started"])
 async def test_a_container_that_does_not_count_is_gone_before_another_starts(
-    scene: Scene, engine: Engine, docker: aiodocker.Docker, kind: str
+    scene: Scene, engine: Engine, kind: str
 ) -> None:
     old = Worker(scene, engine)
-    name = f"workpool-{WORK_ID}-old{ENDED if kind == 'given up' else ''}"
+    name = f"workpool-{scene.work_id}-old{ENDED if kind == 'given up' else ''}"
     left = await engine.create(name, specify(old.options, old.session))
     if kind != "never started":
         await engine.start(left)
-        await scene.until(lambda: _has(docker, left, "running"))
+        await scene.until(lambda: _has(scene, left, "running"))
     worker = Worker(scene, engine, named="" if kind == "never named" else left)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(worker.run())
         await scene.says("ready")
-        (container,) = await containers(docker)
+        (container,) = await containers(scene)
         assert container != left
         assert worker.lease.metadata == {CONTAINER: container}
         task.cancel()
 
 
-async def _has(docker: aiodocker.Docker, container: str, state: str) -> bool:
-    return (await containers(docker)).get(container) == state
+async def _has(scene: Scene, container: str, state: str) -> bool:
+    return (await containers(scene)).get(container) == state

@@ -176,13 +176,23 @@ class Engine:
                 await self._at(container).stop(t=math.ceil(grace))
 
     async def remove(self, container: str) -> None:
-        """Remove it, whatever its state: one that runs is killed. Gone already is as good."""
+        """Remove it and see it gone, whatever its state: one that runs is killed."""
+        with _errors("removing the container"):
+            async with asyncio.timeout(CALL_SECONDS):
+                while True:
+                    if await self._removed(container):
+                        return
+                    await asyncio.sleep(RETRY_SECONDS[0])
+
+    async def _removed(self, container: str) -> bool:
         try:
-            with _errors("removing the container"):
-                await self._at(container).delete(force=True, v=True)
-        except EngineError as error:
-            if not error.absent:
+            await self._at(container).delete(force=True, v=True)
+        except aiodocker.DockerError as error:
+            if error.status == HTTPStatus.CONFLICT:
+                return False  # Docker: somebody's removal, perhaps our own, is in progress
+            if error.status != HTTPStatus.NOT_FOUND:
                 raise
+        return True
 
     async def exit_of(self, container: str) -> int:
         """Wait for its exit status, however long, and through restarts of the engine.
