@@ -1,6 +1,10 @@
 """A scripted session of 30 tool calls through `workpool run`, its worker killed as often as asked.
 
     python plugins/toolset/tests/show.py --kills 20 --seed 1
+    python plugins/toolset/tests/show.py --sleeps 5 --seed 1
+
+`--sleeps` stops workers with SIGSTOP instead, past their lease, and lets them go on once the
+session is over: what they then send for it counts as wrong.
 
 Judged by side effects and by the control plane's own events, never by what the worker says: each
 call is answered exactly once, each command has left its line in the log at most once, and exactly
@@ -16,6 +20,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -24,13 +29,14 @@ from typing import TYPE_CHECKING, Any
 
 from workpool import Settings, WorkClient
 from workpool.server import ControlPlane
-from workpool.testing import expire_lease
+from workpool.testing import Faults, expire_lease
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
 TOKEN = "the-worker's-token-Zx9"  # noqa: S105 - to be looked for in every answer
-BOUND_SECONDS = 600.0
+BOUND_SECONDS = 300.0
+WRITES = {"send", "stop", "update", "heartbeat"}
 UNKNOWN = "its outcome is unknown"
 TOOLS = """
 import os
@@ -89,8 +95,11 @@ COUNTED = {
 class Show:
     """One session, its control plane, and the workers that come and go."""
 
-    def __init__(self, plane: ControlPlane, folder: Path, seed: int) -> None:
+    def __init__(self, plane: ControlPlane, faults: Faults, folder: Path, seed: int) -> None:
         self.plane = plane
+        self.faults = faults
+        self.sleeping = False
+        self.asleep: list[asyncio.subprocess.Process] = []
         self.folder = folder
         self.random = random.Random(seed)  # noqa: S311 - repeatable, not secret
         [self.item] = plane.enqueue(script=SCRIPT)
@@ -124,7 +133,7 @@ class Show:
 
     @contextlib.asynccontextmanager
     async def worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`workpool run toolset`, killed at the end."""
+        """`workpool run toolset`, killed at the end, or once all is over if it is to sleep."""
         environment = {
             name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
         }
@@ -145,9 +154,12 @@ class Show:
         try:
             yield process
         finally:
-            if process.returncode is None:
+            if self.sleeping and not flags:
+                process.send_signal(signal.SIGSTOP)
+                self.asleep.append(process)
+            elif process.returncode is None:
                 process.kill()
-            await process.wait()
+                await process.wait()
 
     async def confirm(self) -> None:
         """The person: answers what is asked, in order."""
@@ -176,8 +188,25 @@ class Show:
                 if self.answered() >= answers or self.over():
                     return
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return self.item.environment_id, self.item.id
+
+    async def wake(self) -> list[str]:
+        """Let the sleeping workers go on and end; what they sent for the session."""
+        before = len(self.faults.seen)
+        for process in self.asleep:
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in self.asleep:
+            status = await process.wait()
+            if status:
+                return [f"a worker that slept ended with {status}"]
+        sent = [request.op for request in self.faults.seen[before:]]
+        return [f"a worker that slept made the call {op}" for op in sent if op in WRITES]
+
     async def play(self, kills: int) -> int:
-        """Run it to its end; how often the worker was killed before."""
+        """Run it to its end; how often the worker was killed, or put to sleep, before."""
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(self.confirm(), name="person")
@@ -188,9 +217,10 @@ class Show:
                 if not self.over():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            async with self.worker("--drain") as process:
-                status = await process.wait()  # `--drain`: ends with the queue
-                assert status == 0, f"the worker ended with {status}"
+            while self.plane.operations.get(*self.place).state != "stopped":
+                async with self.worker("--drain") as process:
+                    status = await process.wait()
+                    assert status == 0, f"the worker ended with {status}"
         return killed
 
     def judge(self) -> tuple[list[str], Counter[str]]:
@@ -227,18 +257,22 @@ class Show:
         return self.folder / "state" / self.item.session_id / "workspace"
 
 
-async def main(kills: int, seed: int, *, quiet: bool) -> int:
+async def main(kills: int, sleeps: int, seed: int, *, quiet: bool) -> int:
     """Play, print, judge."""
     say = sys.stdout.write
     with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
-        async with ControlPlane(tokens={TOKEN: None}) as plane:
-            show = Show(plane, Path(name), seed)
+        faults = Faults()
+        async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
+            show = Show(plane, faults, Path(name), seed)
+            show.sleeping = sleeps > 0
             try:
-                killed = await show.play(kills)
+                killed = await show.play(kills or sleeps)
+                woken = await show.wake()
             except BaseException:
                 say((show.folder / "worker.log").read_text()[-5000:])
                 raise
             wrong, counts = show.judge()
+            wrong += woken
             for event in () if quiet else show.events:
                 told = {key: event[key] for key in event if key not in {"type", "id"}}
                 say(f"{event['type']:24} {json.dumps(told, ensure_ascii=False)[:150]}\n")
@@ -255,7 +289,8 @@ async def main(kills: int, seed: int, *, quiet: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--sleeps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()
-    sys.exit(asyncio.run(main(given.kills, given.seed, quiet=given.quiet)))
+    sys.exit(asyncio.run(main(given.kills, given.sleeps, given.seed, quiet=given.quiet)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,37 +18,85 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "journal.sqlite"
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "journal"
 
 
-async def test_a_call_is_begun_once(path: Path) -> None:
-    async with Journal(path) as journal:
-        assert journal.new
-        assert await journal.begin("a") == "new"
-        assert await journal.begin("b") == "new"
-        assert await journal.begin("a") == "begun"
-        await journal.finish("b", Result.of([{"type": "image", "source": {"data": "é"}}]))
-    async with Journal(path) as journal:
-        assert not journal.new
-        assert await journal.begin("a") == "begun"
-        kept = Result([{"type": "image", "source": {"data": "é"}}])
-        assert await journal.begin("b") == kept
-        await journal.forget("b")
-        assert await journal.begin("b") == "begun"
-        assert await journal.begin("c") == "new"
+async def opened(folder: Path) -> Journal:
+    journal = Journal(folder)
+    await journal.open()
+    return journal
 
 
-async def test_two_workers_of_one_machine_cannot_begin_the_same_call(path: Path) -> None:
-    async with Journal(path) as one, Journal(path) as other:
-        both = await asyncio.gather(
-            *(journal.begin(f"evt_{n}") for n in range(50) for journal in (one, other))
-        )
-        pairs = zip(both[::2], both[1::2], strict=True)
-        assert {frozenset(map(str, pair)) for pair in pairs} == {frozenset({"new", "begun"})}
+async def test_a_call_is_begun_once(folder: Path) -> None:
+    journal = await opened(folder)
+    assert journal.new
+    assert await journal.begin("a") == "new"
+    assert await journal.begin("b") == "new"
+    assert await journal.begin("a") == "begun"
+    kept = Result([{"type": "image", "source": {"data": "é"}}], is_error=True)
+    await journal.finish("b", kept)
+    journal = await opened(folder)
+    assert not journal.new
+    assert await journal.begin("a") == "begun"
+    assert await journal.begin("b") == kept
+    await journal.forget("b")
+    await journal.forget("unknown")
+    assert await journal.begin("b") == "begun"
+    assert await journal.begin("c") == "new"
 
 
-async def test_closed_it_says_so(path: Path) -> None:
-    journal = Journal(path)
-    with pytest.raises(RuntimeError, match="not open"):
-        await journal.begin("a")
+async def test_two_workers_of_one_machine_cannot_begin_the_same_call(folder: Path) -> None:
+    workers = [await opened(folder), await opened(folder)]
+    both = await asyncio.gather(
+        *(journal.begin(f"evt_{n}") for n in range(50) for journal in workers)
+    )
+    pairs = zip(both[::2], both[1::2], strict=True)
+    assert {frozenset(map(str, pair)) for pair in pairs} == {frozenset({"new", "begun"})}
+
+
+@pytest.mark.parametrize(
+    "call", ["../../evil", "/etc/passwd", "", ".", "a\0b", "é" * 500, "\ud800"]
+)
+async def test_an_id_never_becomes_a_path(folder: Path, call: str) -> None:
+    journal = await opened(folder)
+    assert await journal.begin(call) == "new"
+    assert await journal.begin(call) == "begun"
+    assert [path.parent for path in folder.parent.rglob("*.begun")] == [folder]
+
+
+STOPPED = """
+import asyncio, os, signal, sys
+from workpool_toolset.journal import Journal
+from workpool_toolset.results import Result
+
+async def main():
+    journal = Journal(Path(sys.argv[1]))
+    await journal.open()
+    print("up", flush=True)
+    for number in range(10_000):
+        await journal.begin(f"evt_{number}")
+        await journal.finish(f"evt_{number}", Result.of("x"))
+
+asyncio.run(main())
+"""
+
+
+async def test_a_worker_stopped_in_the_middle_of_a_write_holds_up_nobody(folder: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", STOPPED, str(folder)), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout
+    try:
+        assert await process.stdout.readline() == b"up\n"
+        for number in range(10):
+            os.kill(process.pid, signal.SIGSTOP)
+            async with asyncio.timeout(5):
+                journal = await opened(folder)
+                assert await journal.begin(f"mine_{number}") == "new"
+                await journal.finish(f"mine_{number}", Result.of("x"))
+                assert await journal.begin("evt_0") != "new"
+            os.kill(process.pid, signal.SIGCONT)
+    finally:
+        process.kill()
+        await process.wait()

@@ -78,7 +78,7 @@ async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: 
             {"name": "GLOB", "input": {"pattern": "*"}},
             {"name": "Grep", "input": {"pattern": "ne"}},
             bash("cat a.txt; exit_now() { return 2; }; exit_now"),
-            {"name": "Read", "input": {"file_path": "../../journal.sqlite"}},
+            {"name": "Read", "input": {"file_path": "../journal/x"}},
             {"name": "Read", "input": {}},
             {"name": "weather", "input": {"place": "Oslo"}, "custom": True},
             {"name": "weather", "input": {}, "custom": True},
@@ -93,7 +93,7 @@ async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: 
         ("a.txt\n", False),
         ("a.txt:1:0ne\n", False),
         ("0ne\n\nexit status 2", True),
-        ("../../journal.sqlite: outside the session's working directory", True),
+        ("../journal/x: outside the session's working directory", True),
         ("file_path is missing", True),
         ('{"place": "Oslo", "celsius": 21}', False),
         ("weather: KeyError: 'place'", True),
@@ -207,6 +207,14 @@ async def test_results_that_cannot_be_sent_are_kept_for_later(
     assert log.read_text() == "1\n"
 
 
+async def opened(folder: Path) -> Journal:
+    """The journal of the worker that was there before."""
+    await asyncio.to_thread(folder.mkdir, parents=True)
+    journal = Journal(folder / "journal")
+    await journal.open()
+    return journal
+
+
 async def running(tmp_path: Path, session: str) -> None:
     """Wait until a command of the session has opened the pipe `ready`."""
     workspace = folder_of(tmp_path, session) / "workspace"
@@ -280,9 +288,8 @@ async def test_a_call_of_which_nobody_knows_is_answered_and_not_run(
     [item] = workpool.enqueue(script=[bash("echo 1 >> log"), bash("echo 2 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = folder_of(tmp_path, item.session_id)
-    folder.mkdir(parents=True)
-    async with Journal(folder / "journal.sqlite") as journal:  # the worker that died
-        await journal.begin(call)
+    journal = await opened(folder)
+    await journal.begin(call)  # and then the worker died
     async with workpool.pool(make()):
         await workpool.wait_for(SessionFinished)
     said = answers(workpool.server.events(item.session_id))
@@ -296,10 +303,9 @@ async def test_a_result_that_was_computed_is_sent_and_not_computed_again(
     [item] = workpool.enqueue(script=[bash("echo 1 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = folder_of(tmp_path, item.session_id)
-    folder.mkdir(parents=True)
-    async with Journal(folder / "journal.sqlite") as journal:
-        await journal.begin(call)
-        await journal.finish(call, Result.of("computed before"))
+    journal = await opened(folder)
+    await journal.begin(call)
+    await journal.finish(call, Result.of("computed before"))
     async with workpool.pool(make()):
         await workpool.wait_for(SessionFinished)
     assert answers(workpool.server.events(item.session_id)) == [("computed before", False)]
@@ -314,11 +320,10 @@ async def test_an_interrupt_keeps_a_result_that_was_computed(
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     calls = workpool.server.emit(item.session_id, use, use)
     folder = folder_of(tmp_path, item.session_id)
-    folder.mkdir(parents=True)
-    async with Journal(folder / "journal.sqlite") as journal:
-        for call in calls:
-            await journal.begin(str(call["id"]))
-        await journal.finish(str(calls[1]["id"]), Result.of("computed before"))
+    journal = await opened(folder)
+    for call in calls:
+        await journal.begin(str(call["id"]))
+    await journal.finish(str(calls[1]["id"]), Result.of("computed before"))
     async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
         await client.events(item.session_id).send({"type": "user.interrupt"})
         workpool.server.emit(item.session_id, idle)

@@ -48,7 +48,7 @@ class Toolset:
     isolation: str = "bubblewrap"
     """`bubblewrap`, or `none`: commands may then do all that this worker may."""
     state: str = field(default_factory=_state)
-    """Where workspaces and journals are kept, a directory per session; on a local disk."""
+    """Where workspaces and journals are kept, a directory per session."""
     allowed_roots: Sequence[str] = ()
     """Directories that sessions may read and write besides their own."""
     read_only_roots: Sequence[str] = ()
@@ -99,11 +99,12 @@ class Toolset:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
         folder = self._session_folder(session.id)
         toolbox = self._toolbox(session.id, folder / "workspace", isolation)
-        async with Journal(folder / "journal.sqlite") as journal:
-            try:
-                await Runner(session, toolbox, journal, self.max_idle).run()
-            finally:
-                await toolbox.close()
+        journal = Journal(folder / "journal")
+        await journal.open()
+        try:
+            await Runner(session, toolbox, journal, self.max_idle).run()
+        finally:
+            await toolbox.close()
 
     def _toolbox(self, session: str, workspace: Path, isolation: Isolation) -> Toolbox:
         owner = isolation.owner(session)

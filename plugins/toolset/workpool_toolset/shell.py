@@ -97,7 +97,7 @@ class Shell:
 
     async def close(self) -> None:
         """End the shell with all its processes: asked first, then killed. Safe to repeat."""
-        started, self._started = self._started, None
+        started = self._started
         if started is None:
             return
         try:
@@ -107,6 +107,7 @@ class Shell:
                 _signal(started.process, signal.SIGKILL)
             started.stdin.close()
             started.pipe.close()
+        self._started = None  # not before: what was cancelled here is awaited by the next call
 
     async def _start(self) -> _Started:
         # A pipe of our own: asyncio's would count as open while any child that escaped holds it.
