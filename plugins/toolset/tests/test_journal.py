@@ -66,7 +66,8 @@ async def test_an_id_never_becomes_a_path(folder: Path, call: str) -> None:
 
 
 STOPPED = """
-import asyncio, os, signal, sys
+import asyncio, sys
+from pathlib import Path
 from workpool_toolset.journal import Journal
 from workpool_toolset.results import Result
 
