@@ -288,6 +288,25 @@ async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Rec
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+async def test_a_bug_that_ends_the_pool_is_said_loudly_although_nobody_waits(
+    plane: ControlPlane, make_settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(WorkClient):
+        async def ack(self, *_: Any, **__: Any) -> Any:
+            raise KeyError("a bug")
+
+    plane.enqueue()
+    supervisor = await Supervisor(make_settings(), plugins=[work], connect=Broken).__aenter__()
+    await asyncio.wait({supervisor._task()})
+    assert supervisor.status().reasons[0] == "failed: KeyError"
+    [said] = [record for record in caplog.records if "pool failed" in record.message]
+    assert said.levelname == "CRITICAL"
+    assert said.exc_info is not None
+    assert isinstance(said.exc_info[1], KeyError)
+    with pytest.raises(KeyError, match="a bug"):
+        await supervisor.__aexit__(None, None, None)
+
+
 # -- ack
 
 ACKS: dict[str, Callable[[], Fault]] = {

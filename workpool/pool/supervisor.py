@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from prometheus_client import CollectorRegistry
 
-from workpool.errors import PluginError, innermost
+from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
@@ -219,8 +219,6 @@ class Supervisor:
         finally:
             self._served.set()
             self._opened.set()
-            if self._error is not None:
-                log.critical("pool failed error=%s", self._error)
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Connections and plugins: what outlives the keeper."""
@@ -320,8 +318,10 @@ class Supervisor:
             log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
-        if not root.cancelled():
-            self._error = self._error or root.exception()
+        self._error = self._error or (None if root.cancelled() else root.exception())
+        if self._error is not None and self._running is not None:  # else the start raises it
+            bug = not isinstance(self._error, WorkpoolError)
+            log.critical("pool failed error=%s", self._error, exc_info=self._error if bug else None)
 
     def _raise_error(self) -> None:
         """Raise what ended the pool, if anything did."""
