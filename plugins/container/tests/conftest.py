@@ -194,6 +194,8 @@ def podman() -> Iterator[Podman]:
         podman.run("import", "-", IMAGE, stdin=busybox_root(str(shutil.which("busybox"))))
         podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
+        if left := podman.run("ps", "--all", "--quiet").split():
+            podman.run("rm", "--force", *left)  # a create whose asker was cancelled comes late
     finally:
         podman.close()
         shutil.rmtree(folder, ignore_errors=True)
