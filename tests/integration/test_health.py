@@ -1,0 +1,75 @@
+"""What `/healthz` and `/readyz` answer, asked over a socket while a pool runs (design §6)."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from workpool import Session, Supervisor, handler
+from workpool.events import SessionFinished, SessionStarted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+
+async def ask(supervisor: Supervisor, path: str) -> tuple[int, Any]:
+    url = f"{supervisor.metrics_url}/{path}"
+    async with aiohttp.ClientSession() as http, http.get(url) as response:
+        return response.status, await response.json()
+
+
+async def test_a_full_pool_is_ready_however_old_its_last_poll(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all that it can: nobody should send its work elsewhere, or restart it."""
+    monkeypatch.setattr("workpool.pool.report.POLL_SUCCESS_SECONDS", 0.0)
+    may_end = asyncio.Event()
+
+    @handler
+    async def work(_: Session) -> None:
+        await may_end.wait()
+
+    plane.enqueue()
+    async with make_pool(work, concurrency=1, metrics_listen="127.0.0.1:0") as supervisor:
+        await recorder.wait_for(SessionStarted)
+        assert await ask(supervisor, "readyz") == (200, {"status": "ready"})
+        may_end.set()
+        await recorder.wait_for(SessionFinished)
+        reasons = ["no successful poll in the last 0 s"]
+        assert await ask(supervisor, "readyz") == (503, {"status": "unready", "reasons": reasons})
+        assert await ask(supervisor, "healthz") == (200, {"status": "healthy"})
+
+
+async def test_a_loop_blocked_for_max_block_is_unhealthy(
+    plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> None:
+    given_up, may_end = threading.Event(), threading.Event()
+
+    @handler
+    async def work(_: Session) -> None:
+        may_end.wait(50)  # not awaited: nothing else runs on this loop
+
+    plane.enqueue()
+    settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")
+    supervisor = Supervisor(settings, plugins=[work])
+    supervisor.on_blocked = given_up.set
+    async with asyncio.TaskGroup() as group:
+        try:
+            group.create_task(asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True)))
+            assert await asyncio.to_thread(given_up.wait, 40)
+            status, told = await ask(supervisor, "healthz")
+        finally:
+            may_end.set()
+    assert (status, told["status"]) == (503, "unhealthy")
+    assert told["reasons"] == [
+        "the handlers' event loop has been blocked for longer than max_block"
+    ]
