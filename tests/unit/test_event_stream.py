@@ -206,6 +206,10 @@ DEEDS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent", "cu
 @example(
     deeds=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
 )
+# And one who looks up for moments only:
+@example(
+    deeds=["fine", "fine", "silent"], pauses=[7.0] * 3, patience=0.4, resumes=True, replays=False
+)
 def test_whatever_breaks_every_event_comes_once_and_in_order(
     deeds: Sequence[str], pauses: Sequence[float], patience: float, *, resumes: bool, replays: bool
 ) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 import pytest
+from pydantic import SecretStr
 
 from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
 from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
 from workpool.wire import calls, event_stream
 from workpool.wire.client import WorkClient
+from workpool.wire.event_calls import Unguarded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
     from aiohttp import web
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.wire.event_calls import Event
     from workpool.wire.event_stream import EventStream
+
+T = TypeVar("T")
 
 BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
@@ -208,6 +213,53 @@ async def test_a_message_is_never_taken_for_one_that_was_said_before(
         await qoder.events(session_id).send(MESSAGE)
 
 
+class Impatient(Unguarded):
+    """Gives up on a call that is not answered at once, and makes it again."""
+
+    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                return await call()
+        return await call()
+
+
+async def test_a_message_without_an_answer_is_not_said_again_and_a_result_is(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
+) -> None:
+    session_id = scripted(plane, BASH)
+    hold = Hold(applied=True)
+    faults.add(hold, "send", times=2)
+    events = qoder.events(session_id, guard=Impatient())
+    with pytest.raises(TransientError) as caught:
+        await events.send(MESSAGE)
+    assert caught.value.reason == "timeout"
+    assert len(faults.of("send")) == 1
+    (stored,) = await events.send(result(open_use(plane, session_id)))
+    assert len(faults.of("send")) == 3
+    assert [event["type"] for event in plane.events(session_id)[3:5]] == [
+        "user.message",
+        "user.tool_result",
+    ]
+    assert stored == plane.events(session_id)[4]
+    hold.release()
+
+
+async def test_a_token_of_its_own_is_used_and_not_renewed(
+    plane: ControlPlane, client: WorkClient, faults: Faults
+) -> None:
+    refreshed: list[str] = []
+    client.on_credential_refresh = refreshed.append
+    events = client.events(scripted(plane), token=SecretStr("-".join(("not", "known"))))
+    with pytest.raises(RefusedError) as refused:
+        await events.send(MESSAGE)
+    assert (refused.value.status, len(faults.of("send"))) == (401, 1)
+    async with events.stream() as stream:
+        with pytest.raises(RefusedError):
+            await anext(stream)
+    assert refreshed == []
+    assert await client.stats()
+
+
 # -- follow ------------------------------------------------------------------------------------
 
 
@@ -345,9 +397,8 @@ async def test_a_stream_that_is_silent_is_begun_again(
 
 
 async def test_without_keep_alives_a_stream_is_begun_again(
-    plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
-    monkeypatch.setattr(event_stream, "_PATIENCE_SECONDS", 0.0)
     session_id = scripted(plane)
     async with qoder.events(session_id).stream(stall_seconds=0.05) as stream:
         await read(stream, 4)

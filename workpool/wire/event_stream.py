@@ -33,8 +33,6 @@ BACKOFF_SECONDS: Final = 0.5
 BACKOFF_CAP_SECONDS: Final = 10.0
 STALL_SECONDS: Final = 4.5 * KEEP_ALIVE_SECONDS
 """A stream that is silent for so long, keep-alives included, is taken for broken."""
-_PATIENCE_SECONDS: Final = 1.0
-"""Waited at least: a reader who was busy meanwhile finds what came when it looks."""
 _LAST: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
 
 
@@ -146,9 +144,11 @@ class EventStream:
 
     async def _read_live(self, stream: OpenStream) -> None:
         clock = asyncio.get_running_loop().time
-        patience = self._stall_seconds - (clock() - self._heard_at)
+        # Not since this wait began: a reader who never waits for long would never notice. One who
+        # was busy for long finds what came meanwhile without waiting, keep-alives at least.
+        patience = self._heard_at + self._stall_seconds - clock()
         try:
-            chunk = await self._guard.within(stream.read, max(_PATIENCE_SECONDS, patience))
+            chunk = await self._guard.within(stream.read, max(0.0, patience))
         except TimeoutError:
             raise TransientError("stream", None, "silent for too long", reason="timeout") from None
         if not chunk:
