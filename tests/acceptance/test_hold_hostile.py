@@ -135,7 +135,6 @@ async def test_a_handover_is_no_overlap_in_the_control_planes_summary() -> None:
         assert plane.summary().overlapping == 0
 
 
-@pytest.mark.xfail(strict=False, reason="taken for a child's")
 async def test_a_first_beat_for_anothers_ack_is_an_overlap_all_the_same() -> None:
     """Only a child knows its parent's last heartbeat; that there was none, anybody can say."""
     async with ControlPlane() as plane:

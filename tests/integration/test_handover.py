@@ -6,6 +6,7 @@ In virtual time; the child is a second client of the same control plane.
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import LeaseLost, SessionEnded, Settings, handler
-from workpool.errors import HandoverError, PreconditionError
+from workpool.errors import HandoverError, PreconditionError, TransientError
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
+from workpool.pool.hold import Hold
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
@@ -35,6 +37,10 @@ BOUND = 60 - 6 - 15
 """When an item of the usual 60 s is taken back: a quarter of it before it would be given up."""
 
 
+class LoopHold(LoopSupervisor, Hold):
+    """The child's side in virtual time."""
+
+
 class Scene:
     """A pool with one session, a child, and what was sent.
 
@@ -53,6 +59,7 @@ class Scene:
         self.recorder = Recorder()
         self.sent: list[tuple[float, str]] = []
         self.lease: HandedLease
+        self.outcome = ""
         self._children: list[asyncio.Task[None]] = []
         self._script = Script(**troubles)
         (item,) = self.operations.enqueue(ENVIRONMENT)
@@ -492,3 +499,65 @@ async def test_an_item_that_is_queued_again_without_a_childs_beat_is_lost() -> N
 
     assert await scene.run(play, reclaim_older_than_ms=60_000) == "lease_lost"
     assert scene.recorder.of(ItemReclaimed)[0].stage == "run"
+
+
+# The child's side. The rest is the pool's own, and tests of `workpool hold` run it.
+
+
+async def held(scene: Scene, **troubles: list[Trouble | None]) -> tuple[LoopHold, list[str]]:
+    """Hand the item over to a holder whose calls meet this; the holder, and its outcomes."""
+
+    @handler
+    async def program(session: Session) -> None:
+        await session.update_metadata({"by": "child"})
+
+    recorder = Recorder()
+    settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
+    connect = partial(LocalClient, scene.operations, troubles=Script(**troubles))
+
+    async def play(session: Session) -> None:
+        async with session.handover() as scene.lease:
+            scene.group.create_task(wait())
+
+    async def wait() -> None:
+        lease = scene.lease
+        child = LoopHold(
+            settings,
+            lease.work_id,
+            lease.last_heartbeat,
+            plugins=[program, recorder],
+            connect=connect,
+        )
+        children.append(child)
+        with suppress(TransientError):
+            await child.run()
+
+    children: list[LoopHold] = []
+    scene.outcome = await scene.run(play, reclaim_older_than_ms=600_000)
+    return children[0], [event.outcome for event in recorder.of(SessionFinished)]
+
+
+@in_virtual_time
+async def test_a_child_tries_again_while_its_parent_waits() -> None:
+    scene = Scene()
+    trouble = [Trouble(answer=503, applied=False), GARBLED]
+    _, outcomes = await held(scene, get=[*trouble], heartbeat=[Trouble(answer=429, applied=False)])
+    assert (scene.outcome, outcomes) == ("detached", ["completed"])
+    assert dict(scene.item.metadata) == {"by": "child"}
+
+
+@in_virtual_time
+async def test_a_child_that_cannot_read_its_item_leaves_it_to_the_parent() -> None:
+    scene = Scene()
+    child, outcomes = await held(scene, get=[UNSENT] * 99)
+    assert (scene.outcome, outcomes) == ("failed", [])
+    assert child.status().error is not None
+
+
+@in_virtual_time
+async def test_in_doubt_a_child_leaves_the_item_alone() -> None:
+    """Its first beat was applied and its answer lost: or was that its parent's?"""
+    scene = Scene()
+    _, outcomes = await held(scene, heartbeat=[GARBLED])
+    assert (scene.outcome, outcomes) == ("detached", ["detached"])
+    assert scene.item.metadata == {}

@@ -146,6 +146,4 @@ def _surroundings(session: Session) -> dict[str, str]:
 
 
 def _text_of(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    return f"killed by {signal.Signals(-status).name}"
+    return f"exit status {status}" if status >= 0 else f"killed by signal {-status}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
+from workpool.wire.protocol import NO_HEARTBEAT
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -49,6 +51,11 @@ class Record(NamedTuple):
     state: State
     lease_end: float | None = None
     op: str | None = None
+
+
+def op_of_beat(expected: str | None) -> str | None:
+    """The `op` of a heartbeat's record: anybody can say that there was none before it."""
+    return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
 class History:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workpool.server import rules
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
 from workpool.server.errors import Refusal
-from workpool.server.history import BLIND, History, Record
+from workpool.server.history import History, Record, op_of_beat
 from workpool.server.item import WORK_PREFIX, Ids, Item
 from workpool.server.paging import Page, page_of
 from workpool.server.queue import Queue
@@ -240,7 +240,7 @@ class Operations:
         except Refusal:
             self._record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._apply(queue, beaten, "heartbeat", worker_id, op=None if expected else BLIND)
+        return self._apply(queue, beaten, "heartbeat", worker_id, op=op_of_beat(expected))
 
     def stop(
         self,

@@ -56,7 +56,9 @@ def losses_are_true(case: Case) -> Iterator[str]:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
                 continue
             tenure = case.tenure(node, event.item.id, at)
-            if event.stage != "ack" and tenure is not None and tenure.ended > at:
+            if tenure is None or tenure.usurper is not None or event.stage == "ack":
+                continue
+            if tenure.ended > at:
                 yield f"{node.machine.name}: {tenure.work_id[-6:]} is not lost at {at:.3f}"
 
 

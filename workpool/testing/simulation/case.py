@@ -35,6 +35,8 @@ class Tenure:
         stop_wished: When an operator first asked for its end.
         how: Detached: a child that its worker had started took the item over.
         stopped_by: Who stopped it; None when its lease lapsed.
+        usurper: Who, with a lease that the operator had ended early, repeated its first beat on it:
+            NO_HEARTBEAT names no owner.
     """
 
     work_id: str
@@ -45,6 +47,7 @@ class Tenure:
     how: Literal["lapsed", "stopped", "detached"] | None = None
     stop_wished: float = FOREVER
     stopped_by: str | None = None
+    usurper: str | None = None
 
     def promised(self, at: float) -> float:
         """Until when the lease was to last, by what had been said at that moment."""
@@ -76,7 +79,8 @@ class Case:
 
     def __post_init__(self) -> None:
         """Put everything in order."""
-        self.tenures = _tenures(self.history)
+        children = frozenset(node.worker_id for node in self.trace.nodes if node.child)
+        self.tenures = _tenures(self.history, children)
         self.stopped = {each.work_id: each for each in self.history if each.kind == "stopped"}
         self.stopped |= {
             each.work_id: each
@@ -98,6 +102,12 @@ class Case:
             if tenure.worker_id == node.worker_id and tenure.began <= at:
                 found = tenure
         return found
+
+    def usurped(self, node: Node, work_id: str) -> bool:
+        """Whether the pool's beats went to another's lease, its own having been broken."""
+        tenures = self.tenures.get(work_id, ())
+        usurped = any(tenure.usurper == node.worker_id for tenure in tenures)
+        return usurped and any(broken == work_id for _, broken in self.trace.broken)
 
     def all_tenures(self) -> Iterable[tuple[Node, Tenure]]:
         """Every tenure and whose it was."""
@@ -135,7 +145,7 @@ class Case:
         ) or (tenure.how == "lapsed" and tenure.ended < tenure.last_promise - 0.001)
 
 
-def _tenures(history: Iterable[Record]) -> dict[str, list[Tenure]]:
+def _tenures(history: Iterable[Record], children: frozenset[str]) -> dict[str, list[Tenure]]:
     found: dict[str, list[Tenure]] = defaultdict(list)
     for record in history:
         if record.kind == "acked":
@@ -147,7 +157,10 @@ def _tenures(history: Iterable[Record]) -> dict[str, list[Tenure]]:
         if not tenures or tenures[-1].how is not None:
             continue
         if record.kind == "heartbeat" and record.worker_id != tenures[-1].worker_id:
-            tenures.append(_handed_over(tenures[-1], record))
+            if children & {str(record.worker_id), tenures[-1].worker_id}:
+                tenures.append(_handed_over(tenures[-1], record))
+            else:
+                tenures[-1].usurper = record.worker_id
             continue
         _continue(tenures[-1], record)
     return found

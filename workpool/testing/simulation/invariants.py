@@ -69,7 +69,8 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
             yield f"{_name(run)} started before a beat was answered"
         told = run.obeyed_at
         limit = tenure.promised(told) - GIVE_UP_SECONDS + MARGIN_SECONDS
-        if told > limit and not _just_woken(run.node, told):
+        excused = _just_woken(run.node, told) or case.usurped(run.node, run.work_id)
+        if told > limit and not excused:
             yield f"{_name(run)} ran until {told:.3f}, promised until {limit:.3f}"
 
 
