@@ -104,11 +104,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 async def agents(folder: Path) -> AsyncIterator[Callable[..., Agent]]:
-    """Makes agents without isolation: `agents(roots=…, custom=…, times=…)`."""
+    """Makes agents: `agents(isolation=…, roots=…, custom=…, times=…)`."""
     made: list[Agent] = []
 
-    def make(**options: Any) -> Agent:
-        made.append(agent_of(Bare(), folder, **options))
+    def make(isolation: Isolation = Bare(), **options: Any) -> Agent:  # noqa: B008 - frozen
+        made.append(agent_of(isolation, folder, **options))
         return made[-1]
 
     yield make

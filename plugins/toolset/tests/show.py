@@ -95,10 +95,13 @@ COUNTED = {
 class Show:
     """One session, its control plane, and the workers that come and go."""
 
-    def __init__(self, plane: ControlPlane, faults: Faults, folder: Path, seed: int) -> None:
+    def __init__(
+        self, plane: ControlPlane, faults: Faults, folder: Path, seed: int, *, sleeping: bool
+    ) -> None:
         self.plane = plane
         self.faults = faults
-        self.sleeping = False
+        self.seed = seed
+        self.sleeping = sleeping
         self.asleep: list[asyncio.subprocess.Process] = []
         self.folder = folder
         self.random = random.Random(seed)  # noqa: S311 - repeatable, not secret
@@ -257,33 +260,43 @@ class Show:
         return self.folder / "state" / self.item.session_id / "workspace"
 
 
-async def main(kills: int, sleeps: int, seed: int, *, quiet: bool) -> int:
-    """Play, print, judge."""
+async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
+    """Play sessions, at least one, until the workers were killed so often; print, judge."""
+    left, failed = kills, False
+    while True:
+        with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
+            faults = Faults()
+            async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
+                show = Show(plane, faults, Path(name), seed, sleeping=sleeping)
+                killed, wrong = await one(show, left, quiet=quiet)
+        left, seed, failed = left - killed, seed + 1, failed or bool(wrong)
+        if left <= 0 or failed:
+            return int(failed)
+
+
+async def one(show: Show, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
+    """One session: how often its workers were killed, and what does not hold."""
     say = sys.stdout.write
-    with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
-        faults = Faults()
-        async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
-            show = Show(plane, faults, Path(name), seed)
-            show.sleeping = sleeps > 0
-            try:
-                killed = await show.play(kills or sleeps)
-                woken = await show.wake()
-            except BaseException:
-                say((show.folder / "worker.log").read_text()[-5000:])
-                raise
-            wrong, counts = show.judge()
-            wrong += woken
-            for event in () if quiet else show.events:
-                told = {key: event[key] for key in event if key not in {"type", "id"}}
-                say(f"{event['type']:24} {json.dumps(told, ensure_ascii=False)[:150]}\n")
-            for path in () if quiet else sorted(show.workspace.rglob("*")):
-                if path.is_file():
-                    say(f"{path.relative_to(show.workspace)}: {path.read_text()!r}\n")
+    try:
+        killed = await show.play(kills)
+        wrong = await show.wake()
+    except BaseException:
+        say((show.folder / "worker.log").read_text()[-5000:])
+        raise
+    found, counts = show.judge()
+    wrong += found
+    for event in () if quiet else show.events:
+        told = {key: event[key] for key in event if key not in {"type", "id"}}
+        say(f"{event['type']:24} {json.dumps(told, ensure_ascii=False)[:150]}\n")
+    for path in () if quiet else sorted(show.workspace.rglob("*")):
+        if path.is_file():
+            say(f"{path.relative_to(show.workspace)}: {path.read_text()!r}\n")
     say(
-        f"seed={seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
+        f"seed={show.seed} calls={len(SCRIPT)} killed={killed} own_results={counts['own']}"
         f" unknown={counts['unknown']} denied={counts['denied']} wrong={wrong}\n"
     )
-    return 1 if wrong else 0
+    sys.stdout.flush()
+    return killed, wrong
 
 
 if __name__ == "__main__":
@@ -293,4 +306,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true")
     given = parser.parse_args()
-    sys.exit(asyncio.run(main(given.kills, given.sleeps, given.seed, quiet=given.quiet)))
+    often, sleeping = given.kills or given.sleeps, bool(given.sleeps)
+    sys.exit(asyncio.run(main(often, given.seed, sleeping=sleeping, quiet=given.quiet)))

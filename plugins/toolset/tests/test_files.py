@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from workpool_toolset.workspace import Root
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 async def test_writes_then_reads_what_was_written(bare: Any, folder: Path) -> None:
@@ -165,6 +164,31 @@ async def test_further_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
     assert await agent.says("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
     assert await agent.says("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
     assert not (frozen / "made").exists()
+
+
+async def test_the_root_of_all_is_no_confinement(agents: Any, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("seen")
+    (folder / "link").symlink_to("/")
+    agent = agents(roots=[Root("/", Path("/"))])
+    for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
+        assert await agent.says("read", file_path=path) == "seen"
+
+
+async def test_further_roots_of_a_sandbox(agents: Any, sandbox: Any, tmp_path: Path) -> None:
+    shared, frozen = tmp_path / "shared", tmp_path / "frozen"
+    for path in (shared, frozen):
+        path.mkdir()
+        path.chmod(0o777)
+        (path / "a").write_text("here\n")
+    roots = (Root(str(shared), shared), Root(str(frozen), frozen, writable=False))
+    agent = agents(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
+    assert await agent.says("bash", command=f"cat {shared}/a {frozen}/a") == "here\nhere\n"
+    await agent.says("bash", command=f"echo b > {shared}/b")
+    assert await agent.says("read", file_path=f"{shared}/b") == "b\n"
+    failed = await agent.fails("bash", command=f"echo b > {frozen}/b")
+    assert "Read-only file system" in failed
+    assert await agent.says("grep", pattern="here", path=str(frozen)) == f"{frozen}/a:1:here\n"
+    assert "No such file" in await agent.fails("bash", command=f"cat {tmp_path}/outside")
 
 
 async def test_files_of_a_sandboxed_session_are_its_own(boxed: Any, folder: Path) -> None:

@@ -178,8 +178,7 @@ class Bubblewrap:
                 words += ["--symlink", str(folder.readlink()), str(folder)]
             elif folder.exists():
                 words += ["--ro-bind", str(folder), str(folder)]
-        for path in ("/etc", "/etc/ssl"):  # made on the way, they would be private
-            words += ["--perms", "0755", "--dir", path]
+        words += _open_way("/etc/ssl/certs")
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         size = str(self.limits.memory_mb << 20)
@@ -188,9 +187,16 @@ class Bubblewrap:
         for name in _IN_MEMORY:
             words += [*shared, name]
         words += ["--remount-ro", "/dev"]
-        for root in self.roots:
+        for root in sorted(self.roots, key=lambda root: len(root.shown)):  # inner ones on top
+            words += _open_way(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
         return [*words, "--bind", str(workspace), HOME, "--chdir", "/", "--remount-ro", "/"]
+
+
+def _open_way(path: str) -> list[str]:
+    """The directories on the way to a path, for all to pass: `bwrap` would make them private."""
+    ways = [str(way) for way in reversed(Path(path).parents) if str(way) != "/"]
+    return [word for way in ways for word in ("--perms", "0755", "--dir", way)]
 
 
 async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
