@@ -24,6 +24,9 @@ Outcome = Literal[
 """How a session ended for this pool (design §1, Finish)."""
 
 
+_log = logging.getLogger("workpool.session")
+
+
 class Release(Exception):
     """Raise from a handler to give the item back unfinished.
 
@@ -97,7 +100,6 @@ class Session:
     Attributes:
         item: The item as the acknowledgement returned it.
         redelivered: The item was held before, here or elsewhere: it may have been run before.
-        log: A logger whose records carry the ids of this session.
     """
 
     __slots__ = (
@@ -106,21 +108,23 @@ class Session:
         "_interrupted",
         "_stopping",
         "item",
-        "log",
         "redelivered",
     )
 
     def __init__(self, item: WorkItem, held: Held, *, redelivered: bool) -> None:
         self.item = item
         self.redelivered = redelivered
-        self.log = logging.LoggerAdapter(
-            logging.getLogger("workpool.session"),
-            {"work_id": item.id, "session_id": item.session_id},
-        )
         self._held = held
         self._stopping = False
         self._draining = False
         self._interrupted: asyncio.Event | None = None
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose records carry the ids of this session."""
+        return logging.LoggerAdapter(
+            _log, {"work_id": self.item.id, "session_id": self.item.session_id}
+        )
 
     def __repr__(self) -> str:
         return f"<Session {self.id} of {self.item.id}>"

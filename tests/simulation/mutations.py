@@ -33,7 +33,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no dedupe": [
         Edit("dispatch:Dispatcher", "owned = self.owned.get(item.id)", "owned = None"),
         # Else the second line of defence holds: an item of a session that runs is declined.
-        Edit("dispatch:Dispatcher", "item.session_id in self._sessions.values()", "False"),
+        Edit("dispatch:Dispatcher", "item.session_id in self._taken", "False"),
         Edit(
             "dispatch:Dispatcher",
             "del self.owned[claim.item.id]",
@@ -41,7 +41,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "two items of one session": [
-        Edit("dispatch:Dispatcher", "item.session_id in self._sessions.values()", "False"),
+        Edit("dispatch:Dispatcher", "item.session_id in self._taken", "False"),
     ],
     "412 taken for lost": [
         Edit(

@@ -5,6 +5,7 @@ The meanings are pure functions (design §1, Lease before work; §2, its column)
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -45,6 +46,37 @@ class Pulse(Protocol):
 
     def tell(self, callback: Callable[[], None]) -> None:
         """Run `callback` on the handlers' loop."""
+
+
+class Alarm:
+    """A sleep that may be cut short, on the keeper's loop.
+
+    Each lease has one, so it is small: an `asyncio.Event` and a timeout would take two kilobytes.
+    """
+
+    __slots__ = ("_rung", "_sleeper")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._sleeper: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        """Wake the sleeper; while nobody sleeps, let the next sleep be none."""
+        self._rung = True
+        if self._sleeper is not None and not self._sleeper.done():
+            self._sleeper.set_result(None)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep for so long, unless it has rung or rings."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(max(0.0, seconds), self.ring)
+        try:
+            if not self._rung:
+                self._sleeper = loop.create_future()
+                await self._sleeper
+        finally:
+            timer.cancel()
+            self._rung, self._sleeper = False, None
 
 
 class Retry(NamedTuple):

@@ -109,7 +109,7 @@ class Claim:
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
         self.parts = parts
-        self._changed = asyncio.Event()
+        self._changed: asyncio.Event | None = None  # made by the first who waits; most never do
         self._scopes: set[asyncio.Timeout] = set()
 
     @property
@@ -141,15 +141,17 @@ class Claim:
 
     def wake(self) -> None:
         """Let whoever waits in `until` look again."""
-        self._changed.set()
-        self._changed.clear()
+        if self._changed is not None:
+            self._changed.set()
+            self._changed.clear()
 
     async def until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
         """Wait until a change meets the condition; no longer than so many seconds."""
+        changed = self._changed = self._changed or asyncio.Event()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not met():
-                    await self._changed.wait()
+                    await changed.wait()
 
     def cut_sends(self) -> None:
         """Wait for no answer any more to what was sent for the item, and send none again."""

@@ -55,6 +55,7 @@ class Dispatcher:
         self._acknowledger = Acknowledger(parts)
         self._serving = Serving(parts, handlers)
         self._sessions: dict[str, str] = {}  # by work id, as delivered
+        self._taken: set[str] = set()  # their values, of which there may be ten thousand
         self._busy: Counter[Handler] = Counter()
         self._handed: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
 
@@ -93,6 +94,7 @@ class Dispatcher:
         if handler is not None:
             if item.session_id:  # other types of item may have none
                 self._sessions[item.id] = item.session_id
+                self._taken.add(item.session_id)
             self._busy[handler] += 1
         self._parts.queue.put(claim)
         self._fill()
@@ -120,7 +122,7 @@ class Dispatcher:
         """Ask the plugins; None when the item is left for others."""
         handler = None
         reason: DeclineReason | None = None
-        if item.session_id in self._sessions.values():
+        if item.session_id in self._taken:
             reason = "busy"
         else:
             try:
@@ -186,7 +188,7 @@ class Dispatcher:
     def _disown(self, claim: Claim) -> None:
         del self.owned[claim.item.id]
         if claim.handler is not None:
-            self._sessions.pop(claim.item.id, None)
+            self._taken.discard(self._sessions.pop(claim.item.id, ""))
             self._busy[claim.handler] -= 1
 
     # Drain.

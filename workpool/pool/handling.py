@@ -66,7 +66,7 @@ class Handling:
                 timers.append(self._later(timeout, claim, Cause.TIMED_OUT))
             if claim.session.stopping:
                 timers.append(self._later(self._stop_grace, claim, Cause.STOP_REQUESTED))
-            await asyncio.wait({running})
+            await ended(running)
         finally:
             del self._timers[claim]
             for timer in timers:
@@ -149,6 +149,18 @@ class Handling:
         log.error(
             "handler failed work_id=%s handler=%s", claim.item.id, claim.label, exc_info=error
         )
+
+
+def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
+    """Done once the task is; cancelling the wait does not cancel it. A lighter `asyncio.wait`."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(_: asyncio.Task[object]) -> None:
+        if not future.done():  # whoever waited has been cancelled
+            future.set_result(None)
+
+    task.add_done_callback(end)
+    return future
 
 
 @asynccontextmanager

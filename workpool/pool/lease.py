@@ -7,17 +7,15 @@ decides which of the two writes what came of it. No beat is sent once the lease 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import threading
-from contextlib import suppress
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from workpool.errors import RefusedError, TransientError
 from workpool.events import HeartbeatFinished
-from workpool.pool.beats import Retry, Sent, expected_by, fate_by, send, verdict_on
+from workpool.pool.beats import Alarm, Retry, Sent, expected_by, fate_by, send, verdict_on
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -29,6 +27,7 @@ from workpool.wire.protocol import (
 )
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from workpool.errors import ControlPlaneError
@@ -67,8 +66,8 @@ class Lease:
     """
 
     __slots__ = (
-        "_expected", "_first", "_first_settled", "_handover", "_lent", "_planned", "_pulse",
-        "_release_ttl", "_renewed_at", "_ttl", "_unanswered", "_wake", "begun", "confirmed",
+        "_alarm", "_expected", "_first", "_first_settled", "_handover", "_lent", "_planned",
+        "_pulse", "_release_ttl", "_renewed_at", "_ttl", "_unanswered", "begun", "confirmed",
         "deadline", "ended", "fate", "item", "on_change", "own_stop", "stop_requested", "task",
     )  # fmt: skip
 
@@ -98,7 +97,7 @@ class Lease:
         self._release_ttl: int | None = None
         self._handover: Handover | None = None
         self._planned = self._renewed_at = pulse.clock()
-        self._wake = asyncio.Event()
+        self._alarm = Alarm()
         self._first: tuple[Heartbeat | ControlPlaneError, Sent] | None = None
         self._first_settled = threading.Lock()
 
@@ -159,7 +158,7 @@ class Lease:
     def beat_now(self) -> None:
         """Do not wait for the next beat's time: there is reason to doubt the lease."""
         self._planned = self._pulse.clock()
-        self._wake.set()
+        self._alarm.ring()
 
     def release(self, delay: float) -> None:
         """Send one last beat that lets the lease lapse after `delay` seconds, then be silent."""
@@ -222,10 +221,7 @@ class Lease:
 
     async def pause(self, seconds: float) -> None:
         """Sleep, unless woken; never past the moment to give up."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, self.give_up_at - self._pulse.clock())):
-                await self._wake.wait()
-        self._wake.clear()
+        await self._alarm.sleep(min(seconds, self.give_up_at - self._pulse.clock()))
 
     async def beat(self) -> bool:
         """Send one beat, again and again, until an answer settles it; False: the lease is over."""
@@ -237,6 +233,7 @@ class Lease:
                 return self.fate == "held"
             if retry.at_once and may_hurry:
                 may_hurry = False  # a control plane that contradicts itself must not spin us
+                self._planned = self._pulse.clock()  # that its answers were slow is no lag of ours
                 continue
             # A Retry-After may take half of the time that is left, so that it leaves another try.
             left = self.give_up_at - self._pulse.clock()
