@@ -215,6 +215,19 @@ async def test_an_item_read_as_stopped_is_our_own_stops_success(bench: type[Benc
 
 
 @in_virtual_time
+async def test_a_beat_at_once_does_not_lag_by_what_the_answers_before_it_took(
+    bench: type[Bench],
+) -> None:
+    slow = Trouble(answer=409, applied=False, back=3)
+    one = bench(heartbeat=[None, slow], get=[Trouble(back=3)])
+    lease = await one.claim()
+    await one.keep(lease, 30)
+    assert one.outcomes() == ["ok", "recovered", "ok"]
+    assert one.times("heartbeat")[2] == one.times("heartbeat")[1] + 6
+    assert max(event.lag_seconds for _, event in one.results) < 0.001
+
+
+@in_virtual_time
 async def test_a_409_for_an_item_that_is_ours_is_followed_by_a_beat_at_once(
     bench: type[Bench],
 ) -> None:
