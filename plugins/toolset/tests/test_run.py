@@ -23,7 +23,7 @@ async def show(*flags: str) -> str:
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(180):
             said, _ = await process.communicate()
     finally:
         if process.returncode is None:
@@ -32,7 +32,9 @@ async def show(*flags: str) -> str:
     return said.decode()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_calls() -> None:
     said = await show()
@@ -40,7 +42,9 @@ async def test_thirty_calls() -> None:
     assert r"notes/plan.txt: 'first\n2nd\n'" in said
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
+@pytest.mark.acceptance
+@pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_calls_of_a_worker_that_is_killed() -> None:
     assert "killed=2 " in await show("--kills", "2", "--seed", "3", "--quiet")

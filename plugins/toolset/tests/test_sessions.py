@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 Event = "Mapping[str, Any]"
 
 
+pytestmark = pytest.mark.timeout(90)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes are started here, which takes its time on a machine that is busy."""
+    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """A toolset without isolation, whose state is the test's own."""
