@@ -383,9 +383,12 @@ async def scene(
     async with ControlPlane(middlewares=[faults.middleware]) as plane:
         scene = Scene(plane, faults, podman, docker)
         log = logging.getLogger("workpool.session")
-        monkeypatch.setattr(log, "level", logging.INFO)
-        monkeypatch.setattr(log, "handlers", [scene.log])
+        level = log.level
+        log.setLevel(logging.INFO)
+        log.addHandler(scene.log)
         yield scene
+        log.removeHandler(scene.log)
+        log.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
