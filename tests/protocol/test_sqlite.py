@@ -200,11 +200,10 @@ async def test_a_second_server_on_one_file_is_refused(path: Path, clock: Clock) 
             await plane_on(path, clock).__aenter__()
 
 
-async def test_wal_and_full_sync(path: Path, clock: Clock) -> None:
-    async with plane_on(path, clock):
-        pass
-    with closing(sqlite3.connect(path)) as connection:
+def test_wal_and_full_sync(path: Path) -> None:
+    with closing(SqliteStore(path)._connect()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 async def test_a_store_that_fails_answers_500_and_nothing_else_from_then_on(
