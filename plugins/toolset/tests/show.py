@@ -66,7 +66,7 @@ SCRIPT: list[dict[str, Any]] = [
     tool("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
     tool("Glob", pattern="**/*.txt"),
     tool("Grep", pattern="2nd|log"),
-    line(7, "cd notes; cat plan.txt; cd ..; "),
+    line(7, "cat notes/plan.txt; "),
     tool("Read", file_path="missing.txt"),  # an error
     tool("Bash", command="echo to stderr >&2; (exit 3)"),  # another
     tool("Bash", command="echo begun; sleep 60", timeout_ms=300),  # a timeout

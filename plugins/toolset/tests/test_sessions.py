@@ -259,6 +259,27 @@ async def test_a_lost_lease_ends_everything_at_once(
     assert not (folder_of(tmp_path, item.session_id) / "workspace/log").exists()
 
 
+async def test_two_workers_that_both_believe_to_hold_a_session_run_no_call_twice(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    lines = [str(number) for number in range(8)]
+    script = [bash("touch ready; sleep 600"), *(bash(f"echo {line} >> log") for line in lines)]
+    [item] = workpool.enqueue(script=script)
+    async with workpool.pool(make(), concurrency=1):
+        await running(tmp_path, item.session_id)
+        expire_lease(workpool.server, item.id)  # of which the first one does not hear
+        async with workpool.pool(make()):
+            await workpool.wait_for(SessionFinished, count=2)
+    said = answers(workpool.server.events(item.session_id))
+    assert len(said) == len(script)
+    assert said[0] == (runner.UNKNOWN, True)
+    log = folder_of(tmp_path, item.session_id) / "workspace/log"
+    done = log.read_text().split() if log.exists() else []
+    assert len(done) == len(set(done))
+    told = [line for line, (_, error) in zip(lines, said[1:], strict=True) if not error]
+    assert set(told) <= set(done)
+
+
 async def test_an_operators_stop_lets_the_running_call_end(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
