@@ -59,6 +59,16 @@ async def test_a_first_beat_whose_answer_was_lost_is_recovered(bench: type[Bench
 
 
 @in_virtual_time
+async def test_a_read_ends_the_doubt_so_that_a_412_after_it_is_a_loss(bench: type[Bench]) -> None:
+    one = bench(heartbeat=[None, UNSENT, answers(412), answers(412)])
+    lease = await one.claim()
+    await one.keep(lease, 60)
+    assert [op for _, op in one.sent] == [*["heartbeat"] * 3, "get", "heartbeat"]
+    assert one.outcomes() == ["ok", "timeout", "recovered", "precondition"]
+    assert (lease.fate, lease.confirmed) == ("lost", True)
+
+
+@in_virtual_time
 async def test_a_later_beat_whose_answer_was_lost_is_recovered(bench: type[Bench]) -> None:
     one = bench(heartbeat=[None, LOST])
     lease = await one.claim()
