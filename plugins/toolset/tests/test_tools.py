@@ -137,6 +137,7 @@ async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(age
     ("given", "problem"),
     [
         ({"isolation": "docker"}, "isolation must be"),
+        ({"state": "/dev/null/x"}, "state /dev/null/x: Not a directory"),
         ({"bash_timeout": 0}, "bash_timeout must be a number above 0"),
         ({"max_idle": "60"}, "max_idle must be a number above 0"),
         ({"max_idle": float("nan")}, "max_idle must be a number above 0"),
@@ -196,6 +197,18 @@ async def test_the_start_says_which_isolation_is_in_force(
     async with workpool.pool(Toolset(state=str(tmp_path / "state"), isolation=isolation)):
         assert f"toolset: isolation is {isolation}" in caplog.text
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_sandbox_that_cannot_be_tried_is_never_done_without(
+    workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("workpool_toolset.plugin.problem", refuse)
+    with pytest.raises(PluginError, match=r"\(Operation not permitted\)"):
+        async with workpool.pool(Toolset(state=str(tmp_path / "state"))):
+            pass
 
 
 async def test_a_sandbox_that_says_nothing_is_given_up(

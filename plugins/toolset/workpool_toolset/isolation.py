@@ -205,6 +205,9 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
     Args:
         sandbox: To be tried.
         folder: Where the sessions' workspaces will be; a directory is made there for the moment.
+
+    Raises:
+        OSError: The directory cannot be made or given away, or no process started.
     """
     for program in (sandbox.program, *([SETPRIV] if sandbox.as_root else [])):
         if shutil.which(program) is None:
@@ -229,6 +232,7 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
         finally:
             if process.returncode is None:
                 process.kill()
+                await process.wait()
         if process.returncode or not (Path(probe) / "works").exists():
             return said.decode(errors="replace").strip() or f"bwrap ended with {process.returncode}"
     return None

@@ -84,7 +84,10 @@ class Toolset:
         """Check the settings, prove the isolation, and say which one is in force."""
         self._check_numbers()
         state = self._folder()
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PluginError(NAME, f"state {state}: {error.strerror}") from error
         token = supervisor.settings.token_file
         self._roots = tuple(self._checked_roots([state, *([Path(token)] if token else [])]))
         self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
@@ -150,7 +153,11 @@ class Toolset:
             file_mb=self.file_mb,
         )
         sandbox = Bubblewrap(limits, self._roots)
-        if found := await problem(sandbox, state):
+        try:
+            found = await problem(sandbox, state)
+        except OSError as error:
+            found = error.strerror or "it cannot be run"
+        if found:
             raise PluginError(
                 NAME, f'bubblewrap does not work here ({found}); isolation = "none" goes without'
             )
