@@ -88,7 +88,7 @@ class Serving:
             self._note_lease(claim)
         if lease.stop_requested:
             claim.session.interrupt(stopping=True)
-        elif self.draining:
+        if self.draining:  # whatever the keeper has learnt since: no handler starts any more
             claim.causes.add(Cause.DRAINED)
 
     async def _count_attempt(self, claim: Claim) -> None:
