@@ -203,13 +203,13 @@ def cut_short(claim: Claim) -> Outcome:
             return TABLE[max(claim.causes)].outcome
         case "lost":
             return "lease_lost"
-        case "detached":
-            return "detached"
     return _lapsed(claim)
 
 
 def _lapsed(claim: Claim) -> Outcome:
     """An item that is stopping when its lease lapses is stopped: nobody gets it any more."""
+    if claim.lease.fate == "detached":
+        return "detached"
     return "stopped" if claim.lease.fate == "stopped" or claim.lease.stop_requested else "released"
 
 
