@@ -74,8 +74,9 @@ from workpool_toolset.results import Result
 async def main():
     journal = Journal(Path(sys.argv[1]))
     await journal.open()
+    await journal.begin("evt_0")
     print("up", flush=True)
-    for number in range(10_000):
+    for number in range(1, 10_000):
         await journal.begin(f"evt_{number}")
         await journal.finish(f"evt_{number}", Result.of("x"))
 
