@@ -288,6 +288,14 @@ async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Rec
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+async def test_of_two_fatal_errors_the_first_is_told(make_pool: Any) -> None:
+    async with make_pool(work) as supervisor:
+        supervisor._fail(PollerError("the cause"))
+        supervisor._fail(PollerError("what followed"))
+        with pytest.raises(PollerError, match="the cause"):
+            await supervisor.wait()
+
+
 async def test_a_bug_that_ends_the_pool_is_said_loudly_although_nobody_waits(
     plane: ControlPlane, make_settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
