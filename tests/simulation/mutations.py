@@ -163,6 +163,25 @@ MUTATIONS: dict[str, list[Edit]] = {
     "a child that does not expect its parent's beat": [
         Edit("dispatch:Dispatcher", "keeper, changed, adopted)", "keeper, changed)"),
     ],
+    "items not counted": [
+        Edit(
+            "dispatch:Dispatcher", "self._parts.observe(ItemClaimed(item, origin, _age(item)))", "0"
+        ),
+    ],
+    "reclaims not counted": [
+        Edit(
+            "dispatch:Dispatcher",
+            'self._parts.observe(ItemReclaimed(item, "gained", "poll"))',
+            "0",
+        ),
+    ],
+    "losses not counted": [
+        Edit("serve:Serving", 'self._parts.observe(ItemReclaimed(claim.item, "lost", stage))', "0"),
+    ],
+    "beats not counted": [Edit("lease:Lease", 'self._observe("ok", sent.lag)', "0")],
+    "requests to stop not counted": [
+        Edit("serve:Serving", "self._parts.observe(StopRequested(claim.item))", "0"),
+    ],
     "sleep not noticed": [
         Edit("keeper:Keeper", "lease.expire()", "pass"),
         Edit("lease:Lease", "self._pulse.clock() < self.deadline", "True"),

@@ -7,21 +7,33 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.events import (
     AckFinished,
+    ItemClaimed,
+    ItemDeclined,
     ItemReclaimed,
     PollFinished,
     SessionFinished,
     SessionStarted,
     StopFinished,
+    StopRequested,
 )
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from workpool.events import Event
     from workpool.testing.simulation.case import Case, Tenure
     from workpool.testing.simulation.trace import Node, Run
 
 _EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
+_COUNTED: Final[Mapping[type[Event], tuple[str, str]]] = {
+    SessionFinished: ("sessions_total", "outcome"),
+    AckFinished: ("acks_total", "result"),
+    StopFinished: ("stops_total", "result"),
+    ItemClaimed: ("items_received_total", "origin"),
+    ItemReclaimed: ("reclaims_total", "direction"),
+}
+"""Which counter an event feeds, and by which of its attributes."""
 GIVE_UP_SECONDS: Final = 4.0
 """Before the lease's end: a tenth of the longest, and what a last try may take."""
 
@@ -145,12 +157,9 @@ def _seen(case: Case) -> Counter[tuple[str, ...]]:
 def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
     for node in case.trace.nodes:
         for _, event in node.events:
-            if isinstance(event, SessionFinished):
-                seen["sessions_total", event.outcome] += 1
-            elif isinstance(event, AckFinished):
-                seen["acks_total", event.result] += 1
-            elif isinstance(event, StopFinished):
-                seen["stops_total", event.result] += 1
+            if type(event) in _COUNTED:
+                name, label = _COUNTED[type(event)]
+                seen[name, getattr(event, label)] += 1
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
             _check_events(case, node, seen)
@@ -166,3 +175,45 @@ def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> Non
     sent = sum(call.node is node and call.op == "poll" for call in case.trace.sent)
     if polls != sent:
         seen[node.machine.name, "polls"] = sent
+
+
+def nothing_goes_uncounted(case: Case) -> Iterator[str]:
+    """7d. What a pool was told, it tells: items, reclaims, beats, requests to stop."""
+    for node in case.trace.nodes:
+        if node.crashed < FOREVER or node.child:
+            continue
+        for what, told, least, most in _tallies(case, node):
+            if not least <= told <= most:
+                yield f"{node.machine.name}: {told} {what}, not {least} to {most}"
+    started = sum(
+        isinstance(event, SessionStarted) for node in case.trace.nodes for _, event in node.events
+    )
+    sent = sum(call.op == "heartbeat" for call in case.trace.sent)
+    if not started <= (beats := case.counted.get(("heartbeats_total", "ok"), 0)) <= sent:
+        yield f"{beats:g} good beats, not {started} to {sent}"
+
+
+def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
+    """What, how often it was told, and the least and the most that is true."""
+    events = [event for _, event in node.events]
+    claimed = [(at, event) for at, event in node.events if isinstance(event, ItemClaimed)]
+    leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
+    brought = [
+        call.answered_at
+        for call in case.trace.sent
+        if call.node is node and call.op == "poll" and call.answer == "ok" and call.told
+    ]
+    yield "items", len(claimed), sum(at < leaving for at in brought), len(brought)
+    declined = {(at, e.item.id) for at, e in node.events if isinstance(e, ItemDeclined)}
+    gained = sum(
+        event.origin != "duplicate" and (at, event.item.id) not in declined
+        for at, event in claimed
+        if event.item.acknowledged_at or event.item.last_heartbeat
+    )
+    reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
+    yield "items gained", reclaims.count("gained"), gained, gained
+    conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)
+    yield "items lost", reclaims.count("lost"), conflicts, FOREVER
+    asked = {e.item.id for e in events if isinstance(e, StopRequested)}
+    confirmed = {e.item.id for e in events if isinstance(e, StopFinished) and e.mode == "confirm"}
+    yield "requests to stop", len(confirmed & asked), len(confirmed), FOREVER

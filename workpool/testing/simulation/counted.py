@@ -16,6 +16,9 @@ _LABEL: Final = {
     "sessions_total": "outcome",
     "acks_total": "result",
     "stops_total": "result",
+    "items_received_total": "origin",
+    "reclaims_total": "direction",
+    "heartbeats_total": "result",
 }
 """By which label each is summed up."""
 

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import PollerRestarted
-from workpool.testing.simulation.agreement import losses_are_true, metrics_agree, outcomes_agree
+from workpool.testing.simulation.agreement import (
+    losses_are_true,
+    metrics_agree,
+    nothing_goes_uncounted,
+    outcomes_agree,
+)
 from workpool.testing.simulation.case import WRITES
 from workpool.testing.simulation.handovers import (
     a_handover_is_silent,
@@ -314,6 +319,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     outcomes_agree,
     losses_are_true,
     metrics_agree,
+    nothing_goes_uncounted,
 )
 
 
