@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -226,9 +228,13 @@ async def opened(folder: Path) -> Journal:
 
 async def running(tmp_path: Path, session: str) -> None:
     """Wait until a command of the session has opened the pipe `ready`."""
-    workspace = folder_of(tmp_path, session) / "workspace"
+    await there(folder_of(tmp_path, session) / "workspace/ready")
+
+
+async def there(file: Path) -> None:
+    """Wait until a command has made the file."""
     async with asyncio.timeout(20):
-        while not (workspace / "ready").exists():  # noqa: ASYNC110 - nobody tells of files
+        while not os.path.lexists(file):  # noqa: ASYNC110 - nobody tells of files
             await asyncio.sleep(0.01)
 
 
@@ -374,6 +380,68 @@ async def test_what_another_machine_may_have_begun_is_not_begun_here(
         await workpool.wait_for(SessionFinished, count=2)
     said = answers(workpool.server.events(item.session_id))
     assert said == [(runner.UNKNOWN, True), ("2\n", False)]
+
+
+async def test_what_was_begun_elsewhere_meanwhile_is_not_begun_here_again(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    """Here, elsewhere, here: this machine's journal is not new, but knows the first call only."""
+    side = tmp_path / "side"
+    ready = [tmp_path / "ready1", tmp_path / "ready2"]
+    script = [
+        bash(f"touch {ready[0]}; sleep 600"),
+        bash(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
+        bash("echo 3"),
+    ]
+    [item] = workpool.enqueue(script=script)
+    for state, begun in zip(("here", "elsewhere"), ready, strict=True):
+        async with workpool.pool(make(state=str(tmp_path / state))) as pool:
+            await there(begun)
+            await pool.drain(timeout=0)
+        expire_lease(workpool.server, item.id)
+    async with workpool.pool(make(state=str(tmp_path / "here"))):
+        await workpool.wait_for(SessionFinished, count=3)
+    said = answers(workpool.server.events(item.session_id))
+    assert said == [(runner.UNKNOWN, True), (runner.UNKNOWN, True), ("3\n", False)]
+    assert side.read_text() == "2\n"
+
+
+async def test_no_call_is_begun_before_the_item_names_the_journal(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    toolset = make()
+    with workpool.faults.add(status(500), "update"):
+        result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
+    assert result.outcome == "released"
+    folder = folder_of(tmp_path, result.item.session_id)
+    assert not (folder / "workspace/log").exists()
+    expire_lease(workpool.server, result.item.id)
+    async with workpool.pool(toolset):
+        await workpool.wait_for(SessionFinished, count=2)
+    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+
+
+async def test_a_full_disk_costs_no_answer_that_was_computed(
+    workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fails(*_: object) -> None:
+        raise full
+
+    monkeypatch.setattr(Journal, "_written", fails)
+    result = await workpool.run_session(make(), script=[bash("echo 1")])
+    assert result.outcome == "released"  # no journal, no call
+    assert answers(result.events) == []
+    monkeypatch.undo()
+    expire_lease(workpool.server, result.item.id)
+
+    monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(Journal, "_finish", fails)
+    async with workpool.pool(make()):
+        await workpool.wait_for(SessionFinished, count=2)
+    assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
 async def test_a_session_that_is_terminated_ends(workpool: Kit, make: Make) -> None:

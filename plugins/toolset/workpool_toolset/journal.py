@@ -30,14 +30,16 @@ class Journal:
 
     Attributes:
         new: Whether the directory was made by `open`.
+        name: Tells this journal from the session's journals on other machines.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.new = False
+        self.name = ""
 
     async def open(self) -> None:
-        """Make the directory, if there is none."""
+        """Make the directory, if there is none, and give it its name."""
         await asyncio.to_thread(self._make)
 
     async def begin(self, call: str) -> Result | Literal["new", "begun"]:
@@ -66,6 +68,14 @@ class Journal:
             self._folder.mkdir(mode=0o700)
             self.new = True
             _sync(self._folder.parent)
+        path = self._folder / "name"
+        if not path.exists():
+            written = self._written(secrets.token_hex(8))
+            with contextlib.suppress(FileExistsError):  # of two at once, one gives it
+                path.hardlink_to(written)
+            written.unlink()
+            _sync(self._folder)
+        self.name = path.read_text()
 
     def _begin(self, call: str) -> Result | Literal["new", "begun"]:
         try:
@@ -80,13 +90,21 @@ class Journal:
         return "new"
 
     def _finish(self, call: str, text: str) -> None:
-        written = self._folder / f"{secrets.token_hex(8)}.tmp"
-        with written.open("x") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        written.rename(self._path(call, "result"))
+        self._written(text).rename(self._path(call, "result"))
         _sync(self._folder)
+
+    def _written(self, text: str) -> Path:
+        """A file that is on disk, to be put in place in one step."""
+        path = self._folder / f"{secrets.token_hex(8)}.tmp"
+        try:
+            with path.open("x") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # a full disk must not keep the half of it as well
+            path.unlink(missing_ok=True)
+            raise
+        return path
 
 
 def _bytes(call: str) -> bytes:

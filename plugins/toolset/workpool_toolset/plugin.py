@@ -15,7 +15,7 @@ from workpool import PluginError, Session, handler, hookimpl
 from workpool_toolset.files import FILE_BYTES
 from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Isolation, Limits, problem
 from workpool_toolset.journal import Journal
-from workpool_toolset.runner import Runner
+from workpool_toolset.runner import Runner, kept
 from workpool_toolset.search import Sandboxed, Search
 from workpool_toolset.shell import Shell
 from workpool_toolset.tools import MARGIN_SECONDS, CustomTool, Times, Toolbox
@@ -100,10 +100,11 @@ class Toolset:
         isolation = self._isolation
         if isolation is None:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
-        folder = self._session_folder(session.id)
+        with kept():
+            folder = self._session_folder(session.id)
+            journal = Journal(folder / "journal")
+            await journal.open()
         toolbox = self._toolbox(session.id, folder / "workspace", isolation)
-        journal = Journal(folder / "journal")
-        await journal.open()
         try:
             await Runner(session, toolbox, journal, self.max_idle).run()
         finally:

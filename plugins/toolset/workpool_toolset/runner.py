@@ -8,6 +8,7 @@ any await, because what was begun and what came of it is in the journal.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -24,6 +25,8 @@ from workpool_toolset.conversation import Conversation, result_for
 from workpool_toolset.results import Result
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from workpool_toolset.journal import Journal
     from workpool_toolset.tools import Toolbox, ToolCall
 
@@ -33,6 +36,9 @@ UNKNOWN: Final = (
 )
 INTERRUPTED: Final = "interrupted by the user"
 REFUSED: Final = "the result was refused by the control plane; it may be too large"
+
+JOURNAL: Final = "workpool.toolset"
+"""The item's metadata that names the journal of whoever runs its calls."""
 
 POST_SECONDS: Final = 300.0
 """How long a result is sent anew before the session is given back, to be sent from the journal."""
@@ -138,14 +144,26 @@ class Runner:
             return None
         if not self._joined:
             self._joined = True
-            await self._distrust()
+            await self._join()
         return self._conversation.next()
 
-    async def _distrust(self) -> None:
-        """Another machine held this session: what it may have begun there is not begun here."""
-        if self._session.redelivered and self._journal.new:
-            for call in self._conversation.runnable():
-                await self._journal.begin(call.id)
+    async def _join(self) -> None:
+        """What another machine may have begun is not begun here; then say that we begin calls.
+
+        In this order: named first, a crash in between would pass the other's calls off as ours.
+        """
+        named, ours = self._session.item.metadata.get(JOURNAL), self._journal.name
+        elsewhere = self._journal.new if named is None else named != ours
+        if self._session.redelivered and elsewhere:
+            with kept():
+                for call in self._conversation.runnable():
+                    await self._journal.begin(call.id)
+        if named == ours:
+            return
+        try:
+            await self._session.update_metadata({JOURNAL: ours})
+        except TransientError as error:
+            raise Release("the item cannot name its journal") from error
 
     async def _wait(self) -> bool:
         """Wait for a change; False when the session was idle for long enough."""
@@ -159,7 +177,8 @@ class Runner:
 
     async def _answer(self, call: ToolCall) -> None:
         self._check_lease()
-        known = await self._journal.begin(call.id)
+        with kept():
+            known = await self._journal.begin(call.id)
         if known != "new":
             self._session.log.info("toolset: %s %s was begun before", call.name, call.id)
         if isinstance(known, Result):
@@ -171,11 +190,17 @@ class Runner:
         else:
             self._check_lease()  # the journal may have taken its time
             result = await self._execute(call)
-            await self._journal.finish(call.id, result)
+            await self._keep(call, result)
         if call.id not in self._conversation.answered:
             await self._post(call, result)
         self._conversation.close(call.id)
         self._noticed()
+
+    async def _keep(self, call: ToolCall, result: Result) -> None:
+        try:
+            await self._journal.finish(call.id, result)
+        except OSError:  # it can be sent all the same; lost in a crash, it is unknown
+            self._session.log.exception("toolset: result of %s not kept", call.id)
 
     def _check_lease(self) -> None:
         if self._session.lease_remaining <= 0:
@@ -237,6 +262,15 @@ class Runner:
     def _denied(self, call: ToolCall) -> None:
         if self._caught_up:  # not again whenever the history is read
             self._session.log.info("toolset: %s %s denied", call.name, call.id)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Give a session back whose journal cannot be written: calls are not executed without one."""
+    try:
+        yield
+    except OSError as error:
+        raise Release(f"the journal cannot be kept: {error.strerror}") from error
 
 
 def _event(call: ToolCall, result: Result) -> dict[str, Any]:
