@@ -234,7 +234,7 @@ async def running(tmp_path: Path, session: str) -> None:
 async def there(file: Path) -> None:
     """Wait until a command has made the file."""
     async with asyncio.timeout(20):
-        while not os.path.lexists(file):  # noqa: ASYNC110 - nobody tells of files
+        while not file.exists():  # noqa: ASYNC110, ASYNC240 - nobody tells of files
             await asyncio.sleep(0.01)
 
 
@@ -407,8 +407,9 @@ async def test_what_was_begun_elsewhere_meanwhile_is_not_begun_here_again(
 
 
 async def test_no_call_is_begun_before_the_item_names_the_journal(
-    workpool: Kit, make: Make, tmp_path: Path
+    workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.2)
     toolset = make()
     with workpool.faults.add(status(500), "update"):
         result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
