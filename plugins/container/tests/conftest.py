@@ -154,7 +154,7 @@ class Podman:
     @property
     def _serving(self) -> list[str]:
         # It ends by itself when nobody asks it anything: a killed test cannot end it.
-        return [*self._command, "system", "service", "--time=300", f"unix://{self.socket}"]
+        return [*self._command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 
 class Docker(Podman):
