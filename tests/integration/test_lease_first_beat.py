@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from workpool import Session, Settings, Supervisor, WorkClient, handler
 from workpool.events import HeartbeatFinished, SessionFinished
 from workpool.testing import Hold, Recorder
@@ -13,11 +15,14 @@ from workpool.testing import Hold, Recorder
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
-
     from workpool.server import ControlPlane
     from workpool.testing import Faults
     from workpool.wire.items import Heartbeat
+
+
+@pytest.fixture(autouse=True)
+def patient_keeper() -> None:
+    """It takes over as soon as it would for a user."""
 
 
 @handler
