@@ -149,6 +149,8 @@ async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(age
         ({"tools": {"a": ""}}, "cannot be loaded"),
         ({"tools": {"a": 3}}, "neither a function nor"),
         ({"allowed_roots": ["/no/such"]}, "root /no/such: not a directory"),
+        ({"state": "/usr/x", "isolation": "bubblewrap"}, "/usr/x: lies in /usr, which sessions"),
+        ({"state": "/etc/ssl/certs/x", "isolation": "bubblewrap"}, "lies in /etc/ssl/certs"),
         ({"read_only_roots": ["/"], "isolation": "bubblewrap"}, "root /: shows "),
     ],
 )
@@ -160,6 +162,19 @@ async def test_a_bad_setting_is_refused_at_start(
         async with workpool.pool(toolset):
             pass
     assert problem in str(caught.value)
+
+
+async def test_a_token_that_every_sandbox_shows_is_refused(
+    workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool_toolset.plugin.VISIBLE", (str(tmp_path / "system"),))
+    (tmp_path / "system").mkdir()
+    (tmp_path / "system/token").write_text("a-token")
+    (tmp_path / "link").symlink_to("system/token")
+    toolset = Toolset(state=str(tmp_path / "state"))
+    with pytest.raises(PluginError, match=r"link: lies in .*system, which sessions may read"):
+        async with workpool.pool(toolset, token=None, token_file=tmp_path / "link"):
+            pass
 
 
 async def test_a_root_that_shows_the_token_is_refused(workpool: Kit, tmp_path: Path) -> None:

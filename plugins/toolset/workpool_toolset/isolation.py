@@ -44,6 +44,9 @@ _ETC: Final = (
     "localtime",
     "ssl/certs",
 )
+_SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
+VISIBLE: Final = (*_SYSTEM, *(f"/etc/{name}" for name in _ETC))
+"""What every sandbox shows of this machine, to read."""
 _IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the sandbox's own
 _NAMESPACES: Final = (
     *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
@@ -172,8 +175,8 @@ class Bubblewrap:
         return _QUIET | kept | inside
 
     def _files(self, workspace: Path) -> list[str]:
-        words = ["--ro-bind", "/usr", "/usr"]
-        for folder in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64")):
+        words: list[str] = []
+        for folder in map(Path, _SYSTEM):
             if folder.is_symlink():
                 words += ["--symlink", str(folder.readlink()), str(folder)]
             elif folder.exists():

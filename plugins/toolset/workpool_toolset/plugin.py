@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool import PluginError, Session, handler, hookimpl
 from workpool_toolset.files import FILE_BYTES
-from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Isolation, Limits, problem
+from workpool_toolset.isolation import BASH, VISIBLE, Bare, Bubblewrap, Isolation, Limits, problem
 from workpool_toolset.journal import Journal
 from workpool_toolset.runner import Runner, kept
 from workpool_toolset.search import Sandboxed, Search
@@ -83,13 +83,14 @@ class Toolset:
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Check the settings, prove the isolation, and say which one is in force."""
         self._check_numbers()
-        state = self._folder()
+        state, token = self._folder(), supervisor.settings.token_file
+        private = [state, *([Path(token)] if token else [])]
+        self._check_hidden(private)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
-        token = supervisor.settings.token_file
-        self._roots = tuple(self._checked_roots([state, *([Path(token)] if token else [])]))
+        self._roots = tuple(self._checked_roots(private))
         self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
         self._isolation = await self._chosen(state)
         yield
@@ -174,6 +175,13 @@ class Toolset:
                 raise PluginError(NAME, f"{name} must be a whole number")
         if self.tool_timeout < self.bash_timeout + MARGIN_SECONDS:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
+
+    def _check_hidden(self, private: Sequence[Path]) -> None:
+        """What is the worker's own must lie where no sandbox shows it."""
+        for path in private if self.isolation != "none" else ():
+            for place in VISIBLE:
+                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
+                    raise PluginError(NAME, f"{path}: lies in {place}, which sessions may read")
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
         """The further roots; sandboxed sessions see none with the token, journals or each other."""
