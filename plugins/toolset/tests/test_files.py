@@ -120,6 +120,18 @@ async def test_what_is_no_text_file_is_refused(bare: Any, folder: Path) -> None:
     assert await bare.says("read", file_path="empty") == "(no output)"
 
 
+async def test_an_edit_cannot_make_more_than_the_worker_has_room_for(
+    bare: Any, folder: Path
+) -> None:
+    (folder / "small").write_text("a" * 250_000)
+    asked = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
+    failed = await bare.fails("edit", **asked, replace_all=True)  # a terabyte
+    assert failed == "small: would be larger than 33554432 characters"
+    assert (folder / "small").stat().st_size == 250_000
+    asked["new_string"] = "bb"
+    assert "replaced 250000" in await bare.says("edit", **asked, replace_all=True)
+
+
 async def test_edits(bare: Any, folder: Path) -> None:
     path = folder / "code.py"
     path.write_text("a = 1\nb = 1\n")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FILE_BYTES: Final = 256 * 1024
 """What `read` and `edit` take of a text file, unless set otherwise."""
 
+EDITED_CHARACTERS: Final = 32 * 1024 * 1024
+"""What an edit may make of a file: `replace_all` could ask for a million times its own size."""
+
 CHUNK_BYTES: Final = 64 * 1024
 IMAGE_BYTES: Final = 5 * 1024 * 1024 * 3 // 4  # 5 MiB of base64
 PDF_BYTES: Final = 20 * 1024 * 1024
@@ -95,6 +98,8 @@ def edit(
             raise ToolError(
                 f"{path}: old_string occurs {count} times; make it unique, or use replace_all"
             )
+        if len(text) + count * (len(new) - len(old)) > EDITED_CHARACTERS:
+            raise ToolError(f"{path}: would be larger than {EDITED_CHARACTERS} characters")
         _replace(spot, path, _bytes(text.replace(old, new)))
     return f"replaced {count} occurrence{'s' if count > 1 else ''} in {path}"
 
