@@ -187,6 +187,30 @@ async def test_a_root_that_shows_the_token_is_refused(workpool: Kit, tmp_path: P
             pass
 
 
+async def test_a_root_whose_way_a_session_could_lead_elsewhere_is_refused(
+    workpool: Kit, tmp_path: Path
+) -> None:
+    """Between the roots `open` and `open/way/deep`, `way` could become a link to anywhere."""
+    deep = tmp_path / "open/way/deep"
+    deep.mkdir(parents=True)
+    ways = [str(tmp_path / "open"), str(tmp_path / "open/way")]
+
+    def toolset(*allowed: str, isolation: str = "none", also: tuple[str, ...] = ()) -> Toolset:
+        return Toolset(
+            isolation=isolation,
+            state=str(tmp_path / "state"),
+            allowed_roots=allowed,
+            read_only_roots=(*also, str(deep)),
+        )
+
+    with pytest.raises(PluginError, match=r"deep: .*way, in root .*open, must be a root, too"):
+        async with workpool.pool(toolset(ways[0], isolation="bubblewrap")):
+            pass
+    for fine in (toolset(*ways), toolset(also=(ways[0],))):
+        async with workpool.pool(fine):
+            pass
+
+
 async def test_a_sandbox_that_does_not_work_is_never_done_without(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

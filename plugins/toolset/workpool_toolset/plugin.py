@@ -91,6 +91,7 @@ class Toolset:
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
         self._roots = tuple(self._checked_roots(private))
+        self._check_nesting()
         self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
         self._isolation = await self._chosen(state)
         yield
@@ -182,6 +183,16 @@ class Toolset:
             for place in VISIBLE:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                     raise PluginError(NAME, f"{path}: lies in {place}, which sessions may read")
+
+    def _check_nesting(self) -> None:
+        """What lies between two roots a session could move away, and put a link in its place."""
+        hosts = {root.host for root in self._roots}
+        for inner in hosts:
+            for outer in (root.host for root in self._roots if root.writable):
+                if outer in inner.parents and inner.parent not in hosts:
+                    raise PluginError(
+                        NAME, f"root {inner}: {inner.parent}, in root {outer}, must be a root, too"
+                    )
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
         """The further roots; sandboxed sessions see none with the token, journals or each other."""
