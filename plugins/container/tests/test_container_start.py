@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from plugins.container.tests.conftest import Podman, Scene
+    from workpool.testing import Kit
 
 
 async def refused(scene: Scene, **options: Any) -> str:
@@ -55,6 +56,21 @@ async def test_an_engine_that_is_absent_ends_the_worker_with_status_2(tmp_path: 
     assert worker.returncode == 2
     assert f"no container engine answers at {tmp_path}/engine.sock" in said.decode()
     assert "systemctl start podman.socket" in said.decode()
+
+
+async def test_a_mount_that_shows_the_token_is_refused(workpool: Kit, tmp_path: Path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets/token").write_text(workpool.server.token or "")
+    (tmp_path / "link").symlink_to("secrets/token")
+    for source in (tmp_path, tmp_path / "secrets", tmp_path / "secrets/token"):
+        plugin = Container(image="any", mounts=[f"{source}:/shown"], socket=str(tmp_path / "none"))
+        with pytest.raises(PluginError, match="shows the token file"):
+            async with workpool.pool(plugin, token=None, token_file=tmp_path / "link"):
+                pass
+    beside = Container(image="any", mounts=[f"{tmp_path}/a:/a"], socket=str(tmp_path / "none"))
+    with pytest.raises(PluginError, match="no container engine answers"):
+        async with workpool.pool(beside, token=None, token_file=tmp_path / "link"):
+            pass
 
 
 async def test_an_image_that_is_absent_is_an_error_at_start(scene: Scene) -> None:

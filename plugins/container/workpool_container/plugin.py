@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workpool import PluginError, Session, Supervisor, WorkClient, handler, hookimpl
@@ -53,6 +55,8 @@ class Container:
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Connect to the engine, and look after leftover containers as long as the pool lives."""
         settings = supervisor.settings
+        if settings.token_file is not None:
+            self._check_mounts(Path(settings.token_file))
         socket = find_socket(self._options.socket)
         async with Engine(socket) as engine, WorkClient(settings) as client:
             await self._check(engine)
@@ -83,6 +87,14 @@ class Container:
             return await Run(self._engine, self._options, session).complete()
         finally:
             self._here.discard(work_id)
+
+    def _check_mounts(self, token_file: Path) -> None:
+        """No container sees the worker's token."""
+        token = Path(os.path.realpath(token_file))
+        for mount in self._options.mounts:
+            source = mount.partition(":")[0]
+            if source.startswith("/") and token.is_relative_to(os.path.realpath(source)):
+                raise PluginError("container", f"mount {mount}: shows the token file {token_file}")
 
     async def _check(self, engine: Engine) -> None:
         """Find the engine and the image.
