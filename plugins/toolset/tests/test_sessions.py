@@ -409,9 +409,9 @@ async def test_what_was_begun_elsewhere_meanwhile_is_not_begun_here_again(
 async def test_no_call_is_begun_before_the_item_names_the_journal(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.2)
+    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.0)
     toolset = make()
-    with workpool.faults.add(status(500), "update"):
+    with workpool.faults.add(status(500), "update", times=1):
         result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
     assert result.outcome == "released"
     folder = folder_of(tmp_path, result.item.session_id)
