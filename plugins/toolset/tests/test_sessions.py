@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool import WorkClient
+from workpool import Session, WorkClient
+from workpool.errors import TransientError
 from workpool.events import SessionFinished
 from workpool.testing import expire_lease, lost, status
 from workpool_toolset import ToolCall, Toolset, runner
@@ -409,9 +410,12 @@ async def test_what_was_begun_elsewhere_meanwhile_is_not_begun_here_again(
 async def test_no_call_is_begun_before_the_item_names_the_journal(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.0)
+    async def update(*_: object) -> None:
+        raise TransientError("update", None, "no answer", reason="network")
+
     toolset = make()
-    with workpool.faults.add(status(500), "update", times=1):
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "update_metadata", update)
         result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])
     assert result.outcome == "released"
     folder = folder_of(tmp_path, result.item.session_id)
