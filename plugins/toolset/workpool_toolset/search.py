@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from workpool_toolset.results import ERROR_CHARACTERS, ToolError
 from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from workpool_toolset.workspace import Spot, Workspace
 
@@ -131,10 +132,9 @@ async def _bounded(
     )
     try:
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
-            found = group.create_task(_start_of(process.stdout, GREP_BYTES), name="found")
+            enough = functools.partial(_kill, process)
+            found = group.create_task(_start_of(process.stdout, GREP_BYTES, enough), name="found")
             said = group.create_task(_start_of(process.stderr, ERROR_CHARACTERS), name="said")
-            if (await found)[1]:
-                _kill(process)
             await process.wait()
     except TimeoutError:
         raise ToolError(f"the search took more than {SEARCH_SECONDS:.0f} s") from None
@@ -142,17 +142,27 @@ async def _bounded(
         _kill(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                await process.wait()
+                await process.communicate()  # `wait` alone would wait for ever on an unread pipe
     text, cut = found.result()
     return process.returncode or 0, text + (CUT if cut else ""), said.result()[0]
 
 
-async def _start_of(stream: asyncio.StreamReader | None, limit: int) -> tuple[str, bool]:
-    """What a stream begins with, in whole lines, and whether there was more."""
+async def _start_of(
+    stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
+) -> tuple[str, bool]:
+    """What a stream begins with, in whole lines, and whether there was more.
+
+    Reads to the end whatever it keeps: on an unread pipe a process stands still, and its end is
+    never told.
+    """
     kept = bytearray()
-    while stream and len(kept) <= limit and (chunk := await stream.read(_CHUNK)):
-        kept += chunk
-    cut = len(kept) > limit
+    cut = False
+    while stream and (chunk := await stream.read(_CHUNK)):
+        if not cut:
+            kept += chunk
+            cut = len(kept) > limit
+            if cut and on_cut is not None:
+                on_cut()
     if cut:
         del kept[kept.rfind(b"\n", 0, limit) + 1 :]
     return kept.decode(errors="replace"), cut
