@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Limits
+from workpool_toolset.shell import Shell, ShellEnded
 
 
 def running(mark: str) -> list[int]:
@@ -205,3 +206,12 @@ def test_each_session_has_a_user_of_its_own() -> None:
     assert len(users) == 200
     assert all(user and 1_900_000_000 <= user[0] < 2_100_000_000 for user in users)
     assert Bubblewrap(Limits(), as_root=False).owner("sess_1") is None
+
+
+async def test_a_shell_is_given_no_command_before_it_was_heard_from(tmp_path: Path) -> None:
+    """Else a sandbox that outlives its worker, killed while it was built, would still run it."""
+    words = ["/bin/bash", "-c", "head -n 2 > said; exit 3"]
+    shell = Shell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
+    with pytest.raises(ShellEnded):
+        await shell.run("touch made")
+    assert (tmp_path / "said").read_text().startswith("eval : </dev/null 2>&1\n")

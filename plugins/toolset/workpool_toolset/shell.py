@@ -79,6 +79,9 @@ class Shell:
         try:
             if self._started is None:
                 self._started = await self._start()
+                # Heard from before it is given anything: a sandbox that is still being built when
+                # its worker is killed may outlive it, and must find no command then, only the end.
+                await self._run(":", self._started)
             return await self._run(command, self._started)
         except BaseException:
             self.ended = True
