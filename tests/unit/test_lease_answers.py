@@ -148,7 +148,7 @@ async def test_a_412_after_a_loss_to_another_is_confirmed_by_reading(bench: type
 
 @in_virtual_time
 async def test_a_reading_that_fails_leaves_the_doubt_to_the_next_beat(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[None, LOST], get=[answers(503), answers(401), UNSENT])
+    one = bench(heartbeat=[None, LOST], get=[answers(503), answers(401), answers(409)])
     lease = await one.claim()
     await one.keep(lease, 3_600)
     assert one.outcomes()[:6] == [
@@ -156,7 +156,7 @@ async def test_a_reading_that_fails_leaves_the_doubt_to_the_next_beat(bench: typ
         "timeout",
         "transient",
         "rejected",
-        "timeout",
+        "rejected",
         "recovered",
     ]
     assert lease.held

@@ -136,6 +136,13 @@ def verdict_on(error: ControlPlaneError, *, doubted: bool) -> Verdict:
     return Verdict("rejected", "confirmed" if error.status == HTTPStatus.NOT_FOUND else "retry")
 
 
+def verdict_on_reading(error: ControlPlaneError) -> Verdict:
+    """Judge an error of reading the item; a 409 or 412 to a GET is a gateway's, and may pass."""
+    if isinstance(error, ConflictError | PreconditionError):
+        return Verdict("rejected", "retry")
+    return verdict_on(error, doubted=True)
+
+
 def fate_by(item: WorkItem, ours: WorkItem, lent: str | None = None) -> Fate:
     """Whose an item is that was just read; `ours`: as our acknowledgement returned it.
 

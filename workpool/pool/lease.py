@@ -13,8 +13,9 @@ import threading
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
-from workpool.errors import RefusedError, TransientError
+from workpool.errors import ControlPlaneError, TransientError
 from workpool.events import HeartbeatFinished
+from workpool.pool import beats
 from workpool.pool.beats import Alarm, Retry, Sent, expected_by, fate_by, send, verdict_on
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from workpool.errors import ControlPlaneError
     from workpool.events import BeatResult
     from workpool.pool.beats import Fate, Pulse, Verdict
     from workpool.pool.calls import Calls
@@ -199,7 +199,7 @@ class Lease:
         """Read whether the child has the item; False: there is no more to wait for."""
         try:
             item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
-        except (TransientError, RefusedError):
+        except ControlPlaneError:
             return True
         fate = self._fate_by(item)
         if fate != "held":
@@ -324,9 +324,9 @@ class Lease:
         """
         try:
             item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
-        except (TransientError, RefusedError) as error:
+        except ControlPlaneError as error:
             self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._heed(verdict_on(error, doubted=True), error, lag)
+            return self._heed(beats.verdict_on_reading(error), error, lag)
         fate = self._fate_by(item)
         self._observe("recovered" if fate == "held" else doubt, lag)
         if fate != "held":
