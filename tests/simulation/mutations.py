@@ -116,7 +116,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "id given up at the cancel": [
         Edit(
             "handling:Handling",
-            "await asyncio.wait({running})",
+            "await ended(running)",
             'lost = asyncio.ensure_future(claim.until(lambda: claim.lease.fate != "held"))\n'
             '        await asyncio.wait({running, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"
