@@ -12,7 +12,8 @@ from workpool_container.run import CONTAINER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from plugins.container.tests.conftest import Podman, Scene
+    from plugins.container.tests.conftest import Scene
+    from plugins.container.tests.engines import Podman
 
 COUNTED = "echo started >> /kept/starts; "
 """Each start of a container leaves a line."""

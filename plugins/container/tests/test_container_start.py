@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from plugins.container.tests.conftest import Podman, Scene
+    from plugins.container.tests.conftest import Scene
+    from plugins.container.tests.engines import Podman
     from workpool.testing import Kit
 
 

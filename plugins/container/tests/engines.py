@@ -1,0 +1,155 @@
+"""Real engines for the tests: Podman, or Docker, each with a store of its own.
+
+Where the kernel, the user or the machine forbids one, what asks for it skips with the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+IMAGE = "localhost/workpool-test:1"
+APPLETS = ("cat", "echo", "env", "grep", "id", "ls", "sh", "sleep", "tail", "touch", "true")
+CONFIGURATION = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+cgroup_manager = "cgroupfs"
+runtime = "runc"
+events_logger = "file"
+"""
+"""Limits that a root without CAP_SYS_RESOURCE may set; nothing of systemd's."""
+SECONDS = 20.0
+"""Bounds every wait."""
+
+
+def busybox_root(program: str) -> bytes:
+    """A root file system with one program, as an archive."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for folder, mode in (("bin", 0o755), ("tmp", 0o1777), ("proc", 0o755), ("etc", 0o755)):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, mode
+            tar.addfile(entry)
+        tar.add(program, "bin/busybox")
+        for applet in APPLETS:
+            link = tarfile.TarInfo(f"bin/{applet}")
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+    return archive.getvalue()
+
+
+class Podman:
+    """A Podman of the tests' own in `folder`, and its service.
+
+    Attributes:
+        programs: What it needs of the machine.
+        ending: The signal that ends its service, and leaves its containers.
+        socket: Where it serves.
+        image: An image that it has.
+        registry: A port, bound and not served, from which it pulls without TLS.
+    """
+
+    programs = ("podman", "runc", "busybox")
+    ending = signal.SIGKILL
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = str(folder / "engine.sock")
+        self.image = IMAGE
+        self.registry = socket.create_server(("127.0.0.1", 0))
+        self._folder = folder
+        self._service: subprocess.Popen[bytes] | None = None
+        (folder / "containers.conf").write_text(CONFIGURATION)
+        port = self.registry.getsockname()[1]
+        (folder / "registries.conf").write_text(
+            f'[[registry]]\nlocation = "localhost:{port}"\ninsecure = true\n'
+        )
+        self._environment = os.environ | {
+            "CONTAINERS_CONF": str(folder / "containers.conf"),
+            "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
+        }
+
+    def run(self, *arguments: str, stdin: bytes = b"") -> str:
+        """Run a command of Podman's; skip the test, saying why, if it fails."""
+        done = subprocess.run(  # noqa: S603 - our own words
+            [*self._command, *arguments],
+            env=self._environment,
+            input=stdin,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"{self.programs[0]} {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
+        return done.stdout.decode().strip()
+
+    def start(self) -> None:
+        """Start the service and wait until it answers."""
+        with (self._folder / "service.log").open("ab") as log:
+            self._service = subprocess.Popen(  # noqa: S603 - our own words
+                self._serving, cwd=self._folder, env=self._environment, stdout=log, stderr=log
+            )
+        until = time.monotonic() + SECONDS
+        while not Path(self.socket).is_socket():
+            if self._service.poll() is not None or time.monotonic() > until:
+                pytest.skip(
+                    f"{self.programs[0]}: {(self._folder / 'service.log').read_text()[-500:]}"
+                )
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the service, by its id; containers run on."""
+        if self._service is not None:
+            self._service.send_signal(self.ending)
+            self._service.wait()
+            self._service = None
+        Path(self.socket).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End everything."""
+        self.stop()
+        self.registry.close()
+
+    @property
+    def _command(self) -> list[str]:
+        places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
+        return ["podman", *places, "--storage-driver=vfs"]
+
+    @property
+    def _serving(self) -> list[str]:
+        # It ends by itself when nobody asks it anything: a killed test cannot end it.
+        return [*self._command, "system", "service", "--time=3600", f"unix://{self.socket}"]
+
+
+class Docker(Podman):
+    """A Docker of the tests' own. Its containers, too, outlive its service."""
+
+    programs = ("docker", "dockerd", "busybox")
+    ending = signal.SIGTERM
+
+    def close(self) -> None:
+        """End everything; what may outlive the service also leaves its store mounted."""
+        super().close()
+        subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - our own words
+
+    @property
+    def _command(self) -> list[str]:
+        return ["docker", "--host", f"unix://{self.socket}"]
+
+    @property
+    def _serving(self) -> list[str]:
+        places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
+        return [
+            *("dockerd", "--host", f"unix://{self.socket}", "--live-restore"),
+            *(f"--{name}={self._folder / place}" for name, place in places.items()),
+            *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--bridge=none"),
+            *("--storage-driver=vfs", "--default-ulimit=nofile=1024:1024"),
+        ]
