@@ -1,7 +1,8 @@
-"""The child's side of a handover: a pool of one item, which a parent has acknowledged.
+"""The child's side of a handoff: a pool of one item, which a parent has acknowledged.
 
-Nothing is polled. The first beat expects the parent's last one, so it takes the item only if the
-parent has not taken it back; the rest is the pool's own: lease, handler, finish, drain.
+Nothing is polled. The first heartbeat expects the parent's last one, so it takes the item only if
+the parent has not taken it back. The rest is the pool's own: lease, handler, completion, drain.
+See docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, TransientError
-from workpool.pool.dispatch import Dispatcher
-from workpool.pool.handling import handler_group
-from workpool.pool.poller import Polling
-from workpool.pool.report import Running
+from workpool.pool.dispatcher import Dispatcher
+from workpool.pool.handler_executor import handler_group
+from workpool.pool.poller_group import PollerGroup
+from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
 from workpool.wire.client import WorkClient
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from workpool.pool.calls import Calls
-    from workpool.pool.parts import Parts
+    from workpool.pool.client import Client
+    from workpool.pool.context import PoolContext
     from workpool.settings import Settings
     from workpool.wire.items import WorkItem
 
@@ -36,12 +37,12 @@ class Hold(Supervisor):
     """A supervisor that runs one item and ends with it.
 
     Args:
-        settings: As a supervisor's; `lease_ttl` is what the beats ask for.
+        settings: As a supervisor's; heartbeats ask for `lease_ttl`.
         work_id: The item.
-        last_heartbeat: Of the parent, as `Session.handover` told it.
-        plugins: Run it and watch it.
+        last_heartbeat: The parent's last one, from `Session.handover`.
+        plugins: Run it and observe it.
         registry: As a supervisor's.
-        connect: Likewise.
+        connect: As a supervisor's.
     """
 
     def __init__(
@@ -52,44 +53,46 @@ class Hold(Supervisor):
         *,
         plugins: Sequence[object] = (),
         registry: CollectorRegistry | None = None,
-        connect: Callable[[Settings], Calls] = WorkClient,
+        connect: Callable[[Settings], Client] = WorkClient,
     ) -> None:
         super().__init__(settings, plugins=plugins, registry=registry, connect=connect)
         self._work_id = work_id
         self._last_heartbeat = last_heartbeat
 
-    async def _serve(self, parts: Parts) -> None:
+    async def _serve(self, context: PoolContext) -> None:
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
-            dispatcher = Dispatcher(parts, working, handlers)
             end = functools.partial(self._drain.begin, self.settings.drain_timeout)
-            polling = Polling(parts, until_empty=False, on_fatal=self._fail, on_empty=end)
-            self._running = Running(parts, dispatcher, polling, [], self._drain)
-            holding = working.create_task(self._hold(parts, dispatcher), name="hold")
+            group = PollerGroup(context, until_empty=False, on_fatal=self._fail, on_empty=end)
+            dispatcher = Dispatcher(context, working, handlers, group.note_ack)
+            self._view = PoolView(context, dispatcher, group, [], self._drain)
+            holding = working.create_task(self._hold(context, dispatcher), name="hold")
             self._opened.set()
             await self._drain.requested.wait()
             holding.cancel()
             dispatcher.drain()
-            self.left_behind = await self._drain.wind_down(parts, dispatcher)
+            self.left_behind = await self._drain.wind_down(context, dispatcher)
 
-    async def _hold(self, parts: Parts, dispatcher: Dispatcher) -> None:
+    async def _hold(self, context: PoolContext, dispatcher: Dispatcher) -> None:
+        ended = asyncio.Event()
+        dispatcher.on_closed = ended.set
         try:
-            item = await self._find(parts)
+            item = await self._find(context)
         except ControlPlaneError as error:
             self._fail(error)
             return
         await dispatcher.adopt(item, self._last_heartbeat)
-        await asyncio.wait(list(dispatcher.tasks))
+        await ended.wait()
         self._drain.begin(self.settings.drain_timeout)
 
-    async def _find(self, parts: Parts) -> WorkItem:
-        """Read the item, again while its parent may wait for our first beat."""
+    async def _find(self, context: PoolContext) -> WorkItem:
+        """Read the item, repeatedly while its parent may wait for our first heartbeat."""
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
-        until = parts.clock() + self.settings.lease_ttl
+        until = context.clock() + self.settings.lease_ttl
         while True:
             try:
-                return await parts.calls.get(self._work_id)
+                return await context.client.get(self._work_id)
             except TransientError as error:
                 delay = max(backoff.next(), error.retry_after or 0.0)
-                if parts.clock() + delay >= until:
+                if context.clock() + delay >= until:
                     raise
             await asyncio.sleep(delay)

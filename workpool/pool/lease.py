@@ -1,26 +1,32 @@
-"""One item's lease: its deadline, its beats, and what their answers mean (design §1, §2).
+"""One item's lease as pure arithmetic: its deadline, its next heartbeat, what an answer means.
 
-`Lease.keep` runs on the keeper's loop, which writes the lease; the handlers' loop reads it before
-every send. Only the first beat is the handlers' loop's (README, D15); a lock that is taken once
-decides which of the two writes what came of it. No beat is sent once the lease is over.
+No clock is read and nothing is awaited in here: every method takes the time. One thread writes a
+lease at a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from
+then on. Any thread may read `status`, `deadline` and the flags.
+See docs/architecture.md, "The arithmetic of a lease".
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import random
-import threading
-from itertools import chain, repeat
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from workpool.errors import ControlPlaneError, TransientError
-from workpool.events import HeartbeatFinished
-from workpool.pool import beats
-from workpool.pool.beats import Alarm, Retry, Sent, expected_by, fate_by, send, verdict_on
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    LeaseLost,
+    PreconditionError,
+    SessionEnded,
+    TransientError,
+)
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     NO_HEARTBEAT,
+    QUEUED,
+    STARTING,
     STOPPED,
     STOPPING,
     TTL_MAX_SECONDS,
@@ -28,25 +34,62 @@ from workpool.wire.protocol import (
 )
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable
-
     from workpool.events import BeatResult
-    from workpool.pool.beats import Fate, Pulse, Verdict
-    from workpool.pool.calls import Calls
-    from workpool.pool.handover import Handover
     from workpool.wire.items import WorkItem
 
-log = logging.getLogger(__name__)
-
 RENEW_PART, JITTER = 3, 0.1
-"""Renewed every third of the TTL, less up to a tenth of that to spread leases taken together."""
-RETRY_PARTS = (60, 30, 15)
-"""A failed beat is tried again after these parts of the TTL, the last one repeating."""
+"""A lease is renewed every third of its TTL, less up to a tenth of that, so that leases that were
+acquired together spread out."""
+RETRY_PARTS: Final = (60, 30, 15)
+"""A failed heartbeat is repeated after these parts of the TTL; the last one repeats."""
 TIMEOUT_PART = 6
-"""A beat waits no longer for its answer than this part of the TTL."""
+"""A heartbeat waits for its answer at most for this part of the TTL."""
 MARGIN_SECONDS, MARGIN_PART = 1.0, 10
-"""The handler is cancelled this long before the deadline, so that it ends before another starts."""
+"""The handler is cancelled this long before the deadline, so that its clean-up ends before another
+worker can start."""
+
+Status = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
+"""held, or final: our own stop was applied; we let it lapse; somebody else stopped the item;
+another worker may have the item; a child process has the item."""
+
+
+class Attempt(NamedTuple):
+    """One heartbeat that is being sent.
+
+    Attributes:
+        at: When it was decided, on the lease clock; the new deadline counts from here.
+        expected: The value of `expected_last_heartbeat`.
+        ttl: The TTL that it asks for, in seconds.
+        timeout: The time to wait for its answer, in seconds.
+        deadline: The lease's deadline when it was decided.
+        lag: Seconds by which it was decided later than planned.
+        last: It lets the lease lapse; no other one follows.
+    """
+
+    at: float
+    expected: str
+    ttl: int
+    timeout: float
+    deadline: float
+    lag: float
+    last: bool
+
+
+class Decision(NamedTuple):
+    """What follows from the answer to a heartbeat, or to a read of the item.
+
+    Attributes:
+        then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
+            `read`: read the item to find out whose it is. `over`: the lease has ended.
+        result: How the heartbeat counts, for `read` if the item turns out not to be ours;
+            None: not at all.
+    """
+
+    then: Literal["held", "again", "read", "over"]
+    result: BeatResult | None
+
+
+IGNORED: Final = Decision("over", None)
 
 
 class Lease:
@@ -54,291 +97,306 @@ class Lease:
 
     Attributes:
         item: The item as our acknowledgement returned it.
-        deadline: When it certainly ends, on the lease clock. Written by whoever beats.
-        fate: Written on the keeper only.
-        confirmed: The control plane said that it is lost; else its time ran out. Likewise.
-        begun: The first beat has succeeded. Written by whoever sent it.
-        stop_requested: A beat said that an operator wants an end. Written on the keeper only.
-        own_stop: A stop of ours may be applied. Written on the handlers' loop only.
-        ended: Nobody needs it any more: nothing may be sent. Written on the handlers' loop only.
-        on_change: Run on the handlers' loop whenever the above changes. Written there only.
-        task: The one that runs `keep`. Used on the keeper only.
+        deadline: When the lease certainly ends, on the lease clock.
+        due_at: When the next heartbeat is to be sent; infinite while none is to be sent.
+        give_up_at: Latest time for a successful heartbeat; after it the lease is considered lost.
+        ttl: Seconds that the last successful heartbeat was granted.
+        expected: What the next heartbeat must name as the last one.
+        status: Whether it is held, or how it ended.
+        confirmed: The control plane said that the lease is lost; otherwise its time ran out.
+        begun: A heartbeat has succeeded.
+        stop_requested: A heartbeat said that an operator wants the session to end.
+        in_flight: A heartbeat is under way.
+        doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
+            sent until one that was sent later has succeeded; infinite = never. May be written on
+            either thread.
+        own_stop: A stop of ours may have been applied. Written on the handlers' loop only.
+        closed: The session is over, so nothing may be sent. Written on the handlers' loop only.
     """
 
     __slots__ = (
-        "_alarm", "_expected", "_first", "_first_settled", "_handover", "_lent", "_planned",
-        "_pulse", "_release_ttl", "_renewed_at", "_ttl", "_unanswered", "begun", "confirmed",
-        "deadline", "ended", "fate", "item", "on_change", "own_stop", "stop_requested", "task",
+        "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
+        "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
+        "expected", "give_up_at", "in_flight", "item", "own_stop", "status", "stop_requested", "ttl",
     )  # fmt: skip
 
     def __init__(
         self,
         item: WorkItem,
         acked_at: float,
-        pulse: Pulse,
-        on_change: Callable[[], None],
-        parents_beat: str | None = None,
+        *,
+        ttl: int,
+        request_timeout: float,
+        parents_heartbeat: str | None = None,
     ) -> None:
-        """`acked_at`: when the ack was sent (the first that may be applied), on the lease clock.
+        """Create the lease that an acknowledgement began.
 
-        `parents_beat`: what our first one must expect if a parent has handed the item over.
+        Args:
+            item: As the acknowledgement returned it.
+            acked_at: When the first ack that may have been applied was sent, on the lease clock.
+            ttl: Seconds that our heartbeats ask for.
+            request_timeout: The longest time to wait for an answer, in seconds.
+            parents_heartbeat: What the first heartbeat must expect if a parent handed the item off.
         """
         self.item = item
-        self.deadline = acked_at + ACK_LEASE_SECONDS
-        self.fate: Fate = "held"
-        self.begun = self.confirmed = self.stop_requested = self.own_stop = self.ended = False
-        self.task: asyncio.Task[None] | None = None
-        self._pulse = pulse
-        self.on_change = on_change
-        self._ttl = float(ACK_LEASE_SECONDS)
-        self._expected = parents_beat or NO_HEARTBEAT
-        self._lent = parents_beat is not None  # parent or child, the other may have it
-        self._unanswered = False
+        self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
+        self.due_at = acked_at
+        self.expected = parents_heartbeat or NO_HEARTBEAT
+        self.status: Status = "held"
+        self.confirmed = self.begun = self.stop_requested = False
+        self.in_flight = self.own_stop = self.closed = False
+        self.doubted_at = math.inf
+        self._ttl_asked = ttl
+        self._request_timeout = request_timeout
         self._release_ttl: int | None = None
-        self._handover: Handover | None = None
-        self._planned = self._renewed_at = pulse.clock()
-        self._alarm = Alarm()
-        self._first: tuple[Heartbeat | ControlPlaneError, Sent] | None = None
-        self._first_settled = threading.Lock()
+        self._lent = parents_heartbeat is not None
+        self._unanswered = self._read_twice = False
+        self._failures = 0
 
-    # Read on either thread.
+    # Read on any thread.
 
-    @property
-    def held(self) -> bool:
-        """The item is ours at this instant: nothing may be sent for it otherwise."""
-        return self.fate == "held" and self._pulse.clock() < self.deadline
+    def held(self, now: float) -> bool:
+        """Whether the item is certainly ours at this instant."""
+        return self.status == "held" and now < self.deadline and not self.closed
 
-    @property
-    def settled(self) -> bool:
-        """The first beat has succeeded, or none ever will."""
-        return self.begun or self.fate != "held"
+    def remaining(self, now: float) -> float:
+        """Seconds until the deadline; 0 when the lease is not held."""
+        return max(0.0, self.deadline - now) if self.held(now) else 0.0
 
     @property
-    def remaining(self) -> float:
-        """Seconds until the deadline; 0 when not held."""
-        return max(0.0, self.deadline - self._pulse.clock()) if self.fate == "held" else 0.0
+    def over(self) -> bool:
+        """Whether nobody may or needs to extend it any more."""
+        return self.closed or self.status != "held"
 
-    @property
-    def give_up_at(self) -> float:
-        """When the lease counts as lost for want of a good beat, and the handler is cancelled."""
-        return self.deadline - max(MARGIN_SECONDS, self._ttl / MARGIN_PART)
+    def check(self, now: float) -> None:
+        """Raise unless the item is ours at this instant, so that something may be sent for it.
 
-    # Called on the handlers' loop.
+        Raises:
+            SessionEnded: The session is over, or the item was stopped or handed off.
+            LeaseLost: The lease is not held.
+        """
+        if not self.held(now):
+            ended = self.closed or self.status in {"stopped", "handed_off"}
+            raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
-    def abandon(self) -> None:
-        """The keeper is dead, so nobody renews this lease or writes it: it counts as lost."""
-        self._end("lost")
+    # Written by one thread at a time: the handlers' loop until `begun`, then the lease renewer.
 
-    async def begin(self, calls: Calls) -> bool:
-        """Send the first beat; False when what came of it is for the keeper to settle."""
-        sent = self._depart()
-        try:
-            outcome = await self._send(calls, sent)
-        except Exception:
-            log.exception("first beat crashed work_id=%s", self.item.id)
-            self.take_over()
-            return False
-        if not self._first_settled.acquire(blocking=False):
-            return False  # this loop was blocked, and the keeper has taken over
-        if isinstance(outcome, Heartbeat) and sent.is_plain(outcome, self._pulse.clock()):
-            self._renew(outcome, sent)
-            self.begun = True
-            return True
-        self._first = outcome, sent
-        return False
-
-    # Called on the keeper's loop.
-
-    def take_over(self) -> bool:
-        """Settle the first beat in the place of a blocked loop; False when that has done it."""
-        taken = self._first_settled.acquire(blocking=False)
-        self._unanswered = self._unanswered or taken  # it may have been applied
-        return taken
-
-    def beat_now(self) -> None:
-        """Do not wait for the next beat's time: there is reason to doubt the lease."""
-        self._planned = self._pulse.clock()
-        self._alarm.ring()
-
-    def release(self, delay: float) -> None:
-        """Send one last beat that lets the lease lapse after `delay` seconds, then be silent."""
-        self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
-        self.beat_now()
-
-    def hand_over(self, handover: Handover) -> None:
-        """Beat once more, then be silent, so that a child can take the item."""
-        self._handover = handover
-        self.beat_now()
-
-    def expire(self) -> None:
-        """Give up at once if the time to has come: timers do not run while a machine sleeps."""
-        if self.fate == "held" and self._pulse.clock() >= self.give_up_at:
-            self._end("lost")
-
-    async def keep(self) -> None:
-        """Beat until the lease is over: at once, unless it has begun."""
-        try:
-            held = self.begun or await self.beat()
-            while held:
-                interval = self._ttl / RENEW_PART
-                self._planned = self._renewed_at + interval * (1 - JITTER * random.random())  # noqa: S311 - spreads load, guards nothing
-                await self.pause(self._planned - self._pulse.clock())
-                held = await self.beat()
-                if held and self._handover is not None:
-                    self._lent = True
-                    held = await self._handover.carry_out(self._expected, self._ttl)
-                    self._handover = None
-        except Exception:
-            # A bug here must not leave a handler running on a lease that nobody renews.
-            log.exception("lease crashed work_id=%s", self.item.id)
-            self._end("lost")
-
-    # Called by a handover, between two beats.
-
-    async def look(self) -> bool:
-        """Read whether the child has the item; False: there is no more to wait for."""
-        try:
-            item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
-        except ControlPlaneError:
-            return True
-        fate = self._fate_by(item)
-        if fate != "held":
-            self._end(fate, confirmed=fate == "lost")
-        # An operator who wants an end must not wait for a child that may not come.
-        return fate == "held" and item.state != STOPPING
-
-    # Private to the keeper's loop.
-
-    def _over(self) -> bool:
-        self.expire()
-        return self.ended or self.fate != "held"
-
-    def _end(self, fate: Fate, *, confirmed: bool = False) -> None:
-        if self.fate == "held":
+    def end(self, status: Status, *, confirmed: bool = False) -> None:
+        """End a held lease; one that has ended stays as it is."""
+        if self.status == "held":
             self.confirmed = confirmed
-            self.fate = fate
-            self._pulse.tell(self.on_change)
+            self.due_at = math.inf
+            self.status = status
 
-    async def pause(self, seconds: float) -> None:
-        """Sleep, unless woken; never past the moment to give up."""
-        await self._alarm.sleep(min(seconds, self.give_up_at - self._pulse.clock()))
+    def expire(self, now: float) -> bool:
+        """End the lease when the latest time for a heartbeat has passed; return whether it is over."""
+        if self.status == "held" and now >= self.give_up_at:
+            self.end("lost")
+        return self.over
 
-    async def beat(self) -> bool:
-        """Send one beat, again and again, until an answer settles it; False: the lease is over."""
-        parts = chain(RETRY_PARTS, repeat(RETRY_PARTS[-1]))
-        may_hurry = True
-        while not self._over():
-            retry = await self._attempt() if self._pulse.renewing else Retry()
-            if retry is None:
-                return self.fate == "held"
-            if retry.at_once and may_hurry:
-                may_hurry = False  # a control plane that contradicts itself must not spin us
-                self._planned = self._pulse.clock()  # that its answers were slow is no lag of ours
-                continue
-            # A Retry-After may take half of the time that is left, so that it leaves another try.
-            left = self.give_up_at - self._pulse.clock()
-            delay = max(self._ttl / next(parts), min(retry.at_least, left / 2))
-            self._planned = self._pulse.clock() + delay
-            await self.pause(delay)
-        return False
+    def check_soon(self, now: float) -> None:
+        """Send the next heartbeat now: there is a reason to doubt that the item is ours."""
+        if self.due_at != math.inf:
+            self.due_at = min(self.due_at, now)
 
-    async def _attempt(self) -> Retry | None:
-        """Send one beat; None when its answer settled it."""
-        if self._first is None:
-            sent = self._depart()
-            outcome = await self._send(self._pulse.calls, sent)
+    def release(self, now: float, delay: float) -> None:
+        """Make the next heartbeat the last one: it lets the lease lapse after `delay` seconds."""
+        self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
+        self.due_at = now
+
+    def suspend(self) -> None:
+        """Send no heartbeat until `resume`: a child process may send its own from now on."""
+        self._lent = True
+        self.due_at = math.inf
+
+    def resume(self, now: float) -> None:
+        """Send heartbeats again, the first one now."""
+        self.due_at = now
+
+    def send(self, now: float, planned_at: float) -> Attempt:
+        """Begin a heartbeat; `answered`, `unsent` or `abandoned` must follow."""
+        self.in_flight = True
+        last = self._release_ttl is not None
+        ttl = self._release_ttl or self._ttl_asked
+        # An answer that never comes must leave time for another try.
+        left = self.give_up_at - now
+        timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
+        lag = max(0.0, now - planned_at)
+        attempt = Attempt(now, self.expected, ttl, timeout, self.deadline, lag, last)
+        # It may shorten the lease and its answer be lost: trust no more than we ask for.
+        self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))
+        return attempt
+
+    def unsent(self, attempt: Attempt) -> None:
+        """Record that the attempt never left this machine."""
+        self.in_flight = False
+        self._set_deadline(attempt.deadline, self.ttl)
+
+    def abandoned(self) -> None:
+        """Record that nobody waits for the answer any more: the heartbeat may have been applied."""
+        self.in_flight = False
+        self._unanswered = True
+
+    def answered(
+        self, now: float, attempt: Attempt, outcome: Heartbeat | ControlPlaneError
+    ) -> Decision:
+        """Apply the answer to a heartbeat."""
+        if self.status != "held":
+            decision = IGNORED  # the end was decided while it was under way
+        elif isinstance(outcome, Heartbeat):
+            decision = self._succeeded(now, attempt, outcome)
         else:
-            (outcome, sent), self._first = self._first, None
-        if isinstance(outcome, Heartbeat):
-            return await self._accept(outcome, sent)
-        return await self._failed(outcome, sent)
+            decision = self._failed(now, attempt, outcome)
+        self.in_flight = decision.then == "read"
+        return decision
 
-    def _depart(self) -> Sent:
-        at, ttl = self._pulse.clock(), self._release_ttl or self._pulse.lease_ttl
-        lag, last = max(0.0, at - self._planned), self._release_ttl is not None
-        sent = Sent(at, ttl, self.deadline, lag, last)
-        # It may cut the lease short and its answer be lost: believe in no more than we ask for.
-        self.deadline, self._ttl = min(self.deadline, at + ttl), min(self._ttl, ttl)
-        return sent
+    def read(
+        self, now: float, doubt: BeatResult | None, outcome: WorkItem | ControlPlaneError
+    ) -> Decision:
+        """Apply a read of the item, made because an answer left open whose it is.
 
-    async def _send(self, calls: Calls, sent: Sent) -> Heartbeat | ControlPlaneError:
-        return await send(calls, self.item.id, self._expected, sent.ttl, self._patience())
+        Args:
+            now: The time of the answer.
+            doubt: How the heartbeat counts if the item is not ours.
+            outcome: The item, or why it could not be read.
+        """
+        self.in_flight = False
+        if self.status != "held":
+            return IGNORED
+        if isinstance(outcome, ControlPlaneError):
+            self._unanswered = True  # still in doubt: the next 412 must be read again
+            return self._apply(now, judge_read_error(outcome), outcome)
+        status = self.status_by(outcome)
+        if status != "held":
+            self.end(status, confirmed=status == "lost")
+            return Decision("over", doubt)
+        self._unanswered = False
+        self.expected = _expected_by(outcome)
+        if self._read_twice:
+            self._plan_repeat(now)  # a control plane that contradicts itself must not spin us
+        else:
+            self._read_twice = True
+            self.due_at = now
+        return Decision("again", "recovered")
 
-    def _patience(self) -> float:
-        """How long to wait for an answer: one that never comes must leave time for another try."""
-        left = self.give_up_at - self._pulse.clock()
-        return max(0.001, min(self._pulse.request_timeout, self._ttl / TIMEOUT_PART, left))
+    def status_by(self, item: WorkItem) -> Status:
+        """Return the status that follows from the item as it was just read.
 
-    def _renew(self, beat: Heartbeat, sent: Sent) -> None:
-        self._unanswered = self._lent = False
-        self._expected = beat.last_heartbeat
-        if beat.lease_extended:
-            self._ttl = beat.ttl_seconds
-            self.deadline = sent.at + beat.ttl_seconds
-        self._renewed_at = sent.at
-        self._observe("ok", sent.lag)
+        While `acknowledged_at` is our ack's, no other worker has acknowledged it. During a handoff
+        parent and child expect the same heartbeat; a later one is the child's, or one of ours that
+        was not answered. In doubt it is the other's: two that run one item are worse than none.
+        """
+        if self._lent and item.state == STARTING:
+            return "lost"  # parent and child had it `active`: another worker acknowledged it
+        acked_at = self.item.acknowledged_at
+        ours = acked_at is not None and item.acknowledged_at == acked_at
+        if self._lent and ours and item.last_heartbeat != self.expected:
+            return "handed_off"
+        if item.state == STOPPED:
+            return "finished" if self.own_stop else "stopped"
+        return "held" if ours and item.state != QUEUED else "lost"
 
-    async def _accept(self, beat: Heartbeat, sent: Sent) -> Retry | None:
-        if self._pulse.clock() >= sent.deadline:
-            # Too late: between that deadline and this answer the item may have been another's.
-            self._observe("timeout", sent.lag)
-            self._end("lost")
-            return None
-        if not beat.lease_extended and beat.state != STOPPING:
-            self._unanswered, self._expected = False, beat.last_heartbeat
-            return await self._read("conflict", sent.lag)
-        self._renew(beat, sent)
-        if beat.state == STOPPED:
-            self._end("finished" if self.own_stop else "stopped")
-            return None
-        asked = beat.state == STOPPING and not self.stop_requested and not self.own_stop
-        news = asked or not self.begun
-        self.begun, self.stop_requested = True, self.stop_requested or asked
-        if sent.last:
-            self._end("released")
-        elif news:
-            self._pulse.tell(self.on_change)
-        return None
+    def _succeeded(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> Decision:
+        if now >= attempt.deadline:
+            # Between that deadline and this answer the item may have been another worker's.
+            self.end("lost")
+            return Decision("over", "timeout")
+        if not heartbeat.lease_extended and heartbeat.state != STOPPING:
+            self._unanswered, self.expected = False, heartbeat.last_heartbeat
+            return Decision("read", "conflict")
+        self._extend(attempt, heartbeat)
+        if heartbeat.state == STOPPED:
+            self.end("finished" if self.own_stop else "stopped")
+            return Decision("over", "ok")
+        self.begun = True
+        self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
+        if attempt.last:
+            self.end("released")
+        return Decision("over" if attempt.last else "held", "ok")
 
-    async def _failed(self, error: ControlPlaneError, sent: Sent) -> Retry | None:
+    def _extend(self, attempt: Attempt, heartbeat: Heartbeat) -> None:
+        self.expected = heartbeat.last_heartbeat
+        self._unanswered = self._lent = self._read_twice = False
+        self._failures = 0
+        if attempt.at >= self.doubted_at:
+            self.doubted_at = math.inf
+        if heartbeat.lease_extended:
+            ttl = heartbeat.ttl_seconds
+            self._set_deadline(attempt.at + ttl, ttl)
+        if self._release_ttl is not None and not attempt.last:
+            return  # asked for while this one was under way: it is due already
+        jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
+        self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
+
+    def _failed(self, now: float, attempt: Attempt, error: ControlPlaneError) -> Decision:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
-            self.deadline = sent.deadline  # certainly not applied, so nothing was cut
-        verdict = verdict_on(error, doubted=self._unanswered or self._lent)
-        if verdict.then == "read":
-            return await self._read(verdict.result, sent.lag)
-        return self._heed(verdict, error, sent.lag)
+            self._set_deadline(attempt.deadline, self.ttl)  # certainly not applied: not shortened
+        judgement = judge(error, doubted=self._unanswered or self._lent)
+        if judgement.then == "read":
+            return Decision("read", judgement.result)
+        return self._apply(now, judgement, error)
 
-    def _heed(self, verdict: Verdict, error: ControlPlaneError, lag: float) -> Retry | None:
-        self._observe(verdict.result, lag)
-        if verdict.then == "retry":
-            return Retry(at_least=getattr(error, "retry_after", None) or 0.0)
-        self._end("lost", confirmed=verdict.then == "confirmed")
-        return None
+    def _apply(self, now: float, judgement: Judgement, error: ControlPlaneError) -> Decision:
+        if judgement.then == "repeat":
+            self._plan_repeat(now, getattr(error, "retry_after", None) or 0.0)
+            return Decision("again", judgement.result)
+        self.end("lost", confirmed=judgement.then == "confirmed")
+        return Decision("over", judgement.result)
 
-    async def _read(self, doubt: BeatResult, lag: float) -> Retry | None:
-        """Find out whose the item is, after an answer that leaves it open: ours, beat at once.
+    def _set_deadline(self, deadline: float, ttl: float) -> None:
+        self.deadline, self.ttl = deadline, ttl
+        self.give_up_at = deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)
 
-        `doubt` is what the answer counts as if the item is not ours.
-        """
-        try:
-            item = await self._pulse.calls.get(self.item.id, timeout=self._patience())
-        except ControlPlaneError as error:
-            self._unanswered = True  # still in doubt: the next 412 must be read again
-            return self._heed(beats.verdict_on_reading(error), error, lag)
-        fate = self._fate_by(item)
-        self._observe("recovered" if fate == "held" else doubt, lag)
-        if fate != "held":
-            self._end(fate, confirmed=fate == "lost")
-            return None
-        self._unanswered = False
-        self._expected = expected_by(item)
-        return Retry(at_once=True)
+    def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
+        part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
+        self._failures += 1
+        # A Retry-After may take half of the time that is left, so that it leaves another try.
+        left = self.give_up_at - now
+        self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
-    def _fate_by(self, item: WorkItem) -> Fate:
-        fate = fate_by(item, self.item, self._expected if self._lent else None)
-        return "finished" if fate == "stopped" and self.own_stop else fate
 
-    def _observe(self, result: BeatResult, lag: float) -> None:
-        self._pulse.observe(HeartbeatFinished(self.item, result, lag))
+class Judgement(NamedTuple):
+    """What an error means for a heartbeat.
+
+    Attributes:
+        result: How the heartbeat counts.
+        then: Repeat it while the lease lasts, read the item, or the lease is lost: confirmed by
+            the control plane, or not.
+    """
+
+    result: BeatResult
+    then: Literal["repeat", "read", "lost", "confirmed"]
+
+
+def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
+    """Judge the error of a heartbeat.
+
+    Args:
+        error: The error.
+        doubted: A 412 leaves open whose the item is, as an earlier heartbeat was not answered.
+    """
+    if isinstance(error, TransientError):
+        return Judgement("timeout" if error.reason == "timeout" else "transient", "repeat")
+    if isinstance(error, ConflictError):
+        return Judgement("conflict", "read")
+    if isinstance(error, PreconditionError):
+        return Judgement("precondition", "read" if doubted else "confirmed")
+    if error.status == HTTPStatus.BAD_REQUEST:
+        return Judgement("rejected", "lost")  # our request is wrong, which says nothing of the item
+    # A token, a proxy or a certificate may be mended while the lease lasts.
+    return Judgement("rejected", "confirmed" if error.status == HTTPStatus.NOT_FOUND else "repeat")
+
+
+def judge_read_error(error: ControlPlaneError) -> Judgement:
+    """Judge the error of reading the item; a 409 or 412 to a GET is a gateway's, and may pass."""
+    if isinstance(error, ConflictError | PreconditionError):
+        return Judgement("rejected", "repeat")
+    return judge(error, doubted=True)
+
+
+def _expected_by(item: WorkItem) -> str:
+    # In `starting` the field is a former holder's history.
+    fresh = item.state == STARTING or item.last_heartbeat is None
+    return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

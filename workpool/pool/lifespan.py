@@ -44,17 +44,16 @@ class Lifespan:
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> bool | None:
-        """Leave it, within `CLOSE_SECONDS`."""
+    ) -> None:
+        """Leave it, within `CLOSE_SECONDS`; it cannot swallow an error of the pool."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
                 with self._leaks_named():
-                    return await self._context.__aexit__(kind, error, trace)
+                    await self._context.__aexit__(kind, error, trace)
         except TimeoutError:
             if not scope.expired():
                 raise
             log.exception("plugin did not close plugin=%s", self._plugin)
-            return None
 
     @contextlib.contextmanager
     def _leaks_named(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
-"""The supervisor: one pool's life, from `async with` to nothing left behind (design §1, Drain; §3).
+"""The supervisor: one pool's life, from `async with` until nothing of it is left.
 
-Owns the order in which the parts come and go. One root task holds the task groups, so that a
-caller's cancellation cannot tear them: it becomes a drain, and is raised when that is over.
+Owns the order in which the parts are opened and closed. One root task holds the task groups, so
+that a caller's cancellation cannot break them: it becomes a drain, and is raised after that.
+See docs/architecture.md, "Threads and loops" and "The drain".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import logging
 import secrets
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, ClassVar
 
 from prometheus_client import CollectorRegistry
@@ -19,17 +21,18 @@ from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
-from workpool.pool.clock import lease_clock
-from workpool.pool.dispatch import Dispatcher
+from workpool.pool.clock import lease_clock, wall_clock
+from workpool.pool.context import PoolContext
+from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
-from workpool.pool.handling import handler_group
-from workpool.pool.keeper import Keeper, Watcher
+from workpool.pool.handler_executor import handler_group
+from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.lifespan import Lifespan
-from workpool.pool.parts import Parts
-from workpool.pool.poller import Poller, Polling
+from workpool.pool.poller import Poller
+from workpool.pool.poller_group import PollerGroup
 from workpool.pool.queue import BoundedQueue
-from workpool.pool.report import Running, Status
-from workpool.pool.stats import read_stats
+from workpool.pool.remote_stats import read_remote_stats
+from workpool.pool.status import PoolView, Status
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
@@ -40,14 +43,18 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.errors import KeeperError
-    from workpool.pool.calls import Calls
+    from workpool.pool.client import Client
     from workpool.pool.clock import Clock
+    from workpool.pool.item import PoolItem
     from workpool.settings import Settings
+    from workpool.wire.rate_limiter import RateLimits
 
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 30.0
-"""How long exporter, keeper, plugins and connections may take to close."""
+"""How long exporter, lease renewer, plugins and connections may take to close."""
+_RUNNING_IN: ContextVar[Supervisor | None] = ContextVar("workpool_supervisor", default=None)
+"""The supervisor whose session the current code belongs to."""
 
 
 class Supervisor:
@@ -61,17 +68,21 @@ class Supervisor:
         plugins: Objects, modules, classes, marked functions or names, asked before those that
             `settings.plugins` lists.
         registry: Where the metrics live; None: a registry of its own. May be shared.
-        connect: Makes one client per event loop, called twice, with the settings.
+        connect: Called with the settings to create a client, once on each event loop that uses one.
+        rate_limits: Our own rate limits; None: new ones from the settings. One object may be given
+            to several supervisors that use one account.
 
     Attributes:
         settings, registry: The settings, which do not change, and where the metrics live.
         left_behind: Sessions that the drain could not hand back.
-        on_blocked: Called on another thread once the loop has been blocked for `max_block`.
+        on_blocked: Called on another thread once leases are not renewed any more: the loop has
+            been blocked for `max_block`, or the thread that renews them failed (`status().error`).
     """
 
     # A simulation puts others in their place.
-    _keeper: ClassVar[type[Keeper]] = Keeper
+    _renewer: ClassVar[type[LeaseRenewer]] = LeaseRenewer
     _clock: Clock = staticmethod(lease_clock)
+    _wall: Clock = staticmethod(wall_clock)
 
     def __init__(
         self,
@@ -79,7 +90,8 @@ class Supervisor:
         *,
         plugins: Sequence[object] = (),
         registry: CollectorRegistry | None = None,
-        connect: Callable[[Settings], Calls] = WorkClient,
+        connect: Callable[[Settings], Client] = WorkClient,
+        rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = CollectorRegistry() if registry is None else registry
         self.left_behind = 0
@@ -87,10 +99,11 @@ class Supervisor:
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
+        self._rate_limits = rate_limits
         self._drain = Drain()
         self._until_empty = False
         self._root: asyncio.Task[None] | None = None
-        self._running: Running | None = None
+        self._view: PoolView | None = None
         self._exporter: Exporter | None = None
         self._error: BaseException | None = None
         self._error_raised = False
@@ -101,7 +114,7 @@ class Supervisor:
     # What embedders call.
 
     async def __aenter__(self) -> Self:
-        """Start the pool: plugins, keeper, exporter, then the pollers.
+        """Start the pool: plugins, lease renewer, exporter, then the pollers.
 
         Raises:
             SettingsError: Something that is needed is missing.
@@ -131,8 +144,8 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.begin(0)
             if not self._opened.is_set():
-                self._root.cancel()  # it may be opening something that takes for ever
-                self._served.set()  # or heed nothing: what serves nothing has a bound to close
+                self._root.cancel()  # it may be opening something that never ends
+                self._served.set()  # or ignore this: a pool without sessions closes within a bound
             await see_through(self._gone, self._drain)
             raise
         if self._root.done():
@@ -174,19 +187,32 @@ class Supervisor:
         """Take no more work, let the running sessions end, and wait for that.
 
         Args:
-            timeout: Seconds until what still runs is cancelled and handed back; default the
-                setting `drain_timeout`, 0 = now, None = no limit. A second call can only shorten
-                it.
+            timeout: Seconds until the handlers that still run are cancelled and their items handed
+                back; default the setting `drain_timeout`, 0 = now, None = no limit. A second call
+                can only shorten it.
+
+        Raises:
+            RuntimeError: Called by a handler, which the drain would wait for.
         """
         root = self._task()
-        self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
+        if _RUNNING_IN.get() is self:
+            raise RuntimeError(
+                "a handler cannot wait for the drain, which waits for the handler; "
+                "call request_drain() instead"
+            )
+        self.request_drain(timeout)
         while not root.done() and not self._served.is_set():
             await self._served.wait()
 
+    def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
+        """Begin what `drain` does without waiting for it. A handler may call this."""
+        self._task()
+        self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
+
     def status(self) -> Status:
         """How the pool is now. May be called on any thread and at any time."""
-        running = self._running
-        queue = running.parts.queue if running else None
+        view = self._view
+        queue = view.context.queue if view else None
         reasons = tuple(self._unready())
         return Status(
             ready=not reasons,
@@ -209,9 +235,9 @@ class Supervisor:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._open(stack)
-                parts = await self._keep(stack)
+                context = await self._open_renewer(stack)
                 try:
-                    await self._serve(parts)
+                    await self._serve(context)
                 finally:
                     self._served.set()
         except BaseExceptionGroup as group:
@@ -221,26 +247,30 @@ class Supervisor:
             self._opened.set()
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Connections and plugins: what outlives the keeper."""
+        """Open connections and plugins: what outlives the lease renewer."""
         settings = self.settings
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
         )
-        self._calls = self._connect(settings)
-        self._keeper_calls = self._connect(settings)
-        self._keeper_calls.budgets = self._calls.budgets
-        # Two claimants must never share a Worker-ID: protocol §4 tells whose an item is by it.
-        worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
-        for calls in (self._calls, self._keeper_calls):
-            calls.worker_id = worker_id
-            self._telemetry.listen_to(calls)
-        await stack.enter_async_context(self._calls)
+        # Two claimants must never share a name on the wire: it tells whose an item is.
+        self._worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
+        self._client = await stack.enter_async_context(self._new_client())
         for plugin, context in self._plugins.lifespans(self):
             await stack.enter_async_context(Lifespan(plugin, context))
-        log.info("pool started worker_id=%s environment_id=%s", worker_id, settings.environment_id)
+        log.info(
+            "pool started worker_id=%s environment_id=%s", self._worker_id, settings.environment_id
+        )
 
-    async def _keep(self, stack: contextlib.AsyncExitStack) -> Parts:
-        """The keeper and, on its loop, the exporter."""
+    def _new_client(self) -> Client:
+        """Create a client for the running loop."""
+        client = self._connect(self.settings)
+        self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits
+        client.worker_id = self._worker_id
+        self._telemetry.listen_to(client)
+        return client
+
+    async def _open_renewer(self, stack: contextlib.AsyncExitStack) -> PoolContext:
+        """Open the lease renewer and, on its loop, the exporter."""
         settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
@@ -253,49 +283,61 @@ class Supervisor:
                 readiness=self._unready,
             )
             services.append(self._exporter)
-        watcher = Watcher(self._telemetry.observe_anywhere, self._keeper_died, self._loop_blocked)
-        keeper = self._keeper(settings, self._clock, self._keeper_calls, watcher, services)
-        await stack.enter_async_context(keeper)
+        callbacks = Callbacks(
+            observe=self._telemetry.observe_anywhere,
+            changed=self._lease_changed,
+            failed=self._renewer_failed,
+            stopped_renewing=self._stopped_renewing,
+        )
+        renewer = self._renewer(
+            settings, self._clock, self._wall, self._new_client, callbacks, services
+        )
+        await stack.enter_async_context(renewer)
         if self._exporter is not None:
             log.info("metrics served url=%s/metrics", self._exporter.url)
-        return Parts(
+        start_context = copy_context()
+        start_context.run(_RUNNING_IN.set, self)
+        return PoolContext(
             settings=settings,
-            calls=self._calls,
+            client=self._client,
             plugins=self._plugins,
-            keeper=keeper,
+            renewer=renewer,
             queue=BoundedQueue(settings.concurrency, settings.prefetch),
             clock=self._clock,
+            wall=self._wall,
             observe=self._telemetry.observe,
+            start_context=start_context,
         )
 
-    async def _serve(self, parts: Parts) -> None:
-        """Poll until a drain is asked for; what was claimed outlives the polling."""
+    async def _serve(self, context: PoolContext) -> None:
+        """Poll until a drain is requested; what was claimed outlives the polling."""
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
-            dispatcher = Dispatcher(parts, working, handlers)
-            polling = Polling(
-                parts,
+            group = PollerGroup(
+                context,
                 until_empty=self._until_empty,
                 on_fatal=self._fail,
                 on_empty=functools.partial(self._drain.begin, self.settings.drain_timeout),
             )
+            dispatcher = Dispatcher(context, working, handlers, group.note_ack)
             pollers = [
-                Poller(parts, polling, dispatcher, number)
+                Poller(context, group, dispatcher, number)
                 for number in range(self.settings.pollers)
             ]
-            self._running = Running(parts, dispatcher, polling, pollers, self._drain)
+            self._view = PoolView(context, dispatcher, group, pollers, self._drain)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
                     fetching.create_task(poller.run(), name=f"poller-{number}")
                     for number, poller in enumerate(pollers)
                 ]
                 if self.settings.stats_interval:
-                    tasks.append(fetching.create_task(read_stats(parts), name="queue-stats"))
+                    reading = read_remote_stats(context)
+                    tasks.append(fetching.create_task(reading, name="remote-stats"))
                 self._opened.set()
                 await self._drain.requested.wait()
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
-            self.left_behind = await self._drain.wind_down(parts, dispatcher)
+            self.left_behind = await self._drain.wind_down(context, dispatcher)
 
     def _fail(self, error: BaseException) -> None:
         """Something fatal: no more polls; running sessions drain; then it is raised."""
@@ -319,7 +361,7 @@ class Supervisor:
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
-        if self._error is not None and self._running is not None:  # else the start raises it
+        if self._error is not None and self._view is not None:  # else the start raises it
             bug = not isinstance(self._error, WorkpoolError)
             log.critical("pool failed error=%s", self._error, exc_info=self._error if bug else None)
 
@@ -329,22 +371,27 @@ class Supervisor:
             self._error_raised = True
             raise self._error
 
-    # What the keeper reports, and what the exporter asks.
+    # Called by the lease renewer and by the exporter.
 
-    def _keeper_died(self, error: KeeperError) -> None:
+    def _lease_changed(self, item: PoolItem) -> None:
+        if self._view is not None:
+            self._view.dispatcher.runner.lease_changed(item)
+
+    def _renewer_failed(self, error: KeeperError) -> None:
         self._fail(error)
         self._drain.begin(0)
 
-    def _loop_blocked(self) -> None:
+    def _stopped_renewing(self, error: KeeperError | None) -> None:
+        self._error = self._error or error
         if self.on_blocked is not None:
             self.on_blocked()
 
     def _snapshot(self) -> PoolSnapshot:
-        return self._running.snapshot() if self._running else PoolSnapshot()
+        return self._view.snapshot() if self._view else PoolSnapshot()
 
     def _unhealthy(self) -> list[str]:
-        return self._running.unhealthy() if self._running else []
+        return self._view.unhealthy() if self._view else []
 
     def _unready(self) -> list[str]:
         reasons = [f"failed: {type(self._error).__name__}"] if self._error else []
-        return reasons + (self._running.unready() if self._running else ["not started"])
+        return reasons + (self._view.unready() if self._view else ["not started"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workpool.events import Event
     from workpool.metrics import PoolSnapshot
     from workpool.plugins import Plugins
-    from workpool.pool.calls import Calls
+    from workpool.pool.client import Client
     from workpool.settings import Settings
 
 
@@ -58,14 +58,14 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def listen_to(self, calls: Calls) -> None:
+    def listen_to(self, client: Client) -> None:
         """Hear of every request of a client, on whichever loop it lives."""
         # No event, nor a call more, without anybody to see it.
-        calls.on_request = (
+        client.on_request = (
             self._request_finished if self._plugins.observers else self._metrics.request
         )
-        calls.on_budget_wait = self._budget_waited
-        calls.on_credential_refresh = self._credential_refreshed
+        client.on_rate_limit_wait = self._rate_limit_waited
+        client.on_credential_refresh = self._credential_refreshed
 
     def observe_anywhere(self, event: Event) -> None:
         """Tell of a fact that arose on any thread."""
@@ -81,7 +81,7 @@ class Telemetry:
         self._metrics.request(op, code, seconds)
         self._forward(RequestFinished(op, code, seconds))
 
-    def _budget_waited(self, kind: str, seconds: float) -> None:
+    def _rate_limit_waited(self, kind: str, seconds: float) -> None:
         self.observe_anywhere(RateBudgetWaited("read" if kind == "read" else "write", seconds))
 
     def _credential_refreshed(self, result: str) -> None:

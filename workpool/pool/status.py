@@ -1,7 +1,7 @@
-"""What a pool looks like from outside: gauges, readiness, health (design §6, metrics.md).
+"""The state of a pool for its users: status, gauges, readiness, health.
 
-Reads only. May be called on the exporter's threads while the pool goes on, so everything is read
-once, from things that one step of the interpreter changes whole.
+Reads only. May be called on the exporter's threads while the pool goes on: everything is read once,
+from values that change in one atomic step.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from workpool.metrics import PoolSnapshot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workpool.pool.dispatch import Dispatcher
+    from workpool.pool.context import PoolContext
+    from workpool.pool.dispatcher import Dispatcher
     from workpool.pool.drain import Drain
-    from workpool.pool.parts import Parts
-    from workpool.pool.poller import Poller, Polling
+    from workpool.pool.poller import Poller
+    from workpool.pool.poller_group import PollerGroup
 
 POLL_SUCCESS_SECONDS = 30.0
 """A pool is ready for this long after a successful poll."""
@@ -49,21 +50,22 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """The parts of a pool that runs."""
+class PoolView:
+    """A view of a pool that runs."""
 
-    parts: Parts
+    context: PoolContext
     dispatcher: Dispatcher
-    polling: Polling
+    group: PollerGroup
     pollers: Sequence[Poller]
     drain: Drain
 
     def snapshot(self) -> PoolSnapshot:
         """The gauges."""
-        queue, clock = self.parts.queue, self.parts.clock
+        queue, clock = self.context.queue, self.context.clock
         now = clock()
-        polled_at = self.polling.last_success_at
-        leases = self.parts.keeper.leases()
+        polled_at = self.group.last_success_at
+        items = self.dispatcher.items.all()
+        leases = [item.lease for item in items if item.lease is not None and not item.lease.over]
         states = Counter(
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
@@ -72,7 +74,7 @@ class Running:
         reserved = min(queue.reserved, free)
         return PoolSnapshot(
             pollers=Counter(poller.state for poller in self.pollers),
-            pollers_target=self.polling.scaling.target,
+            pollers_target=self.group.target,
             pollers_limit=len(self.pollers),
             last_poll_success=(
                 None
@@ -84,7 +86,7 @@ class Running:
             slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
             slots_limit=queue.concurrency,
             leases=states,
-            lease_remaining_min=min((lease.remaining for lease in leases), default=None),
+            lease_remaining_min=min((lease.remaining(now) for lease in leases), default=None),
             sessions=self._sessions(now),
             draining=self.drain.requested.is_set(),
         )
@@ -92,10 +94,10 @@ class Running:
     def _sessions(self, now: float) -> list[tuple[str, int, float]]:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
-        for claim in list(self.dispatcher.owned.values()):
-            if claim.executing:
-                running[claim.label] += 1
-                oldest[claim.label] = max(oldest.get(claim.label, 0.0), now - claim.acked_at)
+        for item in self.dispatcher.items.all():
+            if item.executing:
+                running[item.label] += 1
+                oldest[item.label] = max(oldest.get(item.label, 0.0), now - item.acked_at)
         return [(name, count, oldest[name]) for name, count in running.items()]
 
     def unready(self) -> list[str]:
@@ -103,18 +105,19 @@ class Running:
         reasons: list[str] = []
         if self.drain.requested.is_set():
             reasons.append("draining")
-        if self.dispatcher.stuck:
-            reasons.append(f"handlers that ignore their cancellation: {self.dispatcher.stuck}")
-        if self.polling.refused:
+        if stuck := len(self.dispatcher.executor.stuck):
+            reasons.append(f"handlers that ignore their cancellation: {stuck}")
+        reasons += [f"handler_failing:{name}" for name in self.dispatcher.health.failing()]
+        if self.group.refused or self.group.ack_refused:
             reasons.append("refused by the control plane")
-        polled_at = self.polling.last_success_at
-        recent = polled_at is not None and self.parts.clock() - polled_at < POLL_SUCCESS_SECONDS
-        if not recent and not self.parts.queue.full:
+        polled_at = self.group.last_success_at
+        recent = polled_at is not None and self.context.clock() - polled_at < POLL_SUCCESS_SECONDS
+        if not recent and not self.context.queue.full:
             reasons.append(f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s")
         return reasons
 
     def unhealthy(self) -> list[str]:
         """Why the process should be restarted."""
-        if self.parts.keeper.renewing:
+        if self.context.renewer.renewing:
             return []
         return ["the handlers' event loop has been blocked for longer than max_block"]

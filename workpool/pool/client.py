@@ -1,0 +1,115 @@
+"""The interface of a control-plane client: `WorkClient`, or whatever else `connect` creates.
+
+One client belongs to one event loop. The supervisor creates two: one on its own loop, one on the
+lease renewer's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from pydantic import SecretStr
+
+    from workpool.wire.event_calls import Guard
+    from workpool.wire.items import Heartbeat, QueueStats, WorkItem
+    from workpool.wire.options import CallOptions, Priority
+    from workpool.wire.session_events import SessionEvents
+
+
+class Client(Protocol):
+    """A client, opened as an async context on the loop that uses it.
+
+    Every call raises `TransientError`, `RefusedError`, `ConflictError` or `PreconditionError`;
+    anything else is a bug. `timeout` bounds one call in seconds, None: the client's own bound.
+    `options` say how a call is sent; a call for which `options.check` raises sends nothing.
+
+    Attributes:
+        worker_id: Its name on the wire; set by the supervisor before it is opened.
+        rate_limits: Our own rate limits; shared by the clients of one supervisor.
+        on_request: Called with the operation, the code and the seconds of every request.
+        on_rate_limit_wait: Called with the kind and the seconds of every wait for a rate limit.
+        on_credential_refresh: Called with "ok" or "error" when the token source was read again.
+    """
+
+    worker_id: str | None
+    rate_limits: Any
+    on_request: Callable[[str, str, float], None] | None
+    on_rate_limit_wait: Callable[[Any, float], None] | None
+    on_credential_refresh: Callable[[Any], None] | None
+
+    async def __aenter__(self) -> Client:
+        """Open on the running loop."""
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None:
+        """Close."""
+
+    def try_acquire_permit(self, priority: Priority) -> bool:
+        """Take a permit for one write if nobody with at least this priority waits for one."""
+
+    async def acquire_permit(self, priority: Priority) -> None:
+        """Wait for a permit for one write of this priority."""
+
+    def release_permit(self) -> None:
+        """Give a permit back that was not used."""
+
+    async def poll(
+        self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
+    ) -> WorkItem | None:
+        """Ask for an item."""
+
+    async def ack(
+        self, work_id: str, *, timeout: float | None = None, options: CallOptions = ...
+    ) -> WorkItem:
+        """Acknowledge an item."""
+
+    async def heartbeat(
+        self,
+        work_id: str,
+        expected: str | None,
+        ttl: int | None,
+        *,
+        timeout: float | None = None,
+        options: CallOptions = ...,
+    ) -> Heartbeat:
+        """Extend a lease."""
+
+    async def stop(
+        self,
+        work_id: str,
+        force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
+        *,
+        timeout: float | None = None,
+        options: CallOptions = ...,
+    ) -> object:
+        """Stop an item."""
+
+    async def update_metadata(
+        self,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        *,
+        timeout: float | None = None,
+        options: CallOptions = ...,
+    ) -> WorkItem:
+        """Merge a patch into an item's metadata."""
+
+    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+        """Read one item."""
+
+    def events(
+        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+    ) -> SessionEvents:
+        """The events of a session; `guard` is asked before and during each call."""
+
+    async def stats(self) -> QueueStats:
+        """Read the remote queue's statistics."""

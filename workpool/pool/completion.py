@@ -1,0 +1,273 @@
+"""How a session ends: the completion table, and what it makes the pool send.
+
+The table decides; `Completion` carries it out. Nothing is sent for an item whose lease is not held,
+and a result that could not be written is never taken for written.
+See docs/architecture.md, "The end of a session".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
+from traceback import TracebackException
+from typing import TYPE_CHECKING, Final, Literal
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    PreconditionError,
+    RefusedError,
+    SessionGoneError,
+    TransientError,
+)
+from workpool.events import StopFinished
+from workpool.pool.item import EndReason
+from workpool.pool.sender import Request, lease_of
+from workpool.session import Outcome, Release
+from workpool.wire.options import Priority
+
+if TYPE_CHECKING:
+    from workpool.events import CallResult
+    from workpool.pool.context import PoolContext
+    from workpool.pool.item import PoolItem
+    from workpool.pool.lease import Lease
+    from workpool.pool.sender import Sender
+    from workpool.wire.options import CallOptions
+
+log = logging.getLogger(__name__)
+
+RELEASE_DELAY_SECONDS = 10.0
+NOTE_LIMIT = 512
+"""Characters of `workpool.error` and `workpool.released`."""
+
+ERROR: Final = "workpool.error"
+RELEASED: Final = "workpool.released"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the table: what happens to the item, what is written, how the session counts."""
+
+    item: Literal["stop", "release", "untouched"]
+    metadata: Literal["mapping", "error", "reason", "none"]
+    outcome: Outcome
+
+
+TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
+    EndReason.RETURNED: Row("stop", "mapping", "completed"),
+    EndReason.RAISED: Row("stop", "error", "failed"),
+    EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
+    EndReason.DRAINED: Row("release", "none", "released"),
+    EndReason.RELEASED: Row("release", "reason", "released"),
+    EndReason.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
+    EndReason.HANDED_OFF: Row("untouched", "none", "detached"),
+    EndReason.STOPPED: Row("untouched", "none", "stopped"),
+    EndReason.LOST: Row("untouched", "none", "lease_lost"),
+}
+
+WRITE: Final = Request(Priority.COMPLETION, by_handler=False)
+
+
+class Completion:
+    """Carries the table out. Lives on the handlers' loop."""
+
+    def __init__(self, context: PoolContext, sender: Sender) -> None:
+        self._with_message = context.settings.report_errors == "message"
+        self._client = context.client
+        self._renewer = context.renewer
+        self._clock = context.clock
+        self._observe = context.observe
+        self._sender = sender
+
+    async def complete(self, item: PoolItem) -> Outcome:
+        """Do what the row says, for as long as the lease is held, and return the outcome."""
+        row = row_of(item)
+        if row.item == "untouched":
+            return row.outcome
+        try:
+            if row.item == "release":
+                return await self._release(item, row)
+            outcome = await self._write(item, row)
+            await self.stop(item, confirm=row.outcome == "stopped")
+        except SessionGoneError:
+            return "stopped" if lease_of(item).status == "stopped" else "lease_lost"
+        except RefusedError as error:
+            log.error("completion refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
+            return "failed"
+        except TransientError as error:
+            # Not stopped, so it is redelivered once its lease has lapsed: nothing is lost.
+            log.warning("completion not written work_id=%s error=%s", item.id, error)
+            return "released"
+        return outcome
+
+    async def stop(
+        self, item: PoolItem, *, confirm: bool = False, seconds: float = math.inf
+    ) -> None:
+        """Stop the item with force: right in every state and in both dialects.
+
+        Raises:
+            SessionGoneError: The lease is not held, and our stop is not known to be applied.
+            RefusedError, TransientError: It was not applied, as far as known.
+        """
+        lease = lease_of(item)
+        request = WRITE._replace(seconds=seconds, before_bytes=partial(_mark_own_stop, lease))
+        result: CallResult = "error"
+        try:
+            await self._sender.send(item, partial(self._send_stop, item), request)
+            result = "ok"
+        except (ConflictError, PreconditionError):
+            result = "conflict"  # it is stopped, which is all that we wanted
+        except SessionGoneError:
+            if lease.status != "finished":
+                raise
+            result = "ok"
+        except RefusedError as error:
+            result = "gone" if error.status == HTTPStatus.NOT_FOUND else "error"
+            raise
+        finally:
+            self._observe(StopFinished(item.work_item, "confirm" if confirm else "force", result))
+
+    async def _send_stop(self, item: PoolItem, options: CallOptions, seconds: float) -> None:
+        lease = lease_of(item)
+        before = lease.own_stop
+        try:
+            await self._client.stop(item.id, force=True, timeout=seconds, options=options)
+        except (TransientError, RefusedError) as error:
+            if isinstance(error, RefusedError) or error.reason == "throttled":
+                lease.own_stop = before  # certainly not applied: what stops it is not ours
+            raise
+
+    async def _write(self, item: PoolItem, row: Row) -> Outcome:
+        """Write the row's metadata, if there is any; return the outcome that is left."""
+        patch = item.result if row.metadata == "mapping" else self._error_note(item)
+        if not patch:
+            return row.outcome
+        try:
+            await self.write_metadata(item, patch)
+        except (ConflictError, PreconditionError):
+            pass  # stopped already: fine
+        except RefusedError as error:
+            log.error("metadata refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
+            if row.metadata != "mapping":
+                return row.outcome
+            # A result that cannot be written must not count as done.
+            item.error = error
+            with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
+                await self.write_metadata(item, self._error_note(item))
+            return "failed"
+        return row.outcome
+
+    async def write_metadata(
+        self, item: PoolItem, patch: Mapping[str, str | None], seconds: float = math.inf
+    ) -> None:
+        """Write metadata for the pool, tried while the lease is held and for `seconds`."""
+        await self._sender.send(
+            item,
+            lambda options, timeout: self._client.update_metadata(
+                item.id, patch, timeout=timeout, options=options
+            ),
+            WRITE._replace(seconds=seconds),
+        )
+
+    async def _release(self, item: PoolItem, row: Row) -> Outcome:
+        delay = RELEASE_DELAY_SECONDS
+        if row.metadata == "reason" and isinstance(item.error, Release):
+            delay = delay_of(item.error)
+            try:
+                note = {RELEASED: sendable(text_of(item.error.reason))}
+                await self.write_metadata(item, note)
+            except ControlPlaneError as error:
+                log.warning("metadata not written work_id=%s error=%s", item.id, error)
+        lease = lease_of(item)
+        self._renewer.release(lease, delay)
+        await item.until(lambda: lease.status != "held", lease.remaining(self._clock()))
+        return "lease_lost" if lease.confirmed else outcome_by(lease)
+
+    def _error_note(self, item: PoolItem) -> Mapping[str, str]:
+        error = item.error or TimeoutError("the session's time is over")
+        text = type(error).__name__
+        if self._with_message and (message := text_of(error)):
+            text = f"{text}: {message}"
+        return {ERROR: sendable(text)}
+
+
+def _mark_own_stop(lease: Lease) -> None:
+    """From now on an item that is read as stopped was stopped by us."""
+    lease.own_stop = True
+
+
+def row_of(item: PoolItem) -> Row:
+    """The row of the gravest reason for which the session ends."""
+    if item.reason is None:
+        raise RuntimeError(f"{item.id}: nothing ends this session")
+    return TABLE[item.reason]
+
+
+def outcome_when_abandoned(item: PoolItem) -> Outcome:
+    """The outcome of a session whose completion nobody waits for: it follows from its lease."""
+    lease = lease_of(item)
+    match lease.status:
+        case "finished":
+            return row_of(item).outcome
+        case "lost":
+            return "lease_lost"
+    return outcome_by(lease)
+
+
+def outcome_by(lease: Lease) -> Outcome:
+    """The outcome of a session whose lease lapses, or lapsed, while nobody else took the item.
+
+    An item that is stopping when its lease lapses is stopped: nobody gets it any more.
+    """
+    if lease.status == "handed_off":
+        return "detached"
+    return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
+
+
+def mapping_of(returned: object) -> Mapping[str, str]:
+    """What a handler returned, as metadata, copied; None counts as an empty mapping.
+
+    It is copied because the handler may share its mapping with others who go on changing it.
+
+    Raises:
+        TypeError: It is neither None nor a mapping of strings that can be sent.
+    """
+    if returned is None:
+        return {}
+    if not isinstance(returned, Mapping):
+        raise TypeError(
+            f"a handler returns None or a mapping of strings, not {type(returned).__name__}"
+        )
+    result = dict(returned.items())
+    for text in (text for pair in result.items() for text in pair):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"a handler returns a mapping of strings; this one holds {type(text).__name__}"
+            )
+        text.encode()  # a lone surrogate cannot be sent: UnicodeEncodeError, a ValueError
+    return result
+
+
+def delay_of(release: Release) -> float:
+    """Seconds until a released item may be taken; the default when it names no number."""
+    delay: object = release.delay
+    if isinstance(delay, int | float) and not math.isnan(delay):
+        return delay
+    log.error("release delay is no number; type=%s", type(delay).__name__)
+    return RELEASE_DELAY_SECONDS
+
+
+def text_of(value: object) -> str:
+    """What a handler raised or gave as a reason, as text, even if its `__str__` raises."""
+    error = value if isinstance(value, BaseException) else Exception(value)
+    return str(TracebackException(type(error), error, None))
+
+
+def sendable(text: str) -> str:
+    """`text`, cut to the length of a note, without what UTF-8 cannot encode."""
+    return text[:NOTE_LIMIT].encode(errors="replace").decode()

@@ -1,0 +1,42 @@
+"""What every part of one pool shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextvars import Context
+
+    from workpool.events import Event
+    from workpool.plugins import Plugins
+    from workpool.pool.client import Client
+    from workpool.pool.clock import Clock
+    from workpool.pool.item import PoolItem
+    from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.queue import BoundedQueue
+    from workpool.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class PoolContext:
+    """Given to every part when it is made; lives as long as the supervisor's root task.
+
+    Attributes:
+        client: The client of the handlers' loop.
+        clock: The lease clock.
+        wall: The wall clock, which shows that the machine was paused.
+        observe: Tells the observers about an event; called on the handlers' loop only.
+        start_context: The context in which the pool was started; each session runs in a copy.
+    """
+
+    settings: Settings
+    client: Client
+    plugins: Plugins
+    renewer: LeaseRenewer
+    queue: BoundedQueue[PoolItem]
+    clock: Clock
+    wall: Clock
+    observe: Callable[[Event], None]
+    start_context: Context

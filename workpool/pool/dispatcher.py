@@ -1,0 +1,222 @@
+"""From a received item to a slot: is it ours, which handler runs it, when does it start.
+
+Owns the items that are ours and the tasks that run them. Lives on the handlers' loop.
+See docs/architecture.md, "The path of one item".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from workpool.errors import PluginError
+from workpool.events import ItemClaimed, ItemDeclined, ItemReclaimed
+from workpool.pool.claim import Claimer
+from workpool.pool.clock import PauseDetector
+from workpool.pool.handler_executor import HandlerExecutor
+from workpool.pool.handler_health import HandlerHealth
+from workpool.pool.heartbeats import HeartbeatSender
+from workpool.pool.item import EndReason, OwnedItems, PoolItem
+from workpool.pool.sender import Sender
+from workpool.pool.session_runner import SessionRunner
+from workpool.wire.protocol import HEALTHCHECK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.errors import RefusedError
+    from workpool.events import DeclineReason, Origin
+    from workpool.handler import Handler
+    from workpool.pool.context import PoolContext
+    from workpool.wire.items import WorkItem
+
+log = logging.getLogger(__name__)
+
+REMEMBERED_IDS = 10_000
+"""How many ids are remembered, to recognise redeliveries and to log a declined item once."""
+
+
+class Dispatcher:
+    """Owns the items that are ours, and runs each in a task of `group`.
+
+    Args:
+        context: The pool's.
+        group: Items run in it.
+        handlers: Their handlers run in it.
+        on_ack: Called with the refusal of an ack, or with None when one was accepted.
+
+    Attributes:
+        items: The items that are ours.
+        draining: Nothing starts any more.
+        executor: Calls the handlers.
+        runner: Runs the items.
+        health: Knows the failing handlers.
+        on_closed: Called after an item has ended.
+    """
+
+    def __init__(
+        self,
+        context: PoolContext,
+        group: asyncio.TaskGroup,
+        handlers: asyncio.TaskGroup,
+        on_ack: Callable[[RefusedError | None], None],
+    ) -> None:
+        self.items = OwnedItems()
+        self.draining = False
+        self.on_closed: Callable[[], None] | None = None
+        self._context = context
+        self._group = group
+        settings, client, clock = context.settings, context.client, context.clock
+        heartbeats = HeartbeatSender(client, clock, context.observe)
+        self._claimer = Claimer(context, heartbeats, on_ack)
+        sender = Sender(
+            client,
+            clock,
+            settings.request_timeout,
+            PauseDetector(clock, context.wall),
+            context.renewer.doubt_all,
+        )
+        self.executor = HandlerExecutor(context, handlers)
+        self.health = HandlerHealth(self.items.count)
+        self.runner = SessionRunner(
+            context, self._claimer, sender, self.executor, self.health.record, self._closed
+        )
+        self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
+        self._seen: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
+
+    # Receive and choose.
+
+    def offer(self, work_item: WorkItem) -> bool:
+        """Decide on a received item; True when it is ours and has taken the reserved place."""
+        if self.draining:
+            return False  # never acknowledged, so it is redelivered
+        owned = self.items.get(work_item.id)
+        item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
+        seen = item.held_before or item.id in self._seen
+        origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
+        self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))
+        if owned is not None:
+            self._received_again(owned)
+            return False
+        self._remember(item.id)
+        if work_item.type != HEALTHCHECK:
+            item.handler = self._choose(work_item)
+            if item.handler is None:
+                return False
+        if item.held_before:
+            self._context.observe(ItemReclaimed(work_item, "gained", "poll"))
+        self.items.add(item)
+        self._context.queue.put(item)
+        self._fill()
+        return True
+
+    async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
+        """Run an item that was handed off to us, in the place of its parent."""
+        handler = self._context.plugins.handler_for(work_item)
+        context = self._context.start_context.copy()
+        item = PoolItem(work_item, handler, context, self._context.clock())
+        item.parents_heartbeat, item.held_before = parents_heartbeat, False
+        self.items.add(item)
+        await self._context.queue.reserve()
+        self._context.queue.put(item)
+        self._fill()
+
+    def _received_again(self, owned: PoolItem) -> None:
+        """React to a copy of an item that is ours: the control plane believes that it is queued."""
+        if owned.executing and owned.lease is not None:
+            self._context.renewer.check_soon(owned.lease)
+        else:
+            owned.delivered_at = self._context.clock()
+
+    def _choose(self, work_item: WorkItem) -> Handler | None:
+        """Ask the plugins for a handler; None when the item is left to other workers."""
+        handler = None
+        reason: DeclineReason | None = None
+        if self.items.has_session(work_item.session_id):
+            reason = "busy"
+        else:
+            try:
+                handler = self._context.plugins.handler_for(work_item)
+            except PluginError:
+                reason = "plugin_error"
+            else:
+                reason = self._objection(handler)
+        if reason is None:
+            return handler
+        if not self._seen[work_item.id]:
+            self._seen[work_item.id] = True
+            log.info(
+                "item declined work_id=%s type=%s reason=%s", work_item.id, work_item.type, reason
+            )
+        self._context.observe(ItemDeclined(work_item, reason))
+        return None
+
+    def _objection(self, handler: Handler | None) -> DeclineReason | None:
+        if handler is None:
+            return "unwanted"
+        limit = handler.max_sessions
+        full = limit is not None and self.items.count(handler) >= limit
+        return "busy" if full or not self.health.may_claim(handler) else None
+
+    def _remember(self, work_id: str) -> None:
+        if work_id not in self._seen:
+            self._seen[work_id] = False
+            if len(self._seen) > REMEMBERED_IDS:
+                self._seen.popitem(last=False)
+
+    # Run.
+
+    def _fill(self) -> None:
+        """Start waiting items in the slots that are free."""
+        while not self.draining and (item := self._context.queue.take()) is not None:
+            item.advance("slot" if item.parents_heartbeat is None else "adopted")
+            self._tasks[item] = self._group.create_task(
+                self.runner.run(item), name=item.id, context=item.context
+            )
+
+    def _closed(self, item: PoolItem) -> None:
+        """Free the slot of an item that has ended."""
+        self.items.remove(item)
+        self._tasks.pop(item, None)
+        self._context.queue.release()
+        self._fill()
+        if self.on_closed is not None:
+            self.on_closed()
+
+    # Drain.
+
+    def drain(self) -> None:
+        """Start nothing any more; tell the running sessions."""
+        self.draining = self.runner.draining = True
+        self._claimer.drain()
+        for item in self._context.queue.forget_waiting():
+            item.advance("closed")
+            self.items.remove(item)
+        for item in self.items.all():
+            item.notify()
+            if item.executing and item.session is not None:
+                item.session.interrupt(draining=True)
+
+    def release_all(self) -> None:
+        """Cancel the handlers that still run, so that their items are handed back."""
+        for item in self.items.all():
+            self.executor.cancel(item, EndReason.DRAINED)
+
+    def unfinished(self) -> int:
+        """The number of items that a drain waits for: all but those of stuck handlers."""
+        return len(self._tasks) - len(self.executor.stuck)
+
+    def abandon(self) -> int:
+        """End every item that has not ended, and return their number."""
+        abandoned = list(self._tasks.items())
+        for item, task in abandoned:
+            self.runner.close(item)
+            task.cancel()
+        return len(abandoned)
+
+
+def _age(item: WorkItem) -> float:
+    return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

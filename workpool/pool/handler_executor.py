@@ -1,0 +1,211 @@
+"""Calling one handler: its task, the plugins' wrapping contexts, its timer and its cancellation.
+
+Nothing is decided about the item in here. A cancelled handler has not ended: only its own return
+ends it, and a cancellation that it ignores is repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workpool.pool.completion import mapping_of
+from workpool.pool.item import EndReason
+from workpool.session import Release
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from workpool.handler import Handler
+    from workpool.pool.context import PoolContext
+    from workpool.pool.item import PoolItem
+    from workpool.session import Session
+
+log = logging.getLogger(__name__)
+
+REPEAT_SECONDS = 10.0
+"""A cancellation that the handler ignores is repeated this often; from the first repetition on the
+handler counts as stuck."""
+LEAVE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a handler raised, returned as a value: raised, it would cancel the other handlers."""
+
+    error: BaseException
+
+
+class HandlerExecutor:
+    """Runs handlers in tasks of `group`. Lives on the handlers' loop.
+
+    Attributes:
+        stuck: Items whose handler has ignored its cancellation for `REPEAT_SECONDS`.
+        on_stuck: Called when another handler becomes stuck.
+    """
+
+    def __init__(self, context: PoolContext, group: asyncio.TaskGroup) -> None:
+        self.stuck: set[PoolItem] = set()
+        self.on_stuck: Callable[[], None] | None = None
+        self._session_timeout = context.settings.session_timeout
+        self._plugins = context.plugins
+        self._group = group
+
+    async def run(self, item: PoolItem, handler: Handler, session: Session) -> None:
+        """Call the handler and wait for its end, however long it takes; record how it ended."""
+        task = item.handler_task = self._group.create_task(
+            self._call(item, handler, session),
+            name=f"{item.label} {item.id}",
+            context=item.context,
+        )
+        timeout = self._session_timeout if handler.timeout is None else handler.timeout
+        if timeout is not None:
+            self.cancel_later(item, EndReason.TIMED_OUT, timeout)
+        try:
+            await ended(task)
+        finally:
+            self._stop_timer(item)
+            self.stuck.discard(item)
+        self._record_end(item, task)
+
+    def cancel_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
+        """Cancel the handler after so many seconds, unless an earlier cancellation is planned."""
+        if item.cancelled_for is not None or not item.executing:
+            return
+        loop = asyncio.get_running_loop()
+        if item.timer is None or loop.time() + seconds < item.timer.when():
+            self._stop_timer(item)
+            item.timer = loop.call_later(seconds, self.cancel, item, reason)
+
+    def cancel(self, item: PoolItem, reason: EndReason) -> None:
+        """Cancel the handler now, unless it was cancelled for a reason as grave as this one."""
+        if item.handler_task is None or item.handler_task.done():
+            return
+        item.end(reason)
+        if item.cancelled_for is not None and item.cancelled_for >= reason:
+            return
+        first, item.cancelled_for = item.cancelled_for is None, reason
+        item.handler_task.cancel()
+        log.info("handler cancelled work_id=%s reason=%s", item.id, reason.name.lower())
+        if first:
+            self._repeat_later(item)
+
+    def _repeat_later(self, item: PoolItem) -> None:
+        self._stop_timer(item)
+        item.timer = asyncio.get_running_loop().call_later(REPEAT_SECONDS, self._repeat, item)
+
+    def _repeat(self, item: PoolItem) -> None:
+        """Cancel a handler again that ignores its cancellation."""
+        if item.handler_task is None or item.handler_task.done():
+            return
+        if item not in self.stuck:
+            self._report_stuck(item, item.handler_task)
+        item.handler_task.cancel()
+        self._repeat_later(item)
+
+    def _report_stuck(self, item: PoolItem, task: asyncio.Task[object]) -> None:
+        stack = io.StringIO()
+        task.print_stack(file=stack)
+        log.critical(
+            "handler ignores its cancellation work_id=%s handler=%s seconds=%.0f\n%s",
+            item.id,
+            item.label,
+            REPEAT_SECONDS,
+            stack.getvalue(),
+        )
+        self.stuck.add(item)
+        if self.on_stuck is not None:
+            self.on_stuck()
+
+    def _stop_timer(self, item: PoolItem) -> None:
+        if item.timer is not None:
+            item.timer.cancel()
+            item.timer = None
+
+    async def _call(
+        self, item: PoolItem, handler: Handler, session: Session
+    ) -> Mapping[str, str] | _Raised:
+        # An eager task runs before its creator has it, and its session's calls need it.
+        item.handler_task = asyncio.current_task()
+        try:
+            # Read here, where an error is the handler's: its mapping may be code of its own.
+            return mapping_of(await self._in_contexts(handler, session))
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
+            return _Raised(error)
+
+    async def _in_contexts(self, handler: Handler, session: Session) -> object:
+        contexts = self._plugins.contexts(session)
+        if not contexts:
+            return await handler.call(session)
+        async with AsyncExitStack() as stack:
+            for _, context in contexts:
+                await stack.enter_async_context(context)
+            return await handler.call(session)
+        return None  # a context has swallowed what was raised
+
+    def _record_end(
+        self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]
+    ) -> None:
+        if task.cancelled():
+            if item.cancelled_for is None:  # a CancelledError that leaked from somewhere
+                self._record_error(item, asyncio.CancelledError("leaked from the handler"))
+            return
+        returned = task.result()
+        if isinstance(returned, _Raised):
+            self._record_error(item, returned.error)
+        else:
+            item.result = returned
+            item.end(EndReason.RETURNED)
+
+    def _record_error(self, item: PoolItem, error: BaseException) -> None:
+        item.error = error
+        if isinstance(error, Release):
+            item.end(EndReason.RELEASED)
+            log.info("released by its handler work_id=%s", item.id)
+            return
+        item.end(EndReason.RAISED)
+        log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)
+
+
+def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
+    """A future that is done when the task is; cancelling the wait does not cancel the task."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def end(_: asyncio.Task[object]) -> None:
+        if not future.done():  # whoever waited has been cancelled
+            future.set_result(None)
+
+    task.add_done_callback(end)
+    return future
+
+
+@asynccontextmanager
+async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group for handlers that may be left behind.
+
+    A handler that ignores its cancellation would hold up a group that the pool must leave. This
+    group therefore lives in a task of its own: the one kind of task that may outlive the pool.
+    """
+    opened, closing = asyncio.Event(), asyncio.Event()
+    group = asyncio.TaskGroup()
+
+    async def host() -> None:
+        async with group:
+            opened.set()
+            await closing.wait()
+
+    task = asyncio.get_running_loop().create_task(host(), name="workpool-handlers")
+    try:
+        await opened.wait()
+        yield group
+    finally:
+        closing.set()
+        if (await asyncio.wait({task}, timeout=LEAVE_SECONDS))[1]:
+            task.cancel()
+            await asyncio.wait({task}, timeout=LEAVE_SECONDS)

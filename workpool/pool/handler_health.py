@@ -1,0 +1,114 @@
+"""Handlers that fail at once, one session after the other: their items are left to other workers.
+
+A worker whose disk is full, or whose handler has a bug, would otherwise take item after item from
+the workers that can run them. Such a handler claims one item at a time, after a pause that doubles
+with every further failure; one success ends that.
+See docs/architecture.md, "Failing handlers".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.handler import Handler
+    from workpool.pool.item import PoolItem
+    from workpool.session import Outcome
+
+FAILURES = 5
+"""So many sessions of different items must fail in a row."""
+QUICK_SECONDS = 1.0
+"""A failure within this time after the acknowledgement counts."""
+PAUSE_SECONDS, PAUSE_MAX_SECONDS = 1.0, 30.0
+EXHAUSTED: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
+)
+"""Errors of a machine without descriptors, disk, memory or processes."""
+
+
+@dataclass(slots=True)
+class _Failures:
+    """The failures in a row of one handler.
+
+    Attributes:
+        work_ids: Their items, as long as they are fewer than `FAILURES`.
+        pause: Seconds until the next item may be claimed; 0 while the handler is not failing.
+        resume_at: When that is, on the loop's clock.
+    """
+
+    work_ids: set[str] = field(default_factory=set)
+    pause: float = 0.0
+    resume_at: float = 0.0
+
+
+class HandlerHealth:
+    """The failing handlers of one pool. Used on the handlers' loop; `failing` on any thread.
+
+    Args:
+        count: Returns the number of items of a handler that are ours.
+    """
+
+    def __init__(self, count: Callable[[Handler], int]) -> None:
+        self._count = count
+        self._seen: dict[Handler, _Failures] = {}
+        self._changed = asyncio.Event()
+
+    def failing(self) -> list[str]:
+        """The names of the handlers that fail at once."""
+        return [handler.name for handler, each in list(self._seen.items()) if each.pause]
+
+    def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
+        """Record the end of a session."""
+        if item.handler is None:
+            return
+        failures = self._seen.setdefault(item.handler, _Failures())
+        quick = outcome == "failed" and seconds < QUICK_SECONDS
+        if quick or (outcome == "released" and _exhausted(item.error)):
+            self._failed(failures, item.id)
+        elif outcome in {"completed", "failed", "timed_out"}:
+            failures.work_ids.clear()
+            failures.pause = 0.0
+        self._changed.set()
+
+    def may_claim(self, handler: Handler) -> bool:
+        """Whether an item may be claimed for this handler now."""
+        failures = self._seen.get(handler)
+        if failures is None or not failures.pause:
+            return True
+        now = asyncio.get_running_loop().time()
+        return now >= failures.resume_at and self._count(handler) == 0
+
+    async def admission(self) -> None:
+        """Wait while every handler that has run here is failing and none may claim an item."""
+        while self._seen and not any(map(self.may_claim, self._seen)):
+            now = asyncio.get_running_loop().time()
+            seconds = min(each.resume_at for each in self._seen.values()) - now
+            self._changed.clear()
+            with suppress(TimeoutError):
+                # Until the one session of the handler ends, if the pause is over.
+                async with asyncio.timeout(seconds if seconds > 0 else None):
+                    await self._changed.wait()
+
+    def _failed(self, failures: _Failures, work_id: str) -> None:
+        if not failures.pause:
+            failures.work_ids.add(work_id)
+            if len(failures.work_ids) < FAILURES:
+                return
+            failures.work_ids.clear()
+        failures.pause = min(PAUSE_MAX_SECONDS, max(PAUSE_SECONDS, 2 * failures.pause))
+        failures.resume_at = asyncio.get_running_loop().time() + failures.pause
+
+
+def _exhausted(error: BaseException | None) -> bool:
+    """Whether the error, or one that caused it, says that the machine has run out of something."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,181 @@
+"""Handing an item off to a child process, which extends the lease from then on.
+
+Our heartbeats are suspended, the handler starts the child, and the child's first heartbeat takes
+the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
+the two succeeds. Until it is known which one, nothing else is sent for the item: stops and metadata
+carry no precondition on the wire.
+See docs/architecture.md, "Handing an item off".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Literal
+
+from workpool.backoff import Backoff
+from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
+from workpool.pool.sender import lease_of
+from workpool.session import HandedLease
+from workpool.wire.protocol import STOPPING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.pool.context import PoolContext
+    from workpool.pool.item import PoolItem
+    from workpool.pool.lease import Lease
+    from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.sender import Sender
+
+log = logging.getLogger(__name__)
+
+READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
+"""How often the item is read while its child is expected."""
+TAKE_BACK_PART = 4
+"""An item without a child is taken back this part of the TTL before its lease is given up."""
+
+
+class Handoff:
+    """One attempt to hand an item off. Created on the handlers' loop, run on the renewer's.
+
+    Attributes:
+        state: asked; open: our heartbeats are suspended; closed: the lease is ours again, or over.
+            Written on the renewer's loop only, like the two below.
+        last_heartbeat: What the child's first heartbeat must expect, once open.
+        ttl: Seconds that our last heartbeat was granted, once open.
+    """
+
+    def __init__(self, lease: Lease, renewer: LeaseRenewer, item: PoolItem) -> None:
+        self.state: Literal["asked", "open", "closed"] = "asked"
+        self.last_heartbeat = ""
+        self.ttl = 0
+        self._lease = lease
+        self._renewer = renewer
+        self._item = item
+        self._child_expected = self._taken_back = False
+        self.clock = renewer.clock
+        self._reads = Backoff(READ_SECONDS, READ_CAP_SECONDS)
+        self._changed = asyncio.Event()  # waited for and set on the renewer's loop
+
+    # Called on the renewer's loop.
+
+    def expect_child(self) -> None:
+        """The child has been started."""
+        self._child_expected = True
+        self._changed.set()
+
+    def take_back(self) -> None:
+        """There will be no child, or nobody waits for it any more."""
+        self._taken_back = True
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Send nothing until a child has the item, or it must be ours again."""
+        lease = self._lease
+        try:
+            if await self._renewer.heartbeat_now(lease, self._item):
+                lease.suspend()
+                self.last_heartbeat, self.ttl = lease.expected, round(lease.ttl)
+                self._turn("open")
+                await self._wait_for_child()
+                await self._renewer.heartbeat_now(lease, self._item)
+        finally:
+            self._renewer.end_handoff(lease)
+            self._turn("closed")
+
+    async def _wait_for_child(self) -> None:
+        lease, clock = self._lease, self.clock
+        # Leaves time for the heartbeat that takes the item back.
+        until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
+        while not (self._taken_back or lease.over) and (left := until - clock()) > 0:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(
+                    min(left, self._reads.next()) if self._child_expected else left
+                ):
+                    await self._changed.wait()
+            if self._child_expected and not await self._child_missing():
+                return
+
+    async def _child_missing(self) -> bool:
+        """Read whether the child has the item; False: there is nothing more to wait for."""
+        lease, client = self._lease, self._renewer.client
+        try:
+            item = await client.get(lease.item.id, timeout=self._renewer.request_timeout)
+        except ControlPlaneError:
+            return True
+        status = lease.status_by(item)
+        if status != "held":
+            lease.end(status, confirmed=status == "lost")
+            self._renewer.report(self._item)
+        # An operator who wants an end must not wait for a child that may not come.
+        return status == "held" and item.state != STOPPING
+
+    def _turn(self, state: Literal["open", "closed"]) -> None:
+        self.state = state
+        self._renewer.report(self._item)
+
+
+@asynccontextmanager
+async def hand_off(
+    item: PoolItem, context: PoolContext, sender: Sender
+) -> AsyncIterator[HandedLease]:
+    """Hand an item off: see `Session.handover`. Used on the handlers' loop."""
+    sender.check(item, by_handler=True)
+    lease, renewer = lease_of(item), context.renewer
+    item.handoff = handoff = Handoff(lease, renewer, item)
+    sender.cut(item)
+    renewer.start_handoff(handoff)
+    try:
+        yield await _opened(item, handoff, context, sender)
+        renewer.call(handoff.expect_child)
+        await _reaches(item, handoff, "closed")
+    except asyncio.CancelledError:
+        renewer.call(handoff.take_back)
+        raise  # whoever cancels a handler waits for its end only; `settle` does the rest
+    except BaseException:
+        await settle(item, renewer)
+        raise
+    if lease.status != "handed_off":
+        sender.check(item, by_handler=False)
+        raise HandoverError(item.id)
+
+
+async def settle(item: PoolItem, renewer: LeaseRenewer) -> None:
+    """Wait until no handoff is in progress: then it is known whose the item is."""
+    handoff = item.handoff
+    if handoff is not None and handoff.state != "closed":
+        renewer.call(handoff.take_back)
+        await _reaches(item, handoff, "closed")
+    if handoff is not None and lease_of(item).status == "handed_off":
+        log.info("handed off work_id=%s", item.id)
+
+
+async def _opened(
+    item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
+) -> HandedLease:
+    lease = lease_of(item)
+    await _reaches(item, handoff, "open")
+    if handoff.state != "open" or lease.status != "held":
+        sender.check(item, by_handler=False)
+        raise HandoverError(item.id)  # there was no time left for a child
+    if lease.stop_requested:  # a child would be started only to be stopped
+        raise SessionEnded(item.id)
+    settings = context.settings
+    return HandedLease(
+        work_id=item.id,
+        environment_id=item.work_item.environment_id,
+        last_heartbeat=handoff.last_heartbeat,
+        ttl=handoff.ttl,
+        base_url=settings.base_url,
+        dialect=settings.dialect,
+    )
+
+
+async def _reaches(item: PoolItem, handoff: Handoff, state: str) -> None:
+    """Wait until the handoff is that far, or the lease over, which its end bounds."""
+    lease, states = lease_of(item), {state, "closed"}
+    seconds = max(0.0, lease.deadline - handoff.clock())
+    await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

@@ -1,0 +1,217 @@
+"""One item while this pool owns it: how far it is, why its session ends, and who else needs to know.
+
+`PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
+sessions are derived from it. Used on the handlers' loop only.
+See docs/architecture.md, "The states of an item".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections import Counter
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextvars import Context
+
+    from workpool.handler import Handler
+    from workpool.pool.handoff import Handoff
+    from workpool.pool.lease import Lease
+    from workpool.session import Session
+    from workpool.wire.items import WorkItem
+
+State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
+Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "closed"]
+
+TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
+    ("delivered", "slot"): "acking",
+    ("delivered", "adopted"): "beginning",  # handed off to us: its parent has acknowledged it
+    ("delivered", "closed"): "closed",  # forgotten by a drain: never acknowledged
+    ("acking", "acknowledged"): "beginning",
+    ("acking", "closed"): "closed",  # refused, or another worker has it
+    ("beginning", "started"): "running",
+    ("beginning", "ended"): "completing",  # no handler may start
+    ("beginning", "closed"): "closed",
+    ("running", "ended"): "completing",
+    ("running", "closed"): "closed",  # abandoned by a drain
+    ("completing", "closed"): "closed",
+}
+"""Every transition that is allowed; any other one is a bug and raises."""
+
+
+class EndReason(enum.IntEnum):
+    """Why a session ends, in the order of the completion table: the greatest wins."""
+
+    RETURNED = enum.auto()
+    RAISED = enum.auto()
+    TIMED_OUT = enum.auto()
+    DRAINED = enum.auto()
+    RELEASED = enum.auto()
+    STOP_REQUESTED = enum.auto()
+    HANDED_OFF = enum.auto()
+    STOPPED = enum.auto()
+    LOST = enum.auto()
+
+
+class PoolItem:
+    """One item that this pool owns, from its delivery to the end of its completion.
+
+    Attributes:
+        work_item: As the poll delivered it, then as our acknowledgement returned it.
+        handler: Runs it; None for a health check, which the pool answers itself.
+        held_before: Somebody held it before it was delivered to us.
+        delivered_at: When the last poll that delivered it was answered, on the lease clock.
+        acked_at: When the first ack that may have been applied was sent, on the lease clock.
+        parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
+        context: The context in which everything of this session runs.
+        lease: Set once the item is acknowledged.
+        session_id: The session's id as it was delivered; empty for an item without a session.
+        session: Set once the item is acknowledged; None for a health check.
+        handoff: The last attempt to hand the item off.
+        handler_task: Runs the handler, from its start.
+        cancelled_for: The gravest reason for which we have cancelled the handler.
+        timer: Cancels the handler later, or repeats a cancellation that it ignores.
+        error: What the handler raised, or why its result cannot be written.
+        result: The mapping that the handler returned.
+    """
+
+    __slots__ = (
+        "_changed",
+        "acked_at",
+        "cancelled_for",
+        "context",
+        "delivered_at",
+        "error",
+        "handler",
+        "handler_task",
+        "handoff",
+        "held_before",
+        "lease",
+        "open_sends",
+        "parents_heartbeat",
+        "reason",
+        "result",
+        "session",
+        "session_id",
+        "state",
+        "timer",
+        "work_item",
+    )
+
+    def __init__(
+        self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
+    ) -> None:
+        self.work_item = work_item
+        self.session_id = work_item.session_id
+        self.handler = handler
+        self.held_before = (
+            work_item.acknowledged_at is not None or work_item.last_heartbeat is not None
+        )
+        self.delivered_at = self.acked_at = now
+        self.parents_heartbeat: str | None = None
+        self.context = context
+        self.state: State = "delivered"
+        self.reason: EndReason | None = None
+        """The gravest reason so far; None while nothing ends the session."""
+        self.lease: Lease | None = None
+        self.session: Session | None = None
+        self.handoff: Handoff | None = None
+        self.handler_task: asyncio.Task[object] | None = None
+        self.cancelled_for: EndReason | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.error: BaseException | None = None
+        self.result: Mapping[str, str] = {}
+        self.open_sends: set[asyncio.Timeout] | None = None
+        """Sends under way, to be ended when the lease is lost; made by the first one."""
+        self._changed: asyncio.Event | None = None
+
+    @property
+    def id(self) -> str:
+        """The work id."""
+        return self.work_item.id
+
+    @property
+    def label(self) -> str:
+        """The handler's name for metrics and logs."""
+        return "none" if self.handler is None else self.handler.name
+
+    @property
+    def executing(self) -> bool:
+        """Whether the handler has been called and has not returned yet, cancelled or not."""
+        return self.handler_task is not None and not self.handler_task.done()
+
+    def advance(self, transition: Transition) -> None:
+        """Move to the next state.
+
+        Raises:
+            RuntimeError: The table does not allow it: a bug of the pool.
+        """
+        state = TRANSITIONS.get((self.state, transition))
+        if state is None:
+            raise RuntimeError(f"{self.id}: {transition!r} is not allowed in {self.state!r}")
+        self.state = state
+
+    def end(self, reason: EndReason) -> None:
+        """Record a reason to end the session; a graver one that is known already stays."""
+        if self.reason is None or reason > self.reason:
+            self.reason = reason
+
+    def notify(self) -> None:
+        """Wake everybody who waits in `until`."""
+        if self._changed is not None:
+            self._changed.set()
+            self._changed.clear()
+
+    async def until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
+        """Wait until the condition is met at a notification, at most for `seconds`."""
+        changed = self._changed = self._changed or asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not met():
+                    await changed.wait()
+
+
+class OwnedItems:
+    """The items that one pool owns, found by work id, by session and by handler."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, PoolItem] = {}
+        self._by_session: dict[str, PoolItem] = {}
+        self._per_handler: Counter[Handler] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def get(self, work_id: str) -> PoolItem | None:
+        """The item with this work id, if it is ours."""
+        return self._by_id.get(work_id)
+
+    def all(self) -> list[PoolItem]:
+        """A copy of all items. May be called on any thread."""
+        return list(self._by_id.values())
+
+    def has_session(self, session_id: str) -> bool:
+        """Whether an item of this session is ours."""
+        return session_id in self._by_session
+
+    def count(self, handler: Handler) -> int:
+        """The number of items of one handler."""
+        return self._per_handler[handler]
+
+    def add(self, item: PoolItem) -> None:
+        """Own an item."""
+        self._by_id[item.id] = item
+        if item.handler is not None:
+            self._per_handler[item.handler] += 1
+            if item.session_id:  # other types of item may have none
+                self._by_session[item.session_id] = item
+
+    def remove(self, item: PoolItem) -> None:
+        """Give an item up."""
+        del self._by_id[item.id]
+        if item.handler is not None:
+            self._per_handler[item.handler] -= 1
+            self._by_session.pop(item.session_id, None)

@@ -1,0 +1,463 @@
+"""The lease renewer: a thread with an event loop and connections of its own that extends leases.
+
+A handler that blocks its event loop must not lose its lease. The renewer looks at all leases in a
+tick, ends those whose time has passed and starts a short task for each heartbeat that is due. It
+also monitors the handlers' loop and stops renewing once that has been blocked for `max_block`. It
+decides nothing about an item beyond its lease.
+See docs/architecture.md, "Threads and loops" and "Renewals".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import sys
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from workpool.errors import KeeperError, innermost
+from workpool.events import LoopLagMeasured
+from workpool.pool.clock import PauseDetector
+from workpool.pool.diagnostics import report
+from workpool.pool.heartbeats import HeartbeatSender
+from workpool.pool.loop_monitor import LoopMonitor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from workpool.events import Event
+    from workpool.pool.client import Client
+    from workpool.pool.clock import Clock
+    from workpool.pool.handoff import Handoff
+    from workpool.pool.item import PoolItem
+    from workpool.pool.lease import Lease
+    from workpool.settings import Settings
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+"""The longest time between two looks at all leases, and how often the handlers' loop is asked."""
+LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.1, 0.00005
+"""The shortest time between two looks, which take some 0.2 µs per lease."""
+CLOSE_SECONDS = 10.0
+WIDTH_MIN = 10
+"""This many heartbeats may be under way at once, at least."""
+NEW_CONNECTIONS_PER_SECOND = 50
+"""So many more may be under way each second while others wait: each may need a new connection."""
+WIDTH_SECONDS = 30.0
+"""After so long without use, a wider limit shrinks again: its connections are closed by then."""
+
+
+class Callbacks(NamedTuple):
+    """Whom the renewer reports to."""
+
+    observe: Callable[[Event], None]
+    """Called with events on the renewer's thread."""
+    changed: Callable[[PoolItem], None]
+    """The lease of an item has changed. Called on the handlers' loop."""
+    failed: Callable[[KeeperError], None]
+    """The thread failed. Called on the handlers' loop."""
+    stopped_renewing: Callable[[KeeperError | None], None]
+    """Leases are not renewed any more, because of the error, or of a loop blocked for `max_block`.
+
+    Called on the renewer's thread.
+    """
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop where there is one."""
+    if sys.platform != "win32":
+        import uvloop  # noqa: PLC0415 - not installed on Windows
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+class LeaseRenewer:
+    """Extends leases, from `__aenter__` to `__aexit__`, on a thread of its own.
+
+    Args:
+        settings: The pool's.
+        clock: The lease clock.
+        wall: The wall clock, which shows that the machine was paused.
+        connect: Creates the renewer's client, on the renewer's loop.
+        callbacks: Whom to report to.
+        services: Further contexts that live on the renewer's loop (the exporter).
+
+    Attributes:
+        client: The renewer's client; set once it has started.
+        renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
+            and once the thread has failed. Written on the renewer's thread.
+    """
+
+    tick_seconds: ClassVar[float] = TICK_SECONDS
+
+    client: Client
+
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Clock,
+        wall: Clock,
+        connect: Callable[[], Client],
+        callbacks: Callbacks,
+        services: Sequence[AbstractAsyncContextManager[object]] = (),
+    ) -> None:
+        self.clock = clock
+        self.request_timeout = settings.request_timeout
+        self.renewing = True
+        self._max_block = settings.max_block
+        self._connect = connect
+        self._callbacks = callbacks
+        self._services = services
+        self._pauses = PauseDetector(clock, wall)
+        # Added to and removed from on the handlers' loop, read on the renewer's: each is one atomic
+        # step, and what is read in between is either there or not.
+        self._leases: dict[Lease, PoolItem] = {}
+        self._serving = self._closing = False  # written on the handlers' loop
+        self._error: KeeperError | None = None  # written on the renewer's thread
+        # The rest belongs to the renewer's loop.
+        self._crash: BaseException | None = None
+        self._stop = asyncio.Event()
+        self._look_now = asyncio.Event()
+        self._next_look_at = math.inf
+        self._watched_at = (-math.inf, -math.inf)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_handoff: set[Lease] = set()
+        self._waiting: deque[Lease] = deque()
+        self._under_way = self._peak = 0
+        self._width = float(WIDTH_MIN)
+        self._paced_at = self._peak_since = clock()
+
+    # Called on the handlers' loop.
+
+    async def __aenter__(self) -> LeaseRenewer:
+        self._handlers_loop = asyncio.get_running_loop()
+        self._monitor = LoopMonitor(self._tell, self._max_block)
+        self._opened = asyncio.Event()
+        self._thread = self._start_thread()
+        self._thread.add_done_callback(self._thread_ended)
+        try:
+            await self._opened.wait()
+            if self._thread.done():
+                await self._thread  # raises what ended it
+            self._serving = True
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._close()
+
+    def add(self, lease: Lease, item: PoolItem) -> None:
+        """Extend `lease`, which has begun, from the next tick on. Costs no wake-up."""
+        if not lease.over:
+            self._leases[lease] = item
+            if self._error is not None:
+                lease.end("lost")
+
+    def remove(self, lease: Lease) -> None:
+        """Extend `lease` no longer: its session is over. Costs no wake-up."""
+        lease.closed = True
+        self._leases.pop(lease, None)
+
+    def check_soon(self, lease: Lease) -> None:
+        """Send a heartbeat now for a lease that there is a reason to doubt."""
+        self.call(lambda: self._send_now(lease, lease.check_soon))
+
+    def doubt_all(self) -> None:
+        """Allow nothing but heartbeats for any item until its lease is verified."""
+        now = self.clock()
+        for lease in list(self._leases):
+            lease.doubted_at = now
+        self.call(lambda: self._doubt_all(now))
+
+    def release(self, lease: Lease, delay: float) -> None:
+        """Let `lease` lapse `delay` seconds from now: one last heartbeat, then silence."""
+        self.call(lambda: self._send_now(lease, functools.partial(lease.release, delay=delay)))
+
+    def start_handoff(self, handoff: Handoff) -> None:
+        """Start to run a handoff."""
+        self.call(lambda: self._group.create_task(handoff.run(), name="handoff"))
+
+    def call(self, callback: Callable[[], object]) -> None:
+        """Run a callback on the renewer's loop."""
+        self._call(self._run_call, callback)
+
+    def leases(self) -> list[Lease]:
+        """The leases that are held now. May be called on any thread."""
+        return [lease for lease in list(self._leases) if not lease.over]
+
+    async def _close(self) -> None:
+        self._closing = True
+        self._call(self._stop.set)
+        done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
+        if not done:
+            log.critical("lease renewer did not end seconds=%.0f; abandoned", CLOSE_SECONDS)
+
+    def _start_thread(self) -> asyncio.Future[None]:
+        """Start to run `_main` on `_loop`; the future is done when it has ended.
+
+        The thread is a daemon: one that hangs must not keep the process from ending.
+        """
+        self._loop = new_event_loop()
+        ended = self._handlers_loop.create_future()
+        threading.Thread(
+            target=self._run, args=(ended,), name="workpool-lease-renewer", daemon=True
+        ).start()
+        return ended
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # its loop is closed: the renewer has ended
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _thread_ended(self, thread: asyncio.Future[None]) -> None:
+        self._opened.set()
+        cause = None if thread.cancelled() else thread.exception()
+        if not self._serving:
+            return  # it never began: `__aenter__` raises why
+        if self._closing:
+            if cause is not None:
+                log.error("lease renewer did not close cleanly", exc_info=cause)
+            return
+        self._fail(cause or RuntimeError("ended without an error"))
+
+    def _end_leases(self) -> None:
+        """Nobody renews the leases any more, or writes to them: they count as lost."""
+        for lease, item in list(self._leases.items()):
+            lease.end("lost")
+            self._callbacks.changed(item)
+        if self._error is not None:
+            self._callbacks.failed(self._error)
+
+    # Called on the renewer's thread.
+
+    def _run(self, ended: asyncio.Future[None]) -> None:
+        error: BaseException | None = None
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                try:
+                    runner.run(self._main())
+                except BaseException as failure:
+                    self._fail(failure)  # closing the runner may take long
+                    raise
+        except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
+            error = failure
+        self._tell(functools.partial(_settle, ended, error))
+
+    def _send_now(self, lease: Lease, plan: Callable[[float], None]) -> None:
+        if lease in self._leases and not lease.over:
+            plan(self.clock())
+            self._waiting.appendleft(lease)
+            self._start_waiting()
+
+    def _run_call(self, callback: Callable[[], object]) -> None:
+        try:
+            callback()
+        except BaseException as error:
+            self._crash = error
+            self._stop.set()
+            raise
+
+    def _fail(self, cause: BaseException) -> None:
+        """End the pool because of an exception on this thread. Only the first call counts."""
+        if self._error is not None or self._closing or not self._serving:
+            return
+        self._error = KeeperError("the thread that renews the leases failed")
+        self._error.__cause__ = cause
+        self._tell(self._end_leases)
+        self._stop_renewing(
+            functools.partial(log.critical, "leases are not renewed any more", exc_info=cause)
+        )
+
+    def _stop_renewing(self, write_report: Callable[[], None]) -> None:
+        """Renew no lease any more; then report, which must not prevent the end of the process."""
+        self.renewing = False
+        try:
+            report(write_report)
+        finally:
+            self._callbacks.stopped_renewing(self._error)
+
+    async def _main(self) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            self.client = self._connect()
+            await stack.enter_async_context(self.client)
+            self._heartbeats = HeartbeatSender(self.client, self.clock, self._callbacks.observe)
+            for service in self._services:
+                await stack.enter_async_context(service)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    await self._renew(group)
+            except BaseExceptionGroup as errors:
+                self._fail(innermost(errors))  # closing the services may take long
+                raise
+
+    async def _renew(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        ticker = group.create_task(self._tick(), name="lease-renewer-tick")
+        self._tell(self._opened.set)
+        await self._stop.wait()
+        if self._crash is not None:
+            raise self._crash
+        ticker.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _tell(self, callback: Callable[[], object]) -> None:
+        """Run `callback` on the handlers' loop."""
+        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to tell
+            self._handlers_loop.call_soon_threadsafe(callback)
+
+    def report(self, item: PoolItem) -> None:
+        """Report that the lease of an item has changed."""
+        self._tell(functools.partial(self._callbacks.changed, item))
+
+    async def heartbeat_now(self, lease: Lease, item: PoolItem) -> bool:
+        """Send heartbeats until one succeeds; return whether the lease is held.
+
+        For a handoff, during which the tick sends none for the lease.
+        """
+        self._in_handoff.add(lease)
+        while lease.in_flight and not lease.over:
+            await asyncio.sleep(LOOK_MIN_SECONDS)
+        lease.resume(self.clock())
+        while not lease.expire(self.clock()):
+            if self.renewing and await self._send(lease, item):
+                return not lease.over
+            await asyncio.sleep(max(LOOK_MIN_SECONDS, lease.due_at - self.clock()))
+        return False
+
+    def end_handoff(self, lease: Lease) -> None:
+        """Let the tick send the heartbeats of the lease again."""
+        self._in_handoff.discard(lease)
+        self._look_now.set()
+
+    async def _tick(self) -> None:
+        while True:
+            self._watch_handlers_loop()
+            self._next_look_at = self._look()
+            await asyncio.sleep(LOOK_MIN_SECONDS + len(self._leases) * LOOK_SECONDS_PER_LEASE)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._next_look_at - self.clock()):
+                    await self._look_now.wait()
+            self._look_now.clear()
+
+    def _look(self) -> float:
+        """End what has expired, start what is due, and return when to look again at the latest."""
+        now = self.clock()
+        if self._pauses.paused():
+            self._doubt_all(now)
+        next_at = now + self.tick_seconds
+        due: list[Lease] = []
+        for lease, item in list(self._leases.items()):
+            if now >= lease.give_up_at and lease.status == "held":
+                lease.expire(now)
+                self.report(item)
+            elif lease.due_at <= now:
+                due.append(lease)
+            else:
+                next_at = min(next_at, lease.due_at, lease.give_up_at)
+        self._pace(now, waiting=bool(self._waiting))
+        due.sort(key=_deadline)
+        self._waiting = deque(due)
+        self._start_waiting()
+        return next_at
+
+    def _doubt_all(self, now: float) -> None:
+        log.warning("the machine was paused; all leases are verified before anything is sent")
+        for lease in list(self._leases):
+            lease.doubted_at = now
+            lease.check_soon(now)
+
+    def _pace(self, now: float, *, waiting: bool) -> None:
+        """Widen the limit of heartbeats under way while others wait; narrow it after disuse."""
+        if waiting:
+            seconds = min(1.0, now - self._paced_at)
+            self._width += NEW_CONNECTIONS_PER_SECOND * seconds
+        elif now - self._peak_since >= WIDTH_SECONDS:
+            self._width = float(max(WIDTH_MIN, self._peak))
+            self._peak, self._peak_since = self._under_way, now
+        self._paced_at = now
+
+    def _start_waiting(self) -> None:
+        """Start heartbeats that are due, the earliest deadline first, within the limit."""
+        while self._waiting and self._under_way < self._width and self.renewing:
+            lease = self._waiting.popleft()
+            item = self._leases.get(lease)
+            ready = not (lease.in_flight or lease.over or lease in self._in_handoff)
+            if item is not None and ready and lease.due_at <= self.clock():
+                self._start(lease, item)
+
+    def _start(self, lease: Lease, item: PoolItem) -> None:
+        lease.in_flight = True
+        self._under_way += 1
+        self._peak = max(self._peak, self._under_way)
+        task = self._group.create_task(self._heartbeat(lease, item), name=lease.item.id)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _heartbeat(self, lease: Lease, item: PoolItem) -> None:
+        """Send the heartbeat that is due, and the one that must follow at once, if any."""
+        try:
+            await self._send(lease, item)
+            while lease.due_at <= self.clock() and not lease.expire(self.clock()):
+                await self._send(lease, item)
+        finally:
+            self._under_way -= 1
+            if lease.due_at < self._next_look_at:
+                self._look_now.set()
+            self._start_waiting()
+
+    async def _send(self, lease: Lease, item: PoolItem) -> bool:
+        before = lease.status, lease.stop_requested, lease.doubted_at
+        held = await self._heartbeats.send(lease)
+        lease.expire(self.clock())
+        if (lease.status, lease.stop_requested, lease.doubted_at) != before:
+            self.report(item)
+        return held
+
+    def _watch_handlers_loop(self) -> None:
+        """Measure, once a tick, how late the handlers' loop is."""
+        loop = asyncio.get_running_loop()
+        times = loop.time(), time.monotonic()
+        # A busy loop's own clock lags behind; a virtual loop's is the only one that moves.
+        seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
+        if seconds < self.tick_seconds:
+            return
+        self._watched_at = times
+        if not self._handlers_loop.is_running():
+            self._handlers_loop_ended()
+        elif self._monitor.answered:
+            if self._monitor.lag is not None:
+                self._callbacks.observe(LoopLagMeasured(self._monitor.lag))
+            self.renewing = True
+            self._monitor.ask()
+        elif self._monitor.wait(seconds) and self.renewing:
+            self._stop_renewing(self._monitor.blocked_report())
+
+    def _handlers_loop_ended(self) -> None:
+        """Renew nothing for handlers that do not run: their loop was stopped or closed."""
+        if self.renewing:
+            log.critical("the handlers' event loop does not run; leases are not renewed")
+        self.renewing = False
+        if self._handlers_loop.is_closed():
+            self._stop.set()
+
+
+def _deadline(lease: Lease) -> float:
+    return lease.deadline
+
+
+def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

@@ -1,0 +1,170 @@
+"""The pollers of one pool and their number: cooldown, refusals, and when the queue is empty.
+
+An empty queue needs one poll in flight to notice the next item at once; every further one costs a
+request per `block_ms` for nothing. Poller *i* polls while *i* < `target`. A pool that starts does
+not know how much work there is, and polls with all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from workpool.backoff import Backoff
+from workpool.errors import TransientError
+from workpool.events import PollersScaled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.errors import ControlPlaneError, RefusedError, WorkpoolError
+    from workpool.events import ScaleDirection, ScaleReason
+    from workpool.pool.context import PoolContext
+
+log = logging.getLogger(__name__)
+
+REFUSED_SECONDS = 300.0
+"""A control plane that has accepted us before may answer with nothing but refusals for so long."""
+ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0
+
+
+class PollerGroup:
+    """What the pollers of one pool share.
+
+    Args:
+        context: The pool's.
+        until_empty: End at the first null poll while no item is ours and no poll is in flight.
+        on_fatal: Called with the error that the pool cannot go on with.
+        on_empty: Called when the queue is empty and `until_empty` is set.
+
+    Attributes:
+        ended: The queue was empty, so no poller polls again.
+        target: The number of pollers that should be polling now, from 1 to the setting `pollers`.
+        last_success_at: When a poll was last answered well, on the lease clock; None before that.
+        refused: The last poll was refused.
+        ack_refused: The last ack was refused.
+    """
+
+    def __init__(
+        self,
+        context: PoolContext,
+        *,
+        until_empty: bool,
+        on_fatal: Callable[[WorkpoolError], None],
+        on_empty: Callable[[], None],
+    ) -> None:
+        self.ended = False
+        self.target = context.settings.pollers
+        self.last_success_at: float | None = None
+        self.refused = self.ack_refused = False
+        self.fail = on_fatal
+        self._until_empty = until_empty
+        self._on_empty = on_empty
+        self._context = context
+        self._turns = [asyncio.Event() for _ in range(self.target)]
+        for turn in self._turns:
+            turn.set()
+        self._refused_since: float | None = None
+        self._cooldown_until = 0.0  # on the loop's clock
+        self._ack_backoff = Backoff(ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS)
+        self._in_flight = 0
+        self._answered = asyncio.Event()
+        self._idle = False
+
+    # Who polls, and when.
+
+    def has_turn(self, number: int) -> bool:
+        """Whether poller `number`, from 0, is among those that poll."""
+        return number < self.target
+
+    async def turn(self, number: int) -> None:
+        """Wait until poller `number` is among those that poll."""
+        await self._turns[number].wait()
+
+    async def cooldown(self) -> None:
+        """Wait while all pollers are held back."""
+        loop = asyncio.get_running_loop()
+        while (seconds := self._cooldown_until - loop.time()) > 0:
+            await asyncio.sleep(seconds)  # it may be extended meanwhile
+
+    def hold_back(self, seconds: float) -> None:
+        """Hold all pollers back for `seconds` from now."""
+        until = asyncio.get_running_loop().time() + seconds
+        self._cooldown_until = max(self._cooldown_until, until)
+
+    # What the answers say.
+
+    def sent(self) -> None:
+        """Record that a poll is in flight."""
+        self._in_flight += 1
+
+    def answered(self) -> None:
+        """Record that a poll is no longer in flight."""
+        self._in_flight -= 1
+        self._answered.set()
+        self._answered = asyncio.Event()
+
+    def succeeded(self, *, null: bool) -> None:
+        """Record a poll that was answered well; `null`: it brought no item."""
+        self.last_success_at = self._context.clock()
+        self.refused = False
+        self._refused_since = None
+        if null:
+            self._scale(self.target - 1, "nulls")
+        else:
+            self._scale(self.target + 1, "hits")
+        idle = null and self._context.queue.idle
+        if idle and not self._idle:  # once when idleness starts, not once per poll
+            log.info("idle; waiting for work")
+        self._idle = idle
+
+    def failed(self, error: ControlPlaneError) -> None:
+        """Record a poll that failed.
+
+        A refusal is fatal before the first success, and after `REFUSED_SECONDS` of nothing else.
+        """
+        self.refused = not isinstance(error, TransientError)
+        if not self.refused:
+            self._refused_since = None
+            return
+        now = self._context.clock()
+        if self._refused_since is None:
+            self._refused_since = now
+        if self.last_success_at is None or now - self._refused_since >= REFUSED_SECONDS:
+            self.fail(error)
+
+    def throttled(self) -> None:
+        """Halve the number of pollers after a 429."""
+        self._scale(self.target // 2, "throttled")
+
+    def note_ack(self, refusal: RefusedError | None) -> None:
+        """Record a refused ack, which holds the pollers back as a refused poll does; or a good one."""
+        self.ack_refused = refusal is not None
+        if refusal is None:
+            self._ack_backoff.reset()
+        else:
+            self.hold_back(self._ack_backoff.next())
+
+    async def settle_empty(self) -> None:
+        """After a null poll: end if the queue is certainly empty, else wait for the other polls."""
+        if not (self._until_empty and self._context.queue.idle):
+            return
+        if self._in_flight == 0:
+            self.ended = True
+            self._on_empty()
+        else:
+            await self._answered.wait()  # bounded, as every poll is
+
+    def _scale(self, wanted: int, reason: ScaleReason) -> None:
+        target = max(1, min(wanted, len(self._turns)))
+        if target == self.target:
+            return
+        direction: ScaleDirection = "up" if target > self.target else "down"
+        self.target = target
+        for number, turn in enumerate(self._turns):
+            if number < target:
+                turn.set()
+            else:
+                turn.clear()
+        self._context.observe(PollersScaled(direction, reason, target))

@@ -1,0 +1,198 @@
+"""The one place that sends something for an item: its stop, its metadata, its session's events.
+
+These calls carry no precondition on the wire. Whether the lease is held is therefore checked as the
+last step before the bytes: after the wait for our rate limit, for a connection and for DNS, with no
+await in between. What the kernel has accepted by then is outside the promise.
+See docs/architecture.md, "Sending for an item". Used on the handlers' loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from workpool.backoff import Backoff
+from workpool.errors import LeaseLost, SessionEnded, TransientError
+from workpool.wire.options import CallOptions, Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool.pool.client import Client
+    from workpool.pool.clock import Clock, PauseDetector
+    from workpool.pool.item import PoolItem
+    from workpool.pool.lease import Lease
+
+    Call = Callable[[CallOptions, float], Awaitable["T"]]
+
+T = TypeVar("T")
+
+RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
+TRY_PART = 3
+"""One try takes at most this part of the time that is left, so that others can follow."""
+CALLS_PER_SESSION = 8
+"""Calls of one handler that may be under way at once; its others wait."""
+
+
+class Request(NamedTuple):
+    """How a call for an item is sent.
+
+    Attributes:
+        priority: Before what it gets our rate limit and a connection.
+        by_handler: The handler makes it, so that it needs a handler that runs.
+        seconds: How long it is tried while the lease is held; infinite = as long as that.
+        before_bytes: Called after the check, right before the first byte is written.
+    """
+
+    priority: Priority
+    by_handler: bool
+    seconds: float = math.inf
+    before_bytes: Callable[[], None] | None = None
+
+
+class Sender:
+    """Sends for the items of one pool.
+
+    Args:
+        client: The client of the handlers' loop.
+        clock: The lease clock.
+        request_timeout: The longest time for one try, in seconds.
+        pauses: Notices that the machine was paused.
+        doubt: Called then; makes every lease be verified before anything is sent for its item.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        clock: Clock,
+        request_timeout: float,
+        pauses: PauseDetector,
+        doubt: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._clock = clock
+        self._request_timeout = request_timeout
+        self._pauses = pauses
+        self._doubt = doubt
+
+    def check(self, item: PoolItem, *, by_handler: bool) -> None:
+        """Raise unless something may be sent for the item at this instant.
+
+        Raises:
+            LeaseLost: The lease is not held, or a child process may hold it.
+            SessionEnded: The session is over, or its handler does not run.
+            TransientError: The machine was paused, and the lease is not verified yet.
+        """
+        lease = lease_of(item)
+        lease.check(self._clock())
+        if item.handoff is not None and item.handoff.state != "closed":
+            raise LeaseLost(item.id)
+        if by_handler and (item.cancelled_for is not None or not item.executing):
+            raise SessionEnded(item.id)
+        if self._pauses.paused():
+            self._doubt()
+        if lease.doubted_at != math.inf:
+            problem = "the machine was paused; the lease is verified first"
+            raise TransientError("lease", None, problem, reason="throttled")
+
+    async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
+        """Make a call that needs the lease; repeat it until it is settled or the time is over.
+
+        Raises:
+            SessionGoneError: From the check, which is made right before the bytes of every try.
+            ControlPlaneError: Refused, in conflict, or still transient at the end.
+        """
+        loop = asyncio.get_running_loop()
+        backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+        until = loop.time() + request.seconds
+        new_connection = False
+        while True:
+            try:
+                return await self._try(item, call, request, until, new_connection=new_connection)
+            except TransientError as error:
+                failure = error
+            new_connection = failure.reason in {"timeout", "network"}
+            left = self._left(item, until)
+            # A Retry-After may take half of the time that is left, so that it leaves another try: a
+            # session that is done must not be run again because of a 429.
+            delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
+            if delay >= left:
+                self.check(item, by_handler=request.by_handler)
+                raise failure
+            await item.until(lambda: lease_of(item).over, delay)
+
+    async def read(
+        self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
+    ) -> T:
+        """Await `call()`, made anew whenever the lease was renewed meanwhile.
+
+        Raises:
+            SessionGoneError: The item is not the handler's any more, as soon as it is not.
+            TimeoutError: After `seconds`.
+        """
+        loop = asyncio.get_running_loop()
+        until = math.inf if seconds is None else loop.time() + seconds
+        while True:
+            self.check(item, by_handler=True)
+            try:
+                return await self._cut(item, self._left(item, until), call)
+            except TimeoutError:
+                self.check(item, by_handler=True)
+                if loop.time() >= until:
+                    raise
+
+    def cut(self, item: PoolItem) -> None:
+        """Wait no longer for the answers to what was sent for the item."""
+        now = asyncio.get_running_loop().time()
+        for scope in item.open_sends or ():
+            if not scope.expired():  # one that times out at this moment is cut already
+                scope.reschedule(now)
+
+    async def _try(
+        self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
+    ) -> T:
+        self.check(item, by_handler=request.by_handler)
+        try:
+            if not self._client.try_acquire_permit(request.priority):
+                acquire = partial(self._client.acquire_permit, request.priority)
+                await self._cut(item, self._left(item, until), acquire)
+            seconds = min(self._request_timeout, self._left(item, until) / TRY_PART)
+            options = CallOptions(
+                partial(self._before_bytes, item, request),
+                request.priority,
+                new_connection=new_connection,
+                permit=True,
+            )
+            return await self._cut(item, seconds, lambda: call(options, seconds))
+        except TimeoutError:
+            self.check(item, by_handler=request.by_handler)
+            raise TransientError("call", None, "no answer in time", reason="timeout") from None
+
+    def _before_bytes(self, item: PoolItem, request: Request) -> None:
+        self.check(item, by_handler=request.by_handler)
+        if request.before_bytes is not None:
+            request.before_bytes()
+
+    def _left(self, item: PoolItem, until: float) -> float:
+        now = asyncio.get_running_loop().time()
+        return min(until - now, lease_of(item).remaining(self._clock()))
+
+    async def _cut(self, item: PoolItem, seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+        """Await `call()` for at most `seconds`, and not past the lease's end as it is known."""
+        scope = asyncio.timeout(seconds)
+        scopes = item.open_sends = item.open_sends or set()
+        scopes.add(scope)
+        try:
+            async with scope:
+                return await call()
+        finally:
+            scopes.discard(scope)
+
+
+def lease_of(item: PoolItem) -> Lease:
+    """The lease of an item that is acknowledged."""
+    if item.lease is None:
+        raise RuntimeError(f"{item.id} is not acknowledged")
+    return item.lease

@@ -1,0 +1,87 @@
+"""What a session may do with its item: the calls behind `Session`, each checked by the sender."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TypeVar
+
+from workpool.pool.handoff import hand_off
+from workpool.pool.sender import CALLS_PER_SESSION, Request, lease_of
+from workpool.wire.options import CallOptions, Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
+
+    from workpool.pool.context import PoolContext
+    from workpool.pool.item import PoolItem
+    from workpool.pool.sender import Sender
+    from workpool.session import HandedLease
+    from workpool.wire.items import WorkItem
+    from workpool.wire.session_events import SessionEvents
+
+T = TypeVar("T")
+
+EVENTS_SECONDS = 60.0
+"""How long a handler's `events.send` is tried: a default lease."""
+UPDATE_SECONDS = 30.0
+"""How long a handler's `update_metadata` is tried."""
+
+
+class SessionCalls:
+    """The calls of one session. Lives on the handlers' loop."""
+
+    __slots__ = ("_context", "_item", "_places", "_sender")
+
+    def __init__(self, item: PoolItem, context: PoolContext, sender: Sender) -> None:
+        self._item = item
+        self._context = context
+        self._sender = sender
+        self._places: asyncio.Semaphore | None = None
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the lease must be considered lost."""
+        return lease_of(self._item).remaining(self._context.clock())
+
+    def check(self) -> None:
+        """Raise unless the handler may send something for the item."""
+        self._sender.check(self._item, by_handler=True)
+
+    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+        """Hand the item off to a child process."""
+        return hand_off(self._item, self._context, self._sender)
+
+    async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
+        """Write metadata, tried for `UPDATE_SECONDS`."""
+        client, work_id = self._context.client, self._item.id
+        return await self._send(
+            lambda options, seconds: client.update_metadata(
+                work_id, patch, timeout=seconds, options=options
+            ),
+            UPDATE_SECONDS,
+        )
+
+    def events(self) -> SessionEvents:
+        """The events of the item's session."""
+        item = self._item.work_item
+        return self._context.client.events(
+            item.session_id, token=item.sessions_token, guard=self
+        )
+
+    async def carry(self, call: Callable[[CallOptions, float], Awaitable[T]]) -> T:
+        """Send something to the session, tried for `EVENTS_SECONDS`."""
+        return await self._send(call, EVENTS_SECONDS)
+
+    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+        """Await a read of the session while the item is the handler's."""
+        return await self._sender.read(self._item, call, seconds)
+
+    async def _send(
+        self, call: Callable[[CallOptions, float], Awaitable[T]], seconds: float
+    ) -> T:
+        # One handler with many calls must not take the connections of the others.
+        self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
+        async with self._places:
+            request = Request(Priority.HANDLER, by_handler=True, seconds=seconds)
+            return await self._sender.send(self._item, call, request)

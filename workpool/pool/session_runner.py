@@ -1,0 +1,231 @@
+"""One item from its slot to its end: acknowledge, first heartbeat, handler, completion.
+
+`SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
+exactly once, whoever calls it. Every acknowledged session ends in exactly one `SessionFinished`.
+See docs/architecture.md, "The path of one item". Lives on the handlers' loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Final
+
+from workpool.errors import (
+    AttemptsExceeded,
+    ControlPlaneError,
+    SessionGoneError,
+    TransientError,
+)
+from workpool.events import ItemReclaimed, SessionFinished, SessionStarted, StopRequested
+from workpool.pool.completion import Completion, outcome_when_abandoned
+from workpool.pool.handoff import settle
+from workpool.pool.item import EndReason
+from workpool.pool.lease import Lease
+from workpool.pool.sender import lease_of
+from workpool.pool.session_calls import SessionCalls
+from workpool.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.events import ReclaimStage
+    from workpool.pool.claim import Claimer
+    from workpool.pool.context import PoolContext
+    from workpool.pool.handler_executor import HandlerExecutor
+    from workpool.pool.item import PoolItem
+    from workpool.pool.sender import Sender
+    from workpool.session import Outcome
+
+log = logging.getLogger(__name__)
+
+ATTEMPT: Final = "workpool.attempt"
+ATTEMPT_SECONDS = 10.0
+"""How long the number of an attempt is tried to be written before the item is handed back."""
+HEALTHCHECK_SECONDS = 10.0
+
+
+class SessionRunner:
+    """Runs items.
+
+    Args:
+        context: The pool's.
+        claimer: Acknowledges items and sends first heartbeats.
+        sender: Sends for items.
+        executor: Calls handlers.
+        on_finished: Called with the outcome and the seconds of each session that has ended.
+        on_closed: Called once for each item, when it has ended.
+    """
+
+    def __init__(
+        self,
+        context: PoolContext,
+        claimer: Claimer,
+        sender: Sender,
+        executor: HandlerExecutor,
+        on_finished: Callable[[PoolItem, Outcome, float], None],
+        on_closed: Callable[[PoolItem], None],
+    ) -> None:
+        self.draining = False
+        self._context = context
+        self._claimer = claimer
+        self._sender = sender
+        self._executor = executor
+        self._completion = Completion(context, sender)
+        self._on_finished = on_finished
+        self._on_closed = on_closed
+
+    async def run(self, item: PoolItem) -> None:
+        """Run one item to its end."""
+        outcome: Outcome | None = None
+        try:
+            if not await self._acknowledged(item):
+                return
+            if item.handler is None:
+                await self._answer_healthcheck(item)
+                return
+            await self._begin(item)
+            if item.reason is None:
+                await self._execute(item)
+            item.advance("ended")
+            outcome = await self._completion.complete(item)
+        finally:
+            self.close(item, outcome)
+
+    def close(self, item: PoolItem, outcome: Outcome | None = None) -> None:
+        """End an item: give up its lease and its slot, and report the outcome. May be repeated.
+
+        `outcome` None: nobody waits for the completion; the outcome follows from the lease.
+        """
+        if item.state == "closed":
+            return
+        item.advance("closed")
+        lease, session = item.lease, item.session
+        if lease is not None:
+            self._context.renewer.remove(lease)
+        if lease is not None and session is not None:
+            self._report_end(item, lease, session, outcome or outcome_when_abandoned(item))
+            # Session and item refer to each other: left so, only the garbage collector frees them.
+            item.session = None
+        self._on_closed(item)
+
+    def lease_changed(self, item: PoolItem) -> None:
+        """React to a change of the item's lease by the lease renewer."""
+        lease, session = item.lease, item.session
+        if lease is None or lease.closed or session is None:
+            return  # the session has ended meanwhile
+        item.notify()
+        if lease.status != "held":
+            self._sender.cut(item)
+        if lease.status == "lost":
+            self._executor.cancel(item, EndReason.LOST)
+        elif lease.status == "stopped":
+            self._executor.cancel(item, EndReason.STOPPED)
+        elif lease.stop_requested and not session.stopping:
+            self._context.observe(StopRequested(item.work_item))
+            session.interrupt(stopping=True)
+            self._stop_later(item)
+
+    async def _acknowledged(self, item: PoolItem) -> bool:
+        if item.parents_heartbeat is None:
+            result = await self._claimer.acknowledge(item)
+            if result == "conflict":
+                self._report_lost(item, "ack")
+            if result != "ok":
+                return False
+            item.advance("acknowledged")
+        settings = self._context.settings
+        item.lease = Lease(
+            item.work_item,
+            item.acked_at,
+            ttl=settings.lease_ttl,
+            request_timeout=settings.request_timeout,
+            parents_heartbeat=item.parents_heartbeat,
+        )
+        return True
+
+    async def _begin(self, item: PoolItem) -> None:
+        """Send the first heartbeat, and record every reason not to call the handler."""
+        lease, session = lease_of(item), self._open_session(item)
+        await self._claimer.begin(item, lease)
+        self._context.renewer.add(lease, item)
+        self._record_lease(item, lease)
+        if item.held_before and item.reason is None and not self.draining:
+            await self._count_attempt(item)
+            self._record_lease(item, lease)
+        if lease.stop_requested:
+            session.interrupt(stopping=True)
+        if self.draining:
+            item.end(EndReason.DRAINED)
+
+    def _open_session(self, item: PoolItem) -> Session:
+        calls = SessionCalls(item, self._context, self._sender)
+        item.session = Session(item.work_item, calls, redelivered=item.held_before)
+        return item.session
+
+    async def _execute(self, item: PoolItem) -> None:
+        if item.handler is None or item.session is None:
+            raise RuntimeError(f"{item.id} has no handler")
+        item.advance("started")
+        self._context.observe(SessionStarted(item.session, item.label))
+        await self._executor.run(item, item.handler, item.session)
+        await settle(item, self._context.renewer)
+        self._record_lease(item, lease_of(item))
+
+    def _stop_later(self, item: PoolItem) -> None:
+        grace = self._context.settings.stop_grace
+        self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
+
+    async def _count_attempt(self, item: PoolItem) -> None:
+        before = item.work_item.metadata.get(ATTEMPT, "1")
+        attempt = 1 + (int(before) if re.fullmatch("[0-9]{1,9}", before) else 1)
+        limit = self._context.settings.max_attempts
+        if limit is not None and attempt > limit:
+            item.error = AttemptsExceeded(f"attempt {attempt} of {limit}")
+            item.end(EndReason.RAISED)
+            return
+        try:
+            await self._completion.write_metadata(item, {ATTEMPT: str(attempt)}, ATTEMPT_SECONDS)
+        except SessionGoneError:
+            item.end(EndReason.LOST)
+        except TransientError as error:
+            # An attempt that is not counted could be repeated for ever: hand it back unrun.
+            log.warning("attempt not counted work_id=%s error=%s", item.id, error)
+            item.end(EndReason.DRAINED)
+        except ControlPlaneError as error:
+            log.warning("attempt refused work_id=%s error=%s", item.id, error)
+
+    async def _answer_healthcheck(self, item: PoolItem) -> None:
+        """A health check asks whether a worker is there; being answered, it is done."""
+        try:
+            await self._completion.stop(item, seconds=HEALTHCHECK_SECONDS)
+        except (ControlPlaneError, SessionGoneError) as error:
+            log.warning("health check not stopped work_id=%s error=%s", item.id, error)
+
+    def _record_lease(self, item: PoolItem, lease: Lease) -> None:
+        """Record the reason that the lease gives to end the session, if it gives one."""
+        if lease.status == "stopped":
+            item.end(EndReason.STOPPED)
+        elif lease.status == "handed_off":
+            item.end(EndReason.HANDED_OFF)
+        elif lease.status == "released":
+            return  # nothing may be sent any more, and nobody has taken it from us
+        elif not (lease.begun and lease.held(self._context.clock())):
+            item.end(EndReason.LOST)
+        elif lease.stop_requested:
+            item.end(EndReason.STOP_REQUESTED)
+
+    def _report_end(
+        self, item: PoolItem, lease: Lease, session: Session, outcome: Outcome
+    ) -> None:
+        if outcome == "lease_lost" and lease.confirmed:
+            self._report_lost(item, "run" if lease.begun else "start")
+        seconds = self._context.clock() - item.acked_at
+        self._on_finished(item, outcome, seconds)
+        self._context.observe(SessionFinished(session, item.label, outcome, seconds, item.error))
+
+    def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
+        """Report that another worker has the item, as the control plane said."""
+        stage = "drain" if self.draining else stage
+        log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
+        self._context.observe(ItemReclaimed(item.work_item, "lost", stage))
