@@ -73,7 +73,7 @@ class Acknowledger:
         while True:
             sent = self._clock()
             try:
-                item = await self._calls.ack(claim.item.id, reserved=reserved)
+                item = await self._calls.ack(claim.item.id, permit=reserved)
             except (ConflictError, PreconditionError):
                 return "conflict"
             except RefusedError as error:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
@@ -29,16 +31,16 @@ class Calls(Protocol):
     Attributes:
         worker_id: What it calls itself; set by the supervisor before it is opened.
         on_request: Told the operation, the code and the seconds of every request.
-        on_budget_wait: Told the kind and the seconds of every wait for our own rate limit.
+        on_rate_limit_wait: Told the kind and the seconds of every wait for our own rate limit.
         on_credential_refresh: Told "ok" or "error" when the token source was read again.
-        budgets: Our own rate limits; shared between the clients of one supervisor.
+        rate_limits: Our own rate limits; shared between the clients of one supervisor.
     """
 
     worker_id: str | None
     on_request: Callable[[str, str, float], None] | None
-    on_budget_wait: Callable[[Any, float], None] | None
+    on_rate_limit_wait: Callable[[Any, float], None] | None
     on_credential_refresh: Callable[[Any], None] | None
-    budgets: Any
+    rate_limits: Any
 
     async def __aenter__(self) -> Calls:
         """Open on the running loop."""
@@ -52,11 +54,11 @@ class Calls(Protocol):
     ) -> None:
         """Close."""
 
-    async def reserve_ack(self) -> None:
-        """Wait until the write budget has room for an ack, and take it (design §5)."""
+    async def acquire_ack_permit(self) -> None:
+        """Acquire the right to send one ack, within our own rate limit for writes."""
 
-    def return_ack(self) -> None:
-        """Give it back: the poll brought nothing to acknowledge."""
+    def release_ack_permit(self) -> None:
+        """Give an ack permit back: the poll brought nothing to acknowledge."""
 
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
@@ -64,12 +66,23 @@ class Calls(Protocol):
         """Protocol §3.1."""
 
     async def ack(
-        self, work_id: str, *, reserved: bool = False, timeout: float | None = None
+        self,
+        work_id: str,
+        *,
+        permit: bool = False,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Protocol §3.2."""
 
     async def heartbeat(
-        self, work_id: str, expected: str | None, ttl: int | None, *, timeout: float | None = None
+        self,
+        work_id: str,
+        expected: str | None,
+        ttl: int | None,
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
         """Protocol §3.3."""
 
@@ -79,15 +92,27 @@ class Calls(Protocol):
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
         timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
         """Protocol §3.4."""
 
     async def update_metadata(
-        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+        self,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Protocol §3.5."""
 
-    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+    async def get(
+        self,
+        work_id: str,
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> WorkItem:
         """Protocol §3.6."""
 
     def events(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
 from workpool.pool.handover import hand_over
+from workpool.wire.options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from workpool.pool.parts import Parts
     from workpool.session import HandedLease, Session
     from workpool.wire.items import WorkItem
+    from workpool.wire.options import CallOptions
     from workpool.wire.session_events import SessionEvents
 
 T = TypeVar("T")
@@ -194,10 +196,10 @@ class Claim:
         token = self.item.sessions_token
         return self.parts.calls.events(self.item.session_id, token=token, guard=self)
 
-    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Send something for the handler, tried for `EVENTS_SECONDS`."""
         until = asyncio.get_running_loop().time() + EVENTS_SECONDS
-        return await self.send(call, until, self.check)
+        return await self.send(lambda: call(DEFAULT_OPTIONS), until, self.check)
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         """Await `call()`, made anew whenever the lease was renewed meanwhile.

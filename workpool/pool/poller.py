@@ -200,20 +200,20 @@ class Poller:
             if not taken:
                 self._parts.queue.unreserve()
                 if item is not None:
-                    self._parts.calls.return_ack()
+                    self._parts.calls.release_ack_permit()
         return item, taken
 
     async def _claim(self) -> WorkItem | None:
         """Poll as soon as gate and budget allow, with the acknowledgement paid for in advance."""
         self.state = "paused"
         await self._polling.pass_gate()
-        await self._parts.calls.reserve_ack()
+        await self._parts.calls.acquire_ack_permit()
         item = None
         try:
             item = await self._poll()
         finally:
             if item is None:
-                self._parts.calls.return_ack()
+                self._parts.calls.release_ack_permit()
         return item
 
     async def _poll(self) -> WorkItem | None:

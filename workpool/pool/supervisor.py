@@ -228,7 +228,7 @@ class Supervisor:
         )
         self._calls = self._connect(settings)
         self._keeper_calls = self._connect(settings)
-        self._keeper_calls.budgets = self._calls.budgets
+        self._keeper_calls.rate_limits = self._calls.rate_limits
         # Two claimants must never share a Worker-ID: protocol §4 tells whose an item is by it.
         worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
         for calls in (self._calls, self._keeper_calls):

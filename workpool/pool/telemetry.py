@@ -64,7 +64,7 @@ class Telemetry:
         calls.on_request = (
             self._request_finished if self._plugins.observers else self._metrics.request
         )
-        calls.on_budget_wait = self._budget_waited
+        calls.on_rate_limit_wait = self._budget_waited
         calls.on_credential_refresh = self._credential_refreshed
 
     def observe_anywhere(self, event: Event) -> None:
