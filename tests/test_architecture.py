@@ -18,7 +18,7 @@ PACKAGE = ROOT / "workpool"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PLUGIN_MODULES = sorted((ROOT / "plugins").glob("*/workpool_*/**/*.py"))
 PUBLIC = {"workpool", "workpool.errors", "workpool.events", "workpool.settings"}
-LINES = 350
+LINES = 400
 BANNED = {
     "manager",
     "helper",

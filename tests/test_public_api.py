@@ -11,6 +11,7 @@ def test_public_names() -> None:
         "LeaseLost",
         "Outcome",
         "PluginError",
+        "RateLimits",
         "Release",
         "Session",
         "SessionEnded",

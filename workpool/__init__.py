@@ -11,6 +11,7 @@ from workpool.session import Outcome, Release, Session
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
 from workpool.wire.items import WorkItem
+from workpool.wire.rate_limiter import RateLimits
 
 __version__ = version("workpool")
 
@@ -18,6 +19,7 @@ __all__ = [
     "LeaseLost",
     "Outcome",
     "PluginError",
+    "RateLimits",
     "Release",
     "Session",
     "SessionEnded",

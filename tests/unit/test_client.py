@@ -20,8 +20,9 @@ from workpool.errors import (
 )
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.settings import Settings
-from workpool.wire.budget import Budget, Budgets
 from workpool.wire.client import WorkClient
+from workpool.wire.options import Priority
+from workpool.wire.rate_limiter import RateLimiter, RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -431,8 +432,8 @@ async def test_a_malformed_item_is_no_crash(qoder: WorkClient, tap: Tap) -> None
 # -- rate limits -----------------------------------------------------------------------------------
 
 
-def spend(budget: Budget) -> int:
-    return next(count for count in range(10_000) if not budget.try_take())
+def spend(limiter: RateLimiter) -> int:
+    return next(count for count in range(10_000) if not limiter.try_acquire())
 
 
 async def test_reads_and_writes_have_limits_of_their_own(plane: ControlPlane) -> None:
@@ -457,75 +458,78 @@ async def test_reads_and_writes_have_limits_of_their_own(plane: ControlPlane) ->
 async def test_a_wait_for_the_limit_is_told(plane: ControlPlane) -> None:
     waits: list[tuple[str, float]] = []
     client = WorkClient(settings_of(plane, read_rate=20, write_rate=0.004))
-    client.on_budget_wait = lambda kind, seconds: waits.append((kind, seconds))
+    client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
     async with client:
-        spend(client.budgets.read)
+        spend(client.rate_limits.read)
         await client.stats()
         assert [kind for kind, _ in waits] == ["read"]
         assert waits[0][1] >= 0.04
-        spend(client.budgets.write)
+        spend(client.rate_limits.write)
         with pytest.raises(TransientError):
             await client.stop(UNKNOWN, timeout=0.05)
     assert [kind for kind, _ in waits] == ["read", "write"]
     assert waits[1][1] >= 0.05
 
 
-async def test_an_ack_is_paid_for_before_its_poll(plane: ControlPlane) -> None:
+async def test_ack_permit_acquired_before_a_poll_lets_the_ack_go_at_once(
+    plane: ControlPlane,
+) -> None:
     plane.enqueue()
     async with WorkClient(settings_of(plane, write_rate=0.004, request_timeout=5)) as client:
-        await client.reserve_ack()
-        assert spend(client.budgets.write) == 0
+        await client.acquire_ack_permit()
+        assert spend(client.rate_limits.write) == 0
         item = await polled(client)
-        await client.ack(item.id, reserved=True)
-        client.return_ack()
-        await client.reserve_ack()
-        client.return_ack()
-        assert spend(client.budgets.write) == 1
+        await client.ack(item.id, permit=True)
+        client.release_ack_permit()
+        await client.acquire_ack_permit()
+        client.release_ack_permit()
+        assert spend(client.rate_limits.write) == 1
 
 
-async def test_a_cancelled_reservation_takes_nothing(plane: ControlPlane) -> None:
+async def test_ack_permit_cancelled_while_waiting_costs_nothing(plane: ControlPlane) -> None:
     async with WorkClient(settings_of(plane, write_rate=0.004)) as client:
-        await client.reserve_ack()
+        await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
-            waiting = group.create_task(client.reserve_ack())
+            waiting = group.create_task(client.acquire_ack_permit())
             for _ in range(20):
                 await asyncio.sleep(0)
             assert not waiting.done()
             waiting.cancel()
-        client.return_ack()
-        assert spend(client.budgets.write) == 1
+        client.release_ack_permit()
+        assert spend(client.rate_limits.write) == 1
 
 
 async def test_without_limits_nothing_is_asked(plane: ControlPlane) -> None:
-    class Untouchable(Budget):
-        def try_take(self) -> bool:
+    class Untouchable(RateLimiter):
+        def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
+            raise AssertionError(priority)
+
+        async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
+            raise AssertionError(priority)
+
+        def refund(self) -> None:
             raise AssertionError
 
-        async def take(self) -> None:
-            raise AssertionError
-
-        def give_back(self) -> None:
-            raise AssertionError
-
-        def debit(self) -> None:
+        def charge(self) -> None:
             raise AssertionError
 
     plane.enqueue()
-    client = WorkClient(settings_of(plane))
-    client.budgets = Budgets(Untouchable("read", 0), Untouchable("write", 0))
+    limits = RateLimits(0, 0)
+    limits.read, limits.write = Untouchable("read", 0), Untouchable("write", 0)
+    client = WorkClient(settings_of(plane), rate_limits=limits)
     async with client:
-        await client.reserve_ack()
-        client.return_ack()
+        await client.acquire_ack_permit()
+        client.release_ack_permit()
         item = await polled(client)
-        await client.ack(item.id, reserved=True)
+        await client.ack(item.id, permit=True)
         await client.heartbeat(item.id)
         await client.stop(item.id, force=True)
 
 
-async def test_two_clients_may_share_their_limits(plane: ControlPlane) -> None:
-    first, second = (WorkClient(settings_of(plane, write_rate=0.004)) for _ in range(2))
-    second.budgets = first.budgets
+async def test_two_clients_given_one_rate_limits_share_it(plane: ControlPlane) -> None:
+    limits = RateLimits(0, 0.004)
+    first, second = (WorkClient(settings_of(plane), rate_limits=limits) for _ in range(2))
     async with first, second:
-        await first.reserve_ack()
+        await first.acquire_ack_permit()
         with pytest.raises(TransientError, match="our own rate limit"):
             await second.stop(UNKNOWN, timeout=0.01)

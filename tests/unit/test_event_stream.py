@@ -17,6 +17,7 @@ from workpool.testing.local import LocalClient, Script, Trouble
 from workpool.testing.virtual import run_virtual
 from workpool.wire.event_calls import Unguarded
 from workpool.wire.event_stream import EventStream
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -143,8 +144,8 @@ class Flaky:
         await self.befall()
         return await self._calls.page(min(limit, 3), after_id=after_id, page=page)
 
-    async def post(self, body: bytes) -> list[Event]:
-        return await self._calls.post(body)
+    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+        return await self._calls.post(body, options=options)
 
     async def open(self, last_id: str | None) -> OpenStream:
         await self.befall()

@@ -37,10 +37,10 @@ class Script:
         self.polls = self.paid = 0
         self.exhausted = asyncio.Event()
 
-    async def reserve_ack(self) -> None:
+    async def acquire_ack_permit(self) -> None:
         self.paid += 1
 
-    def return_ack(self) -> None:
+    def release_ack_permit(self) -> None:
         self.paid -= 1
 
     async def poll(self, *_: object) -> object:

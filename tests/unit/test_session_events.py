@@ -16,6 +16,7 @@ from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, sta
 from workpool.wire import calls, event_stream
 from workpool.wire.client import WorkClient
 from workpool.wire.event_calls import Unguarded
+from workpool.wire.options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.wire.event_calls import Event
     from workpool.wire.event_stream import EventStream
+    from workpool.wire.options import CallOptions
 
 T = TypeVar("T")
 
@@ -216,11 +218,11 @@ async def test_a_message_is_never_taken_for_one_that_was_said_before(
 class Impatient(Unguarded):
     """Gives up on a call that is not answered at once, and makes it again."""
 
-    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(0.05):
-                return await call()
-        return await call()
+                return await call(DEFAULT_OPTIONS)
+        return await call(DEFAULT_OPTIONS)
 
 
 async def test_a_message_without_an_answer_is_not_said_again_and_a_result_is(
@@ -567,7 +569,7 @@ async def test_our_own_rate_limit_holds_for_events_too(
 ) -> None:
     waits: list[str] = []
     client = WorkClient(make_settings(read_rate=2, write_rate=2))
-    client.on_budget_wait = lambda kind, _: waits.append(kind)
+    client.on_rate_limit_wait = lambda kind, _: waits.append(kind)
     async with client:
         events = client.events(scripted(plane))
         async with events.stream() as stream:

@@ -39,7 +39,7 @@ from workpool.wire import calls
 from workpool.wire.answers import RETRY_AFTER_MAX_SECONDS, Answer, code_of, error_of, retry_after_of
 from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.proxy import proxy_of
-from workpool.wire.transport import Transport
+from workpool.wire.transport import Request, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -51,7 +51,7 @@ STATS = b'{"depth": 1, "pending": 0, "oldest_queued_at": null, "workers_polling"
 
 
 @dataclass
-class Request:
+class Received:
     method: str
     path: str
     headers: dict[str, str]
@@ -64,7 +64,7 @@ class Server:
 
     answers: list[bytes | Callable[[Server, asyncio.StreamWriter], Awaitable[None]]]
     url: str = ""
-    requests: list[Request] = field(default_factory=list)
+    requests: list[Received] = field(default_factory=list)
     connections: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,13 +87,13 @@ class Server:
             writer.close()
 
 
-async def read_request(reader: asyncio.StreamReader) -> Request:
+async def read_request(reader: asyncio.StreamReader) -> Received:
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     start, *lines = head.strip().split("\r\n")
     headers = dict(line.split(": ", 1) for line in lines)
     method, path, _ = start.split(" ")
     body = await reader.readexactly(int(headers.get("Content-Length", 0)))
-    return Request(method, path, headers, body)
+    return Received(method, path, headers, body)
 
 
 def answer(status: int, body: bytes = b"", **headers: str) -> bytes:
@@ -137,7 +137,7 @@ async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterat
 
 
 async def ask(transport: Transport, url: str, seconds: float = 20, call: Any = calls.STATS) -> Any:
-    return await transport.send(call, URL(f"{url}/x", encoded=True), seconds)
+    return await transport.send(Request(call, URL(f"{url}/x", encoded=True), seconds))
 
 
 async def failure(*answers: Any, seconds: float = 20, call: Any = calls.STATS) -> ControlPlaneError:
@@ -168,7 +168,7 @@ async def test_what_a_request_bears() -> None:
 async def test_a_body_says_that_it_is_json() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         call: Any = calls.Call("stop", "POST", calls.STATS.parse)
-        await transport.send(call, URL(f"{server.url}/x"), 20, b'{"force":true}')
+        await transport.send(Request(call, URL(f"{server.url}/x"), body=b'{"force":true}'))
     (request,) = server.requests
     assert request.headers["Content-Type"] == "application/json"
     assert request.body == b'{"force":true}'
@@ -374,7 +374,7 @@ async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
     async with serving(never) as server, connected(server.url) as transport:
         async with asyncio.TaskGroup() as group:
             url = URL(server.url)
-            task = group.create_task(transport.send(calls.STATS, url, seconds))
+            task = group.create_task(transport.send(Request(calls.STATS, url, seconds)))
             await server.arrived.wait()
             loop.call_later(seconds * (0.5 if cancelled_first else 1.5), task.cancel)
             time.sleep(seconds * 2)  # noqa: ASYNC251 - both are due in one turn of the loop
@@ -613,7 +613,7 @@ async def test_a_body_is_sent_again_with_the_rotated_token(tmp_path: Path) -> No
         connected(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
-        await transport.send(post, URL(f"{server.url}/x"), 20, b"{}")
+        await transport.send(Request(post, URL(f"{server.url}/x"), body=b"{}"))
     assert [each.body for each in server.requests] == [b"{}", b"{}"]
 
 
@@ -771,7 +771,7 @@ async def test_a_bug_is_loud() -> None:
         with pytest.raises(Bug):
             await ask(transport, server.url, call=calls.Call("stats", "GET", parse))
         with pytest.raises(aiohttp.InvalidURL):
-            await transport.send(calls.STATS, URL("http:///x"), 20)
+            await transport.send(Request(calls.STATS, URL("http:///x")))
     assert told == ["2xx", "error"]
 
 

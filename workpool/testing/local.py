@@ -23,13 +23,14 @@ from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
-from workpool.wire.budget import Budget, Budgets
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
     TTL_DEFAULT_SECONDS,
     WORK_HEARTBEAT,
     WORK_QUEUE_STATS,
 )
+from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
@@ -121,9 +122,9 @@ class LocalClient:
         self._troubles = troubles
         self._open = False
         self.worker_id: str | None = worker_id or settings.worker_id
-        self.budgets = Budgets(Budget("read", 0), Budget("write", 0))
+        self.rate_limits = RateLimits(0, 0)
         self.on_request: Callable[[str, str, float], None] | None = None
-        self.on_budget_wait: Callable[[Any, float], None] | None = None
+        self.on_rate_limit_wait: Callable[[Any, float], None] | None = None
         self.on_credential_refresh: Callable[[Any], None] | None = None
 
     async def __aenter__(self) -> LocalClient:
@@ -140,10 +141,10 @@ class LocalClient:
         """Close; what is under way still arrives."""
         self._open = False
 
-    async def reserve_ack(self) -> None:
+    async def acquire_ack_permit(self) -> None:
         """Nothing limits us."""
 
-    def return_ack(self) -> None:
+    def release_ack_permit(self) -> None:
         """Nothing limits us."""
 
     async def poll(
@@ -173,15 +174,20 @@ class LocalClient:
         return await self._settle(calls.POLL, exchange(), seconds)
 
     async def ack(
-        self, work_id: str, *, reserved: bool = False, timeout: float | None = None
+        self,
+        work_id: str,
+        *,
+        permit: bool = False,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Protocol §3.2."""
-        del reserved
+        del permit
 
         def operate() -> object:
             return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
 
-        item = await self._send(calls.ACK, work_id, operate, timeout)
+        item = await self._send(calls.ACK, work_id, operate, timeout, options)
         return calls.same_item(calls.ACK, work_id, item)
 
     async def heartbeat(
@@ -191,6 +197,7 @@ class LocalClient:
         ttl: int | None = None,
         *,
         timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
         """Protocol §3.3."""
 
@@ -200,7 +207,7 @@ class LocalClient:
             )
             return {"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)}
 
-        return await self._send(calls.HEARTBEAT, work_id, operate, timeout)
+        return await self._send(calls.HEARTBEAT, work_id, operate, timeout, options)
 
     async def stop(
         self,
@@ -208,6 +215,7 @@ class LocalClient:
         force: bool = False,  # noqa: FBT001, FBT002 - as in WorkClient
         *,
         timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
         """Protocol §3.4."""
 
@@ -216,10 +224,15 @@ class LocalClient:
                 self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
             )
 
-        return await self._send(calls.STOP, work_id, operate, timeout)
+        return await self._send(calls.STOP, work_id, operate, timeout, options)
 
     async def update_metadata(
-        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+        self,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Protocol §3.5."""
 
@@ -228,15 +241,21 @@ class LocalClient:
                 self._operations.update(self._environment_id, work_id, patch, self.worker_id)
             )
 
-        return await self._send(calls.UPDATE, work_id, operate, timeout)
+        return await self._send(calls.UPDATE, work_id, operate, timeout, options)
 
-    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+    async def get(
+        self,
+        work_id: str,
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> WorkItem:
         """Protocol §3.6."""
 
         def operate() -> object:
             return QODER.item(self._operations.get(self._environment_id, work_id))
 
-        item = await self._send(calls.GET, work_id, operate, timeout)
+        item = await self._send(calls.GET, work_id, operate, timeout, options)
         return calls.same_item(calls.GET, work_id, item)
 
     def events(
@@ -265,9 +284,12 @@ class LocalClient:
         work_id: str | None,
         operate: Callable[[], object],
         timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
+        if options.check is not None:
+            options.check()
         trouble = self._befalls(call.op, work_id)
 
         def arrive() -> None:

@@ -8,6 +8,7 @@ from workpool.server.client_events import client_events
 from workpool.server.paging import listing, page_of
 from workpool.server.session_routes import KEEP_ALIVE, frame_of, value_of
 from workpool.wire import calls
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ class Send(Protocol):
     """Carries one call there and its answer back, with what befalls them on the way."""
 
     def __call__(
-        self, call: Call[T], subject: str, operate: Callable[[], object], timeout: float | None, /
+        self,
+        call: Call[T],
+        subject: str,
+        operate: Callable[[], object],
+        timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
+        /,
     ) -> Awaitable[T]:
         """Send."""
 
@@ -59,14 +66,14 @@ class LocalEvents:
 
         return await self._send(calls.EVENTS, self._session_id, operate, None)
 
-    async def post(self, body: bytes) -> list[Event]:
+    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         """Append."""
 
         def operate() -> object:
             stored = self._operations.send(self._session_id, client_events(body))
             return {"data": [value_of(event) for event in stored]}
 
-        return await self._send(calls.SEND, self._session_id, operate, None)
+        return await self._send(calls.SEND, self._session_id, operate, None, options)
 
     async def open(self, last_id: str | None) -> OpenStream:
         """Open a stream."""

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
 from yarl import URL
 
 from workpool.errors import TransientError
 from workpool.wire import bodies, calls, protocol
-from workpool.wire.budget import Budget, Budgets
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.http_events import HttpEvents
 from workpool.wire.items import WorkItem
-from workpool.wire.paying import Paying
+from workpool.wire.options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
-from workpool.wire.transport import Transport
+from workpool.wire.transport import Request, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
 
     import aiohttp
     from pydantic import SecretStr
 
     from workpool.settings import Settings
+    from workpool.wire.calls import Call
     from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats
+
+T = TypeVar("T")
 
 Items = list[WorkItem]
 
@@ -44,13 +47,16 @@ class WorkClient:
 
     Every call takes `timeout`, in seconds, for all of it: the wait for our own rate limit, the
     request, and its repetition after a renewed token; None = the setting `request_timeout` (for a
-    poll: beside the time that it blocks). Every call raises `ControlPlaneError` and its subclasses,
-    `ValueError` for an id that cannot be one, and `RuntimeError` when the client is not open.
+    poll: beside the time that it blocks). The calls about one item take `options` besides, see
+    `CallOptions`. Every call raises `ControlPlaneError` and its subclasses, `ValueError` for an id
+    that cannot be one, and `RuntimeError` when the client is not open.
 
     Args:
         settings: Where the control plane is; needs `environment_id` and a token.
         session: Your own aiohttp session; stays open. Its proxy and TLS settings are used.
         worker_id: Our identity on the wire; None = the setting.
+        rate_limits: The rate limits that all clients of one account share; None = the settings'
+            rates, for this client alone.
     """
 
     def __init__(
@@ -59,23 +65,21 @@ class WorkClient:
         *,
         session: aiohttp.ClientSession | None = None,
         worker_id: str | None = None,
+        rate_limits: RateLimits | None = None,
     ) -> None:
         self._settings = settings
         self._transport = Transport(settings, session)
-        self._paying = Paying(self._transport, settings.request_timeout)
         self._sessions = f"{settings.base_url}/sessions"
         work = URL(f"{settings.base_url}/environments/{settings.environment_id}/work", encoded=True)
         self._scheme, self._authority, self._work = work.scheme, work.raw_authority, work.raw_path
         self._work_query = DIALECTS[settings.dialect].work_query
         self.worker_id: str | None = worker_id or settings.worker_id
         """Our identity on the wire (protocol §1), None to tell none; set before opening."""
-        self.budgets = Budgets(
-            Budget("read", settings.read_limit), Budget("write", settings.write_limit)
-        )
-        """Our own rate limits; give two clients the same to make them share."""
+        self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
+        """Our own rate limits."""
         self.on_request: Callable[[str, str, float], None] | None = None
         """Told of each request's end: call, status label of metrics.md, seconds."""
-        self.on_budget_wait: Callable[[str, float], None] | None = None
+        self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         """Told of each wait for our own rate limit: "read" or "write", seconds."""
         self.on_credential_refresh: Callable[[str], None] | None = None
         """Told when the token source was read again: "ok" or "error"."""
@@ -89,7 +93,7 @@ class WorkClient:
         self._settings.require_connection()
         self._transport.on_request = self.on_request
         self._transport.on_credential_refresh = self.on_credential_refresh
-        self._paying.on_budget_wait = self.on_budget_wait
+        self._transport.on_rate_limit_wait = self.on_rate_limit_wait
         self._transport.open(self.worker_id)
         return self
 
@@ -125,37 +129,44 @@ class WorkClient:
         if timeout is None:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
         url = self._work_url("/poll", query)
-        return await self._paying.send(calls.POLL, url, timeout, self.budgets.read)
+        return await self._read(calls.POLL, url, timeout, CLAIM_OPTIONS)
 
-    async def reserve_ack(self) -> None:
-        """Pay for an acknowledgement before polling, so that no item waits for our rate limit."""
-        write = self.budgets.write
-        if write.limited:
-            await self._paying.pay(write, "ack", self._settings.request_timeout)
+    async def acquire_ack_permit(self) -> None:
+        """Acquire the right to send one ack, before polling: no item waits for our rate limit.
 
-    def return_ack(self) -> None:
-        """Take back what `reserve_ack` paid: there is nothing to acknowledge."""
-        if self.budgets.write.limited:
-            self.budgets.write.give_back()
+        Raises:
+            TransientError: It took longer than the setting `request_timeout`.
+        """
+        await self._transport.acquire(self.rate_limits.write, "ack", Priority.CLAIM)
+
+    def release_ack_permit(self) -> None:
+        """Give back an ack permit that was not used: there is nothing to acknowledge."""
+        if self.rate_limits.write.limited:
+            self.rate_limits.write.refund()
 
     async def ack(
-        self, work_id: str, *, reserved: bool = False, timeout: float | None = None
+        self,
+        work_id: str,
+        *,
+        permit: bool = False,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Confirm an item before working on it (protocol §3.2); safe to repeat.
 
         Args:
             work_id: The item.
-            reserved: `reserve_ack` has paid for this call.
+            permit: This call uses an ack permit and waits for no rate limit.
             timeout: See the class.
+            options: See the class.
 
         Raises:
             ConflictError: Another worker has it, or it is stopping or stopped.
         """
-        budget = None if reserved else self.budgets.write
+        limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
-        return calls.same_item(
-            calls.ACK, work_id, await self._paying.send(calls.ACK, url, timeout, budget)
-        )
+        request = Request(calls.ACK, url, timeout, limiter, options=_as_claim(options))
+        return calls.same_item(calls.ACK, work_id, await self._transport.send(request))
 
     async def heartbeat(
         self,
@@ -164,6 +175,7 @@ class WorkClient:
         ttl: int | None = None,
         *,
         timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
         """Keep an item's lease (protocol §3.3). Never waits for our rate limit.
 
@@ -172,6 +184,7 @@ class WorkClient:
             expected: The last heartbeat as the control plane wrote it; None = unconditional.
             ttl: The lease to ask for, in seconds; None = the control plane's default.
             timeout: See the class.
+            options: See the class.
 
         Raises:
             PreconditionError: `expected` is not the lease owner's.
@@ -183,9 +196,10 @@ class WorkClient:
         if ttl is not None:
             asked.append(f"desired_ttl_seconds={ttl:d}")
         url = self._item_url(work_id, "/heartbeat", "&".join(asked))
-        if self.budgets.write.limited:
-            self.budgets.write.debit()
-        return await self._paying.send(calls.HEARTBEAT, url, timeout, None)
+        if self.rate_limits.write.limited:
+            self.rate_limits.write.charge()
+        request = Request(calls.HEARTBEAT, url, timeout, options=_as_claim(options))
+        return await self._transport.send(request)
 
     async def stop(
         self,
@@ -193,19 +207,23 @@ class WorkClient:
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
         timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
         """Finish an item, or ask for or confirm its stop (protocol §3.4).
 
         Returns:
             The item; None from a control plane that does not answer it (protocol §6).
         """
-        url = self._item_url(work_id, "/stop")
-        return await self._paying.send(
-            calls.STOP, url, timeout, self.budgets.write, bodies.STOP[force]
-        )
+        url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
+        return await self._write(calls.STOP, url, body, timeout, options)
 
     async def update_metadata(
-        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+        self,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Merge `patch` into an item's metadata; None deletes a key (protocol §3.5).
 
@@ -214,14 +232,18 @@ class WorkClient:
         """
         body = bodies.update(patch)
         url = self._item_url(work_id)
-        return await self._paying.send(calls.UPDATE, url, timeout, self.budgets.write, body)
+        return await self._write(calls.UPDATE, url, body, timeout, options)
 
-    async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
+    async def get(
+        self,
+        work_id: str,
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> WorkItem:
         """Read one item (protocol §3.6)."""
-        url = self._item_url(work_id)
-        return calls.same_item(
-            calls.GET, work_id, await self._paying.send(calls.GET, url, timeout, self.budgets.read)
-        )
+        item = await self._read(calls.GET, self._item_url(work_id), timeout, options)
+        return calls.same_item(calls.GET, work_id, item)
 
     async def list(
         self,
@@ -248,7 +270,7 @@ class WorkClient:
         seen: set[str] = set()
         while left > 0:
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
-            page = await self._paying.send(calls.LIST, url, timeout, self.budgets.read)
+            page = await self._read(calls.LIST, url, timeout)
             for item in page.items[:left]:
                 yield item
             left -= len(page.items)
@@ -262,13 +284,13 @@ class WorkClient:
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read how full the queue is (protocol §3.8)."""
         url = self._work_url("/stats")
-        return await self._paying.send(calls.STATS, url, timeout, self.budgets.read)
+        return await self._read(calls.STATS, url, timeout)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
         """Read a session as the control plane writes it (protocol §5)."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
-        return await self._paying.send(calls.SESSION, url, timeout, self.budgets.read)
+        return await self._read(calls.SESSION, url, timeout)
 
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
@@ -281,10 +303,10 @@ class WorkClient:
             guard: Asked before and during each; None = nothing is.
         """
         _check_id("session_id", session_id)
-        own = self._paying if token is None else self._paying.bearing(token.get_secret_value())
+        own = self._transport
         http_events = HttpEvents(
-            own,
-            self.budgets,
+            own if token is None else own.bearing(token.get_secret_value()),
+            self.rate_limits,
             f"{self._sessions}/{session_id}/events",
             self._work_query,
             # The sibling's list begins at a page only.
@@ -313,8 +335,28 @@ class WorkClient:
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
         body = bodies.enqueue(fields)
         url = self._work_url()
-        page = await self._paying.send(calls.ENQUEUE, url, timeout, self.budgets.write, body)
-        return page.items
+        return (await self._write(calls.ENQUEUE, url, body, timeout)).items
+
+    def _read(
+        self,
+        call: Call[T],
+        url: URL,
+        timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Coroutine[Any, Any, T]:
+        request = Request(call, url, timeout, self.rate_limits.read, None, options)
+        return self._transport.send(request)
+
+    def _write(
+        self,
+        call: Call[T],
+        url: URL,
+        body: bytes,
+        timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> Coroutine[Any, Any, T]:
+        request = Request(call, url, timeout, self.rate_limits.write, body, options)
+        return self._transport.send(request)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
         """The URL of a work call; all parts must be encoded already."""
@@ -332,6 +374,13 @@ class WorkClient:
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)
         return self._work_url(f"/{work_id}{path}", query)
+
+
+def _as_claim(options: CallOptions) -> CallOptions:
+    """Give a call at least the priority of claims: it must not wait behind handlers' calls."""
+    if options is DEFAULT_OPTIONS:
+        return CLAIM_OPTIONS
+    return options._replace(priority=min(options.priority, Priority.CLAIM))
 
 
 def _check_id(name: str, value: object) -> None:

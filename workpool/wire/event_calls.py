@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from workpool.errors import TooLargeError, TransientError
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import LIST_LIMIT_MAX
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class EventCalls(Protocol):
     ) -> EventPage:
         """List the first events, or those after an event, or the next page."""
 
-    async def post(self, body: bytes) -> list[Event]:
+    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         """Append events; returns them as they were stored."""
 
     async def open(self, last_id: str | None) -> OpenStream:
@@ -72,8 +73,8 @@ class Guard(Protocol):
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         """Await `call()`, which may be made anew; raises TimeoutError after `seconds`."""
 
-    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that writes, checked right before it is sent."""
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+        """Make a call that writes, with the options by which it is to be sent."""
 
 
 class Unguarded:
@@ -87,9 +88,9 @@ class Unguarded:
         async with asyncio.timeout(seconds):
             return await call()
 
-    async def carry(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make the call, once: what to do about an error is the caller's."""
-        return await call()
+        return await call(DEFAULT_OPTIONS)
 
 
 class Pages:

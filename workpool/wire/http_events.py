@@ -8,34 +8,35 @@ from urllib.parse import quote
 from yarl import URL
 
 from workpool.wire import calls
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
-from workpool.wire.transport import TRANSIENT, no_answer
+from workpool.wire.transport import TRANSIENT, Request, no_answer
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from workpool.wire.budget import Budgets
     from workpool.wire.event_calls import Event, EventPage, OpenStream
-    from workpool.wire.paying import Paying
+    from workpool.wire.rate_limiter import RateLimits
+    from workpool.wire.transport import Transport
 
 
 class HttpEvents:
     """See `workpool.wire.event_calls.EventCalls`.
 
     Args:
-        paying: Sends the requests.
-        budgets: Our own rate limits.
+        transport: Sends the requests.
+        rate_limits: Our own.
         url: Of the session's events; encoded already.
         query: Added to every query.
         resumes: A list can begin after an event that was read.
     """
 
     def __init__(
-        self, paying: Paying, budgets: Budgets, url: str, query: str, *, resumes: bool
+        self, transport: Transport, rate_limits: RateLimits, url: str, query: str, *, resumes: bool
     ) -> None:
         self.resumes = resumes
-        self._paying = paying
-        self._budgets = budgets
+        self._transport = transport
+        self._rate_limits = rate_limits
         self._url = url
         self._query = query
 
@@ -46,19 +47,22 @@ class HttpEvents:
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._at("", f"limit={limit}", *start)
-        return await self._paying.send(calls.EVENTS, url, None, self._budgets.read)
+        request = Request(calls.EVENTS, url, limiter=self._rate_limits.read)
+        return await self._transport.send(request)
 
-    async def post(self, body: bytes) -> list[Event]:
+    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         """Append events."""
-        return await self._paying.send(calls.SEND, self._at(), None, self._budgets.write, body)
+        limiter = self._rate_limits.write
+        request = Request(calls.SEND, self._at(), None, limiter, body, options)
+        return await self._transport.send(request)
 
     async def open(self, last_id: str | None) -> OpenStream:
         """Open a stream on a connection of its own."""
         headers = {"Accept": "text/event-stream"}
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
-        url = self._at("/stream")
-        return _Stream(await self._paying.open(url, headers, self._budgets.read))
+        limiter = self._rate_limits.read
+        return _Stream(await self._transport.open_stream(self._at("/stream"), headers, limiter))
 
     def _at(self, path: str = "", *query: str) -> URL:
         text = "&".join((*query, self._query)).strip("&")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
     from workpool.wire.event_calls import Event, EventCalls, Guard
+    from workpool.wire.options import CallOptions
 
 _ANSWERS: Final[Mapping[str, str]] = {
     protocol.USER_TOOL_RESULT: "tool_use_id",
@@ -62,13 +63,13 @@ class SessionEvents:
         repeatable = all(event.get("type") in _ANSWERS for event in events)
         doubtful = False  # it was sent, and we do not know what came of it
 
-        async def post() -> Sequence[Event] | TransientError:
+        async def post(options: CallOptions) -> Sequence[Event] | TransientError:
             nonlocal doubtful
             if doubtful:
                 return TransientError("events", None, "no answer in time", reason="timeout")
             doubtful = not repeatable
             try:
-                return await self._calls.post(body)
+                return await self._calls.post(body, options=options)
             except ConflictError:
                 stored = await self._stored(orjson.loads(body)["events"]) if repeatable else None
                 if stored is None:

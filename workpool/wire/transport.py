@@ -1,4 +1,4 @@
-"""One HTTP request and its answer: connections, headers, limits, credentials (design §2, §5).
+"""The one place that sends: rate limit, connection, check, bytes, in this order; then the answer.
 
 Owns the connections and the token in use. It knows no call of the protocol by name: `client.py`
 says what to send and how to read the answer. It never retries, but for two cases:
@@ -18,8 +18,8 @@ import http
 import importlib.metadata
 import io
 import time
-from functools import cache
-from typing import TYPE_CHECKING, Final, TypeVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
@@ -30,13 +30,15 @@ from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.proxy import proxy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from workpool.settings import Settings
     from workpool.wire.calls import Call
+    from workpool.wire.rate_limiter import RateLimiter
 
 T = TypeVar("T")
 
@@ -56,6 +58,27 @@ TRANSIENT: Final = (
 """What may pass by itself. Anything else is a bug and must be loud (design §2)."""
 
 
+class Request(NamedTuple, Generic[T]):
+    """One request.
+
+    Attributes:
+        call: How to send it and how to read the answer.
+        url: Where to; encoded already.
+        seconds: The bound on all of it, the wait for our own rate limit included; None = the
+            setting `request_timeout`.
+        limiter: Our own rate limit that applies; None = the request waits for none.
+        body: JSON.
+        options: Its check, priority and connection.
+    """
+
+    call: Call[T]
+    url: URL
+    seconds: float | None = None
+    limiter: RateLimiter | None = None
+    body: bytes | None = None
+    options: CallOptions = DEFAULT_OPTIONS
+
+
 class Transport:
     """Requests of one client, on one event loop.
 
@@ -66,11 +89,13 @@ class Transport:
 
     def __init__(self, settings: Settings, session: aiohttp.ClientSession | None) -> None:
         self._settings = settings
+        self._seconds = settings.request_timeout
         self._given = session
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
         self.on_request: Callable[[str, str, float], None] | None = None
+        self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
 
     def open(self, worker_id: str | None) -> None:
@@ -107,61 +132,91 @@ class Transport:
         self._renews = False
         self._use(token)
 
-    async def send(
-        self,
-        call: Call[T],
-        url: URL,
-        seconds: float,
-        body: bytes | None = None,
-        *,
-        renewed: bool = False,
-    ) -> T:
-        """Send one request and read its answer, all within `seconds`.
-
-        Args:
-            call: How to send and how to read.
-            url: Where to; encoded already.
-            seconds: The bound on all of it.
-            body: JSON.
-            renewed: The token was renewed for this request: not a second time.
+    async def send(self, request: Request[T]) -> T:
+        """Send one request and read its answer, all within its `seconds`.
 
         Raises:
-            ControlPlaneError: Whatever is not the success that `call` expects.
+            ControlPlaneError: Any other answer than the success that the call expects.
             RuntimeError: Not open, or on another event loop than the one it was opened on.
         """
-        self._check(call.op, seconds)
-        token, started, code = self._token, time.monotonic(), "error"
-        try:
-            # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
-            with Bound(seconds):
-                answer = await self._exchange(call, url, body)
-            code = code_of(answer.status)
-        except TRANSIENT as error:
-            failure: ControlPlaneError = no_answer(call.op, error)
-        else:
-            if answer.status in SUCCESS:
-                return value_of(call.op, answer, call.parse)
-            failure = error_of(call.op, answer, token)
-        finally:
-            if self.on_request is not None:
-                self.on_request(call.op, code, time.monotonic() - started)
-        if failure.status in _DENIED and not renewed:
-            until = started + seconds
-            if await self._renewed(token, until):
-                return await self.send(call, url, until - time.monotonic(), body, renewed=True)
-        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
-        raise failure
+        self._check_loop()
+        seconds = self._seconds if request.seconds is None else request.seconds
+        until = time.monotonic() + seconds
+        if request.limiter is not None:
+            op, priority = request.call.op, request.options.priority
+            await self.acquire(request.limiter, op, priority, seconds)
+        return await self._renewing(partial(self._attempt, request, until), until)
 
     async def open_stream(
-        self, url: URL, seconds: float, headers: Mapping[str, str], *, renewed: bool = False
+        self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
     ) -> aiohttp.ClientResponse:
-        """Open an event stream within `seconds`; how long it lasts is the caller's to bound.
+        """Open an event stream within `request_timeout`; its length is the caller's to bound.
 
         Raises:
             ControlPlaneError: It was not opened.
         """
-        self._check(STREAM, seconds)
-        token, started, code = self._token, time.monotonic(), "error"
+        self._check_loop()
+        until = time.monotonic() + self._seconds
+        await self.acquire(limiter, STREAM, Priority.HANDLER)
+        return await self._renewing(partial(self._attempt_stream, url, headers, until), until)
+
+    async def acquire(
+        self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
+    ) -> None:
+        """Acquire one request of our own rate limit, waiting for it if need be.
+
+        Raises:
+            TransientError: `seconds` (None = `request_timeout`) were not enough; nothing was sent.
+        """
+        if not limiter.limited or limiter.try_acquire(priority):
+            return
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self._seconds if seconds is None else seconds):
+                await limiter.acquire(priority)
+        except TimeoutError:
+            problem = "waited too long for our own rate limit"
+            raise TransientError(op, None, problem, reason="timeout") from None
+        finally:
+            if self.on_rate_limit_wait is not None:
+                self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
+
+    async def _renewing(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
+        """Make an attempt; once more when it was denied and there is another token by now."""
+        token = self._token
+        try:
+            return await attempt()
+        except RefusedError as refused:
+            if refused.status not in _DENIED or not await self._renewed(token, until):
+                raise
+        return await attempt()
+
+    async def _attempt(self, request: Request[T], until: float) -> T:
+        op, started = request.call.op, time.monotonic()
+        seconds = _time_left(op, until - started)
+        token, code = self._token, "error"
+        try:
+            # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
+            with Bound(seconds):
+                answer = await self._exchange(request)
+            code = code_of(answer.status)
+        except TRANSIENT as error:
+            failure: ControlPlaneError = no_answer(op, error)
+        else:
+            if answer.status in SUCCESS:
+                return value_of(op, answer, request.call.parse)
+            failure = error_of(op, answer, token)
+        finally:
+            self._tell(op, code, started)
+        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
+        raise failure
+
+    async def _attempt_stream(
+        self, url: URL, headers: Mapping[str, str], until: float
+    ) -> aiohttp.ClientResponse:
+        started = time.monotonic()
+        seconds = _time_left(STREAM, until - started)
+        token, code = self._token, "error"
         try:
             async with asyncio.timeout(seconds):
                 response = await self._connect_stream(url, headers)
@@ -176,14 +231,12 @@ class Transport:
         except TRANSIENT as error:
             failure = no_answer(STREAM, error)
         finally:
-            if self.on_request is not None:
-                self.on_request(STREAM, code, time.monotonic() - started)
-        if failure.status in _DENIED and not renewed:
-            until = started + seconds
-            if await self._renewed(token, until):
-                left = until - time.monotonic()
-                return await self.open_stream(url, left, headers, renewed=True)
+            self._tell(STREAM, code, started)
         raise failure
+
+    def _tell(self, op: str, code: str, started: float) -> None:
+        if self.on_request is not None:
+            self.on_request(op, code, time.monotonic() - started)
 
     async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         return await self._streams.get(
@@ -195,10 +248,11 @@ class Transport:
             raise_for_status=False,
         )
 
-    async def _exchange(self, call: Call[T], url: URL, body: bytes | None) -> Answer:
+    async def _exchange(self, request: Request[T]) -> Answer:
+        call, body = request.call, request.body
         response = await self._session.request(
             call.method,
-            url,
+            request.url,
             # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
             data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
             headers=self._headers if body is None else self._json_headers,
@@ -214,15 +268,13 @@ class Transport:
             if not response.closed:  # the answer was not read to its end, so nor is the connection
                 response.release()
 
-    def _check(self, op: str, seconds: float) -> None:
+    def _check_loop(self) -> None:
         if self._loop is not asyncio.get_running_loop():
             raise RuntimeError(
                 "this WorkClient is not open: use it inside `async with`"
                 if self._loop is None
                 else "this WorkClient was opened on another event loop"
             )
-        if seconds <= 0:  # which aiohttp would take for "no limit"
-            raise TransientError(op, None, "no time left to ask", reason="timeout")
 
     async def _renewed(self, refused: str, until: float) -> bool:
         """Whether another token than the refused one is at hand, its source being read again."""
@@ -280,6 +332,12 @@ class Transport:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._public_headers(),
         )
+
+
+def _time_left(op: str, seconds: float) -> float:
+    if seconds <= 0:
+        raise TransientError(op, None, "no time left to ask", reason="timeout")
+    return seconds
 
 
 def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:

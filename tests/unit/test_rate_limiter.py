@@ -1,0 +1,454 @@
+"""The rate limits: how much passes, in which order, and what a cancelled wait costs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workpool.wire.options import Priority
+from workpool.wire.rate_limiter import RateLimiter
+
+COMPLETION, CLAIM, HANDLER = Priority
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spend(limiter: RateLimiter) -> int:
+    """How many tokens can be taken right now."""
+    return next(count for count in range(10_000) if not limiter.try_acquire())
+
+
+async def settle() -> None:
+    """Let every task that can run do so."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+# -- rate --------------------------------------------------------------------------------------
+
+
+def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
+    assert not RateLimiter("read", 0).limited
+    assert RateLimiter("read", 0.1).limited
+
+
+def test_at_most_a_quarter_of_a_second_at_once(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    assert spend(limiter) == 5
+    clock.now += 60
+    assert spend(limiter) == 5
+
+
+def test_a_slow_rate_still_lets_one_through(clock: Clock) -> None:
+    limiter = RateLimiter("write", 0.5, clock)
+    assert spend(limiter) == 1
+    clock.now += 1.9
+    assert spend(limiter) == 0
+    clock.now += 0.2
+    assert spend(limiter) == 1
+
+
+def test_the_rate_is_what_passes_per_second(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    spend(limiter)
+    passed = 0
+    for _ in range(1000):
+        clock.now += 0.01
+        passed += spend(limiter)
+    assert passed == pytest.approx(200, abs=1)
+
+
+def test_a_clock_that_stands_or_steps_back_gives_nothing(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    spend(limiter)
+    clock.now -= 100
+    assert spend(limiter) == 0
+    clock.now += 0.06
+    assert spend(limiter) == 1
+
+
+@given(st.floats(0.1, 1000), st.lists(st.floats(0, 3), max_size=60))
+def test_never_more_than_rate_and_burst(rate: float, pauses: list[float]) -> None:
+    clock = Clock()
+    limiter = RateLimiter("write", rate, clock)
+    passed = spend(limiter)
+    for pause in pauses:
+        clock.now += pause
+        passed += spend(limiter)
+        assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
+
+
+# -- heartbeats --------------------------------------------------------------------------------
+
+
+def test_heartbeats_take_from_the_rate_without_waiting(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    spend(limiter)
+    passed = 0
+    for _ in range(100):
+        clock.now += 0.1
+        limiter.charge()  # 10 a second
+        passed += spend(limiter)
+    assert passed == pytest.approx(100, abs=2)
+
+
+def test_heartbeats_leave_a_quarter_to_the_others(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    spend(limiter)
+    passed = 0
+    for _ in range(1000):
+        clock.now += 0.01
+        limiter.charge()  # 100 a second, five times the rate
+        passed += spend(limiter)
+    assert passed == pytest.approx(50, abs=1)
+
+
+def test_a_storm_of_heartbeats_is_forgotten_soon(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    spend(limiter)
+    for _ in range(10_000):
+        limiter.charge()
+    clock.now += 20 / 15  # a second's worth of debt, paid with three quarters of the rate
+    spend(limiter)
+    clock.now += 0.25
+    assert spend(limiter) == 5
+
+
+# -- waiting -----------------------------------------------------------------------------------
+
+
+async def test_a_wait_is_as_long_as_the_rate_says() -> None:
+    limiter = RateLimiter("write", 50)
+    spend(limiter)
+    started = time.monotonic()
+    for _ in range(10):
+        await limiter.acquire()
+    # Never shorter; how much longer is the machine's business.
+    assert time.monotonic() - started >= 9 / 50
+
+
+async def test_a_wait_under_debt_ends() -> None:
+    limiter = RateLimiter("write", 200)
+    started = time.monotonic()  # before the spending: what comes in meanwhile counts
+    spend(limiter)
+    for _ in range(20):
+        limiter.charge()
+    await limiter.acquire()
+    assert time.monotonic() - started >= 1 / 200
+
+
+async def test_waiters_of_one_priority_are_served_in_order(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    spend(limiter)
+    served: list[int] = []
+
+    async def take(number: int) -> None:
+        await limiter.acquire()
+        served.append(number)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(5):
+            group.create_task(take(number))
+        await settle()
+        assert not limiter.try_acquire()
+        for _ in range(5):
+            clock.now += 1
+            limiter.refund()  # moves the first, and the one that leaves moves the next
+            await settle()
+    assert served == [0, 1, 2, 3, 4]
+
+
+async def test_try_acquire_while_somebody_waits_is_refused(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    spend(limiter)
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(limiter.acquire())
+        await settle()
+        clock.now += 1
+        assert not limiter.try_acquire()  # there is a token, and it is the first one's
+        limiter.refund()
+        await settle()
+        assert first.done()
+
+
+async def test_a_cancelled_wait_takes_nothing_and_lets_the_next_one_on(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    spend(limiter)
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(limiter.acquire()) for _ in range(3)]
+        await settle()
+        waiting[0].cancel()
+        waiting[1].cancel()
+        clock.now += 1
+        await settle()
+        assert [task.cancelled() for task in waiting] == [True, True, False]
+        assert waiting[2].done()
+    assert spend(limiter) == 0
+    clock.now += 1
+    assert spend(limiter) == 1
+
+
+async def test_refunded_token_is_used_at_once(clock: Clock) -> None:
+    limiter = RateLimiter("write", 0.001, clock)
+    assert limiter.try_acquire()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(limiter.acquire())
+        await settle()
+        assert not waiting.done()
+        limiter.refund()
+        await settle()
+        assert waiting.done()
+
+
+async def test_refunded_tokens_do_not_exceed_the_burst(clock: Clock) -> None:
+    limiter = RateLimiter("write", 20, clock)
+    for _ in range(50):
+        limiter.refund()
+    assert spend(limiter) == 5
+
+
+# -- priority ----------------------------------------------------------------------------------
+
+
+class Queue:
+    """Waiters on a limiter whose tokens the test hands out one by one.
+
+    Attributes:
+        served: The priorities of those that were served, in order.
+    """
+
+    def __init__(self, group: asyncio.TaskGroup) -> None:
+        self.served: list[Priority] = []
+        self.limiter = RateLimiter("write", 1, Clock())
+        self.limiter.try_acquire()
+        self._group = group
+
+    async def add(self, *priorities: Priority) -> None:
+        for priority in priorities:
+            self._group.create_task(self._acquire(priority))
+        await settle()
+
+    async def serve(self, count: int) -> None:
+        for _ in range(count):
+            self.limiter.refund()
+            await settle()
+
+    async def _acquire(self, priority: Priority) -> None:
+        await self.limiter.acquire(priority)
+        self.served.append(priority)
+
+
+async def test_completions_are_served_before_all_others() -> None:
+    async with asyncio.TaskGroup() as group:
+        queue = Queue(group)
+        await queue.add(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
+        await queue.serve(2)
+        assert queue.served == [COMPLETION, COMPLETION]
+        await queue.add(COMPLETION)
+        await queue.serve(1)
+        assert queue.served == [COMPLETION] * 3
+        await queue.serve(3)
+
+
+async def test_claims_and_handlers_take_turns() -> None:
+    async with asyncio.TaskGroup() as group:
+        queue = Queue(group)
+        await queue.add(*[HANDLER] * 5, *[CLAIM] * 3)
+        await queue.serve(8)
+    assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
+
+
+async def test_turns_go_on_after_a_completion() -> None:
+    async with asyncio.TaskGroup() as group:
+        queue = Queue(group)
+        await queue.add(CLAIM, CLAIM, HANDLER, HANDLER)
+        await queue.serve(1)
+        await queue.add(COMPLETION)
+        await queue.serve(4)
+    assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
+
+
+async def test_try_acquire_of_a_completion_overtakes_claims_and_handlers(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    limiter.try_acquire()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(limiter.acquire(CLAIM))
+        await settle()
+        clock.now += 1
+        assert not limiter.try_acquire(HANDLER)
+        assert not limiter.try_acquire(CLAIM)
+        assert limiter.try_acquire(COMPLETION)
+        await settle()
+        assert not waiting.done()
+        limiter.refund()
+
+
+async def test_try_acquire_of_a_completion_waits_for_completions(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    limiter.try_acquire()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(limiter.acquire(COMPLETION))
+        await settle()
+        clock.now += 1
+        assert not limiter.try_acquire(COMPLETION)
+        limiter.refund()
+
+
+async def test_heartbeats_beyond_the_rate_leave_a_quarter_to_completions() -> None:
+    """Completions get all of that quarter, however many claims and handlers wait."""
+    clock = Clock()
+    async with asyncio.TaskGroup() as group:
+        limiter = RateLimiter("write", 20, clock)
+        spend(limiter)
+        others = [group.create_task(limiter.acquire(each)) for each in (CLAIM, HANDLER) * 20]
+        await settle()
+        passed = 0
+        for _ in range(1000):
+            clock.now += 0.01
+            limiter.charge()  # 100 a second, five times the rate
+            passed += limiter.try_acquire(COMPLETION)
+        assert passed == pytest.approx(50, abs=1)
+        assert not any(task.done() for task in others)
+        for task in others:
+            task.cancel()
+
+
+class Model:
+    """Who waits, and whose turn it is: what the limiter must agree with."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Priority, asyncio.Task[None]]] = []
+        self._turn = CLAIM
+
+    def next(self) -> tuple[Priority, asyncio.Task[None]]:
+        order = (COMPLETION, self._turn, *{CLAIM, HANDLER} - {self._turn})
+        first = min(self.waiting, key=lambda each: order.index(each[0]))
+        self.waiting.remove(first)
+        if first[0] is not COMPLETION:
+            self._turn = HANDLER if first[0] is CLAIM else CLAIM
+        return first
+
+    def cancel_one(self) -> None:
+        if self.waiting:
+            self.waiting.pop(len(self.waiting) // 2)[1].cancel()
+
+
+@given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
+def test_order_of_service_agrees_with_the_model(steps: list[Priority | str]) -> None:
+    async def play() -> None:
+        model, spare = Model(), False
+        limiter = RateLimiter("write", 4, Clock())  # of which one may be spent at once
+        limiter.try_acquire()
+        async with asyncio.TaskGroup() as group:
+            for step in steps:
+                if isinstance(step, Priority):
+                    model.waiting.append((step, group.create_task(limiter.acquire(step))))
+                elif step == "token":
+                    limiter.refund()
+                    spare = True
+                else:
+                    model.cancel_one()
+                await settle()
+                if model.waiting and spare:
+                    assert model.next()[1].done()
+                    spare = False
+                assert not any(task.done() for _, task in model.waiting)
+            for _, task in model.waiting:
+                task.cancel()
+
+    asyncio.run(play())
+
+
+# -- two threads -------------------------------------------------------------------------------
+
+
+def test_two_event_loops_on_two_threads_share_one_rate() -> None:
+    limiter = RateLimiter("write", 200)
+    spend(limiter)
+    started = time.monotonic()
+
+    async def many() -> None:
+        await asyncio.gather(*(limiter.acquire() for _ in range(20)))
+
+    threads = [threading.Thread(target=asyncio.run, args=(many(),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert time.monotonic() - started >= 39 / 200
+
+
+async def test_waiter_whose_loop_was_closed_does_not_hold_up_the_others(clock: Clock) -> None:
+    limiter = RateLimiter("write", 1, clock)
+    spend(limiter)
+    left_behind: list[Any] = []
+
+    def die_in_line() -> None:
+        dead = asyncio.new_event_loop()
+        left_behind.append(dead.create_task(limiter.acquire()))  # which nobody will ever resume
+        dead.call_later(0.01, dead.stop)
+        dead.run_forever()
+        dead.close()
+
+    await asyncio.to_thread(die_in_line)
+    assert not left_behind[0].done()
+    async with asyncio.TaskGroup() as group:
+        living = group.create_task(limiter.acquire())
+        await settle()
+        clock.now += 1
+        await asyncio.wait_for(living, 10)
+    left_behind[0]._log_destroy_pending = False
+
+
+async def test_refund_from_another_thread_wakes_the_first_waiter(clock: Clock) -> None:
+    limiter = RateLimiter("write", 0.001, clock)
+    assert limiter.try_acquire()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(limiter.acquire())
+        await settle()
+        await asyncio.to_thread(limiter.refund)
+        await asyncio.wait_for(waiting, 10)
+
+
+def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
+    limiter = RateLimiter("write", 8000, Clock())  # of which 2000 may be spent at once
+
+    async def work(priority: Priority) -> None:
+        for number in range(300):
+            await limiter.acquire(priority)
+            if number % 3 == 0:
+                limiter.refund()
+
+    async def work_by_all_priorities() -> None:
+        async with asyncio.TaskGroup() as group:
+            for priority in Priority:
+                group.create_task(work(priority))
+
+    threads = [
+        threading.Thread(target=asyncio.run, args=(work_by_all_priorities(),)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert spend(limiter) == 2000 - 2 * 3 * 200

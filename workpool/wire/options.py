@@ -1,0 +1,43 @@
+"""How one call of a client is sent: its check, its priority, its connection."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Priority(enum.IntEnum):
+    """The order in which calls get our rate limit and connections; a lower value goes first.
+
+    Attributes:
+        COMPLETION: The calls that end a session. They go before all others.
+        CLAIM: Ack permits, acks and polls. They take turns with the calls of handlers.
+        HANDLER: The calls of handlers, and of everybody who uses a client of their own.
+    """
+
+    COMPLETION = 0
+    CLAIM = 1
+    HANDLER = 2
+
+
+class CallOptions(NamedTuple):
+    """How one call is sent.
+
+    Attributes:
+        check: Called right before the first byte is written, with no await between. An exception
+            that it raises is raised by the call, which has sent nothing then.
+        priority: The call's place where calls wait for each other.
+        new_connection: Use no pooled connection: after a try without an answer, the other pooled
+            connections may be dead too. Has no effect in a caller's own aiohttp session.
+    """
+
+    check: Callable[[], None] | None = None
+    priority: Priority = Priority.HANDLER
+    new_connection: bool = False
+
+
+DEFAULT_OPTIONS: Final = CallOptions()
+CLAIM_OPTIONS: Final = CallOptions(priority=Priority.CLAIM)

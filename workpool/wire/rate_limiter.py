@@ -1,0 +1,196 @@
+"""Our own rate limits: a token bucket for reads and one for writes.
+
+A limiter may be shared by clients on several event loops, that is by several threads: a lock, held
+for microseconds and never across an await, guards all that changes. An unlimited limiter (`limited`
+is False) is never asked.
+
+Calls that wait are served by priority: completions first; claims and the calls of handlers take
+turns after that; calls of one priority in the order in which they came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from workpool.wire.options import Priority
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Kind = Literal["read", "write"]
+BURST_SECONDS: Final = 0.25
+"""How much of a second's worth may be spent at once after a quiet time."""
+_DEBT_SHARE: Final = 0.75
+_RECHECK_SECONDS: Final = 1.0
+"""Bounds every wait, so that a waiter whose thread died cannot hold up the others for good."""
+_NEXT_TURN: Final = {Priority.CLAIM: Priority.HANDLER, Priority.HANDLER: Priority.CLAIM}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    """A call that waits; `moved` belongs to `loop` and is set there."""
+
+    priority: Priority
+    loop: asyncio.AbstractEventLoop
+    moved: asyncio.Event
+
+
+class _WaitingLine:
+    """Calls that wait, by priority. Its methods need the limiter's lock."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[Priority, deque[_Waiter]] = {each: deque() for each in Priority}
+        self._turn = Priority.CLAIM
+
+    def add(self, waiter: _Waiter) -> None:
+        self._waiters[waiter.priority].append(waiter)
+
+    def discard(self, waiter: _Waiter) -> None:
+        with suppress(ValueError):  # its loop was closed, so `first` dropped it
+            self._waiters[waiter.priority].remove(waiter)
+
+    def first(self) -> _Waiter | None:
+        """Return the waiter that is served next."""
+        for priority in (Priority.COMPLETION, self._turn, _NEXT_TURN[self._turn]):
+            waiters = self._waiters[priority]
+            while waiters and waiters[0].loop.is_closed():
+                waiters.popleft()
+            if waiters:
+                return waiters[0]
+        return None
+
+    def holds_back(self, priority: Priority) -> bool:
+        """Return whether somebody waits whom a call of this priority must not overtake."""
+        first = self.first()
+        return first is not None and (priority, first.priority) not in _OVERTAKES
+
+    def served(self, waiter: _Waiter) -> None:
+        """Remove a waiter that was served, and give the other priority the next turn."""
+        self.discard(waiter)
+        self._turn = _NEXT_TURN.get(waiter.priority, self._turn)
+
+
+_OVERTAKES: Final = {(Priority.COMPLETION, other) for other in _NEXT_TURN}
+
+
+class RateLimiter:
+    """A token bucket that fills with `rate` tokens per second; one request takes one token.
+
+    Heartbeats must not wait, so they run up a debt instead, which is paid back out of at most three
+    quarters of what comes in. The last quarter is for everybody else, completions first.
+
+    Args:
+        kind: What it limits, for observers.
+        rate: Requests per second; 0 = unlimited.
+        clock: Monotonic seconds, the same in all threads.
+    """
+
+    def __init__(
+        self, kind: Kind, rate: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.kind = kind
+        self.rate = rate
+        self.limited = rate > 0
+        self._clock = clock
+        self._burst = max(1.0, rate * BURST_SECONDS)
+        self._lock = threading.Lock()
+        # The four below: only with the lock held.
+        self._tokens = self._burst
+        self._debt = 0.0
+        self._filled_at = clock()
+        self._line = _WaitingLine()
+
+    def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
+        """Take a token if there is one and nobody waits for it whom this call must not overtake."""
+        with self._lock:
+            return not self._line.holds_back(priority) and self._take() == 0
+
+    async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
+        """Take a token, waiting for it by priority; a cancelled wait takes none."""
+        waiter = _Waiter(priority, asyncio.get_running_loop(), asyncio.Event())
+        with self._lock:
+            self._line.add(waiter)
+        try:
+            # There is no await from the successful attempt to the return: a cancellation cannot
+            # come between and lose the token.
+            while delay := self._serve(waiter):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(delay):
+                        await waiter.moved.wait()
+                waiter.moved.clear()
+        finally:
+            with self._lock:
+                self._line.discard(waiter)
+            self._wake_first()
+
+    def refund(self) -> None:
+        """Return a token that was acquired and not used."""
+        with self._lock:
+            self._tokens = min(self._burst, self._tokens + 1)
+        self._wake_first()
+
+    def charge(self) -> None:
+        """Count a request that did not wait."""
+        with self._lock:
+            self._fill()
+            # Bounded to a second's worth: a storm of heartbeats must not slow us down for long.
+            self._debt = min(self._debt + 1, max(1.0, self.rate))
+
+    def _serve(self, waiter: _Waiter) -> float:
+        """Take a token if `waiter` is the first; else return seconds until the next attempt."""
+        with self._lock:
+            first = self._line.first()
+            if first is not waiter:
+                return _RECHECK_SECONDS
+            delay = self._take()
+            if delay == 0:
+                self._line.served(waiter)
+            return min(delay, _RECHECK_SECONDS)
+
+    def _take(self) -> float:
+        """Take a token and return 0, or return seconds until there is one."""
+        self._fill()
+        missing = 1 - self._tokens
+        if missing <= 0:
+            self._tokens -= 1
+            return 0.0
+        # While there is debt, only a quarter of what comes in is ours. Never less than a
+        # millisecond: a timer that fires a little early must not spin.
+        return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
+
+    def _fill(self) -> None:
+        now = self._clock()
+        grown = max(0.0, now - self._filled_at) * self.rate
+        self._filled_at = now
+        paid = min(self._debt, grown * _DEBT_SHARE)
+        self._debt -= paid
+        self._tokens = min(self._burst, self._tokens + grown - paid)
+
+    def _wake_first(self) -> None:
+        with self._lock:
+            first = self._line.first()
+        if first is not None:
+            with suppress(RuntimeError):  # its loop was closed just now; `first` drops it next time
+                first.loop.call_soon_threadsafe(first.moved.set)
+
+
+class RateLimits:
+    """The requests per second that one account may send; thread-safe, to be shared.
+
+    Give one object to all clients and supervisors of an account, on whatever event loops and
+    threads they run.
+
+    Args:
+        read_rate: Reads per second; 0 = unlimited.
+        write_rate: Writes per second; 0 = unlimited.
+    """
+
+    def __init__(self, read_rate: float, write_rate: float) -> None:
+        self.read = RateLimiter("read", read_rate)
+        self.write = RateLimiter("write", write_rate)
