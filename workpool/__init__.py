@@ -5,7 +5,7 @@ from importlib.metadata import version
 from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
 from workpool.handler import handler
 from workpool.hookspecs import hookimpl
-from workpool.pool.report import Status
+from workpool.pool.status import Status
 from workpool.pool.supervisor import Supervisor
 from workpool.session import Outcome, Release, Session
 from workpool.settings import Settings

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
-from workpool.pool.keeper import new_event_loop
+from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, SqliteStore
 from workpool.testing import Faults
 from workpool.testing.plan import read_plan

@@ -27,7 +27,7 @@ from workpool.cli.options import (
 )
 from workpool.cli.signals import Signals
 from workpool.errors import WorkpoolError
-from workpool.pool.keeper import new_event_loop
+from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
 
 METRICS_LISTEN: Final = "127.0.0.1:9464"

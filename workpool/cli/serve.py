@@ -13,7 +13,7 @@ from workpool.cli import exits, logs
 from workpool.cli.options import Json, Verbose, is_verbose
 from workpool.cli.signals import Signals
 from workpool.errors import innermost
-from workpool.pool.keeper import new_event_loop
+from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import (
     DEFAULT_ENVIRONMENT,
     ControlPlane,

@@ -20,7 +20,7 @@ from workpool.cli.ledger import Ledger, worker_of
 from workpool.cli.screen import Scene, Screen, open_screen
 from workpool.cli.signals import ENDING, Signals
 from workpool.plugins import available
-from workpool.pool.keeper import new_event_loop
+from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, Summary
 
 FIRST: Final = 4

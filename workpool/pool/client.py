@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from workpool.wire.options import DEFAULT_OPTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
@@ -62,15 +64,26 @@ class Client(Protocol):
     def release_permit(self) -> None:
         """Give a permit back that was not used."""
 
+    async def acquire_ack_permit(self) -> None:
+        """Acquire a permit for one ack, before a poll."""
+
+    def release_ack_permit(self) -> None:
+        """Give an ack permit back: there is nothing to acknowledge."""
+
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
     ) -> WorkItem | None:
         """Ask for an item."""
 
     async def ack(
-        self, work_id: str, *, timeout: float | None = None, options: CallOptions = ...
+        self,
+        work_id: str,
+        *,
+        permit: bool = False,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Acknowledge an item."""
+        """Acknowledge an item; `permit`: an ack permit was acquired for it."""
 
     async def heartbeat(
         self,
@@ -79,7 +92,7 @@ class Client(Protocol):
         ttl: int | None,
         *,
         timeout: float | None = None,
-        options: CallOptions = ...,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
         """Extend a lease."""
 
@@ -89,7 +102,7 @@ class Client(Protocol):
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
         timeout: float | None = None,
-        options: CallOptions = ...,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> object:
         """Stop an item."""
 
@@ -99,7 +112,7 @@ class Client(Protocol):
         patch: Mapping[str, str | None],
         *,
         timeout: float | None = None,
-        options: CallOptions = ...,
+        options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Merge a patch into an item's metadata."""
 

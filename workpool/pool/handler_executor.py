@@ -149,9 +149,7 @@ class HandlerExecutor:
             return await handler.call(session)
         return None  # a context has swallowed what was raised
 
-    def _record_end(
-        self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]
-    ) -> None:
+    def _record_end(self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
         if task.cancelled():
             if item.cancelled_for is None:  # a CancelledError that leaked from somewhere
                 self._record_error(item, asyncio.CancelledError("leaked from the handler"))

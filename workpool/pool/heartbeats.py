@@ -75,7 +75,11 @@ class HeartbeatSender:
         options = CallOptions(check=partial(self._check, lease), priority=Priority.COMPLETION)
         try:
             return await self._client.heartbeat(
-                lease.item.id, attempt.expected, attempt.ttl, timeout=attempt.timeout, options=options
+                lease.item.id,
+                attempt.expected,
+                attempt.ttl,
+                timeout=attempt.timeout,
+                options=options,
             )
         except SessionGoneError:
             return None

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 """The longest time between two looks at all leases, and how often the handlers' loop is asked."""
-LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.1, 0.00005
+LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.02, 0.00005
 """The shortest time between two looks, which take some 0.2 µs per lease."""
 CLOSE_SECONDS = 10.0
 WIDTH_MIN = 10

@@ -65,21 +65,17 @@ class SessionCalls:
     def events(self) -> SessionEvents:
         """The events of the item's session."""
         item = self._item.work_item
-        return self._context.client.events(
-            item.session_id, token=item.sessions_token, guard=self
-        )
+        return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
-    async def carry(self, call: Callable[[CallOptions, float], Awaitable[T]]) -> T:
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Send something to the session, tried for `EVENTS_SECONDS`."""
-        return await self._send(call, EVENTS_SECONDS)
+        return await self._send(lambda options, _: call(options), EVENTS_SECONDS)
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         """Await a read of the session while the item is the handler's."""
         return await self._sender.read(self._item, call, seconds)
 
-    async def _send(
-        self, call: Callable[[CallOptions, float], Awaitable[T]], seconds: float
-    ) -> T:
+    async def _send(self, call: Callable[[CallOptions, float], Awaitable[T]], seconds: float) -> T:
         # One handler with many calls must not take the connections of the others.
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:

@@ -215,9 +215,7 @@ class SessionRunner:
         elif lease.stop_requested:
             item.end(EndReason.STOP_REQUESTED)
 
-    def _report_end(
-        self, item: PoolItem, lease: Lease, session: Session, outcome: Outcome
-    ) -> None:
+    def _report_end(self, item: PoolItem, lease: Lease, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and lease.confirmed:
             self._report_lost(item, "run" if lease.begun else "start")
         seconds = self._context.clock() - item.acked_at

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NOT_STARTED = "the supervisor is not started; use `async with` or `run()`"
+
 CLOSE_SECONDS = 30.0
 """How long exporter, lease renewer, plugins and connections may take to close."""
 _RUNNING_IN: ContextVar[Supervisor | None] = ContextVar("workpool_supervisor", default=None)
@@ -206,7 +208,8 @@ class Supervisor:
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
         """Begin what `drain` does without waiting for it. A handler may call this."""
-        self._task()
+        if self._root is None:
+            raise RuntimeError(_NOT_STARTED)
         self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
 
     def status(self) -> Status:
@@ -347,7 +350,7 @@ class Supervisor:
 
     def _task(self) -> asyncio.Task[None]:
         if self._root is None:
-            raise RuntimeError("the supervisor is not started; use `async with` or `run()`")
+            raise RuntimeError(_NOT_STARTED)
         return self._root
 
     async def _gone(self) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.pool.parts import Parts
+    from workpool.pool.context import PoolContext
     from workpool.server import Item
     from workpool.session import Outcome
 
@@ -117,7 +117,7 @@ class Kit:
         """Stop an item as an operator does, and have its lease looked at, so that it is noticed."""
         self.server.operations.stop(item.environment_id, item.id, force=force)
         for pool in self._pools:
-            pool.beat_now(item.id)
+            pool.check_soon(item.id)
 
     def settings(self, **values: Any) -> Settings:
         """Settings that lead to the control plane; a keyword of yours wins."""
@@ -264,18 +264,18 @@ class Kit:
 class _Prompted(Supervisor):
     """A pool that can be told to look at a lease now, not only when the next beat is due."""
 
-    _parts: Parts | None = None
+    _context: PoolContext | None = None
 
-    async def _keep(self, stack: AsyncExitStack) -> Parts:
-        self._parts = await super()._keep(stack)
-        return self._parts
+    async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
+        self._context = await super()._open_renewer(stack)
+        return self._context
 
-    def beat_now(self, work_id: str) -> None:
+    def check_soon(self, work_id: str) -> None:
         """Beat for an item, if this pool holds it."""
-        if self._parts is not None:
-            for lease in self._parts.keeper.leases():
+        if self._context is not None:
+            for lease in self._context.renewer.leases():
                 if lease.item.id == work_id:
-                    self._parts.keeper.beat_now(lease)
+                    self._context.renewer.check_soon(lease)
 
 
 class _LoopPool(_Prompted, LoopSupervisor):

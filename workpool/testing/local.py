@@ -23,7 +23,7 @@ from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
     TTL_DEFAULT_SECONDS,
@@ -59,6 +59,8 @@ class Trouble:
     """What befalls one call on its way.
 
     Attributes:
+        wait: Seconds that it waits on its own machine, for a rate limit or a connection, before it
+            is checked and leaves.
         there: Seconds until the request arrives, which it does even if the caller has given up.
         back: Seconds that its answer takes.
         applied: The operation is carried out.
@@ -68,6 +70,7 @@ class Trouble:
         rewrite: Changes the JSON of the true answer, if it is a success.
     """
 
+    wait: float = 0.0
     there: float = 0.0
     back: float = 0.0
     applied: bool = True
@@ -140,6 +143,17 @@ class LocalClient:
     ) -> None:
         """Close; what is under way still arrives."""
         self._open = False
+
+    def try_acquire_permit(self, priority: Priority) -> bool:
+        """Nothing limits us."""
+        del priority
+        return True
+
+    async def acquire_permit(self, priority: Priority) -> None:
+        """Nothing limits us."""
+
+    def release_permit(self) -> None:
+        """Nothing limits us."""
 
     async def acquire_ack_permit(self) -> None:
         """Nothing limits us."""
@@ -288,9 +302,15 @@ class LocalClient:
     ) -> T:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
+        trouble = self._befalls(call.op, work_id)
+        until = loop.time() + (self._timeout if timeout is None else timeout)
+        if trouble.wait:
+            await asyncio.sleep(min(trouble.wait, until - loop.time()))
+            if loop.time() >= until:
+                raise TransientError(call.op, None, "no answer in time", reason="timeout")
         if options.check is not None:
             options.check()
-        trouble = self._befalls(call.op, work_id)
+        self._leaves(call.op, work_id, trouble)
 
         def arrive() -> None:
             answer = answer_to(trouble, operate)
@@ -304,12 +324,15 @@ class LocalClient:
         async def exchange() -> Answer | _NoAnswer:
             return await answered
 
-        # Not in the caller's hands any more: what was sent arrives, whatever becomes of the caller.
+        # What was sent arrives, whatever becomes of the caller.
         self._carry(trouble.there, arrive)
-        return await self._settle(call, exchange(), self._timeout if timeout is None else timeout)
+        return await self._settle(call, exchange(), until - loop.time())
 
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
+
+    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
+        """Called when the bytes of a call are sent."""
 
     def _befalls(self, op: str, work_id: str | None) -> Trouble:
         if not self._open:

@@ -6,6 +6,7 @@ to do about an error is the caller's: no call is ever repeated here but for what
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -141,6 +142,19 @@ class WorkClient:
 
     def release_ack_permit(self) -> None:
         """Give back an ack permit that was not used: there is nothing to acknowledge."""
+        if self.rate_limits.write.limited:
+            self.rate_limits.write.refund()
+
+    def try_acquire_permit(self, priority: Priority) -> bool:
+        """Acquire the right to send one write, unless others wait for it or the rate is used up."""
+        return not self.rate_limits.write.limited or self.rate_limits.write.try_acquire(priority)
+
+    async def acquire_permit(self, priority: Priority) -> None:
+        """Acquire the right to send one write, however long that takes."""
+        await self._transport.acquire(self.rate_limits.write, "permit", priority, math.inf)
+
+    def release_permit(self) -> None:
+        """Give back a permit that was not used."""
         if self.rate_limits.write.limited:
             self.rate_limits.write.refund()
 

@@ -32,11 +32,13 @@ class CallOptions(NamedTuple):
         priority: The call's place where calls wait for each other.
         new_connection: Use no pooled connection: after a try without an answer, the other pooled
             connections may be dead too. Has no effect in a caller's own aiohttp session.
+        permit: A permit for this call has been acquired, so it waits for no rate limit.
     """
 
     check: Callable[[], None] | None = None
     priority: Priority = Priority.HANDLER
     new_connection: bool = False
+    permit: bool = False
 
 
 DEFAULT_OPTIONS: Final = CallOptions()

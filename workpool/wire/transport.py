@@ -17,6 +17,7 @@ import copy
 import http
 import importlib.metadata
 import io
+import math
 import time
 from functools import cache, partial
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
@@ -142,7 +143,7 @@ class Transport:
         self._check_loop()
         seconds = self._seconds if request.seconds is None else request.seconds
         until = time.monotonic() + seconds
-        if request.limiter is not None:
+        if request.limiter is not None and not request.options.permit:
             op, priority = request.call.op, request.options.priority
             await self.acquire(request.limiter, op, priority, seconds)
         return await self._renewing(partial(self._attempt, request, until), until)
@@ -168,11 +169,12 @@ class Transport:
         Raises:
             TransientError: `seconds` (None = `request_timeout`) were not enough; nothing was sent.
         """
+        seconds = self._seconds if seconds is None else seconds
         if not limiter.limited or limiter.try_acquire(priority):
             return
         started = time.monotonic()
         try:
-            async with asyncio.timeout(self._seconds if seconds is None else seconds):
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
                 await limiter.acquire(priority)
         except TimeoutError:
             problem = "waited too long for our own rate limit"

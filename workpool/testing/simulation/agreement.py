@@ -172,9 +172,8 @@ def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> Non
     if runs != started:
         seen[node.machine.name, "sessions started"] = runs
     polls = sum(isinstance(event, PollFinished) for _, event in node.events)
-    sent = sum(call.node is node and call.op == "poll" for call in case.trace.sent)
-    if polls != sent:
-        seen[node.machine.name, "polls"] = sent
+    if polls != node.polls:
+        seen[node.machine.name, "polls"] = node.polls
 
 
 def nothing_goes_uncounted(case: Case) -> Iterator[str]:

@@ -59,10 +59,10 @@ class Network:
         self._share = schedule.troubles
         self._kinds = schedule.kinds
 
-    def befalls(self, node: Node, op: str, work_id: str | None) -> tuple[Trouble, Sent | None]:
-        """Decide on a call that is being sent, and note it."""
+    def befalls(self, node: Node, op: str) -> Trouble:
+        """Decide what happens to a call."""
         if self.over:
-            return SILENCE, None
+            return SILENCE
         now = _loop().now
         trouble: Trouble | None = None
         if not self.healed:
@@ -71,37 +71,65 @@ class Network:
             elif self._share and self._random.random() < self._share:
                 kind = self._random.choice(self._kinds)
                 trouble = make_trouble(kind, self._random)
+                if kind == "asleep" and op != "poll":  # the machine falls asleep while it waits
+                    self._fall_asleep(node, trouble.wait / 2)
                 if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
                     node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
-        sent = Sent(now, node, op, work_id, trouble)
-        self.trace.sent.append(sent)
         self.trace.troubles += trouble is not None
-        return trouble or CALM, sent
+        return trouble or CALM
+
+    def leaves(self, node: Node, op: str, work_id: str | None, trouble: Trouble) -> Sent | None:
+        """Note a call whose bytes are sent now."""
+        if self.over:
+            return None
+        sent = Sent(_loop().now, node, op, work_id, None if trouble is CALM else trouble)
+        self.trace.sent.append(sent)
+        return sent
+
+    def _fall_asleep(self, node: Node, seconds: float) -> None:
+        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0))
+
+        def sleep() -> None:
+            if not self.healed:
+                node.machine.halt("asleep")
+                loop.call_later(length, node.machine.go_on, context=NETWORK)
+
+        loop.call_at(loop.now + seconds, sleep, context=NETWORK)
 
 
 def make_trouble(kind: str, random: Random) -> Trouble:
     """One trouble of a kind of `schedule.TROUBLES`."""
     there = LATENCY_SECONDS
     match kind:
+        case "wait" | "asleep":
+            return Trouble(random.uniform(0.05, 9.0), there, there)
         case "late" | "fading":
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
             seconds = random.uniform(1, 40)
             first = random.choice((True, False))
-            return Trouble(seconds, there) if first else Trouble(there, seconds)
+            return (
+                Trouble(there=seconds, back=there) if first else Trouble(there=there, back=seconds)
+            )
         case "silence":
             return SILENCE
         case "lost":
-            return Trouble(there, answer="silence")
+            return Trouble(there=there, answer="silence")
         case "reset" | "reset-applied":
-            return Trouble(there, there, applied=kind != "reset", answer="reset")
+            return Trouble(there=there, back=there, applied=kind != "reset", answer="reset")
         case "garbage" | "garbage-applied":
-            return Trouble(there, there, applied=kind != "garbage", answer=b'{"id": "work_')
+            return Trouble(
+                there=there, back=there, applied=kind != "garbage", answer=b'{"id": "work_'
+            )
         case "500":
-            return Trouble(there, there, applied=random.choice((True, False)), answer=500)
+            return Trouble(
+                there=there, back=there, applied=random.choice((True, False)), answer=500
+            )
         case _:
             after = random.choice((None, 0.5, 5.0, 40.0)) if kind in {"503", "429"} else None
-            return Trouble(there, there, applied=False, answer=int(kind), retry_after=after)
+            return Trouble(
+                there=there, back=there, applied=False, answer=int(kind), retry_after=after
+            )
 
 
 class Client(LocalClient):
@@ -128,8 +156,12 @@ class Client(LocalClient):
     ) -> WorkItem | None:
         """Protocol §3.1, with more patience; what was sent arrives, whatever becomes of us."""
         del block_ms, timeout
-        trouble = self._befalls("poll", None)
         loop = _loop()
+        self._node.polls += 1
+        trouble = self._befalls("poll", None)
+        if trouble.wait:
+            await asyncio.sleep(trouble.wait)
+        self._leaves("poll", None, trouble)
         answered: asyncio.Future[Reply] = loop.create_future()
         poll = Poll(self.worker_id, PATIENCE_MS, reclaim_older_than_ms or 0)
         travel = partial(self._travel, poll, trouble, answered)
@@ -167,8 +199,10 @@ class Client(LocalClient):
 
     def _befalls(self, op: str, work_id: str | None) -> Trouble:
         super()._befalls(op, work_id)
-        trouble, self._sent = self._network.befalls(self._node, op, work_id)
-        return trouble
+        return self._network.befalls(self._node, op)
+
+    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
+        self._sent = self._network.leaves(self._node, op, work_id, trouble)
 
     async def _settle(
         self, call: Call[T], exchange: Coroutine[Any, Any, Reply], seconds: float

@@ -104,6 +104,7 @@ class Node:
         child: It is the holder of one item that a pool has handed over.
         born: When it was started.
         drain: When its drain began, and the seconds that it was given; None: it had none.
+        polls: How many it began; one that waits on its machine may never be sent.
         closed: When nothing of it was left; infinite if it crashed.
         crashed: When it vanished.
         cut: From when to when nothing that it sent arrived.
@@ -120,6 +121,7 @@ class Node:
     closed: float = FOREVER
     crashed: float = FOREVER
     left_behind: int = 0
+    polls: int = 0
     error: BaseException | None = None
     cuts: list[tuple[float, float]] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.errors import WorkpoolError
 from workpool.pool.hold import Hold
-from workpool.pool.keeper import Keeper
+from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
 from workpool.server.clock import SECOND
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from workpool.events import Event
-    from workpool.pool.parts import Parts
+    from workpool.pool.context import PoolContext
     from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
@@ -44,31 +44,28 @@ ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
 
 
-class LoopKeeper(Keeper):
-    """A keeper whose leases live on the handlers' loop: a machine has one."""
+class LoopRenewer(LeaseRenewer):
+    """A lease renewer on the handlers' loop: a machine has one."""
 
     tick_seconds = TICK_SECONDS
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
-        return self._loop.create_task(self._main(), name="keeper")
-
-    def _join_thread(self) -> None:
-        pass
+        return self._loop.create_task(self._main(), name="lease-renewer")
 
 
 class LoopSupervisor(Supervisor):
-    """A supervisor that needs no thread: its keeper and its lease clock are the loop's.
+    """A supervisor that needs no thread: its lease renewer and its lease clock are the loop's.
 
     For tests of one pool in virtual time; `Simulated` is for several machines.
     """
 
-    _keeper = LoopKeeper
+    _renewer = LoopRenewer
 
     async def _live(self) -> None:
         loop = asyncio.get_running_loop()
         if isinstance(loop, VirtualLoop) and not isinstance(loop, MachinesLoop):
-            self._clock = loop.machine_time
+            self._clock = self._wall = loop.machine_time
         await super()._live()
 
 
@@ -77,9 +74,9 @@ class Simulated(LoopSupervisor):
 
     node: Node
 
-    async def _keep(self, stack: AsyncExitStack) -> Parts:
-        parts = await super()._keep(stack)
-        told = parts.observe
+    async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
+        context = await super()._open_renewer(stack)
+        told = context.observe
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
@@ -87,7 +84,7 @@ class Simulated(LoopSupervisor):
             self.node.events.append((loop.now, event))
             told(event)
 
-        return replace(parts, observe=observe)
+        return replace(context, observe=observe)
 
 
 class SimulatedHold(Simulated, Hold):
@@ -212,7 +209,7 @@ class World:
 
     async def _life(self, node: Node, supervisor: Simulated) -> None:
         supervisor.node = node
-        supervisor._clock = node.machine.clock
+        supervisor._clock = supervisor._wall = node.machine.clock
         self._supervisors[node] = supervisor
         try:
             async with supervisor:
