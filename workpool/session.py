@@ -30,6 +30,9 @@ _log = logging.getLogger("workpool.session")
 class Release(Exception):
     """Raise from a handler to give the item back unfinished.
 
+    An exception group that holds nothing else, at any depth, counts as its release with the longest
+    delay.
+
     Args:
         reason: Written to the metadata `workpool.released`; leaves the process, so no secrets.
         delay: Seconds until another worker may take it; clamped to 10–600 (protocol §3.3).

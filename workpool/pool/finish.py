@@ -213,6 +213,21 @@ def _lapsed(claim: Claim) -> Outcome:
     return "stopped" if claim.lease.fate == "stopped" or claim.lease.stop_requested else "released"
 
 
+def release_of(error: BaseException) -> Release | None:
+    """Return the release that `error` is, or the longest one of a group of nothing but releases."""
+    releases: list[Release] = []
+    unread = [error]
+    while unread:  # not recursive: a handler's groups may be nested deeper than the stack
+        each = unread.pop()
+        if isinstance(each, BaseExceptionGroup):
+            unread.extend(each.exceptions)
+        elif isinstance(each, Release):
+            releases.append(each)
+        else:
+            return None
+    return max(releases, key=delay_of, default=None)
+
+
 def delay_of(release: Release) -> float:
     """Seconds until a released item may be taken; the usual ones when it says no number."""
     delay: object = release.delay
