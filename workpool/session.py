@@ -103,6 +103,8 @@ class Session:
     Attributes:
         item: The item as the acknowledgement returned it.
         redelivered: The item was held before, here or elsewhere: it may have been run before.
+        attempt: The number of this run: 1, and one more for each earlier run that ended with
+            neither a release (by a drain or by `Release`) nor a stop.
     """
 
     __slots__ = (
@@ -110,13 +112,15 @@ class Session:
         "_held",
         "_interrupted",
         "_stopping",
+        "attempt",
         "item",
         "redelivered",
     )
 
-    def __init__(self, item: WorkItem, held: Held, *, redelivered: bool) -> None:
+    def __init__(self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1) -> None:
         self.item = item
         self.redelivered = redelivered
+        self.attempt = attempt
         self._held = held
         self._stopping = False
         self._draining = False
