@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import Release, Session, handler
+from workpool.errors import AttemptsExceeded
 from workpool.events import DrainStarted, ItemClaimed, SessionFinished, SessionStarted
 from workpool.server import Poll
 from workpool.testing import Hold, expire_lease, lost, status
@@ -435,6 +436,21 @@ async def test_error_of_an_unstopped_run_never_stands_beside_a_mark(scene: Scene
 
 
 # -- the limit
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcome"),
+    [({}, "failed"), ({"max_attempts": 11}, "completed"), ({"max_attempts": 0}, "completed")],
+    ids=["default", "higher", "off"],
+)
+async def test_item_that_was_lost_ten_times_fails_by_default(
+    scene: Scene, settings: Any, outcome: str
+) -> None:
+    scene.crash()
+    scene.write(attempt="10")
+    finished = await scene.run(prompt, **settings)
+    assert finished.outcome == outcome
+    assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
 async def test_item_beyond_the_limit_leaves_no_mark(scene: Scene) -> None:
