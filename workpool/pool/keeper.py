@@ -2,25 +2,26 @@
 
 A handler that blocks the supervisor's loop must not lose its lease (design §1, Lease before work).
 The keeper also watches that loop: it measures its lag, names the handler that blocks it, and stops
-renewing after `max_block`. It never decides anything about an item beyond its lease.
+renewing after `max_block`. An exception on the thread stops renewing too, and is fatal to the pool.
+It never decides anything about an item beyond its lease.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import faulthandler
 import functools
 import logging
 import sys
-import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from workpool.errors import KeeperError
+from workpool.errors import KeeperError, innermost
 from workpool.events import LoopLagMeasured
+from workpool.pool.diagnostics import report
+from workpool.pool.loop_monitor import TICK_SECONDS, LoopMonitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
-LAG_WARNING_SECONDS = 1.0
 CLOSE_SECONDS = 10.0
 SLEEP_SECONDS = 0.5
 """A lease clock that gained this much on one that sleeps, during one tick: the machine slept."""
@@ -47,9 +46,12 @@ class Watcher(NamedTuple):
     observe: Callable[[Event], None]
     """Told of facts, on the keeper's thread."""
     died: Callable[[KeeperError], None]
-    """The thread ended without being asked to. Called on the handlers' loop."""
-    blocked: Callable[[], None]
-    """The handlers' loop has been blocked for `max_block`. Called on the keeper's thread."""
+    """The thread failed. Called on the handlers' loop."""
+    renewal_ended: Callable[[KeeperError | None], None]
+    """Leases are not renewed any more, because of the error, or of a loop blocked for `max_block`.
+
+    Called on the keeper's thread.
+    """
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -65,7 +67,8 @@ class Keeper:
     """Keeps leases, from `__aenter__` to `__aexit__`, on a thread of its own.
 
     Attributes:
-        renewing: False while the handlers' loop has been blocked for `max_block`.
+        renewing: False while the handlers' loop has been blocked for `max_block`, and once the
+            thread has failed. Written on the keeper's thread.
         tick_seconds: How often it looks after the handlers' loop and the machine's sleep.
     """
 
@@ -93,16 +96,15 @@ class Keeper:
         self._leases: dict[Lease, None] = {}
         self._ended: deque[Lease] = deque()
         self._stop = asyncio.Event()  # waited for and set on the keeper's loop
-        self._serving = self._closing = False  # used on the handlers' loop only
-        self._blocked_seconds = 0.0  # used on the keeper's loop only
-        self._ping = 0  # written on the keeper's loop
-        self._pong = 0  # written on the handlers' loop
-        self._pong_seconds = 0.0  # likewise
+        self._serving = self._closing = False  # written on the handlers' loop
+        self._error: KeeperError | None = None  # written on the keeper's thread
+        self._crash: BaseException | None = None  # used on the keeper's loop only
 
     # Called on the handlers' loop.
 
     async def __aenter__(self) -> Keeper:
         self._handlers_loop = asyncio.get_running_loop()
+        self._monitor = LoopMonitor(self.tell, self._max_block)
         self._opened = asyncio.Event()
         self._thread = self._start_thread()
         self._thread.add_done_callback(self._thread_ended)
@@ -125,7 +127,7 @@ class Keeper:
         Its first beat is the handlers' loop's to send, unless that is blocked meanwhile.
         """
         self._leases[lease] = None
-        if self._thread.done():
+        if self._error is not None:
             lease.abandon()
 
     def hold(self, lease: Lease) -> None:
@@ -176,7 +178,7 @@ class Keeper:
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed: the keeper is gone
-            self._loop.call_soon_threadsafe(callback, *args)
+            self._loop.call_soon_threadsafe(self._run_call, callback, *args)
 
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
@@ -187,32 +189,75 @@ class Keeper:
             if cause is not None:
                 log.error("keeper did not close cleanly", exc_info=cause)
             return
-        error = KeeperError("the thread that keeps the leases ended")
-        error.__cause__ = cause
+        self._fail(cause or RuntimeError("ended without an error"))
+
+    def _died(self) -> None:
         for lease in list(self._leases):
             lease.abandon()
-        self._watcher.died(error)
+        if self._error is not None:
+            self._watcher.died(self._error)
 
     # Called on the keeper's thread.
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._main())
+            try:
+                runner.run(self._main())
+            except BaseException as error:
+                self._fail(error)  # closing the runner may take long
+                raise
+
+    def _run_call(self, callback: Callable[..., object], *args: object) -> None:
+        try:
+            callback(*args)
+        except BaseException as error:
+            self._crash = error
+            self._stop.set()
+            raise
+
+    def _fail(self, cause: BaseException) -> None:
+        """End the pool because of an exception on this thread. Only the first call counts."""
+        if self._error is not None or self._closing or not self._serving:
+            return
+        self._error = KeeperError("the thread that keeps the leases failed")
+        self._error.__cause__ = cause
+        self._stop.set()  # a lease that comes now must not be adopted by a group that has ended
+        self.tell(self._died)
+        self._stop_renewing(
+            functools.partial(log.critical, "leases are not renewed any more", exc_info=cause)
+        )
+
+    def _stop_renewing(self, write_report: Callable[[], None]) -> None:
+        """Renew no lease any more; then report, which must not prevent the end of the process."""
+        self.renewing = False
+        try:
+            report(write_report)
+        finally:
+            self._watcher.renewal_ended(self._error)
 
     async def _main(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self.calls)
             for service in self._services:
                 await stack.enter_async_context(service)
-            async with asyncio.TaskGroup() as group:
-                self._group = group
-                ticker = group.create_task(self._tick(), name="keeper-tick")
-                self.tell(self._opened.set)
-                await self._stop.wait()
-                ticker.cancel()
-                for lease in list(self._leases):
-                    if lease.task is not None:
-                        lease.task.cancel()
+            try:
+                async with asyncio.TaskGroup() as group:
+                    await self._renew(group)
+            except BaseExceptionGroup as errors:
+                self._fail(innermost(errors))  # closing the services may take long
+                raise
+
+    async def _renew(self, group: asyncio.TaskGroup) -> None:
+        self._group = group
+        ticker = group.create_task(self._tick(), name="keeper-tick")
+        self.tell(self._opened.set)
+        await self._stop.wait()
+        if self._crash is not None:
+            raise self._crash
+        ticker.cancel()
+        for lease in list(self._leases):
+            if lease.task is not None:
+                lease.task.cancel()
 
     def tell(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
@@ -250,10 +295,6 @@ class Keeper:
                 lease.task.cancel()
                 lease.task = None  # it knew the lease
 
-    @property
-    def _blocked(self) -> bool:
-        return self._blocked_seconds >= LAG_WARNING_SECONDS
-
     def _look_after(self, *, slept: bool) -> None:
         """Give up every lease whose time to has come, and adopt those that have begun.
 
@@ -267,58 +308,23 @@ class Keeper:
                 if lease.task is not None:
                     lease.task.cancel()
                 continue
-            if lease.task is None and (lease.begun or (self._blocked and lease.take_over())):
+            blocked = self._monitor.blocked
+            if lease.task is None and (lease.begun or (blocked and lease.take_over())):
                 self._adopt(lease)
             if slept:
                 lease.beat_now()
 
     def _watch(self, seconds: float) -> None:
         """Measure how late the handlers' loop is. `seconds`: since the last look."""
-        if self._pong == self._ping:
-            if self._ping:
-                self.observe(LoopLagMeasured(self._pong_seconds))
-            if self._blocked:
-                log.warning("event loop runs again blocked_seconds=%.1f", self._blocked_seconds)
-            self._blocked_seconds = 0.0
+        monitor = self._monitor
+        if monitor.answered:
+            if monitor.lag is not None:
+                self.observe(LoopLagMeasured(monitor.lag))
             self.renewing = True
-            self._ping += 1
-            self.tell(functools.partial(self._answer, self._ping, time.monotonic()))
-            return
-        before = self._blocked_seconds
-        # Never more than two ticks at once: a stopped process is not a blocked loop.
-        self._blocked_seconds += min(seconds, 2 * TICK_SECONDS)
-        if before < LAG_WARNING_SECONDS <= self._blocked_seconds:
-            log.warning(
-                "event loop is blocked by=%r; use asyncio.to_thread for blocking code",
-                self._blocker(),
-            )
-        if self.renewing and self._blocked_seconds >= self._max_block:
-            self.renewing = False
-            log.critical(
-                "event loop blocked seconds=%.0f by=%r; leases are not renewed any more\n%s",
-                self._blocked_seconds,
-                self._blocker(),
-                all_stacks(),
-            )
-            self._watcher.blocked()
-
-    def _answer(self, ping: int, asked_at: float) -> None:
-        """Called on the handlers' loop."""
-        self._pong_seconds = time.monotonic() - asked_at
-        self._pong = ping
-
-    def _blocker(self) -> str:
-        task = asyncio.current_task(self._handlers_loop)
-        return "no task" if task is None else task.get_name()
+            monitor.ask()
+        elif monitor.wait(seconds) and self.renewing:
+            self._stop_renewing(monitor.blocked_report())
 
 
 def _ignore() -> None:
     """Takes the place of a callback that would keep its owner alive."""
-
-
-def all_stacks() -> str:
-    """What every thread is doing now, as text."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read()

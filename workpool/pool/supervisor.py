@@ -66,7 +66,8 @@ class Supervisor:
     Attributes:
         settings, registry: The settings, which do not change, and where the metrics live.
         left_behind: Sessions that the drain could not hand back.
-        on_blocked: Called on another thread once the loop has been blocked for `max_block`.
+        on_blocked: Called on another thread once leases are not renewed any more: the loop has
+            been blocked for `max_block`, or the thread that renews them failed (`status().error`).
     """
 
     # A simulation puts others in their place.
@@ -243,8 +244,7 @@ class Supervisor:
         """The keeper and, on its loop, the exporter."""
         settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
-        address = settings.metrics_address
-        if address is not None:
+        if (address := settings.metrics_address) is not None:
             self._exporter = Exporter(
                 address.host or "",
                 address.port,
@@ -253,7 +253,7 @@ class Supervisor:
                 readiness=self._unready,
             )
             services.append(self._exporter)
-        watcher = Watcher(self._telemetry.observe_anywhere, self._keeper_died, self._loop_blocked)
+        watcher = Watcher(self._telemetry.observe_anywhere, self._keeper_died, self._renewal_ended)
         keeper = self._keeper(settings, self._clock, self._keeper_calls, watcher, services)
         await stack.enter_async_context(keeper)
         if self._exporter is not None:
@@ -299,8 +299,7 @@ class Supervisor:
 
     def _fail(self, error: BaseException) -> None:
         """Something fatal: no more polls; running sessions drain; then it is raised."""
-        if self._error is None:
-            self._error = error
+        self._error = self._error or error
         self._drain.begin(self.settings.drain_timeout)
 
     def _task(self) -> asyncio.Task[None]:
@@ -335,7 +334,8 @@ class Supervisor:
         self._fail(error)
         self._drain.begin(0)
 
-    def _loop_blocked(self) -> None:
+    def _renewal_ended(self, error: KeeperError | None) -> None:
+        self._error = self._error or error
         if self.on_blocked is not None:
             self.on_blocked()
 
