@@ -45,6 +45,7 @@ BLIND_EXCEPTS = {
     "plugins/finding.py",  # an observer, and every other call of a plugin's code
     "pool/poller.py",  # one poller's loop
     "pool/lease.py",  # one lease's beats
+    "pool/diagnostics.py",  # a report on another thread, whose error its caller raises
 }
 
 
@@ -99,7 +100,7 @@ def blind(handler: ast.ExceptHandler) -> bool:
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
 
 
-def test_everything_is_caught_in_four_places_only() -> None:
+def test_everything_is_caught_in_named_places_only() -> None:
     found = {
         relative(path)
         for path in MODULES

@@ -158,7 +158,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def bare(folder: Path) -> AsyncIterator[Start]:
+def launcher() -> tuple[str, ...]:
+    """The command that starts `workpool`, without its arguments."""
+    return (sys.executable, "-m", "workpool")
+
+
+@pytest.fixture
+async def bare(folder: Path, launcher: tuple[str, ...]) -> AsyncIterator[Start]:
     """Start a command that knows nothing of a control plane but what is given."""
     commands: list[Command] = []
     foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
@@ -166,7 +172,7 @@ async def bare(folder: Path) -> AsyncIterator[Start]:
     async def start(*arguments: str, **variables: str) -> Command:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "workpool", *arguments),
+            *(*launcher, *arguments),
             env={**inherited, **variables},
             cwd=folder,
             stdin=asyncio.subprocess.DEVNULL,

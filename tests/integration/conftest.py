@@ -12,7 +12,7 @@ import pytest
 from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handler import rule_of
-from workpool.pool import keeper, lease
+from workpool.pool import lease, loop_monitor
 from workpool.server.dialects import DIALECTS
 from workpool.testing import literal
 
@@ -46,7 +46,7 @@ def patient_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Tests of blocked loops replace this fixture.
     """
-    monkeypatch.setattr(keeper, "LAG_WARNING_SECONDS", 15.0)
+    monkeypatch.setattr(loop_monitor, "LAG_WARNING_SECONDS", 15.0)
 
 
 @dataclass

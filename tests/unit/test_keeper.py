@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,11 @@ from workpool import Settings
 from workpool.errors import KeeperError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import keeper as keeper_module
+from workpool.pool import loop_monitor
 from workpool.pool.clock import lease_clock
 from workpool.pool.keeper import Keeper, Watcher
 from workpool.pool.lease import Lease
+from workpool.pool.loop_monitor import LoopMonitor
 from workpool.server import Operations
 from workpool.testing.changes import Changes
 from workpool.testing.local import LocalClient, Script, Trouble
@@ -36,6 +39,7 @@ class Scene:
         self.changes = Changes()
         self.events: list[Event] = []
         self.died: list[KeeperError] = []
+        self.ended: list[KeeperError | None] = []
         self.blocked = threading.Event()
         self.ahead = 0.0
         self.fault: BaseException | None = None
@@ -61,6 +65,12 @@ class Scene:
         self.died.append(error)
         self.changes.notify()
 
+    def renewal_ended(self, error: KeeperError | None) -> None:
+        """On the keeper's thread."""
+        self.ended.append(error)
+        self.blocked.set()
+        self.loop.call_soon_threadsafe(self.changes.notify)
+
     def keeper(
         self, *services: contextlib.AbstractAsyncContextManager[Any], **values: Any
     ) -> Keeper:
@@ -68,7 +78,7 @@ class Scene:
             environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT, **values
         )
         calls = LocalClient(self.operations, settings, troubles=self.trouble)
-        watcher = Watcher(self.observe, self.die, self.blocked.set)
+        watcher = Watcher(self.observe, self.die, self.renewal_ended)
         return Keeper(settings, self.clock, calls, watcher, services)
 
     async def claim(self, keeper: Keeper) -> Lease:
@@ -241,7 +251,7 @@ async def test_the_loops_lag_is_measured(scene: Scene) -> None:
 async def test_a_blocked_loop_is_warned_about_with_the_handlers_name(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(keeper_module, "LAG_WARNING_SECONDS", 0.1)
+    monkeypatch.setattr(loop_monitor, "LAG_WARNING_SECONDS", 0.1)
 
     async def handler() -> None:
         while "event loop is blocked" not in caplog.text:
@@ -270,14 +280,82 @@ async def test_after_max_block_nothing_is_renewed_until_the_loop_runs_again(
         assert lease.held
 
 
-async def test_a_process_that_was_stopped_is_not_taken_for_a_blocked_loop(scene: Scene) -> None:
-    keeper = scene.keeper(max_block=5)
+async def test_blocked_time_is_exact_although_ticks_are_late(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every tick takes three times as long as may be counted for it."""
+    monkeypatch.setattr(loop_monitor, "TICK_SECONDS", TICK_SECONDS / 6)
+    async with scene.keeper(max_block=0.1):
+        await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
+        began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
+        assert scene.blocked.wait(10)  # which blocks this loop
+        lasted = time.monotonic() - began
+    [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
+    stated = re.search(r"seconds=(\d+\.\d{3}) ", record.message)
+    assert stated is not None
+    assert record.created - wall - 0.1 <= float(stated[1])
+    assert lasted > 0.25
+    assert float(stated[1]) <= lasted + TICK_SECONDS + 0.1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
+async def test_exception_of_a_prompted_call_is_fatal(scene: Scene, error: BaseException) -> None:
+    def crash() -> None:
+        raise error
+
+    keeper = scene.keeper()
+    lease = await scene.claim(keeper)
     async with keeper:
-        keeper._watch(1.0)
-        keeper._ping += 1  # a ping that is not answered yet
-        keeper._watch(3_600.0)
-        assert keeper.renewing
-        keeper._pong = keeper._ping
+        keeper.hold(lease)
+        await scene.beats(1)
+        keeper.prompt(lease, crash)
+        await scene.until(lambda: scene.died and scene.ended)
+        assert scene.died[0].__cause__ is error
+        assert scene.ended == scene.died
+        assert not keeper.renewing
+        assert lease.fate == "lost"
+
+
+@pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
+async def test_lease_task_that_raises_no_exception_class_is_fatal(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    async def crash(_: Lease) -> bool:
+        raise error
+
+    keeper = scene.keeper()
+    lease = await scene.claim(keeper)
+    async with keeper:
+        monkeypatch.setattr(Lease, "beat", crash)
+        keeper.hold(lease)
+        await scene.until(lambda: scene.died and scene.ended)
+        assert scene.ended == scene.died
+        assert lease.fate == "lost"
+
+
+async def test_failure_is_told_before_services_have_closed(scene: Scene) -> None:
+    release = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def slow() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(release.wait, 20)
+
+    async with scene.keeper(slow()):
+        scene.fault = ZeroDivisionError("in the tick")
+        await scene.until(lambda: scene.died and scene.ended)
+        assert not release.is_set()
+        release.set()
+
+
+async def test_a_process_that_was_stopped_is_not_taken_for_a_blocked_loop() -> None:
+    pings: list[object] = []
+    monitor = LoopMonitor(pings.append, max_block=5)
+    monitor.ask()
+    assert not monitor.answered
+    assert not monitor.wait(3_600.0)
 
 
 # The clock.

@@ -6,6 +6,7 @@ No message here may carry a token; the errors of workpool never do.
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NoReturn
@@ -30,6 +31,7 @@ REFUSED: Final = 3
 """The control plane refused: 400, 401, 403 or 404."""
 SIGNALLED: Final = 128
 """Added to the number of a signal that did not let the work end."""
+FLUSH_SECONDS: Final = 1.0
 
 _REFUSALS: Final = {400, 401, 403, 404}
 
@@ -66,10 +68,30 @@ def reported() -> Iterator[None]:
 
 
 def leave_now(status: int) -> NoReturn:
-    """End the process without waiting for what does not end. On any thread.
+    """End the process without waiting for its threads. May be called on any thread.
 
-    Flushes the logs only: stdout may be just what a blocked handler waits for.
+    Flushes the logs for at most `FLUSH_SECONDS`, and nothing else: a blocked handler may hold the
+    lock of a log handler, or wait until somebody reads stdout.
     """
+    try:
+        flushing = threading.Thread(target=_flush_logs, daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
+    finally:
+        os._exit(status)
+
+
+def leave_in(seconds: float, status: int) -> None:
+    """End the process in `seconds` unless it ends before. May be called on any thread."""
+    timer = threading.Timer(seconds, leave_now, (status,))
+    timer.daemon = True
+    try:
+        timer.start()
+    except BaseException:
+        leave_now(status)
+        raise
+
+
+def _flush_logs() -> None:
     logging.shutdown()
     sys.stderr.flush()
-    os._exit(status)

@@ -37,6 +37,9 @@ TASKS_SECONDS: Final = 2.0
 THREADS_SECONDS: Final = 2.0
 """How long blocking code of cancelled handlers may delay the end of the process."""
 
+FAILED_SECONDS: Final = 3.0
+"""How long a pool whose leases are not renewed any more may take to drain by itself."""
+
 
 def run(
     context: typer.Context,
@@ -81,9 +84,25 @@ def run(
 
 def run_supervisor(supervisor: Supervisor, *, until_empty: bool = False) -> int:
     """Run a pool on a loop of its own; returns the exit status."""
-    supervisor.on_blocked = functools.partial(exits.leave_now, exits.FAILED)
+    supervisor.on_blocked = functools.partial(_end_process, supervisor)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_live(supervisor, until_empty=until_empty))
+
+
+def _end_process(supervisor: Supervisor) -> None:
+    """End with `FAILED`: leases are not renewed any more. Called on the thread that renewed them.
+
+    A pool that has failed drains by itself unless its loop is blocked, which ends its handlers in
+    order. It gets less time than the shortest lease has left.
+    """
+    failed = False
+    try:
+        failed = supervisor.status().error is not None
+    finally:
+        if failed:
+            exits.leave_in(FAILED_SECONDS, exits.FAILED)
+        else:
+            exits.leave_now(exits.FAILED)
 
 
 async def _live(supervisor: Supervisor, *, until_empty: bool) -> int:

@@ -1,0 +1,212 @@
+"""`workpool run` reports a blocked event loop and ends, whatever else fails at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Start
+    from workpool.server import ControlPlane
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+READ_ONLY = """
+mount --make-rprivate / || exit 77
+while read -r _ target _; do
+    case "$target" in /proc*|/sys*|/dev|/dev/pts) continue;; esac
+    mount -o remount,bind,ro "$target" 2>/dev/null
+done < /proc/self/mounts
+for folder in / /tmp /var/tmp "$TMPDIR" .; do
+    touch "$folder/.written" 2>/dev/null && { rm "$folder/.written"; exit 77; }
+done
+exec "$@"
+"""
+NO_TEMPORARY_DIRECTORY = """
+import runpy, tempfile
+tempfile._candidate_tempdir_list = lambda: []
+runpy.run_module("workpool", run_name="__main__", alter_sys=True)
+"""
+RAISING_LOG = """
+import logging
+from handlers import block, linger
+
+class Raising(logging.Handler):
+    def emit(self, record):
+        if record.getMessage().startswith("event loop is blocked"):
+            raise {error}("raised by a log handler")
+
+logging.getLogger().addHandler(Raising())
+"""
+RAISING_EXPORTER = """
+from handlers import block, linger
+from workpool.exporter import Exporter
+
+async def crash(self, request):
+    raise {error}("raised by the exporter")
+
+Exporter._healthz = crash
+"""
+CLEANUP = """
+import asyncio
+from workpool import handler
+
+@handler
+async def tidy(session):
+    session.log.info("tidy runs")
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        session.log.info("tidy cleans up")
+"""
+FLOOD = """
+from workpool import handler
+
+@handler
+async def flood(session):
+    while True:
+        session.log.info("x" * 10_000)
+"""
+
+
+@pytest.fixture
+def no_writable_directory(
+    request: pytest.FixtureRequest, folder: Path
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """A launcher whose process has no directory for temporary files, and its variables."""
+    if request.param == "no temporary directory":
+        return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
+    launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
+    try:
+        subprocess.check_call((*launcher, "true"), cwd=folder)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not permit a read-only mount namespace")
+    return (*launcher, sys.executable, "-m", "workpool"), {"TMPDIR": "/proc"}
+
+
+@pytest.fixture
+def launcher(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    if "no_writable_directory" in request.fixturenames:
+        found: tuple[str, ...] = request.getfixturevalue("no_writable_directory")[0]
+        return found
+    return (sys.executable, "-m", "workpool")
+
+
+def log_time(line: str) -> float:
+    return datetime.fromisoformat(line.split(" ", 1)[0]).timestamp()
+
+
+@pytest.mark.parametrize(
+    "no_writable_directory", ["read-only mounts", "no temporary directory"], indirect=True
+)
+async def test_blocked_loop_without_writable_directory_is_reported_and_ends_process(
+    start: Start,
+    plane: ControlPlane,
+    no_writable_directory: tuple[tuple[str, ...], dict[str, str]],
+) -> None:
+    plane.enqueue(metadata={"do": "block"})
+    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **no_writable_directory[1])
+    assert await command.ends() == 1
+    assert "event loop blocked seconds=" in command.err
+    assert "in block" in command.err  # a line of the stacks
+
+
+async def test_blocked_loop_report_states_seconds_since_loop_answered(
+    start: Start, plane: ControlPlane
+) -> None:
+    plane.enqueue(metadata={"do": "block"})
+    command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
+    began = log_time(await command.logs("block runs"))
+    line = await command.logs("event loop blocked seconds=")
+    assert await command.ends() == 1
+    stated = re.search(r"seconds=(\d+\.\d+) ", line)
+    assert stated is not None
+    blocked = log_time(line) - began
+    late = 0.1  # between the measurement and the log line
+    assert blocked - late <= float(stated[1])
+    # The loop is asked once a second, so its last answer may be so much older than the block.
+    assert float(stated[1]) <= blocked + 1.0 + late
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
+async def test_log_handler_that_raises_while_loop_is_blocked_ends_process(
+    start: Start, plane: ControlPlane, folder: Path, error: str
+) -> None:
+    (folder / "raising.py").write_text(RAISING_LOG.format(error=error))
+    plane.enqueue(metadata={"do": "block"})
+    command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
+    assert await command.ends() == 1
+    assert "raised by a log handler" in command.err
+
+
+@pytest.mark.parametrize("do", ["block", "linger"])
+async def test_exporter_that_raises_system_exit_ends_process(
+    start: Start, plane: ControlPlane, folder: Path, do: str
+) -> None:
+    """With a blocked loop, and with one that runs."""
+    (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
+    plane.enqueue(metadata={"do": do})
+    command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
+    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    await command.logs(f"{do} runs")
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(url.removesuffix("metrics") + "healthz")
+    assert await command.ends() == 1
+    assert "raised by the exporter" in command.err
+
+
+async def test_failed_renewal_thread_with_running_loop_lets_handlers_clean_up(
+    start: Start, plane: ControlPlane, folder: Path
+) -> None:
+    (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
+    (folder / "tidy.py").write_text(CLEANUP)
+    plane.enqueue()
+    command = await start("run", "tidy", "raising")
+    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    await command.logs("tidy runs")
+    async with aiohttp.ClientSession() as http:
+        with pytest.raises(aiohttp.ClientError):
+            await http.get(url.removesuffix("metrics") + "healthz")
+    assert await command.ends() == 1
+    assert "tidy cleans up" in command.err
+    assert "pool failed" in command.err
+
+
+async def test_handler_blocked_on_full_stderr_does_not_keep_process(
+    plane: ControlPlane, folder: Path
+) -> None:
+    """The handler holds the lock of the log's only output, which nobody reads."""
+    (folder / "flood.py").write_text(FLOOD)
+    plane.enqueue()
+    process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would
+        (sys.executable, "-m", "workpool", "run", "flood"),
+        cwd=folder,
+        env=os.environ
+        | {
+            "WORKPOOL_BASE_URL": plane.base_url,
+            "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+            "WORKPOOL_TOKEN": TOKEN,
+            "WORKPOOL_METRICS_LISTEN": "off",
+            "WORKPOOL_MAX_BLOCK": "1.5",
+        },
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        try:
+            assert await asyncio.to_thread(process.wait, SECONDS) == 1
+        finally:
+            process.send_signal(signal.SIGKILL)

@@ -1,0 +1,158 @@
+"""A failure on the thread that renews leases: fatal to an embedded pool, which is told at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, Supervisor, handler
+from workpool.errors import KeeperError, WorkpoolError
+from workpool.events import SessionFinished, SessionStarted
+from workpool.exporter import Exporter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from workpool import Settings
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+
+class RaisingLog(logging.Handler):
+    """Raises for every message that begins with `text`."""
+
+    def __init__(self, text: str, error: BaseException) -> None:
+        super().__init__()
+        self.text = text
+        self.error = error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith(self.text):
+            raise self.error
+
+
+@pytest.fixture
+def raising_log(request: pytest.FixtureRequest) -> Iterator[float]:
+    """Adds a log handler that raises; the `max_block` to run with."""
+    text, max_block, error = request.param
+    added = RaisingLog(text, error)
+    logging.getLogger().addHandler(added)
+    yield max_block
+    logging.getLogger().removeHandler(added)
+
+
+async def run_apart(supervisor: Supervisor) -> WorkpoolError | None:
+    """Run the pool on a thread and a loop of its own; return the error that ended it."""
+    try:
+        await asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True))
+    except WorkpoolError as error:
+        return error
+    return None
+
+
+@pytest.fixture
+def patient_keeper() -> None:
+    """Blocked loops are the subject here."""
+
+
+@pytest.mark.parametrize(
+    "raising_log",
+    [
+        ("event loop is blocked", 300, RuntimeError("log")),
+        ("event loop is blocked", 300, SystemExit("log")),
+        ("event loop blocked", 1.5, RuntimeError("log")),
+    ],
+    ids=["warning", "exit", "report"],
+    indirect=True,
+)
+async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
+    plane: ControlPlane,
+    faults: Faults,
+    make_settings: Callable[..., Settings],
+    raising_log: float,
+) -> None:
+    called, may_end = threading.Event(), threading.Event()
+    calls: list[BaseException | None] = []
+
+    @handler
+    async def work(_: Session) -> None:
+        may_end.wait(50)  # not awaited: nothing else runs on this loop
+
+    def on_blocked() -> None:
+        calls.append(supervisor.status().error)
+        called.set()
+
+    (item,) = plane.enqueue()
+    supervisor = Supervisor(make_settings(max_block=raising_log), plugins=[work])
+    supervisor.on_blocked = on_blocked
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(run_apart(supervisor))
+        try:
+            assert await asyncio.to_thread(called.wait, 40)
+            sent = len(faults.of("heartbeat", work_id=item.id))
+        finally:
+            may_end.set()
+    error = running.result()
+    assert isinstance(error, KeeperError)
+    assert error.__cause__ is not None
+    assert len(faults.of("heartbeat", work_id=item.id)) == sent
+    assert not faults.of("stop")
+    assert isinstance(supervisor.status().error, KeeperError)
+    assert isinstance(calls[-1], KeeperError) or raising_log == 1.5
+
+
+async def test_exception_on_renewal_thread_of_running_loop_calls_on_blocked(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = threading.Event()
+
+    @handler
+    async def patient(_: Session) -> None:
+        await asyncio.Event().wait()
+
+    def crash(_: Exporter) -> None:
+        raise SystemExit("from the exporter")
+
+    monkeypatch.setattr(Exporter, "_health", property(crash, lambda *_: None), raising=False)
+    plane.enqueue()
+    supervisor = make_pool(patient, metrics_listen="127.0.0.1:0")
+    supervisor.on_blocked = called.set
+    async with supervisor:
+        await recorder.wait_for(SessionStarted)
+        host, port = supervisor.metrics_url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert await asyncio.to_thread(called.wait, 20)
+        assert isinstance(supervisor.status().error, KeeperError)
+        finished = await recorder.wait_for(SessionFinished)
+        assert finished.outcome == "lease_lost"
+        with pytest.raises(KeeperError):
+            await supervisor.wait()
+        writer.close()
+
+
+async def test_loop_that_runs_again_after_max_block_keeps_pool(
+    plane: ControlPlane, make_settings: Callable[..., Settings]
+) -> None:
+    """`max_block` alone is not fatal to an embedded pool."""
+    called, may_end = threading.Event(), threading.Event()
+
+    @handler
+    async def work(_: Session) -> None:
+        may_end.wait(50)  # not awaited: nothing else runs on this loop
+
+    plane.enqueue()
+    supervisor = Supervisor(make_settings(max_block=1), plugins=[work])
+    supervisor.on_blocked = called.set
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(run_apart(supervisor))
+        try:
+            assert await asyncio.to_thread(called.wait, 40)
+        finally:
+            may_end.set()
+    assert running.result() is None
+    assert supervisor.status().error is None

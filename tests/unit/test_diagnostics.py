@@ -1,0 +1,90 @@
+"""Reports that never delay their caller for long, and stacks that need no file and stay small."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.pool import diagnostics
+from workpool.pool.diagnostics import THREADS_MAX, all_stacks, report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture
+def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[threading.Thread]]]:
+    """Start threads that have called a function, which must wait for `release` in the end."""
+    threads: list[threading.Thread] = []
+
+    def start(count: int, call: Callable[[], object]) -> list[threading.Thread]:
+        threads.extend(threading.Thread(target=call) for _ in range(count))
+        for thread in threads:
+            thread.start()
+        return threads
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+def test_report_that_raises_raises_in_its_caller() -> None:
+    def write() -> None:
+        raise SystemExit("from a log handler")
+
+    with pytest.raises(SystemExit, match="from a log handler"):
+        report(write)
+
+
+def test_report_that_hangs_returns_after_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "REPORT_SECONDS", 0.05)
+    began, release, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def write() -> None:
+        began.set()
+        release.wait()
+        ended.set()
+
+    report(write)
+    assert began.is_set()
+    assert not ended.is_set()
+    release.set()
+    assert ended.wait(10)
+
+
+def test_all_stacks_needs_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(()))
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    text = all_stacks(threading.get_ident())
+    assert text.startswith("Thread MainThread")
+    assert "in test_all_stacks_needs_no_temporary_directory" in text
+
+
+def test_all_stacks_of_many_deep_threads_is_limited_and_starts_with_the_first(
+    waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
+) -> None:
+    count = THREADS_MAX + 5
+    all_deep, release = threading.Barrier(count + 1), threading.Event()
+
+    def descend(depth: int = 300) -> None:
+        if depth:
+            return descend(depth - 1)
+        all_deep.wait(20)
+        release.wait()
+        return None
+
+    threads = waiting_threads(count, descend)
+    try:
+        all_deep.wait(20)
+        first = threads[-1]
+        assert first.ident is not None
+        text = all_stacks(first.ident)
+    finally:
+        release.set()
+    assert text.startswith(f"Thread {first.name} ")
+    assert text.count("most recent call last") == THREADS_MAX
+    assert "more threads" in text
+    assert len(text) < 130_000
