@@ -84,7 +84,7 @@ class Claimer:
         )
         return result
 
-    async def begin(self, item: PoolItem, lease: Lease) -> None:
+    async def begin(self, lease: Lease) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         while not lease.expire(self._clock()):
             if self._draining.is_set():
@@ -144,6 +144,8 @@ def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
         return "conflict"
     if answer.sessions_token is None:  # sent to whoever polled, and perhaps not again
         answer = replace(answer, sessions_token=item.work_item.sessions_token)
+    # While it waited for a slot, another worker may have run it and lost it.
+    item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer
     item.acked_at = acked_at
     return "ok"

@@ -26,6 +26,7 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import StopFinished
+from workpool.pool.attempt import ERROR
 from workpool.pool.item import EndReason
 from workpool.pool.sender import Request, lease_of
 from workpool.session import Outcome, Release
@@ -33,6 +34,7 @@ from workpool.wire.options import Priority
 
 if TYPE_CHECKING:
     from workpool.events import CallResult
+    from workpool.pool.attempt import Attempt
     from workpool.pool.context import PoolContext
     from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
@@ -42,11 +44,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RELEASE_DELAY_SECONDS = 10.0
+MARK_SECONDS = 1.5
+"""How long a drain waits for a mark, twice at most: the rest of its 5 s is for the release."""
+MARK_TRY_SECONDS = 30.0
+"""How long the mark of a session that runs is tried."""
 NOTE_LIMIT = 512
 """Characters of `workpool.error` and `workpool.released`."""
 
-ERROR: Final = "workpool.error"
-RELEASED: Final = "workpool.released"
+DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
     EndReason.RETURNED: Row("stop", "mapping", "completed"),
     EndReason.RAISED: Row("stop", "error", "failed"),
     EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
-    EndReason.DRAINED: Row("release", "none", "released"),
+    EndReason.DRAINED: Row("release", "reason", "released"),
     EndReason.RELEASED: Row("release", "reason", "released"),
     EndReason.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
     EndReason.HANDED_OFF: Row("untouched", "none", "detached"),
@@ -91,7 +96,7 @@ class Completion:
             return row.outcome
         try:
             if row.item == "release":
-                return await self._release(item, row)
+                return await self._release(item)
             outcome = await self._write(item, row)
             await self.stop(item, confirm=row.outcome == "stopped")
         except SessionGoneError:
@@ -144,11 +149,13 @@ class Completion:
 
     async def _write(self, item: PoolItem, row: Row) -> Outcome:
         """Write the row's metadata, if there is any; return the outcome that is left."""
-        patch = item.result if row.metadata == "mapping" else self._error_note(item)
-        if not patch:
+        attempt = _attempt_of(item)
+        if row.metadata == "mapping" and not item.result:
+            await self._remove_mark(item, attempt)
             return row.outcome
+        notes = item.result if row.metadata == "mapping" else self._error_note(item)
         try:
-            await self.write_metadata(item, patch)
+            await self.write_metadata(item, attempt.closing(notes))
         except (ConflictError, PreconditionError):
             pass  # stopped already: fine
         except RefusedError as error:
@@ -157,34 +164,67 @@ class Completion:
                 return row.outcome
             # A result that cannot be written must not count as done.
             item.error = error
+            notes = self._error_note(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
-                await self.write_metadata(item, self._error_note(item))
+                await self.write_metadata(item, attempt.closing(notes))
             return "failed"
         return row.outcome
+
+    async def _remove_mark(self, item: PoolItem, attempt: Attempt) -> None:
+        """Remove the mark of a session that has completed; one that stays must not run it again."""
+        if patch := attempt.closing({}):
+            try:
+                await self.write_metadata(item, patch, MARK_SECONDS)
+            except ControlPlaneError as error:
+                log.warning("mark not removed work_id=%s error=%s", item.id, error)
+
+    async def mark_running(self, item: PoolItem) -> None:
+        """Mark a session that a drain interrupts; tried while its handler runs."""
+        if lease_of(item).stop_requested:
+            return  # it will be stopped, or lapse to `stopped`: nobody runs it again
+        request = Request(Priority.HANDLER, by_handler=True, seconds=MARK_TRY_SECONDS)
+        await self._write_mark(item, DRAIN_REASON, request)
+
+    async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
+        """Mark a session that is being released; tried for `seconds`. Unmarked, its run counts."""
+        if item.parents_heartbeat is not None and not lease_of(item).begun:
+            return  # until its first heartbeat has succeeded, the item may be its parent's
+        await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
+
+    async def _write_mark(self, item: PoolItem, reason: str, request: Request) -> None:
+        attempt = _attempt_of(item)
+        try:
+            await self._send_metadata(item, attempt.mark(reason), request)
+            attempt.marked = True
+        except (ControlPlaneError, SessionGoneError) as error:
+            log.warning("mark not written work_id=%s error=%s", item.id, error)
 
     async def write_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], seconds: float = math.inf
     ) -> None:
         """Write metadata for the pool, tried while the lease is held and for `seconds`."""
+        await self._send_metadata(item, patch, WRITE._replace(seconds=seconds))
+
+    async def _send_metadata(
+        self, item: PoolItem, patch: Mapping[str, str | None], request: Request
+    ) -> None:
         await self._sender.send(
             item,
             lambda options, timeout: self._client.update_metadata(
                 item.id, patch, timeout=timeout, options=options
             ),
-            WRITE._replace(seconds=seconds),
+            request,
         )
 
-    async def _release(self, item: PoolItem, row: Row) -> Outcome:
-        delay = RELEASE_DELAY_SECONDS
-        if row.metadata == "reason" and isinstance(item.error, Release):
-            delay = delay_of(item.error)
-            try:
-                note = {RELEASED: sendable(text_of(item.error.reason))}
-                await self.write_metadata(item, note)
-            except ControlPlaneError as error:
-                log.warning("metadata not written work_id=%s error=%s", item.id, error)
-        lease = lease_of(item)
-        self._renewer.release(lease, delay)
+    async def _release(self, item: PoolItem) -> Outcome:
+        lease, attempt = lease_of(item), _attempt_of(item)
+        release = item.error if isinstance(item.error, Release) else Release(DRAIN_REASON)
+        if release is item.error or (lease.status == "held" and not attempt.marked):
+            draining = item.session is not None and item.session.draining
+            hurried = draining or item.handler_task is None
+            reason = sendable(text_of(release.reason))
+            await self.mark(item, reason, MARK_SECONDS if hurried else MARK_TRY_SECONDS)
+        self._renewer.release(lease, delay_of(release))
         await item.until(lambda: lease.status != "held", lease.remaining(self._clock()))
         return "lease_lost" if lease.confirmed else outcome_by(lease)
 
@@ -199,6 +239,12 @@ class Completion:
 def _mark_own_stop(lease: Lease) -> None:
     """From now on an item that is read as stopped was stopped by us."""
     lease.own_stop = True
+
+
+def _attempt_of(item: PoolItem) -> Attempt:
+    if item.attempt is None:
+        raise RuntimeError(f"{item.id} has no session")
+    return item.attempt
 
 
 def row_of(item: PoolItem) -> Row:
@@ -251,6 +297,21 @@ def mapping_of(returned: object) -> Mapping[str, str]:
             )
         text.encode()  # a lone surrogate cannot be sent: UnicodeEncodeError, a ValueError
     return result
+
+
+def release_of(error: BaseException) -> Release | None:
+    """Return the release that `error` is, or the longest one of a group of nothing but releases."""
+    releases: list[Release] = []
+    unread = [error]
+    while unread:  # not recursive: a handler's groups may be nested deeper than the stack
+        each = unread.pop()
+        if isinstance(each, BaseExceptionGroup):
+            unread.extend(each.exceptions)
+        elif isinstance(each, Release):
+            releases.append(each)
+        else:
+            return None
+    return max(releases, key=delay_of, default=None)
 
 
 def delay_of(release: Release) -> float:

@@ -199,6 +199,8 @@ class Dispatcher:
             item.notify()
             if item.executing and item.session is not None:
                 item.session.interrupt(draining=True)
+                mark = self.runner.completion.mark_running(item)
+                item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def release_all(self) -> None:
         """Cancel the handlers that still run, so that their items are handed back."""

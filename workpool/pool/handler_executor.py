@@ -13,9 +13,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from workpool.pool.completion import mapping_of
+from workpool.pool.completion import mapping_of, release_of
 from workpool.pool.item import EndReason
-from workpool.session import Release
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -162,8 +161,9 @@ class HandlerExecutor:
             item.end(EndReason.RETURNED)
 
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
-        item.error = error
-        if isinstance(error, Release):
+        release = release_of(error)
+        item.error = release or error
+        if release is not None:
             item.end(EndReason.RELEASED)
             log.info("released by its handler work_id=%s", item.id)
             return

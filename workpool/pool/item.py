@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from workpool.handler import Handler
+    from workpool.pool.attempt import Attempt
     from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease
     from workpool.session import Session
@@ -70,6 +71,8 @@ class PoolItem:
         lease: Set once the item is acknowledged.
         session_id: The session's id as it was delivered; empty for an item without a session.
         session: Set once the item is acknowledged; None for a health check.
+        attempt: The number of this run, and its mark; set together with `session`.
+        mark_task: Writes the mark of a drain while the handler runs, if a drain has begun.
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
         cancelled_for: The gravest reason for which we have cancelled the handler.
@@ -81,6 +84,7 @@ class PoolItem:
     __slots__ = (
         "_changed",
         "acked_at",
+        "attempt",
         "cancelled_for",
         "context",
         "delivered_at",
@@ -90,6 +94,7 @@ class PoolItem:
         "handoff",
         "held_before",
         "lease",
+        "mark_task",
         "open_sends",
         "parents_heartbeat",
         "reason",
@@ -118,6 +123,8 @@ class PoolItem:
         """The gravest reason so far; None while nothing ends the session."""
         self.lease: Lease | None = None
         self.session: Session | None = None
+        self.attempt: Attempt | None = None
+        self.mark_task: asyncio.Task[None] | None = None
         self.handoff: Handoff | None = None
         self.handler_task: asyncio.Task[object] | None = None
         self.cancelled_for: EndReason | None = None

@@ -7,9 +7,9 @@ See docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from workpool.errors import (
     AttemptsExceeded,
@@ -18,13 +18,19 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import ItemReclaimed, SessionFinished, SessionStarted, StopRequested
-from workpool.pool.completion import Completion, outcome_when_abandoned
+from workpool.pool.attempt import Attempt
+from workpool.pool.completion import (
+    DRAIN_REASON,
+    MARK_SECONDS,
+    Completion,
+    outcome_when_abandoned,
+)
 from workpool.pool.handoff import settle
 from workpool.pool.item import EndReason
 from workpool.pool.lease import Lease
 from workpool.pool.sender import lease_of
 from workpool.pool.session_calls import SessionCalls
-from workpool.session import Session
+from workpool.session import Release, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +45,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ATTEMPT: Final = "workpool.attempt"
 ATTEMPT_SECONDS = 10.0
 """How long the number of an attempt is tried to be written before the item is handed back."""
 HEALTHCHECK_SECONDS = 10.0
@@ -71,7 +76,7 @@ class SessionRunner:
         self._claimer = claimer
         self._sender = sender
         self._executor = executor
-        self._completion = Completion(context, sender)
+        self.completion = Completion(context, sender)
         self._on_finished = on_finished
         self._on_closed = on_closed
 
@@ -88,7 +93,7 @@ class SessionRunner:
             if item.reason is None:
                 await self._execute(item)
             item.advance("ended")
-            outcome = await self._completion.complete(item)
+            outcome = await self.completion.complete(item)
         finally:
             self.close(item, outcome)
 
@@ -101,6 +106,8 @@ class SessionRunner:
             return
         item.advance("closed")
         lease, session = item.lease, item.session
+        if item.mark_task is not None:
+            item.mark_task.cancel()
         if lease is not None:
             self._context.renewer.remove(lease)
         if lease is not None and session is not None:
@@ -146,22 +153,31 @@ class SessionRunner:
 
     async def _begin(self, item: PoolItem) -> None:
         """Send the first heartbeat, and record every reason not to call the handler."""
-        lease, session = lease_of(item), self._open_session(item)
-        await self._claimer.begin(item, lease)
+        lease = lease_of(item)
+        session, attempt = self._open_session(item)
+        if self.draining:
+            await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
+        await self._claimer.begin(lease)
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
-        if item.held_before and item.reason is None and not self.draining:
-            await self._count_attempt(item)
+        if item.reason is None and not self.draining:
+            await self._open_attempt(item, attempt)
             self._record_lease(item, lease)
         if lease.stop_requested:
             session.interrupt(stopping=True)
         if self.draining:
             item.end(EndReason.DRAINED)
 
-    def _open_session(self, item: PoolItem) -> Session:
-        calls = SessionCalls(item, self._context, self._sender)
-        item.session = Session(item.work_item, calls, redelivered=item.held_before)
-        return item.session
+    def _open_session(self, item: PoolItem) -> tuple[Session, Attempt]:
+        redelivered = item.held_before
+        attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
+        session = item.session = Session(
+            item.work_item,
+            SessionCalls(item, self._context, self._sender),
+            redelivered=redelivered,
+            attempt=attempt.number,
+        )
+        return session, attempt
 
     async def _execute(self, item: PoolItem) -> None:
         if item.handler is None or item.session is None:
@@ -169,6 +185,7 @@ class SessionRunner:
         item.advance("started")
         self._context.observe(SessionStarted(item.session, item.label))
         await self._executor.run(item, item.handler, item.session)
+        await _settle_mark(item)
         await settle(item, self._context.renewer)
         self._record_lease(item, lease_of(item))
 
@@ -176,29 +193,32 @@ class SessionRunner:
         grace = self._context.settings.stop_grace
         self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
 
-    async def _count_attempt(self, item: PoolItem) -> None:
-        before = item.work_item.metadata.get(ATTEMPT, "1")
-        attempt = 1 + (int(before) if re.fullmatch("[0-9]{1,9}", before) else 1)
-        limit = self._context.settings.max_attempts
-        if limit is not None and attempt > limit:
-            item.error = AttemptsExceeded(f"attempt {attempt} of {limit}")
+    async def _open_attempt(self, item: PoolItem, attempt: Attempt) -> None:
+        """Write the number of this run, if it must be written before the handler starts."""
+        limit, patch = self._context.settings.max_attempts, attempt.opening()
+        if not patch:
+            return
+        if limit and attempt.number > limit:
+            item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
             item.end(EndReason.RAISED)
             return
         try:
-            await self._completion.write_metadata(item, {ATTEMPT: str(attempt)}, ATTEMPT_SECONDS)
+            await self.completion.write_metadata(item, patch, ATTEMPT_SECONDS)
+            attempt.opened()
         except SessionGoneError:
             item.end(EndReason.LOST)
         except TransientError as error:
             # An attempt that is not counted could be repeated for ever: hand it back unrun.
             log.warning("attempt not counted work_id=%s error=%s", item.id, error)
-            item.end(EndReason.DRAINED)
+            item.error = Release("not started: its attempt could not be counted")
+            item.end(EndReason.RELEASED)
         except ControlPlaneError as error:
             log.warning("attempt refused work_id=%s error=%s", item.id, error)
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
         """A health check asks whether a worker is there; being answered, it is done."""
         try:
-            await self._completion.stop(item, seconds=HEALTHCHECK_SECONDS)
+            await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning("health check not stopped work_id=%s error=%s", item.id, error)
 
@@ -227,3 +247,10 @@ class SessionRunner:
         stage = "drain" if self.draining else stage
         log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
         self._context.observe(ItemReclaimed(item.work_item, "lost", stage))
+
+
+async def _settle_mark(item: PoolItem) -> None:
+    """Wait for the mark that is being written: applied later, it would undo the completion's."""
+    if item.mark_task is not None:
+        await asyncio.wait({item.mark_task}, timeout=MARK_SECONDS)
+        item.mark_task.cancel()

@@ -132,6 +132,13 @@ class Case:
                 call.trouble is not None and call.over_at >= since and call.at <= until
                 for call in self.sent[node, tenure.work_id]
             )
+            or any(
+                delay.node is node
+                and delay.work_id == tenure.work_id
+                and delay.until >= since
+                and delay.since <= until
+                for delay in self.trace.delays
+            )
             or node.paused(since, min(until, tenure.last_promise + 1))
             or node.crashed <= min(until, tenure.last_promise)
             or self.broken(tenure)

@@ -11,7 +11,7 @@ from workpool.server import Poll
 from workpool.server.dialects import QODER
 from workpool.testing.local import LocalClient, Trouble, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
-from workpool.testing.simulation.trace import Sent
+from workpool.testing.simulation.trace import Delay, Sent
 from workpool.wire import calls
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Network:
         self._share = schedule.troubles
         self._kinds = schedule.kinds
 
-    def befalls(self, node: Node, op: str) -> Trouble:
+    def befalls(self, node: Node, op: str, work_id: str | None) -> Trouble:
         """Decide what happens to a call."""
         if self.over:
             return SILENCE
@@ -76,6 +76,8 @@ class Network:
                 if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
                     node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         self.trace.troubles += trouble is not None
+        if trouble is not None and trouble.wait:
+            self.trace.delays.append(Delay(node, work_id, now, now + trouble.wait))
         return trouble or CALM
 
     def leaves(self, node: Node, op: str, work_id: str | None, trouble: Trouble) -> Sent | None:
@@ -199,7 +201,7 @@ class Client(LocalClient):
 
     def _befalls(self, op: str, work_id: str | None) -> Trouble:
         super()._befalls(op, work_id)
-        return self._network.befalls(self._node, op)
+        return self._network.befalls(self._node, op, work_id)
 
     def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
         self._sent = self._network.leaves(self._node, op, work_id, trouble)

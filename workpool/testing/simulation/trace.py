@@ -53,6 +53,16 @@ class Sent:
 
 
 @dataclass(slots=True, eq=False, repr=False)
+class Delay:
+    """A call that waited on its own machine before its check; it may never have been sent."""
+
+    node: Node
+    work_id: str | None
+    since: float
+    until: float
+
+
+@dataclass(slots=True, eq=False, repr=False)
 class Run:
     """One handler's run.
 
@@ -143,6 +153,7 @@ class Trace:
     sent: list[Sent] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     handings: list[Handing] = field(default_factory=list)
+    delays: list[Delay] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
     troubles: int = 0
     deeds: int = 0
