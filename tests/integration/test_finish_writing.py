@@ -10,7 +10,6 @@ import pytest
 from workpool import Release, Session, handler
 from workpool.errors import RefusedError
 from workpool.events import HeartbeatFinished, SessionFinished, StopFinished
-from workpool.pool import finish
 from workpool.testing import Hold, delay, expire_lease, garbled, literal, lost, reset, status
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def short_finish(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
 
 # -- stop ------------------------------------------------------------------------------------------
