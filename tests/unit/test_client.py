@@ -63,6 +63,13 @@ def tap() -> Tap:
     return Tap()
 
 
+def literal(body: bytes | None) -> web.Response:
+    """A 200 with this JSON; a 204 for None."""
+    if body is None:
+        return web.Response(status=204)
+    return web.Response(body=body, content_type="application/json")
+
+
 @pytest.fixture
 async def plane(tap: Tap) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(middlewares=[tap.watch]) as plane:
@@ -254,6 +261,27 @@ async def test_a_heartbeat_that_is_opaque_goes_back_to_the_letter(
             await qoder.heartbeat(item.id, expected, 10)
         assert tap.seen[-1].query.get("expected_last_heartbeat") == expected
         assert tap.seen[-1].query["desired_ttl_seconds"] == "10"
+
+
+# -- other control planes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
+async def test_poll_that_brings_nothing_returns_none(
+    client: WorkClient, tap: Tap, body: bytes | None
+) -> None:
+    tap.instead = lambda: literal(body)
+    assert await client.poll() is None
+
+
+@pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
+async def test_poll_answered_with_other_json_is_malformed(
+    qoder: WorkClient, tap: Tap, body: bytes
+) -> None:
+    tap.instead = lambda: literal(body)
+    with pytest.raises(TransientError) as raised:
+        await qoder.poll()
+    assert raised.value.reason == "bad_body"
 
 
 # -- pages -----------------------------------------------------------------------------------------

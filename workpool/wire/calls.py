@@ -47,8 +47,12 @@ class Page(NamedTuple):
     next_page: str | None
 
 
+_EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
+"""A poll that brings nothing: JSON null, a 204, an empty object. Each control plane has its own."""
+
+
 def _delivery(obj: object) -> WorkItem | None:
-    return None if obj is None else parse_item(obj)
+    return None if obj in _EMPTY_POLL else parse_item(obj)
 
 
 def _stopped(obj: object) -> WorkItem | None:
