@@ -99,6 +99,8 @@ class Session:
 
 def _status(item: Item, conversation: Conversation | None) -> str:
     told = None if conversation is None else conversation.status
+    if told == "terminated":
+        return told  # final, whatever its item does
     return STATUS[item.state] if told is None or item.state == STOPPING else told
 
 
