@@ -160,7 +160,7 @@ class HandoverError(WorkpoolError):
 
 
 class AttemptsExceeded(WorkpoolError):
-    """An item was delivered more often than `max_attempts`, so it was ended without being run."""
+    """An item has had `max_attempts` attempts, so it failed without being run."""
 
 
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -30,6 +30,9 @@ _log = logging.getLogger("workpool.session")
 class Release(Exception):
     """Raise from a handler to give the item back unfinished.
 
+    An exception group that holds nothing else, at any depth, counts as its release with the longest
+    delay.
+
     Args:
         reason: Written to the metadata `workpool.released`; leaves the process, so no secrets.
         delay: Seconds until another worker may take it; clamped to 10–600 (protocol §3.3).
@@ -100,6 +103,8 @@ class Session:
     Attributes:
         item: The item as the acknowledgement returned it.
         redelivered: The item was held before, here or elsewhere: it may have been run before.
+        attempt: The number of this run: 1, and one more for each earlier run that ended with
+            neither a release (by a drain or by `Release`) nor a stop.
     """
 
     __slots__ = (
@@ -107,13 +112,15 @@ class Session:
         "_held",
         "_interrupted",
         "_stopping",
+        "attempt",
         "item",
         "redelivered",
     )
 
-    def __init__(self, item: WorkItem, held: Held, *, redelivered: bool) -> None:
+    def __init__(self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1) -> None:
         self.item = item
         self.redelivered = redelivered
+        self.attempt = attempt
         self._held = held
         self._stopping = False
         self._draining = False

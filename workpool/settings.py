@@ -179,8 +179,8 @@ class Settings(BaseSettings):
     """What one request may take; a poll, beside the time that it blocks. Default: 10."""
     max_block: Positive = 300.0
     """How long a handler may block its event loop before its leases are given up. Default: 300."""
-    max_attempts: Annotated[int, Field(ge=1)] | None = None
-    """How often an item may be started before it is failed unrun. Default: no limit."""
+    max_attempts: Annotated[int, Field(ge=0)] = 10
+    """How many attempts an item has before it is failed unrun; 0 = no limit. Default: 10."""
     report_errors: Literal["type", "message"] = "type"
     """What the control plane learns of a handler's error: its `type`, or its `message` too, which
     may carry secrets. Default: `type`."""

@@ -111,7 +111,7 @@ async def test_an_ack_in_flight_that_succeeds_is_released(
         hold.release()
     life = await life_of(item.id)
     assert life.outcome == "released"
-    assert life.ops == ["ack", "heartbeat"]
+    assert life.ops == ["ack", "update", "heartbeat"]
     assert life.sent[-1].query["desired_ttl_seconds"] == "10"
     assert not recorder.of(SessionStarted)
     assert recorder.of(DrainFinished)[0].result == "clean"
@@ -148,8 +148,8 @@ async def test_a_first_beat_in_flight_is_followed_by_the_last(
         hold.release()
     life = await life_of(item.id)
     assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.ops == ["ack", "heartbeat", "heartbeat"]
-    assert [request.query["desired_ttl_seconds"] for request in life.sent[1:]] == ["60", "10"]
+    assert life.ops == ["ack", "heartbeat", "update", "heartbeat"]
+    assert [each.query["desired_ttl_seconds"] for each in life.sent[1::2]] == ["60", "10"]
     assert not recorder.of(SessionStarted)
 
 

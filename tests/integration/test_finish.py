@@ -180,6 +180,83 @@ async def test_released_by_its_handler(run_one: Any, delay: float, ttl: int) -> 
     assert life.item.ttl_seconds == ttl
 
 
+@pytest.mark.parametrize(
+    ("group", "reason", "ttl"),
+    [
+        (ExceptionGroup("", [Release("only")]), "only", 10),
+        (ExceptionGroup("", [Release("short", 20), Release("long", 90)]), "long", 90),
+        (
+            ExceptionGroup("", [Release("no number", float("nan")), Release("longer", 30)]),
+            "longer",
+            30,
+        ),
+        (
+            ExceptionGroup("", [ExceptionGroup("", [Release("deep", 50)]), Release("shallow", 40)]),
+            "deep",
+            50,
+        ),
+    ],
+    ids=["one", "two", "no_number", "nested"],
+)
+async def test_group_of_releases_releases_with_longest_delay(
+    run_one: Any, group: ExceptionGroup[Release], reason: str, ttl: int
+) -> None:
+    async def work(_: Session) -> None:
+        raise group
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.metadata == {"workpool.released": reason}
+    assert life.sent[-1].query["desired_ttl_seconds"] == str(ttl)
+    assert isinstance(life.finished.error, Release)
+
+
+async def test_release_in_a_task_group_releases(run_one: Any) -> None:
+    async def give_back() -> None:
+        raise Release("come back later", delay=45)
+
+    async def work(session: Session) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(give_back())
+            group.create_task(forever(session))
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.metadata == {"workpool.released": "come back later"}
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        ExceptionGroup("", [Release("why"), ValueError()]),
+        ExceptionGroup("", [Release("why"), ExceptionGroup("", [ValueError()])]),
+        BaseExceptionGroup("", [Release("why"), SystemExit(3)]),
+    ],
+    ids=["beside", "nested", "exit"],
+)
+async def test_group_of_a_release_and_a_bug_fails(
+    run_one: Any, group: BaseExceptionGroup[BaseException]
+) -> None:
+    async def work(_: Session) -> None:
+        raise group
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": type(group).__name__}
+
+
+async def test_deeply_nested_group_of_releases_releases(run_one: Any) -> None:
+    error: Exception = Release("deep")
+    for _ in range(5000):
+        error = ExceptionGroup("", [error])
+
+    async def work(_: Session) -> None:
+        raise error
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("released", "active")
+
+
 async def test_released_although_the_reason_cannot_be_written(run_one: Any, faults: Faults) -> None:
     async def work(_: Session) -> None:
         raise Release("why")
@@ -198,8 +275,9 @@ async def test_released_at_the_drains_deadline(
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", {})
-    assert life.ops == [*BEGIN, "heartbeat"]
+    assert (life.outcome, life.item.state) == ("released", "active")
+    assert life.metadata == {"workpool.released": "the pool is draining"}
+    assert life.ops[-1] == "heartbeat"
     assert life.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
@@ -334,8 +412,8 @@ async def test_timed_out_and(
 @pytest.mark.parametrize(
     ("end", "metadata"),
     [
-        (lambda: {"a": "b"}, {}),
-        (raises(ValueError()), {}),
+        (lambda: {"a": "b"}, {"workpool.released": "the pool is draining"}),
+        (raises(ValueError()), {"workpool.released": "the pool is draining"}),
         (raises(Release("why", delay=60)), {"workpool.released": "why"}),
     ],
     ids=["returned", "raised", "released"],

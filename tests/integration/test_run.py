@@ -553,7 +553,7 @@ async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Else an item that kills its worker could be tried for ever."""
-    monkeypatch.setattr("workpool.pool.dispatch.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.serve.FINISH_SECONDS", 0.1)
 
     @handler
     async def work(_: Session) -> None:

@@ -19,7 +19,7 @@ DESIGN = [
     ("RETURNED", "stop", "mapping", "completed"),
     ("RAISED", "stop", "error", "failed"),
     ("TIMED_OUT", "stop", "error", "timed_out"),
-    ("DRAINED", "release", "none", "released"),
+    ("DRAINED", "release", "reason", "released"),
     ("RELEASED", "release", "reason", "released"),
     ("STOP_REQUESTED", "stop", "mapping", "stopped"),
     ("DETACHED", "untouched", "none", "detached"),

@@ -105,6 +105,8 @@ def _accept(claim: Claim, item: WorkItem, acked_at: float) -> CallResult:
         return "conflict"
     if item.sessions_token is None:  # told to whoever polled, and perhaps not again
         item = replace(item, sessions_token=claim.item.sessions_token)
+    # While it waited for a slot, another worker may have run it and lost it.
+    claim.held_before = claim.held_before or item.last_heartbeat is not None
     claim.item = item
     claim.acked_at = acked_at
     return "ok"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.handler import Handler
+    from workpool.pool.attempt import Attempt
     from workpool.pool.handover import Handover
     from workpool.pool.lease import Lease
     from workpool.pool.parts import Parts
@@ -58,6 +59,7 @@ class Claim:
         item: As the poll delivered it, then as our acknowledgement returned it.
         held_before: It had been held, here or elsewhere, when it was delivered.
         parts: Those of its pool.
+        marking: The task that writes the mark of a drain while the handler runs, if one does.
         handler: Who will run it; None for an item that the pool answers by itself.
         delivered_at: When the last poll that brought it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
@@ -74,6 +76,7 @@ class Claim:
         "_changed",
         "_scopes",
         "acked_at",
+        "attempt",
         "cancelled",
         "causes",
         "delivered_at",
@@ -83,6 +86,7 @@ class Claim:
         "held_before",
         "item",
         "lease",
+        "marking",
         "parents_beat",
         "parts",
         "result",
@@ -93,7 +97,9 @@ class Claim:
     lease: Lease
     """Set once the item is acknowledged."""
     session: Session
-    """Likewise, for an item that has a handler."""
+    """Set once the item is acknowledged, if it has a handler."""
+    attempt: Attempt
+    """Set together with `session`."""
 
     def __init__(self, item: WorkItem, handler: Handler | None, parts: Parts, now: float) -> None:
         self.item = item
@@ -104,6 +110,7 @@ class Claim:
         self.parents_beat: str | None = None
         self.handover: Handover | None = None
         self.running: asyncio.Task[object] | None = None
+        self.marking: asyncio.Task[None] | None = None
         self.cancelled = False
         self.causes: set[Cause] = set()
         self.error: BaseException | None = None

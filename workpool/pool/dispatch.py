@@ -203,6 +203,8 @@ class Dispatcher:
             claim.wake()
             if claim.executing:
                 claim.session.interrupt(draining=True)
+                mark = self._serving.finisher.mark_running(claim)
+                claim.marking = self._group.create_task(mark, name=f"mark {claim.item.id}")
 
     def release_all(self) -> None:
         """The drain's deadline has come: cancel what still runs and hand it back."""

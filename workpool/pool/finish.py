@@ -25,6 +25,7 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import StopFinished
+from workpool.pool.attempt import ERROR
 from workpool.pool.claim import Cause, Claim
 from workpool.session import Outcome, Release
 
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINISH_SECONDS = 10.0
+MARK_SECONDS = 1.5
+"""How long a drain waits for a mark, twice at most: what is left of its 5 s is for the release."""
 RELEASE_DELAY_SECONDS = 10.0
 NOTE_LIMIT = 512
 """Characters of `workpool.error` and `workpool.released`."""
 
-ERROR: Final = "workpool.error"
-RELEASED: Final = "workpool.released"
+DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ TABLE: Final[Mapping[Cause, Row]] = {  # when several apply, the lowest wins
     Cause.RETURNED: Row("stop", "mapping", "completed"),
     Cause.RAISED: Row("stop", "error", "failed"),
     Cause.TIMED_OUT: Row("stop", "error", "timed_out"),
-    Cause.DRAINED: Row("release", "none", "released"),
+    Cause.DRAINED: Row("release", "reason", "released"),
     Cause.RELEASED: Row("release", "reason", "released"),
     Cause.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
     Cause.DETACHED: Row("untouched", "none", "detached"),
@@ -106,7 +108,7 @@ class Finisher:
             return row.outcome
         try:
             if row.item == "release":
-                return await self._release(claim, row, until)
+                return await self._release(claim, until)
             outcome = await self._write(claim, row, until)
             await self.stop(claim, until, confirm=row.outcome == "stopped")
         except SessionGoneError:
@@ -153,13 +155,39 @@ class Finisher:
                 lease.own_stop = before  # certainly not applied: whatever stops it is not ours
             raise
 
+    async def mark_running(self, claim: Claim) -> None:
+        """Mark a session that a drain interrupts, tried for as long as its handler runs."""
+        if claim.lease.stop_requested:
+            return  # it will be stopped, or lapse to `stopped`: nobody runs it again
+        try:
+            await claim.update_metadata(claim.attempt.mark(DRAIN_REASON))
+            claim.attempt.marked = True
+        except (ControlPlaneError, SessionGoneError) as error:
+            log.warning("mark not written work_id=%s error=%s", claim.item.id, error)
+
+    async def mark(self, claim: Claim, reason: str, seconds: float) -> None:
+        """Mark a session that is being released, within `seconds`; unmarked, its run counts.
+
+        Raises:
+            SessionGoneError: The lease is not held.
+        """
+        if claim.parents_beat is not None and not claim.lease.begun:
+            return  # until its first beat has succeeded, the item may be its parent's
+        until = asyncio.get_running_loop().time() + seconds
+        try:
+            await claim.write_metadata(claim.attempt.mark(reason), until)
+            claim.attempt.marked = True
+        except ControlPlaneError as error:
+            log.warning("mark not written work_id=%s error=%s", claim.item.id, error)
+
     async def _write(self, claim: Claim, row: Row, until: float) -> Outcome:
         """Write the row's metadata, if any; return the outcome that is left."""
-        patch = claim.result if row.metadata == "mapping" else self._error_note(claim)
-        if not patch:
+        if row.metadata == "mapping" and not claim.result:
+            await self._unmark(claim)
             return row.outcome
+        notes = claim.result if row.metadata == "mapping" else self._error_note(claim)
         try:
-            await claim.write_metadata(patch, until)
+            await claim.write_metadata(claim.attempt.closing(notes), until)
         except (ConflictError, PreconditionError):
             pass  # already stopped: fine
         except RefusedError as error:
@@ -168,22 +196,31 @@ class Finisher:
                 return row.outcome
             # A result that cannot be written must not count as done.
             claim.error = error
+            notes = self._error_note(claim)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
-                await claim.write_metadata(self._error_note(claim), until)
+                await claim.write_metadata(claim.attempt.closing(notes), until)
             return "failed"
         return row.outcome
 
-    async def _release(self, claim: Claim, row: Row, until: float) -> Outcome:
-        delay = RELEASE_DELAY_SECONDS
-        if row.metadata == "reason" and isinstance(claim.error, Release):
-            delay = delay_of(claim.error)
+    async def _unmark(self, claim: Claim) -> None:
+        """Delete the mark of a session that has completed; one that stays must not run it again."""
+        if patch := claim.attempt.closing({}):
+            until = asyncio.get_running_loop().time() + MARK_SECONDS
             try:
-                await claim.write_metadata({RELEASED: sendable(text_of(claim.error.reason))}, until)
+                await claim.write_metadata(patch, until)
             except ControlPlaneError as error:
-                log.warning("metadata not written work_id=%s error=%s", claim.item.id, error)
-        self._keeper.release(claim.lease, delay)
-        left = until - asyncio.get_running_loop().time()
-        await claim.until(lambda: claim.lease.fate != "held", max(0.0, left))
+                log.warning("mark not deleted work_id=%s error=%s", claim.item.id, error)
+
+    async def _release(self, claim: Claim, until: float) -> Outcome:
+        now = asyncio.get_running_loop().time
+        drained = not isinstance(claim.error, Release)
+        release = claim.error if isinstance(claim.error, Release) else Release(DRAIN_REASON)
+        if not drained or (claim.lease.fate == "held" and not claim.attempt.marked):
+            hurried = claim.session.draining or claim.running is None
+            seconds = MARK_SECONDS if hurried else (until - now()) / 2
+            await self.mark(claim, sendable(text_of(release.reason)), seconds)
+        self._keeper.release(claim.lease, delay_of(release))
+        await claim.until(lambda: claim.lease.fate != "held", max(0.0, until - now()))
         if claim.lease.confirmed:
             return "lease_lost"
         return _lapsed(claim)
@@ -211,6 +248,21 @@ def _lapsed(claim: Claim) -> Outcome:
     if claim.lease.fate == "detached":
         return "detached"
     return "stopped" if claim.lease.fate == "stopped" or claim.lease.stop_requested else "released"
+
+
+def release_of(error: BaseException) -> Release | None:
+    """Return the release that `error` is, or the longest one of a group of nothing but releases."""
+    releases: list[Release] = []
+    unread = [error]
+    while unread:  # not recursive: a handler's groups may be nested deeper than the stack
+        each = unread.pop()
+        if isinstance(each, BaseExceptionGroup):
+            unread.extend(each.exceptions)
+        elif isinstance(each, Release):
+            releases.append(each)
+        else:
+            return None
+    return max(releases, key=delay_of, default=None)
 
 
 def delay_of(release: Release) -> float:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workpool.pool.claim import Cause
-from workpool.pool.finish import mapping_of
-from workpool.session import Release
+from workpool.pool.finish import mapping_of, release_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -140,8 +139,9 @@ class Handling:
             claim.causes.add(Cause.RETURNED)
 
     def _note_error(self, claim: Claim, error: BaseException) -> None:
-        claim.error = error
-        if isinstance(error, Release):
+        release = release_of(error)
+        claim.error = error if release is None else release
+        if release is not None:
             claim.causes.add(Cause.RELEASED)
             log.info("released by its handler work_id=%s", claim.item.id)
             return

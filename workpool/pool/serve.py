@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from workpool.errors import AttemptsExceeded, ControlPlaneError, SessionGoneError, TransientError
 from workpool.events import ItemReclaimed, SessionFinished, SessionStarted, StopRequested
+from workpool.pool.attempt import Attempt
 from workpool.pool.claim import Cause
-from workpool.pool.finish import FINISH_SECONDS, RELEASE_DELAY_SECONDS, Finisher, cut_short
+from workpool.pool.finish import (
+    DRAIN_REASON,
+    FINISH_SECONDS,
+    MARK_SECONDS,
+    RELEASE_DELAY_SECONDS,
+    Finisher,
+    cut_short,
+)
 from workpool.pool.handling import Handling
 from workpool.pool.handover import settle
-from workpool.session import Session
+from workpool.session import Release, Session
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from workpool.events import ReclaimStage
     from workpool.handler import Handler
     from workpool.pool.claim import Claim
@@ -26,8 +36,6 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 log = logging.getLogger(__name__)
-
-ATTEMPT: Final = "workpool.attempt"
 
 
 class Serving:
@@ -48,18 +56,25 @@ class Serving:
 
     async def serve(self, claim: Claim, handler: Handler) -> None:
         """Hold the lease, run the handler, finish; whatever happens, tell the end."""
-        claim.session = Session(claim.item, claim, redelivered=claim.held_before)
+        redelivered = claim.held_before
+        claim.attempt = Attempt(claim.item.metadata, redelivered=redelivered)
+        claim.session = Session(
+            claim.item, claim, redelivered=redelivered, attempt=claim.attempt.number
+        )
         outcome: Outcome | None = None
         try:
             await self._begin(claim)
             if not claim.causes:
                 self._parts.observe(SessionStarted(claim.session, claim.label))
                 await self.handling.run(claim, handler)
+                await _settle_mark(claim)
                 await settle(claim)
                 self._note_lease(claim)
             outcome = await self.finisher.finish(claim)
         finally:
             outcome = outcome or cut_short(claim)
+            if claim.marking is not None:
+                claim.marking.cancel()
             self._parts.keeper.end(claim.lease)
             if outcome == "lease_lost" and claim.lease.confirmed:
                 self.lost(claim, "run" if claim.lease.begun else "start")
@@ -75,6 +90,8 @@ class Serving:
         """Hold the lease, and note in `causes` whatever forbids to start the handler."""
         lease, keeper = claim.lease, self._parts.keeper
         if self.draining:
+            with suppress(SessionGoneError):
+                await self.finisher.mark(claim, DRAIN_REASON, MARK_SECONDS)
             lease.release(RELEASE_DELAY_SECONDS)  # its first beat is its last
         keeper.watch(lease)
         if not await lease.begin(self._parts.calls):
@@ -83,31 +100,31 @@ class Serving:
             await claim.until(lambda: lease.settled or self.draining, lease.remaining)
         if lease.settled or not self.draining:
             self._note_lease(claim)
-        if claim.held_before and not claim.causes and not self.draining:
-            await self._count_attempt(claim)
+        if not claim.causes and not self.draining and (patch := claim.attempt.opening()):
+            await self._open_attempt(claim, patch)
             self._note_lease(claim)
         if lease.stop_requested:
             claim.session.interrupt(stopping=True)
         if self.draining:  # whatever the keeper has learnt since: no handler starts any more
             claim.causes.add(Cause.DRAINED)
 
-    async def _count_attempt(self, claim: Claim) -> None:
-        before = claim.item.metadata.get(ATTEMPT, "1")
-        attempt = 1 + (int(before) if re.fullmatch("[0-9]{1,9}", before) else 1)
-        limit = self._parts.settings.max_attempts
-        if limit is not None and attempt > limit:
-            claim.error = AttemptsExceeded(f"attempt {attempt} of {limit}")
+    async def _open_attempt(self, claim: Claim, patch: Mapping[str, str | None]) -> None:
+        number, limit = claim.attempt.number, self._parts.settings.max_attempts
+        if limit and number > limit:
+            claim.error = AttemptsExceeded(f"attempt {number} of {limit}")
             claim.causes.add(Cause.RAISED)
             return
         until = asyncio.get_running_loop().time() + FINISH_SECONDS
         try:
-            await claim.write_metadata({ATTEMPT: str(attempt)}, until)
+            await claim.write_metadata(patch, until)
+            claim.attempt.opened()
         except SessionGoneError:
             claim.causes.add(Cause.LOST)
         except TransientError as error:
             # An attempt that is not counted could be repeated for ever: hand it back unrun.
             log.warning("attempt not counted work_id=%s error=%s", claim.item.id, error)
-            claim.causes.add(Cause.DRAINED)
+            claim.error = Release("not started: its attempt could not be counted")
+            claim.causes.add(Cause.RELEASED)
         except ControlPlaneError as error:
             log.warning("attempt refused work_id=%s error=%s", claim.item.id, error)
 
@@ -143,3 +160,10 @@ class Serving:
         stage = "drain" if self.draining else stage
         log.info("item lost to another worker work_id=%s stage=%s", claim.item.id, stage)
         self._parts.observe(ItemReclaimed(claim.item, "lost", stage))
+
+
+async def _settle_mark(claim: Claim) -> None:
+    """Wait for the mark that is being written: applied later, it would undo the completion's."""
+    if claim.marking is not None:
+        await asyncio.wait({claim.marking}, timeout=MARK_SECONDS)
+        claim.marking.cancel()

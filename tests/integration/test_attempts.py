@@ -1,0 +1,460 @@
+"""Attempts: which runs of an item count, what its handler is told, and what stays in metadata."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.errors import AttemptsExceeded
+from workpool.events import DrainStarted, ItemClaimed, SessionFinished, SessionStarted
+from workpool.server import Poll
+from workpool.testing import Hold, expire_lease, lost, status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Clock, Faults, Recorder
+
+LONG = 60.0
+DRAINED = {"workpool.released": "the pool is draining"}
+
+
+@handler
+async def patient(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+@handler
+async def prompt(_: Session) -> None:
+    return None
+
+
+def ending(end: Callable[[], Any]) -> Any:
+    """A handler that waits for an interruption and then ends like this."""
+
+    @handler
+    async def work(session: Session) -> Any:
+        await session.interrupted()
+        return end()
+
+    return work
+
+
+def fail() -> None:
+    raise ValueError
+
+
+def soon_over() -> Callable[[object], bool]:
+    """Whether the first 0.3 s of asking are not over: longer than a short write is tried."""
+    since: list[float] = []
+
+    def asked(_: object) -> bool:
+        now = asyncio.get_running_loop().time()
+        since.append(now)
+        return now < since[0] + 0.3
+
+    return asked
+
+
+@dataclass
+class Scene:
+    """One item of a control plane, and the pools that run it one after another."""
+
+    plane: ControlPlane
+    faults: Faults
+    recorder: Recorder
+    make_pool: Any
+
+    def __post_init__(self) -> None:
+        self._environment = self.plane.environments[0]
+        (item,) = self.plane.enqueue()
+        self.id = item.id
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return dict(self.plane.operations.get(self._environment, self.id).metadata)
+
+    @property
+    def attempts(self) -> list[int]:
+        """The numbers that handlers were given, in order."""
+        return [event.session.attempt for event in self.recorder.of(SessionStarted)]
+
+    @property
+    def ends(self) -> list[str]:
+        return [event.outcome for event in self.recorder.of(SessionFinished)]
+
+    def write(self, **notes: str) -> None:
+        patch = {f"workpool.{key}": value for key, value in notes.items()}
+        self.plane.operations.update(self._environment, self.id, patch)
+
+    def lapse(self) -> None:
+        expire_lease(self.plane, self.id)
+
+    def crash(self, work_id: str = "") -> None:
+        """Run and lose an item, as a worker that is killed does."""
+        operations, work_id = self.plane.operations, work_id or self.id
+        operations.ack(self._environment, work_id, "another")
+        operations.heartbeat(self._environment, work_id, "NO_HEARTBEAT", worker_id="another")
+        expire_lease(self.plane, work_id)
+
+    async def run(self, plugin: object, **settings: Any) -> SessionFinished:
+        """Run a pool until the item's session has ended, and let what it released lapse."""
+        before = len(self.ends)
+        async with self.make_pool(plugin, **settings):
+            await self.recorder.wait_for(SessionFinished, count=before + 1)
+        self.lapse()
+        return self.recorder.of(SessionFinished)[-1]
+
+    async def roll(self, plugin: object, timeout: float = 0, **settings: Any) -> None:
+        """Run a pool and drain it while the item's session runs."""
+        async with self.make_pool(plugin, **settings) as supervisor:
+            await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
+            await supervisor.drain(timeout=timeout)
+        assert supervisor.left_behind == 0
+        self.lapse()
+
+    @asynccontextmanager
+    async def draining(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
+        """A pool whose drain ends with the block; it has begun while the item's session ran."""
+        async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
+            await self.recorder.wait_for(SessionStarted)
+            group.create_task(supervisor.drain(timeout=None))
+            await self.recorder.wait_for(DrainStarted)
+            yield
+            await supervisor.drain(timeout=0)
+
+
+@pytest.fixture
+def scene(plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any) -> Scene:
+    return Scene(plane, faults, recorder, make_pool)
+
+
+@pytest.fixture
+def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workpool.pool.serve.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.finish.FINISH_SECONDS", 2.0)
+
+
+# -- what counts
+
+
+async def test_attempt_of_a_fresh_item_is_one_and_costs_no_request(scene: Scene) -> None:
+    await scene.run(prompt, max_attempts=1)
+    assert scene.attempts == [1]
+    assert [request.op for request in scene.faults.of(work_id=scene.id)] == [
+        "ack",
+        "heartbeat",
+        "stop",
+    ]
+
+
+async def test_attempt_after_crashes_counts_each(scene: Scene) -> None:
+    scene.crash()
+    await scene.run(prompt)
+    assert scene.attempts == [2]
+    assert scene.metadata == {"workpool.attempt": "2"}
+
+
+async def test_healthy_session_survives_rolling_updates(scene: Scene) -> None:
+    for _ in range(3):
+        await scene.roll(patient, max_attempts=2)
+    assert (await scene.run(prompt, max_attempts=2)).outcome == "completed"
+    assert scene.attempts == [1, 1, 1, 1]
+    assert scene.metadata == {}
+
+
+async def test_release_by_the_handler_is_no_attempt(scene: Scene) -> None:
+    @handler
+    async def later(_: Session) -> None:
+        raise Release("later")
+
+    for _ in range(3):
+        assert (await scene.run(later, max_attempts=1)).outcome == "released"
+    assert (await scene.run(prompt, max_attempts=1)).outcome == "completed"
+    assert scene.attempts == [1, 1, 1, 1]
+    assert scene.metadata == {}
+
+
+async def test_crash_after_a_drained_run_counts(scene: Scene) -> None:
+    await scene.roll(patient)
+    assert scene.metadata == DRAINED
+    seen: list[dict[str, str]] = []
+
+    @handler
+    async def crash(_: Session) -> None:
+        seen.append(scene.metadata)
+        scene.lapse()
+        await asyncio.Event().wait()
+
+    assert (await scene.run(crash)).outcome == "lease_lost"
+    assert seen == [{}]  # the mark is consumed before the handler starts
+    await scene.run(prompt)
+    assert scene.attempts == [1, 1, 2]
+
+
+async def test_drained_run_after_a_crash_keeps_the_number(scene: Scene) -> None:
+    scene.crash()
+    await scene.roll(patient)
+    assert scene.metadata == {"workpool.attempt": "2"} | DRAINED
+    await scene.run(prompt)
+    assert scene.attempts == [2, 2]
+    assert scene.metadata == {"workpool.attempt": "2"}
+
+
+@pytest.mark.parametrize(("crashed", "number"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize("op", ["ack", "heartbeat"])
+async def test_item_acknowledged_in_a_drain_is_no_attempt(
+    scene: Scene, op: Any, number: int, *, crashed: bool
+) -> None:
+    if crashed:
+        scene.crash()
+    hold = Hold()
+    scene.faults.add(hold, op, times=1)
+    async with scene.make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+        await hold.reached()
+        group.create_task(supervisor.drain())
+        await scene.recorder.wait_for(DrainStarted)
+        hold.release()
+    assert scene.attempts == []
+    scene.lapse()
+    await scene.run(prompt)
+    assert scene.attempts == [number]
+
+
+async def test_run_elsewhere_while_the_item_waited_for_a_slot_counts(
+    scene: Scene, clock: Clock
+) -> None:
+    may_end = asyncio.Event()
+
+    @handler
+    async def work(_: Session) -> None:
+        await may_end.wait()
+
+    (second,) = scene.plane.enqueue()
+    async with scene.make_pool(work, concurrency=1, prefetch=1):
+        await scene.recorder.wait_for(ItemClaimed, count=2)
+        await scene.recorder.wait_for(SessionStarted)
+        clock.advance(6)  # beyond the reclaim window
+        scene.plane.operations.poll(scene.plane.environments[0], Poll("another"))
+        scene.crash(second.id)
+        may_end.set()
+        await scene.recorder.wait_for(SessionFinished, count=2)
+    assert scene.attempts == [1, 2]
+    assert [event.session.redelivered for event in scene.recorder.of(SessionStarted)] == [
+        False,
+        True,
+    ]
+
+
+# -- the mark of a drain
+
+
+async def test_mark_is_written_when_the_drain_request_arrives(scene: Scene) -> None:
+    """A process that is killed at the end of its grace period has left it."""
+    async with scene.draining(patient):
+        await scene.faults.wait_for("update", answered=True)
+        assert scene.metadata == DRAINED
+        assert not scene.recorder.of(SessionFinished)
+    assert len(scene.faults.of("update")) == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "outcome", "metadata"),
+    [
+        (lambda: None, "completed", {}),
+        (lambda: {"rows": "7"}, "completed", {"rows": "7"}),
+        (fail, "failed", {"workpool.error": "ValueError"}),
+    ],
+    ids=["completes", "completes_with_result", "fails"],
+)
+async def test_session_that_ends_in_a_drain_leaves_no_mark(
+    scene: Scene, end: Any, outcome: str, metadata: Any
+) -> None:
+    await scene.roll(ending(end), timeout=LONG)
+    assert scene.recorder.of(SessionFinished)[-1].outcome == outcome
+    assert scene.metadata == metadata
+    assert scene.faults.of("update")
+
+
+async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(scene: Scene) -> None:
+    mark = Hold()
+    scene.faults.add(mark, "update", times=1)
+    async with scene.make_pool(ending(fail)) as supervisor, asyncio.TaskGroup() as group:
+        await scene.recorder.wait_for(SessionStarted)
+        group.create_task(supervisor.drain(timeout=LONG))
+        await mark.reached()
+        mark.release()
+    assert scene.metadata == {"workpool.error": "ValueError"}
+
+
+async def test_drained_session_whose_mark_hangs_is_released_in_time(scene: Scene) -> None:
+    scene.faults.add(Hold(), "update")
+    async with scene.make_pool(patient) as supervisor:
+        await scene.recorder.wait_for(SessionStarted)
+        await supervisor.drain(timeout=0)
+    assert supervisor.left_behind == 0
+    assert scene.recorder.of(SessionFinished)[0].outcome == "released"
+    assert scene.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
+    assert scene.metadata == {}
+
+
+async def test_handler_that_is_left_behind_leaves_no_mark_being_written(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
+    may_end = asyncio.Event()
+
+    @handler
+    async def stubborn(_: Session) -> None:
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                continue
+
+    scene.faults.add(Hold(), "update")
+    async with scene.make_pool(stubborn) as supervisor:
+        await scene.recorder.wait_for(SessionStarted)
+        async with asyncio.timeout(20):
+            await supervisor.drain(timeout=0)
+    assert supervisor.left_behind == 1
+    assert scene.metadata == {}
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    may_end.set()
+    await asyncio.wait(left, timeout=20)
+
+
+async def test_attempt_counts_if_its_mark_could_not_be_written(scene: Scene) -> None:
+    scene.faults.add(status(503), "update", where=lambda _: not recovered)
+    recovered: list[bool] = []
+    await scene.roll(patient)
+    recovered.append(True)
+    await scene.run(prompt)
+    assert scene.attempts == [1, 2]
+
+
+async def test_release_replaces_the_reason_of_the_drain(scene: Scene) -> None:
+    may_end = asyncio.Event()
+
+    @handler
+    async def later(_: Session) -> None:
+        await may_end.wait()
+        raise Release("page 7")
+
+    async with scene.draining(later):
+        await scene.faults.wait_for("update", answered=True)
+        may_end.set()
+        await scene.recorder.wait_for(SessionFinished)
+    assert scene.metadata == {"workpool.released": "page 7"}
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_session_that_an_operator_stops_in_a_drain_leaves_no_mark(scene: Scene) -> None:
+    async with scene.draining(patient, lease_ttl=10, stop_grace=0):
+        await scene.faults.wait_for("update", answered=True)
+        scene.plane.operations.stop(scene.plane.environments[0], scene.id)
+        await scene.recorder.wait_for(SessionFinished)
+    assert scene.ends == ["stopped"]
+    assert scene.metadata == {}
+
+
+async def test_completed_session_is_stopped_although_its_mark_cannot_be_deleted(
+    scene: Scene,
+) -> None:
+    """Else it would be run again."""
+    may_end = asyncio.Event()
+
+    @handler
+    async def work(session: Session) -> None:
+        await session.interrupted()
+        await may_end.wait()
+
+    scene.faults.add(status(503), "update", skip=1)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(scene.roll(work, timeout=LONG))
+        await scene.faults.wait_for("update", answered=True)
+        may_end.set()
+    assert scene.recorder.of(SessionFinished)[0].outcome == "completed"
+    assert scene.metadata == DRAINED
+
+
+# -- the start of the next run
+
+
+async def test_lost_answer_to_the_count_does_not_count_twice(scene: Scene) -> None:
+    scene.crash()
+    scene.faults.add(lost(), "update", times=2)
+    await scene.run(prompt, request_timeout=0.2)
+    assert scene.attempts == [2]
+    assert scene.metadata == {"workpool.attempt": "2"}
+
+
+@pytest.mark.parametrize(
+    ("notes", "number"), [({}, 2), ({"released": "earlier", "attempt": "4"}, 4)],
+    ids=["crashed", "released"],
+)  # fmt: skip
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.usefixtures("short_writes")
+async def test_run_that_cannot_be_counted_is_handed_back_with_its_number(
+    scene: Scene, notes: Any, number: int, *, applied: bool
+) -> None:
+    scene.crash()
+    scene.write(**notes)
+    scene.faults.add(status(503, applied=applied), "update", where=soon_over())
+    assert (await scene.run(patient)).outcome == "released"
+    assert scene.attempts == []
+    await scene.run(prompt)
+    assert scene.attempts == [number]
+
+
+@pytest.mark.usefixtures("short_writes")
+async def test_run_that_cannot_be_counted_keeps_the_mark(scene: Scene) -> None:
+    scene.crash()
+    scene.write(released="earlier")
+    scene.faults.add(status(503), "update", where=lambda _: not recovered)
+    recovered: list[bool] = []
+    assert (await scene.run(patient)).outcome == "released"
+    assert scene.metadata == {"workpool.released": "earlier"}
+    recovered.append(True)
+    await scene.run(prompt)
+    assert scene.attempts == [1]
+
+
+async def test_error_of_an_unstopped_run_never_stands_beside_a_mark(scene: Scene) -> None:
+    """A run that failed and could not be stopped has left its note."""
+    scene.crash()
+    scene.write(error="ValueError")
+    await scene.roll(patient)
+    assert scene.attempts == [2]
+    assert scene.metadata == {"workpool.attempt": "2"} | DRAINED
+
+
+# -- the limit
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcome"),
+    [({}, "failed"), ({"max_attempts": 11}, "completed"), ({"max_attempts": 0}, "completed")],
+    ids=["default", "higher", "off"],
+)
+async def test_item_that_was_lost_ten_times_fails_by_default(
+    scene: Scene, settings: Any, outcome: str
+) -> None:
+    scene.crash()
+    scene.write(attempt="10")
+    finished = await scene.run(prompt, **settings)
+    assert finished.outcome == outcome
+    assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
+
+
+async def test_item_beyond_the_limit_leaves_no_mark(scene: Scene) -> None:
+    scene.crash()
+    scene.write(attempt="5", released="earlier")
+    assert (await scene.run(prompt, max_attempts=4)).outcome == "failed"
+    assert scene.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}
