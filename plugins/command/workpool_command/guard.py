@@ -11,7 +11,7 @@ import asyncio
 import logging
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 2.0
+"""Longest wait for the guard's exit, after its pipe is closed and again after SIGKILL."""
 # Deaf to what a service's end sends to all of its processes: the worker's end is its only cue.
 PROGRAM: Final = """
 import os, signal, sys
@@ -82,5 +83,8 @@ async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await process.wait()
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            # No such process: other code has reaped it, which a uvloop loop never notices.
+            with suppress(ProcessLookupError, TimeoutError):
+                process.kill()
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await process.wait()
