@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,11 @@ class Numbers:
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.known: set[int] = set()
+        self.expected = ""
         self._refusal = refusal
+
+    def expect(self, mark: str) -> None:
+        self.expected = mark
 
     def add(self, group: int) -> None:
         if self._refusal is not None:
@@ -178,6 +183,16 @@ async def test_start_that_may_not_signal_its_group_raises_the_first_error_in_bou
 
     del caught  # it has kept the `Popen`, whose warning needs a descriptor
     assert f"command may still run pid={pids[0]}" in caplog.messages
+
+
+async def test_running_whose_command_cannot_be_started_takes_its_announcement_back() -> None:
+    watch = Numbers()
+    start = replace(script(""), argv=["/no/such/program"], mark="MARK=1")
+    with pytest.raises(FileNotFoundError):
+        async with running(start, watch, lambda: 0.0):
+            pytest.fail("the block was entered")
+
+    assert watch.expected == ""
 
 
 async def test_running_whose_guard_refuses_the_group_kills_and_reaps_it() -> None:

@@ -1,10 +1,12 @@
-"""The guard's process ends with the block, also when other code in this process reaps it."""
+"""The guard's process: what it knows when the worker is killed, and how it ends itself."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,3 +37,47 @@ def test_guard_reaped_by_other_code_does_not_fail_the_end_of_the_pool(
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
         runner.run(lose_the_guard())
+
+
+WORKER = """
+import asyncio, os, pathlib, signal, subprocess, sys, uvloop
+from workpool_command.group import Start
+from workpool_command.guard import guarding
+
+async def work():
+    async with guarding({}) as guard:
+        env = {"PATH": os.environ["PATH"], "MARK": "of this command"}
+        start = Start(
+            argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, mark="MARK=of this command",
+        )
+        guard.expect(start.mark)
+        process = start.spawn()
+        if sys.argv[2] == "told":
+            guard.add(process.pid)
+        print(process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
+    runner.run(work())
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("number", ["told", "not told"])
+async def test_guard_of_a_worker_killed_right_after_the_spawn_kills_the_command(
+    loop: str, number: str, machine: Any
+) -> None:
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", WORKER, loop, number), stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await worker.communicate()
+    pid = int(said)
+
+    assert worker.returncode == -signal.SIGKILL
+    try:
+        await machine.gone([str(pid)])
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -37,7 +37,8 @@ class Start:
         env: Its environment, all of it.
         stdin: What it can read, whether it does or not.
         stdout: A descriptor for its output.
-        stderr: Likewise.
+        stderr: A descriptor for its error output.
+        mark: An entry of `env`, as `NAME=value`, that no other living command has.
     """
 
     argv: Sequence[str]
@@ -46,6 +47,7 @@ class Start:
     stdin: bytes
     stdout: int
     stderr: int
+    mark: str = ""
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start it, in a session of its own.
@@ -70,6 +72,12 @@ class Start:
 
 class Watch(Protocol):
     """Who ends the groups that a worker leaves behind when it dies."""
+
+    def expect(self, mark: str) -> None:
+        """A group whose leader has this entry in its environment is about to be spawned.
+
+        An empty entry takes that back.
+        """
 
     def add(self, group: int) -> None:
         """From now on this group must not outlive the worker."""
@@ -219,6 +227,15 @@ def started(start: Start) -> ProcessGroup:
     return group
 
 
+def _announced(start: Start, watch: Watch) -> ProcessGroup:
+    watch.expect(start.mark)
+    try:
+        return started(start)
+    except BaseException:
+        watch.expect("")  # else the watch would look for this command when the worker ends
+        raise
+
+
 @asynccontextmanager
 async def running(
     start: Start, watch: Watch, patience: Callable[[], float]
@@ -233,7 +250,7 @@ async def running(
     Raises:
         OSError: It cannot be started.
     """
-    group = started(start)
+    group = _announced(start, watch)
     try:
         watch.add(group.number)
         yield group
