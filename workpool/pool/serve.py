@@ -20,7 +20,7 @@ from workpool.session import Session
 
 if TYPE_CHECKING:
     from workpool.events import ReclaimStage
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.claim import Claim
     from workpool.pool.parts import Parts
     from workpool.session import Outcome
