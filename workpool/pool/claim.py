@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.attempt import Attempt
     from workpool.pool.handover import Handover
     from workpool.pool.lease import Lease

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import DeclineReason, Origin
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.parts import Parts
     from workpool.wire.items import WorkItem
 

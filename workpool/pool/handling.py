@@ -19,7 +19,7 @@ from workpool.pool.finish import mapping_of, release_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.claim import Claim
     from workpool.pool.parts import Parts
     from workpool.session import Session

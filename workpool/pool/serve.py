@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool.events import ReclaimStage
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.claim import Claim
     from workpool.pool.parts import Parts
     from workpool.session import Outcome
