@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
+pytestmark = pytest.mark.trial
+
+
 @pytest.fixture
 async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     # The SDK adds /v1 to each path by itself.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
+pytestmark = pytest.mark.trial
+
+
 @pytest.fixture
 async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
     client = AsyncManaged(pat=TOKEN, base_url=plane.base_url, _strict_response_validation=True)

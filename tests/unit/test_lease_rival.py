@@ -154,7 +154,7 @@ async def test_a_beat_that_was_certainly_not_applied_cuts_nothing(bench: type[Be
     keeping.cancel()
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.parametrize("ttl", [10, 60])
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(beats=beats_answers, reads=reads_answers, play=plays)
