@@ -13,7 +13,7 @@ from aiohttp import web
 from workpool import LeaseLost, Session, SessionEnded, handler
 from workpool.errors import ConflictError, TransientError
 from workpool.events import SessionFinished
-from workpool.handler import rule_of
+from workpool.handlers import rule_of
 from workpool.pool import sender
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
