@@ -30,42 +30,21 @@ class Edit(NamedTuple):
 
 
 MUTATIONS: dict[str, list[Edit]] = {
-    "no dedupe": [
-        Edit("dispatch:Dispatcher", "owned = self.owned.get(item.id)", "owned = None"),
-        # Else the second line of defence holds: an item of a session that runs is declined.
-        Edit("dispatch:Dispatcher", "item.session_id in self._taken", "False"),
+    # The claim.
+    "no deduplication of items": [
+        Edit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
+        # Otherwise the second check holds: an item of a session that runs is declined.
+        Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
         Edit(
-            "dispatch:Dispatcher",
-            "del self.owned[claim.item.id]",
-            "self.owned.pop(claim.item.id, None)",
+            "item:OwnedItems",
+            "del self._by_id[item.id]",
+            "self._by_id.pop(item.id, None)",
         ),
     ],
     "two items of one session": [
-        Edit("dispatch:Dispatcher", "item.session_id in self._taken", "False"),
+        Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
     ],
-    "412 taken for lost": [
-        Edit(
-            "lease:Lease",
-            "doubted=self._unanswered or self._lent",
-            "doubted=False",
-        )
-    ],
-    "loss ignored": [Edit("serve:Serving", "self.handling.cancel(claim, Cause.LOST)", "0")],
-    "finish without a held lease": [
-        Edit("claim:Claim", "lent or not self.lease.held", "lent"),
-    ],
-    "stop after loss": [
-        Edit("claim:Claim", "lent or not self.lease.held", "lent"),
-        Edit("finish:Finisher", 'if row.item == "untouched":', "if False:"),
-    ],
-    "metadata after loss": [
-        Edit("claim:Claim", "self.check_lease()", "pass"),
-        Edit("serve:Serving", "self.handling.cancel(claim, Cause.LOST)", "0"),
-    ],
-    "beat after loss": [
-        Edit("lease:Lease", 'if self.fate == "held" and self._pulse.clock() >=', "if 0 >"),
-    ],
-    "more acked than slots": [
+    "more acknowledged items than slots": [
         Edit("queue:BoundedQueue", " or self.running >= self.concurrency", ""),
     ],
     "poll before reserving": [
@@ -75,116 +54,205 @@ MUTATIONS: dict[str, list[Edit]] = {
             "if True:",
         ),
     ],
-    "drain that cancels heartbeats": [
-        Edit(
-            "dispatch:Dispatcher",
-            "claim.session.interrupt(draining=True)",
-            "claim.session.interrupt(draining=True); self._parts.keeper.end(claim.lease)",
-        ),
-    ],
-    "deadline from receipt": [
-        Edit(
-            "lease:Lease",
-            "self.deadline = sent.at + beat.ttl_seconds",
-            "self.deadline = self._pulse.clock() + beat.ttl_seconds",
-        ),
-    ],
     "two supervisors under one Worker-ID": [
         Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
-    "own stop taken for an operator's": [
-        Edit("finish:Finisher", "lease.own_stop, True", "lease.own_stop, False"),
+    "409 to an ack ignored": [Edit("claim:Claimer", 'return "conflict"', 'return "ok"')],
+    "handler before the first heartbeat": [
+        Edit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
+        Edit("session_runner:SessionRunner", "(lease.begun and lease.held(", "(lease.held("),
     ],
-    "handler before the first beat": [
+    "first heartbeat unchecked": [
         Edit(
-            "serve:Serving",
-            "await claim.until(lambda: lease.settled or self.draining, lease.remaining)",
-            "pass",
+            "heartbeats:HeartbeatSender",
+            "check=partial(self._check, lease)",
+            "check=partial(self._check, lease) if lease.begun else None",
         ),
-        Edit("serve:Serving", "(lease.held and lease.begun)", "lease.held"),
     ],
-    "lease not cut by an unanswered beat": [
+    "renewer takes a lease that has not begun": [
+        Edit(
+            "session_runner:SessionRunner",
+            "await self._claimer.begin(lease)\n    self._context.renewer.add(lease, item)",
+            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(lease)",
+        ),
+    ],
+    "no last heartbeat for a claim that a drain ends": [
+        Edit("claim:Claimer", "lease.release(self._clock(), RELEASE_DELAY_SECONDS)", "return"),
+    ],
+    # The lease.
+    "412 taken for lost": [
+        Edit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),
+    ],
+    "loss ignored": [
+        Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
+    ],
+    "heartbeat after loss": [
+        Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
+        Edit("heartbeats:HeartbeatSender", "lease.check(self._clock())", "pass"),
+    ],
+    "deadline from the answer": [
         Edit(
             "lease:Lease",
-            "self.deadline, self._ttl = min(self.deadline, at + ttl), min(self._ttl, ttl)",
+            "self._extend(attempt, heartbeat)",
+            "self._extend(attempt._replace(at=now), heartbeat)",
+        ),
+    ],
+    "lease not cut by an unanswered heartbeat": [
+        Edit(
+            "lease:Lease",
+            "self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))",
             "pass",
         ),
     ],
-    "finish not awaited": [
-        Edit("drain:Drain", "await asyncio.wait(tasks, timeout=AFTER_DEADLINE_SECONDS)", "pass"),
+    "no margin before the deadline": [
+        Edit("lease:Lease", "deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)", "deadline"),
     ],
-    "id given up at the cancel": [
+    "sleep not noticed": [
         Edit(
-            "handling:Handling",
-            "await ended(running)",
-            'lost = asyncio.ensure_future(claim.until(lambda: claim.lease.fate != "held"))\n'
-            '        await asyncio.wait({running, lost}, return_when="FIRST_COMPLETED")\n'
-            "        lost.cancel()\n"
-            "        if not running.done():\n"
-            "            return",
+            "lease_renewer:LeaseRenewer",
+            'if now >= lease.give_up_at and lease.status == "held":',
+            "if 0 > 1:",
+        ),
+        Edit("lease:Lease", " and now < self.deadline", ""),
+    ],
+    "renewal unchecked": [
+        Edit(
+            "heartbeats:HeartbeatSender",
+            "check=partial(self._check, lease)",
+            "check=None if lease.begun else partial(self._check, lease)",
         ),
     ],
-    "ack's 409 ignored": [
-        Edit("acknowledge:Acknowledger", 'return "conflict"', 'return "ok"'),
+    # Sending for an item.
+    "completion without a held lease": [
+        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+    ],
+    "stop after loss": [
+        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+        Edit("completion:Completion", 'if row.item == "untouched":', "if False:"),
+    ],
+    "metadata after loss": [
+        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+        Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
+    ],
+    "no check after the wait": [
+        Edit(
+            "sender:Sender",
+            "self.check(item, by_handler=request.by_handler)\n    if request.before_bytes",
+            "if request.before_bytes",
+        ),
+    ],
+    # The completion.
+    "own stop taken for an operator's": [
+        Edit(
+            "completion:Completion",
+            "before_bytes=partial(_mark_own_stop, lease)",
+            "before_bytes=None",
+        ),
     ],
     "drained is stopped": [
         Edit(
-            "finish:Finisher",
-            "row = TABLE[max(claim.causes)]",
-            "row = TABLE[max(claim.causes - {Cause.DRAINED}, default=Cause.RETURNED)]",
+            "completion:Completion",
+            "row = row_of(item)",
+            "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [
-        Edit("finish:Finisher", "self._keeper.release(claim.lease, delay)", "0"),
-    ],
-    "no margin before the deadline": [
-        Edit(
-            "lease:Lease",
-            "self.deadline - max(MARGIN_SECONDS, self._ttl / MARGIN_PART)",
-            "self.deadline",
-        ),
+        Edit("completion:Completion", "self._renewer.release(lease, delay_of(release))", "0"),
     ],
     "unwritten taken for written": [
-        Edit("finish:Finisher", 'return "released"', "return row.outcome"),
+        Edit("completion:Completion", 'return "released"', "return row.outcome"),
     ],
-    "beating after the handover": [
-        Edit("handover:Handover", "looking = True", "looking = False"),
+    "id given up at the cancellation": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "await ended(task)",
+            'lost = asyncio.ensure_future(item.until(lambda: item.lease.status != "held"))\n'
+            '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
+            "        lost.cancel()\n"
+            "        if not task.done():\n"
+            "            return",
+        ),
     ],
-    "a child's beat taken for our own": [
-        Edit("lease:Lease", "self._expected if self._lent else None", "None"),
+    # The drain.
+    "drain that cancels heartbeats": [
+        Edit(
+            "dispatcher:Dispatcher",
+            "item.session.interrupt(draining=True)",
+            "item.session.interrupt(draining=True); self._context.renewer.remove(item.lease)",
+        ),
     ],
-    "finish before the handover is settled": [
-        Edit("serve:Serving", "await settle(claim)", "pass"),
-        Edit("claim:Claim", "lent or not self.lease.held", "not self.lease.held"),
+    "completion not awaited": [
+        Edit("drain:Drain", "await self._finished(dispatcher, lambda: until)", "pass"),
+    ],
+    "close not idempotent": [
+        Edit("session_runner:SessionRunner", 'if item.state == "closed":', "if False:"),
+    ],
+    # The handoff.
+    "heartbeats during the handoff": [
+        Edit("handoff:Handoff", "lease.suspend()", "lease._lent = True"),
+        Edit("lease_renewer:LeaseRenewer", "self._in_handoff.add(lease)", "0"),
+    ],
+    "a child's heartbeat taken for our own": [
+        Edit(
+            "lease:Lease", "self._lent and ours and item.last_heartbeat != self.expected", "False"
+        ),
+    ],
+    "completion before the handoff is settled": [
+        Edit("session_runner:SessionRunner", "await settle(item, self._context.renewer)", "pass"),
+        Edit(
+            "sender:Sender", 'item.handoff is not None and item.handoff.state != "closed"', "False"
+        ),
     ],
     "no child, and the item not taken back": [
-        Edit("handover:Handover", "held = await lease.beat()", "held = True"),
+        Edit(
+            "handoff:Handoff",
+            "await self._wait_for_child()\n"
+            "            await self._renewer.heartbeat_now(lease, self._item)",
+            "await self._wait_for_child()",
+        ),
     ],
-    "a child that does not expect its parent's beat": [
-        Edit("dispatch:Dispatcher", "keeper, changed, adopted)", "keeper, changed)"),
+    "a child that does not expect its parent's heartbeat": [
+        Edit(
+            "session_runner:SessionRunner",
+            "parents_heartbeat=item.parents_heartbeat",
+            "parents_heartbeat=None",
+        ),
     ],
+    # Events and metrics.
     "items not counted": [
         Edit(
-            "dispatch:Dispatcher", "self._parts.observe(ItemClaimed(item, origin, _age(item)))", "0"
+            "dispatcher:Dispatcher",
+            "self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))",
+            "0",
         ),
     ],
     "reclaims not counted": [
         Edit(
-            "dispatch:Dispatcher",
-            'self._parts.observe(ItemReclaimed(item, "gained", "poll"))',
+            "dispatcher:Dispatcher",
+            'self._context.observe(ItemReclaimed(work_item, "gained", "poll"))',
             "0",
         ),
     ],
     "losses not counted": [
-        Edit("serve:Serving", 'self._parts.observe(ItemReclaimed(claim.item, "lost", stage))', "0"),
+        Edit(
+            "session_runner:SessionRunner",
+            'self._context.observe(ItemReclaimed(item.work_item, "lost", stage))',
+            "0",
+        ),
     ],
-    "beats not counted": [Edit("lease:Lease", 'self._observe("ok", sent.lag)', "0")],
+    "heartbeats not counted": [
+        Edit(
+            "heartbeats:HeartbeatSender",
+            "self._observe(HeartbeatFinished(lease.item, decision.result, attempt.lag))",
+            "0",
+        ),
+    ],
     "requests to stop not counted": [
-        Edit("serve:Serving", "self._parts.observe(StopRequested(claim.item))", "0"),
-    ],
-    "sleep not noticed": [
-        Edit("keeper:Keeper", "lease.expire()", "pass"),
-        Edit("lease:Lease", "self._pulse.clock() < self.deadline", "True"),
+        Edit(
+            "session_runner:SessionRunner",
+            "self._context.observe(StopRequested(item.work_item))",
+            "0",
+        ),
     ],
 }
 

@@ -9,7 +9,13 @@ from functools import partial
 from typing import Any
 
 from workpool import Session, Settings, handler
-from workpool.events import AckFinished, DrainFinished, ItemClaimed, SessionFinished
+from workpool.events import (
+    AckFinished,
+    DrainFinished,
+    ItemClaimed,
+    SessionFinished,
+    StopRequested,
+)
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
@@ -129,3 +135,17 @@ async def test_what_a_drain_leaves_behind_counts_by_what_its_lease_came_to() -> 
         await asyncio.sleep(4)  # a beat has told it
         await pool.drain(0)
     assert (bench.outcomes, pool.left_behind) == (["stopped"], 1)
+
+
+@in_virtual_time
+async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
+    """Only a stop request seen by a later heartbeat was counted."""
+    bench = Bench(Script(heartbeat=[Trouble(there=1)]))
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished)
+        await asyncio.sleep(0.5)
+        bench.operations.stop(ENVIRONMENT, item.id, "operator", force=False)
+        await bench.recorder.wait_for(SessionFinished)
+    assert bench.outcomes == ["stopped"]
+    assert len(bench.recorder.of(StopRequested)) == 1

@@ -128,10 +128,8 @@ class SessionRunner:
             self._executor.cancel(item, EndReason.LOST)
         elif lease.status == "stopped":
             self._executor.cancel(item, EndReason.STOPPED)
-        elif lease.stop_requested and not session.stopping:
-            self._context.observe(StopRequested(item.work_item))
-            session.interrupt(stopping=True)
-            self._stop_later(item)
+        else:
+            self._pass_on_stop(item, lease, session)
 
     async def _acknowledged(self, item: PoolItem) -> bool:
         if item.parents_heartbeat is None:
@@ -163,8 +161,7 @@ class SessionRunner:
         if item.reason is None and not self.draining:
             await self._open_attempt(item, attempt)
             self._record_lease(item, lease)
-        if lease.stop_requested:
-            session.interrupt(stopping=True)
+        self._pass_on_stop(item, lease, session)
         if self.draining:
             item.end(EndReason.DRAINED)
 
@@ -189,9 +186,13 @@ class SessionRunner:
         await settle(item, self._context.renewer)
         self._record_lease(item, lease_of(item))
 
-    def _stop_later(self, item: PoolItem) -> None:
-        grace = self._context.settings.stop_grace
-        self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
+    def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
+        """Report an operator's request to stop once, and tell the session about it."""
+        if lease.stop_requested and not session.stopping:
+            self._context.observe(StopRequested(item.work_item))
+            session.interrupt(stopping=True)
+            grace = self._context.settings.stop_grace
+            self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
 
     async def _open_attempt(self, item: PoolItem, attempt: Attempt) -> None:
         """Write the number of this run, if it must be written before the handler starts."""
