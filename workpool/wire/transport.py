@@ -20,7 +20,7 @@ import io
 import math
 import time
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
@@ -30,6 +30,7 @@ from workpool.errors import ControlPlaneError, RefusedError, SettingsError, Tran
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.checked_body import CheckedBody, NotSentError
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.proxy import proxy_of
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from workpool.wire.rate_limiter import RateLimiter
 
 T = TypeVar("T")
+Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
@@ -194,13 +196,26 @@ class Transport:
         return await attempt()
 
     async def _attempt(self, request: Request[T], until: float) -> T:
+        check = request.options.check
+        if check is None:
+            return await self._ask(request, _plain_body(request.body), until)
+        own_session = self._given is not None
+        body = CheckedBody(request.body or b"", check, headers_first=own_session)
+        try:
+            return await self._ask(request, body, until)
+        except TransientError:
+            if body.refusal is None:
+                raise
+        raise body.refusal
+
+    async def _ask(self, request: Request[T], body: Body, until: float) -> T:
         op, started = request.call.op, time.monotonic()
         seconds = _time_left(op, until - started)
         token, code = self._token, "error"
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
             with Bound(seconds):
-                answer = await self._exchange(request)
+                answer = await self._exchange(request, body)
             code = code_of(answer.status)
         except TRANSIENT as error:
             failure: ControlPlaneError = no_answer(op, error)
@@ -209,7 +224,8 @@ class Transport:
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
-            self._tell(op, code, started)
+            if not _was_refused(body):
+                self._tell(op, code, started)
         # Raised out here: aiohttp's errors carry the request's headers, and so our token.
         raise failure
 
@@ -250,20 +266,21 @@ class Transport:
             raise_for_status=False,
         )
 
-    async def _exchange(self, request: Request[T]) -> Answer:
-        call, body = request.call, request.body
+    async def _exchange(self, request: Request[T], body: Body) -> Answer:
+        call = request.call
         response = await self._session.request(
             call.method,
             request.url,
-            # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
-            data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
-            headers=self._headers if body is None else self._json_headers,
+            data=body,
+            headers=self._headers if request.body is None else self._json_headers,
             timeout=_ENDLESS,
             proxy=self._proxy,
             allow_redirects=False,
             raise_for_status=False,
         )
         try:
+            if _was_refused(body):  # bytes that no request of ours has asked for
+                raise NotSentError
             content = await read_bounded(response, call.limit)
             return Answer(response.status, response.headers, content)
         finally:
@@ -334,6 +351,15 @@ class Transport:
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._public_headers(),
         )
+
+
+def _plain_body(body: bytes | None) -> bytes | io.BytesIO | None:
+    # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
+    return body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body)
+
+
+def _was_refused(body: object) -> bool:
+    return isinstance(body, CheckedBody) and body.refusal is not None
 
 
 def _time_left(op: str, seconds: float) -> float:
