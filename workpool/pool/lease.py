@@ -310,7 +310,7 @@ class Lease:
         if not heartbeat.lease_extended and heartbeat.state != STOPPING:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
-        self._extend(attempt, heartbeat)
+        self._extend(now, attempt, heartbeat)
         if heartbeat.state == STOPPED:
             self.end("finished" if self.own_stop else "stopped")
             return Decision("over", "ok")
@@ -320,7 +320,7 @@ class Lease:
             self.end("released")
         return Decision("over" if attempt.last else "held", "ok")
 
-    def _extend(self, attempt: Attempt, heartbeat: Heartbeat) -> None:
+    def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
         self.expected = heartbeat.last_heartbeat
         self._unanswered = self._lent = self._read_twice = False
         self._failures = 0
@@ -331,6 +331,9 @@ class Lease:
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
             return  # asked for while this one was under way: it is due already
+        if self.doubted_at != math.inf:
+            self.due_at = now  # doubted while this one was under way: it verifies nothing
+            return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
