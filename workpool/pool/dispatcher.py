@@ -6,7 +6,6 @@ See docs/architecture.md, "The path of one item".
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from workpool.errors import RefusedError

@@ -1,4 +1,4 @@
-"""One item while this pool owns it: how far it is, why its session ends, and who else needs to know.
+"""One item while this pool owns it: its state, and why its session ends.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.

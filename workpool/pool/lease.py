@@ -117,7 +117,8 @@ class Lease:
     __slots__ = (
         "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
         "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
-        "expected", "give_up_at", "in_flight", "item", "own_stop", "status", "stop_requested", "ttl",
+        "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
+        "stop_requested", "ttl",
     )  # fmt: skip
 
     def __init__(
@@ -195,7 +196,7 @@ class Lease:
             self.status = status
 
     def expire(self, now: float) -> bool:
-        """End the lease when the latest time for a heartbeat has passed; return whether it is over."""
+        """End the lease if the latest time for a heartbeat has passed; return `over`."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
         return self.over

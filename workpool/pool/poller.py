@@ -57,7 +57,7 @@ class Poller:
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
 
     async def run(self) -> None:
-        """Poll until cancelled or the group has ended; a crash is a bug that is survived a few times."""
+        """Poll until cancelled or the group has ended; survive a few crashes, which are bugs."""
         crashes = 0
         while not self._group.ended:
             try:

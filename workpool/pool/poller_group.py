@@ -85,7 +85,10 @@ class PollerGroup:
     async def cooldown(self) -> None:
         """Wait while all pollers are held back."""
         loop = asyncio.get_running_loop()
-        while (seconds := self._cooldown_until - loop.time()) > 0:
+        while True:
+            seconds = self._cooldown_until - loop.time()
+            if seconds <= 0:
+                return
             await asyncio.sleep(seconds)  # it may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
@@ -139,7 +142,7 @@ class PollerGroup:
         self._scale(self.target // 2, "throttled")
 
     def note_ack(self, refusal: RefusedError | None) -> None:
-        """Record a refused ack, which holds the pollers back as a refused poll does; or a good one."""
+        """Record a refused ack, which holds the pollers back, or None for an accepted one."""
         self.ack_refused = refusal is not None
         if refusal is None:
             self._ack_backoff.reset()
