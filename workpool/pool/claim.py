@@ -90,6 +90,8 @@ class Claimer:
             if self._draining.is_set():
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease)
+            if lease.begun:
+                lease.expire(self._clock())  # its answer may have come too late for a handler
             if lease.begun or lease.over:
                 return
             # Until the drain begins: it must not wait for a long Retry-After.

@@ -157,11 +157,13 @@ class LeaseRenewer:
         await self._close()
 
     def add(self, lease: Lease, item: PoolItem) -> None:
-        """Extend `lease`, which has begun, from the next tick on. Costs no wake-up."""
+        """Extend `lease`, which has begun, from now on. Costs no wake-up unless it is due."""
         if not lease.over:
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
+            elif lease.due_at < self._next_look_at:  # the answer to its first heartbeat was slow
+                self._call(self._look_now.set)
 
     def remove(self, lease: Lease) -> None:
         """Extend `lease` no longer: its session is over. Costs no wake-up."""

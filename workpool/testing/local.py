@@ -304,10 +304,7 @@ class LocalClient:
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
         trouble = self._befalls(call.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        if trouble.wait:
-            await asyncio.sleep(min(trouble.wait, until - loop.time()))
-            if loop.time() >= until:
-                raise TransientError(call.op, None, "no answer in time", reason="timeout")
+        await _wait(call.op, trouble.wait, until)
         if options.check is not None:
             options.check()
         self._leaves(call.op, work_id, trouble)
@@ -358,6 +355,15 @@ class LocalClient:
         if answer.status in SUCCESS:
             return value_of(call.op, answer, call.parse)
         raise error_of(call.op, answer, _ABSENT)
+
+
+async def _wait(op: str, seconds: float, until: float) -> None:
+    """Wait for a rate limit or a connection, but not past `until` on the loop's clock."""
+    if seconds:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(min(seconds, until - loop.time()))
+        if loop.time() >= until:
+            raise TransientError(op, None, "no answer in time", reason="timeout")
 
 
 def answer_to(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:

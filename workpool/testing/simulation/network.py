@@ -113,10 +113,8 @@ def make_trouble(kind: str, random: Random) -> Trouble:
             return (
                 Trouble(there=seconds, back=there) if first else Trouble(there=there, back=seconds)
             )
-        case "silence":
-            return SILENCE
-        case "lost":
-            return Trouble(there=there, answer="silence")
+        case "silence" | "lost":
+            return SILENCE if kind == "silence" else Trouble(there=there, answer="silence")
         case "reset" | "reset-applied":
             return Trouble(there=there, back=there, applied=kind != "reset", answer="reset")
         case "garbage" | "garbage-applied":
