@@ -26,7 +26,7 @@ from workpool.errors import (
 )
 from workpool.events import StopFinished
 from workpool.pool.attempt import ERROR
-from workpool.pool.claim import Cause, Claim
+from workpool.pool.claim import UPDATE_SECONDS, Cause, Claim
 from workpool.session import Outcome, Release
 
 if TYPE_CHECKING:
@@ -156,14 +156,10 @@ class Finisher:
             raise
 
     async def mark_running(self, claim: Claim) -> None:
-        """Mark a session that a drain interrupts, tried for as long as its handler runs."""
-        if claim.lease.stop_requested:
-            return  # it will be stopped, or lapse to `stopped`: nobody runs it again
-        try:
-            await claim.update_metadata(claim.attempt.mark(DRAIN_REASON))
-            claim.attempt.marked = True
-        except (ControlPlaneError, SessionGoneError) as error:
-            log.warning("mark not written work_id=%s error=%s", claim.item.id, error)
+        """Mark a session that a drain interrupts; its end cancels this."""
+        if not claim.lease.stop_requested:  # else nobody runs it again
+            with contextlib.suppress(SessionGoneError):
+                await self.mark(claim, DRAIN_REASON, UPDATE_SECONDS)
 
     async def mark(self, claim: Claim, reason: str, seconds: float) -> None:
         """Mark a session that is being released, within `seconds`; unmarked, its run counts.

@@ -11,11 +11,11 @@ from workpool.server import Poll
 from workpool.server.dialects import QODER
 from workpool.testing.local import LocalClient, Trouble, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
-from workpool.testing.simulation.trace import Sent
+from workpool.testing.simulation.trace import LATENCY_SECONDS, Sent
 from workpool.wire import calls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from random import Random
 
     from workpool.server import Operations
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LATENCY_SECONDS: Final = 0.001
-"""No request arrives at once: the control plane's clock counts whole microseconds."""
 FADED_SECONDS: Final = 20.0
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
@@ -112,6 +110,7 @@ class Client(LocalClient):
         self._network = network
         self._node = node
         self._sent: Sent | None = None
+        self._patch: Mapping[str, str | None] = {}
 
     async def __aenter__(self) -> Client:
         """Open; from now on the pool has a name."""
@@ -139,6 +138,13 @@ class Client(LocalClient):
             return await answered
 
         return await self._settle(calls.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
+
+    async def update_metadata(
+        self, work_id: str, patch: Mapping[str, str | None], *, timeout: float | None = None
+    ) -> WorkItem:
+        """Protocol §3.5; the patch is noted."""
+        self._patch = dict(patch)
+        return await super().update_metadata(work_id, patch, timeout=timeout)
 
     def _travel(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
         """The poll has arrived. A task of nobody's: the control plane serves it."""
@@ -168,6 +174,8 @@ class Client(LocalClient):
     def _befalls(self, op: str, work_id: str | None) -> Trouble:
         super()._befalls(op, work_id)
         trouble, self._sent = self._network.befalls(self._node, op, work_id)
+        if op == "update" and self._sent is not None:
+            self._sent.patch = self._patch  # set in this very step
         return trouble
 
     async def _settle(
