@@ -254,6 +254,21 @@ MUTATIONS: dict[str, list[Edit]] = {
             "0",
         ),
     ],
+    "a lost run does not count": [
+        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "False"),
+    ],
+    "a release counts": [
+        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
+    ],
+    "mark not deleted by the next run": [
+        Edit("attempt:Attempt", "for key in (ERROR, RELEASED)", "for key in (ERROR,)"),
+    ],
+    "release without a mark": [
+        Edit("attempt:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
+    ],
+    "mark left beside the error": [
+        Edit("attempt:Attempt", "{**self._notes, **notes}", "{**notes}"),
+    ],
 }
 
 

@@ -179,10 +179,11 @@ class Completion:
                 log.warning("mark not removed work_id=%s error=%s", item.id, error)
 
     async def mark_running(self, item: PoolItem) -> None:
-        """Mark a session that a drain interrupts; tried while its handler runs."""
+        """Mark a session that a drain interrupts; its end cancels this."""
         if lease_of(item).stop_requested:
             return  # it will be stopped, or lapse to `stopped`: nobody runs it again
-        request = Request(Priority.HANDLER, by_handler=True, seconds=MARK_TRY_SECONDS)
+        # After the completions of others, which must not wait for a thousand marks.
+        request = Request(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
