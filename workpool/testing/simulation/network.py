@@ -187,8 +187,8 @@ class Client(LocalClient):
                 options.check()
             self._patch = dict(patch)  # the call leaves in this very step
 
-        options = options._replace(check=check)
-        return await super().update_metadata(work_id, patch, timeout=timeout, options=options)
+        noting = options._replace(check=check)
+        return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
     def _travel(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
         """The poll has arrived. A task of nobody's: the control plane serves it."""
