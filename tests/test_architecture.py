@@ -45,6 +45,8 @@ BLIND_EXCEPTS = {
     "plugins/finding.py",  # an observer, and every other call of a plugin's code
     "pool/poller.py",  # one poller's loop
     "pool/lease.py",  # one lease's beats
+    "wire/checked_body.py",  # a caller's check: aiohttp would take it for a failed connection
+    "wire/threads.py",  # a call on another thread: raised where its result is awaited
 }
 
 
@@ -99,7 +101,7 @@ def blind(handler: ast.ExceptHandler) -> bool:
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
 
 
-def test_everything_is_caught_in_four_places_only() -> None:
+def test_broad_excepts_are_in_the_listed_modules_only() -> None:
     found = {
         relative(path)
         for path in MODULES
