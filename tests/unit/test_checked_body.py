@@ -103,7 +103,7 @@ async def connected(
 ) -> AsyncIterator[Transport]:
     values = {"token": TOKEN} | values if "token_file" not in values else values
     transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
-    transport.open("me")
+    await transport.open("me")
     try:
         yield transport
     finally:

@@ -91,11 +91,10 @@ class WorkClient:
         Raises:
             SettingsError: `environment_id` or the token is missing or cannot be read.
         """
-        self._settings.require_connection()
         self._transport.on_request = self.on_request
         self._transport.on_credential_refresh = self.on_credential_refresh
         self._transport.on_rate_limit_wait = self.on_rate_limit_wait
-        self._transport.open(self.worker_id)
+        await self._transport.open(self.worker_id)
         return self
 
     async def __aexit__(

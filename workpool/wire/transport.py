@@ -24,19 +24,22 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
-from yarl import URL
 
 from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.bound import Bound
-from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.calls import STREAM
 from workpool.wire.checked_body import CheckedBody, NotSentError
+from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.proxy import proxy_of
+from workpool.wire.reading import TRANSIENT, no_answer, read_bounded
+from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
+
+    from yarl import URL
 
     from workpool.settings import Settings
     from workpool.wire.calls import Call
@@ -45,20 +48,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 
-KEEPALIVE_SECONDS: Final = 30.0
-"""Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
-SPARE_CONNECTIONS: Final = 16
 LARGE_BYTES: Final = 256 * 1024
+THREADS: Final = 8
+"""More than there are lookups and readings at once, so that none waits for another."""
 _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
-TRANSIENT: Final = (
-    aiohttp.ClientConnectionError,
-    aiohttp.ClientPayloadError,
-    aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
-    TimeoutError,
-    OSError,
-)
-"""What may pass by itself. Anything else is a bug and must be loud (design §2)."""
 
 
 class Request(NamedTuple, Generic[T]):
@@ -97,32 +91,36 @@ class Transport:
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
+        self._reading: asyncio.Future[str] | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
 
-    def open(self, worker_id: str | None) -> None:
-        """Read the token and make ready to connect; connects to nothing yet."""
+    async def open(self, worker_id: str | None) -> None:
+        """Read the token and make ready to connect; connects to nothing yet.
+
+        Raises:
+            SettingsError: Something is missing, or a file cannot be read.
+        """
         if self._loop is not None:
             raise RuntimeError("this WorkClient is open already")
         self._worker_id = worker_id
-        self._use(self._settings.read_token())
-        self._proxy = None if self._given else proxy_of(URL(self._settings.base_url))
-        self._session = self._given or self._connect()
-        # Connections of their own: however many are open, no other request waits for them.
-        self._streams = self._given or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._public_headers(),
-        )
+        self._threads = DaemonThreads("workpool-blocking", THREADS)
+        try:
+            self._use(await self._read_settings())
+            headers = self._public_headers()
+            self._connections = Connections(self._settings, self._given, headers, self._threads)
+        except BaseException:
+            self._threads.close()
+            raise
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
-        self._loop = None
-        if self._given is None:
-            await self._session.close()
-            await self._streams.close()
+        if self._loop is not None:
+            self._loop = None
+            self._threads.close()
+            await self._connections.close()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -257,24 +255,24 @@ class Transport:
             self.on_request(op, code, time.monotonic() - started)
 
     async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        return await self._streams.get(
+        return await self._connections.single_use.get(
             url,
             headers=CIMultiDict(self._headers, **headers),
             timeout=_ENDLESS,
-            proxy=self._proxy,
+            proxy=self._connections.proxy,
             allow_redirects=False,
             raise_for_status=False,
         )
 
     async def _exchange(self, request: Request[T], body: Body) -> Answer:
         call = request.call
-        response = await self._session.request(
+        response = await self._connections.session_for(request.options).request(
             call.method,
             request.url,
             data=body,
             headers=self._headers if request.body is None else self._json_headers,
             timeout=_ENDLESS,
-            proxy=self._proxy,
+            proxy=self._connections.proxy,
             allow_redirects=False,
             raise_for_status=False,
         )
@@ -301,12 +299,10 @@ class Transport:
             return False
         if self._token != refused:
             return True  # a request that was refused before us has seen to it
-        read = self._settings.read_token
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                # A file may lie on a disk that does not answer: never read on this loop.
-                token = await asyncio.to_thread(read) if self._settings.token_file else read()
+                token = await self._read_token()
             result = "ok"
         except (SettingsError, TimeoutError):
             return False
@@ -316,6 +312,31 @@ class Transport:
         if token != refused:
             self._use(token)
         return self._token != refused
+
+    async def _read_token(self) -> str:
+        """Read the token's source; those who ask meanwhile get the same reading."""
+        if self._settings.token_file is None:
+            return self._settings.read_token()
+        # A file may lie on a disk that does not answer: never read on this loop, nor twice at once.
+        if self._reading is None or self._reading.done():
+            loop = asyncio.get_running_loop()
+            self._reading = loop.run_in_executor(self._threads, self._settings.read_token)
+            self._reading.add_done_callback(_retrieve)
+        return await asyncio.shield(self._reading)
+
+    async def _read_settings(self) -> str:
+        """Check all that a connection needs, and return the token."""
+
+        def read() -> str:
+            self._settings.require_connection()
+            return self._settings.read_token()
+
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, read)
+        except TimeoutError:
+            problem = "token_file: could not be read in time"
+        raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
         """Build the headers that every request bears from now on, beside its session's."""
@@ -339,18 +360,10 @@ class Transport:
             headers[rules.worker_id_header] = self._worker_id
         return headers
 
-    def _connect(self) -> aiohttp.ClientSession:
-        settings = self._settings
-        # All that the pool does at once, and some for what handlers add: a limit that is too low
-        # would make a beat wait for a poll.
-        places = settings.concurrency + settings.prefetch + settings.pollers
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=places + SPARE_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._public_headers(),
-        )
+
+def _retrieve(reading: asyncio.Future[str]) -> None:
+    if not reading.cancelled():
+        reading.exception()  # else asyncio complains of it when nobody waits any more
 
 
 def _plain_body(body: bytes | None) -> bytes | io.BytesIO | None:
@@ -374,39 +387,6 @@ def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
         return response
     response.close()
     raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
-
-
-async def read_bounded(
-    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
-) -> bytes | None:
-    """The body, unpacked; None, and the connection is closed, when it is larger than `limit`."""
-    if (response.content_length or limit + 1) <= limit and (
-        "Content-Encoding" not in response.headers
-    ):
-        content = response.content  # mostly all there with the headers: nothing to wait for
-        return content.read_nowait() if content.is_eof() else await content.read()
-    chunks: list[bytes] = []
-    room = limit
-    async for chunk in response.content.iter_any():
-        room -= len(chunk)
-        if room < 0:
-            response.close()
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def no_answer(op: str, error: BaseException) -> ControlPlaneError:
-    """The error for a request that was not answered."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # Nothing that passes by itself, and no one we may talk to: as good as a refusal.
-        problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
-        return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
-    if isinstance(error, TimeoutError):
-        return TransientError(op, None, "no answer in time", reason="timeout")
-    # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
-    told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
-    return TransientError(op, None, f"no answer: {told}", reason="network")
 
 
 @cache
