@@ -218,14 +218,14 @@ class Lease:
         self.in_flight = True
         last = self._release_ttl is not None
         ttl = self._release_ttl or self._ttl_asked
+        lag = max(0.0, now - planned_at)
+        before = self.deadline
+        # It may shorten the lease and its answer be lost: trust no more than we ask for.
+        self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
         # An answer that never comes must leave time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
-        lag = max(0.0, now - planned_at)
-        attempt = Attempt(now, self.expected, ttl, timeout, self.deadline, lag, last)
-        # It may shorten the lease and its answer be lost: trust no more than we ask for.
-        self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))
-        return attempt
+        return Attempt(now, self.expected, ttl, timeout, before, lag, last)
 
     def unsent(self, attempt: Attempt) -> None:
         """Record that the attempt never left this machine."""
