@@ -17,7 +17,7 @@ from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.sender import Sender, lease_of
-from workpool.server import Operations
+from workpool.server import Operations, Poll
 from workpool.testing.local import LocalClient, Script, Trouble
 from workpool.testing.simulation.world import LoopRenewer
 from workpool.testing.virtual import VirtualLoop
@@ -103,6 +103,7 @@ class Bench:
         peaks: The time at which each call began, and the calls that were under way then.
         results: When each heartbeat was settled, and how.
         changes: When a change of a lease was reported, and its status then.
+        lost_at: When the loss of a lease was first reported, by work id.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Bench:
         self.peaks: list[tuple[float, int]] = []
         self.results: list[tuple[float, HeartbeatFinished]] = []
         self.changes: list[tuple[float, str]] = []
+        self.lost_at: dict[str, float] = {}
         self.script = Script(**troubles)
         self.operations = Operations(
             [ENVIRONMENT], now=lambda: START + self.wall(), history_limit=None
@@ -130,13 +132,13 @@ class Bench:
             lease_ttl=ttl,
             request_timeout=request_timeout,
         )
-        self.client = BenchClient(self, "ours")
+        self.client = self.connect()
         self.rival = LocalClient(self.operations, self.settings, worker_id="rival")
         self.renewer = BenchRenewer(
             self.settings,
             self.clock,
             self.wall,
-            lambda: BenchClient(self, "ours"),
+            self.connect,
             Callbacks(self.observe, self.changed, self.failed, self.failed),
         )
         self.heartbeats = HeartbeatSender(self.client, self.clock, self.observe)
@@ -144,6 +146,9 @@ class Bench:
         self.sender = Sender(
             self.client, self.clock, request_timeout, pauses, self.renewer.doubt_all
         )
+
+    def connect(self) -> BenchClient:
+        return BenchClient(self, "ours")
 
     def wall(self) -> float:
         return self.clock() + self.ahead
@@ -157,6 +162,8 @@ class Bench:
 
     def changed(self, item: PoolItem) -> None:
         self.changes.append((self.clock(), lease_of(item).status))
+        if lease_of(item).status == "lost":
+            self.lost_at.setdefault(item.id, self.clock())
         item.notify()
         if lease_of(item).status != "held":
             self.sender.cut(item)
@@ -210,13 +217,14 @@ class Bench:
         finally:
             task.cancel()
 
-    async def steal(self, work_id: str, ttl: int = 600) -> None:
-        """Let the other worker have an item that is back in the queue."""
-        item = await self.rival.poll()
-        assert item is not None
-        assert item.id == work_id
-        await self.rival.ack(work_id)
-        await self.rival.heartbeat(work_id, None, ttl)
+    def steal(self, work_id: str) -> None:
+        """Let the other worker have an item that is back in the queue, at once."""
+        while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
+            self.operations.ack(ENVIRONMENT, item.id, "rival")
+            self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")
+            if item.id == work_id:
+                return
+        raise AssertionError("it is not in the queue")
 
     def times(self, op: str) -> list[float]:
         return [each.at for each in self.sent if each.op == op]

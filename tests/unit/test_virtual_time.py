@@ -52,31 +52,31 @@ async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
     one = bench()
     codes: list[tuple[str, str]] = []
     one.client.on_request = lambda op, code, _: codes.append((op, code))
-    lease = await one.claim()
-    work_id = lease.item.id
-    beat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
-    assert (beat.state, beat.ttl_seconds) == ("active", 30)
-    assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
-    assert (await one.client.get(work_id)).last_heartbeat == beat.last_heartbeat
-    assert (await one.client.stats()).depth == 0
-    stopped = await one.client.stop(work_id, force=True)
-    assert stopped is not None
-    assert stopped.state == "stopped"
-    with pytest.raises(ConflictError):
-        await one.rival.ack(work_id)
-    with pytest.raises(RefusedError) as caught:
-        await one.client.get("work_unknown")
-    assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
-    assert [op for op, _ in codes] == [
-        "poll",
-        "ack",
-        "heartbeat",
-        "update",
-        "get",
-        "stats",
-        "stop",
-        "get",
-    ]
+    async with one.client, one.rival:
+        work_id = (await one.claim()).id
+        beat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
+        assert (beat.state, beat.ttl_seconds) == ("active", 30)
+        assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
+        assert (await one.client.get(work_id)).last_heartbeat == beat.last_heartbeat
+        assert (await one.client.stats()).depth == 0
+        stopped = await one.client.stop(work_id, force=True)
+        assert stopped is not None
+        assert stopped.state == "stopped"
+        with pytest.raises(ConflictError):
+            await one.rival.ack(work_id)
+        with pytest.raises(RefusedError) as caught:
+            await one.client.get("work_unknown")
+        assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
+        assert [op for op, _ in codes] == [
+            "poll",
+            "ack",
+            "heartbeat",
+            "update",
+            "get",
+            "stats",
+            "stop",
+            "get",
+        ]
     assert codes[-1] == ("get", "404")
 
 

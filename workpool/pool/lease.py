@@ -107,6 +107,7 @@ class Lease:
         begun: A heartbeat has succeeded.
         stop_requested: A heartbeat said that an operator wants the session to end.
         in_flight: A heartbeat is under way.
+        verified_at: When the ack or the last successful heartbeat was sent, on the lease clock.
         doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
             sent until one that was sent later has succeeded; infinite = never. May be written on
             either thread.
@@ -118,6 +119,7 @@ class Lease:
         "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
         "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
         "expected", "give_up_at", "in_flight", "item", "own_stop", "status", "stop_requested", "ttl",
+        "verified_at",
     )  # fmt: skip
 
     def __init__(
@@ -140,7 +142,7 @@ class Lease:
         """
         self.item = item
         self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
-        self.due_at = acked_at
+        self.due_at = self.verified_at = acked_at
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
         self.confirmed = self.begun = self.stop_requested = False
@@ -315,7 +317,7 @@ class Lease:
         return Decision("over" if attempt.last else "held", "ok")
 
     def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
-        self.expected = heartbeat.last_heartbeat
+        self.expected, self.verified_at = heartbeat.last_heartbeat, attempt.at
         self._unanswered = self._lent = self._read_twice = False
         self._failures = 0
         if attempt.at >= self.doubted_at:
