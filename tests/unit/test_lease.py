@@ -298,6 +298,13 @@ def test_heartbeat_waits_for_its_answer_a_sixth_of_ttl_and_not_past_give_up(
     assert attempt.timeout > 0
 
 
+@pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing()], ids=["first", "release"])
+def test_heartbeat_that_may_shorten_its_lease_leaves_time_for_another_try(lease: Lease) -> None:
+    attempt = lease.send(SENT, SENT)
+    assert attempt.timeout <= attempt.ttl / 6
+    assert SENT + attempt.timeout < lease.give_up_at
+
+
 def test_late_heartbeat_states_its_lag() -> None:
     assert begun().send(20.0, 18.5).lag == 1.5
     assert begun().send(20.0, 21.0).lag == 0

@@ -107,6 +107,7 @@ class Lease:
         begun: A heartbeat has succeeded.
         stop_requested: A heartbeat said that an operator wants the session to end.
         in_flight: A heartbeat is under way.
+        verified_at: When the ack or the last successful heartbeat was sent, on the lease clock.
         doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
             sent until one that was sent later has succeeded; infinite = never. May be written on
             either thread.
@@ -118,7 +119,7 @@ class Lease:
         "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
         "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
         "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
-        "stop_requested", "ttl",
+        "stop_requested", "ttl", "verified_at",
     )  # fmt: skip
 
     def __init__(
@@ -141,7 +142,7 @@ class Lease:
         """
         self.item = item
         self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
-        self.due_at = acked_at
+        self.due_at = self.verified_at = acked_at
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
         self.confirmed = self.begun = self.stop_requested = False
@@ -225,14 +226,14 @@ class Lease:
         self.in_flight = True
         last = self._release_ttl is not None
         ttl = self._release_ttl or self._ttl_asked
+        lag = max(0.0, now - planned_at)
+        before = self.deadline
+        # It may shorten the lease and its answer be lost: trust no more than we ask for.
+        self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
         # An answer that never comes must leave time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
-        lag = max(0.0, now - planned_at)
-        attempt = Attempt(now, self.expected, ttl, timeout, self.deadline, lag, last)
-        # It may shorten the lease and its answer be lost: trust no more than we ask for.
-        self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))
-        return attempt
+        return Attempt(now, self.expected, ttl, timeout, before, lag, last)
 
     def unsent(self, attempt: Attempt) -> None:
         """Record that the attempt never left this machine."""
@@ -322,7 +323,7 @@ class Lease:
         return Decision("over" if attempt.last else "held", "ok")
 
     def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
-        self.expected = heartbeat.last_heartbeat
+        self.expected, self.verified_at = heartbeat.last_heartbeat, attempt.at
         self._unanswered = self._lent = self._read_twice = False
         self._failures = 0
         if attempt.at >= self.doubted_at:

@@ -123,6 +123,7 @@ class LeaseRenewer:
         self._leases: dict[Lease, PoolItem] = {}
         self._serving = self._closing = False  # written on the handlers' loop
         self._error: KeeperError | None = None  # written on the renewer's thread
+        self._doubted_at = -math.inf  # written on the renewer's thread
         # The rest belongs to the renewer's loop.
         self._crash: BaseException | None = None
         self._stop = asyncio.Event()
@@ -159,6 +160,9 @@ class LeaseRenewer:
     def add(self, lease: Lease, item: PoolItem) -> None:
         """Extend `lease`, which has begun, from now on. Costs no wake-up unless it is due."""
         if not lease.over:
+            if lease.verified_at < self._doubted_at:  # the machine was paused during its claim
+                lease.doubted_at = self._doubted_at
+                lease.check_soon(self._doubted_at)
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
@@ -355,6 +359,7 @@ class LeaseRenewer:
                 self._changed(item)
             elif lease.due_at <= now:
                 due.append(lease)
+                next_at = min(next_at, lease.give_up_at)
             else:
                 next_at = min(next_at, lease.due_at, lease.give_up_at)
         self._pace(now, waiting=bool(self._waiting))
@@ -364,6 +369,8 @@ class LeaseRenewer:
         return next_at
 
     def _doubt_all(self, now: float) -> None:
+        self._doubted_at = now
+        self._pauses.paused()  # one that the handlers' loop has noticed is not noticed again
         log.warning("the machine was paused; all leases are verified before anything is sent")
         for lease in list(self._leases):
             lease.doubted_at = now

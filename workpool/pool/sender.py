@@ -76,6 +76,7 @@ class Sender:
         self._request_timeout = request_timeout
         self._pauses = pauses
         self._doubt = doubt
+        self._paused_at = -math.inf
 
     def check(self, item: PoolItem, *, by_handler: bool) -> None:
         """Raise unless something may be sent for the item at this instant.
@@ -86,14 +87,17 @@ class Sender:
             TransientError: The machine was paused, and the lease is not verified yet.
         """
         lease = lease_of(item)
-        lease.check(self._clock())
+        now = self._clock()
+        lease.check(now)
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
         if by_handler and (item.cancelled_for is not None or not item.executing):
             raise SessionEnded(item.id)
         if self._pauses.paused():
+            self._paused_at = now
             self._doubt()
-        if lease.doubted_at != math.inf:
+        # The renewer does not know a lease whose first heartbeat has not succeeded.
+        if lease.doubted_at != math.inf or lease.verified_at < self._paused_at:
             problem = "the machine was paused; the lease is verified first"
             raise TransientError("lease", None, problem, reason="throttled")
 
