@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from workpool.errors import ControlPlaneError, TransientError
@@ -13,6 +14,8 @@ from workpool.testing.local import LocalClient, Trouble, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import Delay, Sent
 from workpool.wire import calls
+from workpool.wire.options import Priority
+from workpool.wire.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from workpool.server import Operations
     from workpool.settings import Settings
+    from workpool.testing.simulation.machine import Halt
     from workpool.testing.simulation.schedule import Schedule
     from workpool.testing.simulation.trace import Node, Trace
     from workpool.wire.answers import Answer
@@ -36,6 +40,9 @@ FADED_SECONDS: Final = 20.0
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
 CALM: Final = Trouble(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
+DENIAL: Final = Trouble(
+    there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
+)
 SILENCE: Final = Trouble(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
@@ -68,15 +75,20 @@ class Network:
         if not self.healed:
             if node.cuts and any(since <= now < until for since, until in node.cuts):
                 trouble = SILENCE
+            elif op == "ack" and any(since <= now < until for since, until in node.denials):
+                trouble = DENIAL
             elif self._share and self._random.random() < self._share:
                 kind = self._random.choice(self._kinds)
                 trouble = make_trouble(kind, self._random)
                 if kind == "asleep" and op != "poll":  # the machine falls asleep while it waits
                     self._fall_asleep(node, trouble.wait / 2)
+                if kind == "drowsy":  # or somewhere in the work that follows the answer
+                    steps = self._random.randint(0, 12)
+                    self._fall_asleep(node, trouble.there + trouble.back, steps)
                 if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
                     node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         self.trace.troubles += trouble is not None
-        if trouble is not None and trouble.wait:
+        if trouble is not None and trouble.wait and work_id is not None:
             self.trace.delays.append(Delay(node, work_id, now, now + trouble.wait))
         return trouble or CALM
 
@@ -88,13 +100,14 @@ class Network:
         self.trace.sent.append(sent)
         return sent
 
-    def _fall_asleep(self, node: Node, seconds: float) -> None:
+    def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> None:
+        """Let the machine stand still after `seconds` and so many callbacks more."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0))
+        how: Halt = self._random.choice(("asleep", "asleep", "paused"))
 
         def sleep() -> None:
             if not self.healed:
-                node.machine.halt("asleep")
-                loop.call_later(length, node.machine.go_on, context=NETWORK)
+                node.machine.halt_after(steps, how, length)
 
         loop.call_at(loop.now + seconds, sleep, context=NETWORK)
 
@@ -105,6 +118,8 @@ def make_trouble(kind: str, random: Random) -> Trouble:
     match kind:
         case "wait" | "asleep":
             return Trouble(random.uniform(0.05, 9.0), there, there)
+        case "drowsy":
+            return Trouble(there=there, back=there)
         case "late" | "fading":
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
@@ -142,6 +157,8 @@ class Client(LocalClient):
         self._network = network
         self._node = node
         self._sent: Sent | None = None
+        if rate := node.pool.write_rate:
+            self.rate_limits.write = RateLimiter("write", rate, _loop().time)
 
     async def __aenter__(self) -> Client:
         """Open; from now on the pool has a name."""
@@ -194,6 +211,20 @@ class Client(LocalClient):
 
     def _gone(self, answered: asyncio.Future[Reply]) -> bool:
         return answered.cancelled() or self._node.machine.halted == "crashed"
+
+    async def acquire_ack_permit(self) -> None:
+        """Note when it was acquired."""
+        await super().acquire_ack_permit()
+        if self.rate_limits.write.limited:
+            self._node.claim_permits.append(_loop().now)
+
+    async def _acquire(self, priority: Priority, seconds: float | None) -> None:
+        began = _loop().now
+        try:
+            await super()._acquire(priority, seconds)
+        finally:
+            if (now := _loop().now) > began and priority != Priority.CLAIM:
+                self._network.trace.delays.append(Delay(self._node, None, began, now))
 
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _loop()
