@@ -9,13 +9,13 @@ import re
 import runpy
 import sqlite3
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
 from aiohttp.test_utils import TestClient, TestServer
-from httpx import ASGITransport, AsyncClient
 
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
@@ -33,6 +33,8 @@ pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, TOOLS = TOML["project"], TOML["tool"]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -84,10 +86,30 @@ def test_every_exit_status_is_in_the_table() -> None:
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
 
 
-def test_the_gate_runs_the_commands_of_the_readme() -> None:
-    commands = re.findall(r"^python3 -m venv .venv && .*$", README, re.MULTILINE)
-    assert len(commands) == 2
-    assert commands[1] in (ROOT / ".ci/run").read_text()
+def test_gate_runs_both_test_commands_of_the_readme() -> None:
+    commands = re.findall(r"^.* && \.venv/bin/poe \w+$", README, re.MULTILINE)
+    assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
+    gate = (ROOT / ".ci/run").read_text().splitlines()
+    for command in commands:
+        assert f"{command} || exit" in gate  # errexit ignores a failure inside an && list
+
+
+def test_gate_runs_every_python_version_of_the_classifiers() -> None:
+    gate = (ROOT / ".ci/run").read_text()
+    [others] = re.findall(r"^for version in ([\d. ]+); do$", gate, re.MULTILINE)
+    supported = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert supported == ["3.11", *others.split()]
+
+
+def test_test_tasks_select_each_test_in_exactly_one_tier() -> None:
+    """`poe test` keeps the `-m` of pytest's `addopts`, which `poe trials` inverts."""
+    assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
+    tasks = TOOLS["poe"]["tasks"]
+    selection = re.compile(r" -m | -k |--ignore|--deselect| tests| plugins")
+    assert not selection.search(tasks["test"])
+    [trials] = [step["cmd"] for step in tasks["trials"] if isinstance(step, dict)]
+    assert selection.findall(trials) == [" -m "]
+    assert " -m trial " in trials
 
 
 def test_every_file_that_is_linked_exists() -> None:
@@ -203,8 +225,11 @@ async def test_embedding_in_aiohttp(tmp_path: Path) -> None:
             assert answer.status == 200
 
 
+@pytest.mark.trial
 @pytest.mark.usefixtures("plane")
 async def test_embedding_in_fastapi(tmp_path: Path) -> None:
+    from httpx import ASGITransport, AsyncClient  # noqa: PLC0415 - only the trials have it
+
     app: FastAPI = run("FastAPI(lifespan", tmp_path)["app"]
     async with app.router.lifespan_context(app):
         assert (await finished({"job": "daily-report"}))["rows"] == "42"

@@ -1,7 +1,10 @@
 """The names that users import: changing them needs a changelog entry."""
 
+import ast
 import subprocess
 import sys
+
+import pytest
 
 import workpool
 
@@ -35,3 +38,45 @@ def test_importing_workpool_leaves_the_command_line_out() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "set()"
+
+
+def printed(code: str) -> str:
+    """The output of a Python process of its own."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+    return done.stdout.strip()
+
+
+def test_importing_workpool_alone_imports_none_of_its_modules() -> None:
+    """The command line installs its signal handlers between this import and the slow ones."""
+    code = "import sys, workpool; print([n for n in sys.modules if n.startswith('workpool.')])"
+    assert printed(code) == "[]"
+
+
+def test_importing_workpool_leaves_signal_handlers_unchanged() -> None:
+    code = (
+        "import signal\n"
+        "handlers = lambda: [signal.getsignal(each) for each in signal.valid_signals()]\n"
+        "before = handlers()\n"
+        "from workpool import *\n"
+        "from workpool.cli.app import app\n"
+        "print(handlers() == before)"
+    )
+    assert printed(code) == "True"
+
+
+def test_public_names_are_available_after_any_module_was_imported_first() -> None:
+    code = "import workpool.testing, workpool\nprint(callable(workpool.handler), dir(workpool))"
+    callable_, _, names = printed(code).partition(" ")
+    assert callable_ == "True"
+    assert set(workpool.__all__) <= set(ast.literal_eval(names))
+
+
+def test_public_modules_are_attributes_of_the_package() -> None:
+    code = "import workpool as w; print(w.errors, w.events, w.settings)"
+    assert printed(code).count("<module") == 3
+
+
+def test_an_unknown_name_raises_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'workpool' has no attribute 'nothing'"):
+        workpool.nothing  # type: ignore[attr-defined] # noqa: B018

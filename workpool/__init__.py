@@ -1,19 +1,28 @@
-"""workpool: an asyncio worker pool, with plugins, for self-hosted cloud-agent environments."""
+"""workpool: an asyncio worker pool, with plugins, for self-hosted cloud-agent environments.
 
-from importlib.metadata import version
+The public names are imported on first use: the command line must install its signal handlers
+before the slow imports, and no module of a package can run before the package's own.
+"""
 
-from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
-from workpool.handler import handler
-from workpool.hookspecs import hookimpl
-from workpool.pool.status import Status
-from workpool.pool.supervisor import Supervisor
-from workpool.session import Outcome, Release, Session
-from workpool.settings import Settings
-from workpool.wire.client import WorkClient
-from workpool.wire.items import WorkItem
-from workpool.wire.rate_limiter import RateLimits
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__version__ = version("workpool")
+if TYPE_CHECKING:
+    from workpool import errors as errors
+    from workpool import events as events
+    from workpool import settings as settings
+    from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
+    from workpool.handlers import handler
+    from workpool.hookspecs import hookimpl
+    from workpool.pool.status import Status
+    from workpool.pool.supervisor import Supervisor
+    from workpool.session import Outcome, Release, Session
+    from workpool.settings import Settings
+    from workpool.wire.client import WorkClient
+    from workpool.wire.items import WorkItem
+    from workpool.wire.rate_limiter import RateLimits
+
+    __version__: str
 
 __all__ = [
     "LeaseLost",
@@ -34,3 +43,42 @@ __all__ = [
     "handler",
     "hookimpl",
 ]
+
+_MODULES = {"errors", "events", "settings"}
+_MODULE_OF = {
+    "LeaseLost": "errors",
+    "Outcome": "session",
+    "PluginError": "errors",
+    "RateLimits": "wire.rate_limiter",
+    "Release": "session",
+    "Session": "session",
+    "SessionEnded": "errors",
+    "Settings": "settings",
+    "SettingsError": "errors",
+    "Status": "pool.status",
+    "Supervisor": "pool.supervisor",
+    "WorkClient": "wire.client",
+    "WorkItem": "wire.items",
+    "WorkpoolError": "errors",
+    "handler": "handlers",
+    "hookimpl": "hookspecs",
+}
+
+
+if not TYPE_CHECKING:  # else type checkers accept any name
+
+    def __getattr__(name: str) -> object:
+        """Import a public name, and keep it as an attribute of the package."""
+        if name == "__version__":
+            found: object = import_module("importlib.metadata").version("workpool")
+        elif name in _MODULES:
+            found = import_module(f"workpool.{name}")
+        elif name in _MODULE_OF:
+            found = getattr(import_module(f"workpool.{_MODULE_OF[name]}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_MODULES})

@@ -63,11 +63,14 @@ class PollerRestarted:
 
 @dataclass(frozen=True, slots=True)
 class ItemClaimed:
-    """A poll brought an item. `pickup_seconds`: poll time minus `created_at`, never negative."""
+    """A poll brought an item.
+
+    `pickup_seconds`: poll time minus `created_at`, never negative; None for an item without one.
+    """
 
     item: WorkItem
     origin: Origin
-    pickup_seconds: float
+    pickup_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)

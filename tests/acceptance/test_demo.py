@@ -19,7 +19,7 @@ from workpool.cli.signals import Signals
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
 PROMISE = re.compile(r"(\d+) enqueued · (\d+) stopped · (\d+) reclaimed · (\d+) lost · (\d+) overl")
 

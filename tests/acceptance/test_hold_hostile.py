@@ -56,8 +56,8 @@ async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
 
     async def play(session: Session) -> None:
         nonlocal entered
-        keeper = session._held.parts.keeper  # type: ignore[attr-defined]  # no test has another way
-        keeper.prompt = lambda *_: None  # its thread does not run
+        renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
+        renewer.call = lambda *_: None  # its thread does not run
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.acceptance.conftest import Command, Start
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
 ITEMS = 1000
 HELD = 8

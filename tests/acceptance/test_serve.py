@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import signal
@@ -10,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from anthropic import AsyncAnthropic
 
 from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
 
@@ -56,6 +58,36 @@ async def test_serve_alone_works(bare: Start, ask: Ask, number: signal.Signals) 
     assert await command.ends() == 0
     assert len(command.out.splitlines()) == 1
     assert ready["token"] not in command.err
+
+
+async def test_serve_and_the_worker_of_the_anthropic_sdk_bring_a_session_to_its_end(
+    bare: Start, ask: Ask, folder: Path
+) -> None:
+    (folder / "script.json").write_text(
+        json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
+    )
+    command, ready = await serve(bare)
+    asked = variables(ready, ready["token"])
+    [work_id] = (await said(ask, asked, "work", "enqueue", "--script", "script.json")).split()
+    (workdir := folder / "workdir").mkdir()
+    environment = asked["WORKPOOL_ENVIRONMENT_ID"]
+    base_url = ready["anthropic_base_url"].removesuffix("/v1")
+    sdk = AsyncAnthropic(auth_token=ready["token"], base_url=base_url)
+    async with sdk, asyncio.timeout(60):
+        work = sdk.beta.environments.work
+        item = await work.poll(environment)
+        assert item is not None
+        await work.ack(work_id, environment_id=environment)
+        await work.worker(workdir=workdir, max_idle=0.05).handle_item(
+            work_id=work_id,
+            environment_id=environment,
+            session_id=item.data.id,
+            environment_key=ready["token"],
+        )
+        assert (await work.retrieve(work_id, environment_id=environment)).state == "stopped"
+    assert (workdir / "note").read_text() == "hello\n"
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
 
 
 async def test_the_ready_line_for_people_is_what_a_worker_needs(bare: Start, ask: Ask) -> None:

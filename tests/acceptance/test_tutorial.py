@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
 HEADING = "## Tutorial: from nothing to a tested handler\n"

@@ -14,7 +14,7 @@ from tests.chaos.storm import Storm, Weather, report
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.acceptance, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(180)]
 
 SHORT = Weather(
     seed=1,

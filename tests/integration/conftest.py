@@ -11,7 +11,7 @@ import pytest
 
 from workpool import handler
 from workpool.events import SessionFinished
-from workpool.handler import rule_of
+from workpool.handlers import rule_of
 from workpool.pool import lease, loop_monitor
 from workpool.server.dialects import DIALECTS
 from workpool.testing import literal

@@ -137,8 +137,8 @@ def scene(plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: An
 
 @pytest.fixture
 def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.serve.FINISH_SECONDS", 0.1)
-    monkeypatch.setattr("workpool.pool.finish.FINISH_SECONDS", 2.0)
+    monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.completion.MARK_TRY_SECONDS", 1.0)
 
 
 # -- what counts

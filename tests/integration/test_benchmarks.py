@@ -26,7 +26,7 @@ async def rows(
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_throughput_compares_the_pool_with_the_bare_loop() -> None:
     bare, pool = await rows("throughput.py", "--items", "40", "--rounds", "2")
@@ -37,7 +37,7 @@ async def test_throughput_compares_the_pool_with_the_bare_loop() -> None:
     assert all(re.fullmatch(r"\d+\.\d\d ×", cell) for cell in (pool[3], pool[5]))
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_latency_counts_every_item_of_both() -> None:
     bare, pool = await rows("latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle")
@@ -48,7 +48,7 @@ async def test_latency_counts_every_item_of_both() -> None:
         assert 0 < p50 <= p99 <= most
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_idle_counts_the_requests_of_both() -> None:
     found = await rows("idle.py", "--seconds", "1.5", "--settle", "0")
@@ -59,7 +59,7 @@ async def test_idle_counts_the_requests_of_both() -> None:
         assert float(memory) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("contender", ["bare", "workpool"])
 async def test_leases_are_all_held(contender: str) -> None:
@@ -72,7 +72,7 @@ async def test_leases_are_all_held(contender: str) -> None:
 PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_parts_are_left_out_one_at_a_time() -> None:
     found = await rows("parts.py", "--items", "10", "--rounds", "1", only=PARTS)

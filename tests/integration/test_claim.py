@@ -356,8 +356,6 @@ MALFORMED = {
     "no_data": {"data": None},
     "a_session_without_an_id": {"data": {"type": "session"}},
     "an_unknown_state": {"state": "levitating"},
-    "metadata_of_numbers": {"metadata": {"a": 1}},
-    "no_time": {"created_at": "yesterday"},
 }
 
 
@@ -372,6 +370,31 @@ async def test_a_malformed_item_kills_no_poller(
     assert finished.outcome == "completed"
     assert not recorder.of(PollerRestarted)
     assert [event.result for event in recorder.of(PollFinished)][:3] == ["error", "error", "item"]
+
+
+INFORMATION_ONLY: dict[str, dict[str, Any]] = {
+    "time_without_a_zone": {"created_at": "2026-03-01 12:00:00"},
+    "unreadable_time": {"created_at": "yesterday"},
+    "no_time": {"created_at": None},
+    "metadata_of_numbers": {"metadata": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("changes", INFORMATION_ONLY.values(), ids=INFORMATION_ONLY)
+async def test_item_with_unusual_information_is_run(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
+) -> None:
+    (item,) = plane.enqueue()
+    faults.add(literal(wire(plane, item.id, **changes), applied=True), "poll", times=1)
+    acked = wire(plane, item.id, state="starting", **changes)
+    faults.add(literal(acked, applied=True), "ack", where=of_item(item.id))
+    async with make_pool(work, block_ms=20):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "completed"
+    assert recorder.of(PollFinished)[0].result == "item"
+    (claimed,) = recorder.of(ItemClaimed)
+    unknown = changes.get("created_at", "now") in {None, "yesterday"}
+    assert (claimed.pickup_seconds is None) is unknown
 
 
 # -- at start

@@ -10,7 +10,7 @@ import pytest
 from workpool import Release, Session, handler
 from workpool.errors import RefusedError
 from workpool.events import HeartbeatFinished, SessionFinished, StopFinished
-from workpool.pool import finish
+from workpool.pool.lease import Lease
 from workpool.testing import Hold, delay, expire_lease, garbled, literal, lost, reset, status
 
 if TYPE_CHECKING:
@@ -41,13 +41,28 @@ async def result(_: Session) -> dict[str, str]:
 
 
 @pytest.fixture
-def short_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finish, "FINISH_SECONDS", 0.3)
+def drained(
+    plane: ControlPlane,
+    make_pool: Any,
+    faults: Faults,
+    life_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Run one session whose completion only the bound of a drain ends."""
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
+
+    async def run(call: Any, op: Any, count: int) -> Any:
+        (item,) = plane.enqueue()
+        async with make_pool(call, drain_timeout=0.1):
+            await faults.wait_for(op, count=count)
+        return await life_of(item.id)
+
+    return run
 
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
 
 # -- stop ------------------------------------------------------------------------------------------
@@ -64,20 +79,33 @@ async def test_a_stop_is_repeated_until_it_is_answered(
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
-@pytest.mark.usefixtures("short_finish")
-async def test_a_stop_that_is_never_answered_in_time_releases(run_one: Any, faults: Faults) -> None:
+async def test_stop_that_fails_is_repeated_until_the_bound_of_a_drain(
+    drained: Any, faults: Faults
+) -> None:
     faults.add(status(503), "stop")
-    life = await run_one(result)
+    life = await drained(result, "stop", 3)
     assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.ops.count("stop") > 1
+
+
+async def test_completion_is_repeated_for_longer_than_any_single_request(
+    run_one: Any, faults: Faults
+) -> None:
+    """Finished work is kept for as long as its lease is held."""
+    faults.add(status(503), "update", "stop", times=12)
+    life = await run_one(result, request_timeout=0.2)
+    assert (life.outcome, life.item.state, life.metadata) == (
+        "completed",
+        "stopped",
+        {"rows": "7"},
+    )
 
 
 @pytest.mark.parametrize("op", ["update", "stop"])
-async def test_a_retry_after_beyond_the_finish_leaves_another_try(
+async def test_retry_after_beyond_the_lease_leaves_another_try(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """A session that is done must not be run again because of one 429."""
-    monkeypatch.setattr(finish, "FINISH_SECONDS", 2.0)
+    monkeypatch.setattr(Lease, "remaining", lambda lease, now: 2.0 if lease.held(now) else 0.0)
     faults.add(status(429, retry_after=60), op, times=1)
     life = await run_one(result)
     assert (life.outcome, life.item.state) == ("completed", "stopped")
@@ -166,22 +194,31 @@ async def test_a_result_is_written_again_until_it_is_answered(
     assert life.ops == [*BEGIN, "update", "update", "update", "stop"]
 
 
-@pytest.mark.usefixtures("short_finish")
-async def test_a_result_that_cannot_be_written_in_time_is_never_stopped_over(
-    run_one: Any, faults: Faults
+async def test_item_whose_result_cannot_be_written_is_not_stopped(
+    drained: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "update")
-    life = await run_one(result)
+    life = await drained(result, "update", 2)
     assert (life.outcome, life.item.state) == ("released", "active")
     assert "stop" not in life.ops
 
 
-@pytest.mark.usefixtures("short_finish")
-async def test_a_result_that_hangs_is_never_stopped_over(run_one: Any, faults: Faults) -> None:
+async def test_item_whose_result_is_never_answered_is_not_stopped(
+    drained: Any, faults: Faults
+) -> None:
     faults.add(delay(30), "update")
-    life = await run_one(result)
+    life = await drained(result, "update", 1)
     assert (life.outcome, life.item.state) == ("released", "active")
     assert life.ops == [*BEGIN, "update"]
+
+
+async def test_connection_that_is_silent_costs_one_try_and_not_the_result(
+    run_one: Any, faults: Faults
+) -> None:
+    faults.add(delay(60), "update", times=1)
+    life = await run_one(result, request_timeout=0.2)
+    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
+    assert life.ops == [*BEGIN, "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
@@ -301,12 +338,12 @@ async def test_the_finish_is_not_torn_by_the_embedders_cancellation(
     assert life.ops == [*BEGIN, "update", "stop"]
 
 
-@pytest.mark.usefixtures("short_finish")
-async def test_a_release_that_is_never_answered_still_lapses(run_one: Any, faults: Faults) -> None:
+async def test_release_that_is_never_answered_lapses(drained: Any, faults: Faults) -> None:
+    @handler
     async def work(_: Session) -> None:
         raise Release("why")
 
     faults.add(delay(30), "heartbeat", skip=1)
-    life = await run_one(work)
+    life = await drained(work, "heartbeat", 2)
     assert (life.outcome, life.item.state) == ("released", "active")
     assert "stop" not in life.ops

@@ -1,6 +1,6 @@
 """What a session leaves behind in memory: nothing that only the garbage collector would find.
 
-A collection stops the handlers' loop and the keeper alike; under load it took a sixth of a pool's
+A collection stops both event loops; under load it took a sixth of a pool's
 time and, when it looked at everything, 70 ms at once.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool import Session, Supervisor, handler
-from workpool.pool.claim import Claim
+from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def ours() -> dict[int, object]:
-    return {id(one): one for one in gc.get_objects() if isinstance(one, Claim | Lease | Session)}
+    return {id(one): one for one in gc.get_objects() if isinstance(one, PoolItem | Lease | Session)}
 
 
 @pytest.fixture

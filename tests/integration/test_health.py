@@ -31,7 +31,7 @@ async def test_a_full_pool_is_ready_however_old_its_last_poll(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes all that it can: nobody should send its work elsewhere, or restart it."""
-    monkeypatch.setattr("workpool.pool.report.POLL_SUCCESS_SECONDS", 0.0)
+    monkeypatch.setattr("workpool.pool.status.POLL_SUCCESS_SECONDS", 0.0)
     may_end = asyncio.Event()
 
     @handler

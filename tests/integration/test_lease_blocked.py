@@ -68,7 +68,7 @@ async def test_beats_go_on_and_metrics_are_answered_while_a_handler_blocks(
     assert pool.outcomes == ["completed"]
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_time_sleep_25_under_a_lease_of_10_seconds_keeps_it(
     plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]

@@ -219,7 +219,7 @@ async def until_interrupted(session: Session) -> None:
     await session.interrupted()
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["blackhole", "partition"])
 async def test_one_of_two_workers_is_cut_off_and_the_other_goes_on(

@@ -61,7 +61,7 @@ class Body:
 
 @pytest.fixture
 def stuck_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workpool.pool.handling.STUCK_SECONDS", 0.05)
+    monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
 
 
 def levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
@@ -292,7 +292,7 @@ async def test_metadata_is_merged_and_the_item_returned(
 async def test_metadata_is_written_again_while_that_is_worth_it(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
-    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
 
     @handler
     async def work(session: Session) -> None:
@@ -324,7 +324,7 @@ async def test_metadata_that_is_refused_is_the_handlers_error(
 async def test_metadata_that_cannot_be_written_in_time_is_the_handlers_error(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.claim.UPDATE_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.session_calls.UPDATE_SECONDS", 0.1)
 
     @handler
     async def work(session: Session) -> None:
@@ -553,7 +553,7 @@ async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Else an item that kills its worker could be tried for ever."""
-    monkeypatch.setattr("workpool.pool.serve.FINISH_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
 
     @handler
     async def work(_: Session) -> None:

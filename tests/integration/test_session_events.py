@@ -13,8 +13,8 @@ from aiohttp import web
 from workpool import LeaseLost, Session, SessionEnded, handler
 from workpool.errors import ConflictError, TransientError
 from workpool.events import SessionFinished
-from workpool.handler import rule_of
-from workpool.pool import claim
+from workpool.handlers import rule_of
+from workpool.pool import sender
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
 from workpool.wire import event_stream
@@ -63,8 +63,8 @@ def lose(plane: ControlPlane, session: Session) -> None:
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(claim, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(claim, "RETRY_CAP_SECONDS", 0.1)
+    monkeypatch.setattr(sender, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(sender, "RETRY_CAP_SECONDS", 0.1)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
             await asyncio.sleep(3600)
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_500_pools_at_once_leave_nothing_behind(
     plane: ControlPlane, clock: Clock, make_settings: Callable[..., Settings]

@@ -85,7 +85,7 @@ async def test_the_keeper_closes_before_the_plugins_and_those_before_the_connect
             closing["threads"] = [
                 thread.name
                 for thread in threading.enumerate()
-                if thread.name.startswith("workpool-keeper")
+                if thread.name.startswith("workpool-lease")
             ]
             closing["stats"] = await clients[0].stats()
 
@@ -104,10 +104,10 @@ async def test_the_keeper_closes_before_the_plugins_and_those_before_the_connect
 async def test_the_ids_that_are_remembered_are_bounded(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.dispatch.REMEMBERED_IDS", 3)
+    monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)
     plane.enqueue(8)
     async with make_pool(work) as pool:
         await recorder.wait_for(SessionFinished, count=8)
-        dispatcher = pool._running.dispatcher
-        assert len(dispatcher._handed) == 3
-        assert not dispatcher.owned
+        dispatcher = pool._view.dispatcher
+        assert len(dispatcher._seen) == 3
+        assert not len(dispatcher.items)

@@ -229,7 +229,7 @@ class Talker:
             params = {"limit": "100", "page": page["next_page"]}
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 async def test_kill_9_forgets_nothing_that_was_told(tmp_path: Path) -> None:
     async with aiohttp.ClientSession() as http:
         async with server(tmp_path / "work.db") as (process, port):

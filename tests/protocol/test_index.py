@@ -172,7 +172,7 @@ TestEverything = Everything.TestCase
 TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 def test_the_cost_of_a_call_does_not_grow_with_the_queue() -> None:
     """A hundred times the items: a scan would cost a hundred times as much, these at most ten."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from yarl import URL
 
-from tests.protocol.conftest import LIMITED, OTHER
+from tests.protocol.conftest import ENV, LIMITED, OTHER
 
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
@@ -226,6 +226,35 @@ async def test_session(qoder: Api, state: str, status: str) -> None:
     assert answer.body["environment_id"] == "env_0199aaaaaaaa70008000000000000001"
     assert answer.body["metadata"] == {}
     assert answer.body["agent"]["id"]
+
+
+async def test_anthropic_session_that_is_stopping_is_running(anthropic: Api) -> None:
+    work_id = await anthropic.bring_to("stopping")
+    session_id = (await anthropic.get(work_id)).body["data"]["id"]
+    answer = await anthropic("GET", f"{anthropic.base}/sessions/{session_id}")
+    assert answer.body["status"] == "running"
+
+
+async def test_session_is_updated_by_its_item_and_by_its_events(api: Api, clock: Clock) -> None:
+    work_id = await api.bring_to("starting")
+    own = api.plane.operations.get(ENV, work_id).session_id
+    session_id = (await api.get(work_id)).body["data"]["id"]
+
+    async def updated_at() -> str:
+        body = (await api("GET", f"{api.base}/sessions/{session_id}")).body
+        updated: str = body["updated_at"]
+        return updated
+
+    assert await updated_at() == "2026-03-01T12:00:00.000000Z"
+    clock.advance(1)
+    await api.beat(work_id, "NO_HEARTBEAT")
+    assert await updated_at() == "2026-03-01T12:00:01.000000Z"
+    clock.advance(1)
+    api.plane.emit(own, {"type": "session.status_running"})
+    assert await updated_at() == "2026-03-01T12:00:02.000000Z"
+    clock.advance(1)
+    await api.stop(work_id)
+    assert await updated_at() == "2026-03-01T12:00:03.000000Z"
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])

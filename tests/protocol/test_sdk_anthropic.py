@@ -1,7 +1,8 @@
-"""The sibling's own SDK (`anthropic`) as a client: all eight calls, and its work poller."""
+"""The SDK `anthropic` as a client: all eight calls, sessions, its work poller and its worker."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,13 +16,17 @@ from anthropic import (
     PermissionDeniedError,
 )
 
-from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
-    from tests.protocol.conftest import Clock
+    from tests.protocol.conftest import Api, Clock
     from workpool.server import ControlPlane
+
+
+pytestmark = pytest.mark.trial
 
 
 @pytest.fixture
@@ -105,6 +110,62 @@ async def test_the_work_poller_claims_a_queue_of_50(
     assert states == ["stopping"] * 50
     assert plane.summary().overlapping == 0
     assert not [record for record in caplog.records if record.levelname != "INFO"]
+
+
+@pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
+async def test_session_in_every_state_validates_as_the_sdks_type(
+    anthropic: Api, strict: AsyncAnthropic, state: str
+) -> None:
+    work_id = await anthropic.bring_to(state)
+    session_id = (await anthropic.get(work_id)).body["data"]["id"]
+    session = await strict.beta.sessions.retrieve(session_id)
+    assert session.id == session_id
+    assert session.status == ("running" if state in {"active", "stopping"} else "idle")
+    assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
+    assert session.usage.output_tokens == 0
+    assert session.updated_at >= session.created_at
+    agent = session.agent
+    assert (agent.skills, agent.tools, agent.mcp_servers) == ([], [], [])
+    assert agent.execution_identity.type == "service_account"
+
+
+@pytest.mark.parametrize("status", ["running", "idle", "terminated"])
+async def test_session_after_every_status_event_validates_as_the_sdks_type(
+    plane: ControlPlane, strict: AsyncAnthropic, status: str
+) -> None:
+    (item,) = plane.enqueue()
+    plane.emit(
+        item.session_id, {"type": f"session.status_{status}", "stop_reason": {"type": "end_turn"}}
+    )
+    session_id = item.session_id.replace("sess_", "session_")
+    assert (await strict.beta.sessions.retrieve(session_id)).status == status
+
+
+async def test_the_sdks_own_worker_runs_scripted_sessions_to_their_end(
+    plane: ControlPlane, sdk: AsyncAnthropic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = [
+        {"name": "write", "input": {"file_path": "note", "content": "hello\n"}},
+        {"name": "bash", "input": {"command": "cat note; echo world >>note"}},
+        {"name": "read", "input": {"file_path": "note"}},
+    ]
+    items = plane.enqueue(2, script=script)
+    worker = sdk.beta.environments.work.worker(
+        environment_id=ENV, environment_key=TOKEN, workdir=tmp_path, max_idle=0.05
+    )
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(worker.run())
+        await until(lambda: plane.summary().stopped == len(items))
+        running.cancel()
+    assert (tmp_path / "note").read_text() == "hello\nworld\n"
+    for item in items:
+        told = plane.events(item.session_id)
+        results = [event for event in told if event["type"] == "user.tool_result"]
+        assert [result["is_error"] for result in results] == [False] * len(script)
+        assert results[1]["content"][0]["text"].strip() == "hello"
+        assert told[-1]["stop_reason"] == {"type": "end_turn"}
+    assert plane.summary().overlapping == 0
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_refusals_arrive_as_the_sdks_own_errors(

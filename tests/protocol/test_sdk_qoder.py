@@ -1,4 +1,4 @@
-"""The vendor's own SDK (`qca-sdk`) as a client of the control plane: all eight calls."""
+"""The SDK `qca-sdk` as a client of the control plane: all eight calls, sessions, events."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.protocol.conftest import Clock
+    from tests.protocol.conftest import Api, Clock
     from workpool.server import ControlPlane
+
+
+pytestmark = pytest.mark.trial
 
 
 @pytest.fixture
@@ -53,6 +56,33 @@ async def test_the_events_of_a_session(plane: ControlPlane, sdk: AsyncManaged) -
         "agent.message",
         "session.status_idle",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("queued", "idle"),
+        ("starting", "idle"),
+        ("active", "running"),
+        ("stopping", "canceling"),
+        ("stopped", "idle"),
+    ],
+)
+async def test_session_validates_as_the_sdks_type(
+    qoder: Api, sdk: AsyncManaged, state: str, status: str
+) -> None:
+    work_id = await qoder.bring_to(state)
+    session_id = (await qoder.get(work_id)).body["data"]["id"]
+    session = await sdk.sessions.retrieve(session_id)
+    assert (session.id, session.type, session.status) == (session_id, "session", status)
+    assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
+    assert session.stats is not None
+    assert session.usage is not None
+    assert session.updated_at is not None
+    agent = session.agent
+    assert agent is not None
+    assert (agent.skills, agent.tools, agent.mcp_servers) == ([], [], [])
+    assert agent.model is not None
 
 
 async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Clock) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from workpool.server import ControlPlane
 
+pytestmark = pytest.mark.trial
+
 BASH: dict[str, Any] = {"name": "bash", "input": {"command": "ls"}}
 ASK = {**BASH, "permission": "ask"}
 

@@ -288,7 +288,7 @@ class Load:
                 self.known[polled["id"]] = answer
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 async def test_kill_9_under_load_loses_nothing_that_was_answered(
     path: Path, http: aiohttp.ClientSession
 ) -> None:

@@ -22,7 +22,7 @@ def test_there_are_enough_of_them() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_a_mistake_in_the_pool_is_caught(name: str) -> None:

@@ -58,7 +58,6 @@ schedules = st.builds(
 )
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_promise_holds_on_two_hundred_schedules(
     record_property: Callable[[str, object], None],
@@ -71,7 +70,6 @@ def test_the_promise_holds_on_two_hundred_schedules(
     assert report.failures == (), str(report)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)

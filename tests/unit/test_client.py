@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import orjson
 import pytest
 from aiohttp import web
 
@@ -36,12 +38,13 @@ UNKNOWN = "work_00000000000070008000000000000009"
 
 
 class Tap:
-    """Records what reaches the control plane, and answers in its place where told to."""
+    """Records what reaches the control plane; answers in its place or changes its answers."""
 
     def __init__(self) -> None:
         self.seen: list[web.Request] = []
         self.arrived = asyncio.Event()
         self.instead: Callable[[], web.Response] | None = None
+        self.rewrite: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.hold: asyncio.Event | None = None
 
     @web.middleware
@@ -52,11 +55,22 @@ class Tap:
             await self.hold.wait()
         if self.instead is not None:
             return self.instead()
-        return await handler(request)
+        response = await handler(request)
+        if self.rewrite is not None:
+            assert isinstance(response, web.Response)
+            return web.json_response(self.rewrite(orjson.loads(response.text or "")))
+        return response
 
     @property
     def paths(self) -> list[str]:
         return [each.path_qs.split(f"{DEFAULT_ENVIRONMENT}/work", 1)[-1] for each in self.seen]
+
+
+def literal(body: bytes | None) -> web.Response:
+    """A 200 with this JSON; a 204 for None."""
+    if body is None:
+        return web.Response(status=204)
+    return web.Response(body=body, content_type="application/json")
 
 
 @pytest.fixture
@@ -257,6 +271,27 @@ async def test_a_heartbeat_that_is_opaque_goes_back_to_the_letter(
         assert tap.seen[-1].query["desired_ttl_seconds"] == "10"
 
 
+# -- other control planes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
+async def test_poll_that_brings_nothing_returns_none(
+    client: WorkClient, tap: Tap, body: bytes | None
+) -> None:
+    tap.instead = lambda: literal(body)
+    assert await client.poll() is None
+
+
+@pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
+async def test_poll_answered_with_other_json_is_malformed(
+    qoder: WorkClient, tap: Tap, body: bytes
+) -> None:
+    tap.instead = lambda: literal(body)
+    with pytest.raises(TransientError) as raised:
+        await qoder.poll()
+    assert raised.value.reason == "bad_body"
+
+
 # -- pages -----------------------------------------------------------------------------------------
 
 
@@ -282,6 +317,32 @@ async def test_a_list_that_is_left_early_asks_for_no_more(
     assert len(tap.seen) == 1
 
 
+@pytest.mark.parametrize("omitted", [{"has_more"}, {"has_more", "first_id", "last_id"}])
+async def test_list_without_has_more_continues_while_there_is_a_next_page(
+    plane: ControlPlane, client: WorkClient, tap: Tap, omitted: set[str]
+) -> None:
+    ids = [item.id for item in plane.enqueue(250)]
+    tap.rewrite = lambda page: {name: page[name] for name in page if name not in omitted}
+    assert [item.id async for item in client.list()] == ids
+    assert len(tap.seen) == 3
+
+
+async def test_list_ends_where_has_more_is_false_despite_a_next_page(
+    qoder: WorkClient, tap: Tap
+) -> None:
+    tap.instead = lambda: web.json_response({"data": [], "has_more": False, "next_page": "a"})
+    assert [item async for item in qoder.list()] == []
+    assert len(tap.seen) == 1
+
+
+async def test_list_whose_page_tokens_form_a_cycle_ends(qoder: WorkClient, tap: Tap) -> None:
+    tokens = itertools.cycle(["a", "b"])
+    tap.instead = lambda: web.json_response({"data": [], "next_page": next(tokens)})
+    with pytest.raises(TransientError, match="repeat"):
+        _ = [item async for item in qoder.list()]
+    assert tap.paths == ["?limit=100", "?limit=100&page=a", "?limit=100&page=b"]
+
+
 async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:
     tap.instead = lambda: web.json_response({"data": [], "has_more": True, "next_page": "a/b?c"})
     with pytest.raises(TransientError, match="repeat"):
@@ -291,8 +352,9 @@ async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    [{}, {"data": {}}, {"data": [7]}, {"data": [], "has_more": True, "next_page": 7}, [], None],
-)
+    [{}, {"data": {}}, {"data": [7]}, {"data": [], "has_more": True, "next_page": 7},
+     {"data": [], "next_page": 7}, [], None],
+)  # fmt: skip
 async def test_a_page_that_is_not_one(qoder: WorkClient, tap: Tap, page: Any) -> None:
     tap.instead = lambda: web.json_response(page)
     with pytest.raises(TransientError) as raised:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workpool.handler import Handler, handler, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, handler, is_async_callable, name_of, rule_of
 from workpool.session import Session
 
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]

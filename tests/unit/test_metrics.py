@@ -295,6 +295,8 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
         for kind, label in (("session", "session"), ("healthcheck", "healthcheck"), ("x", "other"))
         for origin in get_args(ev.Origin)
     ),
+    (ev.ItemClaimed(ITEM, "new", None),
+     {"items_received_total{environment_id=env_1,origin=new,type=session}": 1}),
     (ev.ItemDeclined(ITEM, "busy"), {"items_declined_total{environment_id=env_1,reason=busy}": 1}),
     (ev.ItemReclaimed(ITEM, "lost", "ack"),
      {"reclaims_total{environment_id=env_1,direction=lost,stage=ack}": 1}),
@@ -467,6 +469,16 @@ def test_the_age_of_the_oldest_item_grows_between_reads(
     assert scrape(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 0, None, 1)))
     assert scrape(registry)[key] == 0
+
+
+def test_oldest_item_without_a_readable_time_has_no_age(
+    pool: Pool, registry: CollectorRegistry
+) -> None:
+    key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
+    pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
+    assert key not in scrape(registry)
+    pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 1, None, 1)))
+    assert key not in scrape(registry)
 
 
 def test_time_is_the_wall_clock_s_unless_the_test_says_otherwise(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import pytest
+
 from workpool.cli.options import import_from_here
-from workpool.cli.output import print_rows
+from workpool.cli.output import print_pairs, print_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pytest
-
 ROWS = [("work_1", None, datetime(2026, 3, 1, 12, tzinfo=UTC), "two\nlines \x1b[2J")]
+
+ID, SESSION = f"work_{'0' * 32}", f"sess_{'1' * 32}"
+COLUMNS = ["id", "state", "session", "text"]
 
 
 def test_plain_rows_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +46,34 @@ def test_the_current_directory_comes_first_and_once(
     import_from_here()
     import_from_here()
     assert sys.path == [str(tmp_path), "elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [(10, ["id"]), (50, ["id", "state"]), (69, ["id", "state", "text"]), (150, COLUMNS)],
+)
+def test_table_on_a_narrow_terminal_leaves_out_columns_and_never_cuts_an_id(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    columns: list[str],
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_rows(COLUMNS, [(ID, "queued", SESSION, "words of a text " * 9)])
+    printed = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert printed.splitlines()[1].split() == columns
+    assert ID in printed
+    assert (SESSION in printed) is ("session" in columns)
+
+
+def test_pairs_on_a_narrow_terminal_are_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "20")
+    print_pairs({"id": ID, "session_id": SESSION, "metadata": "[red]x[/red] " * 9})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [f"id          {ID}", f"session_id  {SESSION}"]
+    assert len(lines) == 3
+    assert "[red]" in lines[2]

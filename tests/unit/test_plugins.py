@@ -12,13 +12,13 @@ import pytest
 
 from workpool.errors import PluginError
 from workpool.events import Event
-from workpool.handler import handler
+from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Available, Plugins, available
 from workpool.session import Session
 from workpool.wire.items import WorkItem, parse_item
 
-HEAD = "from workpool.handler import handler\nfrom workpool.hookspecs import hookimpl\n"
+HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
 def item(type_: str = "session", **metadata: str) -> WorkItem:

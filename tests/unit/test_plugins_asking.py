@@ -13,7 +13,7 @@ import pytest
 
 from workpool.errors import PluginError
 from workpool.events import DrainStarted, Event, PluginFailed
-from workpool.handler import handler
+from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Plugins
 from workpool.session import Session

@@ -113,6 +113,20 @@ async def test_an_answer_that_is_too_large_is_asked_for_in_smaller_pages(
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
+async def test_event_list_without_has_more_continues_while_there_is_a_next_page(
+    plane: ControlPlane, qoder: WorkClient, faults: Faults
+) -> None:
+    bodies = [
+        b'{"data": [{"id": "evt_1", "type": "x"}], "next_page": "a"}',
+        b'{"data": [], "next_page": "b"}',
+        b'{"data": [{"id": "evt_2", "type": "x"}], "next_page": null}',
+    ]
+    for number, body in enumerate(bodies):
+        faults.add(literal(body), "events", skip=number, times=1)
+    events = [event async for event in qoder.events(scripted(plane)).list()]
+    assert ids(events) == ["evt_1", "evt_2"]
+
+
 async def test_pages_that_repeat_are_noticed(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:

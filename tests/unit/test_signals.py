@@ -4,39 +4,135 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from typing import TYPE_CHECKING, NoReturn
 
+import pytest
+import uvloop
+
+from workpool.cli.logs import log
+from workpool.cli.signal_recorder import SignalRecorder
 from workpool.cli.signals import Signals
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Iterator
+
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-async def test_the_first_and_the_second_and_then_as_before() -> None:
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    """Every handler that stood before stands again."""
+    before = [signal.getsignal(each) for each in WATCHED]
+    yield
+    assert [signal.getsignal(each) for each in WATCHED] == before
+
+
+@pytest.fixture
+def recorder() -> Iterator[SignalRecorder]:
+    """A recorder that was installed before there was a loop, as the entry point does."""
+    recorder = SignalRecorder()
+    former = recorder.install()
+    yield recorder
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+def send(number: signal.Signals) -> None:
+    """Send from another thread, so that only the signal itself can wake the loop."""
+    sender = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
+    sender.start()
+
+
+async def first_and_second() -> None:
     async with asyncio.timeout(20):
         with Signals() as signals:
             assert not signals.first.is_set()
-            signal.raise_signal(signal.SIGTERM)
+            send(signal.SIGTERM)
             await signals.first.wait()
             assert not signals.second.is_set()
-            signal.raise_signal(signal.SIGINT)
+            send(signal.SIGINT)
             await signals.second.wait()
             assert signals.last is signal.SIGINT
-    assert {each: signal.getsignal(each) for each in before} == before
 
 
-async def test_where_the_loop_has_no_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_first_and_second_signal_wake_a_loop_that_waits(factory: object) -> None:
+    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]
+        runner.run(first_and_second())
+
+
+async def test_signals_on_a_loop_without_signal_handlers_are_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(*_: object) -> NoReturn:
         raise NotImplementedError
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "add_signal_handler", refuse)
     monkeypatch.setattr(loop, "remove_signal_handler", refuse)
-    before = signal.getsignal(signal.SIGTERM)
     async with asyncio.timeout(20):
-        with Signals((signal.SIGTERM,)) as signals:
+        with Signals() as signals:
             signal.raise_signal(signal.SIGTERM)
             await signals.first.wait()
             assert signals.last is signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
+
+
+async def test_signal_recorded_before_the_loop_sets_the_event(recorder: SignalRecorder) -> None:
+    signal.raise_signal(signal.SIGTERM)
+    async with asyncio.timeout(20):
+        with Signals() as signals:
+            await signals.first.wait()
+            assert not signals.second.is_set()
+    assert recorder.received == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_signal_between_loop_start_and_signals_counts_once(
+    factory: object, recorder: SignalRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def receive() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        with Signals() as signals:
+            await signals.first.wait()
+            reported = asyncio.Event()
+            monkeypatch.setattr(log, "warning", lambda *_: reported.set())
+            signal.raise_signal(signal.SIGUSR1)
+            await reported.wait()
+            assert not signals.second.is_set()
+
+    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]
+        runner.run(asyncio.wait_for(receive(), 20))
+    assert recorder.received == [signal.SIGTERM, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("hung_up", [True, False])
+@pytest.mark.parametrize("hangup_ends", [True, False])
+async def test_sighup_asks_for_an_end_once_and_only_if_the_terminal_hung_up(
+    recorder: SignalRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    hung_up: bool,
+    hangup_ends: bool,
+) -> None:
+    monkeypatch.setattr(recorder, "terminal_hung_up", lambda: hung_up)
+    async with asyncio.timeout(20):
+        with Signals(hangup_ends=hangup_ends) as signals:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.sleep(0)  # the turn in which it begins to listen
+            assert signals.first.is_set() is (hung_up and hangup_ends)
+            assert not signals.second.is_set()
+    assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)
+
+
+def test_ignored_sighup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        former = SignalRecorder().install()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -7,11 +7,17 @@ status. Results go to stdout, logs and complaints to stderr.
 import importlib
 import sys
 
+from workpool.cli.signal_recorder import SignalRecorder
+
 _EXTRA = ("typer", "rich")
+_DRAINING = {"demo", "hold", "run", "serve"}
+"""The commands that SIGTERM and SIGINT end in order; a signal ends any other at once."""
 
 
 def main() -> None:
     """Run the command line; without its extra, print the line that installs it and exit with 2."""
+    if _command_of(sys.argv[1:]) in _DRAINING:
+        SignalRecorder().install()
     try:
         for name in _EXTRA:
             importlib.import_module(name)
@@ -23,3 +29,8 @@ def main() -> None:
     from workpool.cli.app import app  # noqa: PLC0415 - the extra may be missing
 
     app(prog_name="workpool")
+
+
+def _command_of(arguments: list[str]) -> str | None:
+    """The name of the command: none of the options before it takes a value."""
+    return next((each for each in arguments if not each.startswith("-")), None)

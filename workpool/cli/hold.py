@@ -17,6 +17,7 @@ from workpool.cli import exits, logs
 from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_verbose
 from workpool.cli.program import Program
 from workpool.cli.run import run_supervisor
+from workpool.cli.signals import Signals
 from workpool.pool.hold import Hold
 from workpool.settings import Settings
 
@@ -81,9 +82,12 @@ def hold(
     logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
     program = Program(command)
     _leave_the_parent()
-    status = run_supervisor(Hold(settings, work_id, last_heartbeat, plugins=[program]))
+    pool = Hold(settings, work_id, last_heartbeat, plugins=[program])
+    signals = Signals(hangup_ends=False)
+    status = run_supervisor(pool, signals)
     logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
-    if status == exits.OK and program.outcome not in GOOD:
+    not_taken = program.outcome is None and signals.first.is_set()
+    if status == exits.OK and program.outcome not in GOOD and not not_taken:
         status = exits.FAILED
     raise typer.Exit(status)
 

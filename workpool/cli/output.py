@@ -1,7 +1,7 @@
 """Results on stdout: one JSON value, a table on a terminal, or plain lines for other programs."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -26,6 +26,16 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     from workpool.cli.tables import print_table  # noqa: PLC0415 - only people need it; it is slow
 
     print_table(columns, [[_text(cell) for cell in row] for row in rows])
+
+
+def print_pairs(pairs: Mapping[str, object]) -> None:
+    """Names and values for people on a terminal; else a pair a line, separated by a tab."""
+    if not sys.stdout.isatty():
+        print_rows(("", ""), list(pairs.items()))
+        return
+    from workpool.cli import tables  # noqa: PLC0415 - only people need it; it is slow
+
+    tables.print_pairs({name: _text(value) for name, value in pairs.items()})
 
 
 def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:

@@ -79,14 +79,20 @@ def run(
         settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
     logs.configure(settings.log_level, settings.log_format)
     import_from_here()
-    raise typer.Exit(run_supervisor(Supervisor(settings), until_empty=drain))
+    raise typer.Exit(run_supervisor(Supervisor(settings), Signals(), until_empty=drain))
 
 
-def run_supervisor(supervisor: Supervisor, *, until_empty: bool = False) -> int:
-    """Run a pool on a loop of its own; returns the exit status."""
+def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: bool = False) -> int:
+    """Run a pool on a loop of its own; returns the exit status.
+
+    Args:
+        supervisor: The pool, not started.
+        signals: The signals that drain it, not entered.
+        until_empty: Whether to drain once the queue is empty.
+    """
     supervisor.on_blocked = functools.partial(_end_process, supervisor)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_live(supervisor, until_empty=until_empty))
+        return runner.run(_live(supervisor, signals, until_empty=until_empty))
 
 
 def _end_process(supervisor: Supervisor) -> None:
@@ -105,10 +111,10 @@ def _end_process(supervisor: Supervisor) -> None:
             exits.leave_now(exits.FAILED)
 
 
-async def _live(supervisor: Supervisor, *, until_empty: bool) -> int:
+async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
-    status = await _serve(supervisor, until_empty=until_empty)
+    status = await _serve(supervisor, signals, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
     blocked = _blocking_threads()
     if blocked:
@@ -120,9 +126,9 @@ async def _live(supervisor: Supervisor, *, until_empty: bool) -> int:
     return status
 
 
-async def _serve(supervisor: Supervisor, *, until_empty: bool) -> int:
+async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool) -> int:
     failure: WorkpoolError | None = None
-    with Signals() as signals:
+    with signals:
         try:
             async with asyncio.TaskGroup() as group:
                 obeying = group.create_task(

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from workpool.handler import handler
+from workpool.handlers import handler
 from workpool.session import Release, Session
 
 

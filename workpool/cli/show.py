@@ -5,7 +5,6 @@ one worker is killed (SIGKILL) while it holds sessions, and the other one finish
 """
 
 import asyncio
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
@@ -18,7 +17,7 @@ from workpool.cli import exits
 from workpool.cli.fleet import Worker, worker_settings
 from workpool.cli.ledger import Ledger, worker_of
 from workpool.cli.screen import Scene, Screen, open_screen
-from workpool.cli.signals import ENDING, Signals
+from workpool.cli.signals import Signals
 from workpool.plugins import available
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, Summary
@@ -33,8 +32,6 @@ STALL_SECONDS: Final = 20.0
 """Longer than the 10 s after which a killed worker's sessions are free again."""
 END_SECONDS: Final = 6.0
 """How long workers have to drain before they are killed."""
-
-HANGUP: Final = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -67,7 +64,7 @@ def _plans(count: int, given: Mapping[str, str], *, example: bool) -> list[dict[
 
 async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
     show = Show(handler, plans)
-    with Signals((*ENDING, *HANGUP)) as signals:
+    with Signals() as signals:
         async with show.plane:
             with show.screen:
                 status = await show.run(signals)

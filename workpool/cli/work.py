@@ -20,7 +20,7 @@ from workpool.cli.options import (
     parse_pairs,
     read_settings,
 )
-from workpool.cli.output import fields_of, pairs_text, print_json, print_rows
+from workpool.cli.output import fields_of, pairs_text, print_json, print_pairs, print_rows
 from workpool.settings import Settings
 from workpool.wire import protocol
 from workpool.wire.client import WorkClient
@@ -171,7 +171,7 @@ def stats(settings: Settings, json: Json = False) -> None:
     if json:
         print_json(found)
     else:
-        print_rows(("", ""), list(found.items()))
+        print_pairs(found)
 
 
 def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
@@ -193,7 +193,7 @@ def _show(item: WorkItem, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_rows(("", ""), list((found | {"metadata": pairs_text(item.metadata)}).items()))
+        print_pairs(found | {"metadata": pairs_text(item.metadata)})
 
 
 def _read_script(path: Path | None) -> Sequence[dict[str, Any]] | None:

@@ -238,7 +238,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _gauge(
         "remote_oldest_queued_age_seconds", _env(),
-        "Age of the oldest queued item, 0 when none is; absent until the control plane was asked.",
+        "Age of the oldest queued item, 0 when none is; absent while it is not known.",
     ),
     _gauge(
         "remote_workers_polling", _env(),

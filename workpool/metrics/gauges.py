@@ -180,7 +180,8 @@ def _remote(environment_id: str, group: Sequence[Source]) -> Iterator[Sample]:
     oldest = stats.oldest_queued_at
     yield "remote_queue_items", (*env, "claimable"), stats.depth
     yield "remote_queue_items", (*env, "pending"), stats.pending
-    age = 0.0 if oldest is None else max(0.0, now() - oldest.timestamp())
-    yield "remote_oldest_queued_age_seconds", env, age
+    if oldest is not None or not stats.depth + stats.pending:
+        age = 0.0 if oldest is None else max(0.0, now() - oldest.timestamp())
+        yield "remote_oldest_queued_age_seconds", env, age
     yield "remote_workers_polling", env, stats.workers_polling
     yield "remote_stats_timestamp_seconds", env, read_at

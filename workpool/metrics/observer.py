@@ -92,15 +92,28 @@ def _reader(labels: tuple[str, ...]) -> Callable[[Any], Hashable]:
 
 
 def _feed(series: _Series, value: str | None) -> Callable[[Any], object]:
-    """What one event adds to one metric: its attribute `value`, or 1."""
+    """What one event adds to one metric: its attribute `value`, or 1. None adds nothing."""
     amount_of = None if value is None else attrgetter(value)
     if not series.labels:
         add = series[()]
-        return (lambda _: add(1)) if amount_of is None else (lambda event: add(amount_of(event)))
+        return (lambda _: add(1)) if amount_of is None else _measure(amount_of, lambda _: add)
     key_of = _reader(series.labels)
     if amount_of is None:
         return lambda event: series[key_of(event)](1)
-    return lambda event: series[key_of(event)](amount_of(event))
+    return _measure(amount_of, lambda event: series[key_of(event)])
+
+
+def _measure(
+    amount_of: Callable[[Any], float | None], add_of: Callable[[Any], Add]
+) -> Callable[[Any], object]:
+    """Add an event's amount, unless it is None."""
+
+    def observe(event: Any) -> None:
+        amount = amount_of(event)
+        if amount is not None:
+            add_of(event)(amount)
+
+    return observe
 
 
 @dataclass(eq=False, repr=False)

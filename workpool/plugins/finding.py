@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from workpool.errors import PluginError
-from workpool.handler import name_of
+from workpool.handlers import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool import hookspecs
 from workpool.errors import PluginError
-from workpool.handler import Handler, Rule, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, Rule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
 from workpool.plugins.finding import Found, available, did_you_mean, find, guarded, named
 

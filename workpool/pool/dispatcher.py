@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from workpool.errors import RefusedError
     from workpool.events import DeclineReason, Origin
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.context import PoolContext
     from workpool.wire.items import WorkItem
 

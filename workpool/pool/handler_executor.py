@@ -19,7 +19,7 @@ from workpool.pool.item import EndReason
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.context import PoolContext
     from workpool.pool.item import PoolItem
     from workpool.session import Session

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.item import PoolItem
     from workpool.session import Outcome
 

@@ -61,6 +61,10 @@ class Handoff:
 
     # Called on the renewer's loop.
 
+    def wake(self) -> None:
+        """A heartbeat was answered, or the lease has ended."""
+        self._changed.set()
+
     def expect_child(self) -> None:
         """The child has been started."""
         self._child_expected = True
@@ -75,15 +79,23 @@ class Handoff:
         """Send nothing until a child has the item, or it must be ours again."""
         lease = self._lease
         try:
-            if await self._renewer.heartbeat_now(lease, self._item):
+            if await self._heartbeat():
                 lease.suspend()
                 self.last_heartbeat, self.ttl = lease.expected, round(lease.ttl)
                 self._turn("open")
                 await self._wait_for_child()
-                await self._renewer.heartbeat_now(lease, self._item)
+                await self._heartbeat()
         finally:
-            self._renewer.end_handoff(lease)
             self._turn("closed")
+
+    async def _heartbeat(self) -> bool:
+        """Send a heartbeat, or wait for the one under way; return whether the lease is held."""
+        lease = self._lease
+        self._renewer.heartbeat_now(lease)
+        while not (lease.over or (lease.settled and lease.due_at > self.clock())):
+            self._changed.clear()
+            await self._changed.wait()  # the lease's end bounds it
+        return not lease.over
 
     async def _wait_for_child(self) -> None:
         lease, clock = self._lease, self.clock

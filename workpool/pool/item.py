@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextvars import Context
 
-    from workpool.handler import Handler
+    from workpool.handlers import Handler
     from workpool.pool.attempt import Attempt
     from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease

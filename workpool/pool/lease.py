@@ -168,6 +168,12 @@ class Lease:
         """Whether nobody may or needs to extend it any more."""
         return self.closed or self.status != "held"
 
+    @property
+    def settled(self) -> bool:
+        """Whether the last heartbeat has extended the lease, and no other one is under way."""
+        doubted = self._unanswered or self._read_twice or self._failures > 0
+        return self.begun and not (self.in_flight or doubted)
+
     def check(self, now: float) -> None:
         """Raise unless the item is ours at this instant, so that something may be sent for it.
 

@@ -46,6 +46,7 @@ TICK_SECONDS = 1.0
 LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.02, 0.00005
 """The shortest time between two looks, which take some 0.2 µs per lease."""
 CLOSE_SECONDS = 10.0
+JOIN_SECONDS = 1.0
 WIDTH_MIN = 10
 """This many heartbeats may be under way at once, at least."""
 NEW_CONNECTIONS_PER_SECOND = 50
@@ -129,7 +130,6 @@ class LeaseRenewer:
         self._next_look_at = math.inf
         self._watched_at = (-math.inf, -math.inf)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._in_handoff: set[Lease] = set()
         self._waiting: deque[Lease] = deque()
         self._under_way = self._peak = 0
         self._width = float(WIDTH_MIN)
@@ -199,7 +199,9 @@ class LeaseRenewer:
         self._closing = True
         self._call(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
-        if not done:
+        if done:
+            self._join_thread()
+        else:
             log.critical("lease renewer did not end seconds=%.0f; abandoned", CLOSE_SECONDS)
 
     def _start_thread(self) -> asyncio.Future[None]:
@@ -209,10 +211,14 @@ class LeaseRenewer:
         """
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
-        threading.Thread(
+        self._os_thread = threading.Thread(
             target=self._run, args=(ended,), name="workpool-lease-renewer", daemon=True
-        ).start()
+        )
+        self._os_thread.start()
         return ended
+
+    def _join_thread(self) -> None:
+        self._os_thread.join(JOIN_SECONDS)  # it has nothing left to do but to return
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # its loop is closed: the renewer has ended
@@ -319,25 +325,10 @@ class LeaseRenewer:
         """Report that the lease of an item has changed."""
         self._tell(functools.partial(self._callbacks.changed, item))
 
-    async def heartbeat_now(self, lease: Lease, item: PoolItem) -> bool:
-        """Send heartbeats until one succeeds; return whether the lease is held.
-
-        For a handoff, during which the tick sends none for the lease.
-        """
-        self._in_handoff.add(lease)
-        while lease.in_flight and not lease.over:
-            await asyncio.sleep(LOOK_MIN_SECONDS)
-        lease.resume(self.clock())
-        while not lease.expire(self.clock()):
-            if self.renewing and await self._send(lease, item):
-                return not lease.over
-            await asyncio.sleep(max(LOOK_MIN_SECONDS, lease.due_at - self.clock()))
-        return False
-
-    def end_handoff(self, lease: Lease) -> None:
-        """Let the tick send the heartbeats of the lease again."""
-        self._in_handoff.discard(lease)
-        self._look_now.set()
+    def heartbeat_now(self, lease: Lease) -> None:
+        """Send a heartbeat for a handoff, unless one is under way."""
+        if not lease.in_flight:
+            self._send_now(lease, lease.resume)
 
     async def _tick(self) -> None:
         while True:
@@ -359,7 +350,7 @@ class LeaseRenewer:
         for lease, item in list(self._leases.items()):
             if now >= lease.give_up_at and lease.status == "held":
                 lease.expire(now)
-                self.report(item)
+                self._changed(item)
             elif lease.due_at <= now:
                 due.append(lease)
             else:
@@ -391,8 +382,9 @@ class LeaseRenewer:
         while self._waiting and self._under_way < self._width and self.renewing:
             lease = self._waiting.popleft()
             item = self._leases.get(lease)
-            ready = not (lease.in_flight or lease.over or lease in self._in_handoff)
-            if item is not None and ready and lease.due_at <= self.clock():
+            if item is None or lease.in_flight or lease.over:
+                continue
+            if lease.due_at <= self.clock():
                 self._start(lease, item)
 
     def _start(self, lease: Lease, item: PoolItem) -> None:
@@ -411,6 +403,8 @@ class LeaseRenewer:
                 await self._send(lease, item)
         finally:
             self._under_way -= 1
+            if item.handoff is not None:
+                item.handoff.wake()
             if lease.due_at < self._next_look_at:
                 self._look_now.set()
             self._start_waiting()
@@ -422,6 +416,11 @@ class LeaseRenewer:
         if (lease.status, lease.stop_requested, lease.doubted_at) != before:
             self.report(item)
         return held
+
+    def _changed(self, item: PoolItem) -> None:
+        self.report(item)
+        if item.handoff is not None:
+            item.handoff.wake()
 
     def _watch_handlers_loop(self) -> None:
         """Measure, once a tick, how late the handlers' loop is."""

@@ -23,6 +23,7 @@ class Dialect:
     Attributes:
         prefix: The path before `/environments`; tells the dialects apart on one port.
         session_prefixes: How session ids may begin here; the first is how we write them.
+        session_statuses: How a session's status is written here, where it differs.
         stop_refused: The rows of protocol §3.4, (force, state), that are answered with 409.
         stop_answers_item: Whether a stop answers the item, or 204 without a body.
         metadata_required: Whether an update without `metadata` is a 400.
@@ -32,6 +33,7 @@ class Dialect:
     prefix: str
     worker_id_header: str
     session_prefixes: tuple[str, ...]
+    session_statuses: Mapping[str, str]
     stop_refused: frozenset[tuple[bool, str]]
     stop_answers_item: bool
     metadata_required: bool
@@ -46,6 +48,11 @@ class Dialect:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)
         return ""
+
+    def session(self, value: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a session's JSON in this dialect (protocol §5)."""
+        status = self.session_statuses.get(value["status"], value["status"])
+        return {**value, "id": self.session_id(value["id"]), "status": status}
 
     def item(self, item: Item) -> dict[str, Any]:
         """Return an item's JSON (protocol §2)."""
@@ -76,6 +83,7 @@ QODER: Final = Dialect(
     prefix="/api/v1/cloud",
     worker_id_header=protocol.WORKER_ID_HEADER,
     session_prefixes=(SESSION_PREFIX,),
+    session_statuses={},
     stop_refused=frozenset(),
     stop_answers_item=True,
     metadata_required=False,
@@ -85,6 +93,7 @@ ANTHROPIC: Final = Dialect(
     prefix="/v1",
     worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
     session_prefixes=("session_", "sesn_", SESSION_PREFIX),
+    session_statuses={"canceling": "running"},
     stop_refused=frozenset({(False, STOPPING), (False, STOPPED), (True, STOPPED)}),
     stop_answers_item=False,
     metadata_required=True,

@@ -62,8 +62,8 @@ class SessionRoutes:
         """Protocol §5: the session itself."""
         session, item = self._session(request)
         await requests.body(request)
-        value = session.answer(item, self._operations.sessions.status(session.id))
-        return await self._durable({**value, "id": self._dialect.session_id(session.id)})
+        value = self._operations.sessions.answer(session, item)
+        return await self._durable(self._dialect.session(value))
 
     async def list(self, request: web.Request) -> web.Response:
         """Protocol §5: the events, oldest first, by pages as in §3.7."""

@@ -41,6 +41,21 @@ AGENT: Final[Mapping[str, Any]] = {
     "type": "agent",
     "name": "workpool",
     "version": 1,
+    "description": None,
+    "system": None,
+    "model": {"id": "none"},
+    "tools": [],
+    "mcp_servers": [],
+    "skills": [],
+    "multiagent": None,
+    "execution_identity": {"type": "service_account"},
+}
+"""The agent of every session, with all that the vendors' workers read: no model is behind it."""
+
+USAGE: Final[Mapping[str, Any]] = {
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "cache_read_input_tokens": 0,
 }
 
 
@@ -58,23 +73,44 @@ class Session:
     created_at: int
     script: Script | None = None
 
-    def answer(self, item: Item, status: str | None) -> dict[str, Any]:
-        """Return the session's JSON.
+    def answer(self, item: Item, conversation: Conversation | None) -> dict[str, Any]:
+        """Return the session's JSON, with all fields that the vendors' SDKs require.
 
-        `item`: its latest work item; `status`: what its events say, None when they say nothing.
+        `item`: its latest work item; `conversation`: None while there are no events.
         """
-        said = status if status is not None and item.state != STOPPING else STATUS[item.state]
         return {
             "id": self.id,
             "type": SESSION,
-            "status": said,
+            "status": _status(item, conversation),
             "environment_id": self.environment_id,
             "agent": AGENT,
             "metadata": self.metadata,
             "title": None,
+            "resources": [],
+            "vault_ids": [],
+            "outcome_evaluations": [],
+            "stats": {},
+            "usage": USAGE,
             "created_at": to_seconds_text(self.created_at),
+            "updated_at": _updated_at(item, conversation),
             "archived_at": None,
         }
+
+
+def _status(item: Item, conversation: Conversation | None) -> str:
+    told = None if conversation is None else conversation.status
+    if told == "terminated":
+        return told  # final, whatever its item does
+    return STATUS[item.state] if told is None or item.state == STOPPING else told
+
+
+def _updated_at(item: Item, conversation: Conversation | None) -> str:
+    """Return when the item's state or the events changed last."""
+    changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
+    changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
+    if conversation is None or not conversation.events:
+        return changed
+    return max(changed, str(conversation.events[-1].value["processed_at"]))
 
 
 class Sessions:
@@ -114,10 +150,9 @@ class Sessions:
             found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)
         return found
 
-    def status(self, session_id: str) -> str | None:
-        """What the session's events say about it; None when they say nothing."""
-        found = self._conversations.get(session_id)
-        return None if found is None else found.status
+    def answer(self, session: Session, item: Item) -> dict[str, Any]:
+        """Return a session's JSON; `item` is its latest work item."""
+        return session.answer(item, self._conversations.get(session.id))
 
     def new(
         self,

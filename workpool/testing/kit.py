@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from workpool.events import DrainFinished, ItemDeclined, SessionFinished
-from workpool.handler import name_of, rule_of
+from workpool.handlers import name_of, rule_of
 from workpool.pool.supervisor import Supervisor
 from workpool.server import ControlPlane
 from workpool.settings import Settings

@@ -47,8 +47,12 @@ class Page(NamedTuple):
     next_page: str | None
 
 
+_EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
+"""A poll that brings nothing: JSON null, a 204, an empty object. Each control plane has its own."""
+
+
 def _delivery(obj: object) -> WorkItem | None:
-    return None if obj is None else parse_item(obj)
+    return None if obj in _EMPTY_POLL else parse_item(obj)
 
 
 def _stopped(obj: object) -> WorkItem | None:
@@ -61,12 +65,27 @@ def _object(obj: object) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
+def _rows(page: dict[str, Any]) -> list[object]:
+    data = page.get("data")
+    if isinstance(data, list):
+        return data
+    raise ValueError("data: not a list")
+
+
+def _next_page(page: dict[str, Any]) -> str | None:
+    """Return the token of the page that follows; None for the last page.
+
+    `has_more` is optional: without it a list continues while there is a `next_page`.
+    """
+    token = None if page.get("has_more") is False else page.get("next_page")
+    if isinstance(token, str | None):
+        return token or None
+    raise ValueError("next_page: not a string")
+
+
 def _page(obj: object) -> Page:
-    get = _object(obj).get
-    data, following = get("data"), get("next_page") if get("has_more") else None
-    if isinstance(data, list) and isinstance(following, str | None):
-        return Page([parse_item(item) for item in data], following or None)
-    raise ValueError("not a list of items")
+    page = _object(obj)
+    return Page([parse_item(row) for row in _rows(page)], _next_page(page))
 
 
 def parse_event(obj: object) -> Event:
@@ -80,23 +99,14 @@ def parse_event(obj: object) -> Event:
 
 
 def _event_page(obj: object) -> EventPage:
-    get = _object(obj).get
-    data, following = get("data"), get("next_page")
-    # The sibling writes no `has_more`: there, a next page is all that says that there is one.
-    if get("has_more", True) is False:
-        following = None
-    if isinstance(data, list) and isinstance(following, str | None):
-        return EventPage([parse_event(event) for event in data], following or None)
-    raise ValueError("not a list of events")
+    page = _object(obj)
+    return EventPage([parse_event(row) for row in _rows(page)], _next_page(page))
 
 
 def _stored_events(obj: object) -> list[Event]:
-    data = None if obj is NO_CONTENT else _object(obj).get("data")
-    if data is None:  # the sibling may leave it out
-        return []
-    if isinstance(data, list):
-        return [parse_event(event) for event in data]
-    raise ValueError("not a list of events")
+    page = {} if obj is NO_CONTENT else _object(obj)
+    # The anthropic dialect may leave `data` out.
+    return [] if page.get("data") is None else [parse_event(row) for row in _rows(page)]
 
 
 _is_id: Final = re.compile(ID_PATTERN).fullmatch

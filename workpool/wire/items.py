@@ -1,9 +1,9 @@
 """What the control plane tells us, parsed once at the edge (protocol §2).
 
-Parsing is strict in what the pool depends on and blind to everything else: unknown fields are
-ignored. Of a per-item `secret` (protocol §6) only the bearer for the session's calls is kept, where
-no repr shows it. A malformed object raises `ValueError` that names the field; its content is never
-quoted.
+Parsing is strict in what decides (ids, states, leases) and lenient in what only informs: a time
+that cannot be read is None, metadata that is not text is left out, unknown fields are ignored. Of a
+per-item `secret` (protocol §6) only the bearer for the session's calls is kept, where no repr shows
+it. A malformed object raises `ValueError` that names the field; its content is never quoted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WorkItem:
-    """One item of the queue. Times are aware datetimes; `metadata` is read-only.
+    """One item of the queue. `metadata` is read-only.
+
+    Times are aware datetimes in UTC; None where the control plane gave none that can be read. A
+    time without a zone is taken for UTC.
 
     `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
     session must have: it is empty for an item of another type that came without one.
@@ -44,7 +47,7 @@ class WorkItem:
     environment_id: str
     state: State
     metadata: Mapping[str, str]
-    created_at: datetime
+    created_at: datetime | None
     acknowledged_at: datetime | None
     started_at: datetime | None
     latest_heartbeat_at: datetime | None
@@ -95,13 +98,13 @@ def parse_item(obj: object) -> WorkItem:
         _id("environment_id", get("environment_id")),
         _state(get("state")),
         _metadata(get("metadata")),
-        _time("created_at", get("created_at")),
-        _time_or_none("acknowledged_at", get("acknowledged_at")),
-        _time_or_none("started_at", get("started_at")),
-        _time_or_none("latest_heartbeat_at", get("latest_heartbeat_at")),
-        get("latest_heartbeat_at"),
-        _time_or_none("stop_requested_at", get("stop_requested_at")),
-        _time_or_none("stopped_at", get("stopped_at")),
+        _time(get("created_at")),
+        _time(get("acknowledged_at")),
+        _time(get("started_at")),
+        _time(get("latest_heartbeat_at")),
+        _last_heartbeat(get("latest_heartbeat_at")),
+        _time(get("stop_requested_at")),
+        _time(get("stopped_at")),
         None if secret is None else _sessions_token(secret),
     )
     item.__class__ = WorkItem
@@ -139,7 +142,7 @@ def parse_stats(obj: object) -> QueueStats:
     return QueueStats(
         depth=_count("depth", get("depth")),
         pending=_count("pending", get("pending")),
-        oldest_queued_at=_time_or_none("oldest_queued_at", get("oldest_queued_at")),
+        oldest_queued_at=_time(get("oldest_queued_at")),
         workers_polling=0 if workers is None else _count("workers_polling", workers),
     )
 
@@ -197,30 +200,27 @@ def _state(value: object) -> State:
 
 
 def _metadata(value: object) -> Mapping[str, str]:
-    if value is None:
+    """Return the entries that are text. A map may also be written as an empty list."""
+    if not isinstance(value, dict):
         return _NO_METADATA
-    metadata = _object("metadata", value)
-    for entry in metadata.values():
-        _text("metadata", entry)
-    return MappingProxyType(metadata)
+    return MappingProxyType({name: text for name, text in value.items() if isinstance(text, str)})
 
 
-def _time(name: str, value: object) -> datetime:
-    if isinstance(value, str) and len(value) <= _TIME_LENGTH_MAX:
-        try:
-            time = datetime.fromisoformat(value)
-            if time.tzinfo is UTC:
-                return time
-            if time.tzinfo is not None:
-                return time.astimezone(UTC)
-        except (ValueError, OverflowError):
-            pass
-    # Raised out here, so that no chained error quotes the value.
-    raise ValueError(f"{name}: not a time with a zone")
+def _time(value: object) -> datetime | None:
+    if not isinstance(value, str) or len(value) > _TIME_LENGTH_MAX:
+        return None
+    try:
+        time = datetime.fromisoformat(value)
+        if time.tzinfo is UTC:
+            return time
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
 
 
-def _time_or_none(name: str, value: object) -> datetime | None:
-    return None if value is None else _time(name, value)
+def _last_heartbeat(value: object) -> str | None:
+    """Return the item's last heartbeat, which is opaque; None if it cannot be sent back."""
+    return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
 
 
 def _flag(name: str, value: object) -> bool:

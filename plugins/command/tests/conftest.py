@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+import uvloop
 
 from workpool.testing import Kit
 from workpool_command import Command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+    BeforeTheWatch = Callable[[Callable[[int], object]], None]
 
 
 class Shell(Protocol):
@@ -83,7 +86,24 @@ def shell() -> Shell:
 
 @pytest.fixture
 def machine() -> Machine:
+    uvloop.new_event_loop().close()  # libuv's first loop opens a pipe for the process's lifetime
     return Machine()
+
+
+@pytest.fixture
+def before_the_watch(monkeypatch: pytest.MonkeyPatch) -> BeforeTheWatch:
+    """Call a function with the leader's pid between the spawn and the real `pidfd_open`."""
+    pidfd_open = os.pidfd_open
+
+    def install(action: Callable[[int], object]) -> None:
+        def act_and_open(pid: int) -> int:
+            if pid != os.getpid():  # the plugin tries the call on its own process at start
+                action(pid)
+            return pidfd_open(pid)
+
+        monkeypatch.setattr(os, "pidfd_open", act_and_open)
+
+    return install
 
 
 @pytest.fixture

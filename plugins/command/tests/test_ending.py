@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from workpool_command import Command
 
+    BeforeTheWatch = Callable[[Callable[[int], object]], None]
     Shell = Callable[..., Command]
 
 DEAF = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sleep 60"
@@ -119,14 +120,14 @@ async def test_a_daemon_that_holds_the_pipes_does_not_hold_the_session(
     os.kill(int(daemon), signal.SIGKILL)  # out of reach for the plugin, as its readme says
 
 
-async def test_a_status_that_somebody_else_took_is_no_success(
-    kit: Kit, shell: Shell, tmp_path: Path
+async def test_exit_status_taken_by_other_code_fails_the_session(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    async with kit.pool(shell("read x <$0", fifo)):
-        await kit.wait_for(SessionStarted)
+    async with kit.pool(shell("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
+        await machine.written(tmp_path / "pids")  # the plugin watches the command by now
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps from now on
         try:
             await asyncio.to_thread(fifo.write_text, "go\n")
@@ -136,6 +137,17 @@ async def test_a_status_that_somebody_else_took_is_no_success(
 
     assert end.outcome == "failed"
     assert "its exit status was taken" in str(end.error)
+
+
+async def test_exit_status_taken_before_the_watch_fails_the_session(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path, before_the_watch: BeforeTheWatch
+) -> None:
+    before_the_watch(lambda pid: os.waitpid(pid, 0))
+    result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))
+
+    assert result.outcome == "failed"
+    assert "its exit status was taken" in str(result.error)
+    await machine.gone(await machine.written(tmp_path / "pids"))
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])

@@ -15,13 +15,16 @@ import signal
 import subprocess
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+KILLED_SECONDS: Final = 1.0
+"""Longest wait for the exit of a killed leader that cannot be watched; it blocks the loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +37,8 @@ class Start:
         env: Its environment, all of it.
         stdin: What it can read, whether it does or not.
         stdout: A descriptor for its output.
-        stderr: Likewise.
+        stderr: A descriptor for its error output.
+        mark: An entry of `env`, as `NAME=value`, that no other living command has.
     """
 
     argv: Sequence[str]
@@ -43,6 +47,7 @@ class Start:
     stdin: bytes
     stdout: int
     stderr: int
+    mark: str = ""
 
     def spawn(self) -> subprocess.Popen[bytes]:
         """Start it, in a session of its own.
@@ -68,6 +73,12 @@ class Start:
 class Watch(Protocol):
     """Who ends the groups that a worker leaves behind when it dies."""
 
+    def expect(self, mark: str) -> None:
+        """A group whose leader has this entry in its environment is about to be spawned.
+
+        An empty entry takes that back.
+        """
+
     def add(self, group: int) -> None:
         """From now on this group must not outlive the worker."""
 
@@ -79,21 +90,50 @@ class ProcessGroup:
     """A process that was just spawned, and its group. Belongs to the running loop.
 
     Attributes:
-        number: The group's, and its leader's.
-        exited: Its leader has ended; it is not reaped yet.
-        status: Its exit status, or the negative number of the signal that ended it; None before
-            it was reaped, or when somebody else took it.
+        number: The number of the group and the pid of its leader.
+        exited: Set once the leader has exited. The leader may not be reaped yet.
+        status: The leader's exit status, or the negative number of the signal that ended it. None
+            before the leader is reaped, and when other code in this process has reaped it.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
+    def __init__(self, process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> None:
         self.number = process.pid
         self.exited = asyncio.Event()
         self.status: int | None = None
-        self._left_alone = False
-        self._pidfd = os.pidfd_open(process.pid)
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._pidfd, self._leader_exited)
+        self._process = process
+        self._loop = loop
+        self._pidfd = -1
+        self._before_reaping: Callable[[int], None] | None = None
+
+    def watch_leader(self) -> None:
+        """Set `exited` when the leader exits; now, if other code has already reaped the leader.
+
+        Raises:
+            OSError: The leader cannot be watched, for example because no descriptor is left.
+        """
+        try:
+            self._pidfd = os.pidfd_open(self.number)
+            self._loop.add_reader(self._pidfd, self._leader_exited)
+        except OSError:
+            if not self._leader_taken():
+                raise
+            self.exited.set()
+
+    def _leader_taken(self) -> bool:
+        try:
+            os.waitid(os.P_PID, self.number, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return False
+
+    def discard(self) -> None:
+        """Kill a group whose leader cannot be watched, and reap the leader."""
+        self.close()
+        self.signal(signal.SIGKILL)
+        try:
+            self._process.wait(KILLED_SECONDS)
+        except subprocess.TimeoutExpired:
+            log.critical("command may still run pid=%d", self.number)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it to all that is left of the group, unless that may be somebody else's by now."""
@@ -140,9 +180,15 @@ class ProcessGroup:
     def _reaped(self) -> bool:
         return self._process.returncode is not None
 
-    def leave_alone(self) -> None:
-        """Nobody waits for its end any more: it is only reaped then, unless it was closed."""
-        self._left_alone = True
+    def leave_alone(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
+        """Reap the leader and let go of the group once the leader has exited, or now if it has.
+
+        Nothing happens then if `close` was called before.
+
+        Args:
+            before_reaping: Called with the group's number, which no other group can have yet.
+        """
+        self._before_reaping = before_reaping
         if self.exited.is_set():
             self._leader_exited()
 
@@ -155,25 +201,38 @@ class ProcessGroup:
 
     def _leader_exited(self) -> None:
         self.exited.set()
-        if self._left_alone:
+        if self._before_reaping is None:
+            self._loop.remove_reader(self._pidfd)
+            return
+        try:
+            self._before_reaping(self.number)
+        finally:
             self.reap()
             self.close()
-        else:
-            self._loop.remove_reader(self._pidfd)
 
 
 def started(start: Start) -> ProcessGroup:
-    """A command in a group of its own.
+    """Start a command in a group of its own. After an error nothing of the group is left.
 
     Raises:
-        OSError: It cannot be started.
+        OSError: The command cannot be started or its leader cannot be watched.
     """
-    process = start.spawn()
+    loop = asyncio.get_running_loop()
+    group = ProcessGroup(start.spawn(), loop)
     try:
-        return ProcessGroup(process)
-    except OSError:  # no descriptor left to watch it with
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        group.watch_leader()
+    except BaseException:
+        group.discard()
+        raise
+    return group
+
+
+def _announced(start: Start, watch: Watch) -> ProcessGroup:
+    watch.expect(start.mark)
+    try:
+        return started(start)
+    except BaseException:
+        watch.expect("")  # else the watch would look for this command when the worker ends
         raise
 
 
@@ -191,14 +250,12 @@ async def running(
     Raises:
         OSError: It cannot be started.
     """
-    group = started(start)
-    watch.add(group.number)
+    group = _announced(start, watch)
     try:
+        watch.add(group.number)
         yield group
     finally:
         try:
             await group.end(patience())
-            watch.remove(group.number)  # before the number may become somebody else's
-            group.reap()
         finally:
-            group.close()
+            group.leave_alone(watch.remove)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, cast
 
 if TYPE_CHECKING:
@@ -20,15 +21,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 2.0
+"""Longest wait for the guard's exit, after its pipe is closed and again after SIGKILL."""
 # Deaf to what a service's end sends to all of its processes: the worker's end is its only cue.
 PROGRAM: Final = """
-import os, signal, sys
+import os, signal, sys, time
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
-groups = set()
+groups, mark = set(), None
 for line in sys.stdin:
-    group = int(line)
-    (groups.add if group > 0 else groups.discard)(abs(group))
+    if line.startswith("?"):
+        mark = bytes.fromhex(line[1:]) or None
+    elif int(line) > 0:
+        groups.add(int(line))
+        mark = None
+    else:
+        groups.discard(-int(line))
+
+def leads(pid):
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as environ:
+            return mark in environ.read().split(b"\\0") and os.getsid(pid) == pid
+    except OSError:
+        return False
+
+for _ in range(20 * (mark is not None)):
+    found = set(filter(leads, map(int, filter(str.isdigit, os.listdir("/proc")))))
+    groups |= found
+    if found:
+        break
+    time.sleep(0.05)
 for group in groups:
     try:
         os.killpg(group, signal.SIGKILL)
@@ -43,19 +64,29 @@ class Guard:
     def __init__(self, pipe: asyncio.StreamWriter) -> None:
         self._pipe = pipe
 
+    def expect(self, mark: str) -> None:
+        """Announce a group that is about to be spawned; the next `add` is its number.
+
+        A worker can be killed before it passes the number on. The guard then finds the leader by
+        this entry of its environment, `NAME=value`, and looks for a second: the pipe may end a
+        moment before the kernel shows the environment of a program that is just being executed.
+        An empty entry takes the announcement back.
+        """
+        self._tell(b"?%s\n" % os.fsencode(mark).hex().encode())
+
     def add(self, group: int) -> None:
         """From now on this group must not outlive the worker."""
-        self._tell(group)
+        self._tell(b"%d\n" % group)
 
     def remove(self, group: int) -> None:
         """The group is gone, and its number may become somebody else's."""
-        self._tell(-group)
+        self._tell(b"%d\n" % -group)
 
-    def _tell(self, number: int) -> None:
+    def _tell(self, line: bytes) -> None:
         if self._pipe.is_closing():
             log.warning("the guard is gone: commands may outlive a worker that is killed")
         else:
-            self._pipe.write(b"%d\n" % number)
+            self._pipe.write(line)
 
 
 @asynccontextmanager
@@ -82,5 +113,8 @@ async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await process.wait()
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            # No such process: other code has reaped it, which a uvloop loop never notices.
+            with suppress(ProcessLookupError, TimeoutError):
+                process.kill()
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await process.wait()

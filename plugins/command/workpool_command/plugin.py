@@ -197,6 +197,7 @@ class Command:
             stdin=item_json(session.item),
             stdout=stdout,
             stderr=stderr,
+            mark=f"WORKPOOL_WORK_ID={session.item.id}",
         )
 
 

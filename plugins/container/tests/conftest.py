@@ -41,6 +41,12 @@ T = TypeVar("T")
 FOREVER = "trap 'echo asked; exit 9' TERM; echo ready; sleep 1000 & wait"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test that needs the container engine as a trial."""
+    if "podman" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.trial)
+
+
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
     """Podman with an image of busybox, shown to run a container."""

@@ -16,6 +16,7 @@ from workpool import WorkpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
     from typing import Self
 
     from workpool import Session, WorkItem
@@ -133,13 +134,17 @@ def describe(item: WorkItem) -> str:
             "type": "work",
             "environment_id": item.environment_id,
             "data": {"type": item.type, "id": item.session_id},
-            "created_at": item.created_at.isoformat().replace("+00:00", "Z"),
+            "created_at": _text(item.created_at),
             "metadata": dict(item.metadata),
         }
     )
     if len(text) > ITEM_BYTES_MAX:
         raise ItemTooLarge(f"{item.id}: {len(text)} bytes, more than {ITEM_BYTES_MAX}")
     return text
+
+
+def _text(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
 def specify(options: Options, session: Session) -> dict[str, Any]:

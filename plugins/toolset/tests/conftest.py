@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 SESSION = "sess_1"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test that needs the sandbox as a trial: bubblewrap is no Python package."""
+    if "sandbox" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.trial)
+
+
 class Agent:
     """Calls tools and reads their answers, as an agent would."""
 
@@ -116,7 +122,7 @@ async def agents(folder: Path) -> AsyncIterator[Callable[..., Agent]]:
         await agent.toolbox.close()
 
 
-@pytest.fixture(params=["bare", "boxed"])
+@pytest.fixture(params=["bare", pytest.param("boxed", marks=pytest.mark.trial)])
 def agent(request: pytest.FixtureRequest) -> Agent:
     """Both, one after the other."""
     found: Agent = request.getfixturevalue(request.param)

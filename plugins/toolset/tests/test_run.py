@@ -32,7 +32,7 @@ async def show(*flags: str) -> str:
     return said.decode()
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
@@ -42,7 +42,7 @@ async def test_thirty_calls() -> None:
     assert r"notes/plan.txt: 'first\n2nd\n'" in said
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")

@@ -206,7 +206,7 @@ async def test_results_that_cannot_be_sent_are_kept_for_later(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
-    monkeypatch.setattr("workpool.pool.claim.EVENTS_SECONDS", 0.2)
+    monkeypatch.setattr("workpool.pool.session_calls.EVENTS_SECONDS", 0.2)
     toolset = make()
     with workpool.faults.add(status(500), "send"):
         result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])

@@ -101,23 +101,30 @@ async def test_a_shell_that_ends_says_so(agent: Any) -> None:
     assert await agent.says("bash", command="echo new", restart=True) == "new\n"
 
 
-def two(program: str, mark: str = "60.123") -> str:
-    """A command that leaves two processes behind, and ends once they are up."""
-    start = f'rm -f up*; for n in 1 2; do {program} -c "touch up$n; sleep 60; :" {mark} & done'
-    return f"{start}; until [ -e up1 -a -e up2 ]; do sleep 0.02; done"
+MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
 
 
-async def test_no_process_outlives_the_shell(bare: Any) -> None:
+def two(program: str) -> str:
+    """A command that leaves two processes behind, and ends once they are up.
+
+    They use builtins only: a shell that forks shows its command line twice for a moment.
+    """
+    start = f'for n in 1 2; do {program} -c ": >up$n; : <stay" {MARK} & done'
+    wait = "until [ -e up1 -a -e up2 ]; do sleep 0.02; done"
+    return f"rm -f up* stay; mkfifo stay; {start}; {wait}"
+
+
+async def test_closed_shell_leaves_no_process_of_its_group_behind(bare: Any) -> None:
     await bare.says("bash", command=f"trap '' TERM; {two('sh')}; trap - TERM; {two('sh')}")
-    processes = running("60.123")
+    processes = running(MARK)
     assert len(processes) == 4
     await bare.toolbox.close()
     await ended(*processes)
 
 
-async def test_no_process_outlives_the_sandbox(boxed: Any) -> None:
-    await boxed.says("bash", command=two("setsid sh", "60.125"))
-    processes = running("60.125")
+async def test_closed_sandbox_leaves_no_process_of_another_session_behind(boxed: Any) -> None:
+    await boxed.says("bash", command=two("setsid sh"))
+    processes = running(MARK)
     assert len(processes) == 2
     await boxed.toolbox.close()
     await ended(*processes)

@@ -15,9 +15,12 @@ import os
 import shutil
 import tempfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
+
+from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -234,8 +237,11 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             return "bwrap did not answer"
         finally:
             if process.returncode is None:
-                process.kill()
-                await process.wait()
+                # No such process: other code has reaped it, which a uvloop loop never notices.
+                with suppress(ProcessLookupError, TimeoutError):
+                    process.kill()
+                    async with asyncio.timeout(REAP_SECONDS):
+                        await process.wait()
         if process.returncode or not (Path(probe) / "works").exists():
             return said.decode(errors="replace").strip() or f"bwrap ended with {process.returncode}"
     return None

@@ -56,6 +56,9 @@ class LoopRenewer(LeaseRenewer):
         self._loop = self._handlers_loop
         return self._loop.create_task(self._main(), name="lease-renewer")
 
+    def _join_thread(self) -> None:
+        """There is no thread."""
+
 
 class LoopSupervisor(Supervisor):
     """A supervisor that needs no thread: its lease renewer and its lease clock are the loop's.

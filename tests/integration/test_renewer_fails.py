@@ -12,7 +12,7 @@ import pytest
 from workpool import Session, handler
 from workpool.errors import KeeperError, ListenError
 from workpool.events import SessionFinished, SessionStarted
-from workpool.pool.keeper import Keeper
+from workpool.pool.lease_renewer import LeaseRenewer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_keeper_left() -> Iterator[None]:
     yield
-    assert not [each for each in threading.enumerate() if each.name.startswith("workpool-keeper")]
+    assert not [each for each in threading.enumerate() if each.name.startswith("workpool-lease")]
 
 
 @handler
@@ -41,12 +41,12 @@ async def test_a_keeper_that_dies_is_fatal_and_nothing_more_is_sent(
 ) -> None:
     (item,) = plane.enqueue()
 
-    def crash(_: Keeper) -> None:
-        raise ZeroDivisionError("a bug of the keeper's")
+    def crash(_: LeaseRenewer) -> float:
+        raise ZeroDivisionError("a bug of the lease renewer")
 
     async with make_pool(patient) as supervisor:
         await recorder.wait_for(SessionStarted)
-        monkeypatch.setattr(Keeper, "_sweep", crash)
+        monkeypatch.setattr(LeaseRenewer, "_look", crash)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
         with pytest.raises(KeeperError) as caught:

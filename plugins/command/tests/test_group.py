@@ -1,0 +1,235 @@
+"""A process group: after any failure that follows the spawn, no process and no zombie is left."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import os
+import resource
+import signal
+import subprocess
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool_command.group import Start, running, started
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    BeforeTheWatch = Callable[[Callable[[int], object]], None]
+
+NOBODY = 65_534
+
+
+class Numbers:
+    """A watch that remembers the numbers of the living groups, and can refuse them."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.known: set[int] = set()
+        self.expected = ""
+        self._refusal = refusal
+
+    def expect(self, mark: str) -> None:
+        self.expected = mark
+
+    def add(self, group: int) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        self.known.add(group)
+
+    def remove(self, group: int) -> None:
+        self.known.discard(group)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(machine: Any) -> Iterator[None]:
+    children, descriptors = machine.children(), machine.descriptors()
+    yield
+    gc.collect()  # a `Popen` that was not waited for warns, which fails the test
+    assert machine.children() == children
+    assert machine.descriptors() == descriptors
+
+
+@contextmanager
+def no_free_descriptor() -> Iterator[None]:
+    """Make every call that needs a new descriptor fail with EMFILE."""
+    free = os.open("/dev/null", os.O_RDONLY)
+    os.close(free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextmanager
+def powerless() -> Iterator[None]:
+    """Run as a user that may not signal this process's children."""
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+def script(text: str, *arguments: object) -> Start:
+    return Start(
+        argv=["sh", "-c", text, *map(str, arguments)],
+        cwd=Path("/"),
+        env=dict(os.environ),
+        stdin=b"",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+async def test_leader_reaped_before_the_watch_counts_as_exited_with_unknown_status(
+    before_the_watch: BeforeTheWatch, machine: Any, tmp_path: Path
+) -> None:
+    before_the_watch(lambda pid: os.waitpid(pid, 0))
+    watch = Numbers()
+    start = script("sleep 60 & echo $! >$0", tmp_path / "pids")
+    async with running(start, watch, lambda: 5.0) as group:
+        assert group.exited.is_set()
+        assert watch.known == {group.number}
+
+    assert group.status is None
+    assert watch.known == set()
+    await machine.gone(await machine.written(tmp_path / "pids"))
+
+
+async def test_group_left_alone_whose_leader_was_reaped_before_the_watch_is_closed(
+    before_the_watch: BeforeTheWatch,
+) -> None:
+    before_the_watch(lambda pid: os.waitpid(pid, 0))
+    group = started(script("exit 3"))
+    group.leave_alone()
+
+    assert group.exited.is_set()
+    assert group.status is None
+
+
+async def test_start_without_a_free_descriptor_raises_emfile_and_kills_the_group(
+    before_the_watch: BeforeTheWatch, machine: Any, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pids")
+    pids: list[str] = []
+    with ExitStack() as stack:
+
+        def exhaust(_pid: int) -> None:
+            pids.extend((tmp_path / "pids").read_text().split())  # all members of the group live
+            stack.enter_context(no_free_descriptor())
+
+        before_the_watch(exhaust)
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            started(script("sleep 60 & echo $$ $! >$0; wait", tmp_path / "pids"))
+
+    assert len(pids) == 2
+    await machine.gone(pids)
+
+
+async def test_start_whose_leader_was_reaped_without_a_free_descriptor_counts_as_exited(
+    before_the_watch: BeforeTheWatch,
+) -> None:
+    with ExitStack() as stack:
+
+        def reap_and_exhaust(pid: int) -> None:
+            os.waitpid(pid, 0)
+            stack.enter_context(no_free_descriptor())
+
+        before_the_watch(reap_and_exhaust)
+        group = started(script("exit 3"))
+    group.leave_alone()
+
+    assert group.exited.is_set()
+    assert group.status is None
+
+
+async def test_start_that_the_loop_cannot_watch_raises_its_error_and_closes_the_pidfd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        started(script("exec sleep 60"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+async def test_start_that_may_not_signal_its_group_raises_the_first_error_in_bounded_time(
+    before_the_watch: BeforeTheWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pids: list[int] = []
+    with ExitStack() as stack:
+
+        def exhaust(pid: int) -> None:
+            pids.append(pid)
+            stack.enter_context(no_free_descriptor())
+            stack.enter_context(powerless())
+
+        before_the_watch(exhaust)
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
+            started(script("exec sleep 60"))
+    os.kill(pids[0], signal.SIGKILL)
+    await asyncio.to_thread(os.waitpid, pids[0], 0)
+
+    del caught  # it has kept the `Popen`, whose warning needs a descriptor
+    assert f"command may still run pid={pids[0]}" in caplog.messages
+
+
+async def test_running_whose_command_cannot_be_started_takes_its_announcement_back() -> None:
+    watch = Numbers()
+    start = replace(script(""), argv=["/no/such/program"], mark="MARK=1")
+    with pytest.raises(FileNotFoundError):
+        async with running(start, watch, lambda: 0.0):
+            pytest.fail("the block was entered")
+
+    assert watch.expected == ""
+
+
+async def test_running_whose_guard_refuses_the_group_kills_and_reaps_it() -> None:
+    with pytest.raises(RuntimeError, match="refused"):
+        async with running(script("exec sleep 60"), Numbers(RuntimeError("refused")), lambda: 0.0):
+            pytest.fail("the block was entered")
+
+
+async def test_running_cancelled_again_after_the_kill_is_reaped_when_its_leader_exits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, entered, removed = Numbers(), asyncio.Event(), asyncio.Event()
+
+    async def run() -> None:
+        async with running(script("exec sleep 60"), watch, lambda: 0.0):
+            entered.set()
+            await asyncio.Event().wait()
+
+    def note(group: int) -> None:
+        watch.known.remove(group)
+        removed.set()
+
+    monkeypatch.setattr(watch, "remove", note)
+    task = asyncio.get_running_loop().create_task(run())
+    await entered.wait()
+    [number] = watch.known
+    killpg = os.killpg
+
+    def cancel_at_the_kill(_group: int, sent: int) -> None:
+        if sent == signal.SIGKILL:  # the leader does not exit yet, as if stuck in the kernel
+            task.cancel()
+
+    monkeypatch.setattr(os, "killpg", cancel_at_the_kill)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert watch.known == {number}
+    killpg(number, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        await removed.wait()

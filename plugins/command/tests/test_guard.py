@@ -1,0 +1,83 @@
+"""The guard's process: what it knows when the worker is killed, and how it ends itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import uvloop
+
+from workpool_command.guard import guarding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_guard_reaped_by_other_code_does_not_fail_the_end_of_the_pool(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], machine: Any
+) -> None:
+    children = machine.children()
+
+    async def lose_the_guard() -> None:
+        async with asyncio.timeout(20), guarding({}):
+            [pid] = machine.children() - children
+            before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps from now on
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+                await machine.reached(lambda: machine.children() == children)
+            finally:
+                signal.signal(signal.SIGCHLD, before)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(lose_the_guard())
+
+
+WORKER = """
+import asyncio, os, pathlib, signal, subprocess, sys, uvloop
+from workpool_command.group import Start
+from workpool_command.guard import guarding
+
+async def work():
+    async with guarding({}) as guard:
+        env = {"PATH": os.environ["PATH"], "MARK": "of this command"}
+        start = Start(
+            argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, mark="MARK=of this command",
+        )
+        guard.expect(start.mark)
+        process = start.spawn()
+        if sys.argv[2] == "told":
+            guard.add(process.pid)
+        print(process.pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loops = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
+    runner.run(work())
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("number", ["told", "not told"])
+async def test_guard_of_a_worker_killed_right_after_the_spawn_kills_the_command(
+    loop: str, number: str, machine: Any
+) -> None:
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", WORKER, loop, number), stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await worker.communicate()
+    pid = int(said)
+
+    assert worker.returncode == -signal.SIGKILL
+    try:
+        await machine.gone([str(pid)])
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

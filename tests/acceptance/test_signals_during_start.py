@@ -1,0 +1,320 @@
+"""Signals that arrive while a command still imports its modules, and signals that are no end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN, Command
+from workpool import Settings, WorkClient
+from workpool.wire.protocol import NO_HEARTBEAT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from tests.acceptance.conftest import Start
+    from workpool.server import ControlPlane, Item
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+# Before it imports `MODULE`, the process says so and waits until somebody writes to the fifo.
+BLOCKED_IMPORT = """
+import os, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["MODULE"]:
+            sys.meta_path.remove(self)
+            print("importing", name, file=sys.stderr, flush=True)
+            open("go").readline()
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+Go: TypeAlias = "Callable[[], object]"
+
+
+class StartBlocked(Protocol):
+    async def __call__(self, module: str, *arguments: str, **variables: str) -> Command: ...
+
+
+@pytest.fixture
+def go(folder: Path) -> Iterator[Go]:
+    """Let a command continue that was started with its import blocked."""
+    os.mkfifo(folder / "go")
+    fifo = os.open(folder / "go", os.O_RDWR)  # opening never waits for the other side
+    yield lambda: os.write(fifo, b"go\n")
+    os.close(fifo)
+
+
+@pytest.fixture
+def start_blocked(start: Start, folder: Path, go: object) -> StartBlocked:
+    """Start a command and wait until it is about to import a module; `go()` lets it continue."""
+    del go
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(BLOCKED_IMPORT)
+
+    async def begin(module: str, *arguments: str, **variables: str) -> Command:
+        blocking = {"PYTHONPATH": str(site), "MODULE": module}
+        command = await start(*arguments, **blocking, **variables)
+        await command.logs(f"importing {module}")
+        return command
+
+    return begin
+
+
+def kinds(plane: ControlPlane, item: Item) -> list[str]:
+    return [record.kind for record in plane.history.of(item.id)]
+
+
+ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+
+@ENDING
+@pytest.mark.parametrize("module", ["typer", "aiohttp", "handlers"])
+async def test_run_signalled_during_start_ends_with_0_and_never_polls(
+    start_blocked: StartBlocked,
+    plane: ControlPlane,
+    go: Go,
+    module: str,
+    number: signal.Signals,
+) -> None:
+    [item] = plane.enqueue(metadata={"do": "finish"})
+    command = await start_blocked(module, "run", "handlers")
+    command.send(number)
+    go()
+    assert await command.ends() == 0
+    assert "drained result=clean" in command.err
+    assert kinds(plane, item) == ["created"]
+
+
+@ENDING
+async def test_serve_signalled_during_start_ends_with_0(
+    start_blocked: StartBlocked, go: Go, number: signal.Signals
+) -> None:
+    command = await start_blocked("aiohttp", "serve", "--port", "0")
+    command.send(number)
+    go()
+    assert await command.ends() == 0
+    assert f"serve ends signal={number!s}" in command.err
+
+
+async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
+    start_blocked: StartBlocked, go: Go
+) -> None:
+    command = await start_blocked("aiohttp", "demo", "--count", "4")
+    command.send(signal.SIGTERM)
+    go()
+    assert await command.ends() == 128 + signal.SIGTERM
+    assert "ended early: 0 of 4 sessions done" in command.out
+
+
+async def test_hold_signalled_during_start_ends_with_0_and_leaves_the_item_to_its_parent(
+    start_blocked: StartBlocked, plane: ControlPlane, folder: Path, go: Go
+) -> None:
+    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
+    async with WorkClient(settings) as parent:
+        [item] = plane.enqueue()
+        await parent.poll()
+        await parent.ack(item.id)
+        beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 60)
+    command = await start_blocked(
+        *("aiohttp", "hold", "--work-id", item.id),
+        *("--last-heartbeat", beat.last_heartbeat, "--", "touch", "ran"),
+    )
+    command.send(signal.SIGTERM)
+    go()
+    assert await command.ends() == 0
+    assert kinds(plane, item) == ["created", "delivered", "acked", "heartbeat"]
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("module", ["aiohttp", "handlers"])
+async def test_second_signal_during_start_ends_the_process_at_once(
+    start_blocked: StartBlocked, module: str
+) -> None:
+    command = await start_blocked(module, "run", "handlers")
+    command.send(signal.SIGTERM)
+    command.send(signal.SIGINT)
+    assert await command.ends() in {130, 143}  # two at once may arrive in either order
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+async def test_other_signal_during_start_is_one_log_line(
+    start_blocked: StartBlocked, plane: ControlPlane, go: Go, number: signal.Signals
+) -> None:
+    [item] = plane.enqueue(metadata={"do": "finish"})
+    command = await start_blocked("aiohttp", "run", "handlers", "--drain")
+    command.send(number)
+    go()
+    assert await command.ends() == 0
+    assert command.err.count(f"signal has no effect signal={number.name}") == 1
+    assert kinds(plane, item)[-1] == "stopped"
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v",), ("run-away",)])
+async def test_ctrl_c_during_start_of_any_other_command_ends_it(
+    start_blocked: StartBlocked, arguments: tuple[str, ...]
+) -> None:
+    command = await start_blocked("aiohttp", *arguments)
+    command.send(signal.SIGINT)
+    assert await command.ends() in {-signal.SIGINT, 130}
+
+
+NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+@pytest.fixture
+def as_process_1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands be process 1 of a namespace of their own."""
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare is not installed")
+    if subprocess.run([*NAMESPACE, "true"], check=False, capture_output=True).returncode:  # noqa: S603 - our own words
+        pytest.skip("unshare has no permission to make a process namespace")
+    interpreter = folder / "python"
+    interpreter.write_text(f'#!/bin/sh\nexec {" ".join(NAMESPACE)} {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+
+
+def only_child(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+
+
+@pytest.mark.usefixtures("as_process_1")
+async def test_sigterm_during_start_as_process_1_is_not_lost(
+    start_blocked: StartBlocked, plane: ControlPlane, go: Go
+) -> None:
+    """The kernel drops signals to process 1 of a namespace that have no handler."""
+    [item] = plane.enqueue(metadata={"do": "finish"})
+    command = await start_blocked("aiohttp", "run", "handlers")
+    os.kill(only_child(command.pid), signal.SIGTERM)
+    go()
+    assert await command.ends() == 0
+    assert kinds(plane, item) == ["created"]
+
+
+# Signals to a pool that runs.
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+async def test_other_signal_to_a_running_pool_is_one_log_line(
+    start: Start, plane: ControlPlane, number: signal.Signals
+) -> None:
+    plane.enqueue(metadata={"do": "wait"})
+    command = await start("run", "handlers")
+    await command.logs("wait runs")
+    command.send(number)
+    line = await command.logs("signal has no effect")
+    assert f"signal={number.name}" in line
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert "drained result=clean" in command.err
+
+
+class OnTerminal(Protocol):
+    async def __call__(self, *command: str) -> tuple[Command, int]: ...
+
+
+@pytest.fixture
+async def on_terminal(plane: ControlPlane, folder: Path) -> AsyncIterator[OnTerminal]:
+    """Start a command whose controlling terminal hangs up when the file descriptor is closed."""
+    commands: list[Command] = []
+
+    async def begin(*words: str) -> tuple[Command, int]:
+        master, terminal = os.openpty()
+        process = await asyncio.create_subprocess_exec(
+            *("setsid", "--ctty", *words),
+            env={
+                **os.environ,
+                "WORKPOOL_BASE_URL": plane.base_url,
+                "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+                "WORKPOOL_TOKEN": TOKEN,
+                "WORKPOOL_METRICS_LISTEN": "off",
+            },
+            cwd=folder,
+            stdin=terminal,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(terminal)
+        commands.append(Command(process))
+        return commands[-1], master
+
+    if shutil.which("setsid") is None:
+        pytest.skip("setsid is not installed")
+    yield begin
+    for command in commands:
+        await command.kill()
+
+
+WORKPOOL = (sys.executable, "-m", "workpool")
+
+
+async def test_hangup_of_the_terminal_drains_the_pool(
+    on_terminal: OnTerminal, plane: ControlPlane
+) -> None:
+    [item] = plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await on_terminal(*WORKPOOL, "run", "handlers")
+    await command.logs("wait runs")
+    os.close(terminal)
+    assert await command.ends() == 0
+    assert "drained result=clean" in command.err
+    assert kinds(plane, item)[-1] == "stopped"
+
+
+async def test_hangup_of_a_shells_terminal_drains_its_foreground_job(
+    on_terminal: OnTerminal, plane: ControlPlane
+) -> None:
+    [item] = plane.enqueue(metadata={"do": "wait"})
+    script = f"{' '.join(WORKPOOL)} run handlers; true"  # else the shell executes it in its place
+    command, terminal = await on_terminal("bash", "-i", "-c", script)
+    await command.logs("wait runs")
+    os.close(terminal)
+    await command.logs("drained result=clean")
+    assert await command.ends() == -signal.SIGHUP  # the shell
+    assert kinds(plane, item)[-1] == "stopped"
+
+
+async def test_hangup_of_the_terminal_ends_serve(on_terminal: OnTerminal) -> None:
+    command, terminal = await on_terminal(*WORKPOOL, "serve", "--port", "0")
+    await command.prints("ready")
+    os.close(terminal)
+    assert await command.ends() == 0
+
+
+async def test_sighup_while_the_terminal_is_open_is_one_log_line(
+    on_terminal: OnTerminal, plane: ControlPlane
+) -> None:
+    plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await on_terminal(*WORKPOOL, "run", "handlers")
+    await command.logs("wait runs")
+    command.send(signal.SIGHUP)
+    await command.logs("signal has no effect signal=SIGHUP")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    os.close(terminal)
+
+
+async def test_nohup_keeps_the_pool_running_when_the_terminal_hangs_up(
+    on_terminal: OnTerminal, plane: ControlPlane
+) -> None:
+    plane.enqueue(metadata={"do": "wait"})
+    command, terminal = await on_terminal("nohup", *WORKPOOL, "run", "handlers")
+    await command.logs("wait runs")
+    os.close(terminal)
+    [item] = plane.enqueue(metadata={"do": "finish"})
+    await command.logs("finish runs")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert kinds(plane, item)[-1] == "stopped"
