@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _NoAnswer = Literal["silence", "reset"]
 
+WRITES: Final = frozenset({"ack", "stop", "update"})
+"""The calls that our own limit of writes applies to; a heartbeat never waits for it."""
 _ABSENT: Final = "\x00"
 """In place of the token that error messages are cleared of; occurs in none."""
 
@@ -145,21 +147,30 @@ class LocalClient:
         self._open = False
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Nothing limits us."""
-        del priority
-        return True
+        """Acquire the right to send one write, unless others wait for it or the rate is used up."""
+        limiter = self.rate_limits.write
+        return not limiter.limited or limiter.try_acquire(priority)
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Nothing limits us."""
+        """Acquire the right to send one write, however long that takes."""
+        await self._acquire(priority, None)
 
     def release_permit(self) -> None:
-        """Nothing limits us."""
+        """Give back a permit that was not used."""
+        if self.rate_limits.write.limited:
+            self.rate_limits.write.refund()
 
     async def acquire_ack_permit(self) -> None:
-        """Nothing limits us."""
+        """Acquire the right to send one ack.
+
+        Raises:
+            TransientError: It took longer than the setting `request_timeout`.
+        """
+        await self._acquire(Priority.CLAIM, self._timeout)
 
     def release_ack_permit(self) -> None:
-        """Nothing limits us."""
+        """Give back an ack permit that was not used."""
+        self.release_permit()
 
     async def poll(
         self,
@@ -196,11 +207,13 @@ class LocalClient:
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Protocol §3.2."""
-        del permit
 
         def operate() -> object:
             return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
 
+        options = options._replace(
+            priority=min(options.priority, Priority.CLAIM), permit=permit or options.permit
+        )
         item = await self._send(calls.ACK, work_id, operate, timeout, options)
         return calls.same_item(calls.ACK, work_id, item)
 
@@ -221,6 +234,8 @@ class LocalClient:
             )
             return {"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)}
 
+        if self.rate_limits.write.limited:
+            self.rate_limits.write.charge()
         return await self._send(calls.HEARTBEAT, work_id, operate, timeout, options)
 
     async def stop(
@@ -304,7 +319,7 @@ class LocalClient:
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
         trouble = self._befalls(call.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        await _wait(call.op, trouble.wait, until)
+        await self._wait(call.op, trouble, options, until)
         if options.check is not None:
             options.check()
         self._leaves(call.op, work_id, trouble)
@@ -324,6 +339,33 @@ class LocalClient:
         # What was sent arrives, whatever becomes of the caller.
         self._carry(trouble.there, arrive)
         return await self._settle(call, exchange(), until - loop.time())
+
+    async def _wait(self, op: str, trouble: Trouble, options: CallOptions, until: float) -> None:
+        """Wait for our own rate limit and for the connection."""
+        loop = asyncio.get_running_loop()
+        if op in WRITES and not options.permit:
+            await self._acquire(options.priority, until - loop.time())
+        if trouble.wait:
+            await asyncio.sleep(min(trouble.wait, until - loop.time()))
+            if loop.time() >= until:
+                raise TransientError(op, None, "no answer in time", reason="timeout")
+
+    async def _acquire(self, priority: Priority, seconds: float | None) -> None:
+        """Acquire one write of our own rate limit within `seconds` (None: without a bound)."""
+        limiter = self.rate_limits.write
+        if not limiter.limited or limiter.try_acquire(priority):
+            return
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            async with asyncio.timeout(seconds):
+                await limiter.acquire(priority)
+        except TimeoutError:
+            problem = "waited too long for our own rate limit"
+            raise TransientError("permit", None, problem, reason="timeout") from None
+        finally:
+            if self.on_rate_limit_wait is not None:
+                self.on_rate_limit_wait(limiter.kind, loop.time() - started)
 
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
@@ -355,15 +397,6 @@ class LocalClient:
         if answer.status in SUCCESS:
             return value_of(call.op, answer, call.parse)
         raise error_of(call.op, answer, _ABSENT)
-
-
-async def _wait(op: str, seconds: float, until: float) -> None:
-    """Wait for a rate limit or a connection, but not past `until` on the loop's clock."""
-    if seconds:
-        loop = asyncio.get_running_loop()
-        await asyncio.sleep(min(seconds, until - loop.time()))
-        if loop.time() >= until:
-            raise TransientError(op, None, "no answer in time", reason="timeout")
 
 
 def answer_to(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:

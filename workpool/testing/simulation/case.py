@@ -134,7 +134,7 @@ class Case:
             )
             or any(
                 delay.node is node
-                and delay.work_id == tenure.work_id
+                and delay.work_id in {tenure.work_id, None}
                 and delay.until >= since
                 and delay.since <= until
                 for delay in self.trace.delays

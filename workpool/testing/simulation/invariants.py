@@ -29,6 +29,18 @@ from workpool.testing.simulation.handovers import (
     only_a_child_takes_over,
     what_is_handed_over_is_let_go,
 )
+from workpool.testing.simulation.order import (
+    a_try_leaves_time_for_another,
+    acks_do_not_wait,
+    attempts_count_runs,
+    cancellations_are_repeated,
+    completions_go_first,
+    failing_handlers_claim_slowly,
+    nothing_is_sent_in_doubt,
+    one_heartbeat_at_a_time,
+    refused_acks_are_backed_off,
+    sessions_share_no_context,
+)
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
@@ -50,6 +62,8 @@ RELEASED_SECONDS: Final = 12.5
 DRAIN_SECONDS: Final = 6.0
 """What a drain may take beyond its timeout: 5 s for the finish, and what its ends wait for."""
 CLOSE_SECONDS: Final = 11.0
+HEEDLESS: Final = frozenset({"stubborn", "swallow"})
+"""Handlers that ignore a cancellation."""
 DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 
 
@@ -79,7 +93,11 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
             yield f"{_name(run)} started before a beat was answered"
         told = run.obeyed_at
         limit = tenure.promised(told) - GIVE_UP_SECONDS + MARGIN_SECONDS
-        excused = _just_woken(run.node, told) or case.usurped(run.node, run.work_id)
+        excused = (
+            _just_woken(run.node, told)
+            or case.usurped(run.node, run.work_id)
+            or run.node.paused_unseen(run.started, told)
+        )
         if told > limit and not excused:
             yield f"{_name(run)} ran until {told:.3f}, promised until {limit:.3f}"
 
@@ -101,8 +119,9 @@ def _may_overlap(case: Case, one: Run, two: Run) -> bool:
         return False
     tenure = case.tenure(one.node, one.work_id, one.started)
     broken = tenure is not None and case.broken(tenure)
-    told = one.told_at <= two.started and one.play == "stubborn"
-    return told or broken or _just_woken(one.node, two.started, TIDY_SECONDS)
+    told = one.told_at <= two.started and one.play in HEEDLESS
+    unseen = one.node.paused_unseen(one.started, two.started)
+    return told or broken or unseen or _just_woken(one.node, two.started, TIDY_SECONDS)
 
 
 def no_two_handlers_run_one_session(case: Case) -> Iterator[str]:
@@ -122,8 +141,24 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
         if tenure is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
-        elif call.at > tenure.promised(call.at) + MARGIN_SECONDS:
+        elif call.at > tenure.promised(call.at) + MARGIN_SECONDS and not (
+            _verifies(case, tenure, call)
+        ):
             yield f"{call} was sent; promised until {tenure.promised(call.at):.3f}"
+
+
+def _verifies(case: Case, tenure: Tenure, call: Sent) -> bool:
+    """Whether this is the heartbeat after a pause that the lease clock does not show.
+
+    It names the one before it, so that it cannot take another worker's item.
+    """
+    begun = any(
+        each.op == "heartbeat"
+        and each.answer == "ok"
+        and tenure.began < each.answered_at <= call.at
+        for each in case.sent[call.node, tenure.work_id]
+    )
+    return call.op == "heartbeat" and begun and call.node.paused_unseen(tenure.began, call.at)
 
 
 def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
@@ -243,7 +278,7 @@ def only_stubborn_handlers_are_left_behind(case: Case) -> Iterator[str]:
     """6c. Whatever heeds its cancellation, and its finish, fits into a drain that is answered."""
     for node in case.trace.nodes:
         stubborn = sum(
-            run.node is node and run.play == "stubborn" and run.ended > run.told_at
+            run.node is node and run.play in HEEDLESS and run.ended > run.told_at
             for run in case.trace.runs
         )
         if node.left_behind > stubborn and not (node.machine.pauses or _unanswered(case, node)):
@@ -253,6 +288,9 @@ def only_stubborn_handlers_are_left_behind(case: Case) -> Iterator[str]:
 def _unanswered(case: Case, node: Node) -> bool:
     """Whether something befell the pool's calls in the last seconds of its drain."""
     return any(
+        delay.node is node and delay.until >= node.closed - DRAIN_SECONDS
+        for delay in case.trace.delays
+    ) or any(
         call.node is node
         and call.op != "poll"
         and call.trouble is not None
@@ -321,6 +359,16 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     only_stubborn_handlers_are_left_behind,
     drains_leave_nothing_behind,
     nothing_crashes,
+    completions_go_first,
+    acks_do_not_wait,
+    refused_acks_are_backed_off,
+    failing_handlers_claim_slowly,
+    cancellations_are_repeated,
+    nothing_is_sent_in_doubt,
+    one_heartbeat_at_a_time,
+    a_try_leaves_time_for_another,
+    sessions_share_no_context,
+    attempts_count_runs,
     outcomes_agree,
     losses_are_true,
     metrics_agree,

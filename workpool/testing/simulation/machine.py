@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Ts = TypeVarTuple("Ts")
 
+Halt = Literal["asleep", "stopped", "paused", "crashed"]
+
 NETWORK: Final = Context()
 """Belongs to no machine: what is under way arrives, whatever becomes of its sender."""
 
@@ -33,8 +35,11 @@ class Machine:
 
     Attributes:
         halted: Why nothing runs on it now.
+        blocked: Nothing runs on it now, or soon will not.
         pauses: From when to when it did not run, on the loop's clock.
+        unseen: Those of `pauses` that only its wall clock shows.
         slept: Seconds for which its timers have stood still.
+        frozen: Seconds for which its lease clock has stood still as well.
         stage: Where its handlers play.
     """
 
@@ -43,17 +48,25 @@ class Machine:
     def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
         """`rate`: seconds of its lease clock per second."""
         self.name = name
-        self.halted: Literal["asleep", "stopped", "crashed"] | None = None
+        self.halted: Halt | None = None
+        self.blocked = False
         self.pauses: list[tuple[float, float]] = []
-        self.slept = 0.0
+        self.unseen: list[tuple[float, float]] = []
+        self.slept = self.frozen = 0.0
+        self._planned: tuple[Halt, float] = ("asleep", 0.0)
+        self._steps_left = 0
         self._loop = loop
         self._rate = rate
         self._halted_at = 0.0
         self._waiting: list[asyncio.Handle] = []
 
     def clock(self) -> float:
-        """Tell the time that leases are measured on: it goes on whatever the machine does."""
-        return self._loop.now * self._rate
+        """Tell the time that leases are measured on: it goes on unless the machine is `paused`."""
+        return (self._loop.now - self.frozen) * self._rate
+
+    def wall(self) -> float:
+        """Tell the time of day: it goes on whatever the machine does."""
+        return self._loop.now
 
     def context(self) -> Context:
         """Make a context in which everything belongs to this machine."""
@@ -61,32 +74,59 @@ class Machine:
         context.run(_MACHINE.set, self)
         return context
 
-    def halt(self, how: Literal["asleep", "stopped", "crashed"]) -> None:
-        """Let nothing run any more. While `asleep`, timers stand still as well."""
+    def halt(self, how: Halt, seconds: float | None = None) -> None:
+        """Let nothing run any more, for `seconds` or until `go_on`.
+
+        While it is `asleep`, timers stand still as well; while it is `paused`, the lease clock too.
+        """
         if self.halted is not None:
             if how != "crashed":
                 return
-            self.pauses.append((self._halted_at, self._loop.now))
+            self._end_halt()
         self.halted, self._halted_at = how, self._loop.now
+        self.blocked = True
+        if seconds is not None:
+            self._loop.call_at(self._loop.now + seconds, self.go_on, context=NETWORK)
+
+    def halt_after(self, steps: int, how: Halt, seconds: float) -> None:
+        """Halt after so many more callbacks: in the middle of what they have begun."""
+        if self.halted is None:
+            self.blocked = True
+            self._planned, self._steps_left = (how, seconds), steps
 
     def go_on(self) -> None:
         """Run again, what has waited first. A crash is final."""
-        if self.halted in {"asleep", "stopped"}:
-            self.pauses.append((self._halted_at, self._loop.now))
-            if self.halted == "asleep":
-                self.slept += self._loop.now - self._halted_at
+        if self.halted != "crashed":
+            if self.halted is not None:
+                self._end_halt()
             self._release()
+
+    def _end_halt(self) -> None:
+        pause = self._halted_at, self._loop.now
+        seconds = pause[1] - pause[0]
+        self.pauses.append(pause)
+        if self.halted in {"asleep", "paused"}:
+            self.slept += seconds
+        if self.halted == "paused":
+            self.unseen.append(pause)
+            self.frozen += seconds
 
     def bury(self) -> None:
         """The play is over: let what is left of it be cancelled."""
         self._release()
 
     def wait(self, handle: asyncio.Handle) -> None:
-        """Keep a callback until the machine runs."""
+        """Keep a callback until the machine runs; let it run if the machine is yet to halt."""
+        if self.halted is None:
+            self._steps_left -= 1
+            if self._steps_left >= 0:
+                self._loop.run_soon(handle)
+                return
+            self.halt(*self._planned)
         self._waiting.append(handle)
 
     def _release(self) -> None:
-        self.halted = None
+        self.halted, self.blocked = None, False
         waiting, self._waiting = self._waiting, []
         for handle in waiting:
             self._loop.run_soon(handle)
@@ -121,7 +161,7 @@ class _Timer(asyncio.TimerHandle):
         self._loop.now = max(self._loop.now, self._when)  # else who waits for it spins
         if machine is None:
             super()._run()
-        elif machine.halted is not None:
+        elif machine.blocked:
             machine.wait(self)
         elif machine.slept > self._slept:
             self._when += machine.slept - self._slept
@@ -172,7 +212,7 @@ class MachinesLoop(VirtualLoop):
         """Run it in this step, or once its machine runs."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         handle = asyncio.Handle(callback, args, self, context)
-        if machine is None or machine.halted is None:
+        if machine is None or not machine.blocked:
             self._ready.append(handle)
         else:
             machine.wait(handle)

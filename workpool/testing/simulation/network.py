@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from workpool.errors import ControlPlaneError, TransientError
@@ -13,7 +14,8 @@ from workpool.testing.local import LocalClient, Trouble, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import calls
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from workpool.server import Operations
     from workpool.settings import Settings
+    from workpool.testing.simulation.machine import Halt
     from workpool.testing.simulation.schedule import Schedule
     from workpool.testing.simulation.trace import Node, Trace
     from workpool.wire.answers import Answer
@@ -35,6 +38,9 @@ FADED_SECONDS: Final = 20.0
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
 CALM: Final = Trouble(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
+DENIAL: Final = Trouble(
+    there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
+)
 SILENCE: Final = Trouble(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
@@ -62,22 +68,33 @@ class Network:
         """Decide what happens to a call."""
         if self.over:
             return SILENCE
-        now = _loop().now
-        trouble: Trouble | None = None
-        if not self.healed:
-            if node.cuts and any(since <= now < until for since, until in node.cuts):
-                trouble = SILENCE
-            elif self._share and self._random.random() < self._share:
-                kind = self._random.choice(self._kinds)
-                trouble = make_trouble(kind, self._random)
-                if kind == "asleep" and op != "poll":  # the machine falls asleep while it waits
-                    self._fall_asleep(node, trouble.wait / 2)
-                if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
-                    node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
-        self.trace.troubles += trouble is not None
-        if trouble is not None and trouble.wait:
+        trouble = None if self.healed else self._draw(node, op)
+        if trouble is None:
+            return CALM
+        self.trace.troubles += 1
+        if trouble.wait and work_id is not None:
+            now = _loop().now
             self.trace.delays.append(Delay(node, work_id, now, now + trouble.wait))
-        return trouble or CALM
+        return trouble
+
+    def _draw(self, node: Node, op: str) -> Trouble | None:
+        if _within(node.cuts):
+            return SILENCE
+        if op == "ack" and _within(node.denials):
+            return DENIAL
+        if not self._share or self._random.random() >= self._share:
+            return None
+        kind = self._random.choice(self._kinds)
+        trouble = make_trouble(kind, self._random)
+        if kind == "asleep" and op != "poll":  # the machine falls asleep while the call waits
+            self._fall_asleep(node, trouble.wait / 2)
+        elif kind == "drowsy":  # or somewhere in the work that follows the answer
+            steps = self._random.randint(0, 12)
+            self._fall_asleep(node, trouble.there + trouble.back, steps)
+        elif kind == "fading" and op == "heartbeat":  # a slow answer, and then none
+            now = _loop().now
+            node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
+        return trouble
 
     def leaves(self, node: Node, op: str, work_id: str | None, trouble: Trouble) -> Sent | None:
         """Note a call whose bytes are sent now."""
@@ -87,13 +104,14 @@ class Network:
         self.trace.sent.append(sent)
         return sent
 
-    def _fall_asleep(self, node: Node, seconds: float) -> None:
-        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0))
+    def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> None:
+        """Let the machine stand still after `seconds` and so many callbacks more."""
+        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 40.0))
+        how: Halt = self._random.choice(("asleep", "asleep", "paused"))
 
         def sleep() -> None:
             if not self.healed:
-                node.machine.halt("asleep")
-                loop.call_later(length, node.machine.go_on, context=NETWORK)
+                node.machine.halt_after(steps, how, length)
 
         loop.call_at(loop.now + seconds, sleep, context=NETWORK)
 
@@ -102,6 +120,8 @@ def make_trouble(kind: str, random: Random) -> Trouble:
     """One trouble of a kind of `schedule.TROUBLES`."""
     there = LATENCY_SECONDS
     match kind:
+        case "drowsy":
+            return Trouble(there=there, back=there)
         case "wait" | "asleep":
             return Trouble(random.uniform(0.05, 9.0), there, there)
         case "late" | "fading":
@@ -112,8 +132,18 @@ def make_trouble(kind: str, random: Random) -> Trouble:
             return (
                 Trouble(there=seconds, back=there) if first else Trouble(there=there, back=seconds)
             )
-        case "silence" | "lost":
-            return SILENCE if kind == "silence" else Trouble(there=there, answer="silence")
+        case _:
+            return _wrong_answer(kind, random)
+
+
+def _wrong_answer(kind: str, random: Random) -> Trouble:
+    """No answer, or another one than the control plane's."""
+    there = LATENCY_SECONDS
+    match kind:
+        case "silence":
+            return SILENCE
+        case "lost":
+            return Trouble(there=there, answer="silence")
         case "reset" | "reset-applied":
             return Trouble(there=there, back=there, applied=kind != "reset", answer="reset")
         case "garbage" | "garbage-applied":
@@ -140,6 +170,8 @@ class Client(LocalClient):
         self._node = node
         self._sent: Sent | None = None
         self._patch: Mapping[str, str | None] = {}
+        if rate := node.pool.write_rate:
+            self.rate_limits.write = RateLimiter("write", rate, _loop().time)
 
     async def __aenter__(self) -> Client:
         """Open; from now on the pool has a name."""
@@ -211,6 +243,20 @@ class Client(LocalClient):
     def _gone(self, answered: asyncio.Future[Reply]) -> bool:
         return answered.cancelled() or self._node.machine.halted == "crashed"
 
+    async def acquire_ack_permit(self) -> None:
+        """Note when it was acquired."""
+        await super().acquire_ack_permit()
+        if self.rate_limits.write.limited:
+            self._node.claim_permits.append(_loop().now)
+
+    async def _acquire(self, priority: Priority, seconds: float | None) -> None:
+        began = _loop().now
+        try:
+            await super()._acquire(priority, seconds)
+        finally:
+            if (now := _loop().now) > began and priority != Priority.CLAIM:
+                self._network.trace.delays.append(Delay(self._node, None, began, now))
+
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
@@ -242,6 +288,12 @@ class Client(LocalClient):
         finally:
             if sent is not None:
                 sent.answer, sent.answered_at = answer, _loop().now
+
+
+def _within(times: list[tuple[float, float]]) -> bool:
+    """Whether it is now between any two of the times."""
+    now = _loop().now
+    return any(since <= now < until for since, until in times)
 
 
 def _loop() -> MachinesLoop:

@@ -9,28 +9,37 @@ if TYPE_CHECKING:
     from random import Random
 
 DeedKind = Literal[
-    "work", "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire"
-]
+    "work", "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire",
+    "pause", "deny",
+]  # fmt: skip
 DEEDS: Final[tuple[DeedKind, ...]] = (
     "crash", "restart", "cut", "cut", "cut", "stop", "force", "drain", "drain", "sleep", "freeze",
-    "freeze", "expire",
+    "freeze", "expire", "pause", "deny",
 )  # fmt: skip
 PLAYS: Final = (
     "work", "work", "work", "raise", "release", "heedless", "stubborn", "tidy", "write", "odd",
-    "eager", "detach", "detach",
+    "eager", "detach", "detach", "swallow", "brink",
 )  # fmt: skip
 TROUBLES: Final = (
     "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",
     "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
-    "wait", "asleep",
+    "wait", "asleep", "asleep", "drowsy", "drowsy",
 )  # fmt: skip
 HORIZON_SECONDS: Final = 150.0
 """Until then things happen; after that everything heals."""
+BURST_SHARE: Final = 0.06
+"""The share of schedules with many short sessions at once."""
+PAUSE_SECONDS: Final = 2.5
+"""The shortest pause of a virtual machine: shorter ones are not noticed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One pool's settings, and how fast its lease clock runs."""
+    """One pool's settings, and how fast its lease clock runs.
+
+    Attributes:
+        write_rate: Writes per second that its own rate limit allows; 0 = unlimited.
+    """
 
     concurrency: int = 2
     prefetch: int = 0
@@ -42,6 +51,7 @@ class Pool:
     session_timeout: float | None = None
     request_timeout: float = 10.0
     rate: float = 1.0
+    write_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,8 @@ def draw(random: Random, seed: int) -> Schedule:
     """Draw a schedule."""
     pools = tuple(_pool(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
     work = [_work(random) for _ in range(random.randint(1, 4))]
+    if random.random() < BURST_SHARE:
+        work.append(_burst(random))
     deeds = [_deed(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
     kinds = (*random.choice(((), ("late",))), *random.sample(TROUBLES, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
@@ -106,6 +118,7 @@ def _pool(random: Random) -> Pool:
         session_timeout=random.choice((None, None, None, 8.0, 25.0)),
         request_timeout=random.choice((2.0, 10.0)),
         rate=random.choice((1.0, 1.0, 0.9999, 1.0001)),
+        write_rate=random.choice((0.0, 0.0, 0.0, 0.0, 2.0)),
     )
 
 
@@ -120,9 +133,16 @@ def _work(random: Random) -> Deed:
     )
 
 
+def _burst(random: Random) -> Deed:
+    play = random.choice(("raise", "work"))
+    return Deed(_moment(random, 30), "work", seconds=0.005, play=play, count=random.randint(6, 9))
+
+
 def _deed(random: Random) -> Deed:
     kind = random.choice(DEEDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
+    if kind == "pause":
+        seconds = max(seconds, PAUSE_SECONDS)
     return Deed(_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool import Release, Session, handler
@@ -21,12 +22,18 @@ PLAY: Final = "play"
 SECONDS: Final = "seconds"
 STUBBORN_SECONDS: Final = 15.0
 """How long a stubborn handler goes on after its cancellation, at most."""
+SWALLOW_SECONDS: Final = 40.0
+"""How long a handler goes on after its first cancellation; it obeys a second one."""
 TIDY_SECONDS: Final = 0.9
 """How long a clean-up takes: less than the second that every lease leaves for it."""
 ENCORE_SECONDS: Final = 0.05
 WAYS: Final = ("soon", "soon", "late", "fails", "never")
 BLOCK_SECONDS: Final = 0.3
 """How long it takes to start a child."""
+
+
+_SESSION: ContextVar[str | None] = ContextVar("session", default=None)
+"""Set by every handler, so that one that finds it set runs in another session's context."""
 
 
 @handler
@@ -64,6 +71,8 @@ class Stage:
             seconds = min(seconds, ENCORE_SECONDS)
         first = not any(run.work_id == item.id for run in self._trace.runs)
         run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
+        run.leaked = _SESSION.get() is not None
+        _SESSION.set(item.id)
         self._trace.runs.append(run)
         alone = self._node.child or (self.healed and name == "detach")
         act = self._work if alone else getattr(self, f"_{name}", self._work)
@@ -136,6 +145,22 @@ class Stage:
             except asyncio.CancelledError:  # as handlers should not
                 self._note(run)
         return {"done": "at last"}
+
+    async def _swallow(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:  # as handlers should not
+            self._note(run)
+            await asyncio.sleep(SWALLOW_SECONDS)
+        return {"done": "at last"}
+
+    async def _brink(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        """Return at the very moment of the cancellation, as far as that is known before."""
+        try:
+            await asyncio.sleep(self._node.pool.session_timeout or seconds)
+        except asyncio.CancelledError:  # as handlers should not
+            self._note(run)
+        return {"done": "just so"}
 
     async def _write(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         until, count = self._now() + seconds, 0

@@ -8,7 +8,7 @@ holds against the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,12 +67,28 @@ class Sent:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Delay:
-    """A call that waited on its own machine before its check; it may never have been sent."""
+    """A call that waited on its own machine before its check; it may never have been sent.
+
+    Attributes:
+        work_id: None: the client does not know for which item.
+    """
 
     node: Node
     work_id: str | None
     since: float
     until: float
+
+
+class Patch(NamedTuple):
+    """One change of an item's metadata.
+
+    Attributes:
+        released: The item had the mark of a run that does not count afterwards.
+    """
+
+    work_id: str
+    worker_id: str | None
+    released: bool
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -86,7 +102,7 @@ class Run:
             None: it had not.
         stop_seen: An operator's wish had reached it when it ended.
         attempt: The number that its session was given.
-        believed: The most that it believed of its lease past the control plane's, in seconds.
+        leaked: Another session's context variable was set when it started.
     """
 
     node: Node
@@ -99,6 +115,7 @@ class Run:
     result: str | None = None
     stop_seen: bool = False
     attempt: int = 1
+    leaked: bool = False
 
     @property
     def obeyed_at(self) -> float:
@@ -132,8 +149,9 @@ class Node:
         polls: How many it began; one that waits on its machine may never be sent.
         closed: When nothing of it was left; infinite if it crashed.
         crashed: When it vanished.
-        cut: From when to when nothing that it sent arrived.
-        shaken: When its clock or its machine was disturbed.
+        cuts: From when to when nothing that it sent arrived.
+        denials: From when to when its acks were refused.
+        claim_permits: When it acquired permits for acks, if it has a rate limit.
     """
 
     machine: Machine
@@ -149,11 +167,22 @@ class Node:
     polls: int = 0
     error: BaseException | None = None
     cuts: list[tuple[float, float]] = field(default_factory=list)
+    denials: list[tuple[float, float]] = field(default_factory=list)
+    claim_permits: list[float] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)
 
     def paused(self, start: float, end: float) -> bool:
         """Whether it stood still at any time between."""
         return any(since < end and until > start for since, until in self.machine.pauses)
+
+    def stood(self, start: float, end: float) -> float:
+        """Return the seconds between for which it stood still."""
+        pauses = self.machine.pauses
+        return sum(max(0.0, min(end, until) - max(start, since)) for since, until in pauses)
+
+    def paused_unseen(self, start: float, end: float) -> bool:
+        """Whether its lease clock stood still at any time between."""
+        return any(since < end and until > start for since, until in self.machine.unseen)
 
 
 @dataclass(slots=True, repr=False)
@@ -162,6 +191,7 @@ class Trace:
 
     Attributes:
         broken: Items whose lease the operator ended early, and when.
+        patches: What was written into which item's metadata by whom, and what they were then.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -170,5 +200,6 @@ class Trace:
     handings: list[Handing] = field(default_factory=list)
     delays: list[Delay] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
+    patches: list[Patch] = field(default_factory=list)
     troubles: int = 0
     deeds: int = 0

@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.errors import WorkpoolError
+from workpool.pool.attempt import RELEASED
 from workpool.pool.hold import Hold
 from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
@@ -18,21 +19,22 @@ from workpool.server.clock import SECOND
 from workpool.settings import Settings
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
-from workpool.testing.simulation.machine import NETWORK, Machine, MachinesLoop
+from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
-from workpool.testing.simulation.trace import FOREVER, Node, Trace
+from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
 from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from contextlib import AsyncExitStack
 
     from prometheus_client import CollectorRegistry
 
     from workpool.events import Event
     from workpool.pool.context import PoolContext
+    from workpool.server import Item
     from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
@@ -42,6 +44,7 @@ REST_SECONDS: Final = 25.0
 LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
+HALTS: Final[Mapping[str, Halt]] = {"sleep": "asleep", "freeze": "stopped", "pause": "paused"}
 
 
 class LoopRenewer(LeaseRenewer):
@@ -68,7 +71,7 @@ class LoopSupervisor(Supervisor):
     async def _live(self) -> None:
         loop = asyncio.get_running_loop()
         if isinstance(loop, VirtualLoop) and not isinstance(loop, MachinesLoop):
-            self._clock = self._wall = loop.machine_time
+            self._clock, self._wall = loop.machine_time, loop.wall_time
         await super()._live()
 
 
@@ -122,6 +125,24 @@ def _usual_settings() -> Settings:
     )
 
 
+class NotedOperations(Operations):
+    """Operations that note what is written into an item's metadata."""
+
+    trace: Trace
+
+    def update(
+        self,
+        environment_id: str,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        worker_id: str | None = None,
+    ) -> Item:
+        """Protocol §3.5."""
+        item = super().update(environment_id, work_id, patch, worker_id)
+        self.trace.patches.append(Patch(work_id, worker_id, RELEASED in item.metadata))
+        return item
+
+
 class World:
     """Carries one schedule out; made and used inside `run_machines`."""
 
@@ -131,9 +152,10 @@ class World:
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
-        self.operations = Operations(
+        self.operations = NotedOperations(
             [ENVIRONMENT], now=lambda: START + loop.now, history_limit=None
         )
+        self.operations.trace = self.trace
         self.items: list[str] = []
         self._registry = registry
         chance = random.Random(schedule.seed)
@@ -212,7 +234,7 @@ class World:
 
     async def _life(self, node: Node, supervisor: Simulated) -> None:
         supervisor.node = node
-        supervisor._clock = supervisor._wall = node.machine.clock
+        supervisor._clock, supervisor._wall = node.machine.clock, node.machine.wall
         self._supervisors[node] = supervisor
         try:
             async with supervisor:
@@ -287,9 +309,10 @@ class World:
                     self._start(node.pool)
             case "cut":
                 node.cuts.append((now, now + deed.seconds))
-            case "sleep" | "freeze":
-                machine.halt("asleep" if deed.kind == "sleep" else "stopped")
-                self.loop.call_later(deed.seconds, machine.go_on)
+            case "deny":
+                node.denials.append((now, now + deed.seconds))
+            case "sleep" | "freeze" | "pause":
+                machine.halt(HALTS[deed.kind], deed.seconds)
             case "drain":
                 self._begin_drain(node, deed.seconds)
                 if deed.target % 2 and not node.child:

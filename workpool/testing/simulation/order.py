@@ -1,0 +1,257 @@
+"""8. The order in which a pool sends, and what it leaves to other workers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final
+
+from workpool.events import AckFinished, ItemClaimed, ItemDeclined, SessionFinished
+from workpool.testing.simulation.trace import FOREVER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.events import Event
+    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.trace import Node, Run, Sent
+
+INSTANT_SECONDS: Final = 0.001
+MARGIN_SECONDS: Final = 0.05
+PAUSE_SECONDS: Final = 2.2
+"""A longer pause is noticed."""
+TRY_PART: Final = 3
+"""One try takes at most this part of what is left of the lease."""
+REPEAT_SECONDS: Final = 10.0
+"""A cancellation that is ignored is repeated after this time."""
+DENIED_ACKS: Final = 10
+"""The most acks that are sent while all are refused, beside those that were under way."""
+FAILURES: Final = 5
+"""So many quick failures in a row make a handler one that is failing."""
+PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
+"""Handlers whose completion follows at once."""
+
+
+def completions_go_first(case: Case) -> Iterator[str]:
+    """8a. While a completion waits for the rate limit, no permit for a new claim is granted."""
+    for run in case.trace.runs:
+        permits = run.node.claim_permits
+        if permits and run.play in PROMPT and run.result in {"returned", "raised"}:
+            yield from _overtaken(case, run, permits)
+
+
+def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
+    writes = [
+        call
+        for call in case.sent[run.node, run.work_id]
+        if call.op in {"update", "stop"} and call.at >= run.ended
+    ]
+    stop = next((call for call in writes if call.op == "stop"), None)
+    if stop is None or run.node.paused(run.ended, stop.at):
+        return
+    writes = [call for call in writes if call.at <= stop.at]
+    if any(call.trouble is not None for call in writes):
+        return
+    for at in permits:
+        waited = run.ended + INSTANT_SECONDS < at < stop.at - INSTANT_SECONDS
+        if waited and not any(call.at <= at <= call.answered_at for call in writes):
+            yield f"{stop} waited since {run.ended:.3f}, a claim was permitted at {at:.3f}"
+
+
+def acks_do_not_wait(case: Case) -> Iterator[str]:
+    """8b. An item that has a slot is acknowledged at once: the ack's permit came before it."""
+    for node in case.trace.nodes:
+        if not node.claim_permits:
+            continue
+        for at, event in node.events:
+            if isinstance(event, AckFinished):
+                yield from _late_acks(case, node, at, event)
+
+
+def _late_acks(case: Case, node: Node, at: float, event: AckFinished) -> Iterator[str]:
+    began = at - (event.delivery_seconds - event.queue_seconds) / node.pool.rate
+    for call in case.sent[node, event.item.id]:
+        if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
+            late = call.at - began > MARGIN_SECONDS
+            if late and not (call.trouble or _delayed(case, node, call.work_id, began, at)):
+                yield f"{call} was sent; its item had a slot since {began:.3f}"
+            return
+
+
+def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: float) -> bool:
+    """Whether the node stood still, or a call for the item waited in vain for a connection."""
+    return node.paused(since - 1, until) or any(
+        each.node is node and each.work_id == work_id and since <= each.since <= until
+        for each in case.trace.delays
+    )
+
+
+def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
+    """8c. A pool whose acks are refused leaves the items to others."""
+    for node in case.trace.nodes:
+        for since, until in node.denials:
+            denied = sum(
+                call.node is node and call.op == "ack" and since <= call.at < until
+                for call in case.trace.sent
+            )
+            if denied > DENIED_ACKS + node.pool.concurrency + node.pool.prefetch:
+                yield f"{node.machine.name} sent {denied} acks that were refused"
+
+
+def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
+    """8d. After five quick failures in a row, an item is claimed only after a pause."""
+    for node in case.trace.nodes:
+        declined = {
+            (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
+        }
+        failed: set[str] = set()
+        resume_at, pause = 0.0, 0.0
+        for at, event in node.events:
+            if isinstance(event, SessionFinished):
+                failed, pause = _after(event, failed, pause)
+                resume_at = at + pause if pause else 0.0
+            elif _claimed(event, at, declined) and at < resume_at - INSTANT_SECONDS:
+                name = node.machine.name
+                yield f"{name} claimed an item at {at:.3f}, to wait until {resume_at:.3f}"
+
+
+def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[str], float]:
+    """Return the items that have failed in a row, and the pause that follows."""
+    if event.outcome == "failed" and event.seconds < 1 - INSTANT_SECONDS:
+        failed = failed | {event.session.item.id}
+        return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
+    if event.outcome in {"completed", "failed", "timed_out"}:
+        return set(), 0.0
+    return failed, pause
+
+
+def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
+    return (
+        isinstance(event, ItemClaimed)
+        and event.origin != "duplicate"
+        and (at, event.item.id) not in declined
+    )
+
+
+def cancellations_are_repeated(case: Case) -> Iterator[str]:
+    """8e. A handler that ignores its cancellation once is cancelled again."""
+    for run in case.trace.runs:
+        if run.play != "swallow" or run.told_at == FOREVER or run.node.left_behind:
+            continue
+        stood = run.node.stood(run.told_at, run.ended)
+        if run.ended - run.told_at > REPEAT_SECONDS + MARGIN_SECONDS + stood:
+            yield f"{run.work_id[-6:]} was cancelled at {run.told_at:.3f} and ran on"
+
+
+def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
+    """8f. After a pause that the lease clock does not show, a heartbeat must succeed first."""
+    for (node, work_id), calls in case.sent.items():
+        for since, until in node.machine.unseen:
+            if until - since < PAUSE_SECONDS:
+                continue
+            for call in calls:
+                if call.op in {"stop", "update"} and call.at >= until:
+                    tenure = case.tenure(node, work_id, call.at)
+                    if (
+                        tenure is not None
+                        and tenure.began < until
+                        and not _verified(calls, until, call)
+                    ):
+                        yield f"{call} was sent; its machine was paused until {until:.3f}"
+
+
+def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
+    return any(
+        call.op == "heartbeat"
+        and call.answer == "ok"
+        and call.at >= since
+        and call.answered_at <= until.at
+        for call in calls
+    )
+
+
+def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
+    """8g. A pool sends no heartbeat for an item while another one is under way."""
+    for calls in case.sent.values():
+        heartbeats = [call for call in calls if call.op == "heartbeat"]
+        for one, two in pairwise(heartbeats):
+            if two.at < one.answered_at:
+                yield f"{two} was sent while {one} was under way"
+
+
+def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
+    """8h. A write without an answer is given up early enough to be repeated."""
+    for (node, work_id), calls in case.sent.items():
+        for call in calls:
+            if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
+                continue
+            tenure = case.tenure(node, work_id, call.at)
+            if tenure is None:
+                continue
+            left = (tenure.promised(call.at) - call.at) / TRY_PART
+            most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
+            if call.answered_at - call.at > most + node.stood(call.at, call.answered_at):
+                yield f"{call} was given up at {call.answered_at:.3f} only"
+
+
+def sessions_share_no_context(case: Case) -> Iterator[str]:
+    """8i. What a handler writes to a context variable, no other session sees."""
+    for run in case.trace.runs:
+        if run.leaked:
+            yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
+
+
+def attempts_count_runs(case: Case) -> Iterator[str]:
+    """8j. A run's number is 1 and the earlier runs that ended with neither mark nor stop."""
+    for work_id, tenures in case.tenures.items():
+        if not _countable(case, work_id, tenures):
+            continue
+        for run in case.runs.get(work_id, ()):
+            if run.play == "alone":  # a part of the run before it
+                continue
+            tenure = case.tenure(run.node, work_id, run.started)
+            earlier = tenures[: tenures.index(tenure)] if tenure is not None else tenures
+            uncounted = [each for each in earlier if not _marked(case, each)]
+            least = 1 + sum(_ran(case, each) for each in uncounted)
+            if not least <= run.attempt <= 1 + len(uncounted):
+                yield (
+                    f"{work_id[-6:]} at {run.started:.3f} is attempt {run.attempt}, "
+                    f"not {least} to {1 + len(uncounted)}"
+                )
+
+
+def _countable(case: Case, work_id: str, tenures: list[Tenure]) -> bool:
+    """Whether nothing but crashes and lapses tells one run from the next."""
+    refused = any(
+        call.op == "update" and isinstance(call.answer, int)
+        for node in case.trace.nodes
+        for call in case.sent.get((node, work_id), ())
+    )
+    names = [each.worker_id for each in tenures]
+    late = any(
+        record.kind == "metadata" and record.worker_id != _holder(tenures, record.time)
+        for record in case.history
+        if record.work_id == work_id
+    )
+    odd = any(each.how == "detached" or case.broken(each) or each.usurper for each in tenures)
+    return not (refused or late or odd or len(set(names)) < len(names))
+
+
+def _holder(tenures: list[Tenure], at: float) -> str | None:
+    found = None
+    for each in tenures:
+        if each.began <= at:
+            found = each.worker_id
+    return found
+
+
+def _marked(case: Case, tenure: Tenure) -> bool:
+    """Whether the item had the mark of a release when the tenure ended."""
+    marked = False
+    for patch in case.trace.patches:
+        if patch.work_id == tenure.work_id and patch.worker_id == tenure.worker_id:
+            marked = patch.released
+    return marked
+
+
+def _ran(case: Case, tenure: Tenure) -> bool:
+    return any(run.node.worker_id == tenure.worker_id for run in case.runs.get(tenure.work_id, ()))
