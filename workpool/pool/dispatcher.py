@@ -219,5 +219,7 @@ class Dispatcher:
         return len(abandoned)
 
 
-def _age(item: WorkItem) -> float:
+def _age(item: WorkItem) -> float | None:
+    if item.created_at is None:
+        return None
     return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

@@ -370,7 +370,6 @@ class LeaseRenewer:
 
     def _doubt_all(self, now: float) -> None:
         self._doubted_at = now
-        self._pauses.paused()  # one that the handlers' loop has noticed is not noticed again
         log.warning("the machine was paused; all leases are verified before anything is sent")
         for lease in list(self._leases):
             lease.doubted_at = now
