@@ -868,7 +868,7 @@ class LeaseMachine(RuleBasedStateMachine):
         assert not self.lease.confirmed or self.lease.status == "lost"
 
 
-TestLeaseMachine = pytest.mark.slow(LeaseMachine.TestCase)
+TestLeaseMachine = pytest.mark.trial(LeaseMachine.TestCase)
 TestLeaseMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
 
 

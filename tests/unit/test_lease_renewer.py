@@ -376,7 +376,7 @@ class SlowClient(LocalClient):
         return Heartbeat("hb", lease_extended=True, state="active", ttl_seconds=ttl or 0)
 
 
-@pytest.mark.slow
+@pytest.mark.trial
 @pytest.mark.timeout(180)
 @in_virtual_time
 async def test_six_thousand_leases_at_half_a_second_of_latency_all_stay_held(
