@@ -53,7 +53,8 @@ class WorkClient:
 
     Args:
         settings: Where the control plane is; needs `environment_id` and a token.
-        session: Your own aiohttp session; stays open. Its proxy and TLS settings are used.
+        session: Your own aiohttp session; stays open. Its proxy and connections are used, and its
+            TLS settings unless the settings name a CA file or a client certificate.
         worker_id: Our identity on the wire; None = the setting.
         rate_limits: The rate limits that all clients of one account share; None = the settings'
             rates, for this client alone.
