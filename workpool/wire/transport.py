@@ -66,6 +66,7 @@ class Request(NamedTuple, Generic[T]):
         limiter: Our own rate limit that applies; None = the request waits for none.
         body: JSON.
         options: Its check, priority and connection.
+        reads_answer: False = a success counts as one without content, whatever it holds.
     """
 
     call: Call[T]
@@ -74,6 +75,7 @@ class Request(NamedTuple, Generic[T]):
     limiter: RateLimiter | None = None
     body: bytes | None = None
     options: CallOptions = DEFAULT_OPTIONS
+    reads_answer: bool = True
 
 
 class Transport:
@@ -219,6 +221,8 @@ class Transport:
             failure: ControlPlaneError = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
+                if not request.reads_answer:
+                    answer = Answer(http.HTTPStatus.NO_CONTENT, answer.headers, b"")
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
