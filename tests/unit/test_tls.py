@@ -37,9 +37,12 @@ def openssl(command: str, where: Path) -> None:
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a CA, certificates of a server and of a client, and odd files."""
     path = tmp_path_factory.mktemp("pki")
-    openssl(f"req -x509 {KEY} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path)
-    (path / "server.ext").write_text("subjectAltName=IP:127.0.0.1,DNS:pool.invalid")
-    (path / "client.ext").write_text("extendedKeyUsage=clientAuth")
+    # With what Python asks of certificates since 3.13.
+    usage = "-addext keyUsage=critical,keyCertSign"
+    openssl(f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path)
+    issuer = "authorityKeyIdentifier=keyid\n"
+    (path / "server.ext").write_text(f"{issuer}subjectAltName=IP:127.0.0.1")
+    (path / "client.ext").write_text(f"{issuer}extendedKeyUsage=clientAuth")
     for name in ("server", "client"):
         openssl(f"req {KEY} -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr", path)
         openssl(
