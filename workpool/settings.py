@@ -36,8 +36,10 @@ from workpool.errors import SettingsError
 from workpool.wire import protocol
 from workpool.wire.credentials import read_credential
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.tls import tls_context
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Iterable, Mapping
 
     Table = dict[str, Any]
@@ -144,6 +146,12 @@ class Settings(BaseSettings):
     """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
     token_file: Path | None = None
     """A file that holds the credential, read again after a refusal. Default: none."""
+    ca_file: Path | None = None
+    """Certificates (PEM) to trust instead of the system's. Default: none."""
+    client_cert_file: Path | None = None
+    """Our certificate (PEM) for a control plane that asks for one. Default: none."""
+    client_key_file: Path | None = None
+    """Its private key (PEM), not encrypted. Default: in `client_cert_file`."""
     environment_id: Annotated[str, Field(pattern=f"^{protocol.ID_PATTERN}$")] | None = None
     """The environment whose work to do; needed to connect. Default: none."""
     worker_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = Field(
@@ -255,6 +263,14 @@ class Settings(BaseSettings):
         variable = DIALECTS[self.dialect].credential_variable
         return read_credential(given, self.token_file, variable)
 
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Read the CA file and the client certificate; None when neither is set.
+
+        Raises:
+            SettingsError: A file cannot be read or used.
+        """
+        return tls_context(self.ca_file, self.client_cert_file, self.client_key_file)
+
     def require_connection(self) -> None:
         """Check that there is all that a connection needs.
 
@@ -264,10 +280,11 @@ class Settings(BaseSettings):
         problems: list[str] = []
         if self.environment_id is None:
             problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID)")
-        try:
-            self.read_token()
-        except SettingsError as error:
-            problems += error.problems
+        for read in (self.read_token, self.tls_context):
+            try:
+                read()
+            except SettingsError as error:
+                problems += error.problems
         if problems:
             raise SettingsError(tuple(problems))
 

@@ -27,6 +27,7 @@ async def test_all_is_well(start: Start) -> None:
     [
         ([], {"WORKPOOL_LEASE_TTL": "5"}, 2, "settings", "lease_ttl"),
         ([], {"WORKPOOL_TOKEN": ""}, 2, "credentials", "WORKPOOL_TOKEN"),
+        ([], {"WORKPOOL_CA_FILE": "nowhere.pem"}, 2, "credentials", "ca_file: No such file"),
         (["nowhere"], {}, 2, "plugins", "nowhere"),
         ([], {"WORKPOOL_TOKEN": "wrong"}, 3, "control plane", "the token is wrong"),
         ([], {"WORKPOOL_ENVIRONMENT_ID": "env_x"}, 3, "control plane", "environment_id"),

@@ -16,6 +16,7 @@ import pytest
 
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
+from workpool.wire import resolver
 from workpool.wire.options import CallOptions, Priority
 from workpool.wire.resolver import ThreadResolver
 from workpool.wire.threads import DaemonThreads
@@ -310,6 +311,25 @@ def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> Non
     names = {future.result(20).name for future in queued[1:]}
     assert names <= {"workpool-test-1", "workpool-test-2"}
     threads.close()
+
+
+async def test_lookup_that_hangs_is_begun_again_after_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release, look_up = threading.Event(), socket.getaddrinfo
+
+    def hang_once(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        release.wait()
+        return look_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang_once)
+    monkeypatch.setattr(resolver, "LOOKUP_SECONDS", 0.1)
+    async with serving() as server, WorkClient(server.settings("localhost")) as client:
+        with pytest.raises(TransientError):
+            await client.stop(WORK, timeout=20)
+        await client.stop(WORK, timeout=20)
+    release.set()
 
 
 async def test_resolver_returns_numeric_addresses() -> None:

@@ -57,6 +57,9 @@ def test_defaults() -> None:
         "dialect": "qoder",
         "token": None,
         "token_file": None,
+        "ca_file": None,
+        "client_cert_file": None,
+        "client_key_file": None,
         "environment_id": None,
         "plugins": (),
         "pollers": 2,
@@ -137,6 +140,9 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "base_url": "http://localhost:8484/api/v1/cloud",
         "dialect": "anthropic",
         "token_file": str(tmp_path / "token"),
+        "ca_file": str(tmp_path / "ca.pem"),
+        "client_cert_file": str(tmp_path / "cert.pem"),
+        "client_key_file": str(tmp_path / "key.pem"),
         "environment_id": "env_1",
         "worker_id": "me",
         "plugins": "a, b.c:D,",
@@ -263,6 +269,9 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("log_format", ("xml", 7)),
     ("token", (7, [HIDDEN])),
     ("token_file", (7,)),
+    ("ca_file", (7,)),
+    ("client_cert_file", (7,)),
+    ("client_key_file", (7,)),
 ]
 
 

@@ -37,6 +37,7 @@ from workpool.wire.reading import TRANSIENT, no_answer, read_bounded
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable, Mapping
 
     from yarl import URL
@@ -66,6 +67,7 @@ class Request(NamedTuple, Generic[T]):
         limiter: Our own rate limit that applies; None = the request waits for none.
         body: JSON.
         options: Its check, priority and connection.
+        reads_answer: False = a success counts as one without content, whatever it holds.
     """
 
     call: Call[T]
@@ -74,6 +76,7 @@ class Request(NamedTuple, Generic[T]):
     limiter: RateLimiter | None = None
     body: bytes | None = None
     options: CallOptions = DEFAULT_OPTIONS
+    reads_answer: bool = True
 
 
 class Transport:
@@ -107,7 +110,8 @@ class Transport:
         self._worker_id = worker_id
         self._threads = DaemonThreads("workpool-blocking", THREADS)
         try:
-            self._use(await self._read_settings())
+            token, self._tls = await self._read_settings()
+            self._use(token)
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
         except BaseException:
@@ -219,6 +223,8 @@ class Transport:
             failure: ControlPlaneError = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
+                if not request.reads_answer:
+                    answer = Answer(http.HTTPStatus.NO_CONTENT, answer.headers, b"")
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
@@ -260,6 +266,7 @@ class Transport:
             headers=CIMultiDict(self._headers, **headers),
             timeout=_ENDLESS,
             proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
@@ -273,6 +280,7 @@ class Transport:
             headers=self._headers if request.body is None else self._json_headers,
             timeout=_ENDLESS,
             proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
@@ -324,18 +332,18 @@ class Transport:
             self._reading.add_done_callback(_retrieve)
         return await asyncio.shield(self._reading)
 
-    async def _read_settings(self) -> str:
-        """Check all that a connection needs, and return the token."""
+    async def _read_settings(self) -> tuple[str, ssl.SSLContext | bool]:
+        """Check all that a connection needs, and return the token and whom to trust."""
 
-        def read() -> str:
+        def read() -> tuple[str, ssl.SSLContext | bool]:
             self._settings.require_connection()
-            return self._settings.read_token()
+            return self._settings.read_token(), self._settings.tls_context() or True
 
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read)
         except TimeoutError:
-            problem = "token_file: could not be read in time"
+            problem = "token_file, ca_file, client_cert_file: could not be read in time"
         raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
