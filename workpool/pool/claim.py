@@ -87,13 +87,17 @@ class Claimer:
     async def begin(self, lease: Lease) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         while not lease.expire(self._clock()):
-            if self._draining.is_set():
+            draining = self._draining.is_set()
+            if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease)
             if lease.begun or lease.over:
                 return
-            # Until the drain begins: it must not wait for a long Retry-After.
-            await self._draining_within(lease.due_at - self._clock())
+            seconds = min(lease.due_at, lease.give_up_at) - self._clock()
+            if draining:
+                await asyncio.sleep(max(0.0, seconds))
+            else:  # a drain that begins must not wait for a long Retry-After
+                await self._draining_within(seconds)
 
     async def _acknowledge(self, item: PoolItem) -> CallResult:
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
