@@ -90,7 +90,8 @@ class Claimer:
         """Send first heartbeats until one succeeds or the lease is over."""
         check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
-            if self._draining.is_set():
+            draining = self._draining.is_set()
+            if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease, check)
             if lease.begun:
@@ -98,8 +99,11 @@ class Claimer:
             if lease.begun or lease.over:
                 check()
                 return
-            # Until the drain begins: it must not wait for a long Retry-After.
-            await self._draining_within(lease.due_at - self._clock())
+            seconds = min(lease.due_at, lease.give_up_at) - self._clock()
+            if draining:
+                await asyncio.sleep(max(0.0, seconds))
+            else:  # a drain that begins must not wait for a long Retry-After
+                await self._draining_within(seconds)
 
     def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
         """End a lease whose time may have passed unseen: no handler runs, so nothing is lost."""
