@@ -9,11 +9,13 @@ from functools import partial
 from typing import Any
 
 from workpool import Session, Settings, handler
+from workpool.errors import HandoverError
 from workpool.events import (
     AckFinished,
     DrainFinished,
     ItemClaimed,
     SessionFinished,
+    SessionStarted,
     StopRequested,
 )
 from workpool.server import Operations
@@ -45,7 +47,8 @@ class Bench:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
-        self.operations = Operations([ENVIRONMENT], now=lambda: START + loop.machine_time())
+        self.operations = Operations([ENVIRONMENT], now=lambda: START + loop.wall_time())
+        self.script = script
         self.recorder = Recorder()
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
@@ -149,3 +152,80 @@ async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
         await bench.recorder.wait_for(SessionFinished)
     assert bench.outcomes == ["stopped"]
     assert len(bench.recorder.of(StopRequested)) == 1
+
+
+@in_virtual_time
+async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
+    """The pause was noticed by the first write of a later session, which then had to wait."""
+    bench = Bench(Script())
+    async with bench.supervisor:
+        bench.loop.pause(60)
+        await asyncio.sleep(20)
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionFinished)
+    assert bench.script.sent.count(("heartbeat", item.id)) == 1
+
+
+@in_virtual_time
+async def test_lease_doubted_by_write_after_pause_is_verified_at_once() -> None:
+    """The heartbeat that verifies it was sent with the next tick, seconds later."""
+    bench = Bench(Script())
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionStarted)
+        began = bench.loop.time()
+        await asyncio.sleep(0.99)
+        bench.loop.pause(5)
+        await bench.recorder.wait_for(SessionFinished)
+        assert bench.loop.time() - began < 2
+    assert bench.outcomes == ["completed"]
+
+
+@handler
+async def hand_over(session: Session) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    loop.pause(5)
+    with suppress(HandoverError):
+        async with session.handover():
+            pass
+
+
+@in_virtual_time
+async def test_handover_after_machine_pause_verifies_lease_itself() -> None:
+    """It raised a transient error, though it begins with a heartbeat."""
+    bench = Bench(Script(), hand_over, lease_ttl=10)
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionFinished, timeout=60)
+    assert bench.outcomes == ["completed"]
+
+
+@in_virtual_time
+async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
+    """It names no owner, so it could take the item of the worker that had it meanwhile."""
+    script = Script(heartbeat=[Trouble(wait=3)])
+    bench = Bench(script, drain_timeout=0)
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished)
+        await asyncio.sleep(1)
+        bench.loop.pause(60)
+        bench.operations.ack(ENVIRONMENT, item.id, "another worker")
+        await bench.recorder.wait_for(SessionFinished)
+        assert not any(record.kind == "heartbeat" for record in bench.operations.history)
+    assert bench.outcomes[0] == "lease_lost"
+
+
+@in_virtual_time
+async def test_no_handler_starts_on_lease_of_first_heartbeat_before_machine_pause() -> None:
+    """Its lease had lapsed, which the lease clock does not show."""
+    bench = Bench(Script(heartbeat=[Trouble(back=3)]), drain_timeout=0)
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished)
+        await asyncio.sleep(1)
+        bench.loop.pause(120)
+        await bench.recorder.wait_for(SessionFinished)
+        assert bench.recorder.of(SessionStarted) == []
+    assert bench.outcomes[0] == "lease_lost"

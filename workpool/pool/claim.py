@@ -12,6 +12,7 @@ import logging
 import math
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -58,6 +59,7 @@ class Claimer:
         self._window = context.settings.reclaim_older_than_ms / 1000
         self._client = context.client
         self._clock = context.clock
+        self._pauses = context.renewer.pauses
         self._observe = context.observe
         self._heartbeats = heartbeats
         self._on_ack = on_ack
@@ -84,16 +86,24 @@ class Claimer:
         )
         return result
 
-    async def begin(self, lease: Lease) -> None:
+    async def begin(self, item: PoolItem, lease: Lease) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
+        check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
             if self._draining.is_set():
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
-            await self._heartbeats.send(lease)
+            await self._heartbeats.send(lease, check)
             if lease.begun or lease.over:
+                check()
                 return
             # Until the drain begins: it must not wait for a long Retry-After.
             await self._draining_within(lease.due_at - self._clock())
+
+    def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
+        """End a lease whose time may have passed unseen: no handler runs, so nothing is lost."""
+        if self._pauses.paused(since=item.clock_offset):
+            log.warning("the machine was paused during a claim work_id=%s", item.id)
+            lease.end("lost")
 
     async def _acknowledge(self, item: PoolItem) -> CallResult:
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)

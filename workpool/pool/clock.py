@@ -41,16 +41,31 @@ def wall_clock() -> float:
 
 
 class PauseDetector:
-    """Notices that the wall clock moved against the lease clock. For one thread."""
+    """Notices that the wall clock moved against the lease clock.
+
+    One thread calls `check` regularly; `paused` may be called on any thread.
+    """
 
     def __init__(self, clock: Clock, wall: Clock = wall_clock) -> None:
         self._clock = clock
         self._wall = wall
-        self._offset = wall() - clock()
+        self._offset = self.offset()
 
-    def paused(self) -> bool:
-        """Whether the clocks moved against each other by `PAUSE_SECONDS` since the last call."""
-        offset = self._wall() - self._clock()
-        moved = abs(offset - self._offset) >= PAUSE_SECONDS
+    def offset(self) -> float:
+        """Return the seconds by which the wall clock is ahead of the lease clock."""
+        return self._wall() - self._clock()
+
+    def paused(self, since: float | None = None) -> bool:
+        """Whether the clocks moved against each other since that offset, or the last `check`."""
+        return self._moved(self.offset(), self._offset if since is None else since)
+
+    def check(self, on_pause: Callable[[], None]) -> None:
+        """Call `on_pause` if the machine was paused since the last check."""
+        offset = self.offset()
+        if self._moved(offset, self._offset):
+            on_pause()  # before `paused` denies the pause on another thread
         self._offset = offset
-        return moved
+
+    @staticmethod
+    def _moved(offset: float, since: float) -> bool:
+        return abs(offset - since) >= PAUSE_SECONDS

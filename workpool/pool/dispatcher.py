@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from workpool.errors import PluginError
 from workpool.events import ItemClaimed, ItemDeclined, ItemReclaimed
 from workpool.pool.claim import Claimer
-from workpool.pool.clock import PauseDetector
 from workpool.pool.handler_executor import HandlerExecutor
 from workpool.pool.handler_health import HandlerHealth
 from workpool.pool.heartbeats import HeartbeatSender
@@ -76,7 +75,7 @@ class Dispatcher:
             client,
             clock,
             settings.request_timeout,
-            PauseDetector(clock, context.wall),
+            context.renewer.pauses,
             context.renewer.doubt_all,
         )
         self.executor = HandlerExecutor(context, handlers)

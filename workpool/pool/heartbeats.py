@@ -38,23 +38,24 @@ class HeartbeatSender:
         self._clock = clock
         self._observe = observe
 
-    async def send(self, lease: Lease) -> bool:
+    async def send(self, lease: Lease, check: Callable[[], None] | None = None) -> bool:
         """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
 
+        Right before its bytes, `check` may end the lease, so that nothing is sent.
         A bug in here ends the lease: no handler may go on with a lease that nobody renews.
         """
         try:
-            return await self._exchange(lease)
+            return await self._exchange(lease, check)
         except Exception:
             log.exception("heartbeat crashed work_id=%s", lease.item.id)
             lease.in_flight = False
             lease.end("lost")
             return False
 
-    async def _exchange(self, lease: Lease) -> bool:
+    async def _exchange(self, lease: Lease, check: Callable[[], None] | None) -> bool:
         attempt = lease.send(self._clock(), lease.due_at)
         try:
-            outcome = await self._heartbeat(lease, attempt)
+            outcome = await self._heartbeat(lease, attempt, check)
             if outcome is None:
                 lease.unsent(attempt)
                 return False
@@ -69,10 +70,12 @@ class HeartbeatSender:
         return decision.then == "held"
 
     async def _heartbeat(
-        self, lease: Lease, attempt: Attempt
+        self, lease: Lease, attempt: Attempt, check: Callable[[], None] | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
         """Return the answer; None when the lease was not held any more when it was to be sent."""
-        options = CallOptions(check=partial(self._check, lease), priority=Priority.COMPLETION)
+        options = CallOptions(
+            check=partial(self._check, lease, check), priority=Priority.COMPLETION
+        )
         try:
             return await self._client.heartbeat(
                 lease.item.id,
@@ -94,5 +97,7 @@ class HeartbeatSender:
             outcome = error
         return lease.read(self._clock(), decision.result, outcome)
 
-    def _check(self, lease: Lease) -> None:
+    def _check(self, lease: Lease, check: Callable[[], None] | None) -> None:
+        if check is not None:
+            check()
         lease.check(self._clock())

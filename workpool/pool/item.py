@@ -66,6 +66,8 @@ class PoolItem:
         held_before: Somebody held it before it was delivered to us.
         delivered_at: When the last poll that delivered it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
+        clock_offset: Seconds by which the wall clock was ahead of the lease clock when it was
+            claimed; it changes if the machine is paused.
         parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged.
@@ -86,6 +88,7 @@ class PoolItem:
         "acked_at",
         "attempt",
         "cancelled_for",
+        "clock_offset",
         "context",
         "delivered_at",
         "error",
@@ -116,6 +119,7 @@ class PoolItem:
             work_item.acknowledged_at is not None or work_item.last_heartbeat is not None
         )
         self.delivered_at = self.acked_at = now
+        self.clock_offset = 0.0
         self.parents_heartbeat: str | None = None
         self.context = context
         self.state: State = "delivered"

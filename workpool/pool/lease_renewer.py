@@ -93,6 +93,7 @@ class LeaseRenewer:
 
     Attributes:
         client: The renewer's client; set once it has started.
+        pauses: Notices that the machine was paused; checked at every look.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
     """
@@ -117,7 +118,7 @@ class LeaseRenewer:
         self._connect = connect
         self._callbacks = callbacks
         self._services = services
-        self._pauses = PauseDetector(clock, wall)
+        self.pauses = PauseDetector(clock, wall)
         # Added to and removed from on the handlers' loop, read on the renewer's: each is one atomic
         # step, and what is read in between is either there or not.
         self._leases: dict[Lease, PoolItem] = {}
@@ -177,7 +178,7 @@ class LeaseRenewer:
         now = self.clock()
         for lease in list(self._leases):
             lease.doubted_at = now
-        self.call(lambda: self._doubt_all(now))
+        self.call(self._look_now.set)  # the next look notices the pause too
 
     def release(self, lease: Lease, delay: float) -> None:
         """Let `lease` lapse `delay` seconds from now: one last heartbeat, then silence."""
@@ -343,8 +344,7 @@ class LeaseRenewer:
     def _look(self) -> float:
         """End what has expired, start what is due, and return when to look again at the latest."""
         now = self.clock()
-        if self._pauses.paused():
-            self._doubt_all(now)
+        self.pauses.check(functools.partial(self._doubt_all, now))
         next_at = now + self.tick_seconds
         due: list[Lease] = []
         for lease, item in list(self._leases.items()):

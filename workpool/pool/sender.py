@@ -83,7 +83,6 @@ class Sender:
         Raises:
             LeaseLost: The lease is not held, or a child process may hold it.
             SessionEnded: The session is over, or its handler does not run.
-            TransientError: The machine was paused, and the lease is not verified yet.
         """
         lease = lease_of(item)
         lease.check(self._clock())
@@ -91,9 +90,18 @@ class Sender:
             raise LeaseLost(item.id)
         if by_handler and (item.cancelled_for is not None or not item.executing):
             raise SessionEnded(item.id)
+
+    def _check_write(self, item: PoolItem, *, by_handler: bool) -> None:
+        """Raise unless something may be written for the item at this instant.
+
+        Raises:
+            SessionGoneError: From `check`.
+            TransientError: The machine was paused, and the lease is not verified yet.
+        """
+        self.check(item, by_handler=by_handler)
         if self._pauses.paused():
             self._doubt()
-        if lease.doubted_at != math.inf:
+        if lease_of(item).doubted_at != math.inf:
             problem = "the machine was paused; the lease is verified first"
             raise TransientError("lease", None, problem, reason="throttled")
 
@@ -153,7 +161,7 @@ class Sender:
     async def _try(
         self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
     ) -> T:
-        self.check(item, by_handler=request.by_handler)
+        self._check_write(item, by_handler=request.by_handler)
         try:
             if not self._client.try_acquire_permit(request.priority):
                 acquire = partial(self._client.acquire_permit, request.priority)
@@ -171,7 +179,7 @@ class Sender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _before_bytes(self, item: PoolItem, request: Request) -> None:
-        self.check(item, by_handler=request.by_handler)
+        self._check_write(item, by_handler=request.by_handler)
         if request.before_bytes is not None:
             request.before_bytes()
 

@@ -132,6 +132,7 @@ class SessionRunner:
             self._pass_on_stop(item, lease, session)
 
     async def _acknowledged(self, item: PoolItem) -> bool:
+        item.clock_offset = self._context.renewer.pauses.offset()
         if item.parents_heartbeat is None:
             result = await self._claimer.acknowledge(item)
             if result == "conflict":
@@ -155,7 +156,7 @@ class SessionRunner:
         session, attempt = self._open_session(item)
         if self.draining:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
-        await self._claimer.begin(lease)
+        await self._claimer.begin(item, lease)
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
         if item.reason is None and not self.draining:

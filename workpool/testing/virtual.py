@@ -25,11 +25,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     Attributes:
         slept: Seconds for which the machine was suspended so far: this loop's clock and timers
             stood still meanwhile, as those of a real one do; `machine_time` went on.
+        paused: Seconds for which the virtual machine was paused: only `wall_time` went on.
     """
 
     def __init__(self) -> None:
         self._now = 0.0
-        self.slept = 0.0
+        self.slept = self.paused = 0.0
         super().__init__(_Jumps(self._jump))
         # A timer is due this much early: after a month a float is too coarse for the default, and
         # one that is due exactly now would never be.
@@ -42,6 +43,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def machine_time(self) -> float:
         """Return virtual seconds with those of suspension: the clock that leases are on."""
         return self._now + self.slept
+
+    def wall_time(self) -> float:
+        """Return virtual seconds that go on whatever happens to the machine."""
+        return self.machine_time() + self.paused
+
+    def pause(self, seconds: float) -> None:
+        """Pause the virtual machine."""
+        self.paused += seconds
 
     def suspend(self, seconds: float) -> None:
         """Put the machine to sleep."""

@@ -71,7 +71,7 @@ class LoopSupervisor(Supervisor):
     async def _live(self) -> None:
         loop = asyncio.get_running_loop()
         if isinstance(loop, VirtualLoop) and not isinstance(loop, MachinesLoop):
-            self._clock = self._wall = loop.machine_time
+            self._clock, self._wall = loop.machine_time, loop.wall_time
         await super()._live()
 
 
