@@ -65,15 +65,15 @@ MUTATIONS: dict[str, list[Edit]] = {
     "first heartbeat unchecked": [
         Edit(
             "heartbeats:HeartbeatSender",
-            "check=partial(self._check, lease)",
-            "check=partial(self._check, lease) if lease.begun else None",
+            "check=partial(self._check, lease, check)",
+            "check=partial(self._check, lease, check) if lease.begun else None",
         ),
     ],
     "renewer takes a lease that has not begun": [
         Edit(
             "session_runner:SessionRunner",
-            "await self._claimer.begin(lease)\n    self._context.renewer.add(lease, item)",
-            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(lease)",
+            "await self._claimer.begin(item, lease)\n    self._context.renewer.add(lease, item)",
+            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item, lease)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
@@ -118,8 +118,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "renewal unchecked": [
         Edit(
             "heartbeats:HeartbeatSender",
-            "check=partial(self._check, lease)",
-            "check=None if lease.begun else partial(self._check, lease)",
+            "check=partial(self._check, lease, check)",
+            "check=None if lease.begun else partial(self._check, lease, check)",
         ),
     ],
     # Sending for an item.
@@ -137,8 +137,86 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no check after the wait": [
         Edit(
             "sender:Sender",
-            "self.check(item, by_handler=request.by_handler)\n    if request.before_bytes",
+            "self._check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
             "if request.before_bytes",
+        ),
+    ],
+    "pause not noticed": [
+        Edit("clock:PauseDetector", "return abs(offset - since) >= PAUSE_SECONDS", "return False"),
+    ],
+    "pause noticed at the next tick only": [
+        Edit("sender:Sender", "if self._pauses.paused():", "if False:"),
+    ],
+    "pause ended by a heartbeat before it": [
+        Edit("lease:Lease", "if attempt.at >= self.doubted_at:", "if True:"),
+    ],
+    "pause during a claim not noticed": [
+        Edit("claim:Claimer", "self._pauses.paused(since=item.clock_offset)", "False"),
+    ],
+    "one try for all the time that is left": [
+        Edit(
+            "sender:Sender",
+            "min(self._request_timeout, self._left(item, until) / TRY_PART)",
+            "self._left(item, until)",
+        ),
+    ],
+    "completion behind claims in the line": [
+        Edit(
+            "sender:Sender",
+            "try_acquire_permit(request.priority)",
+            "try_acquire_permit(Priority.HANDLER)",
+        ),
+        Edit(
+            "sender:Sender",
+            "acquire_permit, request.priority)",
+            "acquire_permit, Priority.HANDLER)",
+        ),
+    ],
+    # What is left to other workers.
+    "ack behind completions in the line": [
+        Edit("claim:Claimer", "permit = True", "permit = False")
+    ],
+    "refused acks not backed off": [
+        Edit("poller_group:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
+    ],
+    "failing handler claims on": [
+        Edit(
+            "handler_health:HandlerHealth",
+            "if failures is None or not failures.pause:",
+            "if True:",
+        ),
+    ],
+    "pause of a failing handler does not grow": [
+        Edit(
+            "handler_health:HandlerHealth",
+            "max(PAUSE_SECONDS, 2 * failures.pause)",
+            "PAUSE_SECONDS",
+        ),
+    ],
+    # The handler.
+    "cancellation never repeated": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "call_later(REPEAT_SECONDS, self._repeat, item)",
+            "call_later(99999, self._repeat, item)",
+        ),
+    ],
+    "sessions in one context": [
+        Edit(
+            "dispatcher:Dispatcher",
+            "PoolItem(work_item, None, self._context.start_context.copy(),",
+            "PoolItem(work_item, None, self._context.start_context,",
+        ),
+    ],
+    "attempts not counted": [
+        Edit("attempt:Attempt", "counts = redelivered and RELEASED not in metadata", "counts = 0"),
+    ],
+    "released runs counted": [Edit("attempt:Attempt", " and RELEASED not in metadata", "")],
+    "mark not removed by the next run": [
+        Edit(
+            "attempt:Attempt",
+            "self._notes: Patch = {key: None for key",
+            "self._notes: Patch = {} and {key: None for key",
         ),
     ],
     # The completion.
@@ -190,7 +268,6 @@ MUTATIONS: dict[str, list[Edit]] = {
     # The handoff.
     "heartbeats during the handoff": [
         Edit("handoff:Handoff", "lease.suspend()", "lease._lent = True"),
-        Edit("lease_renewer:LeaseRenewer", "self._in_handoff.add(lease)", "0"),
     ],
     "a child's heartbeat taken for our own": [
         Edit(
@@ -206,8 +283,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no child, and the item not taken back": [
         Edit(
             "handoff:Handoff",
-            "await self._wait_for_child()\n"
-            "            await self._renewer.heartbeat_now(lease, self._item)",
+            "await self._wait_for_child()\n            await self._heartbeat()",
             "await self._wait_for_child()",
         ),
     ],

@@ -319,12 +319,7 @@ class LocalClient:
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
         trouble = self._befalls(call.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        if call.op in WRITES and not options.permit:
-            await self._acquire(options.priority, until - loop.time())
-        if trouble.wait:
-            await asyncio.sleep(min(trouble.wait, until - loop.time()))
-            if loop.time() >= until:
-                raise TransientError(call.op, None, "no answer in time", reason="timeout")
+        await self._wait(call.op, trouble, options, until)
         if options.check is not None:
             options.check()
         self._leaves(call.op, work_id, trouble)
@@ -344,6 +339,16 @@ class LocalClient:
         # What was sent arrives, whatever becomes of the caller.
         self._carry(trouble.there, arrive)
         return await self._settle(call, exchange(), until - loop.time())
+
+    async def _wait(self, op: str, trouble: Trouble, options: CallOptions, until: float) -> None:
+        """Wait for our own rate limit and for the connection."""
+        loop = asyncio.get_running_loop()
+        if op in WRITES and not options.permit:
+            await self._acquire(options.priority, until - loop.time())
+        if trouble.wait:
+            await asyncio.sleep(min(trouble.wait, until - loop.time()))
+            if loop.time() >= until:
+                raise TransientError(op, None, "no answer in time", reason="timeout")
 
     async def _acquire(self, priority: Priority, seconds: float | None) -> None:
         """Acquire one write of our own rate limit within `seconds` (None: without a bound)."""

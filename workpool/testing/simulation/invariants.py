@@ -148,7 +148,9 @@ def _verifies(case: Case, tenure: Tenure, call: Sent) -> bool:
     It names the one before it, so that it cannot take another worker's item.
     """
     begun = any(
-        each.op == "heartbeat" and each.answer == "ok" and tenure.began < each.answered_at < call.at
+        each.op == "heartbeat"
+        and each.answer == "ok"
+        and tenure.began < each.answered_at <= call.at
         for each in case.sent[call.node, tenure.work_id]
     )
     return call.op == "heartbeat" and begun and call.node.paused_unseen(tenure.began, call.at)

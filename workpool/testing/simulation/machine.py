@@ -61,7 +61,7 @@ class Machine:
         self._waiting: list[asyncio.Handle] = []
 
     def clock(self) -> float:
-        """Tell the time that leases are measured on: it stands still in a virtual machine's pause."""
+        """Tell the time that leases are measured on: it goes on unless the machine is `paused`."""
         return (self._loop.now - self.frozen) * self._rate
 
     def wall(self) -> float:

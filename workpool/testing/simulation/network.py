@@ -70,27 +70,33 @@ class Network:
         """Decide what happens to a call."""
         if self.over:
             return SILENCE
-        now = _loop().now
-        trouble: Trouble | None = None
-        if not self.healed:
-            if node.cuts and any(since <= now < until for since, until in node.cuts):
-                trouble = SILENCE
-            elif op == "ack" and any(since <= now < until for since, until in node.denials):
-                trouble = DENIAL
-            elif self._share and self._random.random() < self._share:
-                kind = self._random.choice(self._kinds)
-                trouble = make_trouble(kind, self._random)
-                if kind == "asleep" and op != "poll":  # the machine falls asleep while it waits
-                    self._fall_asleep(node, trouble.wait / 2)
-                if kind == "drowsy":  # or somewhere in the work that follows the answer
-                    steps = self._random.randint(0, 12)
-                    self._fall_asleep(node, trouble.there + trouble.back, steps)
-                if kind == "fading" and op == "heartbeat":  # a slow answer, and then none
-                    node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
-        self.trace.troubles += trouble is not None
-        if trouble is not None and trouble.wait and work_id is not None:
+        trouble = None if self.healed else self._draw(node, op)
+        if trouble is None:
+            return CALM
+        self.trace.troubles += 1
+        if trouble.wait and work_id is not None:
+            now = _loop().now
             self.trace.delays.append(Delay(node, work_id, now, now + trouble.wait))
-        return trouble or CALM
+        return trouble
+
+    def _draw(self, node: Node, op: str) -> Trouble | None:
+        if _within(node.cuts):
+            return SILENCE
+        if op == "ack" and _within(node.denials):
+            return DENIAL
+        if not self._share or self._random.random() >= self._share:
+            return None
+        kind = self._random.choice(self._kinds)
+        trouble = make_trouble(kind, self._random)
+        if kind == "asleep" and op != "poll":  # the machine falls asleep while the call waits
+            self._fall_asleep(node, trouble.wait / 2)
+        elif kind == "drowsy":  # or somewhere in the work that follows the answer
+            steps = self._random.randint(0, 12)
+            self._fall_asleep(node, trouble.there + trouble.back, steps)
+        elif kind == "fading" and op == "heartbeat":  # a slow answer, and then none
+            now = _loop().now
+            node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
+        return trouble
 
     def leaves(self, node: Node, op: str, work_id: str | None, trouble: Trouble) -> Sent | None:
         """Note a call whose bytes are sent now."""
@@ -102,7 +108,7 @@ class Network:
 
     def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> None:
         """Let the machine stand still after `seconds` and so many callbacks more."""
-        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0))
+        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 40.0))
         how: Halt = self._random.choice(("asleep", "asleep", "paused"))
 
         def sleep() -> None:
@@ -116,10 +122,10 @@ def make_trouble(kind: str, random: Random) -> Trouble:
     """One trouble of a kind of `schedule.TROUBLES`."""
     there = LATENCY_SECONDS
     match kind:
-        case "wait" | "asleep":
-            return Trouble(random.uniform(0.05, 9.0), there, there)
         case "drowsy":
             return Trouble(there=there, back=there)
+        case "wait" | "asleep":
+            return Trouble(random.uniform(0.05, 9.0), there, there)
         case "late" | "fading":
             return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
@@ -128,6 +134,14 @@ def make_trouble(kind: str, random: Random) -> Trouble:
             return (
                 Trouble(there=seconds, back=there) if first else Trouble(there=there, back=seconds)
             )
+        case _:
+            return _wrong_answer(kind, random)
+
+
+def _wrong_answer(kind: str, random: Random) -> Trouble:
+    """No answer, or another one than the control plane's."""
+    there = LATENCY_SECONDS
+    match kind:
         case "silence":
             return SILENCE
         case "lost":
@@ -255,6 +269,12 @@ class Client(LocalClient):
         finally:
             if sent is not None:
                 sent.answer, sent.answered_at = answer, _loop().now
+
+
+def _within(times: list[tuple[float, float]]) -> bool:
+    """Whether it is now between any two of the times."""
+    now = _loop().now
+    return any(since <= now < until for since, until in times)
 
 
 def _loop() -> MachinesLoop:

@@ -72,9 +72,17 @@ def _late_acks(case: Case, node: Node, at: float, event: AckFinished) -> Iterato
     for call in case.sent[node, event.item.id]:
         if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
             late = call.at - began > MARGIN_SECONDS
-            if late and call.trouble is None and not node.paused(began - 1, at):
+            if late and not (call.trouble or _delayed(case, node, call.work_id, began, at)):
                 yield f"{call} was sent; its item had a slot since {began:.3f}"
             return
+
+
+def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: float) -> bool:
+    """Whether the node stood still, or a call for the item waited in vain for a connection."""
+    return node.paused(since - 1, until) or any(
+        each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
+        for each in case.trace.delays
+    )
 
 
 def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
@@ -92,7 +100,9 @@ def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
 def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
     """8d. After five quick failures in a row, an item is claimed only after a pause."""
     for node in case.trace.nodes:
-        declined = {(at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)}
+        declined = {
+            (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
+        }
         failed: set[str] = set()
         resume_at, pause = 0.0, 0.0
         for at, event in node.events:
@@ -100,7 +110,8 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
                 failed, pause = _after(event, failed, pause)
                 resume_at = at + pause if pause else 0.0
             elif _claimed(event, at, declined) and at < resume_at - INSTANT_SECONDS:
-                yield f"{node.machine.name} claimed an item at {at:.3f}, to wait until {resume_at:.3f}"
+                name = node.machine.name
+                yield f"{name} claimed an item at {at:.3f}, to wait until {resume_at:.3f}"
 
 
 def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[str], float]:
@@ -140,8 +151,10 @@ def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
             for call in calls:
                 if call.op in {"stop", "update"} and call.at >= until:
                     tenure = case.tenure(node, work_id, call.at)
-                    if tenure is not None and tenure.began < until and not _verified(
-                        calls, until, call
+                    if (
+                        tenure is not None
+                        and tenure.began < until
+                        and not _verified(calls, until, call)
                     ):
                         yield f"{call} was sent; its machine was paused until {until:.3f}"
 

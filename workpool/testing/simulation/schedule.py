@@ -23,7 +23,7 @@ PLAYS: Final = (
 TROUBLES: Final = (
     "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",
     "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
-    "wait", "asleep", "drowsy", "drowsy",
+    "wait", "asleep", "asleep", "drowsy", "drowsy",
 )  # fmt: skip
 HORIZON_SECONDS: Final = 150.0
 """Until then things happen; after that everything heals."""
