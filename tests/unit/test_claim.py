@@ -11,6 +11,7 @@ import pytest
 
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
+from workpool.pool.clock import PauseDetector
 from workpool.pool.item import PoolItem
 from workpool.pool.sender import lease_of
 from workpool.testing.local import Trouble
@@ -43,6 +44,7 @@ class Claims:
             client=bench.client,
             clock=bench.clock,
             observe=self.events.append,
+            renewer=SimpleNamespace(pauses=PauseDetector(bench.clock, bench.clock)),
         )
         self.claimer = Claimer(context, bench.heartbeats, self.acks.append)
 
@@ -176,7 +178,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[
     one = bench()
     async with one.open():
         item = await one.claim()
-        await Claims(one).claimer.begin(lease_of(item))
+        await Claims(one).claimer.begin(item)
     assert lease_of(item).begun
     assert one.times("heartbeat") == [0]
     assert one.history(item, "heartbeat")[0].state == "active"
@@ -187,7 +189,7 @@ async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Be
     one = bench(heartbeat=[Trouble(answer="silence")])
     async with one.open():
         item = await one.claim()
-        await Claims(one).claimer.begin(lease_of(item))
+        await Claims(one).claimer.begin(item)
     assert one.outcomes() == ["timeout", "recovered", "ok"]
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
     assert lease_of(item).begun
@@ -200,7 +202,7 @@ async def test_first_heartbeat_is_repeated_while_the_lease_of_the_ack_lasts(
     one = bench(heartbeat=[refusal(503)] * 999)
     async with one.open():
         item = await one.claim()
-        await Claims(one).claimer.begin(lease_of(item))
+        await Claims(one).claimer.begin(item)
         assert one.clock() == pytest.approx(54)
     assert (lease_of(item).status, lease_of(item).begun) == ("lost", False)
     assert len(one.times("heartbeat")) > 10
@@ -214,7 +216,7 @@ async def test_short_first_heartbeat_without_an_answer_is_repeated_in_time(
     one = bench(ttl=10, heartbeat=[Trouble(answer="silence")])
     async with one.open():
         item = await one.claim()
-        await Claims(one).claimer.begin(lease_of(item))
+        await Claims(one).claimer.begin(item)
         assert one.clock() < 5
     assert one.outcomes() == ["timeout", "recovered", "ok"]
 
@@ -228,7 +230,7 @@ async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeat
         item = await one.claim()
         one.ahead += 300
         one.steal(item.id)
-        await Claims(one).claimer.begin(lease_of(item))
+        await Claims(one).claimer.begin(item)
     assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
@@ -240,7 +242,7 @@ async def test_drain_makes_the_first_heartbeat_the_last_one(bench: type[Bench]) 
         item = await one.claim()
         claims = Claims(one)
         claims.claimer.drain()
-        await claims.claimer.begin(lease_of(item))
+        await claims.claimer.begin(item)
     (record,) = one.history(item, "heartbeat")
     assert record.lease_end == START + 10
     assert lease_of(item).status == "released"
@@ -254,7 +256,7 @@ async def test_drain_does_not_wait_for_the_retry_after_of_a_first_heartbeat(
     async with one.open(), asyncio.TaskGroup() as group:
         item = await one.claim()
         claims = Claims(one)
-        task = group.create_task(claims.claimer.begin(lease_of(item)))
+        task = group.create_task(claims.claimer.begin(item))
         await asyncio.sleep(1)
         claims.claimer.drain()
         await task
@@ -272,7 +274,7 @@ async def test_first_heartbeat_that_fails_during_a_drain_is_not_repeated_in_a_lo
         item = await one.claim()
         claims = Claims(one)
         claims.claimer.drain()
-        await claims.claimer.begin(lease_of(item))
+        await claims.claimer.begin(item)
         assert lease_of(item).status == "lost"
     assert len(one.times("heartbeat")) < 100
 
@@ -284,9 +286,9 @@ async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]
         item = await one.claim()
         claims = Claims(one)
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(claims.claimer.begin(lease_of(item)))
+            task = group.create_task(claims.claimer.begin(item))
             await asyncio.sleep(1)
             task.cancel()
         assert not lease_of(item).in_flight
-        await claims.claimer.begin(lease_of(item))
+        await claims.claimer.begin(item)
     assert one.outcomes() == ["recovered", "ok"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import Release
-from workpool.handler import Handler
+from workpool.handlers import Handler
 from workpool.pool.handler_health import FAILURES, PAUSE_MAX_SECONDS, QUICK_SECONDS, HandlerHealth
 from workpool.testing.virtual import in_virtual_time
 

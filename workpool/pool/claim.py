@@ -20,6 +20,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
+from workpool.pool.sender import lease_of
 from workpool.wire.protocol import ACK_LEASE_SECONDS, STARTING
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ class Claimer:
         )
         return result
 
-    async def begin(self, item: PoolItem, lease: Lease) -> None:
+    async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
+        lease = lease_of(item)
         check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
             draining = self._draining.is_set()
