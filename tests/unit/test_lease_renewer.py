@@ -494,10 +494,10 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         one.ahead += 30  # the lease clock stood still
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check(item, by_handler=False)
+                one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(0.9)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check(items[0], by_handler=False)
+            one.sender.check_write(items[0], by_handler=False)
         await asyncio.sleep(0.3)
         for item in items:
             one.sender.check(item, by_handler=False)
@@ -529,7 +529,7 @@ async def test_item_that_another_worker_got_during_a_pause_is_lost_before_anythi
         one.ahead += 300
         one.steal(item.id)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check(item, by_handler=False)
+            one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1)
         with pytest.raises(LeaseLost):
             one.sender.check(item, by_handler=False)
@@ -549,7 +549,7 @@ async def test_pause_during_a_heartbeat_is_followed_by_another_heartbeat_at_once
         await asyncio.sleep(1)
         one.ahead += 30
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check(item, by_handler=False)
+            one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1.1)
         one.sender.check(item, by_handler=False)
     assert one.times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
@@ -570,9 +570,9 @@ async def test_pause_during_a_claim_doubts_the_lease_that_begins_after_it(
             one.ahead += 300
             one.steal(second.id)
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check(first, by_handler=False)
+                one.sender.check_write(first, by_handler=False)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check(second, by_handler=False)
+            one.sender.check_write(second, by_handler=False)
         await asyncio.sleep(1 + LOOK)
         with pytest.raises(LeaseLost):
             one.sender.check(second, by_handler=False)
@@ -588,7 +588,7 @@ async def test_pause_before_the_first_heartbeat_doubts_the_lease(bench: type[Ben
         one.ahead += 300
         for _ in range(2):
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check(item, by_handler=False)
+                one.sender.check_write(item, by_handler=False)
         await asyncio.sleep(1)
         other = await one.claim()  # acknowledged after the pause
         one.sender.check(other, by_handler=False)

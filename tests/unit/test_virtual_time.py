@@ -137,24 +137,25 @@ async def test_a_whole_pool_runs_on_it() -> None:
 
 
 @in_virtual_time
-async def test_local_client_asks_the_check_before_it_sends() -> None:
+async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
     def refuse() -> None:
         raise LookupError
 
-    operations, script = Operations([ENVIRONMENT]), Script()
+    operations = Operations([ENVIRONMENT])
+    (item,) = operations.enqueue(ENVIRONMENT)
     settings = Settings(environment_id=ENVIRONMENT)
-    async with LocalClient(operations, settings, troubles=script) as client:
+    async with LocalClient(operations, settings) as client:
         options = CallOptions(refuse)
         for call in (
-            client.ack("work_1", options=options),
-            client.heartbeat("work_1", options=options),
-            client.stop("work_1", options=options),
-            client.update_metadata("work_1", {}, options=options),
-            client.get("work_1", options=options),
+            client.ack(item.id, options=options),
+            client.heartbeat(item.id, options=options),
+            client.stop(item.id, options=options),
+            client.update_metadata(item.id, {}, options=options),
+            client.get(item.id, options=options),
         ):
             with pytest.raises(LookupError):
                 await call
-    assert script.sent == []
+    assert operations.get(ENVIRONMENT, item.id) == item
 
 
 @in_virtual_time

@@ -71,7 +71,7 @@ class HandlerHealth:
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and _exhausted(item.error)):
             self._failed(failures, item.id)
-        elif outcome not in {"released", "lease_lost"}:
+        elif outcome in {"completed", "failed", "timed_out"}:
             failures.work_ids.clear()
             failures.pause = 0.0
         self._changed.set()
