@@ -289,14 +289,24 @@ async def test_threads_are_reused_named_and_ended() -> None:
     first = await loop.run_in_executor(threads, threading.current_thread)
     assert first.daemon
     assert first.name == "workpool-test-1"
-    threads.close()
-    await asyncio.to_thread(first.join, 20)
-    assert not first.is_alive()
+    await threads.close()
+    assert first not in threading.enumerate()
     with pytest.raises(RuntimeError, match="closed"):
         threads.submit(print)
 
 
-def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
+async def test_closing_does_not_wait_for_a_thread_that_hangs() -> None:
+    threads, release = DaemonThreads("workpool-test", 2), threading.Event()
+    loop = asyncio.get_running_loop()
+    hung = loop.run_in_executor(threads, release.wait)
+    async with asyncio.timeout(20):
+        await threads.close()
+    assert not hung.done()
+    release.set()
+    assert await hung
+
+
+async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
     threads = DaemonThreads("workpool-test", 2)
     barrier = threading.Barrier(2)
     both = [threads.submit(barrier.wait, 20) for _ in range(2)]
@@ -310,7 +320,7 @@ def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> Non
     assert all(future.result(20) for future in held)
     names = {future.result(20).name for future in queued[1:]}
     assert names <= {"workpool-test-1", "workpool-test-2"}
-    threads.close()
+    await threads.close()
 
 
 async def test_lookup_that_hangs_is_begun_again_after_its_bound(
@@ -339,4 +349,4 @@ async def test_resolver_returns_numeric_addresses() -> None:
     with pytest.raises(OSError, match=r".") as raised:
         await ThreadResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
     assert isinstance(raised.value, socket.gaierror)
-    threads.close()
+    await threads.close()

@@ -33,7 +33,7 @@ from workpool.wire.checked_body import CheckedBody, NotSentError
 from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.reading import TRANSIENT, no_answer, read_bounded
+from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Transport:
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
         except BaseException:
-            self._threads.close()
+            await self._threads.close()
             raise
         self._loop = asyncio.get_running_loop()
 
@@ -123,8 +123,10 @@ class Transport:
         """Close the connections, unless they are the caller's."""
         if self._loop is not None:
             self._loop = None
-            self._threads.close()
-            await self._connections.close()
+            try:
+                await self._connections.close()
+            finally:
+                await self._threads.close()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -244,7 +246,7 @@ class Transport:
                 response = await self._connect_stream(url, headers)
                 code = code_of(response.status)
                 if response.status == http.HTTPStatus.OK:
-                    return _checked(response)
+                    return checked_stream(response)
                 try:
                     answer = Answer(response.status, response.headers, await read_bounded(response))
                 finally:
@@ -334,11 +336,14 @@ class Transport:
 
     async def _read_settings(self) -> tuple[str, ssl.SSLContext | bool]:
         """Check all that a connection needs, and return the token and whom to trust."""
+        settings = self._settings
 
         def read() -> tuple[str, ssl.SSLContext | bool]:
-            self._settings.require_connection()
-            return self._settings.read_token(), self._settings.tls_context() or True
+            settings.require_connection()
+            return settings.read_token(), settings.tls_context() or True
 
+        if not (settings.token_file or settings.ca_file or settings.client_cert_file):
+            return read()  # from memory
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read)
@@ -387,14 +392,6 @@ def _time_left(op: str, seconds: float) -> float:
     if seconds <= 0:
         raise TransientError(op, None, "no time left to ask", reason="timeout")
     return seconds
-
-
-def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """An event stream; what answers 200 may be a gateway's page instead."""
-    if response.content_type == "text/event-stream":
-        return response
-    response.close()
-    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
 
 
 @cache
