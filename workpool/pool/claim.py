@@ -2,7 +2,7 @@
 
 No handler runs for the item before the first heartbeat has succeeded, so a claim that is lost
 costs a redelivery and nothing else. The lease renewer gets the lease after that.
-See docs/architecture.md, "The path of one item".
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations

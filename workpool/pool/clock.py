@@ -4,7 +4,7 @@ Event loop clocks stop while a machine sleeps; the control plane's does not. Lea
 therefore use a clock that counts sleep: a woken worker must notice that its leases are gone before
 it sends anything. A paused, restored or cloned virtual machine stops that clock too; there, only
 the wall clock tells that time has passed.
-See docs/architecture.md, "Clocks".
+See workpool/docs/architecture.md, "Clocks".
 """
 
 from __future__ import annotations

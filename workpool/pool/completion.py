@@ -2,7 +2,7 @@
 
 The table decides; `Completion` carries it out. Nothing is sent for an item whose lease is not held,
 and a result that could not be written is never taken for written.
-See docs/architecture.md, "The end of a session".
+See workpool/docs/architecture.md, "The end of a session".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a received item to a slot: is it ours, which handler runs it, when does it start.
 
 Owns the items that are ours and the tasks that run them. Lives on the handlers' loop.
-See docs/architecture.md, "The path of one item".
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations

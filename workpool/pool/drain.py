@@ -1,7 +1,7 @@
 """The drain: its deadline, and what happens to the sessions before and after it.
 
 The deadline may come nearer and never moves away. Lives on the handlers' loop.
-See docs/architecture.md, "The drain".
+See workpool/docs/architecture.md, "The drain".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A worker whose disk is full, or whose handler has a bug, would otherwise take item after item from
 the workers that can run them. Such a handler claims one item at a time, after a pause that doubles
 with every further failure; one success ends that.
-See docs/architecture.md, "Failing handlers".
+See workpool/docs/architecture.md, "Failing handlers".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Our heartbeats are suspended, the handler starts the child, and the child's firs
 the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
 the two succeeds. Until it is known which one, nothing else is sent for the item: stops and metadata
 carry no precondition on the wire.
-See docs/architecture.md, "Handing an item off".
+See workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations

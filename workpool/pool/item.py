@@ -2,7 +2,7 @@
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.
-See docs/architecture.md, "The states of an item".
+See workpool/docs/architecture.md, "The states of an item".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 No clock is read and nothing is awaited in here: every method takes the time. One thread writes a
 lease at a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from
 then on. Any thread may read `status`, `deadline` and the flags.
-See docs/architecture.md, "The arithmetic of a lease".
+See workpool/docs/architecture.md, "The arithmetic of a lease".
 """
 
 from __future__ import annotations

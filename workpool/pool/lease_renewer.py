@@ -4,7 +4,7 @@ A handler that blocks its event loop must not lose its lease. The renewer looks 
 tick, ends those whose time has passed and starts a short task for each heartbeat that is due. It
 also monitors the handlers' loop and stops renewing once that has been blocked for `max_block`. It
 decides nothing about an item beyond its lease.
-See docs/architecture.md, "Threads and loops" and "Renewals".
+See workpool/docs/architecture.md, "Threads and loops" and "Renewals".
 """
 
 from __future__ import annotations

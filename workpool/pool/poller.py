@@ -1,7 +1,7 @@
 """One poller: acquire a place and an ack permit, poll, offer the item; then wait as it suggests.
 
 A poll only delivers an item, so one that is cancelled costs a redelivery and nothing else.
-See docs/architecture.md, "The path of one item".
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 These calls carry no precondition on the wire. Whether the lease is held is therefore checked as the
 last step before the bytes: after the wait for our rate limit, for a connection and for DNS, with no
 await in between. What the kernel has accepted by then is outside the promise.
-See docs/architecture.md, "Sending for an item". Used on the handlers' loop only.
+See workpool/docs/architecture.md, "Sending for an item". Used on the handlers' loop only.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
 exactly once, whoever calls it. Every acknowledged session ends in exactly one `SessionFinished`.
-See docs/architecture.md, "The path of one item". Lives on the handlers' loop.
+See workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns the order in which the parts are opened and closed. One root task holds the task groups, so
 that a caller's cancellation cannot break them: it becomes a drain, and is raised after that.
-See docs/architecture.md, "Threads and loops" and "The drain".
+See workpool/docs/architecture.md, "Threads and loops" and "The drain".
 """
 
 from __future__ import annotations

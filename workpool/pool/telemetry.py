@@ -1,6 +1,7 @@
-"""Who learns of a fact, and on which thread (design §4).
+"""Delivery of events to the metrics and to the plugins that observe them.
 
-The metrics are told where the fact arose; every other observer on the handlers' loop.
+The metrics count an event on the thread on which it happened. All other observers are called on the
+handlers' loop.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Telemetry:
-    """Tells the metrics and the plugins of one supervisor. A context around both loops' lives."""
+    """Delivers the events of one supervisor; a context that is open while its loops run."""
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class Telemetry:
             ],
         )
         self.observe = plugins.notify
-        """Tell of a fact that arose on the handlers' loop."""
+        """Deliver an event that happened on the handlers' loop."""
 
     def __enter__(self) -> Telemetry:
         self._metrics.open()
@@ -59,8 +60,8 @@ class Telemetry:
         self._metrics.close()
 
     def listen_to(self, client: Client) -> None:
-        """Hear of every request of a client, on whichever loop it lives."""
-        # No event, nor a call more, without anybody to see it.
+        """Count the requests of a client, and deliver its events; for a client on any loop."""
+        # An event object is made only if a plugin observes it: there are four requests per item.
         client.on_request = (
             self._request_finished if self._plugins.observers else self._metrics.request
         )
@@ -68,13 +69,13 @@ class Telemetry:
         client.on_credential_refresh = self._credential_refreshed
 
     def observe_anywhere(self, event: Event) -> None:
-        """Tell of a fact that arose on any thread."""
+        """Deliver an event that happened on any thread."""
         self._plugins.notify_metrics(event)
         if self._plugins.observers:
             self._forward(event)
 
     def _forward(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens
+        with contextlib.suppress(RuntimeError):  # that loop is closed
             self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
 
     def _request_finished(self, op: str, code: str, seconds: float) -> None:
