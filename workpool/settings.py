@@ -38,7 +38,7 @@ from workpool.wire.credentials import read_credential
 from workpool.wire.dialect import DIALECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     Table = dict[str, Any]
 
@@ -48,6 +48,8 @@ PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
 """The vendor's advice (protocol §1)."""
+COMPLETION_WRITES: Final = 2
+"""Writes that end one session: its result and its stop."""
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
@@ -70,6 +72,14 @@ def parse_listen(value: str) -> Address | None:
     if match is None or int(match[3]) > PORT_MAX:
         raise ValueError("not HOST:PORT, [IPV6]:PORT, :PORT or off")
     return Address(match[1] or match[2] or None, int(match[3]))
+
+
+def lease_margin(ttl: float) -> float:
+    """Return how many seconds before the end of its lease a handler is cancelled.
+
+    They leave time for its clean-up before another worker can start the item.
+    """
+    return max(1.0, ttl / 10)
 
 
 def _check_listen(value: str) -> str:
@@ -283,7 +293,25 @@ class Settings(BaseSettings):
                 f"write_rate: {self.concurrency} sessions send {beats:.1f} heartbeats a second,"
                 f" more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
-        return tuple(found)
+        return (*found, *self._completion_warnings())
+
+    def _completion_warnings(self) -> Iterator[str]:
+        """Warn when the write rate cannot complete all sessions if they end together."""
+        if not self.write_limit:
+            return
+        seconds = COMPLETION_WRITES * self.concurrency / self.write_limit
+        held = self.lease_ttl - lease_margin(self.lease_ttl)
+        bounds = (
+            (held, f"their leases are held for {held:g} s", "lease_ttl"),
+            (self.drain_timeout, f"a drain waits {self.drain_timeout:g} s", "drain_timeout"),
+        )
+        for bound, meaning, setting in bounds:
+            if seconds > bound:
+                yield (
+                    f"write_rate: {self.concurrency} sessions that end together need"
+                    f" {COMPLETION_WRITES} writes each, {seconds:.1f} s at {self.write_limit:g} a"
+                    f" second, but {meaning}; raise write_rate or {setting}, or lower concurrency"
+                )
 
     def _limit(self, rate: float | None, default: float) -> float:
         if rate is not None:
