@@ -71,6 +71,7 @@ def parse_listen(value: str) -> Address | None:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value)
     if match is None or int(match[3]) > PORT_MAX:
         raise ValueError("not HOST:PORT, [IPV6]:PORT, :PORT or off")
+    _check_host(match[2] or "")
     return Address(match[1] or match[2] or None, int(match[3]))
 
 
@@ -80,6 +81,14 @@ def lease_margin(ttl: float) -> float:
     They leave time for its clean-up before another worker can start the item.
     """
     return max(1.0, ttl / 10)
+
+
+def _check_host(host: str) -> None:
+    """Refuse a host name that no lookup accepts; `getaddrinfo` would raise a UnicodeError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("each part of a host name has 1 to 63 characters") from None
 
 
 def _check_listen(value: str) -> str:
@@ -98,6 +107,7 @@ def _check_base_url(value: str) -> str:
         raise ValueError("not an http:// or https:// URL")
     if url.raw_user is not None or url.raw_password is not None or "?" in value or "#" in value:
         raise ValueError("must have no user, password, query or fragment")
+    _check_host(host)
     return str(url).rstrip("/")
 
 

@@ -468,6 +468,23 @@ def test_where_to_listen(value: str, address: Address | None) -> None:
     assert Settings(metrics_listen=value).metrics_address == address
 
 
+@pytest.mark.parametrize("host", ["a" * 64, f"{'b' * 64}.example", "two..dots"])
+def test_host_that_no_lookup_accepts_is_an_error_that_names_the_setting(host: str) -> None:
+    for setting, value in {
+        "base_url": f"https://{host}/api",
+        "metrics_listen": f"{host}:9464",
+    }.items():
+        assert refused(**{setting: value}).problems == (
+            f"{setting}: each part of a host name has 1 to 63 characters",
+        )
+
+
+def test_host_with_labels_of_63_characters_is_accepted() -> None:
+    host = f"{'a' * 63}.{'b' * 63}."
+    settings = Settings(base_url=f"https://{host}", metrics_listen=f"{host}:1")
+    assert settings.metrics_address == Address(host, 1)
+
+
 def test_not_listening_unless_told() -> None:
     assert Settings().metrics_address is None
 
