@@ -40,7 +40,7 @@ from workpool.wire.tls import tls_context
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     Table = dict[str, Any]
 
@@ -50,6 +50,8 @@ PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
 """The vendor's advice (protocol §1)."""
+COMPLETION_WRITES: Final = 2
+"""Writes that end one session: its result and its stop."""
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
@@ -71,7 +73,24 @@ def parse_listen(value: str) -> Address | None:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value)
     if match is None or int(match[3]) > PORT_MAX:
         raise ValueError("not HOST:PORT, [IPV6]:PORT, :PORT or off")
+    _check_host(match[2] or "")
     return Address(match[1] or match[2] or None, int(match[3]))
+
+
+def lease_margin(ttl: float) -> float:
+    """Return how many seconds before the end of its lease a handler is cancelled.
+
+    They leave time for its clean-up before another worker can start the item.
+    """
+    return max(1.0, ttl / 10)
+
+
+def _check_host(host: str) -> None:
+    """Refuse a host name that no lookup accepts; `getaddrinfo` would raise a UnicodeError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("each part of a host name has 1 to 63 characters") from None
 
 
 def _check_listen(value: str) -> str:
@@ -90,6 +109,7 @@ def _check_base_url(value: str) -> str:
         raise ValueError("not an http:// or https:// URL")
     if url.raw_user is not None or url.raw_password is not None or "?" in value or "#" in value:
         raise ValueError("must have no user, password, query or fragment")
+    _check_host(host)
     return str(url).rstrip("/")
 
 
@@ -300,7 +320,25 @@ class Settings(BaseSettings):
                 f"write_rate: {self.concurrency} sessions send {beats:.1f} heartbeats a second,"
                 f" more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
-        return tuple(found)
+        return (*found, *self._completion_warnings())
+
+    def _completion_warnings(self) -> Iterator[str]:
+        """Warn when the write rate cannot complete all sessions if they end together."""
+        if not self.write_limit:
+            return
+        seconds = COMPLETION_WRITES * self.concurrency / self.write_limit
+        held = self.lease_ttl - lease_margin(self.lease_ttl)
+        bounds = (
+            (held, f"their leases are held for {held:g} s", "lease_ttl"),
+            (self.drain_timeout, f"a drain waits {self.drain_timeout:g} s", "drain_timeout"),
+        )
+        for bound, meaning, setting in bounds:
+            if seconds > bound:
+                yield (
+                    f"write_rate: {self.concurrency} sessions that end together need"
+                    f" {COMPLETION_WRITES} writes each, {seconds:.1f} s at {self.write_limit:g} a"
+                    f" second, but {meaning}; raise write_rate or {setting}, or lower concurrency"
+                )
 
     def _limit(self, rate: float | None, default: float) -> float:
         if rate is not None:
