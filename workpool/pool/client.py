@@ -101,10 +101,11 @@ class Client(Protocol):
         work_id: str,
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
+        read_item: bool = True,
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> object:
-        """Stop an item."""
+        """Stop an item; `read_item` False: its answer is not read."""
 
     async def update_metadata(
         self,

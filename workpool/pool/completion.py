@@ -141,7 +141,9 @@ class Completion:
         lease = lease_of(item)
         before = lease.own_stop
         try:
-            await self._client.stop(item.id, force=True, timeout=seconds, options=options)
+            await self._client.stop(
+                item.id, force=True, read_item=False, timeout=seconds, options=options
+            )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
                 lease.own_stop = before  # certainly not applied: what stops it is not ours
