@@ -160,8 +160,9 @@ class Claimer:
 def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     if answer.state != STARTING:  # `active`: another worker's heartbeats extend its lease
         return "conflict"
-    if answer.sessions_token is None:  # sent to whoever polled, and perhaps not again
-        answer = replace(answer, sessions_token=item.work_item.sessions_token)
+    token = item.work_item.sessions_token
+    if token is not None and answer.sessions_token is None:  # sent with the poll only
+        answer = replace(answer, sessions_token=token)
     # While it waited for a slot, another worker may have run it and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer

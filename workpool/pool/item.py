@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease
     from workpool.session import Session
+    from workpool.wire.bound import Bound
     from workpool.wire.items import WorkItem
 
 State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
@@ -135,7 +136,7 @@ class PoolItem:
         self.timer: asyncio.TimerHandle | None = None
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
-        self.open_sends: set[asyncio.Timeout] | None = None
+        self.open_sends: set[Bound] | None = None
         """Sends under way, to be ended when the lease is lost; made by the first one."""
         self._changed: asyncio.Event | None = None
 

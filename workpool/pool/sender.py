@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
+from workpool.wire.bound import Bound
 from workpool.wire.options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -157,27 +158,21 @@ class Sender:
 
     def cut(self, item: PoolItem) -> None:
         """Wait no longer for the answers to what was sent for the item."""
-        now = asyncio.get_running_loop().time()
-        for scope in item.open_sends or ():
-            if not scope.expired():  # one that times out at this moment is cut already
-                scope.reschedule(now)
+        for bound in list(item.open_sends or ()):
+            bound.strike()
 
     async def _try(
         self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
     ) -> T:
-        self.check_write(item, by_handler=request.by_handler)
+        self.check(item, by_handler=request.by_handler)
         try:
             if not self._client.try_acquire_permit(request.priority):
                 acquire = partial(self._client.acquire_permit, request.priority)
                 await self._cut(item, self._left(item, until), acquire)
             seconds = min(self._request_timeout, self._left(item, until) / TRY_PART)
-            options = CallOptions(
-                partial(self._before_bytes, item, request),
-                request.priority,
-                new_connection=new_connection,
-                permit=True,
-            )
-            return await self._cut(item, seconds, lambda: call(options, seconds))
+            check = partial(self._before_bytes, item, request)
+            options = CallOptions(check, request.priority, new_connection, permit=True)
+            return await self._cut(item, None, partial(call, options, seconds))
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
@@ -191,16 +186,19 @@ class Sender:
         now = asyncio.get_running_loop().time()
         return min(until - now, lease_of(item).remaining(self._clock()))
 
-    async def _cut(self, item: PoolItem, seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+    async def _cut(
+        self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
+    ) -> T:
         """Await `call()` for at most `seconds`, and not past the lease's end as it is known."""
-        scope = asyncio.timeout(seconds)
-        scopes = item.open_sends = item.open_sends or set()
-        scopes.add(scope)
+        bound = Bound(seconds)
+        if item.open_sends is None:
+            item.open_sends = set()
+        item.open_sends.add(bound)
         try:
-            async with scope:
+            with bound:
                 return await call()
         finally:
-            scopes.discard(scope)
+            item.open_sends.discard(bound)
 
 
 def lease_of(item: PoolItem) -> Lease:

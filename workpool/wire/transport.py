@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
 import aiohttp
 from multidict import CIMultiDict
 
-from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
+from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import STREAM
@@ -152,7 +152,13 @@ class Transport:
         if request.limiter is not None and not request.options.permit:
             op, priority = request.call.op, request.options.priority
             await self.acquire(request.limiter, op, priority, seconds)
-        return await self._renewing(partial(self._attempt, request, until), until)
+        token = self._token
+        try:
+            return await self._attempt(request, until)
+        except RefusedError as refused:
+            if refused.status not in _DENIED or not await self._renewed(token, until):
+                raise
+        return await self._attempt(request, until)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -200,29 +206,16 @@ class Transport:
         return await attempt()
 
     async def _attempt(self, request: Request[T], until: float) -> T:
-        check = request.options.check
-        if check is None:
-            return await self._ask(request, _plain_body(request.body), until)
-        own_session = self._given is not None
-        body = CheckedBody(request.body or b"", check, headers_first=own_session)
-        try:
-            return await self._ask(request, body, until)
-        except TransientError:
-            if body.refusal is None:
-                raise
-        raise body.refusal
-
-    async def _ask(self, request: Request[T], body: Body, until: float) -> T:
         op, started = request.call.op, time.monotonic()
         seconds = _time_left(op, until - started)
-        token, code = self._token, "error"
+        token, code, body = self._token, "error", self._body_of(request)
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
             with Bound(seconds):
                 answer = await self._exchange(request, body)
             code = code_of(answer.status)
         except TRANSIENT as error:
-            failure: ControlPlaneError = no_answer(op, error)
+            failure: Exception = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
                 if not request.reads_answer:
@@ -233,7 +226,14 @@ class Transport:
             if not _was_refused(body):
                 self._tell(op, code, started)
         # Raised out here: aiohttp's errors carry the request's headers, and so our token.
-        raise failure
+        refusal = body.refusal if isinstance(body, CheckedBody) else None
+        raise failure if refusal is None else refusal
+
+    def _body_of(self, request: Request[T]) -> Body:
+        check = request.options.check
+        if check is None:
+            return _plain_body(request.body)
+        return CheckedBody(request.body or b"", check, headers_first=self._given is not None)
 
     async def _attempt_stream(
         self, url: URL, headers: Mapping[str, str], until: float
