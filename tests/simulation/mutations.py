@@ -142,7 +142,8 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("clock:PauseDetector", "return abs(offset - since) >= PAUSE_SECONDS", "return False"),
+        Edit("clock:PauseDetector", "self._moved(self.offset(), ", "bool(0 and "),
+        Edit("clock:PauseDetector", "if self._moved(offset, self._offset):", "if False:"),
     ],
     "pause noticed at the next tick only": [
         Edit("sender:Sender", "if self._pauses.paused():", "if False:"),

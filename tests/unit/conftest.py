@@ -11,7 +11,6 @@ import pytest
 
 from workpool import Settings
 from workpool.events import HeartbeatFinished
-from workpool.pool.clock import PauseDetector
 from workpool.pool.heartbeats import HeartbeatSender
 from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
@@ -142,9 +141,8 @@ class Bench:
             Callbacks(self.observe, self.changed, self.failed, self.failed),
         )
         self.heartbeats = HeartbeatSender(self.client, self.clock, self.observe)
-        pauses = PauseDetector(self.clock, self.wall)
         self.sender = Sender(
-            self.client, self.clock, request_timeout, pauses, self.renewer.doubt_all
+            self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.doubt_all
         )
 
     def connect(self) -> BenchClient:

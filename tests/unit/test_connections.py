@@ -16,6 +16,7 @@ import pytest
 
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
+from workpool.wire import resolver
 from workpool.wire.options import CallOptions, Priority
 from workpool.wire.resolver import ThreadResolver
 from workpool.wire.threads import DaemonThreads
@@ -288,14 +289,24 @@ async def test_threads_are_reused_named_and_ended() -> None:
     first = await loop.run_in_executor(threads, threading.current_thread)
     assert first.daemon
     assert first.name == "workpool-test-1"
-    threads.close()
-    await asyncio.to_thread(first.join, 20)
-    assert not first.is_alive()
+    await threads.close()
+    assert first not in threading.enumerate()
     with pytest.raises(RuntimeError, match="closed"):
         threads.submit(print)
 
 
-def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
+async def test_closing_does_not_wait_for_a_thread_that_hangs() -> None:
+    threads, release = DaemonThreads("workpool-test", 2), threading.Event()
+    loop = asyncio.get_running_loop()
+    hung = loop.run_in_executor(threads, release.wait)
+    async with asyncio.timeout(20):
+        await threads.close()
+    assert not hung.done()
+    release.set()
+    assert await hung
+
+
+async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
     threads = DaemonThreads("workpool-test", 2)
     barrier = threading.Barrier(2)
     both = [threads.submit(barrier.wait, 20) for _ in range(2)]
@@ -309,7 +320,26 @@ def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> Non
     assert all(future.result(20) for future in held)
     names = {future.result(20).name for future in queued[1:]}
     assert names <= {"workpool-test-1", "workpool-test-2"}
-    threads.close()
+    await threads.close()
+
+
+async def test_lookup_that_hangs_is_begun_again_after_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release, look_up = threading.Event(), socket.getaddrinfo
+
+    def hang_once(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        release.wait()
+        return look_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang_once)
+    monkeypatch.setattr(resolver, "LOOKUP_SECONDS", 0.1)
+    async with serving() as server, WorkClient(server.settings("localhost")) as client:
+        with pytest.raises(TransientError):
+            await client.stop(WORK, timeout=20)
+        await client.stop(WORK, timeout=20)
+    release.set()
 
 
 async def test_resolver_returns_numeric_addresses() -> None:
@@ -319,4 +349,4 @@ async def test_resolver_returns_numeric_addresses() -> None:
     with pytest.raises(OSError, match=r".") as raised:
         await ThreadResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
     assert isinstance(raised.value, socket.gaierror)
-    threads.close()
+    await threads.close()

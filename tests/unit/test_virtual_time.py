@@ -16,6 +16,7 @@ from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
 from workpool.testing.virtual import in_virtual_time, run_virtual
+from workpool.wire.options import CallOptions
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Bench
@@ -133,3 +134,35 @@ async def test_a_whole_pool_runs_on_it() -> None:
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@in_virtual_time
+async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
+    def refuse() -> None:
+        raise LookupError
+
+    operations = Operations([ENVIRONMENT])
+    (item,) = operations.enqueue(ENVIRONMENT)
+    settings = Settings(environment_id=ENVIRONMENT)
+    async with LocalClient(operations, settings) as client:
+        options = CallOptions(refuse)
+        for call in (
+            client.ack(item.id, options=options),
+            client.heartbeat(item.id, options=options),
+            client.stop(item.id, options=options),
+            client.update_metadata(item.id, {}, options=options),
+            client.get(item.id, options=options),
+        ):
+            with pytest.raises(LookupError):
+                await call
+    assert operations.get(ENVIRONMENT, item.id) == item
+
+
+@in_virtual_time
+async def test_local_client_whose_stop_is_not_read_takes_any_success() -> None:
+    script = Script(stop=[Trouble(answer=b"no JSON"), Trouble(answer=b"no JSON")])
+    settings = Settings(environment_id=ENVIRONMENT)
+    async with LocalClient(Operations([ENVIRONMENT]), settings, troubles=script) as client:
+        assert await client.stop("work_1", read_item=False) is None
+        with pytest.raises(TransientError):
+            await client.stop("work_1")

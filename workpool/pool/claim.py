@@ -20,6 +20,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
+from workpool.pool.sender import lease_of
 from workpool.wire.protocol import ACK_LEASE_SECONDS, STARTING
 
 if TYPE_CHECKING:
@@ -87,11 +88,13 @@ class Claimer:
         )
         return result
 
-    async def begin(self, item: PoolItem, lease: Lease) -> None:
+    async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
+        lease = lease_of(item)
         check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
-            if self._draining.is_set():
+            draining = self._draining.is_set()
+            if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease, check)
             if lease.begun:
@@ -99,8 +102,11 @@ class Claimer:
             if lease.begun or lease.over:
                 check()
                 return
-            # A drain ends this wait: it must not wait for a long Retry-After.
-            await self._draining_within(lease.due_at - self._clock())
+            seconds = min(lease.due_at, lease.give_up_at) - self._clock()
+            if draining:
+                await asyncio.sleep(max(0.0, seconds))
+            else:  # a drain that begins must not wait for a long Retry-After
+                await self._draining_within(seconds)
 
     def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
         """End the lease if the machine was paused since the claim began: no handler runs yet."""

@@ -88,11 +88,11 @@ class HandlerHealth:
         """Wait while every handler that has run here is failing and none may claim an item."""
         while self._seen and not any(map(self.may_claim, self._seen)):
             now = asyncio.get_running_loop().time()
-            seconds = min(each.resume_at for each in self._seen.values()) - now
+            # A handler whose pause is over waits for the end of its one session.
+            pauses = [each.resume_at - now for each in self._seen.values() if each.resume_at > now]
             self._changed.clear()
             with suppress(TimeoutError):
-                # If the pause is over, the handler's one session must end first.
-                async with asyncio.timeout(seconds if seconds > 0 else None):
+                async with asyncio.timeout(min(pauses, default=None)):
                     await self._changed.wait()
 
     def _failed(self, failures: _Failures, work_id: str) -> None:
@@ -107,8 +107,11 @@ class HandlerHealth:
 
 def _exhausted(error: BaseException | None) -> bool:
     """Whether the error, or one that caused it, says that the machine has run out of something."""
-    while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+    seen: set[int] = set()  # a handler may have made a circle of causes
+    while error is not None and id(error) not in seen:
+        number = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False

@@ -21,6 +21,7 @@ from workpool.errors import (
     SessionEnded,
     TransientError,
 )
+from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -44,9 +45,6 @@ RETRY_PARTS: Final = (60, 30, 15)
 """A failed heartbeat is repeated after the TTL divided by these, from the third on by the last."""
 TIMEOUT_PART = 6
 """A heartbeat waits for its answer for at most the TTL divided by this."""
-MARGIN_SECONDS, MARGIN_PART = 1.0, 10
-"""The handler is cancelled this long before the deadline, so that its clean-up ends before another
-worker can start."""
 
 Status = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
 """`held`, or how it ended. `finished`: our own stop was applied. `released`: no heartbeat follows,
@@ -360,7 +358,7 @@ class Lease:
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
         self.deadline, self.ttl = deadline, ttl
-        self.give_up_at = deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)
+        self.give_up_at = deadline - lease_margin(ttl)
 
     def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]

@@ -450,9 +450,9 @@ class LeaseRenewer:
 
     def _handlers_loop_ended(self) -> None:
         """Renew no lease any more: the handlers' loop was stopped or closed."""
-        if self.renewing:
+        renewing, self.renewing = self.renewing, False
+        if renewing:
             log.critical("the handlers' event loop does not run; leases are not renewed")
-        self.renewing = False
         if self._handlers_loop.is_closed():
             self._stop.set()
 

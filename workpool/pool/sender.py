@@ -92,7 +92,7 @@ class Sender:
         if by_handler and (item.cancelled_for is not None or not item.executing):
             raise SessionEnded(item.id)
 
-    def _check_write(self, item: PoolItem, *, by_handler: bool) -> None:
+    def check_write(self, item: PoolItem, *, by_handler: bool) -> None:
         """Raise unless something may be written for the item at this instant.
 
         Raises:
@@ -165,7 +165,7 @@ class Sender:
     async def _try(
         self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
     ) -> T:
-        self._check_write(item, by_handler=request.by_handler)
+        self.check_write(item, by_handler=request.by_handler)
         try:
             if not self._client.try_acquire_permit(request.priority):
                 acquire = partial(self._client.acquire_permit, request.priority)
@@ -183,7 +183,7 @@ class Sender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _before_bytes(self, item: PoolItem, request: Request) -> None:
-        self._check_write(item, by_handler=request.by_handler)
+        self.check_write(item, by_handler=request.by_handler)
         if request.before_bytes is not None:
             request.before_bytes()
 

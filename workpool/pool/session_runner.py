@@ -156,7 +156,7 @@ class SessionRunner:
         session, attempt = self._open_session(item)
         if self.draining:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
-        await self._claimer.begin(item, lease)
+        await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
         if item.reason is None and not self.draining:

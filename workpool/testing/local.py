@@ -10,6 +10,7 @@ missing. What a network does to a call, `Trouble` does.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -82,6 +83,8 @@ class Trouble:
 
 
 _NONE: Final = Trouble()
+_STOP_UNREAD: Final = dataclasses.replace(calls.STOP)
+"""A stop whose answer is not parsed: told apart by its identity."""
 
 
 class Script:
@@ -243,6 +246,7 @@ class LocalClient:
         work_id: str,
         force: bool = False,  # noqa: FBT001, FBT002 - as in WorkClient
         *,
+        read_item: bool = True,
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
@@ -253,7 +257,8 @@ class LocalClient:
                 self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
             )
 
-        return await self._send(calls.STOP, work_id, operate, timeout, options)
+        stop = calls.STOP if read_item else _STOP_UNREAD
+        return await self._send(stop, work_id, operate, timeout, options)
 
     async def update_metadata(
         self,
@@ -395,6 +400,8 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(call.op, code, loop.time() - started)
         if answer.status in SUCCESS:
+            if call is _STOP_UNREAD:
+                answer = Answer(204, {}, b"")
             return value_of(call.op, answer, call.parse)
         raise error_of(call.op, answer, _ABSENT)
 

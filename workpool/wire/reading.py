@@ -7,7 +7,7 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
 
 TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
@@ -17,6 +17,14 @@ TRANSIENT: Final = (
     OSError,
 )
 """What may pass by itself. Anything else is a bug and must be loud (design §2)."""
+
+
+def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    """Return the response when it is an event stream: a gateway may answer a page with 200."""
+    if response.content_type == "text/event-stream":
+        return response
+    response.close()
+    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
 
 
 async def read_bounded(

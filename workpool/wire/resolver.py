@@ -11,6 +11,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+LOOKUP_SECONDS: Final = 30.0
+"""Bounds one lookup: aiohttp makes all connections to a host wait for the one that is under way."""
 _NUMERIC: Final = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 _RESULT_FLAGS: Final = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
@@ -30,10 +32,11 @@ class ThreadResolver(AbstractResolver):
         """Return the addresses of a host.
 
         Raises:
-            OSError: It has none, or the lookup failed.
+            OSError: It has none, or the lookup failed or took too long.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, _look_up, host, port, family)
+        async with asyncio.timeout(LOOKUP_SECONDS):
+            return await loop.run_in_executor(self._executor, _look_up, host, port, family)
 
     async def close(self) -> None:
         """Do nothing: the executor is the caller's."""

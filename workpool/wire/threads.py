@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+CLOSE_SECONDS: Final = 0.5
+"""Threads that do not hang end within microseconds."""
 
 
 class DaemonThreads(Executor):
@@ -32,8 +37,11 @@ class DaemonThreads(Executor):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self._count = 0
+        # The four below: only with the lock held.
+        self._threads: list[threading.Thread] = []
+        self._alive = 0
         self._closed = False
+        self._tell_end: Callable[[], object] | None = None
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Call `fn` on one of the threads.
@@ -46,24 +54,44 @@ class DaemonThreads(Executor):
             if self._closed:
                 raise RuntimeError("these threads were closed")
             self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
-            if not self._idle.acquire(blocking=False) and self._count < self._limit:
-                self._count += 1
-                name = f"{self._name}-{self._count}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
+            if not self._idle.acquire(blocking=False) and self._alive < self._limit:
+                self._start_one()
         return future
 
-    def close(self) -> None:
-        """End the threads that are idle now, the others after their call; waits for none."""
+    async def close(self) -> None:
+        """End the threads; one whose call hangs is left to end by itself."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
             self._closed = True
-            for _ in range(self._count):
+            self._tell_end = partial(loop.call_soon_threadsafe, ended.set)
+            for _ in self._threads:
                 self._calls.put(None)
+            if not self._alive:
+                ended.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await ended.wait()
+            for thread in self._threads:
+                thread.join()  # it has done all but its last step
+
+    def _start_one(self) -> None:
+        self._alive += 1
+        name = f"{self._name}-{self._alive}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
             del call  # it would live on until the next one
             self._idle.release()
+        with self._lock:
+            self._alive -= 1
+            tell_end = None if self._alive else self._tell_end
+        if tell_end is not None:
+            with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+                tell_end()
 
 
 def _call(future: Future[T], call: Callable[[], T]) -> None:

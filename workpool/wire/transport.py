@@ -33,10 +33,11 @@ from workpool.wire.checked_body import CheckedBody, NotSentError
 from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.reading import TRANSIENT, no_answer, read_bounded
+from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable, Mapping
 
     from yarl import URL
@@ -66,6 +67,7 @@ class Request(NamedTuple, Generic[T]):
         limiter: Our own rate limit that applies; None = the request waits for none.
         body: JSON.
         options: Its check, priority and connection.
+        reads_answer: False = a success counts as one without content, whatever it holds.
     """
 
     call: Call[T]
@@ -74,6 +76,7 @@ class Request(NamedTuple, Generic[T]):
     limiter: RateLimiter | None = None
     body: bytes | None = None
     options: CallOptions = DEFAULT_OPTIONS
+    reads_answer: bool = True
 
 
 class Transport:
@@ -107,11 +110,12 @@ class Transport:
         self._worker_id = worker_id
         self._threads = DaemonThreads("workpool-blocking", THREADS)
         try:
-            self._use(await self._read_settings())
+            token, self._tls = await self._read_settings()
+            self._use(token)
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
         except BaseException:
-            self._threads.close()
+            await self._threads.close()
             raise
         self._loop = asyncio.get_running_loop()
 
@@ -119,8 +123,10 @@ class Transport:
         """Close the connections, unless they are the caller's."""
         if self._loop is not None:
             self._loop = None
-            self._threads.close()
-            await self._connections.close()
+            try:
+                await self._connections.close()
+            finally:
+                await self._threads.close()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -219,6 +225,8 @@ class Transport:
             failure: ControlPlaneError = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
+                if not request.reads_answer:
+                    answer = Answer(http.HTTPStatus.NO_CONTENT, answer.headers, b"")
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
@@ -238,7 +246,7 @@ class Transport:
                 response = await self._connect_stream(url, headers)
                 code = code_of(response.status)
                 if response.status == http.HTTPStatus.OK:
-                    return _checked(response)
+                    return checked_stream(response)
                 try:
                     answer = Answer(response.status, response.headers, await read_bounded(response))
                 finally:
@@ -260,6 +268,7 @@ class Transport:
             headers=CIMultiDict(self._headers, **headers),
             timeout=_ENDLESS,
             proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
@@ -273,6 +282,7 @@ class Transport:
             headers=self._headers if request.body is None else self._json_headers,
             timeout=_ENDLESS,
             proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
@@ -324,18 +334,21 @@ class Transport:
             self._reading.add_done_callback(_retrieve)
         return await asyncio.shield(self._reading)
 
-    async def _read_settings(self) -> str:
-        """Check all that a connection needs, and return the token."""
+    async def _read_settings(self) -> tuple[str, ssl.SSLContext | bool]:
+        """Check all that a connection needs, and return the token and whom to trust."""
+        settings = self._settings
 
-        def read() -> str:
-            self._settings.require_connection()
-            return self._settings.read_token()
+        def read() -> tuple[str, ssl.SSLContext | bool]:
+            settings.require_connection()
+            return settings.read_token(), settings.tls_context() or True
 
+        if not (settings.token_file or settings.ca_file or settings.client_cert_file):
+            return read()  # from memory
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read)
         except TimeoutError:
-            problem = "token_file: could not be read in time"
+            problem = "token_file, ca_file, client_cert_file: could not be read in time"
         raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
@@ -379,14 +392,6 @@ def _time_left(op: str, seconds: float) -> float:
     if seconds <= 0:
         raise TransientError(op, None, "no time left to ask", reason="timeout")
     return seconds
-
-
-def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """An event stream; what answers 200 may be a gateway's page instead."""
-    if response.content_type == "text/event-stream":
-        return response
-    response.close()
-    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
 
 
 @cache

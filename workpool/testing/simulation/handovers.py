@@ -52,5 +52,9 @@ def _not_let_go(case: Case, node: Node, tenure: Tenure) -> Iterator[str]:
             yield f"{call} was sent for what a child has"
         tries += call.op == "heartbeat" and call.trouble is None
         tries -= call.op == "get" and call.trouble is not None
+    tries -= sum(  # a read that waited in vain for a connection left it open whose the item is
+        delay.node is node and delay.work_id == tenure.work_id and delay.since >= tenure.ended
+        for delay in case.trace.delays
+    )
     if tries > 1:
         yield f"{tenure.work_id} was to be taken back {tries} times by {node.machine.name}"

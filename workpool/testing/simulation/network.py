@@ -106,7 +106,7 @@ class Network:
 
     def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> None:
         """Let the machine stand still after `seconds` and so many callbacks more."""
-        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 40.0))
+        loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         how: Halt = self._random.choice(("asleep", "asleep", "paused"))
 
         def sleep() -> None:

@@ -80,7 +80,7 @@ def _late_acks(case: Case, node: Node, at: float, event: AckFinished) -> Iterato
 def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: float) -> bool:
     """Whether the node stood still, or a call for the item waited in vain for a connection."""
     return node.paused(since - 1, until) or any(
-        each.node is node and each.work_id == work_id and since <= each.since <= until
+        each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ HORIZON_SECONDS: Final = 150.0
 """Until then things happen; after that everything heals."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
+CLOSE_SHARE, CLOSE_SECONDS = 0.15, 0.012
 PAUSE_SECONDS: Final = 2.5
 """The shortest pause of a virtual machine: shorter ones are not noticed."""
 
@@ -97,9 +98,17 @@ def draw(random: Random, seed: int) -> Schedule:
     if random.random() < BURST_SHARE:
         work.append(_burst(random))
     deeds = [_deed(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
+    deeds = [_close_to(random.choice(work), deed, random) for deed in deeds]
     kinds = (*random.choice(((), ("late",))), *random.sample(TROUBLES, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     return Schedule(seed, pools, tuple(sorted([*work, *deeds], key=_at)), share, kinds)
+
+
+def _close_to(work: Deed, deed: Deed, random: Random) -> Deed:
+    """Move some deeds into the milliseconds in which an item is claimed or completed."""
+    if random.random() < CLOSE_SHARE:
+        return replace(deed, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
+    return deed
 
 
 def _at(deed: Deed) -> float:
