@@ -72,8 +72,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "renewer takes a lease that has not begun": [
         Edit(
             "session_runner:SessionRunner",
-            "await self._claimer.begin(item, lease)\n    self._context.renewer.add(lease, item)",
-            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item, lease)",
+            "await self._claimer.begin(item)\n    self._context.renewer.add(lease, item)",
+            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
@@ -93,19 +93,19 @@ MUTATIONS: dict[str, list[Edit]] = {
     "deadline from the answer": [
         Edit(
             "lease:Lease",
-            "self._extend(attempt, heartbeat)",
-            "self._extend(attempt._replace(at=now), heartbeat)",
+            "self._extend(now, attempt, heartbeat)",
+            "self._extend(now, attempt._replace(at=now), heartbeat)",
         ),
     ],
     "lease not cut by an unanswered heartbeat": [
         Edit(
             "lease:Lease",
-            "self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))",
+            "self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))",
             "pass",
         ),
     ],
     "no margin before the deadline": [
-        Edit("lease:Lease", "deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)", "deadline"),
+        Edit("lease:Lease", "deadline - lease_margin(ttl)", "deadline"),
     ],
     "sleep not noticed": [
         Edit(
@@ -137,7 +137,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no check after the wait": [
         Edit(
             "sender:Sender",
-            "self._check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
+            "self.check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
             "if request.before_bytes",
         ),
     ],

@@ -1,7 +1,7 @@
 """Claiming an item: its acknowledgement, then its first heartbeat. Both on the handlers' loop.
 
 No handler runs for the item before the first heartbeat has succeeded, so a claim that is lost
-costs a redelivery and nothing else. The lease renewer gets the lease after that.
+costs a redelivery and nothing else. After that the lease renewer extends the lease.
 See workpool/docs/architecture.md, "The path of one item".
 """
 
@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 MAYBE_APPLIED: Final = frozenset({"network", "timeout", "bad_body", "server_error"})
 MARGIN_SECONDS = 6.0
-"""An ack answered later than this before its lease's end leaves no time for a first heartbeat."""
+"""An ack that may have been applied is repeated until this long before the end of its lease: an
+answer after that leaves no time for a first heartbeat."""
 
 
 class Claimer:
@@ -97,7 +98,7 @@ class Claimer:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease, check)
             if lease.begun:
-                lease.expire(self._clock())  # its answer may have come too late for a handler
+                lease.expire(self._clock())  # the answer may have come too late for a handler
             if lease.begun or lease.over:
                 check()
                 return
@@ -108,7 +109,7 @@ class Claimer:
                 await self._draining_within(seconds)
 
     def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
-        """End a lease whose time may have passed unseen: no handler runs, so nothing is lost."""
+        """End the lease if the machine was paused since the claim began: no handler runs yet."""
         if self._pauses.paused(since=item.clock_offset):
             log.warning("the machine was paused during a claim work_id=%s", item.id)
             lease.end("lost")
@@ -163,7 +164,7 @@ def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     token = item.work_item.sessions_token
     if token is not None and answer.sessions_token is None:  # sent with the poll only
         answer = replace(answer, sessions_token=token)
-    # While it waited for a slot, another worker may have run it and lost it.
+    # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer
     item.acked_at = acked_at

@@ -1,9 +1,9 @@
-"""The clock that leases are measured on, and what tells that the machine was paused.
+"""The lease clock, and the detection of pauses of the machine.
 
 Event loop clocks stop while a machine sleeps; the control plane's does not. Lease deadlines
-therefore use a clock that counts sleep: a woken worker must notice that its leases are gone before
-it sends anything. A paused, restored or cloned virtual machine stops that clock too; there, only
-the wall clock tells that time has passed.
+therefore use a clock that counts sleep: a worker that wakes must notice that its leases are lost
+before it sends anything. A paused, restored or cloned virtual machine stops that clock too; there,
+only the wall clock shows that time has passed.
 See workpool/docs/architecture.md, "Clocks".
 """
 
@@ -18,7 +18,7 @@ Clock = Callable[[], float]
 """Seconds on a monotonic clock; only differences mean anything."""
 
 PAUSE_SECONDS = 2.0
-"""A wall clock that moved this much against the lease clock: the machine was paused."""
+"""The machine counts as paused if the wall clock moved this much against the lease clock."""
 
 
 def _clock_that_counts_sleep() -> int | None:
@@ -40,7 +40,7 @@ wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, n
 
 
 class PauseDetector:
-    """Notices that the wall clock moved against the lease clock.
+    """Detects that the wall clock moved against the lease clock.
 
     One thread calls `check` regularly; `paused` may be called on any thread.
     """
@@ -62,7 +62,7 @@ class PauseDetector:
         """Call `on_pause` if the machine was paused since the last check."""
         offset = self.offset()
         if self._moved(offset, self._offset):
-            on_pause()  # before `paused` denies the pause on another thread
+            on_pause()  # before the next line, after which `paused` is False on other threads
         self._offset = offset
 
     @staticmethod

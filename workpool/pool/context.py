@@ -1,4 +1,4 @@
-"""What every part of one pool shares."""
+"""The pool context: the objects that all parts of one pool share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PoolContext:
-    """Given to every part when it is made; lives as long as the supervisor's root task.
+    """Passed to each part when it is created; lives as long as the supervisor's root task.
 
     Attributes:
         client: The client of the handlers' loop.
         clock: The lease clock.
         wall: The wall clock, which shows that the machine was paused.
-        observe: Tells the observers about an event; called on the handlers' loop only.
+        observe: Delivers an event to the observers; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
     """
 

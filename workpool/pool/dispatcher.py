@@ -1,4 +1,4 @@
-"""From a received item to a slot: is it ours, which handler runs it, when does it start.
+"""Decides on each received item: whether it is ours, which handler runs it, when it starts.
 
 Owns the items that are ours and the tasks that run them. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The path of one item".
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REMEMBERED_IDS = 10_000
-"""How many ids are remembered, to recognise redeliveries and to log a declined item once."""
+"""The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
 
 
 class Dispatcher:
@@ -49,10 +49,10 @@ class Dispatcher:
 
     Attributes:
         items: The items that are ours.
-        draining: Nothing starts any more.
+        draining: No item is started any more.
         executor: Calls the handlers.
         runner: Runs the items.
-        health: Knows the failing handlers.
+        health: The failing handlers.
         on_closed: Called after an item has ended.
     """
 
@@ -89,7 +89,7 @@ class Dispatcher:
     # Receive and choose.
 
     def offer(self, work_item: WorkItem) -> bool:
-        """Decide on a received item; True when it is ours and has taken the reserved place."""
+        """Decide on a received item; return whether it is ours now and took the reserved place."""
         if self.draining:
             return False  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
@@ -124,14 +124,14 @@ class Dispatcher:
         self._fill()
 
     def _received_again(self, owned: PoolItem) -> None:
-        """React to a copy of an item that is ours: the control plane believes that it is queued."""
+        """React to another delivery of an item that is ours: the control plane has it `queued`."""
         if owned.executing and owned.lease is not None:
             self._context.renewer.check_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
 
     def _choose(self, work_item: WorkItem) -> Handler | None:
-        """Ask the plugins for a handler; None when the item is left to other workers."""
+        """Ask the plugins for a handler; None if the item is declined."""
         handler = None
         reason: DeclineReason | None = None
         if self.items.has_session(work_item.session_id):
@@ -188,7 +188,7 @@ class Dispatcher:
     # Drain.
 
     def drain(self) -> None:
-        """Start nothing any more; tell the running sessions."""
+        """Start no item any more, forget the waiting ones and notify the running sessions."""
         self.draining = self.runner.draining = True
         self._claimer.drain()
         for item in self._context.queue.forget_waiting():

@@ -1,8 +1,8 @@
-"""Handlers that fail at once, one session after the other: their items are left to other workers.
+"""Failing handlers, whose sessions fail at once: their items are left to other workers.
 
 A worker whose disk is full, or whose handler has a bug, would otherwise take item after item from
-the workers that can run them. Such a handler claims one item at a time, after a pause that doubles
-with every further failure; one success ends that.
+the workers that can run them. A failing handler claims one item at a time, after a pause that
+doubles with every further failure; one success ends that.
 See workpool/docs/architecture.md, "Failing handlers".
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 FAILURES = 5
-"""So many sessions of different items must fail in a row."""
+"""The number of sessions of different items that must fail in a row."""
 QUICK_SECONDS = 1.0
-"""A failure within this time after the acknowledgement counts."""
+"""Only a failure within this time after the acknowledgement counts."""
 PAUSE_SECONDS, PAUSE_MAX_SECONDS = 1.0, 30.0
 EXHAUSTED: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
 )
-"""Errors of a machine without descriptors, disk, memory or processes."""
+"""Errors of a machine that has run out of descriptors, disk, memory or processes."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class HandlerHealth:
         self._changed = asyncio.Event()
 
     def failing(self) -> list[str]:
-        """The names of the handlers that fail at once."""
+        """The names of the failing handlers."""
         return [handler.name for handler, each in list(self._seen.items()) if each.pause]
 
     def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:

@@ -1,4 +1,7 @@
-"""Sending one heartbeat, and reading the item where its answer leaves open whose the item is."""
+"""Sends one heartbeat, and reads the item if the answer leaves open which worker holds it.
+
+See workpool/docs/architecture.md, "The arithmetic of a lease".
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,8 @@ class HeartbeatSender:
     async def send(self, lease: Lease, check: Callable[[], None] | None = None) -> bool:
         """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
 
-        Right before its bytes, `check` may end the lease, so that nothing is sent.
-        A bug in here ends the lease: no handler may go on with a lease that nobody renews.
+        `check` is called right before the bytes; it may end the lease, so that nothing is sent.
+        An unexpected error ends the lease: no handler may go on with a lease that nobody renews.
         """
         try:
             return await self._exchange(lease, check)
@@ -72,7 +75,7 @@ class HeartbeatSender:
     async def _heartbeat(
         self, lease: Lease, attempt: Attempt, check: Callable[[], None] | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
-        """Return the answer; None when the lease was not held any more when it was to be sent."""
+        """Return the answer; None if nothing was sent because the lease was not held any more."""
         options = CallOptions(
             check=partial(self._check, lease, check), priority=Priority.COMPLETION
         )

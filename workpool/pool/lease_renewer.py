@@ -56,7 +56,7 @@ WIDTH_SECONDS = 30.0
 
 
 class Callbacks(NamedTuple):
-    """Whom the renewer reports to."""
+    """The functions to which the renewer reports."""
 
     observe: Callable[[Event], None]
     """Called with events on the renewer's thread."""
@@ -72,7 +72,7 @@ class Callbacks(NamedTuple):
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where there is one."""
+    """Create an event loop: uvloop's, or asyncio's own on Windows."""
     if sys.platform != "win32":
         import uvloop  # noqa: PLC0415 - not installed on Windows
 
@@ -88,12 +88,12 @@ class LeaseRenewer:
         clock: The lease clock.
         wall: The wall clock, which shows that the machine was paused.
         connect: Creates the renewer's client, on the renewer's loop.
-        callbacks: Whom to report to.
+        callbacks: Called with its reports.
         services: Further contexts that live on the renewer's loop (the exporter).
 
     Attributes:
         client: The renewer's client; set once it has started.
-        pauses: Notices that the machine was paused; checked at every look.
+        pauses: Detects that the machine was paused; checked at every look.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
     """
@@ -119,8 +119,7 @@ class LeaseRenewer:
         self._callbacks = callbacks
         self._services = services
         self.pauses = PauseDetector(clock, wall)
-        # Added to and removed from on the handlers' loop, read on the renewer's: each is one atomic
-        # step, and what is read in between is either there or not.
+        # Written on the handlers' loop, copied on the renewer's; each of these is one atomic step.
         self._leases: dict[Lease, PoolItem] = {}
         self._serving = self._closing = False  # written on the handlers' loop
         self._error: KeeperError | None = None  # written on the renewer's thread
@@ -180,7 +179,7 @@ class LeaseRenewer:
         self.call(lambda: self._send_now(lease, lease.check_soon))
 
     def doubt_all(self) -> None:
-        """Allow nothing but heartbeats for any item until its lease is verified."""
+        """Doubt all leases: only heartbeats may be sent for an item until its lease is verified."""
         now = self.clock()
         for lease in list(self._leases):
             lease.doubted_at = now
@@ -235,7 +234,7 @@ class LeaseRenewer:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
-            return  # it never began: `__aenter__` raises why
+            return  # it never began: `__aenter__` raises the error
         if self._closing:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
@@ -243,7 +242,7 @@ class LeaseRenewer:
         self._fail(cause or RuntimeError("ended without an error"))
 
     def _end_leases(self) -> None:
-        """Nobody renews the leases any more, or writes to them: they count as lost."""
+        """End all leases as lost: the thread that renews them and writes to them has failed."""
         for lease, item in list(self._leases.items()):
             lease.end("lost")
             self._callbacks.changed(item)
@@ -291,7 +290,7 @@ class LeaseRenewer:
         )
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
-        """Renew no lease any more; then report, which must not prevent the end of the process."""
+        """Renew no lease any more and report it; a failing report does not stop the callback."""
         self.renewing = False
         try:
             report(write_report)
@@ -325,7 +324,7 @@ class LeaseRenewer:
 
     def _tell(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
-        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # that loop is closed
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report(self, item: PoolItem) -> None:
@@ -434,7 +433,7 @@ class LeaseRenewer:
         """Measure, once a tick, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
-        # A busy loop's own clock lags behind; a virtual loop's is the only one that moves.
+        # A busy loop's clock lags behind, and in virtual time only the loop's clock moves.
         seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
         if seconds < self.tick_seconds:
             return
@@ -450,7 +449,7 @@ class LeaseRenewer:
             self._stop_renewing(self._monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
-        """Renew nothing for handlers that do not run: their loop was stopped or closed."""
+        """Renew no lease any more: the handlers' loop was stopped or closed."""
         renewing, self.renewing = self.renewing, False
         if renewing:
             log.critical("the handlers' event loop does not run; leases are not renewed")

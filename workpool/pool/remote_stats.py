@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 async def read_remote_stats(context: PoolContext) -> None:
-    """Read them every `stats_interval` seconds until cancelled; a failure keeps the last ones."""
+    """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
     while True:
         try:
             context.observe(QueueStatsRead(await context.client.stats()))

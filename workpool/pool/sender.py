@@ -34,16 +34,16 @@ RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 TRY_PART = 3
 """One try takes at most this part of the time that is left, so that others can follow."""
 CALLS_PER_SESSION = 8
-"""Calls of one handler that may be under way at once; its others wait."""
+"""The number of calls of one session that may be under way; further ones wait."""
 
 
 class Request(NamedTuple):
     """How a call for an item is sent.
 
     Attributes:
-        priority: Before what it gets our rate limit and a connection.
-        by_handler: The handler makes it, so that it needs a handler that runs.
-        seconds: How long it is tried while the lease is held; infinite = as long as that.
+        priority: Its place among the calls that wait for the rate limit or a connection.
+        by_handler: The handler makes the call, so it is refused unless the handler runs.
+        seconds: How long it is retried; infinite = as long as the lease is held.
         before_bytes: Called after the check, right before the first byte is written.
     """
 
@@ -60,8 +60,8 @@ class Sender:
         client: The client of the handlers' loop.
         clock: The lease clock.
         request_timeout: The longest time for one try, in seconds.
-        pauses: Notices that the machine was paused.
-        doubt: Called then; makes every lease be verified before anything is sent for its item.
+        pauses: Detects that the machine was paused.
+        doubt: Called after a pause; only heartbeats may be sent until the leases are verified.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Sender:
         if self._pauses.paused():
             self._paused_at = self._clock()
             self._doubt()
-        # The renewer does not know a lease whose first heartbeat has not succeeded.
+        # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
         lease = lease_of(item)
         if lease.doubted_at != math.inf or lease.verified_at < self._paused_at:
             problem = "the machine was paused; the lease is verified first"
             raise TransientError("lease", None, problem, reason="throttled")
 
     async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
-        """Make a call that needs the lease; repeat it until it is settled or the time is over.
+        """Make a call that needs the lease; repeat it until its answer is final or time is up.
 
         Raises:
             SessionGoneError: From the check, which is made right before the bytes of every try.
@@ -139,10 +139,10 @@ class Sender:
     async def read(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()`, made anew whenever the lease was renewed meanwhile.
+        """Await `call()`; call again if the known deadline passes but the lease was renewed.
 
         Raises:
-            SessionGoneError: The item is not the handler's any more, as soon as it is not.
+            SessionGoneError: As soon as the item is not the handler's any more.
             TimeoutError: After `seconds`.
         """
         loop = asyncio.get_running_loop()
@@ -157,7 +157,7 @@ class Sender:
                     raise
 
     def cut(self, item: PoolItem) -> None:
-        """Wait no longer for the answers to what was sent for the item."""
+        """End the waits for the answers to calls for the item."""
         for bound in list(item.open_sends or ()):
             bound.strike()
 
@@ -189,7 +189,7 @@ class Sender:
     async def _cut(
         self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
     ) -> T:
-        """Await `call()` for at most `seconds`, and not past the lease's end as it is known."""
+        """Await `call()` for at most `seconds`; `cut` ends the wait earlier."""
         bound = Bound(seconds)
         if item.open_sends is None:
             item.open_sends = set()
