@@ -299,35 +299,35 @@ MUTATIONS: dict[str, list[Edit]] = {
     "items not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            "self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))",
+            "self._context.observe(ItemClaimed, work_item, origin, _age(work_item))",
             "0",
         ),
     ],
     "reclaims not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            'self._context.observe(ItemReclaimed(work_item, "gained", "poll"))',
+            'self._context.observe(ItemReclaimed, work_item, "gained", "poll")',
             "0",
         ),
     ],
     "losses not counted": [
         Edit(
             "session_runner:SessionRunner",
-            'self._context.observe(ItemReclaimed(item.work_item, "lost", stage))',
+            'self._context.observe(ItemReclaimed, item.work_item, "lost", stage)',
             "0",
         ),
     ],
     "heartbeats not counted": [
         Edit(
             "heartbeats:HeartbeatSender",
-            "self._observe(HeartbeatFinished(lease.item, decision.result, attempt.lag))",
+            "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),
     ],
     "requests to stop not counted": [
         Edit(
             "session_runner:SessionRunner",
-            "self._context.observe(StopRequested(item.work_item))",
+            "self._context.observe(StopRequested, item.work_item)",
             "0",
         ),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from contextvars import copy_context
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
 import pytest
 
@@ -34,6 +34,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Sent(NamedTuple):
@@ -154,7 +155,8 @@ class Bench:
     def trouble(self, op: str, work_id: str | None) -> Trouble | None:
         return self.script(op, work_id) or Trouble(there=self.latency / 2, back=self.latency / 2)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        event = event_type(*values)
         if isinstance(event, HeartbeatFinished):
             self.results.append((self.clock(), event))
 

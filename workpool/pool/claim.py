@@ -79,12 +79,11 @@ class Claimer:
         taken_at = self._clock()
         result = await self._acknowledge(item)
         self._observe(
-            AckFinished(
-                item.work_item,
-                result,
-                queue_seconds=taken_at - item.delivered_at,
-                delivery_seconds=self._clock() - item.delivered_at,
-            )
+            AckFinished,
+            item.work_item,
+            result,
+            taken_at - item.delivered_at,
+            self._clock() - item.delivered_at,
         )
         return result
 

@@ -135,7 +135,7 @@ class Completion:
             result = "gone" if error.status == HTTPStatus.NOT_FOUND else "error"
             raise
         finally:
-            self._observe(StopFinished(item.work_item, "confirm" if confirm else "force", result))
+            self._observe(StopFinished, item.work_item, "confirm" if confirm else "force", result)
 
     async def _send_stop(self, item: PoolItem, options: CallOptions, seconds: float) -> None:
         lease = lease_of(item)

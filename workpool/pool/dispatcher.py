@@ -96,7 +96,7 @@ class Dispatcher:
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))
+        self._context.observe(ItemClaimed, work_item, origin, _age(work_item))
         if owned is not None:
             self._received_again(owned)
             return False
@@ -106,7 +106,7 @@ class Dispatcher:
             if item.handler is None:
                 return False
         if item.held_before:
-            self._context.observe(ItemReclaimed(work_item, "gained", "poll"))
+            self._context.observe(ItemReclaimed, work_item, "gained", "poll")
         self.items.add(item)
         self._context.queue.put(item)
         self._fill()
@@ -150,7 +150,7 @@ class Dispatcher:
             log.info(
                 "item declined work_id=%s type=%s reason=%s", work_item.id, work_item.type, reason
             )
-        self._context.observe(ItemDeclined(work_item, reason))
+        self._context.observe(ItemDeclined, work_item, reason)
         return None
 
     def _objection(self, handler: Handler | None) -> DeclineReason | None:

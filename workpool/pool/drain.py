@@ -62,7 +62,7 @@ class Drain:
         loop = asyncio.get_running_loop()
         started = loop.time()
         log.info("draining running=%d timeout=%s", context.queue.running, self.timeout)
-        context.observe(DrainStarted(self.timeout))
+        context.observe(DrainStarted, self.timeout)
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         clean = await self._finished(dispatcher, lambda: self._deadline)
         if not clean:
@@ -74,7 +74,7 @@ class Drain:
         seconds = loop.time() - started
         level = logging.ERROR if abandoned else logging.INFO
         log.log(level, "drained result=%s seconds=%.1f abandoned=%d", result, seconds, abandoned)
-        context.observe(DrainFinished(result, seconds))
+        context.observe(DrainFinished, result, seconds)
         return abandoned
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:

@@ -22,10 +22,10 @@ from workpool.wire.options import CallOptions, Priority
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.events import Event
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.lease import Attempt, Decision, Lease
+    from workpool.pool.telemetry import Observe
     from workpool.wire.items import Heartbeat, WorkItem
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionE
 class HeartbeatSender:
     """Sends heartbeats through one client; there is one for each event loop."""
 
-    def __init__(self, client: Client, clock: Clock, observe: Callable[[Event], None]) -> None:
+    def __init__(self, client: Client, clock: Clock, observe: Observe) -> None:
         self._client = client
         self._clock = clock
         self._observe = observe
@@ -69,7 +69,7 @@ class HeartbeatSender:
             if lease.in_flight:
                 lease.abandoned()
         if decision.result is not None:
-            self._observe(HeartbeatFinished(lease.item, decision.result, attempt.lag))
+            self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
 
     async def _heartbeat(

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.events import Event
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.handoff import Handoff
     from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
+    from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ WIDTH_SECONDS = 30.0
 class Callbacks(NamedTuple):
     """The functions to which the renewer reports."""
 
-    observe: Callable[[Event], None]
+    observe: Observe
     """Called with events on the renewer's thread."""
     changed: Callable[[PoolItem], None]
     """The lease of an item has changed. Called on the handlers' loop."""
@@ -442,7 +442,7 @@ class LeaseRenewer:
             self._handlers_loop_ended()
         elif self._monitor.answered:
             if self._monitor.lag is not None:
-                self._callbacks.observe(LoopLagMeasured(self._monitor.lag))
+                self._callbacks.observe(LoopLagMeasured, self._monitor.lag)
             self.renewing = True
             self._monitor.ask()
         elif self._monitor.wait(seconds) and self.renewing:

@@ -68,7 +68,7 @@ class Poller:
                     raise  # any other CancelledError leaked and would end this poller unnoticed
                 crashes += 1
                 log.exception("poller crashed in_a_row=%d", crashes)
-                self._context.observe(PollerRestarted(error))
+                self._context.observe(PollerRestarted, error)
                 if crashes >= CRASHES:
                     fatal = PollerError(f"a poller crashed {crashes} times in a row")
                     fatal.__cause__ = error
@@ -142,7 +142,7 @@ class Poller:
         finally:
             self._group.answered()
             seconds = asyncio.get_running_loop().time() - started
-            self._context.observe(PollFinished(result, seconds))
+            self._context.observe(PollFinished, result, seconds)
         self._backoff.reset()
         self._group.succeeded(null=item is None)
         return item
@@ -168,7 +168,7 @@ class Poller:
             seconds,
             failure,
         )
-        self._context.observe(PollerBackedOff(reason, seconds))
+        self._context.observe(PollerBackedOff, reason, seconds)
         await self._sleep(seconds)
 
     async def _sleep(self, seconds: float) -> None:

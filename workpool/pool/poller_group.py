@@ -171,4 +171,4 @@ class PollerGroup:
                 turn.set()
             else:
                 turn.clear()
-        self._context.observe(PollersScaled(direction, reason, target))
+        self._context.observe(PollersScaled, direction, reason, target)

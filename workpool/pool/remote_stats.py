@@ -19,7 +19,7 @@ async def read_remote_stats(context: PoolContext) -> None:
     """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
     while True:
         try:
-            context.observe(QueueStatsRead(await context.client.stats()))
+            context.observe(QueueStatsRead, await context.client.stats())
         except ControlPlaneError as error:
             log.debug("stats not read error=%s", error)
         await asyncio.sleep(context.settings.stats_interval)

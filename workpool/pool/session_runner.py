@@ -181,7 +181,7 @@ class SessionRunner:
         if item.handler is None or item.session is None:
             raise RuntimeError(f"{item.id} has no handler")
         item.advance("started")
-        self._context.observe(SessionStarted(item.session, item.label))
+        self._context.observe(SessionStarted, item.session, item.label)
         await self._executor.run(item, item.handler, item.session)
         await _settle_mark(item)
         await settle(item, self._context.renewer)
@@ -190,7 +190,7 @@ class SessionRunner:
     def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
         if lease.stop_requested and not session.stopping:
-            self._context.observe(StopRequested(item.work_item))
+            self._context.observe(StopRequested, item.work_item)
             session.interrupt(stopping=True)
             grace = self._context.settings.stop_grace
             self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
@@ -242,13 +242,13 @@ class SessionRunner:
             self._report_lost(item, "run" if lease.begun else "start")
         seconds = self._context.clock() - item.acked_at
         self._on_finished(item, outcome, seconds)
-        self._context.observe(SessionFinished(session, item.label, outcome, seconds, item.error))
+        self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that another worker has the item, as the control plane said."""
         stage = "drain" if self.draining else stage
         log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
-        self._context.observe(ItemReclaimed(item.work_item, "lost", stage))
+        self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
 async def _settle_mark(item: PoolItem) -> None:

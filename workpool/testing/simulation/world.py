@@ -7,7 +7,7 @@ import random
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
 from workpool.errors import WorkpoolError
 from workpool.pool.attempt import RELEASED
@@ -45,6 +45,8 @@ LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
 HALTS: Final[Mapping[str, Halt]] = {"sleep": "asleep", "freeze": "stopped", "pause": "paused"}
+
+Ts = TypeVarTuple("Ts")
 
 
 class LoopRenewer(LeaseRenewer):
@@ -86,9 +88,9 @@ class Simulated(LoopSupervisor):
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
-        def observe(event: Event) -> None:
-            self.node.events.append((loop.now, event))
-            told(event)
+        def observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+            self.node.events.append((loop.now, event_type(*values)))
+            told(event_type, *values)
 
         return replace(context, observe=observe)
 
