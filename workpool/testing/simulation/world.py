@@ -17,10 +17,11 @@ from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
 from workpool.server.clock import SECOND
 from workpool.settings import Settings
+from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
-from workpool.testing.simulation.network import Client, Network
+from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
 from workpool.testing.simulation.schedule import Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
 from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
@@ -44,6 +45,7 @@ REST_SECONDS: Final = 25.0
 LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
+LATENCY_PART, LATENCIES = 0.1, 7
 HALTS: Final[Mapping[str, Halt]] = {"sleep": "asleep", "freeze": "stopped", "pause": "paused"}
 
 
@@ -218,6 +220,9 @@ class World:
     def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
+        # Not the same for all: two pools in step could take an item from each other for ever.
+        latency = LATENCY_SECONDS * (1 + LATENCY_PART * (len(self.trace.nodes) % LATENCIES))
+        node.calm = Trouble(there=latency, back=latency)
         self.trace.nodes.append(node)
         machine.stage = Stage(self.trace, node, lambda: self.loop.now, self._start_child)
         self._stages.append(machine.stage)
