@@ -20,9 +20,9 @@ from workpool.settings import Settings
 from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
-from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
+from workpool.testing.simulation.machine import NETWORK, Machine, MachinesLoop
 from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
-from workpool.testing.simulation.schedule import Deed, Pool, Schedule
+from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
 from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
 from workpool.testing.virtual import VirtualLoop
@@ -46,7 +46,6 @@ LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
 LATENCY_PART, LATENCIES = 0.1, 7
-HALTS: Final[Mapping[str, Halt]] = {"sleep": "asleep", "freeze": "stopped", "pause": "paused"}
 
 
 class LoopRenewer(LeaseRenewer):
@@ -316,8 +315,10 @@ class World:
                 node.cuts.append((now, now + deed.seconds))
             case "deny":
                 node.denials.append((now, now + deed.seconds))
-            case "sleep" | "freeze" | "pause":
-                machine.halt(HALTS[deed.kind], deed.seconds)
+            case "sleep" | "freeze":
+                machine.halt("asleep" if deed.kind == "sleep" else "stopped", deed.seconds)
+            case "pause":
+                machine.halt("paused", max(deed.seconds, PAUSE_SECONDS))
             case "drain":
                 self._begin_drain(node, deed.seconds)
                 if deed.target % 2 and not node.child:
