@@ -142,7 +142,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("clock:PauseDetector", "self._moved(self.offset(), ", "bool(0 and "),
+        Edit("clock:PauseDetector", "self._moved(self.offset(),", "bool(0) and self._moved(0,"),
         Edit("clock:PauseDetector", "if self._moved(offset, self._offset):", "if False:"),
     ],
     "pause noticed at the next tick only": [

@@ -20,7 +20,7 @@ from workpool.settings import Settings
 from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
-from workpool.testing.simulation.machine import NETWORK, Machine, MachinesLoop
+from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
 from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
@@ -45,6 +45,12 @@ REST_SECONDS: Final = 25.0
 LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
+HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
+    "sleep": ("asleep", 0.0),
+    "freeze": ("stopped", 0.0),
+    "pause": ("paused", PAUSE_SECONDS),
+}
+"""What a deed does to a machine, and for how long at least."""
 LATENCY_PART, LATENCIES = 0.1, 7
 
 
@@ -315,10 +321,9 @@ class World:
                 node.cuts.append((now, now + deed.seconds))
             case "deny":
                 node.denials.append((now, now + deed.seconds))
-            case "sleep" | "freeze":
-                machine.halt("asleep" if deed.kind == "sleep" else "stopped", deed.seconds)
-            case "pause":
-                machine.halt("paused", max(deed.seconds, PAUSE_SECONDS))
+            case "sleep" | "freeze" | "pause":
+                how, least = HALTS[deed.kind]
+                machine.halt(how, max(least, deed.seconds))
             case "drain":
                 self._begin_drain(node, deed.seconds)
                 if deed.target % 2 and not node.child:
