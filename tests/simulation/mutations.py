@@ -195,6 +195,13 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     # The handler.
+    "handler starts after the machine has slept": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "if not lease_of(item).held(self._clock()):",
+            "if False:",
+        ),
+    ],
     "cancellation never repeated": [
         Edit(
             "handler_executor:HandlerExecutor",
