@@ -142,7 +142,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("clock:PauseDetector", "self._moved(self.offset(), ", "bool(0 and "),
+        Edit("clock:PauseDetector", "self._moved(self.offset(),", "bool(0) and self._moved(0,"),
         Edit("clock:PauseDetector", "if self._moved(offset, self._offset):", "if False:"),
     ],
     "pause noticed at the next tick only": [
@@ -195,6 +195,13 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     # The handler.
+    "handler starts after the machine has slept": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "if not lease_of(item).held(self._clock()):",
+            "if False:",
+        ),
+    ],
     "cancellation never repeated": [
         Edit(
             "handler_executor:HandlerExecutor",

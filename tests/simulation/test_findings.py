@@ -6,24 +6,29 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workpool import Session, Settings, handler
 from workpool.errors import HandoverError
 from workpool.events import (
     AckFinished,
     DrainFinished,
+    HeartbeatFinished,
     ItemClaimed,
     SessionFinished,
     SessionStarted,
     StopRequested,
 )
+from workpool.hookspecs import hookimpl
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
 from workpool.testing.simulation.case import START
 from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
+
+if TYPE_CHECKING:
+    from workpool.events import Event
 
 
 @handler
@@ -43,7 +48,9 @@ async def ignore(_: Session) -> None:
 class Bench:
     """A pool on virtual time, what befalls its calls, and what it tells."""
 
-    def __init__(self, script: Script, plugin: object = work, **values: Any) -> None:
+    def __init__(
+        self, script: Script, plugin: object = work, observer: object = None, **values: Any
+    ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
@@ -55,7 +62,7 @@ class Bench:
         )
         self.supervisor = LoopSupervisor(
             settings,
-            plugins=[plugin, self.recorder],
+            plugins=[plugin, self.recorder, *([observer] if observer else [])],
             connect=partial(LocalClient, self.operations, troubles=script),
         )
 
@@ -226,6 +233,28 @@ async def test_no_handler_starts_on_lease_of_first_heartbeat_before_machine_paus
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(1)
         bench.loop.pause(120)
+        await bench.recorder.wait_for(SessionFinished)
+        assert bench.recorder.of(SessionStarted) == []
+    assert bench.outcomes[0] == "lease_lost"
+
+
+class FallsAsleep:
+    """Suspends the machine between the first heartbeat and the handler's first step."""
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        if isinstance(event, HeartbeatFinished) and not loop.slept:
+            loop.call_soon(loop.suspend, 120)
+
+
+@in_virtual_time
+async def test_handler_does_not_start_after_machine_slept_past_its_lease() -> None:
+    """The lease was checked before its task was created; another worker could run the item."""
+    bench = Bench(Script(), observer=FallsAsleep())
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
     assert bench.outcomes[0] == "lease_lost"

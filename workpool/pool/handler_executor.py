@@ -14,8 +14,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from workpool.events import SessionStarted
 from workpool.pool.completion import mapping_of, release_of
 from workpool.pool.item import EndReason
+from workpool.pool.sender import lease_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -54,10 +56,15 @@ class HandlerExecutor:
         self.on_stuck: Callable[[], None] | None = None
         self._session_timeout = context.settings.session_timeout
         self._plugins = context.plugins
+        self._clock = context.clock
+        self._observe = context.observe
         self._group = group
 
     async def run(self, item: PoolItem, handler: Handler, session: Session) -> None:
-        """Call the handler and wait for its end, however long it takes; record how it ended."""
+        """Call the handler and wait for its end, however long it takes; record how it ended.
+
+        A handler whose lease is not held any more when its turn comes is not called.
+        """
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),
             name=f"{item.label} {item.id}",
@@ -132,6 +139,10 @@ class HandlerExecutor:
     ) -> Mapping[str, str] | _Raised:
         # An eager task runs before `create_task` returns, and the session's calls need the task.
         item.handler_task = asyncio.current_task()
+        # The machine may have slept since the lease was last checked.
+        if not lease_of(item).held(self._clock()):
+            return {}
+        self._observe(SessionStarted, session, item.label)
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             return mapping_of(await self._in_contexts(handler, session))

@@ -17,7 +17,7 @@ from workpool.errors import (
     SessionGoneError,
     TransientError,
 )
-from workpool.events import ItemReclaimed, SessionFinished, SessionStarted, StopRequested
+from workpool.events import ItemReclaimed, SessionFinished, StopRequested
 from workpool.pool.attempt import Attempt
 from workpool.pool.completion import (
     DRAIN_REASON,
@@ -181,7 +181,6 @@ class SessionRunner:
         if item.handler is None or item.session is None:
             raise RuntimeError(f"{item.id} has no handler")
         item.advance("started")
-        self._context.observe(SessionStarted, item.session, item.label)
         await self._executor.run(item, item.handler, item.session)
         await _settle_mark(item)
         await settle(item, self._context.renewer)

@@ -91,6 +91,8 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
             if call.answered_at >= tenure.began
         ):
             yield f"{_name(run)} started before a beat was answered"
+        if _starts_too_late(case, tenure, run):
+            yield f"{_name(run)} started; promised until {tenure.promised(run.started):.3f}"
         told = run.obeyed_at
         limit = tenure.promised(told) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
@@ -100,6 +102,13 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
         )
         if told > limit and not excused:
             yield f"{_name(run)} ran until {told:.3f}, promised until {limit:.3f}"
+
+
+def _starts_too_late(case: Case, tenure: Tenure, run: Run) -> bool:
+    late = run.started > tenure.promised(run.started) + MARGIN_SECONDS and run.play != "alone"
+    return late and not (
+        run.node.paused_unseen(tenure.began, run.started) or case.usurped(run.node, run.work_id)
+    )
 
 
 def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:

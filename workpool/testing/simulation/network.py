@@ -37,7 +37,6 @@ T = TypeVar("T")
 FADED_SECONDS: Final = 20.0
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
-CALM: Final = Trouble(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
 DENIAL: Final = Trouble(
     there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
 )
@@ -70,7 +69,7 @@ class Network:
             return SILENCE
         trouble = None if self.healed else self._draw(node, op)
         if trouble is None:
-            return CALM
+            return node.calm
         self.trace.troubles += 1
         if trouble.wait and work_id is not None:
             now = _loop().now
@@ -100,7 +99,7 @@ class Network:
         """Note a call whose bytes are sent now."""
         if self.over:
             return None
-        sent = Sent(_loop().now, node, op, work_id, None if trouble is CALM else trouble)
+        sent = Sent(_loop().now, node, op, work_id, None if trouble is node.calm else trouble)
         self.trace.sent.append(sent)
         return sent
 

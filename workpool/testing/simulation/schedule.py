@@ -150,8 +150,6 @@ def _burst(random: Random) -> Deed:
 def _deed(random: Random) -> Deed:
     kind = random.choice(DEEDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
-    if kind == "pause":
-        seconds = max(seconds, PAUSE_SECONDS)
     return Deed(_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 

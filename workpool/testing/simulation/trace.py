@@ -149,6 +149,7 @@ class Node:
         polls: How many it began; one that waits on its machine may never be sent.
         closed: When nothing of it was left; infinite if it crashed.
         crashed: When it vanished.
+        calm: What a call is like that nothing befalls.
         cuts: From when to when nothing that it sent arrived.
         denials: From when to when its acks were refused.
         claim_permits: When it acquired permits for acks, if it has a rate limit.
@@ -166,6 +167,7 @@ class Node:
     left_behind: int = 0
     polls: int = 0
     error: BaseException | None = None
+    calm: Trouble = field(init=False)
     cuts: list[tuple[float, float]] = field(default_factory=list)
     denials: list[tuple[float, float]] = field(default_factory=list)
     claim_permits: list[float] = field(default_factory=list)

@@ -17,11 +17,12 @@ from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
 from workpool.server.clock import SECOND
 from workpool.settings import Settings
+from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
-from workpool.testing.simulation.network import Client, Network
-from workpool.testing.simulation.schedule import Deed, Pool, Schedule
+from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
+from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
 from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
 from workpool.testing.virtual import VirtualLoop
@@ -44,7 +45,13 @@ REST_SECONDS: Final = 25.0
 LEAVE_SECONDS: Final = 200.0
 ENCORE_SECONDS: Final = 900
 """By then a fresh pool must have drained the queue."""
-HALTS: Final[Mapping[str, Halt]] = {"sleep": "asleep", "freeze": "stopped", "pause": "paused"}
+HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
+    "sleep": ("asleep", 0.0),
+    "freeze": ("stopped", 0.0),
+    "pause": ("paused", PAUSE_SECONDS),
+}
+"""What a deed does to a machine, and for how long at least."""
+LATENCY_PART, LATENCIES = 0.1, 7
 
 Ts = TypeVarTuple("Ts")
 
@@ -220,6 +227,9 @@ class World:
     def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
+        # Not the same for all: two pools in step could take an item from each other for ever.
+        latency = LATENCY_SECONDS * (1 + LATENCY_PART * (len(self.trace.nodes) % LATENCIES))
+        node.calm = Trouble(there=latency, back=latency)
         self.trace.nodes.append(node)
         machine.stage = Stage(self.trace, node, lambda: self.loop.now, self._start_child)
         self._stages.append(machine.stage)
@@ -314,7 +324,8 @@ class World:
             case "deny":
                 node.denials.append((now, now + deed.seconds))
             case "sleep" | "freeze" | "pause":
-                machine.halt(HALTS[deed.kind], deed.seconds)
+                how, least = HALTS[deed.kind]
+                machine.halt(how, max(least, deed.seconds))
             case "drain":
                 self._begin_drain(node, deed.seconds)
                 if deed.target % 2 and not node.child:
