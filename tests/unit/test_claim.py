@@ -43,7 +43,7 @@ class Claims:
             settings=bench.settings,
             client=bench.client,
             clock=bench.clock,
-            observe=self.events.append,
+            observe=lambda kind, *values: self.events.append(kind(*values)),
             renewer=SimpleNamespace(pauses=PauseDetector(bench.clock, bench.clock)),
         )
         self.claimer = Claimer(context, bench.heartbeats, self.acks.append)

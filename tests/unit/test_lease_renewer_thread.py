@@ -60,7 +60,8 @@ class Scene:
         self.sent.release()
         return self.script(op, work_id)
 
-    def observe(self, event: Event) -> None:
+    def observe(self, kind: Callable[..., Event], /, *values: Any) -> None:
+        event = kind(*values)
         """On the renewer's thread."""
         if self.fault is not None:
             raise self.fault
@@ -113,7 +114,7 @@ class Scene:
             sent = self.clock()
             ours = PoolItem(await client.ack(item.id), None, copy_context(), sent)
             ours.lease = Lease(ours.work_item, sent, ttl=60, request_timeout=10.0)
-            await HeartbeatSender(client, self.clock, lambda _: None).send(ours.lease)
+            await HeartbeatSender(client, self.clock, lambda *_: None).send(ours.lease)
         assert ours.lease.begun
         return ours
 

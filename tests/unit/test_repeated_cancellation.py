@@ -113,6 +113,7 @@ async def test_handler_that_has_ended_is_cancelled_no_more(bench: type[Bench]) -
     handler = Stubborn(until=12)
     async with running(bench, handler) as (executor, item):
         executor.cancel(item, EndReason.TIMED_OUT)
+        assert item.handler_task is not None
         await item.handler_task
         await asyncio.sleep(0)
         task = item.handler_task

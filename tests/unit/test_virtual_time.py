@@ -159,10 +159,12 @@ async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
 
 
 @in_virtual_time
-async def test_local_client_whose_stop_is_not_read_takes_any_success() -> None:
-    script = Script(stop=[Trouble(answer=b"no JSON"), Trouble(answer=b"no JSON")])
+async def test_local_client_whose_stop_is_not_read_accepts_any_json_object() -> None:
+    script = Script(stop=[Trouble(answer=b"{}"), Trouble(answer=b"{}"), Trouble(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, troubles=script) as client:
         assert await client.stop("work_1", read_item=False) is None
         with pytest.raises(TransientError):
             await client.stop("work_1")
+        with pytest.raises(TransientError):
+            await client.stop("work_1", read_item=False)

@@ -10,7 +10,6 @@ missing. What a network does to a call, `Trouble` does.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -83,7 +82,6 @@ class Trouble:
 
 
 _NONE: Final = Trouble()
-_STOP_UNREAD: Final = dataclasses.replace(calls.STOP)
 """A stop whose answer is not parsed: told apart by its identity."""
 
 
@@ -257,7 +255,7 @@ class LocalClient:
                 self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
             )
 
-        stop = calls.STOP if read_item else _STOP_UNREAD
+        stop = calls.STOP if read_item else calls.STOP_UNREAD
         return await self._send(stop, work_id, operate, timeout, options)
 
     async def update_metadata(
@@ -400,8 +398,6 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(call.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            if call is _STOP_UNREAD:
-                answer = Answer(204, {}, b"")
             return value_of(call.op, answer, call.parse)
         raise error_of(call.op, answer, _ABSENT)
 

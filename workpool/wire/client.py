@@ -229,7 +229,7 @@ class WorkClient:
         Args:
             work_id: The item.
             force: Finish it at once.
-            read_item: False = the answer is not parsed, so one that is malformed is a success too.
+            read_item: False = the item in the answer is not read; any JSON object is a success.
             timeout: See the class.
             options: See the class.
 
@@ -239,7 +239,8 @@ class WorkClient:
         """
         url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
         limiter = self.rate_limits.write
-        request = Request(calls.STOP, url, timeout, limiter, body, options, read_item)
+        call = calls.STOP if read_item else calls.STOP_UNREAD
+        request = Request(call, url, timeout, limiter, body, options)
         return await self._transport.send(request)
 
     async def update_metadata(

@@ -67,7 +67,6 @@ class Request(NamedTuple, Generic[T]):
         limiter: Our own rate limit that applies; None = the request waits for none.
         body: JSON.
         options: Its check, priority and connection.
-        reads_answer: False = a success counts as one without content, whatever it holds.
     """
 
     call: Call[T]
@@ -76,7 +75,6 @@ class Request(NamedTuple, Generic[T]):
     limiter: RateLimiter | None = None
     body: bytes | None = None
     options: CallOptions = DEFAULT_OPTIONS
-    reads_answer: bool = True
 
 
 class Transport:
@@ -218,8 +216,6 @@ class Transport:
             failure: Exception = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
-                if not request.reads_answer:
-                    answer = Answer(http.HTTPStatus.NO_CONTENT, answer.headers, b"")
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:

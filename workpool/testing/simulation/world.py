@@ -21,10 +21,10 @@ from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
-from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
+from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
-from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
+from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Patch, Trace
 from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
