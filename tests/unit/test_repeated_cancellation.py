@@ -51,7 +51,12 @@ async def running(
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
     """An item whose handler runs; left once the handler has ended."""
     parts = bench()
-    context = SimpleNamespace(settings=parts.settings, plugins=Plugins.load([], [], {}))
+    context = SimpleNamespace(
+        settings=parts.settings,
+        plugins=Plugins.load([], [], {}),
+        clock=parts.clock,
+        observe=parts.observe,
+    )
     async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
         item = await parts.claim()
         item.advance("started")
