@@ -331,6 +331,9 @@ class Lease:
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
             return  # asked for while this one was under way: it is due already
+        if self.doubted_at != math.inf:
+            self.due_at = attempt.at  # it was sent before the pause: another one must verify
+            return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
