@@ -19,13 +19,13 @@ from throughput import compare
 
 from workpool import hookimpl
 from workpool.metrics import Metrics
-from workpool.plugins import Plugins
+from workpool.pool.telemetry import Telemetry
 from workpool.testing.simulation.world import LoopSupervisor
 
 if TYPE_CHECKING:
     from arena import Meter, Plane
 
-    from workpool.events import Event
+    from workpool.events import Event, SessionFinished
 
 
 class Observer:
@@ -33,6 +33,14 @@ class Observer:
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
+        pass
+
+
+class OneTypeObserver:
+    """A plugin that observes one type of event."""
+
+    @hookimpl
+    def workpool_event(self, event: SessionFinished) -> None:
         pass
 
 
@@ -69,9 +77,10 @@ ENTRIES = (
     pool("workpool"),
     Entry("bare", bare, "aiohttp"),
     Entry("client only", client, "workpool"),
-    lacking("metrics off", Metrics, "observe", "request"),
-    lacking("nobody told", Plugins, "notify", "notify_metrics"),
+    lacking("metrics off", Metrics, "count"),
+    lacking("nobody told", Telemetry, "observe", "observe_anywhere"),
     pool("an observer", plugins=(Observer,)),
+    pool("an observer of one type", plugins=(OneTypeObserver,)),
     pool("a wrapper", plugins=(Wrapper,)),
     pool("one loop", supervisor=LoopSupervisor),
     pool("stats_interval=0", stats_interval=0),

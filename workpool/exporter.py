@@ -7,6 +7,7 @@ Rendering runs on one thread of its own: it must not delay a heartbeat. Shows no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gzip
 import logging
@@ -39,6 +40,9 @@ SCRAPES_MAX: Final = 8
 CLOSE_SECONDS: Final = 0.5
 """How long answers under way may delay each step of closing."""
 
+BIND_TRIES: Final = 10
+"""How often a port that is free on each address is looked for."""
+
 IPV4: Final = 4
 
 INDEX: Final = """workpool
@@ -54,7 +58,7 @@ class Exporter:
 
     Args:
         host: Where to listen: a name or address.
-        port: 0 takes any free port.
+        port: 0 takes any free port, the same on each address.
         registry: What `/metrics` renders, on a thread of its own.
         health: Reasons why `/healthz` must say 503; called on this loop, must not block.
         readiness: The same for `/readyz`.
@@ -116,16 +120,36 @@ class Exporter:
                 raise
 
     async def _listen(self, runner: web.AppRunner, stack: AsyncExitStack) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
-        protocol = cast("Callable[[], asyncio.Protocol]", runner.server)
         try:
-            # Binds only: listening at once, a cancelled call would leave a server that nobody has.
-            server = await loop.create_server(protocol, self._host, self.port, start_serving=False)
+            server = await self._bind(cast("Callable[[], asyncio.Protocol]", runner.server))
             stack.push_async_callback(_disconnect, server, runner)
             await server.start_serving()
         except OSError as error:
             raise self._refused(error) from error
         return server
+
+    async def _bind(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
+        """Bind each address of the host, all to the same port.
+
+        Given port 0, the system chooses another port for each address: one of them is then bound on
+        every address, and another choice is made if a program has it on one of the others.
+        """
+        for _ in range(BIND_TRIES):
+            # Binds only: a cancelled call that listened would leave a server without an owner.
+            server = await self._create_server(protocol, self.port)
+            ports = {each.getsockname()[1] for each in server.sockets}
+            if len(ports) == 1:
+                return server
+            server.close()
+            with contextlib.suppress(OSError):  # a program has that port on another address
+                return await self._create_server(protocol, ports.pop())
+        raise OSError(errno.EADDRINUSE, "no port is free on every address")
+
+    async def _create_server(
+        self, protocol: Callable[[], asyncio.Protocol], port: int
+    ) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        return await loop.create_server(protocol, self._host, port, start_serving=False)
 
     def _refused(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

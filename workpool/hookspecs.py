@@ -54,4 +54,9 @@ def workpool_lifespan(supervisor: Supervisor) -> AbstractAsyncContextManager[obj
 
 @hookspec
 def workpool_event(event: Event) -> None:
-    """Observe one fact. Must be quick. Errors are logged and counted, and stop nobody."""
+    """Observe one event. Must be quick. Errors are logged and counted, and stop nobody.
+
+    The annotation of `event` chooses: `event: SessionFinished | DrainFinished` is called with these
+    two types only; `Event`, or no annotation, with every type. A type that nobody observes costs
+    nothing.
+    """

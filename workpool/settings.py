@@ -36,9 +36,11 @@ from workpool.errors import SettingsError
 from workpool.wire import protocol
 from workpool.wire.credentials import read_credential
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.tls import tls_context
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    import ssl
+    from collections.abc import Iterable, Iterator, Mapping
 
     Table = dict[str, Any]
 
@@ -48,6 +50,8 @@ PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
 """The vendor's advice (protocol §1)."""
+COMPLETION_WRITES: Final = 2
+"""Writes that end one session: its result and its stop."""
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
@@ -69,7 +73,24 @@ def parse_listen(value: str) -> Address | None:
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value)
     if match is None or int(match[3]) > PORT_MAX:
         raise ValueError("not HOST:PORT, [IPV6]:PORT, :PORT or off")
+    _check_host(match[2] or "")
     return Address(match[1] or match[2] or None, int(match[3]))
+
+
+def lease_margin(ttl: float) -> float:
+    """Return how many seconds before the end of its lease a handler is cancelled.
+
+    They leave time for its clean-up before another worker can start the item.
+    """
+    return max(1.0, ttl / 10)
+
+
+def _check_host(host: str) -> None:
+    """Refuse a host name that no lookup accepts; `getaddrinfo` would raise a UnicodeError."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError("each part of a host name has 1 to 63 characters") from None
 
 
 def _check_listen(value: str) -> str:
@@ -88,6 +109,7 @@ def _check_base_url(value: str) -> str:
         raise ValueError("not an http:// or https:// URL")
     if url.raw_user is not None or url.raw_password is not None or "?" in value or "#" in value:
         raise ValueError("must have no user, password, query or fragment")
+    _check_host(host)
     return str(url).rstrip("/")
 
 
@@ -144,6 +166,12 @@ class Settings(BaseSettings):
     """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
     token_file: Path | None = None
     """A file that holds the credential, read again after a refusal. Default: none."""
+    ca_file: Path | None = None
+    """Certificates (PEM) to trust instead of the system's. Default: none."""
+    client_cert_file: Path | None = None
+    """Our certificate (PEM) for a control plane that asks for one. Default: none."""
+    client_key_file: Path | None = None
+    """Its private key (PEM), not encrypted. Default: in `client_cert_file`."""
     environment_id: Annotated[str, Field(pattern=f"^{protocol.ID_PATTERN}$")] | None = None
     """The environment whose work to do; needed to connect. Default: none."""
     worker_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = Field(
@@ -255,6 +283,14 @@ class Settings(BaseSettings):
         variable = DIALECTS[self.dialect].credential_variable
         return read_credential(given, self.token_file, variable)
 
+    def tls_context(self) -> ssl.SSLContext | None:
+        """Read the CA file and the client certificate; None when neither is set.
+
+        Raises:
+            SettingsError: A file cannot be read or used.
+        """
+        return tls_context(self.ca_file, self.client_cert_file, self.client_key_file)
+
     def require_connection(self) -> None:
         """Check that there is all that a connection needs.
 
@@ -264,10 +300,11 @@ class Settings(BaseSettings):
         problems: list[str] = []
         if self.environment_id is None:
             problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID)")
-        try:
-            self.read_token()
-        except SettingsError as error:
-            problems += error.problems
+        for read in (self.read_token, self.tls_context):
+            try:
+                read()
+            except SettingsError as error:
+                problems += error.problems
         if problems:
             raise SettingsError(tuple(problems))
 
@@ -283,7 +320,25 @@ class Settings(BaseSettings):
                 f"write_rate: {self.concurrency} sessions send {beats:.1f} heartbeats a second,"
                 f" more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
-        return tuple(found)
+        return (*found, *self._completion_warnings())
+
+    def _completion_warnings(self) -> Iterator[str]:
+        """Warn when the write rate cannot complete all sessions if they end together."""
+        if not self.write_limit:
+            return
+        seconds = COMPLETION_WRITES * self.concurrency / self.write_limit
+        held = self.lease_ttl - lease_margin(self.lease_ttl)
+        bounds = (
+            (held, f"their leases are held for {held:g} s", "lease_ttl"),
+            (self.drain_timeout, f"a drain waits {self.drain_timeout:g} s", "drain_timeout"),
+        )
+        for bound, meaning, setting in bounds:
+            if seconds > bound:
+                yield (
+                    f"write_rate: {self.concurrency} sessions that end together need"
+                    f" {COMPLETION_WRITES} writes each, {seconds:.1f} s at {self.write_limit:g} a"
+                    f" second, but {meaning}; raise write_rate or {setting}, or lower concurrency"
+                )
 
     def _limit(self, rate: float | None, default: float) -> float:
         if rate is not None:

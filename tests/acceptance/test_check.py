@@ -27,6 +27,7 @@ async def test_all_is_well(start: Start) -> None:
     [
         ([], {"WORKPOOL_LEASE_TTL": "5"}, 2, "settings", "lease_ttl"),
         ([], {"WORKPOOL_TOKEN": ""}, 2, "credentials", "WORKPOOL_TOKEN"),
+        ([], {"WORKPOOL_CA_FILE": "nowhere.pem"}, 2, "credentials", "ca_file: No such file"),
         (["nowhere"], {}, 2, "plugins", "nowhere"),
         ([], {"WORKPOOL_TOKEN": "wrong"}, 3, "control plane", "the token is wrong"),
         ([], {"WORKPOOL_ENVIRONMENT_ID": "env_x"}, 3, "control plane", "environment_id"),
@@ -54,8 +55,13 @@ async def test_what_is_allowed_and_not_meant_is_a_warning(ask: Ask) -> None:
     ended = await ask("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
     assert ended.status == 0
     warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]
-    assert len(warnings) == 3
-    for said in ("write_rate", "did you mean WORKPOOL_LEASE_TTL", "no plugin is active"):
+    assert len(warnings) == 4
+    for said in (
+        "heartbeats a second",
+        "a drain waits",
+        "did you mean WORKPOOL_LEASE_TTL",
+        "no plugin is active",
+    ):
         assert any(said in line for line in warnings)
 
 

@@ -99,7 +99,7 @@ async def test_a_session_left_behind_is_a_failure_and_does_not_keep_the_process(
     await command.logs("ignore runs")
     command.send(signal.SIGTERM)
     assert await command.ends() == 1
-    assert "left_behind=1" in command.err
+    assert "abandoned=1" in command.err
 
 
 async def test_a_task_that_a_handler_left_running_does_not_keep_the_process(

@@ -304,30 +304,33 @@ async def test_drained_session_whose_mark_hangs_is_released_in_time(scene: Scene
     assert scene.metadata == {}
 
 
-async def test_handler_that_is_left_behind_leaves_no_mark_being_written(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("written", [True, False])
+async def test_handler_that_is_left_behind_is_marked_if_it_can_be(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, *, written: bool
 ) -> None:
-    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
-    may_end = asyncio.Event()
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
+    cancelled, may_end = asyncio.Event(), asyncio.Event()
 
-    @handler
+    @handler(timeout=0.05)
     async def stubborn(_: Session) -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
             except asyncio.CancelledError:
-                continue
+                cancelled.set()
 
-    scene.faults.add(Hold(), "update")
+    if not written:
+        scene.faults.add(Hold(), "update")
     async with scene.make_pool(stubborn) as supervisor:
-        await scene.recorder.wait_for(SessionStarted)
+        await cancelled.wait()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    assert supervisor.left_behind == 1
-    assert scene.metadata == {}
+    metadata = scene.metadata
     left = asyncio.all_tasks() - {asyncio.current_task()}
     may_end.set()
     await asyncio.wait(left, timeout=20)
+    assert supervisor.left_behind == 1
+    assert metadata == (DRAINED if written else {})
 
 
 async def test_attempt_counts_if_its_mark_could_not_be_written(scene: Scene) -> None:

@@ -81,6 +81,21 @@ async def test_parts_are_left_out_one_at_a_time() -> None:
     assert all(cells[1] == "10" and float(cells[2]) > 0 for cells in found)
 
 
+@pytest.mark.trial
+@pytest.mark.timeout(120)
+async def test_path_of_one_item_names_the_files_of_every_request() -> None:
+    bare, pool, *files = await rows("path.py", "--items", "20", "--by-file")
+    assert bare[:4] == ["bare", "0", "0", "0"]
+    assert pool[0] == "workpool"
+    counted = files[2:]  # after the head and the rule of the second table
+    assert len(counted) == int(pool[1])
+    assert sum(int(functions) for _, functions, _ in counted) == int(pool[2])
+    assert float(pool[4]) > float(bare[4])
+    names = {name for name, *_ in counted}
+    assert {"pool/poller.py", "pool/claim.py", "pool/completion.py", "wire/client.py"} <= names
+    assert "pool/loop_monitor.py" not in names  # once a second, not once an item
+
+
 async def test_instructions_name_everybody_they_can_count() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / "instructions.py"), "--help"),

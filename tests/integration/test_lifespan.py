@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from workpool import Session, handler, hookimpl
 from workpool.errors import PluginError
+from workpool.pool.drain import Drain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -52,6 +53,65 @@ async def test_a_cancellation_that_leaks_from_a_plugin_is_its_error_not_the_embe
             entered = True
     assert caught.value.plugin == "Leaking"
     assert entered is (where == "leaving")
+
+
+class Swallowing(AbstractAsyncContextManager[None]):
+    """Its context returns True for every exception that it is left with."""
+
+    def __init__(self) -> None:
+        self.left_with: list[BaseException | None] = []
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        return self
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        self.left_with.append(error)
+        return True
+
+
+class FailingStart:
+    """Its context cannot be entered."""
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        return self.context()
+
+    @asynccontextmanager
+    async def context(self) -> AsyncIterator[None]:
+        raise LookupError("no database")
+        yield
+
+
+async def test_failed_start_is_raised_although_an_outer_lifespan_swallows_it(
+    make_pool: Any,
+) -> None:
+    swallowing = Swallowing()
+    pool = make_pool(work, swallowing, FailingStart())
+    entered = False
+    with pytest.raises(LookupError, match="no database"):
+        async with pool:
+            entered = True
+    assert not entered
+    assert [type(error) for error in swallowing.left_with] == [LookupError]
+
+
+async def test_crash_of_the_pool_is_raised_although_a_lifespan_swallows_it(
+    make_pool: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def crash(*_: object) -> int:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(Drain, "wind_down", crash)
+    swallowing = Swallowing()
+    pool = make_pool(work, swallowing)
+    async with asyncio.timeout(20):
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            await pool.run(until_empty=True)
+    assert swallowing.left_with[0] is not None
 
 
 class Deaf:

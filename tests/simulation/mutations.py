@@ -72,8 +72,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "renewer takes a lease that has not begun": [
         Edit(
             "session_runner:SessionRunner",
-            "await self._claimer.begin(item, lease)\n    self._context.renewer.add(lease, item)",
-            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item, lease)",
+            "await self._claimer.begin(item)\n    self._context.renewer.add(lease, item)",
+            "self._context.renewer.add(lease, item)\n    await self._claimer.begin(item)",
         ),
     ],
     "no last heartbeat for a claim that a drain ends": [
@@ -93,19 +93,19 @@ MUTATIONS: dict[str, list[Edit]] = {
     "deadline from the answer": [
         Edit(
             "lease:Lease",
-            "self._extend(attempt, heartbeat)",
-            "self._extend(attempt._replace(at=now), heartbeat)",
+            "self._extend(now, attempt, heartbeat)",
+            "self._extend(now, attempt._replace(at=now), heartbeat)",
         ),
     ],
     "lease not cut by an unanswered heartbeat": [
         Edit(
             "lease:Lease",
-            "self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))",
+            "self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))",
             "pass",
         ),
     ],
     "no margin before the deadline": [
-        Edit("lease:Lease", "deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)", "deadline"),
+        Edit("lease:Lease", "deadline - lease_margin(ttl)", "deadline"),
     ],
     "sleep not noticed": [
         Edit(
@@ -137,7 +137,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no check after the wait": [
         Edit(
             "sender:Sender",
-            "self._check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
+            "self.check_write(item, by_handler=request.by_handler)\n    if request.before_bytes",
             "if request.before_bytes",
         ),
     ],
@@ -306,37 +306,52 @@ MUTATIONS: dict[str, list[Edit]] = {
     "items not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            "self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))",
+            "self._context.observe(ItemClaimed, work_item, origin, _age(work_item))",
             "0",
         ),
     ],
     "reclaims not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            'self._context.observe(ItemReclaimed(work_item, "gained", "poll"))',
+            'self._context.observe(ItemReclaimed, work_item, "gained", "poll")',
             "0",
         ),
     ],
     "losses not counted": [
         Edit(
             "session_runner:SessionRunner",
-            'self._context.observe(ItemReclaimed(item.work_item, "lost", stage))',
+            'self._context.observe(ItemReclaimed, item.work_item, "lost", stage)',
             "0",
         ),
     ],
     "heartbeats not counted": [
         Edit(
             "heartbeats:HeartbeatSender",
-            "self._observe(HeartbeatFinished(lease.item, decision.result, attempt.lag))",
+            "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),
     ],
     "requests to stop not counted": [
         Edit(
             "session_runner:SessionRunner",
-            "self._context.observe(StopRequested(item.work_item))",
+            "self._context.observe(StopRequested, item.work_item)",
             "0",
         ),
+    ],
+    "a lost run does not count": [
+        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "False"),
+    ],
+    "a release counts": [
+        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
+    ],
+    "mark not deleted by the next run": [
+        Edit("attempt:Attempt", "for key in (ERROR, RELEASED)", "for key in (ERROR,)"),
+    ],
+    "release without a mark": [
+        Edit("attempt:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
+    ],
+    "mark left beside the error": [
+        Edit("attempt:Attempt", "{**self._notes, **notes}", "{**notes}"),
     ],
 }
 

@@ -22,6 +22,13 @@ def test_there_are_enough_of_them() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 
+@pytest.mark.parametrize("name", mutations.MUTATIONS)
+def test_mutation_finds_the_lines_that_it_rewrites(name: str) -> None:
+    """The hunt below is a trial; a mutation that a change of the pool breaks must fail at once."""
+    with mutations.mutated(mutations.MUTATIONS[name]):
+        pass
+
+
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", mutations.MUTATIONS)

@@ -1,38 +1,109 @@
-"""A lease on virtual time, against the control plane's own operations."""
+"""One pool's leases on virtual time, against the control plane's own operations."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, TypeVarTuple
 
 import pytest
 
 from workpool import Settings
 from workpool.events import HeartbeatFinished
+from workpool.pool.heartbeats import HeartbeatSender
+from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
-from workpool.server import Operations
-from workpool.testing.local import LocalClient, Script
+from workpool.pool.lease_renewer import Callbacks
+from workpool.pool.sender import Sender, lease_of
+from workpool.server import Operations, Poll
+from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.simulation.world import LoopRenewer
 from workpool.testing.virtual import VirtualLoop
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
+    from workpool.errors import KeeperError
     from workpool.events import Event
     from workpool.server import Record
-    from workpool.testing.local import Trouble
+    from workpool.wire.calls import Call
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
 
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Sent(NamedTuple):
+    """A call whose bytes were sent."""
+
+    at: float
+    op: str
+
+
+class BenchClient(LocalClient):
+    """A client that notes what it sends and how, and that may make its callers wait."""
+
+    def __init__(self, bench: Bench, worker_id: str) -> None:
+        super().__init__(
+            bench.operations, bench.settings, troubles=bench.trouble, worker_id=worker_id
+        )
+        self._bench = bench
+
+    def try_acquire_permit(self, priority: Priority) -> bool:
+        del priority
+        return not self._bench.permit_seconds
+
+    async def acquire_permit(self, priority: Priority) -> None:
+        del priority
+        await asyncio.sleep(self._bench.permit_seconds)
+
+    async def _send(
+        self,
+        call: Call[T],
+        work_id: str | None,
+        operate: Callable[[], object],
+        timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> T:
+        bench = self._bench
+        bench.tries.append((call.op, timeout, options))
+        bench.under_way += 1
+        bench.peaks.append((bench.clock(), bench.under_way))
+        try:
+            return await super()._send(call, work_id, operate, timeout, options)
+        finally:
+            bench.under_way -= 1
+
+    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
+        del work_id, trouble
+        self._bench.sent.append(Sent(self._bench.clock(), op))
+
+
+class BenchRenewer(LoopRenewer):
+    """A lease renewer on the test's own loop, with the tick of a real one."""
+
+    tick_seconds = 1.0
+
 
 class Bench:
-    """One keeper's share of the world (a `Pulse`), a control plane and another worker.
+    """The leases of one pool, a control plane and another worker.
 
     Attributes:
-        ahead: Seconds that the control plane's clock is ahead of ours.
-        sent: When each call of ours was sent, and which.
-        results: When each beat of ours was settled, and how.
-        changes: When the handlers' loop was told, and what the fate was then.
+        ahead: Seconds that the control plane's clock and the wall clock are ahead of the lease
+            clock: a machine that was paused has lost them.
+        latency: Seconds of each call for which the script has nothing.
+        permit_seconds: How long every call for an item waits for our own rate limit.
+        sent: Each call of ours whose bytes were sent.
+        tries: Each call of ours: its name, its timeout, its options.
+        under_way: Calls that are under way now.
+        peaks: The time at which each call began, and the calls that were under way then.
+        results: When each heartbeat was settled, and how.
+        changes: When a change of a lease was reported, and its status then.
+        lost_at: When the loss of a lease was first reported, by work id.
     """
 
     def __init__(
@@ -42,80 +113,127 @@ class Bench:
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
         self.clock: Callable[[], float] = loop.machine_time
-        self.lease_ttl = ttl
-        self.request_timeout = request_timeout
-        self.renewing = True
-        self.ahead = 0.0
-        self.sent: list[tuple[float, str]] = []
+        self.ahead = self.latency = self.permit_seconds = 0.0
+        self.sent: list[Sent] = []
+        self.tries: list[tuple[str, float | None, CallOptions]] = []
+        self.under_way = 0
+        self.peaks: list[tuple[float, int]] = []
         self.results: list[tuple[float, HeartbeatFinished]] = []
         self.changes: list[tuple[float, str]] = []
+        self.lost_at: dict[str, float] = {}
         self.script = Script(**troubles)
         self.operations = Operations(
-            [ENVIRONMENT], now=lambda: START + self.clock() + self.ahead, history_limit=None
+            [ENVIRONMENT], now=lambda: START + self.wall(), history_limit=None
         )
         self.settings = Settings(
-            environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT
+            environment_id=ENVIRONMENT,
+            base_url="http://127.0.0.1:1",
+            token=ENVIRONMENT,
+            lease_ttl=ttl,
+            request_timeout=request_timeout,
         )
-        self.calls = LocalClient(
-            self.operations, self.settings, troubles=self._note, worker_id="ours"
-        )
+        self.client = self.connect()
         self.rival = LocalClient(self.operations, self.settings, worker_id="rival")
+        self.renewer = BenchRenewer(
+            self.settings,
+            self.clock,
+            self.wall,
+            self.connect,
+            Callbacks(self.observe, self.changed, self.failed, self.failed),
+        )
+        self.heartbeats = HeartbeatSender(self.client, self.clock, self.observe)
+        self.sender = Sender(
+            self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.doubt_all
+        )
 
-    def _note(self, op: str, work_id: str | None) -> Trouble | None:
-        self.sent.append((self.clock(), op))
-        return self.script(op, work_id)
+    def connect(self) -> BenchClient:
+        return BenchClient(self, "ours")
 
-    def observe(self, event: Event) -> None:
-        assert isinstance(event, HeartbeatFinished)
-        self.results.append((self.clock(), event))
+    def wall(self) -> float:
+        return self.clock() + self.ahead
 
-    def tell(self, callback: Callable[[], None]) -> None:
-        self.loop.call_soon(callback)
+    def trouble(self, op: str, work_id: str | None) -> Trouble | None:
+        return self.script(op, work_id) or Trouble(there=self.latency / 2, back=self.latency / 2)
 
-    async def claim(self) -> Lease:
-        """Create an item and make it ours; its beats begin with `keep`."""
-        await self.calls.__aenter__()
-        await self.rival.__aenter__()
+    def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        event = event_type(*values)
+        if isinstance(event, HeartbeatFinished):
+            self.results.append((self.clock(), event))
+
+    def changed(self, item: PoolItem) -> None:
+        self.changes.append((self.clock(), lease_of(item).status))
+        if lease_of(item).status == "lost":
+            self.lost_at.setdefault(item.id, self.clock())
+        item.notify()
+        if lease_of(item).status != "held":
+            self.sender.cut(item)
+
+    def failed(self, error: KeeperError | None) -> None:
+        raise AssertionError(error)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Open the clients and the renewer."""
+        async with self.client, self.rival, self.renewer:
+            yield
+
+    async def claim(self) -> PoolItem:
+        """Create an item and acknowledge it; no heartbeat has been sent."""
         self.operations.enqueue(ENVIRONMENT)
         return await self.take()
 
-    async def take(self) -> Lease:
-        """Make the item that is in the queue ours."""
-        item = await self.calls.poll()
-        assert item is not None
+    async def take(self) -> PoolItem:
+        """Acknowledge the item that is in the queue."""
+        delivered = await self.client.poll()
+        assert delivered is not None
         acked_at = self.clock()
-        item = await self.calls.ack(item.id)
-        lease = Lease(item, acked_at, self, lambda: self.changes.append((self.clock(), lease.fate)))
+        item = PoolItem(await self.client.ack(delivered.id), None, copy_context(), acked_at)
+        item.advance("slot")
+        item.advance("acknowledged")
+        settings = self.settings
+        item.lease = Lease(
+            item.work_item,
+            acked_at,
+            ttl=settings.lease_ttl,
+            request_timeout=settings.request_timeout,
+        )
         self.sent.clear()
+        self.tries.clear()
+        return item
+
+    async def begin(self, item: PoolItem) -> Lease:
+        """Send the first heartbeat; from then on the renewer extends the lease."""
+        lease = lease_of(item)
+        await self.heartbeats.send(lease)
+        self.renewer.add(lease, item)
         return lease
 
-    async def steal(self, work_id: str) -> None:
-        """Let the rival have an item that is back in the queue."""
-        item = await self.rival.poll()
-        assert item is not None
-        assert item.id == work_id
-        await self.rival.ack(work_id)
+    @asynccontextmanager
+    async def handler_of(self, item: PoolItem) -> AsyncIterator[None]:
+        """Let the item have a handler that runs."""
+        item.handler_task = task = self.loop.create_task(asyncio.sleep(1e9))
+        try:
+            yield
+        finally:
+            task.cancel()
 
-    @property
-    def lost_at(self) -> float:
-        """When the handlers' loop was told that the lease is lost."""
-        return next(time for time, fate in self.changes if fate == "lost")
-
-    async def keep(self, lease: Lease, seconds: float) -> None:
-        """Keep the lease for so long, or until it is over."""
-        task = self.loop.create_task(lease.keep())
-        await asyncio.wait({task}, timeout=seconds)
-        task.cancel()
-        await asyncio.wait({task})
+    def steal(self, work_id: str) -> None:
+        """Let the other worker have an item that is back in the queue, at once."""
+        while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
+            self.operations.ack(ENVIRONMENT, item.id, "rival")
+            self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")
+            if item.id == work_id:
+                return
+        raise AssertionError("it is not in the queue")
 
     def times(self, op: str) -> list[float]:
-        return [time for time, name in self.sent if name == op]
+        return [each.at for each in self.sent if each.op == op]
 
     def outcomes(self) -> list[str]:
         return [event.result for _, event in self.results]
 
-    def history(self, lease: Lease, kind: str) -> list[Record]:
-        return [each for each in self.operations.history.of(lease.item.id) if each.kind == kind]
+    def history(self, item: Any, kind: str) -> list[Record]:
+        return [each for each in self.operations.history.of(item.id) if each.kind == kind]
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from workpool.errors import (
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
-from workpool.wire.options import Priority
+from workpool.wire.options import CallOptions, Priority
 from workpool.wire.rate_limiter import RateLimiter, RateLimits
 
 if TYPE_CHECKING:
@@ -491,6 +491,31 @@ async def test_a_malformed_item_is_no_crash(qoder: WorkClient, tap: Tap) -> None
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
+async def test_stop_whose_item_is_not_read_accepts_any_json_object(
+    qoder: WorkClient, tap: Tap
+) -> None:
+    tap.instead = lambda: web.Response(body=b'{"id": 7}')
+    assert await qoder.stop(UNKNOWN, force=True, read_item=False) is None
+    with pytest.raises(TransientError):
+        await qoder.stop(UNKNOWN, force=True)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
+async def test_stop_whose_item_is_not_read_does_not_trust_a_gateways_page(
+    qoder: WorkClient, tap: Tap, body: bytes
+) -> None:
+    """A page that answers 200 may say that the request got no further."""
+    tap.instead = lambda: web.Response(body=body)
+    with pytest.raises(TransientError):
+        await qoder.stop(UNKNOWN, force=True, read_item=False)
+
+
+async def test_stop_whose_item_is_not_read_fails_when_it_is_refused(qoder: WorkClient) -> None:
+    with pytest.raises(RefusedError) as raised:
+        await qoder.stop(UNKNOWN, read_item=False)
+    assert raised.value.status == 404
+
+
 # -- rate limits -----------------------------------------------------------------------------------
 
 
@@ -595,3 +620,24 @@ async def test_two_clients_given_one_rate_limits_share_it(plane: ControlPlane) -
         await first.acquire_ack_permit()
         with pytest.raises(TransientError, match="our own rate limit"):
             await second.stop(UNKNOWN, timeout=0.01)
+
+
+async def test_calls_that_wait_for_the_rate_limit_go_by_priority(plane: ControlPlane) -> None:
+    """A completion first, then a claim, and the calls of a handler in turn with it."""
+    sent: list[str] = []
+    client = WorkClient(settings_of(plane, write_rate=20))
+    client.on_request = lambda op, *_: sent.append(op)
+    async with client:
+        spend(client.rate_limits.write)
+        completion = CallOptions(priority=Priority.COMPLETION)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(ended(client.update_metadata(UNKNOWN, {})))
+            for call in (client.ack(UNKNOWN), client.stop(UNKNOWN, options=completion)):
+                group.create_task(ended(call))
+    assert sent == ["stop", "ack", "update", "update"]
+
+
+async def ended(call: Awaitable[object]) -> None:
+    with pytest.raises(RefusedError):
+        await call

@@ -1,117 +1,205 @@
-"""A drain's deadline only ever comes nearer."""
+"""A drain: its deadline only comes nearer, and it ends in spite of stuck and abandoned sessions."""
 
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool.pool.drain import Drain
+from workpool.events import DrainFinished, DrainStarted
+from workpool.pool.drain import AFTER_DEADLINE_SECONDS, Drain, see_through
+from workpool.testing.virtual import in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.events import Event
 
 
-async def forever() -> None:
-    await asyncio.Event().wait()
+class Sessions:
+    """What a drain knows of the dispatcher and its sessions.
 
+    Attributes:
+        running: Sessions that have not ended.
+        stuck: Sessions whose handler ignores its cancellation.
+        cancelled_at: When the handlers were cancelled.
+    """
 
-async def turn() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
+    def __init__(self, running: int = 0) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.running = running
+        self.stuck = 0
+        self.cancelled_at: float | None = None
+        self.ends_when_cancelled = True
+        self.on_closed: Callable[[], None] | None = None
+        self.executor: Any = SimpleNamespace(on_stuck=None)
+        self.events: list[Event] = []
 
+    def unfinished(self) -> int:
+        return self.running - self.stuck
 
-async def test_nothing_to_wait_for_is_a_clean_end_even_at_the_deadline() -> None:
-    drain = Drain()
-    drain.begin(0)
-    assert await drain.wait_for(set)
+    def end(self, count: int = 1) -> None:
+        self.running -= count
+        if self.on_closed is not None:
+            self.on_closed()
 
+    def become_stuck(self) -> None:
+        self.stuck += 1
+        self.executor.on_stuck()
 
-async def test_it_waits_for_the_tasks() -> None:
-    drain = Drain()
-    drain.begin(None)
-    done = asyncio.Event()
+    def release_all(self) -> None:
+        self.cancelled_at = self.loop.time()
+        if self.ends_when_cancelled:
+            self.loop.call_later(1, self.end, self.running)
 
-    async def until_done() -> None:
-        await done.wait()
+    def abandon(self) -> int:
+        return self.running
 
-    async with asyncio.TaskGroup() as group:
-        tasks = {group.create_task(until_done()) for _ in range(3)}
-        waiting = group.create_task(
-            drain.wait_for(lambda: {task for task in tasks if not task.done()})
+    async def wind_down(self, drain: Drain) -> int:
+        context: Any = SimpleNamespace(
+            observe=self.events.append, queue=SimpleNamespace(running=self.running)
         )
-        await turn()
-        assert not waiting.done()
-        done.set()
-        assert await waiting
+        dispatcher: Any = self
+        return await drain.wind_down(context, dispatcher)
+
+    @property
+    def result(self) -> str:
+        started, finished = self.events
+        assert isinstance(started, DrainStarted)
+        assert isinstance(finished, DrainFinished)
+        return finished.result
 
 
-async def test_it_ends_at_the_deadline() -> None:
-    drain = Drain()
-    drain.begin(0.01)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(forever())
-        assert not await drain.wait_for(lambda: {task})
-        task.cancel()
+@in_virtual_time
+async def test_drain_without_sessions_is_clean_even_at_its_deadline() -> None:
+    drain, sessions = Drain(), Sessions()
+    drain.begin(0)
+    assert await sessions.wind_down(drain) == 0
+    assert (sessions.result, sessions.loop.time()) == ("clean", 0)
+
+
+@in_virtual_time
+async def test_drain_without_a_deadline_waits_for_every_session() -> None:
+    drain, sessions = Drain(), Sessions(3)
+    drain.begin(None)
+    for seconds in (10, 1_000, 100_000):
+        sessions.loop.call_later(seconds, sessions.end)
+    assert await sessions.wind_down(drain) == 0
+    assert (sessions.result, sessions.cancelled_at) == ("clean", None)
+    assert sessions.loop.time() == pytest.approx(100_000)
+
+
+@in_virtual_time
+async def test_drain_cancels_handlers_at_its_deadline() -> None:
+    drain, sessions = Drain(), Sessions(3)
+    drain.begin(30)
+    assert await sessions.wind_down(drain) == 0
+    assert sessions.cancelled_at == pytest.approx(30)
+    assert sessions.result == "deadline"
+    assert sessions.loop.time() == pytest.approx(31)
 
 
 @pytest.mark.parametrize("first", [None, 1000.0])
-async def test_asked_for_again_it_ends_sooner(first: float | None) -> None:
-    drain = Drain()
-    drain.begin(first)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(forever())
-        waiting = group.create_task(drain.wait_for(lambda: {task}))
-        await turn()
-        assert not waiting.done()
-        drain.begin(0)
-        assert not await waiting
-        task.cancel()
-    assert drain.timeout == first
+@pytest.mark.parametrize("second", [0, 20.0])
+def test_second_drain_shortens_the_deadline(first: float | None, second: float) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        drain, sessions = Drain(), Sessions(1)
+        drain.begin(first)
+        sessions.loop.call_later(5, drain.begin, second)
+        await sessions.wind_down(drain)
+        assert sessions.cancelled_at == pytest.approx(5 + second)
+        assert drain.timeout == first
+
+    check()
 
 
-@pytest.mark.parametrize("later", [None, 1000.0])
-async def test_asked_for_again_it_never_ends_later(later: float | None) -> None:
-    drain = Drain()
-    drain.begin(0)
-    drain.begin(later)
-    async with asyncio.TaskGroup() as group:
-        task = group.create_task(forever())
-        assert not await drain.wait_for(lambda: {task})
-        task.cancel()
-    assert drain.timeout == 0
+@pytest.mark.parametrize("second", [None, 1000.0, 30.0])
+def test_second_drain_never_extends_the_deadline(second: float | None) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        drain, sessions = Drain(), Sessions(1)
+        drain.begin(20)
+        sessions.loop.call_later(5, drain.begin, second)
+        await sessions.wind_down(drain)
+        assert sessions.cancelled_at == pytest.approx(20)
+
+    check()
 
 
-async def test_it_leaves_no_task_when_the_wait_is_cancelled() -> None:
-    drain = Drain()
+@in_virtual_time
+async def test_drain_does_not_wait_for_a_session_that_becomes_stuck() -> None:
+    drain, sessions = Drain(), Sessions(1)
+    drain.begin(None)
+    sessions.loop.call_later(7, sessions.become_stuck)
+    assert await sessions.wind_down(drain) == 1
+    assert sessions.loop.time() == pytest.approx(7)
+    assert (sessions.result, sessions.cancelled_at) == ("killed", None)
+
+
+@in_virtual_time
+async def test_sessions_that_do_not_end_after_the_deadline_are_abandoned(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    drain, sessions = Drain(), Sessions(2)
+    sessions.ends_when_cancelled = False
+    drain.begin(10)
+    assert await sessions.wind_down(drain) == 2
+    assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
+    assert sessions.result == "killed"
+    assert "abandoned=2" in caplog.text
+
+
+@in_virtual_time
+async def test_drain_that_is_cancelled_leaves_no_task() -> None:
+    drain, sessions = Drain(), Sessions(1)
     drain.begin(None)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(forever())
-        waiting = group.create_task(drain.wait_for(lambda: {task}))
-        await turn()
+        waiting = group.create_task(sessions.wind_down(drain))
+        await asyncio.sleep(1)
         waiting.cancel()
-        await asyncio.wait({waiting})
-        task.cancel()
+    assert waiting.cancelled()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_it_does_not_wait_for_what_is_given_up_meanwhile() -> None:
+@in_virtual_time
+async def test_drain_remembers_its_first_request() -> None:
     drain = Drain()
-    drain.begin(None)
-    async with asyncio.TaskGroup() as group:
-        tasks = {group.create_task(forever())}
-        waiting = group.create_task(drain.wait_for(tasks.copy))
-        await turn()
-        stuck = tasks.pop()
-        drain.look_again()
-        assert await waiting
-        stuck.cancel()
-
-
-async def test_it_remembers_who_asked_first() -> None:
-    drain = Drain()
+    await asyncio.sleep(3)
     assert drain.started_at is None
     assert not drain.requested.is_set()
     drain.begin(7)
-    started = drain.started_at
+    await asyncio.sleep(1)
     drain.begin(3)
     assert drain.requested.is_set()
     assert drain.timeout == 7
-    assert drain.started_at == started
+    assert drain.started_at == pytest.approx(3)
+
+
+@in_virtual_time
+async def test_end_of_a_pool_survives_cancellations_and_raises_the_last_one() -> None:
+    drain, ended = Drain(), list[str]()
+
+    async def end() -> None:
+        await drain.requested.wait()
+        await asyncio.sleep(10)
+        ended.append("ended")
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(see_through(end, drain))
+        for _ in range(3):
+            await asyncio.sleep(1)
+            task.cancel()
+        await asyncio.wait({task})
+    assert task.cancelled()
+    assert ended == ["ended"]
+    assert drain.timeout == 0
+
+
+@in_virtual_time
+async def test_end_of_a_pool_that_is_not_cancelled_raises_nothing() -> None:
+    drain = Drain()
+    await see_through(lambda: asyncio.sleep(1), drain)
+    assert not drain.requested.is_set()

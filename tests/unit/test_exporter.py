@@ -251,6 +251,27 @@ async def test_the_url_can_be_opened_here(
         assert (await get(http, f"{exporter.url}/healthz"))[0] == 200
 
 
+@pytest.mark.parametrize("host", ["", "localhost"])
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_port_0_is_the_same_port_on_each_address(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], host: str, registry: CollectorRegistry
+) -> None:
+    family = socket.AddressFamily
+    addresses = {family.AF_INET: "127.0.0.1", family.AF_INET6: "::1"}
+    every = {kind for kind, *_ in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
+
+    async def main() -> None:
+        exporter = Exporter(host, 0, registry, health=list, readiness=list)
+        async with asyncio.timeout(20), exporter:
+            for kind in every:
+                _, writer = await asyncio.open_connection(addresses[kind], exporter.port)
+                writer.close()
+                await writer.wait_closed()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+
+
 async def test_a_port_in_use_is_an_error_that_says_what_to_do(
     exporter: Exporter, registry: CollectorRegistry, verdicts: Verdicts
 ) -> None:

@@ -1,4 +1,4 @@
-"""The group that handlers live in: it can be left whatever they do, and entered at any moment."""
+"""The task group of handlers: it can be left whatever they do, and cancelled at any moment."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from workpool.pool.handling import handler_group
+from workpool.pool.handler_executor import handler_group
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_it_may_be_cancelled_at_any_turn_of_its_start(turns: int) -> None:
-    """Else its host fails on its own, and the loop logs an error that nobody can act on."""
+async def test_handler_group_may_be_cancelled_at_any_turn_of_its_start(turns: int) -> None:
+    """Otherwise its host fails on its own, and the loop logs an error that nobody can act on."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
@@ -31,14 +31,14 @@ async def test_it_may_be_cancelled_at_any_turn_of_its_start(turns: int) -> None:
     hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
     assert not hosts
     del entering
-    gc.collect()  # only now are the errors told that nobody asked for
+    gc.collect()  # only now are exceptions reported that were never retrieved
     assert not problems
 
 
-async def test_it_is_left_although_a_handler_does_not_end() -> None:
+async def test_handler_group_is_left_although_a_handler_does_not_end() -> None:
     may_end = asyncio.Event()
 
-    async def deaf() -> None:
+    async def ignores_cancellation() -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
@@ -47,7 +47,7 @@ async def test_it_is_left_although_a_handler_does_not_end() -> None:
 
     async with asyncio.timeout(20):
         async with handler_group() as group:
-            task = group.create_task(deaf())
+            task = group.create_task(ignores_cancellation())
             await asyncio.sleep(0)
     assert not task.done()
     may_end.set()

@@ -143,7 +143,7 @@ def test_hook_workpool_event() -> None:
             seen.append(event)
 
     plugins = Plugins.load([Recorder()], [], {})
-    assert plugins.observers
+    assert plugins.wanted
     fact = DrainStarted(timeout=20.0)
     plugins.notify(fact)
 

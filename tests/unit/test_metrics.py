@@ -361,13 +361,40 @@ def test_every_event_is_in_the_test_above() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
-def test_a_request_counts_like_its_event(pool: Pool, registry: CollectorRegistry) -> None:
-    pool.metrics.request("ack", "2xx", 0.25)
-    direct = scrape(registry)
-    pool.metrics.observe(ev.RequestFinished("ack", "2xx", 0.25))
-    key = "http_requests_total{environment_id=env_1,op=ack,code=2xx}"
-    assert (direct[key], scrape(registry)[key]) == (1, 2)
-    assert scrape(registry)["http_request_duration_seconds_sum{op=ack}"] == 0.5
+def test_failing_metrics_are_logged_and_stop_nobody(
+    pool: Pool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.metrics.count(ev.AckFinished, (ITEM, "ok", "not a number", 1.0))
+    assert "metrics failed" in caplog.text
+
+
+def test_handlers_above_one_hundred_are_shown_as_one_with_one_warning(
+    registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"many.handler_{number}" for number in range(150)]
+    pool = Pool(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
+        (name, 1, float(age)) for age, name in enumerate(names)
+    )))  # fmt: skip
+    pool.metrics.open()
+    for name in names:
+        pool.metrics.observe(ev.SessionStarted(SESSION, name))
+        pool.metrics.observe(ev.SessionFinished(SESSION, name, "completed", 1.0))
+    samples = scrape(registry)
+
+    def handlers(metric: str, rest: str = "") -> list[str]:
+        pattern = re.compile(rf"{metric}{{(?:environment_id=env_1,)?handler=([^,}}]*){rest}}}")
+        return [found[1] for name in samples if (found := pattern.fullmatch(name))]
+
+    shown = {*names[:100], "other"}
+    assert set(handlers("sessions_active")) == shown
+    assert set(handlers("sessions_total", ",outcome=completed")) == shown
+    assert set(handlers("session_duration_seconds_count", ",outcome=completed")) == shown
+    other = "environment_id=env_1,handler=other"
+    assert samples[f"sessions_total{{{other},outcome=completed}}"] == 50
+    assert samples["session_duration_seconds_count{handler=other,outcome=completed}"] == 50
+    assert samples[f"sessions_active{{{other}}}"] == 50
+    assert samples[f"session_age_seconds_max{{{other}}}"] == 149
+    assert caplog.text.count("more than 100 handlers") == 1
 
 
 def test_a_handler_is_shown_from_its_first_session_on(
@@ -390,7 +417,7 @@ def test_an_unknown_value_is_loud_and_is_not_counted(
     with pytest.warns(RuntimeWarning, match=r"acks_total has no result='lost'"):
         pool.metrics.observe(ev.AckFinished(ITEM, cast("Any", "lost"), 1.0, 1.0))
     with pytest.warns(RuntimeWarning, match=r"http_requests_total has no code='418'"):
-        pool.metrics.request("poll", "418", 0.0)
+        pool.metrics.observe(ev.RequestFinished("poll", "418", 0.0))
     after = scrape(registry)
     assert after.keys() == before.keys()
     assert [name for name in gained(before, after) if "_total" in name] == []
@@ -594,7 +621,7 @@ def test_threads_count_while_others_scrape(pool: Pool, registry: CollectorRegist
         try:
             begin.wait()
             for i in range(rounds):
-                pool.metrics.request("poll", "2xx", 0.01)
+                pool.metrics.observe(ev.RequestFinished("poll", "2xx", 0.01))
                 pool.metrics.observe(ev.PollFinished("null", 1.0))
                 handler = f"{name}.handler_{i // 100}"
                 pool.metrics.observe(ev.SessionStarted(SESSION, handler))

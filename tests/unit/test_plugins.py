@@ -159,7 +159,7 @@ def test_a_dataclass_is_a_plugin_although_it_cannot_be_hashed() -> None:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
 
-    assert load(Configured, Configured={"level": 2}).observers
+    assert load(Configured, Configured={"level": 2}).wanted
 
 
 def test_a_module_gives_all_its_marked_functions_once_imported_ones_too(disk: Disk) -> None:
@@ -277,6 +277,18 @@ MISTAKES = {
     "arguments that would never be passed": (
         "@hookimpl\ndef workpool_event(*event): ...\n",
         "workpool_event must take exactly (event)",
+    ),
+    "an annotation that is no event": (
+        "from workpool import Session\n@hookimpl\ndef workpool_event(event: Session): ...\n",
+        "Session'> is no type of event of workpool.events",
+    ),
+    "an annotation that is no event beside one that is": (
+        "@hookimpl\ndef workpool_event(event: 'SessionFinished | None'): ...\n",
+        "SessionFinished | None is no type of event of workpool.events",
+    ),
+    "an annotation that cannot be read": (
+        "@hookimpl\ndef workpool_event(event: 'ev.SessionFinished'): ...\n",
+        "workpool_event: its annotation cannot be read: name 'ev' is not defined",
     ),
     "a plain def around a handler": (
         "import functools\n@handler\nasync def inner(session): ...\n"

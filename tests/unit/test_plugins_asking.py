@@ -7,12 +7,12 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Union, get_args
 
 import pytest
 
 from workpool.errors import PluginError
-from workpool.events import DrainStarted, Event, PluginFailed
+from workpool.events import DrainStarted, Event, PluginFailed, SessionFinished
 from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Plugins
@@ -175,7 +175,7 @@ def test_nothing_to_handle_with_is_visible() -> None:
     assert load(Observer()).handler_for(item()) is None
     assert load(First()).can_handle
     assert load(marked()).can_handle
-    assert not load(First()).observers
+    assert not load(First()).wanted
 
 
 async def top(session: Session) -> None: ...
@@ -211,6 +211,72 @@ def test_what_a_hook_may_answer(call: Any, name: str, limits: tuple[Any, Any]) -
     assert (answer.name, answer.plugin) == (name, "Router")
     assert (answer.timeout, answer.max_sessions) == limits
     assert answer == plugins.handler_for(item(job="other"))
+
+
+# -- who observes what -----------------------------------------------------------------------------
+
+
+def hook(annotation: object) -> Any:
+    """A plugin whose `workpool_event` has this annotation."""
+
+    def workpool_event(event: Any) -> None: ...
+
+    workpool_event.__annotations__["event"] = annotation
+    return type("Observer", (), {"workpool_event": staticmethod(hookimpl(workpool_event))})()
+
+
+@pytest.mark.parametrize(
+    ("annotation", "wanted"),
+    [
+        (DrainStarted, {DrainStarted}),
+        (DrainStarted | PluginFailed, {DrainStarted, PluginFailed}),
+        (Union[DrainStarted, PluginFailed], {DrainStarted, PluginFailed}),  # noqa: UP007
+        ("DrainStarted | PluginFailed", {DrainStarted, PluginFailed}),
+        ("SessionFinished", {SessionFinished}),  # imported for type checkers only
+        (Event, set(get_args(Event))),
+        (Any, set(get_args(Event))),
+        ("object", set(get_args(Event))),
+    ],
+    ids=["type", "union", "Union", "text", "text not imported", "Event", "Any", "object"],
+)
+def test_observer_is_called_with_the_types_that_its_annotation_names(
+    annotation: object, wanted: set[type]
+) -> None:
+    assert load(hook(annotation)).wanted == wanted
+
+
+def test_observer_without_annotation_is_called_with_every_type() -> None:
+    class Bare:
+        @hookimpl
+        def workpool_event(self, event):  # type: ignore[no-untyped-def]
+            ...
+
+    class Argumentless:
+        @hookimpl
+        def workpool_event(self) -> None: ...
+
+    for plugin in (Bare(), Argumentless()):
+        assert load(plugin).wanted == set(get_args(Event))
+
+
+def test_observers_of_different_types_are_called_only_with_theirs() -> None:
+    class Drains(Recorder):
+        @hookimpl
+        def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]
+            self.seen.append(event)
+
+    class Failures(Recorder):
+        @hookimpl
+        def workpool_event(self, event: PluginFailed) -> None:  # type: ignore[override]
+            self.seen.append(event)
+
+    drains, failures = Drains(), Failures()
+    plugins = load(drains, failures)
+    failed = PluginFailed("mail", "workpool_event", ValueError())
+    for event in (FACT, failed):
+        plugins.notify(event)
+    assert plugins.wanted == {DrainStarted, PluginFailed}
+    assert (drains.seen, failures.seen) == ([FACT], [failed])
 
 
 # -- errors later on -------------------------------------------------------------------------------
@@ -309,7 +375,7 @@ def test_a_failing_observer_stops_nobody_and_the_others_learn_of_it(
     failed = PluginFailed("Failing", "workpool_event", error)
     assert before.seen == [FACT, failed]
     assert after.seen == [failed, FACT]
-    assert metrics.seen == [FACT, failed]
+    assert metrics.seen == [failed]
     assert failing.calls == [FACT]
     assert "'Failing': workpool_event raised" in caplog.text
 
@@ -339,33 +405,6 @@ def test_one_traceback_per_kind_of_failure(caplog: pytest.LogCaptureFixture) -> 
 def test_an_interrupt_from_an_observer_passes() -> None:
     with pytest.raises(KeyboardInterrupt):
         load(Failing(KeyboardInterrupt())).notify(FACT)
-
-
-def test_metrics_come_first_and_alone_on_request() -> None:
-    order: list[str] = []
-
-    class Observer:
-        @hookimpl
-        def workpool_event(self) -> None:
-            order.append("observer")
-
-    plugins = load(Observer())
-    plugins.metrics = lambda _: order.append("metrics")
-    plugins.notify(FACT)
-    plugins.notify_metrics(FACT)
-    plugins.notify_observers(FACT)
-
-    assert order == ["metrics", "observer", "metrics", "observer"]
-
-
-def test_failing_metrics_stop_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder()
-    plugins = load(recorder)
-    plugins.metrics = Failing().workpool_event
-    plugins.notify(FACT)
-
-    assert recorder.seen == [FACT]
-    assert "metrics failed" in caplog.text
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])

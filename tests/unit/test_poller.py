@@ -1,8 +1,9 @@
-"""What pollers share, and what one poller gives back whatever its poll comes to (design §2)."""
+"""One poller: what it gives back whatever its poll comes to, and what it survives."""
 
 from __future__ import annotations
 
 import asyncio
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -18,30 +19,31 @@ from workpool.errors import (
 )
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
 from workpool.pool import poller
-from workpool.pool.parts import Parts
-from workpool.pool.poller import REFUSED_SECONDS, Poller, Polling
+from workpool.pool.context import PoolContext
+from workpool.pool.handler_health import HandlerHealth
+from workpool.pool.poller import Poller
+from workpool.pool.poller_group import PollerGroup
 from workpool.pool.queue import BoundedQueue
 
 if TYPE_CHECKING:
     from workpool.events import Event
 
 REFUSED = RefusedError("poll", 401, "no")
-MINUTES = 60.0
 
 
-class Script:
-    """A client whose polls answer what they are told, one after the other, then wait for ever."""
+class ScriptedClient:
+    """A client whose polls have these answers, one after the other, and then none."""
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
-        self.polls = self.paid = 0
+        self.polls = self.permits = 0
         self.exhausted = asyncio.Event()
 
     async def acquire_ack_permit(self) -> None:
-        self.paid += 1
+        self.permits += 1
 
     def release_ack_permit(self) -> None:
-        self.paid -= 1
+        self.permits -= 1
 
     async def poll(self, *_: object) -> object:
         self.polls += 1
@@ -54,12 +56,13 @@ class Script:
         return answer
 
 
-class Dispatch:
-    """Takes an item, or not, as told."""
+class ScriptedDispatcher:
+    """Takes every item, or declines it, or crashes."""
 
     def __init__(self, queue: BoundedQueue[Any], *, takes: bool | Exception = True) -> None:
         self.queue = queue
         self.takes = takes
+        self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
     def offer(self, item: object) -> bool:
@@ -72,40 +75,36 @@ class Dispatch:
 
 
 class World:
-    """The parts of one pool around its pollers, with a clock in hand."""
+    """What surrounds the pollers of one pool."""
 
     def __init__(self, *answers: object, takes: bool | Exception = True) -> None:
-        self.now = 1000.0
         self.events: list[Event] = []
         self.fatal: list[WorkpoolError] = []
-        self.emptied = 0
-        self.calls = Script(*answers)
+        self.client = ScriptedClient(*answers)
         self.queue: BoundedQueue[Any] = BoundedQueue(2, 0)
-        self.dispatch = Dispatch(self.queue, takes=takes)
-        self.parts = Parts(
+        self.dispatcher = ScriptedDispatcher(self.queue, takes=takes)
+        clock = asyncio.get_running_loop().time
+        self.context = PoolContext(
             settings=Settings(block_ms=1),
-            calls=cast("Any", self.calls),
+            client=cast("Any", self.client),
             plugins=cast("Any", None),
-            keeper=cast("Any", None),
+            renewer=cast("Any", None),
             queue=self.queue,
-            clock=lambda: self.now,
-            observe=self.events.append,
+            clock=clock,
+            wall=clock,
+            observe=lambda kind, *values: self.events.append(kind(*values)),
+            start_context=copy_context(),
         )
-
-    def polling(self, *, until_empty: bool = False) -> Polling:
-        return Polling(
-            self.parts, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self.on_empty
+        self.group = PollerGroup(
+            self.context, until_empty=False, on_fatal=self.fatal.append, on_empty=lambda: None
         )
-
-    def on_empty(self) -> None:
-        self.emptied += 1
 
     async def run(self) -> None:
-        """Run one poller until its script is at its end, or it ends by itself."""
-        one = Poller(self.parts, self.polling(), cast("Any", self.dispatch), 0)
+        """Run one poller until its client has no further answer, or it ends by itself."""
+        one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
             task = group.create_task(one.run())
-            over = group.create_task(self.calls.exhausted.wait())
+            over = group.create_task(self.client.exhausted.wait())
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
             task.cancel()
             over.cancel()
@@ -119,116 +118,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
-# -- refusals, on a clock in hand
-
-
-def test_refused_before_any_success_is_fatal_at_once() -> None:
-    world = World()
-    world.polling().note_refusal(REFUSED)
-    assert world.fatal == [REFUSED]
-
-
-def test_refused_after_a_success_is_fatal_after_five_minutes() -> None:
-    world = World()
-    polling = world.polling()
-    polling.succeeded(null=True)
-    assert REFUSED_SECONDS == 5 * MINUTES
-    for _ in range(5):
-        polling.note_refusal(REFUSED)
-        assert polling.refused
-        world.now += 1 * MINUTES - 0.001
-    assert not world.fatal
-    world.now += 1
-    polling.note_refusal(REFUSED)
-    assert world.fatal == [REFUSED]
-
-
-def test_a_success_in_between_starts_the_five_minutes_anew() -> None:
-    world = World()
-    polling = world.polling()
-    polling.succeeded(null=True)
-    polling.note_refusal(REFUSED)
-    world.now += 4 * MINUTES
-    polling.succeeded(null=False)
-    assert not polling.refused
-    world.now += 2 * MINUTES
-    polling.note_refusal(REFUSED)
-    world.now += 4 * MINUTES
-    polling.note_refusal(REFUSED)
-    assert not world.fatal
-
-
-def test_it_tells_when_it_last_succeeded() -> None:
-    world = World()
-    polling = world.polling()
-    assert polling.last_success_at is None
-    polling.succeeded(null=True)
-    world.now += 7
-    assert polling.last_success_at == 1000.0
-
-
-def test_idleness_is_said_once_not_once_per_poll(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "workpool")
-    polling = World().polling()
-    for _ in range(5):
-        polling.succeeded(null=True)
-    assert [record.message for record in caplog.records] == ["idle; waiting for work"]
-    polling.succeeded(null=False)
-    polling.succeeded(null=True)
-    assert len(caplog.records) == 2
-
-
-# -- the gate
-
-
-async def test_a_gate_that_is_closed_for_longer_meanwhile_stays_closed() -> None:
-    polling = World().polling()
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    polling.close_gate(0.05)
-    async with asyncio.TaskGroup() as group:
-        passing = group.create_task(polling.pass_gate())
-        await asyncio.sleep(0)
-        polling.close_gate(0.15)
-        polling.close_gate(0.01)  # which does not open it earlier
-        await passing
-    assert loop.time() - started >= 0.149
-
-
-async def test_an_open_gate_holds_nobody() -> None:
-    async with asyncio.timeout(20):
-        await World().polling().pass_gate()
-
-
-# -- the end of the queue
-
-
-async def test_a_null_ends_it_only_if_asked_idle_and_alone() -> None:
-    world = World()
-    polling = world.polling(until_empty=True)
-    await world.polling().settle_empty()  # not asked
-    assert world.emptied == 0
-    await world.queue.reserve()
-    world.queue.put("item")
-    await polling.settle_empty()  # not idle
-    assert world.emptied == 0
-    world.queue.take()
-    await polling.settle_empty()
-    assert world.emptied == 0
-    world.queue.release()
-    polling.sent()
-    async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(polling.settle_empty())  # not alone
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert (waiting.done(), world.emptied) == (False, 0)
-        polling.answered()
-    assert (world.emptied, polling.ended) == (0, False)
-    await polling.settle_empty()
-    assert (world.emptied, polling.ended) == (1, True)
-
-
-# -- what a poll takes, it gives back
+# What a poll takes, it gives back.
 
 FAILURES: dict[str, Exception] = {
     "transient": TransientError("poll", 500, "x", reason="server_error"),
@@ -241,37 +131,37 @@ FAILURES: dict[str, Exception] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_a_failed_poll_gives_back_its_place_and_its_share(failure: Exception) -> None:
+async def test_failed_poll_gives_back_its_place_and_its_permit(failure: Exception) -> None:
     world = World(failure, failure)
     await world.run()
-    assert world.calls.polls == 3
-    assert (world.queue.reserved, world.calls.paid) == (0, 0)
+    assert world.client.polls == 3
+    assert (world.queue.reserved, world.client.permits) == (0, 0)
     assert len(world.of(PollFinished)) == 3
     expected = PollerBackedOff if isinstance(failure, ControlPlaneError) else PollerRestarted
     assert len(world.of(expected)) == 2
 
 
-async def test_a_null_gives_back_its_place_and_its_share() -> None:
+async def test_null_poll_gives_back_its_place_and_its_permit() -> None:
     world = World(None, None)
     await world.run()
     assert [event.result for event in world.of(PollFinished)] == ["null", "null", "cancelled"]
-    assert (world.queue.reserved, world.calls.paid) == (0, 0)
+    assert (world.queue.reserved, world.client.permits) == (0, 0)
 
 
-async def test_an_item_keeps_both() -> None:
+async def test_item_that_is_taken_keeps_place_and_permit() -> None:
     world = World("item")
     await world.run()
-    assert world.dispatch.offered == ["item"]
-    assert (world.queue.reserved, world.queue.waiting, world.calls.paid) == (0, 1, 1)
+    assert world.dispatcher.offered == ["item"]
+    assert (world.queue.reserved, world.queue.waiting, world.client.permits) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("takes", [False, KeyError("bug")], ids=["declined", "bug"])
-async def test_an_item_that_is_not_taken_gives_both_back(takes: Any) -> None:
+async def test_item_that_is_not_taken_gives_back_place_and_permit(takes: Any) -> None:
     world = World("item", takes=takes)
     await world.run()
-    assert world.dispatch.offered == ["item"]
+    assert world.dispatcher.offered == ["item"]
     assert (world.queue.reserved, world.queue.waiting) == (0, 0)
-    assert world.calls.paid == 0
+    assert world.client.permits == 0
 
 
 async def test_five_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
@@ -284,16 +174,16 @@ async def test_five_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
     (fatal,) = world.fatal
     assert isinstance(fatal, PollerError)
     assert fatal.__cause__ is bugs[4]
-    assert world.calls.polls == 5
+    assert world.client.polls == 5
 
 
-async def test_a_bug_is_loud(caplog: pytest.LogCaptureFixture) -> None:
+async def test_crash_of_a_poller_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
     await World(KeyError("bug")).run()
     (record,) = [record for record in caplog.records if "poller crashed" in record.message]
     assert record.levelname == "ERROR"
     assert record.exc_info is not None
 
 
-def test_the_cap_is_the_designs() -> None:
+def test_backoff_cap_and_crash_limit_are_the_documented_ones() -> None:
     assert poller.BACKOFF_CAP_SECONDS == 30
     assert poller.CRASHES == 5

@@ -57,6 +57,9 @@ def test_defaults() -> None:
         "dialect": "qoder",
         "token": None,
         "token_file": None,
+        "ca_file": None,
+        "client_cert_file": None,
+        "client_key_file": None,
         "environment_id": None,
         "plugins": (),
         "pollers": 2,
@@ -137,6 +140,9 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "base_url": "http://localhost:8484/api/v1/cloud",
         "dialect": "anthropic",
         "token_file": str(tmp_path / "token"),
+        "ca_file": str(tmp_path / "ca.pem"),
+        "client_cert_file": str(tmp_path / "cert.pem"),
+        "client_key_file": str(tmp_path / "key.pem"),
         "environment_id": "env_1",
         "worker_id": "me",
         "plugins": "a, b.c:D,",
@@ -148,7 +154,7 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "lease_ttl": "30",
         "stop_grace": "0",
         "session_timeout": "1.5",
-        "drain_timeout": "0",
+        "drain_timeout": "2",
         "request_timeout": "5",
         "max_block": "9",
         "max_attempts": "1",
@@ -263,6 +269,9 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("log_format", ("xml", 7)),
     ("token", (7, [HIDDEN])),
     ("token_file", (7,)),
+    ("ca_file", (7,)),
+    ("client_cert_file", (7,)),
+    ("client_key_file", (7,)),
 ]
 
 
@@ -468,6 +477,23 @@ def test_where_to_listen(value: str, address: Address | None) -> None:
     assert Settings(metrics_listen=value).metrics_address == address
 
 
+@pytest.mark.parametrize("host", ["a" * 64, f"{'b' * 64}.example", "two..dots"])
+def test_host_that_no_lookup_accepts_is_an_error_that_names_the_setting(host: str) -> None:
+    for setting, value in {
+        "base_url": f"https://{host}/api",
+        "metrics_listen": f"{host}:9464",
+    }.items():
+        assert refused(**{setting: value}).problems == (
+            f"{setting}: each part of a host name has 1 to 63 characters",
+        )
+
+
+def test_host_with_labels_of_63_characters_is_accepted() -> None:
+    host = f"{'a' * 63}.{'b' * 63}."
+    settings = Settings(base_url=f"https://{host}", metrics_listen=f"{host}:1")
+    assert settings.metrics_address == Address(host, 1)
+
+
 def test_not_listening_unless_told() -> None:
     assert Settings().metrics_address is None
 
@@ -484,7 +510,40 @@ def test_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
         "base_url: plain http, so the token can be read on the way",
         "write_rate: 100 sessions send 5.0 heartbeats a second, more than half of 9;"
         " raise lease_ttl or write_rate",
+        "write_rate: 100 sessions that end together need 2 writes each, 22.2 s at 9 a second, but"
+        " a drain waits 20 s; raise write_rate or drain_timeout, or lower concurrency",
     )
+
+
+@pytest.mark.parametrize(
+    ("lease_ttl", "held", "fitting"), [(10, 9, 90), (60, 54, 540), (600, 540, 5400)]
+)
+def test_write_rate_too_low_to_complete_sessions_while_their_leases_are_held_is_a_warning(
+    lease_ttl: int, held: int, fitting: int
+) -> None:
+    def warnings(concurrency: int) -> list[str]:
+        settings = Settings(
+            lease_ttl=lease_ttl, concurrency=concurrency, write_rate=20, drain_timeout=10_000
+        )
+        return [each for each in settings.warnings() if "heartbeats" not in each]
+
+    assert warnings(fitting) == []
+    seconds = f"{(fitting + 1) / 10:.1f}"
+    assert warnings(fitting + 1) == [
+        f"write_rate: {fitting + 1} sessions that end together need 2 writes each, {seconds} s at"
+        f" 20 a second, but their leases are held for {held} s; raise write_rate or lease_ttl, or"
+        " lower concurrency"
+    ]
+
+
+def test_write_rate_too_low_to_complete_sessions_in_a_drain_is_a_warning() -> None:
+    assert Settings(write_rate=2, drain_timeout=8).warnings() == ()
+    [warning] = Settings(write_rate=2, drain_timeout=7.9).warnings()
+    assert "a drain waits 7.9 s; raise write_rate or drain_timeout, or lower conc" in warning
+
+
+def test_unlimited_write_rate_gives_no_warning() -> None:
+    assert Settings(write_rate=0, concurrency=10_000, drain_timeout=0).warnings() == ()
 
 
 @pytest.mark.parametrize(

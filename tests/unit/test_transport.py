@@ -129,7 +129,7 @@ async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterat
     if "token_file" not in values:
         values.setdefault("token", TOKEN)
     transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
-    transport.open("me")
+    await transport.open("me")
     try:
         yield transport
     finally:
@@ -800,9 +800,9 @@ async def test_not_open() -> None:
     transport = Transport(settings, None)
     with pytest.raises(RuntimeError, match="not open"):
         await ask(transport, "http://localhost")
-    transport.open(None)
+    await transport.open(None)
     with pytest.raises(RuntimeError, match="open already"):
-        transport.open(None)
+        await transport.open(None)
     await transport.close()
     with pytest.raises(RuntimeError, match="not open"):
         await ask(transport, "http://localhost")
@@ -816,8 +816,9 @@ async def test_another_loop() -> None:
 
 async def test_no_worker_id_is_no_header() -> None:
     async with serving(OK) as server:
-        transport = Transport(Settings(base_url=server.url, token=TOKEN), None)
-        transport.open(None)
+        settings = Settings(base_url=server.url, token=TOKEN, environment_id="env_1")
+        transport = Transport(settings, None)
+        await transport.open(None)
         await ask(transport, server.url)
         await transport.close()
     assert "Worker-ID" not in server.requests[0].headers

@@ -16,6 +16,7 @@ from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import LocalClient, Script, Trouble
 from workpool.testing.virtual import in_virtual_time, run_virtual
+from workpool.wire.options import CallOptions
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Bench
@@ -51,69 +52,70 @@ async def test_a_suspended_machines_timers_stand_still(bench: type[Bench]) -> No
 async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
     one = bench()
     codes: list[tuple[str, str]] = []
-    one.calls.on_request = lambda op, code, _: codes.append((op, code))
-    lease = await one.claim()
-    work_id = lease.item.id
-    beat = await one.calls.heartbeat(work_id, "NO_HEARTBEAT", 30)
-    assert (beat.state, beat.ttl_seconds) == ("active", 30)
-    assert (await one.calls.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
-    assert (await one.calls.get(work_id)).last_heartbeat == beat.last_heartbeat
-    assert (await one.calls.stats()).depth == 0
-    stopped = await one.calls.stop(work_id, force=True)
-    assert stopped is not None
-    assert stopped.state == "stopped"
-    with pytest.raises(ConflictError):
-        await one.rival.ack(work_id)
-    with pytest.raises(RefusedError) as caught:
-        await one.calls.get("work_unknown")
-    assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
-    assert [op for op, _ in codes] == [
-        "poll",
-        "ack",
-        "heartbeat",
-        "update",
-        "get",
-        "stats",
-        "stop",
-        "get",
-    ]
+    one.client.on_request = lambda op, code, _: codes.append((op, code))
+    async with one.client, one.rival:
+        work_id = (await one.claim()).id
+        beat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
+        assert (beat.state, beat.ttl_seconds) == ("active", 30)
+        assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
+        assert (await one.client.get(work_id)).last_heartbeat == beat.last_heartbeat
+        assert (await one.client.stats()).depth == 0
+        stopped = await one.client.stop(work_id, force=True)
+        assert stopped is not None
+        assert stopped.state == "stopped"
+        with pytest.raises(ConflictError):
+            await one.rival.ack(work_id)
+        with pytest.raises(RefusedError) as caught:
+            await one.client.get("work_unknown")
+        assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
+        assert [op for op, _ in codes] == [
+            "poll",
+            "ack",
+            "heartbeat",
+            "update",
+            "get",
+            "stats",
+            "stop",
+            "get",
+        ]
     assert codes[-1] == ("get", "404")
 
 
 @in_virtual_time
 async def test_a_poll_waits_and_may_be_troubled(bench: type[Bench]) -> None:
     one = bench(poll=[None, None, Trouble(answer="silence"), Trouble(back=2), Trouble(answer=503)])
-    async with one.calls:
-        assert await one.calls.poll(999) is None
+    async with one.client:
+        assert await one.client.poll(999) is None
         assert one.clock() == pytest.approx(0.999)
         one.loop.call_later(0.5, partial(one.operations.enqueue, ENVIRONMENT, count=2))
-        assert await one.calls.poll(999)
+        assert await one.client.poll(999)
         assert one.clock() == pytest.approx(1.499)
         with pytest.raises(TransientError, match="time"):
-            await one.calls.poll()
-        again = await one.calls.poll()  # it was delivered to nobody, and 10 s have passed
+            await one.client.poll()
+        again = await one.client.poll()  # it was delivered to nobody, and 10 s have passed
         assert again is not None
         assert one.clock() == pytest.approx(13.499)
         with pytest.raises(TransientError, match="503"):
-            await one.calls.poll()
+            await one.client.poll()
 
 
 @in_virtual_time
 async def test_what_was_sent_arrives_although_its_caller_has_given_up(bench: type[Bench]) -> None:
     one = bench(stop=[Trouble(there=30)])
-    lease = await one.claim()
-    with pytest.raises(TransientError) as caught:
-        await one.calls.stop(lease.item.id, force=True, timeout=1)
-    assert caught.value.reason == "timeout"
-    assert (await one.calls.get(lease.item.id)).state == "starting"
-    await asyncio.sleep(30)
-    assert (await one.calls.get(lease.item.id)).state == "stopped"
+    async with one.client:
+        item = await one.claim()
+        with pytest.raises(TransientError) as caught:
+            await one.client.stop(item.id, force=True, timeout=1)
+        assert caught.value.reason == "timeout"
+        assert (await one.client.get(item.id)).state == "starting"
+        await asyncio.sleep(30)
+        assert (await one.client.get(item.id)).state == "stopped"
 
 
 @in_virtual_time
 async def test_a_client_that_is_not_open_sends_nothing(bench: type[Bench]) -> None:
     with pytest.raises(RuntimeError, match="not open"):
-        await bench().calls.get("work_1")
+        await bench().client.get("work_1")
 
 
 async def test_a_whole_pool_runs_on_it() -> None:
@@ -132,3 +134,37 @@ async def test_a_whole_pool_runs_on_it() -> None:
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@in_virtual_time
+async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
+    def refuse() -> None:
+        raise LookupError
+
+    operations = Operations([ENVIRONMENT])
+    (item,) = operations.enqueue(ENVIRONMENT)
+    settings = Settings(environment_id=ENVIRONMENT)
+    async with LocalClient(operations, settings) as client:
+        options = CallOptions(refuse)
+        for call in (
+            client.ack(item.id, options=options),
+            client.heartbeat(item.id, options=options),
+            client.stop(item.id, options=options),
+            client.update_metadata(item.id, {}, options=options),
+            client.get(item.id, options=options),
+        ):
+            with pytest.raises(LookupError):
+                await call
+    assert operations.get(ENVIRONMENT, item.id) == item
+
+
+@in_virtual_time
+async def test_local_client_whose_stop_is_not_read_accepts_any_json_object() -> None:
+    script = Script(stop=[Trouble(answer=b"{}"), Trouble(answer=b"{}"), Trouble(answer=b"no JSON")])
+    settings = Settings(environment_id=ENVIRONMENT)
+    async with LocalClient(Operations([ENVIRONMENT]), settings, troubles=script) as client:
+        assert await client.stop("work_1", read_item=False) is None
+        with pytest.raises(TransientError):
+            await client.stop("work_1")
+        with pytest.raises(TransientError):
+            await client.stop("work_1", read_item=False)

@@ -14,14 +14,13 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 from workpool import Release, WorkpoolError, hookimpl
-from workpool.events import SessionFinished
 from workpool.wire.dialect import DIALECTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from workpool import Outcome, Session, WorkItem
-    from workpool.events import Event
+    from workpool.events import SessionFinished
 
 LOST_SECONDS: Final = 0.8
 """From SIGTERM to SIGKILL once the session is over: less than any lease's margin (design §1)."""
@@ -58,10 +57,9 @@ class Program:
         return self.run
 
     @hookimpl
-    def workpool_event(self, event: Event) -> None:
+    def workpool_event(self, event: SessionFinished) -> None:
         """Note the outcome."""
-        if isinstance(event, SessionFinished):
-            self.outcome = event.outcome
+        self.outcome = event.outcome
 
     async def run(self, session: Session) -> None:
         """Run the program to its end; its exit status says what that means.

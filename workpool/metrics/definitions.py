@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 PREFIX: Final = "workpool_"
 ENVIRONMENT: Final = "environment_id"
 HANDLER: Final = "handler"
+HANDLERS_MAX: Final = 100
+"""Handlers of one pool that have a label value of their own."""
+OTHER_HANDLERS: Final = "other"
+"""The label value of all further handlers."""
 OPEN: Final[tuple[str, ...]] = ()
 """The values of a label that are known only at run time, bounded by settings and code."""
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 from prometheus_client.metrics_core import GaugeMetricFamily
 
-from workpool.metrics.definitions import DEFINITIONS, LEASE_STATES, POLLER_STATES, SLOT_STATES
+from workpool.metrics.definitions import (
+    DEFINITIONS,
+    HANDLERS_MAX,
+    LEASE_STATES,
+    OTHER_HANDLERS,
+    POLLER_STATES,
+    SLOT_STATES,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,7 +99,7 @@ class Source:
 
     Attributes:
         snapshot: Called at every scrape, on the thread that scrapes.
-        handlers: Shown with 0 while no session of theirs runs. Only ever grows; any thread.
+        handlers: Labels, shown with 0 while no session of theirs runs. Only ever grows; any thread.
         remote: When (Unix time) and what the control plane said of its queue last.
     """
 
@@ -104,6 +111,12 @@ class Source:
     now: Callable[[], float]
     handlers: set[str] = field(default_factory=set)
     remote: tuple[float, QueueStats] | None = None
+
+    def label_of(self, handler: str) -> str:
+        """Return the label of a handler: its name, as long as there are not too many."""
+        if handler in self.handlers or len(self.handlers) < HANDLERS_MAX:
+            return handler
+        return OTHER_HANDLERS
 
 
 def gauge_families(sources: Iterable[Source]) -> Iterable[GaugeMetricFamily]:
@@ -156,7 +169,12 @@ def _sessions(
     # tuple(): a session on another thread may add a handler while we look.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest = dict.fromkeys(active, 0.0)
-    for handler, count, age in (row for s in snapshots for row in s.sessions):
+    rows = [
+        (source.label_of(handler), count, age)
+        for source, snapshot in zip(group, snapshots, strict=True)
+        for handler, count, age in snapshot.sessions
+    ]
+    for handler, count, age in rows:
         active[handler] = active.get(handler, 0) + count
         oldest[handler] = max(oldest.get(handler, 0.0), age)
     for handler, count in active.items():

@@ -1,23 +1,31 @@
-"""Counts what happens: from each event to the series that the table says it feeds.
+"""Counts what happens: from each event's values to the series that the table says it feeds.
 
-Never decides anything, and never raises for an event: a label value that the table does not know is
+An event is counted by its type and the values of its fields, in their order, so that no object is
+built for it. Never decides anything and never raises: a label value that the table does not know is
 a bug of ours, shown as a `RuntimeWarning` (which fails a test), and is not counted.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 import warnings
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from datetime import UTC, datetime
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from workpool import events as ev
 from workpool.errors import RegistryError
 from workpool.metrics.collectors import collectors_of
-from workpool.metrics.definitions import DEFINITIONS, ENVIRONMENT, HANDLER
+from workpool.metrics.definitions import (
+    DEFINITIONS,
+    ENVIRONMENT,
+    HANDLER,
+    HANDLERS_MAX,
+    OTHER_HANDLERS,
+)
 from workpool.metrics.gauges import NullWindow, Source
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
@@ -30,6 +38,19 @@ if TYPE_CHECKING:
     from workpool.metrics.definitions import Definition
     from workpool.metrics.gauges import PoolSnapshot
     from workpool.metrics.stores import Add, Store
+    from workpool.wire.items import QueueStats
+
+    Values = tuple[Any, ...]
+    """The values of an event's fields, in their order."""
+    EventType = Callable[..., ev.Event]
+    """One of the classes of `Event`, of which a type checker needs to know only what it returns."""
+
+log = logging.getLogger(__name__)
+
+_FIELDS: Final = {
+    event_type: tuple(field.name for field in fields(event_type))
+    for event_type in get_args(ev.Event)
+}
 
 
 def _unix_time() -> float:
@@ -48,8 +69,15 @@ class _Series(dict["Hashable", "Add"]):
     `rate()` does not see the beginning of a series that begins at 1.
     """
 
-    def __init__(self, store: Store, row: Definition, environment_id: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        row: Definition,
+        environment_id: str,
+        label_of: Callable[[str], str],
+    ) -> None:
         super().__init__(dict.fromkeys(row.skips, _leave_out))
+        self._label_of = label_of
         self._store = store
         self._row = row
         self._environment_id = environment_id
@@ -66,8 +94,15 @@ class _Series(dict["Hashable", "Add"]):
                 text = f"{self._row.full_name} has no {label}={value!r}; not counted"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
                 return _leave_out
+        if HANDLER in given:
+            return self._add_of_handler(given)
         self.prime(given)
         return self[key]
+
+    def _add_of_handler(self, given: dict[str, Any]) -> Add:
+        # A further handler's key is not stored: there is no limit to how many there are.
+        given[HANDLER] = self._label_of(given[HANDLER])
+        return self[tuple(given.values())]
 
     def prime(self, given: Mapping[str, Hashable]) -> None:
         """Make all series that have the given values of the run-time labels."""
@@ -78,49 +113,48 @@ class _Series(dict["Hashable", "Add"]):
             self[values[0] if len(values) == 1 else values] = add
 
 
-def _item_type(event: ev.ItemClaimed) -> str:
-    return event.item.type if event.item.type in {SESSION, HEALTHCHECK} else "other"
+class _Feed(NamedTuple):
+    """What an event adds to one metric.
+
+    Attributes:
+        key_of: Reads the series' key from the event's values.
+        amount_at: Where in the event's values the amount is; None: one is added.
+    """
+
+    series: _Series
+    key_of: Callable[[Values], Hashable]
+    amount_at: int | None
 
 
-def _reader(labels: tuple[str, ...]) -> Callable[[Any], Hashable]:
-    """Read an event's key in `_Series`: its attributes of the labels' names."""
+def _feed(series: _Series, row: Definition, event_type: type[ev.Event]) -> _Feed:
+    names = _FIELDS[event_type]
+    return _Feed(
+        series,
+        _key_reader(series.labels, names),
+        None if row.value is None else names.index(row.value),
+    )
+
+
+def _key_reader(labels: tuple[str, ...], names: tuple[str, ...]) -> Callable[[Values], Hashable]:
+    """Return a function that reads a key in `_Series`: the values of the fields named as labels."""
+    if not labels:
+        return itemgetter(slice(0))  # the empty tuple
     if "type" not in labels:
-        return attrgetter(*labels)
+        return itemgetter(*map(names.index, labels))
     other, _ = labels
-    read = attrgetter(other)
-    return lambda event: (read(event), _item_type(event))
+    at, item = names.index(other), names.index("item")
+    return lambda values: (values[at], _item_type(values[item].type))
 
 
-def _feed(series: _Series, value: str | None) -> Callable[[Any], object]:
-    """What one event adds to one metric: its attribute `value`, or 1. None adds nothing."""
-    amount_of = None if value is None else attrgetter(value)
-    if not series.labels:
-        add = series[()]
-        return (lambda _: add(1)) if amount_of is None else _measure(amount_of, lambda _: add)
-    key_of = _reader(series.labels)
-    if amount_of is None:
-        return lambda event: series[key_of(event)](1)
-    return _measure(amount_of, lambda event: series[key_of(event)])
-
-
-def _measure(
-    amount_of: Callable[[Any], float | None], add_of: Callable[[Any], Add]
-) -> Callable[[Any], object]:
-    """Add an event's amount, unless it is None."""
-
-    def observe(event: Any) -> None:
-        amount = amount_of(event)
-        if amount is not None:
-            add_of(event)(amount)
-
-    return observe
+def _item_type(name: str) -> str:
+    return name if name in {SESSION, HEALTHCHECK} else "other"
 
 
 @dataclass(eq=False, repr=False)
 class Metrics:
     """The metrics of one supervisor, on a registry that it may share with others.
 
-    Once open, `observe` and `request` may be called on any thread. Closing takes this supervisor's
+    Once open, `count` and `observe` may be called on any thread. Closing takes this supervisor's
     gauges away; its counters stay, and what happens late is still counted.
 
     Attributes:
@@ -140,9 +174,8 @@ class Metrics:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
     _series: dict[str, _Series] = field(init=False)
-    _requests: _Series = field(init=False)
-    _request_durations: _Series = field(init=False)
-    _feeds: dict[type[ev.Event], list[Callable[[Any], object]]] = field(init=False)
+    _feeds: dict[EventType, list[_Feed]] = field(init=False)
+    _others: dict[EventType, Callable[..., object]] = field(init=False)
     _source: Source = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
 
@@ -160,15 +193,18 @@ class Metrics:
             NullWindow(self.clock), self.now,
         )  # fmt: skip
         self._series = {
-            row.name: _Series(shared.stores[row.name], row, self.environment_id)
+            row.name: _Series(shared.stores[row.name], row, self.environment_id, self._label_of)
             for row in DEFINITIONS
             if row.name in shared.stores
         }
-        self._requests = self._series["http_requests_total"]
-        self._request_durations = self._series["http_request_duration_seconds"]
-        self._feeds = self._wire()
+        self._feeds = self._feeds_by_type()
+        self._others = {
+            ev.PollFinished: self._on_poll,
+            ev.QueueStatsRead: self._on_stats,
+            ev.SessionStarted: self._on_start,
+        }
         for handler in self.handlers:
-            self._see(handler)
+            self._label_of(handler)
         shared.attach(self._source)
         self._shared = shared
 
@@ -178,39 +214,56 @@ class Metrics:
             self._shared.detach(self._source)
             self._shared = None
 
+    def count(self, event_type: EventType, values: Values) -> None:
+        """Count one event by the values of its fields, in their order."""
+        try:
+            for series, key_of, amount_at in self._feeds.get(event_type, ()):
+                amount = 1 if amount_at is None else values[amount_at]
+                if amount is not None:
+                    series[key_of(values)](amount)
+            if event_type in self._others:
+                self._others[event_type](*values)
+        except Exception:
+            log.exception("metrics failed event_type=%s", event_type)
+
     def observe(self, event: ev.Event) -> None:
-        """Count one fact."""
-        for feed in self._feeds.get(type(event), ()):
-            feed(event)
+        """Count one event that exists as an object."""
+        event_type = type(event)
+        self.count(event_type, tuple(getattr(event, name) for name in _FIELDS[event_type]))
 
-    def request(self, op: str, code: str, seconds: float) -> None:
-        """Count one HTTP request: `RequestFinished` without the event, for the busiest path."""
-        self._requests[op, code](1)
-        self._request_durations[op](seconds)
-
-    def _wire(self) -> dict[type[ev.Event], list[Callable[[Any], object]]]:
-        feeds: dict[type[ev.Event], list[Callable[[Any], object]]] = {
-            ev.PollFinished: [self._on_poll],
-            ev.QueueStatsRead: [self._on_stats],
-            ev.SessionStarted: [lambda event: self._see(event.handler)],
-        }
+    def _feeds_by_type(self) -> dict[EventType, list[_Feed]]:
+        feeds: dict[EventType, list[_Feed]] = {}
         for row in DEFINITIONS:
             if row.event is not None:
-                feeds.setdefault(row.event, []).append(_feed(self._series[row.name], row.value))
+                feed = _feed(self._series[row.name], row, row.event)
+                feeds.setdefault(row.event, []).append(feed)
         return feeds
 
-    def _on_poll(self, event: ev.PollFinished) -> None:
-        if event.result in {"item", "null"}:
-            self._source.polls.add(null=event.result == "null")
+    def _on_poll(self, result: ev.PollResult, _: float) -> None:
+        if result in {"item", "null"}:
+            self._source.polls.add(null=result == "null")
 
-    def _on_stats(self, event: ev.QueueStatsRead) -> None:
-        self._source.remote = (self.now(), event.stats)
+    def _on_stats(self, stats: QueueStats) -> None:
+        self._source.remote = (self.now(), stats)
 
-    def _see(self, handler: str) -> None:
-        """Show a handler from its first session on, also where it has none yet."""
-        if handler in self._source.handlers:
-            return
-        self._source.handlers.add(handler)
+    def _on_start(self, _: object, handler: str) -> None:
+        self._label_of(handler)
+
+    def _label_of(self, handler: str) -> str:
+        """Return a handler's label; show the handler from its first session on."""
+        label = self._source.label_of(handler)
+        if label not in self._source.handlers:
+            if label == OTHER_HANDLERS:
+                log.warning(
+                    "more than %d handlers; the metrics show the others as one handler=%s",
+                    HANDLERS_MAX,
+                    OTHER_HANDLERS,
+                )
+            self._show(label)
+        return label
+
+    def _show(self, label: str) -> None:
         for series in self._series.values():
             if HANDLER in series.labels:
-                series.prime({HANDLER: handler})
+                series.prime({HANDLER: label})
+        self._source.handlers.add(label)

@@ -6,7 +6,7 @@ plugin's name and one bad observer stops nobody (design §4). A plugin's own hoo
 marked functions. Between marked functions the more specific rule wins wherever its plugin stands:
 `plugins=[anything, daily_report]` does not starve `daily_report`.
 
-Everything but `notify_metrics` runs on the supervisor's loop.
+Everything runs on the supervisor's loop.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Plugins:
     """The active plugins of one supervisor.
 
     Attributes:
-        metrics: The built-in observer, called first and on the thread where the fact arose. Set by
-            the supervisor before the first event.
+        metrics: Counts the events that arise in here. Set by the supervisor before the first one.
+        wanted: The types of events that a plugin observes.
     """
 
     def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
@@ -76,7 +76,8 @@ class Plugins:
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
         self._lifespans = hooks["workpool_lifespan"]
-        self._observers = hooks["workpool_event"]
+        self._observers = _observers_by_type(plugins, hooks["workpool_event"])
+        self.wanted = frozenset(self._observers)
 
     @classmethod
     def load(
@@ -97,11 +98,6 @@ class Plugins:
         """
         plugins = load((*objects, *names), options)
         return cls(plugins, _in_order(plugins))
-
-    @property
-    def observers(self) -> bool:
-        """Whether any plugin implements `workpool_event`; the built-in metrics do not count."""
-        return bool(self._observers)
 
     @property
     def can_handle(self) -> bool:
@@ -144,25 +140,14 @@ class Plugins:
         return _contexts("workpool_lifespan", self._lifespans, supervisor)
 
     def notify(self, event: Event) -> None:
-        """Tell the metrics, then the observers. Never raises because of one of them."""
-        self.notify_metrics(event)
-        if self._observers:
-            self._tell(event, but=None)
+        """Call the plugins that observe this type, in order. Never raises because of one of them.
 
-    def notify_metrics(self, event: Event) -> None:
-        """Tell the built-in metrics only. On any thread."""
-        if self.metrics is not None:
-            try:
-                guarded("metrics", "workpool_event", self.metrics, event)
-            except PluginError:
-                log.exception("metrics failed event=%s", type(event).__name__)
-
-    def notify_observers(self, event: Event) -> None:
-        """Tell every observing plugin, in order."""
+        On the supervisor's loop.
+        """
         self._tell(event, but=None)
 
     def _tell(self, event: Event, *, but: str | None) -> None:
-        for plugin, hook in self._observers:
+        for plugin, hook in self._observers.get(type(event), ()):
             if plugin == but:
                 continue
             try:
@@ -181,7 +166,8 @@ class Plugins:
         # One traceback per kind: an observer fails some ten times per session.
         log.error("plugin failed error=%s", failure, exc_info=error if first else None)
         event = PluginFailed(plugin, hook, error)
-        self.notify_metrics(event)
+        if self.metrics is not None:
+            self.metrics(event)
         if tell:
             self._tell(event, but=plugin)
 
@@ -205,6 +191,18 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
         ]
         for hook in SPECS
     }
+
+
+def _observers_by_type(
+    plugins: Sequence[Plugin], hooks: Sequence[Hook]
+) -> dict[type[Event], list[Hook]]:
+    """The observers of each type that has any, in calling order."""
+    wanted = {plugin.name: plugin.event_types for plugin in plugins}
+    observers: dict[type[Event], list[Hook]] = {}
+    for name, hook in hooks:
+        for event_type in wanted[name]:
+            observers.setdefault(event_type, []).append((name, hook))
+    return observers
 
 
 def _reachable(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from types import FunctionType, MethodType, ModuleType
-from typing import TYPE_CHECKING, Any, Final
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
-from workpool import hookspecs
+from workpool import events, hookspecs
 from workpool.errors import PluginError
 from workpool.handlers import Handler, Rule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
@@ -30,6 +30,8 @@ SPECS: Final[Mapping[str, str]] = {
     if name.startswith(f"{PROJECT}_")
 }
 """Each hook's name and the name of its one argument."""
+
+EVENT_TYPES: Final[frozenset[type[events.Event]]] = frozenset(get_args(events.Event))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +51,14 @@ class Plugin:
         source: Where it came from, for people.
         hooks: Its hook implementations by attribute name.
         routes: Its marked functions, in the order of their names.
+        event_types: The types of events that its `workpool_event` is called with.
     """
 
     name: str
     source: str
     hooks: Mapping[str, Callable[..., Any]]
     routes: tuple[Route, ...]
+    event_types: frozenset[type[events.Event]] = frozenset()
 
 
 def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> tuple[Plugin, ...]:
@@ -96,7 +100,9 @@ def _build(found: Found, options: Mapping[str, Any]) -> Plugin:
         if inspect.isroutine(target):
             raise PluginError(found.name, "is a function without @handler")
         raise PluginError(found.name, "has no hook marked @hookimpl and no function with @handler")
-    return Plugin(found.name, found.source, hooks, tuple(routes.values()))
+    observer = hooks.get("workpool_event")
+    event_types = _event_types(found.name, observer) if observer else frozenset()
+    return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
 
 
 def _instantiate(found: Found, options: Mapping[str, Any]) -> object:
@@ -153,6 +159,31 @@ def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter
         or only.default is not only.empty
     ):
         raise PluginError(plugin, f"{hook} must take exactly ({SPECS[hook]}), without a default")
+
+
+def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[events.Event]]:
+    """Return the types that the annotation of the observer's argument names; without one, all.
+
+    A name that the plugin imports for type checkers only is looked up in `workpool.events`.
+    """
+    parameters = inspect.signature(observer).parameters.values()
+    annotations = {
+        each.name: each.annotation for each in parameters if each.annotation is not each.empty
+    }
+    names = vars(events) | getattr(inspect.unwrap(observer), "__globals__", {})
+    try:
+        hints = get_type_hints(SimpleNamespace(__annotations__=annotations), names)
+    except Exception as error:
+        raise PluginError(
+            plugin, f"workpool_event: its annotation cannot be read: {error}"
+        ) from error
+    hint = hints.get("event", Any)
+    if hint in {Any, object}:
+        return EVENT_TYPES
+    event_types = frozenset(get_args(hint) or (hint,))
+    if not event_types <= EVENT_TYPES:
+        raise PluginError(plugin, f"workpool_event: {hint} is no type of event of workpool.events")
+    return event_types
 
 
 def _route(plugin: str, name: str, call: Any, rule: Rule) -> Route:

@@ -1,9 +1,10 @@
 """The number of one run of an item, and the mark that keeps that run from being counted.
 
-The metadata `workpool.attempt` holds the number of the last run, absent for 1. The next run counts
-on from it, unless the last one left the mark `workpool.released`: then it has the same number.
-A patch made here has the same effect when it is applied twice, so it may be sent again after a
-lost answer. Nothing here sends anything.
+The metadata `workpool.attempt` holds the number of the last run; it is absent after the first run.
+The next run has the next number, unless the last run left the mark `workpool.released`: then it has
+the same number. A patch made here has the same effect when it is applied twice, so it may be sent
+again after a lost answer. This module sends nothing.
+See workpool/docs/architecture.md, "The end of a session".
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class Attempt:
-    """One run of an item, as its metadata know it.
+    """One run of an item, according to the item's metadata.
 
     Attributes:
         number: 1 for the first run.
@@ -33,7 +34,12 @@ class Attempt:
     __slots__ = ("_notes", "_number", "marked", "number")
 
     def __init__(self, metadata: Mapping[str, str], *, redelivered: bool) -> None:
-        """`metadata`: of the item, as its acknowledgement returned it."""
+        """Number the run.
+
+        Args:
+            metadata: The item's metadata, as its acknowledgement returned them.
+            redelivered: The item was held before.
+        """
         stored = metadata.get(ATTEMPT, "1")
         counts = redelivered and RELEASED not in metadata
         self.number = (int(stored) if _NUMBER(stored) else 1) + counts
@@ -42,19 +48,19 @@ class Attempt:
         self._notes: Patch = {key: None for key in (ERROR, RELEASED) if key in metadata}
 
     def opening(self) -> Patch:
-        """Return the patch that must be written before the handler starts; empty: none."""
+        """Return the patch that must be written before the handler starts; empty if none is."""
         return self._notes | self._number
 
     def opened(self) -> None:
-        """Note that the opening patch is applied."""
+        """Record that the opening patch was applied."""
         self._notes, self._number = {}, {}
 
     def mark(self, reason: str) -> Patch:
         """Return the patch that keeps this run from being counted."""
         patch = self._notes | self._number | {RELEASED: reason}
-        self._notes[RELEASED] = None  # from now on it may be applied, whatever the answer
+        self._notes[RELEASED] = None  # from now on the mark may exist, whatever the answer
         return patch
 
     def closing(self, notes: Mapping[str, str]) -> Patch:
-        """Return `notes` with the deletion of every note of an earlier end; empty: none."""
+        """Return `notes` and the deletion of the notes of earlier ends; may be empty."""
         return {**self._notes, **notes}

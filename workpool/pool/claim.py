@@ -1,8 +1,8 @@
 """Claiming an item: its acknowledgement, then its first heartbeat. Both on the handlers' loop.
 
 No handler runs for the item before the first heartbeat has succeeded, so a claim that is lost
-costs a redelivery and nothing else. The lease renewer gets the lease after that.
-See docs/architecture.md, "The path of one item".
+costs a redelivery and nothing else. After that the lease renewer extends the lease.
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
+from workpool.pool.sender import lease_of
 from workpool.wire.protocol import ACK_LEASE_SECONDS, STARTING
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 MAYBE_APPLIED: Final = frozenset({"network", "timeout", "bad_body", "server_error"})
 MARGIN_SECONDS = 6.0
-"""An ack answered later than this before its lease's end leaves no time for a first heartbeat."""
+"""An ack that may have been applied is repeated until this long before the end of its lease: an
+answer after that leaves no time for a first heartbeat."""
 
 
 class Claimer:
@@ -77,30 +79,36 @@ class Claimer:
         taken_at = self._clock()
         result = await self._acknowledge(item)
         self._observe(
-            AckFinished(
-                item.work_item,
-                result,
-                queue_seconds=taken_at - item.delivered_at,
-                delivery_seconds=self._clock() - item.delivered_at,
-            )
+            AckFinished,
+            item.work_item,
+            result,
+            taken_at - item.delivered_at,
+            self._clock() - item.delivered_at,
         )
         return result
 
-    async def begin(self, item: PoolItem, lease: Lease) -> None:
+    async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
+        lease = lease_of(item)
         check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
-            if self._draining.is_set():
+            draining = self._draining.is_set()
+            if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
             await self._heartbeats.send(lease, check)
+            if lease.begun:
+                lease.expire(self._clock())  # the answer may have come too late for a handler
             if lease.begun or lease.over:
                 check()
                 return
-            # Until the drain begins: it must not wait for a long Retry-After.
-            await self._draining_within(lease.due_at - self._clock())
+            seconds = min(lease.due_at, lease.give_up_at) - self._clock()
+            if draining:
+                await asyncio.sleep(max(0.0, seconds))
+            else:  # a drain that begins must not wait for a long Retry-After
+                await self._draining_within(seconds)
 
     def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
-        """End a lease whose time may have passed unseen: no handler runs, so nothing is lost."""
+        """End the lease if the machine was paused since the claim began: no handler runs yet."""
         if self._pauses.paused(since=item.clock_offset):
             log.warning("the machine was paused during a claim work_id=%s", item.id)
             lease.end("lost")
@@ -152,9 +160,10 @@ class Claimer:
 def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     if answer.state != STARTING:  # `active`: another worker's heartbeats extend its lease
         return "conflict"
-    if answer.sessions_token is None:  # sent to whoever polled, and perhaps not again
-        answer = replace(answer, sessions_token=item.work_item.sessions_token)
-    # While it waited for a slot, another worker may have run it and lost it.
+    token = item.work_item.sessions_token
+    if token is not None and answer.sessions_token is None:  # sent with the poll only
+        answer = replace(answer, sessions_token=token)
+    # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer
     item.acked_at = acked_at

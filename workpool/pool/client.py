@@ -30,7 +30,7 @@ class Client(Protocol):
     `options` say how a call is sent; a call for which `options.check` raises sends nothing.
 
     Attributes:
-        worker_id: Its name on the wire; set by the supervisor before it is opened.
+        worker_id: The worker's name on the wire; set by the supervisor before it is opened.
         rate_limits: Our own rate limits; shared by the clients of one supervisor.
         on_request: Called with the operation, the code and the seconds of every request.
         on_rate_limit_wait: Called with the kind and the seconds of every wait for a rate limit.
@@ -56,19 +56,19 @@ class Client(Protocol):
         """Close."""
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Take a permit for one write if nobody with at least this priority waits for one."""
+        """Take a permit for one write if that takes no wait; return whether it was taken."""
 
     async def acquire_permit(self, priority: Priority) -> None:
         """Wait for a permit for one write of this priority."""
 
     def release_permit(self) -> None:
-        """Give a permit back that was not used."""
+        """Return a permit that was not used."""
 
     async def acquire_ack_permit(self) -> None:
         """Acquire a permit for one ack, before a poll."""
 
     def release_ack_permit(self) -> None:
-        """Give an ack permit back: there is nothing to acknowledge."""
+        """Return an ack permit: there is nothing to acknowledge."""
 
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
@@ -101,10 +101,11 @@ class Client(Protocol):
         work_id: str,
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
+        read_item: bool = True,
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> object:
-        """Stop an item."""
+        """Stop an item; `read_item` False: its answer is not read."""
 
     async def update_metadata(
         self,
@@ -122,7 +123,7 @@ class Client(Protocol):
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
     ) -> SessionEvents:
-        """The events of a session; `guard` is asked before and during each call."""
+        """The events of a session; `guard` checks before and during each call."""
 
     async def stats(self) -> QueueStats:
         """Read the remote queue's statistics."""

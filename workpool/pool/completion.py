@@ -1,8 +1,8 @@
 """How a session ends: the completion table, and what it makes the pool send.
 
-The table decides; `Completion` carries it out. Nothing is sent for an item whose lease is not held,
-and a result that could not be written is never taken for written.
-See docs/architecture.md, "The end of a session".
+The table says what happens; `Completion` does it. Nothing is sent for an item whose lease is not
+held, and an item whose result could not be written is not stopped as completed.
+See workpool/docs/architecture.md, "The end of a session".
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ log = logging.getLogger(__name__)
 
 RELEASE_DELAY_SECONDS = 10.0
 MARK_SECONDS = 1.5
-"""How long a drain waits for a mark, twice at most: the rest of its 5 s is for the release."""
+"""How long a drain waits for a mark, at most twice: the rest of its 5 s is for the release."""
 MARK_TRY_SECONDS = 30.0
-"""How long the mark of a session that runs is tried."""
+"""How long writing the mark of a running session is retried."""
 NOTE_LIMIT = 512
-"""Characters of `workpool.error` and `workpool.released`."""
+"""The most characters of `workpool.error` and `workpool.released`."""
 
 DRAIN_REASON: Final = "the pool is draining"
 
@@ -79,7 +79,7 @@ WRITE: Final = Request(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
-    """Carries the table out. Lives on the handlers' loop."""
+    """Ends sessions as the table says. Lives on the handlers' loop."""
 
     def __init__(self, context: PoolContext, sender: Sender) -> None:
         self._with_message = context.settings.report_errors == "message"
@@ -105,7 +105,7 @@ class Completion:
             log.error("completion refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
             return "failed"
         except TransientError as error:
-            # Not stopped, so it is redelivered once its lease has lapsed: nothing is lost.
+            # The item is not stopped, so it is redelivered once its lease has lapsed.
             log.warning("completion not written work_id=%s error=%s", item.id, error)
             return "released"
         return outcome
@@ -113,11 +113,11 @@ class Completion:
     async def stop(
         self, item: PoolItem, *, confirm: bool = False, seconds: float = math.inf
     ) -> None:
-        """Stop the item with force: right in every state and in both dialects.
+        """Stop the item with `force`, which is allowed in every state and in both dialects.
 
         Raises:
             SessionGoneError: The lease is not held, and our stop is not known to be applied.
-            RefusedError, TransientError: It was not applied, as far as known.
+            RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = lease_of(item)
         request = WRITE._replace(seconds=seconds, before_bytes=partial(_mark_own_stop, lease))
@@ -126,7 +126,7 @@ class Completion:
             await self._sender.send(item, partial(self._send_stop, item), request)
             result = "ok"
         except (ConflictError, PreconditionError):
-            result = "conflict"  # it is stopped, which is all that we wanted
+            result = "conflict"  # the item is stopped already
         except SessionGoneError:
             if lease.status != "finished":
                 raise
@@ -135,20 +135,22 @@ class Completion:
             result = "gone" if error.status == HTTPStatus.NOT_FOUND else "error"
             raise
         finally:
-            self._observe(StopFinished(item.work_item, "confirm" if confirm else "force", result))
+            self._observe(StopFinished, item.work_item, "confirm" if confirm else "force", result)
 
     async def _send_stop(self, item: PoolItem, options: CallOptions, seconds: float) -> None:
         lease = lease_of(item)
         before = lease.own_stop
         try:
-            await self._client.stop(item.id, force=True, timeout=seconds, options=options)
+            await self._client.stop(
+                item.id, force=True, read_item=False, timeout=seconds, options=options
+            )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # certainly not applied: what stops it is not ours
+                lease.own_stop = before  # certainly not applied
             raise
 
     async def _write(self, item: PoolItem, row: Row) -> Outcome:
-        """Write the row's metadata, if there is any; return the outcome that is left."""
+        """Write the row's metadata, if any; return the outcome: a refused result is `failed`."""
         attempt = _attempt_of(item)
         if row.metadata == "mapping" and not item.result:
             await self._remove_mark(item, attempt)
@@ -157,7 +159,7 @@ class Completion:
         try:
             await self.write_metadata(item, attempt.closing(notes))
         except (ConflictError, PreconditionError):
-            pass  # stopped already: fine
+            pass  # the item is stopped already
         except RefusedError as error:
             log.error("metadata refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
             if row.metadata != "mapping":
@@ -171,7 +173,7 @@ class Completion:
         return row.outcome
 
     async def _remove_mark(self, item: PoolItem, attempt: Attempt) -> None:
-        """Remove the mark of a session that has completed; one that stays must not run it again."""
+        """Remove the mark of a completed session, which a failure here must not run again."""
         if patch := attempt.closing({}):
             try:
                 await self.write_metadata(item, patch, MARK_SECONDS)
@@ -179,14 +181,15 @@ class Completion:
                 log.warning("mark not removed work_id=%s error=%s", item.id, error)
 
     async def mark_running(self, item: PoolItem) -> None:
-        """Mark a session that a drain interrupts; tried while its handler runs."""
+        """Mark a running session when a drain begins; cancelled when the session ends."""
         if lease_of(item).stop_requested:
-            return  # it will be stopped, or lapse to `stopped`: nobody runs it again
-        request = Request(Priority.HANDLER, by_handler=True, seconds=MARK_TRY_SECONDS)
+            return  # it will be stopped or lapse to `stopped`, so no worker runs it again
+        # A low priority: the completions of others must not wait for a thousand marks.
+        request = Request(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
-        """Mark a session that is being released; tried for `seconds`. Unmarked, its run counts."""
+        """Mark a session that is being released, for `seconds` at most; unmarked its run counts."""
         if item.parents_heartbeat is not None and not lease_of(item).begun:
             return  # until its first heartbeat has succeeded, the item may be its parent's
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
@@ -202,7 +205,7 @@ class Completion:
     async def write_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], seconds: float = math.inf
     ) -> None:
-        """Write metadata for the pool, tried while the lease is held and for `seconds`."""
+        """Write metadata for the pool, retried for `seconds` while the lease is held."""
         await self._send_metadata(item, patch, WRITE._replace(seconds=seconds))
 
     async def _send_metadata(
@@ -237,7 +240,7 @@ class Completion:
 
 
 def _mark_own_stop(lease: Lease) -> None:
-    """From now on an item that is read as stopped was stopped by us."""
+    """Record that our stop may be applied from now on."""
     lease.own_stop = True
 
 
@@ -248,14 +251,14 @@ def _attempt_of(item: PoolItem) -> Attempt:
 
 
 def row_of(item: PoolItem) -> Row:
-    """The row of the gravest reason for which the session ends."""
+    """Return the row of the gravest end reason of the item."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
     return TABLE[item.reason]
 
 
 def outcome_when_abandoned(item: PoolItem) -> Outcome:
-    """The outcome of a session whose completion nobody waits for: it follows from its lease."""
+    """Return the outcome of an abandoned session, which follows from its lease."""
     lease = lease_of(item)
     match lease.status:
         case "finished":
@@ -266,9 +269,9 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
 
 
 def outcome_by(lease: Lease) -> Outcome:
-    """The outcome of a session whose lease lapses, or lapsed, while nobody else took the item.
+    """Return the outcome of a session whose lease lapses and whose item no other worker took.
 
-    An item that is stopping when its lease lapses is stopped: nobody gets it any more.
+    The control plane stops an item that is `stopping` when its lease lapses.
     """
     if lease.status == "handed_off":
         return "detached"
@@ -276,9 +279,9 @@ def outcome_by(lease: Lease) -> Outcome:
 
 
 def mapping_of(returned: object) -> Mapping[str, str]:
-    """What a handler returned, as metadata, copied; None counts as an empty mapping.
+    """Return the result of a handler as a copied mapping; None counts as an empty one.
 
-    It is copied because the handler may share its mapping with others who go on changing it.
+    It is copied because other code may change the handler's mapping later.
 
     Raises:
         TypeError: It is neither None nor a mapping of strings that can be sent.
@@ -300,7 +303,7 @@ def mapping_of(returned: object) -> Mapping[str, str]:
 
 
 def release_of(error: BaseException) -> Release | None:
-    """Return the release that `error` is, or the longest one of a group of nothing but releases."""
+    """Return `error` if it is a `Release`, or the longest of a group that holds nothing else."""
     releases: list[Release] = []
     unread = [error]
     while unread:  # not recursive: a handler's groups may be nested deeper than the stack
@@ -315,7 +318,7 @@ def release_of(error: BaseException) -> Release | None:
 
 
 def delay_of(release: Release) -> float:
-    """Seconds until a released item may be taken; the default when it names no number."""
+    """Return the seconds until another worker may take the item; a default for no number."""
     delay: object = release.delay
     if isinstance(delay, int | float) and not math.isnan(delay):
         return delay
@@ -324,11 +327,11 @@ def delay_of(release: Release) -> float:
 
 
 def text_of(value: object) -> str:
-    """What a handler raised or gave as a reason, as text, even if its `__str__` raises."""
+    """Return an error or a reason as text, even if its `__str__` raises."""
     error = value if isinstance(value, BaseException) else Exception(value)
     return str(TracebackException(type(error), error, None))
 
 
 def sendable(text: str) -> str:
-    """`text`, cut to the length of a note, without what UTF-8 cannot encode."""
+    """Return `text` cut to `NOTE_LIMIT`, each character that UTF-8 cannot encode replaced."""
     return text[:NOTE_LIMIT].encode(errors="replace").decode()

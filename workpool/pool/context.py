@@ -1,4 +1,4 @@
-"""What every part of one pool shares."""
+"""The pool context: the objects that all parts of one pool share."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from contextvars import Context
 
-    from workpool.events import Event
     from workpool.plugins import Plugins
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.item import PoolItem
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.queue import BoundedQueue
+    from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class PoolContext:
-    """Given to every part when it is made; lives as long as the supervisor's root task.
+    """Passed to each part when it is created; lives as long as the supervisor's root task.
 
     Attributes:
         client: The client of the handlers' loop.
         clock: The lease clock.
         wall: The wall clock, which shows that the machine was paused.
-        observe: Tells the observers about an event; called on the handlers' loop only.
+        observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
     """
 
@@ -38,5 +37,5 @@ class PoolContext:
     queue: BoundedQueue[PoolItem]
     clock: Clock
     wall: Clock
-    observe: Callable[[Event], None]
+    observe: Observe
     start_context: Context

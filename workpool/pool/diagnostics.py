@@ -1,7 +1,7 @@
 """Diagnostics of a process whose event loop is blocked.
 
-Owns two guarantees: a report never delays its caller for longer than `REPORT_SECONDS`, and the
-stacks of all threads are collected without a file and are limited in size.
+A report never delays its caller for longer than `REPORT_SECONDS`. The stacks of all threads are
+collected without a file, and their size is limited.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""From a received item to a slot: is it ours, which handler runs it, when does it start.
+"""Decides on each received item: whether it is ours, which handler runs it, when it starts.
 
 Owns the items that are ours and the tasks that run them. Lives on the handlers' loop.
-See docs/architecture.md, "The path of one item".
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -24,6 +23,7 @@ from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from workpool.errors import RefusedError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REMEMBERED_IDS = 10_000
-"""How many ids are remembered, to recognise redeliveries and to log a declined item once."""
+"""The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
 
 
 class Dispatcher:
@@ -49,10 +49,10 @@ class Dispatcher:
 
     Attributes:
         items: The items that are ours.
-        draining: Nothing starts any more.
+        draining: No item is started any more.
         executor: Calls the handlers.
         runner: Runs the items.
-        health: Knows the failing handlers.
+        health: The failing handlers.
         on_closed: Called after an item has ended.
     """
 
@@ -89,14 +89,14 @@ class Dispatcher:
     # Receive and choose.
 
     def offer(self, work_item: WorkItem) -> bool:
-        """Decide on a received item; True when it is ours and has taken the reserved place."""
+        """Decide on a received item; return whether it is ours now and took the reserved place."""
         if self.draining:
             return False  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        self._context.observe(ItemClaimed(work_item, origin, _age(work_item)))
+        self._context.observe(ItemClaimed, work_item, origin, _age(work_item))
         if owned is not None:
             self._received_again(owned)
             return False
@@ -106,7 +106,7 @@ class Dispatcher:
             if item.handler is None:
                 return False
         if item.held_before:
-            self._context.observe(ItemReclaimed(work_item, "gained", "poll"))
+            self._context.observe(ItemReclaimed, work_item, "gained", "poll")
         self.items.add(item)
         self._context.queue.put(item)
         self._fill()
@@ -124,14 +124,14 @@ class Dispatcher:
         self._fill()
 
     def _received_again(self, owned: PoolItem) -> None:
-        """React to a copy of an item that is ours: the control plane believes that it is queued."""
+        """React to another delivery of an item that is ours: the control plane has it `queued`."""
         if owned.executing and owned.lease is not None:
             self._context.renewer.check_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
 
     def _choose(self, work_item: WorkItem) -> Handler | None:
-        """Ask the plugins for a handler; None when the item is left to other workers."""
+        """Ask the plugins for a handler; None if the item is declined."""
         handler = None
         reason: DeclineReason | None = None
         if self.items.has_session(work_item.session_id):
@@ -150,7 +150,7 @@ class Dispatcher:
             log.info(
                 "item declined work_id=%s type=%s reason=%s", work_item.id, work_item.type, reason
             )
-        self._context.observe(ItemDeclined(work_item, reason))
+        self._context.observe(ItemDeclined, work_item, reason)
         return None
 
     def _objection(self, handler: Handler | None) -> DeclineReason | None:
@@ -188,7 +188,7 @@ class Dispatcher:
     # Drain.
 
     def drain(self) -> None:
-        """Start nothing any more; tell the running sessions."""
+        """Start no item any more, forget the waiting ones and notify the running sessions."""
         self.draining = self.runner.draining = True
         self._claimer.drain()
         for item in self._context.queue.forget_waiting():
@@ -219,5 +219,7 @@ class Dispatcher:
         return len(abandoned)
 
 
-def _age(item: WorkItem) -> float:
+def _age(item: WorkItem) -> float | None:
+    if item.created_at is None:
+        return None
     return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

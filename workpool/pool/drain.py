@@ -1,7 +1,7 @@
 """The drain: its deadline, and what happens to the sessions before and after it.
 
-The deadline may come nearer and never moves away. Lives on the handlers' loop.
-See docs/architecture.md, "The drain".
+The deadline can be brought forward and never postponed. Lives on the handlers' loop.
+See workpool/docs/architecture.md, "The drain".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Drain:
 
     Attributes:
         requested: Set once it has begun.
-        started_at: On the loop's clock; None before it has begun.
+        started_at: When it began, on the loop's clock; None before that.
         timeout: Seconds given by the first request; None = no limit.
     """
 
@@ -54,15 +54,15 @@ class Drain:
             self.changed()
 
     def changed(self) -> None:
-        """Record that the deadline has moved, or that there is less to wait for."""
+        """Record that the deadline was brought forward, or that an item has ended or is stuck."""
         self._changed.set()
 
     async def wind_down(self, context: PoolContext, dispatcher: Dispatcher) -> int:
-        """Wait for the sessions, hand back what is left; return how many had to be abandoned."""
+        """Wait for the sessions, then release the rest; return the number of abandoned items."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         log.info("draining running=%d timeout=%s", context.queue.running, self.timeout)
-        context.observe(DrainStarted(self.timeout))
+        context.observe(DrainStarted, self.timeout)
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         clean = await self._finished(dispatcher, lambda: self._deadline)
         if not clean:
@@ -74,11 +74,11 @@ class Drain:
         seconds = loop.time() - started
         level = logging.ERROR if abandoned else logging.INFO
         log.log(level, "drained result=%s seconds=%.1f abandoned=%d", result, seconds, abandoned)
-        context.observe(DrainFinished(result, seconds))
+        context.observe(DrainFinished, result, seconds)
         return abandoned
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
-        """Wait until no item is unfinished; False when `until()` comes first, wherever it moves."""
+        """Wait until no item is unfinished; False if the time `until()`, read anew, comes first."""
         loop = asyncio.get_running_loop()
         while dispatcher.unfinished():
             left = until() - loop.time()
@@ -92,10 +92,10 @@ class Drain:
 
 
 async def see_through(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
-    """Await `end()` in spite of cancellations, however many; raise the last one after it.
+    """Await `end()` despite any number of cancellations; raise the last one afterwards.
 
-    A cancellation makes the deadline now, so that `end()` is bounded. It must not leave a pool
-    behind that goes on without its embedder: some libraries cancel a task at every turn.
+    A cancellation moves the drain's deadline to now, which bounds `end()`. Without this a pool
+    could run on without its embedder: some libraries cancel a task again at each of its steps.
     """
     cancelled: asyncio.CancelledError | None = None
     while True:

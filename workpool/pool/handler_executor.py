@@ -1,7 +1,8 @@
-"""Calling one handler: its task, the plugins' wrapping contexts, its timer and its cancellation.
+"""Calls handlers: their tasks, the plugins' contexts around them, timeouts and cancellations.
 
-Nothing is decided about the item in here. A cancelled handler has not ended: only its own return
-ends it, and a cancellation that it ignores is repeated.
+This module decides nothing about the item. A cancelled handler has not ended: it ends when it
+returns, and a cancellation that it ignores is repeated.
+See workpool/docs/architecture.md, "The end of a session".
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ REPEAT_SECONDS = 10.0
 """A cancellation that the handler ignores is repeated this often; from the first repetition on the
 handler counts as stuck."""
 LEAVE_SECONDS = 0.1
+"""How long the pool waits for the group of handlers to close, twice at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """What a handler raised, returned as a value: raised, it would cancel the other handlers."""
+    """An error of a handler, returned as a value: raised, it would cancel the other handlers."""
 
     error: BaseException
 
@@ -135,14 +137,14 @@ class HandlerExecutor:
     async def _call(
         self, item: PoolItem, handler: Handler, session: Session
     ) -> Mapping[str, str] | _Raised:
-        # An eager task runs before its creator has it, and its session's calls need it.
+        # An eager task runs before `create_task` returns, and the session's calls need the task.
         item.handler_task = asyncio.current_task()
         # The machine may have slept since the lease was last checked.
         if not lease_of(item).held(self._clock()):
             return {}
-        self._observe(SessionStarted(session, item.label))
+        self._observe(SessionStarted, session, item.label)
         try:
-            # Read here, where an error is the handler's: its mapping may be code of its own.
+            # The mapping may run code of the handler when it is read: its errors are the handler's.
             return mapping_of(await self._in_contexts(handler, session))
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
@@ -157,7 +159,7 @@ class HandlerExecutor:
             for _, context in contexts:
                 await stack.enter_async_context(context)
             return await handler.call(session)
-        return None  # a context has swallowed what was raised
+        return None  # a context has suppressed the handler's error
 
     def _record_end(self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
         if task.cancelled():
@@ -183,11 +185,11 @@ class HandlerExecutor:
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
-    """A future that is done when the task is; cancelling the wait does not cancel the task."""
+    """Return a future that is done when the task is; cancelling it does not cancel the task."""
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def end(_: asyncio.Task[object]) -> None:
-        if not future.done():  # whoever waited has been cancelled
+        if not future.done():  # else the task that waited has been cancelled
             future.set_result(None)
 
     task.add_done_callback(end)
@@ -196,10 +198,10 @@ def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
 
 @asynccontextmanager
 async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group for handlers that may be left behind.
+    """A task group that the pool can leave although a handler in it still runs.
 
-    A handler that ignores its cancellation would hold up a group that the pool must leave. This
-    group therefore lives in a task of its own: the one kind of task that may outlive the pool.
+    A handler that ignores its cancellation would keep the pool from leaving a normal group. This
+    group lives in a task of its own, which is the only kind of task that may outlive the pool.
     """
     opened, closing = asyncio.Event(), asyncio.Event()
     group = asyncio.TaskGroup()

@@ -1,9 +1,9 @@
-"""Handlers that fail at once, one session after the other: their items are left to other workers.
+"""Failing handlers, whose sessions fail at once: their items are left to other workers.
 
 A worker whose disk is full, or whose handler has a bug, would otherwise take item after item from
-the workers that can run them. Such a handler claims one item at a time, after a pause that doubles
-with every further failure; one success ends that.
-See docs/architecture.md, "Failing handlers".
+the workers that can run them. A failing handler claims one item at a time, after a pause that
+doubles with every further failure; one success ends that.
+See workpool/docs/architecture.md, "Failing handlers".
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 FAILURES = 5
-"""So many sessions of different items must fail in a row."""
+"""The number of sessions of different items that must fail in a row."""
 QUICK_SECONDS = 1.0
-"""A failure within this time after the acknowledgement counts."""
+"""Only a failure within this time after the acknowledgement counts."""
 PAUSE_SECONDS, PAUSE_MAX_SECONDS = 1.0, 30.0
 EXHAUSTED: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
 )
-"""Errors of a machine without descriptors, disk, memory or processes."""
+"""Errors of a machine that has run out of descriptors, disk, memory or processes."""
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class HandlerHealth:
         self._changed = asyncio.Event()
 
     def failing(self) -> list[str]:
-        """The names of the handlers that fail at once."""
+        """The names of the failing handlers."""
         return [handler.name for handler, each in list(self._seen.items()) if each.pause]
 
     def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
@@ -88,11 +88,11 @@ class HandlerHealth:
         """Wait while every handler that has run here is failing and none may claim an item."""
         while self._seen and not any(map(self.may_claim, self._seen)):
             now = asyncio.get_running_loop().time()
-            seconds = min(each.resume_at for each in self._seen.values()) - now
+            # A handler whose pause is over waits for the end of its one session.
+            pauses = [each.resume_at - now for each in self._seen.values() if each.resume_at > now]
             self._changed.clear()
             with suppress(TimeoutError):
-                # Until the one session of the handler ends, if the pause is over.
-                async with asyncio.timeout(seconds if seconds > 0 else None):
+                async with asyncio.timeout(min(pauses, default=None)):
                     await self._changed.wait()
 
     def _failed(self, failures: _Failures, work_id: str) -> None:
@@ -107,8 +107,11 @@ class HandlerHealth:
 
 def _exhausted(error: BaseException | None) -> bool:
     """Whether the error, or one that caused it, says that the machine has run out of something."""
-    while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in EXHAUSTED:
+    seen: set[int] = set()  # a handler may have made a circle of causes
+    while error is not None and id(error) not in seen:
+        number = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False

@@ -4,7 +4,7 @@ Our heartbeats are suspended, the handler starts the child, and the child's firs
 the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
 the two succeeds. Until it is known which one, nothing else is sent for the item: stops and metadata
 carry no precondition on the wire.
-See docs/architecture.md, "Handing an item off".
+See workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
-"""How often the item is read while its child is expected."""
+"""The shortest and the longest delay between two reads of the item."""
 TAKE_BACK_PART = 4
 """An item without a child is taken back this part of the TTL before its lease is given up."""
 
@@ -62,21 +62,21 @@ class Handoff:
     # Called on the renewer's loop.
 
     def wake(self) -> None:
-        """A heartbeat was answered, or the lease has ended."""
+        """Record that a heartbeat was answered or that the lease has ended."""
         self._changed.set()
 
     def expect_child(self) -> None:
-        """The child has been started."""
+        """Record that the child was started."""
         self._child_expected = True
         self._changed.set()
 
     def take_back(self) -> None:
-        """There will be no child, or nobody waits for it any more."""
+        """Wait no longer for a child: take the item back."""
         self._taken_back = True
         self._changed.set()
 
     async def run(self) -> None:
-        """Send nothing until a child has the item, or it must be ours again."""
+        """Send nothing until a child has the item or the pool must take it back."""
         lease = self._lease
         try:
             if await self._heartbeat():
@@ -94,7 +94,7 @@ class Handoff:
         self._renewer.heartbeat_now(lease)
         while not (lease.over or (lease.settled and lease.due_at > self.clock())):
             self._changed.clear()
-            await self._changed.wait()  # the lease's end bounds it
+            await self._changed.wait()  # bounded by the end of the lease
         return not lease.over
 
     async def _wait_for_child(self) -> None:
@@ -112,7 +112,7 @@ class Handoff:
                 return
 
     async def _child_missing(self) -> bool:
-        """Read whether the child has the item; False: there is nothing more to wait for."""
+        """Read the item; return whether to wait on for the child."""
         lease, client = self._lease, self._renewer.client
         try:
             item = await client.get(lease.item.id, timeout=self._renewer.request_timeout)
@@ -122,7 +122,7 @@ class Handoff:
         if status != "held":
             lease.end(status, confirmed=status == "lost")
             self._renewer.report(self._item)
-        # An operator who wants an end must not wait for a child that may not come.
+        # A request to stop must not wait for a child that may never start.
         return status == "held" and item.state != STOPPING
 
     def _turn(self, state: Literal["open", "closed"]) -> None:
@@ -146,7 +146,7 @@ async def hand_off(
         await _reaches(item, handoff, "closed")
     except asyncio.CancelledError:
         renewer.call(handoff.take_back)
-        raise  # whoever cancels a handler waits for its end only; `settle` does the rest
+        raise  # a cancelled handler must end at once; the runner calls `settle` after it
     except BaseException:
         await settle(item, renewer)
         raise
@@ -156,7 +156,7 @@ async def hand_off(
 
 
 async def settle(item: PoolItem, renewer: LeaseRenewer) -> None:
-    """Wait until no handoff is in progress: then it is known whose the item is."""
+    """Wait until no handoff is in progress: only then is it known which process has the item."""
     handoff = item.handoff
     if handoff is not None and handoff.state != "closed":
         renewer.call(handoff.take_back)
@@ -187,7 +187,7 @@ async def _opened(
 
 
 async def _reaches(item: PoolItem, handoff: Handoff, state: str) -> None:
-    """Wait until the handoff is that far, or the lease over, which its end bounds."""
+    """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
     lease, states = lease_of(item), {state, "closed"}
     seconds = max(0.0, lease.deadline - handoff.clock())
     await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

@@ -1,4 +1,7 @@
-"""Sending one heartbeat, and reading the item where its answer leaves open whose the item is."""
+"""Sends one heartbeat, and reads the item if the answer leaves open which worker holds it.
+
+See workpool/docs/architecture.md, "The arithmetic of a lease".
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,10 @@ from workpool.wire.options import CallOptions, Priority
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.events import Event
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.lease import Attempt, Decision, Lease
+    from workpool.pool.telemetry import Observe
     from workpool.wire.items import Heartbeat, WorkItem
 
 log = logging.getLogger(__name__)
@@ -33,7 +36,7 @@ ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionE
 class HeartbeatSender:
     """Sends heartbeats through one client; there is one for each event loop."""
 
-    def __init__(self, client: Client, clock: Clock, observe: Callable[[Event], None]) -> None:
+    def __init__(self, client: Client, clock: Clock, observe: Observe) -> None:
         self._client = client
         self._clock = clock
         self._observe = observe
@@ -41,8 +44,8 @@ class HeartbeatSender:
     async def send(self, lease: Lease, check: Callable[[], None] | None = None) -> bool:
         """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
 
-        Right before its bytes, `check` may end the lease, so that nothing is sent.
-        A bug in here ends the lease: no handler may go on with a lease that nobody renews.
+        `check` is called right before the bytes; it may end the lease, so that nothing is sent.
+        An unexpected error ends the lease: no handler may go on with a lease that nobody renews.
         """
         try:
             return await self._exchange(lease, check)
@@ -66,13 +69,13 @@ class HeartbeatSender:
             if lease.in_flight:
                 lease.abandoned()
         if decision.result is not None:
-            self._observe(HeartbeatFinished(lease.item, decision.result, attempt.lag))
+            self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
 
     async def _heartbeat(
         self, lease: Lease, attempt: Attempt, check: Callable[[], None] | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
-        """Return the answer; None when the lease was not held any more when it was to be sent."""
+        """Return the answer; None if nothing was sent because the lease was not held any more."""
         options = CallOptions(
             check=partial(self._check, lease, check), priority=Priority.COMPLETION
         )

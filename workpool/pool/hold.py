@@ -2,7 +2,7 @@
 
 Nothing is polled. The first heartbeat expects the parent's last one, so it takes the item only if
 the parent has not taken it back. The rest is the pool's own: lease, handler, completion, drain.
-See docs/architecture.md, "Handing an item off".
+See workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""One item while this pool owns it: how far it is, why its session ends, and who else needs to know.
+"""One item while this pool owns it: its state, and why its session ends.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.
-See docs/architecture.md, "The states of an item".
+See workpool/docs/architecture.md, "The states of an item".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease
     from workpool.session import Session
+    from workpool.wire.bound import Bound
     from workpool.wire.items import WorkItem
 
 State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
@@ -62,12 +63,12 @@ class PoolItem:
 
     Attributes:
         work_item: As the poll delivered it, then as our acknowledgement returned it.
-        handler: Runs it; None for a health check, which the pool answers itself.
-        held_before: Somebody held it before it was delivered to us.
+        handler: The handler that runs it; None for a health check, which the pool answers itself.
+        held_before: A worker held it before it was delivered to us.
         delivered_at: When the last poll that delivered it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
-        clock_offset: Seconds by which the wall clock was ahead of the lease clock when it was
-            claimed; it changes if the machine is paused.
+        clock_offset: Seconds by which the wall clock was ahead of the lease clock when its claim
+            began; another offset later means that the machine was paused.
         parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged.
@@ -135,7 +136,7 @@ class PoolItem:
         self.timer: asyncio.TimerHandle | None = None
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
-        self.open_sends: set[asyncio.Timeout] | None = None
+        self.open_sends: set[Bound] | None = None
         """Sends under way, to be ended when the lease is lost; made by the first one."""
         self._changed: asyncio.Event | None = None
 
@@ -166,18 +167,18 @@ class PoolItem:
         self.state = state
 
     def end(self, reason: EndReason) -> None:
-        """Record a reason to end the session; a graver one that is known already stays."""
+        """Record a reason to end the session; a graver reason that was recorded before stays."""
         if self.reason is None or reason > self.reason:
             self.reason = reason
 
     def notify(self) -> None:
-        """Wake everybody who waits in `until`."""
+        """Wake all tasks that wait in `until`."""
         if self._changed is not None:
             self._changed.set()
             self._changed.clear()
 
     async def until(self, met: Callable[[], bool], seconds: float | None = None) -> None:
-        """Wait until the condition is met at a notification, at most for `seconds`."""
+        """Wait until `met()` returns True after a notification, for `seconds` at most."""
         changed = self._changed = self._changed or asyncio.Event()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -205,7 +206,7 @@ class OwnedItems:
         return list(self._by_id.values())
 
     def has_session(self, session_id: str) -> bool:
-        """Whether an item of this session is ours."""
+        """Whether an item of this session is owned."""
         return session_id in self._by_session
 
     def count(self, handler: Handler) -> int:
@@ -221,7 +222,7 @@ class OwnedItems:
                 self._by_session[item.session_id] = item
 
     def remove(self, item: PoolItem) -> None:
-        """Give an item up."""
+        """Own an item no longer."""
         del self._by_id[item.id]
         if item.handler is not None:
             self._per_handler[item.handler] -= 1

@@ -1,9 +1,9 @@
 """One item's lease as pure arithmetic: its deadline, its next heartbeat, what an answer means.
 
-No clock is read and nothing is awaited in here: every method takes the time. One thread writes a
-lease at a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from
-then on. Any thread may read `status`, `deadline` and the flags.
-See docs/architecture.md, "The arithmetic of a lease".
+This module reads no clock and awaits nothing: each method gets the time. One thread writes a lease
+at a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then
+on. Any thread may read `status`, `deadline` and the flags.
+See workpool/docs/architecture.md, "The arithmetic of a lease".
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from workpool.errors import (
     SessionEnded,
     TransientError,
 )
+from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -41,16 +42,14 @@ RENEW_PART, JITTER = 3, 0.1
 """A lease is renewed every third of its TTL, less up to a tenth of that, so that leases that were
 acquired together spread out."""
 RETRY_PARTS: Final = (60, 30, 15)
-"""A failed heartbeat is repeated after these parts of the TTL; the last one repeats."""
+"""A failed heartbeat is repeated after the TTL divided by these, from the third on by the last."""
 TIMEOUT_PART = 6
-"""A heartbeat waits for its answer at most for this part of the TTL."""
-MARGIN_SECONDS, MARGIN_PART = 1.0, 10
-"""The handler is cancelled this long before the deadline, so that its clean-up ends before another
-worker can start."""
+"""A heartbeat waits for its answer for at most the TTL divided by this."""
 
 Status = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
-"""held, or final: our own stop was applied; we let it lapse; somebody else stopped the item;
-another worker may have the item; a child process has the item."""
+"""`held`, or how it ended. `finished`: our own stop was applied. `released`: no heartbeat follows,
+so it lapses. `stopped`: somebody else stopped the item. `lost`: another worker may have the item.
+`handed_off`: a child process has the item."""
 
 
 class Attempt(NamedTuple):
@@ -63,7 +62,7 @@ class Attempt(NamedTuple):
         timeout: The time to wait for its answer, in seconds.
         deadline: The lease's deadline when it was decided.
         lag: Seconds by which it was decided later than planned.
-        last: It lets the lease lapse; no other one follows.
+        last: No other heartbeat follows, so the lease lapses.
     """
 
     at: float
@@ -81,8 +80,8 @@ class Decision(NamedTuple):
     Attributes:
         then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
             `read`: read the item to find out whose it is. `over`: the lease has ended.
-        result: How the heartbeat counts, for `read` if the item turns out not to be ours;
-            None: not at all.
+        result: The heartbeat's result for the metrics; None = it is not counted. With `read`, the
+            result if the item is not ours.
     """
 
     then: Literal["held", "again", "read", "over"]
@@ -103,10 +102,11 @@ class Lease:
         ttl: Seconds that the last successful heartbeat was granted.
         expected: What the next heartbeat must name as the last one.
         status: Whether it is held, or how it ended.
-        confirmed: The control plane said that the lease is lost; otherwise its time ran out.
+        confirmed: The control plane said that the lease is lost; if False, its time ran out.
         begun: A heartbeat has succeeded.
         stop_requested: A heartbeat said that an operator wants the session to end.
         in_flight: A heartbeat is under way.
+        verified_at: When the ack or the last successful heartbeat was sent, on the lease clock.
         doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
             sent until one that was sent later has succeeded; infinite = never. May be written on
             either thread.
@@ -117,7 +117,8 @@ class Lease:
     __slots__ = (
         "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
         "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
-        "expected", "give_up_at", "in_flight", "item", "own_stop", "status", "stop_requested", "ttl",
+        "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
+        "stop_requested", "ttl", "verified_at",
     )  # fmt: skip
 
     def __init__(
@@ -140,7 +141,7 @@ class Lease:
         """
         self.item = item
         self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
-        self.due_at = acked_at
+        self.due_at = self.verified_at = acked_at
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
         self.confirmed = self.begun = self.stop_requested = False
@@ -165,7 +166,7 @@ class Lease:
 
     @property
     def over(self) -> bool:
-        """Whether nobody may or needs to extend it any more."""
+        """Whether no heartbeat is to be sent any more: the lease or the session has ended."""
         return self.closed or self.status != "held"
 
     @property
@@ -195,13 +196,13 @@ class Lease:
             self.status = status
 
     def expire(self, now: float) -> bool:
-        """End the lease when the latest time for a heartbeat has passed; return whether it is over."""
+        """End the lease if the latest time for a heartbeat has passed; return `over`."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
         return self.over
 
     def check_soon(self, now: float) -> None:
-        """Send the next heartbeat now: there is a reason to doubt that the item is ours."""
+        """Make the next heartbeat due now, because the item may not be ours any more."""
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
@@ -224,17 +225,17 @@ class Lease:
         self.in_flight = True
         last = self._release_ttl is not None
         ttl = self._release_ttl or self._ttl_asked
-        # An answer that never comes must leave time for another try.
+        lag = max(0.0, now - planned_at)
+        before = self.deadline
+        # It may shorten the lease and its answer may be lost: trust only the TTL that it asks for.
+        self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
+        # If no answer comes, there must be time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
-        lag = max(0.0, now - planned_at)
-        attempt = Attempt(now, self.expected, ttl, timeout, self.deadline, lag, last)
-        # It may shorten the lease and its answer be lost: trust no more than we ask for.
-        self._set_deadline(min(self.deadline, now + ttl), min(self.ttl, ttl))
-        return attempt
+        return Attempt(now, self.expected, ttl, timeout, before, lag, last)
 
     def unsent(self, attempt: Attempt) -> None:
-        """Record that the attempt never left this machine."""
+        """Record that the heartbeat was not sent."""
         self.in_flight = False
         self._set_deadline(attempt.deadline, self.ttl)
 
@@ -248,7 +249,7 @@ class Lease:
     ) -> Decision:
         """Apply the answer to a heartbeat."""
         if self.status != "held":
-            decision = IGNORED  # the end was decided while it was under way
+            decision = IGNORED  # the lease ended while the heartbeat was under way
         elif isinstance(outcome, Heartbeat):
             decision = self._succeeded(now, attempt, outcome)
         else:
@@ -259,11 +260,11 @@ class Lease:
     def read(
         self, now: float, doubt: BeatResult | None, outcome: WorkItem | ControlPlaneError
     ) -> Decision:
-        """Apply a read of the item, made because an answer left open whose it is.
+        """Apply a read of the item, made because an answer left open which worker holds it.
 
         Args:
             now: The time of the answer.
-            doubt: How the heartbeat counts if the item is not ours.
+            doubt: The heartbeat's result for the metrics if the item is not ours.
             outcome: The item, or why it could not be read.
         """
         self.in_flight = False
@@ -279,7 +280,7 @@ class Lease:
         self._unanswered = False
         self.expected = _expected_by(outcome)
         if self._read_twice:
-            self._plan_repeat(now)  # a control plane that contradicts itself must not spin us
+            self._plan_repeat(now)  # not at once: contradictory answers must not cause a busy loop
         else:
             self._read_twice = True
             self.due_at = now
@@ -290,7 +291,8 @@ class Lease:
 
         While `acknowledged_at` is our ack's, no other worker has acknowledged it. During a handoff
         parent and child expect the same heartbeat; a later one is the child's, or one of ours that
-        was not answered. In doubt it is the other's: two that run one item are worse than none.
+        was not answered. It counts as the other process's: two that run one item are worse than
+        none.
         """
         if self._lent and item.state == STARTING:
             return "lost"  # parent and child had it `active`: another worker acknowledged it
@@ -310,7 +312,7 @@ class Lease:
         if not heartbeat.lease_extended and heartbeat.state != STOPPING:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
-        self._extend(attempt, heartbeat)
+        self._extend(now, attempt, heartbeat)
         if heartbeat.state == STOPPED:
             self.end("finished" if self.own_stop else "stopped")
             return Decision("over", "ok")
@@ -320,8 +322,8 @@ class Lease:
             self.end("released")
         return Decision("over" if attempt.last else "held", "ok")
 
-    def _extend(self, attempt: Attempt, heartbeat: Heartbeat) -> None:
-        self.expected = heartbeat.last_heartbeat
+    def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
+        self.expected, self.verified_at = heartbeat.last_heartbeat, attempt.at
         self._unanswered = self._lent = self._read_twice = False
         self._failures = 0
         if attempt.at >= self.doubted_at:
@@ -330,9 +332,9 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # asked for while this one was under way: it is due already
+            return  # requested while this heartbeat was under way: the last one is due already
         if self.doubted_at != math.inf:
-            self.due_at = attempt.at  # it was sent before the pause: another one must verify
+            self.due_at = now  # doubted after this heartbeat was sent, so it verifies nothing
             return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
@@ -356,7 +358,7 @@ class Lease:
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
         self.deadline, self.ttl = deadline, ttl
-        self.give_up_at = deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)
+        self.give_up_at = deadline - lease_margin(ttl)
 
     def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
@@ -370,9 +372,9 @@ class Judgement(NamedTuple):
     """What an error means for a heartbeat.
 
     Attributes:
-        result: How the heartbeat counts.
-        then: Repeat it while the lease lasts, read the item, or the lease is lost: confirmed by
-            the control plane, or not.
+        result: The heartbeat's result for the metrics.
+        then: `repeat` it while the lease lasts, or `read` the item, or the lease is lost:
+            `confirmed` by the control plane, or just `lost`.
     """
 
     result: BeatResult
@@ -384,7 +386,8 @@ def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
 
     Args:
         error: The error.
-        doubted: A 412 leaves open whose the item is, as an earlier heartbeat was not answered.
+        doubted: An earlier heartbeat was not answered, or a handoff is in progress, so that a 412
+            leaves open which process holds the item.
     """
     if isinstance(error, TransientError):
         return Judgement("timeout" if error.reason == "timeout" else "transient", "repeat")
@@ -393,19 +396,19 @@ def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
     if isinstance(error, PreconditionError):
         return Judgement("precondition", "read" if doubted else "confirmed")
     if error.status == HTTPStatus.BAD_REQUEST:
-        return Judgement("rejected", "lost")  # our request is wrong, which says nothing of the item
-    # A token, a proxy or a certificate may be mended while the lease lasts.
+        return Judgement("rejected", "lost")  # our request is wrong; the item may still be ours
+    # A token, a proxy or a certificate may be repaired while the lease lasts.
     return Judgement("rejected", "confirmed" if error.status == HTTPStatus.NOT_FOUND else "repeat")
 
 
 def judge_read_error(error: ControlPlaneError) -> Judgement:
-    """Judge the error of reading the item; a 409 or 412 to a GET is a gateway's, and may pass."""
+    """Judge the error of reading the item; a gateway's 409 or 412 to a GET is repeated."""
     if isinstance(error, ConflictError | PreconditionError):
         return Judgement("rejected", "repeat")
     return judge(error, doubted=True)
 
 
 def _expected_by(item: WorkItem) -> str:
-    # In `starting` the field is a former holder's history.
+    # In `starting`, `last_heartbeat` is a former holder's.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

@@ -4,7 +4,7 @@ A handler that blocks its event loop must not lose its lease. The renewer looks 
 tick, ends those whose time has passed and starts a short task for each heartbeat that is due. It
 also monitors the handlers' loop and stops renewing once that has been blocked for `max_block`. It
 decides nothing about an item beyond its lease.
-See docs/architecture.md, "Threads and loops" and "Renewals".
+See workpool/docs/architecture.md, "Threads and loops" and "Renewals".
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.events import Event
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.handoff import Handoff
     from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
+    from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ WIDTH_SECONDS = 30.0
 
 
 class Callbacks(NamedTuple):
-    """Whom the renewer reports to."""
+    """The functions to which the renewer reports."""
 
-    observe: Callable[[Event], None]
+    observe: Observe
     """Called with events on the renewer's thread."""
     changed: Callable[[PoolItem], None]
     """The lease of an item has changed. Called on the handlers' loop."""
@@ -72,7 +72,7 @@ class Callbacks(NamedTuple):
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop where there is one."""
+    """Create an event loop: uvloop's, or asyncio's own on Windows."""
     if sys.platform != "win32":
         import uvloop  # noqa: PLC0415 - not installed on Windows
 
@@ -88,12 +88,12 @@ class LeaseRenewer:
         clock: The lease clock.
         wall: The wall clock, which shows that the machine was paused.
         connect: Creates the renewer's client, on the renewer's loop.
-        callbacks: Whom to report to.
+        callbacks: Called with its reports.
         services: Further contexts that live on the renewer's loop (the exporter).
 
     Attributes:
         client: The renewer's client; set once it has started.
-        pauses: Notices that the machine was paused; checked at every look.
+        pauses: Detects that the machine was paused; checked at every look.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
     """
@@ -119,11 +119,11 @@ class LeaseRenewer:
         self._callbacks = callbacks
         self._services = services
         self.pauses = PauseDetector(clock, wall)
-        # Added to and removed from on the handlers' loop, read on the renewer's: each is one atomic
-        # step, and what is read in between is either there or not.
+        # Written on the handlers' loop, copied on the renewer's; each of these is one atomic step.
         self._leases: dict[Lease, PoolItem] = {}
         self._serving = self._closing = False  # written on the handlers' loop
         self._error: KeeperError | None = None  # written on the renewer's thread
+        self._doubted_at = -math.inf  # written on the renewer's thread
         # The rest belongs to the renewer's loop.
         self._crash: BaseException | None = None
         self._stop = asyncio.Event()
@@ -158,11 +158,16 @@ class LeaseRenewer:
         await self._close()
 
     def add(self, lease: Lease, item: PoolItem) -> None:
-        """Extend `lease`, which has begun, from the next tick on. Costs no wake-up."""
+        """Extend `lease`, which has begun, from now on. Costs no wake-up unless it is due."""
         if not lease.over:
+            if lease.verified_at < self._doubted_at:  # the machine was paused during its claim
+                lease.doubted_at = self._doubted_at
+                lease.check_soon(self._doubted_at)
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
+            elif lease.due_at < self._next_look_at:  # the answer to its first heartbeat was slow
+                self._call(self._look_now.set)
 
     def remove(self, lease: Lease) -> None:
         """Extend `lease` no longer: its session is over. Costs no wake-up."""
@@ -174,7 +179,7 @@ class LeaseRenewer:
         self.call(lambda: self._send_now(lease, lease.check_soon))
 
     def doubt_all(self) -> None:
-        """Allow nothing but heartbeats for any item until its lease is verified."""
+        """Doubt all leases: only heartbeats may be sent for an item until its lease is verified."""
         now = self.clock()
         for lease in list(self._leases):
             lease.doubted_at = now
@@ -229,7 +234,7 @@ class LeaseRenewer:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
-            return  # it never began: `__aenter__` raises why
+            return  # it never began: `__aenter__` raises the error
         if self._closing:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
@@ -237,7 +242,7 @@ class LeaseRenewer:
         self._fail(cause or RuntimeError("ended without an error"))
 
     def _end_leases(self) -> None:
-        """Nobody renews the leases any more, or writes to them: they count as lost."""
+        """End all leases as lost: the thread that renews them and writes to them has failed."""
         for lease, item in list(self._leases.items()):
             lease.end("lost")
             self._callbacks.changed(item)
@@ -285,7 +290,7 @@ class LeaseRenewer:
         )
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
-        """Renew no lease any more; then report, which must not prevent the end of the process."""
+        """Renew no lease any more and report it; a failing report does not stop the callback."""
         self.renewing = False
         try:
             report(write_report)
@@ -319,7 +324,7 @@ class LeaseRenewer:
 
     def _tell(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
-        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # that loop is closed
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report(self, item: PoolItem) -> None:
@@ -353,6 +358,7 @@ class LeaseRenewer:
                 self._changed(item)
             elif lease.due_at <= now:
                 due.append(lease)
+                next_at = min(next_at, lease.give_up_at)
             else:
                 next_at = min(next_at, lease.due_at, lease.give_up_at)
         self._pace(now, waiting=bool(self._waiting))
@@ -362,6 +368,7 @@ class LeaseRenewer:
         return next_at
 
     def _doubt_all(self, now: float) -> None:
+        self._doubted_at = now
         log.warning("the machine was paused; all leases are verified before anything is sent")
         for lease in list(self._leases):
             lease.doubted_at = now
@@ -426,7 +433,7 @@ class LeaseRenewer:
         """Measure, once a tick, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
-        # A busy loop's own clock lags behind; a virtual loop's is the only one that moves.
+        # A busy loop's clock lags behind, and in virtual time only the loop's clock moves.
         seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
         if seconds < self.tick_seconds:
             return
@@ -435,17 +442,17 @@ class LeaseRenewer:
             self._handlers_loop_ended()
         elif self._monitor.answered:
             if self._monitor.lag is not None:
-                self._callbacks.observe(LoopLagMeasured(self._monitor.lag))
+                self._callbacks.observe(LoopLagMeasured, self._monitor.lag)
             self.renewing = True
             self._monitor.ask()
         elif self._monitor.wait(seconds) and self.renewing:
             self._stop_renewing(self._monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
-        """Renew nothing for handlers that do not run: their loop was stopped or closed."""
-        if self.renewing:
+        """Renew no lease any more: the handlers' loop was stopped or closed."""
+        renewing, self.renewing = self.renewing, False
+        if renewing:
             log.critical("the handlers' event loop does not run; leases are not renewed")
-        self.renewing = False
         if self._handlers_loop.is_closed():
             self._stop.set()
 

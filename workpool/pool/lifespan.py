@@ -1,7 +1,7 @@
 """A plugin's `workpool_lifespan` context, entered and left in the supervisor's root task.
 
-Owns the blame and the bound: an error on entering names the plugin, and a context that does not
-close is given up after `CLOSE_SECONDS`, so that it cannot keep the others open.
+An error on entering names the plugin. A context that does not close within `CLOSE_SECONDS` is
+abandoned, so that it cannot keep the others open.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Lifespan:
         self._context = context
 
     async def __aenter__(self) -> None:
-        """Enter it; what it raises stops the start."""
+        """Enter the context; an error stops the start of the pool."""
         try:
             with self._leaks_named():
                 await self._context.__aenter__()
@@ -45,7 +45,7 @@ class Lifespan:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave it, within `CLOSE_SECONDS`; it cannot swallow an error of the pool."""
+        """Leave the context within `CLOSE_SECONDS`; it cannot suppress an error of the pool."""
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
                 with self._leaks_named():
@@ -57,9 +57,9 @@ class Lifespan:
 
     @contextlib.contextmanager
     def _leaks_named(self) -> Iterator[None]:
-        """Make a CancelledError that nobody asked for an error like any other.
+        """Turn a CancelledError into a PluginError if this task was not cancelled.
 
-        It would look as if the embedder had been cancelled, or the pool had ended well.
+        Otherwise the start or the end of the pool would look like a cancellation by the embedder.
         """
         task = asyncio.current_task()
         try:

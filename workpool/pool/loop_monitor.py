@@ -1,7 +1,8 @@
-"""Monitors the handlers' event loop from the keeper's thread.
+"""Monitors the handlers' event loop from the lease renewer's thread.
 
-Asks the loop for an answer once per tick, measures how long it does not answer, names the handler
-that blocks it, and says when `max_block` is reached. Decides nothing about leases.
+The monitor sends the loop a ping once per tick, measures how long the answer takes, logs the name
+of the task that blocks the loop, and reports when `max_block` is reached. It decides nothing about
+leases.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ LAG_WARNING_SECONDS = 1.0
 
 
 class LoopMonitor:
-    """Created on the handlers' loop; every public member is used on the keeper's thread.
+    """Created on the handlers' loop; every public member is used on the renewer's thread.
 
     Attributes:
         lag: Seconds that the last answer took, None before the first one.
@@ -67,7 +68,7 @@ class LoopMonitor:
     def wait(self, seconds: float) -> bool:
         """Add `seconds` without an answer; return whether they amount to `max_block`."""
         was_blocked = self.blocked
-        # Never more than two ticks at once: a stopped process is not a blocked loop.
+        # Two ticks at most: a process that was stopped for long has no blocked loop.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
             _warn(

@@ -1,7 +1,7 @@
-"""One poller: acquire a place and an ack permit, poll, offer the item; then wait as it suggests.
+"""One poller: acquire a place and an ack permit, poll, offer the item, wait as the answer suggests.
 
 A poll only delivers an item, so one that is cancelled costs a redelivery and nothing else.
-See docs/architecture.md, "The path of one item".
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Poller:
         number: Its number in the group, from 0; the first one always polls.
 
     Attributes:
-        state: What it does now, for the gauge.
+        state: Its current activity, for the gauge.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Poller:
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
 
     async def run(self) -> None:
-        """Poll until cancelled or the group has ended; a crash is a bug that is survived a few times."""
+        """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
         crashes = 0
         while not self._group.ended:
             try:
@@ -65,10 +65,10 @@ class Poller:
                 crashes = 0
             except (Exception, asyncio.CancelledError) as error:
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled():
-                    raise  # any other one has leaked, and would end this poller unnoticed
+                    raise  # any other CancelledError leaked and would end this poller unnoticed
                 crashes += 1
                 log.exception("poller crashed in_a_row=%d", crashes)
-                self._context.observe(PollerRestarted(error))
+                self._context.observe(PollerRestarted, error)
                 if crashes >= CRASHES:
                     fatal = PollerError(f"a poller crashed {crashes} times in a row")
                     fatal.__cause__ = error
@@ -80,7 +80,7 @@ class Poller:
         """Reserve a place, poll, offer the item; then wait as long as the answer suggests."""
         if not self._group.has_turn(self._number):
             self.state = "paused"
-            await self._group.turn(self._number)  # before it takes a place from others
+            await self._group.turn(self._number)  # before `reserve` takes a place from others
         self.state = "waiting_slot"
         await self._context.queue.reserve()
         try:
@@ -89,7 +89,7 @@ class Poller:
             await self._back_off(error)
             return
         if item is None:
-            # Before the pause: in there, the others poll again, and so would we, for ever.
+            # Before the pause below, in which the other pollers poll again.
             await self._group.settle_empty()
         if not taken:
             # A control plane that does not wait for `block_ms`, or keeps offering what is declined,
@@ -142,7 +142,7 @@ class Poller:
         finally:
             self._group.answered()
             seconds = asyncio.get_running_loop().time() - started
-            self._context.observe(PollFinished(result, seconds))
+            self._context.observe(PollFinished, result, seconds)
         self._backoff.reset()
         self._group.succeeded(null=item is None)
         return item
@@ -168,7 +168,7 @@ class Poller:
             seconds,
             failure,
         )
-        self._context.observe(PollerBackedOff(reason, seconds))
+        self._context.observe(PollerBackedOff, reason, seconds)
         await self._sleep(seconds)
 
     async def _sleep(self, seconds: float) -> None:

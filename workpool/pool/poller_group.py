@@ -1,8 +1,9 @@
 """The pollers of one pool and their number: cooldown, refusals, and when the queue is empty.
 
-An empty queue needs one poll in flight to notice the next item at once; every further one costs a
-request per `block_ms` for nothing. Poller *i* polls while *i* < `target`. A pool that starts does
-not know how much work there is, and polls with all of them.
+On an empty queue one poll in flight is enough to receive the next item at once; each further poll
+costs a request per `block_ms` and gains nothing. Poller *i* polls while *i* < `target`. A new pool
+starts with all pollers, because the amount of work is not known.
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFUSED_SECONDS = 300.0
-"""A control plane that has accepted us before may answer with nothing but refusals for so long."""
+"""After a success, polls that are all refused are fatal once they have lasted this long."""
 ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0
 
 
 class PollerGroup:
-    """What the pollers of one pool share.
+    """The shared state of the pollers of one pool.
 
     Args:
         context: The pool's.
         until_empty: End at the first null poll while no item is ours and no poll is in flight.
-        on_fatal: Called with the error that the pool cannot go on with.
+        on_fatal: Called with an error that must end the pool.
         on_empty: Called when the queue is empty and `until_empty` is set.
 
     Attributes:
         ended: The queue was empty, so no poller polls again.
         target: The number of pollers that should be polling now, from 1 to the setting `pollers`.
-        last_success_at: When a poll was last answered well, on the lease clock; None before that.
+        last_success_at: When a poll last succeeded, on the lease clock; None before that.
         refused: The last poll was refused.
         ack_refused: The last ack was refused.
     """
@@ -85,7 +86,10 @@ class PollerGroup:
     async def cooldown(self) -> None:
         """Wait while all pollers are held back."""
         loop = asyncio.get_running_loop()
-        while (seconds := self._cooldown_until - loop.time()) > 0:
+        while True:
+            seconds = self._cooldown_until - loop.time()
+            if seconds <= 0:
+                return
             await asyncio.sleep(seconds)  # it may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
@@ -93,7 +97,7 @@ class PollerGroup:
         until = asyncio.get_running_loop().time() + seconds
         self._cooldown_until = max(self._cooldown_until, until)
 
-    # What the answers say.
+    # The results of polls and acks.
 
     def sent(self) -> None:
         """Record that a poll is in flight."""
@@ -106,7 +110,7 @@ class PollerGroup:
         self._answered = asyncio.Event()
 
     def succeeded(self, *, null: bool) -> None:
-        """Record a poll that was answered well; `null`: it brought no item."""
+        """Record a poll that succeeded; `null`: without an item."""
         self.last_success_at = self._context.clock()
         self.refused = False
         self._refused_since = None
@@ -139,7 +143,7 @@ class PollerGroup:
         self._scale(self.target // 2, "throttled")
 
     def note_ack(self, refusal: RefusedError | None) -> None:
-        """Record a refused ack, which holds the pollers back as a refused poll does; or a good one."""
+        """Record a refused ack, which holds the pollers back, or None for an accepted one."""
         self.ack_refused = refusal is not None
         if refusal is None:
             self._ack_backoff.reset()
@@ -147,7 +151,7 @@ class PollerGroup:
             self.hold_back(self._ack_backoff.next())
 
     async def settle_empty(self) -> None:
-        """After a null poll: end if the queue is certainly empty, else wait for the other polls."""
+        """After a null poll, end if the queue is certainly empty, else wait for another poll."""
         if not (self._until_empty and self._context.queue.idle):
             return
         if self._in_flight == 0:
@@ -167,4 +171,4 @@ class PollerGroup:
                 turn.set()
             else:
                 turn.clear()
-        self._context.observe(PollersScaled(direction, reason, target))
+        self._context.observe(PollersScaled, direction, reason, target)

@@ -1,8 +1,10 @@
 """The bounded queue between pollers and handler slots.
 
-Owns the count of places, never the items' fate. There are `concurrency` slots to run in and
-`prefetch` places to wait in; a poller reserves a place *before* it polls, so the pool never claims
-what it cannot start (design §1, Claim). Used on the supervisor's loop only.
+There are `concurrency` slots to run in and `prefetch` places to wait in. A poller reserves a place
+*before* it polls, so the pool never receives an item that it has no room for. The queue counts
+places; it decides nothing about items. Used on the handlers' loop only; the counts may be read on
+any thread.
+See workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """Places for items: free, reserved (by a poll under way), waiting, or running."""
+    """Places for items. A place is free, reserved (by a poll), waiting (an item) or running."""
 
     def __init__(self, concurrency: int, prefetch: int) -> None:
         self.concurrency = concurrency
@@ -27,24 +29,24 @@ class BoundedQueue(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """Items delivered and not yet taken by a slot."""
+        """The number of items that wait for a slot."""
         return len(self._waiting)
 
     @property
     def full(self) -> bool:
-        """Every place is taken by an item; polls under way do not count."""
+        """Whether an item is in every place; places that polls have reserved do not count."""
         return self.running + len(self._waiting) >= self.capacity
 
     @property
     def idle(self) -> bool:
-        """Nothing waits and nothing runs."""
+        """Whether no item waits or runs."""
         return not self._waiting and not self.running
 
     def _free(self) -> int:
         return self.capacity - self.reserved - self.running - len(self._waiting)
 
     async def reserve(self) -> None:
-        """Take a place, waiting in turn until one is free."""
+        """Reserve a place; wait until one is free, in the order of the calls."""
         if self._free() > 0 and not self._reservers:
             self.reserved += 1
             return
@@ -54,23 +56,23 @@ class BoundedQueue(Generic[T]):
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                self.unreserve()  # granted and cancelled at once: the place must not be lost
-            elif turn in self._reservers:  # a place that came meanwhile has passed it over
+                self.unreserve()  # granted and cancelled in one turn: the place must not be lost
+            elif turn in self._reservers:  # else `_grant` has removed it already
                 self._reservers.remove(turn)
             raise
 
     def unreserve(self) -> None:
-        """Give a reserved place back."""
+        """Free a reserved place."""
         self.reserved -= 1
         self._grant()
 
     def put(self, item: T) -> None:
-        """Turn a reserved place into a waiting item."""
+        """Put an item into a reserved place, to wait for a slot."""
         self.reserved -= 1
         self._waiting.append(item)
 
     def take(self) -> T | None:
-        """Move the oldest waiting item into a slot; None when nothing waits or no slot is free."""
+        """Move the oldest waiting item into a slot; None if no item waits or no slot is free."""
         if not self._waiting or self.running >= self.concurrency:
             return None
         self.running += 1
@@ -82,7 +84,7 @@ class BoundedQueue(Generic[T]):
         self._grant()
 
     def forget_waiting(self) -> list[T]:
-        """Empty the queue; the items were never acknowledged and come back by themselves."""
+        """Remove and return the waiting items, which the control plane will deliver again."""
         forgotten = list(self._waiting)
         self._waiting.clear()
         self._grant()

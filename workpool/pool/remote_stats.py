@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 async def read_remote_stats(context: PoolContext) -> None:
-    """Read them every `stats_interval` seconds until cancelled; a failure keeps the last ones."""
+    """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
     while True:
         try:
-            context.observe(QueueStatsRead(await context.client.stats()))
+            context.observe(QueueStatsRead, await context.client.stats())
         except ControlPlaneError as error:
             log.debug("stats not read error=%s", error)
         await asyncio.sleep(context.settings.stats_interval)

@@ -3,7 +3,7 @@
 These calls carry no precondition on the wire. Whether the lease is held is therefore checked as the
 last step before the bytes: after the wait for our rate limit, for a connection and for DNS, with no
 await in between. What the kernel has accepted by then is outside the promise.
-See docs/architecture.md, "Sending for an item". Used on the handlers' loop only.
+See workpool/docs/architecture.md, "Sending for an item". Used on the handlers' loop only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
+from workpool.wire.bound import Bound
 from workpool.wire.options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -33,16 +34,16 @@ RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 TRY_PART = 3
 """One try takes at most this part of the time that is left, so that others can follow."""
 CALLS_PER_SESSION = 8
-"""Calls of one handler that may be under way at once; its others wait."""
+"""The number of calls of one session that may be under way; further ones wait."""
 
 
 class Request(NamedTuple):
     """How a call for an item is sent.
 
     Attributes:
-        priority: Before what it gets our rate limit and a connection.
-        by_handler: The handler makes it, so that it needs a handler that runs.
-        seconds: How long it is tried while the lease is held; infinite = as long as that.
+        priority: Its place among the calls that wait for the rate limit or a connection.
+        by_handler: The handler makes the call, so it is refused unless the handler runs.
+        seconds: How long it is retried; infinite = as long as the lease is held.
         before_bytes: Called after the check, right before the first byte is written.
     """
 
@@ -59,8 +60,8 @@ class Sender:
         client: The client of the handlers' loop.
         clock: The lease clock.
         request_timeout: The longest time for one try, in seconds.
-        pauses: Notices that the machine was paused.
-        doubt: Called then; makes every lease be verified before anything is sent for its item.
+        pauses: Detects that the machine was paused.
+        doubt: Called after a pause; only heartbeats may be sent until the leases are verified.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Sender:
         self._request_timeout = request_timeout
         self._pauses = pauses
         self._doubt = doubt
+        self._paused_at = -math.inf
 
     def check(self, item: PoolItem, *, by_handler: bool) -> None:
         """Raise unless something may be sent for the item at this instant.
@@ -91,7 +93,7 @@ class Sender:
         if by_handler and (item.cancelled_for is not None or not item.executing):
             raise SessionEnded(item.id)
 
-    def _check_write(self, item: PoolItem, *, by_handler: bool) -> None:
+    def check_write(self, item: PoolItem, *, by_handler: bool) -> None:
         """Raise unless something may be written for the item at this instant.
 
         Raises:
@@ -100,13 +102,16 @@ class Sender:
         """
         self.check(item, by_handler=by_handler)
         if self._pauses.paused():
+            self._paused_at = self._clock()
             self._doubt()
-        if lease_of(item).doubted_at != math.inf:
+        # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
+        lease = lease_of(item)
+        if lease.doubted_at != math.inf or lease.verified_at < self._paused_at:
             problem = "the machine was paused; the lease is verified first"
             raise TransientError("lease", None, problem, reason="throttled")
 
     async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
-        """Make a call that needs the lease; repeat it until it is settled or the time is over.
+        """Make a call that needs the lease; repeat it until its answer is final or time is up.
 
         Raises:
             SessionGoneError: From the check, which is made right before the bytes of every try.
@@ -134,10 +139,10 @@ class Sender:
     async def read(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()`, made anew whenever the lease was renewed meanwhile.
+        """Await `call()`; call again if the known deadline passes but the lease was renewed.
 
         Raises:
-            SessionGoneError: The item is not the handler's any more, as soon as it is not.
+            SessionGoneError: As soon as the item is not the handler's any more.
             TimeoutError: After `seconds`.
         """
         loop = asyncio.get_running_loop()
@@ -152,34 +157,28 @@ class Sender:
                     raise
 
     def cut(self, item: PoolItem) -> None:
-        """Wait no longer for the answers to what was sent for the item."""
-        now = asyncio.get_running_loop().time()
-        for scope in item.open_sends or ():
-            if not scope.expired():  # one that times out at this moment is cut already
-                scope.reschedule(now)
+        """End the waits for the answers to calls for the item."""
+        for bound in list(item.open_sends or ()):
+            bound.strike()
 
     async def _try(
         self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
     ) -> T:
-        self._check_write(item, by_handler=request.by_handler)
+        self.check(item, by_handler=request.by_handler)
         try:
             if not self._client.try_acquire_permit(request.priority):
                 acquire = partial(self._client.acquire_permit, request.priority)
                 await self._cut(item, self._left(item, until), acquire)
             seconds = min(self._request_timeout, self._left(item, until) / TRY_PART)
-            options = CallOptions(
-                partial(self._before_bytes, item, request),
-                request.priority,
-                new_connection=new_connection,
-                permit=True,
-            )
-            return await self._cut(item, seconds, lambda: call(options, seconds))
+            check = partial(self._before_bytes, item, request)
+            options = CallOptions(check, request.priority, new_connection, permit=True)
+            return await self._cut(item, None, partial(call, options, seconds))
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _before_bytes(self, item: PoolItem, request: Request) -> None:
-        self._check_write(item, by_handler=request.by_handler)
+        self.check_write(item, by_handler=request.by_handler)
         if request.before_bytes is not None:
             request.before_bytes()
 
@@ -187,16 +186,19 @@ class Sender:
         now = asyncio.get_running_loop().time()
         return min(until - now, lease_of(item).remaining(self._clock()))
 
-    async def _cut(self, item: PoolItem, seconds: float, call: Callable[[], Awaitable[T]]) -> T:
-        """Await `call()` for at most `seconds`, and not past the lease's end as it is known."""
-        scope = asyncio.timeout(seconds)
-        scopes = item.open_sends = item.open_sends or set()
-        scopes.add(scope)
+    async def _cut(
+        self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
+    ) -> T:
+        """Await `call()` for at most `seconds`; `cut` ends the wait earlier."""
+        bound = Bound(seconds)
+        if item.open_sends is None:
+            item.open_sends = set()
+        item.open_sends.add(bound)
         try:
-            async with scope:
+            with bound:
                 return await call()
         finally:
-            scopes.discard(scope)
+            item.open_sends.discard(bound)
 
 
 def lease_of(item: PoolItem) -> Lease:

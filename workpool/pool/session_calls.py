@@ -1,4 +1,7 @@
-"""What a session may do with its item: the calls behind `Session`, each checked by the sender."""
+"""The calls behind `Session`: what a handler may send for its item, checked by the sender.
+
+See workpool/docs/architecture.md, "Sending for an item".
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 EVENTS_SECONDS = 60.0
-"""How long a handler's `events.send` is tried: a default lease."""
+"""How long a handler's `events.send` is retried: the default TTL of a lease."""
 UPDATE_SECONDS = 30.0
-"""How long a handler's `update_metadata` is tried."""
+"""How long a handler's `update_metadata` is retried."""
 
 
 class SessionCalls:
@@ -53,7 +56,7 @@ class SessionCalls:
         return hand_off(self._item, self._context, self._sender)
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
-        """Write metadata, tried for `UPDATE_SECONDS`."""
+        """Write metadata, retried for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         return await self._send(
             lambda options, seconds: client.update_metadata(
@@ -68,7 +71,7 @@ class SessionCalls:
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Send something to the session, tried for `EVENTS_SECONDS`."""
+        """Send something to the session, retried for `EVENTS_SECONDS`."""
         return await self._send(lambda options, _: call(options), EVENTS_SECONDS)
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:

@@ -2,7 +2,7 @@
 
 `SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
 exactly once, whoever calls it. Every acknowledged session ends in exactly one `SessionFinished`.
-See docs/architecture.md, "The path of one item". Lives on the handlers' loop.
+See workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ATTEMPT_SECONDS = 10.0
-"""How long the number of an attempt is tried to be written before the item is handed back."""
+"""How long writing the number of a run is retried; after that the item is released."""
 HEALTHCHECK_SECONDS = 10.0
 
 
@@ -100,7 +100,7 @@ class SessionRunner:
     def close(self, item: PoolItem, outcome: Outcome | None = None) -> None:
         """End an item: give up its lease and its slot, and report the outcome. May be repeated.
 
-        `outcome` None: nobody waits for the completion; the outcome follows from the lease.
+        Without an outcome, the session is abandoned: its outcome follows from its lease.
         """
         if item.state == "closed":
             return
@@ -112,7 +112,7 @@ class SessionRunner:
             self._context.renewer.remove(lease)
         if lease is not None and session is not None:
             self._report_end(item, lease, session, outcome or outcome_when_abandoned(item))
-            # Session and item refer to each other: left so, only the garbage collector frees them.
+            # Breaks the cycle of session and item, which only the garbage collector could free.
             item.session = None
         self._on_closed(item)
 
@@ -156,7 +156,7 @@ class SessionRunner:
         session, attempt = self._open_session(item)
         if self.draining:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
-        await self._claimer.begin(item, lease)
+        await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
         if item.reason is None and not self.draining:
@@ -189,7 +189,7 @@ class SessionRunner:
     def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
         if lease.stop_requested and not session.stopping:
-            self._context.observe(StopRequested(item.work_item))
+            self._context.observe(StopRequested, item.work_item)
             session.interrupt(stopping=True)
             grace = self._context.settings.stop_grace
             self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
@@ -209,7 +209,7 @@ class SessionRunner:
         except SessionGoneError:
             item.end(EndReason.LOST)
         except TransientError as error:
-            # An attempt that is not counted could be repeated for ever: hand it back unrun.
+            # An item whose runs are not counted could run for ever, so it is released unrun.
             log.warning("attempt not counted work_id=%s error=%s", item.id, error)
             item.error = Release("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
@@ -217,7 +217,7 @@ class SessionRunner:
             log.warning("attempt refused work_id=%s error=%s", item.id, error)
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
-        """A health check asks whether a worker is there; being answered, it is done."""
+        """Stop a health check: a worker has acknowledged it, and nothing else is asked for."""
         try:
             await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
         except (ControlPlaneError, SessionGoneError) as error:
@@ -230,7 +230,7 @@ class SessionRunner:
         elif lease.status == "handed_off":
             item.end(EndReason.HANDED_OFF)
         elif lease.status == "released":
-            return  # nothing may be sent any more, and nobody has taken it from us
+            return  # by our own last heartbeat: no other worker took the item
         elif not (lease.begun and lease.held(self._context.clock())):
             item.end(EndReason.LOST)
         elif lease.stop_requested:
@@ -241,17 +241,17 @@ class SessionRunner:
             self._report_lost(item, "run" if lease.begun else "start")
         seconds = self._context.clock() - item.acked_at
         self._on_finished(item, outcome, seconds)
-        self._context.observe(SessionFinished(session, item.label, outcome, seconds, item.error))
+        self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that another worker has the item, as the control plane said."""
         stage = "drain" if self.draining else stage
         log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
-        self._context.observe(ItemReclaimed(item.work_item, "lost", stage))
+        self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
 async def _settle_mark(item: PoolItem) -> None:
-    """Wait for the mark that is being written: applied later, it would undo the completion's."""
+    """Wait for the mark under way: applied later, it would undo the completion's metadata."""
     if item.mark_task is not None:
         await asyncio.wait({item.mark_task}, timeout=MARK_SECONDS)
         item.mark_task.cancel()

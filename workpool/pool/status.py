@@ -1,7 +1,7 @@
 """The state of a pool for its users: status, gauges, readiness, health.
 
-Reads only. May be called on the exporter's threads while the pool goes on: everything is read once,
-from values that change in one atomic step.
+This module only reads. It may be called on any thread while the pool runs: each value is read once,
+and changes in one atomic step.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Status:
     """A supervisor at one moment.
 
     Attributes:
-        ready: It takes work, or is full of it.
-        reasons: Why it is not ready.
+        ready: It takes work, or all its places are occupied.
+        reasons: The reasons why it is not ready.
         running: Items in slots.
         waiting: Items delivered that wait for a slot.
         capacity: `concurrency + prefetch`.
-        draining: No more polls.
+        draining: A drain has begun, so it polls no more.
         error: The fatal error, if any.
     """
 
@@ -51,7 +51,7 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """A view of a pool that runs."""
+    """Read access to the parts of a running pool."""
 
     context: PoolContext
     dispatcher: Dispatcher
@@ -101,7 +101,7 @@ class PoolView:
         return [(name, count, oldest[name]) for name, count in running.items()]
 
     def unready(self) -> list[str]:
-        """Why no work is taken, beside a fatal error."""
+        """The reasons why the pool is not ready, except a fatal error."""
         reasons: list[str] = []
         if self.drain.requested.is_set():
             reasons.append("draining")
@@ -117,7 +117,7 @@ class PoolView:
         return reasons
 
     def unhealthy(self) -> list[str]:
-        """Why the process should be restarted."""
+        """The reasons why the process should be restarted."""
         if self.context.renewer.renewing:
             return []
         return ["the handlers' event loop has been blocked for longer than max_block"]

@@ -1,8 +1,8 @@
-"""The supervisor: one pool's life, from `async with` until nothing of it is left.
+"""The supervisor: opens the parts of one pool, runs them, drains them and closes them.
 
-Owns the order in which the parts are opened and closed. One root task holds the task groups, so
-that a caller's cancellation cannot break them: it becomes a drain, and is raised after that.
-See docs/architecture.md, "Threads and loops" and "The drain".
+One root task owns the task groups, so that the cancellation of a caller cannot break them: the
+cancellation starts a drain, and is raised after the drain.
+See workpool/docs/architecture.md, "Threads and loops" and "The drain".
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class Supervisor:
 
     Attributes:
         settings, registry: The settings, which do not change, and where the metrics live.
-        left_behind: Sessions that the drain could not hand back.
+        left_behind: The number of abandoned sessions, which the drain could not hand back.
         on_blocked: Called on another thread once leases are not renewed any more: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
     """
 
-    # A simulation puts others in their place.
+    # A simulation replaces these.
     _renewer: ClassVar[type[LeaseRenewer]] = LeaseRenewer
     _clock: Clock = staticmethod(lease_clock)
     _wall: Clock = staticmethod(wall_clock)
@@ -119,10 +119,10 @@ class Supervisor:
         """Start the pool: plugins, lease renewer, exporter, then the pollers.
 
         Raises:
-            SettingsError: Something that is needed is missing.
+            SettingsError: A setting that is needed is missing.
             PluginError: A plugin cannot be used, or none can handle anything.
-            ListenError: `metrics_listen` cannot be had.
-            RegistryError: The registry holds somebody else's metric of one of our names.
+            ListenError: `metrics_listen` cannot be bound.
+            RegistryError: The registry has another metric with one of our names.
         """
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")
@@ -207,13 +207,13 @@ class Supervisor:
             await self._served.wait()
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
-        """Begin what `drain` does without waiting for it. A handler may call this."""
+        """Begin a drain without waiting for its end. A handler may call this."""
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
 
     def status(self) -> Status:
-        """How the pool is now. May be called on any thread and at any time."""
+        """Return the current state of the pool. May be called on any thread and at any time."""
         view = self._view
         queue = view.context.queue if view else None
         reasons = tuple(self._unready())
@@ -250,12 +250,12 @@ class Supervisor:
             self._opened.set()
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open connections and plugins: what outlives the lease renewer."""
+        """Open the connections and the plugins, which close after the lease renewer."""
         settings = self.settings
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
         )
-        # Two claimants must never share a name on the wire: it tells whose an item is.
+        # Two pools must never share a name: the control plane tells holders apart by it.
         self._worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
         self._client = await stack.enter_async_context(self._new_client())
         for plugin, context in self._plugins.lifespans(self):
@@ -313,7 +313,7 @@ class Supervisor:
         )
 
     async def _serve(self, context: PoolContext) -> None:
-        """Poll until a drain is requested; what was claimed outlives the polling."""
+        """Poll until a drain is requested, then wait for the items that were claimed."""
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
             group = PollerGroup(
                 context,
@@ -343,7 +343,7 @@ class Supervisor:
             self.left_behind = await self._drain.wind_down(context, dispatcher)
 
     def _fail(self, error: BaseException) -> None:
-        """Something fatal: no more polls; running sessions drain; then it is raised."""
+        """End the pool because of an error: drain it; the error is raised after that."""
         if self._error is None:
             self._error = error
         self._drain.begin(self.settings.drain_timeout)
@@ -369,7 +369,7 @@ class Supervisor:
             log.critical("pool failed error=%s", self._error, exc_info=self._error if bug else None)
 
     def _raise_error(self) -> None:
-        """Raise what ended the pool, if anything did."""
+        """Raise the error that ended the pool, if any."""
         if self._error is not None:
             self._error_raised = True
             raise self._error

@@ -1,14 +1,16 @@
-"""Who learns of a fact, and on which thread (design §4).
+"""Delivery of events to the metrics and to the plugins that observe them.
 
-The metrics are told where the fact arose; every other observer on the handlers' loop.
+The metrics count an event on the thread on which it happened. An event object is built only for the
+types that a plugin observes; plugins are called on the handlers' loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple, cast
 
 from workpool.events import CredentialRefreshed, RateBudgetWaited, RequestFinished
 from workpool.metrics import Metrics
@@ -24,9 +26,18 @@ if TYPE_CHECKING:
     from workpool.pool.client import Client
     from workpool.settings import Settings
 
+Ts = TypeVarTuple("Ts")
+
+
+class Observe(Protocol):
+    """Reports an event: `observe(PollFinished, "item", 0.5)`."""
+
+    def __call__(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        """Report an event by its type and the values of all its fields, in their order."""
+
 
 class Telemetry:
-    """Tells the metrics and the plugins of one supervisor. A context around both loops' lives."""
+    """Delivers the events of one supervisor; a context that is open while its loops run."""
 
     def __init__(
         self,
@@ -36,6 +47,7 @@ class Telemetry:
         snapshot: Callable[[], PoolSnapshot],
     ) -> None:
         self._plugins = plugins
+        self._wanted: frozenset[object] = plugins.wanted
         self._loop = asyncio.get_running_loop()
         self._metrics = Metrics(
             registry,
@@ -47,8 +59,7 @@ class Telemetry:
                 route.handler.name for plugin in plugins.describe() for route in plugin.routes
             ],
         )
-        self.observe = plugins.notify
-        """Tell of a fact that arose on the handlers' loop."""
+        self._count = self._metrics.count
 
     def __enter__(self) -> Telemetry:
         self._metrics.open()
@@ -59,30 +70,26 @@ class Telemetry:
         self._metrics.close()
 
     def listen_to(self, client: Client) -> None:
-        """Hear of every request of a client, on whichever loop it lives."""
-        # No event, nor a call more, without anybody to see it.
-        client.on_request = (
-            self._request_finished if self._plugins.observers else self._metrics.request
-        )
+        """Report the requests of a client; it may live on any loop."""
+        client.on_request = partial(cast("Any", self.observe_anywhere), RequestFinished)
         client.on_rate_limit_wait = self._rate_limit_waited
         client.on_credential_refresh = self._credential_refreshed
 
-    def observe_anywhere(self, event: Event) -> None:
-        """Tell of a fact that arose on any thread."""
-        self._plugins.notify_metrics(event)
-        if self._plugins.observers:
-            self._forward(event)
+    def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        """Report an event that happened on the handlers' loop."""
+        self._count(event_type, values)
+        if event_type in self._wanted:
+            self._plugins.notify(event_type(*values))
 
-    def _forward(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody listens
-            self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
-
-    def _request_finished(self, op: str, code: str, seconds: float) -> None:
-        self._metrics.request(op, code, seconds)
-        self._forward(RequestFinished(op, code, seconds))
+    def observe_anywhere(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+        """Report an event that happened on any thread."""
+        self._count(event_type, values)
+        if event_type in self._wanted:
+            with contextlib.suppress(RuntimeError):  # that loop is closed
+                self._loop.call_soon_threadsafe(self._plugins.notify, event_type(*values))
 
     def _rate_limit_waited(self, kind: str, seconds: float) -> None:
-        self.observe_anywhere(RateBudgetWaited("read" if kind == "read" else "write", seconds))
+        self.observe_anywhere(RateBudgetWaited, "read" if kind == "read" else "write", seconds)
 
     def _credential_refreshed(self, result: str) -> None:
-        self.observe_anywhere(CredentialRefreshed("ok" if result == "ok" else "error"))
+        self.observe_anywhere(CredentialRefreshed, "ok" if result == "ok" else "error")

@@ -82,6 +82,7 @@ class Trouble:
 
 
 _NONE: Final = Trouble()
+"""A stop whose answer is not parsed: told apart by its identity."""
 
 
 class Script:
@@ -243,6 +244,7 @@ class LocalClient:
         work_id: str,
         force: bool = False,  # noqa: FBT001, FBT002 - as in WorkClient
         *,
+        read_item: bool = True,
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
@@ -253,7 +255,8 @@ class LocalClient:
                 self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
             )
 
-        return await self._send(calls.STOP, work_id, operate, timeout, options)
+        stop = calls.STOP if read_item else calls.STOP_UNREAD
+        return await self._send(stop, work_id, operate, timeout, options)
 
     async def update_metadata(
         self,

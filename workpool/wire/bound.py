@@ -18,7 +18,8 @@ class Bound:
 
     __slots__ = ("_before", "_seconds", "_struck", "_task", "_timer")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
+        """`seconds` None: only `strike` ends the wait."""
         self._seconds = seconds
         self._struck = False
 
@@ -27,7 +28,10 @@ class Bound:
         if task is None:
             raise RuntimeError("a bound needs a task that it can cancel")
         self._task, self._before = task, task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(max(0.0, self._seconds), self._strike)
+        self._timer: asyncio.TimerHandle | None = None
+        if self._seconds is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, self._seconds), self.strike)
 
     def __exit__(
         self,
@@ -35,11 +39,14 @@ class Bound:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         alone = self._struck and self._task.uncancel() <= self._before
         if alone and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
-    def _strike(self) -> None:
-        self._struck = True
-        self._task.cancel()
+    def strike(self) -> None:
+        """End the wait now. Called inside the block's time, on its loop."""
+        if not self._struck:
+            self._struck = True
+            self._task.cancel()

@@ -55,6 +55,12 @@ def _delivery(obj: object) -> WorkItem | None:
     return None if obj in _EMPTY_POLL else parse_item(obj)
 
 
+def _applied(obj: object) -> None:
+    """Accept any JSON object: a page of a gateway, which may also answer 200, is none."""
+    if obj is not NO_CONTENT:
+        _object(obj)
+
+
 def _stopped(obj: object) -> WorkItem | None:
     return None if obj is NO_CONTENT else parse_item(obj)
 
@@ -115,6 +121,7 @@ POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery)
 ACK: Final = Call("ack", "POST", parse_item)
 HEARTBEAT: Final = Call("heartbeat", "POST", parse_heartbeat)
 STOP: Final[Call[WorkItem | None]] = Call("stop", "POST", _stopped)
+STOP_UNREAD: Final[Call[WorkItem | None]] = Call("stop", "POST", _applied)
 UPDATE: Final = Call("update", "POST", parse_item)
 GET: Final = Call("get", "GET", parse_item)
 LIST: Final = Call("list", "GET", _page)

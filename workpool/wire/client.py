@@ -54,7 +54,8 @@ class WorkClient:
 
     Args:
         settings: Where the control plane is; needs `environment_id` and a token.
-        session: Your own aiohttp session; stays open. Its proxy and TLS settings are used.
+        session: Your own aiohttp session; stays open. Its proxy and connections are used, and its
+            TLS settings unless the settings name a CA file or a client certificate.
         worker_id: Our identity on the wire; None = the setting.
         rate_limits: The rate limits that all clients of one account share; None = the settings'
             rates, for this client alone.
@@ -91,11 +92,10 @@ class WorkClient:
         Raises:
             SettingsError: `environment_id` or the token is missing or cannot be read.
         """
-        self._settings.require_connection()
         self._transport.on_request = self.on_request
         self._transport.on_credential_refresh = self.on_credential_refresh
         self._transport.on_rate_limit_wait = self.on_rate_limit_wait
-        self._transport.open(self.worker_id)
+        await self._transport.open(self.worker_id)
         return self
 
     async def __aexit__(
@@ -220,16 +220,28 @@ class WorkClient:
         work_id: str,
         force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
         *,
+        read_item: bool = True,
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
         """Finish an item, or ask for or confirm its stop (protocol §3.4).
 
+        Args:
+            work_id: The item.
+            force: Finish it at once.
+            read_item: False = the item in the answer is not read; any JSON object is a success.
+            timeout: See the class.
+            options: See the class.
+
         Returns:
-            The item; None from a control plane that does not answer it (protocol §6).
+            The item; None when it was not to be read, and from a control plane that does not
+            answer it (protocol §6).
         """
         url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
-        return await self._write(calls.STOP, url, body, timeout, options)
+        limiter = self.rate_limits.write
+        call = calls.STOP if read_item else calls.STOP_UNREAD
+        request = Request(call, url, timeout, limiter, body, options)
+        return await self._transport.send(request)
 
     async def update_metadata(
         self,

@@ -10,7 +10,8 @@ from yarl import URL
 from workpool.wire import calls
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
-from workpool.wire.transport import TRANSIENT, Request, no_answer
+from workpool.wire.reading import TRANSIENT, no_answer
+from workpool.wire.transport import Request
 
 if TYPE_CHECKING:
     import aiohttp

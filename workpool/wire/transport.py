@@ -20,43 +20,40 @@ import io
 import math
 import time
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
-from yarl import URL
 
-from workpool.errors import ControlPlaneError, RefusedError, SettingsError, TransientError
+from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
 from workpool.wire.bound import Bound
-from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.calls import STREAM
+from workpool.wire.checked_body import CheckedBody, NotSentError
+from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.proxy import proxy_of
+from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
+from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable, Mapping
+
+    from yarl import URL
 
     from workpool.settings import Settings
     from workpool.wire.calls import Call
     from workpool.wire.rate_limiter import RateLimiter
 
 T = TypeVar("T")
+Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 
-KEEPALIVE_SECONDS: Final = 30.0
-"""Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
-SPARE_CONNECTIONS: Final = 16
 LARGE_BYTES: Final = 256 * 1024
+THREADS: Final = 8
+"""More than there are lookups and readings at once, so that none waits for another."""
 _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
-TRANSIENT: Final = (
-    aiohttp.ClientConnectionError,
-    aiohttp.ClientPayloadError,
-    aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
-    TimeoutError,
-    OSError,
-)
-"""What may pass by itself. Anything else is a bug and must be loud (design §2)."""
 
 
 class Request(NamedTuple, Generic[T]):
@@ -95,32 +92,39 @@ class Transport:
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
+        self._reading: asyncio.Future[str] | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
 
-    def open(self, worker_id: str | None) -> None:
-        """Read the token and make ready to connect; connects to nothing yet."""
+    async def open(self, worker_id: str | None) -> None:
+        """Read the token and make ready to connect; connects to nothing yet.
+
+        Raises:
+            SettingsError: Something is missing, or a file cannot be read.
+        """
         if self._loop is not None:
             raise RuntimeError("this WorkClient is open already")
         self._worker_id = worker_id
-        self._use(self._settings.read_token())
-        self._proxy = None if self._given else proxy_of(URL(self._settings.base_url))
-        self._session = self._given or self._connect()
-        # Connections of their own: however many are open, no other request waits for them.
-        self._streams = self._given or aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._public_headers(),
-        )
+        self._threads = DaemonThreads("workpool-blocking", THREADS)
+        try:
+            token, self._tls = await self._read_settings()
+            self._use(token)
+            headers = self._public_headers()
+            self._connections = Connections(self._settings, self._given, headers, self._threads)
+        except BaseException:
+            await self._threads.close()
+            raise
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
         """Close the connections, unless they are the caller's."""
-        self._loop = None
-        if self._given is None:
-            await self._session.close()
-            await self._streams.close()
+        if self._loop is not None:
+            self._loop = None
+            try:
+                await self._connections.close()
+            finally:
+                await self._threads.close()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -146,7 +150,13 @@ class Transport:
         if request.limiter is not None and not request.options.permit:
             op, priority = request.call.op, request.options.priority
             await self.acquire(request.limiter, op, priority, seconds)
-        return await self._renewing(partial(self._attempt, request, until), until)
+        token = self._token
+        try:
+            return await self._attempt(request, until)
+        except RefusedError as refused:
+            if refused.status not in _DENIED or not await self._renewed(token, until):
+                raise
+        return await self._attempt(request, until)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -196,22 +206,30 @@ class Transport:
     async def _attempt(self, request: Request[T], until: float) -> T:
         op, started = request.call.op, time.monotonic()
         seconds = _time_left(op, until - started)
-        token, code = self._token, "error"
+        token, code, body = self._token, "error", self._body_of(request)
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
             with Bound(seconds):
-                answer = await self._exchange(request)
+                answer = await self._exchange(request, body)
             code = code_of(answer.status)
         except TRANSIENT as error:
-            failure: ControlPlaneError = no_answer(op, error)
+            failure: Exception = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
-            self._tell(op, code, started)
+            if not _was_refused(body):
+                self._tell(op, code, started)
         # Raised out here: aiohttp's errors carry the request's headers, and so our token.
-        raise failure
+        refusal = body.refusal if isinstance(body, CheckedBody) else None
+        raise failure if refusal is None else refusal
+
+    def _body_of(self, request: Request[T]) -> Body:
+        check = request.options.check
+        if check is None:
+            return _plain_body(request.body)
+        return CheckedBody(request.body or b"", check, headers_first=self._given is not None)
 
     async def _attempt_stream(
         self, url: URL, headers: Mapping[str, str], until: float
@@ -224,7 +242,7 @@ class Transport:
                 response = await self._connect_stream(url, headers)
                 code = code_of(response.status)
                 if response.status == http.HTTPStatus.OK:
-                    return _checked(response)
+                    return checked_stream(response)
                 try:
                     answer = Answer(response.status, response.headers, await read_bounded(response))
                 finally:
@@ -241,29 +259,32 @@ class Transport:
             self.on_request(op, code, time.monotonic() - started)
 
     async def _connect_stream(self, url: URL, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        return await self._streams.get(
+        return await self._connections.single_use.get(
             url,
             headers=CIMultiDict(self._headers, **headers),
             timeout=_ENDLESS,
-            proxy=self._proxy,
+            proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
 
-    async def _exchange(self, request: Request[T]) -> Answer:
-        call, body = request.call, request.body
-        response = await self._session.request(
+    async def _exchange(self, request: Request[T], body: Body) -> Answer:
+        call = request.call
+        response = await self._connections.session_for(request.options).request(
             call.method,
             request.url,
-            # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
-            data=body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body),
-            headers=self._headers if body is None else self._json_headers,
+            data=body,
+            headers=self._headers if request.body is None else self._json_headers,
             timeout=_ENDLESS,
-            proxy=self._proxy,
+            proxy=self._connections.proxy,
+            ssl=self._tls,
             allow_redirects=False,
             raise_for_status=False,
         )
         try:
+            if _was_refused(body):  # bytes that no request of ours has asked for
+                raise NotSentError
             content = await read_bounded(response, call.limit)
             return Answer(response.status, response.headers, content)
         finally:
@@ -284,12 +305,10 @@ class Transport:
             return False
         if self._token != refused:
             return True  # a request that was refused before us has seen to it
-        read = self._settings.read_token
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                # A file may lie on a disk that does not answer: never read on this loop.
-                token = await asyncio.to_thread(read) if self._settings.token_file else read()
+                token = await self._read_token()
             result = "ok"
         except (SettingsError, TimeoutError):
             return False
@@ -299,6 +318,34 @@ class Transport:
         if token != refused:
             self._use(token)
         return self._token != refused
+
+    async def _read_token(self) -> str:
+        """Read the token's source; those who ask meanwhile get the same reading."""
+        if self._settings.token_file is None:
+            return self._settings.read_token()
+        # A file may lie on a disk that does not answer: never read on this loop, nor twice at once.
+        if self._reading is None or self._reading.done():
+            loop = asyncio.get_running_loop()
+            self._reading = loop.run_in_executor(self._threads, self._settings.read_token)
+            self._reading.add_done_callback(_retrieve)
+        return await asyncio.shield(self._reading)
+
+    async def _read_settings(self) -> tuple[str, ssl.SSLContext | bool]:
+        """Check all that a connection needs, and return the token and whom to trust."""
+        settings = self._settings
+
+        def read() -> tuple[str, ssl.SSLContext | bool]:
+            settings.require_connection()
+            return settings.read_token(), settings.tls_context() or True
+
+        if not (settings.token_file or settings.ca_file or settings.client_cert_file):
+            return read()  # from memory
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, read)
+        except TimeoutError:
+            problem = "token_file, ca_file, client_cert_file: could not be read in time"
+        raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
         """Build the headers that every request bears from now on, beside its session's."""
@@ -322,65 +369,25 @@ class Transport:
             headers[rules.worker_id_header] = self._worker_id
         return headers
 
-    def _connect(self) -> aiohttp.ClientSession:
-        settings = self._settings
-        # All that the pool does at once, and some for what handlers add: a limit that is too low
-        # would make a beat wait for a poll.
-        places = settings.concurrency + settings.prefetch + settings.pollers
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=places + SPARE_CONNECTIONS, keepalive_timeout=KEEPALIVE_SECONDS
-            ),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers=self._public_headers(),
-        )
+
+def _retrieve(reading: asyncio.Future[str]) -> None:
+    if not reading.cancelled():
+        reading.exception()  # else asyncio complains of it when nobody waits any more
+
+
+def _plain_body(body: bytes | None) -> bytes | io.BytesIO | None:
+    # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
+    return body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body)
+
+
+def _was_refused(body: object) -> bool:
+    return isinstance(body, CheckedBody) and body.refusal is not None
 
 
 def _time_left(op: str, seconds: float) -> float:
     if seconds <= 0:
         raise TransientError(op, None, "no time left to ask", reason="timeout")
     return seconds
-
-
-def _checked(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """An event stream; what answers 200 may be a gateway's page instead."""
-    if response.content_type == "text/event-stream":
-        return response
-    response.close()
-    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
-
-
-async def read_bounded(
-    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
-) -> bytes | None:
-    """The body, unpacked; None, and the connection is closed, when it is larger than `limit`."""
-    if (response.content_length or limit + 1) <= limit and (
-        "Content-Encoding" not in response.headers
-    ):
-        content = response.content  # mostly all there with the headers: nothing to wait for
-        return content.read_nowait() if content.is_eof() else await content.read()
-    chunks: list[bytes] = []
-    room = limit
-    async for chunk in response.content.iter_any():
-        room -= len(chunk)
-        if room < 0:
-            response.close()
-            return None
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def no_answer(op: str, error: BaseException) -> ControlPlaneError:
-    """The error for a request that was not answered."""
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # Nothing that passes by itself, and no one we may talk to: as good as a refusal.
-        problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
-        return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
-    if isinstance(error, TimeoutError):
-        return TransientError(op, None, "no answer in time", reason="timeout")
-    # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
-    told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
-    return TransientError(op, None, f"no answer: {told}", reason="network")
 
 
 @cache

@@ -99,9 +99,12 @@ class Holders:
         }
         if limit is not None:
             variables["WORKPOOL_SESSION_TIMEOUT"] = str(limit)
+        for name in ("token_file", "ca_file", "client_cert_file", "client_key_file"):
+            if (path := getattr(settings, name)) is not None:
+                variables[f"WORKPOOL_{name.upper()}"] = str(Path(path).absolute())
         if settings.token_file is None:
-            return variables | {"WORKPOOL_TOKEN": settings.read_token()}
-        return variables | {"WORKPOOL_TOKEN_FILE": str(Path(settings.token_file).absolute())}
+            variables["WORKPOOL_TOKEN"] = settings.read_token()
+        return variables
 
     async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:
         """Notice at once one that cannot live: the handover would wait for it to the end.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workpool import PluginError, Session, Supervisor, WorkClient, handler, hookimpl
-from workpool.events import Event, SessionFinished
 from workpool_container.engine import Engine, EngineError, find_socket
 from workpool_container.leftovers import Leftovers
 from workpool_container.options import Options
@@ -22,6 +21,8 @@ from workpool_container.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from workpool.events import SessionFinished
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,10 @@ class Container:
             await leftovers.sweep()  # what ended last
 
     @hookimpl
-    def workpool_event(self, event: Event) -> None:
+    def workpool_event(self, event: SessionFinished) -> None:
         """A finished session's container is not needed any more."""
-        if isinstance(event, SessionFinished) and self._leftovers is not None:
+        del event
+        if self._leftovers is not None:
             self._leftovers.look.set()
 
     async def _run(self, session: Session) -> dict[str, str]:

@@ -18,6 +18,11 @@ from workpool.testing.simulation.agreement import (
     nothing_goes_uncounted,
     outcomes_agree,
 )
+from workpool.testing.simulation.attempts import (
+    attempts_are_counted,
+    no_mark_stands_beside_an_error,
+    what_is_released_is_marked,
+)
 from workpool.testing.simulation.case import WRITES
 from workpool.testing.simulation.handovers import (
     a_handover_is_silent,
@@ -377,6 +382,9 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     losses_are_true,
     metrics_agree,
     nothing_goes_uncounted,
+    attempts_are_counted,
+    what_is_released_is_marked,
+    no_mark_stands_beside_an_error,
 )
 
 

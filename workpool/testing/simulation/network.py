@@ -13,13 +13,13 @@ from workpool.server import Poll
 from workpool.server.dialects import QODER
 from workpool.testing.local import LocalClient, Trouble, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
-from workpool.testing.simulation.trace import Delay, Sent
+from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import calls
-from workpool.wire.options import Priority
+from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
     from random import Random
 
     from workpool.server import Operations
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LATENCY_SECONDS: Final = 0.001
-"""No request arrives at once: the control plane's clock counts whole microseconds."""
 FADED_SECONDS: Final = 20.0
 OUTLASTING_SHARE: Final = 0.4
 PATIENCE_MS: Final = 8_000
@@ -180,6 +178,7 @@ class Client(LocalClient):
         self._network = network
         self._node = node
         self._sent: Sent | None = None
+        self._patch: Mapping[str, str | None] = {}
         if rate := node.pool.write_rate:
             self.rate_limits.write = RateLimiter("write", rate, _loop().time)
 
@@ -213,6 +212,24 @@ class Client(LocalClient):
             return await answered
 
         return await self._settle(calls.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
+
+    async def update_metadata(
+        self,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        *,
+        timeout: float | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> WorkItem:
+        """Update metadata and note the patch."""
+
+        def check() -> None:
+            if options.check is not None:
+                options.check()
+            self._patch = dict(patch)  # the call leaves in this very step
+
+        noting = options._replace(check=check)
+        return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
     def _travel(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
         """The poll has arrived. A task of nobody's: the control plane serves it."""
@@ -259,6 +276,8 @@ class Client(LocalClient):
 
     def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
         self._sent = self._network.leaves(self._node, op, work_id, trouble)
+        if op == "update" and self._sent is not None:
+            self._sent.patch = self._patch
 
     async def _settle(
         self, call: Call[T], exchange: Coroutine[Any, Any, Reply], seconds: float

@@ -70,8 +70,8 @@ class Stage:
         if self.healed:
             seconds = min(seconds, ENCORE_SECONDS)
         first = not any(run.work_id == item.id for run in self._trace.runs)
-        run = Run(self._node, item.id, item.session_id, name, self._now())
-        run.attempt, run.leaked = session.attempt, _SESSION.get() is not None
+        run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
+        run.leaked = _SESSION.get() is not None
         _SESSION.set(item.id)
         self._trace.runs.append(run)
         alone = self._node.child or (self.healed and name == "detach")
@@ -181,7 +181,8 @@ class Stage:
                 delay = {"soon": lot % 20 / 10, "late": late, "fails": lot % 20 / 40}.get(WAYS[way])
                 await self._hand(session, run, lease, delay, fails=WAYS[way] == "fails")
         except HandoverError:
-            alone = Run(self._node, run.work_id, run.session_id, "alone", self._now())
+            again = (run.work_id, run.session_id, "alone", self._now())
+            alone = Run(self._node, *again, attempt=run.attempt)
             self._trace.runs.append(alone)
             return await self._noted(self._work, session, alone, seconds, first)
         return {"ignored": "yes"}

@@ -47,7 +47,7 @@ def _calls(case: Case) -> Iterator[tuple[float, str]]:
 
 def _runs(case: Case) -> Iterator[tuple[float, str]]:
     for run in case.trace.runs:
-        name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.play}"
+        name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.play} {run.attempt}"
         yield run.started, f"RUNS     {name}"
         for at, what in ((run.told_at, "is told"), (run.ended, f"has {run.result}")):
             if at < FOREVER:

@@ -11,12 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from workpool.events import Event
     from workpool.testing.local import Trouble
     from workpool.testing.simulation.machine import Machine
     from workpool.testing.simulation.schedule import Pool
 
 FOREVER: Final = float("inf")
+LATENCY_SECONDS: Final = 0.001
+"""No request arrives at once: the control plane's clock counts whole microseconds."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -27,6 +31,7 @@ class Sent:
         trouble: What befell it.
         answer: "ok", the status of a refusal, or "lost"; None: its caller did not wait for it.
         told: What the answer said, where it was good.
+        patch: The metadata of an update.
     """
 
     at: float
@@ -37,10 +42,18 @@ class Sent:
     answer: str | int | None = None
     answered_at: float = FOREVER
     told: object = None
+    patch: Mapping[str, str | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Who sent it, for which item, when."""
         return f"{self.node.machine.name}:{self.op}({str(self.work_id)[-6:]})@{self.at:.3f}"
+
+    @property
+    def arrives_at(self) -> float:
+        """When the control plane carries it out, whatever its sender hears of it; perhaps never."""
+        if self.trouble is None:
+            return self.at + LATENCY_SECONDS
+        return self.at + self.trouble.there if self.trouble.applied else FOREVER
 
     @property
     def over_at(self) -> float:
@@ -88,7 +101,7 @@ class Run:
         result: How it ended: returned, raised, released, cancelled, handed (over to a child);
             None: it had not.
         stop_seen: An operator's wish had reached it when it ended.
-        attempt: The number of the run, as its handler was told.
+        attempt: The number that its session was given.
         leaked: Another session's context variable was set when it started.
     """
 
@@ -101,7 +114,7 @@ class Run:
     told_at: float = FOREVER
     result: str | None = None
     stop_seen: bool = False
-    attempt: int = 0
+    attempt: int = 1
     leaked: bool = False
 
     @property

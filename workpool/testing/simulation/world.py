@@ -7,7 +7,7 @@ import random
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
 from workpool.errors import WorkpoolError
 from workpool.pool.attempt import RELEASED
@@ -21,10 +21,10 @@ from workpool.testing.local import Trouble
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.counted import totals
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
-from workpool.testing.simulation.network import LATENCY_SECONDS, Client, Network
+from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
-from workpool.testing.simulation.trace import FOREVER, Node, Patch, Trace
+from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Patch, Trace
 from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
 }
 """What a deed does to a machine, and for how long at least."""
 LATENCY_PART, LATENCIES = 0.1, 7
+
+Ts = TypeVarTuple("Ts")
 
 
 class LoopRenewer(LeaseRenewer):
@@ -93,9 +95,9 @@ class Simulated(LoopSupervisor):
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
-        def observe(event: Event) -> None:
-            self.node.events.append((loop.now, event))
-            told(event)
+        def observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
+            self.node.events.append((loop.now, event_type(*values)))
+            told(event_type, *values)
 
         return replace(context, observe=observe)
 

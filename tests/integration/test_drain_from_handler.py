@@ -1,0 +1,105 @@
+"""A handler that wants its own pool to drain."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, Supervisor, handler
+from workpool.events import DrainFinished, SessionFinished
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Drain = Callable[[], Awaitable[None]]
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+
+async def directly(drain: Drain) -> None:
+    await drain()
+
+
+async def in_a_task(drain: Drain) -> None:
+    """Await the drain in a task that the handler starts."""
+    errors: list[BaseException] = []
+
+    async def attempt() -> None:
+        try:
+            await drain()
+        except RuntimeError as error:
+            errors.append(error)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(attempt())
+    raise errors[0]
+
+
+@pytest.mark.parametrize("call", [directly, in_a_task])
+async def test_drain_from_a_handler_is_an_error_that_says_what_to_do(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
+) -> None:
+    pools: list[Supervisor] = []
+
+    @handler
+    async def drains(_: Session) -> None:
+        await call(pools[0].drain)
+
+    plane.enqueue()
+    pools.append(make_pool(drains))
+    async with pools[0]:
+        finished = await recorder.wait_for(SessionFinished)
+        assert not pools[0].status().draining
+    assert isinstance(finished.error, RuntimeError)
+    assert "call request_drain() instead" in str(finished.error)
+
+
+async def test_request_drain_from_a_handler_drains_the_pool_and_the_session_completes(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    pools: list[Supervisor] = []
+
+    @handler
+    async def drains(session: Session) -> None:
+        pools[0].request_drain()
+        await session.interrupted()
+        assert session.draining
+
+    plane.enqueue()
+    pools.append(make_pool(drains))
+    async with asyncio.timeout(20):
+        await pools[0].run()
+    [finished] = recorder.of(SessionFinished)
+    assert (finished.outcome, finished.error) == ("completed", None)
+    assert [event.result for event in recorder.of(DrainFinished)] == ["clean"]
+
+
+async def test_handler_may_drain_another_pool(
+    plane: ControlPlane, make_pool: Any, make_settings: Any, recorder: Recorder
+) -> None:
+    other = Supervisor(make_settings(), plugins=[never])
+
+    @handler
+    async def drains(_: Session) -> None:
+        await other.drain()
+
+    async with make_pool(drains):
+        async with other:
+            other.request_drain(0)
+            await other.wait()
+        plane.enqueue()
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.error is None
+
+
+@handler(metadata={"never": "matches"})
+async def never(_: Session) -> None:
+    raise AssertionError
+
+
+def test_request_drain_before_the_start_is_an_error(make_settings: Any) -> None:
+    with pytest.raises(RuntimeError, match="not started"):
+        Supervisor(make_settings(), plugins=[never]).request_drain()

@@ -1,0 +1,87 @@
+"""Events of a whole pool: counted always, built as objects only for the types that are observed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, get_args
+
+from workpool import Session, Supervisor, handler, hookimpl
+from workpool.events import Event, SessionFinished
+
+if TYPE_CHECKING:
+    import pytest
+
+    from workpool.server import ControlPlane
+
+
+@handler
+async def work(_: Session) -> None:
+    return None
+
+
+class Finished:
+    """Observes one type of event."""
+
+    def __init__(self) -> None:
+        self.events: list[SessionFinished] = []
+
+    @hookimpl
+    def workpool_event(self, event: SessionFinished) -> None:
+        self.events.append(event)
+
+
+def count_built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the event objects that are built from now on, by type."""
+    built: Counter[str] = Counter()
+
+    def watch(event_type: Any) -> None:
+        init = event_type.__init__
+
+        def counting(*args: Any, **kwargs: Any) -> None:
+            built[event_type.__name__] += 1
+            init(*args, **kwargs)
+
+        monkeypatch.setattr(event_type, "__init__", counting)
+
+    for event_type in get_args(Event):
+        watch(event_type)
+    return built
+
+
+async def run_items(
+    plane: ControlPlane, make_settings: Any, items: int, *plugins: object
+) -> Supervisor:
+    plane.enqueue(items)
+    pool = Supervisor(make_settings(), plugins=[work, *plugins])
+    await pool.run(until_empty=True)
+    return pool
+
+
+def count_of(pool: Supervisor, metric: str, **labels: str) -> float:
+    labels = {"environment_id": str(pool.settings.environment_id), **labels}
+    return pool.registry.get_sample_value(f"workpool_{metric}", labels) or 0.0
+
+
+async def test_events_that_nobody_observes_are_counted_and_not_built(
+    plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = count_built(monkeypatch)
+    pool = await run_items(plane, make_settings, 3)
+    assert not built
+    assert count_of(pool, "items_received_total", origin="new", type="session") == 3
+    assert count_of(pool, "acks_total", result="ok") == 3
+    assert count_of(pool, "stops_total", mode="force", result="ok") == 3
+    assert count_of(pool, "http_requests_total", op="ack", code="2xx") == 3
+    assert count_of(pool, "polls_total", result="item") == 3
+    assert count_of(pool, "heartbeats_total", result="ok") == 3
+    assert count_of(pool, "sessions_total", handler="work.work", outcome="completed") == 3
+
+
+async def test_observer_of_one_type_lets_no_other_type_be_built(
+    plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished = Finished()
+    built = count_built(monkeypatch)
+    await run_items(plane, make_settings, 3, finished)
+    assert built == {"SessionFinished": 3}
+    assert [event.outcome for event in finished.events] == ["completed"] * 3

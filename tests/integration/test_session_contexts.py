@@ -1,0 +1,80 @@
+"""Each session runs in a context of its own: context variables do not pass from one to another."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from workpool import Session, hookimpl
+from workpool.events import SessionFinished
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool.events import Event
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+VARIABLES = {
+    name: ContextVar[str](f"test_{name}", default="unset")
+    for name in ("embedder", "handler", "wrapper", "observer", "chooser", "lifespan")
+}
+
+
+class Setting:
+    """Sets a context variable wherever the pool calls it until the first session has ended.
+
+    Attributes:
+        seen: What each session sees of the variables when its handler begins.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, str]] = []
+        self.first_ended = False
+
+    def set(self, name: str) -> None:
+        if not self.first_ended:
+            VARIABLES[name].set("set")
+
+    @asynccontextmanager
+    async def context(self, name: str) -> AsyncIterator[None]:
+        self.set(name)
+        yield
+
+    @hookimpl
+    def workpool_lifespan(self) -> Any:
+        return self.context("lifespan")
+
+    @hookimpl
+    def workpool_wrap_session(self) -> Any:
+        return self.context("wrapper")
+
+    @hookimpl
+    def workpool_event(self, event: Event) -> None:
+        self.set("observer")
+        self.first_ended |= isinstance(event, SessionFinished)
+
+    @hookimpl
+    def workpool_session_handler(self) -> Callable[[Session], Any]:
+        self.set("chooser")
+        return self.run
+
+    async def run(self, _: Session) -> None:
+        self.seen.append({name: each.get() for name, each in VARIABLES.items()})
+        self.set("handler")
+
+
+async def test_variables_set_for_one_session_are_not_seen_by_the_next(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    VARIABLES["embedder"].set("before start")
+    setting = Setting()
+    async with make_pool(setting, concurrency=1):
+        VARIABLES["embedder"].set("after start")
+        plane.enqueue(4)
+        await recorder.wait_for(SessionFinished, count=4)
+    unset = dict.fromkeys(VARIABLES, "unset")
+    own = unset | {"embedder": "before start", "lifespan": "set"}
+    # A session sees what its own wrapping contexts and the observers of its own events have set.
+    assert setting.seen == [own | {"wrapper": "set", "observer": "set"}, own, own, own]

@@ -1,0 +1,58 @@
+"""Several pools of one account share its rate limits, although each runs on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from workpool import RateLimits, Session, Supervisor, handler
+from workpool.wire.options import Priority
+from workpool.wire.rate_limiter import RateLimiter
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+
+WRITE_RATE, ITEMS = 30.0, 24
+
+
+class Watched(RateLimiter):
+    """Notes which threads take tokens."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__("write", rate)
+        self.threads: Counter[str] = Counter()
+
+    def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
+        self.threads[threading.current_thread().name] += 1
+        return super().try_acquire(priority)
+
+
+@handler
+async def work(_: Session) -> None:
+    return None
+
+
+async def test_two_pools_on_two_threads_share_one_limit(
+    plane: ControlPlane, make_settings: Any
+) -> None:
+    limits = RateLimits(0, WRITE_RATE)
+    limits.write = watched = Watched(WRITE_RATE)
+    settings = make_settings()
+    ready = threading.Barrier(2)
+
+    async def run_until_empty() -> None:
+        pool = Supervisor(settings, plugins=[work], rate_limits=limits)
+        await asyncio.to_thread(ready.wait, 20)
+        await pool.run(until_empty=True)
+
+    plane.enqueue(ITEMS)
+    began = time.monotonic()
+    async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+        for _ in range(2):
+            group.create_task(asyncio.to_thread(asyncio.run, run_until_empty()))
+    writes = 2 * ITEMS  # an ack and a stop for each
+    assert len(watched.threads) == 2
+    assert time.monotonic() - began >= (writes - WRITE_RATE / 4) / WRITE_RATE

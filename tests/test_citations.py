@@ -1,0 +1,157 @@
+"""Code cites documents of this repository by path and heading, and every citation resolves."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from workpool.pool.completion import TABLE
+from workpool.pool.item import TRANSITIONS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "workpool"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+POOL_MODULES = sorted((PACKAGE / "pool").rglob("*.py"))
+DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
+ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
+
+# See workpool/docs/NAME.md, "Heading" and "Another heading".
+CITATION = re.compile(r'([\w./-]+\.md), ("[^"]+"(?:(?:, | and |, and )"[^"]+")*)')
+OUTSIDE = re.compile(
+    r"§|\bD\d+\b|\bissue #?\d|/work/|\b(?:design|protocol|metrics|style)\.md|\bREADME\b(?!\.md, \")"
+)
+"""Sections of documents that are not in the repository, and decisions by number."""
+
+
+def flat(text: str) -> str:
+    """Join the lines of comments and docstrings, so that a citation may be wrapped."""
+    return re.sub(r"\s*\n\s*(?:# ?)?", " ", text)
+
+
+def citations(text: str) -> list[tuple[str, str]]:
+    """Each cited document with each of its cited headings."""
+    return [
+        (path, heading)
+        for path, quoted in CITATION.findall(flat(text))
+        for heading in re.findall(r'"([^"]+)"', quoted)
+    ]
+
+
+def headings(document: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"^#+ (.+)$", text, re.MULTILINE))
+
+
+def unresolved(text: str) -> list[tuple[str, str]]:
+    """The citations whose document or heading does not exist."""
+    return [
+        (path, heading)
+        for path, heading in citations(text)
+        if not (ROOT / path).is_file() or heading not in headings(ROOT / path)
+    ]
+
+
+def strays(text: str) -> list[str]:
+    """The mentions of documents that are no citation, or lie outside of this repository."""
+    rest = CITATION.sub("", flat(text))
+    return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_citation_of_every_module_names_an_existing_heading() -> None:
+    found = {relative(path): unresolved(path.read_text()) for path in MODULES}
+    assert {path: each for path, each in found.items() if each} == {}
+
+
+def test_pool_modules_cite_the_architecture_document() -> None:
+    cited = {heading for path in POOL_MODULES for _, heading in citations(path.read_text())}
+    assert "The path of one item" in cited
+    assert len(cited) > 5
+
+
+@pytest.mark.parametrize("path", POOL_MODULES, ids=relative)
+def test_pool_module_cites_nothing_outside_the_repository(path: Path) -> None:
+    assert strays(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('See workpool/docs/architecture.md, "Clocks".', []),
+        ('See workpool/docs/architecture.md, "Clocks" and\n# "Renewals".', []),
+        ('See workpool/docs/architecture.md, "Renewals"\n    and "Clocs".', ["Clocs"]),
+        ('See workpool/docs/absent.md, "Clocks".', ["Clocks"]),
+        ('See docs/architecture.md, "Clocks".', ["Clocks"]),
+    ],
+)
+def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> None:
+    assert [heading for _, heading in unresolved(text)] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("the first poll (design §1, Claim)", ["§"]),
+        ("as protocol.md says", ["protocol.md", "protocol.md"]),
+        ("a decision, see README, D15", ["README", "D15"]),
+        ("see workpool/docs/architecture.md", ["workpool/docs/architecture.md"]),
+        ("TID251 is a rule", []),
+        ('See README.md, "Semantics".', []),
+    ],
+)
+def test_mention_of_a_document_that_is_no_citation_is_found(text: str, found: list[str]) -> None:
+    assert strays(text) == found
+
+
+# The documents themselves.
+
+
+def rows(first_column: str) -> list[list[str]]:
+    """The rows of the table of the architecture document whose head begins so."""
+    table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
+    lines = table.splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_document_names_existing_files_only(document: Path) -> None:
+    text = document.read_text()
+    named = set(re.findall(r"`((?:workpool|tests|benchmarks)/[\w./-]*)`", text))
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_link_inside_a_document_leads_to_a_heading(document: Path) -> None:
+    anchors = {
+        re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings(document)
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
+
+
+def test_table_of_states_is_the_table_of_the_code() -> None:
+    told = {(state, transition): then for state, transition, then, _ in rows("state")}
+    assert told == TRANSITIONS
+
+
+def test_table_of_end_reasons_is_the_table_of_the_code() -> None:
+    told = [tuple(row) for row in rows("end reason")]
+    assert told == [
+        (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
+    ]
+
+
+def test_constants_have_the_values_of_the_code() -> None:
+    constants = rows("constant")
+    assert constants
+    for name, value in constants:
+        module, _, attribute = name.partition(".")
+        found = getattr(importlib.import_module(f"workpool.pool.{module}"), attribute)
+        assert ast.literal_eval(value) == found, name

@@ -1,0 +1,453 @@
+"""A check that refuses has sent nothing: against a server that records every byte."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from workpool import Settings, WorkClient
+from workpool.errors import RefusedError, TransientError
+from workpool.wire import calls
+from workpool.wire.options import CallOptions, Priority
+from workpool.wire.transport import Request, Transport
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+WORK, TOKEN = "work_1", "token"
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull"
+DENIED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
+ANY: Any = calls.Call("stop", "POST", lambda _: None)
+READ: Any = calls.Call("get", "GET", lambda _: None)
+LARGE = b"[" + b" " * 300_000 + b"]"
+
+
+def repr_of_size(body: bytes | None) -> str:
+    return "no body" if body is None else f"{len(body)} bytes"
+
+
+class Refusal(Exception):
+    """What a check raises."""
+
+
+class OddRefusal(TimeoutError):
+    """A refusal that looks like a failure of the network, which aiohttp and we would repeat."""
+
+
+@dataclass
+class Recorder:
+    """A server that keeps the bytes of each connection, and answers each request that is complete.
+
+    Attributes:
+        received: The bytes, by connection.
+        answers: What it answers; the last one goes on; None = hang up.
+    """
+
+    answers: list[bytes | None] = field(default_factory=lambda: [ANSWER])
+    received: list[bytearray] = field(default_factory=list)
+    url: str = ""
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    handlers: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.received))
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        this = asyncio.current_task()
+        assert this is not None
+        self.handlers.add(this)
+        bytes_of_this = bytearray()
+        self.received.append(bytes_of_this)
+        request = b""
+        while piece := await reader.read(65536):
+            bytes_of_this += piece
+            self.arrived.set()
+            request += piece
+            if is_complete(request):
+                request = b""
+                answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+                if answer is None:
+                    break
+                writer.write(answer)
+        writer.close()
+
+
+def is_complete(request: bytes) -> bool:
+    head, end, body = request.partition(b"\r\n\r\n")
+    _, _, length = head.partition(b"Content-Length: ")
+    return bool(end) and len(body) >= int(length.split(b"\r\n")[0] or 0)
+
+
+@asynccontextmanager
+async def recording(*answers: bytes | None) -> AsyncIterator[Recorder]:
+    recorder = Recorder(list(answers)) if answers else Recorder()
+    listener = await asyncio.start_server(recorder.serve, "127.0.0.1", 0)
+    recorder.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener:
+        yield recorder
+        await asyncio.wait_for(asyncio.gather(*recorder.handlers), 20)
+
+
+@asynccontextmanager
+async def connected(
+    url: str, session: aiohttp.ClientSession | None = None, **values: Any
+) -> AsyncIterator[Transport]:
+    values = {"token": TOKEN} | values if "token_file" not in values else values
+    transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)
+    await transport.open("me")
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+def settings_of(server: Recorder, **values: Any) -> Settings:
+    return Settings(base_url=server.url, environment_id="env_1", token=TOKEN, **values)
+
+
+def refuse() -> None:
+    raise Refusal
+
+
+def refuse_oddly() -> None:
+    raise OddRefusal
+
+
+def request(
+    url: str, check: Callable[[], None] | None, body: bytes | None = None, call: Any = ANY
+) -> Request[Any]:
+    return Request(call, URL(f"{url}/x"), 20, None, body, CallOptions(check))
+
+
+class Closable:
+    """A check that turns false when it is told, and notes when it was asked."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.asked = 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if not self.open:
+            raise Refusal
+
+
+# -- nothing is sent -----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def no_session() -> AsyncIterator[None]:
+    yield None
+
+
+def callers_session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(raise_for_status=True)
+
+
+def traced_session() -> aiohttp.ClientSession:
+    """A caller's session whose traces wait before and after the headers and each piece."""
+
+    async def wait(*_: object) -> None:
+        await asyncio.sleep(0.01)
+
+    trace = aiohttp.TraceConfig()
+    for signal in (
+        trace.on_request_start,
+        trace.on_request_headers_sent,
+        trace.on_request_chunk_sent,
+        trace.on_connection_create_end,
+        trace.on_connection_reuseconn,
+    ):
+        signal.append(wait)
+    return aiohttp.ClientSession(trace_configs=[trace])
+
+
+@pytest.mark.parametrize("used_before", [False, True])
+@pytest.mark.parametrize("call", [ANY, READ], ids=["POST", "GET"])
+@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=repr_of_size)
+@pytest.mark.parametrize("session", [no_session, callers_session, traced_session])
+async def test_check_that_refuses_sends_no_byte(
+    session: Any, body: bytes | None, call: Any, *, used_before: bool
+) -> None:
+    async with (
+        recording() as server,
+        session() as own,
+        connected(server.url, own) as transport,
+    ):
+        if used_before:
+            await transport.send(request(server.url, None))
+        with pytest.raises(Refusal):
+            await transport.send(request(server.url, refuse, body, call))
+        for _ in range(2):
+            await transport.send(request(server.url, None))
+    count = 2 + used_before
+    all_bytes = b"".join(server.received)
+    assert all_bytes == all_bytes[: len(all_bytes) // count] * count
+    assert all_bytes.count(b"HTTP/1.1") == count
+
+
+@pytest.mark.parametrize("call", [ANY, READ], ids=["POST", "GET"])
+async def test_check_that_refuses_with_a_network_error_is_not_repeated(call: Any) -> None:
+    async with recording() as server, connected(server.url) as transport:
+        await transport.send(request(server.url, None))
+        before = len(server)
+        with pytest.raises(OddRefusal):
+            await transport.send(request(server.url, refuse_oddly, call=call))
+        assert len(server) == before
+
+
+async def test_request_that_was_refused_is_not_told() -> None:
+    told: list[str] = []
+    async with recording() as server, connected(server.url) as transport:
+        transport.on_request = lambda *each: told.append(each[1])
+        with pytest.raises(Refusal):
+            await transport.send(request(server.url, refuse))
+        await transport.send(request(server.url, lambda: None))
+    assert told == ["2xx"]
+
+
+CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {
+    "ack": lambda client, options: client.ack(WORK, options=options),
+    "ack with permit": lambda client, options: client.ack(WORK, permit=True, options=options),
+    "heartbeat": lambda client, options: client.heartbeat(WORK, options=options),
+    "stop": lambda client, options: client.stop(WORK, force=True, options=options),
+    "update": lambda client, options: client.update_metadata(WORK, {"a": "b"}, options=options),
+    "get": lambda client, options: client.get(WORK, options=options),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("priority", Priority)
+async def test_every_call_about_an_item_asks_its_check(name: str, priority: Priority) -> None:
+    async with (
+        recording() as server,
+        WorkClient(settings_of(server)) as client,
+    ):
+        with pytest.raises(Refusal):
+            await CALLS[name](client, CallOptions(refuse, priority))
+    assert len(server) == 0
+
+
+# -- the check is the last step ------------------------------------------------------------------
+
+
+class LateResolver(AbstractResolver):
+    """A resolver that answers when it is told."""
+
+    def __init__(self) -> None:
+        self.asked, self.release = asyncio.Event(), asyncio.Event()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[Any]:
+        assert family != socket.AF_INET6
+        self.asked.set()
+        await self.release.wait()
+        where = {"hostname": host, "host": "127.0.0.1", "port": port, "proto": 0}
+        return [{**where, "family": socket.AF_INET, "flags": socket.AI_NUMERICHOST}]
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_check_turning_false_during_a_late_lookup_sends_no_byte() -> None:
+    check = Closable()
+    async with recording() as server:
+        resolver = LateResolver()
+        url = server.url.replace("127.0.0.1", "pool.invalid")
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(resolver=resolver)) as session,
+            connected(url, session) as transport,
+            asyncio.TaskGroup() as group,
+        ):
+            sending = group.create_task(refused_by(transport.send(request(url, check))))
+            await resolver.asked.wait()
+            assert check.asked == 0
+            check.open = False
+            resolver.release.set()
+            await sending
+    assert len(server) == 0
+    assert len(server.received) == 1  # it was connected, and closed again
+
+
+async def refused_by(call: Awaitable[object]) -> None:
+    with pytest.raises(Refusal):
+        await call
+
+
+async def test_check_turning_false_behind_a_late_proxy_sends_no_byte(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The proxy gets to see the name of the host that we want, and the host nothing at all."""
+    check, asked, release, ended = Closable(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+    first: list[bytes] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first.append(await reader.readuntil(b"\r\n\r\n"))
+        asked.set()
+        await release.wait()
+        writer.write(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n")
+        first.append(await reader.read())
+        writer.close()
+        ended.set()
+
+    listener = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    host = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    monkeypatch.setenv("https_proxy", f"http://{host}")
+    monkeypatch.setenv("no_proxy", "")
+    url = "https://pool.invalid"
+    async with listener, connected(url) as transport, asyncio.TaskGroup() as group:
+        sending = group.create_task(failed(transport.send(request(url, check))))
+        await asked.wait()
+        assert check.asked == 0
+        check.open = False
+        release.set()
+        await sending
+        await ended.wait()
+    assert first[0].startswith(b"CONNECT pool.invalid:443 ")
+    assert first[1] == b""
+
+
+async def failed(call: Awaitable[object]) -> None:
+    with pytest.raises(TransientError):
+        await call
+
+
+async def test_check_turning_false_in_the_queue_for_a_connection_sends_no_byte() -> None:
+    check = Closable()
+    connector = aiohttp.TCPConnector(limit=1)
+    hold: list[bytes | None] = [b""]  # no answer
+    async with (
+        recording(*hold) as server,
+        aiohttp.ClientSession(connector=connector) as session,
+        connected(server.url, session) as transport,
+        asyncio.TaskGroup() as group,
+    ):
+        first = group.create_task(transport.send(request(server.url, None)))
+        await server.arrived.wait()
+        before = len(server)
+        second = group.create_task(refused_by(transport.send(request(server.url, check))))
+        await asyncio.sleep(0)
+        check.open = False
+        first.cancel()
+        await second
+        assert len(server) == before
+
+
+async def test_check_turning_false_in_the_queue_for_the_rate_limit_sends_no_byte() -> None:
+    check = Closable()
+    async with (
+        recording() as server,
+        WorkClient(settings_of(server, write_rate=1)) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        await client.acquire_ack_permit()
+        stopping = client.stop(WORK, force=True, options=CallOptions(check))
+        sending = group.create_task(refused_by(stopping))
+        await asyncio.sleep(0)
+        check.open = False
+        client.release_ack_permit()
+        await sending
+    assert len(server) == 0
+
+
+async def test_check_is_followed_by_the_bytes_even_when_a_trace_waits() -> None:
+    """The first bytes arrive while the trace of a caller's own session still waits."""
+    waiting, release = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_: object) -> None:
+        waiting.set()
+        await release.wait()
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_chunk_sent.append(wait)
+    async with (
+        recording() as server,
+        aiohttp.ClientSession(trace_configs=[trace]) as session,
+        connected(server.url, session) as transport,
+        asyncio.TaskGroup() as group,
+    ):
+        group.create_task(transport.send(request(server.url, lambda: None, b"{}")))
+        await waiting.wait()
+        await server.arrived.wait()
+        release.set()
+
+
+# -- what passes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=repr_of_size)
+@pytest.mark.parametrize("session", [no_session, traced_session])
+async def test_check_that_passes_is_asked_once_and_the_request_arrives_whole(
+    session: Any, body: bytes | None
+) -> None:
+    check = Closable()
+    async with (
+        recording() as server,
+        session() as own,
+        connected(server.url, own) as transport,
+    ):
+        await transport.send(request(server.url, check, body))
+    head, _, arrived = bytes(server.received[0]).partition(b"\r\n\r\n")
+    assert (check.asked, arrived) == (1, body or b"")
+    assert f"Content-Length: {len(body or b'')}".encode() in head
+    assert (b"Content-Type: application/json" in head) == (body is not None)
+
+
+# -- repetition ----------------------------------------------------------------------------------
+
+
+async def test_request_repeated_with_a_renewed_token_is_checked_again(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    check = Closable()
+
+    async def deny_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        check.open = False
+        writer.write(DENIED)
+        rest.append(await reader.read())
+        writer.close()
+        ended.set()
+
+    ended = asyncio.Event()
+    rest: list[bytes] = []
+    listener = await asyncio.start_server(deny_once, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener, connected(url, token_file=path) as transport:
+        path.write_text("new")
+        with pytest.raises(Refusal):
+            await transport.send(request(url, check))
+        await ended.wait()
+    assert check.asked == 2
+    assert rest == [b""]
+
+
+async def test_read_repeated_by_aiohttp_on_a_new_connection_is_checked_again() -> None:
+    check = Closable()
+
+    def close_after_the_first() -> None:
+        check()
+        check.open = False
+
+    async with recording(ANSWER, None, ANSWER) as server, connected(server.url) as transport:
+        await transport.send(request(server.url, None))
+        with pytest.raises(Refusal):
+            await transport.send(request(server.url, close_after_the_first, call=READ))
+        assert check.asked == 2
+        assert [len(each) > 0 for each in server.received] in ([True], [True, False])
+
+
+async def test_denied_request_with_a_check_is_an_ordinary_refusal() -> None:
+    async with recording(DENIED) as server, connected(server.url) as transport:
+        with pytest.raises(RefusedError):
+            await transport.send(request(server.url, lambda: None))

@@ -1,0 +1,294 @@
+"""Claiming an item: which ack its lease counts from, and first heartbeats. In virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import copy_context
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.events import AckFinished
+from workpool.pool.claim import Claimer
+from workpool.pool.clock import PauseDetector
+from workpool.pool.item import PoolItem
+from workpool.pool.sender import lease_of
+from workpool.testing.local import Trouble
+from workpool.testing.virtual import in_virtual_time
+from workpool.wire.protocol import ACK_LEASE_SECONDS
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Bench
+    from workpool.errors import RefusedError
+    from workpool.events import Event
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+UNSENT = Trouble(answer="silence", applied=False)
+START = 1_772_366_400.0
+
+
+def refusal(status: int, retry_after: float | None = None) -> Trouble:
+    return Trouble(answer=status, applied=False, retry_after=retry_after)
+
+
+class Claims:
+    """A claimer, and what it reports."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.events: list[Event] = []
+        self.acks: list[RefusedError | None] = []
+        context: Any = SimpleNamespace(
+            settings=bench.settings,
+            client=bench.client,
+            clock=bench.clock,
+            observe=lambda kind, *values: self.events.append(kind(*values)),
+            renewer=SimpleNamespace(pauses=PauseDetector(bench.clock, bench.clock)),
+        )
+        self.claimer = Claimer(context, bench.heartbeats, self.acks.append)
+
+    async def deliver(self) -> PoolItem:
+        self.bench.operations.enqueue(ENVIRONMENT)
+        delivered = await self.bench.client.poll()
+        assert delivered is not None
+        return PoolItem(delivered, None, copy_context(), self.bench.clock())
+
+    async def acknowledge(self) -> tuple[PoolItem, str]:
+        item = await self.deliver()
+        result = await self.claimer.acknowledge(item)
+        assert [event.result for event in self.events if isinstance(event, AckFinished)] == [result]
+        return item, result
+
+
+# Acks.
+
+
+@pytest.mark.parametrize(
+    ("trouble", "first"),
+    [
+        (Trouble(answer="silence"), True),
+        (Trouble(answer="silence", applied=False), True),
+        (Trouble(answer="reset", applied=False), True),
+        (Trouble(answer=500), True),
+        (Trouble(answer=b"{"), True),
+        (Trouble(answer=429, applied=False), False),
+    ],
+    ids=["silence", "unsent", "reset", "500", "garbage", "429"],
+)
+def test_lease_counts_from_the_first_ack_that_may_have_been_applied(
+    bench: type[Bench], trouble: Trouble, *, first: bool
+) -> None:
+    """From the last one, we would send heartbeats for what another worker may have."""
+
+    @in_virtual_time
+    async def check() -> None:
+        one = bench(ack=[trouble])
+        async with one.open():
+            item, result = await Claims(one).acknowledge()
+        assert result == "ok"
+        earlier, later = one.times("ack")
+        assert earlier < later
+        assert item.acked_at == (earlier if first else later)
+
+    check()
+
+
+@in_virtual_time
+async def test_ack_that_cannot_have_been_applied_is_repeated_within_the_claim_window(
+    bench: type[Bench],
+) -> None:
+    one = bench(ack=[refusal(429)] * 999)
+    async with one.open():
+        _, result = await Claims(one).acknowledge()
+        assert result == "error"
+        assert one.clock() <= one.settings.reclaim_older_than_ms / 1000
+    assert len(one.times("ack")) > 1
+
+
+@in_virtual_time
+async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
+    bench: type[Bench],
+) -> None:
+    one = bench(ack=[Trouble(answer=500, applied=False)] * 999)
+    async with one.open():
+        _, result = await Claims(one).acknowledge()
+        assert result == "error"
+        assert one.settings.reclaim_older_than_ms / 1000 < one.clock() < ACK_LEASE_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("status", "result", "reported"),
+    [(404, "gone", 0), (409, "conflict", 0), (412, "conflict", 0), (403, "error", 1)],
+)
+def test_refused_ack_is_never_repeated(
+    bench: type[Bench], status: int, result: str, reported: int
+) -> None:
+    """Only a refusal that says nothing about the item holds the pollers back."""
+
+    @in_virtual_time
+    async def check() -> None:
+        one = bench(ack=[refusal(status)])
+        async with one.open():
+            claims = Claims(one)
+            assert (await claims.acknowledge())[1] == result
+        assert len(one.times("ack")) == 1
+        assert [error is not None for error in claims.acks] == [True] * reported
+
+    check()
+
+
+@in_virtual_time
+async def test_accepted_ack_is_reported(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        claims = Claims(one)
+        item, _ = await claims.acknowledge()
+    assert claims.acks == [None]
+    assert item.work_item.state == "starting"
+    assert item.work_item.acknowledged_at is not None
+
+
+@in_virtual_time
+async def test_ack_of_an_item_that_another_worker_runs_is_a_conflict(bench: type[Bench]) -> None:
+    """An ack is repeated for whoever has the same name: only `starting` shows that it is ours."""
+    one = bench(ack=[Trouble(rewrite=lambda item: {**item, "state": "active"})])
+    async with one.open():
+        assert (await Claims(one).acknowledge())[1] == "conflict"
+
+
+@in_virtual_time
+async def test_drain_ends_the_repetition_of_acks(bench: type[Bench]) -> None:
+    one = bench(ack=[refusal(503, retry_after=20)] * 9)
+    async with one.open(), asyncio.TaskGroup() as group:
+        claims = Claims(one)
+        task = group.create_task(claims.acknowledge())
+        await asyncio.sleep(1)
+        claims.claimer.drain()
+        await task
+        assert one.clock() == pytest.approx(1)
+        assert task.result()[1] == "error"
+
+
+# First heartbeats.
+
+
+@in_virtual_time
+async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        await Claims(one).claimer.begin(item)
+    assert lease_of(item).begun
+    assert one.times("heartbeat") == [0]
+    assert one.history(item, "heartbeat")[0].state == "active"
+
+
+@in_virtual_time
+async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Bench]) -> None:
+    one = bench(heartbeat=[Trouble(answer="silence")])
+    async with one.open():
+        item = await one.claim()
+        await Claims(one).claimer.begin(item)
+    assert one.outcomes() == ["timeout", "recovered", "ok"]
+    assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
+    assert lease_of(item).begun
+
+
+@in_virtual_time
+async def test_first_heartbeat_is_repeated_while_the_lease_of_the_ack_lasts(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[refusal(503)] * 999)
+    async with one.open():
+        item = await one.claim()
+        await Claims(one).claimer.begin(item)
+        assert one.clock() == pytest.approx(54)
+    assert (lease_of(item).status, lease_of(item).begun) == ("lost", False)
+    assert len(one.times("heartbeat")) > 10
+
+
+@in_virtual_time
+async def test_short_first_heartbeat_without_an_answer_is_repeated_in_time(
+    bench: type[Bench],
+) -> None:
+    """Asked for 10 s, the control plane may hold the item for 10 s only."""
+    one = bench(ttl=10, heartbeat=[Trouble(answer="silence")])
+    async with one.open():
+        item = await one.claim()
+        await Claims(one).claimer.begin(item)
+        assert one.clock() < 5
+    assert one.outcomes() == ["timeout", "recovered", "ok"]
+
+
+@in_virtual_time
+async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeated(
+    bench: type[Bench],
+) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        one.ahead += 300
+        one.steal(item.id)
+        await Claims(one).claimer.begin(item)
+    assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
+    assert len(one.sent) == 1
+
+
+@in_virtual_time
+async def test_drain_makes_the_first_heartbeat_the_last_one(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        claims = Claims(one)
+        claims.claimer.drain()
+        await claims.claimer.begin(item)
+    (record,) = one.history(item, "heartbeat")
+    assert record.lease_end == START + 10
+    assert lease_of(item).status == "released"
+
+
+@in_virtual_time
+async def test_drain_does_not_wait_for_the_retry_after_of_a_first_heartbeat(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[refusal(503, retry_after=20)])
+    async with one.open(), asyncio.TaskGroup() as group:
+        item = await one.claim()
+        claims = Claims(one)
+        task = group.create_task(claims.claimer.begin(item))
+        await asyncio.sleep(1)
+        claims.claimer.drain()
+        await task
+        assert one.clock() == pytest.approx(1)
+    assert lease_of(item).status == "released"
+
+
+@in_virtual_time
+async def test_first_heartbeat_that_fails_during_a_drain_is_not_repeated_in_a_loop(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[refusal(503)] * 999)
+    one.latency = 0.01
+    async with one.open():
+        item = await one.claim()
+        claims = Claims(one)
+        claims.claimer.drain()
+        await claims.claimer.begin(item)
+        assert lease_of(item).status == "lost"
+    assert len(one.times("heartbeat")) < 100
+
+
+@in_virtual_time
+async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]) -> None:
+    one = bench(heartbeat=[Trouble(back=5), None])
+    async with one.open():
+        item = await one.claim()
+        claims = Claims(one)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(claims.claimer.begin(item))
+            await asyncio.sleep(1)
+            task.cancel()
+        assert not lease_of(item).in_flight
+        await claims.claimer.begin(item)
+    assert one.outcomes() == ["recovered", "ok"]

@@ -1,0 +1,199 @@
+"""The completion table against a literal copy, the results and notes that it writes, outcomes."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release
+from workpool.pool.completion import (
+    NOTE_LIMIT,
+    RELEASE_DELAY_SECONDS,
+    TABLE,
+    delay_of,
+    mapping_of,
+    outcome_by,
+    release_of,
+    row_of,
+    sendable,
+    text_of,
+)
+from workpool.pool.item import EndReason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# A literal copy, in its order: the lowest that applies wins.
+COPY = [
+    ("RETURNED", "stop", "mapping", "completed"),
+    ("RAISED", "stop", "error", "failed"),
+    ("TIMED_OUT", "stop", "error", "timed_out"),
+    ("DRAINED", "release", "reason", "released"),
+    ("RELEASED", "release", "reason", "released"),
+    ("STOP_REQUESTED", "stop", "mapping", "stopped"),
+    ("HANDED_OFF", "untouched", "none", "detached"),
+    ("STOPPED", "untouched", "none", "stopped"),
+    ("LOST", "untouched", "none", "lease_lost"),
+]
+
+
+class _Ended:
+    """A session that ends for these reasons, or a lease with these attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.id = "work_1"
+        self.__dict__.update(attributes)
+
+
+def test_completion_table_is_the_documented_one() -> None:
+    assert [
+        (reason.name, row.item, row.metadata, row.outcome) for reason, row in TABLE.items()
+    ] == COPY
+    assert set(TABLE) == set(EndReason)
+
+
+@pytest.mark.parametrize("pair", list(combinations([row[0] for row in COPY], 2)))
+def test_of_two_reasons_the_lower_row_wins(pair: tuple[str, str]) -> None:
+    upper, lower = pair
+    assert max(EndReason[upper], EndReason[lower]) is EndReason[lower]
+
+
+@pytest.mark.parametrize("reason", list(EndReason))
+def test_row_of_a_session_is_the_row_of_its_reason(reason: EndReason) -> None:
+    item: Any = _Ended(reason=reason)
+    assert row_of(item) is TABLE[reason]
+
+
+def test_session_without_an_end_reason_has_no_row() -> None:
+    item: Any = _Ended(reason=None)
+    with pytest.raises(RuntimeError, match="nothing ends"):
+        row_of(item)
+
+
+@pytest.mark.parametrize(
+    ("status", "stop_requested", "outcome"),
+    [
+        ("handed_off", False, "detached"),
+        ("handed_off", True, "detached"),
+        ("stopped", False, "stopped"),
+        ("released", True, "stopped"),
+        ("lost", True, "stopped"),
+        ("released", False, "released"),
+        ("lost", False, "released"),
+        ("held", False, "released"),
+    ],
+)
+def test_outcome_of_a_lease_that_lapses(status: str, outcome: str, *, stop_requested: bool) -> None:
+    lease: Any = _Ended(status=status, stop_requested=stop_requested)
+    assert outcome_by(lease) == outcome
+
+
+# Results.
+
+
+@pytest.mark.parametrize(
+    "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
+)
+def test_mapping_of_strings_is_a_result(returned: Mapping[str, str]) -> None:
+    assert mapping_of(returned) == returned
+
+
+def test_result_is_a_copy() -> None:
+    returned = {"a": "b"}
+    result = mapping_of(returned)
+    returned["a"] = "changed"
+    assert result == {"a": "b"}
+
+
+def test_none_is_an_empty_result() -> None:
+    assert mapping_of(None) == {}
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [0, 1, False, "text", b"", [], [("a", "b")], object(), {"a": 1}, {"a": None}, {1: "b"},
+     {None: "b"}, {"a": {"b": "c"}}, {"a": b"b"}],
+)  # fmt: skip
+def test_anything_else_is_no_result(returned: Any) -> None:
+    with pytest.raises(TypeError, match="a handler returns"):
+        mapping_of(returned)
+
+
+@pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
+def test_text_that_utf8_cannot_encode_is_no_result(returned: Mapping[str, str]) -> None:
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        mapping_of(returned)
+
+
+def test_error_of_a_wrong_result_quotes_its_type_and_not_its_content() -> None:
+    with pytest.raises(TypeError) as caught:
+        mapping_of({"token": b"secret"})
+    assert "bytes" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+# Notes.
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("", ""),
+        ("short", "short"),
+        ("x" * 512, "x" * 512),
+        ("x" * 513, "x" * 512),
+        ("☃" * 600, "☃" * 512),
+        ("a\ud800b", "a?b"),
+    ],
+)
+def test_note_is_cut_and_can_be_sent(text: str, note: str) -> None:
+    assert NOTE_LIMIT == 512
+    assert sendable(text) == note
+
+
+class _Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def test_text_of_an_error_that_cannot_be_printed_is_still_text() -> None:
+    assert text_of(ValueError("why")) == "why"
+    assert "_Unprintable" not in text_of("reason")
+    assert isinstance(text_of(_Unprintable()), str)
+
+
+# Releases.
+
+
+@pytest.mark.parametrize(
+    ("delay", "seconds"),
+    [(0, 0), (12.5, 12.5), (math.inf, math.inf), (math.nan, 10), ("5", 10), (None, 10)],
+)
+def test_release_delay_that_is_no_number_is_the_default(delay: Any, seconds: float) -> None:
+    assert RELEASE_DELAY_SECONDS == 10
+    assert delay_of(Release("why", delay)) == seconds
+
+
+def test_longest_release_of_a_group_of_releases_counts() -> None:
+    short, long = Release("short", 1), Release("long", 9)
+    assert release_of(short) is short
+    assert release_of(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
+
+
+def test_group_with_another_error_is_no_release() -> None:
+    assert release_of(ValueError()) is None
+    assert release_of(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None
+
+
+def test_release_is_found_in_groups_nested_deeper_than_the_stack() -> None:
+    error: Exception = Release("deep")
+    innermost = error
+    for _ in range(5_000):
+        error = ExceptionGroup("g", [error])
+    assert release_of(error) is innermost
+    while isinstance(error, ExceptionGroup):  # freed one by one: their destructors recurse
+        (error,) = error.exceptions

@@ -1,0 +1,352 @@
+"""Connections, DNS and files: users' code cannot stand in the way of the pool's calls."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Settings, WorkClient
+from workpool.errors import RefusedError, SettingsError, TransientError
+from workpool.wire import resolver
+from workpool.wire.options import CallOptions, Priority
+from workpool.wire.resolver import ThreadResolver
+from workpool.wire.threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+WORK, TOKEN = "work_1", "token"
+ANSWER = b"HTTP/1.1 204 No Content\r\n\r\n"
+DENIED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
+STOP = CallOptions(priority=Priority.COMPLETION)
+
+
+@dataclass
+class Server:
+    """Answers each request by its first line and connection; None = not at all.
+
+    Attributes:
+        lines: The first line of each request, in order.
+        connections: How many there were.
+    """
+
+    answer: Callable[[str, int], bytes | None] = lambda _line, _connection: ANSWER
+    lines: list[str] = field(default_factory=list)
+    connections: int = 0
+    port: int = 0
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        connection = self.connections
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = head.partition("Content-Length: ")[2].split("\r\n")[0]
+                await reader.readexactly(int(length or 0))
+                self.lines.append(head.splitlines()[0])
+                async with self.changed:
+                    self.changed.notify_all()
+                if (answer := self.answer(head, connection)) is not None:
+                    writer.write(answer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def received(self, count: int) -> None:
+        async with self.changed, asyncio.timeout(30):
+            await self.changed.wait_for(lambda: len(self.lines) >= count)
+
+    def settings(self, host: str = "127.0.0.1", **values: Any) -> Settings:
+        values = values if "token_file" in values else {"token": TOKEN, **values}
+        url = f"http://{host}:{self.port}"
+        return Settings(base_url=url, environment_id="env_1", **values)
+
+
+@asynccontextmanager
+async def serving(
+    answer: Callable[[str, int], bytes | None] = lambda _line, _connection: ANSWER,
+) -> AsyncIterator[Server]:
+    server = Server(answer)
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    server.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        yield server
+
+
+@pytest.fixture
+async def occupied_executor() -> AsyncIterator[None]:
+    """The event loop's own executor, each thread of which runs code of users that blocks."""
+    release = threading.Event()
+    loop = asyncio.get_running_loop()
+    blocked = [loop.run_in_executor(None, release.wait) for _ in range(64)]
+    yield
+    release.set()
+    await asyncio.gather(*blocked)
+
+
+# -- users' code in the way ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("occupied_executor")
+async def test_calls_go_through_while_the_default_executor_is_occupied(tmp_path: Path) -> None:
+    """With a host to look up, and a token that has to be read again."""
+    path = tmp_path / "token"
+    path.write_text("old")
+
+    def deny_the_old(head: str, _: int) -> bytes:
+        return DENIED if "Bearer old" in head else ANSWER
+
+    async with serving(deny_the_old) as server:
+        async with WorkClient(server.settings("localhost", token_file=path)) as client:
+            path.write_text("new")
+            await client.stop(WORK, force=True, timeout=20)
+            for priority in Priority:
+                options = CallOptions(priority=priority, new_connection=True)
+                await client.stop(WORK, force=True, timeout=20, options=options)
+        assert len(server.lines) == 5
+
+
+async def test_calls_of_the_pool_do_not_wait_behind_two_hundred_of_a_handler() -> None:
+    def hold_updates(head: str, _: int) -> bytes | None:
+        return ANSWER if "/stop" in head else None
+
+    async with (
+        serving(hold_updates) as server,
+        WorkClient(server.settings(concurrency=1, request_timeout=30)) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        updates = [
+            group.create_task(client.update_metadata(WORK, {"step": str(number)}))
+            for number in range(200)
+        ]
+        await server.received(17)  # of handlers: one for each session, and sixteen
+        await client.stop(WORK, force=True, timeout=20, options=STOP)
+        asked: list[asyncio.Task[Any]] = [
+            group.create_task(client.poll()),
+            group.create_task(client.ack(WORK)),
+            group.create_task(client.heartbeat(WORK)),
+        ]
+        await server.received(17 + 1 + 3)
+        assert server.connections == 17 + 3
+        for task in (*updates, *asked):
+            task.cancel()
+
+
+async def test_calls_of_the_pool_have_no_connection_limit() -> None:
+    async with (
+        serving(lambda _line, _connection: None) as server,
+        WorkClient(server.settings(concurrency=1)) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        beats = [group.create_task(client.heartbeat(WORK, timeout=60)) for _ in range(150)]
+        await server.received(150)
+        assert server.connections == 150
+        for task in beats:
+            task.cancel()
+
+
+# -- a connection of one's own -------------------------------------------------------------------
+
+
+async def test_call_with_new_connection_reuses_none() -> None:
+    async with serving() as server, WorkClient(server.settings()) as client:
+        for _ in range(3):
+            await client.stop(WORK, options=STOP)
+        assert server.connections == 1
+        for count in (2, 3):
+            await client.stop(WORK, options=STOP._replace(new_connection=True))
+            assert server.connections == count
+        await client.stop(WORK, options=STOP)
+        assert server.connections == 3
+
+
+async def test_try_after_a_silent_one_reaches_the_server_on_a_new_connection() -> None:
+    """Every pooled connection is dead, and nobody has said so."""
+    silent = False
+
+    def answer(_: str, connection: int) -> bytes | None:
+        return None if silent and connection <= 2 else ANSWER
+
+    async with serving(answer) as server, WorkClient(server.settings()) as client:
+        async with asyncio.TaskGroup() as group:  # two pooled connections
+            for _ in range(2):
+                group.create_task(client.stop(WORK, options=STOP))
+        assert server.connections == 2
+        silent = True
+        with pytest.raises(TransientError):
+            await client.stop(WORK, timeout=0.1, options=STOP)
+        await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+class HungDisk:
+    """Reads of credentials that hang until `release`.
+
+    Attributes:
+        reads: How many were begun.
+    """
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.release = threading.Event()
+
+    def __call__(self, *_: object) -> str:
+        self.reads += 1
+        self.release.wait()
+        return "new"
+
+
+@pytest.fixture
+def hung_disk() -> Iterator[HungDisk]:
+    disk = HungDisk()
+    yield disk
+    disk.release.set()
+
+
+async def test_token_file_on_a_hung_disk_is_read_once_for_all_who_wait(
+    hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+
+    def deny_the_old(head: str, _: int) -> bytes:
+        return DENIED if "Bearer old" in head else ANSWER
+
+    async with (
+        serving(deny_the_old) as server,
+        WorkClient(server.settings(token_file=path)) as client,
+    ):
+        monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
+        asked = [client.stop(WORK, timeout=0.3) for _ in range(40)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert all(isinstance(each, RefusedError) for each in results)
+        assert hung_disk.reads == 1
+        hung_disk.release.set()
+        await client.stop(WORK, timeout=20)
+
+
+async def test_opening_with_a_token_file_on_a_hung_disk_is_bounded(
+    hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
+    settings = Settings(
+        base_url="http://127.0.0.1:1",
+        environment_id="env_1",
+        token_file=tmp_path / "token",
+        request_timeout=0.1,
+    )
+    with pytest.raises(SettingsError, match="in time"):
+        async with WorkClient(settings):
+            pass
+
+
+# -- threads -------------------------------------------------------------------------------------
+
+
+def test_lookup_that_hangs_does_not_keep_the_interpreter_from_ending() -> None:
+    program = textwrap.dedent("""
+        import asyncio, socket, threading
+        from workpool import Settings, WorkClient
+        from workpool.errors import TransientError
+
+        socket.getaddrinfo = lambda *_, **__: threading.Event().wait()
+
+        async def main():
+            settings = Settings(
+                base_url="http://pool.invalid", environment_id="env_1", token="token"
+            )
+            async with WorkClient(settings) as client:
+                try:
+                    await client.stats(timeout=0.1)
+                except TransientError as error:
+                    print(error.reason)
+
+        asyncio.run(main())
+    """)
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=False
+    )
+    assert (done.stdout, done.returncode) == ("timeout\n", 0), done.stderr
+
+
+async def test_threads_are_reused_named_and_ended() -> None:
+    threads = DaemonThreads("workpool-test", 3)
+    loop = asyncio.get_running_loop()
+    first = await loop.run_in_executor(threads, threading.current_thread)
+    assert first.daemon
+    assert first.name == "workpool-test-1"
+    await threads.close()
+    assert first not in threading.enumerate()
+    with pytest.raises(RuntimeError, match="closed"):
+        threads.submit(print)
+
+
+async def test_closing_does_not_wait_for_a_thread_that_hangs() -> None:
+    threads, release = DaemonThreads("workpool-test", 2), threading.Event()
+    loop = asyncio.get_running_loop()
+    hung = loop.run_in_executor(threads, release.wait)
+    async with asyncio.timeout(20):
+        await threads.close()
+    assert not hung.done()
+    release.set()
+    assert await hung
+
+
+async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
+    threads = DaemonThreads("workpool-test", 2)
+    barrier = threading.Barrier(2)
+    both = [threads.submit(barrier.wait, 20) for _ in range(2)]
+    assert sorted(future.result(20) for future in both) == [0, 1]
+    assert isinstance(threads.submit(int, "x").exception(20), ValueError)
+    release = threading.Event()
+    held = [threads.submit(release.wait) for _ in range(2)]
+    queued = [threads.submit(threading.current_thread) for _ in range(4)]
+    assert queued[0].cancel()
+    release.set()
+    assert all(future.result(20) for future in held)
+    names = {future.result(20).name for future in queued[1:]}
+    assert names <= {"workpool-test-1", "workpool-test-2"}
+    await threads.close()
+
+
+async def test_lookup_that_hangs_is_begun_again_after_its_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release, look_up = threading.Event(), socket.getaddrinfo
+
+    def hang_once(*arguments: Any, **named: Any) -> Any:
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        release.wait()
+        return look_up(*arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang_once)
+    monkeypatch.setattr(resolver, "LOOKUP_SECONDS", 0.1)
+    async with serving() as server, WorkClient(server.settings("localhost")) as client:
+        with pytest.raises(TransientError):
+            await client.stop(WORK, timeout=20)
+        await client.stop(WORK, timeout=20)
+    release.set()
+
+
+async def test_resolver_returns_numeric_addresses() -> None:
+    threads = DaemonThreads("workpool-test", 1)
+    found = await ThreadResolver(threads).resolve("localhost", 80)
+    assert {(each["host"], each["port"]) for each in found} == {("127.0.0.1", 80)}
+    with pytest.raises(OSError, match=r".") as raised:
+        await ThreadResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
+    assert isinstance(raised.value, socket.gaierror)
+    await threads.close()

@@ -1,0 +1,259 @@
+"""The states of an item, the order of end reasons, and the items that a pool owns."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextvars import copy_context
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import pairwise, product
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import pytest
+
+from workpool.handlers import Handler
+from workpool.pool.item import TRANSITIONS, EndReason, OwnedItems, PoolItem, State, Transition
+from workpool.testing.virtual import in_virtual_time
+from workpool.wire.items import WorkItem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool import Session
+
+# A literal copy of the table: every pair that is not in it must raise.
+ALLOWED = {
+    ("delivered", "slot"): "acking",
+    ("delivered", "adopted"): "beginning",
+    ("delivered", "closed"): "closed",
+    ("acking", "acknowledged"): "beginning",
+    ("acking", "closed"): "closed",
+    ("beginning", "started"): "running",
+    ("beginning", "ended"): "completing",
+    ("beginning", "closed"): "closed",
+    ("running", "ended"): "completing",
+    ("running", "closed"): "closed",
+    ("completing", "closed"): "closed",
+}
+PAIRS = list(product(get_args(State), get_args(Transition)))
+REASONS = [
+    "RETURNED", "RAISED", "TIMED_OUT", "DRAINED", "RELEASED", "STOP_REQUESTED", "HANDED_OFF",
+    "STOPPED", "LOST",
+]  # fmt: skip
+
+
+async def run_nothing(session: Session) -> None:
+    """Run nothing."""
+
+
+first, second = (
+    Handler(name=name, call=run_nothing, plugin="test") for name in ("test.first", "test.second")
+)
+
+
+def make_item(
+    work_id: str = "work_1",
+    session_id: str = "sesn_1",
+    run_by: Handler | None = None,
+    **changes: Any,
+) -> PoolItem:
+    work_item = WorkItem(
+        id=work_id,
+        type="session",
+        session_id=session_id,
+        environment_id="env_1",
+        state="queued",
+        metadata=MappingProxyType({}),
+        created_at=datetime(2026, 3, 1, tzinfo=UTC),
+        acknowledged_at=None,
+        started_at=None,
+        latest_heartbeat_at=None,
+        last_heartbeat=None,
+        stop_requested_at=None,
+        stopped_at=None,
+    )
+    return PoolItem(replace(work_item, **changes), run_by, copy_context(), 0.0)
+
+
+def item_in(state: str) -> PoolItem:
+    item = make_item()
+    item.state = cast("State", state)
+    return item
+
+
+# States.
+
+
+def test_state_table_is_the_documented_one() -> None:
+    assert dict(TRANSITIONS) == ALLOWED
+
+
+@pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
+def test_allowed_transition_leads_to_the_next_state(state: State, transition: Transition) -> None:
+    item = item_in(state)
+    item.advance(transition)
+    assert item.state == ALLOWED[state, transition]
+
+
+@pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair not in ALLOWED])
+def test_any_other_transition_raises_and_changes_nothing(
+    state: State, transition: Transition
+) -> None:
+    item = item_in(state)
+    with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
+        item.advance(transition)
+    assert item.state == state
+
+
+def test_new_item_is_delivered_and_every_path_ends_closed() -> None:
+    assert make_item().state == "delivered"
+    for state in get_args(State):
+        seen = {state}
+        while new := {after for (before, _), after in ALLOWED.items() if before in seen} - seen:
+            seen |= new
+        assert "closed" in seen
+    assert not [pair for pair in ALLOWED if pair[0] == "closed"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "held_before"),
+    [
+        ({}, False),
+        ({"acknowledged_at": datetime(2026, 3, 1, tzinfo=UTC)}, True),
+        ({"last_heartbeat": "hb_1"}, True),
+    ],
+)
+def test_item_that_shows_an_ack_or_heartbeat_was_held_before(
+    changes: dict[str, Any], *, held_before: bool
+) -> None:
+    assert make_item(**changes).held_before == held_before
+
+
+# End reasons.
+
+
+def test_end_reasons_are_ordered_as_the_completion_table() -> None:
+    assert [reason.name for reason in EndReason] == REASONS
+    assert all(lesser < greater for lesser, greater in pairwise(EndReason))
+
+
+@pytest.mark.parametrize(("one", "other"), list(product(EndReason, EndReason)))
+def test_gravest_end_reason_wins_in_either_order(one: EndReason, other: EndReason) -> None:
+    item = make_item()
+    assert item.reason is None
+    item.end(one)
+    item.end(other)
+    assert item.reason is max(one, other)
+
+
+# Waiting for a change.
+
+
+@in_virtual_time
+async def test_wait_for_condition_ends_at_the_notification_that_meets_it() -> None:
+    item, met = make_item(), list[int]()
+    loop = asyncio.get_running_loop()
+    for seconds in (1, 2, 3):
+        loop.call_later(seconds, met.append, seconds)
+        loop.call_later(seconds, item.notify)
+    await item.until(lambda: len(met) == 2)
+    assert loop.time() == pytest.approx(2)
+
+
+@in_virtual_time
+async def test_wait_for_condition_is_bounded_and_needs_no_notification_if_met() -> None:
+    item = make_item()
+    loop = asyncio.get_running_loop()
+    item.notify()  # nobody waits
+    await item.until(lambda: False, 5)
+    assert loop.time() == pytest.approx(5)
+    await item.until(lambda: True)
+    assert loop.time() == pytest.approx(5)
+
+
+@in_virtual_time
+async def test_notification_wakes_everybody_who_waits() -> None:
+    item = make_item()
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        met: list[int] = []
+        for _ in range(3):
+            group.create_task(item.until(lambda: bool(met)))
+        await asyncio.sleep(1)
+        met.append(1)
+        item.notify()
+
+
+# Owned items.
+
+
+def test_owned_item_is_found_by_id_session_and_handler() -> None:
+    owned, item = OwnedItems(), make_item(run_by=first)
+    assert (len(owned), owned.get("work_1"), owned.all()) == (0, None, [])
+    owned.add(item)
+    assert (len(owned), owned.get("work_1"), owned.all()) == (1, item, [item])
+    assert owned.has_session("sesn_1")
+    assert (owned.count(first), owned.count(second)) == (1, 0)
+    owned.remove(item)
+    assert (len(owned), owned.get("work_1"), owned.all()) == (0, None, [])
+    assert not owned.has_session("sesn_1")
+    assert owned.count(first) == 0
+
+
+def test_health_check_takes_neither_session_nor_place_of_a_handler() -> None:
+    owned = OwnedItems()
+    item = make_item()
+    owned.add(item)
+    assert not owned.has_session("sesn_1")
+    owned.remove(item)
+    assert len(owned) == 0
+
+
+def test_items_without_a_session_do_not_exclude_each_other() -> None:
+    owned = OwnedItems()
+    one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
+    owned.add(one)
+    assert not owned.has_session("")
+    owned.add(other)
+    owned.remove(one)
+    assert owned.count(first) == 1
+    owned.remove(other)
+    assert owned.count(first) == 0
+
+
+def test_acknowledged_item_is_found_by_the_session_that_was_delivered() -> None:
+    """The acknowledgement returns another copy of the item, which must not lose its session."""
+    owned, item = OwnedItems(), make_item(run_by=first)
+    owned.add(item)
+    item.work_item = replace(item.work_item, session_id="sesn_other")
+    owned.remove(item)
+    assert not owned.has_session("sesn_1")
+
+
+def test_copy_of_owned_items_does_not_change() -> None:
+    owned, item = OwnedItems(), make_item(run_by=first)
+    owned.add(item)
+    for each in owned.all():
+        owned.remove(each)
+    assert len(owned) == 0
+
+
+def numbered(dice: random.Random) -> Iterator[PoolItem]:
+    for number in range(200):
+        yield make_item(f"work_{number}", f"sesn_{number}", dice.choice((first, second, None)))
+
+
+def test_counts_add_up_whatever_is_added_and_removed() -> None:
+    dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
+    owned, mine = OwnedItems(), list[PoolItem]()
+    for item in numbered(dice):
+        owned.add(item)
+        mine.append(item)
+        while mine and dice.random() < 0.4:
+            owned.remove(mine.pop(dice.randrange(len(mine))))
+        assert set(owned.all()) == set(mine)
+        for each in (first, second):
+            assert owned.count(each) == sum(item.handler is each for item in mine)
+        for each_item in mine:
+            assert owned.has_session(each_item.session_id) == (each_item.handler is not None)

@@ -1,0 +1,941 @@
+"""The sans-IO lease: its arithmetic as tables, its promises as properties."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from workpool.errors import (
+    ConflictError,
+    ControlPlaneError,
+    LeaseLost,
+    PreconditionError,
+    RefusedError,
+    SessionEnded,
+    TransientError,
+)
+from workpool.pool.lease import RETRY_PARTS, Decision, Lease
+from workpool.server import Operations, Poll, Refusal
+from workpool.server.dialects import QODER
+from workpool.server.rules import heartbeat_answer
+from workpool.wire.items import Heartbeat, WorkItem, parse_heartbeat, parse_item
+from workpool.wire.protocol import WORK_HEARTBEAT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.pool.lease import Attempt
+
+ACKED = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
+TTL = 60
+BEGUN_AT = 0.0
+SENT, ANSWERED = 20.0, 22.0
+"""When the heartbeat of a table's row is sent and answered; the lease ends at 60."""
+
+
+def make_item(**changes: Any) -> WorkItem:
+    fields: dict[str, Any] = {
+        "id": "work_1",
+        "type": "session",
+        "session_id": "sesn_1",
+        "environment_id": "env_1",
+        "state": "starting",
+        "metadata": MappingProxyType({}),
+        "created_at": ACKED,
+        "acknowledged_at": ACKED,
+        "started_at": None,
+        "latest_heartbeat_at": None,
+        "last_heartbeat": None,
+        "stop_requested_at": None,
+        "stopped_at": None,
+    }
+    return WorkItem(**{**fields, **changes})
+
+
+def make_lease(
+    *, ttl: int = TTL, request_timeout: float = 10.0, parents_heartbeat: str | None = None
+) -> Lease:
+    return Lease(
+        make_item(),
+        0.0,
+        ttl=ttl,
+        request_timeout=request_timeout,
+        parents_heartbeat=parents_heartbeat,
+    )
+
+
+def success(number: int = 1, **changes: Any) -> Heartbeat:
+    fields: dict[str, Any] = {
+        "last_heartbeat": f"hb_{number}",
+        "lease_extended": True,
+        "state": "active",
+        "ttl_seconds": TTL,
+    }
+    return Heartbeat(**{**fields, **changes})
+
+
+def transient(reason: Any = "timeout", retry_after: float | None = None) -> TransientError:
+    return TransientError("heartbeat", None, "x", reason=reason, retry_after=retry_after)
+
+
+def refused(status: int) -> RefusedError:
+    return RefusedError("heartbeat", status, "x")
+
+
+CONFLICT = ConflictError("heartbeat", 409, "x")
+PRECONDITION = PreconditionError("heartbeat", 412, "x")
+THROTTLED = transient("throttled")
+
+
+def exchange(
+    lease: Lease, sent: float, answered: float, outcome: Heartbeat | ControlPlaneError
+) -> Decision:
+    return lease.answered(answered, lease.send(sent, sent), outcome)
+
+
+# The states from which the tables' rows start. Each lease ends at 60.
+
+
+def fresh() -> Lease:
+    """Acknowledged at 0; no heartbeat has been sent."""
+    return make_lease()
+
+
+def begun(**values: Any) -> Lease:
+    """Its first heartbeat was sent at 0 and has succeeded."""
+    lease = make_lease(**values)
+    exchange(lease, BEGUN_AT, BEGUN_AT, success(ttl_seconds=values.get("ttl", TTL)))
+    return lease
+
+
+def unanswered() -> Lease:
+    """A heartbeat after the first one was not answered."""
+    lease = begun()
+    exchange(lease, 5.0, 6.0, transient())
+    return lease
+
+
+def throttled() -> Lease:
+    """A heartbeat after the first one was certainly not applied."""
+    lease = begun()
+    exchange(lease, 5.0, 6.0, THROTTLED)
+    return lease
+
+
+def read_once() -> Lease:
+    """A read has shown that it is ours."""
+    lease = begun()
+    exchange(lease, 5.0, 6.0, CONFLICT)
+    lease.read(7.0, "conflict", ours())
+    return lease
+
+
+def lent() -> Lease:
+    """A child process may have taken it over."""
+    lease = begun()
+    lease.suspend()
+    lease.resume(SENT)
+    return lease
+
+
+def own_stop() -> Lease:
+    """A stop of ours may have been applied."""
+    lease = begun()
+    lease.own_stop = True
+    return lease
+
+
+def releasing() -> Lease:
+    """Its next heartbeat is the last one."""
+    lease = begun()
+    lease.release(SENT, 12.0)
+    return lease
+
+
+def ours(**changes: Any) -> WorkItem:
+    return make_item(**{"state": "active", "last_heartbeat": "hb_1", **changes})
+
+
+def stopped() -> WorkItem:
+    return ours(state="stopped")
+
+
+def anothers() -> WorkItem:
+    return ours(acknowledged_at=ACKED + timedelta(seconds=90))
+
+
+# What an answer makes of a lease.
+
+
+class Expected(NamedTuple):
+    """The decision, and the lease after it. `due` is relative to the answer; None: not checked."""
+
+    then: str
+    result: str | None
+    status: str = "held"
+    confirmed: bool = False
+    deadline: float = 60.0
+    due: float | None = None
+
+
+FIRST_REPEAT, SECOND_REPEAT = TTL / RETRY_PARTS[0], TTL / RETRY_PARTS[1]
+LOST = math.inf
+HELD = Expected("held", "ok", deadline=SENT + TTL)
+READ_CONFLICT = Expected("read", "conflict")
+READ_PRECONDITION = Expected("read", "precondition")
+GONE = Expected("over", "precondition", "lost", confirmed=True, due=LOST)
+
+ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected]] = [
+    # successes
+    (fresh, success(), HELD),
+    (begun, success(2), HELD),
+    (unanswered, success(2), HELD),
+    (lent, success(2), HELD),
+    (begun, success(2, ttl_seconds=30), Expected("held", "ok", deadline=SENT + 30)),
+    (begun, success(2, ttl_seconds=600), Expected("held", "ok", deadline=SENT + 600)),
+    (begun, success(2, state="stopping"), HELD),
+    (begun, success(2, state="stopped"),
+     Expected("over", "ok", "stopped", deadline=SENT + TTL, due=LOST)),
+    (own_stop, success(2, state="stopped"),
+     Expected("over", "ok", "finished", deadline=SENT + TTL, due=LOST)),
+    (releasing, success(2, ttl_seconds=12),
+     Expected("over", "ok", "released", deadline=SENT + 12, due=LOST)),
+    # not extended: the deadline stays
+    (begun, success(2, lease_extended=False, state="stopping"), Expected("held", "ok")),
+    (begun, success(2, lease_extended=False), READ_CONFLICT),
+    (begun, success(2, lease_extended=False, state="stopped"), READ_CONFLICT),
+    (own_stop, success(2, lease_extended=False), READ_CONFLICT),
+    # transient errors: repeated, sooner at first
+    (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
+    (begun, transient("network"), Expected("again", "transient", due=FIRST_REPEAT)),
+    (begun, transient("server_error"), Expected("again", "transient", due=FIRST_REPEAT)),
+    (begun, transient("bad_body"), Expected("again", "transient", due=FIRST_REPEAT)),
+    (begun, THROTTLED, Expected("again", "transient", due=FIRST_REPEAT)),
+    (unanswered, transient("network"), Expected("again", "transient", due=SECOND_REPEAT)),
+    (begun, transient("throttled", 7.0), Expected("again", "transient", due=7.0)),
+    (begun, transient("server_error", 300.0),
+     Expected("again", "transient", due=(54.0 - ANSWERED) / 2)),
+    # 412: read only if a heartbeat of ours, or a child's, may have been applied
+    (fresh, PRECONDITION, GONE),
+    (begun, PRECONDITION, GONE),
+    (throttled, PRECONDITION, GONE),
+    (read_once, PRECONDITION, GONE),
+    (unanswered, PRECONDITION, READ_PRECONDITION),
+    (lent, PRECONDITION, READ_PRECONDITION),
+    # 409: always read
+    (fresh, CONFLICT, READ_CONFLICT),
+    (begun, CONFLICT, READ_CONFLICT),
+    (own_stop, CONFLICT, READ_CONFLICT),
+    # refusals: a credential may be mended, an unknown item is gone
+    (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, refused(403), Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, refused(302), Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, refused(404), Expected("over", "rejected", "lost", confirmed=True, due=LOST)),
+    (begun, refused(400), Expected("over", "rejected", "lost", due=LOST)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
+def test_answer_to_heartbeat_gives_decision_status_and_deadline(
+    state: Callable[[], Lease], outcome: Heartbeat | ControlPlaneError, expected: Expected
+) -> None:
+    lease = state()
+    decision = exchange(lease, SENT, ANSWERED, outcome)
+    assert decision == (expected.then, expected.result)
+    assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
+    assert lease.deadline == expected.deadline
+    assert lease.in_flight == (expected.then == "read")
+    if expected.due is not None:
+        assert lease.due_at == pytest.approx(ANSWERED + expected.due)
+
+
+@pytest.mark.parametrize("ttl", [10, 60, 600])
+def test_successful_heartbeat_plans_next_one_after_a_third_less_jitter(ttl: int) -> None:
+    planned = {begun(ttl=ttl).due_at for _ in range(100)}
+    assert min(planned) >= ttl / 3 * 0.9
+    assert max(planned) <= ttl / 3
+    assert max(planned) - min(planned) > ttl / 3 * 0.05
+
+
+@pytest.mark.parametrize(("ttl", "margin"), [(10, 1), (60, 6), (600, 60)])
+def test_lease_is_given_up_before_its_deadline_by_a_tenth_and_at_least_a_second(
+    ttl: int, margin: float
+) -> None:
+    lease = begun(ttl=ttl)
+    assert (lease.deadline, lease.give_up_at) == (ttl, ttl - margin)
+
+
+def test_unbegun_lease_ends_sixty_seconds_after_the_ack_was_sent() -> None:
+    lease = make_lease(ttl=600)
+    assert (lease.deadline, lease.give_up_at, lease.due_at) == (60, 54, 0)
+    assert lease.held(59.9)
+    assert not lease.begun
+
+
+def test_granted_ttl_replaces_the_requested_one() -> None:
+    lease = make_lease(ttl=600)
+    exchange(lease, 0.0, 1.0, success(ttl_seconds=30))
+    assert lease.deadline == 30
+    assert lease.due_at <= 10
+
+
+@pytest.mark.parametrize(
+    ("ttl", "request_timeout", "sent", "timeout"),
+    [(60, 10.0, 20, 10), (30, 10.0, 10, 5), (60, 2.0, 20, 2), (60, 10.0, 51, 3), (10, 10.0, 9, 0)],
+)
+def test_heartbeat_waits_for_its_answer_a_sixth_of_ttl_and_not_past_give_up(
+    ttl: int, request_timeout: float, sent: float, timeout: float
+) -> None:
+    attempt = begun(ttl=ttl, request_timeout=request_timeout).send(sent, sent)
+    assert attempt.timeout == pytest.approx(timeout, abs=0.001)
+    assert attempt.timeout > 0
+
+
+@pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing()], ids=["first", "release"])
+def test_heartbeat_that_may_shorten_its_lease_leaves_time_for_another_try(lease: Lease) -> None:
+    attempt = lease.send(SENT, SENT)
+    assert attempt.timeout <= attempt.ttl / 6
+    assert SENT + attempt.timeout < lease.give_up_at
+
+
+def test_late_heartbeat_states_its_lag() -> None:
+    assert begun().send(20.0, 18.5).lag == 1.5
+    assert begun().send(20.0, 21.0).lag == 0
+
+
+def test_repeated_failures_are_repeated_less_soon() -> None:
+    lease, now, delays = begun(), 20.0, []
+    for _ in range(5):
+        exchange(lease, now, now, THROTTLED)
+        delays.append(lease.due_at - now)
+        now = lease.due_at
+    assert delays == [pytest.approx(seconds) for seconds in (1, 2, 4, 4, 4)]
+    exchange(lease, now, now, success(2))
+    exchange(lease, now + 20, now + 20, THROTTLED)
+    assert lease.due_at - (now + 20) == pytest.approx(1)
+
+
+def test_answer_after_the_deadline_under_which_it_was_sent_extends_nothing() -> None:
+    lease = begun()
+    assert exchange(lease, 20.0, 59.9, success(2)).then == "held"
+    lease = begun()
+    assert exchange(lease, 20.0, 60.0, success(2)) == ("over", "timeout")
+    assert (lease.status, lease.confirmed, lease.deadline) == ("lost", False, 60)
+
+
+def test_unanswered_heartbeat_shortens_a_lease_to_the_ttl_that_it_asked_for() -> None:
+    lease = make_lease(ttl=10)
+    exchange(lease, 1.0, 2.0, transient())
+    assert (lease.deadline, lease.give_up_at) == (11, 10)
+
+
+@pytest.mark.parametrize("outcome", [THROTTLED, refused(401), CONFLICT, PRECONDITION], ids=repr)
+def test_heartbeat_that_was_certainly_not_applied_shortens_nothing(
+    outcome: ControlPlaneError,
+) -> None:
+    lease = make_lease(ttl=10)
+    exchange(lease, 1.0, 2.0, outcome)
+    assert lease.deadline == 60
+
+
+def test_unsent_heartbeat_shortens_nothing() -> None:
+    lease = make_lease(ttl=10)
+    lease.unsent(lease.send(1.0, 1.0))
+    assert (lease.deadline, lease.in_flight) == (60, False)
+
+
+def test_abandoned_heartbeat_counts_as_unanswered() -> None:
+    lease = begun()
+    lease.send(5.0, 5.0)
+    lease.abandoned()
+    assert not lease.in_flight
+    assert exchange(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
+
+
+@pytest.mark.parametrize("outcome", [success(2), transient(), PRECONDITION, refused(404)], ids=repr)
+def test_answer_to_a_lease_that_has_ended_changes_nothing(
+    outcome: Heartbeat | ControlPlaneError,
+) -> None:
+    lease = begun()
+    attempt = lease.send(SENT, SENT)
+    lease.end("released")
+    assert lease.answered(ANSWERED, attempt, outcome) == ("over", None)
+    assert (lease.status, lease.confirmed, lease.deadline) == ("released", False, 60)
+    assert (lease.due_at, lease.in_flight) == (math.inf, False)
+
+
+# What a heartbeat must expect.
+
+
+def test_each_heartbeat_expects_the_last_one_that_was_answered() -> None:
+    lease = make_lease()
+    assert lease.send(0.0, 0.0).expected == "NO_HEARTBEAT"
+    lease = begun()
+    assert lease.expected == "hb_1"
+    exchange(lease, SENT, ANSWERED, transient())
+    assert lease.expected == "hb_1"
+    exchange(lease, SENT + 5, SENT + 5, success(2))
+    assert lease.expected == "hb_2"
+
+
+def test_childs_first_heartbeat_expects_its_parents_last_one() -> None:
+    assert make_lease(parents_heartbeat="hb_7").expected == "hb_7"
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        (ours(last_heartbeat="hb_5"), "hb_5"),
+        (ours(last_heartbeat=None), "NO_HEARTBEAT"),
+        # in `starting` it is a former holder's
+        (ours(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
+    ],
+)
+def test_heartbeat_after_a_read_expects_what_the_item_shows(item: WorkItem, expected: str) -> None:
+    lease = unanswered()
+    exchange(lease, SENT, ANSWERED, PRECONDITION)
+    lease.read(23.0, "precondition", item)
+    assert lease.expected == expected
+
+
+# What a read makes of a lease.
+
+READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError, Expected]] = [
+    (unanswered, ours(), Expected("again", "recovered", due=0)),
+    (unanswered, ours(last_heartbeat="hb_2"), Expected("again", "recovered", due=0)),
+    (unanswered, ours(state="stopping"), Expected("again", "recovered", due=0)),
+    # the second one in a row must not be followed by a heartbeat at once
+    (read_once, ours(), Expected("again", "recovered", due=FIRST_REPEAT)),
+    (begun, stopped(), Expected("over", "conflict", "stopped", due=LOST)),
+    (own_stop, stopped(), Expected("over", "conflict", "finished", due=LOST)),
+    (begun, ours(state="queued"),
+     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (begun, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (own_stop, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (begun, ours(acknowledged_at=None),
+     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    # a handoff: a later heartbeat than ours is the child's
+    (lent, ours(), Expected("again", "recovered", due=0)),
+    (lent, ours(last_heartbeat="hb_2"), Expected("over", "conflict", "handed_off", due=LOST)),
+    (lent, ours(last_heartbeat="hb_2", state="stopped"),
+     Expected("over", "conflict", "handed_off", due=LOST)),
+    (lent, ours(state="starting"),
+     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (lent, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    # a read that fails
+    (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
+    (begun, transient("server_error", 9.0), Expected("again", "transient", due=9.0)),
+    (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, refused(404), Expected("over", "rejected", "lost", confirmed=True, due=LOST)),
+    (begun, CONFLICT, Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, PRECONDITION, Expected("again", "rejected", due=FIRST_REPEAT)),
+]  # fmt: skip
+READ_AT = ANSWERED + 1
+
+
+@pytest.mark.parametrize(("state", "outcome", "expected"), READS)
+def test_read_of_item_gives_decision_status_and_deadline(
+    state: Callable[[], Lease], outcome: WorkItem | ControlPlaneError, expected: Expected
+) -> None:
+    lease = state()
+    exchange(lease, SENT, ANSWERED, CONFLICT)
+    assert lease.in_flight
+    decision = lease.read(READ_AT, "conflict", outcome)
+    assert decision == (expected.then, expected.result)
+    assert (lease.status, lease.confirmed) == (expected.status, expected.confirmed)
+    assert (lease.deadline, lease.in_flight) == (60, False)  # a read extends nothing
+    assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
+
+
+def test_read_that_failed_leaves_a_412_in_doubt_and_one_that_succeeded_does_not() -> None:
+    lease = begun()
+    exchange(lease, SENT, ANSWERED, CONFLICT)
+    lease.read(READ_AT, "conflict", transient())
+    assert exchange(lease, 25.0, 25.0, PRECONDITION).then == "read"
+    lease.read(26.0, "precondition", ours())
+    assert exchange(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
+
+
+def test_read_after_the_lease_has_ended_changes_nothing() -> None:
+    lease = begun()
+    exchange(lease, SENT, ANSWERED, CONFLICT)
+    lease.end("released")
+    assert lease.read(READ_AT, "conflict", anothers()) == ("over", None)
+    assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
+
+
+# Stop requests, releases, doubt.
+
+
+@pytest.mark.parametrize(("state", "requested"), [(begun, True), (own_stop, False)])
+def test_stopping_is_a_stop_request_unless_the_stop_is_ours(
+    state: Callable[[], Lease], *, requested: bool
+) -> None:
+    lease = state()
+    exchange(lease, SENT, ANSWERED, success(2, state="stopping"))
+    assert lease.stop_requested == requested
+    exchange(lease, 40.0, 41.0, success(3))
+    assert lease.stop_requested == requested  # one that is made stays
+
+
+def test_first_heartbeat_that_says_stopping_begins_the_lease() -> None:
+    lease = fresh()
+    exchange(lease, 0.0, 1.0, success(state="stopping"))
+    assert lease.begun
+    assert lease.stop_requested
+    assert lease.held(1.0)
+
+
+@pytest.mark.parametrize(
+    ("delay", "ttl"), [(0, 10), (-1, 10), (9.9, 10), (12.4, 12), (1e9, 600), (math.inf, 600)]
+)
+def test_release_delay_is_limited_to_what_the_protocol_allows(delay: float, ttl: int) -> None:
+    lease = begun()
+    lease.release(5.0, delay)
+    assert lease.due_at == 5.0
+    attempt = lease.send(5.0, 5.0)
+    assert (attempt.ttl, attempt.last) == (ttl, True)
+
+
+def test_release_during_a_heartbeat_makes_the_next_one_last() -> None:
+    lease = begun()
+    attempt = lease.send(SENT, SENT)
+    lease.release(SENT + 1, 10.0)
+    assert lease.answered(ANSWERED, attempt, success(2)).then == "held"
+    assert (lease.status, lease.due_at) == ("held", SENT + 1)
+    assert exchange(lease, ANSWERED, ANSWERED, success(3, ttl_seconds=10)).then == "over"
+    assert lease.status == "released"
+
+
+def test_release_that_is_repeated_stays_the_last_heartbeat() -> None:
+    lease = releasing()
+    exchange(lease, SENT, ANSWERED, transient())
+    assert lease.deadline == SENT + 12  # it may have been applied
+    attempt = lease.send(23.0, 23.0)
+    assert (attempt.ttl, attempt.last) == (12, True)
+    assert lease.deadline == SENT + 12
+
+
+def test_release_that_is_not_extended_ends_the_lease_when_it_is_stopping() -> None:
+    lease = releasing()
+    exchange(lease, SENT, ANSWERED, success(2, lease_extended=False, state="stopping"))
+    assert lease.status == "released"
+
+
+def test_check_soon_makes_heartbeat_due_and_never_later() -> None:
+    lease = begun()
+    lease.check_soon(5.0)
+    lease.check_soon(6.0)
+    assert lease.due_at == 5.0
+
+
+def test_check_soon_of_suspended_lease_sends_nothing() -> None:
+    lease = begun()
+    lease.suspend()
+    lease.check_soon(5.0)
+    assert lease.due_at == math.inf
+
+
+@pytest.mark.parametrize(("sent", "doubted"), [(20.0, True), (21.0, False), (22.0, False)])
+def test_doubt_is_ended_by_a_heartbeat_that_was_sent_after_it(
+    sent: float, *, doubted: bool
+) -> None:
+    lease = begun()
+    attempt = lease.send(sent, sent)
+    lease.doubted_at = 21.0
+    lease.answered(23.0, attempt, success(2))
+    assert (lease.doubted_at == 21.0) == doubted
+    assert (lease.doubted_at == math.inf) == (not doubted)
+
+
+def test_doubt_during_a_heartbeat_makes_the_next_one_due_at_its_answer() -> None:
+    lease = begun()
+    attempt = lease.send(SENT, SENT)
+    lease.doubted_at = SENT + 1
+    lease.check_soon(SENT + 1)
+    lease.answered(ANSWERED, attempt, success(2))
+    assert lease.due_at <= ANSWERED
+
+
+# Who may send.
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda _: None, None),
+        (lambda lease: lease.end("lost"), LeaseLost),
+        (lambda lease: lease.end("released"), LeaseLost),
+        (lambda lease: lease.end("finished"), LeaseLost),
+        (lambda lease: lease.end("stopped"), SessionEnded),
+        (lambda lease: lease.end("handed_off"), SessionEnded),
+        (lambda lease: setattr(lease, "closed", True), SessionEnded),
+    ],
+)
+def test_check_raises_unless_the_lease_is_held(
+    change: Callable[[Lease], None], error: type[Exception] | None
+) -> None:
+    lease = begun()
+    change(lease)
+    assert lease.held(1.0) == (error is None)
+    assert (lease.remaining(1.0) == 59.0) == (error is None)
+    if error is None:
+        lease.check(59.9)
+        with pytest.raises(LeaseLost):
+            lease.check(60.0)
+        assert lease.remaining(60.0) == 0
+    else:
+        with pytest.raises(error):
+            lease.check(1.0)
+        assert lease.remaining(1.0) == 0
+
+
+def test_lease_expires_at_its_give_up_time() -> None:
+    lease = begun()
+    assert not lease.expire(53.9)
+    assert lease.expire(54.0)
+    assert (lease.status, lease.confirmed, lease.due_at) == ("lost", False, math.inf)
+
+
+@pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
+@pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
+def test_first_end_of_a_lease_stays(first: Any, second: Any) -> None:
+    lease = begun()
+    lease.end(first, confirmed=first == "lost")
+    lease.end(second, confirmed=True)
+    lease.expire(1000.0)
+    assert (lease.status, lease.confirmed) == (first, first == "lost")
+
+
+# Properties: one lease against a control plane, a network and another worker.
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+START = 1_772_366_400.0
+LATENCY = 0.001
+seconds = st.floats(0.0, 40.0, allow_nan=False, allow_subnormal=False)
+statuses = st.sampled_from([400, 401, 403, 404, 409, 412, 429, 500, 503])
+
+
+class ControlPlane:
+    """The control plane's own operations, on a clock in hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.operations = Operations([ENVIRONMENT], now=lambda: START + self.now)
+        (item,) = self.operations.enqueue(ENVIRONMENT)
+        self.work_id = item.id
+
+    def poll(self, worker: str) -> bool:
+        return self.operations.poll(ENVIRONMENT, Poll(worker, 0, 0)) is not None
+
+    def ack(self, worker: str) -> WorkItem:
+        return parse_item(QODER.item(self.operations.ack(ENVIRONMENT, self.work_id, worker)))
+
+    def heartbeat(self, expected: str | None, ttl: int) -> Heartbeat | ControlPlaneError:
+        try:
+            item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
+        except Refusal as refusal:
+            return error_of(refusal.status)
+        return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
+
+    def get(self) -> WorkItem:
+        return parse_item(QODER.item(self.operations.get(ENVIRONMENT, self.work_id)))
+
+    def state(self) -> str:
+        self.operations.queue(ENVIRONMENT)
+        return self.operations.get(ENVIRONMENT, self.work_id).state
+
+    def stop(self, worker: str, *, force: bool) -> None:
+        self.operations.stop(ENVIRONMENT, self.work_id, worker, force=force)
+
+
+def error_of(status: int) -> ControlPlaneError:
+    match status:
+        case 409:
+            return CONFLICT
+        case 412:
+            return PRECONDITION
+        case 429:
+            return THROTTLED
+        case 500 | 503:
+            return transient("server_error", 3.0)
+        case _:
+            return refused(status)
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """Heartbeats that arrive late, twice over, or never; answers that are lost; another worker."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plane = ControlPlane()
+        self.rival_has_it = False
+        self.attempt: Attempt | None = None
+        self.reading = False
+        self.answer: Heartbeat | ControlPlaneError | None = None
+        self.item: WorkItem | None = None
+        self.under_way: list[Attempt] = []
+        self.final: tuple[str, bool] | None = None
+        self.last_decision = ""
+
+    @property
+    def now(self) -> float:
+        return self.plane.now
+
+    @initialize(ttl=st.sampled_from([10, 30, 60, 600]), latency=st.floats(LATENCY, 5.0))
+    def acknowledge(self, ttl: int, latency: float) -> None:
+        self.plane.poll("ours")
+        acked_at = self.now
+        self.plane.now += latency
+        self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
+
+    # Time, and what others do.
+
+    @rule(length=seconds)
+    def wait(self, length: float) -> None:
+        self.plane.now += length
+        self.lease.expire(self.now)
+
+    @rule(length=st.floats(0, 1.0))
+    def wait_a_little(self, length: float) -> None:
+        self.wait(length)
+
+    @rule()
+    def wait_until_due(self) -> None:
+        assume(self.now < self.lease.due_at < math.inf)
+        self.wait(self.lease.due_at - self.now)
+
+    @precondition(lambda self: not self.rival_has_it)
+    @rule(begins=st.booleans())
+    def rival_takes_it(self, *, begins: bool) -> None:
+        if self.plane.poll("rival"):
+            self.plane.ack("rival")
+            self.rival_has_it = True
+            if begins:
+                self.plane.heartbeat("NO_HEARTBEAT", 600)
+
+    @rule(force=st.booleans())
+    def operator_stops_it(self, *, force: bool) -> None:
+        self.plane.stop("operator", force=force)
+
+    # The session.
+
+    @precondition(lambda self: self.lease.held(self.now))
+    @rule(applied=st.booleans())
+    def stop_it_ourselves(self, *, applied: bool) -> None:
+        self.lease.own_stop = True
+        if applied:
+            self.plane.stop("ours", force=True)
+
+    @precondition(lambda self: not self.lease.over)
+    @rule(delay=st.floats(-5, 700))
+    def release_it(self, delay: float) -> None:
+        self.lease.release(self.now, delay)
+
+    @rule()
+    def check_it_soon(self) -> None:
+        self.lease.check_soon(self.now)
+
+    # Heartbeats.
+
+    @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
+    @rule()
+    def send(self) -> None:
+        if self.lease.due_at <= self.now:
+            assert self.lease.held(self.now)
+            self.attempt = self.lease.send(self.now, self.lease.due_at)
+            self.under_way.append(self.attempt)
+            self.plane.now += LATENCY
+
+    @precondition(lambda self: self.under_way)
+    @rule(index=st.integers(0, 5))
+    def request_arrives(self, index: int) -> None:
+        """In whatever order; also after we have stopped waiting for its answer."""
+        attempt = self.under_way.pop(index % len(self.under_way))
+        answer = self.plane.heartbeat(attempt.expected, attempt.ttl)
+        if attempt is self.attempt:
+            self.answer = answer
+
+    @precondition(lambda self: self.answer is not None and self.attempt is not None)
+    @rule()
+    def answer_arrives(self) -> None:
+        assert self.answer is not None
+        self._answered(self.answer)
+
+    @precondition(lambda self: self.attempt is not None)
+    @rule(reason=st.sampled_from(["timeout", "network", "bad_body"]))
+    def answer_is_lost(self, reason: str) -> None:
+        self._answered(transient(reason))
+
+    @precondition(lambda self: self.attempt in self.under_way)
+    @rule(status=statuses)
+    def proxy_answers(self, status: int) -> None:
+        """Somebody on the way refuses the request, which goes nowhere then."""
+        assert self.attempt is not None
+        self.under_way.remove(self.attempt)
+        self._answered(error_of(status))
+
+    @precondition(lambda self: self.attempt in self.under_way)
+    @rule()
+    def request_is_never_sent(self) -> None:
+        assert self.attempt is not None
+        self.under_way.remove(self.attempt)
+        self.lease.unsent(self.attempt)
+        self.attempt = self.answer = None
+
+    @precondition(lambda self: self.attempt is not None)
+    @rule()
+    def nobody_waits_any_more(self) -> None:
+        self.lease.abandoned()
+        self.attempt = self.answer = None
+
+    def _answered(self, outcome: Heartbeat | ControlPlaneError) -> None:
+        assert self.attempt is not None
+        decision = self.lease.answered(self.now, self.attempt, outcome)
+        self.reading = decision.then == "read"
+        if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
+            assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
+        self._settled(decision)
+        self.attempt = self.answer = None
+
+    # Reads.
+
+    @precondition(lambda self: self.reading)
+    @rule()
+    def read_arrives(self) -> None:
+        self.item = self.plane.get()
+
+    @precondition(lambda self: self.reading and self.item is not None)
+    @rule()
+    def read_is_answered(self) -> None:
+        assert self.item is not None
+        self._read(self.item)
+
+    @precondition(lambda self: self.reading)
+    @rule(status=statuses | st.none())
+    def read_fails(self, status: int | None) -> None:
+        self._read(transient() if status is None else error_of(status))
+
+    def _read(self, outcome: WorkItem | ControlPlaneError) -> None:
+        before = self.lease.deadline
+        self._settled(self.lease.read(self.now, "conflict", outcome))
+        assert self.lease.deadline == before
+        self.reading, self.item = False, None
+
+    def _settled(self, decision: Decision) -> None:
+        """Check what must follow from every decision."""
+        assert self.lease.in_flight == (decision.then == "read")
+        assert (decision.then == "over") == self.lease.over
+        if decision.then == "again":
+            assert self.now <= self.lease.due_at < math.inf
+            # Two reads in a row must not be followed by a heartbeat at once.
+            hurried = self.lease.due_at == self.now
+            assert not (hurried and self.last_decision == "hurried")
+            self.last_decision = "hurried" if hurried else self.last_decision
+        elif decision.then == "held":
+            self.last_decision = "held"
+
+    # What holds at every instant.
+
+    @invariant()
+    def lease_that_is_held_is_nobody_elses(self) -> None:
+        if self.lease.held(self.now):
+            assert not self.rival_has_it
+            assert self.plane.state() != "queued"
+
+    @invariant()
+    def lease_that_is_over_stays_over(self) -> None:
+        if self.final is not None:
+            assert (self.lease.status, self.lease.confirmed) == self.final
+            assert self.lease.due_at == math.inf
+            assert not self.lease.held(self.now)
+        elif self.lease.over:
+            self.final = self.lease.status, self.lease.confirmed
+
+    @invariant()
+    def lease_is_given_up_before_its_deadline(self) -> None:
+        assert self.lease.give_up_at <= self.lease.deadline - 1
+
+    @invariant()
+    def confirmed_loss_is_a_loss(self) -> None:
+        assert not self.lease.confirmed or self.lease.status == "lost"
+
+
+TestLeaseMachine = pytest.mark.trial(LeaseMachine.TestCase)
+TestLeaseMachine.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+@given(
+    granted=st.floats(1, 1000),
+    ttl=st.integers(10, 600),
+    sent=st.floats(0, 50),
+    latency=st.floats(0, 10),
+)
+def test_deadline_never_exceeds_send_time_plus_granted_ttl(
+    granted: float, ttl: int, sent: float, latency: float
+) -> None:
+    lease = make_lease(ttl=ttl)
+    attempt = lease.send(sent, sent)
+    assert lease.deadline <= sent + ttl
+    assume(sent + latency < 60)
+    lease.answered(sent + latency, attempt, success(ttl_seconds=granted))
+    assert lease.deadline == sent + granted
+    assert lease.due_at <= sent + granted / 3
+
+
+@given(
+    order=st.permutations(["parent", "child", "parent", "child", "rival"]),
+    lost=st.lists(st.booleans(), min_size=5, max_size=5),
+    pauses=st.lists(st.floats(0.01, 15), min_size=5, max_size=5),
+)
+def test_handoff_never_leaves_parent_and_child_with_one_item(
+    order: list[str], lost: list[bool], pauses: list[float]
+) -> None:
+    """Both expect the same last heartbeat, so that only one of them can get the item."""
+    plane = ControlPlane()
+    plane.poll("ours")
+    parent = Lease(plane.ack("ours"), 0.0, ttl=60, request_timeout=10.0)
+    attempt = parent.send(0.0, 0.0)
+    plane.now += LATENCY
+    parent.answered(plane.now, attempt, plane.heartbeat(attempt.expected, attempt.ttl))
+    parent.suspend()
+    child = Lease(
+        plane.get(), plane.now, ttl=60, request_timeout=10.0, parents_heartbeat=parent.expected
+    )
+    taken_back = rival = False
+    for who, is_lost, pause in zip(order, lost, pauses, strict=True):
+        plane.now += pause
+        if who == "rival":
+            rival = rival or (plane.poll("rival") and plane.ack("rival") is not None)
+            continue
+        lease = parent if who == "parent" else child
+        if lease.expire(plane.now):
+            continue
+        decision = beat(plane, lease, lost=is_lost)
+        if who == "parent" and decision == "held":
+            taken_back = True
+        assert not (taken_back and parent.held(plane.now) and child.begun and child.held(plane.now))
+        assert not (rival and child.begun and child.held(plane.now))
+    if child.begun:
+        assert beat(plane, parent) == "over" or parent.over
+        assert parent.status in {"handed_off", "lost"}
+
+
+def beat(plane: ControlPlane, lease: Lease, *, lost: bool = False) -> str:
+    """Send one heartbeat, and read the item if that must follow."""
+    if lease.over:
+        return "over"
+    attempt = lease.send(plane.now, plane.now)
+    plane.now += LATENCY
+    answer = plane.heartbeat(attempt.expected, attempt.ttl)
+    decision = lease.answered(plane.now, attempt, transient() if lost else answer)
+    if decision.then == "read":
+        decision = lease.read(plane.now, decision.result, plane.get())
+    return decision.then

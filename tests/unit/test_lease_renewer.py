@@ -1,0 +1,594 @@
+"""The lease renewer in virtual time: heartbeats in time, releases, pacing, machines that sleep."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.errors import LeaseLost, TransientError
+from workpool.pool.lease import Lease
+from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
+from workpool.pool.sender import lease_of
+from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.virtual import in_virtual_time
+from workpool.wire.items import Heartbeat
+
+if TYPE_CHECKING:
+    from tests.unit.conftest import Bench
+
+START = 1_772_366_400.0
+LOST = Trouble(answer="silence")
+"""Applied, and its answer lost."""
+UNSENT = Trouble(answer="silence", applied=False)
+RESET = Trouble(answer="reset", applied=False)
+LOOK = 0.1
+"""More than the shortest time between two looks at all leases."""
+
+
+def refusal(status: int) -> Trouble:
+    return Trouble(answer=status, applied=False)
+
+
+def gaps(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def assert_changed(one: Bench, at: float, status: str) -> None:
+    """Assert that one change was reported, at this time."""
+    [(changed_at, changed_to)] = one.changes
+    assert changed_at == pytest.approx(at, abs=LOOK)
+    assert changed_to == status
+
+
+# Heartbeats in time.
+
+
+@in_virtual_time
+async def test_lease_is_renewed_every_third_of_its_ttl_for_an_hour(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(3_600)
+        assert lease.held(one.clock())
+    between = gaps(one.times("heartbeat"))
+    assert len(between) > 3_600 / 20.1
+    assert all(18 <= gap <= 20 + LOOK for gap in between)
+    assert set(one.outcomes()) == {"ok"}
+    assert max(event.lag_seconds for _, event in one.results) < LOOK
+    assert not one.changes
+
+
+@in_virtual_time
+async def test_lease_is_renewed_from_the_next_tick_after_it_was_added(bench: type[Bench]) -> None:
+    one = bench(ttl=10)
+    async with one.open():
+        await asyncio.sleep(100.5)
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(100)
+        assert lease.held(one.clock())
+    assert max(gaps(one.times("heartbeat"))) < 10 / 3 + LOOK
+
+
+@in_virtual_time
+async def test_lease_that_is_removed_is_renewed_no_longer(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        assert one.renewer.leases() == [lease]
+        one.renewer.remove(lease)
+        assert one.renewer.leases() == []
+        await asyncio.sleep(300)
+    assert len(one.sent) == 1
+    assert not one.changes
+
+
+@in_virtual_time
+async def test_lease_that_is_over_is_not_added(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        lease_of(item).end("lost")
+        one.renewer.add(lease_of(item), item)
+        assert one.renewer.leases() == []
+
+
+@in_virtual_time
+async def test_failed_heartbeat_is_repeated_soon_then_less_soon(bench: type[Bench]) -> None:
+    one = bench(heartbeat=[None, *[RESET] * 6])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(50)
+        assert lease.held(one.clock())
+    assert gaps(one.times("heartbeat"))[1:7] == pytest.approx([1, 2, 4, 4, 4, 4], abs=LOOK)
+    assert one.outcomes() == ["ok", *["transient"] * 6, "ok"]
+
+
+@in_virtual_time
+async def test_heartbeat_that_must_follow_at_once_waits_for_no_tick(bench: type[Bench]) -> None:
+    slow = Trouble(answer=409, applied=False, back=3)
+    one = bench(heartbeat=[None, slow], get=[Trouble(back=3)])
+    async with one.open():
+        await one.begin(await one.claim())
+        await asyncio.sleep(30)
+    assert one.outcomes() == ["ok", "recovered", "ok"]
+    _, second, third = one.times("heartbeat")
+    assert third == pytest.approx(second + 6)
+    # What the answers before it took is no lag of ours.
+    assert max(event.lag_seconds for _, event in one.results) < LOOK
+
+
+@in_virtual_time
+async def test_lost_answer_is_recovered_by_a_read(bench: type[Bench]) -> None:
+    one = bench(heartbeat=[None, LOST])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(120)
+        assert lease.held(one.clock())
+    assert one.outcomes()[:4] == ["ok", "timeout", "recovered", "ok"]
+
+
+@in_virtual_time
+async def test_control_plane_that_contradicts_itself_is_not_asked_in_a_loop(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[None, LOST, *[refusal(412)] * 999])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(600)
+        assert lease.status == "lost"
+    assert len(one.sent) < 30
+
+
+@pytest.mark.parametrize(("ttl", "end"), [(60, 54), (10, 9)])
+def test_lease_without_answers_is_given_up_before_its_deadline(
+    bench: type[Bench], ttl: int, end: float
+) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        one = bench(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
+        async with one.open():
+            lease = await one.begin(await one.claim())
+            await asyncio.sleep(300)
+        assert_changed(one, end, "lost")
+        assert not lease.confirmed
+        assert max(one.times("heartbeat")) < end
+
+    check()
+
+
+@in_virtual_time
+async def test_lease_whose_heartbeat_waits_for_others_is_given_up_before_its_deadline(
+    bench: type[Bench],
+) -> None:
+    """No heartbeat of it is under way, whose end would give it up."""
+    one = bench(ttl=10)
+    async with one.open():
+        leases = [await one.begin(await one.claim()) for _ in range(200)]
+        one.script = Script(heartbeat=[UNSENT] * 9_999)
+        await asyncio.sleep(30)
+    assert len(one.lost_at) == 200
+    assert all(one.lost_at[lease.item.id] <= lease.deadline - 1 + LOOK for lease in leases)
+
+
+@in_virtual_time
+async def test_crash_of_a_heartbeat_costs_its_lease_and_no_other(
+    bench: type[Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    one = bench()
+    async with one.open():
+        leases = [await one.begin(await one.claim()) for _ in range(2)]
+        leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]
+        one.renewer.check_soon(leases[0])
+        await asyncio.sleep(60)
+        assert [lease.held(one.clock()) for lease in leases] == [False, True]
+    assert_changed(one, 0, "lost")
+    assert "heartbeat crashed" in caplog.text
+
+
+@in_virtual_time
+async def test_stop_request_is_reported_once_and_the_lease_is_renewed(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        lease = await one.begin(item)
+        await one.rival.stop(item.id)
+        await asyncio.sleep(600)
+        assert lease.held(one.clock())
+        assert lease.stop_requested
+    assert [status for _, status in one.changes] == ["held"]
+
+
+@in_virtual_time
+async def test_item_stopped_by_somebody_else_is_reported(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        await one.begin(item)
+        await one.rival.stop(item.id, force=True)
+        await asyncio.sleep(60)
+    assert [status for _, status in one.changes] == ["stopped"]
+    assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get"]
+
+
+@in_virtual_time
+async def test_check_soon_sends_a_heartbeat_now(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(5)
+        one.renewer.check_soon(lease)
+        await asyncio.sleep(LOOK)
+    assert one.times("heartbeat") == pytest.approx([0, 5])
+
+
+@in_virtual_time
+async def test_nothing_is_sent_while_renewing_is_suspended(bench: type[Bench]) -> None:
+    """As while the handlers' loop is blocked for too long."""
+    one = bench()
+    async with one.open():
+        first, second = await one.begin(await one.claim()), await one.begin(await one.claim())
+        one.renewer.renewing = False
+        one.renewer._monitor._ping += 1  # the loop has not answered
+        one.renewer.remove(second)
+        await asyncio.sleep(300)
+        assert first.status == "lost"
+    assert len(one.sent) == 1
+    assert_changed(one, 54, "lost")
+
+
+# Releases.
+
+
+@in_virtual_time
+async def test_release_is_one_last_heartbeat_and_then_silence(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        lease = await one.begin(item)
+        await asyncio.sleep(5)
+        one.renewer.release(lease, 12.4)
+        await asyncio.sleep(300)
+    assert one.times("heartbeat") == pytest.approx([0, 5])
+    assert lease.status == "released"
+    assert_changed(one, 5, "released")
+    assert one.history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
+
+
+@pytest.mark.parametrize("answer", [Trouble(back=4), RESET], ids=["slow", "reset"])
+def test_release_during_a_heartbeat_or_its_repeats_ends_in_one_last_heartbeat(
+    bench: type[Bench], answer: Trouble
+) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        one = bench(heartbeat=[None, answer, RESET])
+        async with one.open():
+            item = await one.claim()
+            lease = await one.begin(item)
+            one.renewer.check_soon(lease)
+            await asyncio.sleep(0.5)
+            one.renewer.release(lease, 10)
+            await asyncio.sleep(300)
+        assert lease.status == "released"
+        ttls = [round((each.lease_end or 0) - each.time) for each in one.history(item, "heartbeat")]
+        assert ttls == ([60, 60, 10] if answer.applied else [60, 10])
+
+    check()
+
+
+@in_virtual_time
+async def test_release_that_cannot_be_sent_ends_when_the_lease_would_have(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[None, *[UNSENT] * 99])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(5)
+        one.renewer.release(lease, 10)
+        await asyncio.sleep(300)
+    assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
+    assert lease.status == "lost"
+    assert len(one.times("heartbeat")) > 3
+    assert not lease.confirmed
+
+
+@in_virtual_time
+async def test_release_of_a_lease_that_is_over_sends_nothing(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        lease = await one.begin(item)
+        lease.end("lost")
+        one.renewer.release(lease, 10)
+        await asyncio.sleep(30)
+    assert len(one.sent) == 1
+
+
+# Pacing.
+
+
+def assert_paced(peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN) -> None:
+    """Assert that at most 50 more calls were under way each second after `since`."""
+    for at, under_way in peaks:
+        assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
+
+
+@in_virtual_time
+async def test_after_a_sleep_heartbeats_are_started_at_fifty_more_a_second(
+    bench: type[Bench],
+) -> None:
+    one = bench()
+    async with one.open():
+        leases = [await one.begin(await one.claim()) for _ in range(800)]
+        await asyncio.sleep(10)
+        one.peaks.clear()
+        one.latency = 5.0
+        one.loop.suspend(22)
+        await asyncio.sleep(20)
+        assert all(lease.held(one.clock()) for lease in leases)
+    assert len(one.peaks) >= 800
+    assert_paced(one.peaks, since=32)
+    assert max(under_way for _, under_way in one.peaks) > 100
+
+
+@in_virtual_time
+async def test_heartbeats_that_end_quickly_are_never_more_than_ten_at_once(
+    bench: type[Bench],
+) -> None:
+    """Their connections are reused before new ones are opened."""
+    one = bench()
+    async with one.open():
+        for _ in range(300):
+            await one.begin(await one.claim())
+        one.peaks.clear()
+        one.latency = 0.001
+        for lease in one.renewer.leases():
+            one.renewer.check_soon(lease)
+        await asyncio.sleep(0.5)
+    assert len(one.peaks) == 300
+    assert max(under_way for _, under_way in one.peaks) <= WIDTH_MIN + 50 * 0.1
+
+
+@in_virtual_time
+async def test_wider_limit_narrows_again_after_disuse(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        leases = [await one.begin(await one.claim()) for _ in range(400)]
+        one.latency = 5.0
+        await asyncio.sleep(40)
+        assert max(under_way for _, under_way in one.peaks) > 100
+        for lease in leases[5:]:
+            one.renewer.remove(lease)
+        await asyncio.sleep(2 * WIDTH_SECONDS + 10)
+        assert one.renewer._width == WIDTH_MIN
+
+
+class SlowClient(LocalClient):
+    """Every heartbeat succeeds after half a second: no control plane could be simulated as fast."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench.operations, bench.settings)
+        self.under_way = 0
+        self.peaks: list[tuple[float, int]] = []
+
+    async def heartbeat(
+        self, work_id: str, expected: str | None = None, ttl: int | None = None, **_: Any
+    ) -> Heartbeat:
+        del work_id, expected
+        self.under_way += 1
+        self.peaks.append((asyncio.get_running_loop().time(), self.under_way))
+        await asyncio.sleep(0.5)
+        self.under_way -= 1
+        return Heartbeat("hb", lease_extended=True, state="active", ttl_seconds=ttl or 0)
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(180)
+@in_virtual_time
+async def test_six_thousand_leases_at_half_a_second_of_latency_all_stay_held(
+    bench: type[Bench],
+) -> None:
+    """A limit of heartbeats under way that latency times leases exceeded would lose some."""
+    one = bench()
+    client = SlowClient(one)
+    one.renewer._connect = lambda: client
+    async with one.open():
+        item = await one.claim()
+        leases = [Lease(item.work_item, 0.0, ttl=60, request_timeout=10.0) for _ in range(6_000)]
+        for lease in leases:
+            lease.begun, lease.due_at = True, 20.0
+            one.renewer.add(lease, item)
+        await asyncio.sleep(75)
+        assert all(lease.remaining(one.clock()) > 20 for lease in leases)
+    assert_paced(client.peaks, since=20)
+    assert not one.changes
+
+
+@in_virtual_time
+async def test_earliest_deadline_is_renewed_first(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        items = []
+        for _ in range(100):
+            items.append(await one.claim())
+            await one.begin(items[-1])
+            await asyncio.sleep(0.01)
+        one.script.sent.clear()
+        one.latency = 1.0
+        one.loop.suspend(35)
+        await asyncio.sleep(15)
+    sent = [work_id for op, work_id in one.script.sent if op == "heartbeat"]
+    assert sent[:100] == [item.id for item in items]
+
+
+# Machines that sleep, and machines that are paused.
+
+
+@in_virtual_time
+async def test_machine_that_slept_too_long_has_lost_its_leases(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(5)
+        one.loop.suspend(55)
+        await asyncio.sleep(1 + LOOK)
+        assert (lease.status, lease.confirmed) == ("lost", False)
+    assert len(one.sent) == 1
+
+
+@in_virtual_time
+async def test_machine_that_slept_renews_at_once_what_it_still_holds(bench: type[Bench]) -> None:
+    """Its timers stood still: the next heartbeat's would come after the lease's end."""
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(1)
+        one.loop.suspend(50)
+        await asyncio.sleep(1 + LOOK)
+        assert lease.remaining(one.clock()) > 58
+
+
+@in_virtual_time
+async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs_and_the_machine_sleeps(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[None, UNSENT])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        one.renewer.check_soon(lease)
+        await asyncio.sleep(0.5)
+        one.loop.suspend(53.5)
+        await asyncio.sleep(1 + LOOK)
+        assert lease.status == "lost"
+    assert one.changes[0][0] < lease.deadline
+
+
+@in_virtual_time
+async def test_answer_that_lay_in_the_socket_while_the_machine_slept_extends_nothing(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[None, Trouble(back=5)])
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        one.renewer.check_soon(lease)
+        await asyncio.sleep(1)
+        one.loop.suspend(60)
+        await asyncio.sleep(10)
+        assert (lease.status, lease.deadline) == ("lost", 60)
+    assert len(one.sent) == 2
+
+
+@in_virtual_time
+async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified(
+    bench: type[Bench],
+) -> None:
+    one = bench()
+    async with one.open():
+        items = [await one.claim() for _ in range(3)]
+        for item in items:
+            await one.begin(item)
+        await asyncio.sleep(5)
+        one.latency = 1.0
+        one.ahead += 30  # the lease clock stood still
+        for item in items:
+            with pytest.raises(TransientError, match="verified first"):
+                one.sender.check_write(item, by_handler=False)
+        await asyncio.sleep(0.9)
+        with pytest.raises(TransientError, match="verified first"):
+            one.sender.check_write(items[0], by_handler=False)
+        await asyncio.sleep(0.3)
+        for item in items:
+            one.sender.check(item, by_handler=False)
+    assert one.times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
+    assert [status for _, status in one.changes] == ["held"] * 3  # waiting calls are woken
+
+
+@in_virtual_time
+async def test_renewer_notices_a_pause_by_itself(bench: type[Bench]) -> None:
+    one = bench()
+    async with one.open():
+        lease = await one.begin(await one.claim())
+        await asyncio.sleep(5)
+        one.ahead += 30
+        await asyncio.sleep(1 + LOOK)
+        assert lease.remaining(one.clock()) > 58
+    assert len(one.sent) == 2
+
+
+@in_virtual_time
+async def test_item_that_another_worker_got_during_a_pause_is_lost_before_anything_is_sent(
+    bench: type[Bench],
+) -> None:
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        lease = await one.begin(item)
+        await asyncio.sleep(5)
+        one.ahead += 300
+        one.steal(item.id)
+        with pytest.raises(TransientError, match="verified first"):
+            one.sender.check_write(item, by_handler=False)
+        await asyncio.sleep(1)
+        with pytest.raises(LeaseLost):
+            one.sender.check(item, by_handler=False)
+    assert (lease.status, lease.confirmed) == ("lost", True)
+    assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
+
+
+@in_virtual_time
+async def test_pause_during_a_heartbeat_is_followed_by_another_heartbeat_at_once(
+    bench: type[Bench],
+) -> None:
+    one = bench(heartbeat=[None, Trouble(back=2)])
+    async with one.open():
+        item = await one.claim()
+        lease = await one.begin(item)
+        one.renewer.check_soon(lease)
+        await asyncio.sleep(1)
+        one.ahead += 30
+        with pytest.raises(TransientError, match="verified first"):
+            one.sender.check_write(item, by_handler=False)
+        await asyncio.sleep(1.1)
+        one.sender.check(item, by_handler=False)
+    assert one.times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
+
+
+@in_virtual_time
+async def test_pause_during_a_claim_doubts_the_lease_that_begins_after_it(
+    bench: type[Bench],
+) -> None:
+    """Its first heartbeat was answered before the pause, which another item's check noticed."""
+    one = bench(heartbeat=[None, Trouble(back=2)])
+    async with one.open():
+        first, second = await one.claim(), await one.claim()
+        await one.begin(first)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(one.begin(second))
+            await asyncio.sleep(1)
+            one.ahead += 300
+            one.steal(second.id)
+            with pytest.raises(TransientError, match="verified first"):
+                one.sender.check_write(first, by_handler=False)
+        with pytest.raises(TransientError, match="verified first"):
+            one.sender.check_write(second, by_handler=False)
+        await asyncio.sleep(1 + LOOK)
+        with pytest.raises(LeaseLost):
+            one.sender.check(second, by_handler=False)
+
+
+@in_virtual_time
+async def test_pause_before_the_first_heartbeat_doubts_the_lease(bench: type[Bench]) -> None:
+    """A drain marks its item then, which may be another worker's by now."""
+    one = bench()
+    async with one.open():
+        item = await one.claim()
+        await asyncio.sleep(1)
+        one.ahead += 300
+        for _ in range(2):
+            with pytest.raises(TransientError, match="verified first"):
+                one.sender.check_write(item, by_handler=False)
+        await asyncio.sleep(1)
+        other = await one.claim()  # acknowledged after the pause
+        one.sender.check(other, by_handler=False)

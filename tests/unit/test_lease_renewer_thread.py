@@ -1,0 +1,517 @@
+"""The lease renewer's thread: its life, its failures, its watch over the handlers' loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import threading
+import time
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Settings
+from workpool.errors import KeeperError, ListenError
+from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
+from workpool.pool import lease_renewer, loop_monitor
+from workpool.pool.clock import lease_clock
+from workpool.pool.heartbeats import HeartbeatSender
+from workpool.pool.item import PoolItem
+from workpool.pool.lease import Lease
+from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
+from workpool.pool.loop_monitor import LoopMonitor
+from workpool.server import Operations
+from workpool.testing.changes import Changes
+from workpool.testing.local import LocalClient, Script, Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+ENVIRONMENT = "env_00000000000070008000000000000001"
+TICK_SECONDS = 0.02
+
+
+class Scene:
+    """What a renewer reports, and a clock that can jump."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.changes = Changes()
+        self.events: list[Event] = []
+        self.failures: list[KeeperError] = []
+        self.ended: list[KeeperError | None] = []
+        self.reported: list[str] = []
+        self.blocked = threading.Event()
+        self.ahead = 0.0
+        self.fault: BaseException | None = None
+        self.script = Script()
+        self.sent = threading.Semaphore(0)
+        self.threads: set[str] = set()
+        self.operations = Operations([ENVIRONMENT], now=lambda: 1_772_366_400.0 + self.clock())
+
+    def clock(self) -> float:
+        return lease_clock() + self.ahead
+
+    def trouble(self, op: str, work_id: str | None) -> Trouble | None:
+        self.threads.add(threading.current_thread().name)
+        self.sent.release()
+        return self.script(op, work_id)
+
+    def observe(self, kind: Callable[..., Event], /, *values: Any) -> None:
+        event = kind(*values)
+        """On the renewer's thread."""
+        if self.fault is not None:
+            raise self.fault
+        self.events.append(event)
+        self._notify()
+
+    def changed(self, item: PoolItem) -> None:
+        assert item.lease is not None
+        self.reported.append(item.lease.status)
+        self.changes.notify()
+
+    def failed(self, error: KeeperError) -> None:
+        self.failures.append(error)
+        self.changes.notify()
+
+    def stopped_renewing(self, error: KeeperError | None) -> None:
+        """On the renewer's thread."""
+        self.ended.append(error)
+        self.blocked.set()
+        self._notify()
+
+    def _notify(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the handlers' loop is closed
+            self.loop.call_soon_threadsafe(self.changes.notify)
+
+    def renewer(
+        self, *services: contextlib.AbstractAsyncContextManager[Any], **values: Any
+    ) -> LeaseRenewer:
+        settings = self.settings(**values)
+        return LeaseRenewer(
+            settings,
+            self.clock,
+            self.clock,
+            lambda: LocalClient(self.operations, settings, troubles=self.trouble),
+            Callbacks(self.observe, self.changed, self.failed, self.stopped_renewing),
+            services,
+        )
+
+    def settings(self, **values: Any) -> Settings:
+        return Settings(
+            environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT, **values
+        )
+
+    async def claim(self) -> PoolItem:
+        """An item that is ours. Before the renewer uses the operations on its thread."""
+        self.operations.enqueue(ENVIRONMENT)
+        async with LocalClient(self.operations, self.settings()) as client:
+            item = await client.poll()
+            assert item is not None
+            sent = self.clock()
+            ours = PoolItem(await client.ack(item.id), None, copy_context(), sent)
+            ours.lease = Lease(ours.work_item, sent, ttl=60, request_timeout=10.0)
+            await HeartbeatSender(client, self.clock, lambda *_: None).send(ours.lease)
+        assert ours.lease.begun
+        return ours
+
+    async def renewed(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
+        """Let the renewer have the leases, and wait until it has sent a heartbeat for each."""
+        leases = []
+        for item in items:
+            assert item.lease is not None
+            renewer.add(item.lease, item)
+            renewer.check_soon(item.lease)
+            leases.append(item.lease)
+        await self.heartbeats(len(items))
+        return leases
+
+    def results(self) -> list[str]:
+        return [each.result for each in list(self.events) if isinstance(each, HeartbeatFinished)]
+
+    async def heartbeats(self, count: int) -> None:
+        """Wait for so many settled heartbeats."""
+        await self.until(lambda: len(self.results()) >= count)
+
+    async def until(self, condition: Any) -> None:
+        await self.changes.until(condition, lambda: f"{self.results()} {self.failures}")
+
+
+@pytest.fixture(autouse=True)
+def fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LeaseRenewer, "tick_seconds", TICK_SECONDS)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)  # it has reported its end, and is about to return
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    return Scene()
+
+
+def renewer_threads() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name == "workpool-lease-renewer"]
+
+
+# Life.
+
+
+async def test_heartbeats_are_sent_on_a_thread_of_their_own(scene: Scene) -> None:
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        (thread,) = renewer_threads()
+        assert thread.daemon
+        [lease] = await scene.renewed(renewer, item)
+        assert scene.threads == {thread.name}
+        assert renewer.leases() == [lease]
+        renewer.remove(lease)
+        assert renewer.leases() == []
+
+
+async def test_start_that_fails_raises_its_error_and_closes_what_was_open(scene: Scene) -> None:
+    opened: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def first() -> AsyncIterator[None]:
+        opened.append("first")
+        try:
+            yield
+        finally:
+            opened.append("closed")
+
+    @contextlib.asynccontextmanager
+    async def taken() -> AsyncIterator[None]:
+        raise ListenError("metrics_listen: taken")
+        yield
+
+    with pytest.raises(ListenError):
+        await scene.renewer(first(), taken()).__aenter__()
+    assert opened == ["first", "closed"]
+    assert not scene.failures
+
+
+async def test_start_that_is_cancelled_leaves_no_thread(scene: Scene) -> None:
+    hanging = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def slow() -> AsyncIterator[None]:
+        hanging.set()
+        await asyncio.sleep(0.2)
+        yield
+
+    async with asyncio.TaskGroup() as group:
+        starting = group.create_task(scene.renewer(slow()).__aenter__())
+        await asyncio.to_thread(hanging.wait, 5)
+        starting.cancel()
+    assert starting.cancelled()
+
+
+async def test_close_is_bounded_and_logs_what_it_abandons(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def stubborn() -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(release.wait, 20)
+
+    monkeypatch.setattr(lease_renewer, "CLOSE_SECONDS", 0.05)
+    async with scene.renewer(stubborn()):
+        pass
+    assert "lease renewer did not end" in caplog.text
+    release.set()
+    for thread in renewer_threads():
+        await asyncio.to_thread(thread.join, 5)
+
+
+async def test_error_while_closing_is_logged_and_not_fatal(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    @contextlib.asynccontextmanager
+    async def clumsy() -> AsyncIterator[None]:
+        yield
+        raise RuntimeError("dropped it")
+
+    async with scene.renewer(clumsy()):
+        pass
+    assert "dropped it" in caplog.text
+    assert not scene.failures
+
+
+# Failures of the thread.
+
+
+async def test_failed_thread_is_fatal_and_its_leases_are_lost(scene: Scene) -> None:
+    item, later = await scene.claim(), await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        scene.fault = ZeroDivisionError("in the tick")
+        await scene.until(lambda: scene.failures)
+        assert scene.failures[0].__cause__ is scene.fault
+        assert (lease.status, lease.confirmed) == ("lost", False)
+        assert scene.reported == ["lost"]
+        assert later.lease is not None
+        renewer.add(later.lease, later)
+        assert later.lease.status == "lost"
+        renewer.release(lease, 10)  # nobody is there any more
+        renewer.remove(lease)
+    assert len(scene.failures) == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
+async def test_exception_of_a_call_is_fatal(scene: Scene, error: BaseException) -> None:
+    def crash() -> None:
+        raise error
+
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        renewer.call(crash)
+        await scene.until(lambda: scene.failures and scene.ended)
+        assert scene.failures[0].__cause__ is error
+        assert scene.ended == scene.failures
+        assert not renewer.renewing
+        assert lease.status == "lost"
+
+
+@pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
+async def test_heartbeat_that_raises_no_exception_class_is_fatal(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    async def crash(*_: object) -> bool:
+        raise error
+
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        monkeypatch.setattr(HeartbeatSender, "send", crash)
+        renewer.check_soon(lease)
+        await scene.until(lambda: scene.failures and scene.ended)
+        assert scene.ended == scene.failures
+        assert lease.status == "lost"
+
+
+async def test_failure_is_reported_before_services_have_closed(scene: Scene) -> None:
+    release = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def slow() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(release.wait, 20)
+
+    async with scene.renewer(slow()):
+        scene.fault = ZeroDivisionError("in the tick")
+        await scene.until(lambda: scene.failures and scene.ended)
+        assert not release.is_set()
+        release.set()
+
+
+# The watch over the handlers' loop.
+
+
+async def test_lag_of_the_loop_is_measured(scene: Scene) -> None:
+    async with scene.renewer():
+        await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
+        time.sleep(0.3)  # noqa: ASYNC251 - blocking the loop is the point
+        await scene.until(
+            lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured) and e.seconds > 0.2]
+        )
+
+
+async def test_blocked_loop_is_warned_about_with_the_handlers_name(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loop_monitor, "LAG_WARNING_SECONDS", 0.1)
+
+    async def handler() -> None:
+        while "event loop is blocked" not in caplog.text:
+            time.sleep(0.05)  # noqa: ASYNC251 - blocking the loop is the point
+
+    async with scene.renewer() as renewer, asyncio.TaskGroup() as group:
+        group.create_task(handler(), name="reports.daily_report work_1")
+        await scene.until(lambda: "event loop runs again" in caplog.text)
+        assert renewer.renewing
+    assert "reports.daily_report work_1" in caplog.text
+
+
+async def test_after_max_block_nothing_is_renewed_until_the_loop_runs_again(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = await scene.claim()
+    renewer = scene.renewer(max_block=0.3)
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        assert scene.blocked.wait(10)  # which blocks this loop
+        assert not renewer.renewing
+        assert scene.ended == [None]
+        assert "leases are not renewed any more" in caplog.text
+        assert "test_after_max_block" in caplog.text  # all stacks, ours among them
+        await scene.until(lambda: renewer.renewing)
+        assert lease.held(scene.clock())
+
+
+async def test_heartbeat_that_is_due_while_the_loop_is_blocked_too_long_is_not_sent(
+    scene: Scene,
+) -> None:
+    item = await scene.claim()
+    renewer = scene.renewer(max_block=0.3)
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        assert scene.blocked.wait(10)  # which blocks this loop
+        renewer.check_soon(lease)
+        time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
+        assert scene.results() == ["ok"]
+        await scene.heartbeats(2)
+
+
+async def test_blocked_time_is_exact_although_ticks_are_late(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every tick takes three times as long as may be counted for it."""
+    monkeypatch.setattr(loop_monitor, "TICK_SECONDS", TICK_SECONDS / 6)
+    async with scene.renewer(max_block=0.1):
+        await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
+        began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
+        assert scene.blocked.wait(10)  # which blocks this loop
+        lasted = time.monotonic() - began
+    [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
+    stated = re.search(r"seconds=(\d+\.\d{3}) ", record.message)
+    assert stated is not None
+    assert record.created - wall - 0.1 <= float(stated[1])
+    assert lasted > 0.25
+    assert float(stated[1]) <= lasted + TICK_SECONDS + 0.1
+
+
+async def test_process_that_was_stopped_is_not_taken_for_a_blocked_loop() -> None:
+    pings: list[object] = []
+    monitor = LoopMonitor(pings.append, max_block=5)
+    monitor.ask()
+    assert not monitor.answered
+    assert not monitor.wait(3_600.0)
+
+
+class Logged(logging.Handler):
+    """Sets an event when a message that contains `text` is logged, on whatever thread."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.seen = threading.Event()
+        self._text = text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._text in record.getMessage():
+            self.seen.set()
+
+
+@pytest.fixture
+def not_running() -> Iterator[threading.Event]:
+    """Set once the renewer has logged that the handlers' loop does not run."""
+    logged = Logged("the handlers' event loop does not run")
+    log = logging.getLogger("workpool.pool.lease_renewer")
+    log.addHandler(logged)
+    yield logged.seen
+    log.removeHandler(logged)
+
+
+def test_loop_that_was_stopped_ends_renewing_until_it_runs_again(
+    not_running: threading.Event,
+) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def start() -> tuple[Scene, LeaseRenewer, Lease]:
+        scene = Scene()
+        item = await scene.claim()
+        renewer = await scene.renewer().__aenter__()
+        [lease] = await scene.renewed(renewer, item)
+        return scene, renewer, lease
+
+    scene, renewer, lease = loop.run_until_complete(start())
+    assert not_running.wait(10)
+    assert not renewer.renewing
+    renewer.check_soon(lease)
+    time.sleep(5 * TICK_SECONDS)
+    assert scene.results() == ["ok"]
+
+    async def go_on() -> None:
+        await scene.until(lambda: renewer.renewing)
+        await scene.heartbeats(2)
+        await renewer.__aexit__()
+
+    loop.run_until_complete(go_on())
+    loop.close()
+
+
+def test_loop_that_was_closed_ends_the_renewer(not_running: threading.Event) -> None:
+    loop = asyncio.new_event_loop()
+
+    async def start() -> LeaseRenewer:
+        scene = Scene()
+        item = await scene.claim()
+        renewer = await scene.renewer().__aenter__()
+        await scene.renewed(renewer, item)
+        return renewer
+
+    renewer = loop.run_until_complete(start())
+    (thread,) = renewer_threads()
+    loop.close()
+    assert not_running.wait(10)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not renewer.renewing
+
+
+# The clock.
+
+
+async def test_machine_that_slept_too_long_has_lost_its_leases(scene: Scene) -> None:
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        scene.ahead += 55
+        await scene.until(lambda: scene.reported)
+        assert (lease.status, lease.confirmed) == ("lost", False)
+    assert [op for op, _ in scene.script.sent] == ["heartbeat"]
+
+
+async def test_machine_that_slept_renews_at_once_what_it_still_holds(scene: Scene) -> None:
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        scene.ahead += 50
+        await scene.heartbeats(2)
+        assert lease.remaining(scene.clock()) > 50
+
+
+async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs(scene: Scene) -> None:
+    """The heartbeat's own timer stood still while the machine slept."""
+    item = await scene.claim()
+    renewer = scene.renewer()
+    async with renewer:
+        [lease] = await scene.renewed(renewer, item)
+        scene.sent.acquire()
+        scene.script = Script(heartbeat=[Trouble(answer="silence", applied=False)])
+        renewer.check_soon(lease)
+        assert await asyncio.to_thread(scene.sent.acquire, timeout=5)
+        scene.ahead += 53.5
+        await scene.until(lambda: scene.reported)
+        assert lease.status == "lost"
+        assert scene.clock() < lease.deadline

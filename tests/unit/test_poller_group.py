@@ -1,0 +1,277 @@
+"""What the pollers of one pool share: their number, cooldown, refusals, the end of the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workpool import Settings
+from workpool.errors import RefusedError, TransientError, WorkpoolError
+from workpool.events import PollersScaled
+from workpool.pool.context import PoolContext
+from workpool.pool.poller_group import REFUSED_SECONDS, PollerGroup
+from workpool.pool.queue import BoundedQueue
+from workpool.testing.virtual import in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.events import Event
+
+MINUTE = 60.0
+REFUSED = RefusedError("poll", 401, "no")
+THROTTLED = TransientError("poll", 429, "x", reason="throttled")
+DOWN = TransientError("poll", None, "x", reason="network")
+
+
+class World:
+    """A poller group with a clock in hand."""
+
+    def __init__(self, pollers: int = 3, *, until_empty: bool = False) -> None:
+        self.now = 1000.0
+        self.events: list[Event] = []
+        self.fatal: list[WorkpoolError] = []
+        self.emptied = 0
+        self.queue: BoundedQueue[Any] = BoundedQueue(2, 0)
+        context = PoolContext(
+            settings=Settings(pollers=pollers),
+            client=cast("Any", None),
+            plugins=cast("Any", None),
+            renewer=cast("Any", None),
+            queue=self.queue,
+            clock=lambda: self.now,
+            wall=lambda: self.now,
+            observe=lambda kind, *values: self.events.append(kind(*values)),
+            start_context=copy_context(),
+        )
+        self.group = PollerGroup(
+            context, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self._on_empty
+        )
+
+    def _on_empty(self) -> None:
+        self.emptied += 1
+
+    def null(self) -> None:
+        self.group.succeeded(null=True)
+
+    def hit(self) -> None:
+        self.group.succeeded(null=False)
+
+    def throttled(self) -> None:
+        self.group.throttled()
+
+    def refuse_for(self, minutes: float) -> None:
+        """Refuse a poll now, and every ten seconds until so many minutes from now."""
+        until = self.now + minutes * MINUTE
+        while self.now <= until:
+            self.group.failed(REFUSED)
+            self.now += 10
+        self.now = until
+
+
+# Refusals.
+
+
+def test_refusal_before_any_success_is_fatal_at_once() -> None:
+    world = World()
+    world.group.failed(REFUSED)
+    assert world.fatal == [REFUSED]
+
+
+def test_transient_failure_is_never_fatal() -> None:
+    world = World()
+    for error in (DOWN, THROTTLED):
+        for _ in range(100):
+            world.group.failed(error)
+            world.now += MINUTE
+    assert not world.fatal
+    assert not world.group.refused
+
+
+def test_five_minutes_of_nothing_but_refusals_are_fatal() -> None:
+    world = World()
+    world.null()
+    world.now += 60 * MINUTE  # they count from the first refusal, not from the last success
+    assert REFUSED_SECONDS == 5 * MINUTE
+    world.refuse_for(5 - 1 / MINUTE)
+    assert not world.fatal
+    assert world.group.refused
+    world.now += 1
+    world.group.failed(REFUSED)
+    assert world.fatal == [REFUSED]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda world: world.null(),
+        lambda world: world.hit(),
+        lambda world: world.group.failed(DOWN),
+        lambda world: world.group.failed(THROTTLED),
+    ],
+    ids=["null", "hit", "network", "throttled"],
+)
+def test_anything_else_in_between_restarts_the_five_minutes(
+    between: Callable[[World], None],
+) -> None:
+    world = World()
+    world.null()
+    world.refuse_for(4)
+    between(world)
+    assert not world.group.refused
+    world.refuse_for(4.9)
+    assert not world.fatal
+    world.refuse_for(0.2)
+    assert world.fatal
+
+
+def test_last_success_is_on_the_lease_clock() -> None:
+    world = World()
+    assert world.group.last_success_at is None
+    world.null()
+    world.now += 7
+    world.group.failed(REFUSED)
+    assert world.group.last_success_at == 1000.0
+
+
+def test_idleness_is_logged_once_when_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "workpool")
+    world = World()
+    for _ in range(5):
+        world.null()
+    assert [record.message for record in caplog.records] == ["idle; waiting for work"]
+    world.hit()
+    world.null()
+    assert len(caplog.records) == 2
+
+
+# Cooldown.
+
+
+@in_virtual_time
+async def test_cooldown_that_is_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
+    group = World().group
+    loop = asyncio.get_running_loop()
+    group.hold_back(5)
+    loop.call_later(1, group.hold_back, 20)
+    loop.call_later(2, group.hold_back, 1)
+    await group.cooldown()
+    assert loop.time() == pytest.approx(21)
+
+
+@in_virtual_time
+async def test_group_that_is_not_held_back_has_no_cooldown() -> None:
+    group = World().group
+    await group.cooldown()
+    assert asyncio.get_running_loop().time() == 0
+
+
+@in_virtual_time
+async def test_refused_acks_hold_all_pollers_back_for_longer_each_time() -> None:
+    group = World().group
+    loop = asyncio.get_running_loop()
+    group._ack_backoff._rng = lambda: 1.0
+    waits = []
+    for _ in range(7):
+        group.note_ack(RefusedError("ack", 403, "no"))
+        assert group.ack_refused
+        before = loop.time()
+        await group.cooldown()
+        waits.append(loop.time() - before)
+    assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30])
+    group.note_ack(None)
+    assert not group.ack_refused
+    await group.cooldown()
+    group.note_ack(RefusedError("ack", 403, "no"))
+    before = loop.time()
+    await group.cooldown()
+    assert loop.time() - before == pytest.approx(1)
+
+
+# The number of pollers.
+
+
+def test_null_polls_reduce_pollers_to_one_and_hits_raise_them_to_the_limit() -> None:
+    world = World(3)
+    for _ in range(4):
+        world.null()
+    assert world.group.target == 1
+    for _ in range(4):
+        world.hit()
+    assert world.group.target == 3
+    assert world.events == [
+        PollersScaled("down", "nulls", 2), PollersScaled("down", "nulls", 1),
+        PollersScaled("up", "hits", 2), PollersScaled("up", "hits", 3),
+    ]  # fmt: skip
+
+
+def test_429_halves_the_number_of_pollers() -> None:
+    world = World(9)
+    for _ in range(5):
+        world.throttled()
+    assert world.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
+
+
+@in_virtual_time
+async def test_poller_beyond_the_target_waits_until_items_come() -> None:
+    world = World(2)
+    world.null()
+    await world.group.turn(0)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(world.group.turn(1))
+        await asyncio.sleep(100)
+        assert not waiting.done()
+        world.hit()
+
+
+@given(st.integers(1, 6), st.lists(st.sampled_from(["hit", "null", "throttled"])))
+def test_number_of_pollers_stays_within_its_limits_and_every_change_is_observed(
+    limit: int, answers: list[str]
+) -> None:
+    world = World(limit)
+    group, before = world.group, limit
+    for answer in answers:
+        getattr(world, answer)()
+        assert 1 <= group.target <= limit
+        assert [group.has_turn(number) for number in range(limit)] == [
+            number < group.target for number in range(limit)
+        ]
+        if group.target != before:
+            change = world.events.pop()
+            assert isinstance(change, PollersScaled)
+            assert change.target == group.target
+            assert (change.direction == "up") == (group.target > before)
+        assert not world.events
+        before = group.target
+
+
+# The end of the queue.
+
+
+@in_virtual_time
+async def test_null_poll_ends_the_group_only_if_asked_idle_and_alone() -> None:
+    world = World(until_empty=True)
+    other = World()
+    await other.group.settle_empty()  # not asked
+    assert (other.emptied, other.group.ended) == (0, False)
+    await world.queue.reserve()
+    world.queue.put("item")
+    await world.group.settle_empty()  # an item waits
+    world.queue.take()
+    await world.group.settle_empty()  # an item runs
+    assert world.emptied == 0
+    world.queue.release()
+    world.group.sent()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(world.group.settle_empty())  # another poll is in flight
+        await asyncio.sleep(1)
+        assert (waiting.done(), world.emptied) == (False, 0)
+        world.group.answered()
+    assert (world.emptied, world.group.ended) == (0, False)
+    await world.group.settle_empty()
+    assert (world.emptied, world.group.ended) == (1, True)

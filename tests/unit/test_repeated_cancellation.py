@@ -1,0 +1,124 @@
+"""When a handler that ignores its cancellation is cancelled again, in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from workpool.handlers import Handler
+from workpool.plugins import Plugins
+from workpool.pool.handler_executor import HandlerExecutor, handler_group
+from workpool.pool.item import EndReason
+from workpool.testing.virtual import in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from tests.unit.conftest import Bench
+    from workpool.pool.item import PoolItem
+
+
+class Stubborn:
+    """A handler that ignores each cancellation until a moment.
+
+    Attributes:
+        times: When it was cancelled, in seconds after its start.
+    """
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.times: list[float] = []
+        self.began = asyncio.Event()
+
+    async def __call__(self, _: object) -> None:
+        now = asyncio.get_running_loop().time
+        began = now()
+        self.began.set()
+        while now() < began + self.until:
+            try:
+                await asyncio.sleep(began + self.until - now())
+            except asyncio.CancelledError:
+                self.times.append(round(now() - began, 3))
+
+
+@asynccontextmanager
+async def running(
+    bench: type[Bench], handler: Stubborn
+) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
+    """An item whose handler runs; left once the handler has ended."""
+    parts = bench()
+    context = SimpleNamespace(settings=parts.settings, plugins=Plugins.load([], [], {}))
+    async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
+        item = await parts.claim()
+        item.advance("started")
+        executor = HandlerExecutor(cast("Any", context), handlers)
+        call = Handler(
+            name="stubborn.run", call=handler, timeout=None, max_sessions=None, plugin="stubborn"
+        )
+        group.create_task(executor.run(item, call, cast("Any", None)))
+        await handler.began.wait()
+        yield executor, item
+
+
+Step = tuple[float, EndReason]
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [
+        ([(0, EndReason.TIMED_OUT)], [0, 10, 20, 30]),
+        ([(0, EndReason.TIMED_OUT), (3, EndReason.TIMED_OUT)], [0, 10, 20, 30]),
+        ([(0, EndReason.STOP_REQUESTED), (3, EndReason.TIMED_OUT)], [0, 10, 20, 30]),
+        ([(0, EndReason.TIMED_OUT), (3, EndReason.LOST)], [0, 3, 10, 20, 30]),
+        ([(5, EndReason.DRAINED), (5, EndReason.LOST)], [5, 5, 15, 25]),
+    ],
+    ids=["once", "same reason", "less grave", "graver", "graver at once"],
+)
+@in_virtual_time
+async def test_cancellation_is_repeated_at_once_only_for_a_graver_reason_else_every_ten_seconds(
+    bench: type[Bench], steps: list[Step], times: list[float]
+) -> None:
+    handler = Stubborn(until=34)
+    async with running(bench, handler) as (executor, item):
+        passed = 0.0
+        for at, reason in steps:
+            await asyncio.sleep(at - passed)
+            passed = at
+            executor.cancel(item, reason)
+    assert handler.times == times
+    assert not executor.stuck
+
+
+@in_virtual_time
+async def test_handler_is_reported_as_stuck_once_and_ten_seconds_after_its_first_cancellation(
+    bench: type[Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    reports: list[float] = []
+    handler = Stubborn(until=34)
+    async with running(bench, handler) as (executor, item):
+        now: Callable[[], float] = asyncio.get_running_loop().time
+        began = now()
+        executor.on_stuck = lambda: reports.append(round(now() - began, 3))
+        executor.cancel(item, EndReason.TIMED_OUT)
+    assert reports == [10]
+    assert caplog.text.count("handler ignores its cancellation") == 1
+
+
+@in_virtual_time
+async def test_handler_that_has_ended_is_cancelled_no_more(bench: type[Bench]) -> None:
+    handler = Stubborn(until=12)
+    async with running(bench, handler) as (executor, item):
+        executor.cancel(item, EndReason.TIMED_OUT)
+        assert item.handler_task is not None
+        await item.handler_task
+        await asyncio.sleep(0)
+        task = item.handler_task
+        executor.cancel(item, EndReason.LOST)
+        await asyncio.sleep(30)
+    assert handler.times == [0, 10]
+    assert task is not None
+    assert task.cancelling() == 2

@@ -1,0 +1,265 @@
+"""A private CA and a client certificate, against a real TLS server that asks for one."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+import subprocess
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool import Settings, WorkClient
+from workpool.errors import ControlPlaneError, RefusedError, SettingsError
+from workpool.wire.options import CallOptions, Priority
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+OPENSSL = shutil.which("openssl")
+pytestmark = pytest.mark.skipif(OPENSSL is None, reason="makes certificates with openssl")
+WORK, TOKEN = "work_1", "token"
+KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
+
+
+def openssl(command: str, where: Path) -> None:
+    subprocess.run(  # noqa: S603 - a command of our own
+        [str(OPENSSL), *command.split()], cwd=where, check=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a CA, certificates of a server and of a client, and odd files."""
+    path = tmp_path_factory.mktemp("pki")
+    # With what Python asks of certificates since 3.13.
+    usage = "-addext keyUsage=critical,keyCertSign"
+    openssl(f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path)
+    issuer = "authorityKeyIdentifier=keyid\n"
+    (path / "server.ext").write_text(f"{issuer}subjectAltName=IP:127.0.0.1")
+    (path / "client.ext").write_text(f"{issuer}extendedKeyUsage=clientAuth")
+    for name in ("server", "client"):
+        openssl(f"req {KEY} -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr", path)
+        openssl(
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2"
+            f" -extfile {name}.ext -out {name}.pem",
+            path,
+        )
+    both = (path / "client.pem").read_text() + (path / "client.key").read_text()
+    (path / "both.pem").write_text(both)
+    openssl("pkey -in client.key -aes256 -passout pass:secret -out encrypted.key", path)
+    (path / "text.pem").write_text("no certificate")
+    return path
+
+
+@dataclass
+class Server:
+    """A TLS server that asks for a certificate.
+
+    Attributes:
+        names: The common name of each client, by connection.
+        received: The decrypted bytes.
+    """
+
+    port: int = 0
+    names: list[str] = field(default_factory=list)
+    received: bytearray = field(default_factory=bytearray)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        subject = writer.get_extra_info("peercert")["subject"]
+        self.names.append(dict(pair for each in subject for pair in each)["commonName"])
+        with suppress(ConnectionError):
+            while piece := await reader.read(65536):
+                self.received += piece
+                writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.close()
+
+    def settings(self, pki: Path, **names: str | None) -> Settings:
+        files: dict[str, Any] = {
+            name: None if file is None else pki / file for name, file in (FILES | names).items()
+        }
+        url = f"https://127.0.0.1:{self.port}"
+        return Settings(base_url=url, environment_id="env_1", token=TOKEN, **files)
+
+
+FILES: dict[str, str | None] = {
+    "ca_file": "ca.pem",
+    "client_cert_file": "client.pem",
+    "client_key_file": "client.key",
+}
+
+
+@pytest.fixture
+async def server(pki: Path) -> AsyncIterator[Server]:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=pki / "ca.pem")
+    context.load_cert_chain(pki / "server.pem", pki / "server.key")
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = Server()
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=context)
+    server.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        yield server
+
+
+@pytest.mark.parametrize("key", [{}, {"client_cert_file": "both.pem", "client_key_file": None}])
+@pytest.mark.parametrize("session", [None, aiohttp.ClientSession])
+async def test_every_connection_trusts_the_ca_and_shows_the_certificate(
+    pki: Path, server: Server, key: dict[str, str | None], session: Any
+) -> None:
+    options = [CallOptions(priority=priority) for priority in Priority]
+    own = session() if session else None
+    async with WorkClient(server.settings(pki, **key), session=own) as client:
+        for each in (*options, CallOptions(new_connection=True)):
+            await client.stop(WORK, options=each)
+        with pytest.raises(ControlPlaneError):  # its answer is no event stream
+            await client.events("sess_1")._calls.open(None)
+        if own is not None:
+            await own.close()
+    assert set(server.names) == {"client"}
+    assert server.received.count(b"HTTP/1.1\r\n") == 5
+
+
+async def test_server_of_a_private_ca_is_not_trusted_without_the_ca_file(
+    pki: Path, server: Server
+) -> None:
+    async with WorkClient(server.settings(pki, ca_file=None)) as client:
+        with pytest.raises(RefusedError, match="certificate is not trusted"):
+            await client.stop(WORK)
+    assert server.names == []
+
+
+async def test_server_that_asks_for_a_certificate_refuses_a_client_without(
+    pki: Path, server: Server
+) -> None:
+    without = {"client_cert_file": None, "client_key_file": None}
+    async with WorkClient(server.settings(pki, **without)) as client:
+        with pytest.raises(ControlPlaneError):
+            await client.stop(WORK)
+    assert not server.received
+
+
+# -- a check behind a tunnel ---------------------------------------------------------------------
+
+
+class LateTunnel:
+    """An HTTP proxy that opens its tunnel to `port` when it is told."""
+
+    def __init__(self, port: int) -> None:
+        self.asked, self.release, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._port = port
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        self.asked.set()
+        await self.release.wait()
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+        self.ended.set()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(ConnectionError):
+        while piece := await reader.read(65536):
+            writer.write(piece)
+    writer.close()
+
+
+@asynccontextmanager
+async def tunnel_to(port: int) -> AsyncIterator[tuple[LateTunnel, str]]:
+    tunnel = LateTunnel(port)
+    listener = await asyncio.start_server(tunnel.serve, "127.0.0.1", 0)
+    async with listener:
+        yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+
+
+class Refusal(Exception):
+    """What the check raises."""
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_check_is_asked_after_the_tunnel_and_tls_are_there(
+    pki: Path, server: Server, monkeypatch: pytest.MonkeyPatch, *, held: bool
+) -> None:
+    states: list[bool] = []
+
+    def check() -> None:
+        states.append(tunnel.release.is_set())
+        if not held:
+            raise Refusal
+
+    async with tunnel_to(server.port) as (tunnel, url):
+        monkeypatch.setenv("https_proxy", url)
+        monkeypatch.setenv("no_proxy", "")
+        async with WorkClient(server.settings(pki)) as client, asyncio.TaskGroup() as group:
+            stopping = client.stop(WORK, options=CallOptions(check), timeout=20)
+            result = group.create_task(outcome(stopping))
+            await tunnel.asked.wait()
+            assert states == []
+            tunnel.release.set()
+            assert await result == (None if held else Refusal)
+        await tunnel.ended.wait()
+    assert states == [True]
+    assert server.names == ["client"]
+    assert bool(server.received) == held
+
+
+async def outcome(call: Any) -> type[BaseException] | None:
+    try:
+        await call
+    except Refusal as refusal:
+        return type(refusal)
+    return None
+
+
+# -- files that cannot be used -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        ({"ca_file": "nowhere"}, "ca_file: No such file or directory"),
+        ({"ca_file": "."}, "ca_file: not a file"),
+        ({"ca_file": "text.pem"}, "ca_file: holds no certificate in PEM"),
+        ({"client_cert_file": "nowhere"}, "client_cert_file: No such file or directory"),
+        ({"client_cert_file": None}, "client_key_file: set without client_cert_file"),
+        ({"client_key_file": None}, "client_cert_file: no certificate and key in PEM"),
+        (
+            {"client_cert_file": "text.pem"},
+            "client_cert_file, client_key_file: no certificate and key in PEM",
+        ),
+        (
+            {"client_key_file": "server.key"},
+            "client_cert_file, client_key_file: the key is another certificate's",
+        ),
+        (
+            {"client_key_file": "encrypted.key"},
+            "client_key_file: encrypted; there is no setting for its password",
+        ),
+    ],
+)
+async def test_tls_file_that_cannot_be_used_is_an_error_at_start(
+    pki: Path, names: dict[str, str | None], problem: str
+) -> None:
+    settings = Server(port=1).settings(pki, **names)
+    with pytest.raises(SettingsError) as raised:
+        async with WorkClient(settings):
+            pass
+    assert raised.value.problems == (problem,)
+
+
+def test_all_problems_with_the_connection_are_told_at_once(pki: Path) -> None:
+    settings = Settings(ca_file=pki / "nowhere", client_cert_file=pki / "neither")
+    with pytest.raises(SettingsError) as raised:
+        settings.require_connection()
+    text = "\n".join(raised.value.problems)
+    assert all(f"{name}: " in text for name in ("environment_id", "ca_file", "client_cert_file"))
+
+
+def test_without_tls_settings_there_is_no_context() -> None:
+    assert Settings().tls_context() is None

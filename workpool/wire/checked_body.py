@@ -1,0 +1,74 @@
+"""A request body that checks, right before the first byte of its request is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.abc import AbstractStreamWriter
+
+_PIECE_BYTES: Final = 64 * 1024
+"""Large bodies are written in pieces, or they would hold up the loop."""
+
+
+class NotSentError(aiohttp.ClientConnectionError):
+    """The check of a request refused: nothing was sent."""
+
+
+class CheckedBody(aiohttp.payload.Payload):
+    """A body, perhaps an empty one, whose check is the last step before the bytes.
+
+    aiohttp keeps a request's headers back until the body is written (since 3.12), and writes the
+    body once it has a connection: resolved, connected, encrypted, through any proxy. So a check
+    that refuses has sent nothing, also in a caller's own session. Bytes that the kernel holds are
+    outside of this: nothing takes them back. aiohttp reports the refusal as a connection error,
+    and does not repeat the request because of it.
+
+    Args:
+        body: The body.
+        check: Raises when the request must not be sent.
+        headers_first: Write the headers on their own: a trace of a caller's own session may wait
+            between the check and the body's first byte.
+
+    Attributes:
+        refusal: What `check` raised.
+    """
+
+    _value: bytes
+    _autoclose = True  # nothing to close
+
+    def __init__(
+        self, body: bytes, check: Callable[[], None], *, headers_first: bool = False
+    ) -> None:
+        super().__init__(body)
+        self._size = len(body)
+        self._check = check
+        self._headers_first = headers_first or not body
+        self.refusal: Exception | None = None
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """Return the body as text."""
+        return self._value.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        """Check, then write the headers and the body."""
+        try:
+            self._check()
+        except Exception as refusal:  # noqa: BLE001 - the transport raises it
+            self.refusal = refusal
+            raise NotSentError from None
+        if self._headers_first:
+            writer.send_headers()
+        for start in range(0, len(self._value), _PIECE_BYTES):
+            await writer.write(self._value[start : start + _PIECE_BYTES])
+
+    async def write_with_length(
+        self, writer: AbstractStreamWriter, content_length: int | None
+    ) -> None:
+        """Check, then write the headers and the body."""
+        del content_length  # it is the body's own
+        await self.write(writer)

@@ -1,0 +1,80 @@
+"""The connections of one client: who shares them with whom, DNS, and the proxy.
+
+Four kinds of calls, so that none waits for a connection behind another kind: the pool's own calls
+(claims, completions, heartbeats), as many connections as there are calls; the calls of handlers, up
+to a limit; event streams, and the calls that must not reuse a connection, each on one of its own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+from yarl import URL
+
+from workpool.wire.options import Priority
+from workpool.wire.proxy import proxy_of
+from workpool.wire.resolver import ThreadResolver
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from concurrent.futures import Executor
+
+    from workpool.settings import Settings
+    from workpool.wire.options import CallOptions
+
+KEEPALIVE_SECONDS: Final = 30.0
+"""Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
+SPARE_CONNECTIONS: Final = 16
+"""For handlers, beside one for each session."""
+
+
+class Connections:
+    """The aiohttp sessions of one client, on the running loop.
+
+    Args:
+        settings: Where to connect to.
+        given: The caller's own session, used for everything and left open; None = ours.
+        headers: What all requests send and a proxy may see.
+        executor: Runs DNS lookups.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        given: aiohttp.ClientSession | None,
+        headers: Mapping[str, str],
+        executor: Executor,
+    ) -> None:
+        self._headers = headers
+        self._resolver = ThreadResolver(executor)
+        self._is_ours = given is None
+        limit = settings.concurrency + SPARE_CONNECTIONS
+        self.proxy = proxy_of(URL(settings.base_url)) if given is None else None
+        self._pool = given or self._session(limit=0)
+        self._handlers = given or self._session(limit=limit)
+        self.single_use = given or self._session(limit=0, single_use=True)
+
+    def session_for(self, options: CallOptions) -> aiohttp.ClientSession:
+        """Return the session that sends a call."""
+        if options.new_connection:
+            return self.single_use
+        return self._handlers if options.priority is Priority.HANDLER else self._pool
+
+    async def close(self) -> None:
+        """Close the connections, unless they are the caller's."""
+        if self._is_ours:
+            for session in (self._pool, self._handlers, self.single_use):
+                await session.close()
+
+    def _session(self, *, limit: int, single_use: bool = False) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=limit,
+                resolver=self._resolver,
+                force_close=single_use,
+                keepalive_timeout=None if single_use else KEEPALIVE_SECONDS,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=self._headers,
+        )

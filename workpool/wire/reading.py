@@ -1,0 +1,60 @@
+"""Reading the bytes of an answer, and the errors of a request that was not answered."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import aiohttp
+
+from workpool.errors import ControlPlaneError, RefusedError, TransientError
+from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+
+TRANSIENT: Final = (
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
+    TimeoutError,
+    OSError,
+)
+"""What may pass by itself. Anything else is a bug and must be loud (design §2)."""
+
+
+def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
+    """Return the response when it is an event stream: a gateway may answer a page with 200."""
+    if response.content_type == "text/event-stream":
+        return response
+    response.close()
+    raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
+
+
+async def read_bounded(
+    response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
+) -> bytes | None:
+    """The body, unpacked; None, and the connection is closed, when it is larger than `limit`."""
+    if (response.content_length or limit + 1) <= limit and (
+        "Content-Encoding" not in response.headers
+    ):
+        content = response.content  # mostly all there with the headers: nothing to wait for
+        return content.read_nowait() if content.is_eof() else await content.read()
+    chunks: list[bytes] = []
+    room = limit
+    async for chunk in response.content.iter_any():
+        room -= len(chunk)
+        if room < 0:
+            response.close()
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def no_answer(op: str, error: BaseException) -> ControlPlaneError:
+    """The error for a request that was not answered."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        # Nothing that passes by itself, and no one we may talk to: as good as a refusal.
+        problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
+        return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
+    if isinstance(error, TimeoutError):
+        return TransientError(op, None, "no answer in time", reason="timeout")
+    # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
+    told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
+    return TransientError(op, None, f"no answer: {told}", reason="network")

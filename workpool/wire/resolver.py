@@ -1,0 +1,58 @@
+"""DNS for aiohttp, on threads of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import TYPE_CHECKING, Final
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+LOOKUP_SECONDS: Final = 30.0
+"""Bounds one lookup: aiohttp makes all connections to a host wait for the one that is under way."""
+_NUMERIC: Final = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+_RESULT_FLAGS: Final = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+
+
+class ThreadResolver(AbstractResolver):
+    """Looks hosts up with `getaddrinfo` on an executor of the caller's.
+
+    aiohttp's own resolver uses the event loop's executor, whose threads code of users may occupy.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of a host.
+
+        Raises:
+            OSError: It has none, or the lookup failed or took too long.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(LOOKUP_SECONDS):
+            return await loop.run_in_executor(self._executor, _look_up, host, port, family)
+
+    async def close(self) -> None:
+        """Do nothing: the executor is the caller's."""
+
+
+def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
+    return [
+        ResolveResult(
+            hostname=host,
+            # With the scope of a link-local address, which the address alone does not have.
+            host=socket.getnameinfo(address, _NUMERIC)[0],
+            port=port,
+            family=kind,
+            proto=proto,
+            flags=_RESULT_FLAGS,
+        )
+        for kind, _, proto, _, address in found
+    ]

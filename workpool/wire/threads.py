@@ -1,0 +1,105 @@
+"""Threads of a client's own for the calls that block: DNS, and files on a disk that may hang."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CLOSE_SECONDS: Final = 0.5
+"""Threads that do not hang end within microseconds."""
+
+
+class DaemonThreads(Executor):
+    """An executor whose threads never keep the interpreter from ending.
+
+    A `ThreadPoolExecutor` joins its threads at exit, also one that hangs in a lookup or on a disk;
+    and the event loop's own is shared with code of users, which may occupy all of its threads.
+
+    Args:
+        name: Of the threads, before their number.
+        limit: How many there are at most.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._lock = threading.Lock()
+        # The four below: only with the lock held.
+        self._threads: list[threading.Thread] = []
+        self._alive = 0
+        self._closed = False
+        self._tell_end: Callable[[], object] | None = None
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call `fn` on one of the threads.
+
+        Raises:
+            RuntimeError: The executor was closed.
+        """
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these threads were closed")
+            self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
+            if not self._idle.acquire(blocking=False) and self._alive < self._limit:
+                self._start_one()
+        return future
+
+    async def close(self) -> None:
+        """End the threads; one whose call hangs is left to end by itself."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        with self._lock:
+            self._closed = True
+            self._tell_end = partial(loop.call_soon_threadsafe, ended.set)
+            for _ in self._threads:
+                self._calls.put(None)
+            if not self._alive:
+                ended.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await ended.wait()
+            for thread in self._threads:
+                thread.join()  # it has done all but its last step
+
+    def _start_one(self) -> None:
+        self._alive += 1
+        name = f"{self._name}-{self._alive}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # it would live on until the next one
+            self._idle.release()
+        with self._lock:
+            self._alive -= 1
+            tell_end = None if self._alive else self._tell_end
+        if tell_end is not None:
+            with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+                tell_end()
+
+
+def _call(future: Future[T], call: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,82 @@
+"""Whom we trust and who we are in TLS: a CA file and a client certificate, from the settings."""
+
+from __future__ import annotations
+
+import ssl
+import stat
+from typing import TYPE_CHECKING, NoReturn
+
+from workpool.errors import SettingsError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def tls_context(
+    ca_file: Path | None, client_cert_file: Path | None, client_key_file: Path | None
+) -> ssl.SSLContext | None:
+    """Return the context for connections to the control plane; None = the usual one will do.
+
+    Args:
+        ca_file: Certificates, in PEM, that are trusted instead of the system's.
+        client_cert_file: Our certificate, in PEM, with those that lead to its CA.
+        client_key_file: Its private key, in PEM; None = it is in the certificate's file.
+
+    Raises:
+        SettingsError: A file cannot be read or used; names all of them, and quotes none.
+    """
+    files = {
+        "ca_file": ca_file,
+        "client_cert_file": client_cert_file,
+        "client_key_file": client_key_file,
+    }
+    problems = [_unreadable(name, path) for name, path in files.items() if path is not None]
+    if client_key_file is not None and client_cert_file is None:
+        problems.append("client_key_file: set without client_cert_file")
+    if found := tuple(problem for problem in problems if problem):
+        raise SettingsError(found)
+    if ca_file is None and client_cert_file is None:
+        return None
+    context = _trusting(ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    if client_cert_file is not None:
+        _load_certificate(context, client_cert_file, client_key_file)
+    return context
+
+
+def _unreadable(name: str, path: Path) -> str:
+    try:
+        # Asked first: opening a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            return f"{name}: not a file"
+        with path.open("rb"):
+            return ""
+    except OSError as error:
+        return f"{name}: {error.strerror or 'cannot be read'}"
+
+
+def _trusting(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        problem = "ca_file: holds no certificate in PEM"
+    raise SettingsError((problem,))
+
+
+def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> None:
+    problem = ""
+    try:
+        context.load_cert_chain(cert, key, password=_refuse_password)
+    except ssl.SSLError as error:
+        mismatch = error.reason == "KEY_VALUES_MISMATCH"
+        problem = (
+            "the key is another certificate's" if mismatch else "no certificate and key in PEM"
+        )
+    if problem:
+        names = "client_cert_file" if key is None else "client_cert_file, client_key_file"
+        raise SettingsError((f"{names}: {problem}",))
+
+
+def _refuse_password() -> NoReturn:
+    # Without a callback, OpenSSL would ask on the terminal.
+    raise SettingsError(("client_key_file: encrypted; there is no setting for its password",))
