@@ -258,3 +258,18 @@ async def test_handler_does_not_start_after_machine_slept_past_its_lease() -> No
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
     assert bench.outcomes[0] == "lease_lost"
+
+
+@in_virtual_time
+async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
+    """Sent before the pause it verified nothing, and the next one came with the next renewal."""
+    script = Script(heartbeat=[None, Trouble(back=8)])
+    bench = Bench(script, ignore, lease_ttl=60)
+    async with bench.supervisor as pool:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await asyncio.sleep(20.5)  # the second heartbeat is under way, for 8 s
+        assert script.sent.count(("heartbeat", item.id)) == 2
+        bench.loop.pause(5)
+        await asyncio.sleep(8)
+        assert script.sent.count(("heartbeat", item.id)) == 3
+        await pool.drain(0)

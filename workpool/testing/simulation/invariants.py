@@ -32,7 +32,6 @@ from workpool.testing.simulation.handovers import (
 from workpool.testing.simulation.order import (
     a_try_leaves_time_for_another,
     acks_do_not_wait,
-    attempts_count_runs,
     cancellations_are_repeated,
     completions_go_first,
     failing_handlers_claim_slowly,
@@ -377,7 +376,6 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     one_heartbeat_at_a_time,
     a_try_leaves_time_for_another,
     sessions_share_no_context,
-    attempts_count_runs,
     outcomes_agree,
     losses_are_true,
     metrics_agree,

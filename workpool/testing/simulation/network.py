@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FADED_SECONDS: Final = 20.0
+OUTLASTING_SHARE: Final = 0.4
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
 DENIAL: Final = Trouble(
@@ -88,8 +90,7 @@ class Network:
         if kind == "asleep" and op != "poll":  # the machine falls asleep while the call waits
             self._fall_asleep(node, trouble.wait / 2)
         elif kind == "drowsy":  # or somewhere in the work that follows the answer
-            steps = self._random.randint(0, 12)
-            self._fall_asleep(node, trouble.there + trouble.back, steps)
+            trouble = self._doze(node, trouble)
         elif kind == "fading" and op == "heartbeat":  # a slow answer, and then none
             now = _loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
@@ -103,8 +104,16 @@ class Network:
         self.trace.sent.append(sent)
         return sent
 
-    def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> None:
-        """Let the machine stand still after `seconds` and so many callbacks more."""
+    def _doze(self, node: Node, trouble: Trouble) -> Trouble:
+        """Let the machine stand still around the answer; some answers come after that."""
+        seconds = trouble.there + trouble.back
+        length = self._fall_asleep(node, seconds, self._random.randint(0, 12))
+        if self._random.random() < OUTLASTING_SHARE:
+            return replace(trouble, back=length + self._random.random())
+        return trouble
+
+    def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> float:
+        """Let the machine stand still after `seconds` and so many callbacks; return how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         how: Halt = self._random.choice(("asleep", "asleep", "paused"))
 
@@ -113,6 +122,7 @@ class Network:
                 node.machine.halt_after(steps, how, length)
 
         loop.call_at(loop.now + seconds, sleep, context=NETWORK)
+        return length
 
 
 def make_trouble(kind: str, random: Random) -> Trouble:

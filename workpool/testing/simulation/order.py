@@ -1,4 +1,4 @@
-"""8. The order in which a pool sends, and what it leaves to other workers."""
+"""9. The order in which a pool sends, and what it leaves to other workers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from workpool.events import Event
-    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.case import Case
     from workpool.testing.simulation.trace import Node, Run, Sent
 
 INSTANT_SECONDS: Final = 0.001
@@ -32,7 +32,7 @@ PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
 
 
 def completions_go_first(case: Case) -> Iterator[str]:
-    """8a. While a completion waits for the rate limit, no permit for a new claim is granted."""
+    """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.play in PROMPT and run.result in {"returned", "raised"}:
@@ -58,7 +58,7 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
 
 
 def acks_do_not_wait(case: Case) -> Iterator[str]:
-    """8b. An item that has a slot is acknowledged at once: the ack's permit came before it."""
+    """9b. An item that has a slot is acknowledged at once: the ack's permit came before it."""
     for node in case.trace.nodes:
         if not node.claim_permits:
             continue
@@ -86,7 +86,7 @@ def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: f
 
 
 def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
-    """8c. A pool whose acks are refused leaves the items to others."""
+    """9c. A pool whose acks are refused leaves the items to others."""
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
@@ -98,7 +98,7 @@ def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
 
 
 def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
-    """8d. After five quick failures in a row, an item is claimed only after a pause."""
+    """9d. After five quick failures in a row, an item is claimed only after a pause."""
     for node in case.trace.nodes:
         declined = {
             (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
@@ -133,7 +133,7 @@ def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
 
 
 def cancellations_are_repeated(case: Case) -> Iterator[str]:
-    """8e. A handler that ignores its cancellation once is cancelled again."""
+    """9e. A handler that ignores its cancellation once is cancelled again."""
     for run in case.trace.runs:
         if run.play != "swallow" or run.told_at == FOREVER or run.node.left_behind:
             continue
@@ -143,7 +143,7 @@ def cancellations_are_repeated(case: Case) -> Iterator[str]:
 
 
 def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
-    """8f. After a pause that the lease clock does not show, a heartbeat must succeed first."""
+    """9f. After a pause that the lease clock does not show, a heartbeat must succeed first."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
             if until - since < PAUSE_SECONDS:
@@ -170,7 +170,7 @@ def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
 
 
 def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
-    """8g. A pool sends no heartbeat for an item while another one is under way."""
+    """9g. A pool sends no heartbeat for an item while another one is under way."""
     for calls in case.sent.values():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
@@ -179,7 +179,7 @@ def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
 
 
 def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
-    """8h. A write without an answer is given up early enough to be repeated."""
+    """9h. A write without an answer is given up early enough to be repeated."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
@@ -194,64 +194,7 @@ def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
 
 
 def sessions_share_no_context(case: Case) -> Iterator[str]:
-    """8i. What a handler writes to a context variable, no other session sees."""
+    """9i. What a handler writes to a context variable, no other session sees."""
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
-
-
-def attempts_count_runs(case: Case) -> Iterator[str]:
-    """8j. A run's number is 1 and the earlier runs that ended with neither mark nor stop."""
-    for work_id, tenures in case.tenures.items():
-        if not _countable(case, work_id, tenures):
-            continue
-        for run in case.runs.get(work_id, ()):
-            if run.play == "alone":  # a part of the run before it
-                continue
-            tenure = case.tenure(run.node, work_id, run.started)
-            earlier = tenures[: tenures.index(tenure)] if tenure is not None else tenures
-            uncounted = [each for each in earlier if not _marked(case, each)]
-            least = 1 + sum(_ran(case, each) for each in uncounted)
-            if not least <= run.attempt <= 1 + len(uncounted):
-                yield (
-                    f"{work_id[-6:]} at {run.started:.3f} is attempt {run.attempt}, "
-                    f"not {least} to {1 + len(uncounted)}"
-                )
-
-
-def _countable(case: Case, work_id: str, tenures: list[Tenure]) -> bool:
-    """Whether nothing but crashes and lapses tells one run from the next."""
-    refused = any(
-        call.op == "update" and isinstance(call.answer, int)
-        for node in case.trace.nodes
-        for call in case.sent.get((node, work_id), ())
-    )
-    names = [each.worker_id for each in tenures]
-    late = any(
-        record.kind == "metadata" and record.worker_id != _holder(tenures, record.time)
-        for record in case.history
-        if record.work_id == work_id
-    )
-    odd = any(each.how == "detached" or case.broken(each) or each.usurper for each in tenures)
-    return not (refused or late or odd or len(set(names)) < len(names))
-
-
-def _holder(tenures: list[Tenure], at: float) -> str | None:
-    found = None
-    for each in tenures:
-        if each.began <= at:
-            found = each.worker_id
-    return found
-
-
-def _marked(case: Case, tenure: Tenure) -> bool:
-    """Whether the item had the mark of a release when the tenure ended."""
-    marked = False
-    for patch in case.trace.patches:
-        if patch.work_id == tenure.work_id and patch.worker_id == tenure.worker_id:
-            marked = patch.released
-    return marked
-
-
-def _ran(case: Case, tenure: Tenure) -> bool:
-    return any(run.node.worker_id == tenure.worker_id for run in case.runs.get(tenure.work_id, ()))

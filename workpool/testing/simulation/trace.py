@@ -8,7 +8,7 @@ holds against the rest.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,18 +77,6 @@ class Delay:
     work_id: str | None
     since: float
     until: float
-
-
-class Patch(NamedTuple):
-    """One change of an item's metadata.
-
-    Attributes:
-        released: The item had the mark of a run that does not count afterwards.
-    """
-
-    work_id: str
-    worker_id: str | None
-    released: bool
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -193,7 +181,6 @@ class Trace:
 
     Attributes:
         broken: Items whose lease the operator ended early, and when.
-        patches: What was written into which item's metadata by whom, and what they were then.
     """
 
     nodes: list[Node] = field(default_factory=list)
@@ -202,6 +189,5 @@ class Trace:
     handings: list[Handing] = field(default_factory=list)
     delays: list[Delay] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
-    patches: list[Patch] = field(default_factory=list)
     troubles: int = 0
     deeds: int = 0

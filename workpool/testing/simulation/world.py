@@ -10,7 +10,6 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
 from workpool.errors import WorkpoolError
-from workpool.pool.attempt import RELEASED
 from workpool.pool.hold import Hold
 from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
@@ -24,7 +23,7 @@ from workpool.testing.simulation.machine import NETWORK, Halt, Machine, Machines
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
 from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
-from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Patch, Trace
+from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.testing.virtual import VirtualLoop
 
 if TYPE_CHECKING:
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
     from workpool.events import Event
     from workpool.pool.context import PoolContext
-    from workpool.server import Item
     from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
@@ -134,24 +132,6 @@ def _usual_settings() -> Settings:
     )
 
 
-class NotedOperations(Operations):
-    """Operations that note what is written into an item's metadata."""
-
-    trace: Trace
-
-    def update(
-        self,
-        environment_id: str,
-        work_id: str,
-        patch: Mapping[str, str | None],
-        worker_id: str | None = None,
-    ) -> Item:
-        """Protocol §3.5."""
-        item = super().update(environment_id, work_id, patch, worker_id)
-        self.trace.patches.append(Patch(work_id, worker_id, RELEASED in item.metadata))
-        return item
-
-
 class World:
     """Carries one schedule out; made and used inside `run_machines`."""
 
@@ -161,10 +141,9 @@ class World:
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
-        self.operations = NotedOperations(
+        self.operations = Operations(
             [ENVIRONMENT], now=lambda: START + loop.now, history_limit=None
         )
-        self.operations.trace = self.trace
         self.items: list[str] = []
         self._registry = registry
         chance = random.Random(schedule.seed)
