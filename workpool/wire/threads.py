@@ -32,7 +32,7 @@ class DaemonThreads(Executor):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        self._count = 0
+        self._threads: list[threading.Thread] = []
         self._closed = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -46,18 +46,31 @@ class DaemonThreads(Executor):
             if self._closed:
                 raise RuntimeError("these threads were closed")
             self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
-            if not self._idle.acquire(blocking=False) and self._count < self._limit:
-                self._count += 1
-                name = f"{self._name}-{self._count}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._limit:
+                name = f"{self._name}-{len(self._threads) + 1}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
         return future
 
     def close(self) -> None:
         """End the threads that are idle now, the others after their call; waits for none."""
         with self._lock:
             self._closed = True
-            for _ in range(self._count):
+            for _ in self._threads:
                 self._calls.put(None)
+
+    def shutdown(
+        self,
+        wait: bool = True,  # noqa: FBT001, FBT002 - as in Executor
+        *,
+        cancel_futures: bool = False,
+    ) -> None:
+        """Close, and wait for the threads if `wait` is true; a call that waits is not cancelled."""
+        del cancel_futures
+        self.close()
+        for thread in self._threads if wait else ():
+            thread.join()
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
