@@ -105,7 +105,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "no margin before the deadline": [
-        Edit("lease:Lease", "deadline - max(MARGIN_SECONDS, ttl / MARGIN_PART)", "deadline"),
+        Edit("lease:Lease", "deadline - lease_margin(ttl)", "deadline"),
     ],
     "sleep not noticed": [
         Edit(
