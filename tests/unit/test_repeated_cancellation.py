@@ -118,12 +118,10 @@ async def test_handler_that_has_ended_is_cancelled_no_more(bench: type[Bench]) -
     handler = Stubborn(until=12)
     async with running(bench, handler) as (executor, item):
         executor.cancel(item, EndReason.TIMED_OUT)
-        assert item.handler_task is not None
-        await item.handler_task
-        await asyncio.sleep(0)
         task = item.handler_task
+        assert task is not None
+        await asyncio.wait({task})
         executor.cancel(item, EndReason.LOST)
         await asyncio.sleep(30)
     assert handler.times == [0, 10]
-    assert task is not None
     assert task.cancelling() == 2
