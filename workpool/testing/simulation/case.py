@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
+ACK_SECONDS: Final = 10.0
+"""How long an ack may wait for a connection, at most."""
 START: Final = 86_400.0
 """When every simulation begins, by the control plane's clock: long ago, for exact floats."""
 
@@ -140,6 +142,7 @@ class Case:
                 for delay in self.trace.delays
             )
             or node.paused(since, min(until, tenure.last_promise + 1))
+            or node.paused_unseen(since - ACK_SECONDS, until)  # while its ack waited to be sent
             or node.crashed <= min(until, tenure.last_promise)
             or self.broken(tenure)
         )
