@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
-ACK_SECONDS: Final = 10.0
-"""How long an ack may wait for a connection, at most."""
+ACK_SECONDS: Final = 60.0
+"""How long acks may be tried: a pause meanwhile ends the claim, whichever was applied."""
 START: Final = 86_400.0
 """When every simulation begins, by the control plane's clock: long ago, for exact floats."""
 
