@@ -216,17 +216,6 @@ MUTATIONS: dict[str, list[Edit]] = {
             "PoolItem(work_item, None, self._context.start_context,",
         ),
     ],
-    "attempts not counted": [
-        Edit("attempt:Attempt", "counts = redelivered and RELEASED not in metadata", "counts = 0"),
-    ],
-    "released runs counted": [Edit("attempt:Attempt", " and RELEASED not in metadata", "")],
-    "mark not removed by the next run": [
-        Edit(
-            "attempt:Attempt",
-            "self._notes: Patch = {key: None for key",
-            "self._notes: Patch = {} and {key: None for key",
-        ),
-    ],
     # The completion.
     "own stop taken for an operator's": [
         Edit(
@@ -275,7 +264,11 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     # The handoff.
     "heartbeats during the handoff": [
-        Edit("handoff:Handoff", "lease.suspend()", "lease._lent = True"),
+        Edit(
+            "handoff:Handoff",
+            "lease.suspend()",
+            "lease.suspend(); self._renewer.heartbeat_now(lease)",
+        ),
     ],
     "a child's heartbeat taken for our own": [
         Edit(

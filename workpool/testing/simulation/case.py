@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
+ACK_SECONDS: Final = 60.0
+"""How long acks may be tried: a pause meanwhile ends the claim, whichever was applied."""
 START: Final = 86_400.0
 """When every simulation begins, by the control plane's clock: long ago, for exact floats."""
 
@@ -140,6 +142,7 @@ class Case:
                 for delay in self.trace.delays
             )
             or node.paused(since, min(until, tenure.last_promise + 1))
+            or node.paused_unseen(since - ACK_SECONDS, until)  # while its ack waited to be sent
             or node.crashed <= min(until, tenure.last_promise)
             or self.broken(tenure)
         )

@@ -97,7 +97,7 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
         excused = (
             _just_woken(run.node, told)
             or case.usurped(run.node, run.work_id)
-            or run.node.paused_unseen(run.started, told)
+            or run.node.paused_unseen(tenure.began, told)
         )
         if told > limit and not excused:
             yield f"{_name(run)} ran until {told:.3f}, promised until {limit:.3f}"

@@ -109,13 +109,13 @@ class Network:
         seconds = trouble.there + trouble.back
         length = self._fall_asleep(node, seconds, self._random.randint(0, 12))
         if self._random.random() < OUTLASTING_SHARE:
-            return replace(trouble, back=length + self._random.random())
+            return replace(trouble, back=length + self._random.uniform(0, 3))
         return trouble
 
     def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> float:
         """Let the machine stand still after `seconds` and so many callbacks; return how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
-        how: Halt = self._random.choice(("asleep", "asleep", "paused"))
+        how: Halt = self._random.choice(("asleep", "paused"))
 
         def sleep() -> None:
             if not self.healed:

@@ -49,7 +49,8 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
     if stop is None or run.node.paused(run.ended, stop.at):
         return
     writes = [call for call in writes if call.at <= stop.at]
-    if any(call.trouble is not None for call in writes):
+    delayed = _delayed(case, run.node, run.work_id, run.ended, stop.at)
+    if delayed or any(call.trouble is not None for call in writes):
         return
     for at in permits:
         waited = run.ended + INSTANT_SECONDS < at < stop.at - INSTANT_SECONDS
@@ -107,8 +108,9 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
         resume_at, pause = 0.0, 0.0
         for at, event in node.events:
             if isinstance(event, SessionFinished):
-                failed, pause = _after(event, failed, pause)
-                resume_at = at + pause if pause else 0.0
+                failed, grown = _after(event, failed, pause)
+                if grown != pause or _failed(event):
+                    resume_at, pause = at + grown, grown
             elif _claimed(event, at, declined) and at < resume_at - INSTANT_SECONDS:
                 name = node.machine.name
                 yield f"{name} claimed an item at {at:.3f}, to wait until {resume_at:.3f}"
@@ -116,12 +118,16 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
 
 def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[str], float]:
     """Return the items that have failed in a row, and the pause that follows."""
-    if event.outcome == "failed" and event.seconds < 1 - INSTANT_SECONDS:
+    if _failed(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
     if event.outcome in {"completed", "failed", "timed_out"}:
         return set(), 0.0
     return failed, pause
+
+
+def _failed(event: SessionFinished) -> bool:
+    return event.outcome == "failed" and event.seconds < 1
 
 
 def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
@@ -171,10 +177,12 @@ def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
 
 def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
     """9g. A pool sends no heartbeat for an item while another one is under way."""
-    for calls in case.sent.values():
+    for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            if two.at < one.answered_at:
+            # One of an earlier tenure may be under way still; nobody waits for its answer.
+            again = case.tenure(node, work_id, one.at) is not case.tenure(node, work_id, two.at)
+            if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 

@@ -29,7 +29,7 @@ HORIZON_SECONDS: Final = 150.0
 """Until then things happen; after that everything heals."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
-CLOSE_SHARE, CLOSE_SECONDS = 0.15, 0.012
+CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
 PAUSE_SECONDS: Final = 2.5
 """The shortest pause of a virtual machine: shorter ones are not noticed."""
 
