@@ -73,6 +73,8 @@ class Stage:
         run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
         run.leaked = _SESSION.get() is not None
         _SESSION.set(item.id)
+        if self._node.crashed <= run.started:  # in the very step in which its machine crashed
+            run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
         alone = self._node.child or (self.healed and name == "detach")
         act = self._work if alone else getattr(self, f"_{name}", self._work)
