@@ -74,6 +74,8 @@ class Stage:
         run.leaked = _SESSION.get() is not None
         _SESSION.set(item.id)
         self._trace.runs.append(run)
+        if self._node.machine.halted == "crashed":  # at this very moment
+            run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name == "detach")
         act = self._work if alone else getattr(self, f"_{name}", self._work)
         return await self._noted(act, session, run, seconds, first)
