@@ -12,7 +12,6 @@ import errno
 import gzip
 import logging
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -22,9 +21,11 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
+from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
     from types import TracebackType
 
     from prometheus_client import CollectorRegistry
@@ -84,7 +85,7 @@ class Exporter:
         self._health = health
         self._readiness = readiness
         self._exit = AsyncExitStack()
-        self._renderer: ThreadPoolExecutor
+        self._renderer: DaemonThreads
         self._renderings: set[Future[bytes]] = set()
 
     async def __aenter__(self) -> Self:
@@ -94,7 +95,7 @@ class Exporter:
             ListenError: The address cannot be had.
         """
         async with AsyncExitStack() as stack:
-            self._renderer = ThreadPoolExecutor(1, thread_name_prefix="workpool-metrics")
+            self._renderer = DaemonThreads("workpool-metrics", 1)
             stack.push_async_callback(self._stop_rendering)
             runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=CLOSE_SECONDS)
             stack.push_async_callback(runner.cleanup)
@@ -171,7 +172,7 @@ class Exporter:
                 rendering.cancel()  # or it would call back into a loop that is closed by then
             if stuck := bool(self._renderings):
                 log.warning("metrics rendering left behind: a collector does not come to an end")
-            self._renderer.shutdown(wait=not stuck, cancel_futures=True)
+            self._renderer.shutdown(wait=not stuck)
 
     def _app(self) -> web.Application:
         app = web.Application()

@@ -28,7 +28,8 @@ TOKEN, LIMITED = "token-of-everything-Zx9", "token-of-one-environment-Zx9"
 TOKENS = {TOKEN: None, LIMITED: frozenset({ENVIRONMENT})}
 
 HANDLERS = """
-import asyncio, time
+import asyncio, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from workpool import Session, handler
 
@@ -81,6 +82,13 @@ async def thread(session: Session) -> None:
         session.log.info("thread runs")
         time.sleep(600)
     await asyncio.to_thread(code)
+
+idle = ThreadPoolExecutor(thread_name_prefix="idle-pool")
+
+@handler(metadata={"do": "own thread"})
+async def own_thread(session: Session) -> None:
+    await asyncio.get_running_loop().run_in_executor(idle, time.time)
+    threading.Thread(target=time.sleep, args=(600,), name="own-thread").start()
 """
 
 

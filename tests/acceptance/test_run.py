@@ -119,7 +119,17 @@ async def test_blocking_code_in_a_thread_does_not_keep_the_process(
     await command.logs("thread runs")
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
-    assert "still runs threads=1" in command.err
+    assert "thread still runs; left behind name=workpool-blocking" in command.err
+
+
+async def test_users_thread_does_not_keep_the_process_and_is_named_in_the_log(
+    start: Start, plane: ControlPlane
+) -> None:
+    enqueue(plane, "own thread")
+    command = await start("run", "handlers", "--drain")
+    assert await command.ends() == 0
+    assert "thread still runs; left behind name=own-thread" in command.err
+    assert "idle-pool" not in command.err
 
 
 async def test_a_loop_blocked_for_too_long_ends_the_process(

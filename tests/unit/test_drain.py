@@ -59,7 +59,8 @@ class Sessions:
 
     async def wind_down(self, drain: Drain) -> int:
         context: Any = SimpleNamespace(
-            observe=self.events.append, queue=SimpleNamespace(running=self.running)
+            observe=lambda kind, *values: self.events.append(kind(*values)),
+            queue=SimpleNamespace(running=self.running),
         )
         dispatcher: Any = self
         return await drain.wind_down(context, dispatcher)

@@ -92,7 +92,7 @@ class World:
             queue=self.queue,
             clock=clock,
             wall=clock,
-            observe=lambda kind, *values: self.events.append(kind(*values)),
+            observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
         )
         self.group = PollerGroup(

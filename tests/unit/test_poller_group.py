@@ -46,7 +46,7 @@ class World:
             queue=self.queue,
             clock=lambda: self.now,
             wall=lambda: self.now,
-            observe=lambda kind, *values: self.events.append(kind(*values)),
+            observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
         )
         self.group = PollerGroup(

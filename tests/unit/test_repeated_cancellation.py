@@ -51,7 +51,12 @@ async def running(
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
     """An item whose handler runs; left once the handler has ended."""
     parts = bench()
-    context = SimpleNamespace(settings=parts.settings, plugins=Plugins.load([], [], {}))
+    context = SimpleNamespace(
+        settings=parts.settings,
+        plugins=Plugins.load([], [], {}),
+        clock=parts.clock,
+        observe=parts.observe,
+    )
     async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
         item = await parts.claim()
         item.advance("started")
@@ -113,12 +118,10 @@ async def test_handler_that_has_ended_is_cancelled_no_more(bench: type[Bench]) -
     handler = Stubborn(until=12)
     async with running(bench, handler) as (executor, item):
         executor.cancel(item, EndReason.TIMED_OUT)
-        assert item.handler_task is not None
-        await item.handler_task
-        await asyncio.sleep(0)
         task = item.handler_task
+        assert task is not None
+        await asyncio.wait({task})
         executor.cancel(item, EndReason.LOST)
         await asyncio.sleep(30)
     assert handler.times == [0, 10]
-    assert task is not None
     assert task.cancelling() == 2

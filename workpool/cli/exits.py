@@ -22,6 +22,8 @@ from workpool.errors import (
 )
 from workpool.server import ServeError, StoreError
 
+log = logging.getLogger("workpool")
+
 OK: Final = 0
 FAILED: Final = 1
 """Something failed, or a session could not be handed back."""
@@ -90,6 +92,26 @@ def leave_in(seconds: float, status: int) -> None:
     except BaseException:
         leave_now(status)
         raise
+
+
+def leave_despite_threads(seconds: float, status: int) -> None:
+    """Let the process end by itself, but leave behind threads that still run in `seconds`.
+
+    The interpreter waits without a bound for each thread that is no daemon. Those that it still
+    waits for then are named in the log.
+    """
+    timer = threading.Timer(seconds, _leave_threads, (status,))
+    timer.daemon = True
+    timer.start()
+
+
+def _leave_threads(status: int) -> None:
+    main = threading.main_thread()
+    left = [each for each in threading.enumerate() if not each.daemon and each is not main]
+    for thread in left:
+        log.warning("thread still runs; left behind name=%s", thread.name)
+    if left:
+        leave_now(status)
 
 
 def _flush_logs() -> None:

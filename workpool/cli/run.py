@@ -7,8 +7,6 @@ process ends even when a handler does not.
 import asyncio
 import functools
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Final
 
@@ -35,7 +33,8 @@ BLOCKING_THREADS: Final = "workpool-blocking"
 TASKS_SECONDS: Final = 2.0
 """How long tasks that handlers left running may delay it, once cancelled."""
 THREADS_SECONDS: Final = 2.0
-"""How long blocking code of cancelled handlers may delay the end of the process."""
+"""How long threads of users, such as blocking code of cancelled handlers, may delay the end of the
+process."""
 
 FAILED_SECONDS: Final = 3.0
 """How long a pool whose leases are not renewed any more may take to drain by itself."""
@@ -116,13 +115,12 @@ async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) 
     asyncio.get_running_loop().set_default_executor(executor)
     status = await _serve(supervisor, signals, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
-    blocked = _blocking_threads()
-    if blocked:
-        logs.log.warning("blocking code of cancelled handlers still runs threads=%d", blocked)
-    if blocked or supervisor.left_behind or await _deaf_tasks():
+    left_tasks = supervisor.left_behind or await _deaf_tasks()
+    sys.stdout.flush()
+    if left_tasks:
         # The runner would cancel and wait for ever: what ignored one cancellation ignores another.
-        sys.stdout.flush()
         exits.leave_now(status)
+    exits.leave_despite_threads(THREADS_SECONDS, status)
     return status
 
 
@@ -174,14 +172,3 @@ async def _deaf_tasks() -> int:
     for task in left:
         logs.log.warning("task ignores its cancellation; left behind name=%s", task.get_name())
     return len(left)
-
-
-def _blocking_threads() -> int:
-    """How many threads still run blocking code that a handler gave to `asyncio.to_thread`."""
-    until = time.monotonic() + THREADS_SECONDS
-    left = 0
-    for thread in threading.enumerate():
-        if thread.name.startswith(BLOCKING_THREADS):
-            thread.join(max(0.0, until - time.monotonic()))
-            left += thread.is_alive()
-    return left

@@ -114,7 +114,7 @@ class Claimer:
             lease.end("lost")
 
     async def _acknowledge(self, item: PoolItem) -> CallResult:
-        backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+        backoff: Backoff | None = None
         first_sent = math.inf
         until = item.delivered_at + self._window
         permit = True
@@ -136,6 +136,7 @@ class Claimer:
                 # If it was applied, nobody else can have the item before that lease has lapsed.
                 first_sent = min(first_sent, sent)
                 until = max(until, first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS)
+            backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             delay = max(backoff.next(), failure.retry_after or 0.0)
             if self._clock() + delay >= until or await self._draining_within(delay):
                 log.warning("ack given up work_id=%s error=%s", item.id, failure)

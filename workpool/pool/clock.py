@@ -56,15 +56,13 @@ class PauseDetector:
 
     def paused(self, since: float | None = None) -> bool:
         """Whether the clocks moved against each other since that offset, or the last `check`."""
-        return self._moved(self.offset(), self._offset if since is None else since)
+        # Asked for every write, and so without further calls.
+        offset = self._wall() - self._clock()
+        return abs(offset - (self._offset if since is None else since)) >= PAUSE_SECONDS
 
     def check(self, on_pause: Callable[[], None]) -> None:
         """Call `on_pause` if the machine was paused since the last check."""
         offset = self.offset()
-        if self._moved(offset, self._offset):
+        if self.paused():
             on_pause()  # before the next line, after which `paused` is False on other threads
         self._offset = offset
-
-    @staticmethod
-    def _moved(offset: float, since: float) -> bool:
-        return abs(offset - since) >= PAUSE_SECONDS

@@ -62,6 +62,7 @@ class PoolItem:
     """One item that this pool owns, from its delivery to the end of its completion.
 
     Attributes:
+        id: The work id.
         work_item: As the poll delivered it, then as our acknowledgement returned it.
         handler: The handler that runs it; None for a health check, which the pool answers itself.
         held_before: A worker held it before it was delivered to us.
@@ -97,6 +98,7 @@ class PoolItem:
         "handler_task",
         "handoff",
         "held_before",
+        "id",
         "lease",
         "mark_task",
         "open_sends",
@@ -113,7 +115,7 @@ class PoolItem:
     def __init__(
         self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
     ) -> None:
-        self.work_item = work_item
+        self.work_item, self.id = work_item, work_item.id
         self.session_id = work_item.session_id
         self.handler = handler
         self.held_before = (
@@ -139,11 +141,6 @@ class PoolItem:
         self.open_sends: set[Bound] | None = None
         """Sends under way, to be ended when the lease is lost; made by the first one."""
         self._changed: asyncio.Event | None = None
-
-    @property
-    def id(self) -> str:
-        """The work id."""
-        return self.work_item.id
 
     @property
     def label(self) -> str:

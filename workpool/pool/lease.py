@@ -115,9 +115,9 @@ class Lease:
     """
 
     __slots__ = (
-        "_failures", "_lent", "_read_twice", "_release_ttl", "_request_timeout", "_ttl_asked",
-        "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at", "due_at",
-        "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
+        "_failures", "_lent", "_margin", "_read_twice", "_release_ttl", "_request_timeout",
+        "_ttl_asked", "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at",
+        "due_at", "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
         "stop_requested", "ttl", "verified_at",
     )  # fmt: skip
 
@@ -140,6 +140,7 @@ class Lease:
             parents_heartbeat: What the first heartbeat must expect if a parent handed the item off.
         """
         self.item = item
+        self.ttl = self._margin = 0.0
         self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
         self.due_at = self.verified_at = acked_at
         self.expected = parents_heartbeat or NO_HEARTBEAT
@@ -357,8 +358,10 @@ class Lease:
         return Decision("over", judgement.result)
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
-        self.deadline, self.ttl = deadline, ttl
-        self.give_up_at = deadline - lease_margin(ttl)
+        if ttl != self.ttl:
+            self.ttl, self._margin = ttl, lease_margin(ttl)
+        self.deadline = deadline
+        self.give_up_at = deadline - self._margin
 
     def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]

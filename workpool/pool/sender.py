@@ -120,7 +120,7 @@ class Sender:
             ControlPlaneError: Refused, in conflict, or still transient at the end.
         """
         loop = asyncio.get_running_loop()
-        backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+        backoff: Backoff | None = None
         until = loop.time() + request.seconds
         new_connection = False
         while True:
@@ -128,6 +128,7 @@ class Sender:
                 return await self._try(item, call, request, until, new_connection=new_connection)
             except TransientError as error:
                 failure = error
+            backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             new_connection = failure.reason in {"timeout", "network"}
             left = self._left(item, until)
             # A Retry-After may take half of the time that is left, so that it leaves another try: a

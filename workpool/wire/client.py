@@ -406,7 +406,9 @@ def _as_claim(options: CallOptions) -> CallOptions:
     """Give a call at least the priority of claims: it must not wait behind handlers' calls."""
     if options is DEFAULT_OPTIONS:
         return CLAIM_OPTIONS
-    return options._replace(priority=min(options.priority, Priority.CLAIM))
+    if options.priority <= Priority.CLAIM:
+        return options
+    return options._replace(priority=Priority.CLAIM)
 
 
 def _check_id(name: str, value: object) -> None:

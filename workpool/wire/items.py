@@ -99,12 +99,12 @@ def parse_item(obj: object) -> WorkItem:
         _state(get("state")),
         _metadata(get("metadata")),
         _time(get("created_at")),
-        _time(get("acknowledged_at")),
-        _time(get("started_at")),
-        _time(get("latest_heartbeat_at")),
-        _last_heartbeat(get("latest_heartbeat_at")),
-        _time(get("stop_requested_at")),
-        _time(get("stopped_at")),
+        at if (at := get("acknowledged_at")) is None else _time(at),
+        at if (at := get("started_at")) is None else _time(at),
+        at if (at := get("latest_heartbeat_at")) is None else _time(at),
+        at if at is None else _last_heartbeat(at),
+        at if (at := get("stop_requested_at")) is None else _time(at),
+        at if (at := get("stopped_at")) is None else _time(at),
         None if secret is None else _sessions_token(secret),
     )
     item.__class__ = WorkItem

@@ -20,7 +20,7 @@ import io
 import math
 import time
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
@@ -144,7 +144,8 @@ class Transport:
             ControlPlaneError: Any other answer than the success that the call expects.
             RuntimeError: Not open, or on another event loop than the one it was opened on.
         """
-        self._check_loop()
+        if self._loop is not asyncio.get_running_loop():
+            self._raise_wrong_loop()
         seconds = self._seconds if request.seconds is None else request.seconds
         until = time.monotonic() + seconds
         if request.limiter is not None and not request.options.permit:
@@ -166,7 +167,8 @@ class Transport:
         Raises:
             ControlPlaneError: It was not opened.
         """
-        self._check_loop()
+        if self._loop is not asyncio.get_running_loop():
+            self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
         await self.acquire(limiter, STREAM, Priority.HANDLER)
         return await self._renewing(partial(self._attempt_stream, url, headers, until), until)
@@ -205,12 +207,14 @@ class Transport:
 
     async def _attempt(self, request: Request[T], until: float) -> T:
         op, started = request.call.op, time.monotonic()
-        seconds = _time_left(op, until - started)
-        token, code, body = self._token, "error", self._body_of(request)
+        if started >= until:
+            raise TransientError(op, None, "no time left to ask", reason="timeout")
+        token, code, check = self._token, "error", request.options.check
+        checked = None if check is None else self._checked(request.body, check)
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
-            with Bound(seconds):
-                answer = await self._exchange(request, body)
+            with Bound(until - started):
+                answer = await self._exchange(request, checked)
             code = code_of(answer.status)
         except TRANSIENT as error:
             failure: Exception = no_answer(op, error)
@@ -219,17 +223,15 @@ class Transport:
                 return value_of(op, answer, request.call.parse)
             failure = error_of(op, answer, token)
         finally:
-            if not _was_refused(body):
-                self._tell(op, code, started)
+            if self.on_request is not None and (checked is None or checked.refusal is None):
+                self.on_request(op, code, time.monotonic() - started)
         # Raised out here: aiohttp's errors carry the request's headers, and so our token.
-        refusal = body.refusal if isinstance(body, CheckedBody) else None
-        raise failure if refusal is None else refusal
+        if checked is not None and checked.refusal is not None:
+            raise checked.refusal
+        raise failure
 
-    def _body_of(self, request: Request[T]) -> Body:
-        check = request.options.check
-        if check is None:
-            return _plain_body(request.body)
-        return CheckedBody(request.body or b"", check, headers_first=self._given is not None)
+    def _checked(self, body: bytes | None, check: Callable[[], None]) -> CheckedBody:
+        return CheckedBody(body or b"", check, headers_first=self._given is not None)
 
     async def _attempt_stream(
         self, url: URL, headers: Mapping[str, str], until: float
@@ -269,13 +271,14 @@ class Transport:
             raise_for_status=False,
         )
 
-    async def _exchange(self, request: Request[T], body: Body) -> Answer:
-        call = request.call
+    async def _exchange(self, request: Request[T], checked: CheckedBody | None) -> Answer:
+        call, body = request.call, request.body
         response = await self._connections.session_for(request.options).request(
             call.method,
             request.url,
-            data=body,
-            headers=self._headers if request.body is None else self._json_headers,
+            # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
+            data=checked or (io.BytesIO(body) if body and len(body) > LARGE_BYTES else body),
+            headers=self._headers if body is None else self._json_headers,
             timeout=_ENDLESS,
             proxy=self._connections.proxy,
             ssl=self._tls,
@@ -283,7 +286,8 @@ class Transport:
             raise_for_status=False,
         )
         try:
-            if _was_refused(body):  # bytes that no request of ours has asked for
+            if checked is not None and checked.refusal is not None:
+                # Bytes that no request of ours has asked for.
                 raise NotSentError
             content = await read_bounded(response, call.limit)
             return Answer(response.status, response.headers, content)
@@ -291,13 +295,12 @@ class Transport:
             if not response.closed:  # the answer was not read to its end, so nor is the connection
                 response.release()
 
-    def _check_loop(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
-            raise RuntimeError(
-                "this WorkClient is not open: use it inside `async with`"
-                if self._loop is None
-                else "this WorkClient was opened on another event loop"
-            )
+    def _raise_wrong_loop(self) -> NoReturn:
+        raise RuntimeError(
+            "this WorkClient is not open: use it inside `async with`"
+            if self._loop is None
+            else "this WorkClient was opened on another event loop"
+        )
 
     async def _renewed(self, refused: str, until: float) -> bool:
         """Whether another token than the refused one is at hand, its source being read again."""
@@ -373,15 +376,6 @@ class Transport:
 def _retrieve(reading: asyncio.Future[str]) -> None:
     if not reading.cancelled():
         reading.exception()  # else asyncio complains of it when nobody waits any more
-
-
-def _plain_body(body: bytes | None) -> bytes | io.BytesIO | None:
-    # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
-    return body if body is None or len(body) < LARGE_BYTES else io.BytesIO(body)
-
-
-def _was_refused(body: object) -> bool:
-    return isinstance(body, CheckedBody) and body.refusal is not None
 
 
 def _time_left(op: str, seconds: float) -> float:

@@ -10,11 +10,14 @@ import pytest
 
 from workpool import Release, Session, WorkItem
 from workpool.errors import TransientError
+from workpool_container import run
 from workpool_container.engine import ENDED, Engine
 from workpool_container.options import Options, specify
 from workpool_container.run import CONTAINER, Run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from plugins.container.tests.conftest import Scene
 
 
@@ -34,7 +37,9 @@ class Lease:
 class Worker:
     """One worker's run of the one item, as far as its container goes."""
 
-    def __init__(self, scene: Scene, engine: Engine, named: str = "") -> None:
+    def __init__(
+        self, scene: Scene, engine: Engine, named: str = "", script: str | None = None
+    ) -> None:
         now = datetime.now(UTC)
         item = WorkItem(
             id=scene.work_id,
@@ -54,7 +59,7 @@ class Worker:
         self.lease = Lease()
         self.engine = engine
         self.session = Session(item, cast("Any", self.lease), redelivered=False)
-        command = ["/bin/sh", "-c", scene.forever]
+        command = ["/bin/sh", "-c", script or scene.forever]
         self.options = Options.read(scene.options | {"command": command})
 
     async def run(self) -> dict[str, str]:
@@ -114,6 +119,61 @@ async def test_cancelled_at_any_call_leaves_nothing_running(
     assert task.cancelled()
     # A container that was asked for when the cut came may be there, but is never started.
     assert set((await containers(scene)).values()) <= {"created"}
+
+
+@pytest.mark.parametrize("turns", [0, 8])
+@pytest.mark.parametrize("call", ["rename", "stop", "remove"])
+async def test_second_cancellation_during_the_clean_up_leaves_no_container(
+    scene: Scene,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    turns: int,
+) -> None:
+    original = getattr(engine, call)
+
+    async def cancelled_again(*arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(_after, turns, task.cancel)
+        return await original(*arguments)
+
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(Worker(scene, engine).run())
+        await scene.says("ready")
+        monkeypatch.setattr(engine, call, cancelled_again)
+        task.cancel()
+        await asyncio.wait({task})
+    assert task.cancelled()
+    assert await containers(scene) == {}
+
+
+async def test_second_cancellation_ends_the_grace_of_a_container(
+    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "CANCELLED_SECONDS", 60.0)
+    deaf = "trap '' TERM; echo ready; while :; do sleep 1; done"
+    stop, stopping = engine.stop, asyncio.Event()
+
+    async def noticed(*arguments: Any) -> None:
+        stopping.set()
+        await stop(*arguments)
+
+    monkeypatch.setattr(engine, "stop", noticed)
+    async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+        task = group.create_task(Worker(scene, engine, script=deaf).run())
+        await scene.says("ready")
+        task.cancel()
+        await stopping.wait()
+        task.cancel()
+        await asyncio.wait({task})
+    assert await containers(scene) == {}
+
+
+def _after(turns: int, call: Callable[[], object]) -> None:
+    if turns:
+        asyncio.get_running_loop().call_soon(_after, turns - 1, call)
+    else:
+        call()
 
 
 async def test_nothing_starts_once_the_lease_is_over(

@@ -66,6 +66,8 @@ class Run:
         self._name = f"workpool-{session.item.id}-{secrets.token_hex(4)}"
         self._id = ""
         self._asked = False
+        self._hurried = False
+        self._grace: asyncio.Timeout | None = None
 
     async def complete(self) -> dict[str, str]:
         """Run the session to its end; the metadata to report.
@@ -202,7 +204,29 @@ class Run:
         raise ContainerFailed(self._id, f"exit status {status}{killed}", status)
 
     async def _give_up(self) -> None:
-        """Leave nothing running: a moment's grace, then the kill; bounded in all.
+        """Leave nothing running, although the handler is cancelled again meanwhile.
+
+        A further cancellation ends the container's grace; it is raised once the clean-up is over.
+        """
+        again: asyncio.CancelledError | None = None
+        async with asyncio.TaskGroup() as group:
+            cleaning = group.create_task(self._clean_up(), name="container-clean-up")
+            while not cleaning.done():
+                try:
+                    await asyncio.wait({cleaning})
+                except asyncio.CancelledError as error:
+                    again = error
+                    self._end_grace()
+        if again is not None:
+            raise again
+
+    def _end_grace(self) -> None:
+        self._hurried = True
+        if self._grace is not None and not self._grace.expired():
+            self._grace.reschedule(asyncio.get_running_loop().time())
+
+    async def _clean_up(self) -> None:
+        """A moment's grace, then the kill; bounded in all.
 
         A cancelled create or start may still be carried out by the engine. Removing waits for a
         start under way; a container that is created later is never started.
@@ -220,8 +244,9 @@ class Run:
     async def _terminate(self, grace: float) -> None:
         ended = self._name + ENDED
         try:
-            async with asyncio.timeout(grace):
+            async with asyncio.timeout(0 if self._hurried else grace) as self._grace:
                 await self._engine.stop(ended, grace)
         except (EngineError, TimeoutError):
             pass  # removing kills
+        self._grace = None
         await self._engine.remove(ended)

@@ -142,6 +142,30 @@ async def test_cancelled_the_shell_is_killed(agent: Any, folder: Path) -> None:
     assert "restart" in await agent.fails("bash", command="echo x")
 
 
+async def test_shell_whose_closing_is_cancelled_as_it_exits_leaves_no_process_of_its_group(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = asyncio.subprocess.Process.wait
+
+    async def cancelled_at_the_exit(process: asyncio.subprocess.Process) -> int:
+        status = await wait(process)
+        closing.cancel()
+        await asyncio.sleep(0)
+        return status
+
+    shell = Shell(BASH, {"PATH": os.environ["PATH"]}, folder)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        await shell.run(f"trap '' TERM; {two('sh')}; trap - TERM")
+        processes = running(MARK)
+        assert len(processes) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.subprocess.Process, "wait", cancelled_at_the_exit)
+            closing = group.create_task(shell.close())
+            await asyncio.wait({closing})
+    await ended(*processes)
+    await shell.close()
+
+
 async def test_a_sandbox_dies_with_its_worker(sandbox: Bubblewrap, folder: Path) -> None:
     os.chown(folder, *(sandbox.owner("s") or (-1, -1)))
     words = sandbox.command("s", folder, [*BASH, "-c", "echo up; setsid sleep 61.25"])

@@ -106,8 +106,6 @@ class Shell:
         try:
             await _end(started.process)
         finally:
-            if started.process.returncode is None:  # cancelled meanwhile: killed nevertheless
-                _signal(started.process, signal.SIGKILL)
             started.stdin.close()
             started.pipe.close()
         self._started = None  # not before: what was cancelled here is awaited by the next call
@@ -197,11 +195,14 @@ class _Tail:
 
 
 async def _end(process: Process) -> None:
-    _signal(process, signal.SIGTERM)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(TERM_SECONDS):
-            await process.wait()
-    _signal(process, signal.SIGKILL)  # the group may have outlived its leader
+    try:
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TERM_SECONDS):
+                await process.wait()
+    finally:
+        # Also when cancelled, and when the leader has exited: the group may have outlived it.
+        _signal(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
             await process.wait()

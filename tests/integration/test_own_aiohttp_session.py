@@ -1,0 +1,71 @@
+"""A caller's own aiohttp sessions, made by `connect=` on each event loop that uses one."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+
+from workpool import Session, Settings, Supervisor, WorkClient, handler
+from workpool.events import HeartbeatFinished, SessionFinished
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+RENEWALS = 5
+
+
+class OwnSessionClient(WorkClient):
+    """A client on a session of the caller's, which the caller closes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.made_on = asyncio.get_running_loop()
+        self.thread = threading.current_thread().name
+        self.http = aiohttp.ClientSession()
+        super().__init__(settings, session=self.http)
+
+    async def __aexit__(self, *error: Any) -> None:
+        await super().__aexit__(*error)
+        assert not self.http.closed
+        await self.http.close()
+
+    async def heartbeat(self, *arguments: Any, **options: Any) -> Any:
+        assert asyncio.get_running_loop() is self.made_on
+        return await super().heartbeat(*arguments, **options)
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_session_longer_than_a_third_of_its_ttl_survives_with_own_aiohttp_sessions(
+    plane: ControlPlane, make_settings: Any, recorder: Recorder
+) -> None:
+    clients: list[OwnSessionClient] = []
+    renewed = asyncio.Event()
+
+    def connect(settings: Settings) -> OwnSessionClient:
+        clients.append(OwnSessionClient(settings))
+        return clients[-1]
+
+    @handler
+    async def long(_: Session) -> dict[str, str]:
+        await renewed.wait()
+        return {"done": "yes"}
+
+    (item,) = plane.enqueue()
+    pool = Supervisor(make_settings(), plugins=[long, recorder], connect=connect)
+    async with pool:
+        # The first heartbeat is sent on the handlers' loop, all others by the lease renewer.
+        await recorder.wait_for(HeartbeatFinished, count=1 + RENEWALS)
+        renewed.set()
+        finished = await recorder.wait_for(SessionFinished)
+    assert {event.result for event in recorder.of(HeartbeatFinished)} == {"ok"}
+    assert finished.outcome == "completed"
+    assert plane.operations.get(plane.environments[0], item.id).metadata["done"] == "yes"
+    assert [client.thread for client in clients] == [
+        threading.current_thread().name,
+        "workpool-lease-renewer",
+    ]
+    assert clients[0].made_on is not clients[1].made_on
