@@ -105,7 +105,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "no margin before the deadline": [
-        Edit("lease:Lease", "deadline - lease_margin(ttl)", "deadline"),
+        Edit("lease:Lease", "lease_margin(ttl)", "0.0"),
     ],
     "sleep not noticed": [
         Edit(
@@ -142,8 +142,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("clock:PauseDetector", "self._moved(self.offset(),", "bool(0) and self._moved(0,"),
-        Edit("clock:PauseDetector", "if self._moved(offset, self._offset):", "if False:"),
+        Edit("clock:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
     ],
     "pause noticed at the next tick only": [
         Edit("sender:Sender", "if self._pauses.paused():", "if False:"),

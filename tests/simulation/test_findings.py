@@ -273,3 +273,19 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
         await asyncio.sleep(8)
         assert script.sent.count(("heartbeat", item.id)) == 3
         await pool.drain(0)
+
+
+@in_virtual_time
+async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
+    """The mark would have kept the run of the worker that had the item meanwhile from counting."""
+    bench = Bench(Script(ack=[Trouble(back=7)]))
+    async with bench.supervisor as pool, asyncio.TaskGroup() as group:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(ItemClaimed)
+        await asyncio.sleep(1)
+        group.create_task(pool.drain())
+        bench.loop.pause(100)
+        bench.operations.ack(ENVIRONMENT, item.id, "another worker")
+        await bench.recorder.wait_for(SessionFinished)
+    assert bench.outcomes == ["lease_lost"]
+    assert not any(record.kind == "metadata" for record in bench.operations.history)

@@ -101,6 +101,8 @@ class Sender:
             TransientError: The machine was paused, and the lease is not verified yet.
         """
         self.check(item, by_handler=by_handler)
+        if not lease_of(item).begun and self._pauses.paused(since=item.clock_offset):
+            raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
         if self._pauses.paused():
             self._paused_at = self._clock()
             self._doubt()

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FADED_SECONDS: Final = 20.0
-OUTLASTING_SHARE: Final = 0.4
+OUTLASTING_SHARE: Final = 0.5
+SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
 """How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
 DENIAL: Final = Trouble(
@@ -106,20 +107,23 @@ class Network:
 
     def _doze(self, node: Node, trouble: Trouble) -> Trouble:
         """Let the machine stand still around the answer; some answers come after that."""
-        seconds = trouble.there + trouble.back
-        length = self._fall_asleep(node, seconds, self._random.randint(0, 12))
+        seconds, steps = trouble.there + trouble.back, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
+            length = self._fall_asleep(node, seconds, steps, "paused")
             return replace(trouble, back=length + self._random.uniform(0, 3))
+        self._fall_asleep(node, seconds, steps)
         return trouble
 
-    def _fall_asleep(self, node: Node, seconds: float, steps: int = 0) -> float:
+    def _fall_asleep(
+        self, node: Node, seconds: float, steps: int = 0, how: Halt | None = None
+    ) -> float:
         """Let the machine stand still after `seconds` and so many callbacks; return how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
-        how: Halt = self._random.choice(("asleep", "paused"))
+        kind = how or self._random.choice(SLEEPS)
 
         def sleep() -> None:
             if not self.healed:
-                node.machine.halt_after(steps, how, length)
+                node.machine.halt_after(steps, kind, length)
 
         loop.call_at(loop.now + seconds, sleep, context=NETWORK)
         return length

@@ -48,6 +48,8 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
     stop = next((call for call in writes if call.op == "stop"), None)
     if stop is None or run.node.paused(run.ended, stop.at):
         return
+    if run.node.paused_unseen(run.started, stop.at):
+        return  # it may have waited for the heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
     delayed = _delayed(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.trouble is not None for call in writes):

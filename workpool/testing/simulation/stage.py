@@ -76,6 +76,8 @@ class Stage:
         if self._node.crashed <= run.started:  # in the very step in which its machine crashed
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
+        if self._node.machine.halted == "crashed":  # at this very moment
+            run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name == "detach")
         act = self._work if alone else getattr(self, f"_{name}", self._work)
         return await self._noted(act, session, run, seconds, first)
