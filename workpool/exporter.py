@@ -170,9 +170,9 @@ class Exporter:
         finally:
             for rendering in under_way:
                 rendering.cancel()  # or it would call back into a loop that is closed by then
-            if stuck := bool(self._renderings):
+            if self._renderings:
                 log.warning("metrics rendering left behind: a collector does not come to an end")
-            self._renderer.shutdown(wait=not stuck)
+            await self._renderer.close()
 
     def _app(self) -> web.Application:
         app = web.Application()
