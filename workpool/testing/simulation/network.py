@@ -120,7 +120,7 @@ class Network:
     ) -> float:
         """Let the machine stand still after `seconds` and so many callbacks; return how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
-        kind = how or self._random.choice(SLEEPS)
+        kind = self._random.choice(SLEEPS) if how is None else how
 
         def sleep() -> None:
             if not self.healed:
