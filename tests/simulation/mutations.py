@@ -201,6 +201,13 @@ MUTATIONS: dict[str, list[Edit]] = {
             "if False:",
         ),
     ],
+    "handler starts after a pause of the machine": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "self._pauses.paused(since=item.clock_offset)",
+            "False",
+        ),
+    ],
     "cancellation never repeated": [
         Edit(
             "handler_executor:HandlerExecutor",

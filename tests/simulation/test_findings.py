@@ -239,14 +239,17 @@ async def test_no_handler_starts_on_lease_of_first_heartbeat_before_machine_paus
 
 
 class FallsAsleep:
-    """Suspends the machine between the first heartbeat and the handler's first step."""
+    """Suspends or pauses the machine between the first heartbeat and the handler's first step."""
+
+    def __init__(self, *, unseen: bool = False) -> None:
+        self.unseen = unseen
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
-        if isinstance(event, HeartbeatFinished) and not loop.slept:
-            loop.call_soon(loop.suspend, 120)
+        if isinstance(event, HeartbeatFinished) and not (loop.slept or loop.paused):
+            loop.call_soon(loop.pause if self.unseen else loop.suspend, 120)
 
 
 @in_virtual_time
@@ -289,3 +292,14 @@ async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
         await bench.recorder.wait_for(SessionFinished)
     assert bench.outcomes == ["lease_lost"]
     assert not any(record.kind == "metadata" for record in bench.operations.history)
+
+
+@in_virtual_time
+async def test_handler_does_not_start_after_machine_was_paused_during_claim() -> None:
+    """Its lease had lapsed, which the lease clock does not show; another worker could run it."""
+    bench = Bench(Script(), observer=FallsAsleep(unseen=True))
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionFinished)
+        assert bench.recorder.of(SessionStarted) == []
+    assert bench.outcomes[0] == "lease_lost"

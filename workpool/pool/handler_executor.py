@@ -18,6 +18,7 @@ from workpool.events import SessionStarted
 from workpool.pool.completion import mapping_of, release_of
 from workpool.pool.item import EndReason
 from workpool.pool.sender import lease_of
+from workpool.session import Release
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -57,6 +58,7 @@ class HandlerExecutor:
         self._session_timeout = context.settings.session_timeout
         self._plugins = context.plugins
         self._clock = context.clock
+        self._pauses = context.renewer.pauses
         self._observe = context.observe
         self._group = group
 
@@ -139,8 +141,7 @@ class HandlerExecutor:
     ) -> Mapping[str, str] | _Raised:
         # An eager task runs before `create_task` returns, and the session's calls need the task.
         item.handler_task = asyncio.current_task()
-        # The machine may have slept since the lease was last checked.
-        if not lease_of(item).held(self._clock()):
+        if not self._may_start(item):
             return {}
         self._observe(SessionStarted, session, item.label)
         try:
@@ -150,6 +151,16 @@ class HandlerExecutor:
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             return _Raised(error)
+
+    def _may_start(self, item: PoolItem) -> bool:
+        """Whether the lease is held still: the machine may have slept since the last check."""
+        if not lease_of(item).held(self._clock()):
+            return False
+        if self._pauses.paused(since=item.clock_offset):
+            item.error = Release("not started: the machine was paused")
+            item.end(EndReason.RELEASED)
+            return False
+        return True
 
     async def _in_contexts(self, handler: Handler, session: Session) -> object:
         contexts = self._plugins.contexts(session)

@@ -70,13 +70,17 @@ def losses_are_true(case: Case) -> Iterator[str]:
             tenure = case.tenure(node, event.item.id, at)
             if tenure is None or tenure.usurper is not None or event.stage == "ack":
                 continue
-            if any(
-                call.op == "ack" and call.answered_at == at
-                for call in case.sent[node, event.item.id]
-            ):
-                continue  # the ack of a later delivery, during a drain
-            if tenure.ended > at:
+            if tenure.ended > at and not _acked_again(case, node, tenure, at):
                 yield f"{node.machine.name}: {tenure.work_id[-6:]} is not lost at {at:.3f}"
+
+
+def _acked_again(case: Case, node: Node, tenure: Tenure, at: float) -> bool:
+    """Whether an ack of a later delivery was refused, or one applied that was given up before."""
+    return any(
+        call.answered_at == at or call.answered_at < tenure.began <= call.arrives_at + 0.01
+        for call in case.sent[node, tenure.work_id]
+        if call.op == "ack"
+    )
 
 
 def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:

@@ -105,9 +105,7 @@ def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
 
 def _starts_too_late(case: Case, tenure: Tenure, run: Run) -> bool:
     late = run.started > tenure.promised(run.started) + MARGIN_SECONDS and run.play != "alone"
-    return late and not (
-        run.node.paused_unseen(tenure.began, run.started) or case.usurped(run.node, run.work_id)
-    )
+    return late and not case.usurped(run.node, run.work_id)
 
 
 def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:

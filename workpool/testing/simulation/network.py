@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FADED_SECONDS: Final = 20.0
+FADING: Final = frozenset({"heartbeat", "update", "stop"})
 OUTLASTING_SHARE: Final = 0.5
 SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
@@ -92,7 +93,7 @@ class Network:
             self._fall_asleep(node, trouble.wait / 2)
         elif kind == "drowsy":  # or somewhere in the work that follows the answer
             trouble = self._doze(node, trouble)
-        elif kind == "fading" and op == "heartbeat":  # a slow answer, and then none
+        elif kind == "fading" and op in FADING:  # a slow answer, and then none
             now = _loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return trouble
@@ -119,7 +120,7 @@ class Network:
     ) -> float:
         """Let the machine stand still after `seconds` and so many callbacks; return how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
-        kind = how or self._random.choice(SLEEPS)
+        kind = self._random.choice(SLEEPS) if how is None else how
 
         def sleep() -> None:
             if not self.healed:

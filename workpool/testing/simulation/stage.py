@@ -100,7 +100,7 @@ class Stage:
             result = "returned"
             return returned
         finally:
-            if self._node.machine.halted is None and run.result is None:
+            if self._node.machine.halted != "crashed" and run.result is None:
                 run.ended, run.result, run.stop_seen = self._now(), result, session.stopping
 
     def _note(self, run: Run) -> None:
