@@ -123,8 +123,8 @@ def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:
 def _may_overlap(case: Case, one: Run, two: Run) -> bool:
     if one.node is two.node:
         return False
-    tenure = case.tenure(one.node, one.work_id, one.started)
-    broken = tenure is not None and case.broken(tenure)
+    tenures = [case.tenure(run.node, run.work_id, run.started) for run in (one, two)]
+    broken = any(tenure is not None and case.broken(tenure) for tenure in tenures)
     told = one.told_at <= two.started and one.play in HEEDLESS
     unseen = one.node.paused_unseen(one.started, two.started)
     return told or broken or unseen or _just_woken(one.node, two.started, TIDY_SECONDS)
