@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -93,7 +94,10 @@ def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
-                call.node is node and call.op == "ack" and since <= call.at < until
+                call.node is node
+                and call.op == "ack"
+                and call.answer == HTTPStatus.FORBIDDEN
+                and since <= call.at < until
                 for call in case.trace.sent
             )
             if denied > DENIED_ACKS + node.pool.concurrency + node.pool.prefetch:
