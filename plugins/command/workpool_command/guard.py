@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import subprocess
 import sys
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+    from io import RawIOBase
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,17 @@ for group in groups:
 
 
 class Guard:
-    """Tells the guard's process which groups there are."""
+    """Tells the guard's process which groups there are.
 
-    def __init__(self, pipe: asyncio.StreamWriter) -> None:
-        self._pipe = pipe
+    Lines are written with a system call of their own: an event loop may write them only after the
+    current step, in which the command is spawned and the worker may be killed.
+
+    Args:
+        lines: The guard's standard input, unbuffered and non-blocking.
+    """
+
+    def __init__(self, lines: RawIOBase) -> None:
+        self._lines = lines
 
     def expect(self, mark: str) -> None:
         """Announce a group that is about to be spawned; the next `add` is its number.
@@ -83,10 +90,12 @@ class Guard:
         self._tell(b"%d\n" % -group)
 
     def _tell(self, line: bytes) -> None:
-        if self._pipe.is_closing():
+        try:
+            written = self._lines.write(line)
+        except (OSError, ValueError):  # it has ended, or was told to
+            written = None
+        if written is None:  # or it has not read the last 64 KiB
             log.warning("the guard is gone: commands may outlive a worker that is killed")
-        else:
-            self._pipe.write(line)
 
 
 @asynccontextmanager
@@ -96,25 +105,39 @@ async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
     Raises:
         OSError: It cannot be started.
     """
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-I", "-S", "-c", PROGRAM),
-        stdin=subprocess.PIPE,
-        cwd="/",
-        env=env,
-        start_new_session=True,
-    )
-    pipe = cast("asyncio.StreamWriter", process.stdin)
-    try:
-        yield Guard(pipe)
-    finally:
-        pipe.close()
+    stdin, pipe = os.pipe()
+    os.set_blocking(pipe, False)
+    with os.fdopen(pipe, "wb", buffering=0) as lines:
+        process = await _start(stdin, env)
         try:
+            yield Guard(lines)
+        finally:
+            lines.close()
+            await _ended(process)
+
+
+async def _start(stdin: int, env: Mapping[str, str]) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-I", "-S", "-c", PROGRAM),
+            stdin=stdin,
+            cwd="/",
+            env=env,
+            start_new_session=True,
+        )
+    finally:
+        os.close(stdin)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    """Wait for the guard's exit, at most `CLOSE_SECONDS` before SIGKILL and after it."""
+    try:
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        # No such process: other code has reaped it, which a uvloop loop never notices.
+        with suppress(ProcessLookupError, TimeoutError):
+            process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):
                 await process.wait()
-        except TimeoutError:
-            # No such process: other code has reaped it, which a uvloop loop never notices.
-            with suppress(ProcessLookupError, TimeoutError):
-                process.kill()
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await process.wait()
