@@ -280,20 +280,28 @@ class LeaseRenewer:
 
     def _fail(self, cause: BaseException) -> None:
         """End the pool because of an exception on this thread. Only the first call counts."""
+        if self._end_pool(cause):
+            self._stop_renewing(
+                functools.partial(log.critical, "leases are not renewed any more", exc_info=cause)
+            )
+
+    def _end_pool(self, cause: BaseException) -> bool:
+        """End all leases, and so the pool; return whether this call was the first."""
         if self._error is not None or self._closing or not self._serving:
-            return
+            return False
         self._error = KeeperError("the thread that renews the leases failed")
         self._error.__cause__ = cause
         self._tell(self._end_leases)
-        self._stop_renewing(
-            functools.partial(log.critical, "leases are not renewed any more", exc_info=cause)
-        )
+        return True
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
         """Renew no lease any more and report it; a failing report does not stop the callback."""
         self.renewing = False
         try:
             report(write_report)
+        except BaseException as error:
+            self._end_pool(error)  # before the callback, which may let a blocked handler go on
+            raise
         finally:
             self._callbacks.stopped_renewing(self._error)
 
