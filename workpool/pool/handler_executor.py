@@ -70,7 +70,8 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),
             name=f"{item.label} {item.id}",
-            context=item.context,
+            # A copy: an eager task begins in here, where the item's own context is entered already.
+            context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
         if timeout is not None:
