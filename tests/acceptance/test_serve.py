@@ -11,7 +11,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from anthropic import AsyncAnthropic
 
 from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
 
@@ -60,9 +59,12 @@ async def test_serve_alone_works(bare: Start, ask: Ask, number: signal.Signals) 
     assert ready["token"] not in command.err
 
 
+@pytest.mark.trial
 async def test_serve_and_the_worker_of_the_anthropic_sdk_bring_a_session_to_its_end(
     bare: Start, ask: Ask, folder: Path
 ) -> None:
+    from anthropic import AsyncAnthropic  # noqa: PLC0415 - installed with the trials only
+
     (folder / "script.json").write_text(
         json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
     )
