@@ -98,4 +98,6 @@ async def test_a_conflict_tells_no_more_than_what_is_durable(api: Api, gate: Gat
     answers = [await held_back(gate, api.ack(stopped)), await held_back(gate, api.beat(stopped))]
     if api.dialect == "anthropic":  # there a second stop's 409 says: the first one was applied
         answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
-    assert {answer.status for answer in answers} == {409}
+    # A heartbeat of the anthropic dialect answers the state of a stopped item instead.
+    told = {200, 409} if api.dialect == "anthropic" else {409}
+    assert {answer.status for answer in answers} == told

@@ -140,9 +140,9 @@ async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["active", "stopping"])
-async def test_no_heartbeat_after_a_heartbeat_is_412(api: Api, state: str) -> None:
-    work_id = await api.bring_to(state)
-    answer = await api.beat(work_id, "NO_HEARTBEAT")
+async def test_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> None:
+    work_id = await qoder.bring_to(state)
+    answer = await qoder.beat(work_id, "NO_HEARTBEAT")
     assert answer.status == 412
     assert answer.error["details"] == {
         "error_code": "heartbeat_precondition_failed",
@@ -165,11 +165,85 @@ async def test_a_refused_heartbeat_prolongs_nothing(api: Api, clock: Clock) -> N
 
 @pytest.mark.parametrize("state", ["queued", "stopped"])
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2026-03-01T12:00:00Z"])
-async def test_a_queued_or_stopped_item_is_409(api: Api, state: str, expected: str | None) -> None:
-    work_id = await api.bring_to(state)
-    answer = await api.beat(work_id, expected)
+async def test_a_queued_or_stopped_item_is_409(
+    qoder: Api, state: str, expected: str | None
+) -> None:
+    work_id = await qoder.bring_to(state)
+    answer = await qoder.beat(work_id, expected)
     assert answer.status == 409
     assert answer.error["type"] == "invalid_request_error"
+
+
+# -- the anthropic dialect: nothing is compared once a stop was requested ----------------------
+
+
+@pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
+async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_comparison(
+    anthropic: Api, clock: Clock, expected: str | None
+) -> None:
+    work_id = await anthropic.bring_to("stopping")
+    clock.advance(59)
+    answer = await anthropic.beat(work_id, expected, 30)
+    assert answer.status == 200
+    assert answer.body == {
+        "type": "work_heartbeat",
+        "last_heartbeat": "2026-03-01T12:00:59.000000Z",
+        "lease_extended": True,
+        "state": "stopping",
+        "ttl_seconds": 30,
+    }
+    clock.advance(29)
+    assert await anthropic.state(work_id) == "stopping"
+
+
+@pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
+async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_nothing(
+    anthropic: Api, clock: Clock, expected: str | None
+) -> None:
+    work_id = await anthropic.bring_to("active")
+    await anthropic.stop(work_id, json={"force": True})
+    before, records = (await anthropic.get(work_id)).body, len(anthropic.plane.history)
+    clock.advance(1)
+    answer = await anthropic.beat(work_id, expected)
+    assert answer.status == 200
+    assert answer.body == {
+        "type": "work_heartbeat",
+        "last_heartbeat": "2026-03-01T12:00:00.000000Z",
+        "lease_extended": False,
+        "state": "stopped",
+        "ttl_seconds": 60,
+    }
+    assert (await anthropic.get(work_id)).body == before
+    assert len(anthropic.plane.history) == records
+
+
+async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_empty_string(
+    anthropic: Api,
+) -> None:
+    work_id = await anthropic.bring_to("stopped")
+    answer = await anthropic.beat(work_id, "NO_HEARTBEAT")
+    assert (answer.status, answer.body["last_heartbeat"]) == (200, "")
+
+
+@pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
+async def test_anthropic_heartbeat_on_queued_item_is_409(
+    anthropic: Api, expected: str | None
+) -> None:
+    work_id = await anthropic.bring_to("queued")
+    assert (await anthropic.beat(work_id, expected)).status == 409
+
+
+async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic: Api) -> None:
+    work_id = await anthropic.bring_to("active")
+    assert (await anthropic.beat(work_id, "NO_HEARTBEAT")).status == 412
+
+
+@pytest.mark.parametrize("state", ["stopping", "stopped"])
+async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_state(
+    anthropic: Api, state: str
+) -> None:
+    work_id = await anthropic.bring_to(state)
+    assert (await anthropic.beat(work_id, "yesterday")).status == 400
 
 
 @pytest.mark.usefixtures("both_stores")

@@ -70,9 +70,9 @@ async def test_a_bad_request_wins_over_409(api: Api, call: str) -> None:
     assert answer.status == (409 if call == "ack" else 400)  # an ack has nothing to be wrong
 
 
-async def test_409_wins_over_412(api: Api) -> None:
-    work_id = await api.bring_to("stopped")
-    assert (await api.beat(work_id, "2026-03-01T12:00:00Z")).status == 409
+async def test_409_wins_over_412(qoder: Api) -> None:
+    work_id = await qoder.bring_to("stopped")
+    assert (await qoder.beat(work_id, "2026-03-01T12:00:00Z")).status == 409
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -27,6 +27,9 @@ class Dialect:
         stop_refused: The rows of protocol §3.4, (force, state), that are answered with 409.
         stop_answers_item: Whether a stop answers the item, or 204 without a body.
         metadata_required: Whether an update without `metadata` is a 400.
+        compare_on_stop: Whether a heartbeat on a `stopping` item must expect the last one, and on a
+            `stopped` item is a 409; otherwise both are answered with the state.
+        request_ids: Whether every answer has a `request-id` header.
     """
 
     name: protocol.Dialect
@@ -37,6 +40,8 @@ class Dialect:
     stop_refused: frozenset[tuple[bool, str]]
     stop_answers_item: bool
     metadata_required: bool
+    compare_on_stop: bool
+    request_ids: bool
 
     def session_id(self, own: str) -> str:
         """Write our own session id as this dialect does."""
@@ -87,6 +92,8 @@ QODER: Final = Dialect(
     stop_refused=frozenset(),
     stop_answers_item=True,
     metadata_required=False,
+    compare_on_stop=True,
+    request_ids=False,
 )
 ANTHROPIC: Final = Dialect(
     name=protocol.ANTHROPIC,
@@ -97,5 +104,7 @@ ANTHROPIC: Final = Dialect(
     stop_refused=frozenset({(False, STOPPING), (False, STOPPED), (True, STOPPED)}),
     stop_answers_item=False,
     metadata_required=True,
+    compare_on_stop=False,
+    request_ids=True,
 )
 DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}

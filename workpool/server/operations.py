@@ -231,12 +231,16 @@ class Operations:
         expected: str | None = None,
         ttl_seconds: int = TTL_DEFAULT_SECONDS,
         worker_id: str | None = None,
+        *,
+        compare_on_stop: bool = True,
     ) -> Item:
-        """Protocol §3.3. `rules.heartbeat_answer` tells the result on the wire."""
+        """Extend an item's lease. `rules.heartbeat_answer` is the result on the wire."""
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
-            beaten = rules.beat(item, expected, ttl_seconds, self._latest)
+            beaten = rules.beat(
+                item, expected, ttl_seconds, self._latest, compare_on_stop=compare_on_stop
+            )
         except Refusal:
             self._record("conflict", item, worker_id, op="heartbeat")
             raise

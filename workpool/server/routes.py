@@ -6,6 +6,7 @@ environment, item, the request's own values, the call. An answer leaves once it 
 
 from __future__ import annotations
 
+import secrets
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
@@ -15,12 +16,18 @@ from aiohttp import web
 
 from workpool.server import requests
 from workpool.server.clock import to_seconds_text
+from workpool.server.dialects import DIALECTS
 from workpool.server.errors import Refusal, StoreError
 from workpool.server.item import WORK_PREFIX
 from workpool.server.paging import listing
 from workpool.server.presence import has_gone
 from workpool.server.rules import heartbeat_answer
-from workpool.wire.protocol import BODY_LIMIT_BYTES, WORK_HEARTBEAT, WORK_QUEUE_STATS
+from workpool.wire.protocol import (
+    BODY_LIMIT_BYTES,
+    STOPPED,
+    WORK_HEARTBEAT,
+    WORK_QUEUE_STATS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,6 +38,9 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT: Final = "/environments/{environment_id}/work"
 _ITEM: Final = _ENVIRONMENT + "/{work_id:(?!(?:poll|stats)$)[^{}/]+}"
+_REQUEST_ID_PREFIXES: Final = tuple(
+    dialect.prefix + "/" for dialect in DIALECTS.values() if dialect.request_ids
+)
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -142,16 +152,22 @@ class Routes:
         return await self._durable(self._dialect.item(item))
 
     async def heartbeat(self, request: web.Request) -> web.Response:
-        """Protocol §3.3."""
+        """Extend the lease of an item, as far as its state allows."""
         environment_id, work_id = self._item(request)
         await requests.body(request)
         expected, ttl_seconds = requests.heartbeat(request)
         item = self._operations.heartbeat(
-            environment_id, work_id, expected, ttl_seconds, self._worker_id(request)
+            environment_id,
+            work_id,
+            expected,
+            ttl_seconds,
+            self._worker_id(request),
+            compare_on_stop=self._dialect.compare_on_stop,
         )
-        return await self._durable(
-            {"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)}
-        )
+        state = heartbeat_answer(item, extended=item.state != STOPPED)
+        # The vendor's type of this answer is a string, empty before the first heartbeat.
+        last = state["last_heartbeat"] or ""
+        return await self._durable({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
     async def stop(self, request: web.Request) -> web.Response:
         """Protocol §3.4, and §6 for the sibling's answers."""
@@ -226,6 +242,12 @@ def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable
     return middleware
 
 
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Name the request in the headers of its answer, in the dialects that do so."""
+    if request.path.startswith(_REQUEST_ID_PREFIXES):
+        response.headers["request-id"] = "req_" + secrets.token_hex(12)
+
+
 def application(
     *,
     routes: list[web.RouteDef],
@@ -237,4 +259,5 @@ def application(
         middlewares=[*middlewares, envelopes(durable)], client_max_size=BODY_LIMIT_BYTES
     )
     app.add_routes(routes)
+    app.on_response_prepare.append(add_request_id)
     return app

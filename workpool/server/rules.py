@@ -77,11 +77,21 @@ def ack(item: Item, worker_id: str | None, now: int) -> Item:
     )
 
 
-def beat(item: Item, expected: str | None, ttl_seconds: int, now: int) -> Item:
-    """Protocol §3.3. The lease ends exactly `ttl_seconds` (clamped) from `now`."""
+def beat(
+    item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
+) -> Item:
+    """Extend the lease: it ends exactly `ttl_seconds` (clamped) from `now`.
+
+    `compare_on_stop`: False answers every heartbeat on a `stopping` or `stopped` item, whatever it
+    expects; a `stopped` item stays as it is.
+    """
+    ends = item.state in {STOPPING, STOPPED}
+    if item.state == STOPPED and not compare_on_stop:
+        return item
     if item.state in {QUEUED, STOPPED}:
         raise Refusal(409, f"the item is {item.state}")
-    if expected is not None and expected != last_heartbeat(item):
+    compared = expected is not None and (compare_on_stop or not ends)
+    if compared and expected != last_heartbeat(item):
         raise Refusal(
             412,
             "expected_last_heartbeat is not the lease owner's",
