@@ -124,7 +124,6 @@ def rows(first_column: str) -> list[list[str]]:
 def test_document_names_existing_files_only(document: Path) -> None:
     text = document.read_text()
     named = set(re.findall(r"`((?:workpool|tests|benchmarks)/[\w./-]*)`", text))
-    assert named
     assert {name for name in named if not (ROOT / name).exists()} == set()
 
 

@@ -1,4 +1,4 @@
-"""README says everything that the code has, and its examples run."""
+"""The documentation names everything that the code has, and its examples run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import typer
 from aiohttp.test_utils import TestClient, TestServer
 
+from tests import references
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
-from workpool.cli.app import app as cli
-from workpool.metrics import DEFINITIONS
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
@@ -32,62 +30,55 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DOCS = ROOT / "workpool/docs"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
 TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = TOML["project"], TOML["tool"]
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def block(marker: str) -> str:
-    """The one Python block that holds `marker`."""
-    [found] = [text for text in BLOCKS if marker in text]
-    return str(found)
+def page(name: str) -> str:
+    """The text of a page under `workpool/docs/`."""
+    return (DOCS / name).read_text()
 
 
-def test_every_setting_is_in_the_table_with_its_default() -> None:
-    for name, field in Settings.model_fields.items():
-        text = " ".join((field.description or "").split())
-        said = re.fullmatch(r"(.*?) ?Default: (.*)\.", text)
-        assert said, name
-        meaning, default = said.groups()
-        assert f"| `{name}` | {default} | {meaning} |" in README
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_every_metric_is_in_the_table_with_its_labels() -> None:
-    for row in DEFINITIONS:
-        labels = " ".join(
-            f"`{label}`=" + "·".join(values) if values else f"`{label}`"
-            for label, values in row.labels.items()
-        )
-        assert f"| `{row.full_name}` | {row.kind} | {labels or '–'} | {row.help} |" in README
+def blocks(language: str) -> list[str]:
+    """The different code blocks of all pages; two pages may show the same one."""
+    text = "\n".join(each.read_text() for each in PAGES)
+    pattern = rf"^```{language}\n(.*?)^```$"
+    return list(dict.fromkeys(re.findall(pattern, text, re.DOTALL | re.MULTILINE)))
 
 
-def test_every_hook_has_a_heading() -> None:
+def block(marker: str, language: str = "python") -> str:
+    """The one code block that holds `marker`."""
+    [found] = [text for text in blocks(language) if marker in text]
+    return found
+
+
+@pytest.mark.parametrize("name", references.PAGES)
+def test_generated_part_of_a_page_is_what_the_code_says(name: str) -> None:
+    """`python -m tests.references` writes it anew."""
+    assert references.with_generated_part(page(name), references.PAGES[name]()) == page(name)
+
+
+def test_hook_of_the_specification_has_a_heading() -> None:
     for name in vars(hookspecs):
         if name.startswith("workpool_"):
-            assert re.search(rf"^### `{name}\(\w+\)`$", README, re.MULTILINE), name
-
-
-def test_every_command_and_flag_is_named() -> None:
-    section = README.partition("## Command line")[2].partition("\n## ")[0]
-    commands = [typer.main.get_command(cli)]
-    while commands:
-        command = commands.pop()
-        commands += getattr(command, "commands", {}).values()
-        for parameter in command.params:
-            for flag in parameter.opts if parameter.param_type_name == "option" else []:
-                assert f"`{flag}" in section, (command.name, flag)
-        assert (command.name or "") in section
+            assert re.search(rf"^## `{name}\(\w+\)`$", page("plugins.md"), re.MULTILINE), name
 
 
 def test_every_exit_status_is_in_the_table() -> None:
-    section = README.partition("| exit status |")[2].partition("\n\n")[0]
+    section = page("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
 
 
 def test_gate_runs_both_test_commands_of_the_readme() -> None:
-    commands = re.findall(r"^.* && \.venv/bin/poe \w+$", README, re.MULTILINE)
+    commands = re.findall(r"^.* && \.venv/bin/poe \w+$", README.read_text(), re.MULTILINE)
     assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
     gate = (ROOT / ".ci/run").read_text().splitlines()
     for command in commands:
@@ -112,17 +103,29 @@ def test_test_tasks_select_each_test_in_exactly_one_tier() -> None:
     assert " -m trial " in trials
 
 
-def test_every_file_that_is_linked_exists() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
-def test_the_table_of_contents_leads_somewhere() -> None:
-    headings = {
-        re.sub(r"[^\w\- ]", "", line.lower()).strip().replace(" ", "-")
-        for line in re.findall(r"^##+ (.*)$", README, re.MULTILINE)
+def anchors(path: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     }
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+@pytest.mark.parametrize("path", PAGES, ids=relative)
+def test_link_of_a_page_leads_to_a_file_and_heading_of_the_repository(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.is_relative_to(ROOT), link
+        assert file.exists(), link
+        if anchor:
+            assert anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative)
+def test_page_is_reachable_from_the_readme(path: Path) -> None:
+    assert f"]({relative(path)})" in README.read_text()
 
 
 # The examples, run as they stand.
@@ -130,7 +133,7 @@ def test_the_table_of_contents_leads_somewhere() -> None:
 
 @pytest.fixture
 async def plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[ControlPlane]:
-    """A control plane that the environment points to, and README's reports.py to import."""
+    """A control plane that the environment points to, and `reports.py` to import."""
     (tmp_path / "reports.py").write_text(block("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -173,6 +176,15 @@ async def test_the_first_handler(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
+async def test_pool_inside_an_application(tmp_path: Path) -> None:
+    names = run("# service.py", tmp_path)
+    async with asyncio.TaskGroup() as group:
+        main = group.create_task(names["main"]())
+        assert (await finished({"job": "daily-report"}))["rows"] == "42"
+        main.cancel()
+
+
+@pytest.mark.usefixtures("plane")
 async def test_blocking_code(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
@@ -199,8 +211,7 @@ async def test_handing_a_session_over(tmp_path: Path, monkeypatch: pytest.Monkey
 
 async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None:
     names = run("async def talk(", tmp_path)
-    [text] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
-    script = json.loads(text)
+    script = json.loads(block('"custom": true', "json"))
     uses = [entry for entry in script if set(entry) == {"name", "input"}]  # nobody else needed
     async with Supervisor(Settings(), plugins=[names["talk"]]):
         assert (await finished({"job": "talk"}, uses * 3))["done"] == "3"
@@ -271,7 +282,8 @@ async def test_several_kinds_of_work(tmp_path: Path) -> None:
 
 def test_the_tests_of_handlers(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    for name in ("test_approval", "test_answering", "test_count"):
+    pytester.makepyfile(reports=block("# reports.py"))
+    for name in ("test_reports", "test_approval", "test_answering", "test_count"):
         pytester.makepyfile(**{name: block(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
-    result.assert_outcomes(passed=4)
+    result.assert_outcomes(passed=5)

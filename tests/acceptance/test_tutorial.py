@@ -1,4 +1,4 @@
-"""README's tutorial, step by step as it stands there, in a shell of a newcomer's.
+"""The tutorial, each step as it is written, in a shell with a newcomer's environment.
 
 Two things only are different from a newcomer's: what is installed comes from this environment
 instead of a package index, and the port is a free one.
@@ -20,7 +20,6 @@ import pytest
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-HEADING = "## Tutorial: from nothing to a tested handler\n"
 INSTALLED = """
 printf '#!/bin/sh\\nexec python -m pytest "$@"\\n' > .venv/bin/pytest
 chmod +x .venv/bin/pytest
@@ -31,8 +30,8 @@ WAIT = "until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; don
 
 def blocks() -> list[tuple[str, str]]:
     """The tutorial's blocks, each with its language."""
-    section = (ROOT / "README.md").read_text().partition(HEADING)[2].partition("\n## ")[0]
-    return re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    page = (ROOT / "workpool/docs/tutorial.md").read_text()
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def script_of(found: list[tuple[str, str]], port: int) -> str:
@@ -82,7 +81,7 @@ def variables() -> dict[str, str]:
 
 def test_every_step_does_what_it_says(tmp_path: Path) -> None:
     place = checkout(tmp_path / "workpool")
-    done = subprocess.run(  # noqa: S603 - the README's words, and ours
+    done = subprocess.run(  # noqa: S603 - the tutorial's commands
         ["/bin/bash", "-c", script_of(blocks(), free_port())],
         cwd=place,
         env=variables(),

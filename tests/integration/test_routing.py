@@ -1,4 +1,7 @@
-"""Several handlers in one pool, and what unwanted items cost: README, "Several kinds of work"."""
+"""Several handlers in one pool, and the cost of unwanted items.
+
+See workpool/docs/routing.md, "Routing".
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from workpool.server import ControlPlane, ServeError
 from workpool.testing import Faults
 from workpool.testing.plan import Plan, read_plan
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "workpool/docs/testing.md").read_text()
 
 
 def written(folder: Path, text: str, name: str = "faults.toml") -> Path:
@@ -20,11 +20,9 @@ def written(folder: Path, text: str, name: str = "faults.toml") -> Path:
     return path
 
 
-def test_the_readmes_file_is_one(tmp_path: Path) -> None:
+def test_documented_file_of_faults_can_be_read(tmp_path: Path) -> None:
     [text] = [
-        block
-        for block in re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-        if "[[fault]]" in block
+        block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[fault]]" in block
     ]
     plan = read_plan(written(tmp_path, text))
     assert (plan.seed, plan.clock_skew) == (7, 30)

@@ -53,7 +53,7 @@ def serve(
     cloud_environment: CloudIds = None,
     faults: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Faults to inject, TOML or JSON: see the README."),
+        typer.Option(metavar="FILE", help="Faults to inject, TOML or JSON."),
     ] = None,
     json: Json = False,
     _verbose: Verbose = False,

@@ -1,4 +1,6 @@
-"""Faults from a file, for work by hand: `workpool serve --faults FILE` (README, Testing handlers).
+"""Faults from a file, for manual tests: `workpool serve --faults FILE`.
+
+See workpool/docs/testing.md, "Testing handlers".
 
 Owns the file's words and what is refused; when a fault strikes is in `faults`, what it does in
 `actions`. A file that is not wholly right is wholly refused: a typo must not look like calm.
