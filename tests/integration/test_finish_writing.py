@@ -91,7 +91,8 @@ async def test_completion_is_repeated_for_longer_than_any_single_request(
     run_one: Any, faults: Faults
 ) -> None:
     """Finished work is kept for as long as its lease is held."""
-    # Seven failures take at most 1.27 s of back-off; twelve could take 14 s, longer than the test waits.
+    # Seven failures take at most 1.27 s of back-off; twelve could take 14 s, and the test ends
+    # before that.
     faults.add(status(503), "update", "stop", times=7)
     life = await run_one(result, request_timeout=0.2)
     assert (life.outcome, life.item.state, life.metadata) == (
