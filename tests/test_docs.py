@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import inspect
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+import workpool
 from tests import references
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
@@ -287,3 +290,46 @@ def test_the_tests_of_handlers(pytester: pytest.Pytester, monkeypatch: pytest.Mo
         pytester.makepyfile(**{name: block(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
     result.assert_outcomes(passed=5)
+
+
+# The glossary.
+
+
+def entries_of_the_glossary() -> list[list[str]]:
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page("glossary.md"), re.MULTILINE)
+    return [list(row) for row in rows if row[0] != "term"]
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted path below the package leads to a module, or to an attribute of one."""
+    found: Any = workpool
+    module = "workpool"
+    for name in path.split("."):
+        try:
+            found = importlib.import_module(f"{module}.{name}")
+            module = f"{module}.{name}"
+        except ModuleNotFoundError:
+            if not hasattr(found, name):  # an attribute that only instances have
+                source = inspect.getsource(found) if inspect.isclass(found) else ""
+                return (
+                    re.search(rf"\bself\.{name}\b|^    {name}:", source, re.MULTILINE) is not None
+                )
+            found = getattr(found, name)
+    return True
+
+
+def test_code_name_of_every_term_exists() -> None:
+    for term, _, code in entries_of_the_glossary():
+        [path] = re.findall(r"`([\w.]+)`", code)
+        assert exists(path), (term, path)
+
+
+def test_code_name_that_does_not_exist_is_found() -> None:
+    assert not exists("pool.lease.Lease.no_such_name")
+    assert not exists("pool.no_such_module")
+
+
+def test_term_of_the_glossary_has_one_sentence_and_one_entry() -> None:
+    terms = [term for term, *_ in entries_of_the_glossary()]
+    assert len(terms) == len(set(terms)) > 40
+    assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in entries_of_the_glossary())
