@@ -79,9 +79,10 @@ class ControlPlaneError(WorkpoolError):
 
 
 class TransientError(ControlPlaneError):
-    """Worth another try: no answer, 408, 425, 429, 5xx, or a success that is not the JSON we know.
+    """Worth another try: no answer, 408, 425, 429, 5xx, or a success that cannot be read.
 
-    Unless `reason` is "throttled", the call may have been applied.
+    So is an answer that no control plane gives, but a gateway may: a redirect, 101, a status that
+    HTTP does not define. Unless `reason` is "throttled", the call may have been applied.
 
     Attributes:
         reason: Why, in one word.
@@ -110,7 +111,7 @@ class TooLargeError(TransientError):
 
 
 class RefusedError(ControlPlaneError):
-    """Refused for good: 400, 401, 403, 404, and any other status that is not worth another try."""
+    """Refused for good: 400, 401, 403, 404 and the other client errors that HTTP defines."""
 
 
 class ConflictError(ControlPlaneError):

@@ -57,6 +57,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- poll: transient
 
+ELSEWHERE = {"Location": "https://portal.example:8443/login?token=hunter2"}
 POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
     "lost": (lambda: lost(applied=False), "error", "network"),
     "reset": (lambda: reset(applied=False), "error", "network"),
@@ -68,6 +69,11 @@ POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
     "502_html": (lambda: status(502, html=True), "error", "server_error"),
     "503": (lambda: status(503), "error", "server_error"),
     "504": (lambda: status(504, html=True), "error", "server_error"),
+    "101": (lambda: literal(b"", 101), "error", "server_error"),
+    "302": (lambda: literal(b"", 302, headers=ELSEWHERE), "error", "server_error"),
+    "304": (lambda: literal(b"", 304), "error", "server_error"),
+    "460": (lambda: literal(b"", 460), "error", "server_error"),
+    "699": (lambda: literal(b"", 699), "error", "server_error"),
     "not_json": (lambda: garbled(applied=False), "error", "server_error"),
     "not_an_item": (lambda: literal(b'{"id": 7}'), "error", "server_error"),
     "a_list": (lambda: literal(b"[]"), "error", "server_error"),
@@ -91,6 +97,18 @@ async def test_a_poll_backs_off_and_comes_again(
     assert first.result == result
     assert [event.reason for event in recorder.of(PollerBackedOff)] == [reason]
     assert not recorder.of(PollerRestarted)
+
+
+async def test_redirected_poll_logs_scheme_and_host_only(
+    faults: Faults, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults.add(literal(b"", 302, headers=ELSEWHERE), "poll", times=1)
+    async with make_pool(work, block_ms=20):
+        await recorder.wait_for(PollerBackedOff)
+    (line,) = [each for each in caplog.messages if each.startswith("poll failed")]
+    assert "302 redirected to https://portal.example:8443:" in line
+    assert "login" not in line
+    assert "hunter2" not in line
 
 
 @pytest.mark.parametrize("code", [429, 503, 500])

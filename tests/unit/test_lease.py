@@ -236,7 +236,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     # refusals: a credential may be mended, an unknown item is gone
     (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
     (begun, refused(403), Expected("again", "rejected", due=FIRST_REPEAT)),
-    (begun, refused(302), Expected("again", "rejected", due=FIRST_REPEAT)),
+    (begun, refused(405), Expected("again", "rejected", due=FIRST_REPEAT)),
     (begun, refused(404), Expected("over", "rejected", "lost", confirmed=True, due=LOST)),
     (begun, refused(400), Expected("over", "rejected", "lost", due=LOST)),
 ]  # fmt: skip

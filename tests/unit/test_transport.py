@@ -448,6 +448,7 @@ async def test_a_server_without_tls_may_come_to_have_it() -> None:
     [
         (400, RefusedError),
         (401, RefusedError),
+        (402, RefusedError),
         (403, RefusedError),
         (404, RefusedError),
         (405, RefusedError),
@@ -467,13 +468,63 @@ async def test_a_refusal_is_told_with_its_envelope(
     assert str(error) == f"stats: {status} not this [31m"
 
 
-@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
-async def test_a_redirect_is_refused_and_not_followed(status: int) -> None:
+# -- answers that no control plane gives -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *map(answer, (300, 304, 305, 306, 310, 399, 430, 444, 460, 499, 600, 799, 999)),
+        b"HTTP/1.1 000 None\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nx",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    ],
+)
+async def test_status_that_no_control_plane_answers_is_worth_another_try(odd: bytes) -> None:
+    error = await failure(odd)
+    assert isinstance(error, TransientError)
+    assert error.reason == "server_error"
+    assert error.status == int(odd.split()[1])
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+async def test_redirect_is_not_followed_and_is_worth_another_try(status: int) -> None:
     async with serving(OK) as other:
         error = await failure(answer(status, b"", Location=f"{other.url}/{TOKEN}"))
         assert other.requests == []
-    assert type(error) is RefusedError
+    assert isinstance(error, TransientError)
+    assert error.reason == "server_error"
     assert "base_url" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("location", "named"),
+    [
+        ("https://login.example/hunter2?next=hunter2#hunter2", "https://login.example"),
+        ("http://user:hunter2@portal.example:8080/", "http://portal.example:8080"),
+        ("https://[::1]:9/hunter2", "https://[::1]:9"),
+        (f"https://{TOKEN}.example/", "https://[token].example"),
+        (f"https://{TOKEN.upper()}.example/", "https://[token].example"),
+        ("/hunter2", None),
+        ("//portal.example/hunter2", None),
+        ("javascript:hunter2", None),
+        ("https://[hunter2", None),
+        ("https://a:hunter2/", None),
+        ("\x7f\xc2\x9b hunter2", None),
+        ("", None),
+    ],
+)
+def test_redirect_names_scheme_and_host_only(location: str, named: str | None) -> None:
+    error = error_of("poll", Answer(302, {"Location": location}, b"hunter2"), TOKEN)
+    text = str(error)
+    to = f" to {named}" if named else ""
+    assert text.startswith(f"poll: 302 redirected{to}:")
+    assert "hunter2" not in text
+
+
+def test_redirect_to_long_host_is_cut() -> None:
+    error = error_of("poll", Answer(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN)
+    assert len(str(error)) < 300
 
 
 async def test_our_token_is_cut_out_of_what_is_told() -> None:

@@ -1,7 +1,7 @@
 """What an HTTP answer means: the error tree's reading of statuses, bodies and `Retry-After`.
 
 Pure functions. Nothing here quotes a body, except the message of an error envelope: cut short,
-without control characters, and with our token taken out (protocol §1).
+without control characters, and with our token taken out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import orjson
+from yarl import URL
 
 from workpool.errors import (
     ConflictError,
@@ -34,10 +35,14 @@ SUCCESS: Final = range(200, 300)
 _REDIRECTS: Final = range(300, 400)
 MESSAGE_MAX: Final = 300
 _WORD_MAX: Final = 64
+_ORIGIN_MAX: Final = 128
 _NO_CONTENT: Final = 204
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
-_TRANSIENT_STATUSES: Final = frozenset({408, 425, 429, *range(500, 600)})
+_CLIENT_ERRORS: Final = range(400, 500)
+_REFUSED_STATUSES: Final = frozenset({*http.HTTPStatus} & {*_CLIENT_ERRORS} - {408, 425, 429})
+"""The statuses that say that the request itself is wrong; any other one may pass by itself. That
+includes statuses that HTTP does not define, or that no request of ours asks for, such as 101."""
 _OWN_LABEL: Final = frozenset({304, 400, 401, 403, 404, 409, 412, 429})
 
 
@@ -87,14 +92,13 @@ def value_of(op: str, answer: Answer, parse: Callable[[object], T]) -> T:
 
 
 def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:
-    """The error for a status outside `SUCCESS` (design §2); `token` is kept out of its message."""
+    """Return the error for a status outside `SUCCESS`; `token` is kept out of its message."""
     status = answer.status
-    if status in _REDIRECTS:
-        # Not followed: our token would travel to wherever the answer says.
-        return RefusedError(op, status, "redirected, so base_url is not the control plane's own")
     envelope = _envelope(answer.body)
     message = _clean(envelope.get("message"), token, MESSAGE_MAX) or _phrase(status)
-    if status in _TRANSIENT_STATUSES:
+    if status not in _REFUSED_STATUSES:
+        if status in _REDIRECTS:
+            message = _redirect(answer.headers.get("Location", ""), token)
         return TransientError(
             op,
             status,
@@ -110,6 +114,20 @@ def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:
         error_type=_clean(envelope.get("type"), token, _WORD_MAX),
         param=_clean(envelope.get("param"), token, _WORD_MAX),
     )
+
+
+def _redirect(location: str, token: str) -> str:
+    """Describe a redirect, which is not followed: our token would travel to the new address.
+
+    Only scheme, host and port of the address are named: the rest may hold credentials.
+    """
+    try:
+        # In lower case, as hosts are: the token must be found there.
+        origin = _clean(str(URL(location).origin()).lower(), token.lower(), _ORIGIN_MAX)
+    except ValueError:  # relative, or not a URL
+        origin = None
+    to = f" to {origin}" if origin else ""
+    return f"redirected{to}: base_url is not the control plane's own, or a proxy intervenes"
 
 
 _REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
@@ -141,7 +159,7 @@ def _date(value: str) -> datetime | None:
 
 
 def _envelope(body: bytes | None) -> dict[str, Any]:
-    """`error` of the envelope (protocol §1); empty when the body is not one."""
+    """Return `error` of the error envelope; empty when the body is not one."""
     try:
         envelope = orjson.loads(body or b"")
     except orjson.JSONDecodeError:
