@@ -443,7 +443,7 @@ async def test_what_waited_too_long_is_anothers(
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
-async def test_an_ack_that_answers_active_is_a_loss(
+async def test_item_of_an_ack_that_answers_active_is_lost_at_its_first_heartbeat(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold()
@@ -455,6 +455,6 @@ async def test_an_ack_that_answers_active_is_a_loss(
         plane.operations.heartbeat(plane.environments[0], item.id, "NO_HEARTBEAT")
         hold.release()
         reclaimed = await recorder.wait_for(ItemReclaimed)
-    assert (reclaimed.stage, reclaimed.direction) == ("ack", "lost")
-    assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
+    assert (reclaimed.stage, reclaimed.direction) == ("start", "lost")
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)

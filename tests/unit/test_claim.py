@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from contextvars import copy_context
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
+from workpool.errors import LeaseLost
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
 from workpool.pool.clock import PauseDetector
@@ -149,12 +152,37 @@ async def test_accepted_ack_is_reported(bench: type[Bench]) -> None:
     assert item.work_item.acknowledged_at is not None
 
 
+def answer_state(state: str) -> Trouble:
+    return Trouble(rewrite=lambda item: {**item, "state": state})
+
+
+@pytest.mark.parametrize(
+    ("state", "result"),
+    [("queued", "conflict"), ("active", "ok"), ("stopping", "conflict"), ("stopped", "conflict")],
+)
+def test_ack_answers_with_the_state_of_an_item_that_may_be_ours(
+    bench: type[Bench], state: str, result: str
+) -> None:
+    @in_virtual_time
+    async def check() -> None:
+        one = bench(ack=[answer_state(state)])
+        async with one.open():
+            assert (await Claims(one).acknowledge())[1] == result
+
+    check()
+
+
 @in_virtual_time
-async def test_ack_of_an_item_that_another_worker_runs_is_a_conflict(bench: type[Bench]) -> None:
-    """An ack is repeated for whoever has the same name: only `starting` shows that it is ours."""
-    one = bench(ack=[Trouble(rewrite=lambda item: {**item, "state": "active"})])
+async def test_ack_keeps_what_only_the_poll_has_said(bench: type[Bench]) -> None:
+    one = bench()
     async with one.open():
-        assert (await Claims(one).acknowledge())[1] == "conflict"
+        claims = Claims(one)
+        item = await claims.deliver()
+        token, trace = SecretStr("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+        item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
+        await claims.claimer.acknowledge(item)
+    assert item.work_item.state == "starting"
+    assert (item.work_item.sessions_token, item.work_item.traceparent) == (token, trace)
 
 
 @in_virtual_time
@@ -233,6 +261,34 @@ async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeat
         await Claims(one).claimer.begin(item)
     assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
     assert len(one.sent) == 1
+
+
+@in_virtual_time
+async def test_unsettled_item_that_another_worker_holds_is_neither_read_nor_run(
+    bench: type[Bench],
+) -> None:
+    """A read would show the holder's `acknowledged_at`, which the repeated ack returned."""
+    one = bench(ack=[answer_state("active")], heartbeat=[UNSENT])
+    async with one.open():
+        item = await one.claim()
+        one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
+        await Claims(one).claimer.begin(item)
+    assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
+    assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
+
+
+@in_virtual_time
+async def test_unsettled_item_is_ours_after_a_heartbeat_and_written_to_only_then(
+    bench: type[Bench],
+) -> None:
+    one = bench(ack=[answer_state("active")])
+    async with one.open():
+        item = await one.claim()
+        with pytest.raises(LeaseLost):
+            one.sender.check_write(item, by_handler=False)
+        await Claims(one).claimer.begin(item)
+        one.sender.check_write(item, by_handler=False)
+    assert lease_of(item).begun
 
 
 @in_virtual_time

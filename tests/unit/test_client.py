@@ -46,6 +46,7 @@ class Tap:
         self.instead: Callable[[], web.Response] | None = None
         self.rewrite: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self.hold: asyncio.Event | None = None
+        self.add_headers: dict[str, str] = {}
 
     @web.middleware
     async def watch(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -56,6 +57,7 @@ class Tap:
         if self.instead is not None:
             return self.instead()
         response = await handler(request)
+        response.headers.update(self.add_headers)
         if self.rewrite is not None:
             assert isinstance(response, web.Response)
             return web.json_response(self.rewrite(orjson.loads(response.text or "")))
@@ -641,3 +643,21 @@ async def test_calls_that_wait_for_the_rate_limit_go_by_priority(plane: ControlP
 async def ended(call: Awaitable[object]) -> None:
     with pytest.raises(RefusedError):
         await call
+
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize(
+    ("header", "kept"),
+    [(TRACE, TRACE), (None, None), ("", None), ("00-0-0-0", None), (TRACE + "-more", None)],
+)
+async def test_poll_keeps_a_traceparent_that_is_one(
+    plane: ControlPlane, tap: Tap, client: WorkClient, header: str | None, kept: str | None
+) -> None:
+    plane.enqueue()
+    tap.add_headers = {} if header is None else {"Traceparent": header, "X-Other": "ignored"}
+    item = await client.poll()
+    assert item is not None
+    assert item.traceparent == kept
+    assert await client.poll() is None

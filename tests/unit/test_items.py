@@ -199,6 +199,7 @@ BAD_TIMES: tuple[object, ...] = (
     "0001-01-01T00:00:00+14:00",
     "2026-01-02T03:04:05." + "1" * 99 + "Z",
 )
+LOST_HEARTBEAT = {**HEARTBEAT, "lease_extended": False, "last_heartbeat": None}
 BAD_COUNTS = (None, -1, 1.5, True)
 BAD_FIELDS: list[tuple[Parse, dict[str, Any], str, tuple[object, ...]]] = [
     (parse_item, ITEM, "id", BAD_IDS),
@@ -209,6 +210,8 @@ BAD_FIELDS: list[tuple[Parse, dict[str, Any], str, tuple[object, ...]]] = [
     (parse_item, ITEM, "state", BAD_STATES),
     (parse_heartbeat, HEARTBEAT, "state", BAD_STATES),
     (parse_heartbeat, HEARTBEAT, "last_heartbeat", (None, 1, "1" * 65)),
+    (parse_heartbeat, LOST_HEARTBEAT, "last_heartbeat", (1, "1" * 65)),
+    (parse_heartbeat, LOST_HEARTBEAT, "ttl_seconds", (-1, "60", {}, math.inf)),
     (parse_heartbeat, HEARTBEAT, "lease_extended", (None, 1, "true")),
     (parse_heartbeat, HEARTBEAT, "ttl_seconds", (None, 0, -1, True, "60", math.inf, math.nan)),
     (parse_stats, STATS, "depth", BAD_COUNTS),
@@ -256,6 +259,21 @@ def test_a_heartbeat() -> None:
     assert parse_heartbeat({**HEARTBEAT, "ttl_seconds": 12.5}) == Heartbeat(
         "2026-01-02T03:04:08.123456Z", lease_extended=True, state="active", ttl_seconds=12.5
     )
+
+
+@pytest.mark.parametrize("ttl", [None, 0, 60])
+@pytest.mark.parametrize("state", ["queued", "active", "stopping", "stopped"])
+def test_heartbeat_that_extends_nothing_needs_neither_heartbeat_nor_ttl(
+    state: str, ttl: int | None
+) -> None:
+    lost = {"lease_extended": False, "last_heartbeat": None, "ttl_seconds": ttl, "state": state}
+    heartbeat = parse_heartbeat({**HEARTBEAT, **lost})
+    assert (heartbeat.last_heartbeat, heartbeat.ttl_seconds) == ("", ttl or 0)
+
+
+def test_heartbeat_of_a_stopped_item_needs_no_last_heartbeat() -> None:
+    stopped = {"state": "stopped", "last_heartbeat": None, "ttl_seconds": 0}
+    assert parse_heartbeat({**HEARTBEAT, **stopped}).last_heartbeat == ""
 
 
 def refusal(parse: Parse, obj: object) -> ValueError | None:

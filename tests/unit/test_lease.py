@@ -60,13 +60,19 @@ def make_item(**changes: Any) -> WorkItem:
 
 
 def make_lease(
-    *, ttl: int = TTL, request_timeout: float = 10.0, parents_heartbeat: str | None = None
+    *,
+    ttl: int = TTL,
+    request_timeout: float = 10.0,
+    state: str = "starting",
+    polled_at: float | None = None,
+    parents_heartbeat: str | None = None,
 ) -> Lease:
     return Lease(
-        make_item(),
+        make_item(state=state),
         0.0,
         ttl=ttl,
         request_timeout=request_timeout,
+        polled_at=polled_at,
         parents_heartbeat=parents_heartbeat,
     )
 
@@ -106,6 +112,18 @@ def exchange(
 def fresh() -> Lease:
     """Acknowledged at 0; no heartbeat has been sent."""
     return make_lease()
+
+
+def unsettled() -> Lease:
+    """Its ack answered `active`; no heartbeat has been sent."""
+    return make_lease(state="active")
+
+
+def unsettled_unanswered() -> Lease:
+    """Its ack answered `active`, and its first heartbeat was not answered."""
+    lease = unsettled()
+    exchange(lease, 5.0, 6.0, transient())
+    return lease
 
 
 def begun(**values: Any) -> Lease:
@@ -190,6 +208,7 @@ LOST = math.inf
 HELD = Expected("held", "ok", deadline=SENT + TTL)
 READ_CONFLICT = Expected("read", "conflict")
 READ_PRECONDITION = Expected("read", "precondition")
+NOT_OURS = Expected("over", "conflict", "lost", confirmed=True, due=LOST)
 GONE = Expected("over", "precondition", "lost", confirmed=True, due=LOST)
 
 ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected]] = [
@@ -201,17 +220,34 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (begun, success(2, ttl_seconds=30), Expected("held", "ok", deadline=SENT + 30)),
     (begun, success(2, ttl_seconds=600), Expected("held", "ok", deadline=SENT + 600)),
     (begun, success(2, state="stopping"), HELD),
-    (begun, success(2, state="stopped"),
-     Expected("over", "ok", "stopped", deadline=SENT + TTL, due=LOST)),
-    (own_stop, success(2, state="stopped"),
-     Expected("over", "ok", "finished", deadline=SENT + TTL, due=LOST)),
+    (unsettled, success(), HELD),
+    (unsettled_unanswered, success(), HELD),
+    # `stopped` is final, extended or not, without a read
+    (begun, success(2, state="stopped"), Expected("over", "ok", "stopped", due=LOST)),
+    (own_stop, success(2, state="stopped"), Expected("over", "ok", "finished", due=LOST)),
+    (begun, success(2, state="stopped", lease_extended=False),
+     Expected("over", "ok", "stopped", due=LOST)),
+    (own_stop, success(2, state="stopped", lease_extended=False),
+     Expected("over", "ok", "finished", due=LOST)),
+    (begun, success(2, state="stopped", lease_extended=False, last_heartbeat=""),
+     Expected("over", "ok", "stopped", due=LOST)),
     (releasing, success(2, ttl_seconds=12),
      Expected("over", "ok", "released", deadline=SENT + 12, due=LOST)),
     # not extended: the deadline stays
     (begun, success(2, lease_extended=False, state="stopping"), Expected("held", "ok")),
     (begun, success(2, lease_extended=False), READ_CONFLICT),
-    (begun, success(2, lease_extended=False, state="stopped"), READ_CONFLICT),
     (own_stop, success(2, lease_extended=False), READ_CONFLICT),
+    # not extended, and no last heartbeat: lost
+    (begun, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (unanswered, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (begun, success(2, lease_extended=False, last_heartbeat="", state="stopping"), NOT_OURS),
+    # an ack that answered `active` is settled by a heartbeat that extends the lease, not by a read
+    (unsettled, success(lease_extended=False), NOT_OURS),
+    (unsettled, success(state="stopping"), NOT_OURS),
+    (unsettled, CONFLICT, NOT_OURS),
+    (unsettled, PRECONDITION, GONE),
+    (unsettled_unanswered, PRECONDITION, GONE),
+    (unsettled_unanswered, CONFLICT, NOT_OURS),
     # transient errors: repeated, sooner at first
     (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
     (begun, transient("network"), Expected("again", "transient", due=FIRST_REPEAT)),
@@ -277,6 +313,20 @@ def test_unbegun_lease_ends_sixty_seconds_after_the_ack_was_sent() -> None:
     assert (lease.deadline, lease.give_up_at, lease.due_at) == (60, 54, 0)
     assert lease.held(59.9)
     assert not lease.begun
+
+
+def test_unsettled_lease_counts_from_the_poll_until_a_heartbeat_has_succeeded() -> None:
+    lease = make_lease(ttl=30, state="active", polled_at=-9.0)
+    assert (lease.deadline, lease.give_up_at) == (51, 45)
+    assert lease.unsettled
+    exchange(lease, 1.0, 2.0, success(ttl_seconds=30))
+    assert lease.deadline == 31
+    assert not lease.unsettled
+
+
+def test_lease_of_an_ack_that_began_it_does_not_count_from_the_poll() -> None:
+    assert make_lease(polled_at=-9.0).deadline == 60
+    assert make_lease(polled_at=-9.0, state="active", parents_heartbeat="hb").deadline == 60
 
 
 def test_granted_ttl_replaces_the_requested_one() -> None:

@@ -65,7 +65,8 @@ class ScriptedDispatcher:
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
-    def offer(self, item: object) -> bool:
+    def offer(self, item: object, polled_at: float) -> bool:
+        assert polled_at <= asyncio.get_running_loop().time()
         self.offered.append(item)
         if isinstance(self.takes, Exception):
             raise self.takes

@@ -21,7 +21,7 @@ from workpool.errors import ConflictError, PreconditionError, RefusedError, Tran
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
 from workpool.pool.sender import lease_of
-from workpool.wire.protocol import ACK_LEASE_SECONDS, STARTING
+from workpool.wire.protocol import ACK_LEASE_SECONDS, ACTIVE, STARTING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,11 +159,13 @@ class Claimer:
 
 
 def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
-    if answer.state != STARTING:  # `active`: another worker's heartbeats extend its lease
+    # `active`: some control planes answer so to every ack, all of them to a repeated one. The first
+    # heartbeat shows whose the item is.
+    if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
-    token = item.work_item.sessions_token
-    if token is not None and answer.sessions_token is None:  # sent with the poll only
-        answer = replace(answer, sessions_token=token)
+    token, trace = item.work_item.sessions_token, item.work_item.traceparent
+    if token is not None or trace is not None:  # sent with the poll only
+        answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None
     item.work_item = answer

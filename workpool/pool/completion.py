@@ -190,8 +190,9 @@ class Completion:
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
         """Mark a session that is being released, for `seconds` at most; unmarked its run counts."""
-        if item.parents_heartbeat is not None and not lease_of(item).begun:
-            return  # until its first heartbeat has succeeded, the item may be its parent's
+        lease = lease_of(item)
+        if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
+            return  # until its first heartbeat has succeeded, the item may be another process's
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
     async def _write_mark(self, item: PoolItem, reason: str, request: Request) -> None:

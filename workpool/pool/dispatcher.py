@@ -88,8 +88,11 @@ class Dispatcher:
 
     # Receive and choose.
 
-    def offer(self, work_item: WorkItem) -> bool:
-        """Decide on a received item; return whether it is ours now and took the reserved place."""
+    def offer(self, work_item: WorkItem, polled_at: float) -> bool:
+        """Decide on a received item; return whether it is ours now and took the reserved place.
+
+        `polled_at` is the time when its poll was sent, on the lease clock.
+        """
         if self.draining:
             return False  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
@@ -98,8 +101,9 @@ class Dispatcher:
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
         self._context.observe(ItemClaimed, work_item, origin, _age(work_item))
         if owned is not None:
-            self._received_again(owned)
+            self._received_again(owned, polled_at)
             return False
+        item.polled_at = polled_at
         self._remember(item.id)
         if work_item.type != HEALTHCHECK:
             item.handler = self._choose(work_item)
@@ -123,8 +127,10 @@ class Dispatcher:
         self._context.queue.put(item)
         self._fill()
 
-    def _received_again(self, owned: PoolItem) -> None:
+    def _received_again(self, owned: PoolItem, polled_at: float) -> None:
         """React to another delivery of an item that is ours: the control plane has it `queued`."""
+        if owned.state == "delivered":
+            owned.polled_at = polled_at
         if owned.executing and owned.lease is not None:
             self._context.renewer.check_soon(owned.lease)
         else:

@@ -66,6 +66,7 @@ class PoolItem:
         work_item: As the poll delivered it, then as our acknowledgement returned it.
         handler: The handler that runs it; None for a health check, which the pool answers itself.
         held_before: A worker held it before it was delivered to us.
+        polled_at: When the last poll that delivered it before its ack was sent, on the lease clock.
         delivered_at: When the last poll that delivered it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
         clock_offset: Seconds by which the wall clock was ahead of the lease clock when its claim
@@ -103,6 +104,7 @@ class PoolItem:
         "mark_task",
         "open_sends",
         "parents_heartbeat",
+        "polled_at",
         "reason",
         "result",
         "session",
@@ -121,7 +123,7 @@ class PoolItem:
         self.held_before = (
             work_item.acknowledged_at is not None or work_item.last_heartbeat is not None
         )
-        self.delivered_at = self.acked_at = now
+        self.delivered_at = self.acked_at = self.polled_at = now
         self.clock_offset = 0.0
         self.parents_heartbeat: str | None = None
         self.context = context

@@ -25,6 +25,7 @@ from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
+    ACTIVE,
     NO_HEARTBEAT,
     QUEUED,
     STARTING,
@@ -105,6 +106,8 @@ class Lease:
         confirmed: The control plane said that the lease is lost; if False, its time ran out.
         begun: A heartbeat has succeeded.
         stop_requested: A heartbeat said that an operator wants the session to end.
+        unsettled: The ack answered `active`, which it also does for an item that another worker
+            holds, and no heartbeat has succeeded yet: nothing but a heartbeat may be sent.
         in_flight: A heartbeat is under way.
         verified_at: When the ack or the last successful heartbeat was sent, on the lease clock.
         doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
@@ -118,7 +121,7 @@ class Lease:
         "_failures", "_lent", "_margin", "_read_twice", "_release_ttl", "_request_timeout",
         "_ttl_asked", "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at",
         "due_at", "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
-        "stop_requested", "ttl", "verified_at",
+        "stop_requested", "ttl", "unsettled", "verified_at",
     )  # fmt: skip
 
     def __init__(
@@ -128,6 +131,7 @@ class Lease:
         *,
         ttl: int,
         request_timeout: float,
+        polled_at: float | None = None,
         parents_heartbeat: str | None = None,
     ) -> None:
         """Create the lease that an acknowledgement began.
@@ -137,11 +141,16 @@ class Lease:
             acked_at: When the first ack that may have been applied was sent, on the lease clock.
             ttl: Seconds that our heartbeats ask for.
             request_timeout: The longest time to wait for an answer, in seconds.
+            polled_at: When the poll that delivered the item was sent, on the lease clock. An ack
+                that answers `active` may belong to a lease that began with that poll, so the first
+                deadline counts from it. None = `acked_at`.
             parents_heartbeat: What the first heartbeat must expect if a parent handed the item off.
         """
         self.item = item
         self.ttl = self._margin = 0.0
-        self._set_deadline(acked_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
+        self.unsettled = item.state == ACTIVE and parents_heartbeat is None
+        began_at = polled_at if self.unsettled and polled_at is not None else acked_at
+        self._set_deadline(began_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
         self.due_at = self.verified_at = acked_at
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
@@ -310,13 +319,19 @@ class Lease:
             # Between that deadline and this answer the item may have been another worker's.
             self.end("lost")
             return Decision("over", "timeout")
-        if not heartbeat.lease_extended and heartbeat.state != STOPPING:
+        if heartbeat.state == STOPPED:  # final, whoever holds it
+            self.end("finished" if self.own_stop else "stopped")
+            return Decision("over", "ok")
+        extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
+        if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
+            # Some control planes answer a heartbeat of a `stopping` item to whoever sends it, so
+            # that answer does not settle an ack.
+            self.end("lost", confirmed=True)
+            return Decision("over", "conflict")
+        if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
         self._extend(now, attempt, heartbeat)
-        if heartbeat.state == STOPPED:
-            self.end("finished" if self.own_stop else "stopped")
-            return Decision("over", "ok")
         self.begun = True
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
@@ -325,7 +340,7 @@ class Lease:
 
     def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
         self.expected, self.verified_at = heartbeat.last_heartbeat, attempt.at
-        self._unanswered = self._lent = self._read_twice = False
+        self._unanswered = self._lent = self._read_twice = self.unsettled = False
         self._failures = 0
         if attempt.at >= self.doubted_at:
             self.doubted_at = math.inf
@@ -347,7 +362,10 @@ class Lease:
             self._set_deadline(attempt.deadline, self.ttl)  # certainly not applied: not shortened
         judgement = judge(error, doubted=self._unanswered or self._lent)
         if judgement.then == "read":
-            return Decision("read", judgement.result)
+            if not self.unsettled:
+                return Decision("read", judgement.result)
+            # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
+            judgement = judgement._replace(then="confirmed")
         return self._apply(now, judgement, error)
 
     def _apply(self, now: float, judgement: Judgement, error: ControlPlaneError) -> Decision:

@@ -54,6 +54,7 @@ class Poller:
         self._dispatcher = dispatcher
         self._number = number
         self._polled_at = 0.0  # on the loop's clock
+        self._sent_at = 0.0  # the same moment on the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
 
     async def run(self) -> None:
@@ -102,7 +103,7 @@ class Poller:
         item, taken = None, False
         try:
             item = await self._claim()
-            taken = item is not None and self._dispatcher.offer(item)
+            taken = item is not None and self._dispatcher.offer(item, self._sent_at)
         finally:
             if not taken:
                 self._context.queue.unreserve()
@@ -127,6 +128,7 @@ class Poller:
     async def _poll(self) -> WorkItem | None:
         self.state = "polling"
         started = self._polled_at = asyncio.get_running_loop().time()
+        self._sent_at = self._context.clock()
         self._group.sent()
         result: PollResult = "error"
         try:

@@ -101,13 +101,13 @@ class Sender:
             TransientError: The machine was paused, and the lease is not verified yet.
         """
         self.check(item, by_handler=by_handler)
-        if not lease_of(item).begun and self._pauses.paused(since=item.clock_offset):
+        lease = lease_of(item)
+        if not lease.begun and (lease.unsettled or self._pauses.paused(since=item.clock_offset)):
             raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
         if self._pauses.paused():
             self._paused_at = self._clock()
             self._doubt()
         # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
-        lease = lease_of(item)
         if lease.doubted_at != math.inf or lease.verified_at < self._paused_at:
             problem = "the machine was paused; the lease is verified first"
             raise TransientError("lease", None, problem, reason="throttled")

@@ -146,6 +146,7 @@ class SessionRunner:
             item.acked_at,
             ttl=settings.lease_ttl,
             request_timeout=settings.request_timeout,
+            polled_at=item.polled_at,
             parents_heartbeat=item.parents_heartbeat,
         )
         return True
@@ -218,6 +219,8 @@ class SessionRunner:
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
         """Stop a health check: a worker has acknowledged it, and nothing else is asked for."""
+        if lease_of(item).unsettled:
+            await self._claimer.begin(item)
         try:
             await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
         except (ControlPlaneError, SessionGoneError) as error:

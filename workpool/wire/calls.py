@@ -6,7 +6,7 @@ Reading is all that happens here; a parser raises `ValueError` for what it does 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from workpool.errors import TransientError
@@ -32,12 +32,14 @@ class Call(Generic[T]):
         op: Its name in errors and metrics.
         parse: Reads a success.
         limit: Bytes of an answer that are accepted.
+        add_headers: Adds what the answer's headers say to a success; None = nothing.
     """
 
     op: str
     method: Literal["GET", "POST"]
     parse: Callable[[object], T]
     limit: int = ANSWER_LIMIT_BYTES
+    add_headers: Callable[[T, Mapping[str, str]], T] | None = None
 
 
 class Page(NamedTuple):
@@ -53,6 +55,14 @@ _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
 
 def _delivery(obj: object) -> WorkItem | None:
     return None if obj in _EMPTY_POLL else parse_item(obj)
+
+
+def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
+    """Add the trace context that the control plane gave an item; a malformed one is ignored."""
+    trace = headers.get("traceparent")
+    if item is None or trace is None or not _is_traceparent(trace):
+        return item
+    return replace(item, traceparent=trace)
 
 
 def _applied(obj: object) -> None:
@@ -116,8 +126,9 @@ def _stored_events(obj: object) -> list[Event]:
 
 
 _is_id: Final = re.compile(ID_PATTERN).fullmatch
+_is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
-POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery)
+POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery, add_headers=_add_trace)
 ACK: Final = Call("ack", "POST", parse_item)
 HEARTBEAT: Final = Call("heartbeat", "POST", parse_heartbeat)
 STOP: Final[Call[WorkItem | None]] = Call("stop", "POST", _stopped)

@@ -72,8 +72,7 @@ class WorkClient:
         self._settings = settings
         self._transport = Transport(settings, session)
         self._sessions = f"{settings.base_url}/sessions"
-        work = URL(f"{settings.base_url}/environments/{settings.environment_id}/work", encoded=True)
-        self._scheme, self._authority, self._work = work.scheme, work.raw_authority, work.raw_path
+        self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
         self.worker_id: str | None = worker_id or settings.worker_id
         """Our identity on the wire (protocol §1), None to tell none; set before opening."""
@@ -388,14 +387,8 @@ class WorkClient:
         """The URL of a work call; all parts must be encoded already."""
         if self._work_query:
             query = f"{query}&{self._work_query}" if query else self._work_query
-        # From its parts: that costs half of finding them in a string, three times per item.
-        return URL.build(
-            scheme=self._scheme,
-            authority=self._authority,
-            path=f"{self._work}{path}",
-            query_string=query,
-            encoded=True,
-        )
+        mark = "?" if query else ""
+        return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)

@@ -39,6 +39,7 @@ class WorkItem:
     `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next beat
     must expect, to the letter (protocol §3.3). `sessions_token`, where there is one, is the bearer
     for the calls on this item's session, and on no other.
+    `traceparent` is the W3C trace context that came in the headers of the poll's answer.
     """
 
     id: str
@@ -55,6 +56,7 @@ class WorkItem:
     stop_requested_at: datetime | None
     stopped_at: datetime | None
     sessions_token: SecretStr | None = None
+    traceparent: str | None = None
 
 
 _Draft: Final[Any] = make_dataclass("_Draft", WorkItem.__slots__, slots=True)
@@ -64,7 +66,15 @@ fields takes a third of all that reading an item costs."""
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The answer to a heartbeat. `last_heartbeat` is opaque: sent back as it came."""
+    """The answer to a heartbeat.
+
+    Attributes:
+        last_heartbeat: Opaque: sent back as it came. Empty if the control plane gave none, which it
+            may only do for a lease that it has not extended, or for a stopped item.
+        lease_extended: Whether the item is held for `ttl_seconds` from now on.
+        state: The item's.
+        ttl_seconds: 0 where the lease was not extended and none was given.
+    """
 
     last_heartbeat: str
     lease_extended: bool
@@ -106,6 +116,7 @@ def parse_item(obj: object) -> WorkItem:
         at if (at := get("stop_requested_at")) is None else _time(at),
         at if (at := get("stopped_at")) is None else _time(at),
         None if secret is None else _sessions_token(secret),
+        None,
     )
     item.__class__ = WorkItem
     made: WorkItem = item
@@ -119,15 +130,15 @@ def parse_heartbeat(obj: object) -> Heartbeat:
         ValueError: A field is missing or malformed; names the field, never quotes it.
     """
     get = _object("heartbeat", obj).get
-    beat = _text("last_heartbeat", get("last_heartbeat"))
-    if len(beat) > _TIME_LENGTH_MAX:
-        raise ValueError("last_heartbeat: too long")
+    extended = _flag("lease_extended", get("lease_extended"))
+    state = _state(get("state"))
+    last_heartbeat, ttl_seconds = get("last_heartbeat"), get("ttl_seconds")
+    over = not extended or state == protocol.STOPPED
     return Heartbeat(
-        # The sibling writes "" where no beat was recorded: what a next beat must then expect.
-        last_heartbeat=beat or protocol.NO_HEARTBEAT,
-        lease_extended=_flag("lease_extended", get("lease_extended")),
-        state=_state(get("state")),
-        ttl_seconds=_seconds("ttl_seconds", get("ttl_seconds")),
+        "" if over and last_heartbeat is None else _expectation(last_heartbeat),
+        extended,
+        state,
+        0.0 if over and ttl_seconds in (None, 0) else _seconds("ttl_seconds", ttl_seconds),
     )
 
 
@@ -221,6 +232,14 @@ def _time(value: object) -> datetime | None:
 def _last_heartbeat(value: object) -> str | None:
     """Return the item's last heartbeat, which is opaque; None if it cannot be sent back."""
     return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
+
+
+def _expectation(value: object) -> str:
+    """Return what the next heartbeat must expect; "" is written where none was recorded."""
+    text = _text("last_heartbeat", value)
+    if len(text) > _TIME_LENGTH_MAX:
+        raise ValueError("last_heartbeat: too long")
+    return text or protocol.NO_HEARTBEAT
 
 
 def _flag(name: str, value: object) -> bool:

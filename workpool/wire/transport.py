@@ -220,7 +220,8 @@ class Transport:
             failure: Exception = no_answer(op, error)
         else:
             if answer.status in SUCCESS:
-                return value_of(op, answer, request.call.parse)
+                value, add = value_of(op, answer, request.call.parse), request.call.add_headers
+                return value if add is None else add(value, answer.headers)
             failure = error_of(op, answer, token)
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):

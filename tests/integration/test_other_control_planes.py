@@ -1,0 +1,129 @@
+"""A pool against the answers of other implementations of the protocol, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from aiohttp import web
+
+from workpool import Session, handler
+from workpool.events import (
+    AckFinished,
+    HeartbeatFinished,
+    ItemReclaimed,
+    SessionFinished,
+    SessionStarted,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+    from workpool.testing.faults import Fault
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str) -> Fault:
+    """Change the JSON of a success and add headers."""
+
+    async def answer(request: web.Request, handler: Any) -> web.StreamResponse:
+        response = await handler(request)
+        assert isinstance(response, web.Response)
+        value = orjson.loads(response.text or "null")
+        if response.status != 200 or value is None:
+            return response
+        return web.json_response(change(value), headers=headers)
+
+    return answer
+
+
+ACTIVE = rewritten(lambda item: {**item, "state": "active"})
+LOST = rewritten(lambda answer: {**answer, "last_heartbeat": None, "lease_extended": False})
+
+
+@handler
+async def work(_: Session) -> dict[str, str]:
+    return {"done": "yes"}
+
+
+async def test_item_whose_ack_answers_active_is_run(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    faults.add(ACTIVE, "ack")
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    assert life.ops == ["ack", "heartbeat", "update", "stop"]
+    assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
+
+
+async def test_item_whose_ack_answers_active_and_that_another_holds_is_not_run(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    (item,) = plane.enqueue()
+
+    async def taken(request: web.Request, handler: Any) -> web.StreamResponse:
+        response: web.StreamResponse = await handler(request)
+        plane.operations.heartbeat(plane.environments[0], item.id, "NO_HEARTBEAT", 60, "another")
+        return response
+
+    faults.add(ACTIVE, "ack")
+    faults.add(taken, "ack")
+    async with make_pool(work):
+        finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "lease_lost"
+    assert not recorder.of(SessionStarted)
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]
+    (lost,) = recorder.of(ItemReclaimed)
+    assert (lost.direction, lost.stage) == ("lost", "start")
+
+
+async def test_health_check_whose_ack_answers_active_is_stopped_after_a_heartbeat(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    faults.add(ACTIVE, "ack")
+    (item,) = plane.enqueue(work_type="healthcheck")
+    async with make_pool(work):
+        await faults.wait_for("stop", answered=True)
+    assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
+
+
+async def test_heartbeat_without_a_last_heartbeat_loses_the_lease_without_a_read(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    faults.add(LOST, "heartbeat")
+    life = await run_one(work)
+    assert life.outcome == "lease_lost"
+    assert life.ops == ["ack", "heartbeat"]
+    assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
+
+
+@pytest.mark.usefixtures("fast_beats")
+async def test_heartbeat_that_says_stopped_ends_the_session_without_a_read(
+    run_one: Any, faults: Faults
+) -> None:
+    @handler
+    async def never_ends(_: Session) -> None:
+        await asyncio.Event().wait()
+
+    over = rewritten(lambda answer: {**answer, "state": "stopped", "lease_extended": False})
+    faults.add(over, "heartbeat", skip=1)
+    life = await run_one(never_ends)
+    assert life.outcome == "stopped"
+    assert set(life.ops) == {"ack", "heartbeat"}
+
+
+async def test_unknown_fields_and_headers_are_ignored_and_a_traceparent_is_kept(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    more = {"lease": {"id": 7}, "ttl": "x", "secret_of_another_kind": [1]}
+    for op in ("ack", "heartbeat", "update", "stop"):
+        faults.add(rewritten(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
+    faults.add(rewritten(lambda value: {**more, **value}, traceparent=TRACE), "poll")
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
