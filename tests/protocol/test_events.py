@@ -463,6 +463,49 @@ async def test_nothing_is_said_after_the_end(api: Api) -> None:
     assert (answer.status, answer.error["type"]) == (409, "conflict_error")
 
 
+THREAD_ENDS = {"type": "session.thread_status_terminated", "session_thread_id": "sthr_1"}
+
+
+@pytest.mark.parametrize("kind", ["agent.tool_use", "agent.custom_tool_use"])
+async def test_result_for_a_call_of_a_terminated_thread_is_409(api: Api, kind: str) -> None:
+    (item,) = api.plane.enqueue()
+    use = {"type": kind, "name": "bash", "input": {}, "session_thread_id": "sthr_1"}
+    (before,) = api.plane.emit(item.session_id, use)
+    (_, after) = api.plane.emit(item.session_id, THREAD_ENDS, use)
+    for call in (before, after):
+        answer = await send(api, item.session_id, result(dict(call)))
+        assert (answer.status, answer.error["type"]) == (409, "conflict_error")
+        assert "thread" in answer.error["message"]
+
+
+async def test_confirmation_for_a_call_of_a_terminated_thread_is_409(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    use = {"type": "agent.tool_use", "name": "bash", "input": {}, "evaluated_permission": "ask"}
+    (asked,) = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"})
+    api.plane.emit(item.session_id, THREAD_ENDS)
+    allow = {"type": "user.tool_confirmation", "tool_use_id": asked["id"], "result": "allow"}
+    assert (await send(api, item.session_id, allow)).status == 409
+
+
+async def test_termination_of_a_thread_ends_the_wait_for_its_calls_only(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    use = {"type": "agent.custom_tool_use", "name": "weather", "input": {}}
+    _, other = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"}, use)
+    api.plane.emit(item.session_id, THREAD_ENDS)
+    idle = await last(api, item.session_id, "session.status_idle")
+    assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [other["id"]]}
+    assert (await send(api, item.session_id, result(dict(other)))).status == 200
+    assert await status(api, item.session_id) == "running"
+
+
+async def test_thread_that_is_no_text_is_the_primary_thread(api: Api) -> None:
+    (item,) = api.plane.enqueue()
+    use = {"type": "agent.tool_use", "name": "bash", "input": {}, "session_thread_id": []}
+    (call,) = api.plane.emit(item.session_id, use)
+    api.plane.emit(item.session_id, {**THREAD_ENDS, "session_thread_id": []})
+    assert (await send(api, item.session_id, result(dict(call)))).status == 200
+
+
 @pytest.mark.parametrize(
     "event",
     [{}, {"type": 1}, {"type": "user.message"}, {"type": "agent.tool_use", "name": "Bash"},

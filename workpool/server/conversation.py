@@ -44,10 +44,14 @@ class Event:
 
 @dataclass(slots=True)
 class _Use:
-    """A tool use: whether it is custom, "allow", "ask" or "deny" as it stands now, and why."""
+    """A tool use: whether it is custom, "allow", "ask" or "deny" as it stands now, and why.
+
+    `thread`: the id of the thread of the session that made it; None for the primary thread.
+    """
 
     custom: bool
     permission: str
+    thread: str | None = None
     denial: str = "The tool use was denied."
 
     @property
@@ -72,6 +76,7 @@ class Conversation:
         self._place = 0  # in the script
         self._uses: dict[str, _Use] = {}
         self._open: dict[str, _Use] = {}  # those of _uses that are not answered
+        self._ended_threads: set[str] = set()  # they accept no result any more
         self._blocking: tuple[str, ...] = ()  # what the last requires_action named
         self._turn = self._next_turn = False  # somebody waits for the agent; again, once it is idle
         self._interrupted = False
@@ -118,6 +123,7 @@ class Conversation:
         use = self._uses.get(use_id)
         if use is None or use.custom != custom:
             raise Refusal(400, "the result does not match any tool use of this session")
+        self._check_thread(use)
         if use_id not in self._open or use.permission == "deny":
             raise conflict("the tool use has a result already")
         if use.permission == "ask" and use_id not in allowed:
@@ -126,8 +132,13 @@ class Conversation:
     def _check_confirmation(self, use_id: str) -> None:
         if use_id not in self._uses:
             raise Refusal(400, "the confirmation does not match any tool use of this session")
+        self._check_thread(self._uses[use_id])
         if use_id not in self._open or self._uses[use_id].permission != "ask":
             raise conflict("the tool use does not wait for a confirmation")
+
+    def _check_thread(self, use: _Use) -> None:
+        if use.thread in self._ended_threads:
+            raise conflict("the tool use's thread is terminated")
 
     def check_server(self, said: Sequence[Mapping[str, Any]]) -> None:
         """Refuse events that whoever plays the agent may not say here."""
@@ -159,8 +170,11 @@ class Conversation:
     def _use(self, event: Event) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
-        use = _Use(custom, value.get("evaluated_permission", "allow"))
-        self._uses[event.id] = self._open[event.id] = use
+        thread = _thread_of(event)
+        use = _Use(custom, value.get("evaluated_permission", "allow"), thread)
+        self._uses[event.id] = use
+        if thread not in self._ended_threads:
+            self._open[event.id] = use
         self._place += self._script is not None
         self._concluded = False
 
@@ -190,6 +204,15 @@ class Conversation:
     def _terminate(self, _: Event) -> None:
         self.status = "terminated"
 
+    def _end_thread(self, event: Event) -> None:
+        """Close the tool uses of a thread, which can get no result any more."""
+        thread = _thread_of(event)
+        if thread is None:
+            return
+        self._ended_threads.add(thread)
+        for use_id in [use_id for use_id, use in self._open.items() if use.thread == thread]:
+            del self._open[use_id]
+
     _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, Event], None]]] = {
         protocol.USER_MESSAGE: _message,
         protocol.USER_INTERRUPT: _interrupt,
@@ -203,6 +226,7 @@ class Conversation:
         protocol.STATUS_RUNNING: _run,
         protocol.STATUS_IDLE: _idle,
         protocol.STATUS_TERMINATED: _terminate,
+        protocol.THREAD_TERMINATED: _end_thread,
     }
 
     # What follows.
@@ -243,6 +267,12 @@ _RUNNING: Final = {"type": protocol.STATUS_RUNNING}
 
 def _id_of(event: Event) -> str:
     return event.id
+
+
+def _thread_of(event: Event) -> str | None:
+    """Return the thread that an event names; None for the primary thread."""
+    thread = event.value.get("session_thread_id")
+    return thread if isinstance(thread, str) else None
 
 
 def _text(text: str) -> list[dict[str, str]]:
