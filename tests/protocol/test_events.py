@@ -425,6 +425,107 @@ async def test_a_bad_place_is_400(api: Api, params: dict[str, str]) -> None:
     assert (await api("GET", path(api, scripted(api)), params=params)).status == 400
 
 
+# -- which events a list answers, and in which order ------------------------------------------
+
+
+async def listed(api: Api, session_id: str, *params: tuple[str, str]) -> list[str]:
+    """The texts of the agent's messages, over all pages of two."""
+    texts, page = [], None
+    while True:
+        query = [*params, ("limit", "2"), *([("page", page)] if page else [])]
+        answer = await api("GET", path(api, session_id), params=query)
+        assert answer.status == 200
+        ids = [event["id"] for event in answer.body["data"]]
+        assert (answer.body["first_id"], answer.body["last_id"]) == (
+            (ids[0], ids[-1]) if ids else (None, None)
+        )
+        texts += [event["content"][0]["text"] for event in answer.body["data"]]
+        page = answer.body["next_page"]
+        assert answer.body["has_more"] is (page is not None)
+        if page is None:
+            return texts
+
+
+@pytest.fixture
+def told(api: Api, clock: Clock) -> str:
+    """A session with messages "0" to "4", one a second, from the agent and from its thoughts."""
+    (item,) = api.plane.enqueue()
+    for number in range(5):
+        kind = "agent.message" if number % 2 == 0 else "agent.thinking"
+        content = [{"type": "text", "text": str(number)}]
+        api.plane.emit(item.session_id, {"type": kind, "content": content})
+        clock.advance(1)
+    return item.session_id
+
+
+async def test_events_in_descending_order_are_walked_to_the_oldest(api: Api, told: str) -> None:
+    assert await listed(api, told, ("order", "desc")) == ["4", "3", "2", "1", "0"]
+    assert await listed(api, told, ("order", "asc")) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("name", ["types", "types[]"])
+async def test_events_of_chosen_types_only_are_listed(api: Api, told: str, name: str) -> None:
+    assert await listed(api, told, (name, "agent.message")) == ["0", "2", "4"]
+    assert await listed(api, told, (name, "agent.message"), ("order", "desc")) == ["4", "2", "0"]
+    both = [(name, "agent.message"), (name, "agent.thinking")]
+    assert await listed(api, told, *both) == ["0", "1", "2", "3", "4"]
+    assert await listed(api, told, (name, "agent.unknown")) == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "texts"),
+    [
+        ({"gt": "2026-03-01T12:00:01Z"}, ["2", "3", "4"]),
+        ({"gte": "2026-03-01T12:00:01.000000+00:00"}, ["1", "2", "3", "4"]),
+        ({"lt": "2026-03-01T13:00:03+01:00"}, ["0", "1", "2"]),
+        ({"lte": "2026-03-01T12:00:03.000Z"}, ["0", "1", "2", "3"]),
+        ({"gt": "2026-03-01T12:00:00Z", "gte": "2026-03-01T12:00:02Z",
+          "lt": "2026-03-01T12:00:04Z", "lte": "2026-03-01T12:00:03Z"}, ["2", "3"]),
+        ({"gt": "2026-03-01T12:00:03Z", "lt": "2026-03-01T12:00:01Z"}, []),
+        ({"gt": "0001-01-01T00:00:00Z", "lt": "9999-12-31T23:59:59Z"}, ["0", "1", "2", "3", "4"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_events_within_times_are_listed(
+    api: Api, told: str, bounds: dict[str, str], texts: list[str], order: str
+) -> None:
+    params = [(f"created_at[{name}]", value) for name, value in bounds.items()]
+    expected = texts if order == "asc" else texts[::-1]
+    assert await listed(api, told, *params, ("order", order)) == expected
+
+
+async def test_before_id_with_a_filter_gives_the_nearest_events_in_ascending_order(
+    api: Api, told: str
+) -> None:
+    last_id = (await history(api, told))[-1]["id"]
+    params = {"before_id": last_id, "types": "agent.message", "limit": "1"}
+    answer = await api("GET", path(api, told), params=params)
+    assert [event["content"][0]["text"] for event in answer.body["data"]] == ["2"]
+    assert answer.body["has_more"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("order", "ascending"),
+        ("order", ""),
+        ("created_at[gt]", "yesterday"),
+        ("created_at[lte]", "2026-03-01T12:00:00"),
+        ("created_at[gte]", "0001-01-01T00:00:00+01:00"),
+        ("created_at[lt]", ""),
+    ],
+)
+async def test_malformed_filter_is_400_that_names_it(api: Api, name: str, value: str) -> None:
+    answer = await api("GET", path(api, scripted(api)), params={name: value})
+    assert (answer.status, answer.error["param"]) == (400, name)
+
+
+async def test_after_id_in_descending_order_is_400(api: Api, told: str) -> None:
+    first_id = (await history(api, told))[0]["id"]
+    params = {"after_id": first_id, "order": "desc"}
+    assert (await api("GET", path(api, told), params=params)).status == 400
+
+
 # -- the agent's side, played by whoever embeds ------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from anthropic import AsyncStream
     from anthropic.types.beta.sessions import BetaManagedAgentsStreamSessionEvents
 
+    from tests.protocol.conftest import Clock
     from workpool.server import ControlPlane
 
 pytestmark = pytest.mark.trial
@@ -78,6 +80,26 @@ async def test_list_send_and_stream(plane: ControlPlane, sdk: AsyncAnthropic) ->
         assert told[1].type == "agent.tool_result"
         assert told[-1].type == "session.status_idle"
         assert told[-1].stop_reason.type == "end_turn"
+
+
+async def test_events_are_listed_by_type_time_and_order(
+    plane: ControlPlane, sdk: AsyncAnthropic, clock: Clock
+) -> None:
+    session_id = scripted(plane, BASH)
+    since = clock.seconds
+    clock.advance(1)
+    (use,) = [event async for event in sdk.beta.sessions.events.list(
+        session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip
+    result: Any = {"type": "user.tool_result", "tool_use_id": use.id}
+    await sdk.beta.sessions.events.send(session_id, events=[result])
+    said = sdk.beta.sessions.events.list(
+        session_id, order="desc", limit=1, created_at_gt=datetime.fromtimestamp(since, UTC)
+    )
+    assert [event.type async for event in said] == [
+        "session.status_idle",
+        "agent.message",
+        "user.tool_result",
+    ]
 
 
 async def test_refusals_arrive_as_the_sdks_own_errors(

@@ -68,3 +68,14 @@ def is_rfc3339(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def to_utc(text: str) -> str | None:
+    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None when `text` is none."""
+    if not is_rfc3339(text):
+        return None
+    try:
+        moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):  # a leap second, or beyond the years that exist here
+        return None
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")

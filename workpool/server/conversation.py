@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 from workpool.server.errors import Refusal, conflict
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from workpool.server.script import Script
 
@@ -40,6 +41,29 @@ class Event:
     def type(self) -> str:
         """The event's type."""
         return str(self.value["type"])
+
+
+class EventFilter(NamedTuple):
+    """Which events a list answers, and in which order.
+
+    Attributes:
+        types: Only events of these types; None: of all.
+        gt: Only events later than this time, written as `to_heartbeat_text` does; None: all.
+        gte: Only events at this time or later.
+        lt: Only events earlier than this time.
+        lte: Only events at this time or earlier.
+        newest_first: Whether the list begins with the newest event.
+    """
+
+    types: frozenset[str] | None = None
+    gt: str | None = None
+    gte: str | None = None
+    lt: str | None = None
+    lte: str | None = None
+    newest_first: bool = False
+
+
+EVERY_EVENT: Final = EventFilter()
 
 
 @dataclass(slots=True)
@@ -82,13 +106,39 @@ class Conversation:
         self._interrupted = False
         self._concluded = False  # the agent has said its last word of the turn
 
-    def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Event]:
-        """Up to `limit` events next to a place in their order (protocol §3.7)."""
-        if before is None:
-            start = bisect_right(self.events, after, key=_id_of)
-            return self.events[start : start + limit]
-        end = bisect_left(self.events, before, key=_id_of)
-        return self.events[max(0, end - limit) : end]
+    def page(
+        self,
+        limit: int,
+        *,
+        after: str = "",
+        before: str | None = None,
+        wanted: EventFilter = EVERY_EVENT,
+    ) -> Sequence[Event]:
+        """Return up to `limit` events next to a place, in the order of the list."""
+        start = max(bisect_right(self.events, after, key=_id_of), self._first(wanted))
+        end = self._end(wanted)
+        if before is not None:
+            end = min(end, bisect_left(self.events, before, key=_id_of))
+        if before is None and not wanted.newest_first:
+            return list(islice(self._of_types(range(start, end), wanted), limit))
+        nearest = list(islice(self._of_types(range(end - 1, start - 1, -1), wanted), limit))
+        return nearest if wanted.newest_first else nearest[::-1]
+
+    def _first(self, wanted: EventFilter) -> int:
+        after = 0 if wanted.gt is None else bisect_right(self.events, wanted.gt, key=_time_of)
+        since = 0 if wanted.gte is None else bisect_left(self.events, wanted.gte, key=_time_of)
+        return max(after, since)
+
+    def _end(self, wanted: EventFilter) -> int:
+        end = len(self.events)
+        until = end if wanted.lt is None else bisect_left(self.events, wanted.lt, key=_time_of)
+        to = end if wanted.lte is None else bisect_right(self.events, wanted.lte, key=_time_of)
+        return min(until, to)
+
+    def _of_types(self, places: range, wanted: EventFilter) -> Iterator[Event]:
+        for place in places:
+            if wanted.types is None or self.events[place].type in wanted.types:
+                yield self.events[place]
 
     def place_after(self, event_id: str) -> int:
         """How many events there are up to and with this one; 0 when it is not known."""
@@ -267,6 +317,10 @@ _RUNNING: Final = {"type": protocol.STATUS_RUNNING}
 
 def _id_of(event: Event) -> str:
     return event.id
+
+
+def _time_of(event: Event) -> str:
+    return str(event.value["processed_at"])
 
 
 def _thread_of(event: Event) -> str | None:

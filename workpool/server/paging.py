@@ -18,16 +18,23 @@ BEFORE: Final = "before"
 
 
 class Page(NamedTuple, Generic[Row]):
-    """A page of a list; `backwards`: it goes on before its first row."""
+    """A page of a list; `backwards`: the next page has the rows before its oldest one."""
 
     items: Sequence[Row]
     has_more: bool
     backwards: bool
 
 
-def page_of(rows: Sequence[Row], limit: int, *, backwards: bool) -> Page[Row]:
-    """Make a page of `rows`, of which there is one beyond `limit` where there are more."""
+def page_of(
+    rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
+) -> Page[Row]:
+    """Make a page of `rows`, of which there is one beyond `limit` where there are more.
+
+    `newest_first`: the rows descend, and the list goes backwards.
+    """
     more = len(rows) > limit
+    if newest_first:
+        return Page(rows[:limit], more, backwards=True)
     if backwards:
         return Page(rows[1:] if more else rows, more, backwards=True)
     return Page(rows[:limit], more, backwards=False)
@@ -37,7 +44,8 @@ def listing(page: Page[Row], render: Callable[[Row], dict[str, Any]]) -> dict[st
     """Return a page's JSON."""
     first = page.items[0].id if page.items else None
     last = page.items[-1].id if page.items else None
-    edge = (first if page.backwards else last) or ""
+    ends = (first or "", last or "")
+    edge = min(ends) if page.backwards else max(ends)
     return {
         "data": [render(row) for row in page.items],
         "first_id": first,

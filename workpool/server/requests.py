@@ -16,7 +16,8 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
-from workpool.server.clock import is_rfc3339
+from workpool.server.clock import is_rfc3339, to_utc
+from workpool.server.conversation import EventFilter
 from workpool.server.errors import Refusal
 from workpool.server.operations import Poll
 from workpool.server.paging import AFTER, BEFORE
@@ -126,6 +127,29 @@ def place(request: web.Request, prefix: str) -> Place:
             raise Refusal(400, f"{name} is malformed", name)
         return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
     return Place(limit, "", None)
+
+
+def event_filter(request: web.Request) -> EventFilter:
+    """Read which events a list answers, and in which order: `order`, `types`, `created_at[…]`."""
+    order = one(request, "order")
+    if order not in {None, "asc", "desc"}:
+        raise Refusal(400, "order must be asc or desc", "order")
+    types = [*request.query.getall("types[]", ()), *request.query.getall("types", ())]
+    return EventFilter(
+        types=frozenset(types) if types else None,
+        newest_first=order == "desc",
+        **{name: _time(request, f"created_at[{name}]") for name in ("gt", "gte", "lt", "lte")},
+    )
+
+
+def _time(request: web.Request, name: str) -> str | None:
+    text = one(request, name)
+    if text is None:
+        return None
+    time = to_utc(text)
+    if time is None:
+        raise Refusal(400, f"{name} must be an RFC 3339 time", name)
+    return time
 
 
 def worker_id(request: web.Request, header: str) -> str | None:

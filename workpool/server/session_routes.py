@@ -16,7 +16,7 @@ from aiohttp import web
 from workpool.server import requests
 from workpool.server.client_events import client_events
 from workpool.server.conversation import EVENT_PREFIX
-from workpool.server.errors import StoreError
+from workpool.server.errors import Refusal, StoreError
 from workpool.server.paging import listing, page_of
 from workpool.server.routes import answer, check_allowed
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER
@@ -66,12 +66,20 @@ class SessionRoutes:
         return await self._durable(self._dialect.session(value))
 
     async def list(self, request: web.Request) -> web.Response:
-        """Protocol §5: the events, oldest first, by pages as in §3.7."""
+        """List the events of a session that the query asks for, by pages."""
         said = self._conversation(request)
         await requests.body(request)
         place = requests.place(request, EVENT_PREFIX)
-        events = said.page(place.limit + 1, after=place.after, before=place.before)
-        page = page_of(events, place.limit, backwards=place.before is not None)
+        wanted = requests.event_filter(request)
+        if wanted.newest_first and place.after:
+            raise Refusal(400, "after_id goes with order=asc only", "after_id")
+        events = said.page(place.limit + 1, after=place.after, before=place.before, wanted=wanted)
+        page = page_of(
+            events,
+            place.limit,
+            backwards=place.before is not None,
+            newest_first=wanted.newest_first,
+        )
         return await self._durable(listing(page, value_of))
 
     async def send(self, request: web.Request) -> web.Response:
