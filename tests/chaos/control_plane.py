@@ -115,7 +115,7 @@ def _call(request: web.Request) -> dict[str, str | None]:
 
 
 def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journal) -> None:
-    """Let the file's faults strike, each noted."""
+    """Inject the file's faults, and note each one in the journal."""
     if not config.faults:
         return
     read_plan(Path(config.faults)).install(faults, plane)
@@ -125,11 +125,11 @@ def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journa
 
 
 def noted(fault: Fault, name: str, journal: Journal) -> Fault:
-    async def strike(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def inject(request: web.Request, handler: Handler) -> web.StreamResponse:
         journal.note("fault", kind=name, work_id=request.match_info.get("work_id"))
         return await fault(request, handler)
 
-    return strike
+    return inject
 
 
 async def measure_lag(journal: Journal) -> None:

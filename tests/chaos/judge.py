@@ -65,7 +65,7 @@ class Judge:
     Args:
         journal: The control plane's, over all its lives; then lags that others measured.
         trace: The handlers'.
-        deeds: What the storm did: `kill`, `stop`, `cont`, `exit` of a `pid`, in order.
+        actions: What the storm did: `kill`, `stop`, `cont`, `exit` of a `pid`, in order.
         workers: Process id → the Worker-ID that it took.
     """
 
@@ -73,14 +73,14 @@ class Judge:
         self,
         journal: Iterable[Line],
         trace: Iterable[Line],
-        deeds: Iterable[Line],
+        actions: Iterable[Line],
         workers: Mapping[int, str],
         *,
         slack: float,
     ) -> None:
         self._journal = list(journal)
         self._trace = list(trace)
-        self._deeds = list(deeds)
+        self._actions = list(actions)
         self._workers = workers
         self._slack = slack
         self.verdict = Verdict()
@@ -112,7 +112,7 @@ class Judge:
                 self._fault(line["kind"], line["work_id"])
         self._nothing_lost(enqueued)
         self._runs()
-        self.verdict.counts.update(f"deed: {deed['what']}" for deed in self._deeds)
+        self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
     def _breach(self, text: str) -> None:
@@ -201,7 +201,11 @@ class Judge:
                         self._overlap(work_id, run, later)
 
     def _runs_by_item(self) -> dict[str, list[Run]]:
-        gone = {deed["pid"]: deed["t"] for deed in self._deeds if deed["what"] in {"kill", "exit"}}
+        gone = {
+            action["pid"]: action["t"]
+            for action in self._actions
+            if action["what"] in {"kill", "exit"}
+        }
         runs: dict[str, list[Run]] = defaultdict(list)
         for line in self._trace:
             mine = [run for run in runs[line["work_id"]] if run.pid == line["pid"]]
@@ -251,8 +255,8 @@ class Judge:
 
     def _stops(self, pid: int) -> list[tuple[float, float]]:
         """When the process was stopped, and when it went on."""
-        mine = [deed for deed in self._deeds if deed["pid"] == pid]
-        stopped = [deed["t"] for deed in mine if deed["what"] == "stop"]
+        mine = [action for action in self._actions if action["pid"] == pid]
+        stopped = [action["t"] for action in mine if action["what"] == "stop"]
         return list(
-            zip(stopped, (deed["t"] for deed in mine if deed["what"] == "cont"), strict=False)
+            zip(stopped, (action["t"] for action in mine if action["what"] == "cont"), strict=False)
         )

@@ -1,6 +1,6 @@
-"""The storm's processes: started on the loopback, killed by their own ids, and what befell them.
+"""The processes of the storm, and a record of the actions on them.
 
-Owns them all: when a `Fleet` is left, none is alive.
+A `Fleet` starts them on the loopback, and ends all of them when it is left.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Fleet:
     Attributes:
         base_url: Where the control plane is, in all its lives.
         workers: The living one of each name, or the last.
-        deeds: What was done to whom, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
-        broken: What a process should not have done.
+        actions: The actions on processes, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
+        broken: Errors of the processes.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.workers: dict[str, Process] = {}
-        self.deeds: list[dict[str, Any]] = []
+        self.actions: list[dict[str, Any]] = []
         self.broken: list[str] = []
         self._plane: Process | None = None
         self._logs: dict[int, Path] = {}
@@ -146,7 +146,7 @@ class Fleet:
         """`kill`, `stop` or `cont` a worker, and remember it; it counts from its sending."""
         process = self.workers[name]
         if process.returncode is None:
-            self.deeds.append({"t": boot_time(), "what": what, "pid": process.pid})
+            self.actions.append({"t": boot_time(), "what": what, "pid": process.pid})
             process.send_signal(_NUMBERS[what])
         elif what == "kill":
             self.broken.append(f"worker {name} ended by itself: {process.returncode}")
@@ -159,7 +159,7 @@ class Fleet:
     def was_killed(self, name: str) -> bool:
         """Whether the last worker of this name was sent a SIGKILL."""
         pid = self.workers[name].pid
-        return any(deed["pid"] == pid and deed["what"] == "kill" for deed in self.deeds)
+        return any(action["pid"] == pid and action["what"] == "kill" for action in self.actions)
 
     async def ends(self, name: str) -> None:
         """Wait for a worker's end, which must be a good one."""
@@ -170,7 +170,7 @@ class Fleet:
         except TimeoutError:
             self.broken.append(f"worker {name} did not end")
             return
-        self.deeds.append({"t": boot_time(), "what": "exit", "pid": process.pid})
+        self.actions.append({"t": boot_time(), "what": "exit", "pid": process.pid})
         if status != 0:
             self.broken.append(f"worker {name} ended with {status}")
 

@@ -212,7 +212,7 @@ class Storm:
 
     async def _break_network(self, proxy: Proxy) -> None:
         # No partition: what it delivers late was sent in time, and the journal cannot tell.
-        troubles = (
+        faults = (
             proxy.blackhole,
             proxy.reset,
             proxy.half_close,
@@ -221,7 +221,7 @@ class Storm:
         )
         while True:
             await asyncio.sleep(self._random.uniform(1, 4))
-            self._random.choice(troubles)()
+            self._random.choice(faults)()
             await asyncio.sleep(self._random.uniform(1, LEASE_SECONDS + 6))
             proxy.heal()
 
@@ -280,7 +280,7 @@ class Storm:
         judge = Judge(
             [*lines(folder / "journal"), *self._lags],
             lines(folder / "trace"),
-            self._fleet.deeds,
+            self._fleet.actions,
             self._fleet.worker_ids(),
             slack=self.weather.slack,
         )

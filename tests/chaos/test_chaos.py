@@ -35,6 +35,6 @@ async def test_a_storm_loses_nothing_and_runs_nothing_twice_at_once(tmp_path: Pa
     # It was a storm: no slow machine makes these happen less than once.
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
     assert verdict.counts["boots"] >= 2
-    for name in ("deed: kill", "deed: stop", "deed: cont", "runs", "record: lapsed"):
+    for name in ("action: kill", "action: stop", "action: cont", "runs", "record: lapsed"):
         assert verdict.counts[name] >= 1, name
     assert sum(n for name, n in verdict.counts.items() if name.startswith("fault: ")) >= 1

@@ -54,8 +54,8 @@ HANDED_ON = [*held(0, A), record(10, "lapsed", A), *held(12, B)]
 END = [record(15, "stopped", B), snapshot(30, "end")]
 
 
-def judged(journal: Lines, trace: Lines, deeds: Lines | None = None) -> Verdict:
-    return Judge(journal, trace, deeds or [], WORKERS, slack=SLACK).judge(["w"])
+def judged(journal: Lines, trace: Lines, actions: Lines | None = None) -> Verdict:
+    return Judge(journal, trace, actions or [], WORKERS, slack=SLACK).judge(["w"])
 
 
 def test_a_calm_is_a_calm() -> None:

@@ -19,7 +19,7 @@ from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
 from workpool.pool.hold import Hold
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.simulation.case import START
 from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from workpool import Session
     from workpool.session import HandedLease
 
-UNSENT = Trouble(answer="silence", applied=False)
-UNANSWERED = Trouble(answer="silence")
-GARBLED = Trouble(answer=b"{")
+UNSENT = CallFault(answer="silence", applied=False)
+UNANSWERED = CallFault(answer="silence")
+GARBLED = CallFault(answer=b"{")
 BOUND = 60 - 6 - 15
 """When an item of the usual 60 s is taken back: a quarter of it before it would be given up."""
 
@@ -49,7 +49,7 @@ class Scene:
         sent: The pool's calls for the item, and when.
     """
 
-    def __init__(self, **troubles: list[Trouble | None]) -> None:
+    def __init__(self, **faults: list[CallFault | None]) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
@@ -61,13 +61,13 @@ class Scene:
         self.lease: HandedLease
         self.outcome = ""
         self._children: list[asyncio.Task[None]] = []
-        self._script = Script(**troubles)
+        self._script = Script(**faults)
         (item,) = self.operations.enqueue(ENVIRONMENT)
         self.work_id = item.id
 
     async def run(
         self,
-        play: Callable[[Session], Awaitable[Any]],
+        handle: Callable[[Session], Awaitable[Any]],
         meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
@@ -75,12 +75,12 @@ class Scene:
 
         @handler
         async def work(session: Session) -> Any:
-            return await play(session)
+            return await handle(session)
 
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
-        connect = partial(LocalClient, self.operations, troubles=self._note)
+        connect = partial(LocalClient, self.operations, faults=self._note)
         pool = LoopSupervisor(settings, plugins=[work, self.recorder], connect=connect)
         child = LocalClient(self.operations, settings, worker_id="child")
         async with child as self.child, asyncio.TaskGroup() as self.group, pool as self.pool:
@@ -91,7 +91,7 @@ class Scene:
             await asyncio.sleep(5)  # what is still to be sent will be
         return finished.outcome
 
-    def _note(self, op: str, work_id: str | None) -> Trouble | None:
+    def _note(self, op: str, work_id: str | None) -> CallFault | None:
         if work_id is not None:
             self.sent.append((self.loop.time(), op))
         return self._script(op, work_id)
@@ -144,7 +144,7 @@ async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
     scene = Scene()
     left_at = 0.0
 
-    async def play(session: Session) -> dict[str, str]:
+    async def handle(session: Session) -> dict[str, str]:
         nonlocal left_at
         async with session.handover() as scene.lease:
             assert scene.metric("leases", state="active") == 1
@@ -155,7 +155,7 @@ async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
             await session.update_metadata({"a": "b"})
         return {"ignored": "yes"}
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
     assert after <= left_at <= after + 2
     labels = {"handler": "work.work", "outcome": "detached"}
     assert scene.metric("sessions_total", **labels) == 1
@@ -172,7 +172,7 @@ async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
 async def test_nothing_is_sent_inside_the_block() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             entered = scene.loop.time()
             with pytest.raises(LeaseLost):
@@ -183,14 +183,14 @@ async def test_nothing_is_sent_inside_the_block() -> None:
             assert scene.sent_since(entered) == []
             await scene.beat()
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
 
 
 @in_virtual_time
 async def test_a_write_under_way_is_cut_when_the_handover_begins() -> None:
     scene = Scene(update=[UNSENT])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async def write() -> None:
             with pytest.raises(LeaseLost):
                 await session.update_metadata({"a": "b"})
@@ -202,16 +202,16 @@ async def test_a_write_under_way_is_cut_when_the_handover_begins() -> None:
                 assert scene.loop.time() == 1
                 scene.start_child()
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
     assert scene.item.metadata == {}
 
 
 @in_virtual_time
 async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
     """One at a time: a beat that arrives after the child's would be one too many."""
-    scene = Scene(heartbeat=[None, Trouble(there=4, back=4)])
+    scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         await asyncio.sleep(21)  # a third of 60 s, less some jitter: a beat is on its way
         assert scene.ops.count("heartbeat") == 2
         async with session.handover() as scene.lease:
@@ -219,7 +219,7 @@ async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
             assert scene.ops.count("heartbeat") == 2
             scene.start_child()
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
 
 
 @in_virtual_time
@@ -227,11 +227,11 @@ async def test_a_beat_in_doubt_is_settled_before_the_child_is_told_of_it() -> No
     """Applied, its answer lost: the child would be refused with the value before it."""
     scene = Scene(heartbeat=[None, UNANSWERED])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             scene.start_child()
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
     assert "recovered" in [event.result for event in scene.recorder.of(HeartbeatFinished)]
 
 
@@ -240,7 +240,7 @@ async def test_a_beat_in_doubt_is_settled_before_the_child_is_told_of_it() -> No
 async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if end == "stopped":
                 await scene.beat()
@@ -249,7 +249,7 @@ async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) 
                 await scene.child.heartbeat(scene.work_id, scene.lease.last_heartbeat, 10)
                 await asyncio.sleep(10.5)
 
-    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
     assert scene.ops == ["ack", "heartbeat", "heartbeat", "get"]
 
 
@@ -258,11 +258,11 @@ async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
     """No look has shown its beat: ours is refused, and that is no loss."""
     scene = Scene(get=[UNSENT] * 5)
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             scene.start_child(BOUND - 0.1)
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
     beats = [event.result for event in scene.recorder.of(HeartbeatFinished)]
     assert beats[-1] == "precondition"
     assert scene.item.state == "active"
@@ -274,11 +274,11 @@ async def test_in_doubt_the_item_is_the_childs() -> None:
     """Our beat took it back and its answer was lost: who has it, the item does not say."""
     scene = Scene(heartbeat=[None, None, GARBLED])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             pass
 
-    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
     assert "stop" not in scene.ops
 
 
@@ -287,7 +287,7 @@ async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
     """A handler that is slow to start its child must not lose the item to a lapse."""
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async def start_slowly() -> None:
             async with session.handover() as scene.lease:
                 await asyncio.sleep(300)
@@ -296,7 +296,7 @@ async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
         with pytest.raises(HandoverError):
             await start_slowly()
 
-    assert await scene.run(play) == "completed"
+    assert await scene.run(handle) == "completed"
 
 
 # The child does not come.
@@ -306,7 +306,7 @@ async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
 async def test_without_a_child_the_item_is_ours_again() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> dict[str, str]:
+    async def handle(session: Session) -> dict[str, str]:
         with pytest.raises(HandoverError) as caught:
             async with session.handover() as scene.lease:
                 pass
@@ -317,7 +317,7 @@ async def test_without_a_child_the_item_is_ours_again() -> None:
         await asyncio.sleep(100)  # renewed as ever
         return {"c": "d"}
 
-    assert await scene.run(play) == "completed"
+    assert await scene.run(handle) == "completed"
     assert dict(scene.item.metadata) == {"a": "b", "c": "d"}
 
 
@@ -325,25 +325,25 @@ async def test_without_a_child_the_item_is_ours_again() -> None:
 async def test_a_second_attempt_may_succeed() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         with pytest.raises(HandoverError):
             async with session.handover() as scene.lease:
                 pass
         async with session.handover() as scene.lease:
             scene.start_child()
 
-    assert await scene.run(play) == "detached"
+    assert await scene.run(handle) == "detached"
 
 
 @in_virtual_time
 async def test_a_handover_that_fails_has_failed() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             pass
 
-    assert await scene.run(play) == "failed"
+    assert await scene.run(handle) == "failed"
     assert scene.item.metadata == {"workpool.error": "HandoverError"}
 
 
@@ -352,13 +352,13 @@ async def test_a_handover_that_fails_has_failed() -> None:
 async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if came:
                 await scene.beat()
             raise ValueError("cannot start it")
 
-    assert await scene.run(play) == ("detached" if came else "failed")
+    assert await scene.run(handle) == ("detached" if came else "failed")
     assert ("stop" in scene.ops) is not came
     assert scene.item.metadata == ({} if came else {"workpool.error": "ValueError"})
     assert scene.loop.time() < 10
@@ -370,14 +370,14 @@ async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: boo
 async def test_the_item_is_ours_again_before_the_exception_goes_on() -> None:
     scene = Scene(heartbeat=[None, None, GARBLED])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         with pytest.raises(ValueError, match="cannot"):
             async with session.handover() as scene.lease:
                 raise ValueError("cannot")
         with pytest.raises(SessionEnded):  # in doubt the child's
             await session.update_metadata({"a": "b"})
 
-    assert await scene.run(play, reclaim_older_than_ms=60_000) == "detached"
+    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
 
 
 # Others interfere.
@@ -390,17 +390,17 @@ async def test_an_operators_stop_ends_the_session_at_once(
     force: bool,  # noqa: FBT001 - a parameter of the test
     inside: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    """No child may start what nobody wants any more."""
+    """No child may start an item that was stopped."""
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if inside:
                 scene.stop(force=force)
             else:
                 scene.loop.call_later(3, partial(scene.stop, force=force))
 
-    assert await scene.run(play) == "stopped"
+    assert await scene.run(handle) == "stopped"
     assert scene.loop.time() < 12
     assert scene.item.state == "stopped"
     assert ("stop" in scene.ops) is not force
@@ -410,12 +410,12 @@ async def test_an_operators_stop_ends_the_session_at_once(
 async def test_a_session_that_is_to_be_stopped_is_not_handed_over() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         scene.stop()
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await scene.run(play) == "stopped"
+    assert await scene.run(handle) == "stopped"
     assert scene.item.state == "stopped"
 
 
@@ -425,7 +425,7 @@ async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None: 
     scene = Scene()
     entered = asyncio.Event()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if comes:
                 scene.start_child(3)
@@ -438,7 +438,7 @@ async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None: 
         assert scene.loop.time() - began <= (5.1 if comes else 6.1)
         assert pool.left_behind == 0
 
-    outcome = await scene.run(play, drain, reclaim_older_than_ms=60_000)
+    outcome = await scene.run(handle, drain, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
         assert scene.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and a release's 10 s
@@ -448,23 +448,23 @@ async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None: 
 async def test_a_timeout_takes_the_item_back() -> None:
     scene = Scene()
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             pass
 
-    assert await scene.run(play, session_timeout=5) == "timed_out"
+    assert await scene.run(handle, session_timeout=5) == "timed_out"
     assert scene.item.state == "stopped"
 
 
 @in_virtual_time
 async def test_a_handler_cancelled_before_the_block_is_entered_leaves_nothing_behind() -> None:
-    scene = Scene(heartbeat=[None, Trouble(there=1, back=4)])
+    scene = Scene(heartbeat=[None, CallFault(there=1, back=4)])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await scene.run(play, session_timeout=2) == "timed_out"
+    assert await scene.run(handle, session_timeout=2) == "timed_out"
     assert scene.item.state == "stopped"
 
 
@@ -474,12 +474,12 @@ async def test_a_lease_that_cannot_be_renewed_is_lost(inside: bool) -> None:  # 
     silence = [UNSENT] * 99
     scene = Scene(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover():
             if inside:
                 await asyncio.sleep(300)
 
-    assert await scene.run(play, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
     assert scene.sent_since(54) == []
     assert scene.recorder.of(ItemReclaimed) == []
 
@@ -493,18 +493,18 @@ async def test_an_item_that_is_queued_again_without_a_childs_beat_is_lost() -> N
         queue = scene.operations.queue(ENVIRONMENT)
         queue.put(replace(queue.get(scene.work_id), lease_end=0))
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             scene.loop.call_later(5, expire)
 
-    assert await scene.run(play, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
     assert scene.recorder.of(ItemReclaimed)[0].stage == "run"
 
 
 # The child's side. The rest is the pool's own, and tests of `workpool hold` run it.
 
 
-async def held(scene: Scene, **troubles: list[Trouble | None]) -> tuple[LoopHold, list[str]]:
+async def held(scene: Scene, **faults: list[CallFault | None]) -> tuple[LoopHold, list[str]]:
     """Hand the item over to a holder whose calls meet this; the holder, and its outcomes."""
 
     @handler
@@ -513,9 +513,9 @@ async def held(scene: Scene, **troubles: list[Trouble | None]) -> tuple[LoopHold
 
     recorder = Recorder()
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
-    connect = partial(LocalClient, scene.operations, troubles=Script(**troubles))
+    connect = partial(LocalClient, scene.operations, faults=Script(**faults))
 
-    async def play(session: Session) -> None:
+    async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             scene.group.create_task(wait())
 
@@ -533,15 +533,15 @@ async def held(scene: Scene, **troubles: list[Trouble | None]) -> tuple[LoopHold
             await child.run()
 
     children: list[LoopHold] = []
-    scene.outcome = await scene.run(play, reclaim_older_than_ms=600_000)
+    scene.outcome = await scene.run(handle, reclaim_older_than_ms=600_000)
     return children[0], [event.outcome for event in recorder.of(SessionFinished)]
 
 
 @in_virtual_time
 async def test_a_child_tries_again_while_its_parent_waits() -> None:
     scene = Scene()
-    trouble = [Trouble(answer=503, applied=False), GARBLED]
-    _, outcomes = await held(scene, get=[*trouble], heartbeat=[Trouble(answer=429, applied=False)])
+    fault = [CallFault(answer=503, applied=False), GARBLED]
+    _, outcomes = await held(scene, get=[*fault], heartbeat=[CallFault(answer=429, applied=False)])
     assert (scene.outcome, outcomes) == ("detached", ["completed"])
     assert dict(scene.item.metadata) == {"by": "child"}
 

@@ -15,7 +15,7 @@ from workpool import Session, Settings, handler
 from workpool.events import PluginFailed, PollerRestarted
 from workpool.server import Item, Operations
 from workpool.testing import Recorder
-from workpool.testing.local import LocalClient, Trouble
+from workpool.testing.local import CallFault, LocalClient
 from workpool.testing.simulation.world import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, run_virtual
 
@@ -52,23 +52,23 @@ class Garbage:
         self.dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
         self.given = 0
 
-    def __call__(self, _op: str, _work_id: str | None) -> Trouble | None:
+    def __call__(self, _op: str, _work_id: str | None) -> CallFault | None:
         if asyncio.get_running_loop().time() > HOUR or self.dice.random() < 0.3:
             return None
         self.given += 1
         applied = self.dice.random() < 0.5
         match self.dice.randrange(4):
             case 0:
-                return Trouble(applied=applied, answer=self.dice.choice(BODIES))
+                return CallFault(applied=applied, answer=self.dice.choice(BODIES))
             case 1:
                 after = self.dice.choice((None, None, 0.0, -5.0, 3.0, 1e12, float("nan")))
-                return Trouble(
+                return CallFault(
                     applied=applied, answer=self.dice.choice(STATUSES), retry_after=after
                 )
             case 2:
-                return Trouble(rewrite=self._rewrite)
+                return CallFault(rewrite=self._rewrite)
             case _:
-                return Trouble(applied=applied, answer=self.dice.choice(("silence", "reset")))
+                return CallFault(applied=applied, answer=self.dice.choice(("silence", "reset")))
 
     def _rewrite(self, answer: Any) -> Any:
         if isinstance(answer, dict) and answer:
@@ -101,7 +101,7 @@ def test_it_survives_an_hour_of_garbage_and_then_does_the_work(seed: int) -> Non
         supervisor = LoopSupervisor(
             settings,
             plugins=[work, recorder],
-            connect=partial(LocalClient, operations, troubles=garbage),
+            connect=partial(LocalClient, operations, faults=garbage),
         )
         async with supervisor:
             items: list[Item] = []

@@ -216,5 +216,5 @@ async def test_a_conversation_of_hours(workpool: Kit) -> None:
 
 @in_virtual_time
 async def test_no_fault_is_added_that_could_not_strike(workpool: Kit) -> None:
-    with pytest.raises(RuntimeError, match="in virtual time"):
+    with pytest.raises(RuntimeError, match="virtual time has none"):
         workpool.faults.add(status(503), "poll")

@@ -110,16 +110,16 @@ def test_a_stopping_item_that_lapses_is_no_reclaim(operations: Operations, clock
     assert summarize(operations.history) == Summary(1, 1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("deed", ["heartbeat", "metadata", "stopped", "stop_requested"])
-def test_acting_on_an_item_that_another_holds_overlaps(operations: Operations, deed: str) -> None:
+@pytest.mark.parametrize("action", ["heartbeat", "metadata", "stopped", "stop_requested"])
+def test_acting_on_an_item_that_another_holds_overlaps(operations: Operations, action: str) -> None:
     operations.enqueue(ENV)
     work_id = run(operations, "a")
-    if deed == "heartbeat":
+    if action == "heartbeat":
         operations.heartbeat(ENV, work_id, None, 10, "b")
-    elif deed == "metadata":
+    elif action == "metadata":
         operations.update(ENV, work_id, {"k": "v"}, "b")
     else:
-        operations.stop(ENV, work_id, "b", force=deed == "stopped")
+        operations.stop(ENV, work_id, "b", force=action == "stopped")
     assert summarize(operations.history).overlapping == 1
 
 

@@ -1,7 +1,9 @@
-"""Mistakes that the pool could have made: each one is put in, and the simulation must catch it.
+"""Mutations of the pool, each of which the simulation must catch.
 
-A mutation rewrites lines of a function. One whose lines are not there any more is an error, so the
-list cannot rot. As a script, it prints what caught each, and after how many schedules.
+A mutation replaces lines of a function. It is an error if the lines do not exist. As a script, this
+module prints which invariant caught each mutation, and after how many schedules:
+
+    python tests/simulation/mutations.py [PART OF A NAME …]
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ LIMIT = 2000
 
 
 class Edit(NamedTuple):
-    """`old`, which one function of `module:Class` holds once, becomes `new`."""
+    """The replacement of `old` by `new` in the one function of `module:Class` that has it."""
 
     where: str
     old: str
@@ -357,7 +359,7 @@ MUTATIONS: dict[str, list[Edit]] = {
 
 @contextmanager
 def mutated(edits: list[Edit]) -> Iterator[None]:
-    """The pool with the edits, until the end of the block."""
+    """Apply the edits to the pool until the end of the block."""
     with ExitStack() as stack:
         for edit in edits:
             module_name, _, class_name = edit.where.partition(":")
@@ -370,7 +372,7 @@ def mutated(edits: list[Edit]) -> Iterator[None]:
 
 
 def _found(owner: type, edit: Edit) -> tuple[str, Any]:
-    """The one function that the edit is for."""
+    """Return the name and the function that the edit is for."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()
@@ -401,15 +403,15 @@ def _rewritten(module: Any, original: Any, edit: Edit) -> Any:
 
 
 def hunt(edits: list[Edit], seeds: range) -> tuple[int, list[str]] | None:
-    """How many schedules it takes to catch the mutation, and what caught it; None: nothing did."""
+    """Return after how many schedules which invariants caught the mutation; None if none did."""
     with mutated(edits):
         for count, seed in enumerate(seeds, 1):
             try:
-                _, words = simulate(schedule_of(seed))
+                _, violations = simulate(schedule_of(seed))
             except BaseExceptionGroup as group:
-                words = [f"crash: {group.exceptions[0]!r}"]
-            if words:
-                return count, sorted({each.partition(":")[0] for each in words})
+                violations = [f"crash: {group.exceptions[0]!r}"]
+            if violations:
+                return count, sorted({each.partition(":")[0] for each in violations})
     return None
 
 
@@ -421,8 +423,8 @@ def main() -> int:
             continue
         found = hunt(edits, range(LIMIT))
         survived += found is None
-        words = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
-        sys.stdout.write(f"{name:40s} {words}\n")
+        text = "SURVIVED" if found is None else f"{found[0]:5d}  {', '.join(found[1])}"
+        sys.stdout.write(f"{name:40s} {text}\n")
         sys.stdout.flush()
     return survived
 

@@ -1,4 +1,4 @@
-"""What the simulation found in the pool, each as a test of its own."""
+"""Regression tests for errors of the pool that the simulation found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workpool.events import (
 from workpool.hookspecs import hookimpl
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.simulation.case import START
 from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
@@ -46,7 +46,7 @@ async def ignore(_: Session) -> None:
 
 
 class Bench:
-    """A pool on virtual time, what befalls its calls, and what it tells."""
+    """A pool in virtual time, with the faults of its calls and a recorder of its events."""
 
     def __init__(
         self, script: Script, plugin: object = work, observer: object = None, **values: Any
@@ -63,7 +63,7 @@ class Bench:
         self.supervisor = LoopSupervisor(
             settings,
             plugins=[plugin, self.recorder, *([observer] if observer else [])],
-            connect=partial(LocalClient, self.operations, troubles=script),
+            connect=partial(LocalClient, self.operations, faults=script),
         )
 
     @property
@@ -72,9 +72,9 @@ class Bench:
 
 
 @in_virtual_time
-async def test_a_drain_does_not_wait_for_an_ack_that_pauses() -> None:
-    """Refused with a long `Retry-After`, it slept through the drain and counted as left behind."""
-    refusal = Trouble(answer=503, applied=False, retry_after=40)
+async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
+    """The drain waited for it, and its session counted as abandoned."""
+    refusal = CallFault(answer=503, applied=False, retry_after=40)
     bench = Bench(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
@@ -88,9 +88,9 @@ async def test_a_drain_does_not_wait_for_an_ack_that_pauses() -> None:
 
 
 @in_virtual_time
-async def test_a_drain_does_not_wait_for_a_first_beat_that_pauses() -> None:
-    """Refused with a long `Retry-After`, it was left behind, and its item not handed back."""
-    script = Script(heartbeat=[Trouble(answer=429, applied=False, retry_after=40)])
+async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
+    """Its session was abandoned, and its item not released."""
+    script = Script(heartbeat=[CallFault(answer=429, applied=False, retry_after=40)])
     bench = Bench(script, drain_timeout=1)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -102,12 +102,12 @@ async def test_a_drain_does_not_wait_for_a_first_beat_that_pauses() -> None:
     assert script.sent.count(("heartbeat", item.id)) == 2
     held = bench.operations.get(ENVIRONMENT, item.id)
     assert held.lease_end is not None
-    assert held.lease_end <= (START + 1 + 10.1) * 1_000_000  # the shortest there is
+    assert held.lease_end <= (START + 1 + 10.1) * 1_000_000  # the shortest delay of a release
 
 
 @in_virtual_time
-async def test_a_drain_sends_no_second_beat_while_the_first_is_under_way() -> None:
-    script = Script(heartbeat=[Trouble(there=4, back=4)])
+async def test_drain_sends_no_second_heartbeat_while_the_first_is_under_way() -> None:
+    script = Script(heartbeat=[CallFault(there=4, back=4)])
     bench = Bench(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -120,9 +120,9 @@ async def test_a_drain_sends_no_second_beat_while_the_first_is_under_way() -> No
 
 
 @in_virtual_time
-async def test_a_409_after_a_stop_that_was_refused_is_not_its_success() -> None:
-    """The item was queued again, its lease ended early; it counted as completed and ran again."""
-    script = Script(stop=[Trouble(answer=429, applied=False, retry_after=30)])
+async def test_409_after_refused_stop_is_not_success() -> None:
+    """The item was queued again; it counted as completed and ran again."""
+    script = Script(stop=[CallFault(answer=429, applied=False, retry_after=30)])
     bench = Bench(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -135,14 +135,14 @@ async def test_a_409_after_a_stop_that_was_refused_is_not_its_success() -> None:
 
 
 @in_virtual_time
-async def test_what_a_drain_leaves_behind_counts_by_what_its_lease_came_to() -> None:
-    """Stopped by an operator, it counted as released, though nobody will get it again."""
+async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
+    """It counted as released, although its item will not be delivered again."""
     bench = Bench(Script(), ignore, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # a beat has told it
+        await asyncio.sleep(4)  # a heartbeat has reported the stop
         await pool.drain(0)
     assert (bench.outcomes, pool.left_behind) == (["stopped"], 1)
 
@@ -150,7 +150,7 @@ async def test_what_a_drain_leaves_behind_counts_by_what_its_lease_came_to() -> 
 @in_virtual_time
 async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
     """Only a stop request seen by a later heartbeat was counted."""
-    bench = Bench(Script(heartbeat=[Trouble(there=1)]))
+    bench = Bench(Script(heartbeat=[CallFault(there=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -163,7 +163,7 @@ async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
 
 @in_virtual_time
 async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
-    """The pause was noticed by the first write of a later session, which then had to wait."""
+    """The first write of a later session noticed the pause, and then had to wait."""
     bench = Bench(Script())
     async with bench.supervisor:
         bench.loop.pause(60)
@@ -210,8 +210,8 @@ async def test_handover_after_machine_pause_verifies_lease_itself() -> None:
 
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
-    """It names no owner, so it could take the item of the worker that had it meanwhile."""
-    script = Script(heartbeat=[Trouble(wait=3)])
+    """It names no owner, so it could extend the lease of the worker that owned the item by then."""
+    script = Script(heartbeat=[CallFault(wait=3)])
     bench = Bench(script, drain_timeout=0)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -227,7 +227,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 @in_virtual_time
 async def test_no_handler_starts_on_lease_of_first_heartbeat_before_machine_pause() -> None:
     """Its lease had lapsed, which the lease clock does not show."""
-    bench = Bench(Script(heartbeat=[Trouble(back=3)]), drain_timeout=0)
+    bench = Bench(Script(heartbeat=[CallFault(back=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -265,8 +265,8 @@ async def test_handler_does_not_start_after_machine_slept_past_its_lease() -> No
 
 @in_virtual_time
 async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
-    """Sent before the pause it verified nothing, and the next one came with the next renewal."""
-    script = Script(heartbeat=[None, Trouble(back=8)])
+    """It was sent before the pause, so it verified nothing; the next one followed too late."""
+    script = Script(heartbeat=[None, CallFault(back=8)])
     bench = Bench(script, ignore, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -280,8 +280,8 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
 
 @in_virtual_time
 async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
-    """The mark would have kept the run of the worker that had the item meanwhile from counting."""
-    bench = Bench(Script(ack=[Trouble(back=7)]))
+    """Because of the mark, the run of another worker in between would not have counted."""
+    bench = Bench(Script(ack=[CallFault(back=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemClaimed)

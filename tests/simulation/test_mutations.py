@@ -1,4 +1,4 @@
-"""A simulation that finds nothing proves little, unless it finds what was put in."""
+"""Each mutation of the pool must be caught by the simulation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _spec.loader.exec_module(mutations)
 SCHEDULES = range(1000)
 
 
-def test_there_are_enough_of_them() -> None:
+def test_mutations_are_at_least_twenty() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_mutation_finds_the_lines_that_it_rewrites(name: str) -> None:
-    """The hunt below is a trial; a mutation that a change of the pool breaks must fail at once."""
+    """A change of the pool that breaks a mutation must fail in the quick tier."""
     with mutations.mutated(mutations.MUTATIONS[name]):
         pass
 
@@ -32,6 +32,6 @@ def test_mutation_finds_the_lines_that_it_rewrites(name: str) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_a_mistake_in_the_pool_is_caught(name: str) -> None:
+def test_mutation_of_the_pool_is_caught(name: str) -> None:
     found = mutations.hunt(mutations.MUTATIONS[name], SCHEDULES)
     assert found is not None, f"{name}: {len(SCHEDULES)} schedules did not catch it"

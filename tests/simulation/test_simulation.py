@@ -1,4 +1,4 @@
-"""The promise on some schedules; on thousands with `poe simulate`, or a million by hand."""
+"""The simulation's invariants on some schedules; `poe simulate` runs thousands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from workpool.testing.simulation import story
+from workpool.testing.simulation.replay import replay
 from workpool.testing.simulation.run import schedule_of, simulate, simulate_all
-from workpool.testing.simulation.schedule import DEEDS, PLAYS, TROUBLES, Deed, Pool, Schedule
+from workpool.testing.simulation.schedule import (
+    ACTION_KINDS,
+    BEHAVIOURS,
+    FAULT_KINDS,
+    Action,
+    Pool,
+    Schedule,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,59 +34,59 @@ pools = st.builds(
 )
 moments = st.integers(0, 600).map(lambda tenths: tenths / 10)
 works = st.builds(
-    Deed,
+    Action,
     at=moments,
     kind=st.just("work"),
     seconds=st.sampled_from([0.0, 5.0, 20.0, 45.0]),
-    play=st.sampled_from(list(dict.fromkeys(PLAYS))),
+    behaviour=st.sampled_from(list(dict.fromkeys(BEHAVIOURS))),
     count=st.sampled_from([1, 2, -1]),
 )
-deeds = st.builds(
-    Deed,
+actions = st.builds(
+    Action,
     at=moments,
-    kind=st.sampled_from(list(dict.fromkeys(DEEDS))),
+    kind=st.sampled_from(list(dict.fromkeys(ACTION_KINDS))),
     target=st.integers(0, 5),
     seconds=st.sampled_from([0.0, 2.0, 10.0, 40.0]),
 )
 schedules = st.builds(
-    lambda seed, pools, works, deeds, troubles, kinds: Schedule(
+    lambda seed, pools, works, actions, fault_share, fault_kinds: Schedule(
         seed,
         tuple(pools),
-        tuple(sorted([*works, *deeds], key=lambda deed: deed.at)),
-        troubles,
-        tuple(kinds),
+        tuple(sorted([*works, *actions], key=lambda action: action.at)),
+        fault_share,
+        tuple(fault_kinds),
     ),
     st.integers(0, 9),
     st.lists(pools, min_size=1, max_size=3),
     st.lists(works, min_size=1, max_size=4),
-    st.lists(deeds, max_size=5),
+    st.lists(actions, max_size=5),
     st.sampled_from([0.0, 0.1, 0.3]),
-    st.lists(st.sampled_from(list(dict.fromkeys(TROUBLES))), min_size=1, max_size=4),
+    st.lists(st.sampled_from(list(dict.fromkeys(FAULT_KINDS))), min_size=1, max_size=4),
 )
 
 
 @pytest.mark.timeout(120)
-def test_the_promise_holds_on_two_hundred_schedules(
+def test_invariants_hold_on_two_hundred_schedules(
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Others than the 10,000 of `poe simulate`, which `poe check` runs without coverage's cost."""
+    """The seeds differ from those of `poe simulate`."""
     report = simulate_all(range(10_000, 10_200))
     record_property("simulation", str(report))
     assert report.schedules == 200
-    assert report.troubles > 200
+    assert report.faults > 200
     assert report.failures == (), str(report)
 
 
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)
-def test_the_promise_holds_on_what_shrinks(schedule: Schedule) -> None:
-    _, words = simulate(schedule)
-    assert words == []
+def test_invariants_hold_on_schedules_that_hypothesis_draws(schedule: Schedule) -> None:
+    _, violations = simulate(schedule)
+    assert violations == []
 
 
-def test_a_seed_is_a_schedule_and_its_story() -> None:
-    """The same calls, troubles and facts at the same instants: else a replay would be no use."""
+def test_simulation_of_one_seed_is_repeatable() -> None:
+    """The calls and records are the same, at the same times; otherwise no replay could help."""
 
     def once() -> list[object]:
         case, _ = simulate(schedule_of(7))
@@ -89,9 +96,9 @@ def test_a_seed_is_a_schedule_and_its_story() -> None:
     assert once() == once()
 
 
-def test_a_story_tells_all_that_happened() -> None:
+def test_replay_prints_each_kind_of_line() -> None:
     schedule = schedule_of(7)
     case, _ = simulate(schedule)
-    lines = list(story.tell(schedule, case))
-    for word in ("DEED", "HISTORY", "SENT", "ANSWERED", "RUNS", "POOL", "EVENT"):
+    lines = list(replay(schedule, case))
+    for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word

@@ -17,7 +17,7 @@ from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.sender import Sender, lease_of
 from workpool.server import Operations, Poll
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.simulation.world import LoopRenewer
 from workpool.testing.virtual import VirtualLoop
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
@@ -49,7 +49,7 @@ class BenchClient(LocalClient):
 
     def __init__(self, bench: Bench, worker_id: str) -> None:
         super().__init__(
-            bench.operations, bench.settings, troubles=bench.trouble, worker_id=worker_id
+            bench.operations, bench.settings, faults=bench.fault_of, worker_id=worker_id
         )
         self._bench = bench
 
@@ -78,8 +78,8 @@ class BenchClient(LocalClient):
         finally:
             bench.under_way -= 1
 
-    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
-        del work_id, trouble
+    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+        del work_id, fault
         self._bench.sent.append(Sent(self._bench.clock(), op))
 
 
@@ -107,7 +107,7 @@ class Bench:
     """
 
     def __init__(
-        self, *, ttl: int = 60, request_timeout: float = 10.0, **troubles: list[Trouble | None]
+        self, *, ttl: int = 60, request_timeout: float = 10.0, **faults: list[CallFault | None]
     ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
@@ -121,7 +121,7 @@ class Bench:
         self.results: list[tuple[float, HeartbeatFinished]] = []
         self.changes: list[tuple[float, str]] = []
         self.lost_at: dict[str, float] = {}
-        self.script = Script(**troubles)
+        self.script = Script(**faults)
         self.operations = Operations(
             [ENVIRONMENT], now=lambda: START + self.wall(), history_limit=None
         )
@@ -152,8 +152,8 @@ class Bench:
     def wall(self) -> float:
         return self.clock() + self.ahead
 
-    def trouble(self, op: str, work_id: str | None) -> Trouble | None:
-        return self.script(op, work_id) or Trouble(there=self.latency / 2, back=self.latency / 2)
+    def fault_of(self, op: str, work_id: str | None) -> CallFault | None:
+        return self.script(op, work_id) or CallFault(there=self.latency / 2, back=self.latency / 2)
 
     def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
         event = event_type(*values)

@@ -17,7 +17,7 @@ from workpool.pool.claim import Claimer
 from workpool.pool.clock import PauseDetector
 from workpool.pool.item import PoolItem
 from workpool.pool.sender import lease_of
-from workpool.testing.local import Trouble
+from workpool.testing.local import CallFault
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from workpool.events import Event
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
-UNSENT = Trouble(answer="silence", applied=False)
+UNSENT = CallFault(answer="silence", applied=False)
 START = 1_772_366_400.0
 
 
-def refusal(status: int, retry_after: float | None = None) -> Trouble:
-    return Trouble(answer=status, applied=False, retry_after=retry_after)
+def refusal(status: int, retry_after: float | None = None) -> CallFault:
+    return CallFault(answer=status, applied=False, retry_after=retry_after)
 
 
 class Claims:
@@ -68,25 +68,25 @@ class Claims:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "first"),
+    ("fault", "first"),
     [
-        (Trouble(answer="silence"), True),
-        (Trouble(answer="silence", applied=False), True),
-        (Trouble(answer="reset", applied=False), True),
-        (Trouble(answer=500), True),
-        (Trouble(answer=b"{"), True),
-        (Trouble(answer=429, applied=False), False),
+        (CallFault(answer="silence"), True),
+        (CallFault(answer="silence", applied=False), True),
+        (CallFault(answer="reset", applied=False), True),
+        (CallFault(answer=500), True),
+        (CallFault(answer=b"{"), True),
+        (CallFault(answer=429, applied=False), False),
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
 def test_lease_counts_from_the_first_ack_that_may_have_been_applied(
-    bench: type[Bench], trouble: Trouble, *, first: bool
+    bench: type[Bench], fault: CallFault, *, first: bool
 ) -> None:
     """From the last one, we would send heartbeats for what another worker may have."""
 
     @in_virtual_time
     async def check() -> None:
-        one = bench(ack=[trouble])
+        one = bench(ack=[fault])
         async with one.open():
             item, result = await Claims(one).acknowledge()
         assert result == "ok"
@@ -113,7 +113,7 @@ async def test_ack_that_cannot_have_been_applied_is_repeated_within_the_claim_wi
 async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     bench: type[Bench],
 ) -> None:
-    one = bench(ack=[Trouble(answer=500, applied=False)] * 999)
+    one = bench(ack=[CallFault(answer=500, applied=False)] * 999)
     async with one.open():
         _, result = await Claims(one).acknowledge()
         assert result == "error"
@@ -152,8 +152,8 @@ async def test_accepted_ack_is_reported(bench: type[Bench]) -> None:
     assert item.work_item.acknowledged_at is not None
 
 
-def answer_state(state: str) -> Trouble:
-    return Trouble(rewrite=lambda item: {**item, "state": state})
+def answer_state(state: str) -> CallFault:
+    return CallFault(rewrite=lambda item: {**item, "state": state})
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[
 
 @in_virtual_time
 async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[Trouble(answer="silence")])
+    one = bench(heartbeat=[CallFault(answer="silence")])
     async with one.open():
         item = await one.claim()
         await Claims(one).claimer.begin(item)
@@ -241,7 +241,7 @@ async def test_short_first_heartbeat_without_an_answer_is_repeated_in_time(
     bench: type[Bench],
 ) -> None:
     """Asked for 10 s, the control plane may hold the item for 10 s only."""
-    one = bench(ttl=10, heartbeat=[Trouble(answer="silence")])
+    one = bench(ttl=10, heartbeat=[CallFault(answer="silence")])
     async with one.open():
         item = await one.claim()
         await Claims(one).claimer.begin(item)
@@ -337,7 +337,7 @@ async def test_first_heartbeat_that_fails_during_a_drain_is_not_repeated_in_a_lo
 
 @in_virtual_time
 async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[Trouble(back=5), None])
+    one = bench(heartbeat=[CallFault(back=5), None])
     async with one.open():
         item = await one.claim()
         claims = Claims(one)

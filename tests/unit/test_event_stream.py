@@ -13,7 +13,7 @@ from workpool import Settings
 from workpool.errors import TransientError
 from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import run_virtual
 from workpool.wire.event_calls import Unguarded
 from workpool.wire.event_stream import EventStream
@@ -31,16 +31,16 @@ START = 1_772_366_400.0
 class World:
     """A control plane on the running loop, and one session on it."""
 
-    def __init__(self, **troubles: list[Trouble | None]) -> None:
+    def __init__(self, **faults: list[CallFault | None]) -> None:
         self.loop = asyncio.get_running_loop()
         self.operations = Operations([ENVIRONMENT], now=lambda: START + self.loop.time())
         (item,) = self.operations.enqueue(ENVIRONMENT)
         self.session_id = item.session_id
-        self.script = Script(**troubles)
+        self.script = Script(**faults)
         self.settings = Settings(
             environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT
         )
-        self.client = LocalClient(self.operations, self.settings, troubles=self.script)
+        self.client = LocalClient(self.operations, self.settings, faults=self.script)
 
     def say(self, number: int) -> None:
         self.operations.emit(self.session_id, [{"type": "agent.thinking", "number": number}])
@@ -94,7 +94,7 @@ async def test_a_reader_that_was_busy_finds_what_was_said() -> None:
 
 @in_virtual_time
 async def test_the_backoff_grows_to_ten_seconds_and_begins_anew_with_any_event() -> None:
-    world = World(stream=[Trouble(answer=503)] * 200)
+    world = World(stream=[CallFault(answer=503)] * 200)
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
@@ -105,7 +105,7 @@ async def test_the_backoff_grows_to_ten_seconds_and_begins_anew_with_any_event()
 
 @in_virtual_time
 async def test_retry_after_is_honoured() -> None:
-    world = World(stream=[Trouble(answer=429, retry_after=100)])
+    world = World(stream=[CallFault(answer=429, retry_after=100)])
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
         await anext(stream)
@@ -115,8 +115,8 @@ async def test_retry_after_is_honoured() -> None:
 @in_virtual_time
 async def test_what_comes_too_late_is_asked_for_again() -> None:
     world = World(
-        stream=[Trouble(answer="silence"), Trouble(answer="reset")],
-        events=[Trouble(answer="silence"), Trouble(back=60), Trouble(answer=b"[]")],
+        stream=[CallFault(answer="silence"), CallFault(answer="reset")],
+        events=[CallFault(answer="silence"), CallFault(back=60), CallFault(answer=b"[]")],
     )
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
@@ -131,34 +131,34 @@ class Flaky:
     """A way to the session that breaks as it is told, call by call, and holds at the end."""
 
     def __init__(
-        self, calls: EventCalls, deeds: Iterator[str], *, resumes: bool, replays: bool
+        self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool
     ) -> None:
         self.resumes = resumes
         self._calls = calls
-        self._deeds = deeds
+        self._conditions = conditions
         self._replays = replays
 
     async def page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        await self.befall()
+        await self.next_condition()
         return await self._calls.page(min(limit, 3), after_id=after_id, page=page)
 
     async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         return await self._calls.post(body, options=options)
 
     async def open(self, last_id: str | None) -> OpenStream:
-        await self.befall()
+        await self.next_condition()
         stream = await self._calls.open(last_id if self._replays else None)
         return FlakyStream(stream, self)
 
-    async def befall(self) -> str:
-        deed = next(self._deeds, "fine")
-        if deed == "slow":
+    async def next_condition(self) -> str:
+        condition = next(self._conditions, "fine")
+        if condition == "slow":
             await asyncio.sleep(2.5)
-        if deed == "broken":
+        if condition == "broken":
             raise TransientError("events", 503, "told to", reason="server_error")
-        return deed
+        return condition
 
 
 class FlakyStream:
@@ -172,15 +172,15 @@ class FlakyStream:
     async def read(self) -> bytes:
         if self._cut:
             return b""
-        deed = await self._way.befall()
-        self._silent = self._silent or deed == "silent"
+        condition = await self._way.next_condition()
+        self._silent = self._silent or condition == "silent"
         if self._silent:
             await asyncio.Event().wait()
         content = await self._stream.read()
-        if deed == "cut":
+        if condition == "cut":
             self._cut = True
             content = content[: len(content) // 2 + 1]
-        if deed == "garbled":
+        if condition == "garbled":
             content += b"data: {\n\n"
         return content
 
@@ -188,12 +188,12 @@ class FlakyStream:
         self._stream.close()
 
 
-DEEDS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent", "cut", "garbled"])
+CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent", "cut", "garbled"])
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    deeds=st.lists(DEEDS, max_size=25),
+    conditions=st.lists(CONDITIONS, max_size=25),
     pauses=st.lists(st.sampled_from([0.0, 0.0, 0.3, 1.0, 7.0, 50.0]), max_size=25),
     patience=st.sampled_from([0.4, 3.0, 1000.0]),
     resumes=st.booleans(),
@@ -201,18 +201,31 @@ DEEDS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent", "cu
 )
 # A page that fails after one that told the beginning:
 @example(
-    deeds=["fine", "fine", "broken"], pauses=[0.0] * 5, patience=9.0, resumes=False, replays=False
+    conditions=["fine", "fine", "broken"],
+    pauses=[0.0] * 5,
+    patience=9.0,
+    resumes=False,
+    replays=False,
 )
 # A silence that a reader who looks up every now and then must notice all the same:
 @example(
-    deeds=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
+    conditions=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
 )
 # And one who looks up for moments only:
 @example(
-    deeds=["fine", "fine", "silent"], pauses=[7.0] * 3, patience=0.4, resumes=True, replays=False
+    conditions=["fine", "fine", "silent"],
+    pauses=[7.0] * 3,
+    patience=0.4,
+    resumes=True,
+    replays=False,
 )
 def test_whatever_breaks_every_event_comes_once_and_in_order(
-    deeds: Sequence[str], pauses: Sequence[float], patience: float, *, resumes: bool, replays: bool
+    conditions: Sequence[str],
+    pauses: Sequence[float],
+    patience: float,
+    *,
+    resumes: bool,
+    replays: bool,
 ) -> None:
     async def follow() -> None:
         world = World()
@@ -220,7 +233,7 @@ def test_whatever_breaks_every_event_comes_once_and_in_order(
         flags: list[bool] = []
         async with world.client as client:
             calls: Any = client.events(world.session_id)._calls
-            way = Flaky(calls, iter(deeds), resumes=resumes, replays=replays)
+            way = Flaky(calls, iter(conditions), resumes=resumes, replays=replays)
             stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
                 group.create_task(speak(world, pauses))

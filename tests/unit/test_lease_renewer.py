@@ -12,7 +12,7 @@ from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
 from workpool.pool.sender import lease_of
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.items import Heartbeat
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Bench
 
 START = 1_772_366_400.0
-LOST = Trouble(answer="silence")
+LOST = CallFault(answer="silence")
 """Applied, and its answer lost."""
-UNSENT = Trouble(answer="silence", applied=False)
-RESET = Trouble(answer="reset", applied=False)
+UNSENT = CallFault(answer="silence", applied=False)
+RESET = CallFault(answer="reset", applied=False)
 LOOK = 0.1
 """More than the shortest time between two looks at all leases."""
 
 
-def refusal(status: int) -> Trouble:
-    return Trouble(answer=status, applied=False)
+def refusal(status: int) -> CallFault:
+    return CallFault(answer=status, applied=False)
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -108,8 +108,8 @@ async def test_failed_heartbeat_is_repeated_soon_then_less_soon(bench: type[Benc
 
 @in_virtual_time
 async def test_heartbeat_that_must_follow_at_once_waits_for_no_tick(bench: type[Bench]) -> None:
-    slow = Trouble(answer=409, applied=False, back=3)
-    one = bench(heartbeat=[None, slow], get=[Trouble(back=3)])
+    slow = CallFault(answer=409, applied=False, back=3)
+    one = bench(heartbeat=[None, slow], get=[CallFault(back=3)])
     async with one.open():
         await one.begin(await one.claim())
         await asyncio.sleep(30)
@@ -257,9 +257,9 @@ async def test_release_is_one_last_heartbeat_and_then_silence(bench: type[Bench]
     assert one.history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
 
 
-@pytest.mark.parametrize("answer", [Trouble(back=4), RESET], ids=["slow", "reset"])
+@pytest.mark.parametrize("answer", [CallFault(back=4), RESET], ids=["slow", "reset"])
 def test_release_during_a_heartbeat_or_its_repeats_ends_in_one_last_heartbeat(
-    bench: type[Bench], answer: Trouble
+    bench: type[Bench], answer: CallFault
 ) -> None:
     @in_virtual_time
     async def check() -> None:
@@ -469,7 +469,7 @@ async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs_and_the_machi
 async def test_answer_that_lay_in_the_socket_while_the_machine_slept_extends_nothing(
     bench: type[Bench],
 ) -> None:
-    one = bench(heartbeat=[None, Trouble(back=5)])
+    one = bench(heartbeat=[None, CallFault(back=5)])
     async with one.open():
         lease = await one.begin(await one.claim())
         one.renewer.check_soon(lease)
@@ -541,7 +541,7 @@ async def test_item_that_another_worker_got_during_a_pause_is_lost_before_anythi
 async def test_pause_during_a_heartbeat_is_followed_by_another_heartbeat_at_once(
     bench: type[Bench],
 ) -> None:
-    one = bench(heartbeat=[None, Trouble(back=2)])
+    one = bench(heartbeat=[None, CallFault(back=2)])
     async with one.open():
         item = await one.claim()
         lease = await one.begin(item)
@@ -560,7 +560,7 @@ async def test_pause_during_a_claim_doubts_the_lease_that_begins_after_it(
     bench: type[Bench],
 ) -> None:
     """Its first heartbeat was answered before the pause, which another item's check noticed."""
-    one = bench(heartbeat=[None, Trouble(back=2)])
+    one = bench(heartbeat=[None, CallFault(back=2)])
     async with one.open():
         first, second = await one.claim(), await one.claim()
         await one.begin(first)

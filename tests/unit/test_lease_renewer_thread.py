@@ -25,7 +25,7 @@ from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.loop_monitor import LoopMonitor
 from workpool.server import Operations
 from workpool.testing.changes import Changes
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -55,7 +55,7 @@ class Scene:
     def clock(self) -> float:
         return lease_clock() + self.ahead
 
-    def trouble(self, op: str, work_id: str | None) -> Trouble | None:
+    def fault_of(self, op: str, work_id: str | None) -> CallFault | None:
         self.threads.add(threading.current_thread().name)
         self.sent.release()
         return self.script(op, work_id)
@@ -95,7 +95,7 @@ class Scene:
             settings,
             self.clock,
             self.clock,
-            lambda: LocalClient(self.operations, settings, troubles=self.trouble),
+            lambda: LocalClient(self.operations, settings, faults=self.fault_of),
             Callbacks(cast("Any", self.observe), self.changed, self.failed, self.stopped_renewing),
             services,
         )
@@ -508,7 +508,7 @@ async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs(scene: Scene)
     async with renewer:
         [lease] = await scene.renewed(renewer, item)
         scene.sent.acquire()
-        scene.script = Script(heartbeat=[Trouble(answer="silence", applied=False)])
+        scene.script = Script(heartbeat=[CallFault(answer="silence", applied=False)])
         renewer.check_soon(lease)
         assert await asyncio.to_thread(scene.sent.acquire, timeout=5)
         scene.ahead += 53.5

@@ -22,7 +22,7 @@ from workpool.errors import (
 from workpool.pool.item import EndReason
 from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, Request, lease_of
 from workpool.pool.session_calls import UPDATE_SECONDS, SessionCalls
-from workpool.testing.local import Trouble
+from workpool.testing.local import CallFault
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.options import Priority
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.pool.item import PoolItem
     from workpool.wire.options import CallOptions
 
-SILENCE = Trouble(answer="silence", applied=False)
+SILENCE = CallFault(answer="silence", applied=False)
 WRITE = Request(Priority.COMPLETION, by_handler=False)
 CALL = Request(Priority.HANDLER, by_handler=True)
 
@@ -112,7 +112,7 @@ def test_check_is_made_right_before_the_bytes(
 
     @in_virtual_time
     async def check() -> None:
-        one = bench(update=[Trouble(wait=5.0)] if wait == "connection" else [])
+        one = bench(update=[CallFault(wait=5.0)] if wait == "connection" else [])
         async with begun(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
             request = CALL if by_handler else WRITE
@@ -141,7 +141,7 @@ async def test_call_for_the_pool_needs_no_handler_that_runs(bench: type[Bench]) 
 
 @in_virtual_time
 async def test_machine_that_slept_in_a_wait_sends_nothing(bench: type[Bench]) -> None:
-    one = bench(update=[Trouble(wait=5.0)])
+    one = bench(update=[CallFault(wait=5.0)])
     async with begun(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
@@ -153,7 +153,7 @@ async def test_machine_that_slept_in_a_wait_sends_nothing(bench: type[Bench]) ->
 async def test_machine_that_was_paused_in_a_wait_verifies_the_lease_before_it_sends(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[Trouble(wait=5.0)])
+    one = bench(update=[CallFault(wait=5.0)])
     async with begun(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
         await update(one, item)
@@ -166,7 +166,7 @@ async def test_machine_that_was_paused_in_a_wait_verifies_the_lease_before_it_se
 async def test_machine_that_was_paused_sends_nothing_for_another_workers_item(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[Trouble(wait=5.0)])
+    one = bench(update=[CallFault(wait=5.0)])
     async with begun(one) as item:
 
         def pause() -> None:
@@ -184,7 +184,7 @@ async def test_callback_before_the_bytes_is_called_only_if_they_are_sent(
     bench: type[Bench],
 ) -> None:
     called: list[float] = []
-    one = bench(update=[Trouble(wait=5.0)])
+    one = bench(update=[CallFault(wait=5.0)])
     async with begun(one) as item:
         request = WRITE._replace(before_bytes=lambda: called.append(one.clock()))
         await update(one, item, request)
@@ -222,7 +222,7 @@ def test_refusal_by_the_control_plane_is_never_retried(
     @in_virtual_time
     async def check() -> None:
         assert error.status is not None
-        one = bench(update=[Trouble(answer=error.status, applied=False)])
+        one = bench(update=[CallFault(answer=error.status, applied=False)])
         async with begun(one) as item:
             with pytest.raises(type(error)):
                 await update(one, item)
@@ -276,15 +276,15 @@ async def test_try_takes_at_most_a_third_of_its_own_time(bench: type[Bench]) -> 
     ("failure", "new"),
     [
         (SILENCE, True),
-        (Trouble(answer="reset", applied=False), True),
-        (Trouble(answer=503, applied=False), False),
-        (Trouble(answer=429, applied=False), False),
-        (Trouble(answer=b"{"), False),
+        (CallFault(answer="reset", applied=False), True),
+        (CallFault(answer=503, applied=False), False),
+        (CallFault(answer=429, applied=False), False),
+        (CallFault(answer=b"{"), False),
     ],
     ids=["silence", "reset", "503", "429", "garbage"],
 )
 def test_try_after_one_without_an_answer_asks_for_a_new_connection(
-    bench: type[Bench], failure: Trouble, *, new: bool
+    bench: type[Bench], failure: CallFault, *, new: bool
 ) -> None:
     @in_virtual_time
     async def check() -> None:
@@ -313,7 +313,7 @@ async def test_each_try_has_its_priority_and_its_permit(bench: type[Bench]) -> N
 
 @in_virtual_time
 async def test_completion_is_tried_for_as_long_as_its_lease_is_renewed(bench: type[Bench]) -> None:
-    one = bench(update=[Trouble(answer=503, applied=False)] * 200)
+    one = bench(update=[CallFault(answer=503, applied=False)] * 200)
     async with begun(one) as item:
         await update(one, item)
         assert one.clock() > 200
@@ -325,11 +325,11 @@ async def test_completion_is_tried_for_as_long_as_its_lease_is_renewed(bench: ty
 async def test_retry_after_is_honoured_for_at_most_half_of_what_is_left(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[Trouble(answer=503, applied=False, retry_after=5)])
+    one = bench(update=[CallFault(answer=503, applied=False, retry_after=5)])
     async with begun(one) as item:
         await update(one, item)
         assert one.clock() == pytest.approx(5)
-    two = bench(update=[Trouble(answer=429, applied=False, retry_after=300)])
+    two = bench(update=[CallFault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
     async with begun(two) as item:
         await update(two, item, WRITE._replace(seconds=20.0))
@@ -340,7 +340,7 @@ async def test_retry_after_is_honoured_for_at_most_half_of_what_is_left(
 async def test_lease_that_ends_during_a_pause_between_tries_ends_the_call_at_once(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[Trouble(answer=503, applied=False, retry_after=20)])
+    one = bench(update=[CallFault(answer=503, applied=False, retry_after=20)])
     async with begun(one) as item:
 
         def end() -> None:
@@ -462,7 +462,7 @@ async def test_calls_of_one_handler_are_bounded_and_those_of_others_do_not_wait(
 
 @in_virtual_time
 async def test_call_of_a_handler_is_tried_for_its_own_time(bench: type[Bench]) -> None:
-    one = bench(update=[Trouble(answer=503, applied=False)] * 999)
+    one = bench(update=[CallFault(answer=503, applied=False)] * 999)
     async with begun(one) as item:
         context: Any = one
         with pytest.raises(TransientError):

@@ -14,7 +14,7 @@ from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import SessionFinished
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local import LocalClient, Script, Trouble
+from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import in_virtual_time, run_virtual
 from workpool.wire.options import CallOptions
 
@@ -82,8 +82,10 @@ async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_a_poll_waits_and_may_be_troubled(bench: type[Bench]) -> None:
-    one = bench(poll=[None, None, Trouble(answer="silence"), Trouble(back=2), Trouble(answer=503)])
+async def test_poll_waits_and_can_have_faults(bench: type[Bench]) -> None:
+    one = bench(
+        poll=[None, None, CallFault(answer="silence"), CallFault(back=2), CallFault(answer=503)]
+    )
     async with one.client:
         assert await one.client.poll(999) is None
         assert one.clock() == pytest.approx(0.999)
@@ -101,7 +103,7 @@ async def test_a_poll_waits_and_may_be_troubled(bench: type[Bench]) -> None:
 
 @in_virtual_time
 async def test_what_was_sent_arrives_although_its_caller_has_given_up(bench: type[Bench]) -> None:
-    one = bench(stop=[Trouble(there=30)])
+    one = bench(stop=[CallFault(there=30)])
     async with one.client:
         item = await one.claim()
         with pytest.raises(TransientError) as caught:
@@ -126,9 +128,9 @@ async def test_a_whole_pool_runs_on_it() -> None:
         return {"seen": session.id}
 
     operations = Operations([ENVIRONMENT])
-    recorder, script = Recorder(), Script(ack=[Trouble(answer=503, applied=False)])
+    recorder, script = Recorder(), Script(ack=[CallFault(answer=503, applied=False)])
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
-    connect = partial(LocalClient, operations, troubles=script)
+    connect = partial(LocalClient, operations, faults=script)
     (item,) = operations.enqueue(ENVIRONMENT)
     async with Supervisor(settings, plugins=[work, recorder], connect=connect):
         finished = await recorder.wait_for(SessionFinished)
@@ -160,9 +162,11 @@ async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
 
 @in_virtual_time
 async def test_local_client_whose_stop_is_not_read_accepts_any_json_object() -> None:
-    script = Script(stop=[Trouble(answer=b"{}"), Trouble(answer=b"{}"), Trouble(answer=b"no JSON")])
+    script = Script(
+        stop=[CallFault(answer=b"{}"), CallFault(answer=b"{}"), CallFault(answer=b"no JSON")]
+    )
     settings = Settings(environment_id=ENVIRONMENT)
-    async with LocalClient(Operations([ENVIRONMENT]), settings, troubles=script) as client:
+    async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:
         assert await client.stop("work_1", read_item=False) is None
         with pytest.raises(TransientError):
             await client.stop("work_1")

@@ -158,7 +158,7 @@ class _Life:
             self._redelivered, self._delivered_to = False, None
 
     def _is_foreign(self, record: Record) -> bool:
-        """Whether this is a worker's deed on an item that another worker holds."""
+        """Return whether a worker acted on an item that another worker holds."""
         return (
             record.kind not in {"created", "delivered", "withdrawn", "lapsed"}
             and self._lease_end is not None

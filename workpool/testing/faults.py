@@ -1,6 +1,6 @@
 """Which requests to a control plane go wrong, and a log of all that came.
 
-Owns when a fault strikes: per call, by count, probability, predicate or time. What a fault does is
+Owns when a fault is injected: by call, count, probability, predicate or time. What a fault does is
 in `actions`. Several that match one request stand around each other, the first added outermost.
 """
 
@@ -37,7 +37,7 @@ class Fault(Protocol):
 
 
 class Limits(TypedDict, total=False):
-    """When a rule strikes; all that is given must hold."""
+    """The conditions of a rule; all of them must hold."""
 
     times: int
     """At most so often."""
@@ -79,7 +79,7 @@ class Rule:
     """A fault that was added; as a context manager, removed at the end of the block.
 
     Attributes:
-        hits: How often it has struck.
+        hits: Number of requests that it was injected into.
     """
 
     faults: Faults
@@ -89,8 +89,8 @@ class Rule:
     hits: int = 0
     _met: int = field(default=0, repr=False)
 
-    def strikes(self, op: Op, request: web.Request) -> bool:
-        """Decide, and count."""
+    def applies(self, op: Op, request: web.Request) -> bool:
+        """Return whether this fault applies to the request, and count the match."""
         limits = self.limits
         where, window = limits.get("where"), limits.get("between")
         if op not in self.ops or (where is not None and not where(request)):
@@ -106,7 +106,7 @@ class Rule:
         return True
 
     def remove(self) -> None:
-        """Let requests be; once is enough, twice does no harm."""
+        """Stop injecting the fault. Idempotent."""
         if self in self.faults.rules:
             self.faults.rules.remove(self)
 
@@ -142,7 +142,7 @@ class Faults:
         self._began: float | None = None
 
     def add(self, fault: Fault, *ops: Op, **limits: Unpack[Limits]) -> Rule:
-        """Let a fault strike these calls (none named: all) from now on."""
+        """Inject a fault into these calls (default: all) from now on."""
         rule = Rule(self, fault, frozenset(ops or get_args(Op)), limits)
         self.rules.append(rule)
         return rule
@@ -194,7 +194,7 @@ class Faults:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Stand around the control plane's application."""
+        """Aiohttp middleware that injects the configured faults."""
         op = _op_of(request)
         if op is None:
             return await handler(request)
@@ -204,7 +204,7 @@ class Faults:
         if self._remember:
             self.seen.append(seen)
         self._changes.notify()
-        for rule in [rule for rule in self.rules if rule.strikes(op, request)][::-1]:
+        for rule in [rule for rule in self.rules if rule.applies(op, request)][::-1]:
             handler = partial(rule.fault, handler=handler)
         try:
             response = await handler(request)

@@ -24,7 +24,7 @@ from workpool.testing.changes import WAIT_SECONDS
 from workpool.testing.faults import Faults
 from workpool.testing.local import LocalClient
 from workpool.testing.recorder import Recorder
-from workpool.testing.report import names_of, story_of
+from workpool.testing.report import names_of, progress_of
 from workpool.testing.simulation.world import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop
 
@@ -94,10 +94,10 @@ class Kit:
         """What is to go wrong at the control plane, and a log of all requests.
 
         Raises:
-            RuntimeError: In virtual time, where there are no requests for them to strike.
+            RuntimeError: In virtual time, where no requests exist to inject them into.
         """
         if _virtual_loop() is not None:
-            raise RuntimeError("faults strike requests, and in virtual time there are none")
+            raise RuntimeError("faults are injected into requests, and virtual time has none")
         return self._faults
 
     def enqueue(
@@ -247,7 +247,7 @@ class Kit:
 
     def _story(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_patience(timeout):g} s"]
-        lines += story_of(self.item(item), self.server)
+        lines += progress_of(self.item(item), self.server)
         return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
 
     def _result(self, finished: SessionFinished, item: Item) -> SessionResult:

@@ -1,10 +1,10 @@
-"""A client without a network: the control plane's operations in process, for virtual time.
+"""A client without a network, for virtual time: it calls the control plane in process.
 
-`LocalClient` stands where `WorkClient` stands and reads the same bytes; only the way there is
-missing. What a network does to a call, `Trouble` does.
+`LocalClient` replaces `WorkClient` and parses the same bytes. `CallFault` replaces the faults of a
+network.
 
     operations = Operations([environment_id], now=lambda: START + loop.machine_time())
-    Supervisor(settings, connect=partial(LocalClient, operations, troubles=script))
+    Supervisor(settings, connect=partial(LocalClient, operations, faults=script))
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
-    Troubles = Callable[[str, str | None], "Trouble | None"]
+    FaultOf = Callable[[str, str | None], "CallFault | None"]
 
 T = TypeVar("T")
 _NoAnswer = Literal["silence", "reset"]
@@ -57,18 +57,18 @@ _ABSENT: Final = "\x00"
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """What befalls one call on its way.
+class CallFault:
+    """A fault that is injected into one call.
 
     Attributes:
-        wait: Seconds that it waits on its own machine, for a rate limit or a connection, before it
-            is checked and leaves.
-        there: Seconds until the request arrives, which it does even if the caller has given up.
-        back: Seconds that its answer takes.
+        wait: Seconds for which the call waits on its own machine, for a rate limit or a connection,
+            before it is checked and sent.
+        there: Seconds until the request arrives, even if the caller has given up.
+        back: Seconds until the answer arrives.
         applied: The operation is carried out.
-        answer: What comes instead of the true answer: a status, bytes that answer 200, nothing at
-            all, or the connection's end. None: the true answer.
-        retry_after: Goes with a status.
+        answer: Replaces the true answer: a status, the body of a 200, silence, or a connection
+            reset. None: the true answer.
+        retry_after: `Retry-After` of an answer with a status.
         rewrite: Changes the JSON of the true answer, if it is a success.
     """
 
@@ -81,27 +81,27 @@ class Trouble:
     rewrite: Callable[[Any], Any] | None = None
 
 
-_NONE: Final = Trouble()
+_NONE: Final = CallFault()
 """A stop whose answer is not parsed: told apart by its identity."""
 
 
 class Script:
-    """Troubles by call, in order, each once; None lets a call through.
+    """Faults by operation, each for one call, in order; None is no fault.
 
-        Script(heartbeat=[None, Trouble(answer="silence")], ack=[Trouble(answer=503)])
+        Script(heartbeat=[None, CallFault(answer="silence")], ack=[CallFault(answer=503)])
 
     Attributes:
-        sent: Every call so far: its name and, where it has one, its item's id.
+        sent: Every call so far: the operation and the item's id, or None.
     """
 
-    def __init__(self, **troubles: Iterable[Trouble | None]) -> None:
+    def __init__(self, **faults: Iterable[CallFault | None]) -> None:
         self.sent: list[tuple[str, str | None]] = []
-        self._troubles = {op: iter(each) for op, each in troubles.items()}
+        self._faults = {op: iter(each) for op, each in faults.items()}
 
-    def __call__(self, op: str, work_id: str | None) -> Trouble | None:
-        """Note a call and say what befalls it."""
+    def __call__(self, op: str, work_id: str | None) -> CallFault | None:
+        """Record a call, and return its fault."""
         self.sent.append((op, work_id))
-        return next(self._troubles.get(op, iter(())), None)
+        return next(self._faults.get(op, iter(())), None)
 
 
 class LocalClient:
@@ -110,7 +110,7 @@ class LocalClient:
     Args:
         operations: The control plane's.
         settings: `environment_id` and `request_timeout` are used.
-        troubles: Asked at every send, with the call's name and its item's id.
+        faults: Called for every call, with its operation and its item's id; returns its fault.
         worker_id: Our identity.
     """
 
@@ -119,13 +119,13 @@ class LocalClient:
         operations: Operations,
         settings: Settings,
         *,
-        troubles: Troubles | None = None,
+        faults: FaultOf | None = None,
         worker_id: str | None = None,
     ) -> None:
         self._operations = operations
         self._environment_id = str(settings.environment_id)
         self._timeout = settings.request_timeout
-        self._troubles = troubles
+        self._faults = faults
         self._open = False
         self.worker_id: str | None = worker_id or settings.worker_id
         self.rate_limits = RateLimits(0, 0)
@@ -183,17 +183,17 @@ class LocalClient:
         """Protocol §3.1."""
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, block_ms or 0, window)
-        trouble = self._befalls("poll", None)
+        fault = self._fault_of("poll", None)
 
         async def exchange() -> Answer | _NoAnswer:
-            await asyncio.sleep(trouble.there)
+            await asyncio.sleep(fault.there)
             item = None
-            if trouble.applied:
+            if fault.applied:
                 item = await self._operations.long_poll(self._environment_id, poll, _never)
-            answer = answer_to(trouble, lambda: None if item is None else QODER.item(item))
+            answer = answer_to(fault, lambda: None if item is None else QODER.item(item))
             if answer == "silence":
                 await asyncio.Event().wait()
-            await asyncio.sleep(trouble.back)
+            await asyncio.sleep(fault.back)
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
@@ -320,17 +320,17 @@ class LocalClient:
     ) -> T:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
-        trouble = self._befalls(call.op, work_id)
+        fault = self._fault_of(call.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        await self._wait(call.op, trouble, options, until)
+        await self._wait(call.op, fault, options, until)
         if options.check is not None:
             options.check()
-        self._leaves(call.op, work_id, trouble)
+        self._note_sent(call.op, work_id, fault)
 
         def arrive() -> None:
-            answer = answer_to(trouble, operate)
+            answer = answer_to(fault, operate)
             if answer != "silence":
-                loop.call_later(trouble.back, settle, answer)
+                loop.call_later(fault.back, settle, answer)
 
         def settle(answer: Answer | _NoAnswer) -> None:
             if not answered.done():
@@ -339,17 +339,17 @@ class LocalClient:
         async def exchange() -> Answer | _NoAnswer:
             return await answered
 
-        # What was sent arrives, whatever becomes of the caller.
-        self._carry(trouble.there, arrive)
+        # A request that was sent arrives even if the caller is cancelled.
+        self._carry(fault.there, arrive)
         return await self._settle(call, exchange(), until - loop.time())
 
-    async def _wait(self, op: str, trouble: Trouble, options: CallOptions, until: float) -> None:
+    async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
         """Wait for our own rate limit and for the connection."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
             await self._acquire(options.priority, until - loop.time())
-        if trouble.wait:
-            await asyncio.sleep(min(trouble.wait, until - loop.time()))
+        if fault.wait:
+            await asyncio.sleep(min(fault.wait, until - loop.time()))
             if loop.time() >= until:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
@@ -373,13 +373,13 @@ class LocalClient:
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
-    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
-        """Called when the bytes of a call are sent."""
+    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+        """Record a call whose bytes are sent; for subclasses."""
 
-    def _befalls(self, op: str, work_id: str | None) -> Trouble:
+    def _fault_of(self, op: str, work_id: str | None) -> CallFault:
         if not self._open:
             raise RuntimeError("this LocalClient is not open: use it inside `async with`")
-        return (self._troubles(op, work_id) if self._troubles else None) or _NONE
+        return (self._faults(op, work_id) if self._faults else None) or _NONE
 
     async def _settle(
         self, call: Call[T], exchange: Coroutine[Any, Any, Answer | _NoAnswer], seconds: float
@@ -402,16 +402,16 @@ class LocalClient:
         raise error_of(call.op, answer, _ABSENT)
 
 
-def answer_to(trouble: Trouble, operate: Callable[[], object]) -> Answer | _NoAnswer:
-    """Carry out the operation, if it is to be, and return what is told about it."""
-    true = _operated(operate) if trouble.applied else Answer(502, {}, b"")
-    match trouble.answer:
-        case None if true.status in SUCCESS and trouble.rewrite is not None:
-            return true._replace(body=orjson.dumps(trouble.rewrite(orjson.loads(true.body or b""))))
+def answer_to(fault: CallFault, operate: Callable[[], object]) -> Answer | _NoAnswer:
+    """Carry out the operation if the fault applies it, and return the answer."""
+    true = _operated(operate) if fault.applied else Answer(502, {}, b"")
+    match fault.answer:
+        case None if true.status in SUCCESS and fault.rewrite is not None:
+            return true._replace(body=orjson.dumps(fault.rewrite(orjson.loads(true.body or b""))))
         case None:
             return true
         case int(status):
-            after = trouble.retry_after
+            after = fault.retry_after
             headers = {} if after is None else {"Retry-After": f"{after:g}"}
             return Answer(status, headers, orjson.dumps(Refusal(status, "injected").envelope()))
         case bytes(body):

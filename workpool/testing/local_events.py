@@ -30,7 +30,7 @@ _OPEN: Final[Call[int]] = calls.Call(calls.STREAM, "GET", _place)
 
 
 class Send(Protocol):
-    """Carries one call there and its answer back, with what befalls them on the way."""
+    """Carries one call there and its answer back, with the injected faults."""
 
     def __call__(
         self,

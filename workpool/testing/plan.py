@@ -2,7 +2,7 @@
 
 See workpool/docs/testing.md, "Testing handlers".
 
-Owns the file's words and what is refused; when a fault strikes is in `faults`, what it does in
+Owns the file's words and what is refused; when a fault is injected is in `faults`, what it does in
 `actions`. A file that is not wholly right is wholly refused: a typo must not look like calm.
 """
 
@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class _When(_Strict):
-    """When a fault strikes: the same words as `faults.Limits`."""
+    """When a fault is injected: the same keys as `faults.Limits`."""
 
     ops: Annotated[list[Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
@@ -118,7 +118,7 @@ class Plan(_Strict):
     ] = []
 
     def install(self, faults: Faults, plane: ControlPlane) -> None:
-        """Let the plan's faults strike from now on."""
+        """Inject the plan's faults from now on."""
         for each in self.fault:
             faults.add(each.fault(plane), *(each.ops or ()), **each.limits())
 

@@ -66,7 +66,7 @@ class Proxy:
     # What goes wrong.
 
     def blackhole(self) -> None:
-        """Swallow every byte both ways. Nothing is closed; what was swallowed is gone for ever.
+        """Swallow every byte both ways. Nothing is closed; the swallowed bytes are lost.
 
         After `heal()` only new connections work: those that lost bytes stay silent, as behind a
         firewall that has forgotten them.

@@ -21,11 +21,11 @@ def names_of(events: Iterable[Event]) -> str:
     return ", ".join(_times(name, count) for name, count in counts.items()) or "nothing"
 
 
-def story_of(item: Item, plane: ControlPlane) -> list[str]:
-    """What became of an item so far, and where its handler waits. `item`: as it is now."""
+def progress_of(item: Item, plane: ControlPlane) -> list[str]:
+    """Return the state and history of an item, and the frames in which its handler waits."""
     kinds = groupby(record.kind for record in plane.history.of(item.id))
-    story = ", ".join(_times(kind, len(list(same))) for kind, same in kinds)
-    return [f"the item is {item.state}; it was {story}", *_where(item.id)]
+    progress = ", ".join(_times(kind, len(list(same))) for kind, same in kinds)
+    return [f"the item is {item.state}; it was {progress}", *_where(item.id)]
 
 
 def _times(name: str, count: int) -> str:

@@ -70,8 +70,8 @@ class _Jumps(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready and timeout is None:
-            # Better than to hang: no timer is set, so nothing can happen any more.
-            raise RuntimeError("every task waits for what no timer will bring")
+            # No timer is set, so nothing can happen: fail instead of waiting without end.
+            raise RuntimeError("every task waits for something that no timer brings about")
         if not ready and timeout:
             self._jump(timeout)
         return ready

@@ -1,1 +1,1 @@
-"""Whole pools in virtual time: seeded schedules, a history, and the promise as invariants."""
+"""Simulation of whole pools in virtual time: seeded schedules, judged by invariants."""

@@ -1,4 +1,4 @@
-"""`python -m workpool.testing.simulation --schedules 1000000 --seed N`, or `--replay SEED`."""
+"""Command line: `python -m workpool.testing.simulation --schedules N --seed N [--replay SEED]`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 import sys
 import time
 
+from workpool.testing.simulation.replay import replay
 from workpool.testing.simulation.run import schedule_of, simulate, simulate_many
-from workpool.testing.simulation.story import tell
 
 
 def main() -> int:
-    """Simulate; 1 when an invariant was broken."""
+    """Simulate, and return the exit status: 1 if an invariant was violated."""
     parser = argparse.ArgumentParser(prog="python -m workpool.testing.simulation")
-    parser.add_argument("--schedules", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
+    parser.add_argument("--schedules", type=int, default=10_000, help="number of schedules")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--replay", type=int, metavar="SEED", help="tell the story of one")
+    parser.add_argument("--replay", type=int, metavar="SEED", help="print all events of one")
     options = parser.parse_args()
     out = sys.stdout
     if options.replay is not None:
         schedule = schedule_of(options.replay)
-        case, words = simulate(schedule)
-        out.writelines(f"{line}\n" for line in [*tell(schedule, case), *words])
-        return 1 if words else 0
+        case, violations = simulate(schedule)
+        out.writelines(f"{line}\n" for line in [*replay(schedule, case), *violations])
+        return 1 if violations else 0
     started = time.monotonic()
     report = simulate_many(options.seed, options.schedules, options.processes)
     out.write(f"{report}\nseed {options.seed}, {time.monotonic() - started:.1f} s\n")

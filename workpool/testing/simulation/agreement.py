@@ -1,4 +1,4 @@
-"""7. What a pool says of itself, by its events and its metrics, agrees with what happened."""
+"""Invariants 7: a pool's events and metrics agree with the history and the trace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from workpool.events import Event
-    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.case import Case, GrantedLease
     from workpool.testing.simulation.trace import Node, Run
 
 _EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
@@ -33,13 +33,13 @@ _COUNTED: Final[Mapping[type[Event], tuple[str, str]]] = {
     ItemClaimed: ("items_received_total", "origin"),
     ItemReclaimed: ("reclaims_total", "direction"),
 }
-"""Which counter an event feeds, and by which of its attributes."""
+"""The counter that each event increases, and the attribute that is its label."""
 GIVE_UP_SECONDS: Final = 4.0
-"""Before the lease's end: a tenth of the longest, and what a last try may take."""
+"""A lease may be given up so early: a tenth of the longest TTL, and time for a last try."""
 
 
 def outcomes_agree(case: Case) -> Iterator[str]:
-    """7a. Every acknowledged session ends in one outcome, and it is what happened."""
+    """7a. Every acknowledged session ends with one outcome, which agrees with what happened."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER:
             continue
@@ -50,106 +50,109 @@ def outcomes_agree(case: Case) -> Iterator[str]:
         if acked != len(ends) and not node.child:
             yield f"{node.machine.name}: {acked} acked, {len(ends)} finished"
         for at, event in ends:
-            tenure = case.tenure(node, event.session.item.id, at)
-            if tenure is None:
+            lease = case.lease(node, event.session.item.id, at)
+            if lease is None:
                 if not node.child or event.outcome in {"completed", "failed", "timed_out"}:
-                    yield f"{node.machine.name}: finished what it never had"
+                    yield f"{node.machine.name}: finished an item that it never owned"
                 continue
-            words = _contradiction(case, node, tenure, event.outcome, at)
-            if words:
-                work_id = tenure.work_id[-6:]
-                yield f"{node.machine.name}: {work_id} is {event.outcome} at {at:.3f}, but {words}"
+            problem = _contradiction(case, node, lease, event.outcome, at)
+            if problem:
+                name = f"{node.machine.name}: {lease.work_id[-6:]}"
+                yield f"{name} is {event.outcome} at {at:.3f}, but {problem}"
 
 
-def losses_are_true(case: Case) -> Iterator[str]:
-    """7c. What is counted as lost to another worker is not this pool's any more."""
+def losses_are_real(case: Case) -> Iterator[str]:
+    """7c. An item that is reported as lost to another worker is no longer owned by this pool."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
                 continue
-            tenure = case.tenure(node, event.item.id, at)
-            if tenure is None or tenure.usurper is not None or event.stage == "ack":
+            lease = case.lease(node, event.item.id, at)
+            if lease is None or lease.extended_by is not None or event.stage == "ack":
                 continue
-            if tenure.ended > at and not _acked_again(case, node, tenure, at):
-                yield f"{node.machine.name}: {tenure.work_id[-6:]} is not lost at {at:.3f}"
+            if lease.ended > at and not _acked_again(case, node, lease, at):
+                yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _acked_again(case: Case, node: Node, tenure: Tenure, at: float) -> bool:
-    """Whether an ack of a later delivery was refused, or one applied that was given up before."""
+def _acked_again(case: Case, node: Node, lease: GrantedLease, at: float) -> bool:
+    """Return whether the loss belongs to another ack of the item than that of `lease`.
+
+    The ack of a later delivery was refused, or an ack that was given up before was applied.
+    """
     return any(
-        call.answered_at == at or call.answered_at < tenure.began <= call.arrives_at + 0.01
-        for call in case.sent[node, tenure.work_id]
+        call.answered_at == at or call.answered_at < lease.began <= call.arrives_at + 0.01
+        for call in case.sent[node, lease.work_id]
         if call.op == "ack"
     )
 
 
-def _contradiction(case: Case, node: Node, tenure: Tenure, outcome: str, at: float) -> str | None:
-    run = case.run_of(node, tenure)
-    handed = tenure.how == "detached" and tenure.ended <= at
-    if handed != (outcome == "detached") and not (case.disturbed(node, tenure) or node.left_behind):
+def _contradiction(
+    case: Case, node: Node, lease: GrantedLease, outcome: str, at: float
+) -> str | None:
+    run = case.run_of(node, lease)
+    handed = lease.end_kind == "detached" and lease.ended <= at
+    if handed != (outcome == "detached") and not (case.disturbed(node, lease) or node.abandoned):
         return "a child has taken it" if handed else "no child has taken it"
     match outcome:
-        case "completed" | "timed_out" if not (
-            _stopped_by(case, tenure, at) or case.broken(tenure)
-        ):
+        case "completed" | "timed_out" if not (_stopped_by(case, lease, at) or case.broken(lease)):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
         case "timed_out" if node.pool.session_timeout is None:
             return "there is no timeout"
-        case "stopped" if not _ended_by_others(case, node, tenure, at):
+        case "stopped" if not _ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
-        case "lease_lost" if not case.disturbed(node, tenure) and not _over(tenure, at):
-            return f"its lease was promised until {tenure.promised(at):.3f}"
-        case "released" if _stopped_by(case, tenure, at) and not case.disturbed(node, tenure):
+        case "lease_lost" if not case.disturbed(node, lease) and not _over(lease, at):
+            return f"its lease was granted until {lease.end_at(at):.3f}"
+        case "released" if _stopped_by(case, lease, at) and not case.disturbed(node, lease):
             return "it is stopped"
         case _:
-            return _unexpected(case, node, tenure, run, outcome)
+            return _unexpected(case, node, lease, run, outcome)
 
 
-def _stopped_by(case: Case, tenure: Tenure, at: float) -> bool:
-    stopped = case.stopped.get(tenure.work_id)
+def _stopped_by(case: Case, lease: GrantedLease, at: float) -> bool:
+    stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
 
 
 def _unexpected(
-    case: Case, node: Node, tenure: Tenure, run: Run | None, outcome: str
+    case: Case, node: Node, lease: GrantedLease, run: Run | None, outcome: str
 ) -> str | None:
-    """What an undisturbed handler's end must come to."""
-    if run is None or run.told_at < FOREVER or case.disturbed(node, tenure):
+    """Return why the outcome contradicts the end of a handler without faults."""
+    if run is None or run.cancelled_at < FOREVER or case.disturbed(node, lease):
         return None
-    if min(tenure.stop_wished, _ended_by_operator(tenure)) <= run.ended + 1:
+    if min(lease.stop_requested, _ended_by_operator(lease)) <= run.ended + 1:
         return None
-    expected = "failed" if run.play == "odd" else _EXPECTED.get(str(run.result))
+    expected = "failed" if run.behaviour == "odd" else _EXPECTED.get(str(run.result))
     return None if expected in {None, outcome} else f"its handler has {run.result}"
 
 
-def _ended_by_operator(tenure: Tenure) -> float:
-    foreign = tenure.how == "stopped" and tenure.stopped_by != tenure.worker_id
-    return tenure.ended if foreign else FOREVER
+def _ended_by_operator(lease: GrantedLease) -> float:
+    foreign = lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id
+    return lease.ended if foreign else FOREVER
 
 
-def _ended_by_others(case: Case, node: Node, tenure: Tenure, at: float) -> bool:
-    stopped = case.stopped.get(tenure.work_id)
+def _ended_by_others(case: Case, node: Node, lease: GrantedLease, at: float) -> bool:
+    stopped = case.stopped.get(lease.work_id)
     foreign = stopped is not None and stopped.worker_id != node.worker_id and stopped.time <= at
-    if foreign or tenure.stop_wished <= at:
+    if foreign or lease.stop_requested <= at:
         return True
-    # A stop of ours that was sent in an earlier tenure and arrived in this one.
+    # The pool's own stop, sent during an earlier lease, may have arrived during this one.
     return any(
-        call.op == "stop" and call.at < tenure.began for call in case.sent[node, tenure.work_id]
+        call.op == "stop" and call.at < lease.began for call in case.sent[node, lease.work_id]
     )
 
 
-def _over(tenure: Tenure, at: float) -> bool:
-    return tenure.ended <= at or tenure.promised(at) - GIVE_UP_SECONDS <= at
+def _over(lease: GrantedLease, at: float) -> bool:
+    return lease.ended <= at or lease.end_at(at) - GIVE_UP_SECONDS <= at
 
 
 def metrics_agree(case: Case) -> Iterator[str]:
-    """7b. The counters of all pools together say what the network saw."""
-    told = {key: value for key, value in case.counted.items() if value}
+    """7b. The counters of all pools together agree with the network's calls."""
+    counted = {key: value for key, value in case.counted.items() if value}
     for key, seen in _seen(case).items():
-        if told.get(key, 0) != seen:
-            yield f"{' '.join(key)} is {told.get(key, 0):g}, but there were {seen}"
+        if counted.get(key, 0) != seen:
+            yield f"{' '.join(key)} is {counted.get(key, 0):g}, but there were {seen}"
 
 
 def _seen(case: Case) -> Counter[tuple[str, ...]]:
@@ -158,7 +161,7 @@ def _seen(case: Case) -> Counter[tuple[str, ...]]:
         if call.answered_at < FOREVER:
             seen["http_requests_total", call.op] += 1
         if call.op == "poll" and call.answer == "ok":
-            seen["polls_total", "null" if call.told is None else "item"] += 1
+            seen["polls_total", "null" if call.value is None else "item"] += 1
     _count_events(case, seen)
     return seen
 
@@ -175,8 +178,8 @@ def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
 
 
 def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:
-    """Count what the pool's events say, under names of their own."""
-    runs = sum(run.node is node and run.play != "alone" for run in case.trace.runs)
+    """Add numbers that the pool's events contradict, under names that no counter has."""
+    runs = sum(run.node is node and run.behaviour != "alone" for run in case.trace.runs)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
     if runs != started:
         seen[node.machine.name, "sessions started"] = runs
@@ -185,33 +188,33 @@ def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> Non
         seen[node.machine.name, "polls"] = node.polls
 
 
-def nothing_goes_uncounted(case: Case) -> Iterator[str]:
-    """7d. What a pool was told, it tells: items, reclaims, beats, requests to stop."""
+def everything_received_is_reported(case: Case) -> Iterator[str]:
+    """7d. A pool reports every item, reclaim, heartbeat and stop request that it received."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
-        for what, told, least, most in _tallies(case, node):
-            if not least <= told <= most:
-                yield f"{node.machine.name}: {told} {what}, not {least} to {most}"
+        for what, reported, least, most in _tallies(case, node):
+            if not least <= reported <= most:
+                yield f"{node.machine.name}: {reported} {what}, not {least} to {most}"
     started = sum(
         isinstance(event, SessionStarted) for node in case.trace.nodes for _, event in node.events
     )
     sent = sum(call.op == "heartbeat" for call in case.trace.sent)
-    if not started <= (beats := case.counted.get(("heartbeats_total", "ok"), 0)) <= sent:
-        yield f"{beats:g} good beats, not {started} to {sent}"
+    if not started <= (good := case.counted.get(("heartbeats_total", "ok"), 0)) <= sent:
+        yield f"{good:g} successful heartbeats, not {started} to {sent}"
 
 
 def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
-    """What, how often it was told, and the least and the most that is true."""
+    """Yield a name, the number reported, and the least and greatest correct number."""
     events = [event for _, event in node.events]
     claimed = [(at, event) for at, event in node.events if isinstance(event, ItemClaimed)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
-    brought = [
+    received = [
         call.answered_at
         for call in case.trace.sent
-        if call.node is node and call.op == "poll" and call.answer == "ok" and call.told
+        if call.node is node and call.op == "poll" and call.answer == "ok" and call.value
     ]
-    yield "items", len(claimed), sum(at < leaving for at in brought), len(brought)
+    yield "items", len(claimed), sum(at < leaving for at in received), len(received)
     declined = {(at, e.item.id) for at, e in node.events if isinstance(e, ItemDeclined)}
     gained = sum(
         event.origin != "duplicate" and (at, event.item.id) not in declined
@@ -224,4 +227,4 @@ def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
     yield "items lost", reclaims.count("lost"), conflicts, FOREVER
     asked = {e.item.id for e in events if isinstance(e, StopRequested)}
     confirmed = {e.item.id for e in events if isinstance(e, StopFinished) and e.mode == "confirm"}
-    yield "requests to stop", len(confirmed & asked), len(confirmed), FOREVER
+    yield "stop requests", len(confirmed & asked), len(confirmed), FOREVER

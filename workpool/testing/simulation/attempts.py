@@ -1,6 +1,7 @@
-"""8. What counts as an attempt, by the metadata that every pool's calls left at the control plane.
+"""Invariants 8: the counting of attempts, by the metadata that the pools' calls wrote.
 
-A *spell* is one tenure of an item, or a parent's and its child's together: one attempt at most.
+A *try* is one granted lease of an item, or the leases of a parent and its child together. It is at
+most one attempt.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from workpool.testing.simulation.trace import FOREVER
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.case import Case, GrantedLease
     from workpool.testing.simulation.trace import Node, Run, Sent
 
 _RELEASED: Final = "workpool.released"
@@ -25,54 +26,54 @@ _REFUSED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class _Spell:
-    """One spell.
+class _Try:
+    """One try.
 
     Attributes:
-        marked: Its end found a mark that it had left.
-        refused: A write of its notes was refused, so that its number may be unknown to the next.
+        marked: A mark that it wrote was there at its end.
+        refused: A write of its notes was refused, so the next try may not know its number.
     """
 
-    tenures: list[Tenure] = field(default_factory=list)
+    leases: list[GrantedLease] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     marked: bool = False
     refused: bool = False
 
 
 def attempts_are_counted(case: Case) -> Iterator[str]:
-    """8a. A handler's number is 1, and 1 more per earlier run with neither a mark nor a stop.
+    """8a. The attempt of a run is 1 plus the number of earlier tries without a mark.
 
-    A spell that ended before its handler began may count, as may one whose own number was refused.
+    A try without a handler run may or may not count, as may one whose number was refused.
     """
     for work_id in case.runs:
         if _late(case, work_id):
             continue
         least = most = 1
-        for spell in _spells(case, work_id):
-            least -= spell.refused
-            for run in spell.runs:
+        for one in _tries(case, work_id):
+            least -= one.refused
+            for run in one.runs:
                 if not least <= run.attempt <= most:
                     name = f"{run.node.machine.name}:{work_id[-6:]}@{run.started:.3f}"
                     yield f"{name} is attempt {run.attempt}, not {least} to {most}"
-            if not spell.marked:
+            if not one.marked:
                 most += 1
-                least += bool(spell.runs)
+                least += bool(one.runs)
 
 
-def what_is_released_is_marked(case: Case) -> Iterator[str]:
-    """8b. By a drain, too, and whatever the handler did; unless something befell its pool."""
+def released_items_are_marked(case: Case) -> Iterator[str]:
+    """8b. A released item has a mark, unless its pool had a fault."""
     for work_id in case.runs:
-        for spell in _spells(case, work_id):
-            tenure = spell.tenures[-1]
-            node = _node_of(case, tenure)
-            if spell.marked or tenure.stop_wished < FOREVER or case.disturbed(node, tenure):
+        for one in _tries(case, work_id):
+            lease = one.leases[-1]
+            node = _node_of(case, lease)
+            if one.marked or lease.stop_requested < FOREVER or case.disturbed(node, lease):
                 continue
-            if _released(node, tenure):
+            if _released(node, lease):
                 yield f"{work_id} was released by {node.machine.name} and not marked"
 
 
-def no_mark_stands_beside_an_error(case: Case) -> Iterator[str]:
-    """8c. Unless a write overtook an earlier one on its way."""
+def no_item_has_a_mark_and_an_error(case: Case) -> Iterator[str]:
+    """8c. No item has a mark and an error, unless a write overtook an earlier one on its way."""
     for work_id in case.runs:
         calls = _notes(case, work_id)
         if _late(case, work_id) or calls != sorted(calls, key=_at):
@@ -86,35 +87,35 @@ def no_mark_stands_beside_an_error(case: Case) -> Iterator[str]:
                 break
 
 
-def _spells(case: Case, work_id: str) -> list[_Spell]:
-    spells: list[_Spell] = []
-    for tenure in case.tenures.get(work_id, ()):
-        if not spells or spells[-1].tenures[-1].how != "detached":
-            spells.append(_Spell())
-        _add(case, spells[-1], tenure)
-    return spells
+def _tries(case: Case, work_id: str) -> list[_Try]:
+    tries: list[_Try] = []
+    for lease in case.leases.get(work_id, ()):
+        if not tries or tries[-1].leases[-1].end_kind != "detached":
+            tries.append(_Try())
+        _add(case, tries[-1], lease)
+    return tries
 
 
-def _add(case: Case, spell: _Spell, tenure: Tenure) -> None:
-    node = _node_of(case, tenure)
-    spell.tenures.append(tenure)
-    spell.runs += [
+def _add(case: Case, one: _Try, lease: GrantedLease) -> None:
+    node = _node_of(case, lease)
+    one.leases.append(lease)
+    one.runs += [
         run
-        for run in case.runs[tenure.work_id]
-        if run.node is node and case.tenure(node, tenure.work_id, run.started) is tenure
+        for run in case.runs[lease.work_id]
+        if run.node is node and case.lease(node, lease.work_id, run.started) is lease
     ]
-    spell.refused |= any(
+    one.refused |= any(
         call.answer in _REFUSED and call.patch.keys() & _NOTES
-        for call in case.sent[node, tenure.work_id]
-        if case.tenure(node, tenure.work_id, call.at) is tenure
+        for call in case.sent[node, lease.work_id]
+        if case.lease(node, lease.work_id, call.at) is lease
     )
-    for call in _notes(case, tenure.work_id):
-        if call.node is node and case.tenure(node, tenure.work_id, call.at) is tenure:
-            spell.marked = call.patch.get(_RELEASED, spell.marked or None) is not None
+    for call in _notes(case, lease.work_id):
+        if call.node is node and case.lease(node, lease.work_id, call.at) is lease:
+            one.marked = call.patch.get(_RELEASED, one.marked or None) is not None
 
 
 def _notes(case: Case, work_id: str) -> list[Sent]:
-    """The item's notes in the order in which they were applied."""
+    """Return the writes of the item's notes in the order in which they were applied."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
@@ -126,26 +127,26 @@ def _notes(case: Case, work_id: str) -> list[Sent]:
 
 
 def _late(case: Case, work_id: str) -> bool:
-    """Whether a note was applied after its sender's tenure: nothing on the wire prevents that."""
+    """Return whether a note was applied after its sender's lease, which the wire allows."""
     for call in _notes(case, work_id):
-        tenure = case.tenure(call.node, work_id, call.at)
-        if tenure is None or call.arrives_at > tenure.ended:
+        lease = case.lease(call.node, work_id, call.at)
+        if lease is None or call.arrives_at > lease.ended:
             return True
     return False
 
 
-def _released(node: Node, tenure: Tenure) -> bool:
+def _released(node: Node, lease: GrantedLease) -> bool:
     return any(
         isinstance(event, SessionFinished)
-        and event.session.item.id == tenure.work_id
+        and event.session.item.id == lease.work_id
         and event.outcome == "released"
-        and tenure.began <= at <= tenure.ended
+        and lease.began <= at <= lease.ended
         for at, event in node.events
     )
 
 
-def _node_of(case: Case, tenure: Tenure) -> Node:
-    return next(node for node in case.trace.nodes if node.worker_id == tenure.worker_id)
+def _node_of(case: Case, lease: GrantedLease) -> Node:
+    return next(node for node in case.trace.nodes if node.worker_id == lease.worker_id)
 
 
 def _at(call: Sent) -> float:

@@ -1,8 +1,7 @@
-"""What an invariant judges: the control plane's history and the trace, put in order.
+"""What the invariants judge: the control plane's history and the trace, indexed by item and node.
 
-A *tenure* is one worker's time with one item, from its acknowledgement on, as the control plane
-granted it. Its promise is the end of the lease by its own last beat; what the operator or somebody
-else does to the item later breaks no promise that was made.
+A *granted lease* is the time for which one worker owns one item, from its ack on, as the control
+plane granted it. An operator can end it before the time that its last heartbeat was granted.
 """
 
 from __future__ import annotations
@@ -22,67 +21,72 @@ if TYPE_CHECKING:
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
 ACK_SECONDS: Final = 60.0
-"""How long acks may be tried: a pause meanwhile ends the claim, whichever was applied."""
+"""The longest time for which acks are tried. A pause within that time ends the claim."""
 START: Final = 86_400.0
-"""When every simulation begins, by the control plane's clock: long ago, for exact floats."""
+"""The control plane's time at the start of every simulation; small, so that floats are exact."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class Tenure:
-    """One worker's time with one item.
+class GrantedLease:
+    """One worker's lease of one item.
 
     Attributes:
-        promises: When the control plane said so, and until when the lease was to last.
-        ended: When the item was not this worker's any more.
-        stop_wished: When an operator first asked for its end.
-        how: Detached: a child that its worker had started took the item over.
-        stopped_by: Who stopped it; None when its lease lapsed.
-        usurper: Who, with a lease that the operator had ended early, repeated its first beat on it:
-            NO_HEARTBEAT names no owner.
+        ends: For each answer of the control plane: its time, and the end of the lease that it
+            granted.
+        ended: When the worker ceased to own the item.
+        stop_requested: When an operator first requested a stop.
+        end_kind: How the lease ended. `detached`: a child process of the worker took the item.
+        stopped_by: The worker that stopped the item; None if the lease lapsed.
+        extended_by: Another worker that extended this lease: an operator had ended its own lease
+            early, and it then repeated its first heartbeat, which names no owner.
     """
 
     work_id: str
     worker_id: str
     began: float
-    promises: list[tuple[float, float]] = field(default_factory=list)
+    ends: list[tuple[float, float]] = field(default_factory=list)
     ended: float = FOREVER
-    how: Literal["lapsed", "stopped", "detached"] | None = None
-    stop_wished: float = FOREVER
+    end_kind: Literal["lapsed", "stopped", "detached"] | None = None
+    stop_requested: float = FOREVER
     stopped_by: str | None = None
-    usurper: str | None = None
+    extended_by: str | None = None
 
-    def promised(self, at: float) -> float:
-        """Until when the lease was to last, by what had been said at that moment."""
-        place = bisect_right(self.promises, (at, FOREVER)) - 1
-        return self.promises[max(place, 0)][1]
+    def end_at(self, at: float) -> float:
+        """Return the end of the lease that had been granted by the time `at`."""
+        place = bisect_right(self.ends, (at, FOREVER)) - 1
+        return self.ends[max(place, 0)][1]
 
     @property
-    def last_promise(self) -> float:
-        """Until when it was to last in the end."""
-        return self.promises[-1][1]
+    def last_end(self) -> float:
+        """The end of the lease that was granted last."""
+        return self.ends[-1][1]
 
 
 @dataclass(slots=True, eq=False, repr=False)
 class Case:
-    """One simulation, ready to be judged.
+    """One finished simulation.
 
     Attributes:
-        history: On the loop's clock.
-        counted: What the metrics counted meanwhile, by name and labels.
+        history: The control plane's history, on the loop's clock.
+        counted: The increase of the metrics' counters, by name and labels.
+        leases: The granted leases of each item, in order.
+        sent: The calls of each node for each item, in order.
+        runs: The handler runs of each item, in order.
+        stopped: The history's record of each item's stop.
     """
 
     history: list[Record]
     trace: Trace
     counted: Mapping[tuple[str, ...], float]
-    tenures: dict[str, list[Tenure]] = field(init=False)
+    leases: dict[str, list[GrantedLease]] = field(init=False)
     sent: dict[tuple[Node, str], list[Sent]] = field(init=False)
     runs: dict[str, list[Run]] = field(init=False)
     stopped: dict[str, Record] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Put everything in order."""
+        """Index the history and the trace."""
         children = frozenset(node.worker_id for node in self.trace.nodes if node.child)
-        self.tenures = _tenures(self.history, children)
+        self.leases = _leases_of(self.history, children)
         self.stopped = {each.work_id: each for each in self.history if each.kind == "stopped"}
         self.stopped |= {
             each.work_id: each
@@ -97,102 +101,104 @@ class Case:
         for run in self.trace.runs:
             self.runs[run.work_id].append(run)
 
-    def tenure(self, node: Node, work_id: str, at: float) -> Tenure | None:
-        """The pool's last tenure of the item that had begun by then."""
+    def lease(self, node: Node, work_id: str, at: float) -> GrantedLease | None:
+        """Return the node's last lease of the item that began at `at` or before."""
         found = None
-        for tenure in self.tenures.get(work_id, ()):
-            if tenure.worker_id == node.worker_id and tenure.began <= at:
-                found = tenure
+        for lease in self.leases.get(work_id, ()):
+            if lease.worker_id == node.worker_id and lease.began <= at:
+                found = lease
         return found
 
-    def usurped(self, node: Node, work_id: str) -> bool:
-        """Whether the pool's beats went to another's lease, its own having been broken."""
-        tenures = self.tenures.get(work_id, ())
-        usurped = any(tenure.usurper == node.worker_id for tenure in tenures)
-        return usurped and any(broken == work_id for _, broken in self.trace.broken)
+    def extended_another(self, node: Node, work_id: str) -> bool:
+        """Return whether the node extended another worker's lease after its own was ended early."""
+        leases = self.leases.get(work_id, ())
+        extended_another = any(lease.extended_by == node.worker_id for lease in leases)
+        return extended_another and any(broken == work_id for _, broken in self.trace.broken)
 
-    def all_tenures(self) -> Iterable[tuple[Node, Tenure]]:
-        """Every tenure and whose it was."""
+    def all_leases(self) -> Iterable[tuple[Node, GrantedLease]]:
+        """Yield every granted lease with the node that owned it."""
         nodes = {node.worker_id: node for node in self.trace.nodes}
-        for tenures in self.tenures.values():
-            for tenure in tenures:
-                yield nodes[tenure.worker_id], tenure
+        for leases in self.leases.values():
+            for lease in leases:
+                yield nodes[lease.worker_id], lease
 
-    def run_of(self, node: Node, tenure: Tenure) -> Run | None:
-        """The handler's run in a tenure; what it did alone, if no child had come."""
+    def run_of(self, node: Node, lease: GrantedLease) -> Run | None:
+        """Return the last handler run during a lease; None if no handler ran."""
         found = None
-        for run in self.runs.get(tenure.work_id, ()):
-            if run.node is node and tenure is self.tenure(node, tenure.work_id, run.started):
+        for run in self.runs.get(lease.work_id, ()):
+            if run.node is node and lease is self.lease(node, lease.work_id, run.started):
                 found = run
         return found
 
-    def disturbed(self, node: Node, tenure: Tenure, until: float = FOREVER) -> bool:
-        """Whether anything befell the pool or its calls for the item during the tenure."""
-        since = tenure.began - 0.01
+    def disturbed(self, node: Node, lease: GrantedLease, until: float = FOREVER) -> bool:
+        """Return whether the node or its calls for the item had a fault during the lease."""
+        since = lease.began - 0.01
         return (
             any(
-                call.trouble is not None and call.over_at >= since and call.at <= until
-                for call in self.sent[node, tenure.work_id]
+                call.fault is not None and call.over_at >= since and call.at <= until
+                for call in self.sent[node, lease.work_id]
             )
             or any(
                 delay.node is node
-                and delay.work_id in {tenure.work_id, None}
+                and delay.work_id in {lease.work_id, None}
                 and delay.until >= since
                 and delay.since <= until
                 for delay in self.trace.delays
             )
-            or node.paused(since, min(until, tenure.last_promise + 1))
-            or node.paused_unseen(since - ACK_SECONDS, until)  # while its ack waited to be sent
-            or node.crashed <= min(until, tenure.last_promise)
-            or self.broken(tenure)
+            or node.paused(since, min(until, lease.last_end + 1))
+            or node.paused_unseen(since - ACK_SECONDS, until)  # the ack may have waited to be sent
+            or node.crashed <= min(until, lease.last_end)
+            or self.broken(lease)
         )
 
-    def broken(self, tenure: Tenure) -> bool:
-        """Whether the lease was ended before the promised time."""
+    def broken(self, lease: GrantedLease) -> bool:
+        """Return whether the lease was ended before the time that was granted."""
         return any(
-            work_id == tenure.work_id and tenure.began <= at <= tenure.last_promise
+            work_id == lease.work_id and lease.began <= at <= lease.last_end
             for at, work_id in self.trace.broken
-        ) or (tenure.how == "lapsed" and tenure.ended < tenure.last_promise - 0.001)
+        ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_end - 0.001)
 
 
-def _tenures(history: Iterable[Record], children: frozenset[str]) -> dict[str, list[Tenure]]:
-    found: dict[str, list[Tenure]] = defaultdict(list)
+def _leases_of(
+    history: Iterable[Record], children: frozenset[str]
+) -> dict[str, list[GrantedLease]]:
+    found: dict[str, list[GrantedLease]] = defaultdict(list)
     for record in history:
         if record.kind == "acked":
-            tenure = Tenure(record.work_id, str(record.worker_id), record.time)
-            tenure.promises.append((record.time, _end(record)))
-            found[record.work_id].append(tenure)
+            lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
+            lease.ends.append((record.time, _end(record)))
+            found[record.work_id].append(lease)
             continue
-        tenures = found.get(record.work_id)
-        if not tenures or tenures[-1].how is not None:
+        leases = found.get(record.work_id)
+        if not leases or leases[-1].end_kind is not None:
             continue
-        if record.kind == "heartbeat" and record.worker_id != tenures[-1].worker_id:
-            if children & {str(record.worker_id), tenures[-1].worker_id}:
-                tenures.append(_handed_over(tenures[-1], record))
+        if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
+            if children & {str(record.worker_id), leases[-1].worker_id}:
+                leases.append(_handed_off(leases[-1], record))
             else:
-                tenures[-1].usurper = record.worker_id
+                leases[-1].extended_by = record.worker_id
             continue
-        _continue(tenures[-1], record)
+        _continue(leases[-1], record)
     return found
 
 
-def _handed_over(tenure: Tenure, record: Record) -> Tenure:
-    tenure.ended, tenure.how = record.time, "detached"
-    child = Tenure(record.work_id, str(record.worker_id), record.time)
-    child.promises.append((record.time, _end(record)))
-    child.stop_wished = tenure.stop_wished
+def _handed_off(lease: GrantedLease, record: Record) -> GrantedLease:
+    lease.ended, lease.end_kind = record.time, "detached"
+    child = GrantedLease(record.work_id, str(record.worker_id), record.time)
+    child.ends.append((record.time, _end(record)))
+    child.stop_requested = lease.stop_requested
     return child
 
 
-def _continue(tenure: Tenure, record: Record) -> None:
+def _continue(lease: GrantedLease, record: Record) -> None:
     if record.kind == "heartbeat":
-        tenure.promises.append((record.time, _end(record)))
+        lease.ends.append((record.time, _end(record)))
     elif record.kind == "stop_requested":
-        tenure.stop_wished = min(tenure.stop_wished, record.time)
+        lease.stop_requested = min(lease.stop_requested, record.time)
     elif record.kind in {"lapsed", "stopped"}:
-        tenure.ended = record.time
-        tenure.how = "lapsed" if record.kind == "lapsed" else "stopped"
-        tenure.stopped_by = record.worker_id
+        lease.ended = record.time
+        lease.end_kind = "lapsed" if record.kind == "lapsed" else "stopped"
+        lease.stopped_by = record.worker_id
 
 
 def _end(record: Record) -> float:

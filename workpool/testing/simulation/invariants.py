@@ -1,8 +1,4 @@
-"""The promise, as functions of the control plane's history and the trace.
-
-Each yields what breaks it, in words. MARGIN_SECONDS is what clocks that run 100 ppm apart come to
-over a lease of 60 s, and the network's latency.
-"""
+"""The invariants: functions of a finished simulation that yield a description of each violation."""
 
 from __future__ import annotations
 
@@ -13,21 +9,21 @@ from typing import TYPE_CHECKING, Final
 from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import PollerRestarted
 from workpool.testing.simulation.agreement import (
-    losses_are_true,
+    everything_received_is_reported,
+    losses_are_real,
     metrics_agree,
-    nothing_goes_uncounted,
     outcomes_agree,
 )
 from workpool.testing.simulation.attempts import (
     attempts_are_counted,
-    no_mark_stands_beside_an_error,
-    what_is_released_is_marked,
+    no_item_has_a_mark_and_an_error,
+    released_items_are_marked,
 )
 from workpool.testing.simulation.case import WRITES
-from workpool.testing.simulation.handovers import (
-    a_handover_is_silent,
+from workpool.testing.simulation.handoffs import (
+    items_handed_off_are_left_alone,
+    nothing_is_sent_during_a_handoff,
     only_a_child_takes_over,
-    what_is_handed_over_is_let_go,
 )
 from workpool.testing.simulation.order import (
     a_try_leaves_time_for_another,
@@ -45,93 +41,97 @@ from workpool.testing.simulation.trace import FOREVER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from workpool.testing.simulation.case import Case, Tenure
+    from workpool.testing.simulation.case import Case, GrantedLease
     from workpool.testing.simulation.trace import Node, Run, Sent
 
     Invariant = Callable[[Case], Iterator[str]]
 
 MARGIN_SECONDS: Final = 0.05
+"""Drift of clocks that differ by 100 ppm over a lease of 60 s, and the network's latency."""
 GIVE_UP_SECONDS: Final = 1.0
-"""A handler is cancelled at least this long before its lease's end (design §1)."""
+"""A handler is cancelled at least this long before the end of its lease."""
 TICK_SECONDS: Final = 5.0
-"""How often the simulated keeper looks whether its machine has slept."""
+"""The interval of the simulated lease renewer's tick."""
 TIDY_SECONDS: Final = 1.0
+"""The longest clean-up of a cancelled handler."""
 RELEASED_SECONDS: Final = 12.5
-"""The longest delay of a release here, and a little."""
+"""The longest delay of a release in a simulation, with a margin."""
 DRAIN_SECONDS: Final = 6.0
-"""What a drain may take beyond its timeout: 5 s for the finish, and what its ends wait for."""
+"""The longest time for a drain beyond its timeout: 5 s for completions, with a margin."""
 CLOSE_SECONDS: Final = 11.0
-HEEDLESS: Final = frozenset({"stubborn", "swallow"})
-"""Handlers that ignore a cancellation."""
+"""The longest time between the end of a drain and the end of the process."""
+IGNORES_CANCELLATION: Final = frozenset({"stubborn", "swallow"})
+"""Behaviours that ignore a cancellation."""
 DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
+"""Answers that say whether the call was applied."""
 
 
 def every_item_ends_stopped(case: Case) -> Iterator[str]:
-    """1. No session is lost."""
+    """1. In the end every item is stopped, so no session is lost."""
     for work_id in {record.work_id for record in case.history}:
         if work_id not in case.stopped:
             yield f"{work_id} is not stopped"
 
 
-def handlers_run_under_a_promise(case: Case) -> Iterator[str]:
-    """2a. From its start until it is told to end, a handler's lease is promised to its pool.
+def handlers_run_under_a_lease(case: Case) -> Iterator[str]:
+    """2a. From its start until it is cancelled, a handler's pool owns the item.
 
-    It is told at least a second before the end. A machine that stood still may tell it late, by no
-    more than its keeper's tick.
+    It is cancelled at least a second before the lease ends. A machine that was halted may cancel it
+    late, by at most one tick of its lease renewer.
     """
     for run in case.trace.runs:
-        tenure = case.tenure(run.node, run.work_id, run.started)
-        if tenure is None:
+        lease = case.lease(run.node, run.work_id, run.started)
+        if lease is None:
             yield f"{_name(run)} started without a lease"
             continue
         if not any(
             call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= run.started
             for call in case.sent[run.node, run.work_id]
-            if call.answered_at >= tenure.began
+            if call.answered_at >= lease.began
         ):
-            yield f"{_name(run)} started before a beat was answered"
-        if _starts_too_late(case, tenure, run):
-            yield f"{_name(run)} started; promised until {tenure.promised(run.started):.3f}"
-        told = run.obeyed_at
-        limit = tenure.promised(told) - GIVE_UP_SECONDS + MARGIN_SECONDS
+            yield f"{_name(run)} started before a heartbeat was answered"
+        if _starts_too_late(case, lease, run):
+            yield f"{_name(run)} started; granted until {lease.end_at(run.started):.3f}"
+        until = run.ended_or_cancelled
+        limit = lease.end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
-            _just_woken(run.node, told)
-            or case.usurped(run.node, run.work_id)
-            or run.node.paused_unseen(tenure.began, told)
+            _just_resumed(run.node, until)
+            or case.extended_another(run.node, run.work_id)
+            or run.node.paused_unseen(lease.began, until)
         )
-        if told > limit and not excused:
-            yield f"{_name(run)} ran until {told:.3f}, promised until {limit:.3f}"
+        if until > limit and not excused:
+            yield f"{_name(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
-def _starts_too_late(case: Case, tenure: Tenure, run: Run) -> bool:
-    late = run.started > tenure.promised(run.started) + MARGIN_SECONDS and run.play != "alone"
-    return late and not case.usurped(run.node, run.work_id)
+def _starts_too_late(case: Case, lease: GrantedLease, run: Run) -> bool:
+    late = run.started > lease.end_at(run.started) + MARGIN_SECONDS and run.behaviour != "alone"
+    return late and not case.extended_another(run.node, run.work_id)
 
 
 def no_two_handlers_run_one_item(case: Case) -> Iterator[str]:
-    """2b. No two handlers run one item at once.
+    """2b. No two handlers run one item at the same time.
 
-    But for one that ignores its cancellation, one whose machine stood still, and one whose lease
-    was ended before the promised time.
+    Exceptions: a handler that ignores its cancellation, one whose machine was halted, and one whose
+    lease an operator ended early.
     """
     for runs in case.runs.values():
         for one, two in combinations(sorted(runs, key=lambda run: run.started), 2):
             if two.started < one.ended and not _may_overlap(case, one, two):
-                yield f"{_name(one)} and {_name(two)} ran at once"
+                yield f"{_name(one)} and {_name(two)} ran at the same time"
 
 
 def _may_overlap(case: Case, one: Run, two: Run) -> bool:
     if one.node is two.node:
         return False
-    tenures = [case.tenure(run.node, run.work_id, run.started) for run in (one, two)]
-    broken = any(tenure is not None and case.broken(tenure) for tenure in tenures)
-    told = one.told_at <= two.started and one.play in HEEDLESS
+    leases = [case.lease(run.node, run.work_id, run.started) for run in (one, two)]
+    broken = any(lease is not None and case.broken(lease) for lease in leases)
+    ignored = one.cancelled_at <= two.started and one.behaviour in IGNORES_CANCELLATION
     unseen = one.node.paused_unseen(one.started, two.started)
-    return told or broken or unseen or _just_woken(one.node, two.started, TIDY_SECONDS)
+    return ignored or broken or unseen or _just_resumed(one.node, two.started, TIDY_SECONDS)
 
 
 def no_two_handlers_run_one_session(case: Case) -> Iterator[str]:
-    """2c. A pool does not run two items of one session at once."""
+    """2c. A pool does not run two items of one session at the same time."""
     for one, two in combinations(case.trace.runs, 2):
         same = one.session_id == two.session_id and one.node is two.node
         if same and max(one.started, two.started) < min(one.ended, two.ended):
@@ -139,121 +139,117 @@ def no_two_handlers_run_one_session(case: Case) -> Iterator[str]:
 
 
 def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
-    """3a. Beats, stops and metadata are sent while the lease is promised, whatever befell."""
+    """3a. Heartbeats, stops and metadata are sent during the lease only, whatever happened."""
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
-        tenure = case.tenure(call.node, call.work_id, call.at)
-        if tenure is None:
+        lease = case.lease(call.node, call.work_id, call.at)
+        if lease is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
-        elif call.at > tenure.promised(call.at) + MARGIN_SECONDS and not (
-            _verifies(case, tenure, call)
+        elif call.at > lease.end_at(call.at) + MARGIN_SECONDS and not (
+            _verifies(case, lease, call)
         ):
-            yield f"{call} was sent; promised until {tenure.promised(call.at):.3f}"
+            yield f"{call} was sent; granted until {lease.end_at(call.at):.3f}"
 
 
-def _verifies(case: Case, tenure: Tenure, call: Sent) -> bool:
-    """Whether this is the heartbeat after a pause that the lease clock does not show.
+def _verifies(case: Case, lease: GrantedLease, call: Sent) -> bool:
+    """Return whether the call is the heartbeat after a pause that the lease clock does not show.
 
-    It names the one before it, so that it cannot take another worker's item.
+    It names the last heartbeat, so it cannot extend another worker's lease.
     """
     begun = any(
-        each.op == "heartbeat"
-        and each.answer == "ok"
-        and tenure.began < each.answered_at <= call.at
-        for each in case.sent[call.node, tenure.work_id]
+        each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
+        for each in case.sent[call.node, lease.work_id]
     )
-    return call.op == "heartbeat" and begun and call.node.paused_unseen(tenure.began, call.at)
+    return call.op == "heartbeat" and begun and call.node.paused_unseen(lease.began, call.at)
 
 
-def nothing_is_sent_after_the_news(case: Case) -> Iterator[str]:
-    """3b. Nor after an answer that said that the item is stopped, or somebody else's."""
+def nothing_is_sent_after_a_known_loss(case: Case) -> Iterator[str]:
+    """3b. Nothing is sent after an answer that said that the item is stopped or lost."""
     for (node, work_id), calls in case.sent.items():
-        for tenure in case.tenures.get(work_id, ()):
-            if tenure.worker_id != node.worker_id:
+        for lease in case.leases.get(work_id, ()):
+            if lease.worker_id != node.worker_id:
                 continue
-            following = [  # a child's begins with its first call, not with its ack
-                call
-                for call in calls
-                if node.child or case.tenure(node, work_id, call.at) is tenure
+            following = [  # a child's lease begins with its first call, not with an ack
+                call for call in calls if node.child or case.lease(node, work_id, call.at) is lease
             ]
-            news = min((_news(call, following, tenure) for call in following), default=FOREVER)
+            known_at = min((_loss(call, following, lease) for call in following), default=FOREVER)
             for call in following:
-                if call.op in WRITES and call.at > news:
-                    yield f"{call} was sent; over since {news:.3f}"
+                if call.op in WRITES and call.at > known_at:
+                    yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
-def _news(call: Sent, calls: list[Sent], tenure: Tenure) -> float:
-    """When this call's answer said that the tenure is over; never, mostly."""
-    if call.trouble is not None and call.trouble.answer is not None:
+def _loss(call: Sent, calls: list[Sent], lease: GrantedLease) -> float:
+    """Return when this call's answer said that the lease is over; infinite if it did not."""
+    if call.fault is not None and call.fault.answer is not None:
         return FOREVER
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        # Between parent and child it leaves open whose the item is: 3f says what follows.
-        lent = tenure.how == "detached" or (
+        # During a handoff it does not tell whether parent or child owns the item; see 3f.
+        handoff = lease.end_kind == "detached" or (
             call.node.child and not any(each.answer == "ok" for each in before)
         )
-        over = not lent and all(each.answer in DECIDED for each in before)
+        over = not handoff and all(each.answer in DECIDED for each in before)
     if call.op == "get" and call.answer == "ok":
-        state = getattr(call.told, "state", None)
+        state = getattr(call.value, "state", None)
         over = state in {"stopped", "queued"}
-    return call.answered_at if over and call.answered_at >= tenure.began else FOREVER
+    return call.answered_at if over and call.answered_at >= lease.began else FOREVER
 
 
 def stops_are_justified(case: Case) -> Iterator[str]:
-    """3c. A pool stops what its handler has finished, or what an operator wants ended."""
+    """3c. A pool stops an item after its handler has ended, or after an operator's request."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
-        tenure = case.tenure(call.node, call.work_id, call.at)
-        if tenure is not None and tenure.stop_wished > call.at:  # without one: 3a
-            run = case.run_of(call.node, tenure)
-            if words := _unjustified(call, run):
-                yield f"{call} was sent {words}"
-        elif tenure is not None:
-            run = case.run_of(call.node, tenure)
+        lease = case.lease(call.node, call.work_id, call.at)
+        if lease is not None and lease.stop_requested > call.at:  # without a lease: 3a
+            run = case.run_of(call.node, lease)
+            if problem := _unjustified(call, run):
+                yield f"{call} was sent {problem}"
+        elif lease is not None:
+            run = case.run_of(call.node, lease)
             if run is not None and call.at < run.ended:
                 yield f"{call} was sent while its handler ran"
 
 
 def _unjustified(call: Sent, run: Run | None) -> str | None:
-    """What is wrong with a stop that no operator asked for."""
+    """Return what is wrong with a stop that no operator requested."""
     if run is None:
-        return "for what had not run"
+        return "for an item that had not run"
     if call.at < run.ended:
         return "while its handler ran"
     if run.result == "cancelled" and call.node.pool.session_timeout is not None:
         return None
     untouched = run.result in {"released", "cancelled"}
-    return f"for what was {run.result}" if untouched else None
+    return f"for an item that was {run.result}" if untouched else None
 
 
-def an_item_completes_once(case: Case) -> Iterator[str]:
-    """4. What a handler has finished is stopped at once, unless something befell its pool."""
-    for node, tenure in case.all_tenures():
-        run = case.run_of(node, tenure)
-        if run is None or run.told_at < FOREVER or run.result not in {"returned", "raised"}:
+def finished_items_are_stopped(case: Case) -> Iterator[str]:
+    """4. An item is stopped as soon as its handler has ended, unless its pool had a fault."""
+    for node, lease in case.all_leases():
+        run = case.run_of(node, lease)
+        if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
             continue
-        if case.disturbed(node, tenure) or _leaving(node, run.ended):
+        if case.disturbed(node, lease) or _leaving(node, run.ended):
             continue
-        if tenure.how != "stopped" or tenure.ended > run.ended + 1:
+        if lease.end_kind != "stopped" or lease.ended > run.ended + 1:
             yield f"{_name(run)} was {run.result}, but not stopped"
 
 
-def what_is_acked_is_run(case: Case) -> Iterator[str]:
-    """5a. Unless the pool is going away, or the item was stopped meanwhile."""
-    for node, tenure in case.all_tenures():
-        if case.run_of(node, tenure) is not None or case.disturbed(node, tenure):
+def acknowledged_items_are_run(case: Case) -> Iterator[str]:
+    """5a. An acknowledged item is run, unless the pool drains or the item was stopped."""
+    for node, lease in case.all_leases():
+        if case.run_of(node, lease) is not None or case.disturbed(node, lease):
             continue
-        wished = min(tenure.stop_wished, tenure.ended if tenure.how == "stopped" else FOREVER)
-        if not _leaving(node, tenure.began + 1) and wished > tenure.began + 1:
-            yield f"{tenure.work_id} was acked by {node.machine.name} and not run"
+        wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
+        if not _leaving(node, lease.began + 1) and wished > lease.began + 1:
+            yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
 
 
 def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
-    """5b. Polls under way and handlers that run are no more than the places for them."""
+    """5b. Polls or acks under way and running handlers are at most as many as their places."""
     for node in case.trace.nodes:
         calls = [call for call in case.trace.sent if call.node is node]
         runs = [run for run in case.trace.runs if run.node is node]
@@ -268,63 +264,65 @@ def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
 
 
 def drains_end_in_time(case: Case) -> Iterator[str]:
-    """6a. Within their timeout and 5 s, whatever a handler or the network does."""
+    """6a. A drain ends within its timeout and 5 s, whatever a handler or the network does."""
     for node in case.trace.nodes:
         if node.drain is None or node.crashed < FOREVER:
             continue
         began, timeout = node.drain
-        stood = sum(max(0.0, until - max(since, began)) for since, until in node.machine.pauses)
-        if min(node.drained, node.closed) - began > timeout + DRAIN_SECONDS + stood:
+        halted = sum(max(0.0, until - max(since, began)) for since, until in node.machine.pauses)
+        if min(node.drained, node.closed) - began > timeout + DRAIN_SECONDS + halted:
             yield f"{node.machine.name} drained in {node.drained - began:.1f} s of {timeout:.1f}"
-        if node.closed - began > timeout + DRAIN_SECONDS + CLOSE_SECONDS + stood:
+        if node.closed - began > timeout + DRAIN_SECONDS + CLOSE_SECONDS + halted:
             yield f"{node.machine.name} closed after {node.closed - began:.1f} s"
 
 
-def only_stubborn_handlers_are_left_behind(case: Case) -> Iterator[str]:
-    """6c. Whatever heeds its cancellation, and its finish, fits into a drain that is answered."""
+def only_stubborn_handlers_are_abandoned(case: Case) -> Iterator[str]:
+    """6c. A drain without faults abandons only sessions whose handler ignores cancellation."""
     for node in case.trace.nodes:
         stubborn = sum(
-            run.node is node and run.play in HEEDLESS and run.ended > run.told_at
+            run.node is node
+            and run.behaviour in IGNORES_CANCELLATION
+            and run.ended > run.cancelled_at
             for run in case.trace.runs
         )
-        if node.left_behind > stubborn and not (node.machine.pauses or _unanswered(case, node)):
-            yield f"{node.machine.name} left {node.left_behind} behind, {stubborn} stubborn"
+        if node.abandoned > stubborn and not (node.machine.pauses or _unanswered(case, node)):
+            yield f"{node.machine.name} abandoned {node.abandoned} sessions, {stubborn} stubborn"
 
 
 def _unanswered(case: Case, node: Node) -> bool:
-    """Whether something befell the pool's calls in the last seconds of its drain."""
+    """Return whether the pool's calls had a fault in the last seconds of its drain."""
     return any(
         delay.node is node and delay.until >= node.closed - DRAIN_SECONDS
         for delay in case.trace.delays
     ) or any(
         call.node is node
         and call.op != "poll"
-        and call.trouble is not None
+        and call.fault is not None
         and call.at <= node.closed
         and call.over_at >= node.closed - DRAIN_SECONDS
         for call in case.trace.sent
     )
 
 
-def drains_leave_nothing_behind(case: Case) -> Iterator[str]:
-    """6b. What a pool that has closed still holds was released; nothing of it runs or is sent."""
-    for node, tenure in case.all_tenures():
-        if tenure.ended <= node.closed or node.left_behind or node.crashed < FOREVER:
+def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
+    """6b. A closed pool has released its items, runs no handler and sends nothing."""
+    for node, lease in case.all_leases():
+        if lease.ended <= node.closed or node.abandoned or node.crashed < FOREVER:
             continue
-        if tenure.last_promise > node.closed + RELEASED_SECONDS and not case.disturbed(
-            node, tenure, node.closed
+        if lease.last_end > node.closed + RELEASED_SECONDS and not case.disturbed(
+            node, lease, node.closed
         ):
-            yield f"{tenure.work_id} is held by {node.machine.name}, which has closed"
+            yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
         if call.at > call.node.closed:
             yield f"{call} was sent by a pool that had closed"
     for run in case.trace.runs:
-        if run.ended > run.node.closed and not run.node.left_behind:
-            yield f"{_name(run)} runs on in a pool that has closed"
+        if run.ended > run.node.closed and not run.node.abandoned:
+            yield f"{_name(run)} continues in a pool that has closed"
 
 
 def nothing_crashes(case: Case) -> Iterator[str]:
-    """A pool ends by a drain, or because it was refused; a poller that crashes is a bug."""
+    """10. A pool ends after a drain or a refusal; no poller crashes."""
     for node in case.trace.nodes:
         allowed = ControlPlaneError if node.child else RefusedError
         if node.error is not None and not isinstance(node.error, allowed):
@@ -338,32 +336,32 @@ def _leaving(node: Node, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
-def _just_woken(node: Node, at: float, more: float = 0.0) -> bool:
+def _just_resumed(node: Node, at: float, more: float = 0.0) -> bool:
     slack = TICK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 
 
 def _name(run: Run) -> str:
-    return f"{run.node.machine.name}:{run.play}({run.work_id[-6:]})@{run.started:.3f}"
+    return f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})@{run.started:.3f}"
 
 
 INVARIANTS: Final[tuple[Invariant, ...]] = (
     every_item_ends_stopped,
-    handlers_run_under_a_promise,
+    handlers_run_under_a_lease,
     no_two_handlers_run_one_item,
     no_two_handlers_run_one_session,
     nothing_is_sent_without_the_lease,
-    nothing_is_sent_after_the_news,
-    a_handover_is_silent,
+    nothing_is_sent_after_a_known_loss,
+    nothing_is_sent_during_a_handoff,
     only_a_child_takes_over,
-    what_is_handed_over_is_let_go,
+    items_handed_off_are_left_alone,
     stops_are_justified,
-    an_item_completes_once,
-    what_is_acked_is_run,
+    finished_items_are_stopped,
+    acknowledged_items_are_run,
     no_more_is_claimed_than_can_be_run,
     drains_end_in_time,
-    only_stubborn_handlers_are_left_behind,
-    drains_leave_nothing_behind,
+    only_stubborn_handlers_are_abandoned,
+    closed_pools_hold_and_run_nothing,
     nothing_crashes,
     completions_go_first,
     acks_do_not_wait,
@@ -375,15 +373,15 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     a_try_leaves_time_for_another,
     sessions_share_no_context,
     outcomes_agree,
-    losses_are_true,
+    losses_are_real,
     metrics_agree,
-    nothing_goes_uncounted,
+    everything_received_is_reported,
     attempts_are_counted,
-    what_is_released_is_marked,
-    no_mark_stands_beside_an_error,
+    released_items_are_marked,
+    no_item_has_a_mark_and_an_error,
 )
 
 
 def judge(case: Case) -> list[str]:
-    """Return what breaks which invariant; empty: the promise was kept."""
-    return [f"{each.__name__}: {words}" for each in INVARIANTS for words in each(case)]
+    """Return a description of each violation; empty if every invariant holds."""
+    return [f"{each.__name__}: {text}" for each in INVARIANTS for text in each(case)]

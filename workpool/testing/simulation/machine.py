@@ -1,7 +1,7 @@
-"""Several machines on one virtual loop: each may be suspended, stopped or crash by itself.
+"""Several machines on one virtual loop: each can sleep, be paused, be stopped or crash.
 
-Which machine a callback belongs to is told by its context. One that does not run keeps its
-callbacks waiting, for ever if it has crashed: a pool that vanishes with everything that it knew.
+The context of a callback says which machine it belongs to. A halted machine keeps its callbacks
+until it resumes; a crashed machine never resumes.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ Ts = TypeVarTuple("Ts")
 Halt = Literal["asleep", "stopped", "paused", "crashed"]
 
 NETWORK: Final = Context()
-"""Belongs to no machine: what is under way arrives, whatever becomes of its sender."""
+"""The context of no machine: a request under way arrives even if its sender halts."""
 
 
 INSTANT_SECONDS: Final = 1e-9
-"""What a timer takes at least: else who waits for what rounding keeps from coming would spin."""
+"""The shortest timer. With 0, rounding could make code that waits for a time loop without end."""
 
 
 class Machine:
-    """One pool's computer, and its process: a restart is another one.
+    """The machine and process of one pool. A restarted pool gets another machine.
 
     Attributes:
-        halted: Why nothing runs on it now.
-        blocked: Nothing runs on it now, or soon will not.
-        pauses: From when to when it did not run, on the loop's clock.
+        halted: Why the machine is halted; None while it runs.
+        blocked: The machine is halted, or will be after some more callbacks.
+        pauses: Start and end of each halt, on the loop's clock.
         unseen: Those of `pauses` that only its wall clock shows.
-        slept: Seconds for which its timers have stood still.
-        frozen: Seconds for which its lease clock has stood still as well.
-        stage: Where its handlers play.
+        slept: Total seconds for which its timers stood still.
+        frozen: Total seconds for which its lease clock stood still as well.
+        handlers: The simulated handlers of its pool.
     """
 
-    stage: Any
+    handlers: Any
 
     def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
-        """`rate`: seconds of its lease clock per second."""
+        """Make a machine whose lease clock counts `rate` seconds per second."""
         self.name = name
         self.halted: Halt | None = None
         self.blocked = False
@@ -58,26 +58,26 @@ class Machine:
         self._loop = loop
         self._rate = rate
         self._halted_at = 0.0
-        self._waiting: list[asyncio.Handle] = []
+        self._kept: list[asyncio.Handle] = []
 
     def clock(self) -> float:
-        """Tell the time that leases are measured on: it goes on unless the machine is `paused`."""
+        """Return the lease clock, which stands still while the machine is `paused`."""
         return (self._loop.now - self.frozen) * self._rate
 
     def wall(self) -> float:
-        """Tell the time of day: it goes on whatever the machine does."""
+        """Return the wall clock, which never stands still."""
         return self._loop.now
 
     def context(self) -> Context:
-        """Make a context in which everything belongs to this machine."""
+        """Return a context whose callbacks belong to this machine."""
         context = copy_context()
         context.run(_MACHINE.set, self)
         return context
 
     def halt(self, how: Halt, seconds: float | None = None) -> None:
-        """Let nothing run any more, for `seconds` or until `go_on`.
+        """Halt the machine for `seconds`, or until `resume`.
 
-        While it is `asleep`, timers stand still as well; while it is `paused`, the lease clock too.
+        While it is `asleep`, its timers stand still as well; while `paused`, its lease clock too.
         """
         if self.halted is not None:
             if how != "crashed":
@@ -86,20 +86,20 @@ class Machine:
         self.halted, self._halted_at = how, self._loop.now
         self.blocked = True
         if seconds is not None:
-            self._loop.call_at(self._loop.now + seconds, self.go_on, context=NETWORK)
+            self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
     def halt_after(self, steps: int, how: Halt, seconds: float) -> None:
-        """Halt after so many more callbacks: in the middle of what they have begun."""
+        """Halt after `steps` more callbacks, which may be in the middle of an operation."""
         if self.halted is None:
             self.blocked = True
             self._planned, self._steps_left = (how, seconds), steps
 
-    def go_on(self) -> None:
-        """Run again, what has waited first. A crash is final."""
+    def resume(self) -> None:
+        """Run again, the kept callbacks first. A crashed machine does not resume."""
         if self.halted != "crashed":
             if self.halted is not None:
                 self._end_halt()
-            self._release()
+            self._run_kept()
 
     def _end_halt(self) -> None:
         pause = self._halted_at, self._loop.now
@@ -111,24 +111,24 @@ class Machine:
             self.unseen.append(pause)
             self.frozen += seconds
 
-    def bury(self) -> None:
-        """The play is over: let what is left of it be cancelled."""
-        self._release()
+    def discard(self) -> None:
+        """Run the kept callbacks at the end of a simulation, so that its tasks can be cancelled."""
+        self._run_kept()
 
-    def wait(self, handle: asyncio.Handle) -> None:
-        """Keep a callback until the machine runs; let it run if the machine is yet to halt."""
+    def keep(self, handle: asyncio.Handle) -> None:
+        """Keep a callback until the machine resumes; run it if the machine is yet to halt."""
         if self.halted is None:
             self._steps_left -= 1
             if self._steps_left >= 0:
                 self._loop.run_soon(handle)
                 return
             self.halt(*self._planned)
-        self._waiting.append(handle)
+        self._kept.append(handle)
 
-    def _release(self) -> None:
+    def _run_kept(self) -> None:
         self.halted, self.blocked = None, False
-        waiting, self._waiting = self._waiting, []
-        for handle in waiting:
+        kept, self._kept = self._kept, []
+        for handle in kept:
             self._loop.run_soon(handle)
 
 
@@ -143,7 +143,7 @@ def this_machine() -> Machine:
 
 
 class _Timer(asyncio.TimerHandle):
-    """A timer of a machine, or of none: it stands still while that sleeps."""
+    """A timer that stands still while its machine sleeps."""
 
     __slots__ = ("_machine", "_slept")
 
@@ -158,11 +158,11 @@ class _Timer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        self._loop.now = max(self._loop.now, self._when)  # else who waits for it spins
+        self._loop.now = max(self._loop.now, self._when)  # else a wait for `_when` may not end
         if machine is None:
             super()._run()
         elif machine.blocked:
-            machine.wait(self)
+            machine.keep(self)
         elif machine.slept > self._slept:
             self._when += machine.slept - self._slept
             self._slept = machine.slept
@@ -172,7 +172,7 @@ class _Timer(asyncio.TimerHandle):
 
 
 class MachinesLoop(VirtualLoop):
-    """A virtual loop for several machines. `now` is the same for all, `time()` each one's own."""
+    """A virtual loop for several machines. `now` is common to all, `time()` is per machine."""
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
@@ -185,13 +185,13 @@ class MachinesLoop(VirtualLoop):
 
     def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise RuntimeError("every task waits for what no timer will bring")
+            raise RuntimeError("every task waits for something that no timer brings about")
         self._now += timeout
         return []
 
     @property
     def now(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start of the simulation."""
         return self._now
 
     @now.setter
@@ -199,7 +199,7 @@ class MachinesLoop(VirtualLoop):
         self._now = seconds
 
     def time(self) -> float:
-        """Return the loop's clock as the running machine sees it."""
+        """Return the loop's clock as the current machine sees it."""
         machine = _MACHINE.get()
         return self._now if machine is None else self._now - machine.slept
 
@@ -209,13 +209,13 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
-        """Run it in this step, or once its machine runs."""
+        """Run a callback soon, or once its machine resumes."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         handle = asyncio.Handle(callback, args, self, context)
         if machine is None or not machine.blocked:
             self._ready.append(handle)
         else:
-            machine.wait(handle)
+            machine.keep(handle)
         return handle
 
     def call_soon_threadsafe(
@@ -224,7 +224,7 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.Handle:
-        """There are no other threads."""
+        """Run a callback soon; a simulation has one thread."""
         return self.call_soon(callback, *args, context=context)
 
     def call_at(
@@ -234,7 +234,7 @@ class MachinesLoop(VirtualLoop):
         *args: *Ts,
         context: Context | None = None,
     ) -> asyncio.TimerHandle:
-        """Run it at `when` of the machine's `time()`."""
+        """Run a callback when the machine's `time()` is `when`."""
         machine = _MACHINE.get() if context is None else context.get(_MACHINE)
         when += 0.0 if machine is None else machine.slept
         when = max(when, self._now + INSTANT_SECONDS)
@@ -243,18 +243,18 @@ class MachinesLoop(VirtualLoop):
         return timer
 
     def push(self, timer: asyncio.TimerHandle) -> None:
-        """Set a timer, for the first time or again."""
+        """Start or restart a timer."""
         heapq.heappush(self._scheduled, timer)
         scheduled: Any = timer
         scheduled._scheduled = True
 
     def run_soon(self, handle: asyncio.Handle) -> None:
-        """Run a callback that has waited."""
+        """Run a callback that its machine has kept."""
         if not handle.cancelled():
             self._ready.append(handle)
 
 
 def run_machines(main: Callable[[], Any]) -> Any:
-    """Run `main()` on such a loop, and cancel what is left at its end."""
+    """Run `main()` on a `MachinesLoop`, and cancel the tasks that are left at its end."""
     with asyncio.Runner(loop_factory=MachinesLoop) as runner:
         return runner.run(main())

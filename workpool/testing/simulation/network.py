@@ -1,4 +1,4 @@
-"""The network of a simulation: every pool's calls, what befalls them, and a note of each."""
+"""The network of a simulation: it carries each pool's calls, injects faults, records the calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import Poll
 from workpool.server.dialects import QODER
-from workpool.testing.local import LocalClient, Trouble, answer_to
+from workpool.testing.local import CallFault, LocalClient, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import calls
@@ -40,19 +40,20 @@ FADING: Final = frozenset({"heartbeat", "update", "stop"})
 OUTLASTING_SHARE: Final = 0.5
 SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
-"""How long a poll waits here, whatever `block_ms`: waiting costs the simulation, not the pool."""
-DENIAL: Final = Trouble(
+"""How long a poll waits, whatever `block_ms` says: a shorter wait makes the simulation slower."""
+DENIAL: Final = CallFault(
     there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
 )
-SILENCE: Final = Trouble(there=LATENCY_SECONDS, applied=False, answer="silence")
+SILENCE: Final = CallFault(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
 class Network:
-    """Between the pools and the control plane of one simulation.
+    """The network between the pools and the control plane of one simulation.
 
     Attributes:
-        healed: Nothing befalls any call any more.
-        over: The simulation has ended; what is still sent goes nowhere.
+        healed: No more faults are injected.
+        over: The simulation has ended; no call arrives.
+        serving: Tasks of the control plane that answer polls.
     """
 
     def __init__(
@@ -64,23 +65,23 @@ class Network:
         self.over = False
         self.serving: set[asyncio.Task[None]] = set()
         self._random = random
-        self._share = schedule.troubles
-        self._kinds = schedule.kinds
+        self._share = schedule.fault_share
+        self._kinds = schedule.fault_kinds
 
-    def befalls(self, node: Node, op: str, work_id: str | None) -> Trouble:
-        """Decide what happens to a call."""
+    def fault_of(self, node: Node, op: str, work_id: str | None) -> CallFault:
+        """Return the fault of a call, or the node's latency if it has none."""
         if self.over:
             return SILENCE
-        trouble = None if self.healed else self._draw(node, op)
-        if trouble is None:
-            return node.calm
-        self.trace.troubles += 1
-        if trouble.wait and work_id is not None:
+        fault = None if self.healed else self._draw(node, op)
+        if fault is None:
+            return node.no_fault
+        self.trace.faults += 1
+        if fault.wait and work_id is not None:
             now = _loop().now
-            self.trace.delays.append(Delay(node, work_id, now, now + trouble.wait))
-        return trouble
+            self.trace.delays.append(Delay(node, work_id, now, now + fault.wait))
+        return fault
 
-    def _draw(self, node: Node, op: str) -> Trouble | None:
+    def _draw(self, node: Node, op: str) -> CallFault | None:
         if _within(node.cuts):
             return SILENCE
         if op == "ack" and _within(node.denials):
@@ -88,95 +89,95 @@ class Network:
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
-        trouble = make_trouble(kind, self._random)
-        if kind == "asleep" and op != "poll":  # the machine falls asleep while the call waits
-            self._fall_asleep(node, trouble.wait / 2)
-        elif kind == "drowsy":  # or somewhere in the work that follows the answer
-            trouble = self._doze(node, trouble)
+        fault = make_fault(kind, self._random)
+        if kind == "asleep" and op != "poll":  # the machine halts while the call waits
+            self._halt(node, fault.wait / 2)
+        elif kind == "drowsy":  # it halts in the work that follows the answer
+            fault = self._halt_at_answer(node, fault)
         elif kind == "fading" and op in FADING:  # a slow answer, and then none
             now = _loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
-        return trouble
+        return fault
 
-    def leaves(self, node: Node, op: str, work_id: str | None, trouble: Trouble) -> Sent | None:
-        """Note a call whose bytes are sent now."""
+    def note_sent(self, node: Node, op: str, work_id: str | None, fault: CallFault) -> Sent | None:
+        """Record a call whose bytes are sent now."""
         if self.over:
             return None
-        sent = Sent(_loop().now, node, op, work_id, None if trouble is node.calm else trouble)
+        sent = Sent(_loop().now, node, op, work_id, None if fault is node.no_fault else fault)
         self.trace.sent.append(sent)
         return sent
 
-    def _doze(self, node: Node, trouble: Trouble) -> Trouble:
-        """Let the machine stand still around the answer; some answers come after that."""
-        seconds, steps = trouble.there + trouble.back, self._random.randint(0, 12)
+    def _halt_at_answer(self, node: Node, fault: CallFault) -> CallFault:
+        """Halt the machine when the answer arrives; some answers then arrive after the halt."""
+        seconds, steps = fault.there + fault.back, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
-            length = self._fall_asleep(node, seconds, steps, "paused")
-            return replace(trouble, back=length + self._random.uniform(0, 3))
-        self._fall_asleep(node, seconds, steps)
-        return trouble
+            length = self._halt(node, seconds, steps, "paused")
+            return replace(fault, back=length + self._random.uniform(0, 3))
+        self._halt(node, seconds, steps)
+        return fault
 
-    def _fall_asleep(
-        self, node: Node, seconds: float, steps: int = 0, how: Halt | None = None
-    ) -> float:
-        """Let the machine stand still after `seconds` and so many callbacks; return how long."""
+    def _halt(self, node: Node, seconds: float, steps: int = 0, how: Halt | None = None) -> float:
+        """Halt the machine after `seconds` and then `steps` callbacks; return for how long."""
         loop, length = _loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
-        def sleep() -> None:
+        def halt() -> None:
             if not self.healed:
                 node.machine.halt_after(steps, kind, length)
 
-        loop.call_at(loop.now + seconds, sleep, context=NETWORK)
+        loop.call_at(loop.now + seconds, halt, context=NETWORK)
         return length
 
 
-def make_trouble(kind: str, random: Random) -> Trouble:
-    """One trouble of a kind of `schedule.TROUBLES`."""
+def make_fault(kind: str, random: Random) -> CallFault:
+    """Return a fault of a kind of `schedule.FAULT_KINDS`."""
     there = LATENCY_SECONDS
     match kind:
         case "drowsy":
-            return Trouble(there=there, back=there)
+            return CallFault(there=there, back=there)
         case "wait" | "asleep":
-            return Trouble(random.uniform(0.05, 9.0), there, there)
+            return CallFault(random.uniform(0.05, 9.0), there, there)
         case "late" | "fading":
-            return Trouble(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
+            return CallFault(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
         case "slow":
             seconds = random.uniform(1, 40)
             first = random.choice((True, False))
             return (
-                Trouble(there=seconds, back=there) if first else Trouble(there=there, back=seconds)
+                CallFault(there=seconds, back=there)
+                if first
+                else CallFault(there=there, back=seconds)
             )
         case _:
             return _wrong_answer(kind, random)
 
 
-def _wrong_answer(kind: str, random: Random) -> Trouble:
-    """No answer, or another one than the control plane's."""
+def _wrong_answer(kind: str, random: Random) -> CallFault:
+    """Return a fault without an answer, or with another one than the control plane's."""
     there = LATENCY_SECONDS
     match kind:
         case "silence":
             return SILENCE
         case "lost":
-            return Trouble(there=there, answer="silence")
+            return CallFault(there=there, answer="silence")
         case "reset" | "reset-applied":
-            return Trouble(there=there, back=there, applied=kind != "reset", answer="reset")
+            return CallFault(there=there, back=there, applied=kind != "reset", answer="reset")
         case "garbage" | "garbage-applied":
-            return Trouble(
+            return CallFault(
                 there=there, back=there, applied=kind != "garbage", answer=b'{"id": "work_'
             )
         case "500":
-            return Trouble(
+            return CallFault(
                 there=there, back=there, applied=random.choice((True, False)), answer=500
             )
         case _:
             after = random.choice((None, 0.5, 5.0, 40.0)) if kind in {"503", "429"} else None
-            return Trouble(
+            return CallFault(
                 there=there, back=there, applied=False, answer=int(kind), retry_after=after
             )
 
 
 class Client(LocalClient):
-    """One pool's client: on its machine, through the network."""
+    """The client of one pool, whose calls pass the simulated network."""
 
     def __init__(self, network: Network, node: Node, settings: Settings) -> None:
         super().__init__(network.operations, settings)
@@ -188,7 +189,7 @@ class Client(LocalClient):
             self.rate_limits.write = RateLimiter("write", rate, _loop().time)
 
     async def __aenter__(self) -> Client:
-        """Open; from now on the pool has a name."""
+        """Open, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
         return self
@@ -200,18 +201,18 @@ class Client(LocalClient):
         *,
         timeout: float | None = None,
     ) -> WorkItem | None:
-        """Protocol §3.1, with more patience; what was sent arrives, whatever becomes of us."""
+        """Poll; a poll that was sent arrives even if its caller is cancelled."""
         del block_ms, timeout
         loop = _loop()
         self._node.polls += 1
-        trouble = self._befalls("poll", None)
-        if trouble.wait:
-            await asyncio.sleep(trouble.wait)
-        self._leaves("poll", None, trouble)
+        fault = self._fault_of("poll", None)
+        if fault.wait:
+            await asyncio.sleep(fault.wait)
+        self._note_sent("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
         poll = Poll(self.worker_id, PATIENCE_MS, reclaim_older_than_ms or 0)
-        travel = partial(self._travel, poll, trouble, answered)
-        loop.call_at(loop.now + trouble.there, travel, context=NETWORK)
+        travel = partial(self._travel, poll, fault, answered)
+        loop.call_at(loop.now + fault.there, travel, context=NETWORK)
 
         async def exchange() -> Reply:
             return await answered
@@ -226,31 +227,31 @@ class Client(LocalClient):
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Update metadata and note the patch."""
+        """Update metadata, and record the patch."""
 
         def check() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # the call leaves in this very step
+            self._patch = dict(patch)  # the call is sent in this step
 
         noting = options._replace(check=check)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
-    def _travel(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
-        """The poll has arrived. A task of nobody's: the control plane serves it."""
-        task = _loop().create_task(self._serve(poll, trouble, answered), context=NETWORK)
+    def _travel(self, poll: Poll, fault: CallFault, answered: asyncio.Future[Reply]) -> None:
+        """Serve a poll that arrived, in a task of the control plane."""
+        task = _loop().create_task(self._serve(poll, fault, answered), context=NETWORK)
         self._network.serving.add(task)
         task.add_done_callback(self._network.serving.discard, context=NETWORK)
 
-    async def _serve(self, poll: Poll, trouble: Trouble, answered: asyncio.Future[Reply]) -> None:
+    async def _serve(self, poll: Poll, fault: CallFault, answered: asyncio.Future[Reply]) -> None:
         item = None
-        if trouble.applied:
+        if fault.applied:
             item = await self._operations.long_poll(
                 self._environment_id, poll, lambda: self._gone(answered)
             )
-        reply = answer_to(trouble, lambda: None if item is None else QODER.item(item))
+        reply = answer_to(fault, lambda: None if item is None else QODER.item(item))
         if reply != "silence":
-            await asyncio.sleep(trouble.back)
+            await asyncio.sleep(fault.back)
             if not answered.done():
                 answered.set_result(reply)
 
@@ -258,7 +259,7 @@ class Client(LocalClient):
         return answered.cancelled() or self._node.machine.halted == "crashed"
 
     async def acquire_ack_permit(self) -> None:
-        """Note when it was acquired."""
+        """Acquire a permit, and record when."""
         await super().acquire_ack_permit()
         if self.rate_limits.write.limited:
             self._node.claim_permits.append(_loop().now)
@@ -275,19 +276,19 @@ class Client(LocalClient):
         loop = _loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 
-    def _befalls(self, op: str, work_id: str | None) -> Trouble:
-        super()._befalls(op, work_id)
-        return self._network.befalls(self._node, op, work_id)
+    def _fault_of(self, op: str, work_id: str | None) -> CallFault:
+        super()._fault_of(op, work_id)
+        return self._network.fault_of(self._node, op, work_id)
 
-    def _leaves(self, op: str, work_id: str | None, trouble: Trouble) -> None:
-        self._sent = self._network.leaves(self._node, op, work_id, trouble)
+    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+        self._sent = self._network.note_sent(self._node, op, work_id, fault)
         if op == "update" and self._sent is not None:
             self._sent.patch = self._patch
 
     async def _settle(
         self, call: Call[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        sent = self._sent  # set in this very step
+        sent = self._sent  # set in this step
         answer: str | int | None = None
         try:
             value = await super()._settle(call, exchange, seconds)
@@ -297,7 +298,7 @@ class Client(LocalClient):
         else:
             answer = "ok"
             if sent is not None:
-                sent.told = value
+                sent.value = value
             return value
         finally:
             if sent is not None:
@@ -305,7 +306,7 @@ class Client(LocalClient):
 
 
 def _within(times: list[tuple[float, float]]) -> bool:
-    """Whether it is now between any two of the times."""
+    """Return whether one of the time spans includes now."""
     now = _loop().now
     return any(since <= now < until for since, until in times)
 

@@ -1,4 +1,4 @@
-"""9. The order in which a pool sends, and what it leaves to other workers."""
+"""Invariants 9: the order in which a pool sends, and the items that it leaves to other workers."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 INSTANT_SECONDS: Final = 0.001
 MARGIN_SECONDS: Final = 0.05
 PAUSE_SECONDS: Final = 2.2
-"""A longer pause is noticed."""
+"""A pool notices longer pauses."""
 TRY_PART: Final = 3
-"""One try takes at most this part of what is left of the lease."""
+"""One try takes at most one third of the time that is left of the lease."""
 REPEAT_SECONDS: Final = 10.0
 """A cancellation that is ignored is repeated after this time."""
 DENIED_ACKS: Final = 10
-"""The most acks that are sent while all are refused, beside those that were under way."""
+"""The most acks that are sent while all are refused, not counting those under way."""
 FAILURES: Final = 5
-"""So many quick failures in a row make a handler one that is failing."""
+"""A handler is failing after so many quick failures in a row."""
 PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
-"""Handlers whose completion follows at once."""
+"""Behaviours whose completion follows at once."""
 
 
 def completions_go_first(case: Case) -> Iterator[str]:
     """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
-        if permits and run.play in PROMPT and run.result in {"returned", "raised"}:
+        if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
             yield from _overtaken(case, run, permits)
 
 
@@ -50,10 +50,10 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
     if stop is None or run.node.paused(run.ended, stop.at):
         return
     if run.node.paused_unseen(run.started, stop.at):
-        return  # it may have waited for the heartbeat that verifies the lease
+        return  # the stop may have waited for the heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
     delayed = _delayed(case, run.node, run.work_id, run.ended, stop.at)
-    if delayed or any(call.trouble is not None for call in writes):
+    if delayed or any(call.fault is not None for call in writes):
         return
     for at in permits:
         waited = run.ended + INSTANT_SECONDS < at < stop.at - INSTANT_SECONDS
@@ -62,7 +62,7 @@ def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
 
 
 def acks_do_not_wait(case: Case) -> Iterator[str]:
-    """9b. An item that has a slot is acknowledged at once: the ack's permit came before it."""
+    """9b. An item with a slot is acknowledged at once: its permit was acquired before the poll."""
     for node in case.trace.nodes:
         if not node.claim_permits:
             continue
@@ -76,13 +76,13 @@ def _late_acks(case: Case, node: Node, at: float, event: AckFinished) -> Iterato
     for call in case.sent[node, event.item.id]:
         if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
             late = call.at - began > MARGIN_SECONDS
-            if late and not (call.trouble or _delayed(case, node, call.work_id, began, at)):
+            if late and not (call.fault or _delayed(case, node, call.work_id, began, at)):
                 yield f"{call} was sent; its item had a slot since {began:.3f}"
             return
 
 
 def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: float) -> bool:
-    """Whether the node stood still, or a call for the item waited in vain for a connection."""
+    """Return whether the node was halted, or a call for the item got no connection."""
     return node.paused(since - 1, until) or any(
         each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays
@@ -90,7 +90,7 @@ def _delayed(case: Case, node: Node, work_id: str | None, since: float, until: f
 
 
 def refused_acks_are_backed_off(case: Case) -> Iterator[str]:
-    """9c. A pool whose acks are refused leaves the items to others."""
+    """9c. A pool whose acks are refused sends few of them, and so leaves items to others."""
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
@@ -119,7 +119,7 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
                     resume_at, pause = at + grown, grown
             elif _claimed(event, at, declined) and at < resume_at - INSTANT_SECONDS:
                 name = node.machine.name
-                yield f"{name} claimed an item at {at:.3f}, to wait until {resume_at:.3f}"
+                yield f"{name} claimed an item at {at:.3f}, before {resume_at:.3f}"
 
 
 def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[str], float]:
@@ -145,27 +145,27 @@ def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
 
 
 def cancellations_are_repeated(case: Case) -> Iterator[str]:
-    """9e. A handler that ignores its cancellation once is cancelled again."""
+    """9e. A handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
-        if run.play != "swallow" or run.told_at == FOREVER or run.node.left_behind:
+        if run.behaviour != "swallow" or run.cancelled_at == FOREVER or run.node.abandoned:
             continue
-        stood = run.node.stood(run.told_at, run.ended)
-        if run.ended - run.told_at > REPEAT_SECONDS + MARGIN_SECONDS + stood:
-            yield f"{run.work_id[-6:]} was cancelled at {run.told_at:.3f} and ran on"
+        halted = run.node.halted_seconds(run.cancelled_at, run.ended)
+        if run.ended - run.cancelled_at > REPEAT_SECONDS + MARGIN_SECONDS + halted:
+            yield f"{run.work_id[-6:]} was cancelled at {run.cancelled_at:.3f} and ran on"
 
 
 def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
-    """9f. After a pause that the lease clock does not show, a heartbeat must succeed first."""
+    """9f. After a pause that the lease clock does not show, a heartbeat succeeds first."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
             if until - since < PAUSE_SECONDS:
                 continue
             for call in calls:
                 if call.op in {"stop", "update"} and call.at >= until:
-                    tenure = case.tenure(node, work_id, call.at)
+                    lease = case.lease(node, work_id, call.at)
                     if (
-                        tenure is not None
-                        and tenure.began < until
+                        lease is not None
+                        and lease.began < until
                         and not _verified(calls, until, call)
                     ):
                         yield f"{call} was sent; its machine was paused until {until:.3f}"
@@ -186,29 +186,29 @@ def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            # One of an earlier tenure may be under way still; nobody waits for its answer.
-            again = case.tenure(node, work_id, one.at) is not case.tenure(node, work_id, two.at)
+            # A heartbeat of an earlier lease may be under way; nobody waits for its answer.
+            again = case.lease(node, work_id, one.at) is not case.lease(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 
 def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
-    """9h. A write without an answer is given up early enough to be repeated."""
+    """9h. A write without an answer is given up early enough to be tried again."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
                 continue
-            tenure = case.tenure(node, work_id, call.at)
-            if tenure is None:
+            lease = case.lease(node, work_id, call.at)
+            if lease is None:
                 continue
-            left = (tenure.promised(call.at) - call.at) / TRY_PART
+            left = (lease.end_at(call.at) - call.at) / TRY_PART
             most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
-            if call.answered_at - call.at > most + node.stood(call.at, call.answered_at):
+            if call.answered_at - call.at > most + node.halted_seconds(call.at, call.answered_at):
                 yield f"{call} was given up at {call.answered_at:.3f} only"
 
 
 def sessions_share_no_context(case: Case) -> Iterator[str]:
-    """9i. What a handler writes to a context variable, no other session sees."""
+    """9i. No session sees a context variable that another session's handler has set."""
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"

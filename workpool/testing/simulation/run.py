@@ -1,4 +1,4 @@
-"""Running simulations: one, or as many as a seed, a number and a time allow, on all cores."""
+"""Runs simulations: one schedule, or many on all cores."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from prometheus_client import CollectorRegistry
 from workpool.metrics import observer
 from workpool.plugins import asking, loading
 from workpool.pool import telemetry
+from workpool.testing.simulation.handlers import simulated
 from workpool.testing.simulation.invariants import INVARIANTS, judge
 from workpool.testing.simulation.machine import run_machines
 from workpool.testing.simulation.schedule import Schedule, draw
-from workpool.testing.simulation.stage import play
 from workpool.testing.simulation.world import World
 
 if TYPE_CHECKING:
@@ -30,57 +30,57 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 50
 COLLECT_EVERY: Final = 8
-"""A simulation is full of cycles that end with it: looking for garbage meanwhile finds none."""
+"""Garbage is collected after so many simulations: during one, a collection finds nothing."""
 
 
 class Report(NamedTuple):
-    """What came of some simulations.
+    """The result of some simulations.
 
     Attributes:
-        troubles: Calls that something befell.
-        deeds: What else was done: work, crashes, cuts, stops …
-        judged: Invariants that were checked.
-        failures: The words of what was broken, by the seed of the schedule.
+        faults: Number of calls with a fault.
+        actions: Number of actions: work, crashes, cuts, stops …
+        checked: Number of invariants checked.
+        failures: Seed and violations of each schedule that violated an invariant.
     """
 
     schedules: int = 0
-    troubles: int = 0
-    deeds: int = 0
-    judged: int = 0
+    faults: int = 0
+    actions: int = 0
+    checked: int = 0
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     def plus(self, other: Report) -> Report:
-        """Both together."""
+        """Return the sum of two reports."""
         return Report(
             self.schedules + other.schedules,
-            self.troubles + other.troubles,
-            self.deeds + other.deeds,
-            self.judged + other.judged,
+            self.faults + other.faults,
+            self.actions + other.actions,
+            self.checked + other.checked,
             self.failures + other.failures,
         )
 
     def __str__(self) -> str:
-        """Say it in one line, and in one more per failure."""
+        """Return one line with the numbers, then lines for each failure."""
         lines = [
-            f"{self.schedules} schedules, {self.troubles} faults, {self.deeds} deeds, "
-            f"{self.judged} invariants checked, {len(self.failures)} broken"
+            f"{self.schedules} schedules, {self.faults} faults, {self.actions} actions, "
+            f"{self.checked} invariants checked, {len(self.failures)} broken"
         ]
-        for seed, words in self.failures:
-            lines += [f"seed {seed}: {each}" for each in words[:3]]
+        for seed, violations in self.failures:
+            lines += [f"seed {seed}: {each}" for each in violations[:3]]
             lines.append(f"  replay: python -m workpool.testing.simulation --replay {seed}")
         return "\n".join(lines)
 
 
 def schedule_of(seed: int) -> Schedule:
-    """Draw the schedule of a seed."""
+    """Return the schedule of a seed."""
     return draw(random.Random(seed), seed)
 
 
 def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
-    """Carry a schedule out; returns what happened, and what breaks the promise."""
+    """Run a schedule, and return what happened and the violations of the invariants."""
 
     async def main() -> tuple[Case, list[str]]:
-        return await World(schedule, _registry()).live(judge)
+        return await World(schedule, _registry()).run(judge)
 
     state, disabled = random.getstate(), logging.root.manager.disable
     random.seed(schedule.seed)
@@ -95,7 +95,7 @@ def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
 
 
 def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
-    """Simulate every seed's schedule, here, as long as `time.monotonic()` is before `until`."""
+    """Simulate the seeds in this process, as long as `time.monotonic()` is before `until`."""
     report = Report()
     gc.collect()
     gc.freeze()
@@ -104,10 +104,10 @@ def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
         for number, seed in enumerate(seeds):
             if time.monotonic() >= until:
                 break
-            case, words = simulate(schedule_of(seed))
-            failures = ((seed, tuple(words)),) if words else ()
+            case, violations = simulate(schedule_of(seed))
+            failures = ((seed, tuple(violations)),) if violations else ()
             trace = case.trace
-            report = report.plus(Report(1, trace.troubles, trace.deeds, len(INVARIANTS), failures))
+            report = report.plus(Report(1, trace.faults, trace.actions, len(INVARIANTS), failures))
             if number % COLLECT_EVERY == 0:
                 gc.collect()
     finally:
@@ -117,7 +117,7 @@ def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
 
 
 def simulate_many(seed: int, schedules: int, processes: int) -> Report:
-    """Simulate `schedules` from `seed` on, in several processes."""
+    """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes."""
     chunks = [
         range(first, min(first + CHUNK, seed + schedules))
         for first in range(seed, seed + schedules, CHUNK)
@@ -133,7 +133,7 @@ def _registry() -> CollectorRegistry:
 
 @functools.cache
 def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    plugins = loading.load((play,), {})
+    plugins = loading.load((simulated,), {})
     return plugins, asking._in_order(plugins)
 
 
@@ -154,7 +154,7 @@ def _series_of(metric: Any, *rest: Any) -> observer._Series:
 
 @contextmanager
 def _shortcuts() -> Iterator[None]:
-    """Do once what every pool would do again with the same result: nine tenths of its start."""
+    """Cache what each pool's start would compute again: nine tenths of the cost of a start."""
     plugins, hooks = _loaded()
     replaced = [
         (asking, "load", lambda *_: plugins),

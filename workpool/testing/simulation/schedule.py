@@ -1,4 +1,4 @@
-"""A schedule: all that happens in one simulation, as plain values drawn from one seed."""
+"""A schedule: the pools, actions and faults of one simulation, as values drawn from one seed."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import TYPE_CHECKING, Final, Literal
 if TYPE_CHECKING:
     from random import Random
 
-DeedKind = Literal[
+ActionKind = Literal[
     "work", "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire",
     "pause", "deny",
 ]  # fmt: skip
-DEEDS: Final[tuple[DeedKind, ...]] = (
+ACTION_KINDS: Final[tuple[ActionKind, ...]] = (
     "crash", "restart", "cut", "cut", "cut", "stop", "force", "drain", "drain", "sleep", "freeze",
     "freeze", "expire", "pause", "deny",
 )  # fmt: skip
-PLAYS: Final = (
-    "work", "work", "work", "raise", "release", "heedless", "stubborn", "tidy", "write", "odd",
+BEHAVIOURS: Final = (
+    "work", "work", "work", "raise", "release", "work", "stubborn", "tidy", "write", "odd",
     "eager", "detach", "detach", "swallow", "brink",
 )  # fmt: skip
-TROUBLES: Final = (
+FAULT_KINDS: Final = (
     "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",
     "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
     "wait", "asleep", "asleep", "drowsy", "drowsy",
 )  # fmt: skip
-HORIZON_SECONDS: Final = 150.0
-"""Until then things happen; after that everything heals."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
+"""The share of actions that happen within so many seconds of new work."""
 PAUSE_SECONDS: Final = 2.5
-"""The shortest pause of a virtual machine: shorter ones are not noticed."""
+"""The shortest pause of a virtual machine: pools do not notice shorter ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """One pool's settings, and how fast its lease clock runs.
+    """One pool's settings, and the speed of its lease clock.
 
     Attributes:
+        rate: Seconds of its lease clock per second.
         write_rate: Writes per second that its own rate limit allows; 0 = unlimited.
     """
 
@@ -56,21 +56,22 @@ class Pool:
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
-    """Something that happens at a moment.
+class Action:
+    """Something that happens at a given time.
 
     Attributes:
-        target: Which pool or item, counted round.
-        seconds: How long it lasts: a cut, a sleep, a drain's timeout, a handler's work.
-        play: What the handler of a new item does.
-        count: How many items; negative: one more for the session of the one before.
+        at: Seconds after the start of the simulation.
+        target: Index of the pool or item, modulo their number.
+        seconds: Duration of a cut, a sleep or a handler's work, or the timeout of a drain.
+        behaviour: What the handler of a new item does.
+        count: Number of new items. Negative: one item for the session of the item before.
     """
 
     at: float
-    kind: DeedKind
+    kind: ActionKind
     target: int = 0
     seconds: float = 0.0
-    play: str = "work"
+    behaviour: str = "work"
     count: int = 1
 
 
@@ -79,16 +80,16 @@ class Schedule:
     """One simulation.
 
     Attributes:
-        seed: Of everything that is left to chance: delays, jitter, which call is troubled.
-        troubles: The share of calls that something befalls.
-        kinds: What befalls them.
+        seed: Seed of all random choices of the simulation: delays, jitter, faulty calls.
+        fault_share: The share of calls that get a fault.
+        fault_kinds: The kinds of these faults.
     """
 
     seed: int
     pools: tuple[Pool, ...]
-    deeds: tuple[Deed, ...]
-    troubles: float = 0.0
-    kinds: tuple[str, ...] = TROUBLES
+    actions: tuple[Action, ...]
+    fault_share: float = 0.0
+    fault_kinds: tuple[str, ...] = FAULT_KINDS
 
 
 def draw(random: Random, seed: int) -> Schedule:
@@ -97,22 +98,22 @@ def draw(random: Random, seed: int) -> Schedule:
     work = [_work(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
         work.append(_burst(random))
-    deeds = [_deed(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
-    deeds = [_close_to(random.choice(work), deed, random) for deed in deeds]
-    kinds = (*random.choice(((), ("late",))), *random.sample(TROUBLES, random.randint(1, 4)))
+    actions = [_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
+    actions = [_close_to(random.choice(work), action, random) for action in actions]
+    kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
-    return Schedule(seed, pools, tuple(sorted([*work, *deeds], key=_at)), share, kinds)
+    return Schedule(seed, pools, tuple(sorted([*work, *actions], key=_at)), share, kinds)
 
 
-def _close_to(work: Deed, deed: Deed, random: Random) -> Deed:
-    """Move some deeds into the milliseconds in which an item is claimed or completed."""
+def _close_to(work: Action, action: Action, random: Random) -> Action:
+    """Move some actions to the milliseconds in which an item is claimed or completed."""
     if random.random() < CLOSE_SHARE:
-        return replace(deed, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
-    return deed
+        return replace(action, at=round(work.at + random.uniform(0, CLOSE_SECONDS), 4))
+    return action
 
 
-def _at(deed: Deed) -> float:
-    return deed.at
+def _at(action: Action) -> float:
+    return action.at
 
 
 def _pool(random: Random) -> Pool:
@@ -131,26 +132,28 @@ def _pool(random: Random) -> Pool:
     )
 
 
-def _work(random: Random) -> Deed:
-    return Deed(
+def _work(random: Random) -> Action:
+    return Action(
         at=_moment(random, 60),
         kind="work",
         target=random.randrange(4),
         seconds=random.choice((0.005, 3.0, 9.0, 20.0, 30.0, 45.0)) * random.uniform(0.8, 1.2),
-        play=random.choice(PLAYS),
+        behaviour=random.choice(BEHAVIOURS),
         count=random.choice((1, 1, 1, 2, 3, -1)),
     )
 
 
-def _burst(random: Random) -> Deed:
-    play = random.choice(("raise", "work"))
-    return Deed(_moment(random, 30), "work", seconds=0.005, play=play, count=random.randint(6, 9))
+def _burst(random: Random) -> Action:
+    behaviour = random.choice(("raise", "work"))
+    return Action(
+        _moment(random, 30), "work", seconds=0.005, behaviour=behaviour, count=random.randint(6, 9)
+    )
 
 
-def _deed(random: Random) -> Deed:
-    kind = random.choice(DEEDS)
+def _action(random: Random) -> Action:
+    kind = random.choice(ACTION_KINDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
-    return Deed(_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
+    return Action(_moment(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 
 def _moment(random: Random, until: float) -> float:

@@ -1,4 +1,4 @@
-"""One simulation: the machines, their pools, and the schedule that is carried out on them."""
+"""One simulation: the machines, their pools, and the execution of a schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
 from workpool.server.clock import SECOND
 from workpool.settings import Settings
-from workpool.testing.local import Trouble
+from workpool.testing.local import CallFault
 from workpool.testing.simulation.case import START, Case
-from workpool.testing.simulation.counted import totals
+from workpool.testing.simulation.handlers import BEHAVIOUR, SECONDS, SimulatedHandlers, simulated
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
+from workpool.testing.simulation.metric_totals import totals
 from workpool.testing.simulation.network import Client, Network
-from workpool.testing.simulation.schedule import PAUSE_SECONDS, Deed, Pool, Schedule
-from workpool.testing.simulation.stage import PLAY, SECONDS, Stage, play
+from workpool.testing.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
 from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.testing.virtual import VirtualLoop
 
@@ -39,23 +39,25 @@ if TYPE_CHECKING:
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
 TICK_SECONDS: Final = 5.0
 REST_SECONDS: Final = 25.0
-"""From the last deed until everything heals."""
-LEAVE_SECONDS: Final = 200.0
-ENCORE_SECONDS: Final = 900
-"""By then a fresh pool must have drained the queue."""
+"""Time from the last action until all faults end."""
+DRAIN_WAIT_SECONDS: Final = 200.0
+"""The longest wait for all pools to drain."""
+RECOVERY_SECONDS: Final = 900
+"""Within this time a fresh pool must have stopped all items."""
 HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
     "sleep": ("asleep", 0.0),
     "freeze": ("stopped", 0.0),
     "pause": ("paused", PAUSE_SECONDS),
 }
-"""What a deed does to a machine, and for how long at least."""
+"""How each action halts a machine, and the shortest duration in seconds."""
 LATENCY_PART, LATENCIES = 0.1, 7
+"""By which part of the latency two successive nodes differ, and the number of latencies."""
 
 Ts = TypeVarTuple("Ts")
 
 
 class LoopRenewer(LeaseRenewer):
-    """A lease renewer on the handlers' loop: a machine has one."""
+    """A lease renewer on the handlers' loop, without a thread of its own."""
 
     tick_seconds = TICK_SECONDS
 
@@ -64,13 +66,13 @@ class LoopRenewer(LeaseRenewer):
         return self._loop.create_task(self._main(), name="lease-renewer")
 
     def _join_thread(self) -> None:
-        """There is no thread."""
+        """Do nothing: there is no thread."""
 
 
 class LoopSupervisor(Supervisor):
-    """A supervisor that needs no thread: its lease renewer and its lease clock are the loop's.
+    """A supervisor without a renewer thread, for one pool in virtual time.
 
-    For tests of one pool in virtual time; `Simulated` is for several machines.
+    Its lease renewer runs on the handlers' loop, and its lease clock is that loop's.
     """
 
     _renewer = LoopRenewer
@@ -82,30 +84,30 @@ class LoopSupervisor(Supervisor):
         await super()._live()
 
 
-class Simulated(LoopSupervisor):
-    """A supervisor on a machine; nothing else is different."""
+class MachineSupervisor(LoopSupervisor):
+    """A supervisor on a simulated machine, which records its events."""
 
     node: Node
 
     async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
         context = await super()._open_renewer(stack)
-        told = context.observe
+        original = context.observe
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
 
         def observe(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
             self.node.events.append((loop.now, event_type(*values)))
-            told(event_type, *values)
+            original(event_type, *values)
 
         return replace(context, observe=observe)
 
 
-class SimulatedHold(Simulated, Hold):
-    """A child on a machine, as `workpool hold` runs it."""
+class MachineHold(MachineSupervisor, Hold):
+    """A child process on a simulated machine, as `workpool hold` runs it."""
 
 
 def settings_of(pool: Pool) -> Settings:
-    """Make the pool's settings. All have one configured `worker_id`, as after a restart."""
+    """Return the pool's settings. All pools have the same `worker_id`, as after a restart."""
     return _usual_settings().model_copy(
         update={
             "concurrency": pool.concurrency,
@@ -133,7 +135,7 @@ def _usual_settings() -> Settings:
 
 
 class World:
-    """Carries one schedule out; made and used inside `run_machines`."""
+    """Runs one schedule; created and used inside `run_machines`."""
 
     def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
         loop = asyncio.get_running_loop()
@@ -146,50 +148,50 @@ class World:
         )
         self.items: list[str] = []
         self._registry = registry
-        chance = random.Random(schedule.seed)
-        self._network = Network(schedule, chance, self.operations, self.trace)
-        self._supervisors: dict[Node, Simulated] = {}
+        generator = random.Random(schedule.seed)
+        self._network = Network(schedule, generator, self.operations, self.trace)
+        self._supervisors: dict[Node, MachineSupervisor] = {}
         self._tasks: dict[asyncio.Task[None], Node] = {}
-        self._stages: list[Stage] = []
+        self._handlers: list[SimulatedHandlers] = []
 
-    async def live(self, judge: Callable[[Case], list[str]]) -> tuple[Case, list[str]]:
-        """Carry the schedule out, heal everything, let a fresh pool finish the work."""
+    async def run(self, judge: Callable[[Case], list[str]]) -> tuple[Case, list[str]]:
+        """Run the schedule, end all faults, let a fresh pool finish the work, and judge."""
         before = totals(self._registry)
         async with asyncio.TaskGroup() as self._group:
             try:
-                await self._act()
+                await self._run_schedule()
                 counted = totals(self._registry)
                 counted.subtract(before)
                 history = [
                     each._replace(time=each.time - START) for each in self.operations.history
                 ]
                 case = Case(history, self.trace, counted)
-                verdict = judge(case)
+                violations = judge(case)
             finally:
-                self._bury()
-        return case, verdict
+                self._discard()
+        return case, violations
 
-    async def _act(self) -> None:
+    async def _run_schedule(self) -> None:
         for pool in self.schedule.pools:
             self._start(pool)
-        for deed in self.schedule.deeds:
-            await asyncio.sleep(deed.at - self.loop.now)
-            self._do(deed)
+        for action in self.schedule.actions:
+            await asyncio.sleep(action.at - self.loop.now)
+            self._do(action)
         await asyncio.sleep(REST_SECONDS)
         self._heal()
-        await self._leave()
+        await self._drain_all()
         self._start(Pool(concurrency=4, lease_ttl=30, drain_timeout=60), healed=True)
-        await self._encore()
-        await self._leave()
+        await self._wait_until_stopped()
+        await self._drain_all()
 
     def _start(self, pool: Pool, *, healed: bool = False) -> None:
         node = self._node(pool)
-        node.machine.stage.healed = healed
-        supervisor = Simulated(settings_of(pool), **self._surroundings(node))
-        self._spawn(node, self._life(node, supervisor))
+        node.machine.handlers.healed = healed
+        supervisor = MachineSupervisor(settings_of(pool), **self._surroundings(node))
+        self._spawn(node, self._run_pool(node, supervisor))
 
     def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
-        """It starts wherever that is, whatever befalls its parent until then."""
+        """Start a child process after `delay`, even if its parent's machine halts before."""
         begin = partial(self._begin_child, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
@@ -198,32 +200,34 @@ class World:
             return
         node = self._node(replace(parent.pool, session_timeout=None, lease_ttl=lease.ttl))
         node.child = True
-        child = SimulatedHold(
+        child = MachineHold(
             settings_of(node.pool), lease.work_id, lease.last_heartbeat, **self._surroundings(node)
         )
-        self._spawn(node, self._life(node, child))
+        self._spawn(node, self._run_pool(node, child))
 
     def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
-        # Not the same for all: two pools in step could take an item from each other for ever.
+        # Not the same for all: two pools in step could take an item from each other without end.
         latency = LATENCY_SECONDS * (1 + LATENCY_PART * (len(self.trace.nodes) % LATENCIES))
-        node.calm = Trouble(there=latency, back=latency)
+        node.no_fault = CallFault(there=latency, back=latency)
         self.trace.nodes.append(node)
-        machine.stage = Stage(self.trace, node, lambda: self.loop.now, self._start_child)
-        self._stages.append(machine.stage)
+        machine.handlers = SimulatedHandlers(
+            self.trace, node, lambda: self.loop.now, self._start_child
+        )
+        self._handlers.append(machine.handlers)
         return node
 
     def _surroundings(self, node: Node) -> dict[str, Any]:
         connect = partial(Client, self._network, node)
-        return {"plugins": [play], "registry": self._registry, "connect": connect}
+        return {"plugins": [simulated], "registry": self._registry, "connect": connect}
 
     def _spawn(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
         context = node.machine.context()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node
 
-    async def _life(self, node: Node, supervisor: Simulated) -> None:
+    async def _run_pool(self, node: Node, supervisor: MachineSupervisor) -> None:
         supervisor.node = node
         supervisor._clock, supervisor._wall = node.machine.clock, node.machine.wall
         self._supervisors[node] = supervisor
@@ -235,52 +239,52 @@ class World:
         finally:
             if node.crashed == FOREVER:
                 node.closed = self.loop.now
-                node.left_behind = supervisor.left_behind
+                node.abandoned = supervisor.left_behind
 
     async def _drain(self, node: Node, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
         if node.crashed == FOREVER:
             node.drained = self.loop.now
 
-    # Deeds.
+    # Actions.
 
     def _living(self) -> list[Node]:
         return [
             node for node in self.trace.nodes if node.crashed == FOREVER and node.closed == FOREVER
         ]
 
-    def _do(self, deed: Deed) -> None:
-        self.trace.deeds += 1
-        match deed.kind:
+    def _do(self, action: Action) -> None:
+        self.trace.actions += 1
+        match action.kind:
             case "work":
-                self._enqueue(deed)
+                self._enqueue(action)
             case "stop" | "force" | "expire":
                 if self.items:
-                    self._interfere(deed, self.items[deed.target % len(self.items)])
+                    self._act_on_item(action, self.items[action.target % len(self.items)])
             case _:
                 if living := self._living():
-                    self._strike(deed, living[deed.target % len(living)])
+                    self._act_on_pool(action, living[action.target % len(living)])
 
-    def _enqueue(self, deed: Deed) -> None:
+    def _enqueue(self, action: Action) -> None:
         session_id = None
-        if deed.count < 0 and self.items:
+        if action.count < 0 and self.items:
             session_id = self.operations.get(ENVIRONMENT, self.items[-1]).session_id
         items = self.operations.enqueue(
             ENVIRONMENT,
-            count=abs(deed.count),
-            metadata={PLAY: deed.play, SECONDS: f"{deed.seconds:.3f}"},
+            count=abs(action.count),
+            metadata={BEHAVIOUR: action.behaviour, SECONDS: f"{action.seconds:.3f}"},
             session_id=session_id,
         )
         self.items += [item.id for item in items]
 
-    def _interfere(self, deed: Deed, work_id: str) -> None:
-        """An operator does something to an item."""
-        if deed.kind == "expire":
+    def _act_on_item(self, action: Action, work_id: str) -> None:
+        """Carry out an operator's action on an item."""
+        if action.kind == "expire":
             queue = self.operations.queue(ENVIRONMENT)
             item = queue.get(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # Not in the second of its ack: protocol §4 tells owners apart by whole seconds, which
-            # is safe as no lease lapses so early.
+            # Not in the second of its ack: pools tell owners apart by `acknowledged_at`, which
+            # counts whole seconds, and no lease lapses so early.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
                 queue.put(replace(item, lease_end=min(item.lease_end, now)))
@@ -288,26 +292,26 @@ class World:
                 self.operations.wake()
             return
         with suppress(Refusal):
-            self.operations.stop(ENVIRONMENT, work_id, "operator", force=deed.kind == "force")
+            self.operations.stop(ENVIRONMENT, work_id, "operator", force=action.kind == "force")
 
-    def _strike(self, deed: Deed, node: Node) -> None:
-        """Something befalls a pool."""
+    def _act_on_pool(self, action: Action, node: Node) -> None:
+        """Carry out an action on a pool or its machine."""
         now, machine = self.loop.now, node.machine
-        match deed.kind:
+        match action.kind:
             case "crash" | "restart":
                 self._crash(node)
-                if deed.kind == "restart" and not node.child:
+                if action.kind == "restart" and not node.child:
                     self._start(node.pool)
             case "cut":
-                node.cuts.append((now, now + deed.seconds))
+                node.cuts.append((now, now + action.seconds))
             case "deny":
-                node.denials.append((now, now + deed.seconds))
+                node.denials.append((now, now + action.seconds))
             case "sleep" | "freeze" | "pause":
-                how, least = HALTS[deed.kind]
-                machine.halt(how, max(least, deed.seconds))
+                how, least = HALTS[action.kind]
+                machine.halt(how, max(least, action.seconds))
             case "drain":
-                self._begin_drain(node, deed.seconds)
-                if deed.target % 2 and not node.child:
+                self._begin_drain(node, action.seconds)
+                if action.target % 2 and not node.child:
                     self._start(node.pool)
 
     def _crash(self, node: Node) -> None:
@@ -326,22 +330,22 @@ class World:
 
     def _heal(self) -> None:
         self._network.healed = True
-        for stage in self._stages:
-            stage.healed = True
+        for handlers in self._handlers:
+            handlers.healed = True
         for node in self._living():
             node.cuts = [(since, min(until, self.loop.now)) for since, until in node.cuts]
-            node.machine.go_on()
+            node.machine.resume()
 
-    async def _leave(self) -> None:
-        """All pools drain, each with its own timeout."""
+    async def _drain_all(self) -> None:
+        """Drain all pools, each with its own timeout, and wait for their end."""
         for node in self._living():
             self._begin_drain(node, node.pool.drain_timeout)
         alive = [task for task, node in self._tasks.items() if node.crashed == FOREVER]
         if alive:
-            await asyncio.wait(alive, timeout=LEAVE_SECONDS)
+            await asyncio.wait(alive, timeout=DRAIN_WAIT_SECONDS)
 
-    async def _encore(self) -> None:
-        for _ in range(ENCORE_SECONDS):
+    async def _wait_until_stopped(self) -> None:
+        for _ in range(RECOVERY_SECONDS):
             if self._all_stopped():
                 return
             await asyncio.sleep(1)
@@ -352,9 +356,9 @@ class World:
             self.operations.get(ENVIRONMENT, work_id).state == "stopped" for work_id in self.items
         )
 
-    def _bury(self) -> None:
+    def _discard(self) -> None:
         self._network.over = True
         for node in self.trace.nodes:
-            node.machine.bury()
+            node.machine.discard()
         for task in [*self._tasks, *self._network.serving]:
             task.cancel()

@@ -1,4 +1,4 @@
-"""One simulation told line by line, to find out what led to a failure."""
+"""Prints one simulation line by line, to find the cause of a violation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.schedule import Schedule
 
 
-def tell(schedule: Schedule, case: Case) -> Iterator[str]:
-    """The schedule, then all that happened, in order; polls only where something befell them."""
-    yield f"troubles {schedule.troubles} of {', '.join(schedule.kinds)}"
+def replay(schedule: Schedule, case: Case) -> Iterator[str]:
+    """Yield the schedule, then all events in order; polls only if a fault was injected."""
+    yield f"faults {schedule.fault_share} of {', '.join(schedule.fault_kinds)}"
     yield from (str(pool) for pool in schedule.pools)
-    lines = [*_deeds(schedule), *_history(case), *_calls(case), *_runs(case), *_pools(case)]
+    lines = [*_actions(schedule), *_history(case), *_calls(case), *_runs(case), *_pools(case)]
     for at, line in sorted(lines, key=lambda each: each[0]):
         yield f"{at:10.4f}  {line}"
 
 
-def _deeds(schedule: Schedule) -> Iterator[tuple[float, str]]:
-    for deed in schedule.deeds:
-        yield deed.at, f"DEED     {deed}"
+def _actions(schedule: Schedule) -> Iterator[tuple[float, str]]:
+    for action in schedule.actions:
+        yield action.at, f"ACTION   {action}"
 
 
 def _history(case: Case) -> Iterator[tuple[float, str]]:
@@ -38,32 +38,32 @@ def _history(case: Case) -> Iterator[tuple[float, str]]:
 def _calls(case: Case) -> Iterator[tuple[float, str]]:
     for call in case.trace.sent:
         name = f"pool {call.node.machine.name} {call.op} {str(call.work_id)[-6:]}"
-        if call.op != "poll" or call.trouble is not None:
-            trouble = "" if call.trouble is None else f"  {call.trouble}"
-            yield call.at, f"SENT     {name}{trouble}"
+        if call.op != "poll" or call.fault is not None:
+            fault = "" if call.fault is None else f"  {call.fault}"
+            yield call.at, f"SENT     {name}{fault}"
             if call.answered_at < FOREVER:
                 yield call.answered_at, f"ANSWERED {name} {call.answer}"
 
 
 def _runs(case: Case) -> Iterator[tuple[float, str]]:
     for run in case.trace.runs:
-        name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.play} {run.attempt}"
-        yield run.started, f"RUNS     {name}"
-        for at, what in ((run.told_at, "is told"), (run.ended, f"has {run.result}")):
+        name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.behaviour} {run.attempt}"
+        yield run.started, f"HANDLER  {name} starts"
+        for at, what in ((run.cancelled_at, "is cancelled"), (run.ended, f"ends: {run.result}")):
             if at < FOREVER:
-                yield at, f"RUNS     {name} {what}"
+                yield at, f"HANDLER  {name} {what}"
 
 
 def _pools(case: Case) -> Iterator[tuple[float, str]]:
     for node in case.trace.nodes:
         name = f"pool {node.machine.name}"
-        yield node.born, f"POOL     {name} starts as {node.worker_id}"
+        yield node.started, f"POOL     {name} starts as {node.worker_id}"
         for at, event in node.events:
             if not isinstance(event, PollFinished):
                 what = getattr(event, "outcome", getattr(event, "result", ""))
                 yield at, f"EVENT    {name} {type(event).__name__} {what}"
         for since, until in node.machine.pauses:
-            yield since, f"POOL     {name} stands still until {until:.4f}"
+            yield since, f"POOL     {name} is halted until {until:.4f}"
         for at, what in ((node.crashed, "crashes"), (node.closed, f"has closed {node.error}")):
             if at < FOREVER:
                 yield at, f"POOL     {name} {what}"

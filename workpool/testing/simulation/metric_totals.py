@@ -1,4 +1,4 @@
-"""What the metrics of a shared registry counted between two moments."""
+"""Sums of the metrics in a registry that all pools share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _LABEL: Final = {
     "reclaims_total": "direction",
     "heartbeats_total": "result",
 }
-"""By which label each is summed up."""
+"""The label by which each counter is summed up."""
 
 
 def totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
-    """Read the counters now; the difference of two readings is what was counted between them."""
+    """Return the current value of each counter, by name and label value."""
     found: Counter[tuple[str, ...]] = Counter()
     stores: Any = collectors_of(registry).stores
     for name, label in _LABEL.items():

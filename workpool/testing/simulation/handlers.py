@@ -1,4 +1,4 @@
-"""The handlers of a simulation: what they do is in their item's metadata, when is in the trace."""
+"""The handlers of a simulation, whose behaviour the metadata of their items choose."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool import Release, Session, handler
 from workpool.errors import ControlPlaneError, HandoverError
 from workpool.testing.simulation.machine import this_machine
-from workpool.testing.simulation.trace import Handing, Run
+from workpool.testing.simulation.trace import HandoffBlock, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,35 +18,39 @@ if TYPE_CHECKING:
     from workpool.session import HandedLease
     from workpool.testing.simulation.trace import Node, Trace
 
-PLAY: Final = "play"
+BEHAVIOUR: Final = "behaviour"
+"""Metadata key: a name of `schedule.BEHAVIOURS`."""
 SECONDS: Final = "seconds"
+"""Metadata key: the duration of the work."""
 STUBBORN_SECONDS: Final = 15.0
-"""How long a stubborn handler goes on after its cancellation, at most."""
+"""The longest time for which a stubborn handler ignores cancellations."""
 SWALLOW_SECONDS: Final = 40.0
-"""How long a handler goes on after its first cancellation; it obeys a second one."""
+"""Time for which a handler goes on after its first cancellation; a second one ends it."""
 TIDY_SECONDS: Final = 0.9
-"""How long a clean-up takes: less than the second that every lease leaves for it."""
-ENCORE_SECONDS: Final = 0.05
+"""Duration of a clean-up: less than the second that every lease leaves for it."""
+HEALED_SECONDS: Final = 0.05
+"""The longest duration of work once all faults have ended."""
 WAYS: Final = ("soon", "soon", "late", "fails", "never")
+"""When the child of a handoff starts; `fails`: and the handler raises as well."""
 BLOCK_SECONDS: Final = 0.3
-"""How long it takes to start a child."""
+"""Time that a handler needs to start a child."""
 
 
 _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
-"""Set by every handler, so that one that finds it set runs in another session's context."""
+"""Set by every handler. A handler that finds it set runs in another session's context."""
 
 
 @handler
-async def play(session: Session) -> Any:
-    """Do what the item says, and note when."""
-    return await this_machine().stage.play(session)
+async def simulated(session: Session) -> Any:
+    """Run the item's behaviour on the machine of this pool."""
+    return await this_machine().handlers.run(session)
 
 
-class Stage:
-    """Where the handlers of one pool play.
+class SimulatedHandlers:
+    """The handlers of one pool.
 
     Attributes:
-        healed: Every play is short.
+        healed: All faults have ended; all work is short.
     """
 
     def __init__(
@@ -56,41 +60,41 @@ class Stage:
         now: Callable[[], float],
         start_child: Callable[[Node, HandedLease, float], None],
     ) -> None:
-        """`start_child`: of this node, for the lease, so many seconds from now."""
+        """`start_child(node, lease, delay)` starts a child process for a lease after `delay`."""
         self.healed = False
         self._start_child = start_child
         self._trace = trace
         self._node = node
         self._now = now
 
-    async def play(self, session: Session) -> Any:
-        """Do what the item says, and note when."""
+    async def run(self, session: Session) -> Any:
+        """Run the item's behaviour, and record the run."""
         item = session.item
-        name, seconds = item.metadata[PLAY], float(item.metadata[SECONDS])
+        name, seconds = item.metadata[BEHAVIOUR], float(item.metadata[SECONDS])
         if self.healed:
-            seconds = min(seconds, ENCORE_SECONDS)
+            seconds = min(seconds, HEALED_SECONDS)
         first = not any(run.work_id == item.id for run in self._trace.runs)
         run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
         run.leaked = _SESSION.get() is not None
         _SESSION.set(item.id)
-        if self._node.crashed <= run.started:  # in the very step in which its machine crashed
+        if self._node.crashed <= run.started:  # in the step in which its machine crashed
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
-        if self._node.machine.halted == "crashed":  # at this very moment
+        if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name == "detach")
         act = self._work if alone else getattr(self, f"_{name}", self._work)
-        return await self._noted(act, session, run, seconds, first)
+        return await self._recorded(act, session, run, seconds, first)
 
-    async def _noted(
+    async def _recorded(
         self, act: Any, session: Session, run: Run, seconds: float, first: bool
     ) -> Any:
-        """Do it, and note in its run how it ended."""
+        """Run `act`, and record in `run` how it ended."""
         result = "raised"
         try:
             returned = await act(session, run, seconds, first)
         except asyncio.CancelledError:
-            self._note(run)
+            self._note_cancelled(run)
             result = "cancelled"
             raise
         except Release:
@@ -103,8 +107,8 @@ class Stage:
             if self._node.machine.halted != "crashed" and run.result is None:
                 run.ended, run.result, run.stop_seen = self._now(), result, session.stopping
 
-    def _note(self, run: Run) -> None:
-        run.told_at = min(run.told_at, self._now())
+    def _note_cancelled(self, run: Run) -> None:
+        run.cancelled_at = min(run.cancelled_at, self._now())
 
     async def _work(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         await asyncio.sleep(seconds)
@@ -136,35 +140,35 @@ class Stage:
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:
-            self._note(run)
+            self._note_cancelled(run)
             await asyncio.sleep(TIDY_SECONDS)
             raise
         return None
 
     async def _stubborn(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
         until = self._now() + seconds
-        while self._now() < min(until, run.told_at + STUBBORN_SECONDS):
+        while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
             except asyncio.CancelledError:  # as handlers should not
-                self._note(run)
+                self._note_cancelled(run)
         return {"done": "at last"}
 
     async def _swallow(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
         try:
             await asyncio.sleep(seconds)
         except asyncio.CancelledError:  # as handlers should not
-            self._note(run)
+            self._note_cancelled(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
 
     async def _brink(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
-        """Return at the very moment of the cancellation, as far as that is known before."""
+        """Return at the time of the cancellation, if that is known before."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
         except asyncio.CancelledError:  # as handlers should not
-            self._note(run)
-        return {"done": "just so"}
+            self._note_cancelled(run)
+        return {"done": "in time"}
 
     async def _write(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         until, count = self._now() + seconds, 0
@@ -176,27 +180,28 @@ class Stage:
         return {"count": str(count)}
 
     async def _detach(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
-        """Hand it over: at once, at the last moment, with an error in the block, or to nobody."""
-        lot, way = divmod(round(seconds * 1000), len(WAYS))
+        """Hand the item off: to a child that starts soon, late or never, or with an error."""
+        draw, way = divmod(round(seconds * 1000), len(WAYS))
         try:
             async with session.handover() as lease:
                 bound = lease.ttl - max(1.0, lease.ttl / 10) - lease.ttl / 4
-                late = bound - 1 + lot % 20 / 10
-                delay = {"soon": lot % 20 / 10, "late": late, "fails": lot % 20 / 40}.get(WAYS[way])
+                late = bound - 1 + draw % 20 / 10
+                delays = {"soon": draw % 20 / 10, "late": late, "fails": draw % 20 / 40}
+                delay = delays.get(WAYS[way])
                 await self._hand(session, run, lease, delay, fails=WAYS[way] == "fails")
         except HandoverError:
             again = (run.work_id, run.session_id, "alone", self._now())
             alone = Run(self._node, *again, attempt=run.attempt)
             self._trace.runs.append(alone)
-            return await self._noted(self._work, session, alone, seconds, first)
+            return await self._recorded(self._work, session, alone, seconds, first)
         return {"ignored": "yes"}
 
     async def _hand(
         self, session: Session, run: Run, lease: HandedLease, delay: float | None, *, fails: bool
     ) -> None:
-        """What a handler does inside the block; its own run is over."""
-        handing = Handing(self._node, session.item.id, lease.ttl, self._now())
-        self._trace.handings.append(handing)
+        """Start the child inside the block; the handler's own run ends here."""
+        block = HandoffBlock(self._node, session.item.id, lease.ttl, self._now())
+        self._trace.handoff_blocks.append(block)
         run.ended, run.result = self._now(), "handed"
         if delay is not None:
             self._start_child(self._node, lease, delay)
@@ -205,4 +210,4 @@ class Stage:
             if fails:
                 raise ValueError("on purpose")
         finally:
-            handing.left = self._now()
+            block.left = self._now()

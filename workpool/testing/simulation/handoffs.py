@@ -1,0 +1,60 @@
+"""Invariants 3d to 3f: during a handoff, parent and child never own the item at the same time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from workpool.testing.simulation.case import WRITES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.testing.simulation.case import Case, GrantedLease
+    from workpool.testing.simulation.trace import Node
+
+
+def nothing_is_sent_during_a_handoff(case: Case) -> Iterator[str]:
+    """3d. While a handler starts a child, no heartbeat is under way and nothing is sent."""
+    for block in case.trace.handoff_blocks:
+        until = min(block.left, block.entered + block.ttl / 2)
+        if block.node.paused(block.entered - 1, until):
+            continue
+        for call in case.sent[block.node, block.work_id]:
+            under_way = call.op == "heartbeat" and call.at <= block.entered < call.answered_at
+            if under_way or (call.op in WRITES and block.entered <= call.at < until):
+                yield f"{call} was sent; its handoff began at {block.entered:.3f}"
+
+
+def only_a_child_takes_over(case: Case) -> Iterator[str]:
+    """3e. Only a child takes an item over during a lease, and never from another child."""
+    children = {node.worker_id for node in case.trace.nodes if node.child}
+    for leases in case.leases.values():
+        for one, two in pairwise(leases):
+            allowed = one.worker_id not in children and two.worker_id in children
+            if one.end_kind == "detached" and not allowed:
+                yield f"{one.work_id} was taken over at {one.ended:.3f}"
+
+
+def items_handed_off_are_left_alone(case: Case) -> Iterator[str]:
+    """3f. The parent sends nothing for the item, except one heartbeat to take it back."""
+    for node, lease in case.all_leases():
+        if lease.end_kind == "detached":
+            yield from _sent_after_handoff(case, node, lease)
+
+
+def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator[str]:
+    tries = 0
+    for call in case.sent[node, lease.work_id]:
+        if call.at <= lease.ended or case.lease(node, lease.work_id, call.at) is not lease:
+            continue
+        if call.op in {"stop", "update"}:
+            yield f"{call} was sent for an item that a child owns"
+        tries += call.op == "heartbeat" and call.fault is None
+        tries -= call.op == "get" and call.fault is not None
+    tries -= sum(  # a read that got no connection did not tell the owner
+        delay.node is node and delay.work_id == lease.work_id and delay.since >= lease.ended
+        for delay in case.trace.delays
+    )
+    if tries > 1:
+        yield f"{node.machine.name} tried {tries} times to take {lease.work_id} back"
