@@ -15,7 +15,9 @@ from workpool.pool.item import TRANSITIONS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workpool"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-POOL_MODULES = sorted((PACKAGE / "pool").rglob("*.py"))
+PARTS = ("pool", "wire", "server")
+"""Packages whose modules cite documents of this repository only."""
+PART_MODULES = {part: sorted((PACKAGE / part).rglob("*.py")) for part in PARTS}
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
 
@@ -70,14 +72,24 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
     assert {path: each for path, each in found.items() if each} == {}
 
 
-def test_pool_modules_cite_the_architecture_document() -> None:
-    cited = {heading for path in POOL_MODULES for _, heading in citations(path.read_text())}
-    assert "The path of one item" in cited
+@pytest.mark.parametrize(
+    ("part", "document", "heading"),
+    [
+        ("pool", "architecture", "The path of one item"),
+        ("wire", "protocol", "Dialects"),
+        ("server", "protocol", "States and leases"),
+    ],
+)
+def test_modules_of_a_package_cite_its_document(part: str, document: str, heading: str) -> None:
+    cited = {each for path in PART_MODULES[part] for each in citations(path.read_text())}
+    assert (f"workpool/docs/{document}.md", heading) in cited
     assert len(cited) > 5
 
 
-@pytest.mark.parametrize("path", POOL_MODULES, ids=relative)
-def test_pool_module_cites_nothing_outside_the_repository(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [each for paths in PART_MODULES.values() for each in paths], ids=relative
+)
+def test_module_cites_nothing_outside_the_repository(path: Path) -> None:
     assert strays(path.read_text()) == []
 
 

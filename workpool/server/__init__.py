@@ -4,7 +4,8 @@
         plane.enqueue(count=40)
         ...  # workers at plane.base_url with plane.token
 
-Shares only the protocol's words with the worker (design §7).
+Shares only the protocol's words and constants with the worker.
+See workpool/docs/protocol.md, "Protocol".
 """
 
 from workpool.server.app import DEFAULT_ENVIRONMENT, ControlPlane

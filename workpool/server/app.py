@@ -146,7 +146,7 @@ class ControlPlane:
     ) -> tuple[Item, ...]:
         """Create work items; waiting polls wake at once. Durable after `operations.durable()`.
 
-        `script`: the tool uses of a scripted session (protocol §5); raises `Refusal` for a bad one.
+        `script`: the tool uses of a scripted session; raises `Refusal` for a bad one.
         """
         return self.operations.enqueue(
             environment_id or self.environments[0],

@@ -1,6 +1,7 @@
-"""What a client may send to a session, checked event by event (protocol §5): values or a 400.
+"""What a client may send to a session, checked event by event: values or a 400.
 
 Knows nothing of any session: whether an event fits what was said before, `conversation` decides.
+See workpool/docs/protocol.md, "Events".
 """
 
 from __future__ import annotations

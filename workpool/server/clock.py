@@ -1,6 +1,6 @@
 """Time as the control plane keeps it: whole microseconds since the epoch, UTC.
 
-Integers, so that a lease ends exactly `ttl_seconds` after its heartbeat (protocol §4) and the text
+Integers, so that a lease ends exactly `ttl_seconds` after its heartbeat, and the text
 of a heartbeat names one instant only.
 """
 
@@ -47,12 +47,12 @@ def _second(seconds: int) -> str:
 
 
 def to_seconds_text(instant: int) -> str:
-    """Protocol §1: RFC 3339 with whole seconds."""
+    """Return RFC 3339 with whole seconds."""
     return _second(instant // SECOND) + "Z"
 
 
 def to_heartbeat_text(instant: int) -> str:
-    """Protocol §1: RFC 3339 with microseconds, the form of heartbeat times."""
+    """Return RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
     return f"{_second(seconds)}.{microseconds:06d}Z"
 

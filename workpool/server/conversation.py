@@ -1,8 +1,9 @@
-"""What is said in one session, and what follows from it (protocol §5).
+"""The events of one session, and the events that follow from them.
 
 Pure: no clock, no store, no ids. `append` takes in what was said, `check` refuses what a client may
 not say, and `following` is what the control plane says next. All of the state comes from the
 events, so that a restart has only to read them again.
+See workpool/docs/protocol.md, "Events" and "Scripted sessions".
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Which items wait for an acknowledgement, asked by the age of their delivery (protocol §4).
+"""Which items wait for an acknowledgement, asked by the age of their delivery.
 
 Every poll brings its own `reclaim_older_than_ms`, so "the oldest item delivered at least that long
 ago" is a question about a prefix of the deliveries, answered in O(log n) by a tree of minima over
 the places in order of delivery.
+See workpool/docs/protocol.md, "Delivery".
 """
 
 from __future__ import annotations

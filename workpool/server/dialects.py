@@ -1,4 +1,7 @@
-"""The two dialects of the protocol as the control plane speaks them (protocol §6), as a table."""
+"""The answers of each dialect, as one table.
+
+See workpool/docs/protocol.md, "Dialects".
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Dialect:
         prefix: The path before `/environments`; tells the dialects apart on one port.
         session_prefixes: How session ids may begin here; the first is how we write them.
         session_statuses: How a session's status is written here, where it differs.
-        stop_refused: The rows of protocol §3.4, (force, state), that are answered with 409.
+        stop_refused: The stops, as (force, state), that are answered with 409.
         stop_answers_item: Whether a stop answers the item, or 204 without a body.
         metadata_required: Whether an update without `metadata` is a 400.
         compare_on_stop: Whether a heartbeat on a `stopping` item must expect the last one, and on a
@@ -55,12 +58,12 @@ class Dialect:
         return ""
 
     def session(self, value: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a session's JSON in this dialect (protocol §5)."""
+        """Return a session's JSON in this dialect."""
         status = self.session_statuses.get(value["status"], value["status"])
         return {**value, "id": self.session_id(value["id"]), "status": status}
 
     def item(self, item: Item) -> dict[str, Any]:
-        """Return an item's JSON (protocol §2)."""
+        """Return an item's JSON."""
         return {
             "id": item.id,
             "type": protocol.WORK,

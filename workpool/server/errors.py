@@ -1,7 +1,8 @@
 """What the control plane refuses, and what keeps it from serving at all.
 
-Owns the protocol's error envelope (protocol §1). No message here may carry a token or a request
+Owns the protocol's error envelope. No message here may carry a token or a request
 body.
+See workpool/docs/protocol.md, "Errors".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Refusal(Exception):
         status: The HTTP status.
         message: One sentence for a human.
         param: The field, query parameter or header to blame, None when there is none.
-        details: Protocol §3.3: what a 412 may add.
+        details: The current state of the lease, which a 412 may add.
         kind: The envelope's error type, where the status alone does not say it.
     """
 
@@ -52,7 +53,7 @@ class Refusal(Exception):
         self.kind = kind or ERROR_TYPES.get(status, protocol.INVALID_REQUEST_ERROR)
 
     def envelope(self) -> dict[str, Any]:
-        """The JSON body of protocol §1."""
+        """Return the JSON body."""
         error: dict[str, Any] = {"type": self.kind, "message": self.message}
         if self.param is not None:
             error["param"] = self.param
@@ -62,7 +63,7 @@ class Refusal(Exception):
 
 
 def conflict(message: str) -> Refusal:
-    """A 409 of an endpoint that is not about work items (protocol §1)."""
+    """Return a 409 of an endpoint that is not about work items."""
     return Refusal(409, message, kind=protocol.CONFLICT_ERROR)
 
 

@@ -1,7 +1,8 @@
 """One work item as the control plane keeps it: a frozen value, replaced by every change.
 
-Holds what the wire shows (protocol §2) and what only the server knows: who an item was delivered
+Holds what the wire shows and what only the server knows: who an item was delivered
 to and when, and the lease. Every time is in microseconds since the epoch (`clock`).
+See workpool/docs/protocol.md, "Work item".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Item:
         delivered_at: Since when it waits for an acknowledgement; only ever set while `queued`.
         lease_end: When the lease lapses; only set in `starting`, `active` and `stopping`.
         beaten: Whether the present lease has had a heartbeat. While it has not, `heartbeat_at`
-            is a former holder's, and NO_HEARTBEAT the right expectation (protocol §4).
+            is a former holder's, and the next heartbeat must expect NO_HEARTBEAT.
     """
 
     id: str
@@ -55,7 +56,7 @@ class Item:
 
 
 class Ids:
-    """UUIDv7 digits, strictly ascending, so that id order is creation order (protocol §1).
+    """UUIDv7 digits, strictly ascending, so that id order is creation order.
 
     `last` carries the order over a restart, even when the clock was set back meanwhile.
     """

@@ -1,4 +1,4 @@
-"""When leases end (protocol §4): a heap with one entry per item, however often it beats."""
+"""The ends of leases: a heap with one entry for each item, however many heartbeats it has had."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The calls of protocol §3, §5 and §7 without HTTP: checked, applied, saved, recorded.
+"""The calls of the protocol without HTTP: checked, applied, saved, recorded.
 
 Synchronous but for the waiting of a long poll, on one thread; time comes from an injected clock.
 Lapses are applied before every call, so no observer ever sees a lease that is over. Whoever hands
 a result to the outside awaits `durable` first.
+See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Poll(NamedTuple):
-    """What a poll asks for (protocol §3.1). `block_ms` 0: do not wait."""
+    """The parameters of a poll. `block_ms` 0: do not wait."""
 
     worker_id: str | None = None
     block_ms: int = 0
@@ -139,7 +140,7 @@ class Operations:
         session_id: str | None = None,
         script: object = None,
     ) -> tuple[Item, ...]:
-        """Protocol §7. `session_id`: put the items on a session that exists."""
+        """Create items. `session_id`: the existing session that they belong to."""
         queue = self.queue(environment_id)
         now = self._latest
         known = None if session_id is None else self.sessions.find(session_id)[0]
@@ -163,7 +164,7 @@ class Operations:
         return tuple(items)
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
-        """Protocol §3.1, without waiting."""
+        """Deliver an item, without waiting for one."""
         queue = self.queue(environment_id)
         now = self._latest
         if poll.worker_id is not None:
@@ -179,7 +180,7 @@ class Operations:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Protocol §3.1: wait up to `block_ms` for an item.
+        """Deliver an item, waiting up to `block_ms` for one.
 
         `gone` tells whether the client has left: then nothing is taken, and a wake-up that was
         meant for this poll goes to the next.
@@ -207,14 +208,14 @@ class Operations:
         await queue.waiting.wait(seconds, impatient=poll.reclaim_older_than_ms < poll.block_ms)
 
     def withdraw(self, item: Item) -> None:
-        """Take back a delivery whose client has gone before the answer (protocol §3.1)."""
+        """Take back a delivery whose client has gone before the answer."""
         queue = self.queue(item.environment_id)
         if queue.get(item.id) is item:
             self._apply(queue, rules.withdraw(item), "withdrawn", item.holder)
             queue.waiting.wake(1)
 
     def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
-        """Protocol §3.2."""
+        """Acknowledge an item."""
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
@@ -255,7 +256,7 @@ class Operations:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Protocol §3.4. `refused`: rows of its table that a dialect answers with 409 (§6)."""
+        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         if (force, item.state) in refused:
@@ -272,12 +273,12 @@ class Operations:
         patch: Mapping[str, str | None],
         worker_id: str | None = None,
     ) -> Item:
-        """Protocol §3.5."""
+        """Merge a patch into the metadata."""
         queue = self.queue(environment_id)
         return self._apply(queue, rules.merge(queue.get(work_id), patch), "metadata", worker_id)
 
     def get(self, environment_id: str, work_id: str) -> Item:
-        """Protocol §3.6."""
+        """Return one item."""
         return self.queue(environment_id).get(work_id)
 
     def page(
@@ -288,21 +289,21 @@ class Operations:
         after: str = "",
         before: str | None = None,
     ) -> Page[Item]:
-        """Protocol §3.7: the items next to a place, and whether there are more that way."""
+        """Return the items next to a place, and whether there are more in that direction."""
         items = self.queue(environment_id).page(limit + 1, after=after, before=before)
         return page_of(items, limit, backwards=before is not None)
 
     def stats(self, environment_id: str) -> Stats:
-        """Protocol §3.8."""
+        """Return the statistics of the queue."""
         return self.queue(environment_id).stats(self._latest)
 
     def session(self, session_id: str) -> tuple[Session, Item]:
-        """Protocol §5: a session and its latest work item; 404 unknown."""
+        """Return a session and its latest work item; 404 if it is unknown."""
         session, work_id = self.sessions.find(session_id)
         return session, self.get(session.environment_id, work_id)
 
     def send(self, session_id: str, said: Sequence[Mapping[str, Any]]) -> Sequence[Event]:
-        """Protocol §5: append a client's events."""
+        """Append a client's events."""
         self.session(session_id)
         return self.sessions.send(session_id, said, self._latest)
 
@@ -319,7 +320,7 @@ class Operations:
         return self._latest
 
     def _settle(self, queue: Queue) -> None:
-        """Apply the lapses that are due (protocol §4), each at the instant its lease ended."""
+        """Apply the lapses that are due, each at the instant when its lease ended."""
         for work_id in queue.leases.lapsed(self._tick()):
             held = queue.get(work_id)
             self._apply(queue, rules.lapse(held), "lapsed", held.holder, held.lease_end)

@@ -1,4 +1,7 @@
-"""Pages of a list, cut and told alike for every list (protocol §3.7)."""
+"""The pages of a list: of work items and of events.
+
+See workpool/docs/protocol.md, "List items".
+"""
 
 from __future__ import annotations
 

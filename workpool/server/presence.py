@@ -1,4 +1,4 @@
-"""Whether the client of a request is still there (protocol §3.1).
+"""Whether the client of a request is still there.
 
 The loop learns of a hang-up only when it next asks the kernel, and by then a poll may have been
 woken and have taken an item for nobody. So a poll asks the kernel itself.

@@ -1,4 +1,4 @@
-"""The items of one environment, indexed so that no question scans them (protocol §3).
+"""The items of one environment, indexed so that no query scans all of them.
 
 Owns where an item stands: fresh, delivered, leased or ended. Decides nothing: `rules` does.
 """
@@ -26,7 +26,7 @@ _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
 
 class Stats(NamedTuple):
-    """Protocol §2, queue stats. `oldest_queued_at` in microseconds."""
+    """Statistics of the queue. `oldest_queued_at` in microseconds."""
 
     depth: int
     pending: int
@@ -104,7 +104,7 @@ class Queue:
         return None
 
     def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Item]:
-        """Up to `limit` items next to a place in the order of ids, ascending (protocol §3.7)."""
+        """Up to `limit` items next to a place in the order of ids, ascending."""
         if before is None:
             start = bisect_right(self._ids, after)
             ids = self._ids[start : start + limit]
@@ -120,7 +120,7 @@ class Queue:
         self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
     def stats(self, now: int) -> Stats:
-        """Protocol §3.8."""
+        """Return the statistics of the queue."""
         self._forget(self._recent, now - _WINDOW)
         self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
         ids = (self._first_fresh(), self.deliveries.oldest())

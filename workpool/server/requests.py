@@ -1,7 +1,8 @@
-"""What a request says, checked before anything is done (protocol §3): values or a 400.
+"""The values of a request, checked before anything is done: values or a 400.
 
 Knows nothing of items. Query values are read to the letter: no sign, no space, no other digits
 than ASCII's, no parameter twice.
+See workpool/docs/protocol.md, "Calls".
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _PLACES: Final = {"page": "", "before_id": BEFORE, "after_id": AFTER}
 
 @dataclass(frozen=True, slots=True)
 class Enqueue:
-    """The body of protocol §7."""
+    """The body of a request to create work."""
 
     count: int
     metadata: Mapping[str, str]
@@ -58,7 +59,7 @@ class Enqueue:
 
 
 class Place(NamedTuple):
-    """Where a list begins (protocol §3.7): after an id, or before one."""
+    """Where a list begins: after an id, or before one."""
 
     limit: int
     after: str
@@ -86,7 +87,7 @@ def number(request: web.Request, name: str, default: int) -> int:
 
 
 def poll(request: web.Request, worker_id: str | None) -> Poll:
-    """Protocol §3.1."""
+    """Return the parameters of a poll."""
     block_ms = number(request, "block_ms", 0)
     if one(request, "block_ms") is not None and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX:
         raise Refusal(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
@@ -95,7 +96,7 @@ def poll(request: web.Request, worker_id: str | None) -> Poll:
 
 
 def heartbeat(request: web.Request) -> tuple[str | None, int]:
-    """Protocol §3.3: the expectation, and the TTL before it is clamped."""
+    """Return a heartbeat's expected value, and its TTL before it is clamped."""
     ttl_seconds = number(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
         raise Refusal(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
@@ -110,7 +111,7 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
 
 
 def place(request: web.Request, prefix: str) -> Place:
-    """Protocol §3.7; `prefix`: how the ids of this list begin."""
+    """Return where a list begins; `prefix` is that of the list's ids."""
     limit = number(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise Refusal(400, "limit must be positive", "limit")
@@ -164,7 +165,7 @@ def worker_id(request: web.Request, header: str) -> str | None:
 
 
 async def body(request: web.Request) -> bytes:
-    """Read the whole body, within the limits of size (protocol §1) and time."""
+    """Read the whole body, within the limits of size and time."""
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -193,7 +194,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def force(content: bytes) -> bool:
-    """Protocol §3.4: the body of a stop."""
+    """Return `force` of the body of a stop."""
     value = json_object(content).get("force") if content else None
     if value is not None and not isinstance(value, bool):
         raise Refusal(400, "force must be a boolean", "force")
@@ -201,7 +202,7 @@ def force(content: bytes) -> bool:
 
 
 def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
-    """Protocol §3.5: the body of an update; nothing of a bad patch is applied."""
+    """Return the patch of an update; nothing of a bad patch is applied."""
     fields = json_object(content)
     if "metadata" not in fields and not required:
         return {}
@@ -209,7 +210,7 @@ def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
 
 
 def enqueue(content: bytes) -> Enqueue:
-    """Protocol §7: the body of an enqueue."""
+    """Return the body of a request to create work."""
     fields = json_object(content) if content else {}
     if fields.get("script", ...) is None:
         raise Refusal(400, "script must be a list of tool uses", "script")

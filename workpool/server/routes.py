@@ -1,7 +1,8 @@
-"""HTTP in front of `operations`: the paths of protocol §3 and §7 in one dialect.
+"""The work calls over HTTP, in one dialect.
 
-Every handler goes the same way, which is the order of precedence in protocol §1: token,
+Every handler goes the same way, which is the precedence of errors: token,
 environment, item, the request's own values, the call. An answer leaves once it is durable.
+See workpool/docs/protocol.md, "Calls".
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Routes:
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
-        """Protocol §3.1. A client that has gone takes nothing, whenever it went."""
+        """Answer a poll. A client that has gone takes no item, whenever it went."""
         environment_id = self._environment(request)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
@@ -91,7 +92,7 @@ class Routes:
         return answer(self._dialect.item(item) if delivered else None)
 
     async def stats(self, request: web.Request) -> web.Response:
-        """Protocol §3.8."""
+        """Answer the statistics of the queue."""
         environment_id = self._environment(request)
         await requests.body(request)
         stats = self._operations.stats(environment_id)
@@ -105,7 +106,7 @@ class Routes:
         )
 
     async def list(self, request: web.Request) -> web.Response:
-        """Protocol §3.7."""
+        """Answer a page of the list of items."""
         environment_id = self._environment(request)
         await requests.body(request)
         place = requests.place(request, WORK_PREFIX)
@@ -115,7 +116,7 @@ class Routes:
         return await self._durable(listing(page, self._dialect.item))
 
     async def enqueue(self, request: web.Request) -> web.Response:
-        """Protocol §7."""
+        """Create work."""
         environment_id = self._environment(request)
         wanted = requests.enqueue(await requests.body(request))
         items = self._operations.enqueue(
@@ -128,14 +129,14 @@ class Routes:
         return await self._durable({"data": [self._dialect.item(item) for item in items]})
 
     async def get(self, request: web.Request) -> web.Response:
-        """Protocol §3.6."""
+        """Answer one item."""
         environment_id, work_id = self._item(request)
         await requests.body(request)
         item = self._operations.get(environment_id, work_id)
         return await self._durable(self._dialect.item(item))
 
     async def update(self, request: web.Request) -> web.Response:
-        """Protocol §3.5."""
+        """Update metadata."""
         environment_id, work_id = self._item(request)
         patch = requests.patch(
             await requests.body(request), required=self._dialect.metadata_required
@@ -145,7 +146,7 @@ class Routes:
         return await self._durable(self._dialect.item(item))
 
     async def ack(self, request: web.Request) -> web.Response:
-        """Protocol §3.2."""
+        """Acknowledge an item."""
         environment_id, work_id = self._item(request)
         await requests.body(request)
         item = self._operations.ack(environment_id, work_id, self._worker_id(request))
@@ -170,7 +171,7 @@ class Routes:
         return await self._durable({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
     async def stop(self, request: web.Request) -> web.Response:
-        """Protocol §3.4, and §6 for the sibling's answers."""
+        """Stop an item; the answer is the dialect's."""
         environment_id, work_id = self._item(request)
         force = requests.force(await requests.body(request))
         item = self._operations.stop(
@@ -214,7 +215,7 @@ def check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
 
 
 def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable[Any]]:
-    """Return what turns every refusal into the envelope of protocol §1.
+    """Return the middleware that turns every refusal into an error envelope.
 
     A 409 tells whoever repeats a call that the first one was applied: like that one's answer, it
     leaves once that is `durable`.

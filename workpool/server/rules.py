@@ -1,7 +1,8 @@
-"""The state machine of a work item (protocol §3.2–§3.5, §4) as tables and pure functions.
+"""The state machine of a work item, as tables and pure functions.
 
 Every function takes an item and the instant, and returns the item as it is afterwards: the same
 object when nothing changed. What the protocol forbids raises `Refusal`. No clock, no I/O.
+See workpool/docs/protocol.md, "States and leases" and "Calls".
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from workpool.server.item import Item
 
-# protocol §3.4, its rows in their order: (force, current state) → state
+# The state after a stop, by force and current state.
 STOP: Final[Mapping[tuple[bool, State], State]] = {
     (False, QUEUED): STOPPED,
     (False, STARTING): STOPPING,
@@ -44,22 +45,22 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
     (True, STOPPED): STOPPED,
 }
 
-# protocol §4: what a lapse makes of an item; other states hold no lease
+# The state after a lapse; an item in any other state has no lease.
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
 def deliver(item: Item, worker_id: str | None, now: int) -> Item:
-    """Protocol §3.1: a poll delivers; the item stays `queued`, and no longer anyone's else."""
+    """Deliver an item to a poll: it stays `queued`, and other polls do not receive it."""
     return replace(item, delivered_at=now, holder=worker_id)
 
 
 def withdraw(item: Item) -> Item:
-    """Take back a delivery that reached nobody (protocol §3.1)."""
+    """Take back a delivery that reached nobody."""
     return replace(item, delivered_at=None, holder=None)
 
 
 def ack(item: Item, worker_id: str | None, now: int) -> Item:
-    """Protocol §3.2. A repeated ack changes neither `acknowledged_at` nor the lease."""
+    """Acknowledge an item. A repeated ack changes neither `acknowledged_at` nor the lease."""
     if item.state in {STOPPING, STOPPED}:
         raise Refusal(409, f"the item is {item.state}")
     if item.holder is not None and worker_id is not None and worker_id != item.holder:
@@ -117,14 +118,14 @@ def beat(
 
 
 def last_heartbeat(item: Item) -> str:
-    """What the next heartbeat must expect (protocol §3.3)."""
+    """Return the value that the next heartbeat must expect."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
     return to_heartbeat_text(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """What a heartbeat tells about the lease (protocol §2, and the details of a 412)."""
+    """Return a heartbeat's answer, which is also the current state in a 412."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,
@@ -134,7 +135,7 @@ def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
 
 
 def stop(item: Item, now: int, *, force: bool) -> Item:
-    """Protocol §3.4, by its table."""
+    """Stop an item, as the table `STOP` says."""
     state = STOP[force, item.state]
     if state == item.state:
         return item
@@ -144,13 +145,13 @@ def stop(item: Item, now: int, *, force: bool) -> Item:
 
 
 def lapse(item: Item) -> Item:
-    """Protocol §4: the lease is over at `lease_end`, whenever that is noticed."""
+    """End a lease: it is over at `lease_end`, whenever that is noticed."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)
 
 
 def merge(item: Item, patch: Mapping[str, str | None]) -> Item:
-    """Protocol §3.5: a string upserts a key, None deletes it."""
+    """Merge metadata: a string sets a key, None deletes it."""
     merged = {key: value for key, value in {**item.metadata, **patch}.items() if value is not None}
     return item if merged == item.metadata else replace(item, metadata=merged)

@@ -1,4 +1,7 @@
-"""Scripts of scripted sessions, checked before anything is created (protocol §5)."""
+"""Scripts of scripted sessions, checked before anything is created.
+
+See workpool/docs/protocol.md, "Scripted sessions".
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""HTTP in front of sessions and their events (protocol §5) in one dialect.
+"""The calls on sessions and their events over HTTP, in one dialect.
 
 An event stream holds no queue for its reader, only a place in the session's events: a slow reader
 costs nothing, and one that has stopped reading is cut off.
+See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class SessionRoutes:
         ]
 
     async def session(self, request: web.Request) -> web.Response:
-        """Protocol §5: the session itself."""
+        """Answer the session."""
         session, item = self._session(request)
         await requests.body(request)
         value = self._operations.sessions.answer(session, item)
@@ -83,14 +84,14 @@ class SessionRoutes:
         return await self._durable(listing(page, value_of))
 
     async def send(self, request: web.Request) -> web.Response:
-        """Protocol §5: a client's events; all of them, or none."""
+        """Append a client's events; all of them, or none."""
         session, _ = self._session(request)
         said = client_events(await requests.body(request))
         events = self._operations.send(session.id, said)
         return await self._durable({"data": [value_of(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Protocol §5: events as they come; those after `Last-Event-ID` first."""
+        """Stream events as they come; those after `Last-Event-ID` first."""
         session, _ = self._session(request)
         await requests.body(request)
         said = self._operations.sessions.conversation(session.id)

@@ -1,7 +1,8 @@
-"""The sessions of a control plane (protocol §5): what a work item's `data.id` names.
+"""The sessions of a control plane: a work item's `data.id` is the id of one.
 
 The services own sessions; here one is born with every work item. Owns their events: each change is
 checked, given its id, handed to the store and told to those who follow, all in one step.
+See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class Sessions:
             self._proceed(session.id, now)
 
     def send(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
-        """Append a client's events, all or none (protocol §5)."""
+        """Append a client's events, all or none."""
         self.conversation(session_id).check(said)
         return self._say(session_id, said, now)
 

@@ -1,4 +1,4 @@
-"""Who may call, and on which environments (protocol §1, auth). Holds hashes, never a token."""
+"""The tokens that may call, and their environments. Holds hashes, never a token."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_token(token: str) -> str:
 
 
 def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
-    """Read a token a line, then the environments that it is limited to (design §6, serve).
+    """Read a token a line, then the environments that it is limited to.
 
     Empty lines and lines that begin with `#` are skipped.
 

@@ -1,4 +1,4 @@
-"""Polls that wait for an item, and what wakes them (protocol §3.1).
+"""Polls that wait for an item, and what wakes them.
 
 Nobody looks at the queue again and again: a waiting poll sleeps until an item became claimable,
 or until the instant at which one will be. A wake-up that its poll cannot use is passed on, so that

@@ -1,1 +1,1 @@
-"""The wire: what worker and control plane say to each other (protocol.md), as a client."""
+"""The client side of the protocol between worker and control plane."""

@@ -2,6 +2,7 @@
 
 Pure functions. Nothing here quotes a body, except the message of an error envelope: cut short,
 without control characters, and with our token taken out.
+See workpool/docs/protocol.md, "Errors".
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Answer(NamedTuple):
 
 
 def code_of(status: int) -> str:
-    """The label of a status in metrics.md; "error" for what the protocol does not know, as 302."""
+    """Return the label of a status; "error" for one that the protocol does not know, as 302."""
     return _CODES.get(status, "error")
 
 

@@ -1,4 +1,4 @@
-"""What we send: the JSON bodies of calls (protocol §3.4, §3.5, §5, §7)."""
+"""The JSON bodies of requests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The calls of the protocol as a table: name, method, and how to read a success (protocol §3, §5).
+"""The calls of the protocol as a table: name, method, and the parser of a success.
 
 Reading is all that happens here; a parser raises `ValueError` for what it does not know.
+See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Call(Generic[T]):
 
 
 class Page(NamedTuple):
-    """One answer of the list call (protocol §3.7)."""
+    """One page of the list of items."""
 
     items: list[WorkItem]
     next_page: str | None
@@ -105,7 +106,7 @@ def _page(obj: object) -> Page:
 
 
 def parse_event(obj: object) -> Event:
-    """Read one event (protocol §5)."""
+    """Parse one event."""
     event = _object(obj)
     kind, event_id = event.get("type"), event.get("id")
     # An id is sent back in a URL and in a header: one that is malformed must not get that far.

@@ -1,7 +1,8 @@
-"""The calls of the protocol (protocol §3, §5, §7), one method each, in either dialect.
+"""The client of a work queue: one method for each call of the protocol, in either dialect.
 
 Owns the URLs and the rate limits. Connections, headers and credentials are the transport's; what
 to do about an error is the caller's: no call is ever repeated here but for what transport.py says.
+See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ class WorkClient:
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
         self.worker_id: str | None = worker_id or settings.worker_id
-        """Our identity on the wire (protocol §1), None to tell none; set before opening."""
+        """The name that the worker sends, None for none; set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
         """Our own rate limits."""
         self.on_request: Callable[[str, str, float], None] | None = None
-        """Told of each request's end: call, status label of metrics.md, seconds."""
+        """Told of each request's end: call, status label, seconds."""
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         """Told of each wait for our own rate limit: "read" or "write", seconds."""
         self.on_credential_refresh: Callable[[str], None] | None = None
@@ -113,7 +114,7 @@ class WorkClient:
         *,
         timeout: float | None = None,
     ) -> WorkItem | None:
-        """Ask for the oldest claimable item, waiting up to `block_ms` for one (protocol §3.1).
+        """Ask for the oldest claimable item, waiting up to `block_ms` for one.
 
         A poll only delivers: one that is cancelled, or whose answer is lost, costs an item a
         redelivery and nothing more.
@@ -165,7 +166,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Confirm an item before working on it (protocol §3.2); safe to repeat.
+        """Acknowledge an item before working on it; safe to repeat.
 
         Args:
             work_id: The item.
@@ -190,7 +191,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
-        """Keep an item's lease (protocol §3.3). Never waits for our rate limit.
+        """Extend an item's lease. Never waits for our rate limit.
 
         Args:
             work_id: The item.
@@ -223,7 +224,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
-        """Finish an item, or ask for or confirm its stop (protocol §3.4).
+        """Stop an item: finish it, ask for its stop, or confirm one.
 
         Args:
             work_id: The item.
@@ -233,8 +234,8 @@ class WorkClient:
             options: See the class.
 
         Returns:
-            The item; None when it was not to be read, and from a control plane that does not
-            answer it (protocol §6).
+            The item; None if `read_item` is false, and from a control plane that answers
+            without a body.
         """
         url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
         limiter = self.rate_limits.write
@@ -250,7 +251,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Merge `patch` into an item's metadata; None deletes a key (protocol §3.5).
+        """Merge `patch` into an item's metadata; None deletes a key.
 
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
@@ -266,7 +267,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Read one item (protocol §3.6)."""
+        """Read one item."""
         item = await self._read(calls.GET, self._item_url(work_id), timeout, options)
         return calls.same_item(calls.GET, work_id, item)
 
@@ -278,7 +279,7 @@ class WorkClient:
         before_id: str | None = None,
         timeout: float | None = None,
     ) -> AsyncIterator[WorkItem]:
-        """Iterate over items by ascending id, page by page (protocol §3.7).
+        """Iterate over items in the control plane's order, page by page.
 
         Args:
             limit: Stop after this many; None = all there are.
@@ -307,12 +308,12 @@ class WorkClient:
             start = f"&page={quote(page.next_page, safe='')}"
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
-        """Read how full the queue is (protocol §3.8)."""
+        """Read the statistics of the queue."""
         url = self._work_url("/stats")
         return await self._read(calls.STATS, url, timeout)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
-        """Read a session as the control plane writes it (protocol §5)."""
+        """Read a session; returns the JSON object of the control plane."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
         return await self._read(calls.SESSION, url, timeout)
@@ -320,7 +321,7 @@ class WorkClient:
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
     ) -> SessionEvents:
-        """The events of a session: list, send, stream (protocol §5).
+        """Return the events of a session, to list, send and stream.
 
         Args:
             session_id: The session.
@@ -348,13 +349,13 @@ class WorkClient:
         script: Sequence[Mapping[str, Any]] | None = None,
         timeout: float | None = None,
     ) -> Items:
-        """Create work, on the embedded control plane only (protocol §7). Not safe to repeat.
+        """Create work, on the embedded control plane only. Not safe to repeat.
 
         Args:
             count: How many items, 1 to 1000.
             metadata: Given to each.
             item_type: Their `data.type`; None = "session".
-            script: The tool uses of a scripted session (protocol §5).
+            script: The tool uses of a scripted session.
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
@@ -405,6 +406,6 @@ def _as_claim(options: CallOptions) -> CallOptions:
 
 
 def _check_id(name: str, value: object) -> None:
-    """Ids become parts of URLs: what is not an id must not get that far (protocol §1)."""
+    """Raise `ValueError` unless `value` is an id: ids become parts of URLs."""
     if not isinstance(value, str) or not _is_id(value):
         raise ValueError(f"{name}: not an id")

@@ -1,4 +1,4 @@
-"""Where the token comes from: given, in a file, or in the service's own variable (design §5).
+"""Where the token comes from: given, in a file, or in the service's own variable.
 
 Read anew at every call, so that a rotated token is found. No error quotes what was read.
 """

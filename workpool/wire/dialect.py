@@ -1,6 +1,7 @@
-"""What differs between the two services that speak this protocol (protocol §6), as one table.
+"""The requests of each dialect, as one table.
 
 Only what a request looks like: answers are read alike in both dialects.
+See workpool/docs/protocol.md, "Dialects".
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from workpool.wire import protocol
 
 @dataclass(frozen=True, slots=True)
 class DialectRules:
-    """One column of protocol §6.
+    """The requests of one dialect.
 
     Attributes:
         base_url: The service's own address, used where `base_url` is not set.

@@ -1,7 +1,8 @@
-"""What reading and sending a session's events is made of (protocol §5).
+"""The parts from which a session's events are read and sent.
 
 The calls that a client offers for it, whatever carries them; the pages of a history; and who says
 whether the session is still ours to read and to write.
+See workpool/docs/protocol.md, "Events".
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A session's events as one sequence: the history, then what comes, each once (protocol §5).
+"""A session's events as one sequence: the history, then what comes, each once.
 
 Every connection goes the same way: the stream is opened first, then the history read, then both are
 reconciled by their ids, so that nothing falls between the two. What breaks is begun again. Each
 await may be cancelled without losing an event: the next one goes on where this one was.
+See workpool/docs/protocol.md, "Event stream".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The calls on one session's events over HTTP (protocol §5): URLs, and a response that goes on."""
+"""The calls on one session's events over HTTP: their URLs, and the response that is a stream."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What the control plane tells us, parsed once at the edge (protocol §2).
+"""The objects of the protocol, parsed once at the edge.
 
 Parsing is strict in what decides (ids, states, leases) and lenient in what only informs: a time
 that cannot be read is None, metadata that is not text is left out, unknown fields are ignored. Of a
-per-item `secret` (protocol §6) only the bearer for the session's calls is kept, where no repr shows
+per-item `secret` only the bearer for the session's calls is kept, where no repr shows
 it. A malformed object raises `ValueError` that names the field; its content is never quoted.
+See workpool/docs/protocol.md, "Objects".
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class WorkItem:
     `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
     session must have: it is empty for an item of another type that came without one.
     `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next beat
-    must expect, to the letter (protocol §3.3). `sessions_token`, where there is one, is the bearer
+    must expect, to the letter. `sessions_token`, where there is one, is the bearer
     for the calls on this item's session, and on no other.
     `traceparent` is the W3C trace context that came in the headers of the poll's answer.
     """
@@ -84,7 +85,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Protocol §2, queue stats."""
+    """Statistics of the queue: counts of items, and of the workers that poll."""
 
     depth: int
     pending: int
@@ -93,7 +94,7 @@ class QueueStats:
 
 
 def parse_item(obj: object) -> WorkItem:
-    """Read a work item (protocol §2). On the hot path: three times per session.
+    """Parse a work item. On the hot path: three times per session.
 
     Raises:
         ValueError: A field is missing or malformed; names the field, never quotes it.
@@ -124,7 +125,7 @@ def parse_item(obj: object) -> WorkItem:
 
 
 def parse_heartbeat(obj: object) -> Heartbeat:
-    """Read the answer to a heartbeat (protocol §2).
+    """Parse the answer to a heartbeat.
 
     Raises:
         ValueError: A field is missing or malformed; names the field, never quotes it.
@@ -143,7 +144,7 @@ def parse_heartbeat(obj: object) -> Heartbeat:
 
 
 def parse_stats(obj: object) -> QueueStats:
-    """Read the queue stats (protocol §2); the sibling may leave `workers_polling` out.
+    """Parse the queue statistics; the anthropic dialect may leave `workers_polling` out.
 
     Raises:
         ValueError: A field is missing or malformed; names the field, never quotes it.
@@ -178,7 +179,7 @@ def _text(name: str, value: object) -> str:
 
 
 def _id(name: str, value: object) -> str:
-    # Ids become parts of URLs: one that is malformed must not get that far (protocol §1).
+    # Ids become parts of URLs: a malformed one must not get that far.
     if isinstance(value, str) and _is_id(value):
         return value
     raise ValueError(f"{name}: not an id")
@@ -192,7 +193,7 @@ def _subject(data: dict[str, Any]) -> str:
 
 
 def _sessions_token(secret: object) -> SecretStr | None:
-    """What a `secret` holds for us; None when it holds nothing that we can read (protocol §6)."""
+    """Return the session token of a `secret`; None if it has none that can be read."""
     if not isinstance(secret, str) or not secret.isascii():
         return None
     try:

@@ -1,7 +1,8 @@
 """The protocol's words and constants, shared by the worker and the embedded control plane.
 
-Imports nothing. Behaviour never lives here: client and server each implement protocol.md on their
-own, and the literal JSON in ``tests/protocol`` is the referee between them.
+Imports nothing and holds no behaviour: client and server implement the protocol independently, and
+the literal JSON in `tests/protocol` decides between them.
+See workpool/docs/protocol.md, "Protocol".
 """
 
 from typing import Final, Literal
@@ -14,34 +15,34 @@ STOPPING: Final = "stopping"
 STOPPED: Final = "stopped"
 STATES: Final[tuple[State, ...]] = (QUEUED, STARTING, ACTIVE, STOPPING, STOPPED)
 
-# protocol §2
+# Objects.
 WORK: Final = "work"
 SESSION: Final = "session"
 HEALTHCHECK: Final = "healthcheck"
 WORK_HEARTBEAT: Final = "work_heartbeat"
 WORK_QUEUE_STATS: Final = "work_queue_stats"
 
-# protocol §3.1
+# Poll.
 BLOCK_MS_MIN: Final = 1
 BLOCK_MS_MAX: Final = 999
 RECLAIM_OLDER_THAN_MS: Final = 5000
 
-# protocol §3.3, §4
+# Heartbeats and leases.
 NO_HEARTBEAT: Final = "NO_HEARTBEAT"
 TTL_MIN_SECONDS: Final = 10
 TTL_MAX_SECONDS: Final = 600
 TTL_DEFAULT_SECONDS: Final = 60
 ACK_LEASE_SECONDS: Final = 60
-"""How long an acknowledged item is held before its first heartbeat (protocol §4)."""
+"""Seconds for which an ack holds an item before the first heartbeat."""
 
-# protocol §3.7
+# Lists.
 LIST_LIMIT_DEFAULT: Final = 20
 LIST_LIMIT_MAX: Final = 100
 
-# protocol §3.8
+# Statistics.
 WORKERS_POLLING_WINDOW_SECONDS: Final = 30
 
-# protocol §5
+# Events.
 USER_MESSAGE: Final = "user.message"
 USER_INTERRUPT: Final = "user.interrupt"
 USER_TOOL_RESULT: Final = "user.tool_result"
@@ -62,10 +63,10 @@ LAST_EVENT_ID_HEADER: Final = "Last-Event-ID"
 KEEP_ALIVE_SECONDS: Final = 10
 """How long the embedded control plane lets an event stream be silent, at most."""
 
-# protocol §7
+# Creating work.
 ENQUEUE_COUNT_MAX: Final = 1000
 
-# protocol §1
+# Bodies, ids and errors.
 BODY_LIMIT_BYTES: Final = 4 * 1024 * 1024
 ID_PATTERN: Final = r"[A-Za-z0-9_-]{1,128}"
 
@@ -78,7 +79,7 @@ PRECONDITION_FAILED_ERROR: Final = "precondition_failed_error"
 RATE_LIMIT_ERROR: Final = "rate_limit_error"
 API_ERROR: Final = "api_error"
 
-# protocol §6
+# Dialects.
 Dialect = Literal["qoder", "anthropic"]
 QODER: Final = "qoder"
 ANTHROPIC: Final = "anthropic"

@@ -16,7 +16,7 @@ TRANSIENT: Final = (
     TimeoutError,
     OSError,
 )
-"""What may pass by itself. Anything else is a bug and must be loud (design §2)."""
+"""Errors that may pass without a change. Any other error is a bug and is raised."""
 
 
 def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:

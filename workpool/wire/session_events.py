@@ -1,4 +1,4 @@
-"""The events of one session, for whoever works on it: list, send, stream (protocol §5)."""
+"""The events of one session, as a handler uses them: list, send, stream."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 FRAME_LIMIT_BYTES: Final = 40 * 1024 * 1024
-"""More than any event can have: some regions take bodies of 32 MiB (protocol §1)."""
+"""More than any event can have: some regions of the services accept bodies of 32 MiB."""
 _BOM: Final = b"\xef\xbb\xbf"
 
 
