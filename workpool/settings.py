@@ -190,9 +190,10 @@ class Settings(BaseSettings):
     Default: 0."""
     block_ms: Annotated[int, Field(ge=protocol.BLOCK_MS_MIN, le=protocol.BLOCK_MS_MAX)] = 999
     """How long a poll may wait for work, in milliseconds, 1 to 999. Default: 999."""
-    reclaim_older_than_ms: Annotated[int, Field(ge=0)] = protocol.RECLAIM_OLDER_THAN_MS
+    reclaim_older_than_ms: Annotated[int, Field(ge=0)] | None = None
     """Take over what was delivered this many milliseconds ago and not acknowledged; the lowest in
-    the fleet decides for all. Default: 5000."""
+    the fleet decides for all. Some control planes also end running leases whose last heartbeat is
+    older. Default: not sent, so the control plane's own (5000)."""
     lease_ttl: Annotated[int, Field(ge=protocol.TTL_MIN_SECONDS, le=protocol.TTL_MAX_SECONDS)] = (
         protocol.TTL_DEFAULT_SECONDS
     )

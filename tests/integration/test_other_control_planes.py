@@ -127,3 +127,13 @@ async def test_unknown_fields_and_headers_are_ignored_and_a_traceparent_is_kept(
     life = await run_one(work)
     assert life.outcome == "completed"
     assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
+
+
+@pytest.mark.parametrize("window", [None, 0, 7000])
+async def test_reclaim_window_is_sent_only_when_it_is_set(
+    run_one: Any, faults: Faults, window: int | None
+) -> None:
+    """One control plane also ends running leases whose last heartbeat is older than it."""
+    await run_one(work, **({} if window is None else {"reclaim_older_than_ms": window}))
+    sent = {request.query.get("reclaim_older_than_ms") for request in faults.of("poll")}
+    assert sent == {None if window is None else str(window)}

@@ -66,7 +66,7 @@ def test_defaults() -> None:
         "concurrency": 8,
         "prefetch": 0,
         "block_ms": 999,
-        "reclaim_older_than_ms": 5000,
+        "reclaim_older_than_ms": None,
         "lease_ttl": 60,
         "stop_grace": 30,
         "session_timeout": None,

@@ -21,7 +21,12 @@ from workpool.errors import ConflictError, PreconditionError, RefusedError, Tran
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
 from workpool.pool.sender import lease_of
-from workpool.wire.protocol import ACK_LEASE_SECONDS, ACTIVE, STARTING
+from workpool.wire.protocol import (
+    ACK_LEASE_SECONDS,
+    ACTIVE,
+    RECLAIM_OLDER_THAN_MS,
+    STARTING,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +63,8 @@ class Claimer:
         on_ack: Callable[[RefusedError | None], None],
     ) -> None:
         # An item that was delivered longer ago than this may be claimed by another worker.
-        self._window = context.settings.reclaim_older_than_ms / 1000
+        window = context.settings.reclaim_older_than_ms
+        self._window = (RECLAIM_OLDER_THAN_MS if window is None else window) / 1000
         self._client = context.client
         self._clock = context.clock
         self._pauses = context.renewer.pauses

@@ -26,6 +26,7 @@ WORK_QUEUE_STATS: Final = "work_queue_stats"
 BLOCK_MS_MIN: Final = 1
 BLOCK_MS_MAX: Final = 999
 RECLAIM_OLDER_THAN_MS: Final = 5000
+"""The control plane's own reclaim window, where a poll names none."""
 
 # Heartbeats and leases.
 NO_HEARTBEAT: Final = "NO_HEARTBEAT"

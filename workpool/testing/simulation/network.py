@@ -16,6 +16,7 @@ from workpool.testing.simulation.machine import NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import calls
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 from workpool.wire.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:
@@ -210,7 +211,8 @@ class Client(LocalClient):
             await asyncio.sleep(fault.wait)
         self._note_sent("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
-        poll = Poll(self.worker_id, PATIENCE_MS, reclaim_older_than_ms or 0)
+        window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
+        poll = Poll(self.worker_id, PATIENCE_MS, window)
         travel = partial(self._travel, poll, fault, answered)
         loop.call_at(loop.now + fault.there, travel, context=NETWORK)
 
