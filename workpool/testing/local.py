@@ -22,7 +22,7 @@ from workpool.server.dialects import QODER
 from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
-from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
@@ -391,14 +391,14 @@ class LocalClient:
                 answer = await exchange
             if not isinstance(answer, Answer):
                 raise TransientError(call.op, None, "no answer: reset", reason="network")
-            code = code_of(answer.status)
+            code = CODES.get(answer.status, "error")
         except TimeoutError:
             raise TransientError(call.op, None, "no answer in time", reason="timeout") from None
         finally:
             if self.on_request is not None:
                 self.on_request(call.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            return value_of(call.op, answer, call.parse)
+            return value_of(call.op, answer.status, answer.body, call.parse)
         raise error_of(call.op, answer, _ABSENT)
 
 

@@ -63,33 +63,29 @@ class Answer(NamedTuple):
     body: bytes | None
 
 
-def code_of(status: int) -> str:
-    """Return the label of a status; "error" for one that the protocol does not know, as 302."""
-    return _CODES.get(status, "error")
-
-
-_CODES: Final[Mapping[int, str]] = {
+CODES: Final[Mapping[int, str]] = {
     status: str(status) if status in _OWN_LABEL else f"{status // 100}xx"
     for status in (*SUCCESS, 304, *range(400, 600))
 }
+"""The label of each status in the metrics; a status that is missing here is counted as "error"."""
 
 
-def value_of(op: str, answer: Answer, parse: Callable[[object], T]) -> T:
+def value_of(op: str, status: int, body: bytes | None, parse: Callable[[object], T]) -> T:
     """Parse a success.
 
     Raises:
         TransientError: It is not what `parse` expects, which raises ValueError then.
     """
-    if answer.body is None:
-        raise TooLargeError(op, answer.status)
+    if body is None:
+        raise TooLargeError(op, status)
     try:
-        return parse(NO_CONTENT if answer.status == _NO_CONTENT else orjson.loads(answer.body))
+        return parse(NO_CONTENT if status == _NO_CONTENT else orjson.loads(body))
     except orjson.JSONDecodeError:
         problem = "the answer is not JSON"
     except ValueError as error:
         problem = f"the answer is malformed: {error}"
     # Raised out here: a JSONDecodeError carries the whole body.
-    raise TransientError(op, answer.status, problem, reason="bad_body")
+    raise TransientError(op, status, problem, reason="bad_body")
 
 
 def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:

@@ -99,21 +99,32 @@ def parse_item(obj: object) -> WorkItem:
     Raises:
         ValueError: A field is missing or malformed; names the field, never quotes it.
     """
-    get = _object("work item", obj).get
-    data = _object("data", get("data"))
-    secret = get("secret")
+    # One expression, not a call for each field: this is read twice for every item.
+    if not (
+        isinstance(obj, dict)
+        and isinstance(data := obj.get("data"), dict)
+        and isinstance(work_id := obj.get("id"), str)
+        and _is_id(work_id)
+        and isinstance(item_type := data.get("type"), str)
+        and isinstance(environment_id := obj.get("environment_id"), str)
+        and _is_id(environment_id)
+        and (state := obj.get("state")) in protocol.STATES
+    ):
+        raise ValueError(_fault_of_item(obj))
+    get = obj.get
+    heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
-        _id("id", get("id")),
-        _text("data.type", data.get("type")),
+        work_id,
+        item_type,
         _subject(data),
-        _id("environment_id", get("environment_id")),
-        _state(get("state")),
+        environment_id,
+        state,
         _metadata(get("metadata")),
         _time(get("created_at")),
         at if (at := get("acknowledged_at")) is None else _time(at),
         at if (at := get("started_at")) is None else _time(at),
-        at if (at := get("latest_heartbeat_at")) is None else _time(at),
-        at if at is None else _last_heartbeat(at),
+        heartbeat_at if heartbeat_at is None else _time(heartbeat_at),
+        heartbeat_at if heartbeat_at is None else _last_heartbeat(heartbeat_at),
         at if (at := get("stop_requested_at")) is None else _time(at),
         at if (at := get("stopped_at")) is None else _time(at),
         None if secret is None else _sessions_token(secret),
@@ -161,6 +172,7 @@ def parse_stats(obj: object) -> QueueStats:
 
 _is_id = re.compile(protocol.ID_PATTERN).fullmatch
 _is_token = re.compile(r"[\x21-\x7e]{1,8192}").fullmatch
+_TEXT_ONLY: Final = frozenset({str})
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 _TIME_LENGTH_MAX: Final = 64
 """A heartbeat's time goes back to the control plane in a URL, which must stay short."""
@@ -178,18 +190,28 @@ def _text(name: str, value: object) -> str:
     raise ValueError(f"{name}: not a string")
 
 
-def _id(name: str, value: object) -> str:
-    # Ids become parts of URLs: a malformed one must not get that far.
-    if isinstance(value, str) and _is_id(value):
-        return value
-    raise ValueError(f"{name}: not an id")
+def _fault_of_item(obj: object) -> str:
+    """Return what is wrong with an item that `parse_item` does not accept."""
+    if not isinstance(obj, dict):
+        return "work item: not an object"
+    if not isinstance(data := obj.get("data"), dict):
+        return "data: not an object"
+    for name in ("id", "environment_id"):
+        if not (isinstance(value := obj.get(name), str) and _is_id(value)):
+            return f"{name}: not an id"
+    if not isinstance(data.get("type"), str):
+        return "data.type: not a string"
+    return "state: not one of the protocol's five"
 
 
 def _subject(data: dict[str, Any]) -> str:
+    """Return the session's id, which becomes a part of URLs; empty if another type has none."""
     subject = data.get("id")
+    if isinstance(subject, str) and _is_id(subject):
+        return subject
     if subject is None and data["type"] != protocol.SESSION:
         return ""
-    return _id("data.id", subject)
+    raise ValueError("data.id: not an id")
 
 
 def _sessions_token(secret: object) -> SecretStr | None:
@@ -215,6 +237,8 @@ def _metadata(value: object) -> Mapping[str, str]:
     """Return the entries that are text. A map may also be written as an empty list."""
     if not isinstance(value, dict):
         return _NO_METADATA
+    if set(map(type, value.values())) <= _TEXT_ONLY:
+        return MappingProxyType(value)
     return MappingProxyType({name: text for name, text in value.items() if isinstance(text, str)})
 
 

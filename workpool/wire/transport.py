@@ -26,7 +26,7 @@ import aiohttp
 from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
-from workpool.wire.answers import SUCCESS, Answer, code_of, error_of, value_of
+from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import STREAM
 from workpool.wire.checked_body import CheckedBody, NotSentError
@@ -148,9 +148,10 @@ class Transport:
             self._raise_wrong_loop()
         seconds = self._seconds if request.seconds is None else request.seconds
         until = time.monotonic() + seconds
-        if request.limiter is not None and not request.options.permit:
+        limiter = request.limiter
+        if limiter is not None and limiter.limited and not request.options.permit:
             op, priority = request.call.op, request.options.priority
-            await self.acquire(request.limiter, op, priority, seconds)
+            await self.acquire(limiter, op, priority, seconds)
         token = self._token
         try:
             return await self._attempt(request, until)
@@ -210,19 +211,25 @@ class Transport:
         if started >= until:
             raise TransientError(op, None, "no time left to ask", reason="timeout")
         token, code, check = self._token, "error", request.options.check
-        checked = None if check is None else self._checked(request.body, check)
+        checked = None
+        if check is not None:
+            checked = CheckedBody(request.body or b"", check, headers_first=self._given is not None)
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
             with Bound(until - started):
-                answer = await self._exchange(request, checked)
-            code = code_of(answer.status)
+                response, body = await self._exchange(request, checked)
+            status = response.status
+            code = CODES.get(status, "error")
         except TRANSIENT as error:
             failure: Exception = no_answer(op, error)
         else:
-            if answer.status in SUCCESS:
-                value, add = value_of(op, answer, request.call.parse), request.call.add_headers
-                return value if add is None else add(value, answer.headers)
-            failure = error_of(op, answer, token)
+            if status in SUCCESS:
+                value, add = (
+                    value_of(op, status, body, request.call.parse),
+                    request.call.add_headers,
+                )
+                return value if add is None else add(value, response.headers)
+            failure = error_of(op, Answer(status, response.headers, body), token)
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
@@ -230,9 +237,6 @@ class Transport:
         if checked is not None and checked.refusal is not None:
             raise checked.refusal
         raise failure
-
-    def _checked(self, body: bytes | None, check: Callable[[], None]) -> CheckedBody:
-        return CheckedBody(body or b"", check, headers_first=self._given is not None)
 
     async def _attempt_stream(
         self, url: URL, headers: Mapping[str, str], until: float
@@ -243,7 +247,7 @@ class Transport:
         try:
             async with asyncio.timeout(seconds):
                 response = await self._connect_stream(url, headers)
-                code = code_of(response.status)
+                code = CODES.get(response.status, "error")
                 if response.status == http.HTTPStatus.OK:
                     return checked_stream(response)
                 try:
@@ -272,7 +276,9 @@ class Transport:
             raise_for_status=False,
         )
 
-    async def _exchange(self, request: Request[T], checked: CheckedBody | None) -> Answer:
+    async def _exchange(
+        self, request: Request[T], checked: CheckedBody | None
+    ) -> tuple[aiohttp.ClientResponse, bytes | None]:
         call, body = request.call, request.body
         response = await self._connections.session_for(request.options).request(
             call.method,
@@ -290,8 +296,7 @@ class Transport:
             if checked is not None and checked.refusal is not None:
                 # Bytes that no request of ours has asked for.
                 raise NotSentError
-            content = await read_bounded(response, call.limit)
-            return Answer(response.status, response.headers, content)
+            return response, await read_bounded(response, call.limit)
         finally:
             if not response.closed:  # the answer was not read to its end, so nor is the connection
                 response.release()
