@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workpool.testing.simulation.replay import replay
-from workpool.testing.simulation.run import schedule_of, simulate, simulate_all
+from workpool.testing.simulation.results import Progress, Report
+from workpool.testing.simulation.run import schedule_of, simulate, simulate_all, simulate_many
 from workpool.testing.simulation.schedule import (
     ACTION_KINDS,
     BEHAVIOURS,
@@ -21,6 +22,7 @@ from workpool.testing.simulation.schedule import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pools = st.builds(
     Pool,
@@ -102,3 +104,24 @@ def test_replay_prints_each_kind_of_line() -> None:
     lines = list(replay(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word
+
+
+def test_simulation_continues_from_progress_file(tmp_path: Path) -> None:
+    file = tmp_path / "progress"
+    failed = Report(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
+    Progress(file).add(range(50), failed)
+    with file.open("a") as cut:
+        cut.write('\n{"source": "')
+    first = simulate_many(0, 60, 1, file)
+    assert first.schedules == 60
+    assert first.failures == failed.failures
+    assert list(Progress(file).finished()) == [range(50), range(50, 60)]
+    assert simulate_many(0, 60, 1, file) == first
+
+
+def test_progress_of_other_source_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Progress(tmp_path / "progress").add(range(50), Report(50))
+    monkeypatch.setattr("workpool.testing.simulation.results._source_digest", lambda: "other")
+    assert Progress(tmp_path / "progress").finished() == {}

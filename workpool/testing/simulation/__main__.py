@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from workpool.testing.simulation.replay import replay
 from workpool.testing.simulation.run import schedule_of, simulate, simulate_many
@@ -18,6 +19,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--replay", type=int, metavar="SEED", help="print all events of one")
+    parser.add_argument(
+        "--progress", type=Path, metavar="FILE", help="keep finished parts, to continue later"
+    )
     options = parser.parse_args()
     out = sys.stdout
     if options.replay is not None:
@@ -26,7 +30,7 @@ def main() -> int:
         out.writelines(f"{line}\n" for line in [*replay(schedule, case), *violations])
         return 1 if violations else 0
     started = time.monotonic()
-    report = simulate_many(options.seed, options.schedules, options.processes)
+    report = simulate_many(options.seed, options.schedules, options.processes, options.progress)
     out.write(f"{report}\nseed {options.seed}, {time.monotonic() - started:.1f} s\n")
     return 1 if report.failures else 0
 

@@ -10,7 +10,7 @@ import random
 import time
 from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry
 
@@ -20,55 +20,20 @@ from workpool.pool import telemetry
 from workpool.testing.simulation.handlers import simulated
 from workpool.testing.simulation.invariants import INVARIANTS, judge
 from workpool.testing.simulation.machine import run_machines
+from workpool.testing.simulation.results import Progress, Report
 from workpool.testing.simulation.schedule import Schedule, draw
 from workpool.testing.simulation.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
     from workpool.testing.simulation.case import Case
 
-CHUNK: Final = 50
+PART: Final = 50
+"""Number of schedules that a process simulates at a time."""
 COLLECT_EVERY: Final = 8
 """Garbage is collected after so many simulations: during one, a collection finds nothing."""
-
-
-class Report(NamedTuple):
-    """The result of some simulations.
-
-    Attributes:
-        faults: Number of calls with a fault.
-        actions: Number of actions: work, crashes, cuts, stops …
-        checked: Number of invariants checked.
-        failures: Seed and violations of each schedule that violated an invariant.
-    """
-
-    schedules: int = 0
-    faults: int = 0
-    actions: int = 0
-    checked: int = 0
-    failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
-
-    def plus(self, other: Report) -> Report:
-        """Return the sum of two reports."""
-        return Report(
-            self.schedules + other.schedules,
-            self.faults + other.faults,
-            self.actions + other.actions,
-            self.checked + other.checked,
-            self.failures + other.failures,
-        )
-
-    def __str__(self) -> str:
-        """Return one line with the numbers, then lines for each failure."""
-        lines = [
-            f"{self.schedules} schedules, {self.faults} faults, {self.actions} actions, "
-            f"{self.checked} invariants checked, {len(self.failures)} broken"
-        ]
-        for seed, violations in self.failures:
-            lines += [f"seed {seed}: {each}" for each in violations[:3]]
-            lines.append(f"  replay: python -m workpool.testing.simulation --replay {seed}")
-        return "\n".join(lines)
 
 
 def schedule_of(seed: int) -> Schedule:
@@ -116,14 +81,29 @@ def simulate_all(seeds: Iterable[int], until: float = float("inf")) -> Report:
     return report
 
 
-def simulate_many(seed: int, schedules: int, processes: int) -> Report:
-    """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes."""
-    chunks = [
-        range(first, min(first + CHUNK, seed + schedules))
-        for first in range(seed, seed + schedules, CHUNK)
+def simulate_many(seed: int, schedules: int, processes: int, file: Path | None = None) -> Report:
+    """Simulate the seeds from `seed` to `seed + schedules - 1` in several processes.
+
+    With a `file`, each finished part is added to it, and parts that it has are not simulated again.
+    """
+    parts = [
+        range(first, min(first + PART, seed + schedules))
+        for first in range(seed, seed + schedules, PART)
     ]
+    progress = None if file is None else Progress(file)
+    finished = {} if progress is None else progress.finished()
+    report = functools.reduce(Report.plus, (finished[p] for p in parts if p in finished), Report())
+    missing = [part for part in parts if part not in finished]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return functools.reduce(Report.plus, pool.imap_unordered(simulate_all, chunks), Report())
+        for part, result in pool.imap_unordered(_simulate_part, missing):
+            if progress is not None:
+                progress.add(part, result)
+            report = report.plus(result)
+    return report
+
+
+def _simulate_part(seeds: range) -> tuple[range, Report]:
+    return seeds, simulate_all(seeds)
 
 
 @functools.cache

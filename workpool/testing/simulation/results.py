@@ -1,0 +1,95 @@
+"""The results of simulations, and a file of results with which a long simulation is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import workpool
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Report(NamedTuple):
+    """The result of some simulations.
+
+    Attributes:
+        faults: Number of calls with a fault.
+        actions: Number of actions: work, crashes, cuts, stops …
+        checked: Number of invariants checked.
+        failures: Seed and violations of each schedule that violated an invariant.
+    """
+
+    schedules: int = 0
+    faults: int = 0
+    actions: int = 0
+    checked: int = 0
+    failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    def plus(self, other: Report) -> Report:
+        """Return the sum of two reports."""
+        return Report(
+            self.schedules + other.schedules,
+            self.faults + other.faults,
+            self.actions + other.actions,
+            self.checked + other.checked,
+            self.failures + other.failures,
+        )
+
+    def __str__(self) -> str:
+        """Return one line with the numbers, then lines for each failure."""
+        lines = [
+            f"{self.schedules} schedules, {self.faults} faults, {self.actions} actions, "
+            f"{self.checked} invariants checked, {len(self.failures)} broken"
+        ]
+        for seed, violations in self.failures:
+            lines += [f"seed {seed}: {each}" for each in violations[:3]]
+            lines.append(f"  replay: python -m workpool.testing.simulation --replay {seed}")
+        return "\n".join(lines)
+
+
+class Progress:
+    """A file with one line of JSON for each finished part of a long simulation.
+
+    A line names a digest of the package's source, since a result holds for that source only.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._source = _source_digest()
+
+    def finished(self) -> Mapping[range, Report]:
+        """Return the results for the current source, by the seeds of their parts."""
+        found: dict[range, Report] = {}
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        for line in lines:
+            try:
+                part = json.loads(line)
+            except ValueError:  # the process ended while it wrote this line
+                continue
+            if part["source"] == self._source:
+                failures = tuple((seed, tuple(texts)) for seed, texts in part["failures"])
+                found[range(*part["seeds"])] = Report(*part["numbers"])._replace(failures=failures)
+        return found
+
+    def add(self, seeds: range, report: Report) -> None:
+        """Append the result of a finished part."""
+        *numbers, failures = report
+        part = {
+            "source": self._source,
+            "seeds": [seeds.start, seeds.stop],
+            "numbers": numbers,
+            "failures": failures,
+        }
+        with self._path.open("a") as file:
+            file.write(f"\n{json.dumps(part)}")  # first the line's end: the last line may be cut
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(workpool.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
