@@ -15,6 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
 
+import orjson
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -52,6 +53,19 @@ DEFAULT_WRITE_RATE: Final = 20.0
 """The vendor's advice (protocol §1)."""
 COMPLETION_WRITES: Final = 2
 """Writes that end one session: its result and its stop."""
+OWN_HEADERS: Final = frozenset(
+    {
+        *("accept", "accept-encoding", "authorization", "connection", "content-encoding"),
+        *("content-length", "content-type", "cookie", "expect", "host", "keep-alive"),
+        *("proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding"),
+        *("upgrade", "user-agent", protocol.LAST_EVENT_ID_HEADER.lower()),
+        *(rules.worker_id_header.lower() for rules in DIALECTS.values()),
+        *(name.lower() for rules in DIALECTS.values() for name in rules.headers),
+    }
+)
+"""Headers that `extra_headers` may not hold, in lower case."""
+_is_header_name = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}").fullmatch
+_is_header_value = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,8190}[\x21-\x7e])?").fullmatch
 _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
@@ -113,6 +127,30 @@ def _check_base_url(value: str) -> str:
     return str(url).rstrip("/")
 
 
+def _parse_headers(value: object) -> object:
+    """Read a JSON object from a variable; a file and a keyword have a mapping."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        raise ValueError('not a JSON object, as in {"x-worker-token": "..."}') from None
+
+
+def _check_headers(headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+    """Refuse what cannot stand in a request, or would replace a header that the client sets."""
+    if len({name.lower() for name in headers}) != len(headers):
+        raise ValueError("a name is given twice")
+    for name, value in headers.items():
+        if not _is_header_name(name):
+            raise ValueError("a name is not the name of a header")
+        if name.lower() in OWN_HEADERS:
+            raise ValueError(f"{name.lower()}: cannot be set")
+        if not _is_header_value(value.get_secret_value()):
+            raise ValueError("a value is not 1 to 8192 printable ASCII characters")
+    return headers
+
+
 def _split(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -166,6 +204,14 @@ class Settings(BaseSettings):
     """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
     token_file: Path | None = None
     """A file that holds the credential, read again after a refusal. Default: none."""
+    extra_headers: Annotated[
+        dict[str, SecretStr],
+        NoDecode,
+        BeforeValidator(_parse_headers),
+        AfterValidator(_check_headers),
+    ] = Field(default_factory=dict)
+    """More headers for every request, by name; the values are secrets and never shown. In a
+    variable a JSON object, in the TOML file a table. Default: none."""
     ca_file: Path | None = None
     """Certificates (PEM) to trust instead of the system's. Default: none."""
     client_cert_file: Path | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import orjson
 import pytest
@@ -17,6 +17,7 @@ from workpool.events import (
     SessionFinished,
     SessionStarted,
 )
+from workpool.testing.faults import Op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,3 +138,32 @@ async def test_reclaim_window_is_sent_only_when_it_is_set(
     await run_one(work, **({} if window is None else {"reclaim_older_than_ms": window}))
     sent = {request.query.get("reclaim_older_than_ms") for request in faults.of("poll")}
     assert sent == {None if window is None else str(window)}
+
+
+async def test_extra_headers_are_sent_with_every_call_and_never_logged(
+    run_one: Any, faults: Faults, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str | None] = []
+
+    async def note(request: web.Request, handler: Any) -> web.StreamResponse:
+        seen.append(request.headers.get("x-worker-token"))
+        if len(seen) < 4:  # an answer, and so a log record, that quotes the header
+            text = {"error": {"message": f"no {seen[-1]}"}}
+            return web.json_response(text, status=503)
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    async def talk(session: Session) -> None:
+        await session.update_metadata({"a": "b"})
+        text = {"type": "text", "text": "hello"}
+        await session.events.send({"type": "user.message", "content": [text]})
+        async with session.events.stream() as events:
+            await anext(aiter(events))
+
+    faults.add(note, *get_args(Op))
+    with caplog.at_level("DEBUG"):
+        life = await run_one(talk, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60)
+    assert life.outcome == "completed"
+    assert set(seen) == {"hunter2"}
+    assert "poll failed" in caplog.text
+    assert "hunter2" not in caplog.text

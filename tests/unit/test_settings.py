@@ -57,6 +57,7 @@ def test_defaults() -> None:
         "dialect": "qoder",
         "token": None,
         "token_file": None,
+        "extra_headers": {},
         "ca_file": None,
         "client_cert_file": None,
         "client_key_file": None,
@@ -140,6 +141,7 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "base_url": "http://localhost:8484/api/v1/cloud",
         "dialect": "anthropic",
         "token_file": str(tmp_path / "token"),
+        "extra_headers": '{"x-worker-token": "secret"}',
         "ca_file": str(tmp_path / "ca.pem"),
         "client_cert_file": str(tmp_path / "cert.pem"),
         "client_key_file": str(tmp_path / "key.pem"),
@@ -225,6 +227,12 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 # -- bad values --------------------------------------------------------------------------------
 
+FORBIDDEN_NAMES = (
+    *("", "x a", "x:a", "x\r\na", "ä", "x" * 129, "Authorization", "HOST", "content-length"),
+    *("Content-Type", "transfer-encoding", "connection", "Cookie", "user-agent", "Worker-ID"),
+    *("anthropic-worker-id", "anthropic-version", "anthropic-beta", "Last-Event-ID", "accept"),
+)
+
 BAD: list[tuple[str, tuple[object, ...]]] = [
     (
         "base_url",
@@ -269,6 +277,15 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("log_format", ("xml", 7)),
     ("token", (7, [HIDDEN])),
     ("token_file", (7,)),
+    (
+        "extra_headers",
+        (
+            *(7, None, [], "x", "[]", '{"x-a": 7}', {"x-a": None}, '{"x-a": "b", "x-a"'),
+            *({name: HIDDEN} for name in FORBIDDEN_NAMES),
+            *({"x-a": value} for value in ("", " ", "a\r\nb: c", "a\nb", "a\0b", "ä", "x" * 8193)),
+            {"x-a": HIDDEN, "X-A": HIDDEN},
+        ),
+    ),
     ("ca_file", (7,)),
     ("client_cert_file", (7,)),
     ("client_key_file", (7,)),
@@ -328,6 +345,18 @@ def test_the_token_is_never_shown(tmp_path: Path) -> None:
         assert found.read_token() == HIDDEN
         for text in (repr(found), str(found), found.model_dump_json()):
             assert HIDDEN not in text
+
+
+def test_values_of_extra_headers_are_never_shown(config: Callable[[str], Path]) -> None:
+    path = config(f'[workpool]\n[workpool.extra_headers]\nx-worker-token = "{HIDDEN}"\n')
+    found = Settings(config=path)
+    assert found.extra_headers["x-worker-token"].get_secret_value() == HIDDEN
+    for text in (repr(found), str(found), found.model_dump_json()):
+        assert HIDDEN not in text
+        assert "x-worker-token" in text
+    for bad in ({"x-a": f"{HIDDEN}\n"}, {f"{HIDDEN} ": "x"}, f'{{"x-a": "{HIDDEN}"'):
+        error = refused(extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN})
+        assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
 def test_an_error_and_its_traceback_do_not_show_the_value() -> None:

@@ -535,6 +535,33 @@ async def test_our_token_is_cut_out_of_what_is_told() -> None:
     assert TOKEN[:5] not in str(error)
 
 
+EXTRA = {"x-worker-token": "worker-token-1", "X-Team": "worker-token"}
+
+
+async def test_extra_headers_are_sent_with_every_request() -> None:
+    async with (
+        serving(OK) as server,
+        connected(server.url, extra_headers=EXTRA) as transport,
+        aiohttp.ClientSession() as own,
+        connected(server.url, own, extra_headers=EXTRA) as other,
+    ):
+        await ask(transport, server.url)
+        await ask(transport.bearing("token-of-a-session"), server.url)
+        await ask(other, server.url)
+    assert len(server.requests) == 3
+    for request in server.requests:
+        assert {name: request.headers[name] for name in EXTRA} == EXTRA
+
+
+async def test_extra_headers_are_cut_out_of_what_is_told() -> None:
+    told = refusal(403, "no worker-token-1 of worker-token")
+    async with serving(told) as server, connected(server.url, extra_headers=EXTRA) as transport:
+        with pytest.raises(RefusedError) as raised:
+            await ask(transport, server.url)
+    assert str(raised.value).endswith("no [token] of [token]")
+    assert "worker-token" not in "".join(traceback.format_exception(raised.value))
+
+
 async def test_a_message_is_cut_short() -> None:
     error = await failure(refusal(400, "x" * 100_000, type="y" * 1000))
     assert len(str(error)) < 400

@@ -26,7 +26,7 @@ from workpool.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -88,14 +88,14 @@ def value_of(op: str, status: int, body: bytes | None, parse: Callable[[object],
     raise TransientError(op, status, problem, reason="bad_body")
 
 
-def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:
-    """Return the error for a status outside `SUCCESS`; `token` is kept out of its message."""
+def error_of(op: str, answer: Answer, *secrets: str) -> ControlPlaneError:
+    """Return the error for a status outside `SUCCESS`; `secrets` are kept out of its message."""
     status = answer.status
     envelope = _envelope(answer.body)
-    message = _clean(envelope.get("message"), token, MESSAGE_MAX) or _phrase(status)
+    message = _clean(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase(status)
     if status not in _REFUSED_STATUSES:
         if status in _REDIRECTS:
-            message = _redirect(answer.headers.get("Location", ""), token)
+            message = _redirect(answer.headers.get("Location", ""), secrets)
         return TransientError(
             op,
             status,
@@ -108,19 +108,20 @@ def error_of(op: str, answer: Answer, token: str) -> ControlPlaneError:
         op,
         status,
         message,
-        error_type=_clean(envelope.get("type"), token, _WORD_MAX),
-        param=_clean(envelope.get("param"), token, _WORD_MAX),
+        error_type=_clean(envelope.get("type"), secrets, _WORD_MAX),
+        param=_clean(envelope.get("param"), secrets, _WORD_MAX),
     )
 
 
-def _redirect(location: str, token: str) -> str:
+def _redirect(location: str, secrets: Sequence[str]) -> str:
     """Describe a redirect, which is not followed: our token would travel to the new address.
 
     Only scheme, host and port of the address are named: the rest may hold credentials.
     """
     try:
-        # In lower case, as hosts are: the token must be found there.
-        origin = _clean(str(URL(location).origin()).lower(), token.lower(), _ORIGIN_MAX)
+        # In lower case, as hosts are: the secrets must be found there.
+        lower = [secret.lower() for secret in secrets]
+        origin = _clean(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
     except ValueError:  # relative, or not a URL
         origin = None
     to = f" to {origin}" if origin else ""
@@ -165,11 +166,14 @@ def _envelope(body: bytes | None) -> dict[str, Any]:
     return error if isinstance(error, dict) else {}
 
 
-def _clean(text: object, token: str, limit: int) -> str | None:
-    """`text` fit for a log line: our token is cut out before the rest is cut short."""
+def _clean(text: object, secrets: Sequence[str], limit: int) -> str | None:
+    """Make `text` fit for a log line: our secrets are cut out before the rest is cut short."""
     if not isinstance(text, str):
         return None
-    line = _CONTROL.sub(" ", text).replace(token, "[token]").strip()
+    line = _CONTROL.sub(" ", text)
+    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        line = line.replace(secret, "[token]")
+    line = line.strip()
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 

@@ -210,7 +210,7 @@ class Transport:
         op, started = request.call.op, time.monotonic()
         if started >= until:
             raise TransientError(op, None, "no time left to ask", reason="timeout")
-        token, code, check = self._token, "error", request.options.check
+        secrets, code, check = self._secrets, "error", request.options.check
         checked = None
         if check is not None:
             checked = CheckedBody(request.body or b"", check, headers_first=self._given is not None)
@@ -229,7 +229,7 @@ class Transport:
                     request.call.add_headers,
                 )
                 return value if add is None else add(value, response.headers)
-            failure = error_of(op, Answer(status, response.headers, body), token)
+            failure = error_of(op, Answer(status, response.headers, body), *secrets)
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
@@ -243,7 +243,7 @@ class Transport:
     ) -> aiohttp.ClientResponse:
         started = time.monotonic()
         seconds = _time_left(STREAM, until - started)
-        token, code = self._token, "error"
+        secrets, code = self._secrets, "error"
         try:
             async with asyncio.timeout(seconds):
                 response = await self._connect_stream(url, headers)
@@ -254,7 +254,7 @@ class Transport:
                     answer = Answer(response.status, response.headers, await read_bounded(response))
                 finally:
                     response.close()
-            failure = error_of(STREAM, answer, token)
+            failure = error_of(STREAM, answer, *secrets)
         except TRANSIENT as error:
             failure = no_answer(STREAM, error)
         finally:
@@ -361,7 +361,10 @@ class Transport:
         # With each request, never as a default of the session: aiohttp sends those to a proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
         headers["Authorization"] = f"Bearer {token}"
+        extra = self._settings.extra_headers
+        headers.update({name: value.get_secret_value() for name, value in extra.items()})
         self._token = token
+        self._secrets = (token, *(value.get_secret_value() for value in extra.values()))
         self._headers = headers
         self._json_headers = CIMultiDict(headers, **{"Content-Type": "application/json"})
 
