@@ -41,6 +41,7 @@ LOOPS = (
 )
 BLIND_EXCEPTS = {
     "metrics/observer.py",  # counting, which must not disturb what is counted
+    "session.py",  # a handler that asks for it: other errors are raised again
     "plugins/loading.py",  # evaluating a plugin's annotations
     "pool/handler_executor.py",  # a handler
     "plugins/finding.py",  # an observer, and every other call of a plugin's code

@@ -11,6 +11,7 @@ import workpool
 
 def test_public_names() -> None:
     assert sorted(workpool.__all__) == [
+        "DaemonThreads",
         "LeaseLost",
         "Outcome",
         "PluginError",
@@ -28,6 +29,7 @@ def test_public_names() -> None:
         "__version__",
         "handler",
         "hookimpl",
+        "release_on_exhaustion",
     ]
     assert all(hasattr(workpool, name) for name in workpool.__all__)
 

@@ -16,15 +16,17 @@ if TYPE_CHECKING:
     from workpool.hookspecs import hookimpl
     from workpool.pool.status import Status
     from workpool.pool.supervisor import Supervisor
-    from workpool.session import Outcome, Release, Session
+    from workpool.session import Outcome, Release, Session, release_on_exhaustion
     from workpool.settings import Settings
     from workpool.wire.client import WorkClient
     from workpool.wire.items import WorkItem
     from workpool.wire.rate_limiter import RateLimits
+    from workpool.wire.threads import DaemonThreads
 
     __version__: str
 
 __all__ = [
+    "DaemonThreads",
     "LeaseLost",
     "Outcome",
     "PluginError",
@@ -42,10 +44,12 @@ __all__ = [
     "__version__",
     "handler",
     "hookimpl",
+    "release_on_exhaustion",
 ]
 
 _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
+    "DaemonThreads": "wire.threads",
     "LeaseLost": "errors",
     "Outcome": "session",
     "PluginError": "errors",
@@ -62,6 +66,7 @@ _MODULE_OF = {
     "WorkpoolError": "errors",
     "handler": "handlers",
     "hookimpl": "hookspecs",
+    "release_on_exhaustion": "session",
 }
 
 

@@ -3,9 +3,15 @@
 Owns the messages too. No message, attribute or repr may carry a token or a response body.
 """
 
-from typing import Literal
+import errno
+from typing import Final, Literal
 
 Reason = Literal["network", "timeout", "throttled", "server_error", "bad_body"]
+
+EXHAUSTED: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
+)
+"""Error numbers of a machine that has run out of descriptors, disk, memory or processes."""
 
 
 class WorkpoolError(Exception):
@@ -170,3 +176,29 @@ def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
+
+
+def exhausted(error: BaseException | None) -> bool:
+    """Whether the machine has run out of descriptors, disk, memory, processes or threads.
+
+    True if the error says so, or one that caused it, or one that its exception group holds.
+    """
+    left, seen = [error], set[int]()  # a handler may have made a circle of causes
+    while left:
+        each = left.pop()
+        if each is None or id(each) in seen:
+            continue
+        if _exhaustion(each):
+            return True
+        seen.add(id(each))
+        left.append(each.__cause__ or each.__context__)
+        if isinstance(each, BaseExceptionGroup):
+            left += each.exceptions
+    return False
+
+
+def _exhaustion(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError):  # threading has no class of its own for it
+        return error.args == ("can't start new thread",)
+    number = error.errno if isinstance(error, OSError) else None
+    return isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED)

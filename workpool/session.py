@@ -1,4 +1,4 @@
-"""What a handler sees and says: `Session`, `Release`, `Outcome`.
+"""What a handler sees and says: `Session`, `Release`, `release_on_exhaustion`, `Outcome`.
 
 A session never outlives its lease: every call that would reach the control plane first asks, with
 no await between, whether the item is still ours (design §1, Finish).
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from workpool.errors import exhausted
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from workpool.wire.items import WorkItem
@@ -42,6 +45,24 @@ class Release(Exception):
         super().__init__(reason)
         self.reason = reason
         self.delay = delay
+
+
+@contextmanager
+def release_on_exhaustion() -> Iterator[None]:
+    """Give the item back if the machine runs out of what the block needs.
+
+    A session does not fail because its worker has no descriptor, disk space, memory, process or
+    thread left: another worker may have them. Other errors pass unchanged.
+
+    Raises:
+        Release: `workpool.errors.exhausted` is true of the block's error, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, Release) or not exhausted(error):
+            raise
+        raise Release("the worker's machine has run out of resources") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import subprocess
 import sys
@@ -321,6 +322,27 @@ async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() 
     names = {future.result(20).name for future in queued[1:]}
     assert names <= {"workpool-test-1", "workpool-test-2"}
     await threads.close()
+
+
+async def test_call_waits_for_a_thread_that_lives_when_no_further_one_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, release = DaemonThreads("workpool-test", 2), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_to_start)
+        with pytest.raises(OSError, match="no thread can be started") as raised:
+            threads.submit(print)
+    assert raised.value.errno == errno.EAGAIN
+    held = threads.submit(release.wait)
+    monkeypatch.setattr(threading.Thread, "start", refuse_to_start)
+    queued = threads.submit(int, "7")
+    release.set()
+    assert (held.result(20), queued.result(20)) == (True, 7)
+    await threads.close()
+
+
+def refuse_to_start(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 async def test_lookup_that_hangs_is_begun_again_after_its_bound(

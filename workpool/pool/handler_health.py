@@ -9,10 +9,11 @@ See workpool/docs/architecture.md, "Failing handlers".
 from __future__ import annotations
 
 import asyncio
-import errno
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from workpool.errors import exhausted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,10 +27,6 @@ FAILURES = 5
 QUICK_SECONDS = 1.0
 """Only a failure within this time after the acknowledgement counts."""
 PAUSE_SECONDS, PAUSE_MAX_SECONDS = 1.0, 30.0
-EXHAUSTED: Final = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
-)
-"""Errors of a machine that has run out of descriptors, disk, memory or processes."""
 
 
 @dataclass(slots=True)
@@ -69,7 +66,7 @@ class HandlerHealth:
             return
         failures = self._seen.setdefault(item.handler, _Failures())
         quick = outcome == "failed" and seconds < QUICK_SECONDS
-        if quick or (outcome == "released" and _exhausted(item.error)):
+        if quick or (outcome == "released" and exhausted(item.error)):
             self._failed(failures, item.id)
         elif outcome in {"completed", "failed", "timed_out"}:
             failures.work_ids.clear()
@@ -103,15 +100,3 @@ class HandlerHealth:
             failures.work_ids.clear()
         failures.pause = min(PAUSE_MAX_SECONDS, max(PAUSE_SECONDS, 2 * failures.pause))
         failures.resume_at = asyncio.get_running_loop().time() + failures.pause
-
-
-def _exhausted(error: BaseException | None) -> bool:
-    """Whether the error, or one that caused it, says that the machine has run out of something."""
-    seen: set[int] = set()  # a handler may have made a circle of causes
-    while error is not None and id(error) not in seen:
-        number = error.errno if isinstance(error, OSError) else None
-        if isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False

@@ -1,8 +1,9 @@
-"""Threads of a client's own for the calls that block: DNS, and files on a disk that may hang."""
+"""`DaemonThreads`: threads of one owner for calls that block, such as DNS and files on a disk."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import queue
 import threading
 from concurrent.futures import Executor, Future
@@ -47,15 +48,16 @@ class DaemonThreads(Executor):
         """Call `fn` on one of the threads.
 
         Raises:
+            OSError: EAGAIN: there is no thread yet, and the machine starts none.
             RuntimeError: The executor was closed.
         """
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("these threads were closed")
-            self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
             if not self._idle.acquire(blocking=False) and self._alive < self._limit:
                 self._start_one()
+            self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
         return future
 
     async def close(self) -> None:
@@ -75,11 +77,16 @@ class DaemonThreads(Executor):
                 thread.join()  # it has done all but its last step
 
     def _start_one(self) -> None:
-        self._alive += 1
-        name = f"{self._name}-{self._alive}"
+        name = f"{self._name}-{self._alive + 1}"
         thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if not self._alive:
+                raise OSError(errno.EAGAIN, "no thread can be started") from error
+            return  # the call waits for one of the threads that there are
+        self._alive += 1
         self._threads.append(thread)
-        thread.start()
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

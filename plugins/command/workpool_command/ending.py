@@ -6,7 +6,6 @@ anything else is a failure.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -14,14 +13,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from workpool import Release, WorkpoolError
+from workpool.errors import exhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from workpool import Session
 
-EXHAUSTED: Final = {errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC}
-"""This machine has no room for another process now: the session is another worker's to run."""
 RESULT_LIMIT: Final = 65_536
 """Bytes of the line that holds the result."""
 
@@ -46,13 +44,13 @@ def blamed(program: str) -> Iterator[None]:
     """Make what keeps a command from being started the session's error.
 
     Raises:
-        Release: It is for want of something that another machine may have.
-        CommandFailed: It is for good.
+        Release: The machine has run out of something.
+        CommandFailed: Any other error of the operating system.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in EXHAUSTED:
+        if exhausted(error):
             raise Release(f"{program}: {error.strerror}") from error
         raise CommandFailed(program, f"cannot be started: {error}") from error
 

@@ -107,8 +107,12 @@ class Reader:
 
     def __enter__(self) -> Self:
         self._reader, self.writer = os.pipe()
-        os.set_blocking(self._reader, False)
-        self._resume()
+        try:
+            os.set_blocking(self._reader, False)
+            self._resume()
+        except OSError:  # the loop has no room for another descriptor
+            self._close()
+            raise
         return self
 
     def started(self) -> None:
@@ -124,6 +128,9 @@ class Reader:
             taken += len(chunk)
             self.lines.feed(chunk)
         self.lines.close()
+        self._close()
+
+    def _close(self) -> None:
         os.close(self._reader)
         if self.writer != -1:
             os.close(self.writer)

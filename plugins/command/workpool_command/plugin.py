@@ -19,7 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from workpool import PluginError, Session, Supervisor, handler, hookimpl
+from workpool import (
+    DaemonThreads,
+    PluginError,
+    Session,
+    Supervisor,
+    handler,
+    hookimpl,
+    release_on_exhaustion,
+)
 from workpool_command.detached import Holders
 from workpool_command.ending import blamed, result_of, settle
 from workpool_command.group import ProcessGroup, Start, running
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
 NAME: Final = "command"
+THREADS: Final = 4
+"""How many working directories are removed at once."""
 CANCELLED_SECONDS: Final = 3.0
 """The most that is left after a SIGTERM to a cancelled session: a drain's last step takes 5 s."""
 LOST_SECONDS: Final = 0.5
@@ -90,9 +100,11 @@ class Command:
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: Guard | None = None
         self._holders: Holders | None = None
+        self._threads = DaemonThreads("workpool-command", THREADS)
 
         async def run(session: Session) -> Mapping[str, str] | None:
-            return await self._run(session)
+            with release_on_exhaustion():
+                return await self._run(session)
 
         run.__qualname__ = NAME  # in errors about the four settings that follow
         mark = handler(
@@ -110,8 +122,11 @@ class Command:
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         async with AsyncExitStack() as stack:
+            self._threads = DaemonThreads("workpool-command", THREADS)
+            stack.push_async_callback(self._threads.close)
             try:
-                self._look_around()
+                # Also starts a thread, which a machine may not start once sessions run.
+                await asyncio.get_running_loop().run_in_executor(self._threads, self._look_around)
                 env = handed_on(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(guarding(env))
             except OSError as error:
@@ -187,7 +202,7 @@ class Command:
     def _directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
         if self.keep and self._root is not None:
             return nullcontext(kept_directory(self._root, _name(session)))
-        return fresh_directory(self._root, _name(session))
+        return fresh_directory(self._root, _name(session), self._threads)
 
     def _start(self, session: Session, cwd: Path, stdout: int, stderr: int) -> Start:
         return Start(

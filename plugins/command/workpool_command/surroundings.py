@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
+    from concurrent.futures import Executor
     from datetime import datetime
 
     from workpool import Session, WorkItem
@@ -105,10 +106,15 @@ def kept_directory(root: Path, name: str) -> Path:
 
 
 @asynccontextmanager
-async def fresh_directory(root: Path | None, name: str) -> AsyncIterator[Path]:
+async def fresh_directory(root: Path | None, name: str, threads: Executor) -> AsyncIterator[Path]:
     """A new directory, ours alone, removed in the end; where temporary files go if `root` is None.
 
     New for every run: on this machine, one that another worker has taken over may still be ending.
+
+    Args:
+        root: Where it is made.
+        name: What its name begins with.
+        threads: Where it is removed, which can take long.
 
     Raises:
         OSError: It cannot be made.
@@ -117,7 +123,7 @@ async def fresh_directory(root: Path | None, name: str) -> AsyncIterator[Path]:
     try:
         yield Path(directory.name)
     finally:
-        await asyncio.to_thread(_remove, directory)
+        await asyncio.get_running_loop().run_in_executor(threads, _remove, directory)
 
 
 def _remove(directory: tempfile.TemporaryDirectory[str]) -> None:

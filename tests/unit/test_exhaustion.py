@@ -1,0 +1,79 @@
+"""A machine that has run out of something, and the sessions that are given back for it."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from workpool import Release, release_on_exhaustion
+from workpool.errors import TransientError, exhausted
+
+
+def caused(cause: Exception) -> Exception:
+    error = ValueError("x")
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "x")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(getattr(errno, name), "x") for name in ("EMFILE", "ENFILE", "EDQUOT", "EAGAIN")),
+        *(OSError(errno.ENOMEM, "x"), FULL, MemoryError(), BlockingIOError(errno.EAGAIN, "x")),
+        *(RuntimeError("can't start new thread"), caused(FULL), caused(caused(FULL))),
+        ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [caused(FULL)])]),
+    ],
+    ids=repr,
+)
+def test_error_of_a_machine_without_resources_releases(error: Exception) -> None:
+    assert exhausted(error)
+    with pytest.raises(Release) as raised, release_on_exhaustion():
+        raise error
+    assert raised.value.__cause__ is error
+    assert exhausted(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ValueError("x"), OSError("no number"), OSError(errno.EACCES, "x"), RuntimeError("x")),
+        *(OSError([errno.ENOSPC], "made by a handler"), ExceptionGroup("x", [ValueError()])),
+        TransientError("stop", 503, "x", reason="server_error"),
+    ],
+    ids=repr,
+)
+def test_other_error_passes(error: Exception) -> None:
+    assert not exhausted(error)
+    with pytest.raises(type(error)) as raised, release_on_exhaustion():
+        raise error
+    assert raised.value is error
+
+
+def test_release_for_exhaustion_keeps_its_reason_and_delay() -> None:
+    with pytest.raises(Release) as raised, release_on_exhaustion():
+        raise Release("later", delay=60) from FULL
+    assert (raised.value.reason, raised.value.delay) == ("later", 60)
+
+
+def test_thread_that_cannot_be_started_is_recognised() -> None:
+    """The text of Python's own error, which has no class of its own."""
+    program = """
+import resource, threading
+from workpool.errors import exhausted
+resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))
+threading.stack_size(1 << 30)
+try:
+    threading.Thread(target=print).start()
+except RuntimeError as error:
+    print(exhausted(error), error)
+"""
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=40, check=True
+    )
+    assert done.stdout == "True can't start new thread\n"
