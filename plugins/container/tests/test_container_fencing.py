@@ -208,6 +208,21 @@ async def test_an_item_that_cannot_name_its_container_is_handed_back(
     assert await containers(scene) == {}
 
 
+async def test_container_is_given_up_when_the_worker_runs_out_of_resources(
+    scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(scene, engine)
+
+    async def refuse(_: object) -> None:
+        await scene.says("ready")
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "exit_of", refuse)
+    with pytest.raises(MemoryError):
+        await worker.run()
+    assert "running" not in (await containers(scene)).values()
+
+
 @pytest.mark.parametrize("kind", ["never named", "given up", "never started"])
 async def test_a_container_that_does_not_count_is_gone_before_another_starts(
     scene: Scene, engine: Engine, kind: str

@@ -13,7 +13,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workpool import PluginError, Session, Supervisor, WorkClient, handler, hookimpl
+from workpool import (
+    PluginError,
+    Session,
+    Supervisor,
+    WorkClient,
+    handler,
+    hookimpl,
+    release_on_exhaustion,
+)
 from workpool_container.engine import Engine, EngineError, find_socket
 from workpool_container.leftovers import Leftovers
 from workpool_container.options import Options
@@ -86,7 +94,8 @@ class Container:
         work_id = session.item.id
         self._here.add(work_id)
         try:
-            return await Run(self._engine, self._options, session).complete()
+            with release_on_exhaustion():
+                return await Run(self._engine, self._options, session).complete()
         finally:
             self._here.discard(work_id)
 

@@ -16,7 +16,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Final
 
 from workpool import Release, WorkpoolError
-from workpool.errors import TransientError, innermost
+from workpool.errors import TransientError, exhausted, innermost
 from workpool_container.engine import ENDED, EngineError
 from workpool_container.options import WORK_ID, specify
 from workpool_container.output import Output
@@ -79,8 +79,10 @@ class Run:
         try:
             adopted = await self._begin()
             return await self._settle(await self._follow(adopted=adopted))
-        except asyncio.CancelledError:
-            await self._give_up()
+        except (asyncio.CancelledError, Exception) as error:
+            # Released for want of memory or descriptors, the item may be started elsewhere.
+            if isinstance(error, asyncio.CancelledError) or exhausted(error):
+                await self._give_up()
             raise
 
     # Begin.
@@ -155,7 +157,7 @@ class Run:
             error = innermost(group_error)
             if isinstance(error, EngineError):
                 error = ContainerFailed(self._id, "was removed by somebody else")
-            raise error from None
+            raise error from error.__cause__  # not from the group
         return status
 
     async def _log(self, *, adopted: bool) -> None:
