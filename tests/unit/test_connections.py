@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import socket
 import subprocess
@@ -321,6 +322,17 @@ async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() 
     assert all(future.result(20) for future in held)
     names = {future.result(20).name for future in queued[1:]}
     assert names <= {"workpool-test-1", "workpool-test-2"}
+    await threads.close()
+
+
+async def test_threads_run_a_call_in_the_context_of_its_caller() -> None:
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
+    missing: dict[str, str] = {}
+    name.set("caller")
+    threads = DaemonThreads("workpool-test", 1)
+    assert await threads.run(name.get) == "caller"
+    with pytest.raises(LookupError):
+        await threads.run(missing.__getitem__, "x")
     await threads.close()
 
 

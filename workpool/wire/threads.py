@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import errno
 import queue
 import threading
@@ -59,6 +60,17 @@ class DaemonThreads(Executor):
                 self._start_one()
             self._calls.put(partial(_call, future, partial(fn, *args, **kwargs)))
         return future
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `fn` on one of the threads, in the caller's context, and return its result.
+
+        A cancellation ends the wait; a call that has begun runs on.
+
+        Raises:
+            OSError, RuntimeError: As `submit` raises them; and whatever `fn` raises.
+        """
+        call = partial(contextvars.copy_context().run, fn, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self, call)
 
     async def close(self) -> None:
         """End the threads; one whose call hangs is left to end by itself."""

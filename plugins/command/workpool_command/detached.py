@@ -64,7 +64,7 @@ class Holders:
         except BaseExceptionGroup as failure:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
-                raise error from None
+                raise error from error.__cause__  # not from the group
             group.signal(signal.SIGKILL)  # it would be refused: the item is ours again
             raise Release("workpool hold was not ready in time") from error
         finally:

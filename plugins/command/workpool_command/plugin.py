@@ -126,7 +126,7 @@ class Command:
             stack.push_async_callback(self._threads.close)
             try:
                 # Also starts a thread, which a machine may not start once sessions run.
-                await asyncio.get_running_loop().run_in_executor(self._threads, self._look_around)
+                await self._threads.run(self._look_around)
                 env = handed_on(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(guarding(env))
             except OSError as error:

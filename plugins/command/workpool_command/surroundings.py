@@ -6,7 +6,6 @@ listed are handed on, and none of the names that credentials have is accepted.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,10 +17,9 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
-    from concurrent.futures import Executor
     from datetime import datetime
 
-    from workpool import Session, WorkItem
+    from workpool import DaemonThreads, Session, WorkItem
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +104,9 @@ def kept_directory(root: Path, name: str) -> Path:
 
 
 @asynccontextmanager
-async def fresh_directory(root: Path | None, name: str, threads: Executor) -> AsyncIterator[Path]:
+async def fresh_directory(
+    root: Path | None, name: str, threads: DaemonThreads
+) -> AsyncIterator[Path]:
     """A new directory, ours alone, removed in the end; where temporary files go if `root` is None.
 
     New for every run: on this machine, one that another worker has taken over may still be ending.
@@ -123,7 +123,7 @@ async def fresh_directory(root: Path | None, name: str, threads: Executor) -> As
     try:
         yield Path(directory.name)
     finally:
-        await asyncio.get_running_loop().run_in_executor(threads, _remove, directory)
+        await threads.run(_remove, directory)
 
 
 def _remove(directory: tempfile.TemporaryDirectory[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from workpool_toolset.isolation import BASH, Bare, Bubblewrap, Isolation, Limits, problem
 from workpool_toolset.search import Sandboxed, Search
 from workpool_toolset.shell import Shell
-from workpool_toolset.tools import Times, Toolbox, ToolCall
+from workpool_toolset.tools import Bounds, Threads, Toolbox, ToolCall, started_threads
 from workpool_toolset.workspace import Root, Workspace
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def agent_of(
     roots: Sequence[Root] = (),
     *,
     custom: Any = None,
-    times: Times = Times(bash=20.0, tool=30.0),  # noqa: B008 - frozen
-    file_bytes: int = 256 * 1024,
+    bounds: Bounds = Bounds(bash_seconds=20.0, tool_seconds=30.0),  # noqa: B008 - frozen
+    threads: Threads,
 ) -> Agent:
     owner = isolation.owner(SESSION)
     if owner:
@@ -80,8 +80,8 @@ def agent_of(
         Shell([*prefix, *BASH], environment, None if sandbox else folder),
         Search(workspace, sandbox),
         custom=custom or {},
-        times=times,
-        file_bytes=file_bytes,
+        bounds=bounds,
+        threads=threads,
     )
     return Agent(toolbox, folder, shown)
 
@@ -109,12 +109,18 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-async def agents(folder: Path) -> AsyncIterator[Callable[..., Agent]]:
-    """Makes agents: `agents(isolation=…, roots=…, custom=…, times=…)`."""
+async def threads() -> AsyncIterator[Threads]:
+    async with started_threads() as threads:
+        yield threads
+
+
+@pytest.fixture
+async def agents(folder: Path, threads: Threads) -> AsyncIterator[Callable[..., Agent]]:
+    """Makes agents: `agents(isolation=…, roots=…, custom=…, bounds=…)`."""
     made: list[Agent] = []
 
     def make(isolation: Isolation = Bare(), **options: Any) -> Agent:  # noqa: B008 - frozen
-        made.append(agent_of(isolation, folder, **options))
+        made.append(agent_of(isolation, folder, **{"threads": threads} | options))
         return made[-1]
 
     yield make
@@ -130,16 +136,16 @@ def agent(request: pytest.FixtureRequest) -> Agent:
 
 
 @pytest.fixture
-async def bare(folder: Path) -> AsyncIterator[Agent]:
+async def bare(folder: Path, threads: Threads) -> AsyncIterator[Agent]:
     """An agent whose commands run without isolation."""
-    agent = agent_of(Bare(), folder)
+    agent = agent_of(Bare(), folder, threads=threads)
     yield agent
     await agent.toolbox.close()
 
 
 @pytest.fixture
-async def boxed(sandbox: Bubblewrap, folder: Path) -> AsyncIterator[Agent]:
+async def boxed(sandbox: Bubblewrap, folder: Path, threads: Threads) -> AsyncIterator[Agent]:
     """An agent whose commands run in a sandbox."""
-    agent = agent_of(sandbox, folder)
+    agent = agent_of(sandbox, folder, threads=threads)
     yield agent
     await agent.toolbox.close()

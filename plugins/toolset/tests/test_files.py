@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workpool_toolset import files
+from workpool_toolset.files import Sizes
+from workpool_toolset.tools import THREADS, Bounds
 from workpool_toolset.workspace import Root
 
 
@@ -58,6 +63,7 @@ LINES = "one\ntwo\nthree\nfour"
         ({"view_range": [2, 2]}, "two\n"),
         ({"view_range": [3, 0]}, "three\nfour"),
         ({"view_range": [4, -1]}, "four"),
+        ({"view_range": [0, 1]}, "one\n"),
         ({"view_range": [2, 99]}, "two\nthree\nfour"),
         ({"offset": 2, "limit": 2}, "two\nthree\n"),
         ({"offset": 3}, "three\nfour"),
@@ -71,7 +77,7 @@ async def test_reads_a_range_of_lines(
     assert await bare.says("read", file_path="lines", **fields) == selected
 
 
-@pytest.mark.parametrize("asked", [[0, 1], [3, 2], [5, 0], [1], "1-2", [1, "x"], [1.5, 2], {}])
+@pytest.mark.parametrize("asked", [[3, 2], [5, 0], [1], "1-2", [1, "x"], [1.5, 2], {}])
 async def test_a_range_that_cannot_be(bare: Any, folder: Path, asked: object) -> None:
     (folder / "lines").write_text(LINES)
     await bare.fails("read", file_path="lines", view_range=asked)
@@ -87,6 +93,73 @@ async def test_a_large_file_is_read_in_parts(bare: Any, folder: Path) -> None:
     assert "\ufffd" not in cut
     assert "larger" in await bare.fails(
         "edit", file_path="large", old_string="é", new_string="e", replace_all=True
+    )
+
+
+async def test_reads_far_beyond_a_large_file_leave_the_threads_to_other_sessions(
+    agents: Any, folder: Path
+) -> None:
+    (folder / "small").write_text("here")
+    with (folder / "large").open("wb") as file:
+        file.truncate(1 << 40)
+    hostile = agents(bounds=Bounds(bash_seconds=20, tool_seconds=0.2))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(2 * THREADS):
+            group.create_task(hostile.call("read", file_path="large", view_range=[9, 9]))
+    assert await agents().says("read", file_path="small") == "here"
+
+
+async def test_search_for_lines_is_bounded_by_bytes_and_by_time(
+    bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "lines").write_text("line\n" * 100_000)
+    said = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
+    monkeypatch.setattr(files, "SCANNED_BYTES", 100_000)
+    far = await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
+    assert far.startswith(said)
+    assert far.endswith("use bash, for example tail -c or dd")
+    assert await bare.says("read", file_path="lines", view_range=[20_000, 20_001]) == "line\n" * 2
+    monkeypatch.undo()
+    assert await bare.says("read", file_path="lines", view_range=[90_000, 90_000]) == "line\n"
+    monkeypatch.setattr(files, "SCAN_SECONDS", 0.0)
+    await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
+
+
+async def test_custom_tools_that_hang_leave_the_threads_to_the_file_tools(
+    agents: Any, folder: Path
+) -> None:
+    release = threading.Event()
+    (folder / "small").write_text("here")
+    bounds = Bounds(bash_seconds=20, tool_seconds=0.2)
+    agent = agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2 * THREADS):
+                group.create_task(agent.call("hang", custom=True))
+        assert await agents().says("read", file_path="small") == "here"
+    finally:
+        release.set()
+
+
+async def test_limits_of_files_are_settings_that_bind(agents: Any, folder: Path) -> None:
+    bounds = Bounds(bash_seconds=20, tool_seconds=30, sizes=Sizes(text=10, image=20, pdf=30))
+    agent = agents(bounds=bounds)
+    for name, limit in (("a.txt", 10), ("b.png", 20), ("c.pdf", 30)):
+        (folder / name).write_bytes(b"x" * limit)
+        assert not (await agent.call("read", file_path=name)).is_error
+        (folder / name).write_bytes(b"x" * (limit + 1))
+        assert (await agent.fails("read", file_path=name)).startswith(
+            f"{name}: larger than {limit} bytes"
+        )
+
+
+async def test_edit_of_a_file_above_the_limit_says_what_helps_an_edit(
+    bare: Any, folder: Path
+) -> None:
+    (folder / "large").write_text("a" * 300_000)
+    asked = {"file_path": "large", "old_string": "a", "new_string": "b"}
+    assert await bare.fails("edit", **asked) == (
+        "large: larger than 262144 bytes; change it with bash, for example with sed"
     )
 
 

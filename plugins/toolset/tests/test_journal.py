@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from workpool import DaemonThreads
 from workpool_toolset.journal import Journal
 from workpool_toolset.results import Result
 
@@ -23,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 async def opened(folder: Path) -> Journal:
-    journal = Journal(folder)
+    journal = Journal(folder, DaemonThreads("test", 2))
     await journal.open()
     return journal
 
@@ -68,11 +69,12 @@ async def test_an_id_never_becomes_a_path(folder: Path, call: str) -> None:
 STOPPED = """
 import asyncio, sys
 from pathlib import Path
+from workpool import DaemonThreads
 from workpool_toolset.journal import Journal
 from workpool_toolset.results import Result
 
 async def main():
-    journal = Journal(Path(sys.argv[1]))
+    journal = Journal(Path(sys.argv[1]), DaemonThreads("test", 2))
     await journal.open()
     await journal.begin("evt_0")
     print("up", flush=True)

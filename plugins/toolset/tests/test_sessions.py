@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool import Session, WorkClient
+from workpool import DaemonThreads, Session, WorkClient
 from workpool.errors import TransientError
 from workpool.events import SessionFinished
 from workpool.testing import expire_lease, lost, status
@@ -222,7 +222,7 @@ async def test_results_that_cannot_be_sent_are_kept_for_later(
 async def opened(folder: Path) -> Journal:
     """The journal of the worker that was there before."""
     await asyncio.to_thread(folder.mkdir, parents=True)
-    journal = Journal(folder / "journal")
+    journal = Journal(folder / "journal", DaemonThreads("test", 2))
     await journal.open()
     return journal
 

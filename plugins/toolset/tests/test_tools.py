@@ -12,7 +12,7 @@ from workpool import PluginError
 from workpool_toolset import ToolCall, Toolset
 from workpool_toolset.isolation import Bubblewrap, Limits, problem
 from workpool_toolset.results import Result
-from workpool_toolset.tools import Times
+from workpool_toolset.tools import Bounds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,10 +112,10 @@ async def test_what_fails_unexpectedly_tells_the_agent_nothing_of_this_machine(
     bare: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
-        raise MemoryError("/secret/place")
+        raise LookupError("/secret/place")
 
     monkeypatch.setattr("workpool_toolset.files.write", fail)
-    assert await bare.fails("write", file_path="a", content="b") == "write: MemoryError"
+    assert await bare.fails("write", file_path="a", content="b") == "write: LookupError"
     assert "/secret/place" in caplog.text
 
 
@@ -123,12 +123,12 @@ async def test_a_tool_that_takes_too_long_is_given_up(agents: Any) -> None:
     async def sleep(_: ToolCall) -> None:
         await asyncio.sleep(600)
 
-    agent = agents(custom={"sleep": sleep}, times=Times(bash=20, tool=0.1))
+    agent = agents(custom={"sleep": sleep}, bounds=Bounds(bash_seconds=20, tool_seconds=0.1))
     assert await agent.fails("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
 async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(agents: Any) -> None:
-    agent = agents(times=Times(bash=20, tool=10.2))
+    agent = agents(bounds=Bounds(bash_seconds=20, tool_seconds=10.2))
     said = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
     assert said.startswith("killed after 0.2 s")
 

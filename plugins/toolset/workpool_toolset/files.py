@@ -1,6 +1,7 @@
 """The tools that read and change one file: `read`, `write`, `edit`.
 
-Plain functions, run in a thread: regular files only, so nothing here can wait for ever. They touch
+Plain functions, run in a thread: regular files only, and a bounded search for lines, so nothing
+here can occupy its thread for long. They touch
 files through `Workspace` alone, which is what keeps them inside.
 """
 
@@ -13,6 +14,8 @@ import os
 import posixpath
 import secrets
 import stat
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from workpool_toolset.results import ToolError
@@ -23,15 +26,14 @@ if TYPE_CHECKING:
     from workpool_toolset.results import Block
     from workpool_toolset.workspace import Spot, Workspace
 
-FILE_BYTES: Final = 256 * 1024
-"""What `read` and `edit` take of a text file, unless set otherwise."""
-
+SCANNED_BYTES: Final = 1 << 30
+"""The most that `read` goes through in search of the lines of a range."""
+SCAN_SECONDS: Final = 10.0
+"""The longest such search; a session cannot occupy one of the worker's threads for more."""
 EDITED_CHARACTERS: Final = 32 * 1024 * 1024
 """What an edit may make of a file: `replace_all` could ask for a million times its own size."""
 
 CHUNK_BYTES: Final = 64 * 1024
-IMAGE_BYTES: Final = 5 * 1024 * 1024 * 3 // 4  # 5 MiB of base64
-PDF_BYTES: Final = 20 * 1024 * 1024
 IMAGES: Final = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -43,8 +45,27 @@ LAST: Final = 1 << 62
 """The end of a range without one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The largest files that the tools take, in bytes.
+
+    Attributes:
+        text: For `read` and `edit`.
+        image: For `read`.
+        pdf: For `read`.
+    """
+
+    text: int = 256 * 1024
+    image: int = 5 * 1024 * 1024 * 3 // 4  # 5 MiB of base64
+    pdf: int = 20 * 1024 * 1024
+
+
+SIZES: Final = Sizes()
+"""What the limits are unless they are set."""
+
+
 def read(
-    workspace: Workspace, path: str, view_range: tuple[int, int] | None, limit: int = FILE_BYTES
+    workspace: Workspace, path: str, view_range: tuple[int, int] | None, sizes: Sizes
 ) -> str | list[Block]:
     """The text of a file, or an image or a PDF as a block.
 
@@ -52,7 +73,7 @@ def read(
         workspace: Where the session may read.
         path: As the session wrote it.
         view_range: First and last line, from 1; a last line of 0 or less is the file's.
-        limit: Bytes at most.
+        sizes: Limits.
 
     Raises:
         ToolError: What the agent should know.
@@ -62,10 +83,12 @@ def read(
         if suffix in IMAGES or suffix == ".pdf":
             if view_range:
                 raise ToolError(f"{path}: view_range is for text files only")
-            return [_encoded(file, path, suffix)]
+            limit = sizes.pdf if suffix == ".pdf" else sizes.image
+            return [_encoded(_whole(file, path, size, limit), suffix)]
         if view_range:
-            return _lines(file, path, view_range, limit)
-        return _text(_whole(file, path, size, limit), path)
+            return _lines(file, path, view_range, sizes.text)
+        hint = "; read it in parts with view_range=[start, end]"
+        return _text(_whole(file, path, size, sizes.text, hint), path)
 
 
 def write(workspace: Workspace, path: str, content: str) -> str:
@@ -82,7 +105,7 @@ def edit(
     change: tuple[str, str],
     *,
     replace_all: bool = False,
-    limit: int = FILE_BYTES,
+    sizes: Sizes,
 ) -> str:
     """Replace the one occurrence of `change[0]`, or all of them, by `change[1]`."""
     old, new = change
@@ -90,7 +113,8 @@ def edit(
         raise ToolError("old_string must not be empty, nor equal to new_string")
     with workspace.at(path, write=True) as spot:
         with _opened(spot, path) as (file, size):
-            text = _text(_whole(file, path, size, limit), path)
+            hint = "; change it with bash, for example with sed"
+            text = _text(_whole(file, path, size, sizes.text, hint), path)
         count = text.count(old)
         if count == 0:
             raise ToolError(f"{path}: old_string was not found")
@@ -123,29 +147,26 @@ def _check_regular(found: os.stat_result, path: str) -> None:
         raise ToolError(f"{path}: not a regular file")
 
 
-def _whole(file: BinaryIO, path: str, size: int, limit: int) -> bytes:
+def _whole(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
     content = file.read(limit + 1) if size <= limit else b""  # a size can be out of date
     if size > limit or len(content) > limit:
-        raise ToolError(
-            f"{path}: larger than {limit} bytes; read it in parts with view_range=[start, end]"
-        )
+        raise ToolError(f"{path}: larger than {limit} bytes{hint}")
     return content
 
 
 def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
     """The lines of a range, read in chunks: a line may be as long as the file."""
     start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST
-    if start < 1 or end < start:
+    if end < start:
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
     kept, line, last = bytearray(), 1, b""
-    while line <= end and len(kept) <= limit and (chunk := file.read(CHUNK_BYTES)):
-        for index, piece in enumerate(chunk.split(b"\n")):
-            if index:
-                kept += b"\n" if start <= line <= end else b""
-                line += 1
-            if start <= line <= end:
-                kept += piece
-        last = chunk[-1:]
+    for chunk in _chunks(file, path):
+        last, newlines = chunk[-1:], chunk.count(b"\n")
+        if line + newlines >= start:
+            kept += _selected(chunk, start - line, end - line)
+        line += newlines
+        if line > end or len(kept) > limit:
+            break
     count = line - 1 if last == b"\n" else line
     if start > count:
         raise ToolError(f"{path}: has only {count} lines")
@@ -154,11 +175,27 @@ def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -
     return _text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
 
 
-def _encoded(file: BinaryIO, path: str, suffix: str) -> Block:
-    limit = PDF_BYTES if suffix == ".pdf" else IMAGE_BYTES
-    content = file.read(limit + 1)
-    if len(content) > limit:
-        raise ToolError(f"{path}: larger than {limit} bytes")
+def _selected(chunk: bytes, first: int, last: int) -> bytes:
+    """The lines of a chunk from `first`, 0 or less is its beginning, to `last`, with newlines."""
+    lines = chunk.split(b"\n")
+    ended = last + 1 < len(lines)
+    return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
+
+
+def _chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """What a file holds, within the bounds of a search."""
+    latest, read = time.monotonic() + SCAN_SECONDS, 0
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+        read += len(chunk)
+        if read >= SCANNED_BYTES or time.monotonic() > latest:
+            raise ToolError(
+                f"{path}: the lines begin or end beyond the first {read} bytes, which is as far as"
+                " read goes; use bash, for example tail -c or dd"
+            )
+
+
+def _encoded(content: bytes, suffix: str) -> Block:
     return {
         "type": "document" if suffix == ".pdf" else "image",
         "source": {

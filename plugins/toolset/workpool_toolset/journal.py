@@ -11,7 +11,6 @@ through its lease and the one that took over, only one can begin a call.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -24,23 +23,26 @@ from workpool_toolset.results import Result
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from workpool import DaemonThreads
+
 
 class Journal:
-    """One session's journal, in a directory of its own.
+    """One session's journal, in a directory of its own, used on threads.
 
     Attributes:
         new: Whether the directory was made by `open`.
         name: Tells this journal from the session's journals on other machines.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, threads: DaemonThreads) -> None:
         self._folder = folder
+        self._threads = threads
         self.new = False
         self.name = ""
 
     async def open(self) -> None:
         """Make the directory, if there is none, and give it its name."""
-        await asyncio.to_thread(self._make)
+        await self._threads.run(self._make)
 
     async def begin(self, call: str) -> Result | Literal["new", "begun"]:
         """Note that a call is about to be executed; "new" is the leave to execute it.
@@ -48,16 +50,16 @@ class Journal:
         Returns:
             "new", or, when it was begun before, its result, or "begun" when there is none.
         """
-        return await asyncio.to_thread(self._begin, call)
+        return await self._threads.run(self._begin, call)
 
     async def finish(self, call: str, result: Result) -> None:
         """Keep a call's result until `forget`."""
-        text = json.dumps({"content": result.content, "is_error": result.is_error})
-        await asyncio.to_thread(self._finish, call, text)
+        await self._threads.run(self._finish, call, result)
 
     async def forget(self, call: str) -> None:
         """Drop the result, since the control plane has it; that the call was begun stays known."""
-        await asyncio.to_thread(self._path(call, "result").unlink, missing_ok=True)
+        path = self._path(call, "result")
+        await self._threads.run(path.unlink, missing_ok=True)
 
     def _path(self, call: str, fact: str) -> Path:
         # An id is another's word, and becomes no path of ours; the mark holds it, for people.
@@ -78,18 +80,25 @@ class Journal:
         self.name = path.read_text()
 
     def _begin(self, call: str) -> Result | Literal["new", "begun"]:
+        path = self._path(call, "begun")
         try:
-            with self._path(call, "begun").open("xb") as mark:
-                mark.write(_bytes(call))
+            mark = path.open("xb")
         except FileExistsError:
             try:
                 return Result(**json.loads(self._path(call, "result").read_text()))
             except FileNotFoundError:
                 return "begun"
-        _sync(self._folder)
+        try:
+            with mark:
+                mark.write(_bytes(call))
+            _sync(self._folder)
+        except OSError:  # a call that was not begun must not be taken for one that was
+            path.unlink()
+            raise
         return "new"
 
-    def _finish(self, call: str, text: str) -> None:
+    def _finish(self, call: str, result: Result) -> None:
+        text = json.dumps({"content": result.content, "is_error": result.is_error})
         self._written(text).rename(self._path(call, "result"))
         _sync(self._folder)
 

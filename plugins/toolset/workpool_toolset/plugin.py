@@ -11,14 +11,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool import PluginError, Session, handler, hookimpl
-from workpool_toolset.files import FILE_BYTES
+from workpool import (
+    PluginError,
+    Session,
+    handler,
+    hookimpl,
+    release_on_exhaustion,
+)
+from workpool_toolset.files import SIZES, Sizes
 from workpool_toolset.isolation import BASH, VISIBLE, Bare, Bubblewrap, Isolation, Limits, problem
 from workpool_toolset.journal import Journal
 from workpool_toolset.runner import Runner, kept
 from workpool_toolset.search import Sandboxed, Search
 from workpool_toolset.shell import Shell
-from workpool_toolset.tools import MARGIN_SECONDS, CustomTool, Times, Toolbox
+from workpool_toolset.tools import (
+    MARGIN_SECONDS,
+    Bounds,
+    CustomTool,
+    Threads,
+    Toolbox,
+    started_threads,
+)
 from workpool_toolset.workspace import Root, Workspace
 
 if TYPE_CHECKING:
@@ -28,7 +41,8 @@ if TYPE_CHECKING:
 
 NAME: Final = "toolset"
 NUMBERS: Final = (
-    *("bash_timeout", "tool_timeout", "max_idle", "max_file_bytes"),
+    *("bash_timeout", "tool_timeout", "max_idle"),
+    *("max_file_bytes", "max_image_bytes", "max_pdf_bytes"),
     *("memory_mb", "cpu_seconds", "processes", "file_mb"),
 )
 
@@ -63,8 +77,12 @@ class Toolset:
     """Seconds that any call has; 10 more than `bash_timeout` at least."""
     max_idle: float = 60.0
     """Seconds to stay with a session after the end of its turn; `inf`: until it ends."""
-    max_file_bytes: int = FILE_BYTES
-    """What `read` and `edit` take of a text file."""
+    max_file_bytes: int = SIZES.text
+    """The largest text file that `read` and `edit` take, in bytes."""
+    max_image_bytes: int = SIZES.image
+    """The largest image that `read` takes, in bytes."""
+    max_pdf_bytes: int = SIZES.pdf
+    """The largest PDF that `read` takes, in bytes."""
     memory_mb: int = 4096
     """Data of each process, and the size of its `/tmp`, in MiB; sandboxed."""
     cpu_seconds: int = 3600
@@ -75,6 +93,7 @@ class Toolset:
     """The largest file that a process may write, in MiB; sandboxed."""
 
     _isolation: Isolation | None = field(default=None, init=False, repr=False)
+    _threads: Threads | None = field(default=None, init=False, repr=False)
     _roots: tuple[Root, ...] = field(default=(), init=False, repr=False)
     _tools: Mapping[str, CustomTool] = field(default_factory=dict, init=False, repr=False)
 
@@ -94,25 +113,29 @@ class Toolset:
         self._check_nesting()
         self._tools = {name: _function(name, tool) for name, tool in self.tools.items()}
         self._isolation = await self._chosen(state)
-        yield
+        async with started_threads() as self._threads:
+            yield
 
     @handler
     async def run(self, session: Session) -> None:
         """Answer the session's tool calls until it ends or is idle."""
-        isolation = self._isolation
-        if isolation is None:
+        isolation, threads = self._isolation, self._threads
+        if isolation is None or threads is None:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
-        with kept():
-            folder = self._session_folder(session.id)
-            journal = Journal(folder / "journal")
-            await journal.open()
-        toolbox = self._toolbox(session.id, folder / "workspace", isolation)
-        try:
-            await Runner(session, toolbox, journal, self.max_idle).run()
-        finally:
-            await toolbox.close()
+        with release_on_exhaustion():
+            with kept():
+                folder = await threads.files.run(self._session_folder, session.id)
+                journal = Journal(folder / "journal", threads.files)
+                await journal.open()
+            toolbox = self._toolbox(session.id, folder / "workspace", isolation, threads)
+            try:
+                await Runner(session, toolbox, journal, self.max_idle).run()
+            finally:
+                await toolbox.close()
 
-    def _toolbox(self, session: str, workspace: Path, isolation: Isolation) -> Toolbox:
+    def _toolbox(
+        self, session: str, workspace: Path, isolation: Isolation, threads: Threads
+    ) -> Toolbox:
         owner = isolation.owner(session)
         roots = Workspace([Root(isolation.shown(workspace), workspace, owner=owner), *self._roots])
         environment = isolation.environment(self.environment)
@@ -123,8 +146,12 @@ class Toolset:
             Shell([*prefix, *BASH], environment, None if sandbox else workspace),
             Search(roots, sandbox),
             custom=self._tools,
-            times=Times(bash=self.bash_timeout, tool=self.tool_timeout),
-            file_bytes=self.max_file_bytes,
+            bounds=Bounds(
+                bash_seconds=self.bash_timeout,
+                tool_seconds=self.tool_timeout,
+                sizes=Sizes(self.max_file_bytes, self.max_image_bytes, self.max_pdf_bytes),
+            ),
+            threads=threads,
         )
 
     def _session_folder(self, session: str) -> Path:

@@ -91,7 +91,8 @@ class Runner:
                 for other in others:
                     other.cancel()
         except BaseExceptionGroup as group_error:
-            raise innermost(group_error) from None
+            error = innermost(group_error)
+            raise error from error.__cause__  # not from the group
         self._session.log.info("toolset: %s", ending)
         if ending == "interrupted" and not self._session.stopping:
             raise Release("the pool is draining")
@@ -103,7 +104,8 @@ class Runner:
                 self._caught_up = stream.caught_up
                 self._noticed()
                 if answered := result_for(event):
-                    await self._journal.forget(answered)
+                    with kept():
+                        await self._journal.forget(answered)
         self._conversation.ended = self._caught_up = True
         self._noticed()
 

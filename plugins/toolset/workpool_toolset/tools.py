@@ -7,13 +7,18 @@ since not all services document theirs. Fields that no tool knows are ignored.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from workpool import DaemonThreads
+from workpool.errors import exhausted
 from workpool_toolset import files
+from workpool_toolset.files import SIZES, Sizes
 from workpool_toolset.results import Result, ToolError
 from workpool_toolset.shell import Shell, ShellEnded
 
@@ -23,9 +28,13 @@ if TYPE_CHECKING:
 
 Fields: TypeAlias = Mapping[str, Any]
 
+EXHAUSTED: Final = "the worker has run out of resources"
+"""Of memory, descriptors, processes or threads: another call may succeed later."""
 RESTART: Final = "use restart=true for a new one"
 _log: Final = logging.getLogger("workpool.toolset")
 
+THREADS: Final = 32
+"""Of each kind, for all sessions of a pool."""
 MARGIN_SECONDS: Final = 10.0
 """What a command's own limit stays below the tools', so that its output can still be told."""
 
@@ -58,11 +67,43 @@ when the call is given up.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """Seconds that a command has unless it asks for less or more, and that any tool has."""
+class Bounds:
+    """What a call may take.
 
-    bash: float
-    tool: float
+    Attributes:
+        bash_seconds: For a command, unless its call asks for less or more.
+        tool_seconds: For any tool.
+        sizes: Of files.
+    """
+
+    bash_seconds: float
+    tool_seconds: float
+    sizes: Sizes = SIZES
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """The threads of all sessions of a pool.
+
+    Attributes:
+        files: For the journal and the file tools, all of whose calls are bounded.
+        custom: For custom tools, which may hang.
+    """
+
+    files: DaemonThreads
+    custom: DaemonThreads
+
+
+@contextlib.asynccontextmanager
+async def started_threads() -> AsyncIterator[Threads]:
+    """Threads as long as the block runs; of each kind one is started."""
+    async with contextlib.AsyncExitStack() as stack:
+        made = [DaemonThreads(f"workpool-{name}", THREADS) for name in ("toolset", "custom-tool")]
+        for threads in made:
+            stack.push_async_callback(threads.close)
+            # A machine that has run out of processes starts none once sessions run.
+            await threads.run(threading.current_thread)
+        yield Threads(*made)
 
 
 class Toolbox:
@@ -73,8 +114,8 @@ class Toolbox:
         shell: The session's.
         search: The session's.
         custom: Custom tools by name.
-        times: Limits.
-        file_bytes: What `read` and `edit` take of a text file.
+        bounds: Limits of each call.
+        threads: The pool's.
     """
 
     def __init__(
@@ -84,15 +125,15 @@ class Toolbox:
         search: Search,
         *,
         custom: Mapping[str, CustomTool],
-        times: Times,
-        file_bytes: int,
+        bounds: Bounds,
+        threads: Threads,
     ) -> None:
         self._workspace = workspace
         self._shell = shell
         self._search = search
         self._custom = custom
-        self._times = times
-        self._file_bytes = file_bytes
+        self._bounds = bounds
+        self._threads = threads
         self._tools: Mapping[str, Callable[[Fields], Awaitable[object]]] = {
             "bash": self._bash,
             "read": self._read,
@@ -109,23 +150,30 @@ class Toolbox:
     async def run(self, call: ToolCall) -> Result:
         """Execute a call that is owned, within the tools' time; what goes wrong is its result."""
         try:
-            async with asyncio.timeout(self._times.tool):
+            async with asyncio.timeout(self._bounds.tool_seconds):
                 if call.custom:
-                    return Result.of(await _called(self._custom[call.name], call))
+                    return Result.of(await self._called(self._custom[call.name], call))
                 done = await self._tools[call.name.lower()](call.input)
                 return done if isinstance(done, Result) else Result.of(done)
         except ToolError as error:
             return Result.error(str(error))
         except TimeoutError:
-            return Result.error(f"{call.name}: took more than {self._times.tool:g} s")
+            return Result.error(f"{call.name}: took more than {self._bounds.tool_seconds:g} s")
         except Exception as error:  # noqa: BLE001 - a tool's error is an answer, not the worker's end
             _log.exception("toolset: %s %s failed", call.name, call.id)
+            if exhausted(error) and not call.custom:
+                return Result.error(f"{call.name}: {EXHAUSTED}")
             said = f": {error}" if call.custom else ""  # of ours it may name places of this machine
             return Result.error(f"{call.name}: {type(error).__name__}{said}")
 
     async def close(self) -> None:
         """End the session's shell."""
         await self._shell.close()
+
+    async def _called(self, tool: CustomTool, call: ToolCall) -> object:
+        if inspect.iscoroutinefunction(tool):
+            return await tool(call)
+        return await self._threads.custom.run(tool, call)
 
     async def _bash(self, fields: Fields) -> object:
         again = _flag(fields, "restart")
@@ -158,29 +206,30 @@ class Toolbox:
 
     def _seconds(self, fields: Fields) -> float:
         asked = _number(fields, "timeout_ms", "timeout")
-        most = self._times.tool - MARGIN_SECONDS
-        return min(self._times.bash if asked is None else max(asked / 1000, 0.001), most)
+        most = self._bounds.tool_seconds - MARGIN_SECONDS
+        return min(self._bounds.bash_seconds if asked is None else max(asked / 1000, 0.001), most)
 
     async def _read(self, fields: Fields) -> object:
         path = _text(fields, "file_path", "path")
-        return await asyncio.to_thread(
-            files.read, self._workspace, path, _range(fields), self._file_bytes
+        return await self._threads.files.run(
+            files.read, self._workspace, path, _range(fields), self._bounds.sizes
         )
 
     async def _write(self, fields: Fields) -> object:
         path = _text(fields, "file_path", "path")
-        return await asyncio.to_thread(files.write, self._workspace, path, _text(fields, "content"))
+        content = _text(fields, "content")
+        return await self._threads.files.run(files.write, self._workspace, path, content)
 
     async def _edit(self, fields: Fields) -> object:
         path = _text(fields, "file_path", "path")
         change = _text(fields, "old_string"), _text(fields, "new_string")
-        return await asyncio.to_thread(
+        return await self._threads.files.run(
             files.edit,
             self._workspace,
             path,
             change,
             replace_all=_flag(fields, "replace_all"),
-            limit=self._file_bytes,
+            sizes=self._bounds.sizes,
         )
 
     async def _glob(self, fields: Fields) -> object:
@@ -190,12 +239,6 @@ class Toolbox:
         include = _text(fields, "include", "glob", default="")
         path = _text(fields, "path", default=".")
         return await self._search.grep(_text(fields, "pattern"), path, include or None)
-
-
-async def _called(tool: CustomTool, call: ToolCall) -> object:
-    if inspect.iscoroutinefunction(tool):
-        return await tool(call)
-    return await asyncio.to_thread(tool, call)
 
 
 def _field(fields: Fields, *names: str) -> Any:

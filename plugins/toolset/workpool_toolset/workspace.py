@@ -15,6 +15,7 @@ import posixpath
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from workpool.errors import exhausted
 from workpool_toolset.results import ToolError
 
 if TYPE_CHECKING:
@@ -147,11 +148,19 @@ class Workspace:
 
 @contextlib.contextmanager
 def plainly(path: str) -> Iterator[None]:
-    """Turn the errors of the operating system into words, without errno or host path."""
+    """Turn errors of the operating system into words, without errno or host path.
+
+    Raises:
+        OSError: The machine has run out of something but disk space.
+        ToolError: Any other error.
+    """
     try:
         yield
     except OSError as error:
-        raise ToolError(f"{path}: {_WORDS.get(error.errno or 0, 'cannot be used')}") from None
+        words = _WORDS.get(error.errno or 0)
+        if words is None and exhausted(error):
+            raise
+        raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
 def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:

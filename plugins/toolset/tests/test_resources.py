@@ -1,0 +1,97 @@
+"""A machine that has run out of something: no session fails for it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.errors import exhausted
+from workpool_toolset import Toolset
+from workpool_toolset.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.testing import Kit
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    """Leave this process so many descriptors that it can open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = [os.dup(0)]
+    try:
+        highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(count - len(taken)):
+            highest += 1
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+            taken.append(os.dup(0))
+        for _ in range(count):
+            os.close(taken.pop())
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("left", range(13))
+async def test_tool_without_descriptors_says_so(bare: Any, folder: Path, left: int) -> None:
+    """Each count fails at another step."""
+    (folder / "a").write_text("b\n")
+    calls: list[tuple[str, dict[str, Any], str]] = [
+        ("read", {"file_path": "a"}, "b\n"),
+        ("write", {"file_path": "a", "content": "b\n"}, "wrote 2 bytes to a"),
+        ("grep", {"pattern": "b"}, "a:1:b\n"),
+        ("bash", {"command": "echo out"}, "out\n"),
+    ]
+    outcomes = set()
+    for tool, fields, expected in calls:
+        with descriptors_left(left):
+            result = await bare.call(tool, **fields)
+        said = result.content[0]["text"]
+        assert said == expected or said.endswith(": the worker has run out of resources"), said
+        outcomes.add(result.is_error)
+    if left in {0, 12}:
+        assert outcomes == {left == 0}
+
+
+@pytest.mark.parametrize("left", range(3))
+async def test_call_that_the_journal_could_not_note_is_not_taken_for_one_that_was_run(
+    tmp_path: Path, threads: Any, left: int
+) -> None:
+    journal = Journal(tmp_path / "journal", threads.files)
+    await journal.open()
+    with descriptors_left(left):
+        try:
+            noted: object = await journal.begin("evt_1")
+        except OSError:
+            noted = None
+    assert noted in {"new", None}
+    assert await journal.begin("evt_1") == ("begun" if noted else "new")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
+@pytest.mark.parametrize("step", ["_make", "_begin"])
+async def test_session_is_released_when_the_machine_has_run_out_of_resources(
+    workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Journal, step, refuse)
+    toolset = Toolset(isolation="none", state=str(tmp_path / "state"), max_idle=0.05)
+    script = [{"name": "Bash", "input": {"command": "echo out"}}]
+    result = await workpool.run_session(toolset, script=script)
+    assert result.outcome == "released"
+    assert exhausted(result.error)
