@@ -364,7 +364,7 @@ def test_every_event_is_in_the_test_above() -> None:
 def test_failing_metrics_are_logged_and_stop_nobody(
     pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool.metrics.count(ev.AckFinished, (ITEM, "ok", "not a number", 1.0))
+    pool.metrics.count(ev.AckFinished, ITEM, "ok", "not a number", 1.0)
     assert "metrics failed" in caplog.text
 
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     Values = tuple[Any, ...]
     """The values of an event's fields, in their order."""
+    Callback = Callable[..., object]
+    """Takes the values of an event's fields, in their order."""
     EventType = Callable[..., ev.Event]
     """One of the classes of `Event`, of which a type checker needs to know only what it returns."""
 
@@ -175,7 +177,7 @@ class Metrics:
     now: Callable[[], float] = _unix_time
     _series: dict[str, _Series] = field(init=False)
     _feeds: dict[EventType, list[_Feed]] = field(init=False)
-    _others: dict[EventType, Callable[..., object]] = field(init=False)
+    _callbacks: dict[EventType, list[Callback]] = field(init=False)
     _source: Source = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
 
@@ -198,10 +200,10 @@ class Metrics:
             if row.name in shared.stores
         }
         self._feeds = self._feeds_by_type()
-        self._others = {
-            ev.PollFinished: self._on_poll,
-            ev.QueueStatsRead: self._on_stats,
-            ev.SessionStarted: self._on_start,
+        self._callbacks = {
+            ev.PollFinished: [self._on_poll],
+            ev.QueueStatsRead: [self._on_stats],
+            ev.SessionStarted: [self._on_start],
         }
         for handler in self.handlers:
             self._label_of(handler)
@@ -214,22 +216,29 @@ class Metrics:
             self._shared.detach(self._source)
             self._shared = None
 
-    def count(self, event_type: EventType, values: Values) -> None:
+    def forward(self, event_type: EventType, callback: Callback) -> None:
+        """Call `callback` with the values of each event of this type, after it was counted.
+
+        Called on the thread that counts the event. For open metrics.
+        """
+        self._callbacks.setdefault(event_type, []).append(callback)
+
+    def count(self, event_type: EventType, /, *values: Any) -> None:
         """Count one event by the values of its fields, in their order."""
         try:
             for series, key_of, amount_at in self._feeds.get(event_type, ()):
                 amount = 1 if amount_at is None else values[amount_at]
                 if amount is not None:
                     series[key_of(values)](amount)
-            if event_type in self._others:
-                self._others[event_type](*values)
+            for callback in self._callbacks.get(event_type, ()):
+                callback(*values)
         except Exception:
             log.exception("metrics failed event_type=%s", event_type)
 
     def observe(self, event: ev.Event) -> None:
         """Count one event that exists as an object."""
         event_type = type(event)
-        self.count(event_type, tuple(getattr(event, name) for name in _FIELDS[event_type]))
+        self.count(event_type, *(getattr(event, name) for name in _FIELDS[event_type]))
 
     def _feeds_by_type(self) -> dict[EventType, list[_Feed]]:
         feeds: dict[EventType, list[_Feed]] = {}
@@ -247,7 +256,8 @@ class Metrics:
         self._source.remote = (self.now(), stats)
 
     def _on_start(self, _: object, handler: str) -> None:
-        self._label_of(handler)
+        if handler not in self._source.handlers:
+            self._label_of(handler)
 
     def _label_of(self, handler: str) -> str:
         """Return a handler's label; show the handler from its first session on."""

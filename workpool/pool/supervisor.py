@@ -287,7 +287,7 @@ class Supervisor:
             )
             services.append(self._exporter)
         callbacks = Callbacks(
-            observe=self._telemetry.observe_anywhere,
+            observe=self._telemetry.observe,
             changed=self._lease_changed,
             failed=self._renewer_failed,
             stopped_renewing=self._stopped_renewing,

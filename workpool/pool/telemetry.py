@@ -1,18 +1,25 @@
 """Delivery of events to the metrics and to the plugins that observe them.
 
 The metrics count an event on the thread on which it happened. An event object is built only for the
-types that a plugin observes; plugins are called on the handlers' loop.
+types that a plugin observes; other types cost nothing but the counting. Plugins are called on the
+handlers' loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple, cast
 
-from workpool.events import CredentialRefreshed, RateBudgetWaited, RequestFinished
+from workpool.events import (
+    CredentialRefreshed,
+    PluginFailed,
+    RateBudgetWaited,
+    RequestFinished,
+)
 from workpool.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -47,8 +54,8 @@ class Telemetry:
         snapshot: Callable[[], PoolSnapshot],
     ) -> None:
         self._plugins = plugins
-        self._wanted: frozenset[object] = plugins.wanted
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._metrics = Metrics(
             registry,
             str(settings.environment_id),
@@ -59,11 +66,14 @@ class Telemetry:
                 route.handler.name for plugin in plugins.describe() for route in plugin.routes
             ],
         )
-        self._count = self._metrics.count
+        self.observe = cast("Observe", self._metrics.count)
+        """Reports an event; may be called on any thread."""
 
     def __enter__(self) -> Telemetry:
         self._metrics.open()
         self._plugins.metrics = self._metrics.observe
+        for event_type in self._plugins.wanted - {PluginFailed}:  # the plugins report that one
+            self._metrics.forward(event_type, partial(self._notify, event_type))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,25 +81,15 @@ class Telemetry:
 
     def listen_to(self, client: Client) -> None:
         """Report the requests of a client; it may live on any loop."""
-        client.on_request = partial(cast("Any", self.observe_anywhere), RequestFinished)
-        client.on_rate_limit_wait = self._rate_limit_waited
-        client.on_credential_refresh = self._credential_refreshed
+        client.on_request = partial(self._metrics.count, RequestFinished)
+        client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)
+        client.on_credential_refresh = partial(self._metrics.count, CredentialRefreshed)
 
-    def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
-        """Report an event that happened on the handlers' loop."""
-        self._count(event_type, values)
-        if event_type in self._wanted:
-            self._plugins.notify(event_type(*values))
-
-    def observe_anywhere(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
-        """Report an event that happened on any thread."""
-        self._count(event_type, values)
-        if event_type in self._wanted:
+    def _notify(self, event_type: Callable[..., Event], *values: Any) -> None:
+        """Call the plugins that observe this type: now, or soon if this is another thread."""
+        event = event_type(*values)
+        if threading.get_ident() == self._thread:
+            self._plugins.notify(event)
+        else:
             with contextlib.suppress(RuntimeError):  # that loop is closed
-                self._loop.call_soon_threadsafe(self._plugins.notify, event_type(*values))
-
-    def _rate_limit_waited(self, kind: str, seconds: float) -> None:
-        self.observe_anywhere(RateBudgetWaited, "read" if kind == "read" else "write", seconds)
-
-    def _credential_refreshed(self, result: str) -> None:
-        self.observe_anywhere(CredentialRefreshed, "ok" if result == "ok" else "error")
+                self._loop.call_soon_threadsafe(self._plugins.notify, event)
