@@ -199,7 +199,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "handler starts after the machine has slept": [
         Edit(
             "handler_executor:HandlerExecutor",
-            "if not lease_of(item).held(self._clock()):",
+            "if not item.lease.held(self._clock()):",
             "if False:",
         ),
     ],

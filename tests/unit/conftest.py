@@ -15,7 +15,7 @@ from workpool.pool.heartbeats import HeartbeatSender
 from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
-from workpool.pool.sender import Sender, lease_of
+from workpool.pool.sender import Sender
 from workpool.server import Operations, Poll
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.simulation.world import LoopRenewer
@@ -161,11 +161,11 @@ class Bench:
             self.results.append((self.clock(), event))
 
     def changed(self, item: PoolItem) -> None:
-        self.changes.append((self.clock(), lease_of(item).status))
-        if lease_of(item).status == "lost":
+        self.changes.append((self.clock(), item.lease.status))
+        if item.lease.status == "lost":
             self.lost_at.setdefault(item.id, self.clock())
         item.notify()
-        if lease_of(item).status != "held":
+        if item.lease.status != "held":
             self.sender.cut(item)
 
     def failed(self, error: KeeperError | None) -> None:
@@ -203,7 +203,7 @@ class Bench:
 
     async def begin(self, item: PoolItem) -> Lease:
         """Send the first heartbeat; from then on the renewer extends the lease."""
-        lease = lease_of(item)
+        lease = item.lease
         await self.heartbeats.send(lease)
         self.renewer.add(lease, item)
         return lease

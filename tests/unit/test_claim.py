@@ -16,7 +16,6 @@ from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
 from workpool.pool.clock import PauseDetector
 from workpool.pool.item import PoolItem
-from workpool.pool.sender import lease_of
 from workpool.testing.local import CallFault
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS, RECLAIM_OLDER_THAN_MS
@@ -208,7 +207,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[
     async with one.open():
         item = await one.claim()
         await Claims(one).claimer.begin(item)
-    assert lease_of(item).begun
+    assert item.lease.begun
     assert one.times("heartbeat") == [0]
     assert one.history(item, "heartbeat")[0].state == "active"
 
@@ -221,7 +220,7 @@ async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Be
         await Claims(one).claimer.begin(item)
     assert one.outcomes() == ["timeout", "recovered", "ok"]
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
-    assert lease_of(item).begun
+    assert item.lease.begun
 
 
 @in_virtual_time
@@ -233,7 +232,7 @@ async def test_first_heartbeat_is_repeated_while_the_lease_of_the_ack_lasts(
         item = await one.claim()
         await Claims(one).claimer.begin(item)
         assert one.clock() == pytest.approx(54)
-    assert (lease_of(item).status, lease_of(item).begun) == ("lost", False)
+    assert (item.lease.status, item.lease.begun) == ("lost", False)
     assert len(one.times("heartbeat")) > 10
 
 
@@ -260,7 +259,7 @@ async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeat
         one.ahead += 300
         one.steal(item.id)
         await Claims(one).claimer.begin(item)
-    assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
 
@@ -274,7 +273,7 @@ async def test_unsettled_item_that_another_worker_holds_is_neither_read_nor_run(
         item = await one.claim()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
         await Claims(one).claimer.begin(item)
-    assert (lease_of(item).status, lease_of(item).confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 
@@ -289,7 +288,7 @@ async def test_unsettled_item_is_ours_after_a_heartbeat_and_written_to_only_then
             one.sender.check_write(item, by_handler=False)
         await Claims(one).claimer.begin(item)
         one.sender.check_write(item, by_handler=False)
-    assert lease_of(item).begun
+    assert item.lease.begun
 
 
 @in_virtual_time
@@ -302,7 +301,7 @@ async def test_drain_makes_the_first_heartbeat_the_last_one(bench: type[Bench]) 
         await claims.claimer.begin(item)
     (record,) = one.history(item, "heartbeat")
     assert record.lease_end == START + 10
-    assert lease_of(item).status == "released"
+    assert item.lease.status == "released"
 
 
 @in_virtual_time
@@ -318,7 +317,7 @@ async def test_drain_does_not_wait_for_the_retry_after_of_a_first_heartbeat(
         claims.claimer.drain()
         await task
         assert one.clock() == pytest.approx(1)
-    assert lease_of(item).status == "released"
+    assert item.lease.status == "released"
 
 
 @in_virtual_time
@@ -332,7 +331,7 @@ async def test_first_heartbeat_that_fails_during_a_drain_is_not_repeated_in_a_lo
         claims = Claims(one)
         claims.claimer.drain()
         await claims.claimer.begin(item)
-        assert lease_of(item).status == "lost"
+        assert item.lease.status == "lost"
     assert len(one.times("heartbeat")) < 100
 
 
@@ -346,6 +345,6 @@ async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]
             task = group.create_task(claims.claimer.begin(item))
             await asyncio.sleep(1)
             task.cancel()
-        assert not lease_of(item).in_flight
+        assert not item.lease.in_flight
         await claims.claimer.begin(item)
     assert one.outcomes() == ["recovered", "ok"]

@@ -11,7 +11,6 @@ import pytest
 from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
-from workpool.pool.sender import lease_of
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.items import Heartbeat
@@ -90,8 +89,8 @@ async def test_lease_that_is_over_is_not_added(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
-        lease_of(item).end("lost")
-        one.renewer.add(lease_of(item), item)
+        item.lease.end("lost")
+        one.renewer.add(item.lease, item)
         assert one.renewer.leases() == []
 
 

@@ -20,7 +20,6 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
-from workpool.pool.sender import lease_of
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
@@ -95,7 +94,7 @@ class Claimer:
 
     async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
-        lease = lease_of(item)
+        lease = item.lease
         check = partial(self._end_after_pause, item, lease)
         while not lease.expire(self._clock()):
             draining = self._draining.is_set()

@@ -28,7 +28,7 @@ from workpool.errors import (
 from workpool.events import StopFinished
 from workpool.pool.attempt import ERROR
 from workpool.pool.item import EndReason
-from workpool.pool.sender import Request, lease_of
+from workpool.pool.sender import Request
 from workpool.session import Outcome, Release
 from workpool.wire.options import Priority
 
@@ -100,7 +100,7 @@ class Completion:
             outcome = await self._write(item, row)
             await self.stop(item, confirm=row.outcome == "stopped")
         except SessionGoneError:
-            return "stopped" if lease_of(item).status == "stopped" else "lease_lost"
+            return "stopped" if item.lease.status == "stopped" else "lease_lost"
         except RefusedError as error:
             log.error("completion refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
             return "failed"
@@ -119,7 +119,7 @@ class Completion:
             SessionGoneError: The lease is not held, and our stop is not known to be applied.
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
-        lease = lease_of(item)
+        lease = item.lease
         request = WRITE._replace(seconds=seconds, before_bytes=partial(_mark_own_stop, lease))
         result: CallResult = "error"
         try:
@@ -138,7 +138,7 @@ class Completion:
             self._observe(StopFinished, item.work_item, "confirm" if confirm else "force", result)
 
     async def _send_stop(self, item: PoolItem, options: CallOptions, seconds: float) -> None:
-        lease = lease_of(item)
+        lease = item.lease
         before = lease.own_stop
         try:
             await self._client.stop(
@@ -182,7 +182,7 @@ class Completion:
 
     async def mark_running(self, item: PoolItem) -> None:
         """Mark a running session when a drain begins; cancelled when the session ends."""
-        if lease_of(item).stop_requested:
+        if item.lease.stop_requested:
             return  # it will be stopped or lapse to `stopped`, so no worker runs it again
         # A low priority: the completions of others must not wait for a thousand marks.
         request = Request(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
@@ -190,7 +190,7 @@ class Completion:
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
         """Mark a session that is being released, for `seconds` at most; unmarked its run counts."""
-        lease = lease_of(item)
+        lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             return  # until its first heartbeat has succeeded, the item may be another process's
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
@@ -221,7 +221,7 @@ class Completion:
         )
 
     async def _release(self, item: PoolItem) -> Outcome:
-        lease, attempt = lease_of(item), _attempt_of(item)
+        lease, attempt = item.lease, _attempt_of(item)
         release = item.error if isinstance(item.error, Release) else Release(DRAIN_REASON)
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
@@ -260,7 +260,7 @@ def row_of(item: PoolItem) -> Row:
 
 def outcome_when_abandoned(item: PoolItem) -> Outcome:
     """Return the outcome of an abandoned session, which follows from its lease."""
-    lease = lease_of(item)
+    lease = item.lease
     match lease.status:
         case "finished":
             return row_of(item).outcome

@@ -131,7 +131,7 @@ class Dispatcher:
         """React to another delivery of an item that is ours: the control plane has it `queued`."""
         if owned.state == "delivered":
             owned.polled_at = polled_at
-        if owned.executing and owned.lease is not None:
+        if owned.executing:
             self._context.renewer.check_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()

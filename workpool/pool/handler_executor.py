@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from workpool.events import SessionStarted
 from workpool.pool.completion import mapping_of, release_of
 from workpool.pool.item import EndReason
-from workpool.pool.sender import lease_of
 from workpool.session import Release
 
 if TYPE_CHECKING:
@@ -155,7 +154,7 @@ class HandlerExecutor:
 
     def _may_start(self, item: PoolItem) -> bool:
         """Whether the lease is held still: the machine may have slept since the last check."""
-        if not lease_of(item).held(self._clock()):
+        if not item.lease.held(self._clock()):
             return False
         if self._pauses.paused(since=item.clock_offset):
             item.error = Release("not started: the machine was paused")

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
-from workpool.pool.sender import lease_of
 from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
 
@@ -136,7 +135,7 @@ async def hand_off(
 ) -> AsyncIterator[HandedLease]:
     """Hand an item off: see `Session.handover`. Used on the handlers' loop."""
     sender.check(item, by_handler=True)
-    lease, renewer = lease_of(item), context.renewer
+    lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff(lease, renewer, item)
     sender.cut(item)
     renewer.start_handoff(handoff)
@@ -148,27 +147,26 @@ async def hand_off(
         renewer.call(handoff.take_back)
         raise  # a cancelled handler must end at once; the runner calls `settle` after it
     except BaseException:
-        await settle(item, renewer)
+        await settle(item, handoff, renewer)
         raise
     if lease.status != "handed_off":
         sender.check(item, by_handler=False)
         raise HandoverError(item.id)
 
 
-async def settle(item: PoolItem, renewer: LeaseRenewer) -> None:
-    """Wait until no handoff is in progress: only then is it known which process has the item."""
-    handoff = item.handoff
-    if handoff is not None and handoff.state != "closed":
+async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
+    """Wait for the end of the handoff: only then is it known which process has the item."""
+    if handoff.state != "closed":
         renewer.call(handoff.take_back)
         await _reaches(item, handoff, "closed")
-    if handoff is not None and lease_of(item).status == "handed_off":
+    if item.lease.status == "handed_off":
         log.info("handed off work_id=%s", item.id)
 
 
 async def _opened(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
 ) -> HandedLease:
-    lease = lease_of(item)
+    lease = item.lease
     await _reaches(item, handoff, "open")
     if handoff.state != "open" or lease.status != "held":
         sender.check(item, by_handler=False)
@@ -188,6 +186,6 @@ async def _opened(
 
 async def _reaches(item: PoolItem, handoff: Handoff, state: str) -> None:
     """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
-    lease, states = lease_of(item), {state, "closed"}
+    lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - handoff.clock())
     await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

@@ -73,7 +73,7 @@ class PoolItem:
             began; another offset later means that the machine was paused.
         parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
         context: The context in which everything of this session runs.
-        lease: Set once the item is acknowledged.
+        lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
         session_id: The session's id as it was delivered; empty for an item without a session.
         session: Set once the item is acknowledged; None for a health check.
         attempt: The number of this run, and its mark; set together with `session`.
@@ -114,6 +114,8 @@ class PoolItem:
         "work_item",
     )
 
+    lease: Lease
+
     def __init__(
         self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
     ) -> None:
@@ -130,7 +132,6 @@ class PoolItem:
         self.state: State = "delivered"
         self.reason: EndReason | None = None
         """The gravest reason so far; None while nothing ends the session."""
-        self.lease: Lease | None = None
         self.session: Session | None = None
         self.attempt: Attempt | None = None
         self.mark_task: asyncio.Task[None] | None = None
@@ -148,6 +149,11 @@ class PoolItem:
     def label(self) -> str:
         """The handler's name for metrics and logs."""
         return "none" if self.handler is None else self.handler.name
+
+    @property
+    def acknowledged(self) -> bool:
+        """Whether the item has a lease, which may have ended."""
+        return hasattr(self, "lease")
 
     @property
     def executing(self) -> bool:
@@ -191,7 +197,7 @@ class OwnedItems:
     def __init__(self) -> None:
         self._by_id: dict[str, PoolItem] = {}
         self._by_session: dict[str, PoolItem] = {}
-        self._per_handler: Counter[Handler] = Counter()
+        self._per_handler: Counter[str] = Counter()  # by name: a hook may make a handler per item
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -210,13 +216,13 @@ class OwnedItems:
 
     def count(self, handler: Handler) -> int:
         """The number of items of one handler."""
-        return self._per_handler[handler]
+        return self._per_handler[handler.name]
 
     def add(self, item: PoolItem) -> None:
         """Own an item."""
         self._by_id[item.id] = item
         if item.handler is not None:
-            self._per_handler[item.handler] += 1
+            self._per_handler[item.handler.name] += 1
             if item.session_id:  # other types of item may have none
                 self._by_session[item.session_id] = item
 
@@ -224,5 +230,5 @@ class OwnedItems:
         """Own an item no longer."""
         del self._by_id[item.id]
         if item.handler is not None:
-            self._per_handler[item.handler] -= 1
+            self._per_handler[item.handler.name] -= 1
             self._by_session.pop(item.session_id, None)

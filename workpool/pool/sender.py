@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock, PauseDetector
     from workpool.pool.item import PoolItem
-    from workpool.pool.lease import Lease
 
     Call = Callable[[CallOptions, float], Awaitable["T"]]
 
@@ -86,7 +85,7 @@ class Sender:
             LeaseLost: The lease is not held, or a child process may hold it.
             SessionEnded: The session is over, or its handler does not run.
         """
-        lease = lease_of(item)
+        lease = item.lease
         lease.check(self._clock())
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
@@ -101,7 +100,7 @@ class Sender:
             TransientError: The machine was paused, and the lease is not verified yet.
         """
         self.check(item, by_handler=by_handler)
-        lease = lease_of(item)
+        lease = item.lease
         if not lease.begun and (lease.unsettled or self._pauses.paused(since=item.clock_offset)):
             raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
         if self._pauses.paused():
@@ -137,7 +136,7 @@ class Sender:
             if delay >= left:
                 self.check(item, by_handler=request.by_handler)
                 raise failure
-            await item.until(lambda: lease_of(item).over, delay)
+            await item.until(lambda: item.lease.over, delay)
 
     async def read(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
@@ -187,7 +186,7 @@ class Sender:
 
     def _left(self, item: PoolItem, until: float) -> float:
         now = asyncio.get_running_loop().time()
-        return min(until - now, lease_of(item).remaining(self._clock()))
+        return min(until - now, item.lease.remaining(self._clock()))
 
     async def _cut(
         self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
@@ -202,10 +201,3 @@ class Sender:
                 return await call()
         finally:
             item.open_sends.discard(bound)
-
-
-def lease_of(item: PoolItem) -> Lease:
-    """The lease of an item that is acknowledged."""
-    if item.lease is None:
-        raise RuntimeError(f"{item.id} is not acknowledged")
-    return item.lease

@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.pool.handoff import hand_off
-from workpool.pool.sender import CALLS_PER_SESSION, Request, lease_of
+from workpool.pool.sender import CALLS_PER_SESSION, Request
 from workpool.wire.options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class SessionCalls:
     @property
     def remaining(self) -> float:
         """Seconds until the lease must be considered lost."""
-        return lease_of(self._item).remaining(self._context.clock())
+        return self._item.lease.remaining(self._context.clock())
 
     def check(self) -> None:
         """Raise unless the handler may send something for the item."""

@@ -28,7 +28,6 @@ from workpool.pool.completion import (
 from workpool.pool.handoff import settle
 from workpool.pool.item import EndReason
 from workpool.pool.lease import Lease
-from workpool.pool.sender import lease_of
 from workpool.pool.session_calls import SessionCalls
 from workpool.session import Release, Session
 
@@ -105,13 +104,12 @@ class SessionRunner:
         if item.state == "closed":
             return
         item.advance("closed")
-        lease, session = item.lease, item.session
         if item.mark_task is not None:
             item.mark_task.cancel()
-        if lease is not None:
-            self._context.renewer.remove(lease)
-        if lease is not None and session is not None:
-            self._report_end(item, lease, session, outcome or outcome_when_abandoned(item))
+        if item.acknowledged:
+            self._context.renewer.remove(item.lease)
+        if item.session is not None:
+            self._report_end(item, item.session, outcome or outcome_when_abandoned(item))
             # Breaks the cycle of session and item, which only the garbage collector could free.
             item.session = None
         self._on_closed(item)
@@ -119,7 +117,7 @@ class SessionRunner:
     def lease_changed(self, item: PoolItem) -> None:
         """React to a change of the item's lease by the lease renewer."""
         lease, session = item.lease, item.session
-        if lease is None or lease.closed or session is None:
+        if lease.closed or session is None:
             return  # the session has ended meanwhile
         item.notify()
         if lease.status != "held":
@@ -153,7 +151,7 @@ class SessionRunner:
 
     async def _begin(self, item: PoolItem) -> None:
         """Send the first heartbeat, and record every reason not to call the handler."""
-        lease = lease_of(item)
+        lease = item.lease
         session, attempt = self._open_session(item)
         if self.draining:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
@@ -183,9 +181,11 @@ class SessionRunner:
             raise RuntimeError(f"{item.id} has no handler")
         item.advance("started")
         await self._executor.run(item, item.handler, item.session)
-        await _settle_mark(item)
-        await settle(item, self._context.renewer)
-        self._record_lease(item, lease_of(item))
+        if item.mark_task is not None:
+            await _settle_mark(item.mark_task)
+        if item.handoff is not None:
+            await settle(item, item.handoff, self._context.renewer)
+        self._record_lease(item, item.lease)
 
     def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
@@ -219,7 +219,7 @@ class SessionRunner:
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
         """Stop a health check: a worker has acknowledged it, and nothing else is asked for."""
-        if lease_of(item).unsettled:
+        if item.lease.unsettled:
             await self._claimer.begin(item)
         try:
             await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
@@ -239,9 +239,9 @@ class SessionRunner:
         elif lease.stop_requested:
             item.end(EndReason.STOP_REQUESTED)
 
-    def _report_end(self, item: PoolItem, lease: Lease, session: Session, outcome: Outcome) -> None:
-        if outcome == "lease_lost" and lease.confirmed:
-            self._report_lost(item, "run" if lease.begun else "start")
+    def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
+        if outcome == "lease_lost" and item.lease.confirmed:
+            self._report_lost(item, "run" if item.lease.begun else "start")
         seconds = self._context.clock() - item.acked_at
         self._on_finished(item, outcome, seconds)
         self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
@@ -253,8 +253,7 @@ class SessionRunner:
         self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
-async def _settle_mark(item: PoolItem) -> None:
+async def _settle_mark(task: asyncio.Task[None]) -> None:
     """Wait for the mark under way: applied later, it would undo the completion's metadata."""
-    if item.mark_task is not None:
-        await asyncio.wait({item.mark_task}, timeout=MARK_SECONDS)
-        item.mark_task.cancel()
+    await asyncio.wait({task}, timeout=MARK_SECONDS)
+    task.cancel()

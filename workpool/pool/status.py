@@ -65,7 +65,7 @@ class PoolView:
         now = clock()
         polled_at = self.group.last_success_at
         items = self.dispatcher.items.all()
-        leases = [item.lease for item in items if item.lease is not None and not item.lease.over]
+        leases = [item.lease for item in items if item.acknowledged and not item.lease.over]
         states = Counter(
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
