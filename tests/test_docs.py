@@ -286,10 +286,10 @@ async def test_several_kinds_of_work(tmp_path: Path) -> None:
 def test_the_tests_of_handlers(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makepyfile(reports=block("# reports.py"))
-    for name in ("test_reports", "test_approval", "test_answering", "test_count"):
+    for name in ("test_reports", "test_approval", "test_export", "test_answering", "test_count"):
         pytester.makepyfile(**{name: block(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
-    result.assert_outcomes(passed=5)
+    result.assert_outcomes(passed=7)
 
 
 # The glossary.

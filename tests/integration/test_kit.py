@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -128,7 +129,9 @@ async def test_an_event_that_does_not_come_says_what_came(workpool: Kit) -> None
     workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
-        with pytest.raises(AssertionError, match=r"1 × SessionFinished; there was .*Started"):
+        with pytest.raises(
+            AssertionError, match=r"another SessionFinished; the pool reported: .*Started"
+        ):
             await workpool.wait_for(SessionFinished, timeout=0.05)
 
 
@@ -218,3 +221,77 @@ async def test_a_conversation_of_hours(workpool: Kit) -> None:
 async def test_no_fault_is_added_that_could_not_strike(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="virtual time has none"):
         workpool.faults.add(status(503), "poll")
+
+
+async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:
+    workpool.enqueue(count=2)
+    async with workpool.pool(wait):
+        first = await workpool.wait_for(SessionStarted)
+        second = await workpool.wait_for(SessionStarted)
+        assert first.session.item.id != second.session.item.id
+        with pytest.raises(AssertionError, match=r"another SessionStarted"):
+            await workpool.wait_for(SessionStarted, timeout=0.05)
+        assert await workpool.wait_for(SessionStarted, count=1) is first
+
+
+async def test_wait_for_without_result_reports_the_items_and_their_handlers(workpool: Kit) -> None:
+    (running,) = workpool.enqueue()
+    async with workpool.pool(wait):
+        await workpool.wait_for(SessionStarted)
+        with pytest.raises(AssertionError) as caught:
+            await workpool.wait_for(SessionFinished, timeout=0.05)
+    text = str(caught.value)
+    assert f"{running.id}:\nthe item is active" in text
+    assert "wait waits here:" in text
+    assert "await session.interrupted()" in text
+
+
+async def test_lost_lease_ends_the_session_and_delivers_the_item_again(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(wait):
+        await workpool.wait_for(SessionStarted)
+        workpool.lose(item)
+        finished = await workpool.wait_for(SessionFinished)
+        again = await workpool.wait_for(SessionStarted)
+    assert finished.outcome == "lease_lost"
+    assert (again.session.redelivered, again.session.attempt) == (True, 2)
+
+
+@in_virtual_time
+async def test_lost_lease_in_virtual_time_ends_the_session(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    async with workpool.pool(wait):
+        await workpool.wait_for(SessionStarted)
+        workpool.lose(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "lease_lost"
+
+
+async def test_lose_without_a_lease_raises(workpool: Kit) -> None:
+    (item,) = workpool.enqueue()
+    with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
+        workpool.lose(item)
+
+
+async def test_fixture_kit_is_the_fixture_workpool(kit: Kit, workpool: Kit) -> None:
+    assert kit is workpool
+
+
+async def test_fixture_kit_alone_opens_the_control_plane(kit: Kit) -> None:
+    assert kit.server.port
+
+
+def test_handler_with_a_thread_in_virtual_time_fails_with_the_name_of_its_function() -> None:
+    @handler
+    async def digest(_: Session) -> None:
+        await asyncio.to_thread(release.wait, 20)
+
+    @in_virtual_time
+    async def test() -> None:
+        async with Kit() as kit:
+            await kit.run_session(digest)
+
+    release = threading.Event()
+    with pytest.raises(RuntimeError, match=r"cannot wait for the thread of Event\.wait"):
+        test()
+    release.set()

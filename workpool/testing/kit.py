@@ -20,6 +20,7 @@ from workpool.handlers import name_of, rule_of
 from workpool.pool.supervisor import Supervisor
 from workpool.server import ControlPlane
 from workpool.settings import Settings
+from workpool.testing.actions import expire_lease
 from workpool.testing.changes import WAIT_SECONDS
 from workpool.testing.faults import Faults
 from workpool.testing.local import LocalClient
@@ -27,6 +28,7 @@ from workpool.testing.recorder import Recorder
 from workpool.testing.report import names_of, progress_of
 from workpool.testing.simulation.world import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop
+from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -45,6 +47,8 @@ VIRTUAL_WAIT_SECONDS: Final = 86_400.0
 """How long a test waits in virtual time; a session that never ends costs seconds of real time."""
 VIRTUAL_START: Final = 1_772_366_400.0
 """When virtual time begins by the control plane's clock: 2026-03-01T12:00:00Z."""
+ITEMS_SHOWN: Final = 5
+"""Items that a report of a failed wait describes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,8 @@ class Kit:
         self.recorder = Recorder()
         self._faults = Faults()
         self._pools: list[_Prompted] = []
+        self._items: list[Item] = []
+        self._returned: set[int] = set()
 
     @functools.cached_property
     def server(self) -> ControlPlane:
@@ -107,7 +113,9 @@ class Kit:
         **given: Any,
     ) -> tuple[Item, ...]:
         """Create work items: `ControlPlane.enqueue`, whose keywords it takes."""
-        return self.server.enqueue(count, metadata, **given)
+        items = self.server.enqueue(count, metadata, **given)
+        self._items += items
+        return items
 
     def item(self, item: Item) -> Item:
         """Return an item as the control plane has it now."""
@@ -116,8 +124,22 @@ class Kit:
     def stop(self, item: Item, *, force: bool = False) -> None:
         """Stop an item as an operator does, and have its lease looked at, so that it is noticed."""
         self.server.operations.stop(item.environment_id, item.id, force=force)
-        for pool in self._pools:
-            pool.check_soon(item.id)
+        self._notice(item)
+
+    def lose(self, item: Item) -> None:
+        """End an item's lease, as an outage does, and let its pool notice at once.
+
+        The session ends as `lease_lost`. The item is in the queue again, so a pool of this test
+        receives it again.
+
+        Raises:
+            ValueError: No worker holds a lease of the item.
+        """
+        now = self.item(item)
+        if now.lease_end is None:
+            raise ValueError(f"no worker holds a lease of {item.id}: it is {now.state}")
+        expire_lease(self.server, item.id, item.environment_id)
+        self._notice(item)
 
     def settings(self, **values: Any) -> Settings:
         """Settings that lead to the control plane; a keyword of yours wins."""
@@ -199,27 +221,37 @@ class Kit:
         kind: type[E],
         where: Callable[[E], bool] | None = None,
         *,
-        count: int = 1,
+        count: int | None = None,
         timeout: float | None = None,
     ) -> E:
-        """Return the `count`-th event of this kind, which may have come already.
+        """Return an event of this kind, past or future.
 
         Args:
             kind: A class of `workpool.events`.
             where: Only events that this accepts.
-            count: Which of them.
+            count: The number of the event since the test began; None: the first event that no
+                earlier call without `count` has returned.
             timeout: Seconds to wait; None: 10, in virtual time a day.
 
         Raises:
-            AssertionError: It did not come in time.
+            AssertionError: There was no such event in time. The text reports what happened to the
+                items instead, and where their handlers wait.
         """
         __tracebackhide__ = True
+
+        def is_new(event: E) -> bool:
+            return id(event) not in self._returned and (where is None or where(event))
+
+        accepts = is_new if count is None else where
+        seconds = _patience(timeout)
         try:
-            return await self.recorder.wait_for(
-                kind, where, count=count, timeout=_patience(timeout)
-            )
-        except AssertionError as error:
-            raise AssertionError(str(error)) from None
+            event = await self.recorder.wait_for(kind, accepts, count=count or 1, timeout=seconds)
+        except AssertionError:
+            wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
+            raise AssertionError(self._report(wanted, seconds)) from None
+        if count is None:
+            self._returned.add(id(event))  # the recorder keeps all events, so ids stay unique
+        return event
 
     async def __aenter__(self) -> Self:
         """Open the control plane's port."""
@@ -249,6 +281,20 @@ class Kit:
         lines = [f"the session has not ended within {_patience(timeout):g} s"]
         lines += progress_of(self.item(item), self.server)
         return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
+
+    def _notice(self, item: Item) -> None:
+        """Let the pool that holds the item send a heartbeat now."""
+        for pool in self._pools:
+            pool.check_soon(item.id)
+
+    def _report(self, wanted: str, seconds: float) -> str:
+        """What happened instead of an event that did not come."""
+        reported = names_of(self.recorder.events)
+        lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
+        unfinished = [now for each in self._items if (now := self.item(each)).state != STOPPED]
+        for item in unfinished[:ITEMS_SHOWN]:
+            lines += [f"{item.id}:", *progress_of(item, self.server)]
+        return "\n".join(lines)
 
     def _result(self, finished: SessionFinished, item: Item) -> SessionResult:
         return SessionResult(

@@ -34,6 +34,12 @@ def workpool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return kit
 
 
+@pytest.fixture
+def kit(workpool: Kit) -> Kit:
+    """The fixture `workpool` under a name that does not shadow the package in a test."""
+    return workpool
+
+
 @pytest.hookimpl
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """Run a test of the fixture's that no other plugin runs: none is needed for `async def`."""

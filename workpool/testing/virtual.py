@@ -1,22 +1,33 @@
-"""Time travel: an event loop on which a day of waiting takes no time.
+"""Virtual time: an event loop on which a day of waiting takes no time.
 
 The loop's clock stands still while anything runs and jumps to the next timer when nothing does, so
-a test is as fast as its work and the same on every machine. For code that waits on this loop alone:
-what threads or sockets are about to bring is not waited for.
+a test is as fast as its work and the same on every machine. This is for code that waits for timers
+and for other code on its loop. A thread, a process or a socket takes real time: instead of a jump
+past the wait for one, there is an error that names it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
+import os
 import selectors
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+import socket
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterable
+    from concurrent.futures import Executor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+CLEANUP_SECONDS = 1.0
+"""After an error, how long the loop waits in real time for what the clean-up of tasks waits for."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -31,7 +42,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self.slept = self.paused = 0.0
-        super().__init__(_Jumps(self._jump))
+        self._outside = _Outside()
+        self._jumps = _Jumps(self._jump)
+        super().__init__(self._jumps)
+        self._own_files = {key.fd for key in self._jumps.get_map().values()}
         # A timer is due this much early: after a month a float is too coarse for the default, and
         # one that is due exactly now would never be.
         self._clock_resolution = 1e-6
@@ -56,23 +70,118 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         """Put the machine to sleep."""
         self.slept += seconds
 
-    def _jump(self, seconds: float) -> None:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        """Call a function on a thread, and note that a task may wait for it."""
+        future = super().run_in_executor(executor, func, *args)
+        self._outside.threads[future] = _function_name(func)
+        future.add_done_callback(self._outside.threads.pop)
+        return future
+
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        """Leave the threads of the executor behind: only real time could bring their ends."""
+        del timeout
+        executor: Executor | None = getattr(self, "_default_executor", None)
+        if executor is not None:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a process, and note that a task may wait for it."""
+        transport, protocol = await super().subprocess_exec(*args, **kwargs)
+        self._outside.processes[transport] = os.fsdecode(args[1])
+        return transport, protocol
+
+    async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Any:
+        """Start a shell, and note that a task may wait for it."""
+        transport, protocol = await super().subprocess_shell(*args, **kwargs)
+        self._outside.processes[transport] = "shell"
+        return transport, protocol
+
+    def _jump(self, seconds: float | None) -> None:
+        """Let `seconds` pass; None: no timer is set.
+
+        Raises:
+            RuntimeError: A task may wait for something that takes real time, or nothing can happen
+                any more.
+        """
+        files = [key.fd for key in self._jumps.get_map().values() if key.fd not in self._own_files]
+        if self._outside.threads or self._outside.processes or files:
+            outside = self._outside.names(files)
+            if outside and not self._jumps.real_seconds:
+                self._jumps.real_seconds = CLEANUP_SECONDS
+                raise RuntimeError(f"virtual time cannot wait for {', '.join(outside)}")
+        if seconds is None:
+            # Better than to hang: no timer is set, so nothing can happen any more.
+            raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 
 
-class _Jumps(selectors.DefaultSelector):
-    """A selector that lets time pass instead of waiting."""
+class _Outside:
+    """What tasks of one loop may wait for although only real time brings it."""
 
-    def __init__(self, jump: Callable[[float], None]) -> None:
+    def __init__(self) -> None:
+        self.threads: dict[asyncio.Future[Any], str] = {}
+        self.processes: weakref.WeakKeyDictionary[asyncio.SubprocessTransport, str] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def names(self, files: Iterable[int]) -> list[str]:
+        """Describe all of it."""
+        names = [f"the thread of {name}" for name in self.threads.values()]
+        names += [
+            f"process {transport.get_pid()} ({name})"
+            for transport, name in self.processes.items()
+            if transport.get_returncode() is None
+        ]
+        return names + [name for file in files if (name := _socket_name(file))]
+
+
+def _function_name(func: Any) -> str:
+    """The name of a function that an executor calls, behind the wrappers of `to_thread`."""
+    while isinstance(func, functools.partial):
+        in_context = isinstance(getattr(func.func, "__self__", None), contextvars.Context)
+        func = func.args[0] if in_context else func.func
+    return str(getattr(func, "__qualname__", type(func).__qualname__))
+
+
+def _socket_name(file: int) -> str | None:
+    """The address of a socket by its file descriptor; None for a pipe and other files."""
+    try:
+        copy = socket.socket(fileno=os.dup(file))
+    except OSError:
+        return None
+    with copy:
+        try:
+            return f"the socket connected to {_address(copy.getpeername())}"
+        except OSError:
+            return f"the socket {_address(copy.getsockname())}"
+
+
+def _address(address: Any) -> str:
+    return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else repr(address)
+
+
+def _running_threads() -> str:
+    names = [each.name for each in threading.enumerate() if each is not threading.current_thread()]
+    return f"; virtual time does not wait for the threads {', '.join(names)}" if names else ""
+
+
+class _Jumps(selectors.DefaultSelector):
+    """A selector that lets time pass instead of waiting.
+
+    Attributes:
+        real_seconds: How long it waits before each jump. 0 unless the test has failed.
+    """
+
+    def __init__(self, jump: Callable[[float | None], None]) -> None:
         super().__init__()
+        self.real_seconds = 0.0
         self._jump = jump
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
-        if not ready and timeout is None:
-            # No timer is set, so nothing can happen: fail instead of waiting without end.
-            raise RuntimeError("every task waits for something that no timer brings about")
-        if not ready and timeout:
+        ready = super().select(0 if timeout == 0 else self.real_seconds)
+        if not ready and timeout != 0:
             self._jump(timeout)
         return ready
 
@@ -81,7 +190,7 @@ def run_virtual(main: Coroutine[object, object, T]) -> T:
     """Run `main` in virtual time, as `asyncio.run` does in real time.
 
     Raises:
-        RuntimeError: `main` waits for something that nothing on its loop can bring about.
+        RuntimeError: `main` waits for a thread, a process, a socket, or an event that no task sets.
     """
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

@@ -1,0 +1,95 @@
+"""Virtual time names what it cannot wait for: threads, processes and sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import threading
+
+import pytest
+
+from workpool.testing.virtual import run_virtual
+
+
+def digest(release: threading.Event) -> str:
+    release.wait(20)
+    return "done"
+
+
+async def in_executor(call: functools.partial[str]) -> None:
+    await asyncio.get_running_loop().run_in_executor(None, call)
+
+
+async def in_thread(call: functools.partial[str]) -> None:
+    await asyncio.to_thread(call)
+
+
+@pytest.mark.parametrize("wait", [in_executor, in_thread])
+@pytest.mark.parametrize("seconds", [None, 3600])
+def test_function_in_a_thread_is_named_by_the_error(wait: object, seconds: float | None) -> None:
+    release = threading.Event()
+    assert callable(wait)
+
+    async def main() -> None:
+        async with asyncio.timeout(seconds):
+            await wait(functools.partial(digest, release))
+
+    with pytest.raises(RuntimeError, match=r"virtual time cannot wait for the thread of digest\b"):
+        run_virtual(main())
+    release.set()
+
+
+def test_function_in_a_thread_that_has_returned_is_no_error() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        returned = asyncio.Event()
+        loop.run_in_executor(None, digest, release).add_done_callback(lambda _: returned.set())
+        while not returned.is_set():  # noqa: ASYNC110 - to wait for it is the error
+            await asyncio.sleep(0)
+        await asyncio.sleep(3600)
+
+    release = threading.Event()
+    release.set()
+    run_virtual(main())
+
+
+def test_socket_is_named_by_the_error() -> None:
+    async def main() -> None:
+        async with asyncio.timeout(3600):
+            await asyncio.get_running_loop().sock_recv(client, 1)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.settimeout(0)
+            text = f"virtual time cannot wait for the socket connected to 127.0.0.1:{port}$"
+            with pytest.raises(RuntimeError, match=text):
+                run_virtual(main())
+
+
+@pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
+def test_process_is_named_by_the_error(output: int | None) -> None:
+    async def main() -> None:
+        process = await asyncio.create_subprocess_exec("sleep", "30", stdout=output)
+        try:
+            async with asyncio.timeout(3600):
+                await process.communicate()
+        finally:
+            process.kill()
+            await process.wait()  # the clean-up after the error has real time
+
+    with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
+        run_virtual(main())
+
+
+def test_event_that_no_task_sets_is_an_error_that_names_the_running_threads() -> None:
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait, name="database", daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"no timer is set; .*does not wait .* database"):
+            run_virtual(asyncio.Event().wait())
+    finally:
+        release.set()
+        thread.join()
