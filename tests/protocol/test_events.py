@@ -690,16 +690,25 @@ async def test_what_a_crash_kept_from_being_said_is_said_at_the_start(
         assert said == ["user.message", "session.status_running", "agent.tool_use"]
 
 
-async def test_a_database_of_version_1_is_migrated(
-    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+DOWNGRADES = {
+    2: """ALTER TABLE session DROP COLUMN title; ALTER TABLE session DROP COLUMN agent;
+          ALTER TABLE session DROP COLUMN archived_at; DROP TABLE environment;
+          DROP TABLE signing_key; PRAGMA user_version = 2;""",
+    1: """DROP TABLE event; ALTER TABLE session DROP COLUMN script; PRAGMA user_version = 1;""",
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+async def test_a_database_of_an_older_version_is_migrated(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession, version: int
 ) -> None:
     file = tmp_path / "work.db"
     async with plane_on(file, clock) as plane:
         (item,) = plane.enqueue(metadata={"k": "v"})
     with closing(sqlite3.connect(file)) as connection:
-        connection.executescript(
-            "DROP TABLE event; ALTER TABLE session DROP COLUMN script; PRAGMA user_version = 1"
-        )
+        for older in DOWNGRADES:
+            if older >= version:
+                connection.executescript(DOWNGRADES[older])
     async with plane_on(file, clock) as plane:
         api = Api(plane, http, "qoder")
         assert (await api.claim())["id"] == item.id

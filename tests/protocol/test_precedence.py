@@ -125,7 +125,7 @@ async def test_valid_but_not_allowed_is_403(api: Api) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/", "/environments", f"/environments/{ENV}", f"/environments/{ENV}/work/", "/work"],
+    ["", "/", "/environment", f"/environments/{ENV}/x", f"/environments/{ENV}/work/", "/work"],
 )
 async def test_an_unknown_path_is_404_with_an_envelope(api: Api, path: str) -> None:
     answer = await api("GET", api.base + path)

@@ -141,6 +141,37 @@ async def test_session_after_every_status_event_validates_as_the_sdks_type(
     assert (await strict.beta.sessions.retrieve(session_id)).status == status
 
 
+async def test_application_creates_work_with_the_sdk_alone(
+    plane: ControlPlane, strict: AsyncAnthropic
+) -> None:
+    api_key = AsyncAnthropic(
+        api_key=TOKEN, base_url=strict.base_url, _strict_response_validation=True
+    )
+    environment = await api_key.beta.environments.create(
+        name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
+    )
+    assert await api_key.beta.environments.retrieve(environment.id) == environment
+    assert environment in [each async for each in api_key.beta.environments.list(limit=1)]
+    session = await api_key.beta.sessions.create(
+        agent={"type": "agent", "id": "agent_1", "version": 2},
+        environment_id=environment.id,
+        title="report",
+        metadata={"job": "report"},
+        initial_events=[{"type": "user.message", "content": [{"type": "text", "text": "hello"}]}],
+    )
+    assert (session.agent.id, session.agent.version, session.title) == ("agent_1", 2, "report")
+    item = await strict.beta.environments.work.poll(environment.id)
+    assert item is not None
+    assert (item.data.id, item.metadata) == (session.id, {"job": "report"})
+    another = await api_key.beta.sessions.create(agent="agent_1", environment_id=environment.id)
+    listed = [each.id async for each in api_key.beta.sessions.list(limit=1, statuses=["idle"])]
+    assert listed == [another.id, session.id]
+    archived = await api_key.beta.sessions.archive(session.id)
+    assert archived.status == "terminated"
+    assert archived.archived_at is not None
+    assert [each.id async for each in api_key.beta.sessions.list()] == [another.id]
+
+
 async def test_the_sdks_own_worker_runs_scripted_sessions_to_their_end(
     plane: ControlPlane, sdk: AsyncAnthropic, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from workpool.server.application_routes import ApplicationRoutes
 from workpool.server.dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.errors import ServeError
 from workpool.server.history import summarize
@@ -211,6 +212,7 @@ class ControlPlane:
             for paths in (Routes, SessionRoutes)
             for route in paths(self.operations, tokens, dialect).table()
         ]
+        routes += ApplicationRoutes(self.operations, tokens, ANTHROPIC).table()
         runner = web.AppRunner(
             application(
                 routes=routes, durable=self.operations.durable, middlewares=self._middlewares

@@ -22,14 +22,18 @@ BATCH_MAX: Final = 100
 
 def client_events(content: bytes) -> list[dict[str, Any]]:
     """Read the body of a send; nothing of a bad batch is applied."""
-    given = json_object(content).get("events")
-    if not isinstance(given, list) or not 1 <= len(given) <= BATCH_MAX:
-        raise Refusal(400, f"events must be a list of 1 to {BATCH_MAX} events", "events")
+    return parse_client_events(json_object(content).get("events"), "events", BATCH_MAX)
+
+
+def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
+    """Check a batch of at most `limit` events; `name`: of the field that holds it."""
+    if not isinstance(given, list) or not 1 <= len(given) <= limit:
+        raise Refusal(400, f"{name} must be a list of 1 to {limit} events", name)
     events = [_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
     except orjson.JSONEncodeError:  # nested deeper than can be written again
-        raise Refusal(400, "events are nested too deep", "events") from None
+        raise Refusal(400, f"{name} are nested too deep", name) from None
     return events
 
 

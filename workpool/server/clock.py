@@ -10,7 +10,7 @@ import re
 import time
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,3 +79,21 @@ def to_utc(text: str) -> str | None:
     except (ValueError, OverflowError):  # a leap second, or beyond the years that exist here
         return None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")
+
+
+class TimeRange(NamedTuple):
+    """Bounds of a time, each written as `to_heartbeat_text` does; None: no bound."""
+
+    gt: str | None = None
+    gte: str | None = None
+    lt: str | None = None
+    lte: str | None = None
+
+    def holds(self, time: str) -> bool:
+        """Return whether `time` lies within all bounds."""
+        return (
+            (self.gt is None or time > self.gt)
+            and (self.gte is None or time >= self.gte)
+            and (self.lt is None or time < self.lt)
+            and (self.lte is None or time <= self.lte)
+        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
+from workpool.server.clock import TimeRange
 from workpool.server.errors import Refusal, conflict
 from workpool.wire import protocol
 
@@ -49,18 +50,12 @@ class EventFilter(NamedTuple):
 
     Attributes:
         types: Only events of these types; None: of all.
-        gt: Only events later than this time, written as `to_heartbeat_text` does; None: all.
-        gte: Only events at this time or later.
-        lt: Only events earlier than this time.
-        lte: Only events at this time or earlier.
+        times: Only events at these times.
         newest_first: Whether the list begins with the newest event.
     """
 
     types: frozenset[str] | None = None
-    gt: str | None = None
-    gte: str | None = None
-    lt: str | None = None
-    lte: str | None = None
+    times: TimeRange = TimeRange()
     newest_first: bool = False
 
 
@@ -116,8 +111,8 @@ class Conversation:
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[Event]:
         """Return up to `limit` events next to a place, in the order of the list."""
-        start = max(bisect_right(self.events, after, key=_id_of), self._first(wanted))
-        end = self._end(wanted)
+        start = max(bisect_right(self.events, after, key=_id_of), self._first(wanted.times))
+        end = self._end(wanted.times)
         if before is not None:
             end = min(end, bisect_left(self.events, before, key=_id_of))
         if before is None and not wanted.newest_first:
@@ -125,15 +120,15 @@ class Conversation:
         nearest = list(islice(self._of_types(range(end - 1, start - 1, -1), wanted), limit))
         return nearest if wanted.newest_first else nearest[::-1]
 
-    def _first(self, wanted: EventFilter) -> int:
-        after = 0 if wanted.gt is None else bisect_right(self.events, wanted.gt, key=_time_of)
-        since = 0 if wanted.gte is None else bisect_left(self.events, wanted.gte, key=_time_of)
+    def _first(self, times: TimeRange) -> int:
+        after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_time_of)
+        since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_time_of)
         return max(after, since)
 
-    def _end(self, wanted: EventFilter) -> int:
+    def _end(self, times: TimeRange) -> int:
         end = len(self.events)
-        until = end if wanted.lt is None else bisect_left(self.events, wanted.lt, key=_time_of)
-        to = end if wanted.lte is None else bisect_right(self.events, wanted.lte, key=_time_of)
+        until = end if times.lt is None else bisect_left(self.events, times.lt, key=_time_of)
+        to = end if times.lte is None else bisect_right(self.events, times.lte, key=_time_of)
         return min(until, to)
 
     def _of_types(self, places: range, wanted: EventFilter) -> Iterator[Event]:

@@ -25,6 +25,7 @@ class Dialect:
 
     Attributes:
         prefix: The path before `/environments`; tells the dialects apart on one port.
+        api_key_header: The header with which a token may also be sent; None: there is none.
         session_prefixes: How session ids may begin here; the first is how we write them.
         session_statuses: How a session's status is written here, where it differs.
         stop_refused: The stops, as (force, state), that are answered with 409.
@@ -38,6 +39,7 @@ class Dialect:
     name: protocol.Dialect
     prefix: str
     worker_id_header: str
+    api_key_header: str | None
     session_prefixes: tuple[str, ...]
     session_statuses: Mapping[str, str]
     stop_refused: frozenset[tuple[bool, str]]
@@ -90,6 +92,7 @@ QODER: Final = Dialect(
     name=protocol.QODER,
     prefix="/api/v1/cloud",
     worker_id_header=protocol.WORKER_ID_HEADER,
+    api_key_header=None,
     session_prefixes=(SESSION_PREFIX,),
     session_statuses={},
     stop_refused=frozenset(),
@@ -102,6 +105,7 @@ ANTHROPIC: Final = Dialect(
     name=protocol.ANTHROPIC,
     prefix="/v1",
     worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
+    api_key_header="X-Api-Key",
     session_prefixes=("session_", "sesn_", SESSION_PREFIX),
     session_statuses={"canceling": "running"},
     stop_refused=frozenset({(False, STOPPING), (False, STOPPED), (True, STOPPED)}),

@@ -9,11 +9,13 @@ See workpool/docs/protocol.md, "Calls" and "Sessions".
 from __future__ import annotations
 
 import asyncio
+import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workpool.server import rules
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
+from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.errors import Refusal
 from workpool.server.history import History, Record, op_of_beat
 from workpool.server.item import WORK_PREFIX, Ids, Item
@@ -23,17 +25,21 @@ from workpool.server.script import parse_script
 from workpool.server.sessions import Session, Sessions
 from workpool.server.store import MemoryStore
 from workpool.wire.protocol import (
+    ACTIVE,
     LIST_LIMIT_DEFAULT,
+    QUEUED,
     RECLAIM_OLDER_THAN_MS,
     SESSION,
+    STARTING,
     STOPPING,
     TTL_DEFAULT_SECONDS,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from workpool.server.conversation import Event
+    from workpool.server.creation import NewSession
     from workpool.server.history import Kind
     from workpool.server.queue import Stats
     from workpool.server.store import Store
@@ -70,6 +76,9 @@ class Operations:
         self.history = History(history_limit)
         self._queues = {name: Queue(name) for name in environments}
         self._cloud = frozenset(cloud_environments)
+        self._environments: dict[str, Environment] = {}
+        self._created_environments = 0
+        self.signing_key = b""
         self._store = store or MemoryStore()
         self._clock = now or system_clock()
         self._latest = 0
@@ -80,9 +89,12 @@ class Operations:
     async def open(self) -> None:
         """Open the store and take over what it holds."""
         contents = await self._store.open()
-        ids = [row.id for rows in contents for row in rows]
+        self.signing_key = contents.signing_key or secrets.token_bytes(32)
+        kinds = (contents.items, contents.sessions, contents.events, contents.environments)
+        ids = [row.id for rows in kinds for row in rows]
         self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
         self.sessions.restore(contents, self._ids, self._tick())
+        self._restore_environments(contents.environments)
         for item in contents.items:
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
             if item.environment_id in self._queues:
@@ -91,6 +103,12 @@ class Operations:
         for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
             if item.environment_id in self._queues:
                 self._queues[item.environment_id].put(item)
+
+    def _restore_environments(self, created: Sequence[Environment]) -> None:
+        for name in (*self._queues, *self._cloud):
+            self._environments[name] = Environment(name, name, None, {}, self._latest)
+        for environment in created:
+            self._add_environment(environment)
 
     async def durable(self) -> None:
         """Return once everything done so far survives a crash. Raises `StoreError`."""
@@ -130,6 +148,35 @@ class Operations:
         self._settle(queue)
         return queue
 
+    def environment(self, environment_id: str) -> tuple[Environment, bool]:
+        """Return an environment, and whether it is a cloud environment; 404 unknown."""
+        environment = self._environments.get(environment_id)
+        if environment is None:
+            raise Refusal(404, "no such environment")
+        return environment, environment_id in self._cloud
+
+    def environment_ids(self) -> list[str]:
+        """Return the ids of all environments, ascending."""
+        return sorted(self._environments)
+
+    def create_environment(
+        self, name: str, description: str | None, metadata: Mapping[str, str]
+    ) -> Environment:
+        """Create a `self_hosted` environment."""
+        if self._created_environments >= ENVIRONMENTS_MAX:
+            raise Refusal(400, f"there are {ENVIRONMENTS_MAX} environments already")
+        now = self._tick()
+        environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
+        environment = Environment(environment_id, name, description, dict(metadata), now)
+        self._add_environment(environment)
+        self._store.save_environment(environment)
+        return environment
+
+    def _add_environment(self, environment: Environment) -> None:
+        self._created_environments += 1
+        self._environments.setdefault(environment.id, environment)
+        self._queues.setdefault(environment.id, Queue(environment.id))
+
     def enqueue(
         self,
         environment_id: str,
@@ -147,21 +194,42 @@ class Operations:
         told = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
-            work_id = WORK_PREFIX + self._ids.new(now)
             session = known or self.sessions.new(environment_id, metadata or {}, told, now)
-            item = Item(
-                id=work_id,
-                environment_id=environment_id,
-                session_id=session.id,
-                type=work_type,
-                metadata=dict(metadata or {}),
-                created_at=now,
-            )
-            self._apply(queue, item, "created")
-            self.sessions.attach(session, work_id, now)
+            item = self._create(queue, session, metadata or {}, work_type)
+            self.sessions.attach(session, item.id, now)
             items.append(item)
         queue.waiting.wake(count)
         return tuple(items)
+
+    def create_session(self, wanted: NewSession) -> tuple[Session, Item]:
+        """Create a session and the work item that brings it to a worker."""
+        queue = self.queue(wanted.environment_id)
+        now = self._latest
+        session = self.sessions.new(
+            wanted.environment_id,
+            wanted.metadata,
+            wanted.script,
+            now,
+            title=wanted.title,
+            agent=wanted.agent,
+        )
+        item = self._create(queue, session, wanted.metadata)
+        self.sessions.attach(session, item.id, now, wanted.initial_events)
+        queue.waiting.wake(1)
+        return session, item
+
+    def _create(
+        self, queue: Queue, session: Session, metadata: Mapping[str, str], work_type: str = SESSION
+    ) -> Item:
+        item = Item(
+            id=WORK_PREFIX + self._ids.new(self._latest),
+            environment_id=queue.environment_id,
+            session_id=session.id,
+            type=work_type,
+            metadata=dict(metadata),
+            created_at=self._latest,
+        )
+        return self._apply(queue, item, "created")
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
         """Deliver an item, without waiting for one."""
@@ -301,6 +369,27 @@ class Operations:
         """Return a session and its latest work item; 404 if it is unknown."""
         session, work_id = self.sessions.find(session_id)
         return session, self.get(session.environment_id, work_id)
+
+    def walk_sessions(
+        self, *, after: str = "", before: str | None = None, newest_first: bool = False
+    ) -> Iterator[tuple[Session, Item]]:
+        """Go through the sessions next to a place, the nearest first, each with its latest item.
+
+        Sessions of environments that are not served are left out.
+        """
+        walk = self.sessions.walk(after=after, before=before, newest_first=newest_first)
+        for session, work_id in walk:
+            if session.environment_id in self._queues:
+                yield session, self.get(session.environment_id, work_id)
+
+    def archive_session(self, session_id: str) -> tuple[Session, Item]:
+        """Archive a session: it is terminated, and its work item is told to stop."""
+        session, item = self.session(session_id)
+        if session.archived_at is None:
+            session = self.sessions.archive(session, self._latest)
+            if item.state in {QUEUED, STARTING, ACTIVE}:
+                item = self.stop(session.environment_id, item.id)
+        return session, item
 
     def send(self, session_id: str, said: Sequence[Mapping[str, Any]]) -> Sequence[Event]:
         """Append a client's events."""

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from workpool.server.conversation import Event
+    from workpool.server.environments import Environment
     from workpool.server.item import Item
+    from workpool.server.sessions import Session
 
-Row = TypeVar("Row", bound="Item | Event")
+Row = TypeVar("Row", bound="Item | Event | Session | Environment")
 
 AFTER: Final = "after"
 BEFORE: Final = "before"

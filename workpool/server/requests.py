@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
-from workpool.server.clock import is_rfc3339, to_utc
+from workpool.server.clock import TimeRange, is_rfc3339, to_utc
 from workpool.server.conversation import EventFilter
 from workpool.server.errors import Refusal
 from workpool.server.operations import Poll
@@ -110,8 +110,8 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
     return expected, ttl_seconds
 
 
-def place(request: web.Request, prefix: str) -> Place:
-    """Return where a list begins; `prefix` is that of the list's ids."""
+def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
+    """Return where a list begins; its ids are `prefix` and what `digits` matches."""
     limit = number(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise Refusal(400, "limit must be positive", "limit")
@@ -124,7 +124,7 @@ def place(request: web.Request, prefix: str) -> Place:
         direction, text = _PLACES[name], value
         if name == "page":
             direction, _, text = value.partition("-")
-        if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + _DIGITS, text):
+        if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + digits, text):
             raise Refusal(400, f"{name} is malformed", name)
         return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
     return Place(limit, "", None)
@@ -132,15 +132,38 @@ def place(request: web.Request, prefix: str) -> Place:
 
 def event_filter(request: web.Request) -> EventFilter:
     """Read which events a list answers, and in which order: `order`, `types`, `created_at[…]`."""
+    return EventFilter(
+        types=several(request, "types"),
+        times=times(request),
+        newest_first=newest_first(request, default=False),
+    )
+
+
+def newest_first(request: web.Request, *, default: bool) -> bool:
+    """Read the order of a list from `order`."""
     order = one(request, "order")
     if order not in {None, "asc", "desc"}:
         raise Refusal(400, "order must be asc or desc", "order")
-    types = [*request.query.getall("types[]", ()), *request.query.getall("types", ())]
-    return EventFilter(
-        types=frozenset(types) if types else None,
-        newest_first=order == "desc",
-        **{name: _time(request, f"created_at[{name}]") for name in ("gt", "gte", "lt", "lte")},
-    )
+    return default if order is None else order == "desc"
+
+
+def flag(request: web.Request, name: str) -> bool:
+    """Return a query parameter that is `true` or `false`; False when absent."""
+    text = one(request, name)
+    if text not in {None, "true", "false"}:
+        raise Refusal(400, f"{name} must be true or false", name)
+    return text == "true"
+
+
+def several(request: web.Request, name: str) -> frozenset[str] | None:
+    """Return the values of a repeated query parameter, in both spellings; None when absent."""
+    values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
+    return frozenset(values) if values else None
+
+
+def times(request: web.Request) -> TimeRange:
+    """Read the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
+    return TimeRange(*(_time(request, f"created_at[{name}]") for name in TimeRange._fields))
 
 
 def _time(request: web.Request, name: str) -> str | None:
@@ -206,7 +229,7 @@ def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
     fields = json_object(content)
     if "metadata" not in fields and not required:
         return {}
-    return _strings(fields.get("metadata"), (str, type(None)))
+    return strings(fields.get("metadata"), (str, type(None)))
 
 
 def enqueue(content: bytes) -> Enqueue:
@@ -223,11 +246,12 @@ def enqueue(content: bytes) -> Enqueue:
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
         raise Refusal(400, "type must be a lowercase word", "type")
     return Enqueue(
-        count, _strings(fields.get("metadata", {}), (str,)), work_type, fields.get("script")
+        count, strings(fields.get("metadata", {}), (str,)), work_type, fields.get("script")
     )
 
 
-def _strings(value: object, allowed: tuple[type, ...]) -> dict[str, Any]:
+def strings(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
+    """Check metadata: an object whose values are strings, or of the types `allowed`."""
     if not isinstance(value, dict):
         raise Refusal(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):

@@ -188,7 +188,7 @@ class Routes:
 
     def _environment(self, request: web.Request) -> str:
         """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order."""
-        limits = self._tokens.admit(request.headers.get("Authorization"))
+        limits = self._tokens.admit(request.headers, self._dialect.api_key_header)
         environment_id = request.match_info["environment_id"]
         check_allowed(limits, environment_id)
         self._operations.queue(environment_id)

@@ -112,7 +112,7 @@ class SessionRoutes:
 
     def _session(self, request: web.Request) -> tuple[Session, Item]:
         """Admit the caller to the session of the path: 401, 404, 403, in this order."""
-        limits = self._tokens.admit(request.headers.get("Authorization"))
+        limits = self._tokens.admit(request.headers, self._dialect.api_key_header)
         own = self._dialect.own_session_id(request.match_info["session_id"])
         session, item = self._operations.session(own)
         check_allowed(limits, session.environment_id)

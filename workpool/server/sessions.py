@@ -8,8 +8,9 @@ See workpool/docs/protocol.md, "Sessions".
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left, bisect_right
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -18,10 +19,18 @@ from workpool.server.clock import to_heartbeat_text, to_seconds_text
 from workpool.server.conversation import EVENT_PREFIX, Conversation, Event
 from workpool.server.errors import Refusal
 from workpool.server.item import SESSION_PREFIX
-from workpool.wire.protocol import ACTIVE, QUEUED, SESSION, STARTING, STOPPED, STOPPING
+from workpool.wire.protocol import (
+    ACTIVE,
+    QUEUED,
+    SESSION,
+    STARTING,
+    STATUS_TERMINATED,
+    STOPPED,
+    STOPPING,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from workpool.server.item import Ids, Item
     from workpool.server.script import Script
@@ -66,6 +75,8 @@ class Session:
 
     Attributes:
         script: The tool uses of a scripted session; None: it is none.
+        agent: `id` and `version` of the agent that its creator asked for; None: `AGENT` itself.
+        archived_at: When it was archived; None: it is not.
     """
 
     id: str
@@ -73,6 +84,9 @@ class Session:
     metadata: Mapping[str, str]
     created_at: int
     script: Script | None = None
+    title: str | None = None
+    agent: Mapping[str, Any] | None = None
+    archived_at: int | None = None
 
     def answer(self, item: Item, conversation: Conversation | None) -> dict[str, Any]:
         """Return the session's JSON, with all fields that the vendors' SDKs require.
@@ -84,9 +98,9 @@ class Session:
             "type": SESSION,
             "status": _status(item, conversation),
             "environment_id": self.environment_id,
-            "agent": AGENT,
+            "agent": AGENT if self.agent is None else {**AGENT, **self.agent},
             "metadata": self.metadata,
-            "title": None,
+            "title": self.title,
             "resources": [],
             "vault_ids": [],
             "outcome_evaluations": [],
@@ -94,7 +108,9 @@ class Session:
             "usage": USAGE,
             "created_at": to_seconds_text(self.created_at),
             "updated_at": _updated_at(item, conversation),
-            "archived_at": None,
+            "archived_at": (
+                None if self.archived_at is None else to_seconds_text(self.archived_at)
+            ),
         }
 
 
@@ -121,6 +137,7 @@ class Sessions:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[Session, str]] = {}
+        self._order: list[str] = []  # the ids of _sessions, ascending
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
@@ -131,6 +148,7 @@ class Sessions:
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
             self._sessions[item.session_id] = (sessions[item.session_id], item.id)
+        self._order = sorted(self._sessions)
         for event in contents.events:
             self.conversation(event.session_id).append(event)
         for session, _ in self._sessions.values():
@@ -143,6 +161,17 @@ class Sessions:
         if found is None:
             raise Refusal(404, "no such session")
         return found
+
+    def walk(
+        self, *, after: str = "", before: str | None = None, newest_first: bool = False
+    ) -> Iterator[tuple[Session, str]]:
+        """Go through the sessions next to a place, the nearest first, each with its latest item."""
+        start = bisect_right(self._order, after)
+        end = len(self._order) if before is None else bisect_left(self._order, before)
+        places = range(start, end)
+        if newest_first or before is not None:
+            places = places[::-1]
+        return (self._sessions[self._order[place]] for place in places)
 
     def conversation(self, session_id: str) -> Conversation:
         """What is said in a session; 404 unknown."""
@@ -161,18 +190,34 @@ class Sessions:
         metadata: Mapping[str, str],
         script: Script | None,
         now: int,
+        **more: Any,
     ) -> Session:
-        """Create a session; it begins with `attach`."""
+        """Create a session, `more` of whose fields may be given; it begins with `attach`."""
         session_id = SESSION_PREFIX + self._ids.new(now)
-        session = Session(session_id, environment_id, dict(metadata), now, script)
+        session = Session(session_id, environment_id, dict(metadata), now, script, **more)
         self._store.save_session(session)
         return session
 
-    def attach(self, session: Session, work_id: str, now: int) -> None:
-        """Make this the session's latest work item."""
+    def attach(
+        self, session: Session, work_id: str, now: int, said: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Make this the session's latest work item; `said`: a client's first events."""
+        if session.id not in self._sessions:
+            self._order.append(session.id)
         self._sessions[session.id] = (session, work_id)
-        if session.script is not None:
+        if said:
+            self.send(session.id, said, now)
+        elif session.script is not None:
             self._proceed(session.id, now)
+
+    def archive(self, session: Session, now: int) -> Session:
+        """Archive a session, which terminates it."""
+        archived = replace(session, archived_at=now)
+        self._sessions[session.id] = (archived, self._sessions[session.id][1])
+        self._store.save_session(archived)
+        if self.conversation(session.id).status != "terminated":
+            self._say(session.id, [{"type": STATUS_TERMINATED}], now)
+        return archived
 
     def send(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
         """Append a client's events, all or none."""

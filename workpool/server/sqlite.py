@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import sqlite3
 import threading
 from collections import deque
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 import orjson
 
 from workpool.server.conversation import Event
+from workpool.server.environments import Environment
 from workpool.server.errors import StoreError
 from workpool.server.item import Item
 from workpool.server.sessions import Session
@@ -30,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    _Row: TypeAlias = Item | Session | Event
+    _Row: TypeAlias = Item | Session | Event | Environment
 
 log = logging.getLogger("workpool.server")
 
-SCHEMAS: Final = ("schema.sql", "schema_2.sql")
+SCHEMAS: Final = ("schema.sql", "schema_2.sql", "schema_3.sql")
 """What makes a file of the version before one of the next; a new file goes through them all."""
 SCHEMA_VERSION: Final = len(SCHEMAS)
 _LOCK_SECONDS: Final = 1.0
@@ -57,9 +59,9 @@ _TABLES: Final = (
     _Table(
         Session,
         tuple(field.name for field in fields(Session)),
-        frozenset({"metadata", "script"}),
+        frozenset({"metadata", "script", "agent"}),
         "SELECT * FROM session ORDER BY id",
-        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
     ),
     _Table(
         Item,
@@ -75,11 +77,18 @@ _TABLES: Final = (
         "SELECT * FROM event ORDER BY id",
         "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
     ),
+    _Table(
+        Environment,
+        tuple(field.name for field in fields(Environment)),
+        frozenset({"metadata"}),
+        "SELECT * FROM environment ORDER BY id",
+        "INSERT OR REPLACE INTO environment VALUES (?, ?, ?, ?, ?)",
+    ),
 )
 
 
 class SqliteStore:
-    """Items, sessions and their events in one SQLite file, made if there is none.
+    """Environments, items, sessions and their events in one SQLite file, made if there is none.
 
     `open`, `durable` and `close` belong to one event loop; everything that touches the file
     happens on the writer's thread.
@@ -114,8 +123,12 @@ class SqliteStore:
         self._take(item)
 
     def save_session(self, session: Session) -> None:
-        """Take over a new session; returns at once."""
+        """Take over a session's new self; returns at once."""
         self._take(session)
+
+    def save_environment(self, environment: Environment) -> None:
+        """Take over a new environment; returns at once."""
+        self._take(environment)
 
     def save_events(self, events: Sequence[Event]) -> None:
         """Take over new events, in one transaction; returns at once."""
@@ -225,14 +238,17 @@ def _migrate(connection: sqlite3.Connection) -> None:
         schema = files("workpool.server").joinpath(name).read_text("utf-8")
         for statement in schema.split(";\n"):
             connection.execute(statement)
+    if not connection.execute("SELECT count(*) FROM signing_key").fetchone()[0]:
+        connection.execute("INSERT INTO signing_key VALUES (?)", [secrets.token_bytes(32)])
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
 def _read(connection: sqlite3.Connection) -> Contents:
-    sessions, items, events = (
+    sessions, items, events, environments = (
         [_from_row(table, row) for row in connection.execute(table.read)] for table in _TABLES
     )
-    return Contents(items, sessions, events)
+    (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
+    return Contents(items, sessions, events, environments, signing_key)
 
 
 def _from_row(table: _Table, row: tuple[Any, ...]) -> Any:

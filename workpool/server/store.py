@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workpool.server.conversation import Event
+    from workpool.server.environments import Environment
     from workpool.server.item import Item
     from workpool.server.sessions import Session
 
 
 class Contents(NamedTuple):
-    """What a store holds at start: items, sessions and events in ascending order of their ids."""
+    """What a store holds at start, in ascending order of ids.
+
+    `signing_key`: what signs the items' session tokens; empty: the store keeps none.
+    """
 
     items: Sequence[Item] = ()
     sessions: Sequence[Session] = ()
     events: Sequence[Event] = ()
+    environments: Sequence[Environment] = ()
+    signing_key: bytes = b""
 
 
 class Store(Protocol):
@@ -35,7 +41,10 @@ class Store(Protocol):
         """Take over an item's new self; returns at once."""
 
     def save_session(self, session: Session) -> None:
-        """Take over a new session; returns at once."""
+        """Take over a session's new self; returns at once."""
+
+    def save_environment(self, environment: Environment) -> None:
+        """Take over a new environment; returns at once."""
 
     def save_events(self, events: Sequence[Event]) -> None:
         """Take over new events, all of which survive a crash or none; returns at once."""
@@ -61,6 +70,9 @@ class MemoryStore:
         """Nothing to do: the index holds it."""
 
     def save_session(self, session: Session) -> None:
+        """Nothing to do: the index holds it."""
+
+    def save_environment(self, environment: Environment) -> None:
         """Nothing to do: the index holds it."""
 
     def save_events(self, events: Sequence[Event]) -> None:

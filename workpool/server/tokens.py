@@ -25,13 +25,25 @@ class Tokens:
     def __init__(self, grants: Grants) -> None:
         self._grants = {_digest(token): limits for token, limits in grants.items()}
 
-    def admit(self, authorization: str | None) -> frozenset[str] | None:
-        """Return the environments that this `Authorization` is limited to; 401 when unknown."""
-        scheme, _, token = (authorization or "").partition(" ")
-        digest = _digest(token.strip())
-        if scheme.lower() != "bearer" or digest not in self._grants:
-            raise Refusal(401, "the bearer token is missing or wrong")
+    def admit(
+        self, headers: Mapping[str, str], api_key_header: str | None = None
+    ) -> frozenset[str] | None:
+        """Return the environments that a request's token is limited to; 401 when unknown.
+
+        `api_key_header`: the header that may hold the token in place of `Authorization`.
+        """
+        digest = _digest(_token_of(headers, api_key_header))
+        if digest not in self._grants:
+            raise Refusal(401, "the token is missing or wrong")
         return self._grants[digest]
+
+
+def _token_of(headers: Mapping[str, str], api_key_header: str | None) -> str:
+    authorization = headers.get("Authorization")
+    if authorization is None and api_key_header is not None:
+        return headers.get(api_key_header, "")
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _digest(token: str) -> bytes:

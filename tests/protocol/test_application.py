@@ -1,0 +1,322 @@
+"""The calls of an application in the anthropic dialect: environments and sessions; literal JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api, Clock
+from tests.protocol.test_stream import stream
+from workpool.server import ControlPlane, SqliteStore
+from workpool.server.environments import ENVIRONMENTS_MAX
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import aiohttp
+
+TIME = "2026-03-01T12:00:00Z"
+SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
+MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+
+
+async def post(api: Api, path: str, body: object = None) -> Answer:
+    options = {} if body is None else {"json": body}
+    return await api("POST", f"{api.base}{path}", **options)
+
+
+async def get(api: Api, path: str, *params: tuple[str, str]) -> Answer:
+    return await api("GET", f"{api.base}{path}", params=list(params))
+
+
+async def created(api: Api, **fields: object) -> dict[str, Any]:
+    answer = await post(api, "/sessions", {"agent": "agent_1", "environment_id": ENV, **fields})
+    assert answer.status == 200
+    session: dict[str, Any] = answer.body
+    return session
+
+
+async def walked(api: Api, path: str, *params: tuple[str, str]) -> list[str]:
+    """The ids of a list, over all pages of two."""
+    ids: list[str] = []
+    page = None
+    while True:
+        more = [("limit", "2"), *([("page", page)] if page else [])]
+        answer = await get(api, path, *params, *more)
+        assert answer.status == 200
+        ids += [each["id"] for each in answer.body["data"]]
+        page = answer.body["next_page"]
+        if page is None:
+            return ids
+
+
+# -- environments ------------------------------------------------------------------------------
+
+
+async def test_environment_is_created_and_served_at_once(anthropic: Api) -> None:
+    body = {**SELF_HOSTED, "description": "for tests", "metadata": {"team": "a"}}
+    environment = (await post(anthropic, "/environments", body)).body
+    assert environment == {
+        "id": environment["id"],
+        "type": "environment",
+        "name": "mine",
+        "description": "for tests",
+        "config": {"type": "self_hosted"},
+        "metadata": {"team": "a"},
+        "created_at": TIME,
+        "updated_at": TIME,
+        "archived_at": None,
+    }
+    environment_id = environment["id"]
+    assert (await get(anthropic, f"/environments/{environment_id}")).body == environment
+    assert (await anthropic.poll(environment_id)).body is None
+    session = await created(anthropic, environment_id=environment_id)
+    item = (await anthropic.poll(environment_id)).body
+    assert item["data"] == {"type": "session", "id": session["id"]}
+
+
+async def test_environments_are_listed_with_those_of_the_start(anthropic: Api) -> None:
+    new = (await post(anthropic, "/environments", SELF_HOSTED)).body["id"]
+    assert await walked(anthropic, "/environments") == sorted([ENV, OTHER, CLOUD, new])
+    config = (await get(anthropic, f"/environments/{CLOUD}")).body["config"]
+    assert (config["type"], config["networking"]) == ("cloud", {"type": "unrestricted"})
+
+
+async def test_token_of_one_environment_sees_and_creates_no_other(anthropic: Api) -> None:
+    anthropic.token = LIMITED
+    assert await walked(anthropic, "/environments") == [ENV]
+    assert (await get(anthropic, f"/environments/{OTHER}")).status == 403
+    assert (await post(anthropic, "/environments", SELF_HOSTED)).status == 403
+    body = {"agent": "agent_1", "environment_id": OTHER}
+    assert (await post(anthropic, "/sessions", body)).status == 403
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"name": "mine"}, "config"),
+        ({"name": "mine", "config": {"type": "cloud"}}, "config"),
+        ({"config": {"type": "self_hosted"}}, "name"),
+        ({**SELF_HOSTED, "name": 1}, "name"),
+        ({**SELF_HOSTED, "name": "x" * 4097}, "name"),
+        ({**SELF_HOSTED, "metadata": {"k": 1}}, "metadata"),
+        ({**SELF_HOSTED, "metadata": []}, "metadata"),
+        ({**SELF_HOSTED, "description": {}}, "description"),
+    ],
+)
+async def test_malformed_environment_is_400(anthropic: Api, body: object, param: str) -> None:
+    answer = await post(anthropic, "/environments", body)
+    assert (answer.status, answer.error["param"]) == (400, param)
+
+
+async def test_environments_beyond_the_limit_are_400(anthropic: Api) -> None:
+    for number in range(ENVIRONMENTS_MAX):
+        anthropic.plane.operations.create_environment(str(number), None, {})
+    assert (await post(anthropic, "/environments", SELF_HOSTED)).status == 400
+
+
+# -- sessions ----------------------------------------------------------------------------------
+
+
+async def test_created_session_brings_work_with_its_metadata(anthropic: Api) -> None:
+    session = await created(
+        anthropic,
+        agent={"type": "agent", "id": "agent_1", "version": 7},
+        title="report",
+        metadata={"job": "report"},
+        resources=[],
+        vault_ids=[],
+        initial_events=[MESSAGE],
+    )
+    assert session["id"].startswith("session_")
+    assert (session["type"], session["status"], session["environment_id"]) == (
+        "session", "idle", ENV
+    )  # fmt: skip
+    assert (session["title"], session["metadata"]) == ("report", {"job": "report"})
+    agent = session["agent"]
+    assert (agent["type"], agent["id"], agent["version"]) == ("agent", "agent_1", 7)
+    assert (session["created_at"], session["archived_at"]) == (TIME, None)
+    assert (await get(anthropic, f"/sessions/{session['id']}")).body == session
+
+    item = await anthropic.claim()
+    assert item["data"] == {"type": "session", "id": session["id"]}
+    assert item["metadata"] == {"job": "report"}
+    (event,) = (await get(anthropic, f"/sessions/{session['id']}/events")).body["data"]
+    assert (event["type"], event["content"]) == ("user.message", MESSAGE["content"])
+
+
+async def test_created_session_wakes_a_waiting_poll(anthropic: Api) -> None:
+    async def wait() -> Answer:
+        return await anthropic.poll(params={"block_ms": "999"})
+
+    async with asyncio.TaskGroup() as group:
+        polling = group.create_task(wait())
+        session = await created(anthropic)
+    assert polling.result().body["data"]["id"] == session["id"]
+
+
+async def test_session_with_a_script_plays_it_after_its_initial_events(anthropic: Api) -> None:
+    script = [{"name": "bash", "input": {"command": "ls"}}]
+    session = await created(anthropic, script=script, initial_events=[MESSAGE])
+    events = (await get(anthropic, f"/sessions/{session['id']}/events")).body["data"]
+    assert [event["type"] for event in events] == [
+        "user.message",
+        "session.status_running",
+        "agent.tool_use",
+    ]
+    assert events[0]["content"] == MESSAGE["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"agent": None}, 400, "agent"),
+        ({"agent": ""}, 400, "agent"),
+        ({"agent": {"type": "agent"}}, 400, "agent"),
+        ({"agent": {"id": "agent_1", "version": "7"}}, 400, "agent"),
+        ({"environment_id": None}, 400, "environment_id"),
+        ({"environment_id": "env_unknown"}, 404, None),
+        ({"environment_id": CLOUD}, 400, None),
+        ({"title": 1}, 400, "title"),
+        ({"metadata": {"k": 1}}, 400, "metadata"),
+        ({"initial_events": {}}, 200, None),
+        ({"initial_events": [{}]}, 400, "type"),
+        ({"initial_events": [MESSAGE] * 51}, 400, "initial_events"),
+        ({"initial_events": [{"type": "user.interrupt"}]}, 400, "initial_events"),
+        ({"resources": [{"type": "file", "file_id": "f"}]}, 400, "resources"),
+        ({"vault_ids": ["vlt_1"]}, 400, "vault_ids"),
+        ({"budget": {"max_list_cost": "1"}}, 400, "budget"),
+        ({"script": {}}, 400, "script"),
+    ],
+)
+async def test_session_that_cannot_be_had_here_is_refused(
+    anthropic: Api, fields: dict[str, object], status: int, param: str | None
+) -> None:
+    body = {"agent": "agent_1", "environment_id": ENV, **fields}
+    answer = await post(anthropic, "/sessions", body)
+    assert answer.status == status
+    assert param is None or answer.error["param"] == param
+    assert len(anthropic.plane.history) == (status == 200)
+
+
+async def test_sessions_are_listed_newest_first_unless_asked_otherwise(anthropic: Api) -> None:
+    ids = [(await created(anthropic))["id"] for _ in range(5)]
+    assert await walked(anthropic, "/sessions") == ids[::-1]
+    assert await walked(anthropic, "/sessions", ("order", "asc")) == ids
+
+
+async def test_sessions_are_listed_by_time_status_agent_and_archive(
+    anthropic: Api, clock: Clock
+) -> None:
+    first = (await created(anthropic, agent="agent_a"))["id"]
+    clock.advance(1)
+    second = (await created(anthropic, agent={"id": "agent_b", "version": 2}))["id"]
+    clock.advance(1)
+    third = (await created(anthropic, initial_events=[MESSAGE], script=[]))["id"]
+    await post(anthropic, f"/sessions/{first}/archive")
+    lists = {
+        (): [third, second],
+        (("include_archived", "true"),): [third, second, first],
+        (("include_archived", "true"), ("statuses[]", "terminated")): [first],
+        (("statuses", "idle"), ("statuses", "running")): [third, second],
+        (("created_at[gte]", "2026-03-01T12:00:02Z"),): [third],
+        (("created_at[lt]", "2026-03-01T12:00:02Z"),): [second],
+        (("agent_id", "agent_b"),): [second],
+        (("agent_id", "agent_b"), ("agent_version", "1")): [],
+        (("deployment_id", "depl_1"),): [],
+    }
+    assert {params: await walked(anthropic, "/sessions", *params) for params in lists} == lists
+
+
+async def test_sessions_of_other_environments_are_hidden_from_a_limited_token(
+    anthropic: Api,
+) -> None:
+    await created(anthropic, environment_id=OTHER)
+    own = (await created(anthropic))["id"]
+    anthropic.token = LIMITED
+    assert await walked(anthropic, "/sessions") == [own]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("order", "up"), ("include_archived", "1"), ("created_at[gt]", "x"), ("page", "x")],
+)
+async def test_malformed_list_of_sessions_is_400(anthropic: Api, name: str, value: str) -> None:
+    answer = await get(anthropic, "/sessions", (name, value))
+    assert (answer.status, answer.error["param"]) == (400, name)
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_archived_session_is_terminated_and_takes_no_event(anthropic: Api) -> None:
+    session_id = (await created(anthropic))["id"]
+    item = await anthropic.claim()
+    own = session_id.replace("session_", "sess_")
+    async with stream(anthropic, own) as reader:
+        archived = (await post(anthropic, f"/sessions/{session_id}/archive")).body
+        assert (await reader.event())["type"] == "session.status_terminated"
+    assert (archived["status"], archived["archived_at"]) == ("terminated", TIME)
+    assert (await get(anthropic, f"/sessions/{session_id}")).body == archived
+    assert await anthropic.state(item["id"]) == "stopped"  # it was queued
+    sent = await post(anthropic, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
+    assert sent.status == 409
+    again = await post(anthropic, f"/sessions/{session_id}/archive")
+    assert (again.status, again.body) == (200, archived)
+
+
+@pytest.mark.parametrize(("state", "then"), [("starting", "stopping"), ("active", "stopping")])
+async def test_archive_asks_the_worker_that_holds_the_item_to_stop(
+    anthropic: Api, state: str, then: str
+) -> None:
+    work_id = await anthropic.bring_to(state)
+    session_id = (await anthropic.get(work_id)).body["data"]["id"]
+    assert (await post(anthropic, f"/sessions/{session_id}/archive")).status == 200
+    assert await anthropic.state(work_id) == then
+
+
+async def test_archive_of_an_unknown_session_is_404(anthropic: Api) -> None:
+    assert (await post(anthropic, "/sessions/session_unknown/archive")).status == 404
+
+
+# -- both --------------------------------------------------------------------------------------
+
+
+async def test_environments_and_sessions_survive_a_restart(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    def plane() -> ControlPlane:
+        store = SqliteStore(tmp_path / "work.db")
+        return ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store, now=clock)
+
+    async with plane() as first:
+        api = Api(first, http, "anthropic")
+        environment = (await post(api, "/environments", SELF_HOSTED)).body
+        session = await created(api, environment_id=environment["id"], title="kept")
+        archived = await created(api, agent={"id": "agent_2", "version": 3})
+        archived = (await post(api, f"/sessions/{archived['id']}/archive")).body
+    async with plane() as second:
+        api = Api(second, http, "anthropic")
+        assert (await get(api, f"/environments/{environment['id']}")).body == environment
+        for before in (session, archived):
+            assert (await get(api, f"/sessions/{before['id']}")).body == before
+        item = await api.claim(environment=environment["id"])
+        assert item["data"]["id"] == session["id"]
+        newer = (await post(api, "/environments", SELF_HOSTED)).body
+        assert newer["id"] > environment["id"]
+
+
+@pytest.mark.parametrize("path", ["/environments", "/sessions"])
+async def test_calls_of_an_application_are_not_in_the_qoder_dialect(qoder: Api, path: str) -> None:
+    assert (await get(qoder, path)).status == 404
+
+
+async def test_anthropic_token_may_be_sent_as_an_api_key(anthropic: Api, qoder: Api) -> None:
+    for api, status in ((anthropic, 200), (qoder, 401)):
+        api.token, api.extra = None, {"X-Api-Key": TOKEN}
+        assert (await api.poll()).status == status
+    anthropic.extra = {"X-Api-Key": "wrong"}
+    assert (await anthropic.poll()).status == 401
+    anthropic.token = "wrong"  # noqa: S105 - it opens nothing
+    anthropic.extra = {"X-Api-Key": TOKEN}
+    assert (await anthropic.poll()).status == 401

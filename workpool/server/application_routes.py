@@ -1,0 +1,166 @@
+"""HTTP for applications: create, read and list environments and sessions, and archive sessions.
+
+These are the calls with which an application that uses the vendor's SDK begins. A session that is
+created brings work to the workers of its environment.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from workpool.server import creation, requests
+from workpool.server.clock import to_heartbeat_text
+from workpool.server.errors import Refusal
+from workpool.server.item import SESSION_PREFIX
+from workpool.server.paging import listing, page_of
+from workpool.server.routes import answer, check_allowed
+from workpool.wire.protocol import ID_PATTERN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from workpool.server.dialects import Dialect
+    from workpool.server.environments import Environment
+    from workpool.server.item import Item
+    from workpool.server.operations import Operations
+    from workpool.server.sessions import Session
+    from workpool.server.tokens import Tokens
+
+
+class ApplicationRoutes:
+    """The endpoints of environments and sessions that only applications call, in one dialect."""
+
+    def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
+        self._operations = operations
+        self._tokens = tokens
+        self._dialect = dialect
+
+    def table(self) -> list[web.RouteDef]:
+        """Return the routes under the dialect's prefix."""
+        environments = self._dialect.prefix + "/environments"
+        sessions = self._dialect.prefix + "/sessions"
+        return [
+            web.post(environments, self.create_environment),
+            web.get(environments, self.environments, allow_head=False),
+            web.get(environments + "/{environment_id}", self.environment, allow_head=False),
+            web.post(sessions, self.create_session),
+            web.get(sessions, self.sessions, allow_head=False),
+            web.post(sessions + "/{session_id}/archive", self.archive),
+        ]
+
+    async def create_environment(self, request: web.Request) -> web.Response:
+        """Create a `self_hosted` environment."""
+        if self._admit(request) is not None:
+            raise Refusal(403, "this token is limited to environments that exist")
+        wanted = creation.parse_environment(await requests.body(request))
+        environment = self._operations.create_environment(*wanted)
+        return await self._durable(environment.answer(cloud=False))
+
+    async def environment(self, request: web.Request) -> web.Response:
+        """Read one environment."""
+        limits, environment_id = self._admit(request), request.match_info["environment_id"]
+        check_allowed(limits, environment_id)
+        await requests.body(request)
+        environment, cloud = self._operations.environment(environment_id)
+        return await self._durable(environment.answer(cloud=cloud))
+
+    async def environments(self, request: web.Request) -> web.Response:
+        """List the environments that the token may use, in ascending order of their ids."""
+        limits = self._admit(request)
+        await requests.body(request)
+        place = requests.place(request, "", ID_PATTERN)
+        if place.before is not None:
+            raise Refusal(400, "before_id is not known here", "before_id")
+        found = [
+            self._operations.environment(environment_id)[0]
+            for environment_id in self._operations.environment_ids()
+            if environment_id > place.after and (limits is None or environment_id in limits)
+        ]
+        page = page_of(found[: place.limit + 1], place.limit, backwards=False)
+        return await self._durable(listing(page, self._environment_answer))
+
+    def _environment_answer(self, environment: Environment) -> dict[str, Any]:
+        _, cloud = self._operations.environment(environment.id)
+        return environment.answer(cloud=cloud)
+
+    async def create_session(self, request: web.Request) -> web.Response:
+        """Create a session, and the work item that brings it to a worker."""
+        limits = self._admit(request)
+        wanted = creation.parse_session(await requests.body(request))
+        check_allowed(limits, wanted.environment_id)
+        return await self._durable(self._session(*self._operations.create_session(wanted)))
+
+    async def sessions(self, request: web.Request) -> web.Response:
+        """List the sessions that the query asks for, by default the newest first."""
+        limits = self._admit(request)
+        await requests.body(request)
+        place = requests.place(request, SESSION_PREFIX)
+        newest_first = requests.newest_first(request, default=True)
+        if newest_first and place.after:
+            raise Refusal(400, "after_id goes with order=asc only", "after_id")
+        wanted = _session_filter(request)
+        walk = self._operations.walk_sessions(
+            after=place.after, before=place.before, newest_first=newest_first
+        )
+        nearest = (
+            session
+            for session, item in walk
+            if (limits is None or session.environment_id in limits)
+            and wanted(session, self._session(session, item))
+        )
+        found = list(islice(nearest, place.limit + 1))
+        backwards = place.before is not None
+        if backwards and not newest_first:
+            found.reverse()
+        page = page_of(found, place.limit, backwards=backwards, newest_first=newest_first)
+        return await self._durable(listing(page, self._session_answer))
+
+    def _session_answer(self, session: Session) -> dict[str, Any]:
+        return self._session(*self._operations.session(session.id))
+
+    async def archive(self, request: web.Request) -> web.Response:
+        """Archive a session, which terminates it."""
+        limits = self._admit(request)
+        own = self._dialect.own_session_id(request.match_info["session_id"])
+        session, _ = self._operations.session(own)
+        check_allowed(limits, session.environment_id)
+        await requests.body(request)
+        return await self._durable(self._session(*self._operations.archive_session(own)))
+
+    def _admit(self, request: web.Request) -> frozenset[str] | None:
+        return self._tokens.admit(request.headers, self._dialect.api_key_header)
+
+    def _session(self, session: Session, item: Item) -> dict[str, Any]:
+        return self._dialect.session(self._operations.sessions.answer(session, item))
+
+    async def _durable(self, value: dict[str, Any]) -> web.Response:
+        await self._operations.durable()
+        return answer(value)
+
+
+def _session_filter(
+    request: web.Request,
+) -> Callable[[Session, Mapping[str, Any]], bool]:
+    """Return whether the query asks for a session, given with its JSON."""
+    times = requests.times(request)
+    statuses = requests.several(request, "statuses")
+    archived = requests.flag(request, "include_archived")
+    agent_id = requests.one(request, "agent_id")
+    version = requests.one(request, "agent_version")
+    # No session here has a deployment or a memory store.
+    nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
+
+    def wanted(session: Session, shown: Mapping[str, Any]) -> bool:
+        return (
+            not nothing
+            and (archived or session.archived_at is None)
+            and times.holds(to_heartbeat_text(session.created_at))
+            and (statuses is None or shown["status"] in statuses)
+            and (agent_id is None or shown["agent"]["id"] == agent_id)
+            and (None in {agent_id, version} or str(shown["agent"]["version"]) == version)
+        )
+
+    return wanted

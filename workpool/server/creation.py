@@ -1,0 +1,112 @@
+"""What an application may create, checked before anything is done: values or a 400."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from workpool.server.client_events import parse_client_events
+from workpool.server.errors import Refusal
+from workpool.server.requests import json_object, strings
+from workpool.server.script import Script, parse_script
+from workpool.wire.protocol import USER_MESSAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+TEXT_LENGTH: Final = 4096
+"""How long a name, a title or a description may be."""
+INITIAL_EVENTS_MAX: Final = 50
+_AGENT_ID_LENGTH: Final = 128
+_NOT_SUPPORTED: Final = ("budget", "resources", "vault_ids")
+
+
+class NewEnvironment(NamedTuple):
+    """The body of a creation of an environment."""
+
+    name: str
+    description: str | None
+    metadata: Mapping[str, str]
+
+
+class NewSession(NamedTuple):
+    """The body of a creation of a session.
+
+    Attributes:
+        agent: `id` of the agent, and `version` if the body has one.
+        script: What the control plane plays as the agent; None: nothing.
+    """
+
+    environment_id: str
+    agent: Mapping[str, Any]
+    title: str | None
+    metadata: Mapping[str, str]
+    initial_events: Sequence[Mapping[str, Any]]
+    script: Script | None
+
+
+def parse_environment(content: bytes) -> NewEnvironment:
+    """Read the body of a creation of an environment."""
+    fields = json_object(content)
+    config = fields.get("config")
+    if not isinstance(config, dict) or config.get("type") != "self_hosted":
+        raise Refusal(400, 'config must be {"type": "self_hosted"} here', "config")
+    name = _text(fields, "name")
+    if not name:
+        raise Refusal(400, "name is missing", "name")
+    return NewEnvironment(name, _text(fields, "description"), _metadata(fields))
+
+
+def parse_session(content: bytes) -> NewSession:
+    """Read the body of a creation of a session; what cannot be had here is a 400."""
+    fields = json_object(content)
+    for name in _NOT_SUPPORTED:
+        if fields.get(name):
+            raise Refusal(400, f"{name} is not supported by this control plane", name)
+    environment_id = fields.get("environment_id")
+    if not isinstance(environment_id, str):
+        raise Refusal(400, "environment_id must be a string", "environment_id")
+    script = fields.get("script")
+    return NewSession(
+        environment_id=environment_id,
+        agent=_agent(fields.get("agent")),
+        title=_text(fields, "title"),
+        metadata=_metadata(fields),
+        initial_events=_initial_events(fields.get("initial_events")),
+        script=None if script is None else parse_script(script),
+    )
+
+
+def _agent(given: object) -> Mapping[str, Any]:
+    """Return id and version: an agent is given by its id, or by an object that has it."""
+    agent = {"id": given} if isinstance(given, str) else given
+    if not isinstance(agent, dict):
+        raise Refusal(400, "agent must be an id or an object", "agent")
+    agent_id, version = agent.get("id"), agent.get("version")
+    if not isinstance(agent_id, str) or not 1 <= len(agent_id) <= _AGENT_ID_LENGTH:
+        raise Refusal(400, "agent has no id", "agent")
+    if version is None:
+        return {"id": agent_id}
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise Refusal(400, "the version of agent must be an integer", "agent")
+    return {"id": agent_id, "version": version}
+
+
+def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
+    if not given:
+        return ()
+    events = parse_client_events(given, "initial_events", INITIAL_EVENTS_MAX)
+    if any(event["type"] != USER_MESSAGE for event in events):
+        raise Refusal(400, f"initial_events may be of type {USER_MESSAGE} only", "initial_events")
+    return events
+
+
+def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
+    metadata = fields.get("metadata")
+    return {} if metadata is None else strings(metadata)
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and (not isinstance(value, str) or len(value) > TEXT_LENGTH):
+        raise Refusal(400, f"{name} must be a string of at most {TEXT_LENGTH} characters", name)
+    return value

@@ -1,0 +1,48 @@
+"""The environments of a control plane, given at its start or created by clients, and their JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.server.clock import to_seconds_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ENVIRONMENT_PREFIX: Final = "env_"
+ENVIRONMENTS_MAX: Final = 1000
+"""How many environments clients can create: each has a queue in memory."""
+
+_SELF_HOSTED: Final[Mapping[str, Any]] = {"type": "self_hosted"}
+_CLOUD: Final[Mapping[str, Any]] = {
+    "type": "cloud",
+    "networking": {"type": "unrestricted"},
+    "packages": {name: [] for name in ("apt", "cargo", "gem", "go", "npm", "pip")},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """An environment; one that no client created is named by its id."""
+
+    id: str
+    name: str
+    description: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    created_at: int = 0
+
+    def answer(self, *, cloud: bool) -> dict[str, Any]:
+        """Return the environment's JSON, with all fields that the vendor's SDKs require."""
+        created = to_seconds_text(self.created_at)
+        return {
+            "id": self.id,
+            "type": "environment",
+            "name": self.name,
+            "description": self.description,
+            "config": _CLOUD if cloud else _SELF_HOSTED,
+            "metadata": self.metadata,
+            "created_at": created,
+            "updated_at": created,
+            "archived_at": None,
+        }
