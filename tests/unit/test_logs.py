@@ -1,4 +1,4 @@
-"""Log lines: what stands in them, and that each is one line of JSON (design §5, §6)."""
+"""Log lines: their content, and that no record can break or flood a log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,31 @@ import json
 import logging
 import sys
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import quote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from workpool.cli.logs import JsonFormatter, TextFormatter, configure
+from workpool import logs
+from workpool.cli.logs import configure
+from workpool.logs import (
+    ERROR_CHARACTERS,
+    ITEM_TOKENS,
+    LINE_CHARACTERS,
+    MESSAGE_CHARACTERS,
+    STACK_CHARACTERS,
+    TOKENS,
+    JsonFormatter,
+    TextFormatter,
+    hide,
+    hide_item_token,
+    readable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
@@ -40,8 +60,8 @@ def test_a_text_line_has_the_stack_below_it() -> None:
     line = TextFormatter().format(record("failed", exc_info=raised(), stack_info="Stack: here"))
     head, *stack = line.splitlines()
     assert head.endswith("failed")
-    assert stack[-1] == "Stack: here"
-    assert "ValueError: two" in stack
+    assert stack[-1] == "  Stack: here"
+    assert "  ValueError: two" in stack
 
 
 def test_a_json_line_holds_everything() -> None:
@@ -61,7 +81,7 @@ def test_a_json_line_holds_everything() -> None:
         "odd": "<class 'object'>",
         "stack": "Stack: here",
     }
-    assert (error["type"], error["message"]) == ("ValueError", "two\nlines")
+    assert (error["type"], error["message"]) == ("ValueError", "two\\nlines")
     assert "in raised" in error["stack"]
 
 
@@ -69,6 +89,119 @@ def test_a_plugins_extra_cannot_forge_a_field() -> None:
     fields = json.loads(JsonFormatter().format(record("true", time="never", level="none")))
     assert fields["level"] == "info"
     assert fields["time"].startswith("2026")
+
+
+HOSTILE = {
+    "line feed": "\n", "carriage return": "\r", "escape": "\x1b", "bell": "\x07", "null": "\0",
+    "delete": "\x7f", "next line": "\x85", "CSI": "\x9b", "line separator": "\u2028",
+    "paragraph separator": "\u2029", "right-to-left override": "\u202e", "isolate": "\u2066",
+    "right-to-left mark": "\u200f", "Arabic letter mark": "\u061c", "zero width": "\u200b",
+    "tag": "\U000e0041", "surrogate": "\ud800", "unassigned": "\U000e0fff", "no-break": "\xa0",
+}  # fmt: skip
+FORGED = "2026-03-01T12:00:00.250Z ERROR   workpool.x forged"
+
+
+def hostile_record(text: str) -> logging.LogRecord:
+    """A record that has this text wherever a record can have any."""
+    error = ValueError(text)
+    error.add_note(text)
+    exc_info = (ValueError, error, None)
+    made = record("item %s", text, exc_info=exc_info, stack_info=text, why=text, odd=[text])
+    made.name = made.levelname = text
+    vars(made)[f"extra {text}"] = text
+    return made
+
+
+def check_harmless(made: logging.LogRecord) -> None:
+    text = TextFormatter().format(made)
+    first, *more = text.split("\n")
+    assert first.isprintable()
+    assert all(line.isprintable() and line.startswith("  ") for line in more)
+    line = JsonFormatter().format(made)
+    assert line.isprintable()
+    fields = json.loads(line)
+    assert fields["message"].isprintable()
+    assert fields["why"].isprintable()
+    assert fields["error"]["message"].isprintable()
+    assert all(each.isprintable() for each in fields["error"]["stack"].split("\n"))
+
+
+@pytest.mark.parametrize("char", HOSTILE.values(), ids=HOSTILE)
+def test_character_that_steers_terminals_or_ends_lines_is_escaped(char: str) -> None:
+    made = hostile_record(f"a{char}{FORGED}{char}b")
+    check_harmless(made)
+    assert ascii(char)[1:-1] in TextFormatter().format(made)
+
+
+@given(st.text())
+def test_no_text_in_a_record_breaks_a_log(text: str) -> None:
+    check_harmless(hostile_record(text))
+
+
+@pytest.mark.parametrize("char", ["x", "\n", "\x1b", "\U000e0041", "\\", '"'])
+def test_record_with_megabytes_is_cut(char: str) -> None:
+    made = hostile_record(char * 1_000_000)
+    limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
+    for form in (TextFormatter(), JsonFormatter()):
+        # A line of a block costs its indent, or an escape sequence in JSON.
+        assert len(form.format(made)) < 3 * limit
+    made.exc_info = made.stack_info = None
+    assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
+
+
+def test_message_that_is_cut_keeps_its_ends_and_the_ids() -> None:
+    made = record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
+    line = TextFormatter().format(made)
+    assert "declined type=xxx" in line
+    assert f"… {3_900_000 + 30} characters …" in line
+    assert line.endswith("reason=unwanted work_id=work_1")
+    fields = json.loads(JsonFormatter().format(made))
+    assert len(fields["message"]) == MESSAGE_CHARACTERS
+    assert fields["work_id"] == "work_1"
+
+
+def test_record_with_many_extras_is_cut() -> None:
+    made = record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
+    assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
+    assert len(JsonFormatter().format(made)) < 200_000
+
+
+# Tokens.
+
+
+@pytest.fixture
+def no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_tokens", {})
+    monkeypatch.setattr(logs, "_item_tokens", {})
+
+
+@pytest.mark.usefixtures("no_tokens")
+@pytest.mark.parametrize("hiding", [hide, hide_item_token])
+def test_token_is_redacted_wherever_it_stands(hiding: Callable[[str], None]) -> None:
+    token = "pat-" + "\"hunter2\\hunter2+/'"
+    hiding(token)
+    made = hostile_record(f"a{token}b {quote(token, safe='')}")
+    for form in (TextFormatter(), JsonFormatter()):
+        text = form.format(made)
+        assert "hunter2" not in text
+        assert "a[token]b" in text
+
+
+@pytest.mark.usefixtures("no_tokens")
+def test_token_that_the_cut_would_split_leaves_no_part() -> None:
+    hide("hunter2-" * 8)
+    for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
+        text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)
+        assert "hunter2" not in readable(text)
+
+
+@pytest.mark.usefixtures("no_tokens")
+def test_number_of_remembered_tokens_is_bounded() -> None:
+    for number in range(1000):
+        hide(f"token-{number:04}")
+        hide_item_token(f"item-{number:04}")
+    assert (len(logs._tokens), len(logs._item_tokens)) == (TOKENS, ITEM_TOKENS)
+    assert readable("token-0999 item-0999 token-0000") == "[token] [token] token-0000"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli.options import import_from_here
-from workpool.cli.output import print_pairs, print_rows
+from workpool.cli.output import print_json, print_pairs, print_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,17 @@ COLUMNS = ["id", "state", "session", "text"]
 def test_plain_rows_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows(("id", "state", "time", "text"), ROWS)
     assert capsys.readouterr().out == "work_1\t-\t2026-03-01T12:00:00Z\ttwo\\nlines \\x1b[2J\n"
+
+
+def test_json_holds_no_character_that_steers_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "\n\r\x1b[2J\x7f\x9b\u2028\u202e\u2066\U000e0041\xe9\u4e2d"
+    print_json({text: [text]})
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.split("\n"))
+    assert "\xe9\u4e2d" in printed
+    assert json.loads(printed) == {text: [text]}
 
 
 def test_on_a_terminal_they_are_a_table(

@@ -19,6 +19,7 @@ from workpool.cli.listing import load_plugins
 from workpool.cli.options import BaseUrl, Config, EnvironmentId, Json, PluginNames, read_settings
 from workpool.cli.output import print_json
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
+from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
 from workpool.wire.dialect import DIALECTS
@@ -73,7 +74,7 @@ def check(
     else:
         for each in findings:
             advice = f"; {each.advice}" if each.advice else ""
-            typer.echo(f"{each.status:<4}  {each.check}: {each.message}{advice}")
+            typer.echo(f"{each.status:<4}  {each.check}: {readable(each.message)}{advice}")
     raise typer.Exit(status)
 
 

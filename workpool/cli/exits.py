@@ -20,6 +20,7 @@ from workpool.errors import (
     SettingsError,
     WorkpoolError,
 )
+from workpool.logs import readable
 from workpool.server import ServeError, StoreError
 
 log = logging.getLogger("workpool")
@@ -56,7 +57,7 @@ def lines_of(error: BaseException) -> tuple[str, ...]:
 def complain(error: BaseException) -> None:
     """Say on stderr what is wrong."""
     for line in lines_of(error):
-        typer.echo(f"workpool: {line}", err=True)
+        typer.echo(f"workpool: {readable(line)}", err=True)
 
 
 @contextmanager

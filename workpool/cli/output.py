@@ -1,5 +1,6 @@
 """Results on stdout: one JSON value, a table on a terminal, or plain lines for other programs."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -8,13 +9,16 @@ from typing import Any
 import orjson
 import typer
 
+from workpool.logs import escaped
 from workpool.wire.items import QueueStats, WorkItem
 
 
 def print_json(value: object) -> None:
     """Print one JSON value; times in UTC, with `Z`."""
     option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
-    typer.echo(orjson.dumps(value, default=dict, option=option).decode())
+    text = orjson.dumps(value, default=dict, option=option).decode()
+    # What others wrote must not steer this terminal. Line ends stand between values only.
+    typer.echo("\n".join(map(_ascii_escapes, text.split("\n"))))
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -56,4 +60,11 @@ def _text(cell: object) -> str:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)
     # What others wrote must not steer this terminal, nor make two lines of one.
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return escaped(text)
+
+
+def _ascii_escapes(line: str) -> str:
+    """Write characters that are not printable as JSON escape sequences."""
+    if line.isprintable():
+        return line
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)

@@ -13,6 +13,7 @@ from workpool.cli import exits, logs
 from workpool.cli.options import Json, Verbose, is_verbose
 from workpool.cli.signals import Signals
 from workpool.errors import innermost
+from workpool.logs import hide
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import (
     DEFAULT_ENVIRONMENT,
@@ -67,6 +68,8 @@ def serve(
         grants = _grants(token or [], token_file)
         if not grants and not _is_loopback(host):
             raise ServeError(f"{host} is not a loopback address: give --token or --token-file")
+        for each in grants:
+            hide(each)
         plan = read_plan(faults) if faults is not None else Plan()
         injected = Faults(plan.seed, remember=False)
         clock = Clock()
@@ -92,6 +95,7 @@ def serve(
 async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:
     with Signals() as signals:
         async with plane:
+            hide(plane.token)
             typer.echo(_ready_line(plane, shown, as_json=as_json))
             try:
                 async with asyncio.TaskGroup() as group:

@@ -6,6 +6,7 @@ collected without a file, and their size is limited.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import traceback
@@ -43,6 +44,16 @@ def report(write: Callable[[], None]) -> None:
     thread.join(REPORT_SECONDS)
     for error in errors:
         raise error
+
+
+def log_stacks(log: logging.Logger, stacks: str, message: str, *args: object) -> None:
+    """Log a critical message with stacks below it, as `stack_info`: a message is one line."""
+    if log.isEnabledFor(logging.CRITICAL):
+        path, line, function, _ = log.findCaller(stacklevel=2)
+        level = logging.CRITICAL
+        log.handle(
+            log.makeRecord(log.name, level, path, line, message, args, None, function, None, stacks)
+        )
 
 
 def all_stacks(first: int) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from workpool.errors import PluginError
 from workpool.events import ItemClaimed, ItemDeclined, ItemReclaimed
+from workpool.logs import readable
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
 from workpool.pool.handler_health import HandlerHealth
@@ -36,6 +37,9 @@ log = logging.getLogger(__name__)
 
 REMEMBERED_IDS = 10_000
 """The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
+
+TYPE_CHARACTERS = 128
+"""Characters of an item's type that are logged."""
 
 
 class Dispatcher:
@@ -153,9 +157,8 @@ class Dispatcher:
             return handler
         if not self._seen[work_item.id]:
             self._seen[work_item.id] = True
-            log.info(
-                "item declined work_id=%s type=%s reason=%s", work_item.id, work_item.type, reason
-            )
+            shown = readable(work_item.type, TYPE_CHARACTERS)
+            log.info("item declined work_id=%s type=%s reason=%s", work_item.id, shown, reason)
         self._context.observe(ItemDeclined, work_item, reason)
         return None
 

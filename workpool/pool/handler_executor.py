@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from workpool.events import SessionStarted
 from workpool.pool.completion import mapping_of, release_of
+from workpool.pool.diagnostics import log_stacks
 from workpool.pool.item import EndReason
 from workpool.session import Release
 
@@ -120,12 +121,13 @@ class HandlerExecutor:
     def _report_stuck(self, item: PoolItem, task: asyncio.Task[object]) -> None:
         stack = io.StringIO()
         task.print_stack(file=stack)
-        log.critical(
-            "handler ignores its cancellation work_id=%s handler=%s seconds=%.0f\n%s",
+        log_stacks(
+            log,
+            stack.getvalue(),
+            "handler ignores its cancellation work_id=%s handler=%s seconds=%.0f",
             item.id,
             item.label,
             REPEAT_SECONDS,
-            stack.getvalue(),
         )
         self.stuck.add(item)
         if self.on_stuck is not None:

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from workpool.pool.diagnostics import all_stacks, report
+from workpool.pool.diagnostics import all_stacks, log_stacks, report
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,11 +83,12 @@ class LoopMonitor:
         return functools.partial(self._log_blocked, seconds)
 
     def _log_blocked(self, seconds: float) -> None:
-        log.critical(
-            "event loop blocked seconds=%.3f by=%r; leases are not renewed any more\n%s",
+        log_stacks(
+            log,
+            all_stacks(self._thread),
+            "event loop blocked seconds=%.3f by=%r; leases are not renewed any more",
             seconds,
             self._blocker(),
-            all_stacks(self._thread),
         )
 
     def _answer(self, ping: int, asked_at: float) -> None:

@@ -38,7 +38,6 @@ MESSAGE_MAX: Final = 300
 _WORD_MAX: Final = 64
 _ORIGIN_MAX: Final = 128
 _NO_CONTENT: Final = 204
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
 _CLIENT_ERRORS: Final = range(400, 500)
 _REFUSED_STATUSES: Final = frozenset({*http.HTTPStatus} & {*_CLIENT_ERRORS} - {408, 425, 429})
@@ -167,13 +166,16 @@ def _envelope(body: bytes | None) -> dict[str, Any]:
 
 
 def _clean(text: object, secrets: Sequence[str], limit: int) -> str | None:
-    """Make `text` fit for a log line: our secrets are cut out before the rest is cut short."""
+    """Return text fit for any log: our secrets are cut out before the rest is cut short.
+
+    Characters that are not printable, and runs of spaces, become one space.
+    """
     if not isinstance(text, str):
         return None
-    line = _CONTROL.sub(" ", text)
     for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
-        line = line.replace(secret, "[token]")
-    line = line.strip()
+        text = text.replace(secret, "[token]")
+    shown = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])
+    line = " ".join(shown.split())
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from pydantic import SecretStr
 
+from workpool.logs import hide_item_token
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
@@ -224,7 +225,10 @@ def _sessions_token(secret: object) -> SecretStr | None:
     except ValueError:
         return None
     token = payload.get("sessions_token") if isinstance(payload, dict) else None
-    return SecretStr(token) if isinstance(token, str) and _is_token(token) else None
+    if not isinstance(token, str) or not _is_token(token):
+        return None
+    hide_item_token(token)
+    return SecretStr(token)
 
 
 def _state(value: object) -> State:

@@ -26,6 +26,7 @@ import aiohttp
 from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
+from workpool.logs import hide
 from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import STREAM
@@ -52,6 +53,8 @@ Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 LARGE_BYTES: Final = 256 * 1024
 THREADS: Final = 8
 """More than there are lookups and readings at once, so that none waits for another."""
+HIDDEN_CHARACTERS: Final = 8
+"""A value of an extra header that is shorter, such as `1`, is no secret."""
 _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
 
@@ -110,6 +113,7 @@ class Transport:
         try:
             token, self._tls = await self._read_settings()
             self._use(token)
+            self._hide_secrets()
             headers = self._public_headers()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
         except BaseException:
@@ -326,6 +330,7 @@ class Transport:
                 self.on_credential_refresh(result)
         if token != refused:
             self._use(token)
+            self._hide_secrets()
         return self._token != refused
 
     async def _read_token(self) -> str:
@@ -367,6 +372,14 @@ class Transport:
         self._secrets = (token, *(value.get_secret_value() for value in extra.values()))
         self._headers = headers
         self._json_headers = CIMultiDict(headers, **{"Content-Type": "application/json"})
+
+    def _hide_secrets(self) -> None:
+        """Keep the token and the values of extra headers out of the log."""
+        token, *values = self._secrets
+        hide(token)
+        for value in values:
+            if len(value) >= HIDDEN_CHARACTERS:
+                hide(value)
 
     def _public_headers(self) -> dict[str, str]:
         """What all requests bear and a proxy may see; cheaper as defaults of a session of ours."""

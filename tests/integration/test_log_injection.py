@@ -1,0 +1,119 @@
+"""Answers of a control plane that attack the log: forged lines, terminals, volume, tokens."""
+
+from __future__ import annotations
+
+import io
+import logging
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool import Session, handler
+from workpool.events import ItemDeclined, PollerBackedOff, SessionFinished
+from workpool.logs import JsonFormatter, TextFormatter
+from workpool.server.dialects import DIALECTS
+from workpool.testing import literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+FORGED = "\n2026-03-01T12:00:00.250Z ERROR   workpool.pool forged\r\x1b[2J\x9b31m\x7f\u202e\u2066"
+
+
+@handler
+async def work(_: Session) -> None:
+    pass
+
+
+@handler
+async def quote_metadata(session: Session) -> None:
+    raise ValueError(session.item.metadata["text"])
+
+
+@pytest.fixture(params=[TextFormatter, JsonFormatter])
+def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """The log of the command line."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(request.param())
+    root = logging.getLogger()
+    root.addHandler(handler)
+    level, root.level = root.level, logging.INFO
+    yield written
+    root.removeHandler(handler)
+    root.level = level
+
+
+@pytest.fixture
+def hostile_item(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+    """Answer one poll with an item that has this type."""
+
+    def deliver(kind: str) -> None:
+        (item,) = plane.enqueue()
+        answer = DIALECTS["qoder"].item(item)
+        answer["data"]["type"] = kind
+        faults.add(literal(orjson.dumps(answer)), "poll", times=1)
+
+    return deliver
+
+
+def check(output: io.StringIO, token: str, limit: int) -> None:
+    text = output.getvalue()
+    assert text.replace("\n", "").isprintable()
+    assert not [line for line in text.split("\n") if line.startswith("2026-03-01")]
+    assert token not in text
+    assert len(text) < limit
+
+
+async def test_hostile_type_of_declined_item_is_escaped_and_cut(
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    hostile_item: Callable[[str], None],
+    output: io.StringIO,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    hostile_item(plane.token + FORGED + "x" * 3_900_000)
+    async with make_pool(work, block_ms=20):
+        await recorder.wait_for(ItemDeclined)
+    check(output, plane.token, 5_000)
+    (message,) = [each for each in caplog.messages if each.startswith("item declined")]
+    assert len(message) < 300  # an application with a log format of its own
+    assert message.isprintable()
+    assert plane.token not in message
+
+
+async def test_hostile_error_of_control_plane_is_escaped_and_cut(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    output: io.StringIO,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = plane.token + FORGED + "\u200f" * 1_000_000
+    envelope = {"error": {"message": text, "type": text, "param": text}}
+    faults.add(literal(orjson.dumps(envelope), 500), "poll", times=1)
+    async with make_pool(work, block_ms=20):
+        await recorder.wait_for(PollerBackedOff)
+    check(output, plane.token, 5_000)
+    (message,) = [each for each in caplog.messages if each.startswith("poll failed")]
+    assert len(message) < 600
+    assert message.isprintable()
+    assert plane.token not in message
+
+
+async def test_hostile_text_in_traceback_of_handler_is_escaped_and_cut(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, output: io.StringIO
+) -> None:
+    text = f"{plane.token}{FORGED}" + FORGED * 20_000
+    plane.enqueue(metadata={"text": text})
+    async with make_pool(quote_metadata, block_ms=20):
+        await recorder.wait_for(SessionFinished)
+    assert "quote_metadata" in output.getvalue()
+    check(output, plane.token, 120_000)

@@ -1,0 +1,165 @@
+"""Log lines that are safe to print, whatever a record holds: escaped, bounded, without our tokens.
+
+Text from outside, such as the type of an item, reaches the log of a pool in messages, in what is
+logged beside them, and in exceptions. The formatters of this module treat every record alike, of
+all loggers: no record can forge a second line, move the cursor of a terminal, or fill a disk.
+
+A line is time (UTC), level, logger and message, then what the record carries beside: the ids of
+`session.log`, and whatever a plugin passed as `extra`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Final
+from urllib.parse import quote
+
+MESSAGE_CHARACTERS: Final = 8_000
+VALUE_CHARACTERS: Final = 2_000
+"""Characters of one value that is logged beside a message."""
+LINE_CHARACTERS: Final = 16_000
+ERROR_CHARACTERS: Final = 32_000
+"""Characters of an exception with its traceback; each of its lines is bounded as a message is."""
+STACK_CHARACTERS: Final = 150_000
+"""Characters of the stacks of a process, whose text is our own."""
+EXTRAS: Final = 64
+"""Values that are logged beside one message."""
+TOKENS: Final = 64
+ITEM_TOKENS: Final = 256
+"""How many tokens are redacted: the last ones of clients, and the last ones of items."""
+_INDENT: Final = "\n  "
+_STANDARD: Final = {
+    *vars(logging.makeLogRecord({})),
+    "asctime",
+    "message",
+    "taskName",  # from Python 3.12 on
+}
+_tokens: dict[str, frozenset[str]] = {}
+_item_tokens: dict[str, frozenset[str]] = {}
+"""Each token with all forms in which it may be written: as it is, quoted, encoded."""
+_lock = threading.Lock()
+
+
+def hide(token: str) -> None:
+    """Redact a client's token from all text that is made `readable` from now on."""
+    _keep(_tokens, token, TOKENS)
+
+
+def hide_item_token(token: str) -> None:
+    """Redact a token that belongs to one item; there may be many of them."""
+    _keep(_item_tokens, token, ITEM_TOKENS)
+
+
+def _keep(tokens: dict[str, frozenset[str]], token: str, limit: int) -> None:
+    if token in tokens:
+        return
+    forms = {token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")}
+    with _lock:
+        tokens[token] = frozenset(forms)
+        while len(tokens) > limit:
+            del tokens[next(iter(tokens))]
+
+
+def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
+    """Return text that is safe in a log line or on a terminal: printable and at most `limit` long.
+
+    Characters that are not printable become escape sequences: line ends, control characters, marks
+    that change the direction of text. Text that is too long loses its middle. Tokens are redacted.
+    """
+    text = _cut(_redacted(text), limit)
+    return text if text.isprintable() else _cut(escaped(text), limit)
+
+
+def escaped(text: str) -> str:
+    """Return text of which each character that is not printable is an escape sequence."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def _redacted(text: str) -> str:
+    known = (*_tokens.values(), *_item_tokens.values())
+    found = [form for forms in known for form in forms if form in text]
+    for form in sorted(found, key=len, reverse=True):  # one may be a part of another
+        text = text.replace(form, "[token]")
+    return text
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    note = f" … {len(text)} characters … "
+    room = max(0, limit - len(note))
+    tail = room // 4
+    return (text[: room - tail] + note + text[len(text) - tail :])[:limit]
+
+
+def _block(text: str, limit: int) -> list[str]:
+    """Return the lines of a text that may have several."""
+    return [readable(line) for line in _cut(_redacted(text), limit).split("\n")]
+
+
+def _time(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
+    return {
+        readable(name, VALUE_CHARACTERS): value
+        if isinstance(value, int | None)
+        else _cut(_redacted(str(value)), VALUE_CHARACTERS)
+        for name, value in islice(found, EXTRAS)
+    }
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-03-01T12:00:00.000Z INFO    workpool.session hello work_id=… session_id=…`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return one line, and the stack of an error indented below it."""
+        message = readable(record.getMessage())
+        # Each part is bounded, so that a long message leaves room for the ids.
+        line = f"{_time(record)} {record.levelname:<7} {record.name} {message}"
+        for name, value in _extras(record).items():
+            text = str(value)
+            line += f" {name}={text if text.isprintable() and ' ' not in text else repr(text)}"
+        lines = [readable(line, LINE_CHARACTERS)]
+        if record.exc_info:
+            lines += _block(self.formatException(record.exc_info), ERROR_CHARACTERS)
+        if record.stack_info:
+            lines += _block(self.formatStack(record.stack_info), STACK_CHARACTERS)
+        return _INDENT.join(lines)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; an error is inside it, as `error`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return exactly one line."""
+        fields: dict[str, Any] = {
+            "time": _time(record),
+            "level": readable(record.levelname, VALUE_CHARACTERS).lower(),
+            "logger": readable(record.name, VALUE_CHARACTERS),
+            "message": readable(record.getMessage()),
+        }
+        extras = _extras(record)
+        fields = {
+            name: readable(value, VALUE_CHARACTERS) if isinstance(value, str) else value
+            for name, value in extras.items()
+        } | fields
+        if record.exc_info and record.exc_info[1] is not None:
+            error = self.formatException(record.exc_info)
+            fields["error"] = {
+                "type": readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS),
+                "message": readable(str(record.exc_info[1])),
+                "stack": "\n".join(_block(error, ERROR_CHARACTERS)),
+            }
+        if record.stack_info:
+            fields["stack"] = "\n".join(_block(record.stack_info, STACK_CHARACTERS))
+        return json.dumps(fields, ensure_ascii=False)
