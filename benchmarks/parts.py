@@ -19,7 +19,6 @@ from throughput import compare
 
 from workpool import hookimpl
 from workpool.metrics import Metrics
-from workpool.pool.telemetry import Telemetry
 from workpool.testing.simulation.world import LoopSupervisor
 
 if TYPE_CHECKING:
@@ -78,7 +77,6 @@ ENTRIES = (
     Entry("bare", bare, "aiohttp"),
     Entry("client only", client, "workpool"),
     lacking("metrics off", Metrics, "count"),
-    lacking("nobody told", Telemetry, "observe", "observe_anywhere"),
     pool("an observer", plugins=(Observer,)),
     pool("an observer of one type", plugins=(OneTypeObserver,)),
     pool("a wrapper", plugins=(Wrapper,)),

@@ -184,8 +184,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "failing handler claims on": [
         Edit(
             "handler_health:HandlerHealth",
-            "if failures is None or not failures.pause:",
-            "if True:",
+            "return failures is None or self._may_claim(failures)",
+            "return True",
         ),
     ],
     "pause of a failing handler does not grow": [
@@ -228,8 +228,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "own stop taken for an operator's": [
         Edit(
             "completion:Completion",
-            "before_bytes=partial(_mark_own_stop, lease)",
-            "before_bytes=None",
+            "seconds, partial(_mark_own_stop, lease)",
+            "seconds, None",
         ),
     ],
     "drained is stopped": [
@@ -284,7 +284,11 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "completion before the handoff is settled": [
-        Edit("session_runner:SessionRunner", "await settle(item, self._context.renewer)", "pass"),
+        Edit(
+            "session_runner:SessionRunner",
+            "await settle(item, item.handoff, self._context.renewer)",
+            "pass",
+        ),
         Edit(
             "sender:Sender", 'item.handoff is not None and item.handoff.state != "closed"', "False"
         ),
@@ -346,7 +350,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
     ],
     "mark not deleted by the next run": [
-        Edit("attempt:Attempt", "for key in (ERROR, RELEASED)", "for key in (ERROR,)"),
+        Edit("attempt:Attempt", "{ERROR, RELEASED}", "{ERROR}"),
     ],
     "release without a mark": [
         Edit("attempt:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),

@@ -45,7 +45,7 @@ class Attempt:
         self.number = (int(stored) if _NUMBER(stored) else 1) + counts
         self.marked = False
         self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
-        self._notes: Patch = {key: None for key in (ERROR, RELEASED) if key in metadata}
+        self._notes: Patch = dict.fromkeys(metadata.keys() & {ERROR, RELEASED})
 
     def opening(self) -> Patch:
         """Return the patch that must be written before the handler starts; empty if none is."""

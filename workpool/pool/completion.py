@@ -120,7 +120,7 @@ class Completion:
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
-        request = WRITE._replace(seconds=seconds, before_bytes=partial(_mark_own_stop, lease))
+        request = Request(WRITE.priority, WRITE.by_handler, seconds, partial(_mark_own_stop, lease))
         result: CallResult = "error"
         try:
             await self._sender.send(item, partial(self._send_stop, item), request)

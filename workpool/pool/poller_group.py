@@ -106,8 +106,9 @@ class PollerGroup:
     def answered(self) -> None:
         """Record that a poll is no longer in flight."""
         self._in_flight -= 1
-        self._answered.set()
-        self._answered = asyncio.Event()
+        if self._until_empty:
+            self._answered.set()
+            self._answered = asyncio.Event()
 
     def succeeded(self, *, null: bool) -> None:
         """Record a poll that succeeded; `null`: without an item."""
