@@ -28,6 +28,8 @@ from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workpool.events import Event
 
 
@@ -49,13 +51,19 @@ class Bench:
     """A pool in virtual time, with the faults of its calls and a recorder of its events."""
 
     def __init__(
-        self, script: Script, plugin: object = work, observer: object = None, **values: Any
+        self,
+        script: Callable[[str, str | None], CallFault | None],
+        plugin: object = work,
+        observer: object = None,
+        operations: Operations | None = None,
+        **values: Any,
     ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
-        self.operations = Operations([ENVIRONMENT], now=lambda: START + loop.wall_time())
-        self.script = script
+        self.operations = operations or Operations(
+            [ENVIRONMENT], now=lambda: START + loop.wall_time()
+        )
         self.recorder = Recorder()
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
@@ -164,13 +172,14 @@ async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
 @in_virtual_time
 async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
     """The first write of a later session noticed the pause, and then had to wait."""
-    bench = Bench(Script())
+    script = Script()
+    bench = Bench(script)
     async with bench.supervisor:
         bench.loop.pause(60)
         await asyncio.sleep(20)
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
-    assert bench.script.sent.count(("heartbeat", item.id)) == 1
+    assert script.sent.count(("heartbeat", item.id)) == 1
 
 
 @in_virtual_time
@@ -303,3 +312,42 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
         await bench.recorder.wait_for(SessionFinished)
         assert bench.recorder.of(SessionStarted) == []
     assert bench.outcomes[0] == "lease_lost"
+
+
+@in_virtual_time
+async def test_completion_after_machine_pause_follows_the_verified_lease_at_once() -> None:
+    """It waited for the rest of its back-off, for up to 3 s, although the lease was verified."""
+    script = Script(heartbeat=[None, CallFault(there=0.001, back=8)])
+    bench = Bench(script, lease_ttl=60)
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionStarted)
+        bench.loop.pause(5)
+        await bench.recorder.wait_for(HeartbeatFinished, count=2)
+        verified_at = bench.loop.time()
+        await bench.recorder.wait_for(SessionFinished)
+        assert bench.loop.time() - verified_at < 0.01
+    assert bench.outcomes == ["completed"]
+    assert bench.operations.get(ENVIRONMENT, item.id).state == "stopped"
+
+
+@in_virtual_time
+async def test_workers_in_step_do_not_take_an_item_from_each_other_without_end() -> None:
+    """Each one polled the item before the other had acknowledged it, so all acks were refused."""
+
+    def latency(op: str, _work_id: str | None) -> CallFault:
+        return CallFault(there=0.005 if op == "ack" else 0.001, back=0.001)
+
+    settings: dict[str, Any] = {"concurrency": 1, "pollers": 1, "reclaim_older_than_ms": 0}
+    one = Bench(latency, **settings)
+    two = Bench(latency, operations=one.operations, **settings)
+    async with one.supervisor:
+        (item,) = one.operations.enqueue(ENVIRONMENT)
+        await one.recorder.wait_for(ItemClaimed)
+        await asyncio.sleep(0.002)
+        async with two.supervisor:
+            await asyncio.sleep(30)
+            assert one.operations.get(ENVIRONMENT, item.id).state == "stopped"
+    acks = [each.result for each in (*one.recorder.of(AckFinished), *two.recorder.of(AckFinished))]
+    assert acks.count("ok") == 1
+    assert acks.count("conflict") < 20

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workpool import Settings
-from workpool.errors import RefusedError, TransientError, WorkpoolError
+from workpool.errors import ConflictError, RefusedError, TransientError, WorkpoolError
 from workpool.events import PollersScaled
 from workpool.pool.context import PoolContext
 from workpool.pool.poller_group import REFUSED_SECONDS, PollerGroup
@@ -169,6 +169,29 @@ async def test_group_that_is_not_held_back_has_no_cooldown() -> None:
     group = World().group
     await group.cooldown()
     assert asyncio.get_running_loop().time() == 0
+
+
+@in_virtual_time
+async def test_acks_in_conflict_hold_all_pollers_back_from_the_second_in_a_row_on() -> None:
+    group = World().group
+    loop = asyncio.get_running_loop()
+    conflict = ConflictError("ack", 409, "another worker has it")
+    group.note_ack(conflict)
+    group._conflict_backoff._rng = lambda: 1.0
+    waits = []
+    for _ in range(7):
+        before = loop.time()
+        await group.cooldown()
+        waits.append(loop.time() - before)
+        group.note_ack(conflict)
+    assert waits == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3])
+    assert not group.ack_refused
+    await group.cooldown()
+    before = loop.time()
+    group.note_ack(None)
+    group.note_ack(conflict)
+    await group.cooldown()
+    assert loop.time() == before
 
 
 @in_virtual_time

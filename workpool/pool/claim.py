@@ -52,14 +52,14 @@ class Claimer:
     Args:
         context: The pool's.
         heartbeats: Sends the first heartbeat.
-        on_ack: Called with the refusal of an ack, or with None when one was accepted.
+        on_ack: Called with the final error of an ack, or with None when one was accepted.
     """
 
     def __init__(
         self,
         context: PoolContext,
         heartbeats: HeartbeatSender,
-        on_ack: Callable[[RefusedError | None], None],
+        on_ack: Callable[[RefusedError | ConflictError | PreconditionError | None], None],
     ) -> None:
         # An item that was delivered longer ago than this may be claimed by another worker.
         window = context.settings.reclaim_older_than_ms
@@ -127,7 +127,8 @@ class Claimer:
             sent = self._clock()
             try:
                 answer = await self._client.ack(item.id, permit=permit)
-            except (ConflictError, PreconditionError):
+            except (ConflictError, PreconditionError) as error:
+                self._on_ack(error)
                 return "conflict"
             except RefusedError as error:
                 return self._refused(item, error)

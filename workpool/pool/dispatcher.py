@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from workpool.errors import RefusedError
+    from workpool.errors import ConflictError, PreconditionError, RefusedError
     from workpool.events import DeclineReason, Origin
     from workpool.handlers import Handler
     from workpool.pool.context import PoolContext
@@ -49,7 +49,7 @@ class Dispatcher:
         context: The pool's.
         group: Items run in it.
         handlers: Their handlers run in it.
-        on_ack: Called with the refusal of an ack, or with None when one was accepted.
+        on_ack: Called with the final error of an ack, or with None when one was accepted.
 
     Attributes:
         items: The items that are ours.
@@ -65,7 +65,7 @@ class Dispatcher:
         context: PoolContext,
         group: asyncio.TaskGroup,
         handlers: asyncio.TaskGroup,
-        on_ack: Callable[[RefusedError | None], None],
+        on_ack: Callable[[RefusedError | ConflictError | PreconditionError | None], None],
     ) -> None:
         self.items = OwnedItems()
         self.draining = False

@@ -13,13 +13,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
-from workpool.errors import TransientError
+from workpool.errors import RefusedError, TransientError
 from workpool.events import PollersScaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.errors import ControlPlaneError, RefusedError, WorkpoolError
+    from workpool.errors import ConflictError, ControlPlaneError, PreconditionError, WorkpoolError
     from workpool.events import ScaleDirection, ScaleReason
     from workpool.pool.context import PoolContext
 
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 REFUSED_SECONDS = 300.0
 """After a success, polls that are all refused are fatal once they have lasted this long."""
 ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0
+"""How long refused acks hold the pollers back."""
+CONFLICT_BACKOFF_SECONDS, CONFLICT_BACKOFF_CAP_SECONDS = 0.05, 3.0
+"""How long acks in conflict hold the pollers back, from the second in a row on."""
 
 
 class PollerGroup:
@@ -69,6 +72,7 @@ class PollerGroup:
         self._refused_since: float | None = None
         self._cooldown_until = 0.0  # on the loop's clock
         self._ack_backoff = Backoff(ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS)
+        self._conflict_backoff = Backoff(CONFLICT_BACKOFF_SECONDS, CONFLICT_BACKOFF_CAP_SECONDS)
         self._in_flight = 0
         self._answered = asyncio.Event()
         self._idle = False
@@ -143,13 +147,21 @@ class PollerGroup:
         """Halve the number of pollers after a 429."""
         self._scale(self.target // 2, "throttled")
 
-    def note_ack(self, refusal: RefusedError | None) -> None:
-        """Record a refused ack, which holds the pollers back, or None for an accepted one."""
-        self.ack_refused = refusal is not None
-        if refusal is None:
+    def note_ack(self, error: RefusedError | ConflictError | PreconditionError | None) -> None:
+        """Record the error of an ack, which may hold the pollers back, or None for a success."""
+        if error is None:
+            self.ack_refused = False
             self._ack_backoff.reset()
-        else:
+            self._conflict_backoff.reset()
+        elif isinstance(error, RefusedError):
+            self.ack_refused = True
             self.hold_back(self._ack_backoff.next())
+        else:
+            # Two workers whose polls and acks are in step could otherwise take an item from each
+            # other without end: each polls it before the other one's ack arrives.
+            seconds = self._conflict_backoff.next()
+            if self._conflict_backoff.failures > 1:
+                self.hold_back(seconds)
 
     async def settle_empty(self) -> None:
         """After a null poll, end if the queue is certainly empty, else wait for another poll."""

@@ -24,10 +24,20 @@ if TYPE_CHECKING:
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock, PauseDetector
     from workpool.pool.item import PoolItem
+    from workpool.pool.lease import Lease
 
     Call = Callable[[CallOptions, float], Awaitable["T"]]
 
 T = TypeVar("T")
+
+
+class LeaseDoubted(TransientError):
+    """The machine was paused; the lease is verified before anything is sent."""
+
+    def __init__(self) -> None:
+        problem = "the machine was paused; the lease is verified first"
+        super().__init__("lease", None, problem, reason="throttled")
+
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 TRY_PART = 3
@@ -97,7 +107,7 @@ class Sender:
 
         Raises:
             SessionGoneError: From `check`.
-            TransientError: The machine was paused, and the lease is not verified yet.
+            LeaseDoubted: The machine was paused, and the lease is not verified yet.
         """
         self.check(item, by_handler=by_handler)
         lease = item.lease
@@ -106,10 +116,8 @@ class Sender:
         if self._pauses.paused():
             self._paused_at = self._clock()
             self._doubt()
-        # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
-        if lease.doubted_at != math.inf or lease.verified_at < self._paused_at:
-            problem = "the machine was paused; the lease is verified first"
-            raise TransientError("lease", None, problem, reason="throttled")
+        if self._doubted(lease):
+            raise LeaseDoubted
 
     async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
         """Make a call that needs the lease; repeat it until its answer is final or time is up.
@@ -136,7 +144,7 @@ class Sender:
             if delay >= left:
                 self.check(item, by_handler=request.by_handler)
                 raise failure
-            await item.until(lambda: item.lease.over, delay)
+            await item.until(partial(self._retry_now, item.lease, failure), delay)
 
     async def read(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
@@ -178,6 +186,14 @@ class Sender:
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
+
+    def _retry_now(self, lease: Lease, failure: TransientError) -> bool:
+        """Whether the next try need not wait: the lease is over, or not doubted any more."""
+        return lease.over or (isinstance(failure, LeaseDoubted) and not self._doubted(lease))
+
+    def _doubted(self, lease: Lease) -> bool:
+        # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
+        return lease.doubted_at != math.inf or lease.verified_at < self._paused_at
 
     def _before_bytes(self, item: PoolItem, request: Request) -> None:
         self.check_write(item, by_handler=request.by_handler)

@@ -174,13 +174,15 @@ def nothing_is_sent_after_a_known_loss(case: Case) -> Iterator[str]:
             following = [  # a child's lease begins with its first call, not with an ack
                 call for call in calls if node.child or case.lease(node, work_id, call.at) is lease
             ]
-            known_at = min((_loss(call, following, lease) for call in following), default=FOREVER)
+            known_at = min(
+                (_loss(case, call, following, lease) for call in following), default=FOREVER
+            )
             for call in following:
                 if call.op in WRITES and call.at > known_at:
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
-def _loss(call: Sent, calls: list[Sent], lease: GrantedLease) -> float:
+def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> float:
     """Return when this call's answer said that the lease is over; infinite if it did not."""
     if call.fault is not None and call.fault.answer is not None:
         return FOREVER
@@ -191,7 +193,15 @@ def _loss(call: Sent, calls: list[Sent], lease: GrantedLease) -> float:
         handoff = lease.end_kind == "detached" or (
             call.node.child and not any(each.answer == "ok" for each in before)
         )
-        over = not handoff and all(each.answer in DECIDED for each in before)
+        # A heartbeat that got no connection in time was not sent, but its sender cannot know that.
+        delayed = any(
+            delay.node is call.node
+            and delay.work_id == call.work_id
+            and delay.op in {"heartbeat", "get"}
+            and lease.began <= delay.since < call.at
+            for delay in case.trace.delays
+        )
+        over = not (handoff or delayed) and all(each.answer in DECIDED for each in before)
     if call.op == "get" and call.answer == "ok":
         state = getattr(call.value, "state", None)
         over = state in {"stopped", "queued"}

@@ -79,7 +79,7 @@ class Network:
         self.trace.faults += 1
         if fault.wait and work_id is not None:
             now = _loop().now
-            self.trace.delays.append(Delay(node, work_id, now, now + fault.wait))
+            self.trace.delays.append(Delay(node, op, work_id, now, now + fault.wait))
         return fault
 
     def _draw(self, node: Node, op: str) -> CallFault | None:
@@ -272,7 +272,7 @@ class Client(LocalClient):
             await super()._acquire(priority, seconds)
         finally:
             if (now := _loop().now) > began and priority != Priority.CLAIM:
-                self._network.trace.delays.append(Delay(self._node, None, began, now))
+                self._network.trace.delays.append(Delay(self._node, "", None, began, now))
 
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _loop()

@@ -73,10 +73,12 @@ class Delay:
     It may never have been sent.
 
     Attributes:
+        op: The operation; empty if the client does not know it.
         work_id: The item; None if the client does not know it.
     """
 
     node: Node
+    op: str
     work_id: str | None
     since: float
     until: float

@@ -50,8 +50,6 @@ HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
     "pause": ("paused", PAUSE_SECONDS),
 }
 """How each action halts a machine, and the shortest duration in seconds."""
-LATENCY_PART, LATENCIES = 0.1, 7
-"""By which part of the latency two successive nodes differ, and the number of latencies."""
 
 Ts = TypeVarTuple("Ts")
 
@@ -208,9 +206,7 @@ class World:
     def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
-        # Not the same for all: two pools in step could take an item from each other without end.
-        latency = LATENCY_SECONDS * (1 + LATENCY_PART * (len(self.trace.nodes) % LATENCIES))
-        node.no_fault = CallFault(there=latency, back=latency)
+        node.no_fault = CallFault(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
         self.trace.nodes.append(node)
         machine.handlers = SimulatedHandlers(
             self.trace, node, lambda: self.loop.now, self._start_child
