@@ -706,9 +706,9 @@ async def test_a_database_of_an_older_version_is_migrated(
     async with plane_on(file, clock) as plane:
         (item,) = plane.enqueue(metadata={"k": "v"})
     with closing(sqlite3.connect(file)) as connection:
-        for older in DOWNGRADES:
+        for older, script in DOWNGRADES.items():
             if older >= version:
-                connection.executescript(DOWNGRADES[older])
+                connection.executescript(script)
     async with plane_on(file, clock) as plane:
         api = Api(plane, http, "qoder")
         assert (await api.claim())["id"] == item.id

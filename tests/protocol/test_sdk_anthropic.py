@@ -141,9 +141,7 @@ async def test_session_after_every_status_event_validates_as_the_sdks_type(
     assert (await strict.beta.sessions.retrieve(session_id)).status == status
 
 
-async def test_application_creates_work_with_the_sdk_alone(
-    plane: ControlPlane, strict: AsyncAnthropic
-) -> None:
+async def test_application_creates_work_with_the_sdk_alone(strict: AsyncAnthropic) -> None:
     api_key = AsyncAnthropic(
         api_key=TOKEN, base_url=strict.base_url, _strict_response_validation=True
     )
