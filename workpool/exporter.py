@@ -1,7 +1,8 @@
-"""`/metrics`, `/healthz` and `/readyz` over HTTP, on the loop that enters it (design §6).
+"""`/metrics`, `/healthz` and `/readyz` over HTTP, on the loop that enters it.
 
-That loop is the keeper's, so that a handler that blocks its own loop cannot silence the answers.
-Rendering runs on one thread of its own: it must not delay a heartbeat. Shows no ids and no secrets.
+That loop is the lease renewer's, so that a handler that blocks its own loop cannot silence the
+answers. Rendering runs on one thread of its own: it must not delay a heartbeat. Shows no ids and no
+secrets.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import os
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Final, Self, cast
+from typing import TYPE_CHECKING, Final, Self
 
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
+from workpool.inbound import HttpLog, InboundConnections
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     Reasons = Callable[[], Sequence[str]]
 
 log = logging.getLogger(__name__)
+
+CONNECTIONS_MAX: Final = 64
+"""Connections that may be open at once. The handlers need the process's descriptors too."""
 
 SCRAPES_MAX: Final = 8
 """Scrapes that may be under way at once; more are refused, so that they cannot pile up."""
@@ -87,6 +92,7 @@ class Exporter:
         self._exit = AsyncExitStack()
         self._renderer: DaemonThreads
         self._renderings: set[Future[bytes]] = set()
+        self._connections = InboundConnections(CONNECTIONS_MAX)
 
     async def __aenter__(self) -> Self:
         """Listen.
@@ -97,7 +103,12 @@ class Exporter:
         async with AsyncExitStack() as stack:
             self._renderer = DaemonThreads("workpool-metrics", 1)
             stack.push_async_callback(self._stop_rendering)
-            runner = web.AppRunner(self._app(), access_log=None, shutdown_timeout=CLOSE_SECONDS)
+            runner = web.AppRunner(
+                self._app(),
+                access_log=None,
+                logger=HttpLog(logging.getLogger("workpool.exporter.http")),
+                shutdown_timeout=CLOSE_SECONDS,
+            )
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
             server = await self._listen(runner, stack)
@@ -122,8 +133,8 @@ class Exporter:
 
     async def _listen(self, runner: web.AppRunner, stack: AsyncExitStack) -> asyncio.Server:
         try:
-            server = await self._bind(cast("Callable[[], asyncio.Protocol]", runner.server))
-            stack.push_async_callback(_disconnect, server, runner)
+            server = await self._bind(self._connections.protocol_factory(runner.server))
+            stack.push_async_callback(self._disconnect, server, runner)
             await server.start_serving()
         except OSError as error:
             raise self._refused(error) from error
@@ -152,6 +163,16 @@ class Exporter:
         loop = asyncio.get_running_loop()
         return await loop.create_server(protocol, self._host, port, start_serving=False)
 
+    async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
+        """Close every connection, also one whose client neither reads nor goes away."""
+        server.close()
+        await asyncio.sleep(0)  # what was accepted just now becomes a connection that we can see
+        try:
+            await runner.cleanup()
+        finally:
+            self._connections.close()
+            await asyncio.sleep(0)  # sockets close in the loop's next turn
+
     def _refused(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         advice = "set metrics_listen to an address of this host, or to off"
@@ -175,7 +196,7 @@ class Exporter:
             await self._renderer.close()
 
     def _app(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(middlewares=[self._connections.middleware])
         app.router.add_get("/", _index)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
@@ -234,17 +255,3 @@ def _reach(server: asyncio.Server) -> tuple[str, int]:
     if address.is_unspecified:
         address = ip_address("127.0.0.1" if address.version == IPV4 else "::1")
     return f"http://{address if address.version == IPV4 else f'[{address}]'}:{port}", port
-
-
-async def _disconnect(server: asyncio.Server, runner: web.AppRunner) -> None:
-    """Close every connection, also one whose client neither reads nor goes away."""
-    server.close()
-    await asyncio.sleep(0)  # what was accepted just now becomes a connection that we can see
-    connections = runner.server.connections if runner.server else ()
-    transports = [connection.transport for connection in connections]
-    try:
-        await runner.cleanup()
-    finally:
-        for transport in filter(None, transports):
-            transport.abort()
-        await asyncio.sleep(0)  # sockets close in the loop's next turn

@@ -15,8 +15,8 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
+from workpool.inbound import HttpLog, InboundConnections
 from workpool.server.application_routes import ApplicationRoutes
 from workpool.server.dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.errors import ServeError
@@ -27,8 +27,13 @@ from workpool.server.session_routes import SessionRoutes
 from workpool.server.tokens import Tokens, check_token
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]  # elsewhere - it is a module
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -40,19 +45,9 @@ if TYPE_CHECKING:
 DEFAULT_ENVIRONMENT: Final = "env_00000000000070008000000000000001"
 HISTORY_LIMIT: Final = 100_000
 _SHUTDOWN_SECONDS: Final = 2.0
+_CONNECTIONS_MAX: Final = 10_000
 _BACKLOG: Final = 1024
 _PORT_MAX: Final = 65535
-
-
-class _HttpLog(logging.LoggerAdapter[logging.Logger]):
-    """aiohttp's log without what clients sent: its parser quotes a bad request, token and all."""
-
-    def process(
-        self, msg: Any, kwargs: MutableMapping[str, Any]
-    ) -> tuple[Any, MutableMapping[str, Any]]:
-        if isinstance(kwargs.get("exc_info"), HttpProcessingError):
-            kwargs["exc_info"] = None
-        return msg, kwargs
 
 
 class ControlPlane:
@@ -206,6 +201,8 @@ class ControlPlane:
     async def _listen(self, stack: AsyncExitStack) -> None:
         bound = self._bind(stack)
         tokens = Tokens(self._tokens or {})
+        connections = InboundConnections(_connections_max())
+        stack.callback(connections.close)
         routes = [
             route
             for dialect in DIALECTS.values()
@@ -215,18 +212,27 @@ class ControlPlane:
         routes += ApplicationRoutes(self.operations, tokens, ANTHROPIC).table()
         runner = web.AppRunner(
             application(
-                routes=routes, durable=self.operations.durable, middlewares=self._middlewares
+                routes=routes,
+                durable=self.operations.durable,
+                middlewares=(connections.middleware, *self._middlewares),
             ),
             handler_cancellation=True,
             auto_decompress=False,
             access_log=None,
-            logger=_HttpLog(logging.getLogger("workpool.server.http")),
+            logger=HttpLog(logging.getLogger("workpool.server.http")),
             shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         stack.callback(self.operations.release)
-        await web.SockSite(runner, bound).start()
+        server = await asyncio.get_running_loop().create_server(
+            connections.protocol_factory(runner.server),
+            sock=bound,
+            backlog=_BACKLOG,
+            start_serving=False,  # a cancelled call that listened would leave it without an owner
+        )
+        stack.callback(server.close)
+        await server.start_serving()
 
     def _bind(self, stack: AsyncExitStack) -> socket.socket:
         """Bind the port ourselves: a cancelled `create_server` would leave it bound for ever."""
@@ -243,6 +249,14 @@ class ControlPlane:
     def _origin(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+
+def _connections_max() -> int:
+    """Return three quarters of the descriptors that this process may have open."""
+    if resource is None:
+        return _CONNECTIONS_MAX
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _CONNECTIONS_MAX if soft < 0 else min(_CONNECTIONS_MAX, soft * 3 // 4)
 
 
 def _unbind(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:

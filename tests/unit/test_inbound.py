@@ -1,0 +1,389 @@
+"""Limits on the connections of an HTTP server, with real sockets on both event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+import sys
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from workpool import exporter as exporter_module
+from workpool import inbound
+from workpool.exporter import Exporter
+from workpool.inbound import HttpLog, InboundConnections
+from workpool.server import ControlPlane, app
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+
+LOOPS: list[Callable[[], asyncio.AbstractEventLoop]] = [asyncio.new_event_loop]
+if sys.platform != "win32":
+    import uvloop
+
+    LOOPS.append(uvloop.new_event_loop)
+
+LIMIT = 5
+HALF = b"GET / HTTP/1.1\r\nHo"
+WHOLE = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+BIG = WHOLE.replace(b"/", b"/big", 1)
+WAIT = WHOLE.replace(b"/", b"/wait", 1)
+OK = b"HTTP/1.1 200"
+MEGABYTE = 1_000_000
+
+
+class Site:
+    """A small server behind `InboundConnections`."""
+
+    def __init__(self, limit: int = LIMIT) -> None:
+        self.connections = InboundConnections(limit)
+        self.released = asyncio.Event()
+        self.waiting = 0
+        self.port = 0
+
+    async def small(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok")
+
+    async def big(self, _: web.Request) -> web.Response:
+        return web.Response(body=b"x" * 20 * MEGABYTE)
+
+    async def wait(self, _: web.Request) -> web.Response:
+        self.waiting += 1
+        await self.released.wait()
+        return web.Response(text="ok")
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Site]:
+        application = web.Application(middlewares=[self.connections.middleware])
+        application.router.add_get("/", self.small)
+        application.router.add_get("/big", self.big)
+        application.router.add_get("/wait", self.wait)
+        runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
+        await runner.setup()
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
+        # The kernel buffers little, so that what is not read soon waits in the process.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+        server = await asyncio.get_running_loop().create_server(
+            self.connections.protocol_factory(runner.server), sock=listening
+        )
+        try:
+            yield self
+        finally:
+            self.released.set()
+            server.close()
+            await runner.cleanup()
+            self.connections.close()
+            await asyncio.sleep(0)
+
+
+class Client:
+    """A raw client whose socket holds little that was not read."""
+
+    open: ClassVar[list[Client]] = []
+
+    def __init__(self) -> None:
+        self.open.append(self)
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.settimeout(0)
+
+    @classmethod
+    async def connect(cls, port: int, request: bytes) -> Client:
+        client = cls()
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client.socket, ("127.0.0.1", port))
+        await client.send(request)
+        return client
+
+    @classmethod
+    def close_all(cls) -> None:
+        while cls.open:
+            cls.open.pop().socket.close()
+
+    async def send(self, request: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.socket, request)
+
+    async def read(self, size: int = 65536) -> bytes:
+        """Return what the server sent; nothing if it closed the connection."""
+        try:
+            return await asyncio.get_running_loop().sock_recv(self.socket, size)
+        except ConnectionError:
+            return b""
+
+    async def read_until_closed(self) -> int:
+        total = 0
+        while chunk := await self.read():
+            total += len(chunk)
+        return total
+
+
+async def ask(port: int, request: bytes = WHOLE) -> bytes:
+    client = await Client.connect(port, request)
+    answer = await client.read()
+    client.socket.close()
+    return answer
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    pytest.fail("it never came")
+
+
+def leave_unread(site: Site, clients: int) -> bool:
+    return len(site.connections._unread) == clients
+
+
+def run(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[None, None, None]
+) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20):
+            await main
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(bounded())
+
+
+@pytest.fixture(autouse=True)
+def quick_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(inbound, "CHECK_SECONDS", 0.01)
+    yield
+    Client.close_all()
+
+
+# -- how many ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_limit_reached_by_half_requests_closes_the_oldest_and_serves_the_new(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def main() -> None:
+        async with Site().open() as site:
+            clients = [await Client.connect(site.port, HALF) for _ in range(3 * LIMIT)]
+            for _ in range(2 * LIMIT):
+                assert (await ask(site.port)).startswith(OK)
+                assert len(site.connections) <= LIMIT
+            assert await clients[0].read() == b""
+
+    run(new_loop, main())
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_limit_reached_by_requests_under_way_refuses_the_new(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def main() -> None:
+        async with Site().open() as site:
+            clients = [await Client.connect(site.port, WAIT) for _ in range(LIMIT)]
+            await until(lambda: site.waiting == LIMIT)
+            assert await ask(site.port) == b""
+            site.released.set()
+            for client in clients:
+                assert (await client.read()).startswith(OK)
+            assert (await ask(site.port)).startswith(OK)  # in place of one that is idle now
+            Client.close_all()
+            await until(lambda: not len(site.connections))
+
+    run(new_loop, main())
+
+
+async def test_exporter_answers_healthz_while_more_half_requests_than_its_limit_are_open() -> None:
+    registry = CollectorRegistry()
+    async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
+        for _ in range(exporter_module.CONNECTIONS_MAX + 20):
+            await Client.connect(exporter.port, HALF)
+        answer = await ask(exporter.port, WHOLE.replace(b"/", b"/healthz", 1))
+        assert answer.startswith(OK)
+        assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
+
+
+async def test_control_plane_answers_while_more_half_requests_than_its_limit_are_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(app, "_connections_max", lambda: LIMIT)
+    async with ControlPlane() as plane:
+        clients = [await Client.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
+        assert (await ask(plane.port)).startswith(b"HTTP/1.1 404")
+        assert await clients[0].read() == b""
+
+
+def test_control_plane_leaves_descriptors_for_other_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for soft, expected in ((1024, 768), (256, 192), (10**9, 10_000), (-1, 10_000)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
+        assert app._connections_max() == expected
+
+
+# -- for how long --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("request_so_far", [b"", HALF])
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_headers_that_do_not_come_in_time_close_the_connection(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+    request_so_far: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+
+    async def main() -> None:
+        async with Site().open() as site:
+            client = await Client.connect(site.port, request_so_far)
+            assert await client.read() == b""
+
+    run(new_loop, main())
+
+
+async def test_header_bytes_that_trickle_in_do_not_extend_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    async with asyncio.timeout(20), Site().open() as site:
+        client = await Client.connect(site.port, HALF)
+        with suppress(ConnectionError):
+            while len(site.connections):
+                await client.send(b"x")
+                await asyncio.sleep(0.005)
+        assert not len(site.connections)
+
+
+async def test_idle_connection_is_kept_for_longer_than_headers_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    async with asyncio.timeout(20), Site().open() as site:
+        idle = await Client.connect(site.port, WHOLE)
+        assert (await idle.read()).startswith(OK)
+        other = await Client.connect(site.port, b"")
+        assert await other.read() == b""  # so HEADER_SECONDS have passed
+        await idle.send(WHOLE)
+        assert (await idle.read()).startswith(OK)
+        await idle.send(HALF)
+        assert await idle.read() == b""
+
+
+async def test_request_under_way_may_take_longer_than_headers_and_idle_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(inbound, "IDLE_SECONDS", 0.05)
+    async with asyncio.timeout(20), Site().open() as site:
+        waiting = await Client.connect(site.port, WAIT)
+        await until(lambda: site.waiting)
+        idle = await Client.connect(site.port, WHOLE)
+        assert (await idle.read()).startswith(OK)
+        assert await idle.read() == b""  # so IDLE_SECONDS have passed
+        site.released.set()
+        assert (await waiting.read()).startswith(OK)
+
+
+# -- clients that do not read --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_client_that_reads_nothing_is_cut_off(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbound, "READ_SECONDS", 0.05)
+
+    async def main() -> None:
+        async with Site().open() as site:
+            client = await Client.connect(site.port, BIG)
+            await until(lambda: len(site.connections))
+            await until(lambda: not len(site.connections))
+            assert site.connections._unread_bytes == 0
+            assert await client.read_until_closed() < 20 * MEGABYTE
+
+    run(new_loop, main())
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_client_that_reads_slowly_gets_the_whole_answer(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
+        monkeypatch.setattr(inbound, name, 0.3)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with Site().open() as site:
+            client = await Client.connect(site.port, BIG)
+            total, started = 0, loop.time()
+            while total < 20 * MEGABYTE and (chunk := await client.read(MEGABYTE)):
+                total += len(chunk)
+                if loop.time() < started + 0.6:
+                    await asyncio.sleep(0.01)
+            assert total > 20 * MEGABYTE
+
+    run(new_loop, main())
+
+
+@pytest.mark.parametrize("new_loop", LOOPS)
+def test_too_many_unread_bytes_cut_off_the_client_that_reads_least(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbound, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
+
+    async def main() -> None:
+        async with Site(limit=100).open() as site:
+            clients = []
+            for count in range(1, 11):
+                clients.append(await Client.connect(site.port, BIG))
+                # Each leaves almost 20 MB unread: with the third, the first is cut off.
+                await until(partial(leave_unread, site, min(count, 2)))
+                assert site.connections._unread_bytes <= 50 * MEGABYTE
+            assert (await ask(site.port)).startswith(OK)
+            assert await clients[0].read_until_closed() < 20 * MEGABYTE
+            assert await clients[-1].read(1)
+            Client.close_all()
+            await until(lambda: not len(site.connections))
+            assert site.connections._unread_bytes == 0
+
+    run(new_loop, main())
+
+
+# -- the log -------------------------------------------------------------------------------------
+
+
+async def test_exporter_malformed_request_is_one_debug_line_without_what_was_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with Exporter(
+        "127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list
+    ) as exporter:
+        answer = await ask(exporter.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.0 400")
+    assert "secret" not in caplog.text
+    [record] = [each for each in caplog.records if each.name == "workpool.exporter.http"]
+    assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
+
+
+async def test_control_plane_malformed_request_is_one_debug_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with ControlPlane() as plane:
+        await ask(plane.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
+    assert "secret" not in caplog.text
+    [record] = [each for each in caplog.records if each.name == "workpool.server.http"]
+    assert record.levelno == logging.DEBUG
+
+
+def test_http_log_keeps_other_errors(caplog: pytest.LogCaptureFixture) -> None:
+    log = HttpLog(logging.getLogger("workpool.exporter.http"))
+    log.error("Unhandled exception", exc_info=ValueError("a bug"))
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert "a bug" in caplog.text

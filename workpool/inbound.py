@@ -1,0 +1,221 @@
+"""Limits on the connections that clients open to an HTTP server of this package.
+
+aiohttp limits neither how many connections a server has, nor how long a client takes to send the
+headers of a request or to read an answer, nor how many bytes wait for clients that do not read.
+Each of those lets one client use up the descriptors or the memory of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+HEADER_SECONDS: Final = 10.0
+"""Time from the first byte of a request, or from the connection, to the end of its headers."""
+
+IDLE_SECONDS: Final = 75.0
+"""Time that a connection may wait for another request."""
+
+READ_SECONDS: Final = 30.0
+"""Time that a client may read nothing of an answer that waits for it."""
+
+UNREAD_BYTES_MAX: Final = 128 * 1024 * 1024
+"""Bytes that may wait in total for clients to read them."""
+
+CHECK_SECONDS: Final = 1.0
+"""Interval at which the times are checked."""
+
+
+class InboundConnections:
+    """The connections of one server, on one event loop.
+
+    A new connection is always accepted. If that makes more than `limit`, the connection that has
+    waited longest for a request is closed: a client that sends its request at once is served
+    although others hold connections without a request. If all serve a request, the new one is
+    closed.
+
+    If more than `UNREAD_BYTES_MAX` bytes wait for clients that do not read fast enough, the
+    connection that has waited longest for its client is closed.
+
+    Args:
+        limit: Connections that may be open.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: dict[asyncio.BaseTransport, _Connection] = {}
+        # Ordered by the beginning of the wait.
+        self._without_request: dict[_Connection, None] = {}
+        self._unread: dict[_Connection, int] = {}
+        self._unread_bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        """Return the number of open connections."""
+        return len(self._open)
+
+    def protocol_factory(self, server: web.Server | None) -> Callable[[], asyncio.Protocol]:
+        """Return what `loop.create_server` calls for each connection to `server`."""
+        new_protocol = cast("Callable[[], asyncio.Protocol]", server)
+        return lambda: _Connection(self, new_protocol())
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Note which connections serve a request: the outermost middleware of aiohttp."""
+        connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
+        if connection is None:  # closed meanwhile
+            return await handler(request)
+        self._without_request.pop(connection, None)
+        connection.due = None
+        try:
+            return await handler(request)
+        finally:
+            if request.transport in self._open:
+                self._await_request(connection, IDLE_SECONDS)
+
+    def close(self) -> None:
+        """Close all connections now, also those whose client does not read."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for transport in tuple(self._open):
+            cast("asyncio.WriteTransport", transport).abort()
+
+    # -- called by the connections --------------------------------------------------------------
+
+    def add(self, connection: _Connection) -> bool:
+        """Note a new connection. Return False if it must be closed."""
+        if len(self._open) >= self._limit:
+            oldest = next(iter(self._without_request), None)
+            if oldest is None:
+                return False
+            self._abort(oldest)
+        self._open[connection.transport] = connection
+        self._await_request(connection, HEADER_SECONDS)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._check)
+        return True
+
+    def remove(self, connection: _Connection) -> None:
+        """Forget a connection."""
+        self._open.pop(connection.transport, None)
+        self._without_request.pop(connection, None)
+        self.note_read(connection)
+
+    def note_unread(self, connection: _Connection) -> None:
+        """Note that bytes wait for the client of this connection to read."""
+        self._unread[connection] = size = connection.unread()
+        self._unread_bytes += size
+        while self._unread_bytes > UNREAD_BYTES_MAX:
+            self._abort(next(iter(self._unread)))
+
+    def note_read(self, connection: _Connection) -> None:
+        """Note that the client of this connection has read."""
+        self._unread_bytes -= self._unread.pop(connection, 0)
+
+    # -- times ----------------------------------------------------------------------------------
+
+    def _await_request(self, connection: _Connection, seconds: float) -> None:
+        connection.due = asyncio.get_running_loop().time() + seconds
+        connection.began = False
+        self._without_request[connection] = None
+
+    def _check(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(CHECK_SECONDS, self._check) if self._open else None
+        now = loop.time()
+        for connection in tuple(self._without_request):
+            # While its answer is being read, the time for reading counts.
+            if connection.due is not None and connection.due <= now and not connection.read_due:
+                self._abort(connection)
+        for connection, before in tuple(self._unread.items()):
+            size = connection.unread()
+            if size < before:
+                self._unread[connection] = size
+                self._unread_bytes -= before - size
+                connection.read_due = now + READ_SECONDS
+            elif connection.read_due <= now:
+                self._abort(connection)
+
+    def _abort(self, connection: _Connection) -> None:
+        self.remove(connection)
+        connection.transport.abort()
+
+
+class _Connection(asyncio.Protocol):
+    """Notes what happens on one connection, and passes it on to aiohttp's protocol.
+
+    Attributes:
+        due: Loop time at which the headers of a request must have come; None: it serves one.
+        began: Whether bytes have come since it serves none.
+        read_due: Loop time at which the client must have read something; 0: nothing waits for it.
+    """
+
+    transport: asyncio.Transport
+    due: float | None
+    began: bool
+
+    def __init__(self, connections: InboundConnections, protocol: asyncio.Protocol) -> None:
+        self.read_due = 0.0
+        self._connections = connections
+        self._protocol = protocol
+
+    def unread(self) -> int:
+        """Return the number of bytes that wait for the client."""
+        return self.transport.get_write_buffer_size()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        if self._connections.add(self):
+            self._protocol.connection_made(transport)
+        else:
+            self._protocol = asyncio.Protocol()  # does nothing
+            self.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.due is not None and not self.began:
+            self.began = True
+            self.due = asyncio.get_running_loop().time() + HEADER_SECONDS
+        self._protocol.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._protocol.eof_received()
+
+    def pause_writing(self) -> None:
+        self.read_due = asyncio.get_running_loop().time() + READ_SECONDS
+        self._protocol.pause_writing()
+        self._connections.note_unread(self)
+
+    def resume_writing(self) -> None:
+        self.read_due = 0.0
+        if self.due is not None:  # the rest of an answer that took long to read waits
+            self.due = asyncio.get_running_loop().time() + READ_SECONDS
+        self._connections.note_read(self)
+        self._protocol.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.remove(self)
+        self._protocol.connection_lost(exc)
+
+
+class HttpLog(logging.LoggerAdapter[logging.Logger]):
+    """aiohttp's log without what clients sent.
+
+    Its parser quotes a malformed request, token and all, with a traceback at the level ERROR. Such
+    a request is one line at the level DEBUG here: clients must not be able to fill the log.
+    """
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """Log a record."""
+        if isinstance(kwargs.get("exc_info"), HttpProcessingError):
+            level, kwargs = logging.DEBUG, {**kwargs, "exc_info": None}
+        super().log(level, msg, *args, **kwargs)
