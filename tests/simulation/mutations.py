@@ -60,6 +60,26 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("supervisor:Supervisor", "-{secrets.token_hex(4)}", ""),
     ],
     "409 to an ack ignored": [Edit("claim:Claimer", 'return "conflict"', 'return "ok"')],
+    "ack that answers active taken for ours": [
+        Edit("lease:Lease", "item.state == ACTIVE and parents_heartbeat is None", "False"),
+    ],
+    "unsettled item read after a 412": [
+        Edit("lease:Lease", "if not self.unsettled:", "if True:"),
+    ],
+    "unsettled lease counted from its ack": [
+        Edit(
+            "lease:Lease",
+            "polled_at if self.unsettled and polled_at is not None else acked_at",
+            "acked_at",
+        ),
+    ],
+    "item that a poll leased to another taken for ours": [
+        Edit(
+            "lease:Lease",
+            "item.state == STARTING and (self._lent or self.item.state == ACTIVE)",
+            "item.state == STARTING and self._lent",
+        ),
+    ],
     "handler before the first heartbeat": [
         Edit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
         Edit("session_runner:SessionRunner", "(lease.begun and lease.held(", "(lease.held("),

@@ -126,6 +126,13 @@ def unsettled_unanswered() -> Lease:
     return lease
 
 
+def settled() -> Lease:
+    """Its ack answered `active`, and its first heartbeat has succeeded."""
+    lease = unsettled()
+    exchange(lease, BEGUN_AT, BEGUN_AT, success())
+    return lease
+
+
 def begun(**values: Any) -> Lease:
     """Its first heartbeat was sent at 0 and has succeeded."""
     lease = make_lease(**values)
@@ -243,7 +250,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (begun, success(2, lease_extended=False, last_heartbeat="", state="stopping"), NOT_OURS),
     # an ack that answered `active` is settled by a heartbeat that extends the lease, not by a read
     (unsettled, success(lease_extended=False), NOT_OURS),
-    (unsettled, success(state="stopping"), NOT_OURS),
+    (unsettled, success(state="stopping"), Expected("over", "conflict", "lost", due=LOST)),
     (unsettled, CONFLICT, NOT_OURS),
     (unsettled, PRECONDITION, GONE),
     (unsettled_unanswered, PRECONDITION, GONE),
@@ -466,6 +473,10 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError, Expected]] 
     (begun, stopped(), Expected("over", "conflict", "stopped", due=LOST)),
     (own_stop, stopped(), Expected("over", "conflict", "finished", due=LOST)),
     (begun, ours(state="queued"),
+     Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (begun, ours(state="starting"), Expected("again", "recovered", due=0)),
+    # it was `active` already: a poll has leased it to another worker
+    (settled, ours(state="starting"),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (own_stop, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),

@@ -304,8 +304,9 @@ class Lease:
         was not answered. It counts as the other process's: two that run one item are worse than
         none.
         """
-        if self._lent and item.state == STARTING:
-            return "lost"  # parent and child had it `active`: another worker acknowledged it
+        if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
+            # It was `active` already: another worker acknowledged it, or a poll leased it to one.
+            return "lost"
         acked_at = self.item.acknowledged_at
         ours = acked_at is not None and item.acknowledged_at == acked_at
         if self._lent and ours and item.last_heartbeat != self.expected:
@@ -325,8 +326,8 @@ class Lease:
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
             # Some control planes answer a heartbeat of a `stopping` item to whoever sends it, so
-            # that answer does not settle an ack.
-            self.end("lost", confirmed=True)
+            # that answer does not settle an ack, and is no proof of a loss either.
+            self.end("lost", confirmed=not stopping or not heartbeat.last_heartbeat)
             return Decision("over", "conflict")
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat

@@ -50,15 +50,20 @@ def outcomes_agree(case: Case) -> Iterator[str]:
         if acked != len(ends) and not node.child:
             yield f"{node.machine.name}: {acked} acked, {len(ends)} finished"
         for at, event in ends:
-            lease = case.lease(node, event.session.item.id, at)
-            if lease is None:
-                if not node.child or event.outcome in {"completed", "failed", "timed_out"}:
-                    yield f"{node.machine.name}: finished an item that it never owned"
-                continue
-            problem = _contradiction(case, node, lease, event.outcome, at)
-            if problem:
-                name = f"{node.machine.name}: {lease.work_id[-6:]}"
-                yield f"{name} is {event.outcome} at {at:.3f}, but {problem}"
+            if problem := _disagreement(case, node, event, at):
+                yield f"{node.machine.name}: {problem}"
+
+
+def _disagreement(case: Case, node: Node, event: SessionFinished, at: float) -> str | None:
+    work_id = event.session.item.id
+    if event.outcome == "lease_lost" and case.unsettled(node, work_id, at):
+        return None  # another worker may have sent the first heartbeat
+    lease = case.lease(node, work_id, at)
+    if lease is None:
+        owned = not node.child or event.outcome in {"completed", "failed", "timed_out"}
+        return "finished an item that it never owned" if owned else None
+    problem = _contradiction(case, node, lease, event.outcome, at)
+    return problem and f"{work_id[-6:]} is {event.outcome} at {at:.3f}, but {problem}"
 
 
 def losses_are_real(case: Case) -> Iterator[str]:
@@ -69,6 +74,8 @@ def losses_are_real(case: Case) -> Iterator[str]:
                 continue
             lease = case.lease(node, event.item.id, at)
             if lease is None or lease.extended_by is not None or event.stage == "ack":
+                continue
+            if case.unsettled(node, event.item.id, at):
                 continue
             if lease.ended > at and not _acked_again(case, node, lease, at):
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from workpool.testing.simulation.trace import FOREVER
+from workpool.wire.protocol import ACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,6 +38,8 @@ class GrantedLease:
         stop_requested: When an operator first requested a stop.
         end_kind: How the lease ended. `detached`: a child process of the worker took the item.
         stopped_by: The worker that stopped the item; None if the lease lapsed.
+        settled: Which worker owns the item is known. An ack that answers `active` leaves it open
+            until the first heartbeat, whose sender then owns the item.
         extended_by: Another worker that extended this lease: an operator had ended its own lease
             early, and it then repeated its first heartbeat, which names no owner.
     """
@@ -49,6 +52,7 @@ class GrantedLease:
     end_kind: Literal["lapsed", "stopped", "detached"] | None = None
     stop_requested: float = FOREVER
     stopped_by: str | None = None
+    settled: bool = True
     extended_by: str | None = None
 
     def end_at(self, at: float) -> float:
@@ -60,6 +64,29 @@ class GrantedLease:
     def last_end(self) -> float:
         """The end of the lease that was granted last."""
         return self.ends[-1][1]
+
+
+class Claim(NamedTuple):
+    """An item whose ack answered `active`.
+
+    Attributes:
+        polled_at: When the poll that delivered it was sent.
+        calls: The node's calls for the item from then on.
+    """
+
+    polled_at: float
+    calls: list[Sent]
+
+    def heartbeats(self, at: float) -> list[Sent]:
+        """Return the heartbeats that were answered by the time `at`."""
+        return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
+
+    def settled(self, at: float) -> bool:
+        """Return whether a heartbeat has shown by the time `at` that the node owns the item."""
+        return any(
+            each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
+            for each in self.heartbeats(at)
+        )
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -108,6 +135,32 @@ class Case:
             if lease.worker_id == node.worker_id and lease.began <= at:
                 found = lease
         return found
+
+    def claim(self, node: Node, work_id: str, at: float) -> Claim | None:
+        """Return the node's last claim of the item at `at` if its ack answered `active`."""
+        calls = self.sent.get((node, work_id), [])
+        ack = max(
+            (call for call in calls if call.op == "ack" and call.answered_at <= at),
+            key=lambda call: call.answered_at,
+            default=None,
+        )
+        if ack is None or getattr(ack.value, "state", None) != ACTIVE:
+            return None
+        polled_at = max(
+            call.at
+            for call in self.trace.sent
+            if call.node is node
+            and call.op == "poll"
+            and call.answered_at <= ack.at
+            and getattr(call.value, "id", None) == work_id
+        )
+        later = [call for call in calls if ack.answered_at <= call.at]
+        return Claim(polled_at, [call for call in later if call.op != "ack"])
+
+    def unsettled(self, node: Node, work_id: str, at: float) -> bool:
+        """Return whether the node had claimed an item by the time `at` that may be another's."""
+        claim = self.claim(node, work_id, at)
+        return claim is not None and not claim.settled(at)
 
     def extended_another(self, node: Node, work_id: str) -> bool:
         """Return whether the node extended another worker's lease after its own was ended early."""
@@ -167,11 +220,14 @@ def _leases_of(
         if record.kind == "acked":
             lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
             lease.ends.append((record.time, _end(record)))
+            lease.settled = record.state != ACTIVE
             found[record.work_id].append(lease)
             continue
         leases = found.get(record.work_id)
         if not leases or leases[-1].end_kind is not None:
             continue
+        if record.kind == "heartbeat" and not leases[-1].settled:
+            leases[-1].settled, leases[-1].worker_id = True, str(record.worker_id)
         if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
             if children & {str(record.worker_id), leases[-1].worker_id}:
                 leases.append(_handed_off(leases[-1], record))

@@ -19,7 +19,7 @@ from workpool.testing.simulation.attempts import (
     no_item_has_a_mark_and_an_error,
     released_items_are_marked,
 )
-from workpool.testing.simulation.case import WRITES
+from workpool.testing.simulation.case import ACK_SECONDS, WRITES
 from workpool.testing.simulation.handoffs import (
     items_handed_off_are_left_alone,
     nothing_is_sent_during_a_handoff,
@@ -62,6 +62,8 @@ CLOSE_SECONDS: Final = 11.0
 """The longest time between the end of a drain and the end of the process."""
 IGNORES_CANCELLATION: Final = frozenset({"stubborn", "swallow"})
 """Behaviours that ignore a cancellation."""
+OWNED: Final = frozenset({HTTPStatus.CONFLICT, HTTPStatus.PRECONDITION_FAILED})
+"""Answers to a first heartbeat that say that the item is not ours."""
 DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 """Answers that say whether the call was applied."""
 
@@ -145,12 +147,37 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
             continue
         lease = case.lease(call.node, call.work_id, call.at)
         if lease is None:
-            if call.op != "heartbeat" or not call.node.child:
+            if call.op != "heartbeat" or not (call.node.child or _unsettled(case, call)):
                 yield f"{call} was sent without a lease"
         elif call.at > lease.end_at(call.at) + MARGIN_SECONDS and not (
             _verifies(case, lease, call)
         ):
             yield f"{call} was sent; granted until {lease.end_at(call.at):.3f}"
+
+
+def _unsettled(case: Case, call: Sent) -> bool:
+    """Return whether an ack answered `active`, so that a heartbeat shows who owns the item."""
+    claim = case.claim(call.node, str(call.work_id), call.at)
+    return claim is not None and call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
+
+
+def unsettled_items_are_left_alone(case: Case) -> Iterator[str]:
+    """3g. After an ack that answered `active`, nothing but heartbeats is sent until one succeeds.
+
+    The first of them that is refused is the last: it means that another worker owns the item.
+    """
+    for call in case.trace.sent:
+        if call.work_id is None or call.op in {"ack", "poll"}:
+            continue
+        claim = case.claim(call.node, call.work_id, call.at)
+        if claim is None:
+            continue
+        if claim.settled(call.at):
+            continue
+        if call.op != "heartbeat":
+            yield f"{call} was sent for an item that may be another worker's"
+        elif any(each.answer in OWNED for each in claim.heartbeats(call.at)):
+            yield f"{call} was sent for an item that another worker owns"
 
 
 def _verifies(case: Case, lease: GrantedLease, call: Sent) -> bool:
@@ -362,6 +389,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     no_two_handlers_run_one_session,
     nothing_is_sent_without_the_lease,
     nothing_is_sent_after_a_known_loss,
+    unsettled_items_are_left_alone,
     nothing_is_sent_during_a_handoff,
     only_a_child_takes_over,
     items_handed_off_are_left_alone,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def replay(schedule: Schedule, case: Case) -> Iterator[str]:
     """Yield the schedule, then all events in order; polls only if a fault was injected."""
     yield f"faults {schedule.fault_share} of {', '.join(schedule.fault_kinds)}"
+    yield f"control plane: {schedule.control_plane}"
     yield from (str(pool) for pool in schedule.pools)
     lines = [*_actions(schedule), *_history(case), *_calls(case), *_runs(case), *_pools(case)]
     for at, line in sorted(lines, key=lambda each: each[0]):

@@ -25,6 +25,11 @@ FAULT_KINDS: Final = (
     "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
     "wait", "asleep", "asleep", "drowsy", "drowsy",
 )  # fmt: skip
+ControlPlaneKind = Literal["strict", "active acks", "poll leases"]
+CONTROL_PLANES: Final[tuple[ControlPlaneKind, ...]] = (
+    *("strict", "strict", "strict", "strict", "strict", "strict"),
+    *("active acks", "poll leases"),
+)
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -83,6 +88,8 @@ class Schedule:
         seed: Seed of all random choices of the simulation: delays, jitter, faulty calls.
         fault_share: The share of calls that get a fault.
         fault_kinds: The kinds of these faults.
+        control_plane: `strict`: as the protocol says. `active acks`: acks answer `active`, to
+            whoever sends them. `poll leases`: so they do, and a lease begins with its poll.
     """
 
     seed: int
@@ -90,6 +97,7 @@ class Schedule:
     actions: tuple[Action, ...]
     fault_share: float = 0.0
     fault_kinds: tuple[str, ...] = FAULT_KINDS
+    control_plane: ControlPlaneKind = "strict"
 
 
 def draw(random: Random, seed: int) -> Schedule:
@@ -102,7 +110,8 @@ def draw(random: Random, seed: int) -> Schedule:
     actions = [_close_to(random.choice(work), action, random) for action in actions]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
-    return Schedule(seed, pools, tuple(sorted([*work, *actions], key=_at)), share, kinds)
+    actions = sorted([*work, *actions], key=_at)
+    return Schedule(seed, pools, tuple(actions), share, kinds, random.choice(CONTROL_PLANES))
 
 
 def _close_to(work: Action, action: Action, random: Random) -> Action:

@@ -18,6 +18,7 @@ from workpool.server.clock import SECOND
 from workpool.settings import Settings
 from workpool.testing.local import CallFault
 from workpool.testing.simulation.case import START, Case
+from workpool.testing.simulation.control_planes import ActiveAcks
 from workpool.testing.simulation.handlers import BEHAVIOUR, SECONDS, SimulatedHandlers, simulated
 from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
 from workpool.testing.simulation.metric_totals import totals
@@ -141,9 +142,7 @@ class World:
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
-        self.operations = Operations(
-            [ENVIRONMENT], now=lambda: START + loop.now, history_limit=None
-        )
+        self.operations = self._control_plane()
         self.items: list[str] = []
         self._registry = registry
         generator = random.Random(schedule.seed)
@@ -151,6 +150,17 @@ class World:
         self._supervisors: dict[Node, MachineSupervisor] = {}
         self._tasks: dict[asyncio.Task[None], Node] = {}
         self._handlers: list[SimulatedHandlers] = []
+
+    def _control_plane(self) -> Operations:
+        kind, loop = self.schedule.control_plane, self.loop
+
+        def now() -> float:
+            return START + loop.now
+
+        if kind == "strict":
+            return Operations([ENVIRONMENT], now=now, history_limit=None)
+        poll_leases = kind == "poll leases"
+        return ActiveAcks([ENVIRONMENT], now=now, history_limit=None, poll_leases=poll_leases)
 
     async def run(self, judge: Callable[[Case], list[str]]) -> tuple[Case, list[str]]:
         """Run the schedule, end all faults, let a fresh pool finish the work, and judge."""

@@ -1,0 +1,61 @@
+"""Control planes whose acks answer `active`, as one implementation of the protocol does.
+
+Such an ack is accepted from whoever sends it, so it does not show who owns the item: the first
+heartbeat that names none before it does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from workpool.server import Operations, Refusal
+from workpool.server.clock import SECOND
+from workpool.wire.protocol import ACK_LEASE_SECONDS, ACTIVE, QUEUED, STARTING
+
+if TYPE_CHECKING:
+    from workpool.server import Poll
+    from workpool.server.item import Item
+
+
+class ActiveAcks(Operations):
+    """Operations whose acks answer `active`.
+
+    Args:
+        values: The arguments of `Operations`.
+        poll_leases: The lease of the ack begins with the poll already. Otherwise it begins with the
+            first ack.
+    """
+
+    def __init__(self, *values: Any, poll_leases: bool, **named: Any) -> None:
+        super().__init__(*values, **named)
+        self._poll_leases = poll_leases
+
+    def poll(self, environment_id: str, poll: Poll) -> Item | None:
+        """Deliver an item, and lease it if polls lease."""
+        item = super().poll(environment_id, poll)
+        if item is None or not self._poll_leases:
+            return item
+        leased = replace(self._leased(item), state=STARTING)
+        return self._apply(self.queue(environment_id), leased, "delivered", poll.worker_id)
+
+    def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
+        """Acknowledge an item for whoever asks."""
+        queue = self.queue(environment_id)
+        item = queue.get(work_id)
+        if item.state == ACTIVE:
+            return item
+        if item.state != (STARTING if self._poll_leases else QUEUED):
+            self._record("conflict", item, worker_id, op="ack")
+            raise Refusal(409, f"the item is {item.state}")
+        leased = item if self._poll_leases else self._leased(item)
+        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest)
+        return self._apply(queue, acked, "acked", worker_id)
+
+    def _leased(self, item: Item) -> Item:
+        return replace(
+            item,
+            delivered_at=None,
+            lease_end=self.latest + ACK_LEASE_SECONDS * SECOND,
+            ttl_seconds=ACK_LEASE_SECONDS,
+        )
