@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from workpool.conformance.api import WorkCalls
 from workpool.server import ControlPlane, MemoryStore, SqliteStore
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Answer:
 
 
 @dataclass
-class Api:
+class Api(WorkCalls[Answer]):
     """Literal requests to one dialect, as one worker."""
 
     plane: ControlPlane
@@ -64,13 +65,13 @@ class Api:
     token: str | None = TOKEN
     worker: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    environment: str = ENV
 
     @property
     def base(self) -> str:
         return self.plane.base_url if self.dialect == "qoder" else self.plane.anthropic_base_url
 
-    def work(self, suffix: str = "", environment: str = ENV) -> str:
-        return f"{self.base}/environments/{environment}/work{suffix}"
+    base_url = base
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:
         headers = {**self.extra, **options.pop("headers", {})}
@@ -86,34 +87,12 @@ class Api:
             body = await response.json() if content else None
             return Answer(response.status, body, response.headers)
 
-    async def poll(self, environment: str = ENV, **options: Any) -> Answer:
-        return await self("GET", self.work("/poll", environment), **options)
-
     async def claim(self, **options: Any) -> dict[str, Any]:
         answer = await self.poll(**options)
         assert answer.status == 200
         assert answer.body is not None
         item: dict[str, Any] = answer.body
         return item
-
-    async def ack(self, work_id: str, **options: Any) -> Answer:
-        return await self("POST", self.work(f"/{work_id}/ack"), **options)
-
-    async def beat(
-        self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
-    ) -> Answer:
-        params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
-        query = {name: str(value) for name, value in params.items() if value is not None}
-        return await self("POST", self.work(f"/{work_id}/heartbeat"), params=query, **options)
-
-    async def stop(self, work_id: str, **options: Any) -> Answer:
-        return await self("POST", self.work(f"/{work_id}/stop"), **options)
-
-    async def update(self, work_id: str, **options: Any) -> Answer:
-        return await self("POST", self.work(f"/{work_id}"), **options)
-
-    async def get(self, work_id: str, **options: Any) -> Answer:
-        return await self("GET", self.work(f"/{work_id}"), **options)
 
     async def state(self, work_id: str) -> str:
         answer = await self.get(work_id)

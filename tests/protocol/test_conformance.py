@@ -1,0 +1,339 @@
+"""Every clause of the conformance suite, against the embedded control plane."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from tests.protocol.conftest import ENV, TOKEN, Clock
+from workpool.conformance import (
+    CLAUSES,
+    Api,
+    Clause,
+    EnqueueSource,
+    Finding,
+    ForeignItemsError,
+    GivenSource,
+    Suite,
+    Verdict,
+)
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    import aiohttp
+
+    from workpool.wire.protocol import Dialect
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
+
+
+def suite_of(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect, **options: Any
+) -> Suite:
+    """A suite whose waits move the control plane's clock."""
+
+    async def sleep(seconds: float) -> None:
+        clock.advance(seconds)
+
+    address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
+    api = Api(http, address, dialect, ENV, token=TOKEN, worker="workpool-conform")
+    return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": sleep, **options})
+
+
+@pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
+async def test_clause_holds(
+    clause: Clause, plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+) -> None:
+    finding = await suite_of(plane, http, clock, dialect).check(clause)
+    assert (finding.verdict, finding.seen) == (Verdict.HOLDS, "")
+
+
+class Sleepers:
+    """Waits of clauses side by side: the clock moves on when all of them wait."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: list[tuple[float, asyncio.Future[None]]] = []
+
+    async def sleep(self, seconds: float) -> None:
+        wake = asyncio.get_running_loop().create_future()
+        self._waiting.append((self._clock() + seconds, wake))
+        await wake
+
+    async def move_clock(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            names = [task.get_name() for task in asyncio.all_tasks()]
+            running = sum(name.startswith("clause-") for name in names)
+            if self._waiting and len(self._waiting) >= running:
+                at, wake = min(self._waiting, key=itemgetter(0))
+                self._waiting.remove((at, wake))
+                self._clock.seconds = max(self._clock.seconds, at)
+                wake.set_result(None)
+
+
+async def test_suite_side_by_side_finds_what_single_clauses_find(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+) -> None:
+    sleepers = Sleepers(clock)
+    suite = suite_of(plane, http, clock, dialect, sleep=sleepers.sleep)
+    started = clock()
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(sleepers.move_clock())
+        findings = await suite.run(CLAUSES)
+        moving.cancel()
+    assert [each for each in findings if each.verdict is not Verdict.HOLDS] == []
+    assert clock() - started < 120
+
+
+def test_every_clause_of_the_page_is_in_the_suite() -> None:
+    tables = re.findall(r"^\| clause \|.*?(?=\n\n)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| `([a-z-]+)` \|", "\n".join(tables), re.MULTILINE)
+    assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
+
+
+# Control planes that do something else.
+
+
+async def found_by(name: str, http: aiohttp.ClientSession, fault: Handler) -> Finding:
+    """What the suite finds about a clause of a control plane with a fault in front of it."""
+    clock = Clock()
+    [clause] = [each for each in CLAUSES if each.name == name]
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
+    ) as plane:
+        return await suite_of(plane, http, clock, "qoder").check(clause)
+
+
+def replacing(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
+    """Answer some requests whose path ends so in another way."""
+
+    @web.middleware
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        changed = change(request) if request.path.endswith(path) else None
+        return await handler(request) if changed is None else changed
+
+    return fault
+
+
+def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Change the JSON objects that are answered where the path ends so."""
+
+    @web.middleware
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        if not request.path.endswith(path) or not isinstance(response, web.Response):
+            return response
+        value = json.loads(response.body) if response.body else None  # type: ignore[arg-type]
+        if isinstance(value, dict) and response.status == 200:
+            return web.json_response(change(value))
+        return response
+
+    return fault
+
+
+def without_query(name: str) -> Any:
+    """Drop a query parameter of every request."""
+
+    @web.middleware
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        query = {key: value for key, value in request.query.items() if key != name}
+        return await handler(request.clone(rel_url=request.rel_url.with_query(query)))
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "verdict", "seen"),
+    [
+        (
+            "poll-empty",
+            replacing("/poll", lambda _: web.Response(status=204)),
+            Verdict.DIFFERS,
+            "HTTP 204 with no body",
+        ),
+        (
+            "poll-empty",
+            replacing("/poll", lambda _: web.json_response({})),
+            Verdict.DIFFERS,
+            "HTTP 200 with {}",
+        ),
+        (
+            "poll-empty",
+            replacing("/poll", lambda _: web.Response(text="<p>\x1b[2J")),
+            Verdict.BREAKS,
+            r"HTTP 200 with <p>\x1b[2J",
+        ),
+        (
+            "poll-item",
+            rewriting("/poll", lambda item: {**item, "state": "sleeping"}),
+            Verdict.BREAKS,
+            "a worker cannot read the item: state: not one of the protocol's five",
+        ),
+        (
+            "poll-item",
+            rewriting("/poll", lambda item: {**item, "created_at": "2026-03-01T12:00:00"}),
+            Verdict.DIFFERS,
+            "a time without a zone: created_at",
+        ),
+        (
+            "ack-starts",
+            rewriting("/ack", lambda item: {**item, "state": "active"}),
+            Verdict.DIFFERS,
+            "the item is active",
+        ),
+        (
+            "heartbeat-mismatch",
+            without_query("expected_last_heartbeat"),
+            Verdict.BREAKS,
+            "two workers can hold one item",
+        ),
+        (
+            "heartbeat-ttl",
+            rewriting("/heartbeat", lambda beat: {**beat, "ttl_seconds": 45}),
+            Verdict.DIFFERS,
+            "30 s: 45 s instead of 30 s; 10 s: 45 s instead of 10 s; "
+            "1 s: 45 s instead of 10 s; 100000 s: 45 s instead of 600 s",
+        ),
+        (
+            "lease-shortened",
+            without_query("desired_ttl_seconds"),
+            Verdict.DIFFERS,
+            "the item comes back only when the longer lease ends",
+        ),
+        (
+            "lease-history",
+            rewriting(
+                "/poll", lambda item: {**item, "acknowledged_at": None, "latest_heartbeat_at": None}
+            ),
+            Verdict.DIFFERS,
+            "no trace of it: crashes are not counted as attempts",
+        ),
+        (
+            "poll-redelivers",
+            without_query("block_ms"),
+            Verdict.HOLDS,
+            "",
+        ),
+        (
+            "update-merges",
+            replacing(
+                "", lambda request: web.Response(status=403) if request.method == "POST" else None
+            ),
+            Verdict.UNTRIED,
+            "no item can be created: HTTP 403; give --agent or --work-id",
+        ),
+    ],
+)
+async def test_difference_of_a_control_plane_is_found(
+    http: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
+) -> None:
+    finding = await found_by(name, http, fault)
+    assert (finding.verdict, finding.seen) == (verdict, seen)
+
+
+async def test_refused_read_of_an_item_is_a_harmless_difference(
+    http: aiohttp.ClientSession,
+) -> None:
+    def refuse(request: web.Request) -> web.Response | None:
+        single = request.method == "GET" and "/work/work_" in request.path
+        return web.Response(status=403) if single else None
+
+    finding = await found_by("get-item", http, replacing("", refuse))
+    assert finding.verdict is Verdict.DIFFERS
+    finding = await found_by("stop-graceful", http, replacing("", refuse))
+    assert finding.verdict is Verdict.HOLDS  # looked up in the list
+
+
+async def test_lost_item_after_a_lapsed_lease_breaks_workers(http: aiohttp.ClientSession) -> None:
+    polls = 0
+
+    def once(_: web.Request) -> web.Response | None:
+        nonlocal polls
+        polls += 1
+        return None if polls == 1 else web.json_response(None)
+
+    finding = await found_by("lease-lapses", http, replacing("/poll", once))
+    assert finding.verdict is Verdict.BREAKS
+    assert finding.seen == "never: an item is lost when its worker dies"
+
+
+# Environments and sources.
+
+
+async def test_environment_with_a_foreign_item_is_refused(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    (item,) = plane.enqueue()
+    with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
+        await suite_of(plane, http, clock, "qoder").run(CLAUSES)
+    assert plane.operations.get(ENV, item.id).state == "queued"
+
+
+async def test_environment_with_items_of_an_earlier_run_is_accepted(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    for _ in range(2):
+        [finding] = await suite_of(plane, http, clock, "qoder").run(clauses_named("ack-starts"))
+        assert finding.verdict is Verdict.HOLDS
+
+
+async def test_foreign_item_that_comes_later_ends_the_suite(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    suite = suite_of(plane, http, clock, "qoder", source=Intruding(plane))
+    with pytest.raises(ForeignItemsError, match="which the suite did not create, came"):
+        await suite.run(clauses_named("ack-starts", "lease-held"))
+
+
+class Intruding(EnqueueSource):
+    """Somebody else creates an item just before the suite does."""
+
+    def __init__(self, plane: ControlPlane) -> None:
+        self._plane = plane
+
+    async def create(self, api: Api) -> str:
+        self._plane.enqueue()
+        return await super().create(api)
+
+
+async def test_test_environment_has_its_foreign_items_stopped(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    items = plane.enqueue(3)
+    suite = suite_of(plane, http, clock, "qoder", test_environment=True)
+    [finding] = await suite.run(clauses_named("ack-starts"))
+    assert finding.verdict is Verdict.HOLDS
+    assert {plane.operations.get(ENV, item.id).state for item in items} == {"stopped"}
+
+
+async def test_items_of_a_clause_are_stopped_after_it(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    await suite_of(plane, http, clock, "qoder").run(clauses_named("list-pages", "ack-lease"))
+    items = plane.operations.page(ENV).items
+    assert [item.state for item in items] == ["stopped"] * 3
+
+
+async def test_given_items_are_used_up(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    given = [item.id for item in plane.enqueue(2)]
+    suite = suite_of(plane, http, clock, "qoder", source=GivenSource(given), given=given)
+    findings = await suite.run(clauses_named("ack-starts", "stop-force", "lease-held"))
+    assert [each.verdict for each in findings] == [Verdict.HOLDS, Verdict.HOLDS, Verdict.UNTRIED]
+    assert findings[-1].seen == "all given items are used"
+
+
+def clauses_named(*names: str) -> list[Clause]:
+    return [clause for name in names for clause in CLAUSES if clause.name == name]

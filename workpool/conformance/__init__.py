@@ -1,0 +1,30 @@
+"""The protocol as a runnable conformance suite against any control plane, in both dialects.
+
+Each clause of the protocol page is one coroutine in `clauses`. A `Suite` runs them against one
+environment; the same clauses run against the embedded control plane in this project's own tests.
+See workpool/docs/protocol.md, "Conformance".
+"""
+
+from workpool.conformance.api import Answer, Api
+from workpool.conformance.clause import Breaks, Clause, Differs, Untried, Verdict
+from workpool.conformance.clauses import CLAUSES
+from workpool.conformance.sources import EnqueueSource, GivenSource, SessionSource, Source
+from workpool.conformance.suite import Finding, ForeignItemsError, Suite
+
+__all__ = [
+    "CLAUSES",
+    "Answer",
+    "Api",
+    "Breaks",
+    "Clause",
+    "Differs",
+    "EnqueueSource",
+    "Finding",
+    "ForeignItemsError",
+    "GivenSource",
+    "SessionSource",
+    "Source",
+    "Suite",
+    "Untried",
+    "Verdict",
+]

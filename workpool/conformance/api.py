@@ -1,0 +1,207 @@
+"""Literal requests to one environment, as one worker: no client of ours, and nothing is parsed.
+
+The suite judges answers as they are on the wire. A client would hide the differences.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import aiohttp
+import orjson
+
+from workpool.wire.dialect import DIALECTS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from workpool.wire.protocol import Dialect
+
+A = TypeVar("A")
+
+REQUEST_SECONDS: Final = 15.0
+DETAIL_MAX: Final = 120
+REFUSED: Final = frozenset(
+    {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.NOT_IMPLEMENTED,
+    }
+)
+"""Statuses of a call that the key may not make, or that the control plane does not have."""
+
+
+class NoAnswerError(Exception):
+    """A request was not answered; the message says why, without the token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, read to its end.
+
+    Attributes:
+        body: The parsed JSON; None also for an empty body and for one that is not JSON.
+        content: The body's bytes.
+    """
+
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+    content: bytes = b""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the status is a success."""
+        return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
+
+    @property
+    def refused(self) -> bool:
+        """Whether the call itself was refused, whatever it was about."""
+        unsupported = self.error.get("type") == "unsupported_capability"
+        return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """`error` of an error envelope; empty if the body is none."""
+        error = self.body.get("error") if isinstance(self.body, dict) else None
+        return error if isinstance(error, dict) else {}
+
+    def get(self, name: str) -> Any:
+        """Return a field of the body; None if there is none."""
+        return self.body.get(name) if isinstance(self.body, dict) else None
+
+    def __str__(self) -> str:
+        """Return the status and the error's message: bounded, and fit for a terminal."""
+        message = self.error.get("message")
+        detail = f" ({shown(message)})" if isinstance(message, str) else ""
+        return f"HTTP {self.status}{detail}"
+
+
+def shown(value: object) -> str:
+    """Return a value from outside as bounded text, escaped for a terminal."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if len(text) <= DETAIL_MAX else f"{text[: DETAIL_MAX - 1]}…"
+
+
+class WorkCalls(ABC, Generic[A]):
+    """The work calls of an environment, in terms of one request; `options` are aiohttp's."""
+
+    environment: str
+    base_url: str
+
+    @abstractmethod
+    async def __call__(self, method: str, url: str, **options: Any) -> A:
+        """Send one request."""
+
+    def work(self, suffix: str = "", environment: str | None = None) -> str:
+        """Return the URL of a work call."""
+        return f"{self.base_url}/environments/{environment or self.environment}/work{suffix}"
+
+    async def poll(self, environment: str | None = None, **options: Any) -> A:
+        """Ask for an item."""
+        return await self("GET", self.work("/poll", environment), **options)
+
+    async def ack(self, work_id: str, **options: Any) -> A:
+        """Acknowledge an item."""
+        return await self("POST", self.work(f"/{work_id}/ack"), **options)
+
+    async def beat(
+        self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
+    ) -> A:
+        """Send a heartbeat; None: the parameter is left out."""
+        params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
+        query = {name: str(value) for name, value in params.items() if value is not None}
+        return await self("POST", self.work(f"/{work_id}/heartbeat"), params=query, **options)
+
+    async def stop(self, work_id: str, **options: Any) -> A:
+        """Stop an item."""
+        return await self("POST", self.work(f"/{work_id}/stop"), **options)
+
+    async def update(self, work_id: str, **options: Any) -> A:
+        """Update an item's metadata."""
+        return await self("POST", self.work(f"/{work_id}"), **options)
+
+    async def get(self, work_id: str, **options: Any) -> A:
+        """Read an item."""
+        return await self("GET", self.work(f"/{work_id}"), **options)
+
+
+@dataclass(eq=False)
+class Api(WorkCalls[Answer]):
+    """Requests to the work calls of one environment.
+
+    Attributes:
+        http: The session that sends them; stays open.
+        base_url: Where the control plane is, with the dialect's prefix.
+        dialect: Which headers and query the requests have.
+        environment: The environment's id.
+        token: The bearer token; None for none.
+        worker: The name of the worker; None for none.
+        headers: Further headers of every request.
+    """
+
+    http: aiohttp.ClientSession
+    base_url: str
+    dialect: Dialect
+    environment: str
+    token: str | None = field(default=None, repr=False)
+    worker: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def as_worker(self, worker: str | None, token: str | None) -> Api:
+        """Return the same control plane for another worker, or with another token."""
+        return replace(self, worker=worker, token=token)
+
+    async def __call__(self, method: str, url: str, **options: Any) -> Answer:
+        """Send one request; `options` are aiohttp's, and `worker`: another name for this call.
+
+        Raises:
+            NoAnswerError: There was no answer within `REQUEST_SECONDS`.
+        """
+        async with self._request(method, url, options) as response:
+            content = await response.read()
+            return Answer(response.status, _parsed(content), response.headers, content)
+
+    async def open_stream(self, url: str) -> tuple[int, str]:
+        """Open a stream and close it again; returns its status and content type."""
+        async with self._request("GET", url, {}) as response:
+            response.close()
+            return response.status, response.content_type
+
+    @asynccontextmanager
+    async def _request(
+        self, method: str, url: str, options: dict[str, Any]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        rules = DIALECTS[self.dialect]
+        headers = {**rules.headers, **self.headers, **options.pop("headers", {})}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        worker = options.pop("worker", self.worker)
+        if worker is not None:
+            headers[rules.worker_id_header] = worker
+        if rules.work_query:
+            url = f"{url}?{rules.work_query}"
+        bound = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
+        try:
+            async with self.http.request(
+                method, url, headers=headers, timeout=bound, allow_redirects=False, **options
+            ) as response:
+                yield response
+        except TimeoutError:
+            raise NoAnswerError(f"no answer within {REQUEST_SECONDS:.0f} s") from None
+        except aiohttp.ClientError as error:
+            raise NoAnswerError(f"no answer: {type(error).__name__}") from None
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return orjson.loads(content) if content else None
+    except orjson.JSONDecodeError:
+        return None

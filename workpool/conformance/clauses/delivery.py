@@ -1,0 +1,179 @@
+"""Polls: when they deliver an item, which, and when again.
+
+See workpool/docs/protocol.md, "Delivery" and "Poll".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.conformance.api import shown
+from workpool.conformance.clause import (
+    Breaks,
+    Differs,
+    Untried,
+    clause,
+    same_or_breaks,
+    same_or_differs,
+)
+from workpool.conformance.trial import CLAIM_SECONDS, is_bad_request
+from workpool.wire.items import parse_item
+from workpool.wire.protocol import BLOCK_MS_MAX, QUEUED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from workpool.conformance.api import Answer
+    from workpool.conformance.trial import Trial
+
+FIELDS: Final = (
+    "id",
+    "type",
+    "environment_id",
+    "data",
+    "state",
+    "created_at",
+    "acknowledged_at",
+    "started_at",
+    "latest_heartbeat_at",
+    "stop_requested_at",
+    "stopped_at",
+    "metadata",
+)
+WINDOW_SECONDS: Final = 5.0
+BLOCK_MS: Final = 300
+SLACK_SECONDS: Final = 4.0
+"""How much later than due an item may come: polls follow one another after a second."""
+REDELIVERY_SECONDS: Final = 90.0
+DRAINED_POLLS: Final = 50
+_has_zone: Final = re.compile(r".*([zZ]|[+-]\d\d:\d\d)").fullmatch
+
+
+@clause("poll-delivers", "A delivered item is still `queued`.")
+async def delivered_item_is_queued(trial: Trial) -> None:
+    """Look at the state of an item that a poll has brought."""
+    state = (await trial.claim()).deliveries[0].item.get("state")
+    same_or_differs(state == QUEUED, f"the item is {shown(state)}")
+
+
+@clause("poll-once", "A second poll right after the first does not receive the item.")
+async def item_is_delivered_once(trial: Trial) -> None:
+    """Poll again at once, as two workers do."""
+    subject = await trial.claim()
+    for _ in range(3):
+        await trial.poll()
+    same_or_breaks(len(subject.deliveries) == 1, "the next poll received the item too")
+
+
+@clause("poll-redelivers", "An item that is not acknowledged is delivered again after 5 s.")
+async def unacknowledged_item_is_delivered_again(trial: Trial) -> None:
+    """Receive an item, and do nothing with it."""
+    subject = await trial.claim()
+    again = await trial.delivery(subject, REDELIVERY_SECONDS)
+    if again is None:
+        raise Breaks(f"not within {REDELIVERY_SECONDS:.0f} s: the item is lost")
+    seconds = again.at - subject.deliveries[0].at
+    early, late = seconds < WINDOW_SECONDS - 1, seconds > WINDOW_SECONDS + SLACK_SECONDS
+    same_or_differs(not early and not late, f"after {seconds:.0f} s")
+
+
+@clause("poll-reclaim", "`reclaim_older_than_ms` of the new poll sets that time.", when="last")
+async def redelivery_time_of_the_new_poll(trial: Trial) -> None:
+    """Receive an item, and ask for it again with a shorter time."""
+    subject = await trial.claim()
+    await trial.wait(1.5)
+    answer = await trial.poll(params={"reclaim_older_than_ms": "1000"})
+    same_or_breaks(answer.ok, f"refused: {answer}")
+    same_or_differs(len(subject.deliveries) > 1, "the item did not come sooner")
+
+
+@clause("poll-reclaim-lease", "`reclaim_older_than_ms` does not touch a lease.", when="last")
+async def redelivery_time_spares_leases(trial: Trial) -> None:
+    """Poll with a time shorter than the age of a heartbeat."""
+    subject = await trial.active()
+    await trial.wait(1.5)
+    await trial.poll(params={"reclaim_older_than_ms": "1000"})
+    taken = len(subject.deliveries) > 1
+    same_or_breaks(not taken, "an item under a lease was delivered: leave the setting unset")
+
+
+@clause(
+    "poll-empty", "Without an item the answer is 200 with the JSON literal `null`.", when="last"
+)
+async def poll_of_an_empty_queue(trial: Trial) -> None:
+    """Poll an empty queue."""
+    answer = await _nothing(trial)
+    same_or_breaks(answer.ok, str(answer))
+    nothing = answer.content.strip()
+    if (answer.status, nothing) == (HTTPStatus.OK, b"null"):
+        return
+    readable = answer.status == HTTPStatus.NO_CONTENT or answer.body == {}
+    same_or_breaks(readable, f"HTTP {answer.status} with {shown(nothing.decode(errors='replace'))}")
+    raise Differs(f"HTTP {answer.status} with {nothing.decode() or 'no body'}")
+
+
+@clause(
+    "poll-blocks",
+    "With `block_ms` the answer waits for an item, at most that long.",
+    when="last",
+)
+async def poll_waits(trial: Trial) -> None:
+    """Measure a poll of an empty queue."""
+    await _nothing(trial)
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    answer = await trial.poll(params={"block_ms": str(BLOCK_MS)})
+    seconds = clock() - start
+    same_or_breaks(answer.ok, f"`block_ms` is refused: {answer}")
+    expected = BLOCK_MS / 1000
+    waited = expected * 0.8 <= seconds <= expected + SLACK_SECONDS
+    same_or_differs(waited, f"{seconds:.1f} s instead of {expected:.1f} s")
+
+
+@clause("poll-block-range", f"`block_ms` outside of 1–{BLOCK_MS_MAX} is a 400.")
+async def poll_with_a_bad_block(trial: Trial) -> None:
+    """Poll with a value below and one above the range."""
+    for value in ("0", str(BLOCK_MS_MAX + 1)):
+        answer = await trial.poll(params={"block_ms": value})
+        same_or_differs(is_bad_request(answer), f"{value}: {answer}")
+
+
+@clause("poll-item", "The item has all fields of a work item.")
+async def fields_of_an_item(trial: Trial) -> None:
+    """Read an item as a worker does, then look at its fields."""
+    item = (await trial.claim()).deliveries[0].item
+    readable(item)
+    missing = [name for name in FIELDS if name not in item]
+    same_or_differs(not missing, f"without {', '.join(missing)}")
+    times = [name for name in FIELDS if name.endswith("_at") and isinstance(item[name], str)]
+    local = [name for name in times if not _has_zone(item[name])]
+    same_or_differs(not local, f"a time without a zone: {', '.join(local)}")
+
+
+@clause("poll-oldest-first", "Items are delivered in the order of their creation.")
+async def oldest_item_first(trial: Trial) -> None:
+    """Create two items, and see which comes first."""
+    older, younger = await trial.create(), await trial.create()
+    if await trial.delivery(older, CLAIM_SECONDS) is None:
+        raise Untried("the item that was created is not delivered")
+    same_or_differs(not younger.deliveries, "the younger item came first")
+
+
+def readable(item: Mapping[str, Any] | Any) -> None:
+    """Raise `Breaks` if a worker could not read the item."""
+    try:
+        parse_item(item)
+    except ValueError as error:
+        raise Breaks(f"a worker cannot read the item: {error}") from None
+
+
+async def _nothing(trial: Trial) -> Answer:
+    """Poll until no item comes; returns that answer."""
+    for _ in range(DRAINED_POLLS):
+        answer = await trial.poll()
+        if not isinstance(answer.body, dict) or "id" not in answer.body:
+            return answer
+    raise Untried("the queue does not become empty")

@@ -1,0 +1,91 @@
+"""Where the suite's work comes from: our own call, sessions, or ids that were given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from workpool.conformance.clause import Untried
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.conformance.api import Answer, Api
+
+MARK: Final = "workpool.conform"
+"""The metadata key of items that the suite has created; a later run finds them by it."""
+
+
+class Source(Protocol):
+    """Creates work."""
+
+    async def create(self, api: Api) -> str:
+        """Create one item; returns its id, or that of its session.
+
+        Raises:
+            Untried: No item can be created.
+        """
+
+
+class EnqueueSource:
+    """The embedded control plane's own call."""
+
+    async def create(self, api: Api) -> str:
+        """Create one item; returns its id."""
+        answer = await api("POST", api.work(), json={"metadata": {MARK: "1"}})
+        rows = answer.get("data")
+        if not answer.ok or not isinstance(rows, list) or not rows:
+            raise Untried(f"no item can be created: {answer}; give --agent or --work-id")
+        return str(rows[0]["id"])
+
+
+class SessionSource:
+    """Sessions of an agent, each with one message of a user.
+
+    Args:
+        agent: The agent's id.
+    """
+
+    def __init__(self, agent: str) -> None:
+        self._agent = agent
+
+    async def create(self, api: Api) -> str:
+        """Create a session and send it a message; returns the session's id."""
+        body = {
+            "agent": self._agent,
+            "environment_id": api.environment,
+            "metadata": {MARK: "1"},
+        }
+        created = await api("POST", f"{api.base_url}/sessions", json=body)
+        session_id = created.get("id")
+        if not created.ok or not isinstance(session_id, str):
+            raise Untried(f"no session can be created: {created}")
+        sent = await self._send(api, session_id)
+        if not sent.ok:
+            raise Untried(f"the session takes no message: {sent}")
+        return session_id
+
+    async def _send(self, api: Api, session_id: str) -> Answer:
+        said: dict[str, Any] = {
+            "type": "user.message",
+            "content": [{"type": "text", "text": "workpool conform"}],
+        }
+        url = f"{api.base_url}/sessions/{session_id}/events"
+        return await api("POST", url, json={"events": [said]})
+
+
+class GivenSource:
+    """Items that exist already, each used once.
+
+    Args:
+        work_ids: Their ids; they must be queued.
+    """
+
+    def __init__(self, work_ids: Sequence[str]) -> None:
+        self._left = list(work_ids)
+
+    async def create(self, api: Api) -> str:
+        """Return the next id."""
+        del api
+        if not self._left:
+            raise Untried("all given items are used")
+        return self._left.pop(0)

@@ -1,0 +1,221 @@
+"""A run of the suite against one environment: turns, deliveries, bounds, and what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool.conformance.api import NoAnswerError
+from workpool.conformance.clause import DepartureError, Verdict
+from workpool.conformance.sources import MARK
+from workpool.conformance.trial import Delivery, Subject, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+
+    from workpool.conformance.api import Answer, Api
+    from workpool.conformance.clause import Clause
+    from workpool.conformance.sources import Source
+
+SUITE_SECONDS: Final = 280.0
+"""Bound on a whole run; the clean-up of a clause that was cut short comes on top of it."""
+CLEAN_UP_SECONDS: Final = 15.0
+PAGES_MAX: Final = 100
+OTHER_WORKER: Final = "workpool-conform-other"
+
+
+class ForeignItemsError(Exception):
+    """The environment holds, or may hold, items that the suite has not created."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found about one clause; `seen` is empty if it holds."""
+
+    clause: Clause
+    verdict: Verdict
+    seen: str = ""
+
+
+class Suite:
+    """Runs clauses against one environment, side by side.
+
+    Args:
+        api: The worker that polls.
+        source: Creates the items.
+        given: Ids of items that may be there although the suite has not created them.
+        test_environment: All items may be claimed and stopped.
+        now: Seconds of a steady clock.
+        sleep: Waits; a test moves its clock instead.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        source: Source,
+        *,
+        given: Iterable[str] = (),
+        test_environment: bool = False,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.api = api
+        self.other = api.as_worker(OTHER_WORKER, api.token)
+        self.now = now
+        self._source = source
+        self._given = frozenset(given)
+        self._test_environment = test_environment
+        self._sleep = sleep
+        self._turn = asyncio.Lock()
+        self._subjects: dict[str, Subject] = {}  # by work id and by session id
+
+    async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
+        """Check the clauses; the findings have their order.
+
+        Raises:
+            ForeignItemsError: Not all items of the environment are known to be the suite's.
+            NoAnswerError: The control plane does not answer.
+        """
+        clauses = list(clauses)
+        await self._check_environment()
+        deadline = asyncio.get_running_loop().time() + SUITE_SECONDS
+        found: dict[str, Finding] = {}
+
+        async def note(clause: Clause) -> None:
+            found[clause.name] = await self.check(clause, deadline)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for clause in clauses:
+                    if clause.when == "together":
+                        group.create_task(note(clause), name=f"clause-{clause.name}")
+        except* ForeignItemsError as errors:
+            foreign = errors.exceptions[0]
+            raise foreign from None
+        for clause in clauses:
+            if clause.when == "last":
+                await note(clause)
+        return [found[clause.name] for clause in clauses]
+
+    async def check(self, clause: Clause, deadline: float | None = None) -> Finding:
+        """Check one clause; `deadline` is a time of the loop's clock."""
+        trial = Trial(self)
+        try:
+            async with asyncio.timeout_at(deadline), self._turn:
+                await clause.check(trial)
+        except DepartureError as departure:
+            return Finding(clause, departure.verdict, str(departure))
+        except NoAnswerError as error:
+            return Finding(clause, Verdict.UNTRIED, str(error))
+        except TimeoutError:
+            return Finding(clause, Verdict.UNTRIED, "the time of the whole suite was used up")
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(self._end_of_clean_up(deadline)), self._turn:
+                    await trial.clean_up()
+        return Finding(clause, Verdict.HOLDS)
+
+    @staticmethod
+    def _end_of_clean_up(deadline: float | None) -> float:
+        now = asyncio.get_running_loop().time()
+        return CLEAN_UP_SECONDS + (now if deadline is None else deadline)
+
+    # What trials use. The caller has the turn.
+
+    async def wait(self, seconds: float) -> None:
+        """Give up the turn for that long."""
+        self._turn.release()
+        try:
+            await self._sleep(seconds)
+        finally:
+            await self._turn.acquire()
+
+    async def create(self) -> Subject:
+        """Create an item."""
+        name = await self._source.create(self.api)
+        subject = self._subjects[name] = Subject(name)
+        return subject
+
+    async def poll(self, **options: Any) -> Answer:
+        """Poll; the delivery of a known item is noted, and another one is stopped.
+
+        Raises:
+            ForeignItemsError: The item is not the suite's.
+        """
+        at = self.now()
+        answer = await self.api.poll(**options)
+        item = answer.body
+        if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
+            return answer
+        subject = self._subject_of(item)
+        if subject is not None:
+            subject.deliveries.append(Delivery(at, item))
+        elif self._test_environment:
+            await self.end(Subject(item["id"]))
+        else:
+            raise ForeignItemsError(f"item {item['id']}, which the suite did not create, came")
+        return answer
+
+    def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
+        """Return the subject of an item that came, and learn the item's ids."""
+        payload = item.get("data")
+        session_id = payload.get("id") if isinstance(payload, dict) else None
+        subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")
+        if subject is not None:
+            subject.id = item["id"]
+            self._subjects[subject.id] = subject
+            if isinstance(session_id, str) and session_id:
+                subject.session_id = session_id
+                self._subjects[session_id] = subject
+        return subject
+
+    async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
+        """Return an item from the list; None if it is not there, or the list is refused."""
+        async for row in self._rows():
+            if row.get("id") == work_id:
+                return row
+        return None
+
+    async def end(self, subject: Subject) -> None:
+        """Stop an item with force; an item that is over already stays as it is."""
+        with suppress(NoAnswerError):
+            await self.api.stop(subject.id, json={"force": True})
+
+    # The environment.
+
+    async def _check_environment(self) -> None:
+        """Refuse an environment with items that are not the suite's.
+
+        Raises:
+            ForeignItemsError: There are some, or the list cannot be read.
+        """
+        if self._test_environment:
+            return
+        async for row in self._rows(strict=True):
+            metadata = row.get("metadata")
+            own = isinstance(metadata, dict) and MARK in metadata
+            if not own and row.get("id") not in self._given:
+                raise ForeignItemsError(f"item {row.get('id')} was not created by the suite")
+
+    async def _rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
+        """Iterate over the items of the list; `strict`: raise if it cannot be read to its end."""
+        page: str | None = None
+        for _ in range(PAGES_MAX):
+            query = {"limit": "100"} if page is None else {"limit": "100", "page": page}
+            answer = await self.api("GET", self.api.work(), params=query)
+            rows = answer.get("data")
+            if not answer.ok or not isinstance(rows, list):
+                if strict:
+                    raise ForeignItemsError(f"the list of items cannot be read: {answer}")
+                return
+            for row in rows:
+                if isinstance(row, dict):
+                    yield row
+            page = None if answer.get("has_more") is False else answer.get("next_page")
+            if not page:
+                return
+        if strict:
+            raise ForeignItemsError(f"the list of items has more than {PAGES_MAX} pages")

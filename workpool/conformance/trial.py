@@ -1,0 +1,181 @@
+"""What one clause works with: its own items, two workers, and the clock.
+
+Clauses run side by side but never at the same time: a clause has the turn, and gives it up only
+while it waits. A poll may bring any clause's item, so every delivery is noted with its item.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from workpool.conformance.clause import Untried
+from workpool.wire.protocol import NO_HEARTBEAT, STATES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from workpool.conformance.api import Answer, Api
+    from workpool.conformance.suite import Suite
+
+CLAIM_SECONDS: Final = 15.0
+"""How long a new item may take to be delivered: a control plane may create it in the background."""
+POLL_SECONDS: Final = 1.0
+
+
+class Delivery(NamedTuple):
+    """One delivery of an item: the time at which its poll was sent, and the item as JSON."""
+
+    at: float
+    item: Mapping[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class Subject:
+    """An item that the suite uses.
+
+    Attributes:
+        id: Its id; a control plane may give it a new one with each delivery.
+        session_id: The id of its session; empty until the first delivery.
+        last_heartbeat: What the next heartbeat must expect.
+    """
+
+    id: str
+    session_id: str = ""
+    last_heartbeat: str = NO_HEARTBEAT
+    deliveries: list[Delivery] = field(default_factory=list)
+
+
+class Trial:
+    """The run of one clause.
+
+    Attributes:
+        api: The worker that polls.
+        other: Another worker.
+        subjects: The items of this clause.
+    """
+
+    def __init__(self, suite: Suite) -> None:
+        self._suite = suite
+        self.api: Api = suite.api
+        self.other: Api = suite.other
+        self.subjects: list[Subject] = []
+
+    @property
+    def now(self) -> float:
+        """Seconds of a steady clock."""
+        return self._suite.now()
+
+    async def wait(self, seconds: float) -> None:
+        """Give up the turn for that long."""
+        await self._suite.wait(seconds)
+
+    async def poll(self, **options: Any) -> Answer:
+        """Poll, and note the delivery of whichever item comes."""
+        return await self._suite.poll(**options)
+
+    async def create(self) -> Subject:
+        """Create an item."""
+        subject = await self._suite.create()
+        self.subjects.append(subject)
+        return subject
+
+    async def claim(self) -> Subject:
+        """Create an item and receive it from a poll.
+
+        Raises:
+            Untried: No item can be created, or it is not delivered.
+        """
+        subject = await self.create()
+        if await self.delivery(subject, CLAIM_SECONDS) is None:
+            raise Untried("the item that was created is not delivered")
+        return subject
+
+    async def acknowledged(self) -> Subject:
+        """Create an item, receive and acknowledge it."""
+        subject = await self.claim()
+        await self.acknowledge(subject)
+        return subject
+
+    async def active(self, ttl: int = 60) -> Subject:
+        """Create an item, receive and acknowledge it, and send the first heartbeat."""
+        subject = await self.acknowledged()
+        await self.beat(subject, ttl)
+        return subject
+
+    async def acknowledge(self, subject: Subject) -> Answer:
+        """Acknowledge an item, for a clause about something else."""
+        answer = await self.api.ack(subject.id)
+        if not answer.ok:
+            raise Untried(f"the ack was answered with {answer}")
+        return answer
+
+    async def beat(self, subject: Subject, ttl: int = 60) -> Answer:
+        """Send the next heartbeat, for a clause about something else."""
+        answer = await self.api.beat(subject.id, subject.last_heartbeat, ttl)
+        beat = answer.get("last_heartbeat")
+        if not answer.ok or not isinstance(beat, str):
+            raise Untried(f"a heartbeat was answered with {answer}")
+        subject.last_heartbeat = beat
+        return answer
+
+    async def stop(self, subject: Subject, *, force: bool) -> Answer:
+        """Stop an item, for a clause about something else."""
+        answer = await self.api.stop(subject.id, json={"force": force})
+        if not answer.ok:
+            raise Untried(f"the stop was answered with {answer}")
+        return answer
+
+    async def delivery(self, subject: Subject, seconds: float) -> Delivery | None:
+        """Poll for up to `seconds` until the item is delivered once more; None if it is not."""
+        before = len(subject.deliveries)
+        until = self.now + seconds
+        while True:
+            await self.poll()
+            if len(subject.deliveries) > before:
+                return subject.deliveries[before]
+            if self.now >= until:
+                return None
+            await self.wait(POLL_SECONDS)
+
+    async def item(self, subject: Subject) -> Mapping[str, Any]:
+        """Return the item as the control plane shows it: read, or looked up in the list.
+
+        Raises:
+            Untried: Neither is possible.
+        """
+        answer = await self.api.get(subject.id)
+        if answer.ok and isinstance(answer.body, dict):
+            return answer.body
+        found = await self._suite.look_up(subject.id) if answer.refused else None
+        if found is None:
+            raise Untried(f"the item cannot be read: {answer}")
+        return found
+
+    async def state(self, subject: Subject) -> str:
+        """Return the item's state as the control plane shows it."""
+        state = (await self.item(subject)).get("state")
+        if state not in STATES:
+            raise Untried("the item has no state of the protocol")
+        return str(state)
+
+    async def clean_up(self) -> None:
+        """Stop the items of this clause, so that no poll brings them again."""
+        for subject in self.subjects:
+            await self._suite.end(subject)
+
+
+def is_conflict(answer: Answer) -> bool:
+    """Whether the answer is a 409."""
+    return answer.status == HTTPStatus.CONFLICT
+
+
+def is_bad_request(answer: Answer) -> bool:
+    """Whether the answer is a 400."""
+    return answer.status == HTTPStatus.BAD_REQUEST
+
+
+def is_mismatch(answer: Answer) -> bool:
+    """Whether the answer is a 412."""
+    return answer.status == HTTPStatus.PRECONDITION_FAILED
