@@ -292,7 +292,7 @@ async def test_foreign_item_that_comes_later_ends_the_suite(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     suite = suite_of(plane, http, clock, "qoder", source=Intruding(plane))
-    with pytest.raises(ForeignItemsError, match="which the suite did not create, came"):
+    with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
         await suite.run(clauses_named("ack-starts", "lease-held"))
 
 

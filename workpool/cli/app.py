@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from workpool import __version__
-from workpool.cli import check, demo, hold, listing, new, run, serve, work
+from workpool.cli import check, conform, demo, hold, listing, new, run, serve, work
 from workpool.cli.options import Verbose
 
 # Rich tracebacks show local variables, and so tokens.
@@ -42,6 +42,7 @@ app.command()(run.run)
 app.command(context_settings={"allow_interspersed_args": False})(hold.hold)
 app.command()(serve.serve)
 app.command()(check.check)
+app.command()(conform.conform)
 app.command("plugins")(listing.plugins)
 app.command()(new.new)
 app.add_typer(work.app, name="work")

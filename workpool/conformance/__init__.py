@@ -9,7 +9,7 @@ from workpool.conformance.api import Answer, Api
 from workpool.conformance.clause import Breaks, Clause, Differs, Untried, Verdict
 from workpool.conformance.clauses import CLAUSES
 from workpool.conformance.sources import EnqueueSource, GivenSource, SessionSource, Source
-from workpool.conformance.suite import Finding, ForeignItemsError, Suite
+from workpool.conformance.suite import Finding, ForeignItemsError, Suite, UnlistedItemsError
 
 __all__ = [
     "CLAUSES",
@@ -25,6 +25,7 @@ __all__ = [
     "SessionSource",
     "Source",
     "Suite",
+    "UnlistedItemsError",
     "Untried",
     "Verdict",
 ]

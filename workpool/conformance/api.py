@@ -166,7 +166,7 @@ class Api(WorkCalls[Answer]):
             NoAnswerError: There was no answer within `REQUEST_SECONDS`.
         """
         async with self._request(method, url, options) as response:
-            content = await response.read()
+            content = self._without_secrets(await response.read())
             return Answer(response.status, _parsed(content), response.headers, content)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
@@ -174,6 +174,12 @@ class Api(WorkCalls[Answer]):
         async with self._request("GET", url, {}) as response:
             response.close()
             return response.status, response.content_type
+
+    def _without_secrets(self, content: bytes) -> bytes:
+        """Take our own credentials out of an answer that repeats them."""
+        for secret in filter(None, (self.token, *self.headers.values())):
+            content = content.replace(secret.encode(), b"[secret]")
+        return content
 
     @asynccontextmanager
     async def _request(

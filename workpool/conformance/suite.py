@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.api import NoAnswerError
+from workpool.conformance.api import NoAnswerError, shown
 from workpool.conformance.clause import DepartureError, Verdict
 from workpool.conformance.sources import MARK
 from workpool.conformance.trial import Delivery, Subject, Trial
@@ -29,6 +29,10 @@ OTHER_WORKER: Final = "workpool-conform-other"
 
 class ForeignItemsError(Exception):
     """The environment holds, or may hold, items that the suite has not created."""
+
+
+class UnlistedItemsError(ForeignItemsError):
+    """The control plane refuses the list of items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +160,7 @@ class Suite:
         elif self._test_environment:
             await self.end(Subject(item["id"]))
         else:
-            raise ForeignItemsError(f"item {item['id']}, which the suite did not create, came")
+            raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")
         return answer
 
     def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
@@ -198,7 +202,7 @@ class Suite:
             metadata = row.get("metadata")
             own = isinstance(metadata, dict) and MARK in metadata
             if not own and row.get("id") not in self._given:
-                raise ForeignItemsError(f"item {row.get('id')} was not created by the suite")
+                raise ForeignItemsError(f"item {shown(row.get('id'))} was not created by the suite")
 
     async def _rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
         """Iterate over the items of the list; `strict`: raise if it cannot be read to its end."""
@@ -209,7 +213,7 @@ class Suite:
             rows = answer.get("data")
             if not answer.ok or not isinstance(rows, list):
                 if strict:
-                    raise ForeignItemsError(f"the list of items cannot be read: {answer}")
+                    raise UnlistedItemsError(f"the items cannot be listed: {answer}")
                 return
             for row in rows:
                 if isinstance(row, dict):
@@ -218,4 +222,4 @@ class Suite:
             if not page:
                 return
         if strict:
-            raise ForeignItemsError(f"the list of items has more than {PAGES_MAX} pages")
+            raise ForeignItemsError(f"there are more than {PAGES_MAX} pages of items")

@@ -1,0 +1,120 @@
+"""`workpool conform`: what it refuses, how it reports, how it ends."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT
+from workpool.conformance import CLAUSES
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Ask, Start
+    from workpool.server import ControlPlane
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+
+async def test_clauses_that_hold_end_with_status_0(ask: Ask, plane: ControlPlane) -> None:
+    ended = await ask("conform", plane.base_url, "--clause", "ack-starts", "--clause", "stop-force")
+    assert ended.out.splitlines() == [
+        "holds               ack-starts",
+        "holds               stop-force",
+        "2 holds",
+    ]
+    assert ended.status == 0
+
+
+async def test_other_dialect_is_spoken_on_request(ask: Ask, plane: ControlPlane) -> None:
+    ended = await ask(
+        *("conform", plane.anthropic_base_url, "--dialect", "anthropic"),
+        *("--clause", "stop-force", "--json"),
+    )
+    report = json.loads(ended.out)
+    assert (report["dialect"], report["verdict"], ended.status) == ("anthropic", "holds", 0)
+    assert report["clauses"] == [
+        {
+            "clause": "stop-force",
+            "rule": "`force` ends an item at once.",
+            "verdict": "holds",
+            "seen": "",
+        }
+    ]
+
+
+async def test_dialect_that_the_address_does_not_speak_ends_with_status_4(
+    ask: Ask, plane: ControlPlane
+) -> None:
+    ended = await ask("conform", plane.base_url, "--dialect", "anthropic", "--clause", "stop-force")
+    assert "differs harmlessly  stop-force: HTTP 200 with a body" in ended.out
+    assert ended.status == 4
+
+
+async def test_clause_that_could_not_be_tried_ends_with_status_5(
+    ask: Ask, plane: ControlPlane
+) -> None:
+    (item,) = plane.enqueue()
+    ended = await ask(
+        *("conform", plane.base_url, "--work-id", item.id),
+        *("--clause", "ack-starts", "--clause", "stop-force"),
+    )
+    assert "could not be tried  stop-force: all given items are used" in ended.out
+    assert ended.status == 5
+
+
+async def test_environment_with_foreign_items_is_refused(ask: Ask, plane: ControlPlane) -> None:
+    (item,) = plane.enqueue()
+    ended = await ask("conform", plane.base_url)
+    assert f"item {item.id} was not created by the suite; --test-environment" in ended.err
+    assert (ended.status, ended.out) == (2, "")
+    assert plane.operations.get(ENVIRONMENT, item.id).state == "queued"
+
+
+async def test_test_environment_is_used_whatever_it_holds(ask: Ask, plane: ControlPlane) -> None:
+    plane.enqueue()
+    ended = await ask("conform", plane.base_url, "--test-environment", "--clause", "ack-starts")
+    assert ended.status == 0
+
+
+async def test_items_that_cannot_be_listed_end_with_status_3(ask: Ask, plane: ControlPlane) -> None:
+    variables = {"WORKPOOL_TOKEN": "wrong"}
+    ended = await ask("conform", plane.base_url, **variables)
+    assert "the items cannot be listed: HTTP 401" in ended.err
+    assert ended.status == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--clause", "no-such-clause"], "is no clause of the protocol"),
+        (["--agent", "agent_1", "--work-id", "work_1"], "not both"),
+        (["--dialect", "klingon"], "dialect"),
+    ],
+)
+async def test_bad_usage_ends_with_status_2(
+    ask: Ask, plane: ControlPlane, arguments: list[str], said: str
+) -> None:
+    ended = await ask("conform", plane.base_url, *arguments)
+    assert said in ended.err
+    assert ended.status == 2
+
+
+async def test_control_plane_that_does_not_answer_ends_with_status_1(ask: Ask) -> None:
+    ended = await ask("conform", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9: no answer: ClientConnectorError" in ended.err
+    assert ended.status == 1
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
+async def test_served_control_plane_holds_every_clause(
+    start: Start, plane: ControlPlane, dialect: str
+) -> None:
+    """In real time, which takes 75 s; the quick tests move the clock instead."""
+    address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
+    command = await start("conform", address, "--dialect", dialect)
+    assert await command.ends(seconds=290) == 0
+    assert command.out.splitlines()[-1] == f"{len(CLAUSES)} holds"

@@ -1,0 +1,192 @@
+"""`workpool conform`: check a control plane against the protocol, clause by clause.
+
+See workpool/docs/protocol.md, "Conformance".
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import aiohttp
+import typer
+from yarl import URL
+
+from workpool.cli import exits
+from workpool.cli.options import Config, EnvironmentId, Json, read_settings
+from workpool.cli.output import print_json
+from workpool.conformance import (
+    CLAUSES,
+    Api,
+    Clause,
+    EnqueueSource,
+    Finding,
+    ForeignItemsError,
+    GivenSource,
+    SessionSource,
+    Source,
+    Suite,
+    UnlistedItemsError,
+    Verdict,
+)
+from workpool.conformance.api import NoAnswerError
+from workpool.settings import Settings
+from workpool.wire.protocol import Dialect
+from workpool.wire.proxy import proxy_of
+
+WORKER: Final = "workpool-conform"
+DIFFERS: Final = 4
+"""Exit status: every clause holds or differs harmlessly."""
+UNTRIED: Final = 5
+"""Exit status: no clause breaks workers, but some could not be tried."""
+
+_STATUSES: Final = {
+    Verdict.HOLDS: exits.OK,
+    Verdict.DIFFERS: DIFFERS,
+    Verdict.UNTRIED: UNTRIED,
+    Verdict.BREAKS: exits.FAILED,
+}
+_ORDER: Final = list(Verdict)
+
+
+def conform(
+    base_url: Annotated[
+        str,
+        typer.Argument(metavar="BASE_URL", help="The control plane, with the dialect's prefix."),
+    ],
+    dialect: Annotated[
+        Dialect | None, typer.Option(help="Which dialect to speak. Default: the setting.")
+    ] = None,
+    environment_id: EnvironmentId = None,
+    config: Config = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Create work through sessions of this agent."),
+    ] = None,
+    work_id: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Use this queued item, once; repeatable."),
+    ] = None,
+    test_environment: Annotated[
+        bool,
+        typer.Option(
+            "--test-environment", help="Claim and stop any item that the environment holds."
+        ),
+    ] = False,
+    clause: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Check this clause only; repeatable."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Check a control plane against the protocol, clause by clause; at most five minutes.
+
+    It claims and stops real sessions. An environment with items that it did not create is refused.
+    Work is created with the call of `workpool serve`, unless --agent or --work-id is given.
+
+    Exit status: 0 all clauses hold, 4 some differ harmlessly, 5 some could not be tried, 1 some
+    break workers.
+    """
+    clauses = _chosen(clause)
+    with exits.reported():
+        settings = read_settings(
+            config, base_url=base_url, dialect=dialect, environment_id=environment_id
+        )
+        settings.require_connection()
+        source = _source(agent, work_id)
+        findings = asyncio.run(_run(settings, clauses, source, work_id or (), test_environment))
+    worst = max((each.verdict for each in findings), key=_ORDER.index)
+    if json:
+        print_json(_report(settings, findings, worst))
+    else:
+        _print(findings)
+    raise typer.Exit(_STATUSES[worst])
+
+
+def _chosen(names: Sequence[str] | None) -> Sequence[Clause]:
+    if not names:
+        return CLAUSES
+    by_name = {each.name: each for each in CLAUSES}
+    for name in names:
+        if name not in by_name:
+            raise typer.BadParameter(f"{name!r} is no clause of the protocol")
+    return [by_name[name] for name in dict.fromkeys(names)]
+
+
+def _source(agent: str | None, work_ids: Sequence[str] | None) -> Source:
+    if agent and work_ids:
+        raise typer.BadParameter("give --agent or --work-id, not both")
+    if work_ids:
+        return GivenSource(work_ids)
+    return SessionSource(agent) if agent else EnqueueSource()
+
+
+async def _run(
+    settings: Settings,
+    clauses: Sequence[Clause],
+    source: Source,
+    given: Sequence[str],
+    test_environment: bool,
+) -> list[Finding]:
+    context = settings.tls_context()
+    connector = aiohttp.TCPConnector() if context is None else aiohttp.TCPConnector(ssl=context)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        proxy=proxy_of(URL(settings.base_url)),
+    ) as http:
+        api = Api(
+            http,
+            settings.base_url,
+            settings.dialect,
+            settings.environment_id or "",
+            token=settings.read_token(),
+            worker=settings.worker_id or WORKER,
+            headers={
+                name: value.get_secret_value() for name, value in settings.extra_headers.items()
+            },
+        )
+        suite = Suite(api, source, given=given, test_environment=test_environment)
+        try:
+            return await suite.run(clauses)
+        except ForeignItemsError as error:
+            typer.echo(
+                f"workpool: {error}; --test-environment lets all of them be claimed and stopped",
+                err=True,
+            )
+            refused = isinstance(error, UnlistedItemsError)
+            raise typer.Exit(exits.REFUSED if refused else exits.USAGE) from None
+        except NoAnswerError as error:
+            typer.echo(f"workpool: {settings.base_url}: {error}", err=True)
+            raise typer.Exit(exits.FAILED) from None
+
+
+def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> dict[str, Any]:
+    return {
+        "base_url": settings.base_url,
+        "dialect": settings.dialect,
+        "verdict": worst.value,
+        "clauses": [
+            {
+                "clause": each.clause.name,
+                "rule": each.clause.rule,
+                "verdict": each.verdict.value,
+                "seen": each.seen,
+            }
+            for each in findings
+        ],
+    }
+
+
+def _print(findings: Sequence[Finding]) -> None:
+    """Print a line for each clause that does not just hold, after the ones that do, then counts."""
+    width = max(len(verdict.value) for verdict in Verdict)
+    for verdict in _ORDER:
+        for each in findings:
+            if each.verdict is verdict:
+                seen = f": {each.seen}" if each.seen else ""
+                typer.echo(f"{verdict.value:<{width}}  {each.clause.name}{seen}")
+                if verdict is not Verdict.HOLDS:
+                    typer.echo(f"{'':<{width}}  {each.clause.rule}")
+    counts = Counter(each.verdict for each in findings)
+    typer.echo(", ".join(f"{counts[each]} {each.value}" for each in _ORDER if counts[each]))
