@@ -88,10 +88,12 @@ class Api(WorkCalls[Answer]):
             return Answer(response.status, body, response.headers)
 
     async def claim(self, **options: Any) -> dict[str, Any]:
+        """The polled item as every other call answers it: without the secret."""
         answer = await self.poll(**options)
         assert answer.status == 200
         assert answer.body is not None
         item: dict[str, Any] = answer.body
+        item.pop("secret", None)
         return item
 
     async def state(self, work_id: str) -> str:

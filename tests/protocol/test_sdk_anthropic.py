@@ -46,6 +46,15 @@ async def strict(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
         yield client
 
 
+@pytest.fixture
+async def api_key(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    async with AsyncAnthropic(
+        api_key=TOKEN, base_url=base_url, _strict_response_validation=True
+    ) as client:
+        yield client
+
+
 async def test_all_eight_calls(plane: ControlPlane, strict: AsyncAnthropic, clock: Clock) -> None:
     sdk = strict
     work = sdk.beta.environments.work
@@ -141,10 +150,9 @@ async def test_session_after_every_status_event_validates_as_the_sdks_type(
     assert (await strict.beta.sessions.retrieve(session_id)).status == status
 
 
-async def test_application_creates_work_with_the_sdk_alone(strict: AsyncAnthropic) -> None:
-    api_key = AsyncAnthropic(
-        api_key=TOKEN, base_url=strict.base_url, _strict_response_validation=True
-    )
+async def test_application_creates_work_with_the_sdk_alone(
+    strict: AsyncAnthropic, api_key: AsyncAnthropic
+) -> None:
     environment = await api_key.beta.environments.create(
         name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
     )

@@ -200,7 +200,7 @@ class ControlPlane:
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         bound = self._bind(stack)
-        tokens = Tokens(self._tokens or {})
+        tokens = Tokens(self._tokens or {}, self.operations.signing_key)
         connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
         routes = [

@@ -16,7 +16,7 @@ from workpool.server.clock import to_heartbeat_text
 from workpool.server.errors import Refusal
 from workpool.server.item import SESSION_PREFIX
 from workpool.server.paging import listing, page_of
-from workpool.server.routes import answer, check_allowed
+from workpool.server.routes import answer
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workpool.server.item import Item
     from workpool.server.operations import Operations
     from workpool.server.sessions import Session
-    from workpool.server.tokens import Tokens
+    from workpool.server.tokens import Caller, Tokens
 
 
 class ApplicationRoutes:
@@ -53,7 +53,7 @@ class ApplicationRoutes:
 
     async def create_environment(self, request: web.Request) -> web.Response:
         """Create a `self_hosted` environment."""
-        if self._admit(request) is not None:
+        if self._admit(request).environments is not None:
             raise Refusal(403, "this token is limited to environments that exist")
         wanted = creation.parse_environment(await requests.body(request))
         environment = self._operations.create_environment(*wanted)
@@ -61,15 +61,15 @@ class ApplicationRoutes:
 
     async def environment(self, request: web.Request) -> web.Response:
         """Read one environment."""
-        limits, environment_id = self._admit(request), request.match_info["environment_id"]
-        check_allowed(limits, environment_id)
+        environment_id = request.match_info["environment_id"]
+        self._admit(request).check_environment(environment_id)
         await requests.body(request)
         environment, cloud = self._operations.environment(environment_id)
         return await self._durable(environment.answer(cloud=cloud))
 
     async def environments(self, request: web.Request) -> web.Response:
         """List the environments that the token may use, in ascending order of their ids."""
-        limits = self._admit(request)
+        limits = self._admit(request).environments
         await requests.body(request)
         place = requests.place(request, "", ID_PATTERN)
         if place.before is not None:
@@ -88,14 +88,14 @@ class ApplicationRoutes:
 
     async def create_session(self, request: web.Request) -> web.Response:
         """Create a session, and the work item that brings it to a worker."""
-        limits = self._admit(request)
+        caller = self._admit(request)
         wanted = creation.parse_session(await requests.body(request))
-        check_allowed(limits, wanted.environment_id)
+        caller.check_environment(wanted.environment_id)
         return await self._durable(self._session(*self._operations.create_session(wanted)))
 
     async def sessions(self, request: web.Request) -> web.Response:
         """List the sessions that the query asks for, by default the newest first."""
-        limits = self._admit(request)
+        limits = self._admit(request).environments
         await requests.body(request)
         place = requests.place(request, SESSION_PREFIX)
         newest_first = requests.newest_first(request, default=True)
@@ -123,15 +123,17 @@ class ApplicationRoutes:
 
     async def archive(self, request: web.Request) -> web.Response:
         """Archive a session, which terminates it."""
-        limits = self._admit(request)
+        caller = self._admit(request)
         own = self._dialect.own_session_id(request.match_info["session_id"])
         session, _ = self._operations.session(own)
-        check_allowed(limits, session.environment_id)
+        caller.check_environment(session.environment_id)
         await requests.body(request)
         return await self._durable(self._session(*self._operations.archive_session(own)))
 
-    def _admit(self, request: web.Request) -> frozenset[str] | None:
-        return self._tokens.admit(request.headers, self._dialect.api_key_header)
+    def _admit(self, request: web.Request) -> Caller:
+        caller = self._tokens.admit(request.headers, self._dialect)
+        caller.check_item(None)
+        return caller
 
     def _session(self, session: Session, item: Item) -> dict[str, Any]:
         return self._dialect.session(self._operations.sessions.answer(session, item))

@@ -33,6 +33,7 @@ class Dialect:
         metadata_required: Whether an update without `metadata` is a 400.
         compare_on_stop: Whether a heartbeat on a `stopping` item must expect the last one, and on a
             `stopped` item is a 409; otherwise both are answered with the state.
+        item_secrets: Whether a poll gives each item a `secret`, and tokens of items are accepted.
         request_ids: Whether every answer has a `request-id` header.
     """
 
@@ -46,6 +47,7 @@ class Dialect:
     stop_answers_item: bool
     metadata_required: bool
     compare_on_stop: bool
+    item_secrets: bool
     request_ids: bool
 
     def session_id(self, own: str) -> str:
@@ -99,6 +101,7 @@ QODER: Final = Dialect(
     stop_answers_item=True,
     metadata_required=False,
     compare_on_stop=True,
+    item_secrets=False,
     request_ids=False,
 )
 ANTHROPIC: Final = Dialect(
@@ -112,6 +115,7 @@ ANTHROPIC: Final = Dialect(
     stop_answers_item=False,
     metadata_required=True,
     compare_on_stop=False,
+    item_secrets=True,
     request_ids=True,
 )
 DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}

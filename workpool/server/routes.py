@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from workpool.server.dialects import Dialect
+    from workpool.server.item import Item
     from workpool.server.operations import Operations
     from workpool.server.tokens import Tokens
 
@@ -89,7 +90,13 @@ class Routes:
         finally:  # cancelled while the delivery became durable: the client has gone
             if not delivered:
                 self._operations.withdraw(item)
-        return answer(self._dialect.item(item) if delivered else None)
+        return answer(self._delivery(item) if delivered else None)
+
+    def _delivery(self, item: Item) -> dict[str, Any]:
+        shown = self._dialect.item(item)
+        if self._dialect.item_secrets:
+            shown["secret"] = self._tokens.secret(item)
+        return shown
 
     async def stats(self, request: web.Request) -> web.Response:
         """Answer the statistics of the queue."""
@@ -147,14 +154,14 @@ class Routes:
 
     async def ack(self, request: web.Request) -> web.Response:
         """Acknowledge an item."""
-        environment_id, work_id = self._item(request)
+        environment_id, work_id = self._item(request, own_token=True)
         await requests.body(request)
         item = self._operations.ack(environment_id, work_id, self._worker_id(request))
         return await self._durable(self._dialect.item(item))
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         """Extend the lease of an item, as far as its state allows."""
-        environment_id, work_id = self._item(request)
+        environment_id, work_id = self._item(request, own_token=True)
         await requests.body(request)
         expected, ttl_seconds = requests.heartbeat(request)
         item = self._operations.heartbeat(
@@ -172,7 +179,7 @@ class Routes:
 
     async def stop(self, request: web.Request) -> web.Response:
         """Stop an item; the answer is the dialect's."""
-        environment_id, work_id = self._item(request)
+        environment_id, work_id = self._item(request, own_token=True)
         force = requests.force(await requests.body(request))
         item = self._operations.stop(
             environment_id,
@@ -186,17 +193,25 @@ class Routes:
         await self._operations.durable()
         return web.Response(status=204)
 
-    def _environment(self, request: web.Request) -> str:
-        """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order."""
-        limits = self._tokens.admit(request.headers, self._dialect.api_key_header)
+    def _environment(self, request: web.Request, work_id: str | None = None) -> str:
+        """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order.
+
+        `work_id`: the item whose own token is accepted for this call.
+        """
+        caller = self._tokens.admit(request.headers, self._dialect)
         environment_id = request.match_info["environment_id"]
-        check_allowed(limits, environment_id)
+        caller.check_environment(environment_id)
+        caller.check_item(work_id)
         self._operations.queue(environment_id)
         return environment_id
 
-    def _item(self, request: web.Request) -> tuple[str, str]:
-        """Admit the caller to the item of the path; 404 unknown."""
-        environment_id, work_id = self._environment(request), request.match_info["work_id"]
+    def _item(self, request: web.Request, *, own_token: bool = False) -> tuple[str, str]:
+        """Admit the caller to the item of the path; 404 unknown.
+
+        `own_token`: whether the item's own token is accepted for this call.
+        """
+        work_id = request.match_info["work_id"]
+        environment_id = self._environment(request, work_id if own_token else None)
         self._operations.get(environment_id, work_id)
         return environment_id, work_id
 
@@ -206,12 +221,6 @@ class Routes:
     async def _durable(self, value: dict[str, Any]) -> web.Response:
         await self._operations.durable()
         return answer(value)
-
-
-def check_allowed(limits: frozenset[str] | None, environment_id: str) -> None:
-    """Refuse a token that is limited to other environments."""
-    if limits is not None and environment_id not in limits:
-        raise Refusal(403, "this token is not allowed on this environment")
 
 
 def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable[Any]]:

@@ -19,8 +19,8 @@ from workpool.server.client_events import client_events
 from workpool.server.conversation import EVENT_PREFIX
 from workpool.server.errors import Refusal, StoreError
 from workpool.server.paging import listing, page_of
-from workpool.server.routes import answer, check_allowed
-from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER
+from workpool.server.routes import answer
+from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
     from workpool.server.conversation import Conversation, Event
@@ -111,11 +111,18 @@ class SessionRoutes:
         return response
 
     def _session(self, request: web.Request) -> tuple[Session, Item]:
-        """Admit the caller to the session of the path: 401, 404, 403, in this order."""
-        limits = self._tokens.admit(request.headers, self._dialect.api_key_header)
+        """Admit the caller to the session of the path: 401, 404, 403, in this order.
+
+        An item's token is accepted for the session of this item, until the item is stopped.
+        """
+        caller = self._tokens.admit(request.headers, self._dialect)
         own = self._dialect.own_session_id(request.match_info["session_id"])
+        if caller.item is not None:
+            claimed = self._operations.get(*caller.item)
+            if claimed.session_id != own or claimed.state == STOPPED:
+                raise Refusal(403, "an item's token is for its session, until the item is stopped")
         session, item = self._operations.session(own)
-        check_allowed(limits, session.environment_id)
+        caller.check_environment(session.environment_id)
         return session, item
 
     def _conversation(self, request: web.Request) -> Conversation:

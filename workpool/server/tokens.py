@@ -1,10 +1,17 @@
-"""The tokens that may call, and their environments. Holds hashes, never a token."""
+"""Who may call, and what: tokens for environments, and a token for each item.
+
+Holds hashes of the former, never a token. The latter are signed, so that none has to be kept.
+"""
 
 from __future__ import annotations
 
+import hmac
 import re
+from base64 import urlsafe_b64encode
 from hashlib import sha256
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import orjson
 
 from workpool.server.errors import Refusal, ServeError
 from workpool.wire.protocol import ID_PATTERN
@@ -12,30 +19,73 @@ from workpool.wire.protocol import ID_PATTERN
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from workpool.server.dialects import Dialect
+    from workpool.server.item import Item
+
 Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"
 """Token → the environments that it is limited to; None: all."""
 
+_ITEM_PREFIX: Final = "item."
+"""How an item's token begins; the environment, the item and the signature follow."""
 _ID: Final = re.compile(ID_PATTERN)
 _TOKEN: Final = re.compile(r"[!-~]{1,1024}")
 
 
+class Caller(NamedTuple):
+    """What the sender of a request may call.
+
+    Attributes:
+        environments: The environments that it is limited to; None: all.
+        item: Environment and id of the item whose token it sent: it is limited to this item and
+            its session; None: no such limit.
+    """
+
+    environments: frozenset[str] | None
+    item: tuple[str, str] | None = None
+
+    def check_environment(self, environment_id: str) -> None:
+        """Refuse another environment."""
+        if self.environments is not None and environment_id not in self.environments:
+            raise Refusal(403, "this token is not allowed on this environment")
+
+    def check_item(self, work_id: str | None) -> None:
+        """Refuse an item's token for any call but `work_id`'s own; None: a call on no item."""
+        if self.item is not None and work_id != self.item[1]:
+            raise Refusal(403, "an item's token is for this item and its session only")
+
+
 class Tokens:
-    """The tokens that are accepted, looked up by hash: comparing takes no telling time."""
+    """The tokens that are accepted, looked up by hash: comparing takes no telling time.
 
-    def __init__(self, grants: Grants) -> None:
+    Args:
+        grants: Token → the environments that it is limited to.
+        signing_key: What signs the tokens of items.
+    """
+
+    def __init__(self, grants: Grants, signing_key: bytes) -> None:
         self._grants = {_digest(token): limits for token, limits in grants.items()}
+        self._signing_key = signing_key
 
-    def admit(
-        self, headers: Mapping[str, str], api_key_header: str | None = None
-    ) -> frozenset[str] | None:
-        """Return the environments that a request's token is limited to; 401 when unknown.
+    def admit(self, headers: Mapping[str, str], dialect: Dialect) -> Caller:
+        """Return who sent a request with these headers; 401 when unknown."""
+        token = _token_of(headers, dialect.api_key_header)
+        digest = _digest(token)
+        if digest in self._grants:
+            return Caller(self._grants[digest])
+        if dialect.item_secrets and token.startswith(_ITEM_PREFIX) and token.isascii():
+            subject, _, _ = token.rpartition(".")
+            if hmac.compare_digest(token, self._signed(subject)):
+                environment_id, work_id = subject.removeprefix(_ITEM_PREFIX).split(".")
+                return Caller(frozenset({environment_id}), (environment_id, work_id))
+        raise Refusal(401, "the token is missing or wrong")
 
-        `api_key_header`: the header that may hold the token in place of `Authorization`.
-        """
-        digest = _digest(_token_of(headers, api_key_header))
-        if digest not in self._grants:
-            raise Refusal(401, "the token is missing or wrong")
-        return self._grants[digest]
+    def secret(self, item: Item) -> str:
+        """Return the secret of an item: base64url of a JSON object with the item's token."""
+        token = self._signed(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
+        return urlsafe_b64encode(orjson.dumps({"sessions_token": token})).decode().rstrip("=")
+
+    def _signed(self, subject: str) -> str:
+        return f"{subject}.{hmac.new(self._signing_key, subject.encode(), sha256).hexdigest()}"
 
 
 def _token_of(headers: Mapping[str, str], api_key_header: str | None) -> str:

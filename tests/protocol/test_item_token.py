@@ -1,0 +1,163 @@
+"""The `secret` of an item in the anthropic dialect, and what the token in it may call."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.protocol.conftest import ENV, OTHER, TOKEN, Answer, Api, Clock
+from tests.protocol.test_events import BASH, path
+from workpool.server import ControlPlane, SqliteStore
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import aiohttp
+
+MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
+
+
+def token_of(item: dict[str, Any]) -> str:
+    padding = "=" * (-len(item["secret"]) % 4)
+    content = json.loads(base64.urlsafe_b64decode(item["secret"] + padding))
+    assert set(content) == {"sessions_token"}
+    token: str = content["sessions_token"]
+    return token
+
+
+async def claimed(api: Api, environment: str = ENV) -> tuple[dict[str, Any], Api]:
+    """A claimed item, and a client that has nothing but the item's token."""
+    api.plane.enqueue(script=[BASH], environment_id=environment)
+    item = (await api.poll(environment)).body
+    return item, Api(api.plane, api.http, "anthropic", token=token_of(item))
+
+
+def session_path(api: Api, item: dict[str, Any], suffix: str = "/events") -> str:
+    return path(api, item["data"]["id"].replace("session_", "sess_"), suffix)
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_item_token_serves_the_item_from_ack_to_stop(anthropic: Api) -> None:
+    item, own = await claimed(anthropic)
+    assert (await own.ack(item["id"])).status == 200
+    assert (await own.beat(item["id"], "NO_HEARTBEAT")).status == 200
+    session = await own("GET", session_path(own, item, ""))
+    assert (session.status, session.body["id"]) == (200, item["data"]["id"])
+    events = await own("GET", session_path(own, item))
+    assert events.status == 200
+    sent = await own("POST", session_path(own, item), json={"events": [MESSAGE]})
+    assert sent.status == 200
+    headers = {"Authorization": f"Bearer {own.token}"}
+    async with own.http.get(session_path(own, item, "/events/stream"), headers=headers) as answer:
+        assert answer.status == 200
+    assert (await own.stop(item["id"], json={"force": True})).status == 204
+
+
+async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> list[Answer]:
+    """Answers to all calls that the token of `item` must not make."""
+    base, work_id = own.base, item["id"]
+    events = {"events": [MESSAGE]}
+    return [
+        await own.poll(),
+        await own("GET", own.work()),
+        await own("POST", own.work(), json={}),
+        await own("GET", own.work("/stats")),
+        await own.get(work_id),
+        await own.update(work_id, json={"metadata": {}}),
+        await own.ack(other["id"]),
+        await own.beat(other["id"]),
+        await own.stop(other["id"], json={"force": True}),
+        await own.stop("work_unknown"),
+        await own("GET", session_path(own, other, "")),
+        await own("GET", session_path(own, other)),
+        await own("POST", session_path(own, other), json=events),
+        await own("GET", session_path(own, other, "/events/stream")),
+        await own("GET", f"{base}/sessions/session_unknown"),
+        await own("POST", session_path(own, item, "/archive")),
+        await own("GET", f"{base}/sessions"),
+        await own("POST", f"{base}/sessions", json={"agent": "a", "environment_id": ENV}),
+        await own("GET", f"{base}/environments"),
+        await own("GET", f"{base}/environments/{ENV}"),
+        await own("POST", f"{base}/environments", json=SELF_HOSTED),
+    ]
+
+
+@pytest.mark.parametrize("environment", [ENV, OTHER])
+async def test_item_token_is_403_for_everything_else(anthropic: Api, environment: str) -> None:
+    item, own = await claimed(anthropic)
+    other, _ = await claimed(anthropic, environment)
+    answers = await forbidden(own, item, other)
+    assert [answer.status for answer in answers] == [403] * len(answers)
+    assert {answer.error["type"] for answer in answers} == {"permission_error"}
+    assert await anthropic.state(item["id"]) == "queued"
+
+
+async def test_item_token_is_no_use_in_another_environments_path(anthropic: Api) -> None:
+    item, own = await claimed(anthropic)
+    url = own.work(f"/{item['id']}/heartbeat", OTHER)
+    assert (await own("POST", url)).status == 403
+
+
+async def test_item_token_opens_no_session_of_a_stopped_item(anthropic: Api) -> None:
+    item, own = await claimed(anthropic)
+    await anthropic.stop(item["id"], json={"force": True})
+    assert (await own("GET", session_path(own, item, ""))).status == 403
+    assert (await own.stop(item["id"], json={"force": True})).status == 409
+    assert (await own.beat(item["id"])).body["state"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda token: token[:-1] + ("0" if token[-1] != "0" else "1"),
+        lambda token: token.rpartition(".")[0],
+        lambda token: token.replace(".work_", ".work_0"),
+        lambda token: token + "0",
+        lambda token: token + "ä",
+        lambda _: "item.",
+        lambda _: "item.a.b.c",
+    ],
+)
+async def test_item_token_that_was_changed_is_401(anthropic: Api, change: Any) -> None:
+    item, own = await claimed(anthropic)
+    own.token = change(own.token)
+    assert (await own.beat(item["id"], "NO_HEARTBEAT")).status == 401
+
+
+async def test_secret_comes_with_polls_of_the_anthropic_dialect_only(
+    anthropic: Api, qoder: Api
+) -> None:
+    item, own = await claimed(anthropic)
+    assert "secret" not in (await anthropic.get(item["id"])).body
+    assert "secret" not in (await anthropic.ack(item["id"])).body
+    assert all("secret" not in each for each in (await anthropic("GET", own.work())).body["data"])
+    qoder.plane.enqueue()
+    assert "secret" not in (await qoder.poll()).body
+    qoder.token = own.token
+    assert (await qoder.beat(item["id"], "NO_HEARTBEAT")).status == 401
+
+
+async def test_item_tokens_of_two_control_planes_differ(anthropic: Api) -> None:
+    _, own = await claimed(anthropic)
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as another:
+        item, _ = await claimed(Api(another, anthropic.http, "anthropic"))
+        stranger = Api(another, anthropic.http, "anthropic", token=own.token)
+        assert (await stranger.ack(item["id"])).status == 401
+
+
+async def test_item_token_is_valid_after_a_restart_on_sqlite(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    def plane() -> ControlPlane:
+        store = SqliteStore(tmp_path / "work.db")
+        return ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=store, now=clock)
+
+    async with plane() as first:
+        item, own = await claimed(Api(first, http, "anthropic"))
+    async with plane() as second:
+        own.plane = second
+        assert (await own.ack(item["id"])).status == 200
