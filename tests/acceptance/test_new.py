@@ -48,8 +48,15 @@ def python(*arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_a_new_plugins_tests_pass_and_it_can_be_installed(folder: Path) -> None:
-    ended = new("daily-reports")
+@pytest.mark.parametrize(
+    ("flags", "target"),
+    [((), "workpool_daily_reports"), (("--class",), "workpool_daily_reports:DailyReportsPlugin")],
+    ids=["function", "class"],
+)
+def test_tests_of_a_new_plugin_pass_and_it_can_be_installed(
+    folder: Path, flags: tuple[str, ...], target: str
+) -> None:
+    ended = new(*flags, "daily-reports")
     assert ended.status == 0
     assert ended.out.splitlines() == [
         "daily-reports/pyproject.toml",
@@ -62,23 +69,27 @@ def test_a_new_plugins_tests_pass_and_it_can_be_installed(folder: Path) -> None:
     assert not [path for path in project.rglob("*.*") if "$" in path.read_text("utf-8")]
 
     assert "3 passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", folder=project)
-    shown = python("-m", "workpool", "plugins", "workpool_daily_reports", folder=project)
+    shown = python("-m", "workpool", "plugins", target, folder=project)
     assert "type=session job=daily-reports" in shown
 
     offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", "installed"]
     python("-m", "pip", "install", "-q", *offline, ".", folder=project)
     (installed,) = distributions(path=[str(project / "installed")])
     (point,) = installed.entry_points
-    assert (point.group, point.name) == ("workpool", "daily-reports")
-    assert (project / "installed" / f"{point.value}.py").exists()
+    assert (point.group, point.name, point.value) == ("workpool", "daily-reports", target)
+    assert (project / "installed/workpool_daily_reports.py").exists()
 
 
-def test_what_it_writes_follows_the_house_style(folder: Path) -> None:
-    new("reports")
+@pytest.mark.parametrize("flags", [(), ("--class",)], ids=["function", "class"])
+@pytest.mark.parametrize("name", ["reports", "session"])
+def test_new_plugin_follows_the_style_of_this_project(
+    folder: Path, flags: tuple[str, ...], name: str
+) -> None:
+    new(*flags, name)
     ruff = ["-m", "ruff"]
     rules = ["--select", "E,F,I,W,UP,B,RUF"]
-    python(*ruff, "check", "--isolated", *rules, ".", folder=folder / "reports")
-    python(*ruff, "format", "--isolated", "--check", ".", folder=folder / "reports")
+    python(*ruff, "check", "--isolated", *rules, ".", folder=folder / name)
+    python(*ruff, "format", "--isolated", "--check", ".", folder=folder / name)
 
 
 @pytest.mark.parametrize("what", ["directory", "file", "dangling link"])

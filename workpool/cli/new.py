@@ -1,6 +1,7 @@
-"""`workpool new NAME`: a plugin of your own, with tests that pass, to begin with (design §6)."""
+"""`workpool new NAME`: write the project of a new plugin, with tests that pass."""
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -18,13 +19,23 @@ FILES: Final = {
     "$module.py": "module.py.in",
     "tests/test_$module.py": "test.py.in",
 }
-"""What is written, by the template that it is made from."""
+"""Files of a project whose plugin is a function, and their templates."""
+CLASS_FILES: Final = FILES | {
+    "README.md": "class_README.md.in",
+    "$module.py": "class_module.py.in",
+    "tests/test_$module.py": "class_test.py.in",
+}
+"""Files of a project whose plugin is a class, and their templates."""
 
 
 def new(
     name: Annotated[
         str, typer.Argument(metavar="NAME", help="Small letters, digits, dashes between.")
     ],
+    as_class: Annotated[
+        bool,
+        typer.Option("--class", help="Write a class that opens a client for the pool's lifetime."),
+    ] = False,
 ) -> None:
     """Write a plugin project into the new directory NAME: a handler, its tests, a README."""
     if len(name) > NAME_LENGTH or not NAME.fullmatch(name):
@@ -34,9 +45,16 @@ def new(
         )
     if name in {plugin.name for plugin in available()}:
         raise typer.BadParameter(f"a plugin named {name!r} is installed already")
-    words = {"name": name, "module": "workpool_" + name.replace("-", "_")}
+    module = "workpool_" + name.replace("-", "_")
+    class_name = name.title().replace("-", "") + "Plugin"
+    words = {
+        "name": name,
+        "module": module,
+        "class_name": class_name,
+        "target": f"{module}:{class_name}" if as_class else module,
+    }
     try:
-        written = _write(Path(name), words)
+        written = _write(Path(name), CLASS_FILES if as_class else FILES, words)
     except OSError as error:
         raise typer.BadParameter(f"cannot write {error.filename}: {error.strerror}") from None
     for path in written:
@@ -44,12 +62,18 @@ def new(
     typer.echo(f"workpool: next: cd {name} && pytest", err=True)
 
 
-def _write(directory: Path, words: dict[str, str]) -> list[Path]:
-    """Fill the templates in; raises `FileExistsError` rather than touch what is there."""
+def _write(
+    directory: Path, templates_of: Mapping[str, str], words: Mapping[str, str]
+) -> list[Path]:
+    """Fill in the templates; returns the paths of the files.
+
+    Raises:
+        OSError: The directory exists or cannot be written.
+    """
     directory.mkdir()
     templates = files("workpool.cli") / "template"
     paths = []
-    for where, source in FILES.items():
+    for where, source in templates_of.items():
         path = directory / Template(where).substitute(words)
         path.parent.mkdir(exist_ok=True)
         text = Template((templates / source).read_text("utf-8")).substitute(words)
