@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import sqlite3
 import sys
 import tomllib
@@ -22,6 +23,7 @@ import workpool
 from tests import references
 from workpool import Settings, Supervisor, WorkClient, hookspecs
 from workpool.cli import exits
+from workpool.errors import RefusedError
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
@@ -222,21 +224,53 @@ async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None
 
 
 @pytest.mark.usefixtures("plane")
-async def test_embedding_in_plain_asyncio(tmp_path: Path) -> None:
-    names = run("def greet", tmp_path)
-    async with asyncio.TaskGroup() as group:
+async def test_plain_program_runs_until_a_signal(tmp_path: Path) -> None:
+    names = run("# program.py", tmp_path)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
         assert "hello, " in (await finished({}))["greeting"]
-        main.cancel()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await main
 
 
 @pytest.mark.usefixtures("plane")
 async def test_embedding_in_aiohttp(tmp_path: Path) -> None:
-    app: web.Application = run("web.Application()", tmp_path)["app"]
+    app: web.Application = run("# web_aiohttp.py", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
-        async with client.get("/ready") as answer:
-            assert answer.status == 200
+        for path in ("/ready", "/live"):
+            async with client.get(path) as answer:
+                assert answer.status == 200
+
+
+@pytest.mark.usefixtures("plane")
+async def test_failed_pool_fails_the_liveness_route(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QODER_PAT", "wrong")
+    names = run("# web_aiohttp.py", tmp_path)
+    app: web.Application = names["app"]
+    async with TestClient(TestServer(app)) as client:
+        with pytest.raises(RefusedError):
+            await app[names["POOL"]].wait()
+        async with client.get("/live") as answer:
+            assert answer.status == 503
+
+
+@pytest.mark.usefixtures("plane")
+async def test_failed_pool_ends_the_application(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QODER_PAT", "wrong")
+    app: web.Application = run("# failing.py", tmp_path)["app"]
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    try:
+        async with TestClient(TestServer(app)), asyncio.timeout(20):
+            await ended.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 @pytest.mark.trial
@@ -244,12 +278,27 @@ async def test_embedding_in_aiohttp(tmp_path: Path) -> None:
 async def test_embedding_in_fastapi(tmp_path: Path) -> None:
     from httpx import ASGITransport, AsyncClient  # noqa: PLC0415 - only the trials have it
 
-    app: FastAPI = run("FastAPI(lifespan", tmp_path)["app"]
+    app: FastAPI = run("# web_fastapi.py", tmp_path)["app"]
     async with app.router.lifespan_context(app):
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
         transport = ASGITransport(app=app)
         async with AsyncClient(transport=transport, base_url="http://embedded") as client:
             assert (await client.get("/running")).json() == 0
+            assert (await client.get("/live")).status_code == 200
+
+
+@pytest.mark.usefixtures("plane")
+async def test_two_pools_share_rate_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("# two_pools.py", tmp_path)
+    async with ControlPlane(environments=["env_a", "env_b"]) as plane:
+        monkeypatch.setenv("WORKPOOL_BASE_URL", plane.base_url)
+        monkeypatch.setenv("QODER_PAT", plane.token)
+        async with asyncio.TaskGroup() as group:
+            main = group.create_task(names["main"]())
+            for environment in plane.environments:
+                monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", environment)
+                assert (await finished({"job": "daily-report"}))["rows"] == "42"
+            main.cancel()
 
 
 @pytest.mark.usefixtures("plane")
