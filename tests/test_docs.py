@@ -21,10 +21,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import workpool
 from tests import references
-from workpool import Settings, Supervisor, WorkClient, hookspecs
+from workpool import Session, Settings, Supervisor, WorkClient, handler, hookspecs
 from workpool.cli import exits
 from workpool.errors import RefusedError
+from workpool.events import SessionFinished
 from workpool.server import ControlPlane
+from workpool.testing import Kit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -80,6 +82,11 @@ def test_every_exit_status_is_in_the_table() -> None:
     section = page("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
+
+
+def test_every_alert_is_in_the_table_of_the_operator() -> None:
+    alerts = re.findall(r"alert: (\w+)", (ROOT / "workpool/alerts.yml").read_text())
+    assert re.findall(r"^\| `(Workpool\w+)` \|", page("operating.md"), re.MULTILINE) == alerts
 
 
 def test_gate_runs_both_test_commands_of_the_readme() -> None:
@@ -197,7 +204,33 @@ async def test_blocking_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_handing_a_session_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_thread_with_a_flag(tmp_path: Path) -> None:
+    resize = run("# resize.py", tmp_path)["resize"]
+    assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
+
+
+async def test_idempotency_key_is_the_same_in_a_second_run(tmp_path: Path) -> None:
+    names = run("# pay.py", tmp_path)
+    pay = names["pay"]
+
+    @handler(metadata={"job": "pay"})
+    async def pay_and_crash_once(session: Session) -> object:
+        result = await pay(session)
+        if session.attempt == 1:
+            kit.lose(item)
+            await asyncio.sleep(10)
+        return result
+
+    async with Kit() as kit:
+        [item] = kit.enqueue(metadata={"job": "pay", "amount": "7"})
+        async with kit.pool(pay_and_crash_once):
+            outcomes = [(await kit.wait_for(SessionFinished)).outcome for _ in range(2)]
+    assert outcomes == ["lease_lost", "completed"]
+    assert names["bank"].payments == {item.id: 7}
+
+
+@pytest.mark.usefixtures("plane")
+async def test_handing_a_session_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To a real holder, which ends the item with its program."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")

@@ -254,8 +254,9 @@ class Kit:
         return event
 
     async def __aenter__(self) -> Self:
-        """Open the control plane's port."""
-        await self.server.__aenter__()
+        """Open the control plane's port; in virtual time it has none."""
+        if _virtual_loop() is None:
+            await self.server.__aenter__()
         return self
 
     async def __aexit__(
@@ -264,8 +265,9 @@ class Kit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close it."""
-        await self.server.__aexit__(kind, error, trace)
+        """Close the port."""
+        if _virtual_loop() is None:
+            await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
         """Let `test` run with the control plane open, on whatever loop it runs."""
