@@ -1,0 +1,109 @@
+"""The client against the answers of five other control planes, as their public sources write them.
+
+Each file of `recorded/` holds the answers of one repository: the call, the file that writes the
+answer, the answer itself, and what the client makes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from pydantic import SecretStr
+
+from workpool import Settings, WorkClient
+from workpool.errors import ControlPlaneError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+RECORDED = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted((Path(__file__).parent / "recorded").glob("*.json"))
+}
+ANSWERS = [
+    pytest.param(answer, id=f"{name}-{answer['call']}-{number}")
+    for name, plane in RECORDED.items()
+    for number, answer in enumerate(plane["answers"])
+]
+WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
+
+
+def item_of(answer: dict[str, Any]) -> str:
+    """The item that the client asks about: the one of the answer, where it names one."""
+    body = answer["body"]
+    return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
+
+
+async def listed(client: WorkClient) -> list[str]:
+    return [item.id async for item in client.list()]
+
+
+CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
+    "poll": lambda client, _: client.poll(block_ms=1),
+    "ack": lambda client, work_id: client.ack(work_id),
+    "heartbeat": lambda client, work_id: client.heartbeat(work_id),
+    "stop": lambda client, work_id: client.stop(work_id, force=True),
+    "update": lambda client, work_id: client.update_metadata(work_id, {"k": "v"}),
+    "get": lambda client, work_id: client.get(work_id),
+    "list": lambda client, _: listed(client),
+    "stats": lambda client, _: client.stats(),
+}
+
+
+def told(value: object, name: str) -> object:
+    """An attribute of what the client returned, as JSON has it."""
+    found = getattr(value, name)
+    if isinstance(found, SecretStr):
+        return found.get_secret_value()
+    if hasattr(found, "isoformat"):
+        return found.isoformat()
+    return dict(found) if name == "metadata" else found
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_recorded_answer_is_read_as_expected(answer: dict[str, Any]) -> None:
+    async def respond(_: web.Request) -> web.Response:
+        headers = answer.get("headers")
+        if answer["body"] == "no body":
+            return web.Response(status=answer["status"], headers=headers)
+        return web.json_response(answer["body"], status=answer["status"], headers=headers)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", respond)
+    expected = answer["client"]
+    async with TestServer(app, host="127.0.0.1") as server:
+        settings = Settings(
+            base_url=str(server.make_url("/v1")),
+            dialect="anthropic",
+            environment_id="env_1",
+            token=cast("Any", "token"),
+        )
+        async with WorkClient(settings) as client:
+            call = CALLS[answer["call"]](client, item_of(answer))
+            if "raises" in expected:
+                with pytest.raises(ControlPlaneError) as raised:
+                    await call
+                assert type(raised.value).__name__ == expected["raises"]
+                assert raised.value.status == expected["status"]
+                assert getattr(raised.value, "error_type", None) == expected["error_type"]
+                return
+            returned = await call
+    if isinstance(expected["returns"], dict):
+        found = {name: told(returned, name) for name in expected["returns"]}
+        assert found == expected["returns"]
+    else:
+        assert returned == expected["returns"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_control_plane_names_its_sources_and_has_every_call_of_a_worker(name: str) -> None:
+    plane = RECORDED[name]
+    assert plane["repository"].count("/") == 1
+    assert len(plane["commit"]) == 40
+    assert all("/" in answer["path"] for answer in plane["answers"])
+    assert {answer["call"] for answer in plane["answers"]} >= set(WORK_CALLS)
