@@ -1,0 +1,253 @@
+"""The vendor's environment workers, in Python and TypeScript, through a whole conversation.
+
+The application is a client of the vendor's SDK too: it creates the environment and the session, and
+decides on what is asked. Nothing here is ours but the control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+from aiohttp import web
+from anthropic import AsyncAnthropic, beta_async_tool
+from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
+
+from tests.protocol.conftest import until
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to fetch packages
+
+APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
+NODE_MAJOR_MIN = 20
+SCRIPT: list[dict[str, Any]] = [
+    {"name": "write", "input": {"file_path": "note", "content": "hello\n"}},
+    {"name": "bash", "input": {"command": "cat note; echo world >>note"}},
+    {"name": "bash", "input": {"command": "cat note"}, "permission": "ask"},
+    {"name": "bash", "input": {"command": "rm note"}, "permission": "ask"},
+    {"name": "weather", "input": {"city": "Ulm"}, "custom": True},
+    {"name": "read", "input": {"file_path": "note"}},
+]
+
+
+class Calls:
+    """The calls of a worker, each with the kind of its credential: "key" or "item"."""
+
+    def __init__(self) -> None:
+        self.seen: set[tuple[str, str]] = set()
+
+    @web.middleware
+    async def middleware(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        # The name of a call is its path without ids.
+        words = request.path.removeprefix("/v1/").split("/")
+        call = f"{request.method} {'/'.join(word for word in words if '_' not in word)}"
+        if token != APPLICATION:
+            self.seen.add(("key" if token == KEY else "item", call))
+        return await handler(request)
+
+
+@pytest.fixture
+def calls() -> Calls:
+    return Calls()
+
+
+@pytest.fixture
+async def plane(calls: Calls) -> AsyncIterator[ControlPlane]:
+    tokens = {APPLICATION: None, KEY: None}
+    async with ControlPlane(tokens=tokens, middlewares=[calls.middleware]) as plane:
+        yield plane
+
+
+@pytest.fixture
+async def application(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+    async with AsyncAnthropic(
+        api_key=APPLICATION,
+        base_url=plane.anthropic_base_url.removesuffix("/v1"),
+        _strict_response_validation=True,
+    ) as client:
+        yield client
+
+
+async def decide(application: AsyncAnthropic, session_id: str) -> None:
+    """Allow the first call that is asked for, and deny the next, until the turn ends."""
+    verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
+    events = application.beta.sessions.events
+    async with await events.stream(session_id) as stream:
+        await events.send(
+            session_id,
+            events=[{"type": "user.message", "content": [{"type": "text", "text": "Go."}]}],
+        )
+        async for event in stream:
+            if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
+                verdict = verdicts.pop(0)
+                await events.send(
+                    session_id,
+                    events=[{"type": "user.tool_confirmation", "tool_use_id": event.id,
+                             "result": verdict}],
+                )  # fmt: skip
+            if event.type == "session.status_idle" and event.stop_reason.type == "end_turn":
+                return
+
+
+def text_of(event: dict[str, Any]) -> str:
+    text: str = event["content"][0]["text"]
+    return text.strip()
+
+
+async def converse(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    worker: Callable[[str], Any],
+    calls: Calls,
+) -> None:
+    environment = await application.beta.environments.create(
+        name="mine", config={"type": "self_hosted"}
+    )
+    async with worker(environment.id), asyncio.timeout(120):
+        session = await application.beta.sessions.create(
+            agent="agent_1",
+            environment_id=environment.id,
+            metadata={"job": "report"},
+            extra_body={"script": SCRIPT},
+        )
+        await decide(application, session.id)
+        await until(lambda: plane.summary().stopped == 1)
+
+    events = application.beta.sessions.events
+    said = [event.to_dict(mode="json") async for event in events.list(session.id)]
+    uses = [event for event in said if event["type"] == "agent.tool_use"]
+    answers = {"user.tool_result", "agent.tool_result"}
+    results: dict[object, dict[str, Any]] = {
+        event["tool_use_id"]: event for event in said if event["type"] in answers
+    }
+    assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
+    told = [results[use["id"]] for use in uses]
+    # The fourth was denied: its result is the control plane's own.
+    assert [event["type"] for event in told] == [
+        *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
+    ]  # fmt: skip
+    assert [event["is_error"] for event in told] == [False, False, False, True, False]
+    assert [text_of(event) for event in told[1:3]] == ["hello", "hello\nworld"]
+    (custom,) = [event for event in said if event["type"] == "user.custom_tool_result"]
+    assert text_of(custom) == "rain in Ulm"
+
+    assert plane.summary()[:3] == (1, 1, 0)
+    assert plane.summary().overlapping == 0
+    assert calls.seen == {
+        ("key", "GET environments/work/poll"),
+        ("key", "POST environments/work/ack"),
+        ("item", "POST environments/work/heartbeat"),
+        ("item", "POST environments/work/stop"),
+        ("item", "GET sessions"),
+        ("item", "GET sessions/events"),
+        ("item", "GET sessions/events/stream"),
+        ("item", "POST sessions/events"),
+    }
+
+
+@beta_async_tool
+async def weather(city: str) -> str:
+    """Tell the weather.
+
+    Args:
+        city: Where.
+    """
+    return f"rain in {city}"
+
+
+async def test_python_worker_runs_a_conversation_to_its_end(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    calls: Calls,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def tools(context: AgentToolContext) -> list[Any]:
+        return [*beta_agent_toolset_20260401(context), weather]
+
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+
+    @asynccontextmanager
+    async def worker(environment_id: str) -> AsyncIterator[None]:
+        async with (
+            AsyncAnthropic(auth_token=KEY, base_url=base_url) as client,
+            asyncio.TaskGroup() as group,
+        ):
+            work = client.beta.environments.work.worker(
+                environment_id=environment_id,
+                environment_key=KEY,
+                workdir=tmp_path,
+                max_idle=0.05,
+                tools=tools,
+            )
+            running = group.create_task(work.run())
+            yield
+            running.cancel()
+
+    await converse(plane, application, worker, calls)
+    assert (tmp_path / "note").read_text() == "hello\nworld\n"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.fixture(scope="session")
+def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the TypeScript SDK, in which Node finds it."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("node and npm are not installed")
+    version = subprocess.check_output([node, "--version"], text=True)  # noqa: S603 - found on PATH
+    if int(version.lstrip("v").partition(".")[0]) < NODE_MAJOR_MIN:
+        pytest.skip(f"node {version.strip()} is older than {NODE_MAJOR_MIN}")
+    project = tmp_path_factory.mktemp("node")
+    shutil.copy(Path(__file__).with_name("environment_worker.mjs"), project)
+    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "@anthropic-ai/sdk"]
+    try:
+        installed = subprocess.run(  # noqa: S603 - found on PATH
+            install, cwd=project, capture_output=True, text=True, timeout=120, check=False
+        )
+    except subprocess.TimeoutExpired:
+        pytest.skip("npm did not install @anthropic-ai/sdk within 120 s")
+    if installed.returncode:
+        problem = (installed.stderr.strip().splitlines() or ["no message"])[0]
+        pytest.skip(f"npm could not install @anthropic-ai/sdk: {problem}")
+    return project
+
+
+async def test_typescript_worker_runs_a_conversation_to_its_end(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    calls: Calls,
+    tmp_path: Path,
+    node_project: Path,
+) -> None:
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+
+    @asynccontextmanager
+    async def worker(environment_id: str) -> AsyncIterator[None]:
+        process = await asyncio.create_subprocess_exec(
+            "node", "environment_worker.mjs", base_url, environment_id, KEY, str(tmp_path),
+            cwd=node_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            process.terminate()
+            output, _ = await asyncio.wait_for(process.communicate(), 30)
+            print(output.decode())  # noqa: T201 - pytest shows it when the test fails
+        assert process.returncode == 0
+
+    await converse(plane, application, worker, calls)
+    assert (tmp_path / "note").read_text() == "hello\nworld\n"
