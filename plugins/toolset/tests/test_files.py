@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from workpool import DaemonThreads
 from workpool_toolset import files
 from workpool_toolset.files import Sizes
-from workpool_toolset.tools import THREADS, Bounds
+from workpool_toolset.tools import THREADS, Bounds, Threads
 from workpool_toolset.workspace import Root
 
 
@@ -64,6 +65,14 @@ LINES = "one\ntwo\nthree\nfour"
         ({"view_range": [3, 0]}, "three\nfour"),
         ({"view_range": [4, -1]}, "four"),
         ({"view_range": [0, 1]}, "one\n"),
+        ({"view_range": []}, LINES),
+        ({"view_range": [0, 0]}, LINES),
+        ({"view_range": [2.0, 3.0]}, "two\nthree\n"),
+        ({"view_range": [1.5, 2.9]}, "one\ntwo\n"),
+        ({"view_range": ["2", "3"]}, "two\nthree\n"),
+        ({"view_range": ["2.0", 3]}, "two\nthree\n"),
+        ({"offset": "2", "limit": 2.0}, "two\nthree\n"),
+        ({"offset": 0, "limit": 1}, "one\n"),
         ({"view_range": [2, 99]}, "two\nthree\nfour"),
         ({"offset": 2, "limit": 2}, "two\nthree\n"),
         ({"offset": 3}, "three\nfour"),
@@ -77,7 +86,31 @@ async def test_reads_a_range_of_lines(
     assert await bare.says("read", file_path="lines", **fields) == selected
 
 
-@pytest.mark.parametrize("asked", [[3, 2], [5, 0], [1], "1-2", [1, "x"], [1.5, 2], {}])
+@pytest.mark.parametrize("fields", [{"offset": "x"}, {"limit": True}, {"limit": [1]}])
+async def test_an_offset_or_limit_that_is_no_number_is_refused(
+    bare: Any, folder: Path, fields: dict[str, Any]
+) -> None:
+    (folder / "lines").write_text(LINES)
+    [name] = fields
+    assert await bare.fails("read", file_path="lines", **fields) == f"{name} must be a number"
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [3, 2],
+        [5, 0],
+        [1],
+        "1-2",
+        [1, "x"],
+        [-1, 2],
+        [True, 2],
+        [1, 2, 3],
+        ["nan", 2],
+        [1e400, 2],
+        {},
+    ],
+)
 async def test_a_range_that_cannot_be(bare: Any, folder: Path, asked: object) -> None:
     (folder / "lines").write_text(LINES)
     await bare.fails("read", file_path="lines", view_range=asked)
@@ -102,11 +135,13 @@ async def test_reads_far_beyond_a_large_file_leave_the_threads_to_other_sessions
     (folder / "small").write_text("here")
     with (folder / "large").open("wb") as file:
         file.truncate(1 << 40)
-    hostile = agents(bounds=Bounds(bash_seconds=20, tool_seconds=0.2))
+    threads = Threads(DaemonThreads("test", 2), DaemonThreads("test", 2))
+    hostile = agents(bounds=Bounds(bash_seconds=20, tool_seconds=0.1), threads=threads)
     async with asyncio.TaskGroup() as group:
-        for _ in range(2 * THREADS):
+        for _ in range(6):
             group.create_task(hostile.call("read", file_path="large", view_range=[9, 9]))
-    assert await agents().says("read", file_path="small") == "here"
+    assert await agents(threads=threads).says("read", file_path="small") == "here"
+    await threads.files.close()
 
 
 async def test_search_for_lines_is_bounded_by_bytes_and_by_time(
@@ -130,7 +165,7 @@ async def test_custom_tools_that_hang_leave_the_threads_to_the_file_tools(
 ) -> None:
     release = threading.Event()
     (folder / "small").write_text("here")
-    bounds = Bounds(bash_seconds=20, tool_seconds=0.2)
+    bounds = Bounds(bash_seconds=20, tool_seconds=0.1)
     agent = agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
     try:
         async with asyncio.TaskGroup() as group:

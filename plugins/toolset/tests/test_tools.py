@@ -133,6 +133,13 @@ async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(age
     assert said.startswith("killed after 0.2 s")
 
 
+@pytest.mark.parametrize("asked", [0, -1, -0.5, float("nan"), None])
+async def test_command_with_a_time_of_0_or_less_has_the_default(agents: Any, asked: object) -> None:
+    agent = agents(bounds=Bounds(bash_seconds=0.3, tool_seconds=30))
+    said = await agent.fails("bash", command="echo ran; sleep 600", timeout_ms=asked)
+    assert said.startswith("ran\n\nkilled after 0.3 s")
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [

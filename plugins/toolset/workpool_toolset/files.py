@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workpool_toolset.results import Block
     from workpool_toolset.workspace import Spot, Workspace
 
-SCANNED_BYTES: Final = 1 << 30
+SCANNED_BYTES: Final = 256 << 20
 """The most that `read` goes through in search of the lines of a range."""
 SCAN_SECONDS: Final = 10.0
 """The longest such search; a session cannot occupy one of the worker's threads for more."""

@@ -207,7 +207,8 @@ class Toolbox:
     def _seconds(self, fields: Fields) -> float:
         asked = _number(fields, "timeout_ms", "timeout")
         most = self._bounds.tool_seconds - MARGIN_SECONDS
-        return min(self._bounds.bash_seconds if asked is None else max(asked / 1000, 0.001), most)
+        seconds = asked / 1000 if asked is not None and asked > 0 else self._bounds.bash_seconds
+        return min(seconds, most)
 
     async def _read(self, fields: Fields) -> object:
         path = _text(fields, "file_path", "path")
@@ -274,15 +275,38 @@ def _number(fields: Fields, *names: str) -> float | None:
 
 
 def _range(fields: Fields) -> tuple[int, int] | None:
-    """`view_range`, or the same said as `offset` (a line, from 1) and `limit` (a count)."""
+    """`view_range`, or the same said as `offset` (a line, from 1) and `limit` (a count).
+
+    An empty `view_range` is none; its beginning and `offset` may be 0, which is the first line.
+    """
     asked = _field(fields, "view_range")
-    if asked is None:
-        offset, limit = _number(fields, "offset"), _number(fields, "limit")
-        if offset is None and limit is None:
-            return None
-        start = max(int(offset or 1), 1)
-        return start, (start + int(limit) - 1 if limit else 0)
-    match asked:
-        case [int(start), int(end)]:
-            return start, end
-    raise ToolError("view_range must be two whole numbers")
+    if asked == []:
+        return None
+    if asked is not None:
+        match [_whole(one) for one in asked] if isinstance(asked, list) else []:
+            case [int(start), int(end)] if start >= 0:
+                return max(start, 1), end
+        raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
+    offset, limit = (_count(fields, name) for name in ("offset", "limit"))
+    if offset is None and limit is None:
+        return None
+    start = max(offset or 1, 1)
+    return start, start + limit - 1 if limit else 0
+
+
+def _count(fields: Fields, name: str) -> int | None:
+    value = _field(fields, name)
+    count = _whole(value)
+    if count is None and value is not None:
+        raise ToolError(f"{name} must be a number")
+    return count
+
+
+def _whole(value: object) -> int | None:
+    """A number as models write it: whole, with a fraction, which is dropped, or in quotes."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return int(float(value)) if isinstance(value, str) else int(value)
+    except (ValueError, OverflowError):
+        return None
