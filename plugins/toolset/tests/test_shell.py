@@ -101,6 +101,42 @@ async def test_a_shell_that_ends_says_so(agent: Any) -> None:
     assert await agent.says("bash", command="echo new", restart=True) == "new\n"
 
 
+async def test_exit_with_a_background_job_alive_ends_the_shell_at_once(agent: Any) -> None:
+    async with asyncio.timeout(10):  # half of what the command has
+        failed = await agent.fails("bash", command="sleep 60.253 & echo bye; exit 7")
+    assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
+    await ended(*running("60.253"))
+
+
+async def test_exit_with_a_background_job_that_prints_for_ever_ends_the_shell_at_once(
+    bare: Any,
+) -> None:
+    async with asyncio.timeout(10):
+        failed = await bare.fails("bash", command="yes & sleep 0.1; exit 7")
+    assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
+
+
+async def test_output_before_an_exit_is_complete(agent: Any) -> None:
+    failed = await agent.fails("bash", command="seq 1 15000; sleep 60 & exit 7")
+    assert failed.startswith("1\n2\n")
+    assert "\n15000\n\nthe shell ended with status 7" in failed
+
+
+@pytest.mark.parametrize("redirection", ["1>/dev/null", ">&-", "&>/dev/null", ">log 199>&-"])
+async def test_command_that_redirects_the_output_for_good_ends(
+    agent: Any, redirection: str
+) -> None:
+    async with asyncio.timeout(10):
+        assert await agent.says("bash", command=f"exec {redirection}") == "(no output)"
+        assert await agent.fails("bash", command="(exit 3)") == "exit status 3"
+        assert await agent.says("bash", command="echo told >&2") == "told\n"
+
+
+async def test_commands_do_not_inherit_where_their_end_is_marked(agent: Any) -> None:
+    said = await agent.says("bash", command="ls -1 /proc/self/fd")
+    assert said == "0\n1\n2\n3\n"  # 3: the directory
+
+
 MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
 
 
@@ -241,8 +277,10 @@ def test_each_session_has_a_user_of_its_own() -> None:
 
 async def test_a_shell_is_given_no_command_before_it_was_heard_from(tmp_path: Path) -> None:
     """Else a sandbox that outlives its worker, killed while it was built, would still run it."""
-    words = ["/bin/bash", "-c", "head -n 2 > said; exit 3"]
+    words = ["/bin/bash", "-c", "head -n 3 > said; exit 3"]
     shell = Shell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEnded):
         await shell.run("touch made")
-    assert (tmp_path / "said").read_text().startswith("eval : </dev/null 2>&1\n")
+    assert (
+        (tmp_path / "said").read_text().startswith("exec 199>&1\neval : </dev/null 2>&199 199>&-\n")
+    )

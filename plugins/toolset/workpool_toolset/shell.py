@@ -2,7 +2,8 @@
 
 A command is read from a pipe, so nothing that it prints can be taken for the shell's own words: the
 end of its output is marked by a random word that is made of two halves, which an echo of the source
-shows apart. What is killed is the whole process group, and with it, in a sandbox, everything.
+shows apart. The mark is written to a descriptor that commands do not have, so `exec >file` does
+not lose it. What is killed is the whole process group, and with it, in a sandbox, everything.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ TERM_SECONDS: Final = 1.0
 REAP_SECONDS: Final = 5.0
 """From SIGKILL to giving up the wait; a process in the kernel can take its time."""
 
+_MARKS: Final = 199
+"""The descriptor of the shell's output that marks are written to."""
 _CHUNK: Final = 64 * 1024
+_REST_BYTES: Final = 1024 * 1024
+"""Read of the output after the shell's exit: the most that Linux lets a pipe hold."""
 _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
@@ -79,6 +84,7 @@ class Shell:
         try:
             if self._started is None:
                 self._started = await self._start()
+                self._started.stdin.write(f"exec {_MARKS}>&1\n".encode())
                 # Heard from before it is given anything: a sandbox that is still being built when
                 # its worker is killed may outlive it, and must find no command then, only the end.
                 await self._run(":", self._started)
@@ -107,45 +113,48 @@ class Shell:
             await _end(started.process)
         finally:
             started.stdin.close()
-            started.pipe.close()
+            started.output.close()
         self._started = None  # not before: what was cancelled here is awaited by the next call
 
     async def _start(self) -> _Started:
-        # A pipe of our own: asyncio's would count as open while any child that escaped holds it.
-        read, write = os.pipe()
-        with os.fdopen(read, "rb", 0) as source, os.fdopen(write, "wb", 0) as sink:
-            reader = asyncio.StreamReader()
-            pipe, _ = await asyncio.get_running_loop().connect_read_pipe(
-                lambda: asyncio.StreamReaderProtocol(reader),
-                os.fdopen(os.dup(source.fileno()), "rb", 0),
+        output = _Output()
+        try:
+            process = await self._spawn(output)
+        except BaseException:
+            output.close()
+            raise
+        return _Started(process, cast("asyncio.StreamWriter", process.stdin), output)
+
+    async def _spawn(self, output: _Output) -> Process:
+        with os.fdopen(output.writer, "wb", 0) as sink:
+            process = await asyncio.create_subprocess_exec(
+                *self._words,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                env=self._environment,
+                cwd=self._folder,
+                start_new_session=True,
             )
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *self._words,
-                    stdin=asyncio.subprocess.PIPE,
-                    stdout=sink,
-                    stderr=sink,
-                    env=self._environment,
-                    cwd=self._folder,
-                    start_new_session=True,
-                )
-            except BaseException:
-                pipe.close()
-                raise
-        return _Started(process, cast("asyncio.StreamWriter", process.stdin), reader, pipe)
+        try:
+            output.watch(process.pid)
+        except OSError:
+            await _end(process)
+            raise
+        return process
 
     async def _run(self, command: str, started: _Started) -> Output:
         first, second = secrets.token_hex(8), secrets.token_hex(8)
         script = (
-            f"eval {shlex.quote(command)} </dev/null 2>&1\n"
-            f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\"\n"
+            f"eval {shlex.quote(command)} </dev/null 2>&{_MARKS} {_MARKS}>&-\n"
+            f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKS}\n"
         )
         with contextlib.suppress(ConnectionError):  # it has ended: reading tells
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()
         mark = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
         while True:
-            chunk = await started.reader.read(_CHUNK)
+            chunk = await started.output.read()
             if not chunk:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REAP_SECONDS):
@@ -158,8 +167,74 @@ class Shell:
 class _Started(NamedTuple):
     process: Process
     stdin: asyncio.StreamWriter
-    reader: asyncio.StreamReader
-    pipe: asyncio.ReadTransport
+    output: _Output
+
+
+class _Output:
+    """What a shell prints, until it has exited: its jobs may hold the pipe open for longer.
+
+    Attributes:
+        writer: The shell's end of the pipe; whoever starts the shell closes it.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self.writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        self._pidfd = -1
+        self._rest: int | None = None
+        self._changed = asyncio.Event()
+
+    def watch(self, shell: int) -> None:
+        """Notice the exit of this process.
+
+        Raises:
+            OSError: It cannot be watched.
+        """
+        try:
+            self._pidfd = os.pidfd_open(shell)
+            asyncio.get_running_loop().add_reader(self._pidfd, self._exited)
+        except ProcessLookupError:
+            self._exited()
+
+    async def read(self) -> bytes:
+        """The next piece; nothing at the end of the pipe, or when the shell left nothing more."""
+        while self._rest is None:
+            await self._change()
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self._reader, _CHUNK)
+        self._rest -= _CHUNK
+        try:
+            return os.read(self._reader, _CHUNK) if self._rest >= 0 else b""
+        except BlockingIOError:
+            return b""
+
+    def close(self) -> None:
+        """Close the pipe. Safe to repeat."""
+        self._stop_watching()
+        if self._reader != -1:
+            os.close(self._reader)
+            self._reader = -1
+
+    async def _change(self) -> None:
+        # Always by way of the loop: a command that prints without end must not block it.
+        loop = asyncio.get_running_loop()
+        self._changed.clear()
+        loop.add_reader(self._reader, self._changed.set)
+        try:
+            await self._changed.wait()
+        finally:
+            loop.remove_reader(self._reader)
+
+    def _exited(self) -> None:
+        self._stop_watching()
+        self._rest = _REST_BYTES
+        self._changed.set()
+
+    def _stop_watching(self) -> None:
+        if self._pidfd != -1:
+            asyncio.get_running_loop().remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
 
 
 @dataclass(frozen=True, slots=True)
