@@ -415,3 +415,15 @@ def test_term_of_the_glossary_has_one_sentence_and_one_entry() -> None:
     terms = [term for term, *_ in entries_of_the_glossary()]
     assert len(terms) == len(set(terms)) > 40
     assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in entries_of_the_glossary())
+
+
+def test_scripts_in_the_documents_name_tools_as_all_workers_know_them() -> None:
+    """Workers of other vendors own the built-in tools in lower case only."""
+    builtin = {"bash", "read", "write", "edit", "glob", "grep"}
+    documents = [*PAGES, *ROOT.glob("plugins/*/*.md")]
+    names = [
+        name for path in documents for name in re.findall(r'"name": "(\w+)"', path.read_text())
+    ]
+    found = [name for name in names if name.lower() in builtin]
+    assert found
+    assert [name for name in found if not name.islower()] == []
