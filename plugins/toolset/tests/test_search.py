@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from workpool_toolset import search, walker
+from workpool_toolset.workspace import Root
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +32,8 @@ def plant(folder: Path) -> None:
     [
         ("*.py", ["a.py"]),
         ("**/*.py", [".git/e.py", "src/deep/d.py", "src/c.py", "a.py"]),
-        ("src/**", ["src/deep/d.py", "src/c.py"]),
+        ("src/**/*.*", ["src/deep/d.py", "src/c.py"]),
+        ("{a,src/?}.{py,rs}", ["src/c.py", "a.py"]),
         ("./src/*.py", ["src/c.py"]),
         ("**/deep/**/d.py", ["src/deep/d.py"]),
         ("src/[cd].p?", ["src/c.py"]),
@@ -41,6 +44,54 @@ async def test_glob(bare: Any, folder: Path, pattern: str, found: list[str]) -> 
     plant(folder)
     said = (await bare.says("Glob", pattern=pattern)).splitlines()
     assert [path for path in said if path != "src/link.py"] == found
+
+
+async def test_glob_lists_directories_and_follows_links_that_stay_inside(
+    agent: Any, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "src/deep").mkdir(parents=True)
+    (folder / "src/deep/file").touch()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").touch()
+    os.mkfifo(folder / "src/pipe")
+    links: dict[str, str | Path] = {
+        "to-file": "deep/file",
+        "to-directory": "deep",
+        "absolute": f"{agent.shown}/src/deep",
+        "chain": "../src/to-directory/../to-file",
+        "to-pipe": "pipe",
+        "up": "..",
+        "self": "self",
+        "dangling": "nothing",
+        "leaves": tmp_path / "outside",
+        "leaves-to-file": "../../outside/secret",
+        "device": "/dev/zero",
+    }
+    for name, target in links.items():
+        (folder / "src" / name).symlink_to(target)
+    found = set((await agent.says("glob", pattern="src/**")).splitlines())
+    assert {
+        *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
+        *("src/absolute", "src/up/src/deep/file"),
+    } <= found
+    # By way of links, a directory is entered once.
+    entered = {"src/absolute/file", "src/to-directory/file"}
+    assert len(entered & found) == 1
+    told = str(found)
+    assert not any(name in told for name in ("pipe", "self", "dangling", "leaves", "device"))
+    assert await agent.says("glob", pattern="*", path="src/to-directory") == "src/deep/file\n"
+    assert await agent.says("glob", pattern="**/chain") == "src/chain\nsrc/up/src/chain\n"
+    assert (await agent.says("glob", pattern="*")).splitlines() == ["src"]
+
+
+async def test_glob_follows_links_to_other_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    (shared / "inner").mkdir(parents=True)
+    (shared / "inner/file").touch()
+    (folder / "link").symlink_to(shared / "inner")
+    assert await agents().says("glob", pattern="**") == "no matches"
+    agent = agents(roots=[Root(str(shared), shared)])
+    assert set((await agent.says("glob", pattern="**")).splitlines()) == {"link", "link/file"}
 
 
 async def test_glob_below_a_directory_and_at_most_200(bare: Any, folder: Path) -> None:
@@ -75,7 +126,7 @@ async def test_grep_with_ripgrep(boxed: Any, folder: Path) -> None:
         "src/deep/d.py:1:import x3",
     ]
     await common(boxed)
-    assert "grep:" in await boxed.fails("grep", pattern="(")
+    assert "not a regular expression" in await boxed.fails("grep", pattern="(")
 
 
 async def common(agent: Any) -> None:
@@ -87,6 +138,89 @@ async def common(agent: Any) -> None:
     assert await agent.says("grep", pattern="nowhere to be found") == "no matches"
     assert "latin:1:import caf" in await agent.says("grep", pattern="import caf")
     assert "no such file" in await agent.fails("grep", pattern="x", path="missing")
+
+
+FOUND: list[tuple[dict[str, str], list[str]]] = [
+    ({"pattern": "word"}, [".env:1", ".hidden/a.txt:1", "b.min.js:1", "crlf.txt:1", "d/e.py:1"]),
+    ({"pattern": "word$"}, [".env:1", ".hidden/a.txt:1", "b.min.js:1", "crlf.txt:1", "d/e.py:1"]),
+    ({"pattern": "end$", "path": "crlf.txt"}, ["crlf.txt:2"]),
+    ({"pattern": "(?<=wo)rd", "include": "*.py"}, ["d/e.py:1"]),
+    ({"pattern": r"(o)rd\n?", "include": "*.py"}, ["d/e.py:1"]),
+    ({"pattern": r"(s)\1"}, ["d/e.py:2"]),
+    ({"pattern": "word", "include": "*.{py,js}"}, ["b.min.js:1", "d/e.py:1"]),
+    ({"pattern": "word", "include": "d/*.py"}, ["d/e.py:1"]),
+    ({"pattern": "word", "include": "*.py", "path": "d"}, ["d/e.py:1"]),
+    ({"pattern": "word", "include": "d/*.py", "path": "d"}, []),
+    ({"pattern": "word", "include": "**/*.py", "path": "d"}, ["d/e.py:1"]),
+    ({"pattern": "word", "include": "/*.js"}, ["b.min.js:1"]),
+    ({"pattern": "word", "include": "!*.{txt,js}"}, [".env:1", "d/e.py:1"]),
+    (
+        {"pattern": "word", "include": "!d"},
+        [".env:1", ".hidden/a.txt:1", "b.min.js:1", "crlf.txt:1"],
+    ),
+    ({"pattern": "word", "include": "[!b]*.??"}, ["d/e.py:1"]),
+    ({"pattern": "word", "include": "["}, []),
+    ({"pattern": "odd", "include": "odd[*]{}*"}, ["odd*{}!:1"]),
+    ({"pattern": "odd", "path": "odd [d]{}", "include": "*/f"}, ["odd [d]{}/x/f:1"]),
+    ({"pattern": "word", "include": "*.py", "path": "crlf.txt"}, []),
+    ({"pattern": "word", "path": "d/e.py"}, ["d/e.py:1"]),
+    ({"pattern": "binary"}, []),
+    ({"pattern": "binary", "path": "late"}, []),
+    ({"pattern": "narrow|x{50}"}, ["wide:2"]),
+    ({"pattern": "word", "path": "node_modules"}, ["node_modules/n.js:1"]),
+    ({"pattern": "utf16"}, []),
+    ({"pattern": ".", "include": "dots"}, ["dots:1"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "found"), FOUND, ids=str)
+async def test_grep_finds_the_same_with_and_without_a_sandbox(
+    agent: Any, folder: Path, fields: dict[str, str], found: list[str]
+) -> None:
+    contents = {
+        ".env": b"word\n",
+        ".hidden/a.txt": b"word\n",
+        ".git/config": b"word\n",
+        ".gitignore": b"*.js\nd/\n",
+        ".ignore": b".env\n",
+        "node_modules/n.js": b"word\n",
+        "b.min.js": b"word\n",
+        "crlf.txt": b"word\r\nend\r\n",
+        "d/e.py": b"word\nclasses\n",
+        "dots": b"." * 2000,
+        "odd*{}!": b"odd\n",
+        "odd [d]{}/x/f": b"odd\n",
+        "late": b"binary\n" + b"y" * 200_000 + b"\n\0\nbinary\n",
+        "utf16": "\ufeffutf16\n".encode("utf-16"),
+        "wide": b"x" * 3000 + b"\nnarrow\n",
+    }
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    said = await agent.says("grep", **fields)
+    lines = [] if said == "no matches" else said.splitlines()
+    assert [":".join(line.split(":")[:2]) for line in lines] == found
+    assert not any(line.endswith("\r") for line in said.split("\n"))
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "(?<=a", r"(\1", "(?P<", "*a"])
+async def test_grep_of_no_regular_expression_says_only_that(agent: Any, pattern: str) -> None:
+    said = await agent.fails("grep", pattern=pattern)
+    assert said.startswith("not a regular expression: ")
+    assert not re.search("rg|ripgrep|--|pcre|-U", said, re.IGNORECASE)
+
+
+async def test_grep_that_searches_no_file_gives_no_hint(agent: Any, folder: Path) -> None:
+    (folder / "a").write_text("word")
+    assert await agent.says("grep", pattern="word", include="*.none") == "no matches"
+    assert await agent.fails("grep", pattern="a\0b") == "the pattern holds a NUL"
+
+
+async def test_grep_whose_sandbox_does_not_start_fails(boxed: Any, folder: Path) -> None:
+    (folder / "a").write_text("word")
+    search_ = boxed.toolbox._search
+    search_._sandboxed = search.Sandboxed(["/bin/false"], {})
+    assert await boxed.fails("grep", pattern="word") == "the search failed"
 
 
 async def test_much_output_is_cut_after_100_kib(agent: Any, folder: Path) -> None:
@@ -113,9 +247,10 @@ def test_the_walker_stops_at_its_limits(folder: Path, monkeypatch: pytest.Monkey
     (deep / "bottom").touch()
     directory = os.open(folder, os.O_RDONLY)
     try:
-        assert len(list(walker.walk(directory, set()))) <= 7
+        start = walker.Place(directory, (), "/")
+        assert len(list(walker.Walk(set()).below(start))) <= 7
         monkeypatch.setattr(walker, "ENTRIES", 1000)
-        names = {found.name for found in walker.walk(directory, set())}
-        assert names == {f"f{number}" for number in range(20)}
+        names = {found.name for found in walker.Walk(set()).below(start)}
+        assert names == {"d"} | {f"f{number}" for number in range(20)}
     finally:
         os.close(directory)

@@ -9,33 +9,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import signal
 import stat
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from workpool_toolset import walker
+from workpool_toolset import ripgrep, walker
 from workpool_toolset.results import ERROR_CHARACTERS, ToolError
 from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from workpool_toolset.workspace import Spot, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
 """Looked for in the system only: a `rg` of the session's own making must never run."""
 
-GREP_BYTES: Final = 100 * 1024
+GREP_BYTES: Final = walker.FOUND_BYTES
 SEARCH_SECONDS: Final = 30.0
 CUT: Final = "[output truncated]\n"
 _CHUNK: Final = 64 * 1024
-_NOTHING: Final = 1
 _WALKER: Final = str(Path(walker.__file__).resolve())
 
 
@@ -60,67 +59,93 @@ class Search:
         self._sandboxed = sandboxed
 
     async def glob(self, pattern: str, path: str) -> str:
-        """The files whose path matches, newest first; at most 200."""
+        """The files and directories whose path matches, newest first; at most 200."""
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise ToolError("the pattern must be relative, without `..`")
+        roots = [(root.shown, str(root.host)) for root in self._workspace.roots]
         with self._workspace.directory(path) as spot:
-            found = await self._walk(spot, {"tool": "glob", "pattern": pattern})
+            asked = {"tool": "glob", "pattern": pattern, "roots": roots}
+            found = await self._walk(spot, asked)
         return found or "no matches"
 
     async def grep(self, pattern: str, path: str, include: str | None) -> str:
         """The lines that match, as `path:line:text`."""
+        if "\0" in pattern or "\0" in (include or ""):
+            raise ToolError("the pattern holds a NUL")
         with self._workspace.at(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
                 raise ToolError(f"{path}: neither a file nor a directory")
+            is_file = stat.S_ISREG(mode)
+            if is_file and include and not walker.included((spot.name,), include):
+                return "no matches"
             inside = spot.root is self._workspace.home
             if self._sandboxed and inside and RIPGREP.exists():
-                found = await self._ripgrep(self._sandboxed, spot, pattern, include)
-            elif stat.S_ISDIR(mode):
+                where = self._workspace.relative(spot.shown)
+                globs = () if is_file else tuple(ripgrep.globs(where, include))
+                found = await self._ripgrep(self._sandboxed, spot, pattern, globs)
+            elif is_file:
+                found = await self._walk(spot, _grep(pattern, include) | {"name": spot.name})
+            else:
                 with self._workspace.directory(path) as inner:
                     found = await self._walk(inner, _grep(pattern, include))
-            else:
-                found = await self._walk(spot, _grep(pattern, include) | {"name": spot.name})
         return found or "no matches"
 
     async def _ripgrep(
-        self, sandboxed: Sandboxed, spot: Spot, pattern: str, include: str | None
+        self, sandboxed: Sandboxed, spot: Spot, pattern: str, globs: Sequence[str]
     ) -> str:
-        options = ["--no-config", "-n", "--no-heading", "--with-filename", "--sort=path"]
-        options += [f"--max-columns={walker.LINE_BYTES}"]
-        options += [f"--glob={include}"] if include else []
         where = self._workspace.relative(spot.shown)
-        words = [*sandboxed.prefix, str(RIPGREP), *options, "-e", pattern, "--", where or "./"]
-        status, found, said = await _bounded(words, sandboxed.environment)
-        if status not in {0, _NOTHING} and not found:
-            raise ToolError(f"grep: {said.strip() or 'failed'}")
-        return found.replace("\n./", "\n").removeprefix("./")
+        words = [*sandboxed.prefix, str(RIPGREP), *ripgrep.OPTIONS, *globs, "-e", pattern, "--"]
+        matches = ripgrep.Matches(GREP_BYTES)
+        _, said = await _bounded([*words, where or "./"], sandboxed.environment, matches.read)
+        if not matches.complete:
+            raise ToolError(ripgrep.problem(said))
+        return matches.text() + (CUT if matches.cut else "")
 
-    async def _walk(self, spot: Spot, request: dict[str, str | None]) -> str:
+    async def _walk(self, spot: Spot, request: dict[str, Any]) -> str:
         where = self._workspace.relative(spot.shown)
         prefix = where if "name" in request or not where else f"{where}/"
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=spot.directory)
+        output = _Text()
         try:
-            asked = json.dumps(request | {"directory": directory, "prefix": prefix})
-            words = [sys.executable, "-I", "-S", _WALKER, asked]
-            status, found, said = await _bounded(words, {}, (directory,))
+            place = {"directory": directory, "shown": spot.shown, "prefix": prefix}
+            words = [sys.executable, "-I", "-S", _WALKER, json.dumps(request | place)]
+            status, said = await _bounded(words, {}, output.read, (directory,))
         finally:
             os.close(directory)
         if status == walker.BAD_REQUEST:
             raise ToolError(said.strip())
-        if status and not found:
+        if status and not output.text:
             raise ToolError(f"the search failed, or took more than {walker.CPU_SECONDS} s")
-        return found
+        return output.text
 
 
-def _grep(pattern: str, include: str | None) -> dict[str, str | None]:
+def _grep(pattern: str, include: str | None) -> dict[str, Any]:
     return {"tool": "grep", "pattern": pattern, "include": include}
 
 
+class _Text:
+    """What the walker finds, in whole lines.
+
+    Attributes:
+        text: The beginning of it, and whether there is more.
+    """
+
+    text = ""
+
+    async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
+        """Read all of it; call `enough` once there is more than can be told."""
+        text, cut = await _start_of(stream, GREP_BYTES, enough)
+        self.text = text + (CUT if cut else "")
+
+
 async def _bounded(
-    words: Sequence[str], environment: Mapping[str, str], passed: tuple[int, ...] = ()
-) -> tuple[int, str, str]:
-    """Run a search: its status, what it found, what it said. Killed when that is enough or late."""
+    words: Sequence[str],
+    environment: Mapping[str, str],
+    read: Callable[[asyncio.StreamReader | None, Callable[[], None]], Coroutine[Any, Any, None]],
+    passed: tuple[int, ...] = (),
+) -> tuple[int, str]:
+    """Run a search: its status, and what it said. Killed when it is late, or `read` has enough."""
     process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.DEVNULL,
@@ -132,8 +157,7 @@ async def _bounded(
     )
     try:
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
-            enough = functools.partial(_kill, process)
-            found = group.create_task(_start_of(process.stdout, GREP_BYTES, enough), name="found")
+            group.create_task(read(process.stdout, partial(_kill, process)), name="found")
             said = group.create_task(_start_of(process.stderr, ERROR_CHARACTERS), name="said")
             await process.wait()
     except TimeoutError:
@@ -143,8 +167,7 @@ async def _bounded(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
                 await process.communicate()  # `wait` alone would wait for ever on an unread pipe
-    text, cut = found.result()
-    return process.returncode or 0, text + (CUT if cut else ""), said.result()[0]
+    return process.returncode or 0, said.result()[0]
 
 
 async def _start_of(

@@ -2,69 +2,218 @@
 
 Standard library only, run by its path with `python -I -S`: it gets an open directory and a request
 as JSON, prints one line per finding, and ends with 2 and a sentence when the request is bad. It
-goes down directory by directory on descriptors and follows no link: a race leads it nowhere.
+goes down directory by directory on descriptors. `grep` follows no link; `glob` resolves links by
+itself, component by component, and follows those that stay in the session's roots. So a race leads
+it nowhere.
 """
 
 import fnmatch
 import json
 import os
+import posixpath
 import re
 import resource
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 ENTRIES = 50_000
 DEPTH = 100
 RESULTS = 200
 LINE_BYTES = 2_000
-SNIFFED_BYTES = 512
+FOUND_BYTES = 100 * 1024
 CPU_SECONDS = 30
 MEMORY_BYTES = 1 << 30
 SKIPPED = {".git", "node_modules"}
+ALTERNATIVES = 100
+HOPS = 40
 BAD_REQUEST = 2
+
+_LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASSED = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Found(NamedTuple):
-    """One entry that is no directory: where it lies, and its path below the start."""
+    """One entry of a directory that is open until the next one is asked for.
+
+    Attributes:
+        directory: The descriptor of the directory.
+        name: Its name in there.
+        parts: Its path below the start.
+        state: Of what it is, or what its link leads to.
+    """
 
     directory: int
     name: str
     parts: tuple[str, ...]
+    state: os.stat_result
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is one, or leads to one."""
+        return stat.S_ISDIR(self.state.st_mode)
 
 
-def walk(start: int, skipped: set[str]) -> Iterator[Found]:
-    """All entries below an open directory, in order of their names; each valid until the next."""
-    budget = iter(range(ENTRIES))
+class Place(NamedTuple):
+    """A directory that is walked.
 
-    def below(directory: int, parts: tuple[str, ...]) -> Iterator[Found]:
-        with os.scandir(directory) as entries:
-            listed = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-        for name, is_directory in listed:
-            if next(budget, None) is None:
+    Attributes:
+        opened: Its descriptor.
+        parts: Its path below the start.
+        shown: Its path as the session sees it, without links.
+    """
+
+    opened: int
+    parts: tuple[str, ...]
+    shown: str
+
+
+class Walk:
+    """Goes through what lies below a directory, in the order of the names.
+
+    Args:
+        skipped: Names of directories that are not entered.
+        roots: Where links may lead, as the session sees it and on this machine. Without any, no
+            link is followed, and links are left out.
+    """
+
+    def __init__(self, skipped: set[str], roots: Sequence[tuple[str, str]] = ()) -> None:
+        self._skipped = skipped
+        self._roots = roots
+        self._budget = iter(range(ENTRIES))
+        self._linked: set[tuple[int, int]] = set()
+
+    def below(self, place: Place) -> Iterator[Found]:
+        """All directories and regular files, however deep; each is valid until the next."""
+        with os.scandir(place.opened) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            if next(self._budget, None) is None:
                 return
-            if not is_directory:
-                yield Found(directory, name, (*parts, name))
-            elif name not in skipped and len(parts) < DEPTH:
-                yield from entered(directory, name, (*parts, name))
+            try:
+                state = os.lstat(name, dir_fd=place.opened)
+                if stat.S_ISLNK(state.st_mode):
+                    yield from self._link(place, name)
+                elif stat.S_ISDIR(state.st_mode):
+                    opened = os.open(name, _LISTED, dir_fd=place.opened)
+                    yield from self._entered(place, name, opened, posixpath.join(place.shown, name))
+                elif stat.S_ISREG(state.st_mode):
+                    yield Found(place.opened, name, (*place.parts, name), state)
+            except OSError:  # replaced or forbidden: not ours to search
+                continue
 
-    def entered(directory: int, name: str, parts: tuple[str, ...]) -> Iterator[Found]:
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            opened = os.open(name, flags, dir_fd=directory)
-        except OSError:  # replaced or forbidden: not ours to search
+    def _link(self, place: Place, name: str) -> Iterator[Found]:
+        target = resolved(self._roots, posixpath.join(place.shown, name)) if self._roots else None
+        if target is None:
             return
+        opened, shown = target
         try:
-            yield from below(opened, parts)
+            state = os.fstat(opened)
+            if stat.S_ISDIR(state.st_mode):
+                opened, passed = os.open(".", _LISTED, dir_fd=opened), opened
+                os.close(passed)
+        except BaseException:
+            os.close(opened)
+            raise
+        if stat.S_ISDIR(state.st_mode):
+            # By way of links a directory is entered once: two links could lead to each other.
+            again = (state.st_dev, state.st_ino) in self._linked
+            self._linked.add((state.st_dev, state.st_ino))
+            yield from self._entered(place, name, opened, shown, listed=not again)
+            return
+        os.close(opened)
+        if stat.S_ISREG(state.st_mode):
+            yield Found(place.opened, name, (*place.parts, name), state)
+
+    def _entered(
+        self, place: Place, name: str, opened: int, shown: str, *, listed: bool = True
+    ) -> Iterator[Found]:
+        """A directory, and what lies below it. Closes it."""
+        parts = (*place.parts, name)
+        try:
+            yield Found(place.opened, name, parts, os.fstat(opened))
+            if listed and name not in self._skipped and len(place.parts) < DEPTH:
+                yield from self.below(Place(opened, parts, shown))
         finally:
             os.close(opened)
 
-    return below(start, ())
+
+def resolved(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
+    """Open what a path leads to, links followed inside the roots; None when it leads elsewhere.
+
+    Returns:
+        A descriptor that can be asked what it is, and the path without links.
+    """
+    for _ in range(HOPS + 1):
+        inside = [(shown, host) for shown, host in roots if _lies_in(path, shown)]
+        if not inside:
+            return None
+        shown, host = max(inside, key=lambda root: len(root[0]))  # the innermost
+        found = _descended(shown, host, path)
+        if isinstance(found, int):
+            return found, path
+        path = found
+    return None
 
 
-def matches(parts: tuple[str, ...], patterns: list[str]) -> bool:
-    """Whether a path matches, component by component; `**` stands for any number of them."""
+def _lies_in(path: str, root: str) -> bool:
+    return root in {"/", path} or path.startswith(root + "/")
+
+
+def _descended(shown: str, host: str, path: str) -> int | str:
+    """What lies at a path in a root, opened; or, met by a link, the path to go on with."""
+    parts = [part for part in path[len(shown) :].split("/") if part]
+    opened, here = os.open(host, _PASSED), shown
+    try:
+        for index, part in enumerate(parts):
+            try:
+                target = os.readlink(part, dir_fd=opened)
+            except OSError:  # no link
+                inner = os.open(part, _PASSED, dir_fd=opened)
+                os.close(opened)
+                opened, here = inner, posixpath.join(here, part)
+                continue
+            os.close(opened)
+            opened = -1
+            joined = posixpath.join(here, target, *parts[index + 1 :])
+            return "/" + posixpath.normpath(joined).lstrip("/")
+    except BaseException:
+        if opened != -1:
+            os.close(opened)
+        raise
+    return opened
+
+
+def patterns_of(glob: str) -> list[list[str]]:
+    """What a pattern stands for: alternatives without braces, each a list of components.
+
+    `*`, `?` and `[…]` are as in a shell, `**` is any number of directories, `{a,b}` is either.
+    """
+    found, left = list[str](), [glob]
+    while left and len(found) + len(left) <= ALTERNATIVES:
+        each = left.pop()
+        brace = re.search(r"\{([^{}]*,[^{}]*)\}", each)
+        if brace is None:
+            found.append(each)
+            continue
+        choices = brace[1].split(",")
+        left += [each[: brace.start()] + choice + each[brace.end() :] for choice in choices]
+    found += left
+    return [
+        [part.replace("[^", "[!") for part in each.split("/") if part not in {"", "."}]
+        for each in found
+    ]
+
+
+def matches(parts: Sequence[str], patterns: list[str]) -> bool:
+    """Whether a path matches, component by component; `**` stands for any number of them.
+
+    At the end of the pattern it stands for one or more: `src/**` is what lies in `src`.
+    """
+    if patterns[-1:] == ["**"]:
+        patterns = [*patterns, "*"]
     reached = {0}
     for part in parts:
         reached = _closed(reached, patterns)
@@ -85,48 +234,86 @@ def _closed(reached: set[int], patterns: list[str]) -> set[int]:
     return reached
 
 
-def glob(start: int, pattern: str) -> Iterator[str]:
+def included(parts: Sequence[str], include: str) -> bool:
+    """Whether a file is to be searched.
+
+    A pattern without `/` is compared with its name, any other with its path below the directory
+    that is searched. One that begins with `!` says which files and directories are left out.
+    """
+    wanted, patterns = include.removeprefix("!"), patterns_of(include.removeprefix("!"))
+    anchored = is_anchored(wanted)
+    if wanted == include:
+        return any(matches(parts if anchored else parts[-1:], each) for each in patterns)
+    last = range(1, len(parts) + 1)
+    left_out = [parts[:end] if anchored else parts[end - 1 : end] for end in last]
+    return not any(matches(part, each) for part in left_out for each in patterns)
+
+
+def is_anchored(include: str) -> bool:
+    """Whether a pattern is compared with the path below the directory that is searched."""
+    return "/" in include.strip("/")
+
+
+def glob(start: Place, pattern: str, roots: Sequence[tuple[str, str]]) -> Iterator[str]:
     """Paths that match, newest first."""
-    patterns = [part for part in pattern.split("/") if part not in {"", "."}]
-    found: list[tuple[int, str]] = []
-    for entry in walk(start, set()):
-        if matches(entry.parts, patterns):
-            try:
-                changed = os.lstat(entry.name, dir_fd=entry.directory).st_mtime_ns
-            except OSError:  # gone meanwhile
-                continue
-            found.append((-changed, "/".join(entry.parts)))
+    patterns = patterns_of(pattern)
+    found = [
+        (-entry.state.st_mtime_ns, "/".join(entry.parts))
+        for entry in Walk(set(), roots).below(start)
+        if any(matches(entry.parts, each) for each in patterns)
+    ]
     for _, path in sorted(found)[:RESULTS]:
         yield path
 
 
-def grep(start: int, pattern: str, name: str | None, include: str | None) -> Iterator[str]:
+def grep(start: Place, pattern: str, name: str | None, include: str | None) -> Iterator[str]:
     """`path:line:text` for every line that matches; only of the file `name`, if one is given."""
     wanted = re.compile(pattern)
-    entries = iter([Found(start, name, ())]) if name else walk(start, SKIPPED)
+    entries = Walk(SKIPPED).below(start)
+    if name:
+        entries = iter([Found(start.opened, name, (), os.lstat(name, dir_fd=start.opened))])
     for entry in entries:
-        if not include or fnmatch.fnmatchcase(entry.name, include):
-            for number, line in lines(entry):
-                if wanted.search(line):
-                    yield f"{'/'.join(entry.parts)}:{number}:{line}"
+        if not entry.is_directory and (
+            not include or included(entry.parts or (entry.name,), include)
+        ):
+            path = "/".join(entry.parts)
+            for number, line in matching(entry, wanted):
+                yield f"{path}:{number}:{line}"
 
 
-def lines(entry: Found) -> Iterator[tuple[int, str]]:
-    """The lines of a regular text file that are not too long, with their numbers."""
+def matching(entry: Found, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
+    """The lines of a file that match, with their numbers; none of one that holds a NUL."""
+    found, size = list[tuple[int, str]](), 0
+    for number, piece, whole in pieces(entry):
+        if b"\0" in piece:
+            return []
+        line = text_of(piece) if whole else ""
+        if whole and wanted.search(line):
+            found.append((number, line))
+            size += len(line)
+            if size > FOUND_BYTES:
+                break
+    return found
+
+
+def text_of(line: bytes) -> str:
+    """A line as it is shown and searched: without its end."""
+    return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
+
+
+def pieces(entry: Found) -> Iterator[tuple[int, bytes, bool]]:
+    """The lines of a regular file: number, bytes, and whether that is the whole line."""
     try:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.fdopen(os.open(entry.name, flags, dir_fd=entry.directory), "rb")
+        file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:
         return
     with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or b"\0" in file.read(SNIFFED_BYTES):
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return
-        file.seek(0)
         number, whole = 1, True
-        while line := file.readline(LINE_BYTES + 1):
-            ended = line.endswith(b"\n")
-            if whole and (ended or len(line) <= LINE_BYTES):
-                yield number, line.decode(errors="replace").rstrip("\r\n")
+        while piece := file.readline(LINE_BYTES + 1):
+            ended = piece.endswith(b"\n")
+            yield number, piece, whole and (ended or len(piece) <= LINE_BYTES)
             number, whole = (number + 1, True) if ended else (number, False)
 
 
@@ -135,10 +322,10 @@ def main() -> int:
     request = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    start, pattern = request["directory"], request["pattern"]
+    start, pattern = Place(request["directory"], (), request["shown"]), request["pattern"]
     try:
         if request["tool"] == "glob":
-            found = glob(start, pattern)
+            found = glob(start, pattern, request["roots"])
         else:
             found = grep(start, pattern, request.get("name"), request["include"])
         for line in found:

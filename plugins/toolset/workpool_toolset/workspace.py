@@ -89,6 +89,11 @@ class Workspace:
         self._roots = tuple(roots)
 
     @property
+    def roots(self) -> tuple[Root, ...]:
+        """All of them."""
+        return self._roots
+
+    @property
     def home(self) -> Root:
         """The session's own directory."""
         return self._roots[0]

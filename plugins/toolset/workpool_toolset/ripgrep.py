@@ -1,0 +1,135 @@
+"""How `grep` runs ripgrep: the same files and lines as the walker, and none of its own hints.
+
+Owns the options, the translation of patterns, and the messages that ripgrep prints.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from typing import TYPE_CHECKING, Any, Final
+
+from workpool_toolset import walker
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterator, Mapping
+
+MESSAGE_BYTES: Final = 100 * walker.LINE_BYTES
+"""The longest message about a line that is not too long: it may list a match at each byte."""
+OPTIONS: Final = (
+    *("--no-config", "--json", "--no-messages", "--no-mmap", "--sort=path"),
+    *("--hidden", "--no-ignore", "--crlf", "--engine=auto", "--encoding=none"),
+)
+"""Ripgrep searches what the walker does, and tells what it finds as messages, without its hints."""
+_CHUNK: Final = 64 * 1024
+
+
+def globs(where: str, include: str | None) -> Iterator[str]:
+    """The options that make ripgrep search the files that the walker would search.
+
+    Args:
+        where: The directory that is searched, as ripgrep is given it.
+        include: As `walker.included` takes it.
+    """
+    wanted = (include or "").removeprefix("!")
+    way = "/" + _literal(f"{where}/").lstrip("/")
+    start = ("!" if wanted != include else "") + (way if walker.is_anchored(wanted) else "")
+    for pattern in walker.patterns_of(wanted) if include else ():
+        if pattern:
+            yield f"--glob={start}{'/'.join(map(_component, pattern))}"
+    yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED))
+
+
+def _literal(path: str) -> str:
+    """A path as a pattern of ripgrep's that matches nothing else."""
+    return re.sub(r"([][*?{}!\\])", r"\\\1", path)
+
+
+def _component(pattern: str) -> str:
+    """A component of a pattern, as Python's `fnmatch` understands it, for ripgrep."""
+    if pattern == "**":
+        return pattern
+    kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
+    parts = (found[0] for found in kept.finditer(pattern))
+    return "".join(
+        "*" if part[0] == "*" else part if len(part) > 1 or part == "?" else _literal(part)
+        for part in parts
+    )
+
+
+def problem(said: str) -> str:
+    """Why ripgrep has searched nothing, without hints at options that an agent does not have."""
+    reasons = re.findall(r"^(?:error|PCRE2): (.*)", said, re.MULTILINE)
+    if reasons:
+        return f"not a regular expression: {reasons[-1]}"
+    return "not a regular expression" if "regex" in said else "the search failed"
+
+
+class Matches:
+    """What ripgrep finds, read from its messages (`--json`), file by file.
+
+    Attributes:
+        complete: Whether it has searched everything, or enough was found.
+        cut: Whether there is more than `limit` bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.complete = False
+        self.cut = False
+        self._limit = limit
+        self._lines: list[str] = []
+        self._file: list[str] = []
+        self._size = 0
+        self._file_size = 0
+
+    def text(self) -> str:
+        """The lines that were found."""
+        return "".join(self._lines)
+
+    async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
+        """Read all messages; call `enough` once there is more than can be told."""
+        part, dropped = b"", False
+        while stream and (chunk := await stream.read(_CHUNK)):
+            *messages, part = (part + chunk).split(b"\n")
+            for message in messages:
+                if not (dropped or self.cut or len(message) > MESSAGE_BYTES):
+                    self._add(json.loads(message))
+                dropped = False
+            if len(part) > MESSAGE_BYTES:  # of a line that is longer than lines may be
+                part, dropped = b"", True
+            if self.cut:
+                enough()
+
+    def _add(self, message: dict[str, Any]) -> None:
+        kind, data = message["type"], message.get("data", {})
+        if kind == "match":
+            self._add_line(data)
+        elif kind == "end":
+            self._end_file(told=data["binary_offset"] is None)
+        elif kind == "summary":
+            self.complete = True
+
+    def _add_line(self, data: dict[str, Any]) -> None:
+        line = _bytes_of(data["lines"])
+        if len(line.removesuffix(b"\n")) > walker.LINE_BYTES:
+            return
+        path = _bytes_of(data["path"]).decode(errors="replace").removeprefix("./")
+        text = f"{path}:{data['line_number']}:{walker.text_of(line)}\n"
+        self._file_size += len(text.encode())
+        if self._size + self._file_size > self._limit:
+            self._end_file(told=True)
+            self.cut = self.complete = True
+        else:
+            self._file.append(text)
+
+    def _end_file(self, *, told: bool) -> None:
+        if told:
+            self._lines += self._file
+            self._size += self._file_size
+        self._file, self._file_size = [], 0
+
+
+def _bytes_of(data: Mapping[str, str]) -> bytes:
+    return data["text"].encode() if "text" in data else base64.b64decode(data["bytes"])
