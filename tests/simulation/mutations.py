@@ -115,8 +115,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "deadline from the answer": [
         Edit(
             "lease:Lease",
-            "self._extend(now, attempt, heartbeat)",
-            "self._extend(now, attempt._replace(at=now), heartbeat)",
+            "self._extend(attempt, heartbeat)",
+            "self._extend(attempt._replace(at=now), heartbeat)",
         ),
     ],
     "lease not cut by an unanswered heartbeat": [
@@ -167,13 +167,22 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("clock:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
     ],
     "pause noticed at the next tick only": [
-        Edit("sender:Sender", "if self._pauses.paused():", "if False:"),
+        Edit(
+            "sender:Sender",
+            "paused = self._pauses.paused(since=lease.clock_offset)",
+            "paused = lease._doubted",
+        ),
     ],
     "pause ended by a heartbeat before it": [
-        Edit("lease:Lease", "if attempt.at >= self.doubted_at:", "if True:"),
+        Edit(
+            "heartbeats:HeartbeatSender",
+            "lease.answered(self._clock(), attempt, outcome)",
+            "lease.answered(self._clock(), "
+            "attempt._replace(clock_offset=self._pauses.offset()), outcome)",
+        ),
     ],
     "pause during a claim not noticed": [
-        Edit("claim:Claimer", "self._pauses.paused(since=item.clock_offset)", "False"),
+        Edit("claim:Claimer", "self._pauses.paused(since=lease.clock_offset)", "False"),
     ],
     "one try for all the time that is left": [
         Edit(
@@ -226,7 +235,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "handler starts after a pause of the machine": [
         Edit(
             "handler_executor:HandlerExecutor",
-            "self._pauses.paused(since=item.clock_offset)",
+            "self._pauses.paused(since=item.lease.clock_offset)",
             "False",
         ),
     ],

@@ -141,9 +141,11 @@ class Bench:
             self.connect,
             Callbacks(self.observe, self.changed, self.failed, self.failed),
         )
-        self.heartbeats = HeartbeatSender(self.client, self.clock, self.observe)
+        self.heartbeats = HeartbeatSender(
+            self.client, self.clock, self.renewer.pauses, self.observe
+        )
         self.sender = Sender(
-            self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.doubt_all
+            self.client, self.clock, request_timeout, self.renewer.pauses, self.renewer.look_soon
         )
 
     def connect(self) -> BenchClient:

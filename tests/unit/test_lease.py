@@ -604,25 +604,41 @@ def test_check_soon_of_suspended_lease_sends_nothing() -> None:
     assert lease.due_at == math.inf
 
 
-@pytest.mark.parametrize(("sent", "doubted"), [(20.0, True), (21.0, False), (22.0, False)])
-def test_doubt_is_ended_by_a_heartbeat_that_was_sent_after_it(
-    sent: float, *, doubted: bool
-) -> None:
+def test_doubted_lease_sends_its_next_heartbeat_now() -> None:
     lease = begun()
-    attempt = lease.send(sent, sent)
-    lease.doubted_at = 21.0
-    lease.answered(23.0, attempt, success(2))
-    assert (lease.doubted_at == 21.0) == doubted
-    assert (lease.doubted_at == math.inf) == (not doubted)
+    assert lease.doubt(5.0)
+    assert lease.due_at == 5.0
 
 
-def test_doubt_during_a_heartbeat_makes_the_next_one_due_at_its_answer() -> None:
+def test_failed_heartbeat_of_doubted_lease_is_repeated_after_its_delay() -> None:
     lease = begun()
-    attempt = lease.send(SENT, SENT)
-    lease.doubted_at = SENT + 1
-    lease.check_soon(SENT + 1)
+    lease.doubt(5.0)
+    exchange(lease, 5.0, 5.1, THROTTLED)
+    due_at = lease.due_at
+    assert due_at > 5.1
+    assert not lease.doubt(5.2)
+    assert lease.due_at == due_at
+
+
+def test_lease_can_be_doubted_again_after_a_heartbeat_has_succeeded() -> None:
+    lease = begun()
+    lease.doubt(5.0)
+    exchange(lease, 5.0, 5.1, success(2))
+    assert lease.doubt(7.0)
+
+
+def test_successful_heartbeat_records_the_clock_offset_at_which_it_was_sent() -> None:
+    lease = begun()
+    attempt = lease.send(SENT, SENT, 30.0)
+    assert lease.clock_offset == 0.0
     lease.answered(ANSWERED, attempt, success(2))
-    assert lease.due_at <= ANSWERED
+    assert lease.clock_offset == 30.0
+
+
+def test_failed_heartbeat_does_not_record_its_clock_offset() -> None:
+    lease = begun()
+    lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient())
+    assert lease.clock_offset == 0.0
 
 
 # Who may send.

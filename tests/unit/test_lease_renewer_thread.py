@@ -17,7 +17,7 @@ from workpool import Settings
 from workpool.errors import KeeperError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import lease_renewer, loop_monitor
-from workpool.pool.clock import lease_clock
+from workpool.pool.clock import PauseDetector, lease_clock
 from workpool.pool.heartbeats import HeartbeatSender
 from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
@@ -114,7 +114,9 @@ class Scene:
             sent = self.clock()
             ours = PoolItem(await client.ack(item.id), None, copy_context(), sent)
             ours.lease = Lease(ours.work_item, sent, ttl=60, request_timeout=10.0)
-            await HeartbeatSender(client, self.clock, cast("Any", lambda *_: None)).send(ours.lease)
+            pauses = PauseDetector(self.clock, self.clock)
+            heartbeats = HeartbeatSender(client, self.clock, pauses, cast("Any", lambda *_: None))
+            await heartbeats.send(ours.lease)
         assert ours.lease.begun
         return ours
 

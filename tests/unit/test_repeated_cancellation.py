@@ -61,7 +61,6 @@ async def running(
     async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
         item = await parts.claim()
         item.advance("started")
-        item.clock_offset = parts.renewer.pauses.offset()
         executor = HandlerExecutor(cast("Any", context), handlers)
         call = Handler(
             name="stubborn.run", call=handler, timeout=None, max_sessions=None, plugin="stubborn"

@@ -95,7 +95,7 @@ class Claimer:
     async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         lease = item.lease
-        check = partial(self._end_after_pause, item, lease)
+        check = partial(self._end_after_pause, lease)
         while not lease.expire(self._clock()):
             draining = self._draining.is_set()
             if draining:
@@ -112,10 +112,10 @@ class Claimer:
             else:  # a drain that begins must not wait for a long Retry-After
                 await self._draining_within(seconds)
 
-    def _end_after_pause(self, item: PoolItem, lease: Lease) -> None:
-        """End the lease if the machine was paused since the claim began: no handler runs yet."""
-        if self._pauses.paused(since=item.clock_offset):
-            log.warning("the machine was paused during a claim work_id=%s", item.id)
+    def _end_after_pause(self, lease: Lease) -> None:
+        """End the lease if the machine was paused during the claim: no handler runs yet."""
+        if self._pauses.paused(since=lease.clock_offset):
+            log.warning("the machine was paused during a claim work_id=%s", lease.item.id)
             lease.end("lost")
 
     async def _acknowledge(self, item: PoolItem) -> CallResult:

@@ -40,29 +40,17 @@ wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, n
 
 
 class PauseDetector:
-    """Detects that the wall clock moved against the lease clock.
-
-    One thread calls `check` regularly; `paused` may be called on any thread.
-    """
+    """Detects that the wall clock moved against the lease clock. May be used on any thread."""
 
     def __init__(self, clock: Clock, wall: Clock = wall_clock) -> None:
         self._clock = clock
         self._wall = wall
-        self._offset = self.offset()
 
     def offset(self) -> float:
         """Return the seconds by which the wall clock is ahead of the lease clock."""
         return self._wall() - self._clock()
 
-    def paused(self, since: float | None = None) -> bool:
-        """Whether the clocks moved against each other since that offset, or the last `check`."""
-        # Asked for every write, and so without further calls.
-        offset = self._wall() - self._clock()
-        return abs(offset - (self._offset if since is None else since)) >= PAUSE_SECONDS
-
-    def check(self, on_pause: Callable[[], None]) -> None:
-        """Call `on_pause` if the machine was paused since the last check."""
-        offset = self.offset()
-        if self.paused():
-            on_pause()  # before the next line, after which `paused` is False on other threads
-        self._offset = offset
+    def paused(self, since: float) -> bool:
+        """Whether the machine was paused since `offset` returned the value `since`."""
+        # Called for every write, and so without further calls.
+        return abs(self._wall() - self._clock() - since) >= PAUSE_SECONDS

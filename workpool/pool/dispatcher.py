@@ -73,14 +73,15 @@ class Dispatcher:
         self._context = context
         self._group = group
         settings, client, clock = context.settings, context.client, context.clock
-        heartbeats = HeartbeatSender(client, clock, context.observe)
+        pauses = context.renewer.pauses
+        heartbeats = HeartbeatSender(client, clock, pauses, context.observe)
         self._claimer = Claimer(context, heartbeats, on_ack)
         sender = Sender(
             client,
             clock,
             settings.request_timeout,
-            context.renewer.pauses,
-            context.renewer.doubt_all,
+            pauses,
+            context.renewer.look_soon,
         )
         self.executor = HandlerExecutor(context, handlers)
         self.health = HandlerHealth(self.items.count)

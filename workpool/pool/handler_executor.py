@@ -158,7 +158,7 @@ class HandlerExecutor:
         """Whether the lease is held still: the machine may have slept since the last check."""
         if not item.lease.held(self._clock()):
             return False
-        if self._pauses.paused(since=item.clock_offset):
+        if self._pauses.paused(since=item.lease.clock_offset):
             item.error = Release("not started: the machine was paused")
             item.end(EndReason.RELEASED)
             return False

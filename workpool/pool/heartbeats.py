@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.pool.client import Client
-    from workpool.pool.clock import Clock
+    from workpool.pool.clock import Clock, PauseDetector
     from workpool.pool.lease import Attempt, Decision, Lease
     from workpool.pool.telemetry import Observe
     from workpool.wire.items import Heartbeat, WorkItem
@@ -36,9 +36,12 @@ ControlPlaneErrors = (TransientError, RefusedError, ConflictError, PreconditionE
 class HeartbeatSender:
     """Sends heartbeats through one client; there is one for each event loop."""
 
-    def __init__(self, client: Client, clock: Clock, observe: Observe) -> None:
+    def __init__(
+        self, client: Client, clock: Clock, pauses: PauseDetector, observe: Observe
+    ) -> None:
         self._client = client
         self._clock = clock
+        self._pauses = pauses
         self._observe = observe
 
     async def send(self, lease: Lease, check: Callable[[], None] | None = None) -> bool:
@@ -56,7 +59,7 @@ class HeartbeatSender:
             return False
 
     async def _exchange(self, lease: Lease, check: Callable[[], None] | None) -> bool:
-        attempt = lease.send(self._clock(), lease.due_at)
+        attempt = lease.send(self._clock(), lease.due_at, self._pauses.offset())
         try:
             outcome = await self._heartbeat(lease, attempt, check)
             if outcome is None:

@@ -69,8 +69,6 @@ class PoolItem:
         polled_at: When the last poll that delivered it before its ack was sent, on the lease clock.
         delivered_at: When the last poll that delivered it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
-        clock_offset: Seconds by which the wall clock was ahead of the lease clock when its claim
-            began; another offset later means that the machine was paused.
         parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
@@ -91,7 +89,6 @@ class PoolItem:
         "acked_at",
         "attempt",
         "cancelled_for",
-        "clock_offset",
         "context",
         "delivered_at",
         "error",
@@ -126,7 +123,6 @@ class PoolItem:
             work_item.acknowledged_at is not None or work_item.last_heartbeat is not None
         )
         self.delivered_at = self.acked_at = self.polled_at = now
-        self.clock_offset = 0.0
         self.parents_heartbeat: str | None = None
         self.context = context
         self.state: State = "delivered"

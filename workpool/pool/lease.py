@@ -63,6 +63,7 @@ class Attempt(NamedTuple):
         timeout: The time to wait for its answer, in seconds.
         deadline: The lease's deadline when it was decided.
         lag: Seconds by which it was decided later than planned.
+        clock_offset: Seconds by which the wall clock was ahead of the lease clock at that time.
         last: No other heartbeat follows, so the lease lapses.
     """
 
@@ -72,6 +73,7 @@ class Attempt(NamedTuple):
     timeout: float
     deadline: float
     lag: float
+    clock_offset: float
     last: bool
 
 
@@ -109,19 +111,18 @@ class Lease:
         unsettled: The ack answered `active`, which it also does for an item that another worker
             holds, and no heartbeat has succeeded yet: nothing but a heartbeat may be sent.
         in_flight: A heartbeat is under way.
-        verified_at: When the ack or the last successful heartbeat was sent, on the lease clock.
-        doubted_at: When the machine turned out to have been paused: nothing but heartbeats may be
-            sent until one that was sent later has succeeded; infinite = never. May be written on
-            either thread.
+        clock_offset: Seconds by which the wall clock was ahead of the lease clock when the claim
+            began or the last successful heartbeat was sent. If the offset is another one now, the
+            machine was paused since, and nothing but heartbeats may be sent.
         own_stop: A stop of ours may have been applied. Written on the handlers' loop only.
         closed: The session is over, so nothing may be sent. Written on the handlers' loop only.
     """
 
     __slots__ = (
-        "_failures", "_lent", "_margin", "_read_twice", "_release_ttl", "_request_timeout",
-        "_ttl_asked", "_unanswered", "begun", "closed", "confirmed", "deadline", "doubted_at",
-        "due_at", "expected", "give_up_at", "in_flight", "item", "own_stop", "status",
-        "stop_requested", "ttl", "unsettled", "verified_at",
+        "_doubted", "_failures", "_lent", "_margin", "_read_twice", "_release_ttl",
+        "_request_timeout", "_ttl_asked", "_unanswered", "begun", "clock_offset", "closed",
+        "confirmed", "deadline", "due_at", "expected", "give_up_at", "in_flight", "item",
+        "own_stop", "status", "stop_requested", "ttl", "unsettled",
     )  # fmt: skip
 
     def __init__(
@@ -151,12 +152,13 @@ class Lease:
         self.unsettled = item.state == ACTIVE and parents_heartbeat is None
         began_at = polled_at if self.unsettled and polled_at is not None else acked_at
         self._set_deadline(began_at + ACK_LEASE_SECONDS, float(ACK_LEASE_SECONDS))
-        self.due_at = self.verified_at = acked_at
+        self.due_at = acked_at
+        self.clock_offset = 0.0
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
         self.confirmed = self.begun = self.stop_requested = False
         self.in_flight = self.own_stop = self.closed = False
-        self.doubted_at = math.inf
+        self._doubted = False
         self._ttl_asked = ttl
         self._request_timeout = request_timeout
         self._release_ttl: int | None = None
@@ -216,6 +218,16 @@ class Lease:
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
+    def doubt(self, now: float) -> bool:
+        """Make the next heartbeat due now, because the machine was paused.
+
+        Has an effect once until a heartbeat has succeeded; returns whether it had one.
+        """
+        first, self._doubted = not self._doubted, True
+        if first:
+            self.check_soon(now)
+        return first
+
     def release(self, now: float, delay: float) -> None:
         """Make the next heartbeat the last one: it lets the lease lapse after `delay` seconds."""
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
@@ -230,8 +242,11 @@ class Lease:
         """Send heartbeats again, the first one now."""
         self.due_at = now
 
-    def send(self, now: float, planned_at: float) -> Attempt:
-        """Begin a heartbeat; `answered`, `unsent` or `abandoned` must follow."""
+    def send(self, now: float, planned_at: float, clock_offset: float = 0.0) -> Attempt:
+        """Begin a heartbeat; `answered`, `unsent` or `abandoned` must follow.
+
+        `clock_offset` is the number of seconds by which the wall clock is ahead of the lease clock.
+        """
         self.in_flight = True
         last = self._release_ttl is not None
         ttl = self._release_ttl or self._ttl_asked
@@ -242,7 +257,7 @@ class Lease:
         # If no answer comes, there must be time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
-        return Attempt(now, self.expected, ttl, timeout, before, lag, last)
+        return Attempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
 
     def unsent(self, attempt: Attempt) -> None:
         """Record that the heartbeat was not sent."""
@@ -332,27 +347,23 @@ class Lease:
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
-        self._extend(now, attempt, heartbeat)
+        self._extend(attempt, heartbeat)
         self.begun = True
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
             self.end("released")
         return Decision("over" if attempt.last else "held", "ok")
 
-    def _extend(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> None:
-        self.expected, self.verified_at = heartbeat.last_heartbeat, attempt.at
+    def _extend(self, attempt: Attempt, heartbeat: Heartbeat) -> None:
+        self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset
         self._unanswered = self._lent = self._read_twice = self.unsettled = False
+        self._doubted = False
         self._failures = 0
-        if attempt.at >= self.doubted_at:
-            self.doubted_at = math.inf
         if heartbeat.lease_extended:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
             return  # requested while this heartbeat was under way: the last one is due already
-        if self.doubted_at != math.inf:
-            self.due_at = now  # doubted after this heartbeat was sent, so it verifies nothing
-            return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 

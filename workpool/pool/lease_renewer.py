@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import KeeperError, innermost
 from workpool.events import LoopLagMeasured
-from workpool.pool.clock import PauseDetector
+from workpool.pool.clock import PAUSE_SECONDS, PauseDetector
 from workpool.pool.diagnostics import report
 from workpool.pool.heartbeats import HeartbeatSender
 from workpool.pool.loop_monitor import LoopMonitor
@@ -123,7 +123,7 @@ class LeaseRenewer:
         self._leases: dict[Lease, PoolItem] = {}
         self._serving = self._closing = False  # written on the handlers' loop
         self._error: KeeperError | None = None  # written on the renewer's thread
-        self._doubted_at = -math.inf  # written on the renewer's thread
+
         # The rest belongs to the renewer's loop.
         self._crash: BaseException | None = None
         self._stop = asyncio.Event()
@@ -160,9 +160,6 @@ class LeaseRenewer:
     def add(self, lease: Lease, item: PoolItem) -> None:
         """Extend `lease`, which has begun, from now on. Costs no wake-up unless it is due."""
         if not lease.over:
-            if lease.verified_at < self._doubted_at:  # the machine was paused during its claim
-                lease.doubted_at = self._doubted_at
-                lease.check_soon(self._doubted_at)
             self._leases[lease] = item
             if self._error is not None:
                 lease.end("lost")
@@ -178,12 +175,9 @@ class LeaseRenewer:
         """Send a heartbeat now for a lease that there is a reason to doubt."""
         self.call(lambda: self._send_now(lease, lease.check_soon))
 
-    def doubt_all(self) -> None:
-        """Doubt all leases: only heartbeats may be sent for an item until its lease is verified."""
-        now = self.clock()
-        for lease in list(self._leases):
-            lease.doubted_at = now
-        self.call(self._look_now.set)  # the next look notices the pause too
+    def look_soon(self) -> None:
+        """Look at all leases now, because the machine was paused."""
+        self.call(self._look_now.set)
 
     def release(self, lease: Lease, delay: float) -> None:
         """Let `lease` lapse `delay` seconds from now: one last heartbeat, then silence."""
@@ -309,7 +303,9 @@ class LeaseRenewer:
         async with contextlib.AsyncExitStack() as stack:
             self.client = self._connect()
             await stack.enter_async_context(self.client)
-            self._heartbeats = HeartbeatSender(self.client, self.clock, self._callbacks.observe)
+            self._heartbeats = HeartbeatSender(
+                self.client, self.clock, self.pauses, self._callbacks.observe
+            )
             for service in self._services:
                 await stack.enter_async_context(service)
             try:
@@ -356,11 +352,13 @@ class LeaseRenewer:
 
     def _look(self) -> float:
         """End what has expired, start what is due, and return when to look again at the latest."""
-        now = self.clock()
-        self.pauses.check(functools.partial(self._doubt_all, now))
+        now, clock_offset = self.clock(), self.pauses.offset()
+        doubted = 0
         next_at = now + self.tick_seconds
         due: list[Lease] = []
         for lease, item in list(self._leases.items()):
+            if abs(clock_offset - lease.clock_offset) >= PAUSE_SECONDS:
+                doubted += lease.doubt(now)
             if now >= lease.give_up_at and lease.status == "held":
                 lease.expire(now)
                 self._changed(item)
@@ -369,18 +367,13 @@ class LeaseRenewer:
                 next_at = min(next_at, lease.give_up_at)
             else:
                 next_at = min(next_at, lease.due_at, lease.give_up_at)
+        if doubted:
+            log.warning("the machine was paused; %d leases are verified first", doubted)
         self._pace(now, waiting=bool(self._waiting))
         due.sort(key=_deadline)
         self._waiting = deque(due)
         self._start_waiting()
         return next_at
-
-    def _doubt_all(self, now: float) -> None:
-        self._doubted_at = now
-        log.warning("the machine was paused; all leases are verified before anything is sent")
-        for lease in list(self._leases):
-            lease.doubted_at = now
-            lease.check_soon(now)
 
     def _pace(self, now: float, *, waiting: bool) -> None:
         """Widen the limit of heartbeats under way while others wait; narrow it after disuse."""
@@ -425,11 +418,14 @@ class LeaseRenewer:
             self._start_waiting()
 
     async def _send(self, lease: Lease, item: PoolItem) -> bool:
-        before = lease.status, lease.stop_requested, lease.doubted_at
+        before = lease.status, lease.stop_requested
+        doubted = self.pauses.paused(since=lease.clock_offset)
         held = await self._heartbeats.send(lease)
         lease.expire(self.clock())
-        if (lease.status, lease.stop_requested, lease.doubted_at) != before:
+        if doubted or (lease.status, lease.stop_requested) != before:
             self.report(item)
+        if self.pauses.paused(since=lease.clock_offset):  # since the heartbeat was sent
+            lease.doubt(self.clock())
         return held
 
     def _changed(self, item: PoolItem) -> None:

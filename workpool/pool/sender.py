@@ -70,7 +70,7 @@ class Sender:
         clock: The lease clock.
         request_timeout: The longest time for one try, in seconds.
         pauses: Detects that the machine was paused.
-        doubt: Called after a pause; only heartbeats may be sent until the leases are verified.
+        on_pause: Called when a pause is noticed: the leases must be verified by heartbeats.
     """
 
     def __init__(
@@ -79,14 +79,13 @@ class Sender:
         clock: Clock,
         request_timeout: float,
         pauses: PauseDetector,
-        doubt: Callable[[], None],
+        on_pause: Callable[[], None],
     ) -> None:
         self._client = client
         self._clock = clock
         self._request_timeout = request_timeout
         self._pauses = pauses
-        self._doubt = doubt
-        self._paused_at = -math.inf
+        self._on_pause = on_pause
 
     def check(self, item: PoolItem, *, by_handler: bool) -> None:
         """Raise unless something may be sent for the item at this instant.
@@ -111,12 +110,11 @@ class Sender:
         """
         self.check(item, by_handler=by_handler)
         lease = item.lease
-        if not lease.begun and (lease.unsettled or self._pauses.paused(since=item.clock_offset)):
+        paused = self._pauses.paused(since=lease.clock_offset)
+        if not lease.begun and (lease.unsettled or paused):
             raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
-        if self._pauses.paused():
-            self._paused_at = self._clock()
-            self._doubt()
-        if self._doubted(lease):
+        if paused:
+            self._on_pause()
             raise LeaseDoubted
 
     async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
@@ -189,11 +187,9 @@ class Sender:
 
     def _retry_now(self, lease: Lease, failure: TransientError) -> bool:
         """Whether the next try need not wait: the lease is over, or not doubted any more."""
-        return lease.over or (isinstance(failure, LeaseDoubted) and not self._doubted(lease))
-
-    def _doubted(self, lease: Lease) -> bool:
-        # The renewer has no lease whose first heartbeat has not succeeded: `_doubt` misses it.
-        return lease.doubted_at != math.inf or lease.verified_at < self._paused_at
+        if isinstance(failure, LeaseDoubted) and not self._pauses.paused(since=lease.clock_offset):
+            return True
+        return lease.over
 
     def _before_bytes(self, item: PoolItem, request: Request) -> None:
         self.check_write(item, by_handler=request.by_handler)

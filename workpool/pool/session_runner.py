@@ -130,7 +130,7 @@ class SessionRunner:
             self._pass_on_stop(item, lease, session)
 
     async def _acknowledged(self, item: PoolItem) -> bool:
-        item.clock_offset = self._context.renewer.pauses.offset()
+        clock_offset = self._context.renewer.pauses.offset()
         if item.parents_heartbeat is None:
             result = await self._claimer.acknowledge(item)
             if result == "conflict":
@@ -147,6 +147,7 @@ class SessionRunner:
             polled_at=item.polled_at,
             parents_heartbeat=item.parents_heartbeat,
         )
+        item.lease.clock_offset = clock_offset
         return True
 
     async def _begin(self, item: PoolItem) -> None:
