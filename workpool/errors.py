@@ -109,11 +109,25 @@ class TransientError(ControlPlaneError):
         self.retry_after = retry_after
 
 
-class TooLargeError(TransientError):
+class UnreadableError(TransientError):
+    """A success that cannot be read, although others may be: it is malformed or too large.
+
+    Attributes:
+        work_id: The item that it is about, as far as that could be read; else None.
+    """
+
+    def __init__(
+        self, op: str, status: int | None, message: str, *, work_id: str | None = None
+    ) -> None:
+        super().__init__(op, status, message, reason="bad_body")
+        self.work_id = work_id
+
+
+class TooLargeError(UnreadableError):
     """A success whose body is larger than we accept: less should be asked for at once."""
 
-    def __init__(self, op: str, status: int | None) -> None:
-        super().__init__(op, status, "the answer is larger than we accept", reason="bad_body")
+    def __init__(self, op: str, status: int | None, *, work_id: str | None = None) -> None:
+        super().__init__(op, status, "the answer is larger than we accept", work_id=work_id)
 
 
 class RefusedError(ControlPlaneError):

@@ -14,7 +14,9 @@ from workpool.errors import (
     ControlPlaneError,
     PollerError,
     RefusedError,
+    TooLargeError,
     TransientError,
+    UnreadableError,
     WorkpoolError,
 )
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
@@ -24,8 +26,11 @@ from workpool.pool.handler_health import HandlerHealth
 from workpool.pool.poller import Poller
 from workpool.pool.poller_group import PollerGroup
 from workpool.pool.queue import BoundedQueue
+from workpool.testing.virtual import in_virtual_time
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from workpool.events import Event
 
 REFUSED = RefusedError("poll", 401, "no")
@@ -78,7 +83,7 @@ class ScriptedDispatcher:
 class World:
     """What surrounds the pollers of one pool."""
 
-    def __init__(self, *answers: object, takes: bool | Exception = True) -> None:
+    def __init__(self, *answers: object, takes: bool | Exception = True, block_ms: int = 1) -> None:
         self.events: list[Event] = []
         self.fatal: list[WorkpoolError] = []
         self.client = ScriptedClient(*answers)
@@ -86,7 +91,7 @@ class World:
         self.dispatcher = ScriptedDispatcher(self.queue, takes=takes)
         clock = asyncio.get_running_loop().time
         self.context = PoolContext(
-            settings=Settings(block_ms=1),
+            settings=Settings(block_ms=block_ms),
             client=cast("Any", self.client),
             plugins=cast("Any", None),
             renewer=cast("Any", None),
@@ -100,10 +105,10 @@ class World:
             self.context, until_empty=False, on_fatal=self.fatal.append, on_empty=lambda: None
         )
 
-    async def run(self) -> None:
+    async def run(self, seconds: float = 20) -> None:
         """Run one poller until its client has no further answer, or it ends by itself."""
         one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
-        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
             task = group.create_task(one.run())
             over = group.create_task(self.client.exhausted.wait())
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,6 +145,59 @@ async def test_failed_poll_gives_back_its_place_and_its_permit(failure: Exceptio
     assert len(world.of(PollFinished)) == 3
     expected = PollerBackedOff if isinstance(failure, ControlPlaneError) else PollerRestarted
     assert len(world.of(expected)) == 2
+
+
+ANSWERS = {
+    "too large": lambda: TooLargeError("poll", 200, work_id="work_1"),
+    "too large, unknown": lambda: TooLargeError("poll", 200),
+    "malformed": lambda: UnreadableError("poll", 200, "x", work_id="work_1"),
+}
+
+
+@pytest.mark.parametrize("make", ANSWERS.values(), ids=ANSWERS)
+async def test_unreadable_item_costs_no_backoff(
+    make: Callable[[], UnreadableError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
+    monkeypatch.setattr(poller, "BACKOFF_CAP_SECONDS", 1000.0)
+    world = World(*(make() for _ in range(30)), "item", takes=True)
+    await world.run()
+    assert not world.of(PollerBackedOff)
+    assert world.client.polls == 32
+    assert (world.queue.reserved, world.client.permits) == (0, 1)
+    assert not world.fatal
+
+
+@in_virtual_time
+async def test_control_plane_that_brings_nothing_but_unreadable_items_is_polled_slowly() -> None:
+    count = poller.SKIPS + 60
+    world = World(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    await world.run(600)
+    assert clock() - started == pytest.approx(poller.SKIPS * poller.SKIP_SECONDS + 60, rel=0.05)
+
+
+@in_virtual_time
+async def test_readable_answer_ends_the_row_of_unreadable_items() -> None:
+    answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
+    world = World(*answers, None, *answers, block_ms=999)
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    await world.run(600)
+    assert clock() - started < 2 * poller.SKIPS * poller.SKIP_SECONDS + 2
+
+
+async def test_unreadable_item_is_logged_once_and_by_its_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = ("work_1", "work_2", None, "work_1", None)
+    world = World(*(TooLargeError("poll", 200, work_id=name) for name in names))
+    await world.run()
+    logged = [each.split(" error=")[0] for each in caplog.messages]
+    expected = [f"item cannot be read, left for others work_id={name}" for name in
+                ("work_1", "work_2", "unknown")]  # fmt: skip
+    assert logged == expected
 
 
 async def test_null_poll_gives_back_its_place_and_its_permit() -> None:

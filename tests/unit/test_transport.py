@@ -32,11 +32,19 @@ from workpool.errors import (
     PreconditionError,
     RefusedError,
     SettingsError,
+    TooLargeError,
     TransientError,
 )
 from workpool.settings import Settings
 from workpool.wire import calls
-from workpool.wire.answers import CODES, RETRY_AFTER_MAX_SECONDS, Answer, error_of, retry_after_of
+from workpool.wire.answers import (
+    CODES,
+    RETRY_AFTER_MAX_SECONDS,
+    Answer,
+    Oversized,
+    error_of,
+    retry_after_of,
+)
 from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.proxy import proxy_of
 from workpool.wire.transport import Request, Transport
@@ -299,9 +307,63 @@ async def test_an_answer_that_is_too_large_is_cut_off() -> None:
     bomb = answer(200, packed, Content_Encoding="gzip")
     for large in (flood, trickle, bomb):
         error = await failure(large)
-        assert isinstance(error, TransientError)
+        assert isinstance(error, TooLargeError)
         assert (error.reason, error.status) == ("bad_body", 200)
         assert "larger" in str(error)
+        assert error.work_id is None
+
+
+def oversized(beginning: bytes) -> list[Any]:
+    """The answers of a server that says how long its body is, and of one that does not."""
+    body = beginning + b"x" * ANSWER_LIMIT_BYTES
+    chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+    return [answer(200, body), chunked % (len(body), body)]
+
+
+@pytest.mark.parametrize(
+    ("beginning", "work_id"),
+    [
+        (b'{"id":"work_1","metadata":{"id":"no","x":"', "work_1"),
+        (b' {\n "type" : "work", "n": -1.5e3, "t": null,\n "id" : "work_1", "x":"', "work_1"),
+        (b'{"type":"\\"id\\":","id":"work_1","x":"', None),
+        (b'{"data":{"type":"session","id":"sess_1"},"id":"work_1","x":"', None),
+        (b'{"id":"no id","x":"', None),
+        (b'{"id":7,"x":"', None),
+        (b'[{"id":"work_1","x":"', None),
+        (b'{"x":"', None),
+        (b'{"x":"' + b"y" * 5000 + b'","id":"work_1","z":"', None),
+        (b"<html>", None),
+        (b'{"a":' * 5000, None),
+        (b'{"a":"b",' + b'"a":"b",' * 5000, None),
+    ],
+)
+async def test_answer_that_is_too_large_tells_its_id_from_its_beginning(
+    beginning: bytes, work_id: str | None
+) -> None:
+    for odd in oversized(beginning):
+        error = await failure(odd, call=calls.POLL)
+        assert isinstance(error, TooLargeError)
+        assert error.work_id == work_id
+
+
+async def test_answer_that_says_that_it_is_too_large_is_not_read() -> None:
+    async def slow(server: Server, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
+        await never(server, writer)
+
+    assert isinstance(await failure(slow), TooLargeError)  # before the timeout
+
+
+@pytest.mark.parametrize(
+    ("item", "work_id"),
+    [({"id": "work_1", "state": "odd"}, "work_1"), ({"id": "no id"}, None), ({"id": 7}, None)],
+)
+async def test_poll_with_malformed_item_tells_its_id(
+    item: dict[str, Any], work_id: str | None
+) -> None:
+    error = await failure(answer(200, json.dumps(item).encode()), call=calls.POLL)
+    assert isinstance(error, TransientError)
+    assert getattr(error, "work_id", None) == work_id
 
 
 async def test_the_largest_answer_still_fits() -> None:
@@ -571,7 +633,7 @@ async def test_a_message_is_cut_short() -> None:
 @given(st.integers(100, 999), st.binary(max_size=60), st.text(max_size=40))
 def test_no_answer_does_harm(status: int, body: bytes, text: str) -> None:
     envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
-    for content in (body, envelope, None):
+    for content in (body, envelope, Oversized(body)):
         error = error_of("get", Answer(status, {"Retry-After": text}, content), TOKEN)
         assert isinstance(error, ControlPlaneError)
         assert str(error).isprintable() or not text.isprintable()

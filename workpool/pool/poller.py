@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
-from workpool.errors import ControlPlaneError, PollerError, TransientError
+from workpool.errors import ControlPlaneError, PollerError, TransientError, UnreadableError
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ PollerState = Literal["polling", "backoff", "waiting_slot", "paused"]
 
 BACKOFF_SECONDS, BACKOFF_CAP_SECONDS = 0.5, 30.0
 CRASHES = 5
+SKIP_SECONDS = 0.02
+"""Between a poll that brought an unreadable item and the next one."""
+SKIPS = 250
+"""So many unreadable items in a row are skipped quickly: as many as one poller can skip before the
+control plane delivers the first of them again, after 5 s by default."""
 
 
 class Poller:
@@ -56,6 +61,7 @@ class Poller:
         self._polled_at = 0.0  # on the loop's clock
         self._sent_at = 0.0  # the same moment on the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
+        self._unreadable = 0  # in a row
 
     async def run(self) -> None:
         """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
@@ -86,6 +92,9 @@ class Poller:
         await self._context.queue.reserve()
         try:
             item, taken = await self._deliver()
+        except UnreadableError as error:
+            await self._skip(error)
+            return
         except ControlPlaneError as error:
             await self._back_off(error)
             return
@@ -95,8 +104,7 @@ class Poller:
         if not taken:
             # A control plane that does not wait for `block_ms`, or keeps offering what is declined,
             # must not make this loop spin.
-            now = asyncio.get_running_loop().time()
-            await self._sleep(self._polled_at + self._block_ms / 1000 - now)
+            await self._sleep(self._rest_of_block())
 
     async def _deliver(self) -> tuple[WorkItem | None, bool]:
         """Poll and offer the item; return it, and whether it took the reserved place."""
@@ -146,6 +154,7 @@ class Poller:
             seconds = asyncio.get_running_loop().time() - started
             self._context.observe(PollFinished, result, seconds)
         self._backoff.reset()
+        self._unreadable = 0
         self._group.succeeded(null=item is None)
         return item
 
@@ -172,6 +181,23 @@ class Poller:
         )
         self._context.observe(PollerBackedOff, reason, seconds)
         await self._sleep(seconds)
+
+    async def _skip(self, failure: UnreadableError) -> None:
+        """Leave an item that cannot be read to others, and look for the next one soon.
+
+        It is delivered again and again. If each time cost a back-off, a few such items would stop
+        the pool, so the next poll follows at once, which brings another item. A control plane that
+        brings nothing else is polled once per `block_ms`.
+        """
+        self._backoff.reset()
+        self._unreadable += 1
+        self._group.skipped(failure)
+        rest = self._rest_of_block()
+        await self._sleep(min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest)
+
+    def _rest_of_block(self) -> float:
+        """Seconds until `block_ms` after the last poll; negative if that has passed."""
+        return self._polled_at + self._block_ms / 1000 - asyncio.get_running_loop().time()
 
     async def _sleep(self, seconds: float) -> None:
         if seconds > 0:

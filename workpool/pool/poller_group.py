@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
@@ -19,7 +20,13 @@ from workpool.events import PollersScaled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.errors import ConflictError, ControlPlaneError, PreconditionError, WorkpoolError
+    from workpool.errors import (
+        ConflictError,
+        ControlPlaneError,
+        PreconditionError,
+        UnreadableError,
+        WorkpoolError,
+    )
     from workpool.events import ScaleDirection, ScaleReason
     from workpool.pool.context import PoolContext
 
@@ -27,6 +34,8 @@ log = logging.getLogger(__name__)
 
 REFUSED_SECONDS = 300.0
 """After a success, polls that are all refused are fatal once they have lasted this long."""
+REMEMBERED_IDS = 1_000
+"""The number of unreadable items that are remembered, to log each once."""
 ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0
 """How long refused acks hold the pollers back."""
 CONFLICT_BACKOFF_SECONDS, CONFLICT_BACKOFF_CAP_SECONDS = 0.05, 3.0
@@ -76,6 +85,7 @@ class PollerGroup:
         self._in_flight = 0
         self._answered = asyncio.Event()
         self._idle = False
+        self._unreadable: OrderedDict[str | None, None] = OrderedDict()  # ids that are logged
 
     # Who polls, and when.
 
@@ -127,6 +137,19 @@ class PollerGroup:
         if idle and not self._idle:  # once when idleness starts, not once per poll
             log.info("idle; waiting for work")
         self._idle = idle
+
+    def skipped(self, error: UnreadableError) -> None:
+        """Record a poll that brought an item that cannot be read; log each item once."""
+        self.refused = False
+        self._refused_since = None
+        self._scale(self.target + 1, "hits")
+        if error.work_id in self._unreadable:
+            return
+        self._unreadable[error.work_id] = None
+        if len(self._unreadable) > REMEMBERED_IDS:
+            self._unreadable.popitem(last=False)
+        shown = error.work_id or "unknown"
+        log.warning("item cannot be read, left for others work_id=%s error=%s", shown, error)
 
     def failed(self, error: ControlPlaneError) -> None:
         """Record a poll that failed.

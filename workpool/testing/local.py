@@ -407,7 +407,8 @@ def answer_to(fault: CallFault, operate: Callable[[], object]) -> Answer | _NoAn
     true = _operated(operate) if fault.applied else Answer(502, {}, b"")
     match fault.answer:
         case None if true.status in SUCCESS and fault.rewrite is not None:
-            return true._replace(body=orjson.dumps(fault.rewrite(orjson.loads(true.body or b""))))
+            body = true.body if isinstance(true.body, bytes) else b""
+            return true._replace(body=orjson.dumps(fault.rewrite(orjson.loads(body))))
         case None:
             return true
         case int(status):

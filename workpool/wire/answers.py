@@ -23,6 +23,7 @@ from workpool.errors import (
     RefusedError,
     TooLargeError,
     TransientError,
+    UnreadableError,
 )
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ RETRY_AFTER_MAX_SECONDS: Final = 300.0
 """No control plane silences a worker for longer than this with one header."""
 SUCCESS: Final = range(200, 300)
 _REDIRECTS: Final = range(300, 400)
+BEGINNING_BYTES: Final = 4096
 MESSAGE_MAX: Final = 300
 _WORD_MAX: Final = 64
 _ORIGIN_MAX: Final = 128
@@ -54,12 +56,30 @@ NO_CONTENT: Final = NoContent()
 """What a 204 is parsed as: different from the JSON literal null, which has a meaning of its own."""
 
 
+class Oversized(NamedTuple):
+    """A body that is larger than we accept; its first `BEGINNING_BYTES`."""
+
+    beginning: bytes
+
+
 class Answer(NamedTuple):
-    """An HTTP answer, read to its end; `body` is None when it was larger than we accept."""
+    """An HTTP answer, read to its end unless it is larger than we accept."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes | None
+    body: bytes | Oversized
+
+
+class MalformedItemError(ValueError):
+    """An item that cannot be read, but has an id.
+
+    Attributes:
+        work_id: Its id.
+    """
+
+    def __init__(self, problem: str, work_id: str) -> None:
+        super().__init__(problem)
+        self.work_id = work_id
 
 
 CODES: Final[Mapping[int, str]] = {
@@ -69,22 +89,37 @@ CODES: Final[Mapping[int, str]] = {
 """The label of each status in the metrics; a status that is missing here is counted as "error"."""
 
 
-def value_of(op: str, status: int, body: bytes | None, parse: Callable[[object], T]) -> T:
+def value_of(op: str, status: int, body: bytes | Oversized, parse: Callable[[object], T]) -> T:
     """Parse a success.
 
     Raises:
         TransientError: It is not what `parse` expects, which raises ValueError then.
     """
-    if body is None:
-        raise TooLargeError(op, status)
+    if isinstance(body, Oversized):
+        raise TooLargeError(op, status, work_id=_id_at_beginning(body.beginning))
+    failure: TransientError
     try:
         return parse(NO_CONTENT if status == _NO_CONTENT else orjson.loads(body))
     except orjson.JSONDecodeError:
-        problem = "the answer is not JSON"
+        failure = TransientError(op, status, "the answer is not JSON", reason="bad_body")
+    except MalformedItemError as error:
+        problem = f"the answer is malformed: {error}"
+        failure = UnreadableError(op, status, problem, work_id=error.work_id)
     except ValueError as error:
         problem = f"the answer is malformed: {error}"
+        failure = TransientError(op, status, problem, reason="bad_body")
     # Raised out here: a JSONDecodeError carries the whole body.
-    raise TransientError(op, status, problem, reason="bad_body")
+    raise failure
+
+
+_BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
+_find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
+
+
+def _id_at_beginning(beginning: bytes) -> str | None:
+    """Return the `id` of an object; None unless only plain values stand before it."""
+    found = _find_id(beginning)
+    return None if found is None else found[1].decode()
 
 
 def error_of(op: str, answer: Answer, *secrets: str) -> ControlPlaneError:
@@ -155,10 +190,10 @@ def _date(value: str) -> datetime | None:
     return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
-def _envelope(body: bytes | None) -> dict[str, Any]:
+def _envelope(body: bytes | Oversized) -> dict[str, Any]:
     """Return `error` of the error envelope; empty when the body is not one."""
     try:
-        envelope = orjson.loads(body or b"")
+        envelope = orjson.loads(b"" if isinstance(body, Oversized) else body)
     except orjson.JSONDecodeError:
         return {}
     error = envelope.get("error") if isinstance(envelope, dict) else None

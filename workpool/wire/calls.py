@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from workpool.errors import TransientError
-from workpool.wire.answers import NO_CONTENT
+from workpool.wire.answers import NO_CONTENT, MalformedItemError
 from workpool.wire.event_calls import Event, EventPage
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 from workpool.wire.protocol import ID_PATTERN
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
+ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
+"""An item that a poll brought grows by its times and by the pool's own metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,15 @@ _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
 
 
 def _delivery(obj: object) -> WorkItem | None:
-    return None if obj in _EMPTY_POLL else parse_item(obj)
+    if obj in _EMPTY_POLL:
+        return None
+    try:
+        return parse_item(obj)
+    except ValueError as error:
+        work_id = obj.get("id") if isinstance(obj, dict) else None
+        if not isinstance(work_id, str) or not _is_id(work_id):
+            raise
+        raise MalformedItemError(str(error), work_id) from None
 
 
 def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
@@ -130,12 +140,12 @@ _is_id: Final = re.compile(ID_PATTERN).fullmatch
 _is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery, add_headers=_add_trace)
-ACK: Final = Call("ack", "POST", parse_item)
+ACK: Final = Call("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
 HEARTBEAT: Final = Call("heartbeat", "POST", parse_heartbeat)
-STOP: Final[Call[WorkItem | None]] = Call("stop", "POST", _stopped)
+STOP: Final[Call[WorkItem | None]] = Call("stop", "POST", _stopped, ITEM_LIMIT_BYTES)
 STOP_UNREAD: Final[Call[WorkItem | None]] = Call("stop", "POST", _applied)
-UPDATE: Final = Call("update", "POST", parse_item)
-GET: Final = Call("get", "GET", parse_item)
+UPDATE: Final = Call("update", "POST", parse_item, ITEM_LIMIT_BYTES)
+GET: Final = Call("get", "GET", parse_item, ITEM_LIMIT_BYTES)
 LIST: Final = Call("list", "GET", _page)
 STATS: Final = Call("stats", "GET", parse_stats)
 SESSION: Final[Call[Mapping[str, Any]]] = Call("session", "GET", _object)

@@ -7,6 +7,7 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
+from workpool.wire.answers import BEGINNING_BYTES, Oversized
 from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
 
 TRANSIENT: Final = (
@@ -29,21 +30,23 @@ def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
 
 async def read_bounded(
     response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
-) -> bytes | None:
-    """The body, unpacked; None, and the connection is closed, when it is larger than `limit`."""
-    if (response.content_length or limit + 1) <= limit and (
-        "Content-Encoding" not in response.headers
-    ):
-        content = response.content  # mostly all there with the headers: nothing to wait for
-        return content.read_nowait() if content.is_eof() else await content.read()
+) -> bytes | Oversized:
+    """Return the body, unpacked; its beginning, and close the connection, if it exceeds `limit`."""
+    length = response.content_length
+    if length is not None and "Content-Encoding" not in response.headers:
+        if 0 < length <= limit:
+            content = response.content  # mostly all there with the headers: nothing to wait for
+            return content.read_nowait() if content.is_eof() else await content.read()
+        if length > limit:
+            limit = BEGINNING_BYTES  # the rest is not waited for
     chunks: list[bytes] = []
     room = limit
     async for chunk in response.content.iter_any():
+        chunks.append(chunk)
         room -= len(chunk)
         if room < 0:
             response.close()
-            return None
-        chunks.append(chunk)
+            return Oversized(b"".join(chunks)[:BEGINNING_BYTES])
     return b"".join(chunks)
 
 

@@ -27,7 +27,7 @@ from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
-from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
+from workpool.wire.answers import CODES, SUCCESS, Answer, Oversized, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import STREAM
 from workpool.wire.checked_body import CheckedBody, NotSentError
@@ -282,7 +282,7 @@ class Transport:
 
     async def _exchange(
         self, request: Request[T], checked: CheckedBody | None
-    ) -> tuple[aiohttp.ClientResponse, bytes | None]:
+    ) -> tuple[aiohttp.ClientResponse, bytes | Oversized]:
         call, body = request.call, request.body
         response = await self._connections.session_for(request.options).request(
             call.method,

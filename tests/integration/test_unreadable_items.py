@@ -1,0 +1,81 @@
+"""Items that the worker cannot read must not keep it from the other items of the queue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+from aiohttp import web
+
+from workpool import Session, handler
+from workpool.events import PollerBackedOff, PollFinished, SessionFinished
+from workpool.wire.calls import ANSWER_LIMIT_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+PAD = "x" * ANSWER_LIMIT_BYTES
+
+
+@handler
+async def work(_: Session) -> None:
+    pass
+
+
+def too_large(item: dict[str, Any]) -> bytes:
+    item["metadata"]["pad"] = PAD
+    return orjson.dumps(item)
+
+
+def too_large_with_late_id(item: dict[str, Any]) -> bytes:
+    return orjson.dumps({"pad": {"x": PAD}, **item})
+
+
+def malformed(item: dict[str, Any]) -> bytes:
+    return orjson.dumps(item | {"state": "odd"})
+
+
+@pytest.fixture(params=[too_large, too_large_with_late_id, malformed])
+def spoil(faults: Faults, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], bytes]:
+    """Answer polls with what this makes of an item, for items with the metadata `bad`."""
+    make: Callable[[dict[str, Any]], bytes] = request.param
+
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        assert isinstance(response, web.Response)
+        item = orjson.loads(response.text or "")
+        if item is None or "bad" not in item["metadata"]:
+            return response
+        return web.Response(body=make(item), content_type="application/json")
+
+    faults.add(answer, "poll")
+    return make
+
+
+async def test_thirty_unreadable_items_leave_the_other_items_to_be_done(
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[dict[str, Any]], bytes],
+) -> None:
+    bad = plane.enqueue(count=30, metadata={"bad": "yes"})
+    plane.enqueue(count=10)
+    async with make_pool(work):
+        await recorder.wait_for(SessionFinished, count=10)
+    assert not recorder.of(PollerBackedOff)
+    assert len(recorder.of(PollFinished)) < 100
+    lines = [each for each in caplog.messages if each.startswith("item cannot be read")]
+    if spoil is too_large_with_late_id:
+        assert len(lines) == 1
+    else:
+        named = {each.id for each in bad if any(f"work_id={each.id} " in line for line in lines)}
+        assert len(named) == len(lines) == 30
+    for each in bad:
+        assert plane.operations.get(plane.environments[0], each.id).state == "queued"
