@@ -27,7 +27,10 @@ class Collectors(Collector):
     """Every metric, registered as one collector: a clash of names leaves nothing half-done."""
 
     def __init__(self) -> None:
-        self.stores = {row.name: store_of(row) for row in DEFINITIONS if row.kind != "gauge"}
+        self.stores_lock = threading.RLock()  # logging, in the middle of a count, may read metrics
+        self.stores = {
+            row.name: store_of(row, self.stores_lock) for row in DEFINITIONS if row.kind != "gauge"
+        }
         self._lock = threading.Lock()
         self._sources: list[Source] = []  # guarded by the lock: supervisors and scrapes use threads
 

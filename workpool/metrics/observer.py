@@ -30,6 +30,7 @@ from workpool.metrics.gauges import NullWindow, Source
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from prometheus_client import CollectorRegistry
@@ -178,6 +179,7 @@ class Metrics:
     _series: dict[str, _Series] = field(init=False)
     _feeds: dict[EventType, list[_Feed]] = field(init=False)
     _callbacks: dict[EventType, list[Callback]] = field(init=False)
+    _lock: threading.RLock = field(init=False)
     _source: Source = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
 
@@ -190,6 +192,7 @@ class Metrics:
         if self._shared is not None:
             raise RegistryError("these metrics are open already")
         shared = collectors_of(self.registry)
+        self._lock = shared.stores_lock
         self._source = Source(
             self.environment_id, self.version, self.dialect, self.snapshot,
             NullWindow(self.clock), self.now,
@@ -226,10 +229,11 @@ class Metrics:
     def count(self, event_type: EventType, /, *values: Any) -> None:
         """Count one event by the values of its fields, in their order."""
         try:
-            for series, key_of, amount_at in self._feeds.get(event_type, ()):
-                amount = 1 if amount_at is None else values[amount_at]
-                if amount is not None:
-                    series[key_of(values)](amount)
+            with self._lock:
+                for series, key_of, amount_at in self._feeds.get(event_type, ()):
+                    amount = 1 if amount_at is None else values[amount_at]
+                    if amount is not None:
+                        series[key_of(values)](amount)
             for callback in self._callbacks.get(event_type, ()):
                 callback(*values)
         except Exception:

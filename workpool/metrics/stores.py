@@ -2,13 +2,15 @@
 
 prometheus_client's own children take five calls for what is one here, some twenty times per
 session; to a scrape both look the same. In its multiprocess mode the library's own are used, since
-only they write the files that other processes read. Any thread may add, and any thread may scrape.
+only they write the files that other processes read.
+
+Any thread may add, and any thread may scrape: the stores of one registry share a lock, which the
+adder holds for all that one event adds, and the scrape for each metric.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
 from bisect import bisect_left
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +18,7 @@ from prometheus_client import Counter, Histogram, values
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterable
 
     from prometheus_client.metrics_core import Metric
@@ -30,7 +33,10 @@ class Store(Protocol):
     """All series of one metric."""
 
     def series(self, labels: tuple[str, ...]) -> Add:
-        """How to add to the series of these label values; there from now on, and 0 at first."""
+        """Return how to add to the series of these label values, which is 0 at first.
+
+        The caller holds the lock while it adds.
+        """
 
     def describe(self) -> Iterable[Metric]:
         """Its name and type, without series."""
@@ -39,36 +45,34 @@ class Store(Protocol):
         """The values of now."""
 
 
-def store_of(row: Definition) -> Store:
-    """A new store for this counter or histogram."""
+def store_of(row: Definition, lock: threading.RLock) -> Store:
+    """Return a new store for this counter or histogram, guarded by `lock`."""
     if values.ValueClass is not values.MutexValue:
         return _Library(row)
-    return _Counts(row) if row.kind == "counter" else _Spreads(row)
+    return _Counts(row, lock) if row.kind == "counter" else _Spreads(row, lock)
 
 
 class _Count:
     """One series of a counter."""
 
-    __slots__ = ("_lock", "value")
+    __slots__ = ("value",)
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self.value = 0.0
 
     def add(self, amount: float) -> None:
-        with self._lock:
-            self.value += amount
+        self.value += amount
 
 
 class _Counts:
     """The series of a counter."""
 
-    def __init__(self, row: Definition) -> None:
+    def __init__(self, row: Definition, lock: threading.RLock) -> None:
         self._row = row
+        self._lock = lock
         self._series: dict[tuple[str, ...], _Count] = {}
 
     def series(self, labels: tuple[str, ...]) -> Add:
-        # One step of the interpreter: two threads that ask for one series get the same.
         return self._series.setdefault(labels, _Count()).add
 
     def describe(self) -> Iterable[CounterMetricFamily]:
@@ -77,44 +81,44 @@ class _Counts:
 
     def collect(self) -> Iterable[Metric]:
         [family] = self.describe()
-        for labels, count in list(self._series.items()):  # a copy: others may add one meanwhile
-            family.add_metric(labels, count.value)
+        with self._lock:
+            counts = [(labels, count.value) for labels, count in list(self._series.items())]
+        for labels, value in counts:
+            family.add_metric(labels, value)
         return [family]
 
 
 class _Spread:
     """One series of a histogram; `counts` has one entry more than there are bounds."""
 
-    __slots__ = ("_bounds", "_counts", "_lock", "_sum")
+    __slots__ = ("_bounds", "_counts", "_sum")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self._bounds = bounds
-        self._lock = threading.Lock()
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
 
     def add(self, amount: float) -> None:
-        with self._lock:
-            self._counts[bisect_left(self._bounds, amount)] += 1
-            self._sum += amount
+        self._counts[bisect_left(self._bounds, amount)] += 1
+        self._sum += amount
 
     def read(self) -> tuple[list[int], float]:
-        """(how many per bucket and those before it, the sum of all), which belong together."""
-        with self._lock:
-            return list(itertools.accumulate(self._counts)), self._sum
+        """Return the cumulative counts of the buckets, and the sum of all amounts."""
+        return list(itertools.accumulate(self._counts)), self._sum
 
 
 class _Spreads:
     """The series of a histogram."""
 
-    def __init__(self, row: Definition) -> None:
+    def __init__(self, row: Definition, lock: threading.RLock) -> None:
         self._row = row
+        self._lock = lock
         self._bounds = tuple(map(float, row.buckets))
         self._names = [*map(str, self._bounds), "+Inf"]
         self._series: dict[tuple[str, ...], _Spread] = {}
 
     def series(self, labels: tuple[str, ...]) -> Add:
-        return self._series.setdefault(labels, _Spread(self._bounds)).add  # as above
+        return self._series.setdefault(labels, _Spread(self._bounds)).add
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         row = self._row
@@ -122,8 +126,9 @@ class _Spreads:
 
     def collect(self) -> Iterable[Metric]:
         [family] = self.describe()
-        for labels, spread in list(self._series.items()):
-            counts, total = spread.read()
+        with self._lock:
+            spreads = [(labels, *spread.read()) for labels, spread in list(self._series.items())]
+        for labels, counts, total in spreads:
             family.add_metric(labels, list(zip(self._names, counts, strict=True)), total)
         return [family]
 
