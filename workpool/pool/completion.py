@@ -34,7 +34,7 @@ from workpool.wire.options import Priority
 
 if TYPE_CHECKING:
     from workpool.events import CallResult
-    from workpool.pool.attempt import Attempt
+    from workpool.pool.attempt import Attempt, Patch
     from workpool.pool.context import PoolContext
     from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
@@ -153,7 +153,8 @@ class Completion:
         """Write the row's metadata, if any; return the outcome: a refused result is `failed`."""
         attempt = _attempt_of(item)
         if row.metadata == "mapping" and not item.result:
-            await self._remove_mark(item, attempt)
+            if patch := attempt.closing({}):
+                await self._remove_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "mapping" else self._error_note(item)
         try:
@@ -172,13 +173,12 @@ class Completion:
             return "failed"
         return row.outcome
 
-    async def _remove_mark(self, item: PoolItem, attempt: Attempt) -> None:
+    async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
         """Remove the mark of a completed session, which a failure here must not run again."""
-        if patch := attempt.closing({}):
-            try:
-                await self.write_metadata(item, patch, MARK_SECONDS)
-            except ControlPlaneError as error:
-                log.warning("mark not removed work_id=%s error=%s", item.id, error)
+        try:
+            await self.write_metadata(item, patch, MARK_SECONDS)
+        except ControlPlaneError as error:
+            log.warning("mark not removed work_id=%s error=%s", item.id, error)
 
     async def mark_running(self, item: PoolItem) -> None:
         """Mark a running session when a drain begins; cancelled when the session ends."""

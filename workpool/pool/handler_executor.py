@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from workpool.handlers import Handler
+    from workpool.plugins.asking import Context
     from workpool.pool.context import PoolContext
     from workpool.pool.item import PoolItem
     from workpool.session import Session
@@ -148,7 +149,9 @@ class HandlerExecutor:
         self._observe(SessionStarted, session, item.label)
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
-            return mapping_of(await self._in_contexts(handler, session))
+            contexts = self._plugins.contexts(session)
+            call = _in_contexts(contexts, handler, session) if contexts else handler.call(session)
+            return mapping_of(await call)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
@@ -163,16 +166,6 @@ class HandlerExecutor:
             item.end(EndReason.RELEASED)
             return False
         return True
-
-    async def _in_contexts(self, handler: Handler, session: Session) -> object:
-        contexts = self._plugins.contexts(session)
-        if not contexts:
-            return await handler.call(session)
-        async with AsyncExitStack() as stack:
-            for _, context in contexts:
-                await stack.enter_async_context(context)
-            return await handler.call(session)
-        return None  # a context has suppressed the handler's error
 
     def _record_end(self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
         if task.cancelled():
@@ -195,6 +188,15 @@ class HandlerExecutor:
             return
         item.end(EndReason.RAISED)
         log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)
+
+
+async def _in_contexts(contexts: list[Context], handler: Handler, session: Session) -> object:
+    """Call the handler inside the plugins' contexts."""
+    async with AsyncExitStack() as stack:
+        for _, context in contexts:
+            await stack.enter_async_context(context)
+        return await handler.call(session)
+    return None  # a context has suppressed the handler's error
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:

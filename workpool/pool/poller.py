@@ -107,31 +107,26 @@ class Poller:
             await self._sleep(self._rest_of_block())
 
     async def _deliver(self) -> tuple[WorkItem | None, bool]:
-        """Poll and offer the item; return it, and whether it took the reserved place."""
-        item, taken = None, False
+        """Poll as soon as cooldown and rate limit allow, and offer the item.
+
+        Returns:
+            The item, and whether it took the reserved place and the ack permit.
+        """
+        item, taken, permitted = None, False, False
         try:
-            item = await self._claim()
+            self.state = "paused"
+            await self._group.cooldown()
+            await self._dispatcher.health.admission()
+            await self._context.client.acquire_ack_permit()
+            permitted = True
+            item = await self._poll()
             taken = item is not None and self._dispatcher.offer(item, self._sent_at)
         finally:
             if not taken:
                 self._context.queue.unreserve()
-                if item is not None:
+                if permitted:
                     self._context.client.release_ack_permit()
         return item, taken
-
-    async def _claim(self) -> WorkItem | None:
-        """Poll as soon as cooldown and rate limit allow, with an ack permit acquired before."""
-        self.state = "paused"
-        await self._group.cooldown()
-        await self._dispatcher.health.admission()
-        await self._context.client.acquire_ack_permit()
-        item = None
-        try:
-            item = await self._poll()
-        finally:
-            if item is None:
-                self._context.client.release_ack_permit()
-        return item
 
     async def _poll(self) -> WorkItem | None:
         self.state = "polling"

@@ -130,7 +130,9 @@ class WorkClient:
         if timeout is None:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
         url = self._work_url("/poll", query)
-        return await self._read(calls.POLL, url, timeout, CLAIM_OPTIONS)
+        limiter = self.rate_limits.read
+        request = Request(calls.POLL, url, timeout, limiter, None, CLAIM_OPTIONS)
+        return await self._transport.send(request)
 
     async def acquire_ack_permit(self) -> None:
         """Acquire the right to send one ack, before polling: no item waits for our rate limit.
@@ -206,7 +208,8 @@ class WorkClient:
         """
         asked = []
         if expected is not None:
-            asked.append(f"expected_last_heartbeat={quote(expected, safe=':')}")
+            quoted = expected if expected == protocol.NO_HEARTBEAT else quote(expected, safe=":")
+            asked.append(f"expected_last_heartbeat={quoted}")
         if ttl is not None:
             asked.append(f"desired_ttl_seconds={ttl:d}")
         url = self._item_url(work_id, "/heartbeat", "&".join(asked))
