@@ -50,7 +50,7 @@ class RegistryError(WorkpoolError):
     """Metrics that cannot be put on the registry: opened twice, or their names are taken."""
 
 
-class KeeperError(WorkpoolError):
+class LeaseRenewerError(WorkpoolError):
     """The thread that keeps the leases died, so that no lease can be kept: fatal (design §1)."""
 
 

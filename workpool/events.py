@@ -22,7 +22,7 @@ DeclineReason = Literal["unwanted", "busy", "plugin_error"]
 ReclaimDirection = Literal["gained", "lost"]
 ReclaimStage = Literal["poll", "ack", "start", "run", "drain"]
 CallResult = Literal["ok", "conflict", "gone", "error"]
-BeatResult = Literal[
+HeartbeatResult = Literal[
     "ok", "recovered", "precondition", "conflict", "rejected", "transient", "timeout"
 ]
 StopMode = Literal["graceful", "force", "confirm"]
@@ -62,7 +62,7 @@ class PollerRestarted:
 
 
 @dataclass(frozen=True, slots=True)
-class ItemClaimed:
+class ItemReceived:
     """A poll brought an item.
 
     `pickup_seconds`: poll time minus `created_at`, never negative; None for an item without one.
@@ -109,7 +109,7 @@ class HeartbeatFinished:
     """A beat is settled; `lag_seconds`: actual minus planned send time. Arises on the keeper."""
 
     item: WorkItem
-    result: BeatResult
+    result: HeartbeatResult
     lag_seconds: float
 
 
@@ -219,7 +219,7 @@ Event = (
     | PollerBackedOff
     | PollersScaled
     | PollerRestarted
-    | ItemClaimed
+    | ItemReceived
     | ItemDeclined
     | ItemReclaimed
     | AckFinished

@@ -11,7 +11,7 @@ import pytest
 
 from workpool import Release, Session, handler
 from workpool.errors import AttemptsExceeded
-from workpool.events import DrainStarted, ItemClaimed, SessionFinished, SessionStarted
+from workpool.events import DrainStarted, ItemReceived, SessionFinished, SessionStarted
 from workpool.server import Poll
 from workpool.testing import Hold, expire_lease, lost, status
 
@@ -238,7 +238,7 @@ async def test_run_elsewhere_while_the_item_waited_for_a_slot_counts(
 
     (second,) = scene.plane.enqueue()
     async with scene.make_pool(work, concurrency=1, prefetch=1):
-        await scene.recorder.wait_for(ItemClaimed, count=2)
+        await scene.recorder.wait_for(ItemReceived, count=2)
         await scene.recorder.wait_for(SessionStarted)
         clock.advance(6)  # beyond the reclaim window
         scene.plane.operations.poll(scene.plane.environments[0], Poll("another"))

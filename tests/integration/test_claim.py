@@ -11,8 +11,8 @@ import pytest
 from workpool import PluginError, Release, Session, SettingsError, Supervisor, handler, hookimpl
 from workpool.events import (
     AckFinished,
-    ItemClaimed,
     ItemDeclined,
+    ItemReceived,
     ItemReclaimed,
     PluginFailed,
     PollerRestarted,
@@ -97,7 +97,7 @@ async def test_never_more_is_claimed_than_there_are_places(
     plane.enqueue(places + 10)
     pool = make_pool(gate, concurrency=concurrency, prefetch=prefetch, pollers=pollers)
     async with pool as supervisor:
-        await recorder.wait_for(ItemClaimed, count=places)
+        await recorder.wait_for(ItemReceived, count=places)
         await gate.holds(concurrency)
         status = supervisor.status()
         assert (status.running, status.waiting, status.capacity) == (concurrency, prefetch, places)
@@ -135,7 +135,7 @@ async def test_a_copy_of_a_waiting_item_is_dropped(
     first, second = plane.enqueue(2)
     faults.add(literal(lambda: wire(plane, second.id)), "poll", skip=2, times=1)
     async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
-        copy = await recorder.wait_for(ItemClaimed, lambda event: event.origin == "duplicate")
+        copy = await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
         gate.opened.set()
         await recorder.wait_for(SessionFinished, count=2)
     assert copy.item.id == second.id
@@ -160,7 +160,7 @@ async def test_a_copy_of_a_running_item_makes_a_beat_at_once_and_changes_nothing
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert (gate.runs, len(faults.of("ack"))) == (1, 1)
-    assert [event.origin for event in recorder.of(ItemClaimed)] == ["new", "duplicate"]
+    assert [event.origin for event in recorder.of(ItemReceived)] == ["new", "duplicate"]
     assert not recorder.of(ItemReclaimed)
 
 
@@ -173,7 +173,7 @@ async def test_a_copy_of_an_item_that_is_finishing_is_dropped(
     async with make_pool(work, block_ms=20):
         await hold.reached()
         beat_now(item.id)
-        await recorder.wait_for(ItemClaimed, lambda event: event.origin == "duplicate")
+        await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
         hold.release()
         await recorder.wait_for(SessionFinished)
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
@@ -199,7 +199,7 @@ async def test_an_id_is_given_up_after_the_finish_and_may_come_again(
         last = await recorder.wait_for(SessionFinished, count=2)
     assert last.outcome == "completed"
     assert last.session.redelivered
-    assert [event.origin for event in recorder.of(ItemClaimed)] == ["new", "redelivered"]
+    assert [event.origin for event in recorder.of(ItemReceived)] == ["new", "redelivered"]
     assert len(faults.of("ack")) == 2
 
 
@@ -344,7 +344,7 @@ async def test_items_of_another_type_without_a_session_run_side_by_side(
         acked = wire(plane, item.id, data={"type": "index"}, state="starting")
         faults.add(literal(acked, applied=True), "ack", where=of_item(item.id))
     async with make_pool(index, block_ms=20):
-        await recorder.wait_for(ItemClaimed, count=2)
+        await recorder.wait_for(ItemReceived, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
         await recorder.wait_for(SessionFinished, count=2)
@@ -392,7 +392,7 @@ async def test_item_with_unusual_information_is_run(
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     assert recorder.of(PollFinished)[0].result == "item"
-    (claimed,) = recorder.of(ItemClaimed)
+    (claimed,) = recorder.of(ItemReceived)
     unknown = changes.get("created_at", "now") in {None, "yesterday"}
     assert (claimed.pickup_seconds is None) is unknown
 
@@ -432,7 +432,7 @@ async def test_what_waited_too_long_is_anothers(
     first, second = plane.enqueue(2)
     async with make_pool(gate, concurrency=1, prefetch=1):
         await recorder.wait_for(SessionStarted)
-        await recorder.wait_for(ItemClaimed, count=2)
+        await recorder.wait_for(ItemReceived, count=2)
         operations, environment = plane.operations, plane.environments[0]
         assert operations.poll(environment, Poll("another", 0, 0)) is not None
         operations.ack(environment, second.id, "another")

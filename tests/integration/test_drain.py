@@ -12,7 +12,7 @@ from workpool import Session, Supervisor, handler, hookimpl
 from workpool.events import (
     DrainFinished,
     DrainStarted,
-    ItemClaimed,
+    ItemReceived,
     ItemReclaimed,
     PollFinished,
     SessionFinished,
@@ -67,7 +67,7 @@ async def test_waiting_items_are_forgotten_and_come_back(
     first, *waiting = plane.enqueue(3)
     async with make_pool(polite, concurrency=1, prefetch=2) as supervisor:
         await recorder.wait_for(SessionStarted)
-        await recorder.wait_for(ItemClaimed, count=3)
+        await recorder.wait_for(ItemReceived, count=3)
         assert supervisor.status().waiting == 2
     assert supervisor.status().waiting == 0
     for item in waiting:
@@ -94,7 +94,7 @@ async def test_a_delivery_that_arrives_in_the_drain_is_not_taken(
     async with make_pool(patient) as supervisor:
         await hold.reached()
         await supervisor.drain(timeout=LONG)
-    assert not recorder.of(ItemClaimed)
+    assert not recorder.of(ItemReceived)
     assert plane.operations.get(plane.environments[0], item.id).state == "queued"
 
 

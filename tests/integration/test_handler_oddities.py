@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from workpool import Release, Session, handler
-from workpool.events import ItemClaimed, ItemDeclined, SessionFinished
+from workpool.events import ItemDeclined, ItemReceived, SessionFinished
 from workpool.server.dialects import DIALECTS
 from workpool.testing import literal, status
 
@@ -186,7 +186,7 @@ async def test_an_ack_that_answers_another_session_leaves_the_first_one_free(
         await recorder.wait_for(SessionFinished)
         again = orjson.dumps(DIALECTS["qoder"].item(item) | {"id": "work_again"})
         faults.add(literal(again), "poll", times=1)
-        claimed = await recorder.wait_for(ItemClaimed, count=2)
+        claimed = await recorder.wait_for(ItemReceived, count=2)
         assert claimed.item.session_id == item.session_id
         await faults.wait_for("ack", work_id="work_again")
     assert not recorder.of(ItemDeclined)

@@ -123,7 +123,7 @@ async def test_a_session_that_does_not_end_says_where_it_waits(workpool: Kit) ->
     assert "the item is active; it was created, delivered, acked, heartbeat ×" in said
     assert "sleep waits here:" in said
     assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in said
-    assert re.search(r"the pool told: .*\bItemClaimed, AckFinished, HeartbeatFinished ×", said)
+    assert re.search(r"the pool told: .*\bItemReceived, AckFinished, HeartbeatFinished ×", said)
 
 
 async def test_an_event_that_does_not_come_says_what_came(workpool: Kit) -> None:

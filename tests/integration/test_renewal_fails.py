@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import Session, Supervisor, handler
-from workpool.errors import KeeperError, WorkpoolError
+from workpool.errors import LeaseRenewerError, WorkpoolError
 from workpool.events import SessionFinished, SessionStarted
 from workpool.exporter import Exporter
 
@@ -97,12 +97,12 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
         finally:
             may_end.set()
     error = running.result()
-    assert isinstance(error, KeeperError)
+    assert isinstance(error, LeaseRenewerError)
     assert error.__cause__ is not None
     assert len(faults.of("heartbeat", work_id=item.id)) == sent
     assert not faults.of("stop")
-    assert isinstance(supervisor.status().error, KeeperError)
-    assert isinstance(calls[-1], KeeperError) or raising_log == 1.5
+    assert isinstance(supervisor.status().error, LeaseRenewerError)
+    assert isinstance(calls[-1], LeaseRenewerError) or raising_log == 1.5
 
 
 async def test_exception_on_renewal_thread_of_running_loop_calls_on_blocked(
@@ -127,10 +127,10 @@ async def test_exception_on_renewal_thread_of_running_loop_calls_on_blocked(
         _, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert await asyncio.to_thread(called.wait, 20)
-        assert isinstance(supervisor.status().error, KeeperError)
+        assert isinstance(supervisor.status().error, LeaseRenewerError)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
-        with pytest.raises(KeeperError):
+        with pytest.raises(LeaseRenewerError):
             await supervisor.wait()
         writer.close()
 

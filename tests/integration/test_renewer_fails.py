@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import Session, handler
-from workpool.errors import KeeperError, ListenError
+from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import SessionFinished, SessionStarted
 from workpool.pool.lease_renewer import LeaseRenewer
 
@@ -49,7 +49,7 @@ async def test_a_keeper_that_dies_is_fatal_and_nothing_more_is_sent(
         monkeypatch.setattr(LeaseRenewer, "_look", crash)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
-        with pytest.raises(KeeperError) as caught:
+        with pytest.raises(LeaseRenewerError) as caught:
             await supervisor.wait()
     assert caught.value.__cause__ is not None
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat"]

@@ -12,8 +12,8 @@ from workpool import LeaseLost, Session, SessionEnded, handler, hookimpl
 from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import (
     DrainFinished,
-    ItemClaimed,
     ItemDeclined,
+    ItemReceived,
     SessionFinished,
     SessionStarted,
     StopRequested,
@@ -510,7 +510,7 @@ async def test_an_item_that_was_held_before_is_known_and_counted(
         life = await life_of(work_id)
     assert seen == [(True, {"workpool.attempt": "2"})]  # written before the handler starts
     assert life.ops == ["ack", "heartbeat", "update", "stop"]
-    assert [event.origin for event in recorder.of(ItemClaimed)] == ["redelivered"]
+    assert [event.origin for event in recorder.of(ItemReceived)] == ["redelivered"]
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "items not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            "self._context.observe(ItemClaimed, work_item, origin, _age(work_item))",
+            "self._context.observe(ItemReceived, work_item, origin, _age(work_item))",
             "0",
         ),
     ],

@@ -14,7 +14,7 @@ from workpool.events import (
     AckFinished,
     DrainFinished,
     HeartbeatFinished,
-    ItemClaimed,
+    ItemReceived,
     SessionFinished,
     SessionStarted,
     StopRequested,
@@ -86,7 +86,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
     bench = Bench(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
-        await bench.recorder.wait_for(ItemClaimed)
+        await bench.recorder.wait_for(ItemReceived)
         await asyncio.sleep(1)
         began = bench.loop.time()
         await pool.drain()
@@ -293,7 +293,7 @@ async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
     bench = Bench(Script(ack=[CallFault(back=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await bench.recorder.wait_for(ItemClaimed)
+        await bench.recorder.wait_for(ItemReceived)
         await asyncio.sleep(1)
         group.create_task(pool.drain())
         bench.loop.pause(100)
@@ -343,7 +343,7 @@ async def test_workers_in_step_do_not_take_an_item_from_each_other_without_end()
     two = Bench(latency, operations=one.operations, **settings)
     async with one.supervisor:
         (item,) = one.operations.enqueue(ENVIRONMENT)
-        await one.recorder.wait_for(ItemClaimed)
+        await one.recorder.wait_for(ItemReceived)
         await asyncio.sleep(0.002)
         async with two.supervisor:
             await asyncio.sleep(30)

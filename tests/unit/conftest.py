@@ -25,7 +25,7 @@ from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from workpool.errors import KeeperError
+    from workpool.errors import LeaseRenewerError
     from workpool.events import Event
     from workpool.server import Record
     from workpool.wire.calls import Call
@@ -170,7 +170,7 @@ class Bench:
         if item.lease.status != "held":
             self.sender.cut(item)
 
-    def failed(self, error: KeeperError | None) -> None:
+    def failed(self, error: LeaseRenewerError | None) -> None:
         raise AssertionError(error)
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from workpool import Settings
-from workpool.errors import KeeperError, ListenError
+from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import lease_renewer, loop_monitor
 from workpool.pool.clock import PauseDetector, lease_clock
@@ -41,8 +41,8 @@ class Scene:
         self.loop = asyncio.get_running_loop()
         self.changes = Changes()
         self.events: list[Event] = []
-        self.failures: list[KeeperError] = []
-        self.ended: list[KeeperError | None] = []
+        self.failures: list[LeaseRenewerError] = []
+        self.ended: list[LeaseRenewerError | None] = []
         self.reported: list[str] = []
         self.blocked = threading.Event()
         self.ahead = 0.0
@@ -73,11 +73,11 @@ class Scene:
         self.reported.append(item.lease.status)
         self.changes.notify()
 
-    def failed(self, error: KeeperError) -> None:
+    def failed(self, error: LeaseRenewerError) -> None:
         self.failures.append(error)
         self.changes.notify()
 
-    def stopped_renewing(self, error: KeeperError | None) -> None:
+    def stopped_renewing(self, error: LeaseRenewerError | None) -> None:
         """On the renewer's thread."""
         self.ended.append(error)
         self.blocked.set()

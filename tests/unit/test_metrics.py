@@ -287,7 +287,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     }),
     (ev.PollerRestarted(ValueError()), {"poller_restarts_total{environment_id=env_1}": 1}),
     *(
-        (ev.ItemClaimed(replace(ITEM, type=kind), origin, 0.25), {
+        (ev.ItemReceived(replace(ITEM, type=kind), origin, 0.25), {
             f"items_received_total{{environment_id=env_1,origin={origin},type={label}}}": 1,
             "item_pickup_latency_seconds_count{environment_id=env_1}": 1,
             "item_pickup_latency_seconds_sum{environment_id=env_1}": 0.25,
@@ -295,7 +295,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
         for kind, label in (("session", "session"), ("healthcheck", "healthcheck"), ("x", "other"))
         for origin in get_args(ev.Origin)
     ),
-    (ev.ItemClaimed(ITEM, "new", None),
+    (ev.ItemReceived(ITEM, "new", None),
      {"items_received_total{environment_id=env_1,origin=new,type=session}": 1}),
     (ev.ItemDeclined(ITEM, "busy"), {"items_declined_total{environment_id=env_1,reason=busy}": 1}),
     (ev.ItemReclaimed(ITEM, "lost", "ack"),

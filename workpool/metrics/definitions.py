@@ -140,11 +140,11 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     # -- items -----------------------------------------------------------------------------------
     _counter(
-        "items_received_total", _env(origin=get_args(ev.Origin), type=ITEM_TYPES), ev.ItemClaimed,
+        "items_received_total", _env(origin=get_args(ev.Origin), type=ITEM_TYPES), ev.ItemReceived,
         "Items that polls brought.",
     ),
     _histogram(
-        "item_pickup_latency_seconds", _env(), (ev.ItemClaimed, "pickup_seconds"), H_WAIT,
+        "item_pickup_latency_seconds", _env(), (ev.ItemReceived, "pickup_seconds"), H_WAIT,
         "Poll time minus the item's created_at.",
     ),
     _counter(
@@ -184,7 +184,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Time left of the lease nearest to its end; absent when none is held.",
     ),
     _counter(
-        "heartbeats_total", _env(result=get_args(ev.BeatResult)), ev.HeartbeatFinished,
+        "heartbeats_total", _env(result=get_args(ev.HeartbeatResult)), ev.HeartbeatFinished,
         "Heartbeats settled; recovered: refused, and found to be still ours by reading the item.",
     ),
     _histogram(

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from workpool.errors import PluginError
-from workpool.events import ItemClaimed, ItemDeclined, ItemReclaimed
+from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
 from workpool.logs import readable
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
@@ -104,7 +104,7 @@ class Dispatcher:
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        self._context.observe(ItemClaimed, work_item, origin, _age(work_item))
+        self._context.observe(ItemReceived, work_item, origin, _age(work_item))
         if owned is not None:
             self._received_again(owned, polled_at)
             return False

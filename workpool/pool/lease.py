@@ -36,7 +36,7 @@ from workpool.wire.protocol import (
 )
 
 if TYPE_CHECKING:
-    from workpool.events import BeatResult
+    from workpool.events import HeartbeatResult
     from workpool.wire.items import WorkItem
 
 RENEW_PART, JITTER = 3, 0.1
@@ -88,7 +88,7 @@ class Decision(NamedTuple):
     """
 
     then: Literal["held", "again", "read", "over"]
-    result: BeatResult | None
+    result: HeartbeatResult | None
 
 
 IGNORED: Final = Decision("over", None)
@@ -283,7 +283,7 @@ class Lease:
         return decision
 
     def read(
-        self, now: float, doubt: BeatResult | None, outcome: WorkItem | ControlPlaneError
+        self, now: float, doubt: HeartbeatResult | None, outcome: WorkItem | ControlPlaneError
     ) -> Decision:
         """Apply a read of the item, made because an answer left open which worker holds it.
 
@@ -410,7 +410,7 @@ class Judgement(NamedTuple):
             `confirmed` by the control plane, or just `lost`.
     """
 
-    result: BeatResult
+    result: HeartbeatResult
     then: Literal["repeat", "read", "lost", "confirmed"]
 
 

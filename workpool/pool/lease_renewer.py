@@ -20,7 +20,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from workpool.errors import KeeperError, innermost
+from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured
 from workpool.pool.clock import PAUSE_SECONDS, PauseDetector
 from workpool.pool.diagnostics import report
@@ -62,9 +62,9 @@ class Callbacks(NamedTuple):
     """Called with events on the renewer's thread."""
     changed: Callable[[PoolItem], None]
     """The lease of an item has changed. Called on the handlers' loop."""
-    failed: Callable[[KeeperError], None]
+    failed: Callable[[LeaseRenewerError], None]
     """The thread failed. Called on the handlers' loop."""
-    stopped_renewing: Callable[[KeeperError | None], None]
+    stopped_renewing: Callable[[LeaseRenewerError | None], None]
     """Leases are not renewed any more, because of the error, or of a loop blocked for `max_block`.
 
     Called on the renewer's thread.
@@ -122,7 +122,7 @@ class LeaseRenewer:
         # Written on the handlers' loop, copied on the renewer's; each of these is one atomic step.
         self._leases: dict[Lease, PoolItem] = {}
         self._serving = self._closing = False  # written on the handlers' loop
-        self._error: KeeperError | None = None  # written on the renewer's thread
+        self._error: LeaseRenewerError | None = None  # written on the renewer's thread
 
         # The rest belongs to the renewer's loop.
         self._crash: BaseException | None = None
@@ -283,7 +283,7 @@ class LeaseRenewer:
         """End all leases, and so the pool; return whether this call was the first."""
         if self._error is not None or self._closing or not self._serving:
             return False
-        self._error = KeeperError("the thread that renews the leases failed")
+        self._error = LeaseRenewerError("the thread that renews the leases failed")
         self._error.__cause__ = cause
         self._tell(self._end_leases)
         return True

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from types import EllipsisType, TracebackType
     from typing import Self
 
-    from workpool.errors import KeeperError
+    from workpool.errors import LeaseRenewerError
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock
     from workpool.pool.item import PoolItem
@@ -380,11 +380,11 @@ class Supervisor:
         if self._view is not None:
             self._view.dispatcher.runner.lease_changed(item)
 
-    def _renewer_failed(self, error: KeeperError) -> None:
+    def _renewer_failed(self, error: LeaseRenewerError) -> None:
         self._fail(error)
         self._drain.begin(0)
 
-    def _stopped_renewing(self, error: KeeperError | None) -> None:
+    def _stopped_renewing(self, error: LeaseRenewerError | None) -> None:
         self._error = self._error or error
         if self.on_blocked is not None:
             self.on_blocked()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.events import (
     AckFinished,
-    ItemClaimed,
     ItemDeclined,
+    ItemReceived,
     ItemReclaimed,
     PollFinished,
     SessionFinished,
@@ -30,7 +30,7 @@ _COUNTED: Final[Mapping[type[Event], tuple[str, str]]] = {
     SessionFinished: ("sessions_total", "outcome"),
     AckFinished: ("acks_total", "result"),
     StopFinished: ("stops_total", "result"),
-    ItemClaimed: ("items_received_total", "origin"),
+    ItemReceived: ("items_received_total", "origin"),
     ItemReclaimed: ("reclaims_total", "direction"),
 }
 """The counter that each event increases, and the attribute that is its label."""
@@ -214,7 +214,7 @@ def everything_received_is_reported(case: Case) -> Iterator[str]:
 def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
     """Yield a name, the number reported, and the least and greatest correct number."""
     events = [event for _, event in node.events]
-    claimed = [(at, event) for at, event in node.events if isinstance(event, ItemClaimed)]
+    claimed = [(at, event) for at, event in node.events if isinstance(event, ItemReceived)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
     received = [
         call.answered_at

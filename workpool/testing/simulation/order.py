@@ -6,7 +6,7 @@ from http import HTTPStatus
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from workpool.events import AckFinished, ItemClaimed, ItemDeclined, SessionFinished
+from workpool.events import AckFinished, ItemDeclined, ItemReceived, SessionFinished
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _failed(event: SessionFinished) -> bool:
 
 def _claimed(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
     return (
-        isinstance(event, ItemClaimed)
+        isinstance(event, ItemReceived)
         and event.origin != "duplicate"
         and (at, event.item.id) not in declined
     )

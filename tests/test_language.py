@@ -1,0 +1,124 @@
+"""Docstrings, comments and texts are plain English with the words of the glossary.
+
+Checks what a program can check: words that no reader expects, and docstrings that are no sentence
+of their own. See workpool/docs/contributing.md, "Language".
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLEAN = (
+    "tests/references.py",
+    "tests/test_docs.py",
+    "tests/test_language.py",
+)
+"""Files and directories to which the checks apply."""
+BANNED = {
+    r"befall\w*|befell": "literary; write: applies to, affects",
+    r"bears?|bore|borne": "literary; write: has, uses",
+    r"heed\w*": "archaic; write: obey, notice",
+    r"strikes?|struck|striking": "a fault is injected",
+    r"deeds?|tenures?|encores?": "literary; write: action, lease, replay",
+    r"for want of|lest|hitherto|thereof|whilst|amongst": "archaic",
+    r"outruns?|outran": "write: takes longer than",
+    r"keepers?": "write: lease renewer",
+    r"beats?": "write: heartbeat",
+    r"siblings?": "write: the anthropic dialect",
+    r"handed over|hands? over|handing over": "write: handed off, hand off",
+    r"left behind": "write: abandoned",
+    r"gives? back|giving back|gave back": "write: release, return",
+    r"somebody|nobody": "name the person or the program",
+}
+"""Words that a reader of other projects does not expect, with the reason or the usual word."""
+PRONOUN = re.compile(
+    r"(?:It|Its|They|Their|This|These|That|Those|What|Whose|Who|He|She|We|Our|Ours|Such|Likewise)\b"
+)
+CITATION = re.compile(r'(?:See )?[\w./-]+\.md, "[^"]+"(?:(?:, | and |, and )"[^"]+")*\.?')
+
+
+def files() -> list[Path]:
+    found = [ROOT / name for name in CLEAN]
+    return [file for path in found for file in (path.rglob("*.py") if path.is_dir() else [path])]
+
+
+def docstrings(text: str) -> list[tuple[int, str]]:
+    """Each string that is a statement of its own: those of attributes too."""
+    return [
+        (node.lineno, node.value.value)
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+
+
+def comments_and_strings(text: str) -> list[tuple[int, str]]:
+    """Each comment and each string literal."""
+    kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [(token.start[0], token.string) for token in tokens if token.type in kinds]
+
+
+def banned(text: str) -> list[str]:
+    return [
+        f"{match[0]!r}: {reason}"
+        for pattern, reason in BANNED.items()
+        for match in re.finditer(rf"(?<![\w`/.-])(?:{pattern})(?![\w`])", text, re.IGNORECASE)
+    ]
+
+
+def problems(text: str) -> list[str]:
+    """What is wrong with the text of a module, with line numbers."""
+    found = [
+        f"{line}: {problem}"
+        for line, part in comments_and_strings(text)
+        for problem in banned(part)
+    ]
+    for line, docstring in docstrings(text):
+        flat = " ".join(docstring.split())
+        if CITATION.fullmatch(flat):
+            found.append(f"{line}: the docstring is only a citation")
+        if PRONOUN.match(flat):
+            found.append(f"{line}: the docstring begins with a pronoun: {flat[:40]!r}")
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", files(), ids=relative)
+def test_text_of_module_is_plain_english(path: Path) -> None:
+    if path.name == Path(__file__).name:
+        pytest.skip("it quotes the words")
+    assert problems(path.read_text()) == []
+
+
+def test_every_banned_word_has_a_reason() -> None:
+    assert len(BANNED) < 20
+    assert all(reason for reason in BANNED.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ('"""Return the lease."""', 0),
+        ('"""See workpool/docs/architecture.md, "Clocks"."""', 1),
+        ('"""What the control plane answers."""', 1),
+        ('x = 1\n"""It is one."""', 1),
+        ("x = 1  # the keeper knows", 1),
+        ("keeper = 1", 0),
+        ('x = "a fault strikes"', 1),
+        ("# `bear` quotes a name", 0),
+    ],
+)
+def test_problem_of_a_text_is_found(text: str, count: int) -> None:
+    assert len(problems(text + "\n")) == count
