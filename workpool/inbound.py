@@ -28,7 +28,7 @@ IDLE_SECONDS: Final = 75.0
 READ_SECONDS: Final = 30.0
 """Time that a client may read nothing of an answer that waits for it."""
 
-UNREAD_BYTES_MAX: Final = 128 * 1024 * 1024
+UNREAD_BYTES_MAX: Final = 32 * 1024 * 1024
 """Bytes that may wait in total for clients to read them."""
 
 CHECK_SECONDS: Final = 1.0

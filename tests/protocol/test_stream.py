@@ -13,6 +13,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, TOKEN, Api, until
 from tests.protocol.test_events import BASH, history, last, path, result, scripted, send
+from workpool import inbound
 from workpool.server import ControlPlane, SqliteStore, session_routes
 
 if TYPE_CHECKING:
@@ -130,25 +131,15 @@ async def test_a_reader_that_leaves_is_forgotten(qoder: Api) -> None:
 async def test_a_reader_that_does_not_read_is_cut_off(
     qoder: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cut, write = asyncio.Event(), session_routes._write
-
-    async def watched(*args: Any) -> None:
-        try:
-            await write(*args)
-        except TimeoutError:
-            cut.set()
-            raise
-
-    monkeypatch.setattr(session_routes, "WRITE_SECONDS", 0.1)
-    monkeypatch.setattr(session_routes, "_write", watched)
+    monkeypatch.setattr(inbound, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(inbound, "CHECK_SECONDS", 0.02)
     session_id = scripted(qoder)
     text = "x" * 1_000_000
     async with stream(qoder, session_id) as reader:
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
         for _ in range(20):  # more than all buffers between the two can hold
             assert (await send(qoder, session_id, message)).status == 200
-        async with asyncio.timeout(20):
-            await cut.wait()
+        await until(lambda: len(qoder.plane._connections) == 1)  # only that of the messages is left
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
 

@@ -98,6 +98,7 @@ class ControlPlane:
         self._tokens = tokens
         self._middlewares = tuple(middlewares)
         self._stack = AsyncExitStack()
+        self._connections: InboundConnections
 
     @property
     def base_url(self) -> str:
@@ -201,7 +202,7 @@ class ControlPlane:
     async def _listen(self, stack: AsyncExitStack) -> None:
         bound = self._bind(stack)
         tokens = Tokens(self._tokens or {}, self.operations.signing_key)
-        connections = InboundConnections(_connections_max())
+        self._connections = connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
         routes = [
             route

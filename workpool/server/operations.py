@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workpool.server import rules
+from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.errors import Refusal
@@ -163,6 +164,7 @@ class Operations:
         self, name: str, description: str | None, metadata: Mapping[str, str]
     ) -> Environment:
         """Create a `self_hosted` environment."""
+        check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         if self._created_environments >= ENVIRONMENTS_MAX:
             raise Refusal(400, f"there are {ENVIRONMENTS_MAX} environments already")
         now = self._tick()
@@ -190,12 +192,14 @@ class Operations:
         """Create items. `session_id`: the existing session that they belong to."""
         queue = self.queue(environment_id)
         now = self._latest
+        metadata = dict(metadata or {})  # shared by all of them
+        check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find(session_id)[0]
         told = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
-            session = known or self.sessions.new(environment_id, metadata or {}, told, now)
-            item = self._create(queue, session, metadata or {}, work_type)
+            session = known or self.sessions.new(environment_id, metadata, told, now)
+            item = self._create(queue, session, metadata, work_type)
             self.sessions.attach(session, item.id, now)
             items.append(item)
         queue.waiting.wake(count)
@@ -204,6 +208,7 @@ class Operations:
     def create_session(self, wanted: NewSession) -> tuple[Session, Item]:
         """Create a session and the work item that brings it to a worker."""
         queue = self.queue(wanted.environment_id)
+        check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = self._latest
         session = self.sessions.new(
             wanted.environment_id,
@@ -226,7 +231,7 @@ class Operations:
             environment_id=queue.environment_id,
             session_id=session.id,
             type=work_type,
-            metadata=dict(metadata),
+            metadata=metadata,
             created_at=self._latest,
         )
         return self._apply(queue, item, "created")
@@ -343,7 +348,9 @@ class Operations:
     ) -> Item:
         """Merge a patch into the metadata."""
         queue = self.queue(environment_id)
-        return self._apply(queue, rules.merge(queue.get(work_id), patch), "metadata", worker_id)
+        merged = rules.merge(queue.get(work_id), patch)
+        check_metadata(merged.metadata)
+        return self._apply(queue, merged, "metadata", worker_id)
 
     def get(self, environment_id: str, work_id: str) -> Item:
         """Return one item."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
+from workpool.server.answer_limits import fitting
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -46,15 +48,22 @@ def page_of(
 
 
 def listing(page: Page[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
-    """Return a page's JSON."""
-    first = page.items[0].id if page.items else None
-    last = page.items[-1].id if page.items else None
+    """Return a page's JSON, with fewer rows if one answer cannot carry them all."""
+    items, rows = page.items, [render(row) for row in page.items]
+    # A page that goes backwards in ascending order is next to its place with its last row.
+    from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
+    count = fitting(rows[::-1] if from_end else rows)
+    kept = slice(len(rows) - count, None) if from_end else slice(count)
+    has_more = page.has_more or count < len(rows)
+    items, rows = items[kept], rows[kept]
+    first = items[0].id if items else None
+    last = items[-1].id if items else None
     ends = (first or "", last or "")
     edge = min(ends) if page.backwards else max(ends)
     return {
-        "data": [render(row) for row in page.items],
+        "data": rows,
         "first_id": first,
         "last_id": last,
-        "has_more": page.has_more,
-        "next_page": f"{BEFORE if page.backwards else AFTER}-{edge}" if page.has_more else None,
+        "has_more": has_more,
+        "next_page": f"{BEFORE if page.backwards else AFTER}-{edge}" if has_more else None,
     }

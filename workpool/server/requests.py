@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
+from workpool.server.answer_limits import check_items
 from workpool.server.clock import TimeRange, is_rfc3339, to_utc
 from workpool.server.conversation import EventFilter
 from workpool.server.errors import Refusal
@@ -245,9 +246,9 @@ def enqueue(content: bytes) -> Enqueue:
     work_type = fields.get("type", SESSION)
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
         raise Refusal(400, "type must be a lowercase word", "type")
-    return Enqueue(
-        count, strings(fields.get("metadata", {}), (str,)), work_type, fields.get("script")
-    )
+    metadata = strings(fields.get("metadata", {}))
+    check_items(count, metadata)
+    return Enqueue(count, metadata, work_type, fields.get("script"))
 
 
 def strings(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The calls on sessions and their events over HTTP, in one dialect.
 
-An event stream holds no queue for its reader, only a place in the session's events: a slow reader
-costs nothing, and one that has stopped reading is cut off.
+An event stream holds no queue for its reader, only a place in the session's events, and writes in
+bounded pieces: a slow reader costs little. One that has stopped reading is cut off (`inbound`).
 See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +22,8 @@ from workpool.server.routes import answer
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from workpool.server.conversation import Conversation, Event
     from workpool.server.dialects import Dialect
     from workpool.server.item import Item
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from workpool.server.sessions import Session
     from workpool.server.tokens import Tokens
 
-WRITE_SECONDS: Final = 30.0
-"""How long a reader may take to read what was sent before it is cut off."""
+WRITE_BYTES: Final = 64 * 1024
+"""How much is written to a stream at once: its reader may take long, and there may be many."""
 _STREAM: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
@@ -100,14 +101,18 @@ class SessionRoutes:
         place = len(said.events) if last is None else said.place_after(last)
         response = web.StreamResponse(headers=_STREAM)
         # The reader has gone or stopped reading, or nothing is durable any more: the stream ends.
-        with suppress(ConnectionError, TimeoutError, StoreError):
+        with suppress(ConnectionError, StoreError):
             await response.prepare(request)
-            await _write(request, response, KEEP_ALIVE)
+            await response.write(KEEP_ALIVE)
             while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
+                end = len(said.events)
                 await self._operations.durable()
-                told = said.events[place:]
-                place += len(told)
-                await _write(request, response, b"".join(map(frame_of, told)) or KEEP_ALIVE)
+                if place == end:
+                    await response.write(KEEP_ALIVE)
+                while place < end:
+                    frames = _frames(said.events, place, end)
+                    place += len(frames)
+                    await response.write(b"".join(frames))
         return response
 
     def _session(self, request: web.Request) -> tuple[Session, Item]:
@@ -134,19 +139,19 @@ class SessionRoutes:
         return answer(value)
 
 
-async def _write(request: web.Request, response: web.StreamResponse, content: bytes) -> None:
-    try:
-        async with asyncio.timeout(WRITE_SECONDS):
-            await response.write(content)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
-        raise
-
-
 def value_of(event: Event) -> dict[str, Any]:
     """An event's JSON."""
     return dict(event.value)
+
+
+def _frames(events: Sequence[Event], place: int, end: int) -> list[bytes]:
+    """Return the frames of the first events in this range, up to the one that fills a write."""
+    frames, size = [], 0
+    while place < end and size < WRITE_BYTES:
+        frames.append(frame_of(events[place]))
+        size += len(frames[-1])
+        place += 1
+    return frames
 
 
 def frame_of(event: Event) -> bytes:

@@ -194,7 +194,7 @@ class Sessions:
     ) -> Session:
         """Create a session, `more` of whose fields may be given; it begins with `attach`."""
         session_id = SESSION_PREFIX + self._ids.new(now)
-        session = Session(session_id, environment_id, dict(metadata), now, script, **more)
+        session = Session(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
         return session
 

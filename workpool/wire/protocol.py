@@ -69,6 +69,8 @@ ENQUEUE_COUNT_MAX: Final = 1000
 
 # Bodies, ids and errors.
 BODY_LIMIT_BYTES: Final = 4 * 1024 * 1024
+ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
+"""The most of an answer that a worker reads; an answer about events may be larger."""
 ID_PATTERN: Final = r"[A-Za-z0-9_-]{1,128}"
 
 INVALID_REQUEST_ERROR: Final = "invalid_request_error"

@@ -1,0 +1,252 @@
+"""No answer is larger than a worker reads, and readers that do not read cost little memory."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
+import pytest
+
+from tests.protocol.conftest import ENV, TOKEN, Answer, Api
+from tests.protocol.test_events import path, scripted, send
+from workpool import Settings, WorkClient
+from workpool.server import Item, Refusal
+from workpool.server.answer_limits import ITEM_BYTES, METADATA_LIMIT_BYTES, NEW_METADATA_LIMIT_BYTES
+from workpool.server.dialects import DIALECTS
+from workpool.wire.protocol import ANSWER_LIMIT_BYTES
+
+if TYPE_CHECKING:
+    from workpool.server import ControlPlane
+    from workpool.wire.protocol import Dialect
+
+MEGABYTE = 1_000_000
+
+
+def metadata_of(size: int) -> dict[str, str]:
+    """Metadata with this many bytes of JSON, which most compact writers agree on."""
+    frame = len(orjson.dumps({"k": ""}))
+    return {"k": "x" * (size - frame)}
+
+
+async def post(api: Api, url: str, content: object) -> Answer:
+    return await api("POST", url, data=BytesIO(orjson.dumps(content)))
+
+
+def client_of(plane: ControlPlane) -> WorkClient:
+    settings = Settings(environment_id=ENV, token=TOKEN, base_url=plane.base_url)
+    return WorkClient(settings)
+
+
+# -- one item ------------------------------------------------------------------------------------
+
+
+async def test_worker_can_read_every_answer_about_an_item_of_the_largest_size(qoder: Api) -> None:
+    created = await post(qoder, qoder.work(), {"metadata": metadata_of(4_000_000)})
+    assert created.status == 200
+    work_id = created.body["data"][0]["id"]
+    grown = metadata_of(METADATA_LIMIT_BYTES)
+    async with client_of(qoder.plane) as client:
+        item = await client.poll()
+        assert item is not None
+        assert item.id == work_id
+        await client.ack(work_id)
+        await client.update_metadata(work_id, grown)
+        await client.heartbeat(work_id, expected=None)
+        assert (await client.get(work_id)).metadata == grown
+        assert [each.id async for each in client.list()] == [work_id]
+        await client.stop(work_id, force=True)
+    session_id = item.session_id
+    url = f"{qoder.base}/sessions/{session_id}"
+    async with qoder.http.get(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
+        assert len(await response.read()) <= ANSWER_LIMIT_BYTES
+
+
+async def test_metadata_above_the_limit_of_new_items_are_refused_with_the_limit(api: Api) -> None:
+    too_large = metadata_of(NEW_METADATA_LIMIT_BYTES + 1)
+    with pytest.raises(Refusal, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
+        api.plane.enqueue(metadata=too_large)
+    assert (caught.value.status, caught.value.param) == (400, "metadata")
+    assert len(api.plane.operations.queue(ENV)) == 0
+    assert len(api.plane.enqueue(metadata=metadata_of(NEW_METADATA_LIMIT_BYTES))) == 1
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_update_above_the_limit_is_refused_and_not_applied(api: Api) -> None:
+    (item,) = api.plane.enqueue(metadata=metadata_of(NEW_METADATA_LIMIT_BYTES))
+    patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
+    answers = [await api.update(item.id, json={"metadata": patch}) for patch in patches]
+    assert [answer.status for answer in answers] == [200, 200, 400]
+    assert answers[2].error["param"] == "metadata"
+    assert str(METADATA_LIMIT_BYTES) in answers[2].error["message"]
+    kept = (await api.get(item.id)).body["metadata"]
+    assert set(kept) == {"k", "more 0", "more 1"}
+    assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
+
+
+async def test_metadata_that_grow_as_json_are_measured_as_json(api: Api) -> None:
+    """A control character takes one byte of memory, and six of JSON."""
+    with pytest.raises(Refusal):
+        api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
+
+
+@pytest.mark.parametrize(
+    ("suffix", "body"),
+    [
+        ("/environments", {"name": "e", "config": {"type": "self_hosted"}}),
+        ("/sessions", {"agent": "agent_1", "environment_id": ENV}),
+    ],
+)
+async def test_application_cannot_create_what_no_answer_carries(
+    anthropic: Api, suffix: str, body: dict[str, Any]
+) -> None:
+    content = {**body, "metadata": metadata_of(NEW_METADATA_LIMIT_BYTES + 1)}
+    answer = await post(anthropic, anthropic.base + suffix, content)
+    assert (answer.status, answer.error["param"]) == (400, "metadata")
+    assert str(NEW_METADATA_LIMIT_BYTES) in answer.error["message"]
+
+
+# -- many items ----------------------------------------------------------------------------------
+
+
+async def test_enqueue_whose_answer_repeats_too_much_is_refused(api: Api) -> None:
+    content = {"count": 1000, "metadata": metadata_of(4_000_000)}
+    answer = await post(api, api.work(), content)
+    assert (answer.status, answer.error["param"]) == (400, "count")
+    assert str(ANSWER_LIMIT_BYTES) in answer.error["message"]
+    assert len(api.plane.operations.queue(ENV)) == 0
+
+
+async def test_worker_can_read_the_answer_to_the_largest_enqueue(qoder: Api) -> None:
+    size = ANSWER_LIMIT_BYTES // 1000 - 1024
+    async with client_of(qoder.plane) as client:
+        items = await client.enqueue(count=1000, metadata=metadata_of(size))
+        assert len(items) == 1000
+    content = {"count": 1000, "metadata": metadata_of(size + 1)}
+    assert (await post(qoder, qoder.work(), content)).status == 400
+
+
+async def walk(api: Api, url: str, **query: str) -> tuple[list[str], int]:
+    """Return the ids of all pages, and the size of the largest one."""
+    ids: list[str] = []
+    largest = 0
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    while True:
+        async with api.http.get(url, params={"limit": "100", **query}, headers=headers) as response:
+            content = await response.read()
+        largest = max(largest, len(content))
+        page = orjson.loads(content)
+        rows = [row["id"] for row in page["data"]]
+        ends = [page[name].rpartition("_")[2] for name in ("first_id", "last_id")]
+        assert ends == [row.rpartition("_")[2] for row in (rows[0], rows[-1])]
+        assert page["has_more"] is (page["next_page"] is not None)
+        ids += rows
+        if page["next_page"] is None:
+            return ids, largest
+        query = {**query, "page": page["next_page"]}
+        query.pop("before_id", None)
+
+
+async def test_pages_of_items_are_as_short_as_one_answer_requires(api: Api) -> None:
+    items = [api.plane.enqueue(metadata=metadata_of(MEGABYTE))[0].id for _ in range(11)]
+    ids, largest = await walk(api, api.work())
+    assert ids == items
+    assert 3 * MEGABYTE < largest <= ANSWER_LIMIT_BYTES
+    ids, largest = await walk(api, api.work(), before_id=items[-1])
+    assert sorted(ids) == items[:-1]
+    assert ids[:3] == items[-5:-2] or ids[:3] == items[-4:-1]
+    assert largest <= ANSWER_LIMIT_BYTES
+
+
+async def test_page_has_one_item_of_the_largest_size(api: Api) -> None:
+    for _ in range(3):
+        (item,) = api.plane.enqueue()
+        api.plane.operations.update(ENV, item.id, metadata_of(METADATA_LIMIT_BYTES))
+    ids, largest = await walk(api, api.work())
+    assert len(ids) == 3
+    assert largest <= ANSWER_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_pages_of_sessions_are_as_short_as_one_answer_requires(
+    anthropic: Api, order: str
+) -> None:
+    for _ in range(7):
+        anthropic.plane.enqueue(metadata=metadata_of(MEGABYTE))
+    ids, largest = await walk(anthropic, anthropic.base + "/sessions", order=order)
+    assert len(set(ids)) == 7
+    assert ids == sorted(ids, reverse=order == "desc")
+    assert largest <= ANSWER_LIMIT_BYTES
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_pages_of_events_are_as_short_as_one_answer_requires(api: Api, order: str) -> None:
+    session_id = scripted(api)
+    for _ in range(9):
+        assert (await send(api, session_id, message_of(MEGABYTE))).status == 200
+    ids, largest = await walk(api, path(api, session_id, "/events"), order=order)
+    assert sorted(ids) == [event["id"] for event in api.plane.events(session_id)]
+    assert ids == sorted(ids, reverse=order == "desc")
+    assert largest <= ANSWER_LIMIT_BYTES
+
+
+# -- readers that do not read ----------------------------------------------------------------------
+
+
+def message_of(size: int) -> dict[str, Any]:
+    return {"type": "user.message", "content": [{"type": "text", "text": "x" * size}]}
+
+
+async def test_streams_to_readers_that_do_not_read_hold_a_piece_of_the_history_each(
+    qoder: Api,
+) -> None:
+    session_id = scripted(qoder)
+    for _ in range(20):
+        assert (await send(qoder, session_id, message_of(MEGABYTE))).status == 200
+    whole = sum(len(orjson.dumps(event)) for event in qoder.plane.events(session_id))
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        writers = [await open_stream(qoder, session_id) for _ in range(10)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    for writer in writers:
+        writer.close()
+    assert peak - before < 2 * whole
+
+
+async def open_stream(api: Api, session_id: str) -> asyncio.StreamWriter:
+    """Open a stream that replays everything, read its beginning and nothing more."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", api.plane.port, limit=1024)
+    url = path(api, session_id, "/events/stream")
+    lines = [
+        f"GET {url[url.index('/api') :]} HTTP/1.1",
+        "Host: localhost",
+        f"Authorization: Bearer {TOKEN}",
+        "Last-Event-ID: unknown",
+    ]
+    writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
+    await reader.readuntil(b"user.message")
+    return writer
+
+
+def test_allowance_for_an_item_covers_its_fields(dialect: str) -> None:
+    item = Item(
+        id="work_" + "0" * 32,
+        environment_id="e" * 128,
+        session_id="sess_" + "0" * 32,
+        type="t" * 64,
+        state="starting",
+        created_at=1,
+        acknowledged_at=1,
+        started_at=1,
+        heartbeat_at=1,
+        stop_requested_at=1,
+        stopped_at=1,
+    )
+    shown = DIALECTS[cast("Dialect", dialect)].item(item)
+    assert None not in shown.values()
+    assert len(orjson.dumps(shown)) < ITEM_BYTES

@@ -1,0 +1,55 @@
+"""Limits that keep every answer readable: a client reads at most `ANSWER_LIMIT_BYTES` of one.
+
+See workpool/docs/protocol.md, "Limits of the embedded control plane".
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import orjson
+
+from workpool.server.errors import Refusal
+from workpool.wire.protocol import ANSWER_LIMIT_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+T = TypeVar("T")
+
+METADATA_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES - 64 * 1024
+"""Largest metadata of an item, session or environment as JSON; the rest is for other fields."""
+
+NEW_METADATA_LIMIT_BYTES: Final = METADATA_LIMIT_BYTES - 64 * 1024
+"""The same when they are created: their workers add the attempt, a result or an error."""
+
+ITEM_BYTES: Final = 1024
+"""More than an item's JSON without its metadata."""
+
+
+def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
+    """Refuse metadata that are larger than `limit` bytes as JSON."""
+    if len(orjson.dumps(metadata, default=dict)) > limit:
+        raise Refusal(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
+
+
+def check_items(count: int, metadata: Mapping[str, str]) -> None:
+    """Refuse an enqueue whose answer, which repeats the metadata for each item, is too large."""
+    size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
+    if size > ANSWER_LIMIT_BYTES:
+        raise Refusal(
+            400,
+            f"the answer would be larger than {ANSWER_LIMIT_BYTES} bytes: it repeats the metadata "
+            "for each item; enqueue fewer items in one call",
+            "count",
+        )
+
+
+def fitting(rows: Sequence[T]) -> int:
+    """Return how many of these rows, JSON values, one answer can carry; at least one."""
+    room = ANSWER_LIMIT_BYTES - ITEM_BYTES
+    for number, row in enumerate(rows):
+        room -= len(orjson.dumps(row, default=dict)) + 1
+        if room < 0:
+            return max(number, 1)
+    return len(rows)
