@@ -61,12 +61,18 @@ def attempts_are_counted(case: Case) -> Iterator[str]:
 
 
 def released_items_are_marked(case: Case) -> Iterator[str]:
-    """8b. A released item has a mark, unless its pool had a fault."""
+    """8b. A released item has a mark, unless its pool had a fault.
+
+    Before its first heartbeat, an item whose ack answered `active` may be another worker's, so
+    nothing can be written for it, and no handler has run.
+    """
     for work_id in case.runs:
         for one in _tries(case, work_id):
             lease = one.leases[-1]
             node = _node_of(case, lease)
             if one.marked or lease.stop_requested < FOREVER or case.disturbed(node, lease):
+                continue
+            if not one.runs and case.claim(node, work_id, lease.ended) is not None:
                 continue
             if _released(node, lease):
                 yield f"{work_id} was released by {node.machine.name} and not marked"

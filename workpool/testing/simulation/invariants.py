@@ -146,8 +146,10 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
         if call.op not in WRITES or call.work_id is None:
             continue
         lease = case.lease(call.node, call.work_id, call.at)
+        if call.op == "heartbeat" and _unsettled(case, call):
+            continue
         if lease is None:
-            if call.op != "heartbeat" or not (call.node.child or _unsettled(case, call)):
+            if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
         elif call.at > lease.end_at(call.at) + MARGIN_SECONDS and not (
             _verifies(case, lease, call)
@@ -158,7 +160,11 @@ def nothing_is_sent_without_the_lease(case: Case) -> Iterator[str]:
 def _unsettled(case: Case, call: Sent) -> bool:
     """Return whether an ack answered `active`, so that a heartbeat shows who owns the item."""
     claim = case.claim(call.node, str(call.work_id), call.at)
-    return claim is not None and call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
+    return (
+        claim is not None
+        and not claim.settled(call.at)
+        and call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
+    )
 
 
 def unsettled_items_are_left_alone(case: Case) -> Iterator[str]:
@@ -280,6 +286,8 @@ def acknowledged_items_are_run(case: Case) -> Iterator[str]:
     for node, lease in case.all_leases():
         if case.run_of(node, lease) is not None or case.disturbed(node, lease):
             continue
+        if not lease.settled:
+            continue  # the pool cannot know that it owns the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
         if not _leaving(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
@@ -346,8 +354,10 @@ def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
     for node, lease in case.all_leases():
         if lease.ended <= node.closed or node.abandoned or node.crashed < FOREVER:
             continue
-        if lease.last_end > node.closed + RELEASED_SECONDS and not case.disturbed(
-            node, lease, node.closed
+        if (
+            lease.settled
+            and lease.last_end > node.closed + RELEASED_SECONDS
+            and not case.disturbed(node, lease, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:

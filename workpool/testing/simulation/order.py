@@ -41,10 +41,13 @@ def completions_go_first(case: Case) -> Iterator[str]:
 
 
 def _overtaken(case: Case, run: Run, permits: list[float]) -> Iterator[str]:
+    lease = case.lease(run.node, run.work_id, run.started)
     writes = [
         call
         for call in case.sent[run.node, run.work_id]
-        if call.op in {"update", "stop"} and call.at >= run.ended
+        if call.op in {"update", "stop"}
+        and call.at >= run.ended
+        and case.lease(run.node, run.work_id, call.at) is lease
     ]
     stop = next((call for call in writes if call.op == "stop"), None)
     if stop is None or run.node.paused(run.ended, stop.at):
@@ -155,7 +158,7 @@ def cancellations_are_repeated(case: Case) -> Iterator[str]:
 
 
 def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
-    """9f. After a pause that the lease clock does not show, a heartbeat succeeds first."""
+    """9f. After a pause that the lease clock does not show, a heartbeat or ack succeeds first."""
     for (node, work_id), calls in case.sent.items():
         for since, until in node.machine.unseen:
             if until - since < PAUSE_SECONDS:
@@ -173,7 +176,7 @@ def nothing_is_sent_in_doubt(case: Case) -> Iterator[str]:
 
 def _verified(calls: list[Sent], since: float, until: Sent) -> bool:
     return any(
-        call.op == "heartbeat"
+        call.op in {"heartbeat", "ack"}
         and call.answer == "ok"
         and call.at >= since
         and call.answered_at <= until.at
