@@ -1,16 +1,21 @@
-"""The trial run of the sandbox ends in bounded time, whatever becomes of its process."""
+"""What stands around a sandbox: its trial run, kernel key rings, and memory that holds files."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import shlex
 import signal
-from typing import TYPE_CHECKING
+import struct
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
 
-from workpool_toolset import isolation
+from workpool_toolset import isolation, launcher
 from workpool_toolset.isolation import Bubblewrap, Limits, problem
 
 if TYPE_CHECKING:
@@ -42,3 +47,131 @@ def kill_and_reap(pid: int) -> None:
     """Block the loop meanwhile: it would take the exit status itself."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def verdict(machine: str, architecture: int, number: int) -> int:
+    """What the kernel would make of a call: a run of the filter's program."""
+    program = list(struct.iter_unpack("=HBBI", launcher.seccomp_filter(machine)))
+    call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
+    while True:
+        code, if_equal, if_not, operand = program[place]
+        place += 1
+        match code:
+            case launcher.LOAD:
+                (accumulator,) = struct.unpack_from("=I", call, operand)
+            case launcher.AND:
+                accumulator &= operand
+            case launcher.JUMP_IF_EQUAL:
+                place += if_equal if accumulator == operand else if_not
+            case launcher.RETURN:
+                return int(operand)
+
+
+X32 = 0x40000000
+KEY_CALLS = [
+    ("x86_64", 0xC000003E, {248, 249, 250, 248 | X32, 249 | X32, 250 | X32}),
+    ("x86_64", 0x40000003, {286, 287, 288}),
+    ("aarch64", 0xC00000B7, {217, 218, 219}),
+    ("aarch64", 0x40000028, {309, 310, 311}),
+]
+
+
+@pytest.mark.parametrize(("machine", "architecture", "numbers"), KEY_CALLS)
+def test_filter_refuses_the_calls_about_keys_in_every_instruction_set(
+    machine: str, architecture: int, numbers: set[int]
+) -> None:
+    asked = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
+    refused = {one for one in asked if verdict(machine, architecture, one) == launcher.REFUSE}
+    assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
+    assert numbers <= refused
+    assert {verdict(machine, architecture, one) for one in asked - refused} == {launcher.ALLOW}
+
+
+def test_filter_refuses_all_calls_of_an_unknown_instruction_set() -> None:
+    for machine in launcher.CALLS:
+        assert verdict(machine, 0xC0000016, 1) == launcher.REFUSE
+
+
+def test_launcher_gives_its_program_a_session_keyring_of_its_own(tmp_path: Path) -> None:
+    keyctl = launcher.CALLS[os.uname().machine][0].keyctl
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        f"import ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"  # the keyring's id
+    )
+    program.chmod(0o755)
+    launch = [sys.executable, "-I", "-S", launcher.__file__]
+    rings = {output_of(*way, str(program)) for way in ([], launch, launch)}
+    assert len(rings) == 3
+
+
+def output_of(*words: str) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
+    return done.stdout
+
+
+def test_program_that_cannot_be_launched_is_named() -> None:
+    words = [sys.executable, "-I", "-S", launcher.__file__, "/no/such"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    assert done.returncode == 1
+    assert done.stderr == "/no/such cannot be started: No such file or directory\n"
+
+
+async def test_machine_whose_calls_cannot_be_filtered_has_no_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "CALLS", {})
+    machine = os.uname().machine
+    found = await problem(Bubblewrap(Limits()), tmp_path)
+    assert found == f"its system calls cannot be filtered on {machine}"
+
+
+KEYS = """
+import ctypes, errno, os
+libc = ctypes.CDLL(None, use_errno=True)
+calls = {"x86_64": (248, 249, 250), "aarch64": (217, 218, 219)}[os.uname().machine]
+for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x", -3)):
+    print(libc.syscall(number, *given, b"secret", 6, -3), errno.errorcode[ctypes.get_errno()])
+"""
+
+
+async def test_session_cannot_use_the_kernels_key_rings(boxed: Any) -> None:
+    said = await boxed.says("bash", command=f"python3 -c {shlex.quote(KEYS)}")
+    assert said == "-1 ENOSYS\n" * 3
+    assert "Permission denied" in await boxed.fails("bash", command="cat /proc/keys")
+
+
+INT_80 = """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=7)
+# push rbx; mov eax, 288; mov ebx, 0; mov ecx, -3; mov edx, 0; int 0x80; pop rbx; ret
+code.write(bytes.fromhex("53b820010000bb00000000b9fdffffffba00000000cd805bc3"))
+print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())
+"""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="calls of an x86 processor")
+async def test_session_cannot_use_key_rings_by_calls_of_32_bit_programs(boxed: Any) -> None:
+    here = await asyncio.create_subprocess_exec(sys.executable, "-c", INT_80)
+    if await here.wait():
+        pytest.skip("this kernel runs no 32-bit programs")
+    assert await boxed.says("bash", command=f"python3 -c {shlex.quote(INT_80)}") == "-38\n"
+
+
+async def test_directories_in_memory_have_one_size_together(agents: Any, sandbox: Any) -> None:
+    agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))
+    await agent.says("bash", command="head -c 40M /dev/zero > /tmp/a")
+    failed = await agent.fails("bash", command="head -c 40M /dev/zero > /dev/shm/a")
+    assert "No space left on device" in failed
+    await agent.says("bash", command="rm /dev/shm/a; head -c 10M /dev/zero > /dev/shm/a")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound the number of files")
+async def test_directories_in_memory_hold_a_bounded_number_of_files(
+    agents: Any, sandbox: Any
+) -> None:
+    agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))
+    script = "cd /dev/shm && for n in {1..5000}; do : > $n || break; done; ls | wc -l"
+    assert await agent.says("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
+    assert "No space left on device" in await agent.fails("bash", command="touch /tmp/a")
+    assert "superuser" in await agent.fails("bash", command="mount -o remount,nr_inodes=0 /tmp")

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -243,13 +245,19 @@ async def test_limits(boxed: Any) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_worker_that_is_not_root_is_sandboxed_too(sandbox: Bubblewrap) -> None:
+def test_a_worker_that_is_not_root_is_sandboxed_too(
+    sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))  # its own
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
         os.chown(folder, 65534, 65534)
         other = Bubblewrap(sandbox.limits, as_root=False)
-        script = "touch made; id -u; grep -c . /proc/self/mounts; cat /etc/shadow; unshare -U id"
+        script = (
+            "touch made; id -u; df -m --output=size /tmp /dev/shm | tail -n 2;"
+            " cat /etc/shadow; unshare -U id"
+        )
         done = subprocess.run(  # noqa: S603 - ours
             other.command("s", folder, [*BASH, "-c", script]),
             env=other.environment(None),
@@ -262,7 +270,9 @@ def test_a_worker_that_is_not_root_is_sandboxed_too(sandbox: Bubblewrap) -> None
         )
         if "setting up uid map" in done.stderr or "No permissions" in done.stderr:
             pytest.skip(done.stderr)
-        assert done.stdout.splitlines()[0] == "65534", done.stderr
+        user, *sizes = map(int, done.stdout.split())
+        assert user == 65534, done.stderr
+        assert sum(sizes) == sandbox.limits.memory_mb
         assert (folder / "made").exists()
         assert "unshare failed" in done.stderr
 

@@ -2,7 +2,8 @@
 
 Owns the sandbox's command line and the proof, at start, that it works here. Inside, a command sees
 the system's programs read-only and the workspace; it has its own process and network namespaces, so
-neither this worker's environment nor any of its files can be reached, and rlimits of its own.
+neither this worker's environment nor any of its files can be reached, rlimits and a session keyring
+of its own.
 
 A worker that is root gives each session a user id of its own: root is exempt from RLIMIT_NPROC, and
 would own /proc/sys. Any other worker's sandboxes are user namespaces that cannot make more of them.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import sys
 import tempfile
 import zlib
 from contextlib import suppress
@@ -20,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+from workpool_toolset import launcher
 from workpool_toolset.shell import REAP_SECONDS
 
 if TYPE_CHECKING:
@@ -34,6 +37,11 @@ ALLOWED: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
 """All that a command gets of this process's environment; the token is in there too."""
 
 SETPRIV: Final = "/usr/bin/setpriv"
+MOUNT: Final = "/usr/bin/mount"
+_LAUNCHER: Final = str(Path(launcher.__file__).resolve())
+_SHARED: Final = ".shm"
+INODE_BYTES: Final = 16 * 1024
+"""A directory in memory holds a file for each of these bytes of its size at most."""
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS: Final = 20.0
 FIRST_USER: Final = 1_900_000_000  # a range that no distribution hands out
@@ -50,7 +58,8 @@ _ETC: Final = (
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 VISIBLE: Final = (*_SYSTEM, *(f"/etc/{name}" for name in _ETC))
 """What every sandbox shows of this machine, to read."""
-_IN_MEMORY: Final = ("/tmp", "/dev/shm")  # noqa: S108 - the sandbox's own
+_TMP: Final = "/tmp"  # noqa: S108 - the sandbox's own
+_SHM: Final = "/dev/shm"  # noqa: S108 - the sandbox's own
 _NAMESPACES: Final = (
     *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
     *("--hostname", "sandbox", "--die-with-parent"),
@@ -61,7 +70,10 @@ _QUIET: Final = {"PS1": "", "PS2": "", "TERM": "dumb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one process of a sandbox may use, by rlimit; `memory_mb` is `/tmp`'s size too."""
+    """What one process of a sandbox may use, by rlimit.
+
+    `memory_mb` is also the size of `/tmp` and `/dev/shm` together.
+    """
 
     memory_mb: int = 4096
     cpu_seconds: int = 3600
@@ -161,21 +173,46 @@ class Bubblewrap:
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
         if owner:
-            rights = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+            rights = ["--cap-drop", "ALL"]
+            for right in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):
+                rights += ["--cap-add", right]
             user = [
+                *(*BASH, "-c", self._memory_script(), "memory"),
                 *(SETPRIV, f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"),
                 *("--inh-caps=-all", "--no-new-privs", "--"),
             ]
         limited = [*BASH, "-c", self.limits.script(), "limited", *words]
-        return [self.program, *_NAMESPACES, *rights, *self._files(workspace), "--", *user, *limited]
+        bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
+        return [*bwrap, *self._files(workspace), "--", *user, *limited]
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """The allowed variables, with places that exist inside, or exactly the explicit ones."""
         if explicit is not None:
             return _QUIET | dict(explicit)
-        inside = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _IN_MEMORY[0]}
+        inside = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
         kept = {name: os.environ[name] for name in ("LANG", "TZ") if name in os.environ}
         return _QUIET | kept | inside
+
+    def _memory(self) -> list[str]:
+        """`/tmp` and `/dev/shm`, of `memory_mb` together."""
+        size = self.limits.memory_mb << 20
+        if self.as_root:  # a directory of `/tmp` becomes `/dev/shm` later
+            shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
+            return ["--perms", "1777", "--size", str(size), "--tmpfs", _TMP, *shared]
+        sizes = {_TMP: size - size // 4, _SHM: size // 4}
+        return [
+            word
+            for place, part in sizes.items()
+            for word in ("--perms", "1777", "--size", str(part), "--tmpfs", place)
+        ]
+
+    def _memory_script(self) -> str:
+        """Shell code that does what bubblewrap cannot: bound the number of files in memory."""
+        inodes = (self.limits.memory_mb << 20) // INODE_BYTES
+        return (
+            f"{MOUNT} -o remount,nr_inodes={inodes} {_TMP}"
+            f' && {MOUNT} --bind {_TMP}/{_SHARED} {_SHM} && exec "$@"'
+        )
 
     def _files(self, workspace: Path) -> list[str]:
         words: list[str] = []
@@ -187,12 +224,9 @@ class Bubblewrap:
         words += _open_way("/etc/ssl/certs")
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-        size = str(self.limits.memory_mb << 20)
-        shared = ["--perms", "1777", "--size", size, "--tmpfs"]
-        words += ["--proc", "/proc", "--dev", "/dev"]
-        for name in _IN_MEMORY:
-            words += [*shared, name]
-        words += ["--remount-ro", "/dev"]
+        words += ["--proc", "/proc", "--dev", "/dev", *self._memory(), "--remount-ro", "/dev"]
+        for name in ("/proc/keys", "/proc/key-users"):
+            words += ["--ro-bind-try", "/dev/null", name]
         for root in sorted(self.roots, key=lambda root: len(root.shown)):  # inner ones on top
             words += _open_way(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
@@ -215,7 +249,9 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
     Raises:
         OSError: The directory cannot be made or given away, or no process started.
     """
-    for program in (sandbox.program, *([SETPRIV] if sandbox.as_root else [])):
+    if os.uname().machine not in launcher.CALLS:
+        return f"its system calls cannot be filtered on {os.uname().machine}"
+    for program in (sandbox.program, *([SETPRIV, MOUNT] if sandbox.as_root else [])):
         if shutil.which(program) is None:
             return f"{program} is not installed"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as probe:

@@ -84,7 +84,7 @@ class Toolset:
     max_pdf_bytes: int = SIZES.pdf
     """The largest PDF that `read` takes, in bytes."""
     memory_mb: int = 4096
-    """Data of each process, and the size of its `/tmp`, in MiB; sandboxed."""
+    """Data of each process, and the size of `/tmp` and `/dev/shm` together, in MiB; sandboxed."""
     cpu_seconds: int = 3600
     """Processor time of each process; sandboxed."""
     processes: int = 512

@@ -1,0 +1,102 @@
+"""Starts bubblewrap apart from the kernel's key rings: a program of its own, which becomes it.
+
+Standard library only, run by its path with `python -I -S`: its arguments are bubblewrap's command
+line. A process inherits the session keyring of the worker, with tickets and disk keys, and all
+processes of one keyring can talk through it. So a sandbox gets a session keyring of its own, and
+the three system calls about keys are answered as by a kernel without them, whichever of the
+processor's instruction sets a program uses.
+"""
+
+import ctypes
+import errno
+import os
+import signal
+import struct
+import sys
+from typing import NamedTuple
+
+
+class Calls(NamedTuple):
+    """The numbers of the calls about keys, for one instruction set.
+
+    Attributes:
+        architecture: `AUDIT_ARCH_…`, by which the kernel knows it.
+        add_key: The number of `add_key`.
+        request_key: The number of `request_key`.
+        keyctl: The number of `keyctl`.
+    """
+
+    architecture: int
+    add_key: int
+    request_key: int
+    keyctl: int
+
+
+CALLS = {
+    "x86_64": (Calls(0xC000003E, 248, 249, 250), Calls(0x40000003, 286, 287, 288)),
+    "aarch64": (Calls(0xC00000B7, 217, 218, 219), Calls(0x40000028, 309, 310, 311)),
+}
+"""By the machine's name: of 64-bit programs, which this one is, and of 32-bit programs."""
+
+LOAD, AND, JUMP_IF_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
+NUMBER, ARCHITECTURE = 0, 4
+"""Where the filter finds the call's number, and the instruction set."""
+ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.ENOSYS
+NOT_X32 = ~0x40000000 & 0xFFFFFFFF
+"""x86-64's third instruction set, x32, has the same numbers with this bit set."""
+JOIN_SESSION_KEYRING = 1
+
+
+def seccomp_filter(machine: str) -> bytes:
+    """The program for the kernel that refuses the calls about keys, and allows all others."""
+    program = [(LOAD, 0, 0, ARCHITECTURE)]
+    for architecture, *numbers in CALLS[machine]:
+        refuse = range(len(numbers), 0, -1)  # how many instructions lie in between
+        block = [
+            (LOAD, 0, 0, NUMBER),
+            (AND, 0, 0, NOT_X32),
+            *((JUMP_IF_EQUAL, far, 0, number) for far, number in zip(refuse, numbers, strict=True)),
+            (RETURN, 0, 0, ALLOW),
+            (RETURN, 0, 0, REFUSE),
+        ]
+        program += [(JUMP_IF_EQUAL, 0, len(block), architecture), *block]
+    program.append((RETURN, 0, 0, REFUSE))  # an instruction set that is not known
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def leave_session_keyring(machine: str) -> None:
+    """Get a new session keyring, for this process and what it becomes.
+
+    Raises:
+        OSError: There is none.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    keyctl = ctypes.c_long(CALLS[machine][0].keyctl)
+    if libc.syscall(keyctl, ctypes.c_long(JOIN_SESSION_KEYRING), None) == -1:
+        number = ctypes.get_errno()
+        if number not in {errno.ENOSYS, errno.EPERM}:  # no key rings here, or not for this worker
+            raise OSError(number, os.strerror(number))
+
+
+def main() -> int:
+    """Become the program that the arguments name."""
+    program, *arguments = sys.argv[1:]
+    machine = os.uname().machine
+    try:
+        leave_session_keyring(machine)
+        opened = os.memfd_create("seccomp", 0)
+        os.write(opened, seccomp_filter(machine))
+        os.lseek(opened, 0, os.SEEK_SET)
+        for number in (
+            signal.SIGPIPE,
+            signal.SIGXFSZ,
+        ):  # Python ignores them, and so would a session
+            signal.signal(number, signal.SIG_DFL)
+        os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell
+    except OSError as error:
+        sys.stderr.write(f"{program} cannot be started: {error.strerror}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
