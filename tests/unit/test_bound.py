@@ -21,7 +21,7 @@ LONG = 60.0
 
 @asynccontextmanager
 async def ours(seconds: float) -> AsyncIterator[None]:
-    with Bound(seconds):
+    with Bound(seconds, asyncio.get_running_loop()):
         yield
 
 

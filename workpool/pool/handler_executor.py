@@ -201,7 +201,7 @@ async def _in_contexts(contexts: list[Context], handler: Handler, session: Sessi
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
     """Return a future that is done when the task is; cancelling it does not cancel the task."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[None] = task.get_loop().create_future()
 
     def end(_: asyncio.Task[object]) -> None:
         if not future.done():  # else the task that waited has been cancelled

@@ -130,7 +130,8 @@ class Poller:
 
     async def _poll(self) -> WorkItem | None:
         self.state = "polling"
-        started = self._polled_at = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        started = self._polled_at = loop.time()
         self._sent_at = self._context.clock()
         self._group.sent()
         result: PollResult = "error"
@@ -146,7 +147,7 @@ class Poller:
             raise
         finally:
             self._group.answered()
-            seconds = asyncio.get_running_loop().time() - started
+            seconds = loop.time() - started
             self._context.observe(PollFinished, result, seconds)
         self._backoff.reset()
         self._unreadable = 0

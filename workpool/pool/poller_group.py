@@ -99,12 +99,12 @@ class PollerGroup:
 
     async def cooldown(self) -> None:
         """Wait while all pollers are held back."""
-        loop = asyncio.get_running_loop()
-        while True:
-            seconds = self._cooldown_until - loop.time()
+        while self._cooldown_until:
+            seconds = self._cooldown_until - asyncio.get_running_loop().time()
             if seconds <= 0:
-                return
-            await asyncio.sleep(seconds)  # it may be extended meanwhile
+                self._cooldown_until = 0.0
+            else:
+                await asyncio.sleep(seconds)  # it may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
         """Hold all pollers back for `seconds` from now."""

@@ -124,9 +124,10 @@ class Sender:
             SessionGoneError: From the check, which is made right before the bytes of every try.
             ControlPlaneError: Refused, in conflict, or still transient at the end.
         """
-        loop = asyncio.get_running_loop()
         backoff: Backoff | None = None
-        until = loop.time() + request.seconds
+        until = math.inf
+        if request.seconds != math.inf:
+            until = asyncio.get_running_loop().time() + request.seconds
         new_connection = False
         while True:
             try:
@@ -197,14 +198,16 @@ class Sender:
             request.before_bytes()
 
     def _left(self, item: PoolItem, until: float) -> float:
-        now = asyncio.get_running_loop().time()
-        return min(until - now, item.lease.remaining(self._clock()))
+        left = item.lease.remaining(self._clock())
+        if until == math.inf:
+            return left
+        return min(until - asyncio.get_running_loop().time(), left)
 
     async def _cut(
         self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
     ) -> T:
         """Await `call()` for at most `seconds`; `cut` ends the wait earlier."""
-        bound = Bound(seconds)
+        bound = Bound(seconds, asyncio.get_running_loop())
         if item.open_sends is None:
             item.open_sends = set()
         item.open_sends.add(bound)

@@ -14,24 +14,27 @@ class Bound:
 
     By the rules of `asyncio.timeout`: a cancellation by anybody else goes through, also one that
     comes in the same turn of the loop. For one block, inside a task.
+
+    Args:
+        seconds: The bound; None = only `strike` ends the wait.
+        loop: The running loop. It is given because Python 3.11 makes a system call to find it.
     """
 
-    __slots__ = ("_before", "_seconds", "_struck", "_task", "_timer")
+    __slots__ = ("_before", "_loop", "_seconds", "_struck", "_task", "_timer")
 
-    def __init__(self, seconds: float | None) -> None:
-        """`seconds` None: only `strike` ends the wait."""
+    def __init__(self, seconds: float | None, loop: asyncio.AbstractEventLoop) -> None:
         self._seconds = seconds
+        self._loop = loop
         self._struck = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._loop)
         if task is None:
             raise RuntimeError("a bound needs a task that it can cancel")
         self._task, self._before = task, task.cancelling()
         self._timer: asyncio.TimerHandle | None = None
         if self._seconds is not None:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(max(0.0, self._seconds), self.strike)
+            self._timer = self._loop.call_later(max(0.0, self._seconds), self.strike)
 
     def __exit__(
         self,

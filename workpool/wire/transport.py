@@ -148,7 +148,8 @@ class Transport:
             ControlPlaneError: Any other answer than the success that the call expects.
             RuntimeError: Not open, or on another event loop than the one it was opened on.
         """
-        if self._loop is not asyncio.get_running_loop():
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
             self._raise_wrong_loop()
         seconds = self._seconds if request.seconds is None else request.seconds
         until = time.monotonic() + seconds
@@ -158,11 +159,11 @@ class Transport:
             await self.acquire(limiter, op, priority, seconds)
         token = self._token
         try:
-            return await self._attempt(request, until)
+            return await self._attempt(request, until, loop)
         except RefusedError as refused:
             if refused.status not in _DENIED or not await self._renewed(token, until):
                 raise
-        return await self._attempt(request, until)
+        return await self._attempt(request, until, loop)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -210,7 +211,9 @@ class Transport:
                 raise
         return await attempt()
 
-    async def _attempt(self, request: Request[T], until: float) -> T:
+    async def _attempt(
+        self, request: Request[T], until: float, loop: asyncio.AbstractEventLoop
+    ) -> T:
         op, started = request.call.op, time.monotonic()
         if started >= until:
             raise TransientError(op, None, "no time left to ask", reason="timeout")
@@ -220,7 +223,7 @@ class Transport:
             checked = CheckedBody(request.body or b"", check, headers_first=self._given is not None)
         try:
             # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
-            with Bound(until - started):
+            with Bound(until - started, loop):
                 response, body = await self._exchange(request, checked)
             status = response.status
             code = CODES.get(status, "error")
