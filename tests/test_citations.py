@@ -14,10 +14,15 @@ from workpool.pool.item import TRANSITIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workpool"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-PARTS = ("pool", "wire", "server")
-"""Packages whose modules cite documents of this repository only."""
-PART_MODULES = {part: sorted((PACKAGE / part).rglob("*.py")) for part in PARTS}
+MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*/**/*.py")])
+PENDING = (
+    "plugins/",
+    "workpool/cli/",
+    "workpool/metrics/",
+    "workpool/plugins/",
+    "workpool/testing/",
+)
+"""Directories whose modules still mention documents that are not in the repository."""
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
 
@@ -81,13 +86,14 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
     ],
 )
 def test_modules_of_a_package_cite_its_document(part: str, document: str, heading: str) -> None:
-    cited = {each for path in PART_MODULES[part] for each in citations(path.read_text())}
+    modules = (PACKAGE / part).rglob("*.py")
+    cited = {each for path in modules for each in citations(path.read_text())}
     assert (f"workpool/docs/{document}.md", heading) in cited
     assert len(cited) > 5
 
 
 @pytest.mark.parametrize(
-    "path", [each for paths in PART_MODULES.values() for each in paths], ids=relative
+    "path", [each for each in MODULES if not relative(each).startswith(PENDING)], ids=relative
 )
 def test_module_cites_nothing_outside_the_repository(path: Path) -> None:
     assert strays(path.read_text()) == []

@@ -250,7 +250,7 @@ async def test_handing_a_session_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
 async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None:
     names = run("async def talk(", tmp_path)
     script = json.loads(block('"custom": true', "json"))
-    uses = [entry for entry in script if set(entry) == {"name", "input"}]  # nobody else needed
+    uses = [entry for entry in script if set(entry) == {"name", "input"}]  # no other participant
     async with Supervisor(Settings(), plugins=[names["talk"]]):
         assert (await finished({"job": "talk"}, uses * 3))["done"] == "3"
     plane.enqueue(script=script)

@@ -70,7 +70,7 @@ _MODULE_OF = {
 }
 
 
-if not TYPE_CHECKING:  # else type checkers accept any name
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         """Import a public name, and keep it as an attribute of the package."""

@@ -1,6 +1,6 @@
-"""How long to wait before the next try: exponential, with full jitter (design §2).
+"""Delays between retries: exponential, with full jitter.
 
-Pure arithmetic: it never sleeps and knows no clock, so whoever waits can be cancelled at leave.
+Computes only. It neither sleeps nor reads a clock, so the caller's wait can be cancelled.
 """
 
 import random
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 class Backoff:
-    """Delays in seconds, drawn from 0 to a ceiling that doubles with every failure.
+    """Delays in seconds, drawn between 0 and a ceiling that doubles with each failure.
 
-    Full jitter, because workers that lost the same control plane must not all come back at once.
+    Full jitter prevents workers that lost the same control plane from returning all at once.
 
     Args:
         initial: The ceiling of the first delay, in seconds.
@@ -27,15 +27,15 @@ class Backoff:
         self._cap = cap
         self._rng = rng
         self.failures = 0
-        """How many delays were drawn since the last `reset()`."""
+        """The number of delays since the last `reset()`."""
 
     def next(self) -> float:
-        """Count one more failure and return how long to wait, in seconds."""
-        # The exponent is bounded: after days of failures 2**n would not fit a float any more.
+        """Count one more failure and return the delay, in seconds."""
+        # Bounded: after days of failures 2**n would not fit a float.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))
         self.failures += 1
         return self._rng() * ceiling
 
     def reset(self) -> None:
-        """Start over; called after a success."""
+        """Begin with the first delay again, after a success."""
         self.failures = 0

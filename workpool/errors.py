@@ -1,6 +1,7 @@
-"""Every error that workpool raises: one tree, branched on by class and attribute, never by text.
+"""The errors that workpool raises, as one tree of classes.
 
-Owns the messages too. No message, attribute or repr may carry a token or a response body.
+Callers branch on class and attributes, never on text. No message, attribute or repr contains a
+token or the body of an answer.
 """
 
 import errno
@@ -15,14 +16,14 @@ EXHAUSTED: Final = frozenset(
 
 
 class WorkpoolError(Exception):
-    """The root of the tree."""
+    """The base class of all errors of workpool."""
 
 
 class SettingsError(WorkpoolError):
-    """Settings that cannot be used; every problem at once, by name, without its content.
+    """Some settings are wrong. Names all of them, and quotes no value.
 
     Attributes:
-        problems: One sentence per bad value, each beginning with the setting's name.
+        problems: One sentence for each wrong value; the name of the setting comes first.
     """
 
     def __init__(self, problems: tuple[str, ...]) -> None:
@@ -31,10 +32,10 @@ class SettingsError(WorkpoolError):
 
 
 class PluginError(WorkpoolError):
-    """A plugin that cannot be used, found at start.
+    """A plugin cannot be used. Raised at start.
 
     Attributes:
-        plugin: The culprit, by the name under which it was asked for.
+        plugin: The name under which the plugin was requested.
     """
 
     def __init__(self, plugin: str, problem: str) -> None:
@@ -43,29 +44,34 @@ class PluginError(WorkpoolError):
 
 
 class ListenError(WorkpoolError):
-    """`metrics_listen` names an address that cannot be bound (design §6)."""
+    """The address of `metrics_listen` cannot be bound."""
 
 
 class RegistryError(WorkpoolError):
-    """Metrics that cannot be put on the registry: opened twice, or their names are taken."""
+    """The registry does not accept the metrics: registered twice, or their names are taken."""
 
 
 class LeaseRenewerError(WorkpoolError):
-    """The thread that keeps the leases died, so that no lease can be kept: fatal (design §1)."""
+    """The lease renewer failed, so no lease can be extended. Ends the pool.
+
+    See workpool/docs/architecture.md, "Renewals".
+    """
 
 
 class PollerError(WorkpoolError):
-    """A poller crashed five times in a row: fatal (design §2). The last crash is the cause."""
+    """A poller crashed five times in a row. Ends the pool; `__cause__` is the last crash."""
 
 
 class ControlPlaneError(WorkpoolError):
-    """A call that the control plane did not answer with success (design §2).
+    """The control plane did not answer a call with success.
+
+    See workpool/docs/protocol.md, "Errors".
 
     Attributes:
-        op: The call: poll, ack, heartbeat, stop, update, get, list, stats, session, …
-        status: The HTTP status, None when no answer came.
-        error_type: `error.type` of the envelope (protocol §1), None when there was none.
-        param: `error.param` of the envelope, None when there was none.
+        op: The name of the call: poll, ack, heartbeat, stop, update, get, list, stats, session, …
+        status: The HTTP status; None if there was no answer.
+        error_type: `error.type` of the answer; None if it has none.
+        param: `error.param` of the answer; None if it has none.
     """
 
     def __init__(
@@ -85,14 +91,14 @@ class ControlPlaneError(WorkpoolError):
 
 
 class TransientError(ControlPlaneError):
-    """Worth another try: no answer, 408, 425, 429, 5xx, or a success that cannot be read.
+    """The same call may succeed later: no answer, 408, 425, 429, 5xx, or an unreadable success.
 
-    So is an answer that no control plane gives, but a gateway may: a redirect, 101, a status that
-    HTTP does not define. Unless `reason` is "throttled", the call may have been applied.
+    An answer that only a gateway gives is transient too: a redirect, 101, a status that HTTP does
+    not define. Unless `reason` is "throttled", the call may have been applied.
 
     Attributes:
-        reason: Why, in one word.
-        retry_after: Seconds that the control plane asked us to wait, None when it did not.
+        reason: The kind of failure.
+        retry_after: Seconds to wait, as the control plane asked; None if it did not ask.
     """
 
     def __init__(
@@ -124,26 +130,26 @@ class UnreadableError(TransientError):
 
 
 class TooLargeError(UnreadableError):
-    """A success whose body is larger than we accept: less should be asked for at once."""
+    """The body of a success is too large. A smaller page should be requested at once."""
 
     def __init__(self, op: str, status: int | None, *, work_id: str | None = None) -> None:
-        super().__init__(op, status, "the answer is larger than we accept", work_id=work_id)
+        super().__init__(op, status, "the answer is too large", work_id=work_id)
 
 
 class RefusedError(ControlPlaneError):
-    """Refused for good: 400, 401, 403, 404 and the other client errors that HTTP defines."""
+    """The control plane refused the call: 400, 401, 403, 404 or another client error of HTTP."""
 
 
 class ConflictError(ControlPlaneError):
-    """409: the item is not in a state, or not with the worker, that the call needs."""
+    """409: the item's state or holder does not allow this call."""
 
 
 class PreconditionError(ControlPlaneError):
-    """412: `expected_last_heartbeat` is not the lease owner's (protocol §3.3)."""
+    """412: `expected_last_heartbeat` is not the last heartbeat of the item."""
 
 
 class SessionGoneError(WorkpoolError):
-    """A session call was not sent because the item is no longer ours to touch.
+    """A call of a session was not sent, because the pool no longer holds the item.
 
     Attributes:
         work_id: The item.
@@ -155,21 +161,21 @@ class SessionGoneError(WorkpoolError):
 
 
 class LeaseLost(SessionGoneError):
-    """The item's lease is not held any more: another worker may have the item by now."""
+    """The lease of the item is lost. Another worker may have the item."""
 
     def __init__(self, work_id: str) -> None:
         super().__init__(work_id, "the lease is lost; another worker may have the item")
 
 
 class SessionEnded(SessionGoneError):
-    """The session is over: its handler has returned, was cancelled, or was stopped from outside."""
+    """The session has ended: its handler returned or was cancelled, or the item was stopped."""
 
     def __init__(self, work_id: str) -> None:
         super().__init__(work_id, "the session has ended")
 
 
 class HandoverError(WorkpoolError):
-    """No child has taken the item over in time: it is ours again, and the child will be refused.
+    """No child has taken the item over in time. The pool holds the item and the child is refused.
 
     Attributes:
         work_id: The item.
@@ -181,11 +187,11 @@ class HandoverError(WorkpoolError):
 
 
 class AttemptsExceeded(WorkpoolError):
-    """An item has had `max_attempts` attempts, so it failed without being run."""
+    """An item has had `max_attempts` attempts, so it failed without a run."""
 
 
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """What a group of one holds: nested task groups nest groups, callers want the error."""
+    """Return the single error inside nested exception groups, or the group that has several."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -197,7 +203,7 @@ def exhausted(error: BaseException | None) -> bool:
 
     True if the error says so, or one that caused it, or one that its exception group holds.
     """
-    left, seen = [error], set[int]()  # a handler may have made a circle of causes
+    left, seen = [error], set[int]()  # a handler may have made a cycle of causes
     while left:
         each = left.pop()
         if each is None or id(each) in seen:

@@ -1,7 +1,8 @@
-"""What observers see: one frozen dataclass per fact, handed to `workpool_event` (design §4).
+"""The events that observers receive: one frozen dataclass for each kind of fact.
 
-Facts only: an event is created after the thing happened and nothing reads it to decide what to do
-next. Work and session ids appear here and in logs, never in metric labels.
+An event is created after the fact, and the pool never reads one to decide what to do next. Ids of
+items and sessions are in events and logs, never in the labels of metrics. See
+workpool/docs/plugins.md, "`workpool_event(event)`".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DrainResult = Literal["clean", "deadline", "killed"]
 
 @dataclass(frozen=True, slots=True)
 class PollFinished:
-    """A poll ended, one way or another; `seconds` from send to answer."""
+    """A poll ended, with or without an answer. `seconds`: from sending it to its end."""
 
     result: PollResult
     seconds: float
@@ -39,7 +40,7 @@ class PollFinished:
 
 @dataclass(frozen=True, slots=True)
 class PollerBackedOff:
-    """A poller is about to wait `seconds` because of a failed poll."""
+    """A poller begins to wait `seconds` after a failed poll."""
 
     reason: BackoffReason
     seconds: float
@@ -47,7 +48,7 @@ class PollerBackedOff:
 
 @dataclass(frozen=True, slots=True)
 class PollersScaled:
-    """`target` pollers poll from now on; what made it change."""
+    """The number of pollers that poll changed to `target`."""
 
     direction: ScaleDirection
     reason: ScaleReason
@@ -56,16 +57,16 @@ class PollersScaled:
 
 @dataclass(frozen=True, slots=True)
 class PollerRestarted:
-    """A poller crashed (a bug) and goes on after a pause."""
+    """A poller crashed, which is a bug, and continues after a pause."""
 
     error: BaseException
 
 
 @dataclass(frozen=True, slots=True)
 class ItemReceived:
-    """A poll brought an item.
+    """A poll returned an item.
 
-    `pickup_seconds`: poll time minus `created_at`, never negative; None for an item without one.
+    `pickup_seconds`: the age of the item, at least 0; None if it has no `created_at`.
     """
 
     item: WorkItem
@@ -75,7 +76,7 @@ class ItemReceived:
 
 @dataclass(frozen=True, slots=True)
 class ItemDeclined:
-    """An item was left for others: not acknowledged, so redelivered."""
+    """An item was not acknowledged, so that other workers receive it."""
 
     item: WorkItem
     reason: DeclineReason
@@ -83,7 +84,7 @@ class ItemDeclined:
 
 @dataclass(frozen=True, slots=True)
 class ItemReclaimed:
-    """An item changed hands: gained, it was held before; lost, it was ours and is not any more."""
+    """An item changed hands. Gained: it was held before. Lost: the pool held it."""
 
     item: WorkItem
     direction: ReclaimDirection
@@ -92,10 +93,10 @@ class ItemReclaimed:
 
 @dataclass(frozen=True, slots=True)
 class AckFinished:
-    """An acknowledgement is settled, retries included.
+    """An acknowledgement has its final result, retries included.
 
-    `queue_seconds`: from delivery until a slot took the item; `delivery_seconds`: from delivery
-    until the answer.
+    `queue_seconds`: from the delivery until a slot took the item. `delivery_seconds`: from the
+    delivery until the answer.
     """
 
     item: WorkItem
@@ -106,7 +107,10 @@ class AckFinished:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatFinished:
-    """A beat is settled; `lag_seconds`: actual minus planned send time. Arises on the keeper."""
+    """A heartbeat has its final result. `lag_seconds`: actual minus planned time of sending.
+
+    Usually created on the thread of the lease renewer.
+    """
 
     item: WorkItem
     result: HeartbeatResult
@@ -115,7 +119,7 @@ class HeartbeatFinished:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """A heartbeat told us that an operator wants this session to end."""
+    """The answer to a heartbeat says that an operator wants the session to end."""
 
     item: WorkItem
 
@@ -130,10 +134,10 @@ class SessionStarted:
 
 @dataclass(frozen=True, slots=True)
 class SessionFinished:
-    """An acknowledged session is over for us: exactly one per item that we acknowledged.
+    """A session has ended in this pool. There is exactly one such event for each acknowledgement.
 
-    `seconds`: from the acknowledgement to the end of the finish. `error`: what the handler raised,
-    None when it did not.
+    `seconds`: from the acknowledgement to the end of the completion. `error`: the exception of the
+    handler, if any.
     """
 
     session: Session
@@ -145,7 +149,7 @@ class SessionFinished:
 
 @dataclass(frozen=True, slots=True)
 class StopFinished:
-    """A stop call of ours is settled, retries included."""
+    """A stop call of the pool has its final result, retries included."""
 
     item: WorkItem
     mode: StopMode
@@ -154,7 +158,7 @@ class StopFinished:
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """One HTTP request ended. `code`: as in metrics.md (2xx, 304, 400 … 5xx, error)."""
+    """An HTTP request ended. `code`: a value of `http_requests_total` (2xx, 304, 400 … error)."""
 
     op: str
     code: str
@@ -163,7 +167,7 @@ class RequestFinished:
 
 @dataclass(frozen=True, slots=True)
 class RateBudgetWaited:
-    """A request waited for our own rate limit."""
+    """A request waited for the pool's own rate limit."""
 
     kind: Literal["read", "write"]
     seconds: float
@@ -171,28 +175,31 @@ class RateBudgetWaited:
 
 @dataclass(frozen=True, slots=True)
 class CredentialRefreshed:
-    """The token source was read again after a refusal; "error" when it could not be read."""
+    """The source of the token was read again after a refusal. "error": it could not be read."""
 
     result: Literal["ok", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class QueueStatsRead:
-    """The control plane's own view of the queue (protocol §3.8), read every `stats_interval`."""
+    """The control plane's statistics of the queue, read every `stats_interval`."""
 
     stats: QueueStats
 
 
 @dataclass(frozen=True, slots=True)
 class LoopLagMeasured:
-    """How late the handlers' loop answered the keeper, once a second. Arises on the keeper."""
+    """Delay of the handlers' loop, measured once a second.
+
+    Created on the thread of the lease renewer.
+    """
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class PluginFailed:
-    """A plugin's hook raised; `error` is what."""
+    """A hook of a plugin raised `error`."""
 
     plugin: str
     hook: str
@@ -201,14 +208,14 @@ class PluginFailed:
 
 @dataclass(frozen=True, slots=True)
 class DrainStarted:
-    """No more polls; running sessions have `timeout` seconds (None: no limit)."""
+    """A drain began. Running sessions have `timeout` seconds (None: no limit)."""
 
     timeout: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class DrainFinished:
-    """The drain is over: clean, at its deadline, or with sessions left behind (killed)."""
+    """A drain ended: clean, at its deadline, or with abandoned sessions (killed)."""
 
     result: DrainResult
     seconds: float

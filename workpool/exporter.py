@@ -1,8 +1,8 @@
-"""`/metrics`, `/healthz` and `/readyz` over HTTP, on the loop that enters it.
+"""The HTTP server of `/metrics`, `/healthz` and `/readyz`.
 
-That loop is the lease renewer's, so that a handler that blocks its own loop cannot silence the
-answers. Rendering runs on one thread of its own: it must not delay a heartbeat. Shows no ids and no
-secrets.
+Runs on the loop of the lease renewer, so that it answers while a handler blocks the handlers' loop.
+Metrics are rendered on a thread of their own, so that they do not delay a heartbeat. Answers
+contain no ids and no secrets.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CLOSE_SECONDS: Final = 0.5
 """How long answers under way may delay each step of closing."""
 
 BIND_TRIES: Final = 10
-"""How often a port that is free on each address is looked for."""
+"""Attempts to find a port that is free on each address."""
 
 IPV4: Final = 4
 
@@ -60,18 +60,18 @@ INDEX: Final = """workpool
 
 
 class Exporter:
-    """An async context manager that serves one registry; everything is gone when it is left.
+    """An async context manager that serves one registry.
 
     Args:
-        host: Where to listen: a name or address.
+        host: The name or address to listen on.
         port: 0 takes any free port, the same on each address.
-        registry: What `/metrics` renders, on a thread of its own.
-        health: Reasons why `/healthz` must say 503; called on this loop, must not block.
-        readiness: The same for `/readyz`.
+        registry: The metrics of `/metrics`, rendered on a thread of their own.
+        health: Returns the reasons for a 503 of `/healthz`. Called on this loop; must not block.
+        readiness: Returns the reasons for a 503 of `/readyz`.
 
     Attributes:
-        port: Where it listens, once entered.
-        url: Where this machine reaches it, without a path, once entered.
+        port: The port, once entered.
+        url: The URL for clients on this machine, without a path, once entered.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Exporter:
         """Listen.
 
         Raises:
-            ListenError: The address cannot be had.
+            ListenError: The address cannot be bound.
         """
         async with AsyncExitStack() as stack:
             self._renderer = DaemonThreads("workpool-metrics", 1)
@@ -122,7 +122,7 @@ class Exporter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close. Bounded, and carried through when cancelled once; a second time cuts it short."""
+        """Close, within a bound. One cancellation does not interrupt it, a second one does."""
         async with asyncio.TaskGroup() as group:
             closing = group.create_task(self._exit.aclose(), name="exporter-close")
             try:
@@ -164,9 +164,9 @@ class Exporter:
         return await loop.create_server(protocol, self._host, port, start_serving=False)
 
     async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
-        """Close every connection, also one whose client neither reads nor goes away."""
+        """Close every connection, also those whose clients neither read nor close."""
         server.close()
-        await asyncio.sleep(0)  # what was accepted just now becomes a connection that we can see
+        await asyncio.sleep(0)  # sockets that were accepted just now become connections
         try:
             await runner.cleanup()
         finally:
@@ -190,9 +190,9 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # or it would call back into a loop that is closed by then
+                rendering.cancel()  # else it would call back into a closed loop
             if self._renderings:
-                log.warning("metrics rendering left behind: a collector does not come to an end")
+                log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
 
     def _app(self) -> web.Application:
@@ -249,7 +249,7 @@ def _compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
 
 
 def _reach(server: asyncio.Server) -> tuple[str, int]:
-    """(url, port); an address that stands for all of them is reached through loopback."""
+    """Return the URL and the port. Loopback is the URL of a server on all addresses."""
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)
     if address.is_unspecified:

@@ -1,7 +1,7 @@
-"""`@handler`, the mark it leaves, and `Handler`: what the pool runs.
+"""The decorator `@handler`, its rule, and `Handler`, which the pool runs.
 
-The decorator only marks: the function stays itself, callable in a test without a pool. Loading
-turns marks into routes (`workpool.plugins`); nothing here knows plugins or registers anything.
+The decorator only adds an attribute to the function, which stays callable in a test without a pool.
+`workpool.plugins` turns rules into routes. This module registers nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ANY: Final[Mapping[str, str]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a marked function asks for: the items that it takes, and its limits."""
+    """The items that a decorated function takes, and its limits."""
 
     type: str
     metadata: Mapping[str, str]
@@ -52,17 +52,17 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """What the pool runs for an item, as the plugins chose it.
+    """The function that the pool runs for an item, as the plugins chose it.
 
-    Two are equal when label and limits are, so `max_sessions` counts per label: a hook may return
-    a new closure or `functools.partial` for every item and the limit still holds.
+    Two handlers are equal if their labels and limits are. So `max_sessions` counts for each label,
+    and a hook may return a new closure or `functools.partial` for each item.
 
     Attributes:
-        name: The label `plugin.function`, in logs and metrics.
-        call: Takes the session; what it returns or raises decides the outcome (design §1, Finish).
-        timeout: Seconds for one session, None for the pool's `session_timeout`.
-        max_sessions: Sessions that may run at once in this pool, None for no limit of its own.
-        plugin: The plugin that it came from.
+        name: The label `plugin.function` of logs and metrics.
+        call: Takes the session. Its result or exception decides the outcome.
+        timeout: Seconds for one session; None: the setting `session_timeout`.
+        max_sessions: Sessions that may run at once in this pool; None: no limit.
+        plugin: The name of its plugin.
     """
 
     name: str
@@ -90,7 +90,7 @@ def handler(
     function: Function | None = None,
     /,
     *,
-    type: str = SESSION,  # noqa: A002 - design §3 names the argument, after `data.type`
+    type: str = SESSION,  # noqa: A002 - named after `data.type`
     metadata: Mapping[str, str] = _ANY,
     timeout: float | None = None,
     max_sessions: int | None = None,
@@ -126,24 +126,24 @@ def handler(
 
 
 def rule_of(call: object) -> Rule | None:
-    """The mark of a function, of a method, or of what a `functools.partial` calls, if any."""
+    """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
     inner = _innermost(call)
-    # A module may import lazily, an object may answer any name: only functions are asked.
+    # Functions only: a module may import lazily, and an object may answer any name.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, Rule) else None
 
 
 def name_of(call: object) -> str:
-    """The function part of a label: the function's name, or the class of a callable object."""
+    """Return the function part of a label: a function's name, or the class of an object."""
     inner = _innermost(call)
     return str(getattr(inner, "__name__", inner.__class__.__name__))
 
 
 def is_async_callable(call: object) -> bool:
-    """Whether calling it gives a coroutine: async functions, methods, partials, `__call__`."""
+    """Return whether a call gives a coroutine: async functions, methods, partials, `__call__`."""
     inner = _innermost(call)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
-        getattr(inner.__class__, "__call__", None)  # noqa: B004 - asks whether it is async
+        getattr(inner.__class__, "__call__", None)  # noqa: B004 - it must be async, not only callable
     )
 
 

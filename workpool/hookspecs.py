@@ -1,7 +1,8 @@
-"""The four hooks of workpool, all synchronous, all called on the supervisor's loop (design §4).
+"""The four hooks of workpool. All are plain functions, called on the supervisor's loop.
 
-A plugin implements any of them, each marked with `@workpool.hookimpl`. A hook that needs I/O
-returns something asynchronous, which the pool awaits or enters in one place.
+A plugin implements any of them and marks each with `@workpool.hookimpl`. A hook that needs I/O
+returns an async callable or context manager. See workpool/docs/plugins.md, "Hooks" and
+workpool/docs/decisions.md, "Hooks are synchronous".
 """
 
 from __future__ import annotations
@@ -28,35 +29,35 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def workpool_session_handler(item: WorkItem) -> Callable[[Session], Awaitable[object]] | None:
     """Return the handler for this item, or None to let the next plugin decide.
 
-    Called once per delivered item, before it is acknowledged: an item that nobody wants stays in
-    the queue for other workers. Must be quick; must not do I/O. An error leaves the item undecided:
-    it is declined, and counted against the plugin.
+    Called once for each delivered item, before the acknowledgement: an item without a handler stays
+    in the queue for other workers. Must be quick and must not do I/O. An item whose hook raises is
+    declined, and the error is counted for the plugin.
     """
 
 
 @hookspec
 def workpool_wrap_session(session: Session) -> AbstractAsyncContextManager[object] | None:
-    """Return a context to run this session's handler in, or None.
+    """Return a context in which the handler of this session runs, or None.
 
-    Called after the lease is held, in plugin order; entered in that order around the handler and
-    left in the reverse. What the context raises is the handler's error.
+    Called once the lease is held. The contexts are entered in the order of the plugins and left in
+    reverse order. An exception of a context counts as an exception of the handler.
     """
 
 
 @hookspec
 def workpool_lifespan(supervisor: Supervisor) -> AbstractAsyncContextManager[object] | None:
-    """Return a context around the pool's whole life: entered before the first poll, left last.
+    """Return a context for the lifetime of the pool, or None.
 
-    The place to open a database client, or to add collectors to `supervisor.registry`. What it
-    raises on entering stops the start.
+    Entered before the first poll and left last. Open database clients here, and add collectors to
+    `supervisor.registry`. An exception while it is entered stops the start.
     """
 
 
 @hookspec
 def workpool_event(event: Event) -> None:
-    """Observe one event. Must be quick. Errors are logged and counted, and stop nobody.
+    """Observe one event. Must be quick. An exception is logged and counted, with no other effect.
 
-    The annotation of `event` chooses: `event: SessionFinished | DrainFinished` is called with these
-    two types only; `Event`, or no annotation, with every type. A type that nobody observes costs
+    The annotation of `event` selects the types: `event: SessionFinished | DrainFinished` is called
+    with these two only, `Event` or no annotation with every type. A type without an observer costs
     nothing.
     """

@@ -1,11 +1,11 @@
-"""Log lines that are safe to print, whatever a record holds: escaped, bounded, without our tokens.
+"""Log formatters whose lines are safe to print: escaped, bounded, and without tokens.
 
-Text from outside, such as the type of an item, reaches the log of a pool in messages, in what is
-logged beside them, and in exceptions. The formatters of this module treat every record alike, of
-all loggers: no record can forge a second line, move the cursor of a terminal, or fill a disk.
+Text from outside, such as the type of an item, reaches the log in messages, in extra values and in
+exceptions. The formatters of this module treat the records of all loggers alike: no record can
+forge a second line, move the cursor of a terminal, or fill a disk.
 
-A line is time (UTC), level, logger and message, then what the record carries beside: the ids of
-`session.log`, and whatever a plugin passed as `extra`.
+A line is time (UTC), level, logger and message, then the extra values of the record: the ids of
+`session.log`, and the `extra` of a plugin. See workpool/docs/operating.md, "Logs".
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from urllib.parse import quote
 
 MESSAGE_CHARACTERS: Final = 8_000
 VALUE_CHARACTERS: Final = 2_000
-"""Characters of one value that is logged beside a message."""
+"""Characters of one extra value."""
 LINE_CHARACTERS: Final = 16_000
 ERROR_CHARACTERS: Final = 32_000
-"""Characters of an exception with its traceback; each of its lines is bounded as a message is."""
+"""Characters of an exception with its traceback; each line has `MESSAGE_CHARACTERS` at most."""
 STACK_CHARACTERS: Final = 150_000
-"""Characters of the stacks of a process, whose text is our own."""
+"""Characters of the stacks of all threads, which contain no text from outside."""
 EXTRAS: Final = 64
-"""Values that are logged beside one message."""
+"""Extra values of one record."""
 TOKENS: Final = 64
 ITEM_TOKENS: Final = 256
-"""How many tokens are redacted: the last ones of clients, and the last ones of items."""
+"""Numbers of tokens that are redacted: the last ones of clients, and the last ones of items."""
 _INDENT: Final = "\n  "
 _STANDARD: Final = {
     *vars(logging.makeLogRecord({})),
@@ -40,12 +40,12 @@ _STANDARD: Final = {
 }
 _tokens: dict[str, frozenset[str]] = {}
 _item_tokens: dict[str, frozenset[str]] = {}
-"""Each token with all forms in which it may be written: as it is, quoted, encoded."""
+"""Each token with the forms in which text may contain it: plain, quoted, encoded."""
 _lock = threading.Lock()
 
 
 def hide(token: str) -> None:
-    """Redact a client's token from all text that is made `readable` from now on."""
+    """Redact a client's token from all later results of `readable`."""
     _keep(_tokens, token, TOKENS)
 
 
@@ -75,7 +75,7 @@ def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
 
 
 def escaped(text: str) -> str:
-    """Return text of which each character that is not printable is an escape sequence."""
+    """Return the text with an escape sequence for each character that is not printable."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
@@ -138,7 +138,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; an error is inside it, as `error`."""
+    """One JSON object for each record; an exception is its member `error`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return exactly one line."""

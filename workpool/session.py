@@ -1,7 +1,7 @@
-"""What a handler sees and says: `Session`, `Release`, `release_on_exhaustion`, `Outcome`.
+"""The interface of a handler: `Session`, `Release`, `release_on_exhaustion`, `Outcome`.
 
-A session never outlives its lease: every call that would reach the control plane first asks, with
-no await between, whether the item is still ours (design §1, Finish).
+Each call that reaches the control plane checks right before it is sent that the pool holds the
+item. See workpool/docs/handlers.md, "The session".
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ if TYPE_CHECKING:
 Outcome = Literal[
     "completed", "failed", "timed_out", "stopped", "released", "lease_lost", "detached"
 ]
-"""How a session ended for this pool (design §1, Finish)."""
+"""How a session ended in this pool.
+
+See workpool/docs/semantics.md, "How a session ends".
+"""
 
 
 _log = logging.getLogger("workpool.session")
 
 
 class Release(Exception):
-    """Raise from a handler to give the item back unfinished.
+    """Raised by a handler to return the item to the queue unfinished.
 
-    An exception group that holds nothing else, at any depth, counts as its release with the longest
-    delay.
+    An exception group that contains nothing else, at any depth, counts as its release with the
+    longest delay.
 
     Args:
-        reason: Written to the metadata `workpool.released`; leaves the process, so no secrets.
-        delay: Seconds until another worker may take it; clamped to 10–600 (protocol §3.3).
+        reason: Written to the metadata `workpool.released`. Must contain no secrets.
+        delay: Seconds until the item is delivered again; clamped to 10–600.
     """
 
     def __init__(self, reason: str = "", delay: float = 10.0) -> None:
@@ -67,15 +70,15 @@ def release_on_exhaustion() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class HandedLease:
-    """What a child must know to take an item over (`Session.handover`).
+    """The data with which a child takes an item over (`Session.handover`).
 
     Attributes:
-        work_id: The item, `work_…`.
-        environment_id: Its environment, `env_…`.
-        last_heartbeat: What the child's first beat sends as `expected_last_heartbeat`.
-        ttl: Seconds that our last beat was granted: the child should ask for as much.
-        base_url: Where the control plane is.
-        dialect: What it speaks.
+        work_id: The id of the item, `work_…`.
+        environment_id: The id of its environment, `env_…`.
+        last_heartbeat: The `expected_last_heartbeat` of the child's first heartbeat.
+        ttl: Seconds that the parent's last heartbeat was granted; the child asks for the same.
+        base_url: The address of the control plane.
+        dialect: The dialect of the control plane.
     """
 
     work_id: str
@@ -87,7 +90,7 @@ class HandedLease:
 
     @property
     def variables(self) -> dict[str, str]:
-        """All of it as environment variables for `workpool hold`; the token it needs besides."""
+        """All of these as environment variables for `workpool hold`, which also needs a token."""
         return {
             "WORKPOOL_BASE_URL": self.base_url,
             "WORKPOOL_DIALECT": self.dialect,
@@ -99,31 +102,31 @@ class HandedLease:
 
 
 class Held(Protocol):
-    """What a session needs of its item's lease and of the connection to write through."""
+    """The interface between a session and the pool that holds its item."""
 
     @property
     def remaining(self) -> float:
-        """Seconds until the lease must be taken for lost; 0 when it is not held."""
+        """Seconds until the lease is considered lost; 0 if it is not held."""
 
     def check(self) -> None:
-        """Raise `LeaseLost` or `SessionEnded` unless the item is ours to touch."""
+        """Raise `LeaseLost` or `SessionEnded` if the pool does not hold the item."""
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
-        """Write metadata, checked right before each send (protocol §3.5)."""
+        """Write metadata; the lease is checked right before each try is sent."""
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
-        """Hand the item over to a child."""
+        """Hand the item off to a child process."""
 
     def events(self) -> SessionEvents:
-        """The session's events, read and sent only while the item is ours to touch."""
+        """Return the events of the session, usable while the pool holds the item."""
 
 
 class Session:
-    """One claimed session, for its handler. Belongs to the supervisor's loop.
+    """One session, for its handler. Used on the supervisor's loop only.
 
     Attributes:
         item: The item as the acknowledgement returned it.
-        redelivered: The item was held before, here or elsewhere: it may have been run before.
+        redelivered: Whether the item was held before, here or elsewhere: it may have run before.
         attempt: The number of this run: 1, and one more for each earlier run that ended with
             neither a release (by a drain or by `Release`) nor a stop.
     """
@@ -149,7 +152,7 @@ class Session:
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger whose records carry the ids of this session."""
+        """A logger whose records have the attributes `work_id` and `session_id`."""
         return logging.LoggerAdapter(
             _log, {"work_id": self.item.id, "session_id": self.item.session_id}
         )
@@ -159,35 +162,35 @@ class Session:
 
     @property
     def id(self) -> str:
-        """The session's id, `sess_…`."""
+        """The id of the session, `sess_…`."""
         return self.item.session_id
 
     @property
     def stopping(self) -> bool:
-        """An operator asked to end this session: finish, or be cancelled after `stop_grace`."""
+        """Whether an operator asked to end this session: finish within `stop_grace` seconds."""
         return self._stopping
 
     @property
     def draining(self) -> bool:
-        """The pool is going away: finish within `drain_timeout`, or raise `Release`."""
+        """Whether the pool drains: finish within `drain_timeout` seconds, or raise `Release`."""
         return self._draining
 
     @property
     def lease_remaining(self) -> float:
-        """Seconds for which the item is certainly ours if no further heartbeat succeeds."""
+        """Seconds for which the pool holds the item even if no further heartbeat succeeds."""
         return self._held.remaining
 
     @property
     def events(self) -> SessionEvents:
-        """What is said in the session: `list()`, `send(…)` and `stream()` (protocol §5).
+        """The messages, tool uses and results of the session: `list()`, `send(…)`, `stream()`.
 
-        All of it raises `LeaseLost` or `SessionEnded` once the item is not ours any more, and sends
-        nothing then.
+        If the pool no longer holds the item, all of these raise `LeaseLost` or `SessionEnded` and
+        send nothing.
         """
         return self._held.events()
 
     async def interrupted(self) -> None:
-        """Wait until `stopping` or `draining` comes; returns at once if it has come."""
+        """Wait until `stopping` or `draining` is true."""
         if self._stopping or self._draining:
             return
         if self._interrupted is None:
@@ -195,39 +198,39 @@ class Session:
         await self._interrupted.wait()
 
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
-        """Merge `patch` into the item's metadata; None deletes a key (protocol §3.5).
+        """Merge `patch` into the item's metadata; None deletes a key.
 
-        Retried while the answer is worth another try and the lease lasts.
+        A transient error is retried while the lease is held.
 
         Raises:
             LeaseLost: The lease is not held; nothing was sent.
-            SessionEnded: The session is over; nothing was sent.
+            SessionEnded: The session has ended; nothing was sent.
             ControlPlaneError: The control plane refused, or did not answer in time.
         """
         self._held.check()
         return await self._held.update_metadata(patch)
 
     def handover(self) -> AbstractAsyncContextManager[HandedLease]:
-        """Hand the item over to a program of its own, which keeps the lease from then on.
+        """Hand the item off to a child process, which extends the lease from then on.
 
             async with session.handover() as lease:
-                await start_container(lease)  # runs `workpool hold`, say
+                await start_container(lease)  # for example one that runs `workpool hold`
 
-        Inside the block no heartbeat of ours is sent, nor anything else, so start the child and
-        leave. Leaving waits for the child's first beat, about two thirds of `lease.ttl` after
-        entering at the most; then the session's outcome is `detached`, whatever the handler
-        returns, and nothing more is sent for the item. If the block raises, our heartbeats go on,
-        and a child that has not sent its first one by then is refused.
+        Inside the block the pool sends nothing for the item, so start the child and leave. Leaving
+        waits for the child's first heartbeat, at most two thirds of `lease.ttl` after entering.
+        Then the outcome of the session is `detached`, whatever the handler returns, and the pool
+        sends nothing more for the item. If the block raises, the pool sends heartbeats again, and a
+        child without a heartbeat so far is refused.
 
         Raises:
-            HandoverError: No child's beat came in time; the item is ours again.
-            LeaseLost: The item is not ours any more, nor a child's.
-            SessionEnded: The session is over, or an operator has asked to end it.
+            HandoverError: No child sent a heartbeat in time; the pool holds the item again.
+            LeaseLost: Neither the pool nor a child holds the item.
+            SessionEnded: The session has ended, or an operator asked to end it.
         """
         return self._held.hand_over()
 
     def interrupt(self, *, stopping: bool = False, draining: bool = False) -> None:
-        """Tell the handler to come to an end. Called by the pool."""
+        """Set `stopping` or `draining`. Called by the pool."""
         self._stopping = self._stopping or stopping
         self._draining = self._draining or draining
         if self._interrupted is not None:

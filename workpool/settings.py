@@ -1,8 +1,8 @@
-"""Every setting of a worker, from keywords, environment and a TOML file (design §5).
+"""The settings of a worker, from keywords, environment variables and a TOML file.
 
-Reads its sources once, when constructed, and is frozen from then on; only the token's source is
-read again, by `read_token`. No error, repr or log may show a value: a wrong one may be a secret
-that was put into the wrong place.
+The sources are read once, by the constructor; only the source of the token is read again, by
+`read_token`. No error, repr or log shows a value: a wrong value may be a secret in the wrong place.
+See workpool/docs/settings.md, "Settings".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
 PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
-"""The vendor's advice (protocol §1)."""
+"""The limits that the vendor asks clients to keep."""
 COMPLETION_WRITES: Final = 2
 """Writes that end one session: its result and its stop."""
 OWN_HEADERS: Final = frozenset(
@@ -70,7 +70,7 @@ _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
 class Address(NamedTuple):
-    """Where to listen; `host` None = on all interfaces, `port` 0 = any free one."""
+    """An address to listen on; `host` None: all interfaces, `port` 0: any free port."""
 
     host: str | None
     port: int
@@ -172,10 +172,10 @@ Level = Literal["debug", "info", "warning", "error", "critical"]
 
 
 class Settings(BaseSettings):
-    """All settings of a worker; a keyword wins over a variable, that over the TOML file.
+    """All settings of a worker.
 
-    The variable of a setting is its name in upper case after `WORKPOOL_`. Durations are seconds
-    unless the name says otherwise.
+    A keyword wins over a variable, which wins over the TOML file. The variable of a setting is
+    `WORKPOOL_` and its name in upper case. Durations are in seconds unless the name says otherwise.
 
     Args:
         config: A TOML file; None = the one that `WORKPOOL_CONFIG` names, if any. Its table
@@ -199,11 +199,11 @@ class Settings(BaseSettings):
     base_url: Annotated[str, AfterValidator(_check_base_url)] = protocol.QODER_BASE_URL
     """The control plane's address, with the dialect's prefix. Default: the dialect's own."""
     dialect: protocol.Dialect = "qoder"
-    """Which service's words to use: `qoder` or `anthropic`. Default: `qoder`."""
+    """The variant of the protocol: `qoder` or `anthropic`. Default: `qoder`."""
     token: SecretStr | None = None
     """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
     token_file: Path | None = None
-    """A file that holds the credential, read again after a refusal. Default: none."""
+    """A file with the credential, read again after a refusal. Default: none."""
     extra_headers: Annotated[
         dict[str, SecretStr],
         NoDecode,
@@ -215,64 +215,70 @@ class Settings(BaseSettings):
     ca_file: Path | None = None
     """Certificates (PEM) to trust instead of the system's. Default: none."""
     client_cert_file: Path | None = None
-    """Our certificate (PEM) for a control plane that asks for one. Default: none."""
+    """The worker's certificate (PEM), if the control plane asks for one. Default: none."""
     client_key_file: Path | None = None
-    """Its private key (PEM), not encrypted. Default: in `client_cert_file`."""
+    """The private key (PEM) of the certificate, not encrypted. Default: in `client_cert_file`."""
     environment_id: Annotated[str, Field(pattern=f"^{protocol.ID_PATTERN}$")] | None = None
-    """The environment whose work to do; needed to connect. Default: none."""
+    """The environment whose queue is polled; needed to connect. Default: none."""
     worker_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = Field(
         default_factory=_host_name
     )
-    """This worker's name on the wire; each start adds 8 random digits. Default: the host name."""
+    """The name of this worker in its requests; each start adds 8 random digits. Default: the host
+    name."""
     plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
-    """What to run, in order of preference; in a variable, separated by commas. Default: nothing."""
+    """The plugins to run, in order of preference; in a variable, separated by commas. Default:
+    nothing."""
 
     pollers: Annotated[int, Field(ge=1)] = 2
-    """How many polls may be in flight; one is when there is nothing to do. Default: 2."""
+    """The number of polls in flight at most; an idle pool has one. Default: 2."""
     concurrency: Annotated[int, Field(ge=1)] = 8
-    """How many sessions may run at once. Default: 8."""
+    """The number of sessions that run at once. Default: 8."""
     prefetch: Annotated[int, Field(ge=0)] = 0
-    """How many items may wait for a slot; only for handlers that end within the reclaim window.
-    Default: 0."""
+    """The number of items that wait for a slot; only for handlers that end within the reclaim
+    window. Default: 0."""
     block_ms: Annotated[int, Field(ge=protocol.BLOCK_MS_MIN, le=protocol.BLOCK_MS_MAX)] = 999
-    """How long a poll may wait for work, in milliseconds, 1 to 999. Default: 999."""
+    """The time for which a poll waits for an item, in milliseconds, 1 to 999. Default: 999."""
     reclaim_older_than_ms: Annotated[int, Field(ge=0)] | None = None
-    """Take over what was delivered this many milliseconds ago and not acknowledged; the lowest in
-    the fleet decides for all. Some control planes also end running leases whose last heartbeat is
-    older. Default: not sent, so the control plane's own (5000)."""
+    """Receive items again that were delivered this many milliseconds ago and not acknowledged; the
+    lowest value of all workers decides. Some control planes also end leases whose last heartbeat
+    is older. Default: not sent, so that of the control plane (5000)."""
     lease_ttl: Annotated[int, Field(ge=protocol.TTL_MIN_SECONDS, le=protocol.TTL_MAX_SECONDS)] = (
         protocol.TTL_DEFAULT_SECONDS
     )
-    """The lease to ask for, in seconds, 10 to 600. Default: 60."""
+    """The duration of a lease, in seconds, 10 to 600. Default: 60."""
     stop_grace: NotNegative = 30.0
-    """What a session has, once asked to stop, before it is cancelled. Default: 30."""
+    """The time between a stop request and the cancellation of the handler. Default: 30."""
     session_timeout: Positive | None = None
-    """What a session may take, unless its handler says otherwise. Default: no limit."""
+    """The limit of the duration of a session; a handler's own `timeout` replaces it. Default: no
+    limit."""
     drain_timeout: NotNegative = 20.0
-    """What running sessions have when the pool goes away. Default: 20."""
+    """The time that running sessions have in a drain. Default: 20."""
     request_timeout: Positive = 10.0
-    """What one request may take; a poll, beside the time that it blocks. Default: 10."""
+    """The limit of one request; a poll has `block_ms` in addition. Default: 10."""
     max_block: Positive = 300.0
-    """How long a handler may block its event loop before its leases are given up. Default: 300."""
+    """The time for which a handler may block its event loop and keep its leases. Default: 300."""
     max_attempts: Annotated[int, Field(ge=0)] = 10
-    """How many attempts an item has before it is failed unrun; 0 = no limit. Default: 10."""
+    """The number of attempts of an item; a further one fails without a run; 0 = no limit. Default:
+    10."""
     report_errors: Literal["type", "message"] = "type"
-    """What the control plane learns of a handler's error: its `type`, or its `message` too, which
-    may carry secrets. Default: `type`."""
+    """The part of a handler's error that is written to the metadata: its `type`, or also its
+    `message`, which may contain secrets. Default: `type`."""
 
     read_rate: NotNegative | None = None
-    """Reads a second; 0 = no limit. Default: 50 at the dialect's own `base_url`, else 0."""
+    """Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, else
+    0."""
     write_rate: NotNegative | None = None
-    """Writes a second; 0 = no limit. Default: 20 at the dialect's own `base_url`, else 0."""
+    """Write requests per second; 0 = no limit. Default: 20 at the dialect's own `base_url`, else
+    0."""
     metrics_listen: Annotated[str, AfterValidator(_check_listen)] | None = None
-    """Where to serve metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or `off`.
+    """The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or `off`.
     Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded."""
     stats_interval: NotNegative = 15.0
-    """How often to read the queue's stats; 0 = never. Default: 15."""
+    """The interval of reading the queue's statistics; 0 = never. Default: 15."""
     log_level: Annotated[Level, BeforeValidator(_lower)] = "info"
-    """The command line's least level: `debug` to `critical`. Default: `info`."""
+    """The least level that the command line logs: `debug` to `critical`. Default: `info`."""
     log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = "text"
-    """The command line's log lines: `text` or `json`. Default: `text`."""
+    """The format of the command line's logs: `text` or `json`. Default: `text`."""
 
     _plugin_options: Mapping[str, Mapping[str, Any]] = PrivateAttr(default_factory=dict)
     _unknown_variables: tuple[str, ...] = PrivateAttr(default=())
@@ -286,7 +292,7 @@ class Settings(BaseSettings):
             super().__init__(**{name: merged[name] for name in known if name in merged})
         except ValidationError as error:
             problems += _explain(error)
-        # Raised out here: a ValidationError carries the values.
+        # Raised outside of the except block: a ValidationError contains the values.
         if problems:
             raise SettingsError(tuple(problems))
         self._plugin_options = plugin_options
@@ -296,42 +302,42 @@ class Settings(BaseSettings):
     def settings_customise_sources(
         cls, settings_cls: Any, init_settings: Any, *others: Any, **named: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what `__init__` merged, and nothing else."""
+        """Use only the values that `__init__` merged."""
         del settings_cls, others, named
         return (init_settings,)
 
     @property
     def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
-        """The tables `[workpool.plugin.NAME]`, by name; may hold secrets of plugins."""
+        """The tables `[workpool.plugin.NAME]`, by name. May contain secrets of plugins."""
         return self._plugin_options
 
     @property
     def metrics_address(self) -> Address | None:
-        """`metrics_listen`, read; None when off or not set."""
+        """The address of `metrics_listen`; None if it is off or not set."""
         return None if self.metrics_listen is None else parse_listen(self.metrics_listen)
 
     @property
     def read_limit(self) -> float:
-        """The read rate in force, per second; 0 = no limit."""
+        """The effective limit of reads per second; 0 = no limit."""
         return self._limit(self.read_rate, DEFAULT_READ_RATE)
 
     @property
     def write_limit(self) -> float:
-        """The write rate in force, per second; 0 = no limit."""
+        """The effective limit of writes per second; 0 = no limit."""
         return self._limit(self.write_rate, DEFAULT_WRITE_RATE)
 
     def read_token(self) -> str:
-        """Read the credential from its source, anew at every call.
+        """Read the credential from its source. Each call reads it again.
 
         Raises:
-            SettingsError: There is none, it cannot be read, or it cannot be a credential.
+            SettingsError: There is no credential, or it cannot be read or used.
         """
         given = None if self.token is None else self.token.get_secret_value()
         variable = DIALECTS[self.dialect].credential_variable
         return read_credential(given, self.token_file, variable)
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Read the CA file and the client certificate; None when neither is set.
+        """Read the CA file and the client certificate; return None if neither is set.
 
         Raises:
             SettingsError: A file cannot be read or used.
@@ -339,10 +345,10 @@ class Settings(BaseSettings):
         return tls_context(self.ca_file, self.client_cert_file, self.client_key_file)
 
     def require_connection(self) -> None:
-        """Check that there is all that a connection needs.
+        """Check that the settings suffice for a connection.
 
         Raises:
-            SettingsError: What is missing, all of it, with the variables to set.
+            SettingsError: Names everything that is missing, with the variables to set.
         """
         problems: list[str] = []
         if self.environment_id is None:
@@ -356,16 +362,16 @@ class Settings(BaseSettings):
             raise SettingsError(tuple(problems))
 
     def warnings(self) -> tuple[str, ...]:
-        """What is allowed and probably not meant, a sentence each, for the log at start."""
+        """Return a sentence for each setting that is allowed but probably a mistake."""
         found = list(self._unknown_variables)
         url = URL(self.base_url)
         if url.scheme == "http" and not _LOOPBACK(url.host or ""):
             found.append("base_url: plain http, so the token can be read on the way")
-        beats = self.concurrency * 3 / self.lease_ttl
-        if 0 < self.write_limit < 2 * beats:
+        heartbeats = self.concurrency * 3 / self.lease_ttl
+        if 0 < self.write_limit < 2 * heartbeats:
             found.append(
-                f"write_rate: {self.concurrency} sessions send {beats:.1f} heartbeats a second,"
-                f" more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
+                f"write_rate: {self.concurrency} sessions send {heartbeats:.1f} heartbeats a"
+                f" second, more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
         return (*found, *self._completion_warnings())
 
@@ -394,7 +400,7 @@ class Settings(BaseSettings):
 
 
 def _read_config(path: str | os.PathLike[str] | None) -> tuple[Table, Mapping[str, Table]]:
-    """The table `[workpool]` without its plugins' tables, and those."""
+    """Return the table `[workpool]` without the tables of plugins, and these tables."""
     if not path:
         return {}, {}
     try:
@@ -415,7 +421,7 @@ def _read_config(path: str | os.PathLike[str] | None) -> tuple[Table, Mapping[st
 
 
 def _merge(*layers: Table) -> tuple[Table, list[str]]:
-    """Later layers win; what is wrong with their combination comes along."""
+    """Merge the layers, of which later ones win. Also returns problems of their combination."""
     merged: Table = {}
     problems: list[str] = []
     for layer in layers:
@@ -423,7 +429,7 @@ def _merge(*layers: Table) -> tuple[Table, list[str]]:
         if len(credentials) > 1:
             problems.append("token, token_file: set one of the two")
         if credentials:
-            # A token given in code must not lose against a file named in the environment.
+            # A token of a keyword wins over a file that the environment names.
             merged.pop("token", None)
             merged.pop("token_file", None)
         merged |= layer
@@ -445,7 +451,7 @@ def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _unknown_variables(known: Iterable[str]) -> tuple[str, ...]:
-    # "config" is no field, as a file cannot name itself.
+    # "config" is no field, since a file cannot name itself.
     names = {name.upper() for name in known} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
     bare = [name.removeprefix(PREFIX) for name in given]
