@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -22,7 +23,7 @@ from workpool.events import (
 )
 from workpool.server import Poll
 from workpool.server.dialects import DIALECTS
-from workpool.testing import Hold, expire_lease, literal
+from workpool.testing import Hold, expire_lease, literal, status
 from workpool.testing.changes import Changes
 
 if TYPE_CHECKING:
@@ -285,6 +286,34 @@ async def test_a_handler_without_room_declines(
         opened.set()
         await recorder.wait_for(SessionFinished, count=3)
     assert plane.summary().stopped == 3
+
+
+# -- items that nobody can claim
+
+
+@pytest.mark.parametrize(
+    ("op", "code"), [("ack", 404), ("ack", 409), ("heartbeat", 404), ("heartbeat", 412)]
+)
+async def test_items_that_cannot_be_claimed_are_polled_once_per_block(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any, code: int
+) -> None:
+    faults.add(status(code), op, times=7)
+    plane.enqueue(count=9)
+    async with make_pool(work, concurrency=1, block_ms=200):
+        await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
+    gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
+    assert min(gaps[3:6]) >= 0.195
+    assert max(gaps[3:6]) < 1  # and they do not starve what comes behind them
+
+
+async def test_health_checks_are_polled_once_per_block(
+    plane: ControlPlane, faults: Faults, make_pool: Any
+) -> None:
+    plane.enqueue(count=7, work_type="healthcheck")
+    async with make_pool(work, concurrency=1, block_ms=200):
+        await faults.wait_for("stop", count=7)
+    gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
+    assert min(gaps[3:6]) >= 0.195
 
 
 # -- other types of item

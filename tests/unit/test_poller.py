@@ -67,6 +67,7 @@ class ScriptedDispatcher:
     def __init__(self, queue: BoundedQueue[Any], *, takes: bool | Exception = True) -> None:
         self.queue = queue
         self.takes = takes
+        self.fruitless = False
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
@@ -83,11 +84,17 @@ class ScriptedDispatcher:
 class World:
     """What surrounds the pollers of one pool."""
 
-    def __init__(self, *answers: object, takes: bool | Exception = True, block_ms: int = 1) -> None:
+    def __init__(
+        self,
+        *answers: object,
+        takes: bool | Exception = True,
+        block_ms: int = 1,
+        concurrency: int = 2,
+    ) -> None:
         self.events: list[Event] = []
         self.fatal: list[WorkpoolError] = []
         self.client = ScriptedClient(*answers)
-        self.queue: BoundedQueue[Any] = BoundedQueue(2, 0)
+        self.queue: BoundedQueue[Any] = BoundedQueue(concurrency, 0)
         self.dispatcher = ScriptedDispatcher(self.queue, takes=takes)
         clock = asyncio.get_running_loop().time
         self.context = PoolContext(
@@ -221,6 +228,16 @@ async def test_item_that_is_not_taken_gives_back_place_and_permit(takes: Any) ->
     assert world.dispatcher.offered == ["item"]
     assert (world.queue.reserved, world.queue.waiting) == (0, 0)
     assert world.client.permits == 0
+
+
+@in_virtual_time
+async def test_poller_whose_items_bear_no_fruit_polls_once_per_block() -> None:
+    world = World(*("item" for _ in range(5)), block_ms=999, concurrency=10)
+    world.dispatcher.fruitless = True
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    await world.run(60)
+    assert clock() - started == pytest.approx(5 * 0.999)
 
 
 async def test_five_crashes_in_a_row_are_fatal_and_four_are_not() -> None:

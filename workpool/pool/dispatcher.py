@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 REMEMBERED_IDS = 10_000
 """The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
 
+FRUITLESS = 3
 TYPE_CHARACTERS = 128
 """Characters of an item's type that are logged."""
 
@@ -90,6 +91,11 @@ class Dispatcher:
         )
         self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
         self._seen: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
+
+    @property
+    def fruitless(self) -> bool:
+        """Whether the last `FRUITLESS` items that were ours ended without a call of a handler."""
+        return self.runner.fruitless >= FRUITLESS
 
     # Receive and choose.
 

@@ -101,9 +101,9 @@ class Poller:
         if item is None:
             # Before the pause below, in which the other pollers poll again.
             await self._group.settle_empty()
-        if not taken:
-            # A control plane that does not wait for `block_ms`, or keeps offering what is declined,
-            # must not make this loop spin.
+        if not taken or self._dispatcher.fruitless:
+            # A control plane that does not wait for `block_ms`, or keeps offering what is declined
+            # or cannot be claimed, must not make this loop spin.
             await self._sleep(self._rest_of_block())
 
     async def _deliver(self) -> tuple[WorkItem | None, bool]:

@@ -59,6 +59,11 @@ class SessionRunner:
         executor: Calls handlers.
         on_finished: Called with the outcome and the seconds of each session that has ended.
         on_closed: Called once for each item, when it has ended.
+
+    Attributes:
+        draining: A drain has begun.
+        fruitless: The items in a row that ended without a call of a handler: their claim failed, or
+            they were health checks.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class SessionRunner:
         on_closed: Callable[[PoolItem], None],
     ) -> None:
         self.draining = False
+        self.fruitless = 0
         self._context = context
         self._claimer = claimer
         self._sender = sender
@@ -104,6 +110,8 @@ class SessionRunner:
         if item.state == "closed":
             return
         item.advance("closed")
+        if item.handler_task is None:
+            self.fruitless += 1
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.acknowledged:
@@ -181,6 +189,7 @@ class SessionRunner:
         if item.handler is None or item.session is None:
             raise RuntimeError(f"{item.id} has no handler")
         item.advance("started")
+        self.fruitless = 0
         await self._executor.run(item, item.handler, item.session)
         if item.mark_task is not None:
             await _settle_mark(item.mark_task)
