@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, TOKEN, Clock
+from tests.protocol.conftest import ENV, TOKEN, Clock, until
 from workpool.conformance import (
     CLAUSES,
     Api,
@@ -21,6 +21,7 @@ from workpool.conformance import (
     Finding,
     ForeignItemsError,
     GivenSource,
+    SessionSource,
     Suite,
     Verdict,
 )
@@ -100,6 +101,11 @@ def test_every_clause_of_the_page_is_in_the_suite() -> None:
     tables = re.findall(r"^\| clause \|.*?(?=\n\n)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\| `([a-z-]+)` \|", "\n".join(tables), re.MULTILINE)
     assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
+
+
+def test_results_of_the_page_count_every_clause() -> None:
+    results = re.findall(r"^\| `workpool serve` \|.*$", PAGE.read_text(), re.MULTILINE)
+    assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
 
 # Control planes that do something else.
@@ -302,9 +308,9 @@ class Intruding(EnqueueSource):
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
 
-    async def create(self, api: Api) -> str:
+    async def create(self, api: Api, script: Any = None) -> str:
         self._plane.enqueue()
-        return await super().create(api)
+        return await super().create(api, script)
 
 
 async def test_test_environment_has_its_foreign_items_stopped(
@@ -337,3 +343,101 @@ async def test_given_items_are_used_up(
 
 def clauses_named(*names: str) -> list[Clause]:
     return [clause for name in names for clause in CLAUSES if clause.name == name]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"null",
+        b"[]",
+        b"{}",
+        b"7",
+        b'"text"',
+        b"<html>",
+        b"\xff",
+        b'{"id": 7, "data": 7, "error": 7, "metadata": [1], "agent": 7, "ttl_seconds": "x"}',
+        b'{"id": "work_1", "data": {"id": []}, "state": [], "last_heartbeat": {}}',
+        b'{"id": "work_1", "data": [7, {}, {"id": {}}], "next_page": {"a": 1}}',
+        b'{"data": [{"id": "work_1", "type": 7, "metadata": 7}], "next_page": "again"}',
+    ],
+)
+async def test_nonsense_is_judged_and_never_raises(
+    http: aiohttp.ClientSession, answer: bytes
+) -> None:
+    clock = Clock()
+
+    @web.middleware
+    async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method == "POST" and request.path.endswith("/work"):
+            return await handler(request)  # the suite's items are created
+        return web.Response(body=answer, content_type="application/json")
+
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
+    ) as plane:
+        suite = suite_of(plane, http, clock, "qoder", test_environment=True)
+        for clause in CLAUSES:
+            finding = await suite.check(clause)
+            assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
+
+
+async def test_control_plane_that_hangs_is_left_within_the_bound(
+    http: aiohttp.ClientSession,
+) -> None:
+    hung = asyncio.Event()
+
+    @web.middleware
+    async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.endswith("/poll"):
+            await hung.wait()
+        return await handler(request)
+
+    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang]) as plane:
+        api = Api(http, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform")
+        suite = Suite(api, EnqueueSource(), seconds=0.2)
+        findings = await suite.run(CLAUSES)
+        hung.set()
+    late = [each for each in findings if each.seen.startswith("the time of the whole suite")]
+    assert len(late) > len(CLAUSES) / 2
+    assert {each.verdict for each in late} == {Verdict.UNTRIED}
+
+
+HELD = ["active", "starting"]
+
+
+async def test_items_are_stopped_when_the_suite_is_cancelled(
+    plane: ControlPlane, http: aiohttp.ClientSession
+) -> None:
+    api = Api(http, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform")
+    suite = Suite(api, EnqueueSource())
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(suite.run(clauses_named("lease-held", "ack-lease")))
+        await until(lambda: [item.state for item in plane.operations.page(ENV).items] == HELD)
+        running.cancel()
+    assert {item.state for item in plane.operations.page(ENV).items} == {"stopped"}
+
+
+async def test_work_can_come_from_sessions(
+    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
+) -> None:
+    source = SessionSource("agent_00000000000070008000000000000001")
+    suite = suite_of(plane, http, clock, "anthropic", source=source)
+    names = ("ack-starts", "lease-lapses", "session-object", "result-once")
+    findings = await suite.run(clauses_named(*names))
+    assert [(each.verdict, each.seen) for each in findings] == [
+        (Verdict.HOLDS, ""),
+        (Verdict.HOLDS, ""),
+        (Verdict.HOLDS, ""),
+        (Verdict.UNTRIED, "only the call of `workpool serve` can script a session"),
+    ]
+
+
+async def test_credentials_that_an_answer_repeats_are_not_shown(
+    http: aiohttp.ClientSession,
+) -> None:
+    def tell(request: web.Request) -> web.Response:
+        said = request.headers["Authorization"]
+        return web.json_response({"error": {"message": f"no: {said}"}}, status=404)
+
+    finding = await found_by("stop-body", http, replacing("/stop", tell))
+    assert finding.seen == "HTTP 404 (no: Bearer [secret])"

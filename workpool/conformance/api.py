@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
+from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.reading import read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -166,7 +168,10 @@ class Api(WorkCalls[Answer]):
             NoAnswerError: There was no answer within `REQUEST_SECONDS`.
         """
         async with self._request(method, url, options) as response:
-            content = self._without_secrets(await response.read())
+            content = await read_bounded(response)
+            if content is None:
+                raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
+            content = self._without_secrets(content)
             return Answer(response.status, _parsed(content), response.headers, content)
 
     async def open_stream(self, url: str) -> tuple[int, str]:

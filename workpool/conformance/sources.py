@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 from workpool.conformance.clause import Untried
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from workpool.conformance.api import Answer, Api
+
+Script: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 MARK: Final = "workpool.conform"
 """The metadata key of items that the suite has created; a later run finds them by it."""
@@ -18,20 +20,25 @@ MARK: Final = "workpool.conform"
 class Source(Protocol):
     """Creates work."""
 
-    async def create(self, api: Api) -> str:
+    async def create(self, api: Api, script: Script | None = None) -> str:
         """Create one item; returns its id, or that of its session.
 
+        Args:
+            api: The control plane.
+            script: The tool uses of its session.
+
         Raises:
-            Untried: No item can be created.
+            Untried: No item can be created, or none with a script.
         """
 
 
 class EnqueueSource:
     """The embedded control plane's own call."""
 
-    async def create(self, api: Api) -> str:
+    async def create(self, api: Api, script: Script | None = None) -> str:
         """Create one item; returns its id."""
-        answer = await api("POST", api.work(), json={"metadata": {MARK: "1"}})
+        wanted: dict[str, Any] = {"metadata": {MARK: "1"}}
+        answer = await api("POST", api.work(), json=wanted | ({"script": script} if script else {}))
         rows = answer.get("data")
         if not answer.ok or not isinstance(rows, list) or not rows:
             raise Untried(f"no item can be created: {answer}; give --agent or --work-id")
@@ -48,8 +55,9 @@ class SessionSource:
     def __init__(self, agent: str) -> None:
         self._agent = agent
 
-    async def create(self, api: Api) -> str:
+    async def create(self, api: Api, script: Script | None = None) -> str:
         """Create a session and send it a message; returns the session's id."""
+        _without(script)
         body = {
             "agent": self._agent,
             "environment_id": api.environment,
@@ -83,9 +91,15 @@ class GivenSource:
     def __init__(self, work_ids: Sequence[str]) -> None:
         self._left = list(work_ids)
 
-    async def create(self, api: Api) -> str:
+    async def create(self, api: Api, script: Script | None = None) -> str:
         """Return the next id."""
         del api
+        _without(script)
         if not self._left:
             raise Untried("all given items are used")
         return self._left.pop(0)
+
+
+def _without(script: Script | None) -> None:
+    if script is not None:
+        raise Untried("only the call of `workpool serve` can script a session")

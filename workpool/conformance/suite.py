@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
     from workpool.conformance.api import Answer, Api
     from workpool.conformance.clause import Clause
-    from workpool.conformance.sources import Source
+    from workpool.conformance.sources import Script, Source
 
 SUITE_SECONDS: Final = 280.0
-"""Bound on a whole run; the clean-up of a clause that was cut short comes on top of it."""
 CLEAN_UP_SECONDS: Final = 15.0
 PAGES_MAX: Final = 100
 OTHER_WORKER: Final = "workpool-conform-other"
@@ -52,17 +51,19 @@ class Suite:
         source: Creates the items.
         given: Ids of items that may be there although the suite has not created them.
         test_environment: All items may be claimed and stopped.
+        seconds: Bound on a run; the clean-up of clauses that were cut short comes on top of it.
         now: Seconds of a steady clock.
         sleep: Waits; a test moves its clock instead.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
         self,
         api: Api,
         source: Source,
         *,
         given: Iterable[str] = (),
         test_environment: bool = False,
+        seconds: float = SUITE_SECONDS,
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -72,6 +73,7 @@ class Suite:
         self._source = source
         self._given = frozenset(given)
         self._test_environment = test_environment
+        self._seconds = seconds
         self._sleep = sleep
         self._turn = asyncio.Lock()
         self._subjects: dict[str, Subject] = {}  # by work id and by session id
@@ -85,7 +87,7 @@ class Suite:
         """
         clauses = list(clauses)
         await self._check_environment()
-        deadline = asyncio.get_running_loop().time() + SUITE_SECONDS
+        deadline = asyncio.get_running_loop().time() + self._seconds
         found: dict[str, Finding] = {}
 
         async def note(clause: Clause) -> None:
@@ -109,6 +111,7 @@ class Suite:
         trial = Trial(self)
         try:
             async with asyncio.timeout_at(deadline), self._turn:
+                await asyncio.sleep(0)  # no request is begun once the deadline has passed
                 await clause.check(trial)
         except DepartureError as departure:
             return Finding(clause, departure.verdict, str(departure))
@@ -137,9 +140,9 @@ class Suite:
         finally:
             await self._turn.acquire()
 
-    async def create(self) -> Subject:
+    async def create(self, script: Script | None = None) -> Subject:
         """Create an item."""
-        name = await self._source.create(self.api)
+        name = await self._source.create(self.api, script)
         subject = self._subjects[name] = Subject(name)
         return subject
 

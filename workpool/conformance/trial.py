@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool.conformance.api import Answer, Api
+    from workpool.conformance.sources import Script
     from workpool.conformance.suite import Suite
 
 CLAIM_SECONDS: Final = 15.0
@@ -75,19 +76,19 @@ class Trial:
         """Poll, and note the delivery of whichever item comes."""
         return await self._suite.poll(**options)
 
-    async def create(self) -> Subject:
-        """Create an item."""
-        subject = await self._suite.create()
+    async def create(self, script: Script | None = None) -> Subject:
+        """Create an item, and a session that does what the script says."""
+        subject = await self._suite.create(script)
         self.subjects.append(subject)
         return subject
 
-    async def claim(self) -> Subject:
+    async def claim(self, script: Script | None = None) -> Subject:
         """Create an item and receive it from a poll.
 
         Raises:
             Untried: No item can be created, or it is not delivered.
         """
-        subject = await self.create()
+        subject = await self.create(script)
         if await self.delivery(subject, CLAIM_SECONDS) is None:
             raise Untried("the item that was created is not delivered")
         return subject

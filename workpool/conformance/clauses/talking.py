@@ -5,13 +5,22 @@ See workpool/docs/protocol.md, "Sessions".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.clause import Untried, clause, same_or_differs
-from workpool.wire.protocol import ANTHROPIC
+from workpool.conformance.clause import (
+    Untried,
+    clause,
+    same_or_breaks,
+    same_or_differs,
+)
+from workpool.conformance.clauses.conventions import UNKNOWN
+from workpool.conformance.trial import is_bad_request, is_conflict
+from workpool.wire.items import parse_item
+from workpool.wire.protocol import AGENT_TOOL_USE, ANTHROPIC, USER_TOOL_RESULT
 
 if TYPE_CHECKING:
-    from workpool.conformance.trial import Trial
+    from workpool.conformance.sources import Script
+    from workpool.conformance.trial import Subject, Trial
 
 FIELDS: Final = ("id", "type", "status", "environment_id", "agent", "metadata")
 VENDOR_FIELDS: Final = (
@@ -23,6 +32,7 @@ VENDOR_FIELDS: Final = (
     "updated_at",
 )
 VENDOR_AGENT_FIELDS: Final = ("skills", "tools", "mcp_servers", "model")
+SCRIPT: Final = ({"name": "Bash", "input": {"command": "true"}},)
 NO_EVENTS: Final = "handlers cannot talk in a session"
 
 
@@ -54,9 +64,61 @@ async def stream_of_events(trial: Trial) -> None:
     same_or_differs(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
 
 
-async def _session(trial: Trial) -> str:
+@clause("item-secret", "The secret of an item is a token for its own session (`anthropic`).")
+async def secret_of_an_item(trial: Trial) -> None:
+    """Read the item's session with its own token, then that of another item."""
+    subject, another = await trial.claim(), await trial.claim()
+    try:
+        token = parse_item(subject.deliveries[0].item).sessions_token
+    except ValueError:
+        raise Untried("the item cannot be read") from None
+    if token is None:
+        same_or_differs(trial.api.dialect != ANTHROPIC, "no secret: the worker's key has to do")
+        return
+    item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
+    own = await item("GET", _session_of(trial, subject))
+    same_or_breaks(own.ok, f"{own} for the session of the item")
+    foreign = await item("GET", _session_of(trial, another))
+    same_or_differs(not foreign.ok, f"{foreign} for the session of another item")
+
+
+@clause("result-once", "A second result for one tool use is a 409.")
+async def second_result(trial: Trial) -> None:
+    """Answer a tool use twice, as a worker does after a lost answer."""
+    url = f"{await _session(trial, SCRIPT)}/events"
+    listed = await trial.api("GET", url)
+    rows = listed.get("data")
+    events = rows if isinstance(rows, list) else []
+    uses = [each["id"] for each in events if each.get("type") == AGENT_TOOL_USE]
+    if not uses:
+        raise Untried("the session uses no tool")
+    first = await trial.api("POST", url, json=_result(uses[0]))
+    same_or_breaks(first.ok, f"the first: {first}")
+    second = await trial.api("POST", url, json=_result(uses[0]))
+    same_or_breaks(not second.ok, f"{second}: a result is applied twice")
+    same_or_differs(is_conflict(second), str(second))
+
+
+@clause("result-unknown", "A result for an unknown tool use is a 400.")
+async def result_for_an_unknown_use(trial: Trial) -> None:
+    """Answer a tool use that nobody has made."""
+    url = f"{await _session(trial)}/events"
+    answer = await trial.api("POST", url, json=_result(f"evt_{UNKNOWN}"))
+    same_or_differs(is_bad_request(answer), str(answer))
+
+
+async def _session(trial: Trial, script: Script | None = None) -> str:
     """Return the URL of an item's session."""
-    subject = await trial.claim()
+    return _session_of(trial, await trial.claim(script))
+
+
+def _session_of(trial: Trial, subject: Subject) -> str:
     if not subject.session_id:
         raise Untried("the item names no session")
     return f"{trial.api.base_url}/sessions/{subject.session_id}"
+
+
+def _result(use_id: str) -> dict[str, Any]:
+    content = [{"type": "text", "text": "workpool conform"}]
+    said = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
+    return {"events": [said]}
