@@ -26,6 +26,7 @@ from workpool.conformance import (
     Verdict,
 )
 from workpool.server import ControlPlane
+from workpool.wire.calls import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -441,3 +442,12 @@ async def test_credentials_that_an_answer_repeats_are_not_shown(
 
     finding = await found_by("stop-body", http, replacing("/stop", tell))
     assert finding.seen == "HTTP 404 (no: Bearer [secret])"
+
+
+async def test_oversized_answer_is_not_read(http: aiohttp.ClientSession) -> None:
+    def tell(_: web.Request) -> web.Response:
+        return web.Response(body=b" " * (ANSWER_LIMIT_BYTES + 1))
+
+    finding = await found_by("get-unknown", http, replacing("/work_" + "0" * 32, tell))
+    assert finding.verdict is Verdict.UNTRIED
+    assert finding.seen == f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"

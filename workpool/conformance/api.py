@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
+from workpool.wire.answers import Oversized
 from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.dialect import DIALECTS
-from workpool.wire.reading import read_bounded
+from workpool.wire.reading import TRANSIENT, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -168,10 +169,10 @@ class Api(WorkCalls[Answer]):
             NoAnswerError: There was no answer within `REQUEST_SECONDS`.
         """
         async with self._request(method, url, options) as response:
-            content = await read_bounded(response)
-            if content is None:
+            body = await read_bounded(response)
+            if isinstance(body, Oversized):
                 raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
-            content = self._without_secrets(content)
+            content = self._without_secrets(body)
             return Answer(response.status, _parsed(content), response.headers, content)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
@@ -207,7 +208,7 @@ class Api(WorkCalls[Answer]):
                 yield response
         except TimeoutError:
             raise NoAnswerError(f"no answer within {REQUEST_SECONDS:.0f} s") from None
-        except aiohttp.ClientError as error:
+        except (*TRANSIENT, aiohttp.ClientError) as error:
             raise NoAnswerError(f"no answer: {type(error).__name__}") from None
 
 
