@@ -1,0 +1,155 @@
+"""The control plane `open-managed-agents` from PyPI, in a virtual environment of its own.
+
+It needs Python 3.12, keeps all in one SQLite file, and asks for no key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+PACKAGE = "open-managed-agents==0.1.0"
+PYTHONS = ("3.12", "3.13")
+INSTALL_SECONDS = 240
+START_SECONDS = 60
+HEADERS = {
+    "anthropic-version": "2023-06-01",
+    "anthropic-beta": "managed-agents-2026-04-01",
+}
+SERVER = """
+import asyncio, sys
+import uvicorn
+from app.db.engine import get_engine
+from app.db.models import Base
+from app.main import app
+
+async def create_tables():
+    async with get_engine().begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+
+asyncio.run(create_tables())
+uvicorn.run(app, fd=int(sys.argv[1]), log_level="warning")
+"""
+
+
+class UnavailableError(Exception):
+    """The control plane cannot be installed here; says why."""
+
+
+def interpreter() -> str:
+    """Return the path of a Python that can run the control plane.
+
+    Raises:
+        UnavailableError: None of the versions is installed.
+    """
+    if sys.version_info >= (3, 12):
+        return sys.executable
+    for version in PYTHONS:
+        # The pyenv shim `python3.12` fails unless pyenv has selected that version.
+        for variables in ({}, {"PYENV_VERSION": output("pyenv", "latest", version)}):
+            code = "import sys; print(sys.executable)"
+            path = output(f"python{version}", "-c", code, **variables)
+            if path:
+                return path
+    raise UnavailableError(f"none of Python {', '.join(PYTHONS)} is installed")
+
+
+def output(*command: str, **variables: str) -> str:
+    """Return what a command prints; empty when it fails or does not exist."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(  # noqa: S603 - our own words
+            command, text=True, stderr=subprocess.DEVNULL, env=os.environ | variables
+        ).strip()
+    return ""
+
+
+def install(folder: Path) -> str:
+    """Install the control plane into a virtual environment; return the path of its Python.
+
+    Raises:
+        UnavailableError: There is no Python for it, or the package cannot be had.
+    """
+    python = str(folder / "bin" / "python")
+    for command in (
+        [interpreter(), "-m", "venv", str(folder)],
+        [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE],
+    ):
+        try:
+            done = subprocess.run(  # noqa: S603 - our own words
+                command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise UnavailableError(f"not installed within {INSTALL_SECONDS} s") from None
+        if done.returncode:
+            problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UnavailableError(f"{PACKAGE} cannot be installed: {problem}")
+    return python
+
+
+@dataclass(frozen=True)
+class OpenManagedAgents:
+    """A running control plane with one self-hosted environment and one agent."""
+
+    http: aiohttp.ClientSession
+    base_url: str
+    environment_id: str
+    agent_id: str
+
+    async def create_session(self) -> str:
+        """Create a session with one message, which puts one item into the queue; return its id."""
+        body = {"agent": self.agent_id, "environment_id": self.environment_id}
+        session_id: str = (await post(self.http, f"{self.base_url}/sessions", body))["id"]
+        message = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
+        url = f"{self.base_url}/sessions/{session_id}/events"
+        await post(self.http, url, {"events": [message]})
+        return session_id
+
+
+async def post(http: aiohttp.ClientSession, url: str, body: object) -> dict[str, Any]:
+    """Send a request that must succeed; return its answer."""
+    async with http.post(url, json=body) as response:
+        assert response.status in {200, 201}, await response.text()
+        answer: dict[str, Any] = await response.json()
+        return answer
+
+
+@asynccontextmanager
+async def running(python: str, folder: Path) -> AsyncIterator[OpenManagedAgents]:
+    """Run the control plane on a free port of the loopback interface, with an empty queue."""
+    database = f"sqlite+aiosqlite:///{folder / 'open_managed_agents.db'}"
+    with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
+        process = await asyncio.create_subprocess_exec(
+            *(python, "-c", SERVER, str(listening.fileno())),
+            env=os.environ | {"DATABASE_URL": database},
+            cwd=folder,
+            pass_fds=[listening.fileno()],
+        )
+        base_url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    try:
+        timeout = aiohttp.ClientTimeout(total=START_SECONDS)
+        async with aiohttp.ClientSession(headers=HEADERS, timeout=timeout) as http:
+            # The socket listens already: the first request waits until the server accepts it.
+            environment = {"name": "tests", "config": {"type": "self_hosted"}}
+            agent = {"name": "tests", "model": "none"}
+            yield OpenManagedAgents(
+                http,
+                base_url,
+                (await post(http, f"{base_url}/environments", environment))["id"],
+                (await post(http, f"{base_url}/agents", agent))["id"],
+            )
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()

@@ -1,0 +1,82 @@
+"""The command line against a control plane of another project, `open-managed-agents` from PyPI."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.acceptance.open_managed_agents import UnavailableError, install, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from tests.acceptance.conftest import Start
+    from tests.acceptance.open_managed_agents import OpenManagedAgents
+
+pytestmark = [pytest.mark.trial, pytest.mark.acceptance, pytest.mark.timeout(400)]
+
+SESSIONS = 110
+"""More than one page of the list, which has at most 100 items."""
+HANDLER = """
+from workpool import Session, handler
+
+@handler
+async def run(session: Session) -> dict[str, str]:
+    return {"ran": session.id}
+"""
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    try:
+        return install(tmp_path_factory.mktemp("open-managed-agents"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+async def control_plane(python: str, tmp_path: Path) -> AsyncIterator[OpenManagedAgents]:
+    async with running(python, tmp_path) as control_plane:
+        yield control_plane
+
+
+async def test_check_list_and_drain_work_with_open_managed_agents(
+    control_plane: OpenManagedAgents, bare: Start, folder: Path
+) -> None:
+    variables = {
+        "WORKPOOL_DIALECT": "anthropic",
+        "WORKPOOL_BASE_URL": control_plane.base_url,
+        "WORKPOOL_ENVIRONMENT_ID": control_plane.environment_id,
+        "WORKPOOL_TOKEN": "any",
+        "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
+    }
+
+    async def listed() -> dict[str, dict[str, Any]]:
+        command = await bare("work", "list", "--limit", "1000", "--json", **variables)
+        assert await command.ends() == 0
+        items = json.loads(command.out)
+        assert len({item["id"] for item in items}) == len(items)
+        return {item["session_id"]: item for item in items}
+
+    sessions = {await control_plane.create_session() for _ in range(SESSIONS)}
+    (folder / "run_sessions.py").write_text(HANDLER)
+
+    check = await bare("check", "run_sessions", **variables)
+    assert await check.ends() == 0
+    assert f"{SESSIONS} items wait" in check.out
+
+    before = await listed()
+    assert before.keys() == sessions
+    assert {item["state"] for item in before.values()} == {"queued"}
+
+    run = await bare("run", "run_sessions", "--drain", **variables)
+    assert await run.ends(180) == 0
+    assert "result=clean" in run.err
+
+    after = await listed()
+    assert {item["state"] for item in after.values()} == {"stopped"}
+    ran = {session_id: item["metadata"]["ran"] for session_id, item in after.items()}
+    assert ran == {session_id: session_id for session_id in sessions}
