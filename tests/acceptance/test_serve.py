@@ -7,7 +7,10 @@ import json
 import resource
 import signal
 import socket
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,8 +18,6 @@ import pytest
 from tests.acceptance.conftest import ENVIRONMENT, FORBIDDEN, LIMITED, TOKEN
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.acceptance.conftest import Ask, Command, Start
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
@@ -125,6 +126,40 @@ async def test_given_tokens_are_limited_and_never_printed(
     assert await command.ends() == 0
 
 
+def command_line(pid: int) -> str:
+    """Return what the list of processes shows; nothing where there is no /proc."""
+    file = Path(f"/proc/{pid}/cmdline")
+    return file.read_text() if file.exists() else ""
+
+
+async def test_token_of_the_environment_variable_is_accepted_and_not_in_the_process_list(
+    bare: Start, ask: Ask
+) -> None:
+    command, ready = await serve(bare, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}")
+    assert ready["token"] is None
+    for token in (TOKEN, LIMITED):
+        await said(ask, variables(ready, token), "work", "stats")
+    assert TOKEN not in command_line(command.pid)
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert TOKEN not in command.err
+
+
+async def test_store_with_a_row_that_cannot_be_read_ends_it(bare: Start, folder: Path) -> None:
+    command, _ = await serve(bare, "--store", "work.db")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    with closing(sqlite3.connect(folder / "work.db")) as connection:
+        connection.execute(
+            "INSERT INTO session (id, environment_id, metadata, created_at) VALUES "
+            "('sess_1', 'env_1', 'no JSON', 0)"
+        )
+        connection.commit()
+    command = await bare("serve", "--port", "0", "--store", "work.db")
+    assert await command.ends() == 1
+    assert "work.db: the row 'sess_1' cannot be read: metadata is malformed" in command.err
+
+
 async def test_a_store_on_disk_outlives_the_process(bare: Start, ask: Ask) -> None:
     command, ready = await serve(bare, "--store", "work.db")
     asked = variables(ready, ready["token"])
@@ -145,7 +180,7 @@ async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
         port = str(taken.getsockname()[1])
         cases = [
             (["--port", port], 2, port),
-            (["--host", "0.0.0.0"], 2, "--token"),  # noqa: S104 - refused
+            (["--host", "0.0.0.0"], 2, "WORKPOOL_SERVE_TOKEN"),  # noqa: S104 - refused
             (["--token-file", "nowhere"], 2, "token file: No such file"),
             (["--token-file", "tokens"], 2, "line 1"),
             (["--environment", "not an id"], 2, "environment"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sqlite3
 import sys
+import threading
+import time
 from contextlib import asynccontextmanager, closing
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +150,8 @@ async def test_every_field_is_written_and_read(path: Path) -> None:
         Session("sess_2", ENV, {}, 8, script),
         Session("sess_3", ENV, {}, 9, []),
     ]
-    events = [Event(f"evt_{number}", "sess_2", {"type": "x", "n": number}) for number in range(3)]
+    value = {"id": "evt_0", "type": "x", "processed_at": "2026-03-01T12:00:00Z"}
+    events = [Event(f"evt_{number}", "sess_2", {**value, "n": number}) for number in range(3)]
     store = SqliteStore(path)
     await store.open()
     for session in sessions:
@@ -198,6 +202,111 @@ async def test_a_second_server_on_one_file_is_refused(path: Path, clock: Clock) 
     async with plane_on(path, clock):
         with pytest.raises(StoreError, match="locked"):
             await plane_on(path, clock).__aenter__()
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_files_of_a_new_store_belong_to_their_owner_alone(path: Path, mask: int) -> None:
+    former = os.umask(mask)
+    try:
+        with closing(SqliteStore(path)._connect()) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("CREATE TABLE more (x)")
+            connection.execute("COMMIT")
+            modes = {each.name: each.stat().st_mode & 0o777 for each in path.parent.iterdir()}
+    finally:
+        os.umask(former)
+    assert modes == {"work.db": 0o600, "work.db-wal": 0o600}
+
+
+# -- rows that cannot be read ------------------------------------------------------------------
+
+MALFORMED = {
+    "work.metadata": "UPDATE work SET metadata = 'not json'",
+    "work.metadata of lists": """UPDATE work SET metadata = '{"k": []}'""",
+    "work.metadata as bytes": "UPDATE work SET metadata = x'00'",
+    "work.created_at": "UPDATE work SET created_at = 'yesterday'",
+    "work.stopped_at": "UPDATE work SET stopped_at = 9000000000000000000",
+    "work.beaten": "UPDATE work SET beaten = 2",
+    "work.holder": "UPDATE work SET holder = x'ff'",
+    "session.script": "UPDATE session SET script = '[1]'",
+    "event.value": "UPDATE event SET value = '[]'",
+    "event.value without a time": """UPDATE event SET value = '{"id": "a", "type": "b"}'""",
+}
+
+
+async def filled(path: Path, clock: Clock) -> None:
+    async with plane_on(path, clock) as plane:
+        (item,) = plane.enqueue(script=[{"name": "Bash"}])
+        plane.emit(item.session_id, {"type": "agent.message", "content": []})
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_malformed_row_ends_the_start_with_its_id_and_column(
+    path: Path, clock: Clock, name: str
+) -> None:
+    await filled(path, clock)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(MALFORMED[name])
+        connection.commit()
+    column = name.split(maxsplit=1)[0].rpartition(".")[2]
+    async with asyncio.timeout(20):
+        with pytest.raises(StoreError, match=rf"work\.db: the row '\w+_\w+' .* {column} is malf"):
+            await plane_on(path, clock).__aenter__()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM session",
+        "UPDATE event SET session_id = 'sess_0'",
+        "UPDATE work SET id = 'work_nothex'",
+    ],
+)
+async def test_rows_that_do_not_fit_together_end_the_start(
+    path: Path, clock: Clock, change: str
+) -> None:
+    await filled(path, clock)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(change)
+        connection.commit()
+    async with asyncio.timeout(20):
+        with pytest.raises(StoreError, match="do not fit together"):
+            await plane_on(path, clock).__aenter__()
+
+
+async def test_bug_on_the_writers_thread_is_a_failure_of_the_store(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with plane_on(path, clock) as plane:
+        monkeypatch.setattr("workpool.server.sqlite._write", lambda *_: 1 / 0)
+        plane.enqueue()
+        async with asyncio.timeout(20):
+            with pytest.raises(StoreError, match="ZeroDivisionError"):
+                await plane.operations.durable()
+
+
+async def test_closing_ends_the_reading_of_a_store(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with plane_on(path, clock) as plane:
+        plane.enqueue(10)
+    store = SqliteStore(path)
+    reading = threading.Event()
+    rows: list[object] = []
+
+    def read_until_closing(_: object, row: object) -> None:
+        rows.append(row)
+        reading.set()
+        while not store._closing:
+            time.sleep(0.001)
+
+    monkeypatch.setattr("workpool.server.rows.Table.from_row", read_until_closing)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        opening = group.create_task(store.open())
+        await asyncio.to_thread(reading.wait)
+        opening.cancel()
+        await store.close()
+    assert len(rows) == 1
 
 
 def test_wal_and_full_sync(path: Path) -> None:

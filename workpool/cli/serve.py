@@ -44,7 +44,12 @@ def serve(
         str, typer.Option(metavar="memory|FILE", help="Where items live; FILE is SQLite.")
     ] = "memory",
     token: Annotated[
-        list[str] | None, typer.Option(metavar="TOKEN", help="Who may call; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN",
+            envvar="WORKPOOL_SERVE_TOKEN",
+            help="Who may call; repeatable, and visible in the list of processes.",
+        ),
     ] = None,
     token_file: Annotated[
         Path | None,
@@ -67,7 +72,9 @@ def serve(
     with exits.reported():
         grants = _grants(token or [], token_file)
         if not grants and not _is_loopback(host):
-            raise ServeError(f"{host} is not a loopback address: give --token or --token-file")
+            raise ServeError(
+                f"{host} is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file"
+            )
         for each in grants:
             hide(each)
         plan = read_plan(faults) if faults is not None else Plan()
@@ -94,17 +101,21 @@ def serve(
 
 async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> None:
     with Signals() as signals:
-        async with plane:
-            hide(plane.token)
-            typer.echo(_ready_line(plane, shown, as_json=as_json))
-            try:
-                async with asyncio.TaskGroup() as group:
-                    watching = group.create_task(plane.operations.failed())
-                    await signals.first.wait()
-                    watching.cancel()
-            except BaseExceptionGroup as group_error:
-                raise innermost(group_error) from None  # a broken store can only be restarted
-            logs.log.info("serve ends signal=%s", signals.last)
+        try:
+            async with asyncio.TaskGroup() as group:
+                serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
+                await signals.first.wait()
+                serving.cancel()  # also while a large store is being read
+        except BaseExceptionGroup as group_error:
+            raise innermost(group_error) from None
+        logs.log.info("serve ends signal=%s", signals.last)
+
+
+async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:
+    async with plane:
+        hide(plane.token)
+        typer.echo(_ready_line(plane, shown, as_json=as_json))
+        await plane.operations.failed()  # a broken store can only be restarted
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:

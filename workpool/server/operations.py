@@ -17,7 +17,7 @@ from workpool.server import rules
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.clock import MILLISECOND, SECOND, system_clock
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.errors import Refusal
+from workpool.server.errors import Refusal, StoreError
 from workpool.server.history import History, Record, op_of_beat
 from workpool.server.item import WORK_PREFIX, Ids, Item
 from workpool.server.paging import Page, page_of
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from workpool.server.creation import NewSession
     from workpool.server.history import Kind
     from workpool.server.queue import Stats
-    from workpool.server.store import Store
+    from workpool.server.store import Contents, Store
 
 
 class Poll(NamedTuple):
@@ -88,8 +88,16 @@ class Operations:
         self._closing = False
 
     async def open(self) -> None:
-        """Open the store and take over what it holds."""
+        """Open the store and take over what it holds. Raises `StoreError`."""
         contents = await self._store.open()
+        try:
+            self._restore(contents)
+        except (Refusal, LookupError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"the rows of the store do not fit together: {error!r:.200}"
+            ) from error
+
+    def _restore(self, contents: Contents) -> None:
         self.signing_key = contents.signing_key or secrets.token_bytes(32)
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]

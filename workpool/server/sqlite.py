@@ -9,30 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import sqlite3
 import threading
 from collections import deque
-from contextlib import closing
-from dataclasses import fields
+from contextlib import closing, suppress
 from importlib.resources import files
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
-import orjson
-
-from workpool.server.conversation import Event
-from workpool.server.environments import Environment
 from workpool.server.errors import StoreError
-from workpool.server.item import Item
-from workpool.server.sessions import Session
+from workpool.server.rows import TABLES
 from workpool.server.store import Contents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    _Row: TypeAlias = Item | Session | Event | Environment
+    from workpool.server.conversation import Event
+    from workpool.server.environments import Environment
+    from workpool.server.item import Item
+    from workpool.server.rows import Row
+    from workpool.server.sessions import Session
 
 log = logging.getLogger("workpool.server")
 
@@ -40,51 +38,8 @@ SCHEMAS: Final = ("schema.sql", "schema_2.sql", "schema_3.sql")
 """What makes a file of the version before one of the next; a new file goes through them all."""
 SCHEMA_VERSION: Final = len(SCHEMAS)
 _LOCK_SECONDS: Final = 1.0
-
-
-class _Table(NamedTuple):
-    """How one dataclass is written and read: its fields are the columns, in the same order.
-
-    Those in `json` hold JSON.
-    """
-
-    kind: type[Any]
-    columns: tuple[str, ...]
-    json: frozenset[str]
-    read: str
-    write: str
-
-
-_TABLES: Final = (
-    _Table(
-        Session,
-        tuple(field.name for field in fields(Session)),
-        frozenset({"metadata", "script", "agent"}),
-        "SELECT * FROM session ORDER BY id",
-        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-    ),
-    _Table(
-        Item,
-        tuple(field.name for field in fields(Item)),
-        frozenset({"metadata"}),
-        "SELECT * FROM work ORDER BY id",
-        "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    ),
-    _Table(
-        Event,
-        tuple(field.name for field in fields(Event)),
-        frozenset({"value"}),
-        "SELECT * FROM event ORDER BY id",
-        "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
-    ),
-    _Table(
-        Environment,
-        tuple(field.name for field in fields(Environment)),
-        frozenset({"metadata"}),
-        "SELECT * FROM environment ORDER BY id",
-        "INSERT OR REPLACE INTO environment VALUES (?, ?, ?, ?, ?)",
-    ),
-)
+_FILE_MODE: Final = 0o600
+_NO_FILES: Final = ("", ":memory:")
 
 
 class SqliteStore:
@@ -99,7 +54,7 @@ class SqliteStore:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         # Guarded by _changed: what is to be written, newest selves only, and how often it grew.
-        self._unsaved: dict[str, _Row] = {}
+        self._unsaved: dict[str, Row] = {}
         self._saved = 0
         self._closing = False
         # Touched on the loop only.
@@ -156,7 +111,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _take(self, *rows: _Row) -> None:
+    def _take(self, *rows: Row) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
@@ -167,15 +122,26 @@ class SqliteStore:
     def _run(self, loop: asyncio.AbstractEventLoop, opened: asyncio.Future[Contents]) -> None:
         try:
             with closing(self._connect()) as connection:
-                loop.call_soon_threadsafe(_resolve, opened, _read(connection))
+                contents = self._read(connection)
+                if contents is None:
+                    return
+                loop.call_soon_threadsafe(_resolve, opened, contents)
                 while (batch := self._next_batch()) is not None:
                     rows, saved = batch
                     _write(connection, rows)
                     loop.call_soon_threadsafe(self._on_commit, saved)
-        except (sqlite3.Error, StoreError) as error:
-            loop.call_soon_threadsafe(self._on_failure, f"store {self._path}: {error}", opened)
+        except Exception as error:  # noqa: BLE001 - whatever ends this thread is raised on the loop
+            problem = str(error)
+            if not isinstance(error, sqlite3.Error | StoreError):
+                problem = f"{type(error).__name__}: {problem}"
+            loop.call_soon_threadsafe(self._on_failure, f"store {self._path}: {problem}", opened)
 
     def _connect(self) -> sqlite3.Connection:
+        if str(self._path) not in _NO_FILES:
+            # SQLite gives its further files the mode of this one, and may not create it: its mode
+            # would be that of the umask. It reports a file that cannot be opened better than we.
+            with suppress(OSError):
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -189,7 +155,20 @@ class SqliteStore:
             raise
         return connection
 
-    def _next_batch(self) -> tuple[Sequence[_Row], int] | None:
+    def _read(self, connection: sqlite3.Connection) -> Contents | None:
+        """Read everything; None when closing. Raises `StoreError` for a row that is malformed."""
+        read: list[list[Any]] = []
+        for table in TABLES:
+            read.append([])
+            for row in connection.execute(table.read):
+                if self._closing:
+                    return None
+                read[-1].append(table.from_row(row))
+        sessions, items, events, environments = read
+        (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
+        return Contents(items, sessions, events, environments, signing_key)
+
+    def _next_batch(self) -> tuple[Sequence[Row], int] | None:
         """Wait for something to write; None when closing and nothing is left."""
         with self._changed:
             while not self._unsaved and not self._closing:
@@ -243,38 +222,11 @@ def _migrate(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _read(connection: sqlite3.Connection) -> Contents:
-    sessions, items, events, environments = (
-        [_from_row(table, row) for row in connection.execute(table.read)] for table in _TABLES
-    )
-    (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
-    return Contents(items, sessions, events, environments, signing_key)
-
-
-def _from_row(table: _Table, row: tuple[Any, ...]) -> Any:
-    values = dict(zip(table.columns, row, strict=True))
-    for name in table.json:
-        values[name] = None if values[name] is None else orjson.loads(values[name])
-    if "beaten" in values:
-        values["beaten"] = bool(values["beaten"])
-    return table.kind(**values)
-
-
-def _write(connection: sqlite3.Connection, rows: Sequence[_Row]) -> None:
+def _write(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
     """Write all rows in one transaction: after its COMMIT they survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
-    for table in _TABLES:
-        values = attrgetter(*table.columns)
-        json = [table.columns.index(name) for name in table.json]
+    for table in TABLES:
         connection.executemany(
-            table.write,
-            (_to_row(values(one), json) for one in rows if isinstance(one, table.kind)),
+            table.write, (table.to_row(one) for one in rows if isinstance(one, table.kind))
         )
     connection.execute("COMMIT")
-
-
-def _to_row(values: tuple[Any, ...], json: Sequence[int]) -> list[Any]:
-    row = list(values)
-    for at in json:
-        row[at] = None if row[at] is None else orjson.dumps(row[at], default=dict).decode()
-    return row

@@ -1,0 +1,70 @@
+"""`workpool serve` from within: how it ends while its store opens."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.cli.serve import _serve
+from workpool.cli.signal_recorder import SignalRecorder
+from workpool.server import ControlPlane, MemoryStore, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from workpool.server.store import Contents
+
+
+class SlowStore(MemoryStore):
+    """A store that opens once `opened` is set."""
+
+    def __init__(self) -> None:
+        self.opening = asyncio.Event()
+        self.opened = asyncio.Event()
+        self.closed = False
+
+    async def open(self) -> Contents:
+        self.opening.set()
+        await self.opened.wait()
+        return await super().open()
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def recorder() -> Iterator[SignalRecorder]:
+    recorder = SignalRecorder()
+    former = recorder.install()
+    yield recorder
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+async def test_sigterm_while_the_store_opens_ends_serve(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = SlowStore()
+    plane = ControlPlane(store=store)
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        group.create_task(_serve(plane, shown=None, as_json=True))
+        await store.opening.wait()
+        signal.raise_signal(signal.SIGTERM)
+    assert store.closed
+    assert capsys.readouterr().out == ""
+
+
+async def test_failure_of_the_store_ends_serve_with_its_error() -> None:
+    class BrokenStore(SlowStore):
+        async def failed(self) -> None:
+            raise StoreError("it is full")
+
+    store = BrokenStore()
+    store.opened.set()
+    async with asyncio.timeout(20):
+        with pytest.raises(StoreError, match="it is full"):
+            await _serve(ControlPlane(store=store), shown=None, as_json=True)
+    assert store.closed

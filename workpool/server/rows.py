@@ -1,0 +1,156 @@
+"""The rows of the SQLite store: how each is written, read, and checked.
+
+A file may have been edited, or written by a version with an error: a row that is malformed must be
+named at the start, not fail the calls that meet it later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import orjson
+
+from workpool.server.clock import SECOND
+from workpool.server.conversation import Event
+from workpool.server.environments import Environment
+from workpool.server.errors import StoreError
+from workpool.server.item import Item
+from workpool.server.sessions import Session
+from workpool.wire.protocol import STATES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+Row: TypeAlias = Item | Session | Event | Environment
+
+_YEAR_10000: Final = 253_402_300_800 * SECOND
+"""The first time that cannot be written as text."""
+
+
+class Table:
+    """The rows of one dataclass, whose fields are the columns, in the same order.
+
+    Attributes:
+        kind: The dataclass.
+        read: Selects all rows in ascending order of ids.
+        write: Inserts or replaces a row.
+    """
+
+    def __init__(self, kind: type[Any], read: str, write: str) -> None:
+        self.kind = kind
+        self.read = read
+        self.write = write
+        columns = [field.name for field in fields(kind)]
+        types = [str(field.type) for field in fields(kind)]
+        self._values = attrgetter(*columns)
+        self._checks = [(name, _CHECKS[each]) for name, each in zip(columns, types, strict=True)]
+        self._json = [place for place, each in enumerate(types) if each.startswith(_JSON)]
+        self._flags = [place for place, each in enumerate(types) if each == "bool"]
+
+    def to_row(self, one: Row) -> list[Any]:
+        """Return the columns of one row."""
+        row = list(self._values(one))
+        for place in self._json:
+            if row[place] is not None:
+                row[place] = orjson.dumps(row[place], default=dict).decode()
+        return row
+
+    def from_row(self, columns: Sequence[Any]) -> Any:
+        """Return what a row holds. Raises `StoreError` for one that is malformed."""
+        row = list(columns)
+        for place in self._json:
+            row[place] = _from_json(row[place])
+        for value, (name, is_valid) in zip(row, self._checks, strict=True):
+            if not is_valid(value):
+                raise StoreError(f"the row {row[0]!r:.80} cannot be read: {name} is malformed")
+        for place in self._flags:
+            row[place] = bool(row[place])
+        return self.kind(**dict(zip((name for name, _ in self._checks), row, strict=True)))
+
+
+def _from_json(text: object) -> object:
+    try:
+        return orjson.loads(text) if isinstance(text, str) else text
+    except orjson.JSONDecodeError:
+        return text  # which no column with JSON holds
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < _YEAR_10000
+
+
+def _is_flag(value: object) -> bool:
+    return value in {0, 1}
+
+
+def _is_state(value: object) -> bool:
+    return value in STATES
+
+
+def _is_event(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), str) for name in ("id", "type", "processed_at")
+    )
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_strings(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def _is_script(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
+
+
+def _or_none(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or is_valid(value)
+
+
+_JSON: Final = ("Mapping", "Script")
+"""How the types of fields begin that are written as JSON."""
+
+_CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
+    "str": _is_text,
+    "str | None": _or_none(_is_text),
+    "int": _is_number,
+    "int | None": _or_none(_is_number),
+    "bool": _is_flag,
+    "State": _is_state,
+    "Mapping[str, str]": _is_strings,
+    "Mapping[str, Any]": _is_event,
+    "Mapping[str, Any] | None": _or_none(_is_object),
+    "Script | None": _or_none(_is_script),
+}
+"""Whether a column holds a value of a field's type."""
+
+TABLES: Final = (
+    Table(
+        Session,
+        "SELECT * FROM session ORDER BY id",
+        "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+    ),
+    Table(
+        Item,
+        "SELECT * FROM work ORDER BY id",
+        "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    ),
+    Table(
+        Event,
+        "SELECT * FROM event ORDER BY id",
+        "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
+    ),
+    Table(
+        Environment,
+        "SELECT * FROM environment ORDER BY id",
+        "INSERT OR REPLACE INTO environment VALUES (?, ?, ?, ?, ?)",
+    ),
+)
