@@ -15,6 +15,7 @@ from workpool.pool.item import TRANSITIONS
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workpool"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*/**/*.py")])
+TEST_MODULES = sorted((ROOT / "tests").rglob("*.py"))
 PENDING = (
     "plugins/",
     "workpool/cli/",
@@ -73,7 +74,8 @@ def relative(path: Path) -> str:
 
 
 def test_citation_of_every_module_names_an_existing_heading() -> None:
-    found = {relative(path): unresolved(path.read_text()) for path in MODULES}
+    modules = [*MODULES, *(path for path in TEST_MODULES if path != Path(__file__))]
+    found = {relative(path): unresolved(path.read_text()) for path in modules}
     assert {path: each for path, each in found.items() if each} == {}
 
 
@@ -83,6 +85,7 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
         ("pool", "architecture", "The path of one item"),
         ("wire", "protocol", "Dialects"),
         ("server", "protocol", "States and leases"),
+        ("conformance", "protocol", "Leases"),
     ],
 )
 def test_modules_of_a_package_cite_its_document(part: str, document: str, heading: str) -> None:

@@ -257,7 +257,7 @@ async def test_nothing_is_sent_or_read_once_the_session_is_over(play: Any, fault
     assert not faults.of("send", "events", "stream")
 
 
-# -- the sibling's sessions token (protocol §6) ------------------------------------------------
+# -- the token of an item's secret -----------------------------------------------------------------
 
 
 class Secrets:

@@ -1,4 +1,7 @@
-"""Protocol §3.2: confirm before executing."""
+"""The acknowledgement of an item.
+
+See workpool/docs/protocol.md, "Acknowledge".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No answer leaves before what it tells is durable: kill -9 must take nothing back (issue 2)."""
+"""No answer leaves before what it tells is durable: kill -9 must take nothing back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §7: creating work."""
+"""The call that creates work.
+
+See workpool/docs/protocol.md, "Create work".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §5: the events of a session, listed, sent and scripted; literal JSON is the referee."""
+"""The events of a session, listed, sent and scripted, as literal JSON.
+
+See workpool/docs/protocol.md, "Events" and "Scripted sessions".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §3.1: a poll whose client has gone takes nothing, whenever it went."""
+"""A poll whose client has gone takes no item, whenever it went.
+
+See workpool/docs/protocol.md, "Poll".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §3.3: keep the lease."""
+"""Heartbeats extend the lease.
+
+See workpool/docs/protocol.md, "Heartbeat".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §4: leases and redelivery, at the right moment for every observer."""
+"""Leases and redelivery, at the right moment for every observer.
+
+See workpool/docs/protocol.md, "Leases".
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Protocol §3.1: a long poll wakes the moment there is something, and only then.
+"""A long poll wakes the moment there is something, and only then.
 
 The first half runs the calls on a loop whose time jumps from timer to timer: an instant is exact.
 The second half is over the wire.
+See workpool/docs/protocol.md, "Poll".
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Protocol §3.1: claim one item."""
+"""Polls: which item they deliver, and when again.
+
+See workpool/docs/protocol.md, "Poll" and "Delivery".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §1: which answer wins when several apply, and the envelope of each."""
+"""Which error wins when several apply, and the envelope of each.
+
+See workpool/docs/protocol.md, "Errors".
+"""
 
 from __future__ import annotations
 

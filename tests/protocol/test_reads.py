@@ -1,4 +1,7 @@
-"""Protocol §3.6–§3.8 and §5: one item, the list, the stats, the session."""
+"""One item, the list, the statistics, the session.
+
+See workpool/docs/protocol.md, "Read an item" and "List items".
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,6 @@ from tests.protocol.conftest import ENV, LIMITED, OTHER
 
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
-
-
-@pytest.mark.usefixtures("both_stores")
-async def test_get(api: Api) -> None:
-    (item,) = api.plane.enqueue()
-    answer = await api.get(item.id)
-    assert (answer.status, answer.body["id"]) == (200, item.id)
 
 
 @pytest.mark.parametrize(

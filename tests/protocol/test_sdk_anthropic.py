@@ -87,7 +87,7 @@ async def test_all_eight_calls(plane: ControlPlane, strict: AsyncAnthropic, cloc
     stats = await work.stats(ENV)
     assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
 
-    # The SDK's model of a stop is an item; what the service sends is 204 (protocol §6).
+    # The SDK's model of a stop is an item; what the service sends is 204.
     raw = sdk.beta.environments.work.with_raw_response
     assert (await raw.stop(created.id, environment_id=ENV)).http_response.status_code == 204
     assert (await work.retrieve(created.id, environment_id=ENV)).state == "stopping"

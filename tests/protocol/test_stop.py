@@ -1,4 +1,7 @@
-"""Protocol §3.4: finish, request or confirm a stop; and §6 for the sibling's answers."""
+"""Stops, and the answers of both dialects.
+
+See workpool/docs/protocol.md, "Stop".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Protocol §5: the event stream (Server-Sent Events), read to the letter."""
+"""The event stream (server-sent events), read to the letter.
+
+See workpool/docs/protocol.md, "Event stream".
+"""
 
 from __future__ import annotations
 

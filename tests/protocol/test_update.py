@@ -1,4 +1,7 @@
-"""Protocol §3.5: update metadata."""
+"""Updates of the metadata.
+
+See workpool/docs/protocol.md, "Update metadata".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of dialects against a second, literal copy of protocol §6."""
+"""The table of dialects against a second, literal copy."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Ledger:
     def held_by(self, worker: str) -> list[str]:
         """The names of the items that a worker holds; none while one has had no heartbeat yet.
 
-        The lease of an acknowledgement is six times as long as the demo's (protocol §4): an item
+        The lease of an acknowledgement is six times as long as the demo's: an item
         whose worker is killed before the first heartbeat would keep everyone waiting.
         """
         held = [work_id for work_id, holder in self.held.items() if holder == worker]

@@ -157,7 +157,7 @@ def stop(
     """Stop an item: ask its worker to end it, or end it now."""
 
     async def ask(client: WorkClient) -> WorkItem:
-        # Some control planes do not answer the item (protocol §6).
+        # Some control planes answer without the item.
         return await client.stop(work_id, force) or await client.get(work_id)
 
     _show(_ask(settings, ask), as_json=json)

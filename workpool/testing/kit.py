@@ -58,7 +58,7 @@ class SessionResult:
     Attributes:
         outcome: How it ended for the pool.
         metadata: The item's, at the end: what it came with, and what the session wrote.
-        events: The session's own (protocol §5), oldest first.
+        events: The events of the session, oldest first.
         error: What the handler raised; None when it did not.
         seconds: From the acknowledgement to the end, virtual in virtual time.
         item: The control plane's: `state` is `stopped` unless the item is to be delivered again.
@@ -182,7 +182,7 @@ class Kit:
         Args:
             plugins: A handler, or whatever else `Supervisor` takes for one.
             metadata: The item's.
-            script: The tool uses of a scripted session (protocol §5); None: nothing is said.
+            script: The tool uses of a scripted session; None: nothing is said.
             timeout: Seconds to wait; None: 10, in virtual time a day.
             settings: The pool's, by name.
 

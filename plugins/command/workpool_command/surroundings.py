@@ -60,7 +60,7 @@ def redelivered(session: Session) -> dict[str, str]:
 
 
 def item_json(item: WorkItem) -> bytes:
-    """The item as one line of JSON, in the protocol's words (protocol §2)."""
+    """The item as one line of JSON, in the words of the protocol."""
     return (
         json.dumps(
             {
