@@ -1,7 +1,8 @@
-"""A wheel holds the whole package but its documents, which the source distribution holds."""
+"""A distribution holds the files that git knows, and nothing else that lies beside them."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,42 +16,88 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 ROOT = Path(__file__).parents[2]
 SHIM = "workpool/testing/pytest_workpool.py"
 DOCS = "workpool/docs/"
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
+UNTRACKED = [
+    *("workpool/token.txt", "workpool/.env", "workpool/server/state.sqlite", "workpool/docs/notes"),
+    *("workpool/cli/template/.netrc", "workpool/wire/client.pem", "workpool/workpool.toml"),
+    *("tests/id_rsa", "tests/protocol/recorded/token", "tests/.env", "benchmarks/results.csv"),
+    *("plugins/token.txt", "token.txt", "id_rsa", ".env"),
+    *(f"plugins/{name}/workpool_{name}/token.txt" for name in PLUGINS),
+    *(f"plugins/{name}/tests/id_rsa" for name in PLUGINS),
+    *(f"plugins/{name}/.env" for name in PLUGINS),
+]
 
 
-def run(*arguments: str) -> None:
-    done = subprocess.run(  # noqa: S603 - our own words
-        [sys.executable, "-m", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+@pytest.fixture(scope="module")
+def tracked() -> set[str]:
+    """The names of all files that git knows."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no working copy of git")
+    words = ["git", "ls-files", "-z"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)  # noqa: S603 - our own words
+    return {name for name in done.stdout.split("\0") if (ROOT / name).is_file()}
+
+
+@pytest.fixture(scope="module")
+def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working copy, with files that git does not know."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in tracked:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    for name in UNTRACKED:
+        (copy / name).write_text("a secret")
+    return copy
+
+
+def built(project: Path, target: str, directory: Path) -> Path:
+    """The one distribution that was built of a project."""
+    words = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(directory)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=project)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stderr
+    (path,) = directory.iterdir()
+    return path
 
 
-def test_wheel_holds_every_file_of_the_package_but_documents(tmp_path: Path) -> None:
-    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
-    run("pip", "wheel", "-q", *offline, "-w", str(tmp_path), str(ROOT))
-    (path,) = tmp_path.glob("workpool-*.whl")
+def names_in_wheel(path: Path) -> set[str]:
     with zipfile.ZipFile(path) as wheel:
-        held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def names_in_sdist(path: Path) -> set[str]:
+    with tarfile.open(path) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()} - {"PKG-INFO"}
+
+
+def test_wheel_holds_every_tracked_file_of_the_package_but_documents(
+    copy: Path, tracked: set[str], tmp_path: Path
+) -> None:
+    path = built(copy, "wheel", tmp_path)
+    package = {
+        name for name in tracked if name.startswith("workpool/") and not name.startswith(DOCS)
+    }
+    # pytest imports this at every start: it must not lie within the package.
+    assert names_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}
+    with zipfile.ZipFile(path) as wheel:
         (points,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
         assert "[pytest11]\nworkpool = pytest_workpool\n" in wheel.read(points).decode()
-    files = (each for each in (ROOT / "workpool").rglob("*") if each.is_file())
-    names = {each.relative_to(ROOT).as_posix() for each in files}
-    caches = {name for name in names if "/." in name or name.endswith(".pyc")}
-    docs = {name for name in names if name.startswith(DOCS)}
-    assert docs
-    here = names - caches - docs
-    # pytest imports this at every start: it must not lie within the package.
-    assert held == here - {SHIM} | {Path(SHIM).name}
 
 
-def test_source_distribution_holds_the_documents(tmp_path: Path) -> None:
-    run("hatchling", "build", "-t", "sdist", "-d", str(tmp_path))
-    (path,) = tmp_path.glob("workpool-*.tar.gz")
-    with tarfile.open(path) as archive:
-        held = {name.partition("/")[2] for name in archive.getnames()}
-    documents = {each.relative_to(ROOT).as_posix() for each in (ROOT / DOCS).glob("*.md")}
-    assert documents
-    assert documents <= held
+def test_source_distribution_holds_every_tracked_file_but_those_for_the_working_copy(
+    copy: Path, tracked: set[str], tmp_path: Path
+) -> None:
+    left_out = {name for name in tracked if name.startswith(".") and name != ".gitignore"}
+    assert names_in_sdist(built(copy, "sdist", tmp_path)) == tracked - left_out
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_distributions_of_a_plugin_hold_its_tracked_files(
+    copy: Path, tracked: set[str], tmp_path: Path, name: str
+) -> None:
+    project, folder = copy / "plugins" / name, f"plugins/{name}/"
+    files = {each.removeprefix(folder) for each in tracked if each.startswith(folder)}
+    package = {each for each in files if each.startswith("workpool_")}
+    for target in ("wheel", "sdist"):
+        (tmp_path / target).mkdir()
+    assert names_in_wheel(built(project, "wheel", tmp_path / "wheel")) == package
+    assert names_in_sdist(built(project, "sdist", tmp_path / "sdist")) - {".gitignore"} == files
