@@ -135,3 +135,56 @@ def test_a_test_without_the_fixture_pays_nothing(pytester: pytest.Pytester) -> N
     )
     result = pytester.run(sys.executable, "-m", "pytest", "-p", "pytest_workpool")
     result.assert_outcomes(passed=1)
+
+
+OWN = """
+import pytest
+
+@pytest.fixture(scope="session", params=["their own"])
+def workpool(request): return request.param
+
+@pytest.fixture
+def kit(): return "their own"
+"""
+USES = """
+def test_value(workpool, kit):
+    assert (workpool, kit) == ("their own", "their own")
+
+async def test_coroutine(workpool): ...
+"""
+
+
+@pytest.mark.parametrize("place", ["conftest", "plugin", "module"])
+def test_fixtures_of_a_project_go_before_those_of_the_same_name(
+    pytester: pytest.Pytester, place: str
+) -> None:
+    """Its coroutines stay with whoever runs them in that project: here nobody."""
+    options = ["-p", "pytest_workpool"]
+    if place == "plugin":  # pytest loads it before those that are installed
+        pytester.makepyfile(their_plugin=OWN)
+        options = ["-p", "their_plugin", *options]
+    elif place == "conftest":
+        pytester.makeconftest(OWN)
+    pytester.makepyfile(test_theirs=(OWN if place == "module" else "") + USES)
+    pytester.syspathinsert()
+    result = pytester.runpytest_inprocess(*options)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines("*async def functions are not natively supported*")
+
+
+def test_fixture_that_extends_ours_has_its_tests_run(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+        from workpool.testing import Kit
+
+        @pytest.fixture
+        def workpool(workpool): return [workpool]
+
+        async def test_extended(workpool, kit):
+            assert isinstance(kit, Kit)
+            assert workpool == [kit]
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "pytest_workpool")
+    result.assert_outcomes(passed=1)

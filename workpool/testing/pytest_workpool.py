@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def workpool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    """A control plane of the test's own, and pools on it; see `workpool.testing.Kit`."""
+def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
     from workpool.testing.kit import Kit  # noqa: PLC0415 - half a second, for those who need it
 
     if request.config.pluginmanager.has_plugin("logging"):  # it shows the log of what fails
@@ -34,16 +34,44 @@ def workpool(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return kit
 
 
-@pytest.fixture
-def kit(workpool: Kit) -> Kit:
+def workpool(_workpool_kit: Kit) -> Kit:
+    """A control plane of the test's own, and pools on it; see `workpool.testing.Kit`."""
+    return _workpool_kit
+
+
+def kit(_workpool_kit: Kit) -> Kit:
     """The fixture `workpool` under a name that does not shadow the package in a test."""
-    return workpool
+    return _workpool_kit
+
+
+@pytest.hookimpl
+def pytest_configure(config: pytest.Config) -> None:
+    """Register our fixtures, but for those whose names other plugins have taken already.
+
+    Of two plugins with a fixture of one name, pytest uses the one that was registered later: ours,
+    where a project loads its own with `-p`. The fixtures of conftest files go before ours anyway.
+    """
+    manager = config.pluginmanager
+    ours = type(_workpool_kit)
+    taken = {
+        getattr(value, "name", name)
+        for label, plugin in manager.list_name_plugin()
+        if plugin is not None and not label.endswith("conftest.py")
+        for name, value in [*vars(type(plugin)).items(), *getattr(plugin, "__dict__", {}).items()]
+        if isinstance(value, ours)
+    }
+    fixtures = ModuleType("pytest_workpool_fixtures", "The fixtures that were not taken.")
+    for fixture in (workpool, kit):
+        if fixture.__name__ not in taken:
+            setattr(fixtures, fixture.__name__, pytest.fixture(fixture))
+    manager.register(fixtures, fixtures.__name__)
 
 
 @pytest.hookimpl
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test of the fixture's that no other plugin runs: none is needed for `async def`."""
-    if "workpool" not in pyfuncitem.funcargs or not inspect.iscoroutinefunction(pyfuncitem.obj):
+    """Run a test of our fixture that no other plugin runs: none is needed for `async def`."""
+    ours = "_workpool_kit" in pyfuncitem.funcargs
+    if not ours or not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     import asyncio  # noqa: PLC0415 - pytest alone does without it
 
