@@ -1,6 +1,7 @@
-"""What a registry holds of us, and the only import-time state of workpool: which registry has it.
+"""The collector of workpool on a registry, and the map of registries to collectors.
 
-Supervisors that share a registry share its counters and histograms, told apart by their labels.
+The map is the only global state of workpool. Supervisors that share a registry share its counters
+and histograms; the labels tell them apart.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ if TYPE_CHECKING:
 
 
 class Collectors(Collector):
-    """Every metric, registered as one collector: a clash of names leaves nothing half-done."""
+    """All metrics as one collector, so that a conflict of names registers none of them."""
 
     def __init__(self) -> None:
-        self.stores_lock = threading.RLock()  # logging, in the middle of a count, may read metrics
+        self.stores_lock = threading.RLock()  # a log handler may read metrics during a count
         self.stores = {
             row.name: store_of(row, self.stores_lock) for row in DEFINITIONS if row.kind != "gauge"
         }
         self._lock = threading.Lock()
-        self._sources: list[Source] = []  # guarded by the lock: supervisors and scrapes use threads
+        self._sources: list[Source] = []  # guarded by the lock
 
     def attach(self, source: Source) -> None:
-        """Show this supervisor's gauges from now on."""
+        """Add the gauges of a supervisor."""
         with self._lock:
             self._sources.append(source)
 
     def detach(self, source: Source) -> None:
-        """Show them no more; a scrape that has begun may still take one last snapshot."""
+        """Remove the gauges. A scrape that has begun may still take one last snapshot."""
         with self._lock:
             self._sources.remove(source)
 
     def describe(self) -> Iterable[Metric]:
-        """The names that we take; the registry then refuses others of the same name."""
+        """Return the names of all metrics, which the registry then refuses to others."""
         for store in self.stores.values():
             yield from store.describe()
         yield from gauge_families(())
 
     def collect(self) -> Iterable[Metric]:
-        """The values of now."""
+        """Return the current values."""
         for store in self.stores.values():
             yield from store.collect()
         with self._lock:
@@ -60,14 +61,14 @@ class Collectors(Collector):
 
 
 _collectors: WeakKeyDictionary[CollectorRegistry, Collectors] = WeakKeyDictionary()
-_collectors_lock = threading.Lock()  # two threads may each open a supervisor on one registry
+_collectors_lock = threading.Lock()  # two threads may open a supervisor on one registry at once
 
 
 def collectors_of(registry: CollectorRegistry) -> Collectors:
-    """Our collectors on this registry, put there by the first call.
+    """Return the collectors on this registry, which the first call registers.
 
     Raises:
-        RegistryError: The registry already holds somebody else's metric of one of our names.
+        RegistryError: The registry has another metric with one of the names.
     """
     with _collectors_lock:
         collectors = _collectors.get(registry)

@@ -1,8 +1,8 @@
-"""Every metric of workpool, as one table: the interface that dashboards and alerts are built on.
+"""The table of all metrics, on which dashboards and alerts rely.
 
-Names, types, labels and buckets change only with a changelog entry. A row also says which event
-feeds it, so that the observer has no code of its own per metric; rows without an event are gauges,
-computed at scrape time, or counters that nothing feeds yet.
+Names, types, labels and buckets change only with a changelog entry. A row also names the event
+that feeds it, so that `observer` has no code for a single metric. Rows without an event are gauges,
+which are computed at scrape time. See workpool/docs/metrics.md, "All metrics".
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ PREFIX: Final = "workpool_"
 ENVIRONMENT: Final = "environment_id"
 HANDLER: Final = "handler"
 HANDLERS_MAX: Final = 100
-"""Handlers of one pool that have a label value of their own."""
+"""The number of handlers of one pool that have a label value of their own."""
 OTHER_HANDLERS: Final = "other"
 """The label value of all further handlers."""
 OPEN: Final[tuple[str, ...]] = ()
-"""The values of a label that are known only at run time, bounded by settings and code."""
+"""For a label whose values are known at run time only; settings and code bound their number."""
 
 POLLER_STATES: Final = ("polling", "backoff", "waiting_slot", "paused")
 SLOT_STATES: Final = ("free", "reserved", "busy")
@@ -40,8 +40,8 @@ CODES: Final = (
 
 H_POLL: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75),
-    # Dense around block_ms (0.999 s): a null at 1.0 is healthy, 1.25 and more is network or server
-    # trouble, less than 0.9 is a server that ignores block_ms.
+    # Dense around block_ms (0.999 s): a null at 1.0 is healthy, from 1.25 on network or server are
+    # slow, and below 0.9 the server ignores block_ms.
     *(0.95, 1, 1.05, 1.1, 1.25, 1.5),
     *(2.5, 5, 10, 30),
 )
@@ -58,14 +58,14 @@ class Definition:
     """One metric.
 
     Attributes:
-        name: Without the prefix.
-        kind: Its Prometheus type.
-        help: What it says, in one sentence.
-        labels: Label → its closed set of values, all present from the start; `OPEN` when not known.
-        event: The event that feeds it; each of its labels is the event's attribute of that name.
-        value: The event's attribute that is added or observed; None counts events.
-        buckets: Upper bounds, histograms only.
-        skips: Label values that the event may have and this metric leaves out on purpose.
+        name: The name without the prefix.
+        kind: The Prometheus type.
+        help: The meaning, in one sentence.
+        labels: Label → its closed set of values, all present from the start, or `OPEN`.
+        event: The event that feeds it. Each label is the attribute of that name.
+        value: The attribute that is added or observed; None: events are counted.
+        buckets: The upper bounds of a histogram.
+        skips: Label values of the event that this metric leaves out on purpose.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Definition:
 
     @property
     def full_name(self) -> str:
-        """As Prometheus shows it."""
+        """The name with the prefix."""
         return PREFIX + self.name
 
 
@@ -108,10 +108,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     # -- polling ---------------------------------------------------------------------------------
     _counter(
         "polls_total", _env(result=get_args(ev.PollResult)), ev.PollFinished,
-        "Polls ended. A 429 is throttled, a 503 an error.",
+        "Polls that ended. A 429 is throttled, a 503 an error.",
     ),
-    # Its own limit or our drain ended a timeout or a cancelled poll, and a 429 says nothing about
-    # the queue: none of them measures how long a poll takes.
+    # A timeout or a cancellation ends a poll early, and a 429 says nothing about the queue: none of
+    # them measures how long a poll takes.
     _histogram(
         "poll_duration_seconds", _env(result=("item", "null", "error")),
         (ev.PollFinished, "seconds"), H_POLL,
@@ -120,15 +120,15 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _gauge(
         "poll_null_ratio", _env(),
-        "Nulls among the item and null polls of the last 60 s; absent when there were none.",
+        "Share of nulls in the item and null polls of the last 60 s; absent without such polls.",
     ),
     _counter(
         "poll_backoff_seconds_total", _env(reason=get_args(ev.BackoffReason)), ev.PollerBackedOff,
-        "Time that pollers were told to wait after failed polls.", "seconds",
+        "Time that pollers waited after failed polls.", "seconds",
     ),
-    _gauge("pollers", _env(state=POLLER_STATES), "Pollers by what they are doing."),
-    _gauge("pollers_target", _env(), "Pollers that should be polling now."),
-    _gauge("pollers_limit", _env(), "The most pollers that the settings allow."),
+    _gauge("pollers", _env(state=POLLER_STATES), "Pollers by state."),
+    _gauge("pollers_target", _env(), "Number of pollers that poll while they have places."),
+    _gauge("pollers_limit", _env(), "Largest number of pollers that the settings allow."),
     _counter(
         "poller_scale_events_total",
         _env(direction=("up", "down"), reason=("hits", "nulls", "throttled", "slots", "budget")),
@@ -136,33 +136,33 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _gauge(
         "last_poll_success_timestamp_seconds", _env(),
-        "Unix time of the last poll that was answered with an item or null; 0 before the first.",
+        "Unix time of the last poll with an item or null; 0 before the first.",
     ),
     # -- items -----------------------------------------------------------------------------------
     _counter(
         "items_received_total", _env(origin=get_args(ev.Origin), type=ITEM_TYPES), ev.ItemReceived,
-        "Items that polls brought.",
+        "Items that polls returned.",
     ),
     _histogram(
         "item_pickup_latency_seconds", _env(), (ev.ItemReceived, "pickup_seconds"), H_WAIT,
-        "Poll time minus the item's created_at.",
+        "Time from the creation of an item to the poll that returned it.",
     ),
     _counter(
         "reclaims_total",
         _env(direction=get_args(ev.ReclaimDirection), stage=get_args(ev.ReclaimStage)),
         ev.ItemReclaimed,
-        "Items that changed hands: held before by someone and now ours, or ours and then lost.",
+        "Items that changed hands: received although held before, or held and then lost.",
     ),
     _counter(
         "items_declined_total", _env(reason=get_args(ev.DeclineReason)), ev.ItemDeclined,
-        "Items left unacknowledged for other workers.",
+        "Items that were not acknowledged, so that other workers receive them.",
     ),
     _counter(
         "poller_restarts_total", _env(), ev.PollerRestarted,
-        "Pollers that crashed, which is a bug, and were started again.",
+        "Crashes of pollers, which are bugs, followed by a restart.",
     ),
     _gauge("queue_depth", _env(), "Items that wait for a slot."),
-    _gauge("queue_capacity", _env(), "Places for items, in slots and waiting together."),
+    _gauge("queue_capacity", _env(), "Places for items: slots and places to wait."),
     _histogram(
         "queue_wait_seconds", _env(), (ev.AckFinished, "queue_seconds"), H_WAIT,
         "Time from an item's delivery until a slot took it.",
@@ -171,21 +171,21 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _gauge("slots_limit", _env(), "Handler slots that the settings allow."),
     _counter(
         "acks_total", _env(result=get_args(ev.CallResult)), ev.AckFinished,
-        "Acknowledgements settled, by their final result; attempts are in http_requests_total.",
+        "Acknowledgements by final result; http_requests_total counts each try.",
     ),
     _histogram(
         "delivery_to_ack_seconds", _env(), (ev.AckFinished, "delivery_seconds"), H_WAIT,
-        "Time from delivery to the answer to the ack; must stay below the reclaim window.",
+        "Time from delivery to the answer of the ack; must stay below the reclaim window.",
     ),
     # -- leases ----------------------------------------------------------------------------------
     _gauge("leases", _env(state=LEASE_STATES), "Leases held, by the state of their item."),
     _gauge(
         "lease_remaining_seconds_min", _env(),
-        "Time left of the lease nearest to its end; absent when none is held.",
+        "Remaining time of the lease that ends first; absent if no lease is held.",
     ),
     _counter(
         "heartbeats_total", _env(result=get_args(ev.HeartbeatResult)), ev.HeartbeatFinished,
-        "Heartbeats settled; recovered: refused, and found to be still ours by reading the item.",
+        "Heartbeats by final result; recovered: refused, but the item was read and is still held.",
     ),
     _histogram(
         "heartbeat_lag_seconds", _env(), (ev.HeartbeatFinished, "lag_seconds"), H_LAG,
@@ -193,7 +193,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _counter(
         "stop_requests_total", _env(), ev.StopRequested,
-        "Sessions that an operator asked to stop, learnt by heartbeat.",
+        "Stop requests of operators, as heartbeats reported them.",
     ),
     # -- sessions --------------------------------------------------------------------------------
     _gauge("sessions_active", _env(handler=OPEN), "Sessions running."),
@@ -201,22 +201,22 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _histogram(
         "session_duration_seconds", {HANDLER: OPEN, "outcome": get_args(Outcome)},
         (ev.SessionFinished, "seconds"), H_RUN,
-        "Time from a session's acknowledgement to the end of its finish.",
+        "Time from the acknowledgement to the end of the completion.",
     ),
     _counter(
         "sessions_total", _env(handler=OPEN, outcome=get_args(Outcome)), ev.SessionFinished,
-        "Sessions over: one per item that we acknowledged.",
+        "Sessions that ended: one for each acknowledgement.",
     ),
     _counter(
         "stops_total", _env(mode=get_args(ev.StopMode), result=get_args(ev.CallResult)),
         ev.StopFinished,
-        "Stop calls of ours settled, by their final result.",
+        "Stop calls of the pool by final result.",
     ),
-    _gauge("draining", _env(), "1 while a drain is under way, else 0."),
+    _gauge("draining", _env(), "1 during a drain, else 0."),
     _histogram(
         "drain_duration_seconds", {"result": get_args(ev.DrainResult)},
         (ev.DrainFinished, "seconds"), H_RUN,
-        "How long drains took: clean, to their deadline, or with sessions left behind (killed).",
+        "Duration of drains: clean, until the deadline, or with abandoned sessions (killed).",
     ),
     # -- requests --------------------------------------------------------------------------------
     _counter(
@@ -229,40 +229,40 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _counter(
         "rate_budget_wait_seconds_total", _env(kind=("read", "write")), ev.RateBudgetWaited,
-        "Time that requests waited for our own rate limits.", "seconds",
+        "Time that requests waited for the pool's own rate limits.", "seconds",
     ),
     _counter(
         "credential_refreshes_total", _env(result=("ok", "error")), ev.CredentialRefreshed,
-        "Times the token source was read again after a refusal.",
+        "Readings of the token's source after a refusal.",
     ),
     # -- the control plane's own view ------------------------------------------------------------
     _gauge(
         "remote_queue_items", _env(state=("claimable", "pending")),
-        "Items queued, as the control plane counts them; absent until it was asked.",
+        "Queued items, as the control plane counts them; absent until the first reading.",
     ),
     _gauge(
         "remote_oldest_queued_age_seconds", _env(),
-        "Age of the oldest queued item, 0 when none is; absent while it is not known.",
+        "Age of the oldest queued item, 0 without one; absent while unknown.",
     ),
     _gauge(
         "remote_workers_polling", _env(),
-        "Workers that polled lately; absent until the control plane was asked.",
+        "Workers that polled recently; absent until the first reading.",
     ),
     _gauge(
         "remote_stats_timestamp_seconds", _env(),
-        "Unix time when the other remote_ metrics were read.",
+        "Unix time of the last reading of the other remote_ metrics.",
     ),
     # -- the process -----------------------------------------------------------------------------
     _histogram(
         "event_loop_lag_seconds", {}, (ev.LoopLagMeasured, "seconds"), H_LAG,
-        "How late the handlers' event loop answered, measured once a second.",
+        "Delay of the handlers' event loop, measured once a second.",
     ),
     _counter(
         "plugin_errors_total", {"plugin": OPEN, "hook": OPEN}, ev.PluginFailed,
-        "Exceptions that plugins' hooks raised.",
+        "Exceptions of plugins' hooks.",
     ),
     _gauge(
         "build_info", {"version": OPEN, "python": OPEN, "dialect": OPEN},
-        "Always 1; its labels say what runs.",
+        "Always 1; the labels are the versions in use.",
     ),
 )  # fmt: skip

@@ -1,10 +1,9 @@
-"""Gauges, computed when somebody looks: a gauge that is only set by events lies while it is idle.
+"""Gauges, computed at scrape time: a gauge that events set would be wrong while the pool is idle.
 
-Several supervisors may share a registry. Supervisors of one environment are shown as one: counts,
-limits and capacities add up; the last successful poll is the latest, the oldest session the oldest,
-the lease nearest to its end the nearest; draining is 1 when any of them drains; poll_null_ratio is
-over the polls of all; of the control plane's answers the newest counts. `build_info` is 1 per
-combination of its labels. A supervisor that is closed is no longer shown.
+Supervisors of one environment on one registry have one value: the sum of counts, limits and
+capacities, the latest successful poll, the oldest session, the lease that ends first, 1 for
+draining if any of them drains, the null ratio of all polls, and the newest statistics of the queue.
+`build_info` is 1 for each combination of its labels. A closed supervisor has no gauges.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from workpool.wire.items import QueueStats
 
     Sample = tuple[str, tuple[str, ...], float]
-    """Metric name without prefix, label values, value."""
+    """The metric's name without prefix, the label values, and the value."""
 
 WINDOW_SECONDS: Final = 60
 _BY_STATE: Final = {"pollers": POLLER_STATES, "slots": SLOT_STATES, "leases": LEASE_STATES}
@@ -41,15 +40,15 @@ _SUMS: Final = ("pollers_target", "pollers_limit", "queue_depth", "queue_capacit
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """What one supervisor looks like at one moment. States that are not named count as 0.
+    """The state of one supervisor at one moment. A state that is missing counts as 0.
 
     Attributes:
         pollers: Pollers by state: polling, backoff, waiting_slot, paused.
-        last_poll_success: Unix time in seconds, None before the first success.
+        last_poll_success: Unix time in seconds; None before the first success.
         slots: Handler slots by state: free, reserved, busy.
-        leases: Leases held by state of their item: starting, active, stopping.
-        lease_remaining_min: Seconds left of the lease nearest to its end, None when none is held.
-        sessions: (handler, how many run, age of the oldest in seconds), for each handler.
+        leases: Leases by the state of their item: starting, active, stopping.
+        lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
+        sessions: (handler, number of running sessions, age of the oldest in seconds).
     """
 
     pollers: Mapping[str, int] = field(default_factory=dict)
@@ -67,16 +66,16 @@ class PoolSnapshot:
 
 
 class NullWindow:
-    """Counts the item and null polls of the last 60 s, in one bucket per second. Thread-safe."""
+    """The numbers of item and null polls of the last 60 s, for each second. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # [second, nulls, polls], each overwritten when its second comes round again.
+        # [second, nulls, polls]; an entry is overwritten after 60 s.
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
     def add(self, *, null: bool) -> None:
-        """Count one poll that was answered."""
+        """Count one item or null poll."""
         second = int(self._clock())
         with self._lock:
             bucket = self._buckets[second % WINDOW_SECONDS]
@@ -86,7 +85,7 @@ class NullWindow:
             bucket[2] += 1
 
     def counts(self) -> tuple[int, int]:
-        """(nulls, polls) of the window."""
+        """Return (nulls, polls) of the window."""
         oldest = int(self._clock()) - WINDOW_SECONDS
         with self._lock:
             live = [bucket for bucket in self._buckets if bucket[0] > oldest]
@@ -95,12 +94,12 @@ class NullWindow:
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """What one supervisor contributes to the gauges, for as long as it is open.
+    """The source of one supervisor's gauges, while it is open.
 
     Attributes:
-        snapshot: Called at every scrape, on the thread that scrapes.
-        handlers: Labels, shown with 0 while no session of theirs runs. Only ever grows; any thread.
-        remote: When (Unix time) and what the control plane said of its queue last.
+        snapshot: Returns the state. Called at each scrape, on the thread of the scrape.
+        handlers: The labels that have a value, 0 without sessions. Grows only; any thread.
+        remote: The last statistics of the queue, with the Unix time of their reading.
     """
 
     environment_id: str
@@ -113,14 +112,14 @@ class Source:
     remote: tuple[float, QueueStats] | None = None
 
     def label_of(self, handler: str) -> str:
-        """Return the label of a handler: its name, as long as there are not too many."""
+        """Return the label of a handler: its name, or `other` if there are too many."""
         if handler in self.handlers or len(self.handlers) < HANDLERS_MAX:
             return handler
         return OTHER_HANDLERS
 
 
 def gauge_families(sources: Iterable[Source]) -> Iterable[GaugeMetricFamily]:
-    """Every gauge of the table, with the values of now."""
+    """Return all gauges of the table with their current values."""
     families = {
         row.name: GaugeMetricFamily(row.full_name, row.help, labels=tuple(row.labels))
         for row in DEFINITIONS
@@ -166,7 +165,7 @@ def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sa
 def _sessions(
     environment_id: str, group: Sequence[Source], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
-    # tuple(): a session on another thread may add a handler while we look.
+    # tuple(): a session on another thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest = dict.fromkeys(active, 0.0)
     rows = [

@@ -1,8 +1,10 @@
-"""Counts what happens: from each event's values to the series that the table says it feeds.
+"""The counting of events in the series that the table of metrics names.
 
 An event is counted by its type and the values of its fields, in their order, so that no object is
-built for it. Never decides anything and never raises: a label value that the table does not know is
-a bug of ours, shown as a `RuntimeWarning` (which fails a test), and is not counted.
+created for it. Counting never raises: a label value that the table does not have is a bug of
+workpool; it is a `RuntimeWarning`, which fails a test, and is not counted.
+See workpool/docs/decisions.md, "Metrics are an observer" and
+"Counters and histograms have stores of their own".
 """
 
 from __future__ import annotations
@@ -44,9 +46,9 @@ if TYPE_CHECKING:
     Values = tuple[Any, ...]
     """The values of an event's fields, in their order."""
     Callback = Callable[..., object]
-    """Takes the values of an event's fields, in their order."""
+    """A function of the values of an event's fields, in their order."""
     EventType = Callable[..., ev.Event]
-    """One of the classes of `Event`, of which a type checker needs to know only what it returns."""
+    """A class of `Event`, as a function that returns an event."""
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,15 @@ def _unix_time() -> float:
 
 
 def _leave_out(_: float) -> None:
-    """Takes the place of a series that the metric does not have."""
+    """Ignore an amount; used for a series that the metric does not have."""
 
 
 class _Series(dict["Hashable", "Add"]):
-    """How to add to each series of one metric in one environment, by its other labels' values.
+    """The `add` functions of the series of one metric in one environment, by the other labels.
 
-    A single such label is the key itself, otherwise the key is the tuple of their values. A series
-    with a run-time label is made when first asked for, all its closed companions with it at 0:
-    `rate()` does not see the beginning of a series that begins at 1.
+    The key is the value of the only other label, or the tuple of the values of several. A series
+    with a run-time label is created at its first use, together with those for all closed values of
+    the other labels, at 0: `rate()` misses the first increase of a series that begins at 1.
     """
 
     def __init__(
@@ -103,12 +105,12 @@ class _Series(dict["Hashable", "Add"]):
         return self[key]
 
     def _add_of_handler(self, given: dict[str, Any]) -> Add:
-        # A further handler's key is not stored: there is no limit to how many there are.
+        # The key of a further handler is not stored, since their number has no limit.
         given[HANDLER] = self._label_of(given[HANDLER])
         return self[tuple(given.values())]
 
     def prime(self, given: Mapping[str, Hashable]) -> None:
-        """Make all series that have the given values of the run-time labels."""
+        """Create all series with the given values of the run-time labels."""
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
@@ -117,11 +119,11 @@ class _Series(dict["Hashable", "Add"]):
 
 
 class _Feed(NamedTuple):
-    """What an event adds to one metric.
+    """The effect of an event on one metric.
 
     Attributes:
-        key_of: Reads the series' key from the event's values.
-        amount_at: Where in the event's values the amount is; None: one is added.
+        key_of: Returns the key of the series, from the event's values.
+        amount_at: The index of the amount in the event's values; None: the amount is 1.
     """
 
     series: _Series
@@ -139,7 +141,7 @@ def _feed(series: _Series, row: Definition, event_type: type[ev.Event]) -> _Feed
 
 
 def _key_reader(labels: tuple[str, ...], names: tuple[str, ...]) -> Callable[[Values], Hashable]:
-    """Return a function that reads a key in `_Series`: the values of the fields named as labels."""
+    """Return a function that takes a key of `_Series` from the event's values."""
     if not labels:
         return itemgetter(slice(0))  # the empty tuple
     if "type" not in labels:
@@ -155,16 +157,16 @@ def _item_type(name: str) -> str:
 
 @dataclass(eq=False, repr=False)
 class Metrics:
-    """The metrics of one supervisor, on a registry that it may share with others.
+    """The metrics of one supervisor, on a registry that others may share.
 
-    Once open, `count` and `observe` may be called on any thread. Closing takes this supervisor's
-    gauges away; its counters stay, and what happens late is still counted.
+    Once open, `count` and `observe` may be called on any thread. Closing removes the gauges of the
+    supervisor. Its counters stay, and late events are still counted.
 
     Attributes:
-        snapshot: Called at every scrape on the thread that scrapes, so quick and safe there.
-        handlers: Handlers known beforehand, shown with 0 until they have a session.
-        clock: Monotonic seconds.
-        now: Unix time in seconds.
+        snapshot: Returns the state for the gauges. Called on the thread of a scrape; quick.
+        handlers: Handlers that have series at 0 from the start.
+        clock: Returns monotonic seconds.
+        now: Returns Unix time in seconds.
     """
 
     registry: CollectorRegistry
@@ -184,10 +186,10 @@ class Metrics:
     _shared: Collectors | None = field(default=None, init=False)
 
     def open(self) -> None:
-        """Show the gauges, and with 0 every series that is known beforehand.
+        """Register the metrics, with all known series at 0, and add the gauges.
 
         Raises:
-            RegistryError: Open already, or the registry holds somebody else's metric of our name.
+            RegistryError: Open already, or the registry has another metric of one of the names.
         """
         if self._shared is not None:
             raise RegistryError("these metrics are open already")
@@ -214,7 +216,7 @@ class Metrics:
         self._shared = shared
 
     def close(self) -> None:
-        """Take the gauges away. Harmless when not open."""
+        """Remove the gauges. No effect if not open."""
         if self._shared is not None:
             self._shared.detach(self._source)
             self._shared = None
@@ -222,7 +224,7 @@ class Metrics:
     def forward(self, event_type: EventType, callback: Callback) -> None:
         """Call `callback` with the values of each event of this type, after it was counted.
 
-        Called on the thread that counts the event. For open metrics.
+        The callback runs on the thread that counts the event. The metrics must be open.
         """
         self._callbacks.setdefault(event_type, []).append(callback)
 
@@ -264,7 +266,7 @@ class Metrics:
             self._label_of(handler)
 
     def _label_of(self, handler: str) -> str:
-        """Return a handler's label; show the handler from its first session on."""
+        """Return the label of a handler, which has gauges from its first session on."""
         label = self._source.label_of(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:

@@ -1,11 +1,12 @@
-"""What holds the counts of one counter or histogram: cheap to add to, read at scrape time.
+"""The values of one counter or histogram: cheap to add to, read at scrape time.
 
-prometheus_client's own children take five calls for what is one here, some twenty times per
-session; to a scrape both look the same. In its multiprocess mode the library's own are used, since
-only they write the files that other processes read.
+The children of prometheus_client take five calls for one call here, some twenty times for each
+session; a scrape returns the same text. In the library's multiprocess mode its own metrics are
+used, since only they write the files that other processes read. See workpool/docs/decisions.md,
+"Counters and histograms have stores of their own".
 
-Any thread may add, and any thread may scrape: the stores of one registry share a lock, which the
-adder holds for all that one event adds, and the scrape for each metric.
+Any thread may add, and any thread may scrape. The stores of one registry share a lock, which is
+held while one event is counted, and while one metric is read.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ class Store(Protocol):
     """All series of one metric."""
 
     def series(self, labels: tuple[str, ...]) -> Add:
-        """Return how to add to the series of these label values, which is 0 at first.
+        """Return the function that adds to the series of these label values, which begins at 0.
 
         The caller holds the lock while it adds.
         """
 
     def describe(self) -> Iterable[Metric]:
-        """Its name and type, without series."""
+        """Return the name and the type, without series."""
 
     def collect(self) -> Iterable[Metric]:
-        """The values of now."""
+        """Return the current values."""
 
 
 def store_of(row: Definition, lock: threading.RLock) -> Store:
@@ -134,7 +135,7 @@ class _Spreads:
 
 
 class _Library:
-    """The library's own metric, for its multiprocess mode."""
+    """A metric of the library, for its multiprocess mode."""
 
     def __init__(self, row: Definition) -> None:
         name, text, labels = row.full_name, row.help, tuple(row.labels)

@@ -1,4 +1,4 @@
-"""Plugins: found (`finding`), checked (`loading`), then asked and told (`asking`)."""
+"""Plugins: they are found (`finding`), checked (`loading`), and called (`asking`)."""
 
 from workpool.plugins.asking import Plugins
 from workpool.plugins.finding import Available, available

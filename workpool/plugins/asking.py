@@ -1,10 +1,11 @@
-"""`Plugins`: every question to a plugin and every fact told to it goes through here.
+"""`Plugins`: all calls of the hooks of plugins.
 
-Owns the order and the blame. Plugins are asked in the order in which they are listed, first answer
-wins; each hook is called on its own rather than through pluggy's caller, so that an error has the
-plugin's name and one bad observer stops nobody (design §4). A plugin's own hook is asked before its
-marked functions. Between marked functions the more specific rule wins wherever its plugin stands:
-`plugins=[anything, daily_report]` does not starve `daily_report`.
+Plugins are called in the order of the list, and the first answer wins. Each hook is called directly
+and not through pluggy, so that an error has the name of its plugin, and one bad observer does not
+stop the others. A plugin's own hook is called before its functions with `@handler`. Among these,
+the more specific rule wins, whatever the order of the plugins: with
+`plugins=[anything, daily_report]`, `daily_report` still gets its items. See
+workpool/docs/plugins.md, "Hooks".
 
 Everything runs on the supervisor's loop.
 """
@@ -41,14 +42,14 @@ log = logging.getLogger(__name__)
 
 
 class _Hooks:
-    """What pluggy registers of a plugin: exactly the hooks that were checked."""
+    """The hooks of a plugin that were checked, as an object that pluggy registers."""
 
     def __init__(self, hooks: Mapping[str, Callable[..., Any]]) -> None:
         self.__dict__.update(hooks)
 
 
 class _Adapter:
-    """The `workpool_session_handler` of one plugin's marked functions."""
+    """The hook `workpool_session_handler` of one plugin's functions with `@handler`."""
 
     def __init__(self, routes: Sequence[Route]) -> None:
         self._routes = routes
@@ -65,13 +66,15 @@ class Plugins:
     """The active plugins of one supervisor.
 
     Attributes:
-        metrics: Counts the events that arise in here. Set by the supervisor before the first one.
-        wanted: The types of events that a plugin observes.
+        metrics: Counts the events of this object. Set by the supervisor before the first one.
+        wanted: The types of events that have an observer.
     """
 
     def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
         self.metrics: Callable[[Event], None] | None = None
-        self._reported: set[tuple[str, str, type[BaseException]]] = set()  # loop thread only
+        self._reported: set[tuple[str, str, type[BaseException]]] = (
+            set()
+        )  # written on the loop only
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
@@ -89,31 +92,31 @@ class Plugins:
         """Load and check the plugins: `objects` first, then `names`, each in its order.
 
         Args:
-            objects: Modules, classes, marked functions or any other objects; a string is a name.
+            objects: Modules, classes, functions with `@handler`, objects; a string is a name.
             names: Entry points, `pkg.module` or `pkg.module:Name`.
             options: The keyword arguments of classes, by plugin name.
 
         Raises:
-            PluginError: Something cannot be used; says what and whose it is.
+            PluginError: A plugin cannot be used.
         """
         plugins = load((*objects, *names), options)
         return cls(plugins, _in_order(plugins))
 
     @property
     def can_handle(self) -> bool:
-        """Whether any plugin could ever supply a handler."""
+        """Whether any plugin can supply a handler."""
         return bool(self._choosers)
 
     def describe(self) -> tuple[Plugin, ...]:
-        """The active plugins, in the order in which they are asked."""
+        """The active plugins, in the order of their calls."""
         return self._plugins
 
     def handler_for(self, item: WorkItem) -> Handler | None:
-        """The first plugin's answer, None when nobody wants the item.
+        """Return the handler of the first plugin that has one, or None.
 
         Raises:
-            PluginError: A hook raised, or answered what cannot be run. Already logged and counted
-                against the plugin; the item stays undecided, the next plugins are not asked.
+            PluginError: A hook raised, or returned something that cannot be run. The error is
+                already logged and counted. Further plugins are not called.
         """
         for plugin, hook in self._choosers:
             try:
@@ -126,21 +129,21 @@ class Plugins:
         return None
 
     def contexts(self, session: Session) -> list[Context]:
-        """What plugins wrap around this session, to be entered in this order.
+        """Return the contexts for this session, in the order of entering them.
 
-        An error of a hook is not caught: it is the handler's error (design §4).
+        An exception of a hook is not caught: it counts as an exception of the handler.
         """
         return _contexts("workpool_wrap_session", self._wrappers, session)
 
     def lifespans(self, supervisor: Supervisor) -> list[Context]:
-        """What plugins wrap around the pool's life, to be entered in this order.
+        """Return the contexts for the lifetime of the pool, in the order of entering them.
 
-        An error of a hook is not caught: it stops the start.
+        An exception of a hook is not caught: it stops the start.
         """
         return _contexts("workpool_lifespan", self._lifespans, supervisor)
 
     def notify(self, event: Event) -> None:
-        """Call the plugins that observe this type, in order. Never raises because of one of them.
+        """Call the plugins that observe this type, in order. Their exceptions are caught.
 
         On the supervisor's loop.
         """
@@ -153,7 +156,7 @@ class Plugins:
             try:
                 guarded(plugin, "workpool_event", hook, event)
             except PluginError as failure:
-                # Two observers that both fail would otherwise tell each other of it for ever.
+                # Otherwise two observers that both fail would report to each other without end.
                 self._report(
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )
@@ -163,7 +166,7 @@ class Plugins:
         kind = (plugin, hook, type(error))
         first = kind not in self._reported
         self._reported.add(kind)
-        # One traceback per kind: an observer fails some ten times per session.
+        # One traceback for each type: an observer may fail ten times in each session.
         log.error("plugin failed error=%s", failure, exc_info=error if first else None)
         event = PluginFailed(plugin, hook, error)
         if self.metrics is not None:
@@ -173,12 +176,12 @@ class Plugins:
 
 
 def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
-    """Every hook's implementations in calling order; pluggy sorts by tryfirst and trylast."""
+    """Return the implementations of each hook in calling order, with tryfirst and trylast."""
     registry = pluggy.PluginManager(PROJECT)
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    for plugin in reversed(plugins):  # pluggy asks last what was registered first
+    for plugin in reversed(plugins):  # pluggy calls the first one that was registered last
         if plugin.routes:
             adapter = registry.register(_Adapter(_reachable(plugin, routes)), f"@{plugin.name}")
             owners[str(adapter)] = plugin.name
@@ -196,7 +199,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
 def _observers_by_type(
     plugins: Sequence[Plugin], hooks: Sequence[Hook]
 ) -> dict[type[Event], list[Hook]]:
-    """The observers of each type that has any, in calling order."""
+    """Return the observers of each type of event that has some, in calling order."""
     wanted = {plugin.name: plugin.event_types for plugin in plugins}
     observers: dict[type[Event], list[Hook]] = {}
     for name, hook in hooks:
@@ -206,7 +209,7 @@ def _observers_by_type(
 
 
 def _reachable(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """The plugin's routes and everybody's refinements of them, the most specific first."""
+    """Return the plugin's routes and all more specific ones, the most specific first."""
     own = [route.rule for route in plugin.routes]
     refined = [route for route in routes if any(rule.covers(route.rule) for rule in own)]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
@@ -220,7 +223,7 @@ def _taking_one(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
 def _as_handler(plugin: str, answer: object) -> Handler:
     if isinstance(answer, Handler):
         return answer
-    # Looked at under guard: an object may raise for being looked at.
+    # Guarded: an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
     name = guarded(plugin, looking, name_of, answer)
     if guarded(plugin, looking, is_async_callable, answer):

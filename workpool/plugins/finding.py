@@ -1,7 +1,7 @@
-"""From a name, or a thing, to what is called by it: entry points, modules, attributes.
+"""The lookup of plugins: entry points, modules, attributes.
 
-Installed is not active (design §4): entry points are listed without importing them, and only what
-was asked for is imported.
+Installed is not active: entry points are listed without an import, and only the requested plugins
+are imported. See workpool/docs/plugins.md, "Plugins and hooks".
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GROUP: Final = "workpool"
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """An installed entry point of group `workpool`; active only if the setting names it."""
+    """An installed entry point of the group `workpool`; active only if a setting names it."""
 
     name: str
     value: str
@@ -38,7 +38,7 @@ class Available:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a plugin was found to be: a module, class, function or object, and where it was."""
+    """A module, class, function or object that a plugin's name stands for, and its source."""
 
     name: str
     source: str
@@ -46,10 +46,10 @@ class Found:
 
 
 def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call a plugin's code; what it raises becomes a `PluginError` that says what was being done.
+    """Call code of a plugin. An exception becomes a `PluginError` with `doing` in its text.
 
-    CancelledError and SystemExit count as raised: a synchronous call cannot be cancelled, so one
-    that leaks from a plugin would end the task that called it without anybody having asked.
+    CancelledError and SystemExit are exceptions of the plugin, too: a synchronous call cannot be
+    cancelled, so a CancelledError from a plugin would end the calling task by mistake.
     """
     try:
         return call(*args, **kwargs)
@@ -60,7 +60,7 @@ def guarded(plugin: str, doing: str, call: Callable[..., T], *args: object, **kw
 
 
 def available() -> list[Available]:
-    """The installed entry points of group `workpool`, by name, without importing them."""
+    """Return the installed entry points of the group `workpool`, sorted by name."""
     return [
         Available(point.name, point.value, _distribution(point))
         for point in sorted(entry_points(group=GROUP), key=attrgetter("name", "value"))
@@ -68,7 +68,7 @@ def available() -> list[Available]:
 
 
 def find(asked: str) -> Found:
-    """Import what an entry point's name, `pkg.module` or `pkg.module:Name` stands for."""
+    """Import the plugin of an entry point's name, `pkg.module` or `pkg.module:Name`."""
     points = [point for point in entry_points(group=GROUP) if point.name == asked]
     if len(points) > 1:
         owners = " and ".join(sorted(_distribution(point) for point in points))
@@ -104,7 +104,7 @@ def _import(asked: str, path: str) -> object:
 
 
 def named(target: object) -> Found:
-    """A plugin that was handed over rather than named."""
+    """Return the name and the source of a plugin that was passed as an object."""
     if isinstance(target, ModuleType):
         return Found(target.__name__.rpartition(".")[2], target.__name__, target)
     described = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)
@@ -122,6 +122,6 @@ def _hint(asked: str) -> str:
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """The end of a sentence about an unknown word; empty when nothing is close."""
+    """Return the end of a sentence about an unknown word; empty if no word is similar."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

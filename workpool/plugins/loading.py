@@ -1,11 +1,10 @@
-"""From what the settings and the embedder name to checked plugins, or one error with the culprit.
+"""The loading of plugins, with all checks at start.
 
-Owns every refusal at start (design §4): each mistake that would leave a hook or a handler silently
-uncalled is an error here, because nobody notices a hook that is never called.
-
-What is decided here: a module's handlers are those that it can be seen to have, imported ones
-included (a package may gather its handlers in `__init__`), each once. Two equal rules are an error
-across plugins as well: one of the two could never run.
+A mistake because of which a hook or a handler would never be called is an error here, since it
+would not be noticed later. The handlers of a module are its attributes with `@handler`, imported
+ones included (a package may collect its handlers in `__init__`), each once. Two equal rules are an
+error across plugins, too: one of them would never run. See workpool/docs/plugins.md, "Plugins and
+hooks".
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ SPECS: Final[Mapping[str, str]] = {
     for name, spec in vars(hookspecs).items()
     if name.startswith(f"{PROJECT}_")
 }
-"""Each hook's name and the name of its one argument."""
+"""The name of each hook, with the name of its argument."""
 
 EVENT_TYPES: Final[frozenset[type[events.Event]]] = frozenset(get_args(events.Event))
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One marked function: the items that it takes and what runs for them."""
+    """A rule and the handler for its items."""
 
     rule: Rule
     handler: Handler
@@ -47,11 +46,11 @@ class Plugin:
     """An active plugin.
 
     Attributes:
-        name: In logs, labels and errors, and of its settings `[workpool.plugin.NAME]`.
-        source: Where it came from, for people.
-        hooks: Its hook implementations by attribute name.
-        routes: Its marked functions, in the order of their names.
-        event_types: The types of events that its `workpool_event` is called with.
+        name: The name in logs, labels and errors, and of the settings `[workpool.plugin.NAME]`.
+        source: A description of its origin.
+        hooks: The implementations of hooks, by name.
+        routes: The functions with `@handler`, sorted by name.
+        event_types: The types of events for `workpool_event`.
     """
 
     name: str
@@ -62,10 +61,10 @@ class Plugin:
 
 
 def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> tuple[Plugin, ...]:
-    """Load plugins, in this order; a string is looked up, anything else is the plugin.
+    """Load plugins, in this order. A string is a name, anything else is the plugin.
 
     Raises:
-        PluginError: The first mistake, with the name of the plugin that made it.
+        PluginError: The first mistake, with the name of its plugin.
     """
     found: list[Found] = []
     for each in given:
@@ -116,12 +115,12 @@ def _instantiate(found: Found, options: Mapping[str, Any]) -> object:
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
     except ValueError:
-        pass  # a class written in C may hide its signature: calling it tells
+        pass  # a class written in C may have no signature; the call below shows its mistakes
     return guarded(found.name, f"creating it with {table}", found.target, **options)
 
 
 def _members(target: object) -> Iterator[tuple[str, Any]]:
-    """Whatever could be meant as a hook or a handler, without running a property."""
+    """Yield all attributes that may be hooks or handlers, without running a property."""
     for name in dir(target):
         member = inspect.getattr_static(target, name, None)
         if isinstance(member, FunctionType | MethodType | classmethod | staticmethod):
@@ -150,7 +149,7 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
 
 
 def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
-    # pluggy would pass nothing to `event=None` or `*args`: a hook that never sees its argument.
+    # pluggy passes nothing to `event=None` or `*args`, so the hook would never get its argument.
     only = parameters[0] if len(parameters) == 1 else None
     if parameters and (
         only is None
@@ -162,7 +161,7 @@ def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter
 
 
 def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[events.Event]]:
-    """Return the types that the annotation of the observer's argument names; without one, all.
+    """Return the types in the annotation of the observer's argument; without one, all types.
 
     A name that the plugin imports for type checkers only is looked up in `workpool.events`.
     """
@@ -201,7 +200,7 @@ def _route(plugin: str, name: str, call: Any, rule: Rule) -> Route:
 
 
 def new_handler(plugin: str, name: str, call: Any) -> Handler:
-    """The handler of a callable, with the limits of its mark if it has one."""
+    """Return the handler of a callable, with the limits of its rule, if any."""
     rule = rule_of(call)
     return Handler(
         name=f"{plugin}.{name}",
@@ -226,7 +225,7 @@ def _refuse_twice(found: Found, before: Sequence[Found]) -> None:
 
 
 def _refuse_unused(options: Mapping[str, object], active: set[str]) -> None:
-    # One file may serve pools with different plugins, so those of an installed plugin are fine.
+    # One file may be for pools with different plugins, so tables of installed ones are allowed.
     known = active | {point.name for point in available()}
     for name in options:
         if name not in known:
