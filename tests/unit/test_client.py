@@ -22,6 +22,7 @@ from workpool.errors import (
 )
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.settings import Settings
+from workpool.wire import paging
 from workpool.wire.client import WorkClient
 from workpool.wire.options import CallOptions, Priority
 from workpool.wire.rate_limiter import RateLimiter, RateLimits
@@ -343,6 +344,17 @@ async def test_list_whose_page_tokens_form_a_cycle_ends(qoder: WorkClient, tap: 
     with pytest.raises(TransientError, match="repeat"):
         _ = [item async for item in qoder.list()]
     assert tap.paths == ["?limit=100", "?limit=100&page=a", "?limit=100&page=b"]
+
+
+async def test_list_whose_pages_bring_nothing_new_ends(
+    qoder: WorkClient, tap: Tap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paging, "PAGES_PER_SECOND", 1e6)
+    numbers = itertools.count()
+    tap.instead = lambda: web.json_response({"data": [], "next_page": f"page_{next(numbers)}"})
+    with pytest.raises(TransientError, match="without anything new"):
+        [item async for item in qoder.list()]
+    assert len(tap.seen) == paging.STALE_PAGES
 
 
 async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:

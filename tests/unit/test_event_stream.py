@@ -15,14 +15,17 @@ from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import run_virtual
-from workpool.wire.event_calls import Unguarded
+from workpool.wire import calls, event_stream
+from workpool.wire.event_calls import EventPage, Unguarded
 from workpool.wire.event_stream import EventStream
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.paging import PAGES_PER_SECOND, STALE_PAGES
+from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from workpool.wire.event_calls import Event, EventCalls, EventPage, OpenStream
+    from workpool.wire.event_calls import Event, EventCalls, OpenStream
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -124,6 +127,107 @@ async def test_what_comes_too_late_is_asked_for_again() -> None:
     assert world.opened == 6
 
 
+# -- endless histories -------------------------------------------------------------------------
+
+
+class Endless:
+    """A history whose pages never end; `make` gives the ids on the page of a number."""
+
+    resumes = False
+
+    def __init__(self, make: Callable[[int], list[str]]) -> None:
+        self.asked: list[float] = []
+        self._make = make
+
+    async def page(
+        self, limit: int, *, after_id: str | None = None, page: str | None = None
+    ) -> EventPage:
+        del limit, after_id, page
+        self.asked.append(asyncio.get_running_loop().time())
+        number = len(self.asked)
+        events: list[Event] = [{"id": one, "type": "x"} for one in self._make(number)]
+        return EventPage(events, f"page_{number}")
+
+    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+        raise NotImplementedError
+
+    async def open(self, last_id: str | None) -> OpenStream:
+        del last_id
+        return Mute()
+
+
+class Mute:
+    """A stream that brings nothing."""
+
+    async def read(self) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+@in_virtual_time
+async def test_history_is_read_at_twenty_pages_a_second() -> None:
+    endless = Endless(lambda number: [f"evt_{number}"])
+    clock = asyncio.get_running_loop().time
+    async for _ in SessionEvents(endless, "sess_1").list():
+        if clock() >= 60:
+            break
+    assert len(endless.asked) == pytest.approx(60 * PAGES_PER_SECOND, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda _: [], lambda _: ["evt_1"], lambda number: [f"evt_{number % 50}"]],
+    ids=["empty", "same", "cycle"],
+)
+@in_virtual_time
+async def test_history_without_anything_new_ends(make: Callable[[int], list[str]]) -> None:
+    endless = Endless(make)
+    with pytest.raises(TransientError, match="without anything new"):
+        [event async for event in SessionEvents(endless, "sess_1").list()]
+    assert len(endless.asked) <= STALE_PAGES + 51
+
+
+@in_virtual_time
+async def test_stream_whose_history_never_ends_asks_for_few_pages() -> None:
+    endless = Endless(lambda _: [])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
+            await anext(stream)
+    # 5 s for 100 pages, then 5 s of back-off on average
+    assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
+
+
+@in_virtual_time
+async def test_stream_remembers_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)
+    world = World()
+    for number in range(50):
+        world.say(number)
+    async with world.client as client:
+        calls: Any = client.events(world.session_id)._calls
+        way = Flaky(calls, iter(()), resumes=False, replays=False)
+        stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
+        told: list[Event] = []
+        async with stream:
+            for breaks in range(3):
+                told += [await anext(stream) for _ in range(3 if breaks else 50)]
+                way.conditions = iter(["cut", "cut"])
+                for number in range(3):
+                    world.say(number)
+            told += [await anext(stream) for _ in range(3)]
+            assert len(stream._seen._ids) == 10
+    assert [event["id"] for event in told] == world.said
+    assert world.opened > 1
+
+
+def test_page_token_that_is_too_long_for_a_url_is_malformed() -> None:
+    with pytest.raises(ValueError, match="next_page"):
+        calls.EVENTS.parse({"data": [], "next_page": "x" * 5000})
+
+
 # -- any breakage ------------------------------------------------------------------------------
 
 
@@ -135,7 +239,7 @@ class Flaky:
     ) -> None:
         self.resumes = resumes
         self._calls = calls
-        self._conditions = conditions
+        self.conditions = conditions
         self._replays = replays
 
     async def page(
@@ -153,7 +257,7 @@ class Flaky:
         return FlakyStream(stream, self)
 
     async def next_condition(self) -> str:
-        condition = next(self._conditions, "fine")
+        condition = next(self.conditions, "fine")
         if condition == "slow":
             await asyncio.sleep(2.5)
         if condition == "broken":

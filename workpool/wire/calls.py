@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
+PAGE_TOKEN_CHARACTERS: Final = 4096
 ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
 """An item that a poll brought grows by its times and by the pool's own metadata."""
 
@@ -106,7 +107,9 @@ def _next_page(page: dict[str, Any]) -> str | None:
     """
     token = None if page.get("has_more") is False else page.get("next_page")
     if isinstance(token, str | None):
-        return token or None
+        if len(token or "") <= PAGE_TOKEN_CHARACTERS:  # it becomes a part of a URL
+            return token or None
+        raise ValueError("next_page: too long")
     raise ValueError("next_page: not a string")
 
 

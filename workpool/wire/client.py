@@ -15,12 +15,12 @@ from urllib.parse import quote
 
 from yarl import URL
 
-from workpool.errors import TransientError
 from workpool.wire import bodies, calls, protocol
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.http_events import HttpEvents
 from workpool.wire.items import WorkItem
 from workpool.wire.options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.paging import PageLimits
 from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
 from workpool.wire.transport import Request, Transport
@@ -296,8 +296,9 @@ class WorkClient:
                 _check_id(name, value)
                 start += f"&{name}={value}"
         left = sys.maxsize if limit is None else limit
-        seen: set[str] = set()
+        limits = PageLimits("list")
         while left > 0:
+            await limits.turn()
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
             page = await self._read(calls.LIST, url, timeout)
             for item in page.items[:left]:
@@ -305,9 +306,7 @@ class WorkClient:
             left -= len(page.items)
             if page.next_page is None:
                 return
-            if page.next_page in seen:  # else we would go round for ever
-                raise TransientError("list", None, "the pages repeat", reason="bad_body")
-            seen.add(page.next_page)
+            limits.accept((item.id for item in page.items), page.next_page)
             start = f"&page={quote(page.next_page, safe='')}"
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:

@@ -11,8 +11,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from workpool.errors import TooLargeError, TransientError
+from workpool.errors import TooLargeError
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.paging import PageLimits
 from workpool.wire.protocol import LIST_LIMIT_MAX
 
 T = TypeVar("T")
@@ -107,11 +108,16 @@ class Pages:
         self._after_id = after_id
         self._page: str | None = None
         self._limit = LIST_LIMIT_MAX
-        self._seen: set[str] = set()
+        self._limits = PageLimits("events")
 
     async def next(self) -> list[Event]:
-        """Read the next page."""
+        """Read the next page; at most `PAGES_PER_SECOND` of them.
+
+        Raises:
+            TransientError: The page could not be read, or the pages lead nowhere.
+        """
         while True:
+            await self._limits.turn()
             after_id = self._after_id if self._page is None else None
             try:
                 page = await self._calls.page(self._limit, after_id=after_id, page=self._page)
@@ -120,11 +126,7 @@ class Pages:
                 if self._limit == 1:
                     raise
                 self._limit = max(1, self._limit // _SMALLER)
-        if page.next_page is None:
-            self.done = True
-        elif page.next_page in self._seen:  # else we would go round for ever
-            raise TransientError("events", None, "the pages repeat", reason="bad_body")
-        else:
-            self._seen.add(page.next_page)
-            self._page = page.next_page
+        self._limits.accept((event["id"] for event in page.events), page.next_page)
+        self._page = page.next_page
+        self.done = page.next_page is None
         return page.events

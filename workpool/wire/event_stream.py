@@ -19,6 +19,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
 from workpool.wire.calls import parse_event
 from workpool.wire.event_calls import Pages
+from workpool.wire.paging import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
 from workpool.wire.sse import FrameParser
 
@@ -34,6 +35,9 @@ BACKOFF_SECONDS: Final = 0.5
 BACKOFF_CAP_SECONDS: Final = 10.0
 STALL_SECONDS: Final = 4.5 * KEEP_ALIVE_SECONDS
 """A stream that is silent for so long, keep-alives included, is taken for broken."""
+REMEMBERED_EVENTS: Final = 50_000
+"""The ids that a stream remembers, to give each event once: some 10 MB at most. An event comes
+twice only if a connection repeats more events than that."""
 _LAST: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
 
 
@@ -59,7 +63,8 @@ class EventStream:
         self._entered = self._over = False
         self._ready: deque[tuple[Event, bool]] = deque()  # with what `caught_up` will be
         self._held_back: list[Event] = []  # the last of a page: perhaps the last of all
-        self._seen: set[str] = set()
+        self._seen = RecentIds(REMEMBERED_EVENTS)
+        self._skipping = False  # the events of a history that are older than all in `_seen`
         self._last_id: str | None = None
         self._retry_at = 0.0
         # Of the present connection:
@@ -127,12 +132,13 @@ class EventStream:
         await self._guard.within(lambda: asyncio.sleep(self._retry_at - clock()))
         self._stream = await self._guard.within(lambda: self._calls.open(self._last_id))
         self._pages = Pages(self._calls, self._last_id if self._calls.resumes else None)
+        self._skipping = self._seen.forgot and not self._calls.resumes
         self._parser = FrameParser()
         self._heard_at = clock()
 
     async def _read_history(self, pages: Pages) -> None:
         events = await self._guard.within(pages.next)
-        fresh = self._held_back + [event for event in events if self._is_new(event)]
+        fresh = self._held_back + [event for event in events if self._is_new_in_history(event)]
         self._held_back = [] if pages.done else fresh[-1:]
         fresh = fresh if pages.done else fresh[:-1]
         self._ready.extend((event, False) for event in fresh)
@@ -171,11 +177,15 @@ class EventStream:
         if self._is_new(event):
             self._ready.append((event, True))
 
+    def _is_new_in_history(self, event: Event) -> bool:
+        # A history that is read from its beginning: what stands before the remembered ids was seen.
+        self._skipping = self._skipping and event["id"] not in self._seen
+        return not self._skipping and self._is_new(event)
+
     def _is_new(self, event: Event) -> bool:
         event_id = event["id"]
-        if event_id in self._seen:
+        if not self._seen.add(event_id):
             return False
-        self._seen.add(event_id)
         self._last_id = event_id
         self._backoff.reset()
         return True

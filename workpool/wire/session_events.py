@@ -95,7 +95,10 @@ class SessionEvents:
 
     async def _stored(self, said: Sequence[Event]) -> Sequence[Event] | None:
         """All of `said` as the history holds it; None when any of it is not there as we said it."""
-        held = {_key(event): event async for event in self.list() if event["type"] in _ANSWERS}
+        wanted, held = {_key(event) for event in said}, {}
+        async for event in self.list():
+            if event["type"] in _ANSWERS and (key := _key(event)) in wanted:
+                held[key] = event
         pairs = [(event, held.get(_key(event))) for event in said]
         stored = [theirs for ours, theirs in pairs if theirs is not None and _within(ours, theirs)]
         return stored if len(stored) == len(pairs) else None

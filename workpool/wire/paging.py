@@ -1,0 +1,81 @@
+"""Bounds for reading a list page by page: pace, memory, and pages that lead nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from workpool.errors import TransientError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PAGES_PER_SECOND: Final = 20
+STALE_PAGES: Final = 100
+"""So many pages in a row may bring nothing new, before the list counts as broken."""
+REMEMBERED_IDS: Final = 10_000
+REMEMBERED_TOKENS: Final = 1_000
+
+
+class RecentIds:
+    """The last ids that were added, up to a limit.
+
+    Attributes:
+        forgot: The limit was exceeded, so that older ids are not known any more.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.forgot = False
+        self._limit = limit
+        self._ids: dict[str, None] = {}
+
+    def __contains__(self, one: str) -> bool:
+        return one in self._ids
+
+    def add(self, one: str) -> bool:
+        """Add an id; return whether it is new."""
+        if one in self._ids:
+            return False
+        self._ids[one] = None
+        if len(self._ids) > self._limit:
+            self.forgot = True
+            del self._ids[next(iter(self._ids))]
+        return True
+
+
+class PageLimits:
+    """The bounds for the pages of one list.
+
+    Args:
+        op: The name of the call in errors.
+    """
+
+    def __init__(self, op: str) -> None:
+        self._op = op
+        self._next_at = 0.0  # on the loop's clock
+        self._stale = 0
+        self._ids = RecentIds(REMEMBERED_IDS)
+        self._tokens = RecentIds(REMEMBERED_TOKENS)
+
+    async def turn(self) -> None:
+        """Wait until the next page may be asked for."""
+        loop = asyncio.get_running_loop()
+        if self._next_at > (now := loop.time()):
+            await asyncio.sleep(self._next_at - now)
+        self._next_at = loop.time() + 1 / PAGES_PER_SECOND
+
+    def accept(self, ids: Iterable[str], next_page: str | None) -> None:
+        """Record a page, by the ids of its entries and the token of the page that follows.
+
+        Raises:
+            TransientError: The list would go on for ever.
+        """
+        new = [self._ids.add(one) for one in ids]
+        self._stale = 0 if any(new) else self._stale + 1
+        if next_page is None:
+            return
+        if not self._tokens.add(next_page):
+            raise TransientError(self._op, None, "the pages repeat", reason="bad_body")
+        if self._stale >= STALE_PAGES:
+            problem = f"{STALE_PAGES} pages without anything new"
+            raise TransientError(self._op, None, problem, reason="bad_body")
