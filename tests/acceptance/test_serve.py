@@ -185,6 +185,7 @@ async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
             (["--token-file", "tokens"], 2, "line 1"),
             (["--environment", "not an id"], 2, "environment"),
             (["--port", "70000"], 2, "--port"),
+            (["--retention", "59"], 2, "--retention"),
             (["--store", "notes.txt"], 1, "notes.txt"),
             (["--faults", "nowhere"], 2, "faults file: No such file"),
             (["--faults", "notes.txt"], 2, "faults file: "),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -92,10 +92,12 @@ WORKERS = st.sampled_from([None, "a", "b", "c"])
 class Everything(RuleBasedStateMachine):
     """Any calls in any order: what the indexes say is what a scan of all items says."""
 
+    retention: ClassVar[float | None] = None
+
     @initialize()
     def start(self) -> None:
         self.clock = Clock()
-        self.operations = Operations([ENV], now=self.clock)
+        self.operations = Operations([ENV], now=self.clock, retention=self.retention)
 
     def items(self) -> Sequence[Item]:
         return self.operations.page(ENV, 1000).items
@@ -168,8 +170,24 @@ class Everything(RuleBasedStateMachine):
             assert item.delivered_at is None or item.state == "queued"
 
 
+class EverythingWithRetention(Everything):
+    """The same, and stopped items are deleted soon."""
+
+    retention = 30.0
+
+    @rule()
+    def poll_deletes_what_ended_long_ago(self) -> None:
+        self.operations.poll(ENV, Poll("a"))
+        until = self.clock.seconds - self.retention
+        for item in self.items():
+            assert item.stopped_at is None or item.stopped_at / 1_000_000 > until
+            assert self.operations.session(item.session_id)[1] == item
+
+
 TestEverything = Everything.TestCase
 TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestEverythingWithRetention = EverythingWithRetention.TestCase
+TestEverythingWithRetention.settings = TestEverything.settings
 
 
 @pytest.mark.trial

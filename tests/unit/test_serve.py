@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.cli.serve import _serve
+from workpool.cli.serve import _retention, _serve
 from workpool.cli.signal_recorder import SignalRecorder
 from workpool.server import ControlPlane, MemoryStore, StoreError
 
@@ -42,6 +42,16 @@ def recorder() -> Iterator[SignalRecorder]:
     yield recorder
     for number, handler in former.items():
         signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("store", "given", "expected"),
+    [("memory", None, 3600), ("work.db", None, 86_400), ("memory", 60, 60), ("work.db", 90, 90)],
+)
+def test_retention_depends_on_the_store_unless_given(
+    store: str, given: float | None, expected: float
+) -> None:
+    assert _retention(store, given) == expected
 
 
 async def test_sigterm_while_the_store_opens_ends_serve(

@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import orjson
 import typer
@@ -36,6 +36,10 @@ CloudIds = Annotated[
 ]
 
 
+RETENTION_MIN: Final = 60
+"""A worker repeats a stop whose answer was lost, and must find the item."""
+
+
 def serve(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
@@ -57,6 +61,15 @@ def serve(
     ] = None,
     environment: Ids = None,
     cloud_environment: CloudIds = None,
+    retention: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=RETENTION_MIN,
+            help="How long stopped items are kept, with their sessions and events; at least 60. "
+            "Default: 86400 in a FILE, 3600 in memory.",
+        ),
+    ] = None,
     faults: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Faults to inject, TOML or JSON."),
@@ -89,6 +102,7 @@ def serve(
             host=host,
             port=port,
             now=clock,
+            retention=_retention(store, retention),
             history_limit=0,  # nobody asks for it here, and it would grow
             middlewares=[injected.middleware] if plan.fault else [],
         )
@@ -146,6 +160,13 @@ def _grants(tokens: list[str], file: Path | None) -> dict[str, frozenset[str] | 
             raise ServeError(f"token file: {problem}") from None
         grants |= parse_token_file(text)
     return grants
+
+
+def _retention(store: str, seconds: float | None) -> float:
+    """Return how long stopped items are kept: a day in a file, an hour in memory by default."""
+    if seconds is not None:
+        return seconds
+    return 3600 if store == "memory" else 86_400
 
 
 def _is_loopback(host: str) -> bool:

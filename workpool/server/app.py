@@ -65,6 +65,8 @@ class ControlPlane:
         port: 0: any free one.
         now: Epoch seconds for everything that is stored or decided; None: the system's.
         history_limit: How many records `history` keeps; None: all.
+        retention: Seconds for which a stopped item is kept, then it is deleted with its session;
+            None: for ever, which tests that look at ended items need.
         middlewares: aiohttp middlewares around everything, for injected faults.
 
     Raises on entering:
@@ -82,6 +84,7 @@ class ControlPlane:
         port: int = 0,
         now: Callable[[], float] | None = None,
         history_limit: int | None = HISTORY_LIMIT,
+        retention: float | None = None,
         middlewares: Iterable[Any] = (),
     ) -> None:
         self.environments = tuple(environments)
@@ -94,6 +97,7 @@ class ControlPlane:
             store=store,
             now=now,
             history_limit=history_limit,
+            retention=retention,
         )
         self._tokens = tokens
         self._middlewares = tuple(middlewares)

@@ -22,6 +22,7 @@ from workpool.server.history import History, Record, op_of_beat
 from workpool.server.item import WORK_PREFIX, Ids, Item
 from workpool.server.paging import Page, page_of
 from workpool.server.queue import Queue
+from workpool.server.retention import Retention
 from workpool.server.script import parse_script
 from workpool.server.sessions import Session, Sessions
 from workpool.server.store import MemoryStore
@@ -32,6 +33,7 @@ from workpool.wire.protocol import (
     RECLAIM_OLDER_THAN_MS,
     SESSION,
     STARTING,
+    STOPPED,
     STOPPING,
     TTL_DEFAULT_SECONDS,
 )
@@ -63,6 +65,8 @@ class Operations:
         store: What every change is written to.
         now: Epoch seconds; may stand still, never trusted to go forward only.
         history_limit: How many records to keep; None: all.
+        retention: Seconds for which a stopped item is kept; then it is deleted with its session
+            by a call that creates or polls. None: for ever.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Operations:
         store: Store | None = None,
         now: Callable[[], float] | None = None,
         history_limit: int | None = None,
+        retention: float | None = None,
     ) -> None:
         self.history = History(history_limit)
         self._queues = {name: Queue(name) for name in environments}
@@ -85,6 +90,7 @@ class Operations:
         self._latest = 0
         self._ids = Ids()
         self.sessions = Sessions(self._store, self._ids)
+        self._retention = Retention(retention)
         self._closing = False
 
     async def open(self) -> None:
@@ -102,12 +108,16 @@ class Operations:
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]
         self._ids = Ids(max((name.partition("_")[2] for name in ids), default=""))
-        self.sessions.restore(contents, self._ids, self._tick())
+        contents, ended = self._retention.split(contents, self._tick())
+        self._store.delete(ended)
+        self.sessions.restore(contents, self._ids, self._latest)
         self._restore_environments(contents.environments)
         for item in contents.items:
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
             if item.environment_id in self._queues:
                 self._queues[item.environment_id].put(replace(item, delivered_at=None))
+        for item in sorted(contents.items, key=lambda item: item.stopped_at or 0):
+            self._retention.note_stopped(item)
         delivered = [item for item in contents.items if item.delivered_at is not None]
         for item in sorted(delivered, key=lambda item: item.delivered_at or 0):
             if item.environment_id in self._queues:
@@ -199,6 +209,7 @@ class Operations:
     ) -> tuple[Item, ...]:
         """Create items. `session_id`: the existing session that they belong to."""
         queue = self.queue(environment_id)
+        self._delete_ended()
         now = self._latest
         metadata = dict(metadata or {})  # shared by all of them
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
@@ -216,6 +227,7 @@ class Operations:
     def create_session(self, wanted: NewSession) -> tuple[Session, Item]:
         """Create a session and the work item that brings it to a worker."""
         queue = self.queue(wanted.environment_id)
+        self._delete_ended()
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = self._latest
         session = self.sessions.new(
@@ -247,6 +259,7 @@ class Operations:
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
         """Deliver an item, without waiting for one."""
         queue = self.queue(environment_id)
+        self._delete_ended()
         now = self._latest
         if poll.worker_id is not None:
             queue.poll_seen(poll.worker_id, now)
@@ -291,7 +304,7 @@ class Operations:
     def withdraw(self, item: Item) -> None:
         """Take back a delivery whose client has gone before the answer."""
         queue = self.queue(item.environment_id)
-        if queue.get(item.id) is item:
+        if queue.holds(item):
             self._apply(queue, rules.withdraw(item), "withdrawn", item.holder)
             queue.waiting.wake(1)
 
@@ -443,7 +456,23 @@ class Operations:
             queue.put(item)
             self._store.save(item)
             self._record(kind, item, worker_id, at, op)
+            if item.state == STOPPED and kind in {"stopped", "lapsed"}:
+                self._retention.note_stopped(item)
         return item
+
+    def _delete_ended(self) -> None:
+        """Delete sessions that ended long enough ago, with their items and events."""
+        for session_id in self._retention.take_due(self._latest):
+            work_ids = self.sessions.work_ids(session_id)
+            if not work_ids:
+                continue  # deleted with another of its items
+            queue = self._queues[self.sessions.find(session_id)[0].environment_id]
+            items = queue.present(work_ids)
+            # Another item of the session may go on, or have stopped later.
+            if len(items) == len(work_ids) and self._retention.is_over(items, self._latest):
+                for work_id in work_ids:
+                    queue.remove(work_id)
+                self._store.delete([*items, *self.sessions.remove(session_id)])
 
     def _record(
         self,

@@ -18,7 +18,7 @@ from workpool.server.waiting import WaitingPolls
 from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from workpool.server.item import Item
 
@@ -81,6 +81,15 @@ class Queue:
         if item.state == QUEUED:
             self._put_queued(item, former)
 
+    def present(self, work_ids: Iterable[str]) -> list[Item]:
+        """Return those of these items that are in this queue."""
+        return [self._items[work_id] for work_id in work_ids if work_id in self._items]
+
+    def remove(self, work_id: str) -> None:
+        """Forget a stopped item."""
+        del self._items[work_id]
+        del self._ids[bisect_left(self._ids, work_id)]
+
     def _put_queued(self, item: Item, former: Item | None) -> None:
         if item.delivered_at is None:
             if former is None or former.state != QUEUED or former.delivered_at is not None:
@@ -97,8 +106,8 @@ class Queue:
 
     def _first_fresh(self) -> str | None:
         while self._fresh:
-            item = self._items[self._fresh[0]]
-            if item.state == QUEUED and item.delivered_at is None:
+            item = self._items.get(self._fresh[0])
+            if item is not None and item.state == QUEUED and item.delivered_at is None:
                 return item.id
             heappop(self._fresh)
         return None

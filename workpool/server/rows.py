@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
@@ -29,6 +29,13 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 """The first time that cannot be written as text."""
 
 
+class Deleted(NamedTuple):
+    """A row that is to be deleted."""
+
+    kind: type[Row]
+    id: str
+
+
 class Table:
     """The rows of one dataclass, whose fields are the columns, in the same order.
 
@@ -36,12 +43,14 @@ class Table:
         kind: The dataclass.
         read: Selects all rows in ascending order of ids.
         write: Inserts or replaces a row.
+        delete: Deletes the row of an id.
     """
 
-    def __init__(self, kind: type[Any], read: str, write: str) -> None:
+    def __init__(self, kind: type[Any], read: str, write: str, delete: str) -> None:
         self.kind = kind
         self.read = read
         self.write = write
+        self.delete = delete
         columns = [field.name for field in fields(kind)]
         types = [str(field.type) for field in fields(kind)]
         self._values = attrgetter(*columns)
@@ -137,20 +146,24 @@ TABLES: Final = (
         Session,
         "SELECT * FROM session ORDER BY id",
         "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        "DELETE FROM session WHERE id = ?",
     ),
     Table(
         Item,
         "SELECT * FROM work ORDER BY id",
         "INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "DELETE FROM work WHERE id = ?",
     ),
     Table(
         Event,
         "SELECT * FROM event ORDER BY id",
         "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
+        "DELETE FROM event WHERE id = ?",
     ),
     Table(
         Environment,
         "SELECT * FROM environment ORDER BY id",
         "INSERT OR REPLACE INTO environment VALUES (?, ?, ?, ?, ?)",
+        "DELETE FROM environment WHERE id = ?",
     ),
 )

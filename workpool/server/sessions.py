@@ -137,6 +137,7 @@ class Sessions:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[Session, str]] = {}
+        self._earlier: dict[str, list[str]] = {}  # items before the latest, where there are any
         self._order: list[str] = []  # the ids of _sessions, ascending
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
@@ -147,7 +148,7 @@ class Sessions:
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
-            self._sessions[item.session_id] = (sessions[item.session_id], item.id)
+            self._add(sessions[item.session_id], item.id)
         self._order = sorted(self._sessions)
         for event in contents.events:
             self.conversation(event.session_id).append(event)
@@ -161,6 +162,26 @@ class Sessions:
         if found is None:
             raise Refusal(404, "no such session")
         return found
+
+    def work_ids(self, session_id: str) -> list[str]:
+        """Return the ids of a session's items; none for an unknown session."""
+        found = self._sessions.get(session_id)
+        return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
+
+    def remove(self, session_id: str) -> list[Session | Event]:
+        """Forget a session and its events, and return them. Its streams end."""
+        session, _ = self._sessions.pop(session_id)
+        self._earlier.pop(session_id, None)
+        del self._order[bisect_left(self._order, session_id)]
+        conversation = self._conversations.pop(session_id, None)
+        self._tell(session_id)
+        return [session, *(conversation.events if conversation is not None else ())]
+
+    def _add(self, session: Session, work_id: str) -> None:
+        former = self._sessions.get(session.id)
+        if former is not None:
+            self._earlier.setdefault(session.id, []).append(former[1])
+        self._sessions[session.id] = (session, work_id)
 
     def walk(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
@@ -204,7 +225,7 @@ class Sessions:
         """Make this the session's latest work item; `said`: a client's first events."""
         if session.id not in self._sessions:
             self._order.append(session.id)
-        self._sessions[session.id] = (session, work_id)
+        self._add(session, work_id)
         if said:
             self.send(session.id, said, now)
         elif session.script is not None:
@@ -237,8 +258,10 @@ class Sessions:
     async def wait(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
 
-        False: the control plane closes, and nothing more will come.
+        False: the session was deleted or the control plane closes, and nothing more will come.
         """
+        if session_id not in self._sessions:
+            return False
         conversation = self.conversation(session_id)
         if len(conversation.events) <= place and not self._closing:
             changed = asyncio.Event()
@@ -252,7 +275,7 @@ class Sessions:
                 following.discard(changed)
                 if not following:
                     self._following.pop(session_id, None)
-        return not self._closing
+        return not self._closing and session_id in self._sessions
 
     def release(self) -> None:
         """Let nobody wait any more: the control plane closes."""

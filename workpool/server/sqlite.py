@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.errors import StoreError
-from workpool.server.rows import TABLES
+from workpool.server.rows import TABLES, Deleted
 from workpool.server.store import Contents
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class SqliteStore:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         # Guarded by _changed: what is to be written, newest selves only, and how often it grew.
-        self._unsaved: dict[str, Row] = {}
+        self._unsaved: dict[str, Row | Deleted] = {}
         self._saved = 0
         self._closing = False
         # Touched on the loop only.
@@ -89,6 +89,11 @@ class SqliteStore:
         """Take over new events, in one transaction; returns at once."""
         self._take(*events)
 
+    def delete(self, rows: Sequence[Row]) -> None:
+        """Delete items, sessions and events; returns at once."""
+        if rows:
+            self._take(*(Deleted(type(row), row.id) for row in rows))
+
     async def durable(self) -> None:
         """Return once all that was saved so far is on disk. Raises `StoreError`."""
         if self._failure:
@@ -111,7 +116,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _take(self, *rows: Row) -> None:
+    def _take(self, *rows: Row | Deleted) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
@@ -168,7 +173,7 @@ class SqliteStore:
         (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
         return Contents(items, sessions, events, environments, signing_key)
 
-    def _next_batch(self) -> tuple[Sequence[Row], int] | None:
+    def _next_batch(self) -> tuple[Sequence[Row | Deleted], int] | None:
         """Wait for something to write; None when closing and nothing is left."""
         with self._changed:
             while not self._unsaved and not self._closing:
@@ -222,11 +227,15 @@ def _migrate(connection: sqlite3.Connection) -> None:
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _write(connection: sqlite3.Connection, rows: Sequence[Row]) -> None:
+def _write(connection: sqlite3.Connection, rows: Sequence[Row | Deleted]) -> None:
     """Write all rows in one transaction: after its COMMIT they survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
     for table in TABLES:
         connection.executemany(
             table.write, (table.to_row(one) for one in rows if isinstance(one, table.kind))
+        )
+        connection.executemany(
+            table.delete,
+            ((one.id,) for one in rows if isinstance(one, Deleted) and one.kind is table.kind),
         )
     connection.execute("COMMIT")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from workpool.server.conversation import Event
     from workpool.server.environments import Environment
     from workpool.server.item import Item
+    from workpool.server.rows import Row
     from workpool.server.sessions import Session
 
 
@@ -49,6 +50,9 @@ class Store(Protocol):
     def save_events(self, events: Sequence[Event]) -> None:
         """Take over new events, all of which survive a crash or none; returns at once."""
 
+    def delete(self, rows: Sequence[Row]) -> None:
+        """Delete items, sessions and events; returns at once."""
+
     async def durable(self) -> None:
         """Return once all that was saved so far survives a crash. Raises `StoreError`."""
 
@@ -77,6 +81,9 @@ class MemoryStore:
 
     def save_events(self, events: Sequence[Event]) -> None:
         """Nothing to do: the index holds them."""
+
+    def delete(self, rows: Sequence[Row]) -> None:
+        """Nothing to do: the index held them."""
 
     async def durable(self) -> None:
         """Return at once."""

@@ -1,0 +1,187 @@
+"""Stopped items are deleted with their sessions and events, from memory and from the file."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, Api, Clock
+from tests.protocol.test_events import path as path_of
+from tests.protocol.test_stream import stream
+from workpool.server import ControlPlane, Item, Operations, Poll, Refusal, SqliteStore
+from workpool.server.retention import BATCH_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    import aiohttp
+
+    from workpool.server import Store
+
+KEPT = 100.0
+"""Seconds for which a stopped item is kept here."""
+
+
+def plane_of(store: Store, clock: Clock, retention: float | None = KEPT) -> ControlPlane:
+    return ControlPlane(
+        environments=(ENV, OTHER),
+        cloud_environments=(CLOUD,),
+        tokens={TOKEN: None},
+        store=store,
+        now=clock,
+        retention=retention,
+    )
+
+
+@pytest.fixture
+async def plane(clock: Clock, store: Store) -> AsyncIterator[ControlPlane]:
+    async with plane_of(store, clock) as plane:
+        yield plane
+
+
+def stopped(plane: ControlPlane) -> Item:
+    (item,) = plane.enqueue(script=[{"name": "Bash"}])
+    return plane.operations.stop(item.environment_id, item.id)
+
+
+def rows(file: Path) -> list[int]:
+    """How many items, sessions and events a file holds."""
+    with closing(sqlite3.connect(file)) as connection:
+        return [
+            connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608
+            for table in ("work", "session", "event")
+        ]
+
+
+@pytest.mark.usefixtures("both_stores")
+async def test_stopped_item_is_deleted_with_its_session_once_its_time_is_over(
+    api: Api, clock: Clock
+) -> None:
+    item = stopped(api.plane)
+    (waiting,) = api.plane.enqueue()
+    clock.advance(KEPT - 1)
+    await api.poll()
+    assert await api.state(item.id) == "stopped"
+    clock.advance(1)
+    await api.poll()
+    assert (await api.get(item.id)).status == 404
+    for suffix in ("", "/events", "/events/stream"):
+        assert (await api("GET", path_of(api, item.session_id, suffix))).status == 404
+    listed = (await api("GET", api.work())).body["data"]
+    assert [each["id"] for each in listed] == [waiting.id]
+    assert await api.state(waiting.id) == "queued"
+
+
+async def test_deleted_rows_leave_the_file(
+    tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
+) -> None:
+    file = tmp_path / "work.db"
+    async with plane_of(SqliteStore(file), clock) as plane:
+        stopped(plane)
+        plane.enqueue()
+        clock.advance(KEPT)
+        await Api(plane, http, "qoder").poll()
+    assert rows(file) == [1, 1, 0]
+
+
+async def test_rows_that_ended_while_nothing_ran_are_deleted_at_the_start(
+    tmp_path: Path, clock: Clock
+) -> None:
+    file = tmp_path / "work.db"
+    async with plane_of(SqliteStore(file), clock) as plane:
+        (former,) = plane.enqueue(environment_id=OTHER)  # not served the next time
+        plane.operations.stop(OTHER, former.id)
+        old = stopped(plane)
+        clock.advance(KEPT / 2)
+        young = stopped(plane)
+    clock.advance(KEPT / 2)
+    serves_one = ControlPlane(
+        environments=(ENV,), store=SqliteStore(file), now=clock, retention=KEPT
+    )
+    async with serves_one as plane:
+        with pytest.raises(Refusal):
+            plane.operations.get(ENV, old.id)
+        assert plane.operations.get(ENV, young.id).state == "stopped"
+        clock.advance(KEPT / 2)
+        plane.operations.poll(ENV, Poll())
+        assert len(plane.operations.queue(ENV)) == 0
+        (new,) = plane.enqueue()
+        assert new.id > young.id
+    assert rows(file) == [1, 1, 0]
+
+
+async def test_session_is_deleted_once_the_last_of_its_items_is_over(
+    plane: ControlPlane, clock: Clock
+) -> None:
+    operations = plane.operations
+    (first,) = plane.enqueue()
+    second, third = (plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
+    operations.stop(ENV, third.id)  # the latest item stops first
+    clock.advance(KEPT)
+    operations.poll(ENV, Poll())
+    operations.stop(ENV, first.id, force=True)
+    clock.advance(KEPT)
+    operations.poll(ENV, Poll())
+    operations.stop(ENV, second.id, force=True)
+    clock.advance(KEPT - 1)
+    operations.poll(ENV, Poll())
+    assert operations.session(first.session_id)[1].id == third.id
+    clock.advance(1)
+    operations.poll(ENV, Poll())
+    with pytest.raises(Refusal):
+        operations.session(first.session_id)
+    assert len(operations.queue(ENV)) == 0
+
+
+async def test_item_whose_stop_lapsed_is_deleted(qoder: Api, clock: Clock) -> None:
+    work_id = await qoder.bring_to("stopping")
+    clock.advance(60)
+    assert await qoder.state(work_id) == "stopped"
+    clock.advance(KEPT)
+    await qoder.poll()
+    assert (await qoder.get(work_id)).status == 404
+
+
+async def test_stream_of_a_deleted_session_ends(qoder: Api, clock: Clock) -> None:
+    item = stopped(qoder.plane)
+    async with stream(qoder, item.session_id) as reader:
+        clock.advance(KEPT)
+        await qoder.poll()
+        async with asyncio.timeout(20):
+            assert await reader.response.content.read() == b""
+
+
+async def test_one_call_deletes_a_bounded_number(plane: ControlPlane, clock: Clock) -> None:
+    operations = plane.operations
+    for item in plane.enqueue(2 * BATCH_MAX + 1):
+        operations.stop(ENV, item.id)
+    clock.advance(KEPT)
+    sizes = []
+    for _ in range(3):
+        operations.poll(ENV, Poll())
+        sizes.append(len(operations.queue(ENV)))
+    assert sizes == [BATCH_MAX + 1, 1, 0]
+
+
+async def test_everything_is_kept_by_default(clock: Clock) -> None:
+    operations = Operations([ENV], now=clock)
+    (item,) = operations.enqueue(ENV)
+    operations.stop(ENV, item.id)
+    clock.advance(1e9)
+    operations.poll(ENV, Poll())
+    assert operations.get(ENV, item.id).state == "stopped"
+
+
+async def test_walk_through_sessions_survives_deletions(plane: ControlPlane, clock: Clock) -> None:
+    ended = stopped(plane)
+    (going_on,) = plane.enqueue()
+    clock.advance(KEPT)
+    plane.operations.poll(ENV, Poll())
+    found = [session.id for session, _ in plane.operations.walk_sessions()]
+    assert found == [going_on.session_id]
+    assert ended.session_id not in found

@@ -1,0 +1,71 @@
+"""Which sessions ended long enough ago to be deleted, with their items and events.
+
+A session is over once all of its items are stopped. It is deleted as a whole, so that no item is
+without its session, and no session without an item.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from workpool.server.clock import SECOND
+from workpool.wire.protocol import STOPPED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from workpool.server.item import Item
+    from workpool.server.rows import Row
+    from workpool.server.store import Contents
+
+BATCH_MAX: Final = 100
+"""Sessions that one call deletes: a call must not wait for the deletion of all."""
+
+
+class Retention:
+    """The items that have stopped, in the order in which they did.
+
+    Args:
+        seconds: How long a stopped item is kept; None: for ever, and nothing is noted.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._time = None if seconds is None else int(seconds * SECOND)
+        self._stopped: deque[tuple[int, str]] = deque()
+
+    def note_stopped(self, item: Item) -> None:
+        """Note an item that has stopped."""
+        if self._time is not None and item.stopped_at is not None:
+            self._stopped.append((item.stopped_at, item.session_id))
+
+    def take_due(self, now: int) -> Iterator[str]:
+        """Take out the sessions that may be over for long enough, at most `BATCH_MAX`."""
+        if self._time is None:
+            return
+        for _ in range(BATCH_MAX):
+            if not self._stopped or self._stopped[0][0] + self._time > now:
+                return
+            yield self._stopped.popleft()[1]
+
+    def is_over(self, items: Iterable[Item], now: int) -> bool:
+        """Return whether all these items of a session have stopped long enough ago."""
+        return self._time is not None and all(
+            item.state == STOPPED and (item.stopped_at or 0) + self._time <= now for item in items
+        )
+
+    def split(self, contents: Contents, now: int) -> tuple[Contents, list[Row]]:
+        """Return what of a store is kept, and the rows that are to be deleted."""
+        if self._time is None:
+            return contents, []
+        alive = {item.session_id for item in contents.items if not self.is_over((item,), now)}
+        alive |= {each.id for each in contents.sessions if each.created_at + self._time > now}
+        kept = contents._replace(
+            items=[item for item in contents.items if item.session_id in alive],
+            sessions=[session for session in contents.sessions if session.id in alive],
+            events=[event for event in contents.events if event.session_id in alive],
+        )
+        deleted: list[Row] = [item for item in contents.items if item.session_id not in alive]
+        deleted += (session for session in contents.sessions if session.id not in alive)
+        deleted += (event for event in contents.events if event.session_id not in alive)
+        return kept, deleted
