@@ -60,6 +60,9 @@ class ControlPlane:
         environments: Ids of `self_hosted` environments.
         cloud_environments: Ids of environments that refuse every work call with 400.
         tokens: Token → the environments that it is limited to (None: all). None: a random token.
+        worker_keys: Further tokens, as vendors give them to workers: they may poll, ack, heartbeat,
+            stop and list, and make the calls on sessions; they may not read an item, write its
+            metadata, query statistics or create anything.
         store: Where items live; None: in memory.
         host: The address to listen on.
         port: 0: any free one.
@@ -79,6 +82,7 @@ class ControlPlane:
         environments: Sequence[str] = (DEFAULT_ENVIRONMENT,),
         cloud_environments: Sequence[str] = (),
         tokens: Grants | None = None,
+        worker_keys: Sequence[str] = (),
         store: Store | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
@@ -100,6 +104,7 @@ class ControlPlane:
             retention=retention,
         )
         self._tokens = tokens
+        self._worker_keys = tuple(worker_keys)
         self._middlewares = tuple(middlewares)
         self._stack = AsyncExitStack()
         self._connections: InboundConnections
@@ -197,7 +202,7 @@ class ControlPlane:
             raise ServeError("environments: at least one, and none twice")
         if not 0 <= self.port <= _PORT_MAX:
             raise ServeError(f"port {self.port}: not in 0-{_PORT_MAX}")
-        for token in self.tokens:
+        for token in (*self.tokens, *self._worker_keys):
             check_token(token)
         limited = {name for limits in (self._tokens or {}).values() for name in limits or ()}
         for name in sorted(limited.difference(names)):
@@ -205,7 +210,7 @@ class ControlPlane:
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         bound = self._bind(stack)
-        tokens = Tokens(self._tokens or {}, self.operations.signing_key)
+        tokens = Tokens(self._tokens or {}, self.operations.signing_key, self._worker_keys)
         self._connections = connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
         routes = [

@@ -133,6 +133,7 @@ class ApplicationRoutes:
     def _admit(self, request: web.Request) -> Caller:
         caller = self._tokens.admit(request.headers, self._dialect)
         caller.check_item(None)
+        caller.check_application()
         return caller
 
     def _session(self, session: Session, item: Item) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Routes:
 
     async def poll(self, request: web.Request) -> web.Response:
         """Answer a poll. A client that has gone takes no item, whenever it went."""
-        environment_id = self._environment(request)
+        environment_id = self._environment(request, worker=True)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
         item = await self._operations.long_poll(environment_id, poll, partial(has_gone, request))
@@ -114,7 +114,7 @@ class Routes:
 
     async def list(self, request: web.Request) -> web.Response:
         """Answer a page of the list of items."""
-        environment_id = self._environment(request)
+        environment_id = self._environment(request, worker=True)
         await requests.body(request)
         place = requests.place(request, WORK_PREFIX)
         page = self._operations.page(
@@ -193,25 +193,33 @@ class Routes:
         await self._operations.durable()
         return web.Response(status=204)
 
-    def _environment(self, request: web.Request, work_id: str | None = None) -> str:
+    def _environment(
+        self, request: web.Request, work_id: str | None = None, *, worker: bool = False
+    ) -> str:
         """Admit the caller to the environment of the path: 401, 403, 404, 400, in this order.
 
-        `work_id`: the item whose own token is accepted for this call.
+        Args:
+            request: The request.
+            work_id: The item whose own token is accepted for this call.
+            worker: Whether a worker's key is accepted for this call.
         """
         caller = self._tokens.admit(request.headers, self._dialect)
         environment_id = request.match_info["environment_id"]
         caller.check_environment(environment_id)
         caller.check_item(work_id)
+        if not worker:
+            caller.check_application()
         self._operations.queue(environment_id)
         return environment_id
 
     def _item(self, request: web.Request, *, own_token: bool = False) -> tuple[str, str]:
         """Admit the caller to the item of the path; 404 unknown.
 
-        `own_token`: whether the item's own token is accepted for this call.
+        `own_token`: whether the item's own token, and a worker's key, are accepted for this call.
         """
         work_id = request.match_info["work_id"]
-        environment_id = self._environment(request, work_id if own_token else None)
+        own = work_id if own_token else None
+        environment_id = self._environment(request, own, worker=own_token)
         self._operations.get(environment_id, work_id)
         return environment_id, work_id
 

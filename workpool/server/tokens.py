@@ -17,7 +17,7 @@ from workpool.server.errors import Refusal, ServeError
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from workpool.server.dialects import Dialect
     from workpool.server.item import Item
@@ -38,15 +38,22 @@ class Caller(NamedTuple):
         environments: The environments that it is limited to; None: all.
         item: Environment and id of the item whose token it sent: it is limited to this item and
             its session; None: no such limit.
+        worker: It sent a worker's key, which is limited to what a worker must call.
     """
 
     environments: frozenset[str] | None
     item: tuple[str, str] | None = None
+    worker: bool = False
 
     def check_environment(self, environment_id: str) -> None:
         """Refuse another environment."""
         if self.environments is not None and environment_id not in self.environments:
             raise Refusal(403, "this token is not allowed on this environment")
+
+    def check_application(self) -> None:
+        """Refuse a worker's key."""
+        if self.worker:
+            raise Refusal(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
         """Refuse an item's token for any call but `work_id`'s own; None: a call on no item."""
@@ -60,10 +67,12 @@ class Tokens:
     Args:
         grants: Token → the environments that it is limited to.
         signing_key: What signs the tokens of items.
+        worker_keys: Further tokens, for all environments: workers' keys.
     """
 
-    def __init__(self, grants: Grants, signing_key: bytes) -> None:
+    def __init__(self, grants: Grants, signing_key: bytes, worker_keys: Iterable[str] = ()) -> None:
         self._grants = {_digest(token): limits for token, limits in grants.items()}
+        self._worker_keys = frozenset(map(_digest, worker_keys))
         self._signing_key = signing_key
 
     def admit(self, headers: Mapping[str, str], dialect: Dialect) -> Caller:
@@ -72,6 +81,8 @@ class Tokens:
         digest = _digest(token)
         if digest in self._grants:
             return Caller(self._grants[digest])
+        if digest in self._worker_keys:
+            return Caller(None, worker=True)
         if dialect.item_secrets and token.startswith(_ITEM_PREFIX) and token.isascii():
             subject, _, _ = token.rpartition(".")
             if hmac.compare_digest(token, self._signed(subject)):
