@@ -53,6 +53,7 @@ DEFAULT_WRITE_RATE: Final = 20.0
 """The limits that the vendor asks clients to keep."""
 COMPLETION_WRITES: Final = 2
 """Writes that end one session: its result and its stop."""
+CREDENTIALS: Final = (("token", "token_file"), ("api_key", "api_key_file"))
 OWN_HEADERS: Final = frozenset(
     {
         *("accept", "accept-encoding", "authorization", "connection", "content-encoding"),
@@ -60,6 +61,7 @@ OWN_HEADERS: Final = frozenset(
         *("proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding"),
         *("upgrade", "user-agent", protocol.LAST_EVENT_ID_HEADER.lower()),
         *(rules.worker_id_header.lower() for rules in DIALECTS.values()),
+        *((rules.api_key_header or "authorization").lower() for rules in DIALECTS.values()),
         *(name.lower() for rules in DIALECTS.values() for name in rules.headers),
     }
 )
@@ -204,6 +206,11 @@ class Settings(BaseSettings):
     """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
     token_file: Path | None = None
     """A file with the credential, read again after a refusal. Default: none."""
+    api_key: SecretStr | None = None
+    """A second credential, for calls that some control planes refuse a worker's: those that read an
+    item, write its metadata or query statistics. Default: none, so they use `token`."""
+    api_key_file: Path | None = None
+    """A file with the second credential, read again after a refusal. Default: none."""
     extra_headers: Annotated[
         dict[str, SecretStr],
         NoDecode,
@@ -336,6 +343,17 @@ class Settings(BaseSettings):
         variable = DIALECTS[self.dialect].credential_variable
         return read_credential(given, self.token_file, variable)
 
+    def read_api_key(self) -> str | None:
+        """Read the second credential from its source, anew at every call; None: there is none.
+
+        Raises:
+            SettingsError: It cannot be read, or it cannot be a credential.
+        """
+        if self.api_key is None and self.api_key_file is None:
+            return None
+        given = None if self.api_key is None else self.api_key.get_secret_value()
+        return read_credential(given, self.api_key_file, "", name="api_key")
+
     def tls_context(self) -> ssl.SSLContext | None:
         """Read the CA file and the client certificate; return None if neither is set.
 
@@ -353,7 +371,7 @@ class Settings(BaseSettings):
         problems: list[str] = []
         if self.environment_id is None:
             problems.append(f"environment_id: not set (set {PREFIX}ENVIRONMENT_ID)")
-        for read in (self.read_token, self.tls_context):
+        for read in (self.read_token, self.read_api_key, self.tls_context):
             try:
                 read()
             except SettingsError as error:
@@ -425,13 +443,14 @@ def _merge(*layers: Table) -> tuple[Table, list[str]]:
     merged: Table = {}
     problems: list[str] = []
     for layer in layers:
-        credentials = [name for name in ("token", "token_file") if layer.get(name) is not None]
-        if len(credentials) > 1:
-            problems.append("token, token_file: set one of the two")
-        if credentials:
-            # A token of a keyword wins over a file that the environment names.
-            merged.pop("token", None)
-            merged.pop("token_file", None)
+        for name, file in CREDENTIALS:
+            given = [each for each in (name, file) if layer.get(each) is not None]
+            if len(given) > 1:
+                problems.append(f"{name}, {file}: set one of the two")
+            if given:
+                # A credential of a keyword wins over a file that the environment names.
+                merged.pop(name, None)
+                merged.pop(file, None)
         merged |= layer
     for name, rules in DIALECTS.items():
         if name == merged.get("dialect"):

@@ -16,6 +16,7 @@ def test_qoder() -> None:
     assert DIALECTS["qoder"] == DialectRules(
         base_url="https://api.qoder.com/api/v1/cloud",
         credential_variable="QODER_PAT",
+        api_key_header=None,
         worker_id_header="Worker-ID",
         work_query="",
         headers={},
@@ -26,6 +27,7 @@ def test_anthropic() -> None:
     rules = DIALECTS["anthropic"]
     assert rules.base_url == "https://api.anthropic.com/v1"
     assert rules.credential_variable == "ANTHROPIC_ENVIRONMENT_KEY"
+    assert rules.api_key_header == "X-Api-Key"
     assert rules.worker_id_header == "anthropic-worker-id"
     assert rules.work_query == "beta=true"
     assert dict(rules.headers) == {

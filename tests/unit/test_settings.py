@@ -57,6 +57,8 @@ def test_defaults() -> None:
         "dialect": "qoder",
         "token": None,
         "token_file": None,
+        "api_key": None,
+        "api_key_file": None,
         "extra_headers": {},
         "ca_file": None,
         "client_cert_file": None,
@@ -141,6 +143,7 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "base_url": "http://localhost:8484/api/v1/cloud",
         "dialect": "anthropic",
         "token_file": str(tmp_path / "token"),
+        "api_key_file": str(tmp_path / "key"),
         "extra_headers": '{"x-worker-token": "secret"}',
         "ca_file": str(tmp_path / "ca.pem"),
         "client_cert_file": str(tmp_path / "cert.pem"),
@@ -168,7 +171,7 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "log_level": "DEBUG",
         "log_format": "json",
     }
-    assert {*values, "token"} == set(Settings.model_fields)
+    assert {*values, "token", "api_key"} == set(Settings.model_fields)
     for name, value in values.items():
         monkeypatch.setenv(f"WORKPOOL_{name.upper()}", value)
     found = Settings()
@@ -277,6 +280,8 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("log_format", ("xml", 7)),
     ("token", (7, [HIDDEN])),
     ("token_file", (7,)),
+    ("api_key", (7, [HIDDEN])),
+    ("api_key_file", (7,)),
     (
         "extra_headers",
         (
@@ -585,3 +590,28 @@ def test_no_warning_where_nobody_can_listen_in(base_url: str) -> None:
 
 def test_no_warning_at_half_of_the_write_rate() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
+
+
+# -- the second credential -----------------------------------------------------------------------
+
+
+def test_second_credential_is_given_or_in_a_file_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("from-file\n")
+    assert Settings().read_api_key() is None
+    assert Settings(api_key=GIVEN).read_api_key() == GIVEN
+    assert Settings(api_key_file=path).read_api_key() == "from-file"
+    assert Settings(token=HIDDEN, api_key=GIVEN).read_token() == HIDDEN
+    assert refused(api_key=GIVEN, api_key_file=path).problems == (
+        "api_key, api_key_file: set one of the two",
+    )
+
+
+def test_second_credential_is_never_shown(tmp_path: Path) -> None:
+    found = Settings(api_key=HIDDEN)
+    for text in (repr(found), str(found), found.model_dump_json()):
+        assert HIDDEN not in text
+    wrong = Settings(token=GIVEN, environment_id="env_1", api_key_file=tmp_path / "absent")
+    with pytest.raises(SettingsError) as raised:
+        wrong.require_connection()
+    assert raised.value.problems == ("api_key_file: No such file or directory",)

@@ -1024,3 +1024,50 @@ async def test_a_netrc_does_not_replace_our_token(
     async with serving(OK) as server, connected(server.url) as transport:
         await ask(transport, server.url)
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
+
+
+# -- the second credential -----------------------------------------------------------------------
+
+KEY = "-".join(("key", "hunter3", "hunter3"))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "header", "value"),
+    [("qoder", "Authorization", f"Bearer {KEY}"), ("anthropic", "X-Api-Key", KEY)],
+)
+async def test_second_credential_is_sent_in_place_of_the_token(
+    dialect: str, header: str, value: str
+) -> None:
+    async with (
+        serving(OK) as server,
+        connected(server.url, dialect=dialect, api_key=KEY) as transport,
+    ):
+        await ask(transport.with_api_key(), server.url)
+        await ask(transport, server.url)
+    with_key, with_token = server.requests
+    assert with_key.headers[header] == value
+    assert TOKEN not in str(with_key.headers)
+    assert KEY not in str(with_token.headers)
+
+
+async def test_transport_without_a_second_credential_uses_the_token() -> None:
+    async with serving(OK) as server, connected(server.url) as transport:
+        assert transport.with_api_key() is transport
+
+
+async def test_second_credential_is_read_again_after_a_refusal(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("old-key")
+
+    async def replaced(_: Server, writer: asyncio.StreamWriter) -> None:
+        path.write_text(KEY)
+        writer.write(refusal(403))
+
+    async with (
+        serving(replaced, OK) as server,
+        connected(server.url, api_key_file=path) as transport,
+    ):
+        await ask(transport.with_api_key(), server.url)
+        await ask(transport, server.url)
+    sent = [request.headers["Authorization"] for request in server.requests]
+    assert sent == ["Bearer old-key", f"Bearer {KEY}", f"Bearer {TOKEN}"]

@@ -26,7 +26,7 @@ from workpool.wire.session_events import SessionEvents
 from workpool.wire.transport import Request, Transport
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
     from types import TracebackType
 
     import aiohttp
@@ -71,7 +71,7 @@ class WorkClient:
         rate_limits: RateLimits | None = None,
     ) -> None:
         self._settings = settings
-        self._transport = Transport(settings, session)
+        self._transport = self._key_transport = Transport(settings, session)
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
@@ -96,6 +96,7 @@ class WorkClient:
         self._transport.on_credential_refresh = self.on_credential_refresh
         self._transport.on_rate_limit_wait = self.on_rate_limit_wait
         await self._transport.open(self.worker_id)
+        self._key_transport = self._transport.with_api_key()
         return self
 
     async def __aexit__(
@@ -260,8 +261,9 @@ class WorkClient:
             TypeError: A key or a value is of another type; nothing was sent.
         """
         body = bodies.update(patch)
-        url = self._item_url(work_id)
-        return await self._write(calls.UPDATE, url, body, timeout, options)
+        limiter, url = self.rate_limits.write, self._item_url(work_id)
+        request = Request(calls.UPDATE, url, timeout, limiter, body, options)
+        return await self._key_transport.send(request)
 
     async def get(
         self,
@@ -271,7 +273,10 @@ class WorkClient:
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Read one item."""
-        item = await self._read(calls.GET, self._item_url(work_id), timeout, options)
+        limiter, url = self.rate_limits.read, self._item_url(work_id)
+        item = await self._key_transport.send(
+            Request(calls.GET, url, timeout, limiter, None, options)
+        )
         return calls.same_item(calls.GET, work_id, item)
 
     async def list(
@@ -281,7 +286,7 @@ class WorkClient:
         after_id: str | None = None,
         before_id: str | None = None,
         timeout: float | None = None,
-    ) -> AsyncIterator[WorkItem]:
+    ) -> AsyncGenerator[WorkItem, None]:
         """Iterate over items in the control plane's order, page by page.
 
         Args:
@@ -311,8 +316,8 @@ class WorkClient:
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read the statistics of the queue."""
-        url = self._work_url("/stats")
-        return await self._read(calls.STATS, url, timeout)
+        request = Request(calls.STATS, self._work_url("/stats"), timeout, self.rate_limits.read)
+        return await self._key_transport.send(request)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
         """Read a session; returns the JSON object of the control plane."""

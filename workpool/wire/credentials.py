@@ -19,16 +19,20 @@ FILE_LIMIT_BYTES: Final = 64 * 1024
 _is_token = re.compile(r"[\x21-\x7e]+").fullmatch
 
 
-def read_credential(given: str | None, path: Path | None, variable: str) -> str:
-    """The token: `given`, else what the file holds, else what the variable holds.
+def read_credential(
+    given: str | None, path: Path | None, variable: str, *, name: str = "token"
+) -> str:
+    """Return a credential: `given`, else the file's content, else the variable's.
+
+    `name`: the setting that may hold it; `NAME_file` may name the file.
 
     Raises:
         SettingsError: There is none, it cannot be read, or it could not stand in a header.
     """
     if given is not None:
-        source, text = "token", given
+        source, text = name, given
     elif path is not None:
-        source, text = "token_file", _read_file(path)
+        source, text = f"{name}_file", _read_file(f"{name}_file", path)
     else:
         source, text = variable, os.environ.get(variable, "")
         if not text:
@@ -42,7 +46,7 @@ def read_credential(given: str | None, path: Path | None, variable: str) -> str:
     return token
 
 
-def _read_file(path: Path) -> str:
+def _read_file(source: str, path: Path) -> str:
     problem = "not a file"
     try:
         # Asked first: opening a pipe would wait for its writer.
@@ -51,4 +55,4 @@ def _read_file(path: Path) -> str:
                 return file.read(FILE_LIMIT_BYTES).decode("ascii", "replace")
     except OSError as error:
         problem = error.strerror or "cannot be read"
-    raise SettingsError((f"token_file: {problem}",))
+    raise SettingsError((f"{source}: {problem}",))

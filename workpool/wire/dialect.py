@@ -19,6 +19,7 @@ class DialectRules:
     Attributes:
         base_url: The service's own address, used where `base_url` is not set.
         credential_variable: The environment variable in which the service's users keep their token.
+        api_key_header: The header that holds `api_key`; None = `Authorization`, as for the token.
         worker_id_header: The header that says who we are.
         work_query: Added to the query of every work call, empty for none.
         headers: Sent with every request.
@@ -26,6 +27,7 @@ class DialectRules:
 
     base_url: str
     credential_variable: str
+    api_key_header: str | None
     worker_id_header: str
     work_query: str
     headers: Mapping[str, str]
@@ -36,6 +38,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
         protocol.QODER: DialectRules(
             base_url=protocol.QODER_BASE_URL,
             credential_variable="QODER_PAT",
+            api_key_header=None,
             worker_id_header=protocol.WORKER_ID_HEADER,
             work_query="",
             headers=MappingProxyType({}),
@@ -43,6 +46,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
         protocol.ANTHROPIC: DialectRules(
             base_url=protocol.ANTHROPIC_BASE_URL,
             credential_variable="ANTHROPIC_ENVIRONMENT_KEY",
+            api_key_header="X-Api-Key",
             worker_id_header=protocol.ANTHROPIC_WORKER_ID_HEADER,
             work_query="beta=true",
             headers=MappingProxyType(

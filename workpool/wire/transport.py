@@ -95,7 +95,10 @@ class Transport:
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
-        self._reading: asyncio.Future[str] | None = None
+        self._credential_file = settings.token_file
+        self._read_credential: Callable[[], str | None] = settings.read_token
+        self._key_header: str | None = None
+        self._reading: asyncio.Future[str | None] | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
@@ -111,7 +114,7 @@ class Transport:
         self._worker_id = worker_id
         self._threads = DaemonThreads("workpool-blocking", THREADS)
         try:
-            token, self._tls = await self._read_settings()
+            token, self._api_key, self._tls = await self._read_settings()
             self._use(token)
             self._hide_secrets()
             headers = self._public_headers()
@@ -129,6 +132,22 @@ class Transport:
                 await self._connections.close()
             finally:
                 await self._threads.close()
+
+    def with_api_key(self) -> Transport:
+        """The same connections with the second credential; the transport itself if none is set."""
+        if self._api_key is None:
+            return self
+        other = copy.copy(self)
+        other.bear_api_key(self._api_key)
+        return other
+
+    def bear_api_key(self, key: str) -> None:
+        """Send this second credential from now on; its source is read again after a refusal."""
+        self._credential_file = self._settings.api_key_file
+        self._read_credential = self._settings.read_api_key
+        self._key_header = DIALECTS[self._settings.dialect].api_key_header
+        self._use(key)
+        self._hide_secrets()
 
     def bearing(self, token: str) -> Transport:
         """The same connections with a token of its own, whose source is not read again."""
@@ -338,37 +357,42 @@ class Transport:
 
     async def _read_token(self) -> str:
         """Read the token's source; those who ask meanwhile get the same reading."""
-        if self._settings.token_file is None:
-            return self._settings.read_token()
+        if self._credential_file is None:
+            return self._read_credential() or self._token
         # A file may lie on a disk that does not answer: never read on this loop, nor twice at once.
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
-            self._reading = loop.run_in_executor(self._threads, self._settings.read_token)
+            self._reading = loop.run_in_executor(self._threads, self._read_credential)
             self._reading.add_done_callback(_retrieve)
-        return await asyncio.shield(self._reading)
+        return await asyncio.shield(self._reading) or self._token
 
-    async def _read_settings(self) -> tuple[str, ssl.SSLContext | bool]:
-        """Check all that a connection needs, and return the token and whom to trust."""
+    async def _read_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
+        """Check all that a connection needs; return token, second credential and whom to trust."""
         settings = self._settings
 
-        def read() -> tuple[str, ssl.SSLContext | bool]:
+        def read() -> tuple[str, str | None, ssl.SSLContext | bool]:
             settings.require_connection()
-            return settings.read_token(), settings.tls_context() or True
+            return settings.read_token(), settings.read_api_key(), settings.tls_context() or True
 
-        if not (settings.token_file or settings.ca_file or settings.client_cert_file):
+        files = (settings.token_file, settings.api_key_file)
+        if not (any(files) or settings.ca_file or settings.client_cert_file):
             return read()  # from memory
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read)
         except TimeoutError:
-            problem = "token_file, ca_file, client_cert_file: could not be read in time"
+            names = "token_file, api_key_file, ca_file, client_cert_file"
+            problem = f"{names}: could not be read in time"
         raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
         """Build the headers that every request bears from now on, beside its session's."""
         # With each request, never as a default of the session: aiohttp sends those to a proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
-        headers["Authorization"] = f"Bearer {token}"
+        if self._key_header is None:
+            headers["Authorization"] = f"Bearer {token}"
+        else:
+            headers[self._key_header] = token
         extra = self._settings.extra_headers
         headers.update({name: value.get_secret_value() for name, value in extra.items()})
         self._token = token
@@ -398,7 +422,7 @@ class Transport:
         return headers
 
 
-def _retrieve(reading: asyncio.Future[str]) -> None:
+def _retrieve(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
         reading.exception()  # else asyncio complains of it when nobody waits any more
 

@@ -102,8 +102,9 @@ class Toolset:
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Check the settings, prove the isolation, and say which one is in force."""
         self._check_numbers()
-        state, token = self._folder(), supervisor.settings.token_file
-        private = [state, *([Path(token)] if token else [])]
+        state, settings = self._folder(), supervisor.settings
+        credentials = (settings.token_file, settings.api_key_file)
+        private = [state, *(path for path in credentials if path)]
         self._check_hidden(private)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
