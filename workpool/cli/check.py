@@ -1,6 +1,6 @@
 """`workpool check`: would `run` work here, and if not, what is to be done (design §6).
 
-Claims nothing and changes nothing: one read of the queue's stats is all that it sends.
+Claims nothing and changes nothing: one item of the list is all that it asks for.
 """
 
 import asyncio
@@ -23,7 +23,6 @@ from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
 from workpool.wire.dialect import DIALECTS
-from workpool.wire.items import QueueStats
 
 SKEW_SECONDS: Final = 5.0
 """What a wall clock may be off: it decides no lease, but ages and latencies come out wrong."""
@@ -122,25 +121,27 @@ async def _check_control_plane(settings: Settings) -> list[Finding]:
         WorkClient(settings, session=session) as client,
     ):
         started = time.monotonic()
+        error: ControlPlaneError | None = None
         try:
-            answer: QueueStats | ControlPlaneError = await client.stats()
-        except ControlPlaneError as error:
-            answer = error
+            # Every worker's credential may list; some may not query statistics.
+            async for _ in client.list(limit=1):
+                pass
+        except ControlPlaneError as failure:
+            error = failure
         seconds = time.monotonic() - started
-    findings = [_judge(settings, answer, seconds)]
+    findings = [_judge(settings, error, seconds)]
     if dates and dates[-1]:
         findings.append(judge_clock(dates[-1], datetime.now(UTC), seconds))
     return findings
 
 
-def _judge(settings: Settings, answer: QueueStats | ControlPlaneError, seconds: float) -> Finding:
-    if isinstance(answer, QueueStats):
-        message = f"answered in {seconds * 1000:.0f} ms; {answer.depth} items wait"
-        return Finding("control plane", "ok", message)
-    advice = _ADVICE.get(answer.status or 0, "check base_url, proxies and the network")
-    if answer.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
+def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) -> Finding:
+    if error is None:
+        return Finding("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
+    advice = _ADVICE.get(error.status or 0, "check base_url, proxies and the network")
+    if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
         advice += "; base_url is the service's own, as it was not set"
-    return Finding("control plane", "FAIL", str(answer), advice, exits.status_of(answer))
+    return Finding("control plane", "FAIL", str(error), advice, exits.status_of(error))
 
 
 def judge_clock(date: str, now: datetime, seconds: float) -> Finding:
