@@ -140,6 +140,10 @@ class RefusedError(ControlPlaneError):
     """The control plane refused the call: 400, 401, 403, 404 or another client error of HTTP."""
 
 
+class NotPermittedError(RefusedError):
+    """The credential may not make this call. It was refused once, and is not sent again."""
+
+
 class ConflictError(ControlPlaneError):
     """409: the item's state or holder does not allow this call."""
 

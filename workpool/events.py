@@ -157,6 +157,13 @@ class StopFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultDropped:
+    """A handler's result was not written, since the pool's credential may not write metadata."""
+
+    item: WorkItem
+
+
+@dataclass(frozen=True, slots=True)
 class RequestFinished:
     """An HTTP request ended. `code`: a value of `http_requests_total` (2xx, 304, 400 … error)."""
 
@@ -235,6 +242,7 @@ Event = (
     | SessionStarted
     | SessionFinished
     | StopFinished
+    | ResultDropped
     | RequestFinished
     | RateBudgetWaited
     | CredentialRefreshed

@@ -205,6 +205,8 @@ class Session:
         Raises:
             LeaseLost: The lease is not held; nothing was sent.
             SessionEnded: The session has ended; nothing was sent.
+            NotPermittedError: The pool's credential may not write metadata; only the first call of
+                a process is sent.
             ControlPlaneError: The control plane refused, or did not answer in time.
         """
         self._held.check()

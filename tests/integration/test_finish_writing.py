@@ -223,7 +223,18 @@ async def test_connection_that_is_silent_costs_one_try_and_not_the_result(
     assert life.ops == [*BEGIN, "update", "update", "stop"]
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404])
+@pytest.mark.parametrize("code", [401, 403])
+async def test_result_that_is_not_permitted_fails_if_an_earlier_one_was_written(
+    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any, code: int
+) -> None:
+    """A credential that may never write metadata: `test_worker_key.py`."""
+    faults.add(status(code), "update", skip=1, times=1)
+    async with make_pool(result, concurrency=1):
+        lives = [await life_of(item.id) for item in plane.enqueue(2)]
+    assert [life.outcome for life in lives] == ["completed", "failed"]
+
+
+@pytest.mark.parametrize("code", [400, 404])
 async def test_a_result_that_is_refused_fails(run_one: Any, faults: Faults, code: int) -> None:
     faults.add(status(code), "update", times=1)
     life = await run_one(result)

@@ -141,6 +141,7 @@ class Bench:
             self.connect,
             Callbacks(self.observe, self.changed, self.failed, self.failed),
         )
+        self.optional = self.renewer.optional
         self.heartbeats = HeartbeatSender(
             self.client, self.clock, self.renewer.pauses, self.observe
         )

@@ -464,7 +464,7 @@ def test_heartbeat_after_a_read_expects_what_the_item_shows(item: WorkItem, expe
 
 # What a read makes of a lease.
 
-READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError, Expected]] = [
+READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expected]] = [
     (unanswered, ours(), Expected("again", "recovered", due=0)),
     (unanswered, ours(last_heartbeat="hb_2"), Expected("again", "recovered", due=0)),
     (unanswered, ours(state="stopping"), Expected("again", "recovered", due=0)),
@@ -482,6 +482,10 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError, Expected]] 
     (own_stop, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, ours(acknowledged_at=None),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    # not found, or the credential may not read it
+    (begun, None, Expected("over", "conflict", "lost", due=LOST)),
+    (unanswered, None, Expected("over", "conflict", "lost", due=LOST)),
+    (own_stop, None, Expected("over", "conflict", "finished", due=LOST)),
     # a handoff: a later heartbeat than ours is the child's
     (lent, ours(), Expected("again", "recovered", due=0)),
     (lent, ours(last_heartbeat="hb_2"), Expected("over", "conflict", "handed_off", due=LOST)),
@@ -503,7 +507,7 @@ READ_AT = ANSWERED + 1
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
 def test_read_of_item_gives_decision_status_and_deadline(
-    state: Callable[[], Lease], outcome: WorkItem | ControlPlaneError, expected: Expected
+    state: Callable[[], Lease], outcome: WorkItem | ControlPlaneError | None, expected: Expected
 ) -> None:
     lease = state()
     exchange(lease, SENT, ANSWERED, CONFLICT)

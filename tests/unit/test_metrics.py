@@ -82,6 +82,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("stops_total", "C",
      "environment_id, mode=graceful|force|confirm, result=ok|conflict|gone|error"),
     ("stop_requests_total", "C", "environment_id"),
+    ("results_dropped_total", "C", "environment_id"),
     ("draining", "G", "environment_id"),
     ("drain_duration_seconds", H_RUN, "result=clean|deadline|killed"),
     ("http_requests_total", "C",
@@ -320,6 +321,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     }),
     (ev.StopFinished(ITEM, "force", "gone"),
      {"stops_total{environment_id=env_1,mode=force,result=gone}": 1}),
+    (ev.ResultDropped(ITEM), {"results_dropped_total{environment_id=env_1}": 1}),
     (ev.RequestFinished("update", "412", 0.25), {
         "http_requests_total{environment_id=env_1,op=update,code=412}": 1,
         "http_request_duration_seconds_count{op=update}": 1,

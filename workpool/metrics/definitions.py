@@ -212,6 +212,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         ev.StopFinished,
         "Stop calls of the pool by final result.",
     ),
+    _counter(
+        "results_dropped_total", _env(), ev.ResultDropped,
+        "Results of handlers not written, as the credential may not write metadata.",
+    ),
     _gauge("draining", _env(), "1 during a drain, else 0."),
     _histogram(
         "drain_duration_seconds", {"result": get_args(ev.DrainResult)},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from workpool.wire.options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from types import TracebackType
 
     from pydantic import SecretStr
@@ -119,6 +119,11 @@ class Client(Protocol):
 
     async def get(self, work_id: str, *, timeout: float | None = None) -> WorkItem:
         """Read one item."""
+
+    def list(
+        self, *, limit: int | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[WorkItem, None]:
+        """Iterate over at most `limit` items of the environment; `timeout` is for each page."""
 
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None

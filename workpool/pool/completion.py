@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Final, Literal
 from workpool.errors import (
     ConflictError,
     ControlPlaneError,
+    NotPermittedError,
     PreconditionError,
     RefusedError,
     SessionGoneError,
     TransientError,
 )
-from workpool.events import StopFinished
+from workpool.events import ResultDropped, StopFinished
 from workpool.pool.attempt import ERROR
 from workpool.pool.item import EndReason
 from workpool.pool.sender import Request
@@ -88,6 +89,7 @@ class Completion:
         self._clock = context.clock
         self._observe = context.observe
         self._sender = sender
+        self._optional = context.optional
 
     async def complete(self, item: PoolItem) -> Outcome:
         """Do what the row says, for as long as the lease is held, and return the outcome."""
@@ -161,6 +163,10 @@ class Completion:
             await self.write_metadata(item, attempt.closing(notes))
         except (ConflictError, PreconditionError):
             pass  # the item is stopped already
+        except NotPermittedError:
+            # Run again, the session would have the same end: it is completed without its result.
+            if row.metadata == "mapping":
+                self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
             log.error("metadata refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
             if row.metadata != "mapping":
@@ -177,6 +183,8 @@ class Completion:
         """Remove the mark of a completed session, which a failure here must not run again."""
         try:
             await self.write_metadata(item, patch, MARK_SECONDS)
+        except NotPermittedError:
+            pass  # nor was the mark written
         except ControlPlaneError as error:
             log.warning("mark not removed work_id=%s error=%s", item.id, error)
 
@@ -200,6 +208,8 @@ class Completion:
         try:
             await self._send_metadata(item, attempt.mark(reason), request)
             attempt.marked = True
+        except NotPermittedError:
+            pass  # runs are counted in this process, by `RunCounts`
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning("mark not written work_id=%s error=%s", item.id, error)
 
@@ -212,12 +222,15 @@ class Completion:
     async def _send_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], request: Request
     ) -> None:
-        await self._sender.send(
-            item,
-            lambda options, timeout: self._client.update_metadata(
-                item.id, patch, timeout=timeout, options=options
+        await self._optional.make(
+            "update",
+            lambda: self._sender.send(
+                item,
+                lambda options, timeout: self._client.update_metadata(
+                    item.id, patch, timeout=timeout, options=options
+                ),
+                request,
             ),
-            request,
         )
 
     async def _release(self, item: PoolItem) -> Outcome:

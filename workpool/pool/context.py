@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from workpool.pool.optional_calls import OptionalCalls
 
 if TYPE_CHECKING:
     from contextvars import Context
@@ -28,6 +30,7 @@ class PoolContext:
         wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
+        optional: Makes the calls that the credential may not be allowed to make.
     """
 
     settings: Settings
@@ -39,3 +42,4 @@ class PoolContext:
     wall: Clock
     observe: Observe
     start_context: Context
+    optional: OptionalCalls = field(default_factory=OptionalCalls)

@@ -74,8 +74,8 @@ class Dispatcher:
         self._context = context
         self._group = group
         settings, client, clock = context.settings, context.client, context.clock
-        pauses = context.renewer.pauses
-        heartbeats = HeartbeatSender(client, clock, pauses, context.observe)
+        pauses, optional = context.renewer.pauses, context.optional
+        heartbeats = HeartbeatSender(client, clock, pauses, context.observe, optional)
         self._claimer = Claimer(context, heartbeats, on_ack)
         sender = Sender(
             client,

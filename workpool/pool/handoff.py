@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
+from workpool.pool.optional_calls import read_item
 from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
 
@@ -114,8 +115,11 @@ class Handoff:
         """Read the item; return whether to wait on for the child."""
         lease, client = self._lease, self._renewer.client
         try:
-            item = await client.get(lease.item.id, timeout=self._renewer.request_timeout)
+            timeout = self._renewer.request_timeout
+            item = await read_item(client, self._renewer.optional, lease.item.id, timeout)
         except ControlPlaneError:
+            return True
+        if item is None:
             return True
         status = lease.status_by(item)
         if status != "held":

@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING
 
 from workpool.errors import (
     ConflictError,
+    NotPermittedError,
     PreconditionError,
     RefusedError,
     SessionGoneError,
     TransientError,
 )
 from workpool.events import HeartbeatFinished
+from workpool.pool.optional_calls import OptionalCalls, read_item
 from workpool.wire.options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workpool.errors import ControlPlaneError
     from workpool.pool.client import Client
     from workpool.pool.clock import Clock, PauseDetector
     from workpool.pool.lease import Attempt, Decision, Lease
@@ -37,8 +40,14 @@ class HeartbeatSender:
     """Sends heartbeats through one client; there is one for each event loop."""
 
     def __init__(
-        self, client: Client, clock: Clock, pauses: PauseDetector, observe: Observe
+        self,
+        client: Client,
+        clock: Clock,
+        pauses: PauseDetector,
+        observe: Observe,
+        optional: OptionalCalls | None = None,
     ) -> None:
+        self._optional = optional or OptionalCalls()
         self._client = client
         self._clock = clock
         self._pauses = pauses
@@ -67,7 +76,8 @@ class HeartbeatSender:
                 return False
             decision = lease.answered(self._clock(), attempt, outcome)
             if decision.then == "read":
-                decision = await self._read(lease, attempt, decision)
+                look_up = not isinstance(outcome, ConflictError)
+                decision = await self._read(lease, attempt, decision, look_up=look_up)
         finally:
             if lease.in_flight:
                 lease.abandoned()
@@ -95,10 +105,25 @@ class HeartbeatSender:
         except ControlPlaneErrors as error:
             return error
 
-    async def _read(self, lease: Lease, attempt: Attempt, decision: Decision) -> Decision:
-        outcome: WorkItem | TransientError | RefusedError | ConflictError | PreconditionError
+    async def _read(
+        self, lease: Lease, attempt: Attempt, decision: Decision, *, look_up: bool
+    ) -> Decision:
+        """Read the item and apply it to the lease.
+
+        `look_up`: if the credential may not read it, look it up in the list. After a 409 that is
+        of no use: the lease is over, and only who ended it is open.
+        """
+        outcome: WorkItem | ControlPlaneError | None
+        client, work_id, timeout = self._client, lease.item.id, attempt.timeout
         try:
-            outcome = await self._client.get(lease.item.id, timeout=attempt.timeout)
+            if look_up:
+                outcome = await read_item(client, self._optional, work_id, timeout)
+            else:
+                outcome = await self._optional.make(
+                    "get", lambda: client.get(work_id, timeout=timeout)
+                )
+        except NotPermittedError:
+            outcome = None
         except ControlPlaneErrors as error:
             outcome = error
         return lease.read(self._clock(), decision.result, outcome)

@@ -12,9 +12,10 @@ import functools
 from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
-from workpool.errors import ControlPlaneError, TransientError
+from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.handler_executor import handler_group
+from workpool.pool.optional_calls import read_item
 from workpool.pool.poller_group import PollerGroup
 from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
@@ -88,11 +89,16 @@ class Hold(Supervisor):
         """Read the item, repeatedly while its parent may wait for our first heartbeat."""
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
         until = context.clock() + self.settings.lease_ttl
+        client, optional, seconds = context.client, context.optional, self.settings.request_timeout
         while True:
             try:
-                return await context.client.get(self._work_id)
+                item = await read_item(client, optional, self._work_id, seconds)
             except TransientError as error:
                 delay = max(backoff.next(), error.retry_after or 0.0)
                 if context.clock() + delay >= until:
                     raise
+            else:
+                if item is None:
+                    raise RefusedError("list", None, "the item is not among those listed")
+                return item
             await asyncio.sleep(delay)

@@ -283,18 +283,25 @@ class Lease:
         return decision
 
     def read(
-        self, now: float, doubt: HeartbeatResult | None, outcome: WorkItem | ControlPlaneError
+        self,
+        now: float,
+        doubt: HeartbeatResult | None,
+        outcome: WorkItem | ControlPlaneError | None,
     ) -> Decision:
         """Apply a read of the item, made because an answer left open which worker holds it.
 
         Args:
             now: The time of the answer.
             doubt: The heartbeat's result for the metrics if the item is not ours.
-            outcome: The item, or why it could not be read.
+            outcome: The item, or why it could not be read; None: it was not found, or the
+                credential may not read it.
         """
         self.in_flight = False
         if self.status != "held":
             return IGNORED
+        if outcome is None:
+            self.end("finished" if self.own_stop else "lost")
+            return Decision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
             self._unanswered = True  # still in doubt: the next 412 must be read again
             return self._apply(now, judge_read_error(outcome), outcome)

@@ -26,6 +26,7 @@ from workpool.pool.clock import PAUSE_SECONDS, PauseDetector
 from workpool.pool.diagnostics import report
 from workpool.pool.heartbeats import HeartbeatSender
 from workpool.pool.loop_monitor import LoopMonitor
+from workpool.pool.optional_calls import OptionalCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,6 +94,7 @@ class LeaseRenewer:
 
     Attributes:
         client: The renewer's client; set once it has started.
+        optional: Makes the calls that the credential may not be allowed to make.
         pauses: Detects that the machine was paused; checked at every look.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
@@ -111,6 +113,7 @@ class LeaseRenewer:
         callbacks: Callbacks,
         services: Sequence[AbstractAsyncContextManager[object]] = (),
     ) -> None:
+        self.optional = OptionalCalls()
         self.clock = clock
         self.request_timeout = settings.request_timeout
         self.renewing = True
@@ -304,7 +307,7 @@ class LeaseRenewer:
             self.client = self._connect()
             await stack.enter_async_context(self.client)
             self._heartbeats = HeartbeatSender(
-                self.client, self.clock, self.pauses, self._callbacks.observe
+                self.client, self.clock, self.pauses, self._callbacks.observe, self.optional
             )
             for service in self._services:
                 await stack.enter_async_context(service)

@@ -12,7 +12,13 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
-from workpool.errors import ControlPlaneError, PollerError, TransientError, UnreadableError
+from workpool.errors import (
+    ControlPlaneError,
+    PollerError,
+    RefusedError,
+    TransientError,
+    UnreadableError,
+)
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
 
 if TYPE_CHECKING:
@@ -165,6 +171,8 @@ class Poller:
             if failure.retry_after is not None and failure.retry_after > seconds:
                 reason, seconds = "retry_after", failure.retry_after
         self._group.failed(failure)
+        if isinstance(failure, RefusedError):
+            self._context.optional.forget()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
             self._group.throttled()
         if failure.status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:

@@ -17,9 +17,10 @@ log = logging.getLogger(__name__)
 
 async def read_remote_stats(context: PoolContext) -> None:
     """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
+    optional, client = context.optional, context.client
     while True:
         try:
-            context.observe(QueueStatsRead, await context.client.stats())
+            context.observe(QueueStatsRead, await optional.make("stats", client.stats))
         except ControlPlaneError as error:
             log.debug("stats not read error=%s", error)
         await asyncio.sleep(context.settings.stats_interval)

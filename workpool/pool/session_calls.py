@@ -58,11 +58,14 @@ class SessionCalls:
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
         """Write metadata, retried for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
-        return await self._send(
-            lambda options, seconds: client.update_metadata(
-                work_id, patch, timeout=seconds, options=options
+        return await self._context.optional.make(
+            "update",
+            lambda: self._send(
+                lambda options, seconds: client.update_metadata(
+                    work_id, patch, timeout=seconds, options=options
+                ),
+                UPDATE_SECONDS,
             ),
-            UPDATE_SECONDS,
         )
 
     def events(self) -> SessionEvents:

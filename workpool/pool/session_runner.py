@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from workpool.errors import (
     AttemptsExceeded,
     ControlPlaneError,
+    NotPermittedError,
     SessionGoneError,
     TransientError,
 )
 from workpool.events import ItemReclaimed, SessionFinished, StopRequested
-from workpool.pool.attempt import Attempt
+from workpool.pool.attempt import Attempt, RunCounts
 from workpool.pool.completion import (
     DRAIN_REASON,
     MARK_SECONDS,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import ReclaimStage
+    from workpool.pool.attempt import Patch
     from workpool.pool.claim import Claimer
     from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
@@ -47,6 +49,10 @@ log = logging.getLogger(__name__)
 ATTEMPT_SECONDS = 10.0
 """How long writing the number of a run is retried; after that the item is released."""
 HEALTHCHECK_SECONDS = 10.0
+SETTLED: Final = frozenset({"completed", "stopped", "detached"})
+"""Outcomes after which this process does not run the item again."""
+RELEASES: Final = frozenset({EndReason.DRAINED, EndReason.RELEASED})
+"""Reasons whose run does not count as an attempt."""
 
 
 class SessionRunner:
@@ -82,6 +88,7 @@ class SessionRunner:
         self._sender = sender
         self._executor = executor
         self.completion = Completion(context, sender)
+        self._runs = RunCounts()
         self._on_finished = on_finished
         self._on_closed = on_closed
 
@@ -168,7 +175,7 @@ class SessionRunner:
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
         if item.reason is None and not self.draining:
-            await self._open_attempt(item, attempt)
+            await self._open_attempt(item, session, attempt)
             self._record_lease(item, lease)
         self._pass_on_stop(item, lease, session)
         if self.draining:
@@ -205,15 +212,25 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
 
-    async def _open_attempt(self, item: PoolItem, attempt: Attempt) -> None:
+    async def _open_attempt(self, item: PoolItem, session: Session, attempt: Attempt) -> None:
         """Write the number of this run, if it must be written before the handler starts."""
-        limit, patch = self._context.settings.max_attempts, attempt.opening()
-        if not patch:
+        counted_here = not self._context.optional.may("update")
+        if counted_here:
+            attempt.count_here(self._runs.of(item.id))
+            session.attempt = attempt.number
+        patch = attempt.opening()
+        if not (patch or counted_here):
             return
+        limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
             item.end(EndReason.RAISED)
-            return
+        elif patch:
+            await self._write_attempt(item, session, attempt, patch)
+
+    async def _write_attempt(
+        self, item: PoolItem, session: Session, attempt: Attempt, patch: Patch
+    ) -> None:
         try:
             await self.completion.write_metadata(item, patch, ATTEMPT_SECONDS)
             attempt.opened()
@@ -224,6 +241,8 @@ class SessionRunner:
             log.warning("attempt not counted work_id=%s error=%s", item.id, error)
             item.error = Release("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
+        except NotPermittedError:
+            await self._open_attempt(item, session, attempt)  # counted in this process from now on
         except ControlPlaneError as error:
             log.warning("attempt refused work_id=%s error=%s", item.id, error)
 
@@ -252,6 +271,8 @@ class SessionRunner:
     def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and item.lease.confirmed:
             self._report_lost(item, "run" if item.lease.begun else "start")
+        if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
+            self._runs.add(item.id)
         seconds = self._context.clock() - item.acked_at
         self._on_finished(item, outcome, seconds)
         self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)

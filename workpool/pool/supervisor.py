@@ -310,6 +310,7 @@ class Supervisor:
             wall=self._wall,
             observe=self._telemetry.observe,
             start_context=start_context,
+            optional=renewer.optional,
         )
 
     async def _serve(self, context: PoolContext) -> None:

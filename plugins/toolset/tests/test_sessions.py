@@ -116,6 +116,18 @@ async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: 
     assert (workspace / "a.txt").read_text() == "0ne\n"
 
 
+async def test_session_is_completed_under_a_key_that_may_not_write_metadata(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
+    workpool.faults.add(status(403), "get", "update", "stats")
+    toolset = make()
+    result = await workpool.run_session(toolset, script=[bash("echo one")])
+    assert result.outcome == "completed"
+    assert answers(result.events) == [("one\n", False)]
+    assert (folder_of(tmp_path, result.item.session_id) / "journal" / "name").exists()
+    assert len(workpool.faults.of("update")) == 1
+
+
 @contextlib.asynccontextmanager
 async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
     """Somebody who answers each request for a confirmation, in this order."""

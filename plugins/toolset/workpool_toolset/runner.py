@@ -17,6 +17,7 @@ from workpool import Release, Session
 from workpool.errors import (
     ConflictError,
     LeaseLost,
+    NotPermittedError,
     RefusedError,
     TransientError,
     innermost,
@@ -164,6 +165,8 @@ class Runner:
             return
         try:
             await self._session.update_metadata({JOURNAL: ours})
+        except NotPermittedError:
+            pass  # the pool has logged it; the name is in the state directory only
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 

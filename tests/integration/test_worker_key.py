@@ -1,0 +1,274 @@
+"""A pool under a key that may only poll, ack, heartbeat, stop and list, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.errors import AttemptsExceeded, NotPermittedError
+from workpool.events import (
+    HeartbeatFinished,
+    ItemReclaimed,
+    QueueStatsRead,
+    ResultDropped,
+    SessionFinished,
+)
+from workpool.pool import lease
+from workpool.server import ControlPlane
+from workpool.testing import literal, lost, status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool.testing import Faults, Recorder
+    from workpool.testing.clock import Clock
+
+KEY = "key-of-a-worker"
+
+
+@handler
+async def work(_: Session) -> dict[str, str]:
+    return {"done": "yes"}
+
+
+@pytest.fixture(params=["qoder", "anthropic"])
+def dialect(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture
+async def plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
+    worker_keys, middlewares = [KEY], [faults.middleware]
+    async with ControlPlane(now=clock, worker_keys=worker_keys, middlewares=middlewares) as plane:
+        yield plane
+
+
+@pytest.fixture
+def make_settings(
+    plane: ControlPlane, make_settings: Callable[..., Any], dialect: str
+) -> Callable[..., Any]:
+    urls = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}
+
+    def make(**values: Any) -> Any:
+        given = {"token": KEY, "dialect": dialect, "base_url": urls[dialect], **values}
+        return make_settings(**given)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RETRY_PARTS", (6000,))
+
+
+def counted(faults: Faults) -> Counter[str]:
+    return Counter(request.op for request in faults.seen)
+
+
+async def finished(recorder: Recorder, count: int) -> list[SessionFinished]:
+    await recorder.wait_for(SessionFinished, count=count)
+    return recorder.of(SessionFinished)
+
+
+async def test_each_optional_call_is_refused_and_logged_once(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        async with make_pool(work, stats_interval=0.02, concurrency=1):
+            plane.enqueue(5)
+            ends = await finished(recorder, 5)
+            await faults.wait_for("poll", count=len(faults.of("poll")) + 2, answered=True)
+    assert {end.outcome for end in ends} == {"completed"}
+    assert {plane.operations.get(item.environment_id, item.id).state for item in items(plane)} == {
+        "stopped"
+    }
+    assert counted(faults)["update"] == counted(faults)["stats"] == 1
+    assert len(recorder.of(ResultDropped)) == 5
+    assert not recorder.of(QueueStatsRead)
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(record.getMessage().split()[3] for record in warnings) == [
+        "error=stats:",
+        "error=update:",
+    ]
+    assert "yes" not in caplog.text
+
+
+def items(plane: ControlPlane) -> tuple[Any, ...]:
+    return tuple(plane.operations.page(plane.environments[0], 100).items)
+
+
+async def test_heartbeat_without_an_answer_is_found_again_in_the_list(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    faults.add(lost(), "heartbeat", times=1)
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    results = [event.result for event in recorder.of(HeartbeatFinished)]
+    assert results == ["transient", "recovered", "ok"]
+    assert counted(faults)["get"] == 1
+    expected = [each.query.get("expected_last_heartbeat") for each in faults.of("heartbeat")]
+    assert expected[:2] == ["NO_HEARTBEAT", "NO_HEARTBEAT"]
+    assert None not in expected
+
+
+async def test_heartbeat_without_an_answer_is_lost_if_the_list_lacks_the_item(
+    run_one: Any, faults: Faults, recorder: Recorder
+) -> None:
+    faults.add(lost(), "heartbeat", times=1)
+    empty = {"data": [], "has_more": False, "next_page": None}
+    faults.add(literal(orjson.dumps(empty)), "list")
+    life = await run_one(work)
+    assert life.outcome == "lease_lost"
+    assert [each.op for each in life.sent if each.op != "ack"] == ["heartbeat", "heartbeat", "get"]
+    assert not recorder.of(ItemReclaimed)
+
+
+async def test_lease_is_over_at_once_after_a_409(run_one: Any, faults: Faults) -> None:
+    faults.add(status(409), "heartbeat")
+    life = await run_one(work)
+    assert life.outcome == "lease_lost"
+    assert [each.op for each in life.sent] == ["ack", "heartbeat", "get"]
+    assert not faults.of("list")
+
+
+async def test_second_409_is_not_followed_by_a_read(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    faults.add(status(409), "heartbeat")
+    async with make_pool(work, concurrency=1):
+        plane.enqueue(3)
+        ends = await finished(recorder, 3)
+    assert {end.outcome for end in ends} == {"lease_lost"}
+    assert counted(faults)["get"] == 1
+
+
+async def test_attempts_are_counted_in_this_process(
+    plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
+) -> None:
+    attempts: list[int] = []
+
+    held = asyncio.Event()
+
+    @handler
+    async def runs(session: Session) -> None:
+        attempts.append(session.attempt)
+        held.set()
+        await asyncio.Event().wait()
+
+    async with make_pool(runs, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
+        (item,) = plane.enqueue()
+        for _ in range(2):
+            await held.wait()
+            held.clear()
+            clock.advance(100)
+            plane.operations.wake()
+            await recorder.wait_for(SessionFinished, count=len(attempts))
+        ends = await finished(recorder, 3)
+    assert attempts == [1, 2]
+    assert [end.outcome for end in ends] == ["lease_lost", "lease_lost", "failed"]
+    assert isinstance(ends[-1].error, AttemptsExceeded)
+    assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
+
+
+async def test_release_does_not_count_as_an_attempt(
+    plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
+) -> None:
+    attempts: list[int] = []
+
+    @handler
+    async def releases(session: Session) -> None:
+        attempts.append(session.attempt)
+        if len(attempts) < 3:
+            raise Release("not yet")
+
+    async with make_pool(releases, block_ms=50):
+        plane.enqueue()
+        for count in (1, 2):
+            await finished(recorder, count)
+            clock.advance(100)
+            plane.operations.wake()
+        ends = await finished(recorder, 3)
+    assert attempts == [1, 1, 1]
+    assert ends[-1].outcome == "completed"
+
+
+async def test_metadata_of_a_handler_are_refused_without_a_request(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    errors: list[str] = []
+
+    @handler
+    async def write(session: Session) -> None:
+        try:
+            await session.update_metadata({"step": "1"})
+        except NotPermittedError as error:
+            errors.append(str(error))
+
+    async with make_pool(write):
+        plane.enqueue(3)
+        ends = await finished(recorder, 3)
+    assert {end.outcome for end in ends} == {"completed"}
+    assert len(errors) == 3
+    assert "may not make this call" in errors[0]
+    assert counted(faults)["update"] <= 3  # those that were under way together
+
+
+async def test_error_of_a_handler_stays_a_failure(run_one: Any, faults: Faults) -> None:
+    @handler
+    async def fail(_: Session) -> None:
+        raise ValueError("on purpose")
+
+    life = await run_one(fail)
+    assert life.outcome == "failed"
+    assert life.metadata == {}
+    assert counted(faults)["update"] == 1
+
+
+async def test_second_credential_makes_the_optional_calls(
+    plane: ControlPlane, run_one: Any, faults: Faults, recorder: Recorder, dialect: str
+) -> None:
+    names: list[tuple[str, bool]] = []
+
+    async def note(request: Any, handler: Any) -> Any:
+        headers = request.headers
+        key = headers.get("X-Api-Key") or headers.get("Authorization", "").split()[-1]
+        names.append((request.path.rpartition("/")[2], key == plane.token))
+        assert ("X-Api-Key" in headers) == (dialect == "anthropic" and key == plane.token)
+        return await handler(request)
+
+    faults.add(note, "poll", "ack", "heartbeat", "stop", "list", "get", "update", "stats")
+    faults.add(lost(), "heartbeat", times=1)
+    life = await run_one(work, api_key=plane.token, stats_interval=60)
+    assert life.outcome == "completed"
+    assert life.metadata == {"done": "yes"}
+    assert not recorder.of(ResultDropped)
+    await recorder.wait_for(QueueStatsRead)
+    assert not faults.of("list")
+    with_key = {name for name, key in names if key}
+    assert with_key == {"stats", life.item.id}
+    assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
+
+
+async def test_optional_calls_are_tried_again_after_the_polls_were_refused_too(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    """Such a refusal may mean that no call was allowed for a while."""
+    async with make_pool(work, concurrency=1, block_ms=20):
+        plane.enqueue()
+        await finished(recorder, 1)
+        faults.add(status(403), "poll", times=1)
+        await faults.wait_for("poll", count=len(faults.of("poll")) + 3)
+        plane.enqueue(2)
+        await finished(recorder, 3)
+    assert counted(faults)["update"] == 2
