@@ -101,6 +101,20 @@ MUTATIONS: dict[str, list[Edit]] = {
     "no last heartbeat for a claim that a drain ends": [
         Edit("claim:Claimer", "lease.release(self._clock(), RELEASE_DELAY_SECONDS)", "return"),
     ],
+    # Optional calls.
+    "refusal of an optional call not remembered": [
+        Edit(
+            "optional_calls:OptionalCalls",
+            "if op in self._refused:",
+            "if False:",
+        ),
+    ],
+    "lost runs not counted": [
+        Edit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
+    ],
+    "refusal after a success taken for a missing permission": [
+        Edit("optional_calls:OptionalCalls", "op in self._allowed or ", ""),
+    ],
     # The lease.
     "412 taken for lost": [
         Edit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),

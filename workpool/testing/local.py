@@ -10,6 +10,7 @@ network.
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
@@ -19,12 +20,14 @@ from workpool.errors import TransientError
 from workpool.server import Poll, Refusal
 from workpool.server.clock import to_seconds_text
 from workpool.server.dialects import QODER
+from workpool.server.paging import listing
 from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
 from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
+    LIST_LIMIT_MAX,
     RECLAIM_OLDER_THAN_MS,
     TTL_DEFAULT_SECONDS,
     WORK_HEARTBEAT,
@@ -34,7 +37,7 @@ from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
     from types import TracebackType
 
     from pydantic import SecretStr
@@ -289,6 +292,25 @@ class LocalClient:
 
         item = await self._send(calls.GET, work_id, operate, timeout, options)
         return calls.same_item(calls.GET, work_id, item)
+
+    async def list(
+        self, *, limit: int | None = None, timeout: float | None = None
+    ) -> AsyncGenerator[WorkItem, None]:
+        """Iterate over the items of the environment, page by page."""
+        left, after = sys.maxsize if limit is None else limit, ""
+        while left > 0:
+            size = min(left, LIST_LIMIT_MAX)
+
+            def operate(size: int = size, after: str = after) -> object:
+                page = self._operations.page(self._environment_id, size, after=after)
+                return listing(page, QODER.item)
+
+            page = await self._send(calls.LIST, None, operate, timeout)
+            for item in page.items:
+                yield item
+            if page.next_page is None:
+                return
+            left, after = left - len(page.items), page.items[-1].id
 
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None

@@ -6,11 +6,12 @@ most one attempt.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from workpool.events import SessionFinished
+from workpool.events import SessionFinished, SessionStarted
+from workpool.testing.simulation.case import DENIED
 from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 _RELEASED: Final = "workpool.released"
 _ERROR: Final = "workpool.error"
 _NOTES: Final = frozenset({"workpool.attempt", _RELEASED, _ERROR})
-_REFUSED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -32,18 +32,21 @@ class _Try:
     Attributes:
         marked: A mark that it wrote was there at its end.
         refused: A write of its notes was refused, so the next try may not know its number.
+        denied: Its pool knew that it may not write notes, so the next try does not know of it.
     """
 
     leases: list[GrantedLease] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     marked: bool = False
     refused: bool = False
+    denied: bool = False
 
 
 def attempts_are_counted(case: Case) -> Iterator[str]:
     """8a. The attempt of a run is 1 plus the number of earlier tries without a mark.
 
-    A try without a handler run may or may not count, as may one whose number was refused.
+    A try without a handler run may or may not count, as may one whose number was refused. A pool
+    that may not write notes counts its own tries only.
     """
     for work_id in case.runs:
         if _late(case, work_id):
@@ -52,12 +55,30 @@ def attempts_are_counted(case: Case) -> Iterator[str]:
         for one in _tries(case, work_id):
             least -= one.refused
             for run in one.runs:
-                if not least <= run.attempt <= most:
+                if not (1 if one.denied else least) <= run.attempt <= most:
                     name = f"{run.node.machine.name}:{work_id[-6:]}@{run.started:.3f}"
                     yield f"{name} is attempt {run.attempt}, not {least} to {most}"
             if not one.marked:
                 most += 1
-                least += bool(one.runs)
+                least += bool(one.runs) and not one.denied
+
+
+def lost_runs_are_counted(case: Case) -> Iterator[str]:
+    """8d. A pool that may not write notes counts the runs that it has lost."""
+    for node in case.trace.nodes:
+        lost: Counter[str] = Counter()
+        started: set[str] = set()
+        for _, event in node.events if node.pool.worker_key else ():
+            if isinstance(event, SessionStarted):
+                work_id, attempt = event.session.item.id, event.session.attempt
+                started.add(work_id)
+                if attempt <= lost[work_id]:
+                    name = f"{node.machine.name}:{work_id[-6:]}"
+                    yield f"{name} is attempt {attempt} after {lost[work_id]} lost runs"
+            elif isinstance(event, SessionFinished):
+                work_id = event.session.item.id
+                lost[work_id] += event.outcome == "lease_lost" and work_id in started
+                started.discard(work_id)
 
 
 def released_items_are_marked(case: Case) -> Iterator[str]:
@@ -70,7 +91,9 @@ def released_items_are_marked(case: Case) -> Iterator[str]:
         for one in _tries(case, work_id):
             lease = one.leases[-1]
             node = _node_of(case, lease)
-            if one.marked or lease.stop_requested < FOREVER or case.disturbed(node, lease):
+            if one.marked or one.denied or lease.stop_requested < FOREVER:
+                continue
+            if case.disturbed(node, lease):
                 continue
             if not one.runs and case.claim(node, work_id, lease.ended) is not None:
                 continue
@@ -110,8 +133,9 @@ def _add(case: Case, one: _Try, lease: GrantedLease) -> None:
         for run in case.runs[lease.work_id]
         if run.node is node and case.lease(node, lease.work_id, run.started) is lease
     ]
+    one.denied |= case.denied_at(node, "update") < lease.ended
     one.refused |= any(
-        call.answer in _REFUSED and call.patch.keys() & _NOTES
+        call.answer in DENIED and call.patch.keys() & _NOTES
         for call in case.sent[node, lease.work_id]
         if case.lease(node, lease.work_id, call.at) is lease
     )
@@ -128,6 +152,7 @@ def _notes(case: Case, work_id: str) -> list[Sent]:
         if of_item == work_id
         for call in calls
         if call.patch.keys() & _NOTES and call.arrives_at < FOREVER
+        if not call.node.pool.worker_key
     ]
     return sorted(found, key=lambda call: call.arrives_at)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from workpool.testing.simulation.trace import FOREVER
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
+DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+"""Answers that say that a key may not make a call."""
 ACK_SECONDS: Final = 60.0
 """The longest time for which acks are tried. A pause within that time ends the claim."""
 START: Final = 86_400.0
@@ -161,6 +164,19 @@ class Case:
         """Return whether the node had claimed an item by the time `at` that may be another's."""
         claim = self.claim(node, work_id, at)
         return claim is not None and not claim.settled(at)
+
+    def denied_at(self, node: Node, op: str) -> float:
+        """Return when the node learnt that its key may not make a call; infinite: it did not."""
+        answered = sorted(
+            (call for call in self.trace.sent if call.node is node and call.op == op),
+            key=lambda call: call.answered_at,
+        )
+        for call in answered:
+            if call.answer == "ok":
+                return FOREVER
+            if call.answer in DENIED:
+                return call.answered_at
+        return FOREVER
 
     def extended_another(self, node: Node, work_id: str) -> bool:
         """Return whether the node extended another worker's lease after its own was ended early."""

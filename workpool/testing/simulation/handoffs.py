@@ -52,6 +52,11 @@ def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and call.fault is not None
+    tries -= sum(  # nor did a faulty list, in which a worker's key looks the item up
+        call.node is node and call.op == "list" and call.fault is not None
+        for call in case.trace.sent
+        if call.at >= lease.ended
+    )
     tries -= sum(  # a read that got no connection did not tell the owner
         delay.node is node and delay.work_id == lease.work_id and delay.since >= lease.ended
         for delay in case.trace.delays

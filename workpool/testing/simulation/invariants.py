@@ -16,6 +16,7 @@ from workpool.testing.simulation.agreement import (
 )
 from workpool.testing.simulation.attempts import (
     attempts_are_counted,
+    lost_runs_are_counted,
     no_item_has_a_mark_and_an_error,
     released_items_are_marked,
 )
@@ -33,6 +34,7 @@ from workpool.testing.simulation.order import (
     failing_handlers_claim_slowly,
     nothing_is_sent_in_doubt,
     one_heartbeat_at_a_time,
+    optional_calls_are_refused_once,
     refused_acks_are_backed_off,
     sessions_share_no_context,
 )
@@ -420,11 +422,13 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     one_heartbeat_at_a_time,
     a_try_leaves_time_for_another,
     sessions_share_no_context,
+    optional_calls_are_refused_once,
     outcomes_agree,
     losses_are_real,
     metrics_agree,
     everything_received_is_reported,
     attempts_are_counted,
+    lost_runs_are_counted,
     released_items_are_marked,
     no_item_has_a_mark_and_an_error,
 )

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from workpool.errors import ControlPlaneError, TransientError
-from workpool.server import Poll
+from workpool.server import Poll, Refusal
 from workpool.server.dialects import QODER
 from workpool.testing.local import CallFault, LocalClient, answer_to
 from workpool.testing.simulation.machine import NETWORK, MachinesLoop
@@ -45,6 +45,8 @@ PATIENCE_MS: Final = 8_000
 DENIAL: Final = CallFault(
     there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
 )
+OPTIONAL: Final = frozenset({"get", "update"})
+"""Calls that a worker's key may not make."""
 SILENCE: Final = CallFault(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
@@ -274,6 +276,18 @@ class Client(LocalClient):
             if (now := _loop().now) > began and priority != Priority.CLAIM:
                 self._network.trace.delays.append(Delay(self._node, "", None, began, now))
 
+    async def _send(
+        self,
+        call: Call[T],
+        work_id: str | None,
+        operate: Callable[[], object],
+        timeout: float | None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> T:
+        if self._node.pool.worker_key and call.op in OPTIONAL:
+            operate = _denied
+        return await super()._send(call, work_id, operate, timeout, options)
+
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
@@ -305,6 +319,10 @@ class Client(LocalClient):
         finally:
             if sent is not None:
                 sent.answer, sent.answered_at = answer, _loop().now
+
+
+def _denied() -> object:
+    raise Refusal(403, "a worker's key may not make this call")
 
 
 def _within(times: list[tuple[float, float]]) -> bool:

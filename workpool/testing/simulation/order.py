@@ -28,6 +28,7 @@ DENIED_ACKS: Final = 10
 """The most acks that are sent while all are refused, not counting those under way."""
 FAILURES: Final = 5
 """A handler is failing after so many quick failures in a row."""
+OPTIONAL: Final = ("get", "update")
 PROMPT: Final = frozenset({"work", "raise", "odd", "eager", "write"})
 """Behaviours whose completion follows at once."""
 
@@ -208,6 +209,27 @@ def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
             most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
             if call.answered_at - call.at > most + node.halted_seconds(call.at, call.answered_at):
                 yield f"{call} was given up at {call.answered_at:.3f} only"
+
+
+def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
+    """9j. A call that the key may not make is not sent again, until a poll is refused as well."""
+    for node in case.trace.nodes:
+        for op in OPTIONAL:
+            denied_at = case.denied_at(node, op)
+            forgotten_at = min(
+                (
+                    call.answered_at
+                    for call in case.trace.sent
+                    if call.node is node
+                    and call.op == "poll"
+                    and isinstance(call.answer, int)
+                    and call.answered_at >= denied_at
+                ),
+                default=FOREVER,
+            )
+            for call in case.trace.sent:
+                if call.node is node and call.op == op and denied_at < call.at < forgotten_at:
+                    yield f"{call} was sent; it was refused at {denied_at:.3f}"
 
 
 def sessions_share_no_context(case: Case) -> Iterator[str]:

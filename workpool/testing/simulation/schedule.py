@@ -30,6 +30,8 @@ CONTROL_PLANES: Final[tuple[ControlPlaneKind, ...]] = (
     *("strict", "strict", "strict", "strict", "strict", "strict"),
     *("active acks", "poll leases"),
 )
+WORKER_KEY_SHARE: Final = 0.2
+"""The share of schedules with pools whose key may not read items or write metadata."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -45,6 +47,7 @@ class Pool:
     Attributes:
         rate: Seconds of its lease clock per second.
         write_rate: Writes per second that its own rate limit allows; 0 = unlimited.
+        worker_key: Its key may not read items or write metadata.
     """
 
     concurrency: int = 2
@@ -58,6 +61,7 @@ class Pool:
     request_timeout: float = 10.0
     rate: float = 1.0
     write_rate: float = 0.0
+    worker_key: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,12 @@ def draw(random: Random, seed: int) -> Schedule:
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     actions = sorted([*work, *actions], key=_at)
-    return Schedule(seed, pools, tuple(actions), share, kinds, random.choice(CONTROL_PLANES))
+    control_plane = random.choice(CONTROL_PLANES)
+    if random.random() < WORKER_KEY_SHARE:
+        pools = tuple(
+            replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
+        )
+    return Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
 
 
 def _close_to(work: Action, action: Action, random: Random) -> Action:
