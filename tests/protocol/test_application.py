@@ -103,6 +103,7 @@ async def test_token_of_one_environment_sees_and_creates_no_other(anthropic: Api
         ({**SELF_HOSTED, "name": "x" * 4097}, "name"),
         ({**SELF_HOSTED, "metadata": {"k": 1}}, "metadata"),
         ({**SELF_HOSTED, "metadata": []}, "metadata"),
+        ({**SELF_HOSTED, "metadata": {"k" * 65: ""}}, "metadata"),
         ({**SELF_HOSTED, "description": {}}, "description"),
     ],
 )
@@ -181,6 +182,10 @@ async def test_session_with_a_script_plays_it_after_its_initial_events(anthropic
         ({"environment_id": CLOUD}, 400, None),
         ({"title": 1}, 400, "title"),
         ({"metadata": {"k": 1}}, 400, "metadata"),
+        ({"metadata": {"k" * 64: "v" * 512}}, 200, None),
+        ({"metadata": {"k" * 65: ""}}, 400, "metadata"),
+        ({"metadata": {"k": "v" * 513}}, 400, "metadata"),
+        ({"metadata": {str(number): "" for number in range(17)}}, 400, "metadata"),
         ({"initial_events": {}}, 200, None),
         ({"initial_events": [{}]}, 400, "type"),
         ({"initial_events": [MESSAGE] * 51}, 400, "initial_events"),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 TEXT_LENGTH: Final = 4096
 """How long a name, a title or a description may be."""
 INITIAL_EVENTS_MAX: Final = 50
+METADATA_PAIRS_MAX: Final = 16
+METADATA_KEY_LENGTH: Final = 64
+METADATA_VALUE_LENGTH: Final = 512
 _AGENT_ID_LENGTH: Final = 128
 _NOT_SUPPORTED: Final = ("budget", "resources", "vault_ids")
 
@@ -101,8 +104,18 @@ def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
 
 
 def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
-    metadata = fields.get("metadata")
-    return {} if metadata is None else strings(metadata)
+    """Return the metadata, which must stay within the vendor's limits."""
+    given = fields.get("metadata")
+    metadata = {} if given is None else strings(given)
+    if len(metadata) > METADATA_PAIRS_MAX:
+        raise Refusal(400, f"metadata may have {METADATA_PAIRS_MAX} keys", "metadata")
+    if any(
+        len(key) > METADATA_KEY_LENGTH or len(value) > METADATA_VALUE_LENGTH
+        for key, value in metadata.items()
+    ):
+        limits = f"{METADATA_KEY_LENGTH} characters, its values {METADATA_VALUE_LENGTH}"
+        raise Refusal(400, f"a key of metadata may have {limits}", "metadata")
+    return metadata
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
