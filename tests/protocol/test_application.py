@@ -158,6 +158,45 @@ async def test_created_session_wakes_a_waiting_poll(anthropic: Api) -> None:
     assert polling.result().body["data"]["id"] == session["id"]
 
 
+@pytest.mark.usefixtures("both_stores")
+async def test_message_to_a_session_without_work_brings_new_work(anthropic: Api) -> None:
+    session = await created(anthropic, metadata={"job": "report"})
+    url = f"/sessions/{session['id']}/events"
+    assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 200
+    first = await anthropic.claim()
+    assert (await anthropic.poll()).body is None  # its item was not stopped yet
+    await anthropic.stop(first["id"], json={"force": True})
+    assert (await post(anthropic, url, {"events": [{"type": "user.interrupt"}]})).status == 200
+    assert (await anthropic.poll()).body is None
+    assert (await post(anthropic, url, {"events": [MESSAGE, MESSAGE]})).status == 200
+    second = await anthropic.claim()
+    assert second["id"] > first["id"]
+    assert (second["data"], second["metadata"]) == (first["data"], {"job": "report"})
+    assert (await anthropic.poll()).body is None
+    assert (await get(anthropic, f"/sessions/{session['id']}")).body["metadata"] == {
+        "job": "report"
+    }
+
+
+async def test_refused_message_brings_no_work(anthropic: Api) -> None:
+    session_id = (await created(anthropic))["id"]
+    await anthropic.stop((await anthropic.claim())["id"], json={"force": True})
+    wrong = {"type": "user.tool_result", "tool_use_id": "evt_unknown"}
+    url = f"/sessions/{session_id}/events"
+    assert (await post(anthropic, url, {"events": [MESSAGE, wrong]})).status == 400
+    await post(anthropic, f"/sessions/{session_id}/archive")
+    assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 409
+    assert (await anthropic.poll()).body is None
+
+
+async def test_message_in_the_qoder_dialect_brings_no_work(qoder: Api) -> None:
+    work_id = await qoder.bring_to("stopped")
+    session_id = (await qoder.get(work_id)).body["data"]["id"]
+    sent = await post(qoder, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
+    assert sent.status == 200
+    assert (await qoder.poll()).body is None
+
+
 async def test_session_with_a_script_plays_it_after_its_initial_events(anthropic: Api) -> None:
     script = [{"name": "bash", "input": {"command": "ls"}}]
     session = await created(anthropic, script=script, initial_events=[MESSAGE])

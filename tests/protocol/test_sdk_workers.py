@@ -10,6 +10,7 @@ import asyncio
 import shutil
 import subprocess
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,11 +19,13 @@ from aiohttp import web
 from anthropic import AsyncAnthropic, beta_async_tool
 from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_toolset_20260401
 
-from tests.protocol.conftest import until
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    Worker = Callable[[str], AbstractAsyncContextManager[None]]
 
 pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to fetch packages
 
@@ -107,57 +110,6 @@ def text_of(event: dict[str, Any]) -> str:
     return text.strip()
 
 
-async def converse(
-    plane: ControlPlane,
-    application: AsyncAnthropic,
-    worker: Callable[[str], Any],
-    calls: Calls,
-) -> None:
-    environment = await application.beta.environments.create(
-        name="mine", config={"type": "self_hosted"}
-    )
-    async with worker(environment.id), asyncio.timeout(120):
-        session = await application.beta.sessions.create(
-            agent="agent_1",
-            environment_id=environment.id,
-            metadata={"job": "report"},
-            extra_body={"script": SCRIPT},
-        )
-        await decide(application, session.id)
-        await until(lambda: plane.summary().stopped == 1)
-
-    events = application.beta.sessions.events
-    said = [event.to_dict(mode="json") async for event in events.list(session.id)]
-    uses = [event for event in said if event["type"] == "agent.tool_use"]
-    answers = {"user.tool_result", "agent.tool_result"}
-    results: dict[object, dict[str, Any]] = {
-        event["tool_use_id"]: event for event in said if event["type"] in answers
-    }
-    assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
-    told = [results[use["id"]] for use in uses]
-    # The fourth was denied: its result is the control plane's own.
-    assert [event["type"] for event in told] == [
-        *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
-    ]  # fmt: skip
-    assert [event["is_error"] for event in told] == [False, False, False, True, False]
-    assert [text_of(event) for event in told[1:3]] == ["hello", "hello\nworld"]
-    (custom,) = [event for event in said if event["type"] == "user.custom_tool_result"]
-    assert text_of(custom) == "rain in Ulm"
-
-    assert plane.summary()[:3] == (1, 1, 0)
-    assert plane.summary().overlapping == 0
-    assert calls.seen == {
-        ("key", "GET environments/work/poll"),
-        ("key", "POST environments/work/ack"),
-        ("item", "POST environments/work/heartbeat"),
-        ("item", "POST environments/work/stop"),
-        ("item", "GET sessions"),
-        ("item", "GET sessions/events"),
-        ("item", "GET sessions/events/stream"),
-        ("item", "POST sessions/events"),
-    }
-
-
 @beta_async_tool
 async def weather(city: str) -> str:
     """Tell the weather.
@@ -168,13 +120,8 @@ async def weather(city: str) -> str:
     return f"rain in {city}"
 
 
-async def test_python_worker_runs_a_conversation_to_its_end(
-    plane: ControlPlane,
-    application: AsyncAnthropic,
-    calls: Calls,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+@pytest.fixture
+def python_worker(plane: ControlPlane, tmp_path: Path) -> Worker:
     def tools(context: AgentToolContext) -> list[Any]:
         return [*beta_agent_toolset_20260401(context), weather]
 
@@ -197,9 +144,7 @@ async def test_python_worker_runs_a_conversation_to_its_end(
             yield
             running.cancel()
 
-    await converse(plane, application, worker, calls)
-    assert (tmp_path / "note").read_text() == "hello\nworld\n"
-    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    return worker
 
 
 @pytest.fixture(scope="session")
@@ -226,13 +171,8 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
-async def test_typescript_worker_runs_a_conversation_to_its_end(
-    plane: ControlPlane,
-    application: AsyncAnthropic,
-    calls: Calls,
-    tmp_path: Path,
-    node_project: Path,
-) -> None:
+@pytest.fixture
+def typescript_worker(plane: ControlPlane, tmp_path: Path, node_project: Path) -> Worker:
     base_url = plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
@@ -249,5 +189,132 @@ async def test_typescript_worker_runs_a_conversation_to_its_end(
             print(output.decode())  # noqa: T201 - pytest shows it when the test fails
         assert process.returncode == 0
 
-    await converse(plane, application, worker, calls)
+    return worker
+
+
+@pytest.fixture(params=["python_worker", "typescript_worker"])
+def worker(request: pytest.FixtureRequest) -> Worker:
+    """Run a worker on an environment for as long as a block takes."""
+    started: Worker = request.getfixturevalue(request.param)
+    return started
+
+
+@pytest.fixture
+async def environment_id(application: AsyncAnthropic) -> str:
+    environment = await application.beta.environments.create(
+        name="mine", config={"type": "self_hosted"}
+    )
+    return environment.id
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    """Wait for something that a worker brings about; the caller bounds the time."""
+    while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
+        await asyncio.sleep(0.02)
+
+
+async def test_worker_runs_a_conversation_to_its_end(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    worker: Worker,
+    environment_id: str,
+    calls: Calls,
+    tmp_path: Path,
+) -> None:
+    async with worker(environment_id), asyncio.timeout(120):
+        session = await application.beta.sessions.create(
+            agent="agent_1",
+            environment_id=environment_id,
+            metadata={"job": "report"},
+            extra_body={"script": SCRIPT},
+        )
+        await decide(application, session.id)
+        await eventually(lambda: plane.summary().stopped == 1)
+        # The worker has left the session; a message brings it back.
+        await application.beta.sessions.events.send(
+            session.id,
+            events=[{"type": "user.message", "content": [{"type": "text", "text": "Thanks."}]}],
+        )
+        await eventually(lambda: plane.summary().stopped == 2)
+
+    events = application.beta.sessions.events
+    said = [event.to_dict(mode="json") async for event in events.list(session.id)]
+    uses = [event for event in said if event["type"] == "agent.tool_use"]
+    answers = {"user.tool_result", "agent.tool_result"}
+    results: dict[object, dict[str, Any]] = {
+        event["tool_use_id"]: event for event in said if event["type"] in answers
+    }
+    assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
+    told = [results[use["id"]] for use in uses]
+    # The fourth was denied: its result is the control plane's own.
+    assert [event["type"] for event in told] == [
+        *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
+    ]  # fmt: skip
+    assert [event["is_error"] for event in told] == [False, False, False, True, False]
+    assert [text_of(event) for event in told[1:3]] == ["hello", "hello\nworld"]
+    (custom,) = [event for event in said if event["type"] == "user.custom_tool_result"]
+    assert text_of(custom) == "rain in Ulm"
+
+    assert plane.summary()[:3] == (2, 2, 0)
+    assert plane.summary().overlapping == 0
+    assert calls.seen == {
+        ("key", "GET environments/work/poll"),
+        ("key", "POST environments/work/ack"),
+        ("item", "POST environments/work/heartbeat"),
+        ("item", "POST environments/work/stop"),
+        ("item", "GET sessions"),
+        ("item", "GET sessions/events"),
+        ("item", "GET sessions/events/stream"),
+        ("item", "POST sessions/events"),
+    }
     assert (tmp_path / "note").read_text() == "hello\nworld\n"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A session whose worker waits for a confirmation, and the state of its item."""
+
+    session_id: str
+    work_id: str
+    state: Callable[[], str]
+
+
+@pytest.fixture
+async def held(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    worker: Worker,
+    environment_id: str,
+    calls: Calls,
+) -> AsyncIterator[Held]:
+    ask = {"name": "bash", "input": {"command": "ls"}, "permission": "ask"}
+    async with worker(environment_id), asyncio.timeout(120):
+        session = await application.beta.sessions.create(
+            agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
+        )
+        (item,) = plane.operations.page(environment_id).items
+        # It reads the history once its event stream is open.
+        await eventually(lambda: ("item", "GET sessions/events") in calls.seen)
+        yield Held(session.id, item.id, lambda: plane.operations.get(environment_id, item.id).state)
+
+
+async def test_worker_leaves_a_session_that_is_archived(
+    application: AsyncAnthropic, held: Held, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert (await application.beta.sessions.archive(held.session_id)).status == "terminated"
+    async with asyncio.timeout(20):  # before its next heartbeat
+        await eventually(lambda: held.state() == "stopped")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_worker_ends_a_session_when_a_heartbeat_answers_stopping(
+    plane: ControlPlane, held: Held, environment_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The workers send a heartbeat every 30 s."""
+    plane.operations.stop(environment_id, held.work_id)
+    assert held.state() == "stopping"
+    async with asyncio.timeout(90):
+        await eventually(lambda: held.state() == "stopped")
+    kinds = [record.kind for record in plane.history.of(held.work_id)]
+    assert kinds[-2:] == ["heartbeat", "stopped"]  # its own stop, not the end of its lease
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -34,6 +34,7 @@ class Dialect:
         compare_on_stop: Whether a heartbeat on a `stopping` item must expect the last one, and on a
             `stopped` item is a 409; otherwise both are answered with the state.
         item_secrets: Whether a poll gives each item a `secret`, and tokens of items are accepted.
+        messages_bring_work: Whether a message to a session whose item is stopped creates an item.
         request_ids: Whether every answer has a `request-id` header.
     """
 
@@ -48,6 +49,7 @@ class Dialect:
     metadata_required: bool
     compare_on_stop: bool
     item_secrets: bool
+    messages_bring_work: bool
     request_ids: bool
 
     def session_id(self, own: str) -> str:
@@ -102,6 +104,7 @@ QODER: Final = Dialect(
     metadata_required=False,
     compare_on_stop=True,
     item_secrets=False,
+    messages_bring_work=False,
     request_ids=False,
 )
 ANTHROPIC: Final = Dialect(
@@ -116,6 +119,7 @@ ANTHROPIC: Final = Dialect(
     metadata_required=True,
     compare_on_stop=False,
     item_secrets=True,
+    messages_bring_work=True,
     request_ids=True,
 )
 DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}

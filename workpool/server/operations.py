@@ -36,6 +36,7 @@ from workpool.wire.protocol import (
     STOPPED,
     STOPPING,
     TTL_DEFAULT_SECONDS,
+    USER_MESSAGE,
 )
 
 if TYPE_CHECKING:
@@ -419,9 +420,28 @@ class Operations:
                 item = self.stop(session.environment_id, item.id)
         return session, item
 
-    def send(self, session_id: str, said: Sequence[Mapping[str, Any]]) -> Sequence[Event]:
-        """Append a client's events."""
-        self.session(session_id)
+    def send(
+        self,
+        session_id: str,
+        said: Sequence[Mapping[str, Any]],
+        *,
+        messages_bring_work: bool = False,
+    ) -> Sequence[Event]:
+        """Append a client's events.
+
+        `messages_bring_work`: whether a message to a session whose item is stopped puts a new item
+        into the queue.
+        """
+        session, item = self.session(session_id)
+        has_message = any(event["type"] == USER_MESSAGE for event in said)
+        if messages_bring_work and has_message and item.state == STOPPED:
+            # Checked and created first: a message that survives a crash must not lack its item.
+            self.sessions.conversation(session_id).check(said)
+            queue = self.queue(session.environment_id)
+            self.sessions.attach(
+                session, self._create(queue, session, session.metadata).id, self._latest
+            )
+            queue.waiting.wake(1)
         return self.sessions.send(session_id, said, self._latest)
 
     def emit(

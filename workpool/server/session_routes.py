@@ -88,7 +88,9 @@ class SessionRoutes:
         """Append a client's events; all of them, or none."""
         session, _ = self._session(request)
         said = client_events(await requests.body(request))
-        events = self._operations.send(session.id, said)
+        events = self._operations.send(
+            session.id, said, messages_bring_work=self._dialect.messages_bring_work
+        )
         return await self._durable({"data": [value_of(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
