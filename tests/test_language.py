@@ -21,6 +21,7 @@ CLEAN = (
     "workpool/*.py",
     "workpool/metrics/*.py",
     "workpool/plugins/*.py",
+    "workpool/testing/*.py",
 )
 """Patterns of the modules to which the checks apply."""
 BANNED = {

@@ -1,20 +1,20 @@
-"""Instruments for tests of pools and handlers, on the embedded control plane over real sockets.
+"""Tools for tests of pools and handlers: the fixture, faults, a network that fails, virtual time.
 
     async def test_it(workpool: Kit) -> None:   # the fixture, for tests of handlers
         result = await workpool.run_session(count_rows, metadata={"table": "orders"})
 
-    faults = Faults()
+    faults = Faults()                           # without the fixture
     async with ControlPlane(middlewares=[faults.middleware]) as plane:
         faults.add(status(503, retry_after=1), "poll", times=2)
-        faults.add(lost(), "ack", times=1)      # applied, and its answer lost
+        faults.add(lost(), "ack", times=1)      # applied, but the answer is lost
 
     recorder = Recorder()                       # a plugin: pass it to the supervisor
     await recorder.wait_for(SessionFinished)
 
-    async with Proxy(plane.base_url) as way:    # give `way.base_url` to one of several workers
-        way.partition()                         # it hears nothing more, and nobody is told
+    async with Proxy(plane.base_url) as network:   # `network.base_url` is for one of the workers
+        network.partition()                        # its connections stay open and silent
 
-Nothing here sleeps and hopes: everything can be waited for, within a bound.
+Each wait is bounded. See workpool/docs/testing.md, "Testing handlers".
 """
 
 from workpool.testing.actions import (

@@ -1,7 +1,7 @@
-"""What can go wrong with one request, each fault an aiohttp middleware that `Faults` puts in.
+"""The faults of single requests. Each is an aiohttp middleware for `Faults`.
 
-"Applied" is the control plane's side of it: the operation was carried out although the client was
-told nothing, or something else.
+A fault with `applied` carries out the operation, although the client gets another answer or none.
+See workpool/docs/testing.md, "Faults and failing networks".
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _LINGER_NONE: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER on, for 0 seconds: closing sends a reset."""
+"""SO_LINGER with 0 seconds: closing the socket sends a reset."""
 _HTML: Final = b"<html><body><h1>Bad gateway</h1></body></html>"
 
 
 def status(
     code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
 ) -> Fault:
-    """Answer with a status, in the protocol's envelope or, as gateways do, in HTML."""
+    """Answer with a status: an error of the protocol or, like a gateway, an HTML page."""
     body = _HTML if html else orjson.dumps(Refusal(code, "injected").envelope())
     headers = {"Content-Type": "text/html" if html else "application/json"}
     if retry_after is not None:
@@ -44,7 +44,7 @@ def status(
 
 
 def garbled(*, applied: bool = True) -> Fault:
-    """Answer 200 with what is not JSON."""
+    """Answer 200 with a body that is not JSON."""
     return literal(b'{"id": "work_', applied=applied)
 
 
@@ -55,7 +55,7 @@ def literal(
     headers: dict[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Answer with this and nothing else; `body` may be a function that makes it."""
+    """Answer with this body; `body` may be a function that returns it."""
 
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if applied:
@@ -69,7 +69,7 @@ def literal(
 
 
 def delay(seconds: float, *, applied: bool = False) -> Fault:
-    """Wait before the operation; `applied`: after it, before the answer."""
+    """Wait before the operation, or with `applied` between the operation and the answer."""
 
     async def wait(request: web.Request, handler: Handler) -> web.StreamResponse:
         if not applied:
@@ -93,7 +93,7 @@ def reset(*, applied: bool = True) -> Fault:
 
 
 def trickle(seconds: float) -> Fault:
-    """Answer byte by byte, `seconds` apart."""
+    """Send the answer byte by byte, with `seconds` between two bytes."""
 
     async def drip(request: web.Request, handler: Handler) -> web.StreamResponse:
         whole = await handler(request)
@@ -102,7 +102,7 @@ def trickle(seconds: float) -> Fault:
         response = web.StreamResponse(status=whole.status)
         response.content_type = whole.content_type
         response.content_length = len(content)
-        with suppress(ConnectionError):  # the client has lost its patience
+        with suppress(ConnectionError):  # the client closed the connection
             await response.prepare(request)
             for byte in content:
                 await response.write(bytes((byte,)))
@@ -113,7 +113,7 @@ def trickle(seconds: float) -> Fault:
 
 
 def expired(plane: ControlPlane) -> Fault:
-    """End the item's lease before the operation; a request without an item goes through."""
+    """End the lease of the item before the operation. A request without an item is unchanged."""
 
     async def expire(request: web.Request, handler: Handler) -> web.StreamResponse:
         work_id = request.match_info.get("work_id")
@@ -125,17 +125,17 @@ def expired(plane: ControlPlane) -> Fault:
 
 
 def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:
-    """End an item's lease now, as if its time had passed; without one, nothing happens."""
+    """End the lease of an item now, as if its time had passed. No effect without a lease."""
     queue = plane.operations.queue(environment_id or plane.environments[0])
     item = queue.get(work_id)
     if item.lease_end is not None:
-        # "Now" is the control plane's own last instant: history never goes back.
+        # "Now" is the last time that the control plane recorded: its history never goes back.
         queue.put(replace(item, lease_end=min(item.lease_end, plane.operations.latest)))
         plane.operations.queue(queue.environment_id)
 
 
 class Hold:
-    """A fault that holds requests until `release()`, before the operation or after it."""
+    """A fault that delays requests until `release()`, before the operation or after it."""
 
     def __init__(self, *, applied: bool = False) -> None:
         self.held = 0
@@ -144,7 +144,7 @@ class Hold:
         self._changes = Changes()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Hold one request."""
+        """Delay one request."""
         if self._applied:
             response = await handler(request)
             await self._wait()
@@ -158,24 +158,24 @@ class Hold:
         await self._released.wait()
 
     async def reached(self, count: int = 1) -> None:
-        """Wait until `count` requests have come so far."""
+        """Wait until `count` requests have arrived in total."""
         await self._changes.until(
             lambda: self.held >= count, lambda: f"{count} requests to hold; held {self.held}"
         )
 
     def release(self) -> None:
-        """Let them go on, those to come as well."""
+        """Continue all delayed requests, and do not delay further ones."""
         self._released.set()
 
 
 class Cut:
-    """A fault that lets requests through and can end their connections later: event streams."""
+    """A fault that can break the connections of requests later, such as event streams."""
 
     def __init__(self) -> None:
         self._open: set[asyncio.WriteTransport] = set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let one request through."""
+        """Handle one request, whose connection `now()` can break."""
         transport = request.transport
         if transport is None:
             return await handler(request)
@@ -186,7 +186,7 @@ class Cut:
             self._open.discard(transport)
 
     def now(self) -> int:
-        """Reset all connections whose requests are still being answered; return how many."""
+        """Reset all connections with an unfinished answer; return their number."""
         cut = list(self._open)
         for transport in cut:
             reset_connection(transport)
@@ -198,7 +198,7 @@ def _hang_up(close: Callable[[asyncio.Transport], None], *, applied: bool) -> Fa
         response = await handler(request) if applied else web.Response()
         if request.transport is not None:
             close(request.transport)
-        return response  # to a closed connection: it goes nowhere
+        return response  # the connection is closed, so the answer is dropped
 
     return hang_up
 
@@ -208,8 +208,8 @@ def _close(transport: asyncio.Transport) -> None:
 
 
 def reset_connection(transport: asyncio.WriteTransport) -> None:
-    """Close a connection with a reset, and without what it had still to send."""
+    """Close a connection with a reset, and drop the bytes that are not sent yet."""
     connection = transport.get_extra_info("socket")
-    with suppress(OSError):  # it has ended by itself just now
+    with suppress(OSError):  # the connection ended just before
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

@@ -1,4 +1,4 @@
-"""Waiting for what this loop will bring about: the opposite of sleeping and hoping."""
+"""Waiting for a state that other tasks of the same loop bring about."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WAIT_SECONDS = 10.0
-"""How long a test waits for what must come, unless it says otherwise."""
+"""The default bound of a wait, in seconds."""
 
 
 class Changes:
-    """Something changes, and others wait until it has become what they want. One loop only."""
+    """A condition variable for one loop: waits for a state, within a bound."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
 
     def notify(self) -> None:
-        """It has changed: let those who wait look at it."""
+        """Let all waiting tasks check the state again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -31,10 +31,10 @@ class Changes:
         describe: Callable[[], str],
         timeout: float = WAIT_SECONDS,
     ) -> T:
-        """Return what `wanted` returns once that is true.
+        """Wait until `wanted` returns a true value, and return the value.
 
         Raises:
-            AssertionError: It was not within `timeout` seconds; `describe` tells what there was.
+            AssertionError: There was none within `timeout` seconds. `describe` makes the text.
         """
         try:
             async with asyncio.timeout(timeout):

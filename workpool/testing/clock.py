@@ -1,4 +1,4 @@
-"""The control plane's clock, in a test's hands: leases and redeliveries without the waiting."""
+"""A clock for the control plane that a test can move, so that leases lapse without a wait."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from workpool.server.clock import system_clock
 
 
 class Clock:
-    """Epoch seconds that go on as time does, and jump when told: `ControlPlane(now=Clock())`.
+    """Epoch seconds that pass in real time and can jump: `ControlPlane(now=Clock())`.
 
-    Ahead of the worker's clock it makes leases lapse early; polls that wait already notice a jump
-    after `plane.operations.wake()`.
+    A clock ahead of the worker's clock makes leases lapse early. Polls that are waiting notice a
+    jump after `plane.operations.wake()`.
     """
 
     def __init__(self) -> None:
@@ -17,9 +17,9 @@ class Clock:
         self._ahead = 0.0
 
     def __call__(self) -> float:
-        """Return the time."""
+        """Return the current epoch seconds."""
         return self._steady() + self._ahead
 
     def advance(self, seconds: float) -> None:
-        """Jump forward; what is negative is a step back, which the control plane ignores."""
+        """Jump forward. A negative number is a step back, which the control plane ignores."""
         self._ahead += seconds

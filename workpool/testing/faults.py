@@ -1,7 +1,8 @@
-"""Which requests to a control plane go wrong, and a log of all that came.
+"""The injection of faults into requests to a control plane, and a log of all requests.
 
-Owns when a fault is injected: by call, count, probability, predicate or time. What a fault does is
-in `actions`. Several that match one request stand around each other, the first added outermost.
+Owns when a fault is injected: by call, count, probability, predicate or time. The effects of faults
+are in `actions`. If several rules match one request, their faults are nested; the first added one
+is the outermost.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SUFFIXED = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
 
 
 class Fault(Protocol):
-    """A middleware: may call `handler` for the true answer, or not."""
+    """A middleware: it may call `handler` for the true answer."""
 
     def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
         """Answer the request."""
@@ -40,27 +41,27 @@ class Limits(TypedDict, total=False):
     """The conditions of a rule; all of them must hold."""
 
     times: int
-    """At most so often."""
+    """The number of requests at most."""
     skip: int
-    """Not the first ones that match otherwise."""
+    """The number of matching requests to skip first."""
     probability: float
-    """Drawn from the seeded generator."""
+    """The share of matching requests, drawn with the seed."""
     where: Callable[[web.Request], bool]
-    """Only requests that this accepts."""
+    """Returns whether the request matches."""
     between: tuple[float, float]
-    """Only in this window, in seconds since the first request."""
+    """The window, in seconds since the first request."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One request that came.
+    """One request that arrived.
 
     Attributes:
-        work_id: Of the calls on one item.
-        worker_id: What the caller named itself.
-        at: When it came, on the loop's clock.
-        body: The JSON that was sent; None without one, or when a fault kept it from being read.
-        status: What was answered; None while it is being answered, or when it never was.
+        work_id: The id of the item, for calls about one item.
+        worker_id: The header `Worker-ID`.
+        at: The time of its arrival, on the loop's clock.
+        body: The JSON of the request; None without a body, or if a fault prevented reading it.
+        status: The status of the answer; None until there is one.
         lost: The connection was closed before the answer.
     """
 
@@ -76,7 +77,7 @@ class Request:
 
 @dataclass(eq=False)
 class Rule:
-    """A fault that was added; as a context manager, removed at the end of the block.
+    """A fault and its conditions. As a context manager, it is removed at the end of the block.
 
     Attributes:
         hits: Number of requests that it was injected into.
@@ -126,13 +127,13 @@ class Faults:
     """Faults of one control plane: `ControlPlane(middlewares=[faults.middleware])`.
 
     Attributes:
-        seen: Every request that came, in order of arrival; none when `remember` is off.
-        rules: Those in force.
-        seed: Of the probabilities; print it where a test draws one.
+        seen: All requests in the order of arrival; empty without `remember`.
+        rules: The current rules.
+        seed: The seed of the probabilities. Print it if a test draws one at random.
     """
 
     def __init__(self, seed: int = 0, *, remember: bool = True) -> None:
-        """`remember`: keep a log of the requests; for a server that runs for days, do not."""
+        """`remember`: keep a log of the requests. It grows, so a server for days should not."""
         self.seen: list[Request] = []
         self.rules: list[Rule] = []
         self.seed = seed
@@ -148,7 +149,7 @@ class Faults:
         return rule
 
     def of(self, *ops: Op, work_id: str | None = None) -> list[Request]:
-        """The requests so far of these calls (none named: all), of one item or of any."""
+        """Return the requests so far of these calls (default: all), of one item or of all."""
         return [
             request
             for request in self.seen
@@ -163,10 +164,10 @@ class Faults:
         answered: bool = False,
         timeout: float = WAIT_SECONDS,
     ) -> Request:
-        """Return the `count`-th request of these calls once it has come, or been `answered`.
+        """Wait for the `count`-th request of these calls, or for its answer (`answered`).
 
         Raises:
-            AssertionError: It did not come in time.
+            AssertionError: There was no such request in time.
         """
 
         def enough() -> list[Request] | None:
@@ -189,7 +190,7 @@ class Faults:
         return now - (now if self._began is None else self._began)
 
     def chance(self, probability: float) -> bool:
-        """Throw the seeded dice, but only where there is something to decide."""
+        """Draw with the seed, but only if the probability leaves a choice."""
         return probability >= 1 or self._random.random() < probability
 
     @web.middleware

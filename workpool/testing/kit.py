@@ -1,11 +1,12 @@
-"""The fixture `workpool`: a control plane, pools on it, and what became of their sessions.
+"""The fixture `workpool`: a control plane, pools on it, and the results of their sessions.
 
     async def test_counts_the_rows(workpool: Kit) -> None:
         result = await workpool.run_session(count_rows, metadata={"table": "orders"})
         assert (result.outcome, result.metadata["rows"]) == ("completed", "42")
 
 Under `@in_virtual_time` the same calls run on a clock that jumps, without a network. Every wait is
-bounded, and one that ends in vain says what there was instead.
+bounded, and a failed wait reports what happened instead. See workpool/docs/testing.md,
+"Testing handlers".
 """
 
 from __future__ import annotations
@@ -44,24 +45,24 @@ E = TypeVar("E")
 T = TypeVar("T")
 
 VIRTUAL_WAIT_SECONDS: Final = 86_400.0
-"""How long a test waits in virtual time; a session that never ends costs seconds of real time."""
+"""The bound of a wait in virtual time. A session that never ends costs seconds of real time."""
 VIRTUAL_START: Final = 1_772_366_400.0
-"""When virtual time begins by the control plane's clock: 2026-03-01T12:00:00Z."""
+"""The time of the control plane at the beginning of virtual time: 2026-03-01T12:00:00Z."""
 ITEMS_SHOWN: Final = 5
 """Items that a report of a failed wait describes."""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionResult:
-    """What became of one session.
+    """The result of one session.
 
     Attributes:
-        outcome: How it ended for the pool.
-        metadata: The item's, at the end: what it came with, and what the session wrote.
+        outcome: The outcome in the pool.
+        metadata: The metadata of the item at the end.
         events: The events of the session, oldest first.
-        error: What the handler raised; None when it did not.
-        seconds: From the acknowledgement to the end, virtual in virtual time.
-        item: The control plane's: `state` is `stopped` unless the item is to be delivered again.
+        error: The exception of the handler, if any.
+        seconds: The time from the acknowledgement to the end, in virtual time if the test is.
+        item: The item at the control plane. `state` is `stopped` unless it is delivered again.
     """
 
     outcome: Outcome
@@ -73,10 +74,10 @@ class SessionResult:
 
 
 class Kit:
-    """One test's control plane, and whatever pools the test runs on it.
+    """The control plane of one test, and the pools that the test runs on it.
 
     Attributes:
-        recorder: Every event that the pools told their observers.
+        recorder: All events of the pools.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class Kit:
 
     @functools.cached_property
     def server(self) -> ControlPlane:
-        """The control plane: on a free port, or, in virtual time, without one."""
+        """The control plane, on a free port; in virtual time, without a port."""
         __tracebackhide__ = True
         loop = _virtual_loop()
         if loop is None:
@@ -97,7 +98,7 @@ class Kit:
 
     @property
     def faults(self) -> Faults:
-        """What is to go wrong at the control plane, and a log of all requests.
+        """The faults to inject at the control plane, and a log of all requests.
 
         Raises:
             RuntimeError: In virtual time, where no requests exist to inject them into.
@@ -112,7 +113,7 @@ class Kit:
         metadata: Mapping[str, str] | None = None,
         **given: Any,
     ) -> tuple[Item, ...]:
-        """Create work items: `ControlPlane.enqueue`, whose keywords it takes."""
+        """Create work items, with the keywords of `ControlPlane.enqueue`."""
         items = self.server.enqueue(count, metadata, **given)
         self._items += items
         return items
@@ -122,7 +123,7 @@ class Kit:
         return self.server.operations.get(item.environment_id, item.id)
 
     def stop(self, item: Item, *, force: bool = False) -> None:
-        """Stop an item as an operator does, and have its lease looked at, so that it is noticed."""
+        """Stop an item as an operator does, and let its pool notice at once."""
         self.server.operations.stop(item.environment_id, item.id, force=force)
         self._notice(item)
 
@@ -142,7 +143,7 @@ class Kit:
         self._notice(item)
 
     def settings(self, **values: Any) -> Settings:
-        """Settings that lead to the control plane; a keyword of yours wins."""
+        """Return settings for a pool on the control plane; keywords win."""
         plane = self.server
         ours: dict[str, Any] = {
             "base_url": plane.base_url,
@@ -153,7 +154,7 @@ class Kit:
         return Settings(**ours | values)
 
     def pool(self, *plugins: object, **settings: Any) -> Supervisor:
-        """A pool of these plugins, to be run with `async with`; see `Supervisor`.
+        """Return a pool of these plugins, to be used with `async with`; see `Supervisor`.
 
         Raises:
             RuntimeError: The control plane is not open: outside of the fixture, `async with Kit()`.
@@ -180,14 +181,14 @@ class Kit:
         """Enqueue one item and run a pool of these plugins until its session has ended.
 
         Args:
-            plugins: A handler, or whatever else `Supervisor` takes for one.
-            metadata: The item's.
-            script: The tool uses of a scripted session; None: nothing is said.
+            plugins: A handler, or any other plugins that `Supervisor` accepts.
+            metadata: The metadata of the item.
+            script: The tool uses of a scripted session; None: a session without events.
             timeout: Seconds to wait; None: 10, in virtual time a day.
-            settings: The pool's, by name.
+            settings: Settings of the pool, by name.
 
         Raises:
-            AssertionError: The session has not ended, or no handler wanted it.
+            AssertionError: The session has not ended, or no handler takes the item.
             WorkpoolError: The pool cannot start, or failed.
         """
         __tracebackhide__ = True
@@ -199,10 +200,11 @@ class Kit:
                     return session.item.id == item.id
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
-            # The pool has failed, and leaving it says why; an earlier pool's end is none of ours.
+            # This pool has failed, and leaving it raises the error; the end of another pool is
+            # ignored.
             return isinstance(event, DrainFinished) and pool.status().draining
 
-        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # a pool that is full does not poll
+        one_at_a_time: dict[str, Any] = {"concurrency": 1}  # a full pool does not poll
         pool = self.pool(*plugins, **one_at_a_time | settings)
         async with pool:
             try:
@@ -290,7 +292,7 @@ class Kit:
             pool.check_soon(item.id)
 
     def _report(self, wanted: str, seconds: float) -> str:
-        """What happened instead of an event that did not come."""
+        """Return what happened instead of the expected event."""
         reported = names_of(self.recorder.events)
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
         unfinished = [now for each in self._items if (now := self.item(each)).state != STOPPED]
@@ -310,7 +312,7 @@ class Kit:
 
 
 class _Prompted(Supervisor):
-    """A pool that can be told to look at a lease now, not only when the next beat is due."""
+    """A pool that can be told to check a lease now, not only when a heartbeat is due."""
 
     _context: PoolContext | None = None
 
@@ -319,7 +321,7 @@ class _Prompted(Supervisor):
         return self._context
 
     def check_soon(self, work_id: str) -> None:
-        """Beat for an item, if this pool holds it."""
+        """Send a heartbeat for an item now, if this pool holds it."""
         if self._context is not None:
             for lease in self._context.renewer.leases():
                 if lease.item.id == work_id:
@@ -327,7 +329,7 @@ class _Prompted(Supervisor):
 
 
 class _LoopPool(_Prompted, LoopSupervisor):
-    """The same on a loop of its own time."""
+    """The same pool in virtual time."""
 
 
 def _virtual_loop() -> VirtualLoop | None:

@@ -1,4 +1,4 @@
-"""A client without a network, for virtual time: it calls the control plane in process.
+"""A client without a network, for virtual time: it calls the control plane in the same process.
 
 `LocalClient` replaces `WorkClient` and parses the same bytes. `CallFault` replaces the faults of a
 network.
@@ -54,9 +54,9 @@ T = TypeVar("T")
 _NoAnswer = Literal["silence", "reset"]
 
 WRITES: Final = frozenset({"ack", "stop", "update"})
-"""The calls that our own limit of writes applies to; a heartbeat never waits for it."""
+"""The calls that the limit of writes applies to; a heartbeat never waits for it."""
 _ABSENT: Final = "\x00"
-"""In place of the token that error messages are cleared of; occurs in none."""
+"""Stands for the token that is removed from error messages; no message contains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class CallFault:
             before it is checked and sent.
         there: Seconds until the request arrives, even if the caller has given up.
         back: Seconds until the answer arrives.
-        applied: The operation is carried out.
+        applied: Whether the operation is carried out.
         answer: Replaces the true answer: a status, the body of a 200, silence, or a connection
             reset. None: the true answer.
         retry_after: `Retry-After` of an answer with a status.
@@ -111,10 +111,10 @@ class LocalClient:
     """A client of operations on the running loop; see `workpool.pool.calls.Calls`.
 
     Args:
-        operations: The control plane's.
+        operations: The operations of the control plane.
         settings: `environment_id` and `request_timeout` are used.
         faults: Called for every call, with its operation and its item's id; returns its fault.
-        worker_id: Our identity.
+        worker_id: The identity of the client.
     """
 
     def __init__(
@@ -147,33 +147,33 @@ class LocalClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close; what is under way still arrives."""
+        """Close. Requests that were sent still arrive."""
         self._open = False
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Acquire the right to send one write, unless others wait for it or the rate is used up."""
+        """Acquire a permit for one write, unless others wait for one or the rate is exhausted."""
         limiter = self.rate_limits.write
         return not limiter.limited or limiter.try_acquire(priority)
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Acquire the right to send one write, however long that takes."""
+        """Wait for a permit for one write, without a bound."""
         await self._acquire(priority, None)
 
     def release_permit(self) -> None:
-        """Give back a permit that was not used."""
+        """Release a permit that was not used."""
         if self.rate_limits.write.limited:
             self.rate_limits.write.refund()
 
     async def acquire_ack_permit(self) -> None:
-        """Acquire the right to send one ack.
+        """Wait for a permit for one ack.
 
         Raises:
-            TransientError: It took longer than the setting `request_timeout`.
+            TransientError: The wait exceeded the setting `request_timeout`.
         """
         await self._acquire(Priority.CLAIM, self._timeout)
 
     def release_ack_permit(self) -> None:
-        """Give back an ack permit that was not used."""
+        """Release an ack permit that was not used."""
         self.release_permit()
 
     async def poll(
@@ -183,7 +183,7 @@ class LocalClient:
         *,
         timeout: float | None = None,
     ) -> WorkItem | None:
-        """Protocol §3.1."""
+        """Poll for an item, as `WorkClient.poll` does."""
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, block_ms or 0, window)
         fault = self._fault_of("poll", None)
@@ -210,7 +210,7 @@ class LocalClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Protocol §3.2."""
+        """Acknowledge an item, as `WorkClient.ack` does."""
 
         def operate() -> object:
             return QODER.item(self._operations.ack(self._environment_id, work_id, self.worker_id))
@@ -230,7 +230,7 @@ class LocalClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
-        """Protocol §3.3."""
+        """Send a heartbeat, as `WorkClient.heartbeat` does."""
 
         def operate() -> object:
             item = self._operations.heartbeat(
@@ -251,7 +251,7 @@ class LocalClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
-        """Protocol §3.4."""
+        """Stop an item, as `WorkClient.stop` does."""
 
         def operate() -> object:
             return QODER.item(
@@ -269,7 +269,7 @@ class LocalClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Protocol §3.5."""
+        """Merge metadata, as `WorkClient.update_metadata` does."""
 
         def operate() -> object:
             return QODER.item(
@@ -285,7 +285,7 @@ class LocalClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
-        """Protocol §3.6."""
+        """Read an item, as `WorkClient.get` does."""
 
         def operate() -> object:
             return QODER.item(self._operations.get(self._environment_id, work_id))
@@ -315,14 +315,14 @@ class LocalClient:
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
     ) -> SessionEvents:
-        """Protocol §5."""
+        """Return the events of a session, as `WorkClient.events` does."""
         del token
         return SessionEvents(
             LocalEvents(self._operations, session_id, self._send), session_id, guard
         )
 
     async def stats(self) -> QueueStats:
-        """Protocol §3.8."""
+        """Read the queue's statistics, as `WorkClient.stats` does."""
 
         def operate() -> object:
             stats = self._operations.stats(self._environment_id)
@@ -366,7 +366,7 @@ class LocalClient:
         return await self._settle(call, exchange(), until - loop.time())
 
     async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
-        """Wait for our own rate limit and for the connection."""
+        """Wait for the own rate limit and for the connection."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
             await self._acquire(options.priority, until - loop.time())
@@ -376,7 +376,7 @@ class LocalClient:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
     async def _acquire(self, priority: Priority, seconds: float | None) -> None:
-        """Acquire one write of our own rate limit within `seconds` (None: without a bound)."""
+        """Acquire one write of the own rate limit within `seconds` (None: without a bound)."""
         limiter = self.rate_limits.write
         if not limiter.limited or limiter.try_acquire(priority):
             return
@@ -386,7 +386,7 @@ class LocalClient:
             async with asyncio.timeout(seconds):
                 await limiter.acquire(priority)
         except TimeoutError:
-            problem = "waited too long for our own rate limit"
+            problem = "waited too long for the own rate limit"
             raise TransientError("permit", None, problem, reason="timeout") from None
         finally:
             if self.on_rate_limit_wait is not None:

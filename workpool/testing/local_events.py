@@ -30,7 +30,7 @@ _OPEN: Final[Call[int]] = calls.Call(calls.STREAM, "GET", _place)
 
 
 class Send(Protocol):
-    """Carries one call there and its answer back, with the injected faults."""
+    """A function that makes one call, with the injected faults."""
 
     def __call__(
         self,
@@ -41,7 +41,7 @@ class Send(Protocol):
         options: CallOptions = DEFAULT_OPTIONS,
         /,
     ) -> Awaitable[T]:
-        """Send."""
+        """Make the call and return the parsed answer."""
 
 
 class LocalEvents:
@@ -57,7 +57,7 @@ class LocalEvents:
     async def page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """List."""
+        """Return one page of the history."""
         after = after_id or (page or "").partition("-")[2]
 
         def operate() -> object:
@@ -67,7 +67,7 @@ class LocalEvents:
         return await self._send(calls.EVENTS, self._session_id, operate, None)
 
     async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
-        """Append."""
+        """Append events and return them as stored."""
 
         def operate() -> object:
             stored = self._operations.send(self._session_id, client_events(body))
@@ -91,7 +91,7 @@ class LocalEvents:
 
 
 class _Stream:
-    """An open stream: a place in the events."""
+    """An open stream: a position in the history."""
 
     def __init__(self, operations: Operations, session_id: str, place: int) -> None:
         self._sessions = operations.sessions
@@ -99,7 +99,7 @@ class _Stream:
         self._place = place
 
     async def read(self) -> bytes:
-        """Return what was said since, or a keep-alive."""
+        """Return the events since the last call, or a keep-alive."""
         if not await self._sessions.wait(self._session_id, self._place, KEEP_ALIVE_SECONDS):
             return b""
         told = self._sessions.conversation(self._session_id).events[self._place :]
@@ -107,4 +107,4 @@ class _Stream:
         return b"".join(map(frame_of, told)) or KEEP_ALIVE
 
     def close(self) -> None:
-        """Nothing is held."""
+        """No effect, since there is no connection."""

@@ -1,9 +1,9 @@
 """Faults from a file, for manual tests: `workpool serve --faults FILE`.
 
-See workpool/docs/testing.md, "Testing handlers".
+See workpool/docs/testing.md, "Faults in manual tests".
 
-Owns the file's words and what is refused; when a fault is injected is in `faults`, what it does in
-`actions`. A file that is not wholly right is wholly refused: a typo must not look like calm.
+Owns the format of the file. The conditions of faults are in `faults`, their effects in `actions`. A
+file with any mistake is refused: a typo must not look like a server without faults.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class _When(_Strict):
-    """When a fault is injected: the same keys as `faults.Limits`."""
+    """The conditions of a fault, with the keys of `faults.Limits`."""
 
     ops: Annotated[list[Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
@@ -103,12 +103,12 @@ class _Expired(_When):
 
 
 class Plan(_Strict):
-    """What a file of faults says.
+    """The content of a file of faults.
 
     Attributes:
-        seed: Of the probabilities.
-        clock_skew: Seconds that the control plane's clock is ahead of this machine's.
-        fault: In the order of the file, which is that of `Faults.add`.
+        seed: The seed of the probabilities.
+        clock_skew: Seconds by which the control plane's clock is ahead of the machine's.
+        fault: The faults, in the order of the file and of `Faults.add`.
     """
 
     seed: int = 0
@@ -127,10 +127,10 @@ _WORDING: Final = {"Extra inputs are not permitted": "there is no such key"}
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a file: JSON when it is named so, else TOML.
+    """Read a file: JSON if its name ends with `.json`, else TOML.
 
     Raises:
-        ServeError: It cannot be read, or something in it is wrong; all of that, by place.
+        ServeError: The file cannot be read, or is wrong. Names all mistakes with their places.
     """
     try:
         content = path.read_bytes()
@@ -139,7 +139,7 @@ def read_plan(path: Path) -> Plan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {error.strerror}") from None
-    except ValueError as error:  # of either parser, or no UTF-8
+    except ValueError as error:  # of one of the parsers, or not UTF-8
         raise ServeError(f"faults file: {error}") from None
     try:
         return Plan.model_validate(found)
@@ -149,9 +149,9 @@ def read_plan(path: Path) -> Plan:
 
 
 def _problem(place: tuple[int | str, ...], message: str) -> str:
-    """`fault 2: code: field required`."""
+    """Return a sentence such as `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # The third part is the kind, or what pydantic calls it; the person wrote that one.
+        # The third part is the kind of the fault as pydantic names it; the file has no such key.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

@@ -1,7 +1,7 @@
-"""A network that fails: a TCP proxy on the loopback, one per worker.
+"""A network that can fail: a TCP proxy on the loopback address, one for each worker.
 
-Owns the bytes between one worker and its control plane. Never reads them: what goes wrong here
-goes wrong below HTTP, where neither side is told. Faults of single calls are in `actions`.
+Owns the connections between one worker and the control plane. Does not parse the bytes: its
+failures are below HTTP, where neither side is notified. Faults of single calls are in `actions`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _HOST: Final = "127.0.0.1"
 
 @dataclass(eq=False, slots=True)
 class _Link:
-    """One connection of the worker, and the one made for it to the control plane.
+    """One connection of the worker, and its connection to the control plane.
 
     Attributes:
-        plane: None until it is made.
-        swallowed: Bytes of it are gone, so that it can never be right again: it stays silent.
-        half_closed: The worker was told that no answer will come.
+        plane: The connection to the control plane; None until it is open.
+        swallowed: Whether bytes were dropped. Such a connection stays silent for good.
+        half_closed: Whether the side of the control plane was ended.
     """
 
     worker: asyncio.StreamWriter
@@ -40,15 +40,14 @@ class _Link:
 
 
 class Proxy:
-    """A way to a control plane that can be made to fail.
+    """A network between one worker and a control plane, which can be made to fail.
 
-    `async with Proxy(plane.base_url) as way:` and point one worker to `way.base_url`; the others
-    go on without. Faults hold for the connections that are open and for those to come, until
-    `heal()`. Belongs to the loop that entered it.
+    Use `async with Proxy(plane.base_url) as network:` and give `network.base_url` to one worker.
+    Failures apply to open and to new connections, until `heal()`. Used on the loop that entered it.
 
     Attributes:
-        base_url: What the worker is given; set on entering.
-        accepted: How many connections there were.
+        base_url: The address for the worker; set on entering.
+        accepted: The number of connections so far.
     """
 
     def __init__(self, base_url: str) -> None:
@@ -63,29 +62,29 @@ class Proxy:
         self._changes = Changes()
         self._stack = AsyncExitStack()
 
-    # What goes wrong.
+    # Failures.
 
     def blackhole(self) -> None:
-        """Swallow every byte both ways. Nothing is closed; the swallowed bytes are lost.
+        """Drop every byte in both directions, without closing a connection.
 
-        After `heal()` only new connections work: those that lost bytes stay silent, as behind a
+        After `heal()` only new connections work. Those that lost bytes stay silent, as behind a
         firewall that has forgotten them.
         """
         self.heal()
         self._swallowing = True
 
     def partition(self) -> None:
-        """Hold back every byte both ways; `heal()` delivers them, as TCP does after an outage."""
+        """Delay every byte in both directions until `heal()`, as TCP does in an outage."""
         self.heal()
         self._passing.clear()
 
     def delay(self, seconds: float) -> None:
-        """Let everything arrive later, each way."""
+        """Delay every byte by `seconds`, in each direction."""
         self.heal()
         self._delay = seconds
 
     def throttle(self, bytes_per_second: float) -> None:
-        """Let no connection carry more than this, each way."""
+        """Limit each connection to `bytes_per_second`, in each direction."""
         self.heal()
         self._bytes_per_second = bytes_per_second
 
@@ -93,31 +92,31 @@ class Proxy:
         """End the control plane's side of every open connection; requests still go through."""
         for link in self._links:
             link.half_closed = True
-            with suppress(OSError):  # the worker has closed it already
+            with suppress(OSError):  # the worker has closed the connection
                 link.worker.write_eof()
 
     def reset(self) -> None:
-        """Reset every open connection, both ways; new ones work."""
+        """Reset every open connection on both sides. New connections work."""
         for link in self._links:
             reset_connection(link.worker.transport)
             if link.plane is not None:
                 reset_connection(link.plane.transport)
 
     def heal(self) -> None:
-        """Let everything through again, at once."""
+        """End all failures."""
         self._swallowing = False
         self._delay, self._bytes_per_second = 0.0, None
         self._passing.set()
 
     async def connected(self, count: int = 1, timeout: float = WAIT_SECONDS) -> None:
-        """Wait until so many connections have been made, since the beginning."""
+        """Wait until `count` connections were accepted in total."""
         await self._changes.until(
             lambda: self.accepted >= count,
             lambda: f"{count} connections; there were {self.accepted}",
             timeout,
         )
 
-    # Its life.
+    # Life cycle.
 
     async def __aenter__(self) -> Self:
         self.heal()
@@ -144,12 +143,12 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._stack.aclose()  # without the block's error, which is to come out as it is
+        await self._stack.aclose()  # without the error of the block, which must not be wrapped
 
     async def _live(
         self, ending: asyncio.Event, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Carry one connection until both sides have ended, or the proxy has."""
+        """Forward one connection until both sides or the proxy have ended."""
         link = _Link(writer)
         self._links.add(link)
         try:
@@ -167,7 +166,7 @@ class Proxy:
         host, port = self._target.hostname, self._target.port
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
-        except OSError:  # nobody there: the worker sees its connection closed
+        except OSError:  # no server: the worker's connection is closed
             return
         link.plane = plane
         try:
@@ -180,8 +179,8 @@ class Proxy:
     async def _carry(
         self, link: _Link, source: asyncio.StreamReader, sink: asyncio.StreamWriter
     ) -> None:
-        """Carry one way, until its end has been carried too."""
-        with suppress(OSError):  # reset or aborted: the other way ends by itself
+        """Forward one direction, its end included."""
+        with suppress(OSError):  # reset or aborted: the other direction ends by itself
             while chunk := await source.read(self._portion()):
                 await self._hold_up(len(chunk))
                 if self._swallows(link):
@@ -193,21 +192,23 @@ class Proxy:
             if not self._swallows(link):
                 sink.write_eof()
                 return
-            await asyncio.Event().wait()  # nobody learns of this end; cut short by our own
+            await (
+                asyncio.Event().wait()
+            )  # this end is not forwarded; only the end of the proxy interrupts the wait
         if not link.swallowed:
             sink.transport.abort()
 
     def _portion(self) -> int:
-        """How much to take at once: no more than a tenth of a second's worth."""
+        """Return the number of bytes to read at once: at most those of a tenth of a second."""
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))
 
     async def _hold_up(self, count: int) -> None:
-        """Wait as long as the network's state says."""
+        """Wait as the state of the network demands."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
-        while not self._passing.is_set():  # a second partition may follow the first at once
+        while not self._passing.is_set():  # a second partition may directly follow the first
             await self._passing.wait()
 
     def _swallows(self, link: _Link) -> bool:

@@ -1,8 +1,8 @@
-"""pytest's way to `workpool.testing`: the fixture `workpool`, and tests that are `async def`.
+"""The pytest plugin: the fixture `workpool`, and tests that are `async def`.
 
-Installed at the top level, beside the package: pytest imports every plugin at each start, and what
-lies within the package cannot be imported without all of it. So this imports pytest alone, until a
-test asks for the fixture.
+The wheel installs this module beside the package. pytest imports every plugin at each start, and a
+module inside of the package would import the package. So this imports only pytest, until a test
+asks for the fixture.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kit:
-    from workpool.testing.kit import Kit  # noqa: PLC0415 - half a second, for those who need it
+    from workpool.testing.kit import Kit  # noqa: PLC0415 - takes half a second
 
-    if request.config.pluginmanager.has_plugin("logging"):  # it shows the log of what fails
+    if request.config.pluginmanager.has_plugin("logging"):  # pytest shows the log of a failed test
         request.getfixturevalue("caplog").set_level("INFO", "workpool")
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
-            monkeypatch.delenv(name)  # a test must not depend on the machine that it runs on
+            monkeypatch.delenv(name)  # a test must not depend on the settings of its machine
     kit = Kit()
     test = request.node.obj
     if inspect.iscoroutinefunction(test):
@@ -35,7 +35,7 @@ def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def workpool(_workpool_kit: Kit) -> Kit:
-    """A control plane of the test's own, and pools on it; see `workpool.testing.Kit`."""
+    """A control plane for this test, and pools on it; see `workpool.testing.Kit`."""
     return _workpool_kit
 
 
@@ -46,10 +46,10 @@ def kit(_workpool_kit: Kit) -> Kit:
 
 @pytest.hookimpl
 def pytest_configure(config: pytest.Config) -> None:
-    """Register our fixtures, but for those whose names other plugins have taken already.
+    """Register the fixtures, except those whose names another plugin uses.
 
-    Of two plugins with a fixture of one name, pytest uses the one that was registered later: ours,
-    where a project loads its own with `-p`. The fixtures of conftest files go before ours anyway.
+    Of two plugins with a fixture of one name, pytest uses the one that was registered later. That
+    would be this one if a project loads its own with `-p`. Fixtures of conftest files always win.
     """
     manager = config.pluginmanager
     ours = type(_workpool_kit)
@@ -60,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for name, value in [*vars(type(plugin)).items(), *getattr(plugin, "__dict__", {}).items()]
         if isinstance(value, ours)
     }
-    fixtures = ModuleType("pytest_workpool_fixtures", "The fixtures that were not taken.")
+    fixtures = ModuleType("pytest_workpool_fixtures", "The fixtures of workpool.")
     for fixture in (workpool, kit):
         if fixture.__name__ not in taken:
             setattr(fixtures, fixture.__name__, pytest.fixture(fixture))
@@ -69,12 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test of our fixture that no other plugin runs: none is needed for `async def`."""
+    """Run an `async def` test that uses the fixture, if no other plugin runs it."""
     ours = "_workpool_kit" in pyfuncitem.funcargs
     if not ours or not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
-    import asyncio  # noqa: PLC0415 - pytest alone does without it
+    import asyncio  # noqa: PLC0415 - not needed without such a test
 
-    names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001 - as every plugin that calls tests
+    names = pyfuncitem._fixtureinfo.argnames  # noqa: SLF001 - all plugins that call tests use it
     asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
     return True

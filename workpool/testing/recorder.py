@@ -1,4 +1,4 @@
-"""A plugin that keeps every event, for tests to look at and to wait for (design §4)."""
+"""A plugin that records all events, for tests to read and to wait for."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ E = TypeVar("E")
 
 
 class Recorder:
-    """Records what one pool tells its observers. Belongs to the supervisor's loop.
+    """Records the events of a pool. Used on the supervisor's loop.
 
     Attributes:
-        events: In the order in which they were told.
+        events: All events, in their order.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Recorder:
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
-        """Keep it."""
+        """Record an event."""
         self.events.append(event)
         self._changes.notify()
 
     def of(self, kind: type[E], where: Callable[[E], bool] | None = None) -> list[E]:
-        """The events of one kind so far, in order; only those that `where` accepts."""
+        """Return the events of one kind so far, in order, and only those that `where` accepts."""
         events: list[E] = [event for event in self.events if isinstance(event, kind)]
         return events if where is None else [event for event in events if where(event)]
 
@@ -46,10 +46,10 @@ class Recorder:
         count: int = 1,
         timeout: float = WAIT_SECONDS,
     ) -> E:
-        """Return the `count`-th event of this kind, which may have come already.
+        """Return the `count`-th event of this kind, past or future.
 
         Raises:
-            AssertionError: It did not come in time.
+            AssertionError: There was no such event in time.
         """
         found: list[E] = []
         seen = 0

@@ -1,4 +1,4 @@
-"""What to tell a test's author when something was waited for in vain: what there was instead."""
+"""The text of a failed wait: what happened instead of the expected event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def names_of(events: Iterable[Event]) -> str:
-    """The events' names, each once, with how many there were."""
+    """Return the names of the events, each once with its count."""
     counts = Counter(type(event).__name__ for event in events)
     return ", ".join(_times(name, count) for name, count in counts.items()) or "nothing"
 
@@ -33,10 +33,10 @@ def _times(name: str, count: int) -> str:
 
 
 def _where(work_id: str) -> list[str]:
-    """Every frame of the item's handler, down to its last `await`."""
+    """Return all frames of the item's handler, down to its last `await`."""
     lines: list[str] = []
     for task in asyncio.all_tasks():
-        label, _, name = task.get_name().rpartition(" ")  # as `pool.handling` names it
+        label, _, name = task.get_name().rpartition(" ")  # as `pool.handler_executor` names it
         if label and name == work_id:
             lines.append(f"its handler {label} waits here:")
             awaited: Any = task.get_coro()

@@ -27,15 +27,15 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 CLEANUP_SECONDS = 1.0
-"""After an error, how long the loop waits in real time for what the clean-up of tasks waits for."""
+"""After an error, the real time that the loop waits before each jump, for the clean-up of tasks."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop whose `time()` starts at 0 and moves by waiting only.
+    """An event loop whose `time()` starts at 0 and moves only while all tasks wait.
 
     Attributes:
-        slept: Seconds for which the machine was suspended so far: this loop's clock and timers
-            stood still meanwhile, as those of a real one do; `machine_time` went on.
+        slept: Seconds for which the machine slept so far. The loop's clock and timers stood still
+            meanwhile, as those of a real loop do, but `machine_time` went on.
         paused: Seconds for which the virtual machine was paused: only `wall_time` went on.
     """
 
@@ -46,8 +46,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._jumps = _Jumps(self._jump)
         super().__init__(self._jumps)
         self._own_files = {key.fd for key in self._jumps.get_map().values()}
-        # A timer is due this much early: after a month a float is too coarse for the default, and
-        # one that is due exactly now would never be.
+        # Timers fire this much early. After a month the precision of a float is too low for the
+        # default: a timer that is due exactly now would never fire.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:
@@ -55,11 +55,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now
 
     def machine_time(self) -> float:
-        """Return virtual seconds with those of suspension: the clock that leases are on."""
+        """Return virtual seconds, sleep included: the clock of leases."""
         return self._now + self.slept
 
     def wall_time(self) -> float:
-        """Return virtual seconds that go on whatever happens to the machine."""
+        """Return virtual seconds, sleep and pauses included."""
         return self.machine_time() + self.paused
 
     def pause(self, seconds: float) -> None:
@@ -112,13 +112,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 self._jumps.real_seconds = CLEANUP_SECONDS
                 raise RuntimeError(f"virtual time cannot wait for {', '.join(outside)}")
         if seconds is None:
-            # Better than to hang: no timer is set, so nothing can happen any more.
+            # Without a timer, nothing can happen any more: fail instead of hanging.
             raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 
 
 class _Outside:
-    """What tasks of one loop may wait for although only real time brings it."""
+    """The threads and processes of one loop, whose ends only real time brings."""
 
     def __init__(self) -> None:
         self.threads: dict[asyncio.Future[Any], str] = {}
@@ -127,7 +127,7 @@ class _Outside:
         )
 
     def names(self, files: Iterable[int]) -> list[str]:
-        """Describe all of it."""
+        """Describe the threads and processes, and the sockets among these files."""
         names = [f"the thread of {name}" for name in self.threads.values()]
         names += [
             f"process {transport.get_pid()} ({name})"
@@ -138,7 +138,7 @@ class _Outside:
 
 
 def _function_name(func: Any) -> str:
-    """The name of a function that an executor calls, behind the wrappers of `to_thread`."""
+    """Return the name of an executor's function, without the wrappers of `to_thread`."""
     while isinstance(func, functools.partial):
         in_context = isinstance(getattr(func.func, "__self__", None), contextvars.Context)
         func = func.args[0] if in_context else func.func
@@ -146,7 +146,7 @@ def _function_name(func: Any) -> str:
 
 
 def _socket_name(file: int) -> str | None:
-    """The address of a socket by its file descriptor; None for a pipe and other files."""
+    """Describe the socket of a file descriptor; None for a pipe and other files."""
     try:
         copy = socket.socket(fileno=os.dup(file))
     except OSError:
@@ -171,7 +171,7 @@ class _Jumps(selectors.DefaultSelector):
     """A selector that lets time pass instead of waiting.
 
     Attributes:
-        real_seconds: How long it waits before each jump. 0 unless the test has failed.
+        real_seconds: The real time that it waits before each jump; 0 unless the test has failed.
     """
 
     def __init__(self, jump: Callable[[float | None], None]) -> None:
@@ -197,7 +197,7 @@ def run_virtual(main: Coroutine[object, object, T]) -> T:
 
 
 def in_virtual_time(test: Callable[P, Coroutine[object, object, T]]) -> Callable[P, T]:
-    """Make an `async def` test one that runs in virtual time."""
+    """Decorate an `async def` test, so that it runs in virtual time."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
