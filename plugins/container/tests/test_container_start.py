@@ -38,7 +38,7 @@ async def test_an_engine_that_is_absent_ends_the_worker_with_status_2(tmp_path: 
         f"""
         [workpool]
         base_url = "http://127.0.0.1:9"
-        token = "t"
+        token = "the-token"
         environment_id = "env_1"
         plugins = ["container"]
         metrics_listen = "off"
