@@ -10,15 +10,19 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
+from workpool.pool.lease_renewer import new_event_loop
 from workpool.wire import resolver
+from workpool.wire.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
 from workpool.wire.options import CallOptions, Priority
 from workpool.wire.resolver import ThreadResolver
 from workpool.wire.threads import DaemonThreads
@@ -384,3 +388,70 @@ async def test_resolver_returns_numeric_addresses() -> None:
         await ThreadResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
     assert isinstance(raised.value, socket.gaierror)
     await threads.close()
+
+
+# Informational answers without end.
+
+FLOOD = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    connection = listener.accept()[0]
+    connection.recv(65536)
+    try:
+        while True:
+            connection.sendall(b"HTTP/1.1 102 Processing\\r\\n\\r\\n" * 40_000)
+    except OSError:
+        pass
+"""
+
+
+def test_informational_answers_without_end_time_out_while_the_loop_runs() -> None:
+    """On the loop of the command line, which reads for as long as there is something to read."""
+
+    async def stop(port: int) -> list[float]:
+        times: list[float] = []
+
+        async def note_turns() -> None:
+            while True:
+                times.append(time.thread_time())
+                await asyncio.sleep(0)
+
+        server = Server(port=port)
+        client = WorkClient(server.settings(request_timeout=1))
+        async with client, asyncio.TaskGroup() as group:
+            noting = group.create_task(note_turns())
+            with pytest.raises(TransientError, match="no answer in time"):
+                await client.stop(WORK)
+            noting.cancel()
+        return times
+
+    flood = subprocess.Popen([sys.executable, "-c", FLOOD], stdout=subprocess.PIPE)  # noqa: S603 - our own words
+    assert flood.stdout is not None
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            times = runner.run(stop(int(flood.stdout.readline())))
+    finally:
+        flood.kill()
+        flood.wait()
+        flood.stdout.close()
+    assert max(after - before for before, after in pairwise(times)) < 0.8  # seconds of CPU
+
+
+@pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
+async def test_connection_receives_a_bounded_number_of_bytes_at_once(priority: Priority) -> None:
+    """What is read at once is parsed in one turn of the loop."""
+    sizes: list[int] = []
+    connect = socket.socket.setsockopt
+
+    def note(self: socket.socket, level: int, option: int, value: int) -> None:
+        connect(self, level, option, value)
+        if option == socket.SO_RCVBUF:
+            sizes.append(value)
+
+    async with serving() as server, WorkClient(server.settings()) as client:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket.socket, "setsockopt", note)
+            await client.stop(WORK, options=CallOptions(priority=priority))
+    expected = POOL_BUFFER_BYTES if priority is Priority.COMPLETION else BUFFER_BYTES
+    assert sizes == [expected]

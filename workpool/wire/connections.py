@@ -7,6 +7,7 @@ to a limit; event streams, and the calls that must not reuse a connection, each 
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from concurrent.futures import Executor
 
+    from aiohttp import AddrInfoType
+
     from workpool.settings import Settings
     from workpool.wire.options import CallOptions
 
@@ -27,6 +30,12 @@ KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
 """For handlers, beside one for each session."""
+POOL_BUFFER_BYTES: Final = 64 * 1024
+BUFFER_BYTES: Final = 208 * 1024
+"""The most that a connection of a handler receives at once; a larger buffer would be faster on long
+distances. It bounds how long a server can block the loop with answers that are all headers, such as
+informational ones (1xx): aiohttp parses all that was received before any task continues, and has no
+limit for their number. `request_timeout` ends them."""
 
 
 class Connections:
@@ -51,9 +60,9 @@ class Connections:
         self._is_ours = given is None
         limit = settings.concurrency + SPARE_CONNECTIONS
         self.proxy = proxy_of(URL(settings.base_url)) if given is None else None
-        self._pool = given or self._session(limit=0)
-        self._handlers = given or self._session(limit=limit)
-        self.single_use = given or self._session(limit=0, single_use=True)
+        self._pool = given or self._session(POOL_BUFFER_BYTES, limit=0)
+        self._handlers = given or self._session(BUFFER_BYTES, limit=limit)
+        self.single_use = given or self._session(BUFFER_BYTES, limit=0, single_use=True)
 
     def session_for(self, options: CallOptions) -> aiohttp.ClientSession:
         """Return the session that sends a call."""
@@ -67,12 +76,21 @@ class Connections:
             for session in (self._pool, self._handlers, self.single_use):
                 await session.close()
 
-    def _session(self, *, limit: int, single_use: bool = False) -> aiohttp.ClientSession:
+    def _session(
+        self, buffer_bytes: int, *, limit: int, single_use: bool = False
+    ) -> aiohttp.ClientSession:
+        def new_socket(address: AddrInfoType) -> socket.socket:
+            family, kind, protocol, _, _ = address
+            made = socket.socket(family, kind, protocol)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+            return made
+
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=limit,
                 resolver=self._resolver,
                 force_close=single_use,
+                socket_factory=new_socket,
                 keepalive_timeout=None if single_use else KEEPALIVE_SECONDS,
             ),
             cookie_jar=aiohttp.DummyCookieJar(),
