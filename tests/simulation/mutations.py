@@ -24,7 +24,10 @@ LIMIT = 2000
 
 
 class Edit(NamedTuple):
-    """The replacement of `old` by `new` in the one function of `module:Class` that has it."""
+    """The replacement of `old` by `new` in the one function of `module:Class` that has it.
+
+    A module's name is relative to `workpool.pool`, or to `workpool` if it has a dot.
+    """
 
     where: str
     old: str
@@ -215,6 +218,28 @@ MUTATIONS: dict[str, list[Edit]] = {
             "sender:Sender",
             "acquire_permit, request.priority)",
             "acquire_permit, Priority.HANDLER)",
+        ),
+    ],
+    # Event loops and threads.
+    "renewer with the client of the handlers' loop": [
+        Edit(
+            "supervisor:Supervisor",
+            "self._wall, self._new_client, callbacks",
+            "self._wall, lambda: self._client, callbacks",
+        ),
+    ],
+    "host names looked up on the default executor": [
+        Edit(
+            "wire.resolver:ThreadResolver",
+            "loop.run_in_executor(self._executor, ",
+            "loop.run_in_executor(None, ",
+        ),
+    ],
+    "token read on the default executor": [
+        Edit(
+            "wire.transport:Transport",
+            "loop.run_in_executor(self._threads, self._read_credential)",
+            "loop.run_in_executor(None, self._read_credential)",
         ),
     ],
     # What is left to other workers.
@@ -410,7 +435,8 @@ def mutated(edits: list[Edit]) -> Iterator[None]:
     with ExitStack() as stack:
         for edit in edits:
             module_name, _, class_name = edit.where.partition(":")
-            module = importlib.import_module(f"workpool.pool.{module_name}")
+            package = "workpool" if "." in module_name else "workpool.pool"
+            module = importlib.import_module(f"{package}.{module_name}")
             owner = getattr(module, class_name)
             name, original = _found(owner, edit)
             setattr(owner, name, _rewritten(module, original, edit))

@@ -30,6 +30,7 @@ from workpool.testing.simulation.order import (
     a_try_leaves_time_for_another,
     acks_do_not_wait,
     cancellations_are_repeated,
+    clients_stay_on_their_loop,
     completions_go_first,
     failing_handlers_claim_slowly,
     nothing_is_sent_in_doubt,
@@ -165,7 +166,10 @@ def _unsettled(case: Case, call: Sent) -> bool:
     return (
         claim is not None
         and not claim.settled(call.at)
-        and call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
+        and (
+            call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
+            or call.node.paused_unseen(claim.polled_at, call.at)
+        )
     )
 
 
@@ -213,7 +217,7 @@ def nothing_is_sent_after_a_known_loss(case: Case) -> Iterator[str]:
                 (_loss(case, call, following, lease) for call in following), default=FOREVER
             )
             for call in following:
-                if call.op in WRITES and call.at > known_at:
+                if call.op in WRITES and call.at > known_at and not _unsettled(case, call):
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
@@ -423,6 +427,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     a_try_leaves_time_for_another,
     sessions_share_no_context,
     optional_calls_are_refused_once,
+    clients_stay_on_their_loop,
     outcomes_agree,
     losses_are_real,
     metrics_agree,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from contextvars import Context, ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, TypeVarTuple, Unpack
 
 from workpool.testing.virtual import VirtualLoop
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     import selectors
     from collections import deque
     from collections.abc import Callable
+    from concurrent.futures import Executor
 
+T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 Halt = Literal["asleep", "stopped", "paused", "crashed"]
@@ -134,6 +136,12 @@ class Machine:
 
 _MACHINE: ContextVar[Machine | None] = ContextVar("machine", default=None)
 
+EVENT_LOOP: Final[ContextVar[str]] = ContextVar("event_loop", default="handlers")
+"""The event loop of a real pool on which the current callback would run."""
+
+THREAD_SECONDS: Final = 0.001
+"""Duration of a call on a thread."""
+
 
 def this_machine() -> Machine:
     """Return the machine that the caller runs on."""
@@ -241,6 +249,20 @@ class MachinesLoop(VirtualLoop):
         timer = _Timer(when, machine, callback, args, self, context)
         self.push(timer)
         return timer
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
+    ) -> asyncio.Future[T]:
+        """Call a function, unless on the default executor: calls of users block all its threads."""
+        future: asyncio.Future[T] = self.create_future()
+
+        def call() -> None:
+            if not future.done():
+                future.set_result(func(*args))
+
+        if executor is not None:
+            self.call_later(THREAD_SECONDS, call)
+        return future
 
     def push(self, timer: asyncio.TimerHandle) -> None:
         """Start or restart a timer."""

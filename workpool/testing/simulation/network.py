@@ -6,18 +6,21 @@ import asyncio
 from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import Poll, Refusal
 from workpool.server.dialects import QODER
 from workpool.testing.local import CallFault, LocalClient, answer_to
-from workpool.testing.simulation.machine import NETWORK, MachinesLoop
+from workpool.testing.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import calls
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 from workpool.wire.rate_limiter import RateLimiter
+from workpool.wire.resolver import ThreadResolver
+from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -47,6 +50,8 @@ DENIAL: Final = CallFault(
 )
 OPTIONAL: Final = frozenset({"get", "update"})
 """Calls that a worker's key may not make."""
+THREADS: Final[Any] = object()
+"""Stands for an executor of the pool's own."""
 SILENCE: Final = CallFault(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
@@ -179,8 +184,22 @@ def _wrong_answer(kind: str, random: Random) -> CallFault:
             )
 
 
+class _TokenReader(Transport):
+    """The part of a real client that reads its token from a file."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, None)
+        self._credential_file = Path("token")
+        self._read_credential = lambda: "token"
+        self._threads = THREADS
+
+
 class Client(LocalClient):
-    """The client of one pool, whose calls pass the simulated network."""
+    """A client of one pool, whose calls pass the simulated network.
+
+    Like a client with an aiohttp session, it belongs to the event loop on which it was created. It
+    reads its token and looks host names up with the code of the real client.
+    """
 
     def __init__(self, network: Network, node: Node, settings: Settings) -> None:
         super().__init__(network.operations, settings)
@@ -188,13 +207,19 @@ class Client(LocalClient):
         self._node = node
         self._sent: Sent | None = None
         self._patch: Mapping[str, str | None] = {}
+        self._event_loop = EVENT_LOOP.get()
+        self._token_reader = _TokenReader(settings)
+        self._resolver = ThreadResolver(THREADS)
+        self._connected = False
+        self._work_id: str | None = None
         if rate := node.pool.write_rate:
             self.rate_limits.write = RateLimiter("write", rate, _loop().time)
 
     async def __aenter__(self) -> Client:
-        """Open, and record the pool's `worker_id`."""
+        """Open, read the token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
+        await self._token_reader._read_token()
         return self
 
     async def poll(
@@ -211,6 +236,7 @@ class Client(LocalClient):
         fault = self._fault_of("poll", None)
         if fault.wait:
             await asyncio.sleep(fault.wait)
+        await self._connect("poll", None, DEFAULT_OPTIONS, self._timeout)
         self._note_sent("poll", None, fault)
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
@@ -288,12 +314,36 @@ class Client(LocalClient):
             operate = _denied
         return await super()._send(call, work_id, operate, timeout, options)
 
+    async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
+        work_id = self._work_id  # set in this step
+        await super()._wait(op, fault, options, until)
+        await self._connect(op, work_id, options, until - _loop().time())
+
+    async def _connect(
+        self, op: str, work_id: str | None, options: CallOptions, seconds: float
+    ) -> None:
+        """Look the host name up, unless a connection is open."""
+        if self._connected and not options.new_connection:
+            return
+        began = _loop().now
+        try:
+            async with asyncio.timeout(seconds):
+                await self._resolver.resolve("127.0.0.1")
+        except TimeoutError:
+            self._network.trace.delays.append(Delay(self._node, op, work_id, began, _loop().now))
+            raise TransientError(op, None, "no answer in time", reason="timeout") from None
+        self._connected = True
+
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 
     def _fault_of(self, op: str, work_id: str | None) -> CallFault:
         super()._fault_of(op, work_id)
+        if EVENT_LOOP.get() != self._event_loop:
+            self._network.trace.misplaced.append((self._node, op, _loop().now))
+            raise RuntimeError("the client belongs to another event loop")
+        self._work_id = work_id
         return self._network.fault_of(self._node, op, work_id)
 
     def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:

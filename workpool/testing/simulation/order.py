@@ -212,7 +212,10 @@ def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
 
 
 def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
-    """9j. A call that the key may not make is not sent again, until a poll is refused as well."""
+    """9j. A call that the key may not make is not sent again, until a poll is refused as well.
+
+    A call that is being repeated at that time is repeated until it is refused itself.
+    """
     for node in case.trace.nodes:
         for op in OPTIONAL:
             denied_at = case.denied_at(node, op)
@@ -228,8 +231,24 @@ def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
                 default=FOREVER,
             )
             for call in case.trace.sent:
-                if call.node is node and call.op == op and denied_at < call.at < forgotten_at:
+                if (
+                    call.node is node
+                    and call.op == op
+                    and denied_at < call.at < forgotten_at
+                    and not _repeats(case, call, denied_at)
+                ):
                     yield f"{call} was sent; it was refused at {denied_at:.3f}"
+
+
+def _repeats(case: Case, call: Sent, since: float) -> bool:
+    """Return whether the call repeats one without an answer that was sent before `since`."""
+    earlier = [
+        each
+        for each in case.sent[call.node, str(call.work_id)]
+        if each.op == call.op and each.at < call.at
+    ]
+    unanswered = all(each.answer in {"lost", None} for each in earlier if each.at >= since)
+    return any(each.at < since <= each.answered_at for each in earlier) and unanswered
 
 
 def sessions_share_no_context(case: Case) -> Iterator[str]:
@@ -237,3 +256,9 @@ def sessions_share_no_context(case: Case) -> Iterator[str]:
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
+
+
+def clients_stay_on_their_loop(case: Case) -> Iterator[str]:
+    """9k. A client is used on the event loop for which `connect` created it."""
+    for node, op, at in case.trace.misplaced:
+        yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"

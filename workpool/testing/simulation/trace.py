@@ -190,6 +190,7 @@ class Trace:
 
     Attributes:
         broken: When an operator ended a lease early, and the item.
+        misplaced: Node, operation and time of each call on another event loop than its client's.
         faults: Number of calls with a fault.
         actions: Number of actions.
     """
@@ -200,5 +201,6 @@ class Trace:
     handoff_blocks: list[HandoffBlock] = field(default_factory=list)
     delays: list[Delay] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
+    misplaced: list[tuple[Node, str, float]] = field(default_factory=list)
     faults: int = 0
     actions: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
@@ -20,7 +21,13 @@ from workpool.testing.local import CallFault
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.control_planes import ActiveAcks
 from workpool.testing.simulation.handlers import BEHAVIOUR, SECONDS, SimulatedHandlers, simulated
-from workpool.testing.simulation.machine import NETWORK, Halt, Machine, MachinesLoop
+from workpool.testing.simulation.machine import (
+    EVENT_LOOP,
+    NETWORK,
+    Halt,
+    Machine,
+    MachinesLoop,
+)
 from workpool.testing.simulation.metric_totals import totals
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
@@ -83,9 +90,26 @@ class LoopSupervisor(Supervisor):
         await super()._live()
 
 
+class MachineRenewer(LoopRenewer):
+    """A lease renewer whose callbacks are marked as those of an event loop of its own."""
+
+    def _start_thread(self) -> asyncio.Future[None]:
+        self._loop = self._handlers_loop
+        self._handlers_context, self._context = copy_context(), copy_context()
+        self._context.run(EVENT_LOOP.set, "renewer")
+        return self._loop.create_task(self._main(), name="lease-renewer", context=self._context)
+
+    def _call(self, callback: Callable[..., object], *args: object) -> None:
+        self._loop.call_soon(callback, *args, context=self._context)
+
+    def _tell(self, callback: Callable[[], object]) -> None:
+        self._loop.call_soon(callback, context=self._handlers_context)
+
+
 class MachineSupervisor(LoopSupervisor):
     """A supervisor on a simulated machine, which records its events."""
 
+    _renewer = MachineRenewer
     node: Node
 
     async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
