@@ -105,7 +105,6 @@ async def test_application_cannot_create_what_no_answer_carries(
     content = {**body, "metadata": metadata_of(NEW_METADATA_LIMIT_BYTES + 1)}
     answer = await post(anthropic, anthropic.base + suffix, content)
     assert (answer.status, answer.error["param"]) == (400, "metadata")
-    assert str(NEW_METADATA_LIMIT_BYTES) in answer.error["message"]
 
 
 # -- many items ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -55,6 +56,25 @@ async def test_the_events_of_a_session(plane: ControlPlane, sdk: AsyncManaged) -
         "user.tool_result",
         "agent.message",
         "session.status_idle",
+    ]
+
+
+async def test_events_are_listed_by_type_time_and_order(
+    plane: ControlPlane, sdk: AsyncManaged, clock: Clock
+) -> None:
+    events = sdk.sessions.events
+    (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
+    since = datetime.fromtimestamp(clock.seconds, UTC)
+    clock.advance(1)
+    (use,) = [event async for event in await events.list(
+        item.session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip
+    assert use.id is not None
+    await events.send(item.session_id, events=[{"type": "user.tool_result", "tool_use_id": use.id}])
+    newest = await events.list(item.session_id, order="desc", limit=1, created_at_gt=since)
+    assert [event.type async for event in newest] == [
+        "session.status_idle",
+        "agent.message",
+        "user.tool_result",
     ]
 
 
