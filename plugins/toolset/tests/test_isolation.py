@@ -93,7 +93,7 @@ def test_filter_refuses_all_calls_of_an_unknown_instruction_set() -> None:
 
 
 def test_launcher_gives_its_program_a_session_keyring_of_its_own(tmp_path: Path) -> None:
-    keyctl = launcher.CALLS[os.uname().machine][0].keyctl
+    keyctl = launcher.CALLS[os.uname().machine][0][-1]
     program = tmp_path / "program"
     program.write_text(
         f"#!{sys.executable}\n"
