@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import os
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -108,6 +110,31 @@ def test_launcher_gives_its_program_a_session_keyring_of_its_own(tmp_path: Path)
 def output_of(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
     return done.stdout
+
+
+FULL = """
+import ctypes, subprocess, sys
+libc, add_key, keyctl, number = ctypes.CDLL(None), int(sys.argv[1]), int(sys.argv[2]), 0
+libc.syscall(keyctl, 1, None)  # as a worker of systemd's has a session keyring
+while libc.syscall(add_key, b"user", b"%d" % number, b"x", 1, -2) != -1:
+    number += 1
+sys.exit(subprocess.run(sys.argv[3:]).returncode)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_user_who_may_have_no_more_keys_launches_programs_all_the_same() -> None:
+    python = str(shutil.which("python3", path=os.defpath))
+    launch = [python, "-I", "-S", "-c", inspect.getsource(launcher), "/bin/echo"]
+    add_key, _, keyctl = map(str, launcher.CALLS[os.uname().machine][0][1:])
+    done = subprocess.run(  # noqa: S603 - our own words
+        [python, "-c", FULL, add_key, keyctl, *launch],
+        user=65533,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "--seccomp 3\n", "")
 
 
 def test_program_that_cannot_be_launched_is_named() -> None:

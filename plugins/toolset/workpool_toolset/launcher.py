@@ -74,10 +74,7 @@ def main() -> int:
         opened = os.memfd_create("seccomp", 0)
         os.write(opened, seccomp_filter(machine))
         os.lseek(opened, 0, os.SEEK_SET)
-        for number in (
-            signal.SIGPIPE,
-            signal.SIGXFSZ,
-        ):  # Python ignores them, and so would a session
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
             signal.signal(number, signal.SIG_DFL)
         os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell
     except OSError as error:
