@@ -64,6 +64,7 @@ async def test_tool_without_descriptors_says_so(bare: Any, folder: Path, left: i
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
+    assert await bare.says("bash", command="echo later") == "later\n"  # without a restart
 
 
 @pytest.mark.parametrize("left", range(3))

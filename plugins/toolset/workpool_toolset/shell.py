@@ -90,7 +90,7 @@ class Shell:
                 await self._run(":", self._started)
             return await self._run(command, self._started)
         except BaseException:
-            self.ended = True
+            self.ended = self._started is not None  # what was not started can be tried again
             await self.close()
             raise
 
