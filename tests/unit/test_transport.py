@@ -309,7 +309,7 @@ async def test_an_answer_that_is_too_large_is_cut_off() -> None:
         error = await failure(large)
         assert isinstance(error, TooLargeError)
         assert (error.reason, error.status) == ("bad_body", 200)
-        assert "larger" in str(error)
+        assert "too large" in str(error)
         assert error.work_id is None
 
 
