@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN
 from workpool.conformance import CLAUSES
+from workpool.server import ControlPlane
+from workpool.testing import Faults, delay
 
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Ask, Start
-    from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -118,3 +119,18 @@ async def test_served_control_plane_holds_every_clause(
     command = await start("conform", address, "--dialect", dialect)
     assert await command.ends(seconds=290) == 0
     assert command.out.splitlines()[-1] == f"{len(CLAUSES)} holds"
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+async def test_slow_control_plane_is_not_misjudged(bare: Start) -> None:
+    """A fifth of a second for every answer must not look like lost leases."""
+    faults = Faults()
+    faults.add(delay(0.2))
+    async with ControlPlane(
+        environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
+    ) as plane:
+        command = await bare(
+            *("conform", plane.base_url, "--environment-id", ENVIRONMENT), WORKPOOL_TOKEN=TOKEN
+        )
+        assert await command.ends(seconds=290) == 0

@@ -33,6 +33,7 @@ from workpool.conformance.api import NoAnswerError
 from workpool.settings import Settings
 from workpool.wire.protocol import Dialect
 from workpool.wire.proxy import proxy_of
+from workpool.wire.rate_limiter import RateLimits
 
 WORKER: Final = "workpool-conform"
 DIFFERS: Final = 4
@@ -145,6 +146,7 @@ async def _run(
             headers={
                 name: value.get_secret_value() for name, value in settings.extra_headers.items()
             },
+            limits=RateLimits(settings.read_limit, settings.write_limit),
         )
         suite = Suite(api, source, given=given, test_environment=test_environment)
         try:

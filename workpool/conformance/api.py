@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from workpool.wire.protocol import Dialect
+    from workpool.wire.rate_limiter import RateLimits
 
 A = TypeVar("A")
 
@@ -148,6 +149,7 @@ class Api(WorkCalls[Answer]):
         token: The bearer token; None for none.
         worker: The name of the worker; None for none.
         headers: Further headers of every request.
+        limits: Our own rate limits; None for none.
     """
 
     http: aiohttp.ClientSession
@@ -157,6 +159,7 @@ class Api(WorkCalls[Answer]):
     token: str | None = field(default=None, repr=False)
     worker: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    limits: RateLimits | None = None
 
     def as_worker(self, worker: str | None, token: str | None) -> Api:
         """Return the same control plane for another worker, or with another token."""
@@ -200,6 +203,10 @@ class Api(WorkCalls[Answer]):
             headers[rules.worker_id_header] = worker
         if rules.work_query:
             url = f"{url}?{rules.work_query}"
+        if self.limits is not None:
+            limiter = self.limits.read if method == "GET" else self.limits.write
+            if limiter.limited:
+                await limiter.acquire()
         bound = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
         try:
             async with self.http.request(

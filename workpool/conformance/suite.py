@@ -1,4 +1,4 @@
-"""A run of the suite against one environment: turns, deliveries, bounds, and what was found."""
+"""A run of the suite against one environment: deliveries, bounds, and what was found."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from workpool.conformance.clause import Clause
     from workpool.conformance.sources import Script, Source
 
+STARTS: Final = 4
+"""How many clauses may be between their start and their first wait."""
 SUITE_SECONDS: Final = 280.0
 CLEAN_UP_SECONDS: Final = 15.0
 PAGES_MAX: Final = 100
@@ -74,9 +76,14 @@ class Suite:
         self._given = frozenset(given)
         self._test_environment = test_environment
         self._seconds = seconds
-        self._sleep = sleep
-        self._turn = asyncio.Lock()
-        self._subjects: dict[str, Subject] = {}  # by work id and by session id
+        self.sleep = sleep
+        self.starts = asyncio.Semaphore(STARTS)
+        self._subjects = {name: Subject(name) for name in self._given}  # and by session id
+        self._foreign: set[str] = set()
+        self._deliveries = 0
+        # A poll must not bring an item before its creation is noted.
+        self._queue = asyncio.Lock()
+        self._polling: asyncio.Future[bool] | None = None
 
     async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
         """Check the clauses; the findings have their order.
@@ -110,7 +117,8 @@ class Suite:
         """Check one clause; `deadline` is a time of the loop's clock."""
         trial = Trial(self)
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
+            async with asyncio.timeout_at(deadline):
+                await trial.start()
                 await asyncio.sleep(0)  # no request is begun once the deadline has passed
                 await clause.check(trial)
         except DepartureError as departure:
@@ -120,8 +128,9 @@ class Suite:
         except TimeoutError:
             return Finding(clause, Verdict.UNTRIED, "the time of the whole suite was used up")
         finally:
+            trial.begun()
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._end_of_clean_up(deadline)), self._turn:
+                async with asyncio.timeout_at(self._end_of_clean_up(deadline)):
                     await trial.clean_up()
         return Finding(clause, Verdict.HOLDS)
 
@@ -130,21 +139,13 @@ class Suite:
         now = asyncio.get_running_loop().time()
         return CLEAN_UP_SECONDS + (now if deadline is None else deadline)
 
-    # What trials use. The caller has the turn.
-
-    async def wait(self, seconds: float) -> None:
-        """Give up the turn for that long."""
-        self._turn.release()
-        try:
-            await self._sleep(seconds)
-        finally:
-            await self._turn.acquire()
+    # What trials use.
 
     async def create(self, script: Script | None = None) -> Subject:
         """Create an item."""
-        name = await self._source.create(self.api, script)
-        subject = self._subjects[name] = Subject(name)
-        return subject
+        async with self._queue:
+            name = await self._source.create(self.api, script)
+            return self._subjects.setdefault(name, Subject(name))
 
     async def poll(self, **options: Any) -> Answer:
         """Poll; the delivery of a known item is noted, and another one is stopped.
@@ -152,19 +153,41 @@ class Suite:
         Raises:
             ForeignItemsError: The item is not the suite's.
         """
-        at = self.now()
-        answer = await self.api.poll(**options)
-        item = answer.body
-        if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
-            return answer
-        subject = self._subject_of(item)
-        if subject is not None:
-            subject.deliveries.append(Delivery(at, item))
-        elif self._test_environment:
-            await self.end(Subject(item["id"]))
-        else:
-            raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")
+        answer, _ = await self._poll(options)
         return answer
+
+    async def _poll(self, options: dict[str, Any]) -> tuple[Answer, bool]:
+        """Poll; returns the answer, and whether it brought an item that is of use or is gone."""
+        async with self._queue:
+            at = self.now()
+            answer = await self.api.poll(**options)
+            item = answer.body
+            if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
+                return answer, False
+            subject = self._subject_of(item)
+            if subject is not None:
+                self._deliveries += 1
+                subject.deliveries.append(Delivery(self._deliveries, at, item))
+                return answer, True
+        if not self._test_environment:
+            raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")
+        new = item["id"] not in self._foreign
+        self._foreign.add(item["id"])
+        await self.end(Subject(item["id"]))
+        return answer, new
+
+    async def join_poll(self) -> bool:
+        """Wait for the poll that is under way, or poll; returns whether it brought an item."""
+        if self._polling is not None:
+            return await asyncio.shield(self._polling)
+        polling = self._polling = asyncio.get_running_loop().create_future()
+        came = False
+        try:
+            _, came = await self._poll({})
+        finally:
+            self._polling = None
+            polling.set_result(came)
+        return came
 
     def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
         """Return the subject of an item that came, and learn the item's ids."""

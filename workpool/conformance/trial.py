@@ -1,7 +1,7 @@
 """What one clause works with: its own items, two workers, and the clock.
 
-Clauses run side by side but never at the same time: a clause has the turn, and gives it up only
-while it waits. A poll may bring any clause's item, so every delivery is noted with its item.
+Clauses run side by side. A poll may bring any clause's item, so every delivery is noted with its
+item, and a clause that waits for a delivery joins the poll that is under way.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 
 CLAIM_SECONDS: Final = 15.0
 """How long a new item may take to be delivered: a control plane may create it in the background."""
+REDELIVERY_SECONDS: Final = 75.0
+"""How long an item may take to be delivered again that was not acknowledged."""
 POLL_SECONDS: Final = 1.0
+POLLS_AT_ONCE: Final = 20
+"""Polls that each bring an item may follow one another without a pause."""
 
 
 class Delivery(NamedTuple):
-    """One delivery of an item: the time at which its poll was sent, and the item as JSON."""
+    """One delivery of an item: its number, when its poll was sent, and the item as JSON."""
 
+    number: int
     at: float
     item: Mapping[str, Any]
 
@@ -62,6 +67,18 @@ class Trial:
         self.api: Api = suite.api
         self.other: Api = suite.other
         self.subjects: list[Subject] = []
+        self._starting = False
+
+    async def start(self) -> None:
+        """Wait until few enough other clauses are about to begin."""
+        await self._suite.starts.acquire()
+        self._starting = True
+
+    def begun(self) -> None:
+        """Let another clause begin, as this one is over or waits."""
+        if self._starting:
+            self._starting = False
+            self._suite.starts.release()
 
     @property
     def now(self) -> float:
@@ -69,8 +86,9 @@ class Trial:
         return self._suite.now()
 
     async def wait(self, seconds: float) -> None:
-        """Give up the turn for that long."""
-        await self._suite.wait(seconds)
+        """Wait, while other clauses go on."""
+        self.begun()
+        await self._suite.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
         """Poll, and note the delivery of whichever item comes."""
@@ -89,7 +107,8 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create(script)
-        if await self.delivery(subject, CLAIM_SECONDS) is None:
+        came = bool(subject.deliveries)  # one of the given items, before its turn
+        if await self.delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS) is None:
             raise Untried("the item that was created is not delivered")
         return subject
 
@@ -132,13 +151,16 @@ class Trial:
         """Poll for up to `seconds` until the item is delivered once more; None if it is not."""
         before = len(subject.deliveries)
         until = self.now + seconds
+        polls = 0
         while True:
-            await self.poll()
+            came = await self._suite.join_poll()
+            polls += 1
             if len(subject.deliveries) > before:
                 return subject.deliveries[before]
             if self.now >= until:
                 return None
-            await self.wait(POLL_SECONDS)
+            if not came or polls % POLLS_AT_ONCE == 0:
+                await self.wait(POLL_SECONDS)
 
     async def item(self, subject: Subject) -> Mapping[str, Any]:
         """Return the item as the control plane shows it: read, or looked up in the list.

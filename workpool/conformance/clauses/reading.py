@@ -85,7 +85,7 @@ async def read_of_an_unknown_item(trial: Trial) -> None:
     same_or_differs(answer.status == HTTPStatus.NOT_FOUND, str(answer))
 
 
-@clause("list-pages", "`page` with the former `next_page` answers the next items.")
+@clause("list-pages", "`page` with the former `next_page` answers the next items.", when="last")
 async def pages_of_the_list(trial: Trial) -> None:
     """Read two pages of one item each, then look for all items of this clause."""
     subjects = [await trial.claim(), await trial.claim()]
@@ -101,7 +101,7 @@ async def pages_of_the_list(trial: Trial) -> None:
     same_or_breaks(not missing, "an item is on no page")
 
 
-@clause("list-order", "Items come in ascending order of ids.")
+@clause("list-order", "Items come in ascending order of ids.", when="last")
 async def order_of_the_list(trial: Trial) -> None:
     """Compare the times of creation."""
     await trial.claim()
@@ -113,7 +113,7 @@ async def order_of_the_list(trial: Trial) -> None:
     same_or_differs(times == sorted(times), "the newest item comes first")
 
 
-@clause("stats-counts", "The answer counts a queued item.")
+@clause("stats-counts", "The answer counts a queued item.", when="last")
 async def statistics(trial: Trial) -> None:
     """Create an item and count."""
     await trial.create()
