@@ -204,7 +204,8 @@ async def environment_id(application: AsyncAnthropic) -> str:
     environment = await application.beta.environments.create(
         name="mine", config={"type": "self_hosted"}
     )
-    return environment.id
+    new_id: str = environment.id
+    return new_id
 
 
 async def eventually(condition: Callable[[], object]) -> None:
