@@ -10,6 +10,7 @@ import pytest
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api, Clock
 from tests.protocol.test_stream import stream
 from workpool.server import ControlPlane, SqliteStore
+from workpool.server.application_routes import SCAN_ROWS
 from workpool.server.environments import ENVIRONMENTS_MAX
 
 if TYPE_CHECKING:
@@ -272,6 +273,29 @@ async def test_sessions_are_listed_by_time_status_agent_and_archive(
         (("deployment_id", "depl_1"),): [],
     }
     assert {params: await walked(anthropic, "/sessions", *params) for params in lists} == lists
+
+
+async def test_list_that_goes_through_many_sessions_lets_other_calls_through(
+    anthropic: Api,
+) -> None:
+    for _ in range(10 * SCAN_ROWS):
+        anthropic.plane.enqueue()
+    ended: list[str] = []
+
+    async def listing() -> None:
+        answer = await get(anthropic, "/sessions", ("agent_id", "agent_unknown"))
+        assert (answer.status, answer.body["data"]) == (200, [])
+        ended.append("list")
+
+    async def polling() -> None:
+        for _ in range(3):
+            assert (await anthropic.poll()).body is not None
+        ended.append("poll")
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(listing())
+        group.create_task(polling())
+    assert ended == ["poll", "list"]
 
 
 async def test_sessions_of_other_environments_are_hidden_from_a_limited_token(

@@ -6,8 +6,9 @@ created brings work to the workers of its environment.
 
 from __future__ import annotations
 
+import asyncio
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
@@ -17,10 +18,11 @@ from workpool.server.errors import Refusal
 from workpool.server.item import SESSION_PREFIX
 from workpool.server.paging import listing, page_of
 from workpool.server.routes import answer
+from workpool.server.sessions import AGENT
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from workpool.server.dialects import Dialect
     from workpool.server.environments import Environment
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from workpool.server.operations import Operations
     from workpool.server.sessions import Session
     from workpool.server.tokens import Caller, Tokens
+
+SCAN_ROWS: Final = 500
+"""After so many rows of a list that is filtered, other calls take their turn."""
 
 
 class ApplicationRoutes:
@@ -101,25 +106,59 @@ class ApplicationRoutes:
         newest_first = requests.newest_first(request, default=True)
         if newest_first and place.after:
             raise Refusal(400, "after_id goes with order=asc only", "after_id")
-        wanted = _session_filter(request)
-        walk = self._operations.walk_sessions(
-            after=place.after, before=place.before, newest_first=newest_first
-        )
-        nearest = (
-            session
-            for session, item in walk
-            if (limits is None or session.environment_id in limits)
-            and wanted(session, self._session(session, item))
-        )
-        found = list(islice(nearest, place.limit + 1))
+        wanted = self._session_filter(request, limits)
+        found: dict[str, tuple[Session, dict[str, Any]]] = {}
+        after, before = place.after, place.before
+        last: str | None = ""
+        while last is not None and len(found) <= place.limit:
+            last = None
+            walk = self._operations.walk_sessions(
+                after=after, before=before, newest_first=newest_first
+            )
+            for session, item in islice(walk, SCAN_ROWS):
+                last = session.id
+                if wanted(session, item):
+                    # Rendered at once: while other calls run, a session may be deleted.
+                    found[last] = session, self._session(session, item)
+                if len(found) > place.limit:
+                    break
+            if newest_first or before is not None:
+                before = last
+            else:
+                after = last or ""
+            await asyncio.sleep(0)
+        sessions = [session for session, _ in found.values()]
         backwards = place.before is not None
         if backwards and not newest_first:
-            found.reverse()
-        page = page_of(found, place.limit, backwards=backwards, newest_first=newest_first)
-        return await self._durable(listing(page, self._session_answer))
+            sessions.reverse()
+        page = page_of(sessions, place.limit, backwards=backwards, newest_first=newest_first)
+        return await self._durable(listing(page, lambda session: found[session.id][1]))
 
-    def _session_answer(self, session: Session) -> dict[str, Any]:
-        return self._session(*self._operations.session(session.id))
+    def _session_filter(
+        self, request: web.Request, limits: frozenset[str] | None
+    ) -> Callable[[Session, Item], bool]:
+        """Return whether the query asks for a session, given with its latest item."""
+        times = requests.times(request)
+        statuses = requests.several(request, "statuses")
+        archived = requests.flag(request, "include_archived")
+        agent_id = requests.one(request, "agent_id")
+        version = requests.one(request, "agent_version")
+        # No session here has a deployment or a memory store.
+        nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
+
+        def wanted(session: Session, item: Item) -> bool:
+            agent = session.agent or AGENT
+            return (
+                not nothing
+                and (limits is None or session.environment_id in limits)
+                and (archived or session.archived_at is None)
+                and times.holds(to_heartbeat_text(session.created_at))
+                and (agent_id is None or agent["id"] == agent_id)
+                and (None in {agent_id, version} or str(agent.get("version", 1)) == version)
+                and (statuses is None or self._session(session, item)["status"] in statuses)
+            )
+
+        return wanted
 
     async def archive(self, request: web.Request) -> web.Response:
         """Archive a session, which terminates it."""
@@ -142,28 +181,3 @@ class ApplicationRoutes:
     async def _durable(self, value: dict[str, Any]) -> web.Response:
         await self._operations.durable()
         return answer(value)
-
-
-def _session_filter(
-    request: web.Request,
-) -> Callable[[Session, Mapping[str, Any]], bool]:
-    """Return whether the query asks for a session, given with its JSON."""
-    times = requests.times(request)
-    statuses = requests.several(request, "statuses")
-    archived = requests.flag(request, "include_archived")
-    agent_id = requests.one(request, "agent_id")
-    version = requests.one(request, "agent_version")
-    # No session here has a deployment or a memory store.
-    nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
-
-    def wanted(session: Session, shown: Mapping[str, Any]) -> bool:
-        return (
-            not nothing
-            and (archived or session.archived_at is None)
-            and times.holds(to_heartbeat_text(session.created_at))
-            and (statuses is None or shown["status"] in statuses)
-            and (agent_id is None or shown["agent"]["id"] == agent_id)
-            and (None in {agent_id, version} or str(shown["agent"]["version"]) == version)
-        )
-
-    return wanted
