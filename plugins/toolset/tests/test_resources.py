@@ -21,21 +21,23 @@ if TYPE_CHECKING:
     from workpool.testing import Kit
 
 
+SPARE_DESCRIPTORS = 256
+
+
 @contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
-    """Leave this process so many descriptors that it can open."""
+    """Leave this process so many descriptors that it can open.
+
+    Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
     try:
         highest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + SPARE_DESCRIPTORS, hard))
         with suppress(OSError):
             while True:
                 taken.append(os.dup(0))
-        for _ in range(count - len(taken)):
-            highest += 1
-            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
-            taken.append(os.dup(0))
         for _ in range(count):
             os.close(taken.pop())
         yield
