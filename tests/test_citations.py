@@ -17,10 +17,10 @@ PACKAGE = ROOT / "workpool"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*/**/*.py")])
 TEST_MODULES = sorted((ROOT / "tests").rglob("*.py"))
 PENDING = (
-    "plugins/",
-    "workpool/cli/",
+    "plugins/",  # some still mention documents that are not in the repository
+    "workpool/cli/new.py",  # names the README that it writes
 )
-"""Directories whose modules still mention documents that are not in the repository."""
+"""Modules in which mentions of documents are not checked."""
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
 

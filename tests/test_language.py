@@ -19,6 +19,7 @@ CLEAN = (
     "tests/references.py",
     "tests/test_docs.py",
     "workpool/*.py",
+    "workpool/cli/**/*.py",
     "workpool/metrics/*.py",
     "workpool/plugins/*.py",
     "workpool/testing/*.py",

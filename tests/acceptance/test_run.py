@@ -108,7 +108,7 @@ async def test_a_task_that_a_handler_left_running_does_not_keep_the_process(
     enqueue(plane, "spawn")
     command = await start("run", "handlers", "--drain")
     assert await command.ends() == 0
-    assert "left behind name=orphan" in command.err
+    assert "abandoned name=orphan" in command.err
 
 
 async def test_blocking_code_in_a_thread_does_not_keep_the_process(
@@ -119,7 +119,7 @@ async def test_blocking_code_in_a_thread_does_not_keep_the_process(
     await command.logs("thread runs")
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
-    assert "thread still runs; left behind name=workpool-blocking" in command.err
+    assert "thread still runs; abandoned name=workpool-blocking" in command.err
 
 
 async def test_users_thread_does_not_keep_the_process_and_is_named_in_the_log(
@@ -128,7 +128,7 @@ async def test_users_thread_does_not_keep_the_process_and_is_named_in_the_log(
     enqueue(plane, "own thread")
     command = await start("run", "handlers", "--drain")
     assert await command.ends() == 0
-    assert "thread still runs; left behind name=own-thread" in command.err
+    assert "thread still runs; abandoned name=own-thread" in command.err
     assert "idle-pool" not in command.err
 
 

@@ -221,7 +221,7 @@ async def test_faults_of_a_file_strike(bare: Start, ask: Ask, folder: Path) -> N
     assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
-    assert "faults strike file=faults.toml count=2" in command.err
+    assert "faults injected file=faults.toml count=2" in command.err
 
 
 async def test_a_store_that_cannot_be_written_ends_it(bare: Start, ask: Ask, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""The `workpool` command (design §6); its modules need the extra `cli`.
+"""The command `workpool`. Its modules need the extra `cli`.
 
-Owns what a library must not: logging configuration, signal handlers, the loop's kind and the exit
-status. Results go to stdout, logs and complaints to stderr.
+Owns what a library must not touch: logging configuration, signal handlers, the kind of the event
+loop, and the exit status. Results go to stdout, logs and errors to stderr. See
+workpool/docs/cli.md, "Command line".
 """
 
 import importlib
@@ -11,11 +12,11 @@ from workpool.cli.signal_recorder import SignalRecorder
 
 _EXTRA = ("typer", "rich")
 _DRAINING = {"demo", "hold", "run", "serve"}
-"""The commands that SIGTERM and SIGINT end in order; a signal ends any other at once."""
+"""The commands that drain on SIGTERM and SIGINT. A signal ends any other command at once."""
 
 
 def main() -> None:
-    """Run the command line; without its extra, print the line that installs it and exit with 2."""
+    """Run the command line. Without its extra, print how to install it and exit with 2."""
     if _command_of(sys.argv[1:]) in _DRAINING:
         SignalRecorder().install()
     try:
@@ -32,5 +33,5 @@ def main() -> None:
 
 
 def _command_of(arguments: list[str]) -> str | None:
-    """The name of the command: none of the options before it takes a value."""
+    """Return the name of the command; no option before it takes a value."""
     return next((each for each in arguments if not each.startswith("-")), None)

@@ -1,4 +1,4 @@
-"""All commands, and what stands before them: `workpool [--version] COMMAND`."""
+"""The Typer application with all commands."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from workpool import __version__
 from workpool.cli import check, conform, demo, hold, listing, new, run, serve, work
 from workpool.cli.options import Verbose
 
-# Rich tracebacks show local variables, and so tokens.
+# Rich tracebacks show local variables, which may be tokens.
 app = typer.Typer(
     name="workpool",
     add_completion=False,
@@ -28,7 +28,9 @@ def root(
     context: typer.Context,
     _version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print it and end."),
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and end."
+        ),
     ] = False,
     _verbose: Verbose = False,
 ) -> None:

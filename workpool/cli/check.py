@@ -1,6 +1,7 @@
-"""`workpool check`: would `run` work here, and if not, what is to be done (design §6).
+"""`workpool check`: whether `workpool run` would work here, and what to do if not.
 
-Claims nothing and changes nothing: one item of the list is all that it asks for.
+Claims and changes nothing: it reads one item of the list. See workpool/docs/operating.md,
+"Connect to a service".
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from workpool.wire.client import WorkClient
 from workpool.wire.dialect import DIALECTS
 
 SKEW_SECONDS: Final = 5.0
-"""What a wall clock may be off: it decides no lease, but ages and latencies come out wrong."""
+"""The accepted error of the wall clock. It affects no lease, only ages and latencies."""
 
 _ADVICE: Final = {
     400: "the environment must be self_hosted, and base_url must hold the dialect's prefix",
@@ -37,7 +38,7 @@ _ADVICE: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report; `exit` is what it makes of the exit status."""
+    """One line of the report; `exit` is its exit status."""
 
     check: str
     status: Literal["ok", "warn", "FAIL"]
@@ -53,9 +54,10 @@ def check(
     base_url: BaseUrl = None,
     json: Json = False,
 ) -> None:
-    """Check settings, plugins, credentials, reachability and clock; says what to do.
+    """Check settings, plugins, credentials, reachability and the clock, and say what to do.
 
-    Exit status: 0 all well, 2 settings or plugins, 3 refused by the control plane, 1 anything else.
+    Exit status: 0 no problem, 2 settings or plugins, 3 refused by the control plane, 1 other
+    problems.
     """
     findings: list[Finding] = []
     try:
@@ -103,7 +105,7 @@ def _check_plugins(settings: Settings) -> Finding:
         return Finding("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
     names = ", ".join(plugin.name for plugin in loaded.describe())
     if not loaded.can_handle:
-        problem = f"nothing can handle anything: {names or 'no plugin is active'}"
+        problem = f"no plugin supplies a handler: {names or 'no plugin is active'}"
         return Finding("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")
     return Finding("plugins", "ok", names)
 
@@ -140,17 +142,17 @@ def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) 
         return Finding("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
     advice = _ADVICE.get(error.status or 0, "check base_url, proxies and the network")
     if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
-        advice += "; base_url is the service's own, as it was not set"
+        advice += "; base_url is the service's own, since it is not set"
     return Finding("control plane", "FAIL", str(error), advice, exits.status_of(error))
 
 
 def judge_clock(date: str, now: datetime, seconds: float) -> Finding:
-    """Compare this machine's clock with a `Date` header that took at most `seconds` to come."""
+    """Compare the clock of this machine with a `Date` header that is at most `seconds` old."""
     try:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return Finding("clock", "warn", "the control plane sends no date that can be read")
-    # The header has whole seconds and was written some time before it came.
+    # The header has whole seconds, and was written some time before it arrived.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return Finding("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

@@ -53,10 +53,13 @@ _ORDER: Final = list(Verdict)
 def conform(
     base_url: Annotated[
         str,
-        typer.Argument(metavar="BASE_URL", help="The control plane, with the dialect's prefix."),
+        typer.Argument(
+            metavar="BASE_URL",
+            help="The address of the control plane, with the prefix of the dialect.",
+        ),
     ],
     dialect: Annotated[
-        Dialect | None, typer.Option(help="Which dialect to speak. Default: the setting.")
+        Dialect | None, typer.Option(help="The dialect. Default: the setting.")
     ] = None,
     environment_id: EnvironmentId = None,
     config: Config = None,

@@ -1,6 +1,7 @@
-"""How a command ends: exit statuses and the one line that says why (design §6).
+"""Exit statuses, and the line on stderr that gives the reason.
 
-No message here may carry a token; the errors of workpool never do.
+No message may contain a token; the errors of workpool never do. See workpool/docs/cli.md,
+"Exit statuses".
 """
 
 import logging
@@ -27,20 +28,20 @@ log = logging.getLogger("workpool")
 
 OK: Final = 0
 FAILED: Final = 1
-"""Something failed, or a session could not be handed back."""
+"""A failure, or a session that could not be released."""
 USAGE: Final = 2
-"""Bad usage, settings or plugins."""
+"""Wrong usage, settings or plugins."""
 REFUSED: Final = 3
-"""The control plane refused: 400, 401, 403 or 404."""
+"""Refused by the control plane: 400, 401, 403 or 404."""
 SIGNALLED: Final = 128
-"""Added to the number of a signal that did not let the work end."""
+"""Added to the number of a signal that ended the work early."""
 FLUSH_SECONDS: Final = 1.0
 
 _REFUSALS: Final = {400, 401, 403, 404}
 
 
 def status_of(error: WorkpoolError | ServeError) -> int:
-    """The exit status that an error stands for."""
+    """Return the exit status of an error."""
     if isinstance(error, ControlPlaneError):
         return REFUSED if error.status in _REFUSALS else FAILED
     if isinstance(error, StoreError):
@@ -50,19 +51,19 @@ def status_of(error: WorkpoolError | ServeError) -> int:
 
 
 def lines_of(error: BaseException) -> tuple[str, ...]:
-    """What to say of an error: a line for each problem."""
+    """Return the lines that describe an error, one for each problem."""
     return error.problems if isinstance(error, SettingsError) else (str(error),)
 
 
 def complain(error: BaseException) -> None:
-    """Say on stderr what is wrong."""
+    """Print an error to stderr."""
     for line in lines_of(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """End the command with one line and the right status when one of our errors comes out."""
+    """Turn an error of workpool into a line on stderr and its exit status."""
     try:
         yield
     except (WorkpoolError, ServeError) as error:
@@ -73,8 +74,8 @@ def reported() -> Iterator[None]:
 def leave_now(status: int) -> NoReturn:
     """End the process without waiting for its threads. May be called on any thread.
 
-    Flushes the logs for at most `FLUSH_SECONDS`, and nothing else: a blocked handler may hold the
-    lock of a log handler, or wait until somebody reads stdout.
+    Only flushes the logs, for at most `FLUSH_SECONDS`: a blocked handler may hold the lock of a log
+    handler, or wait for the reader of stdout.
     """
     try:
         flushing = threading.Thread(target=_flush_logs, daemon=True)
@@ -85,7 +86,7 @@ def leave_now(status: int) -> NoReturn:
 
 
 def leave_in(seconds: float, status: int) -> None:
-    """End the process in `seconds` unless it ends before. May be called on any thread."""
+    """End the process after `seconds`, unless it ends before. May be called on any thread."""
     timer = threading.Timer(seconds, leave_now, (status,))
     timer.daemon = True
     try:
@@ -96,10 +97,10 @@ def leave_in(seconds: float, status: int) -> None:
 
 
 def leave_despite_threads(seconds: float, status: int) -> None:
-    """Let the process end by itself, but leave behind threads that still run in `seconds`.
+    """Let the process end by itself, but abandon threads that still run after `seconds`.
 
-    The interpreter waits without a bound for each thread that is no daemon. Those that it still
-    waits for then are named in the log.
+    The interpreter waits without a bound for each thread that is not a daemon. The log names the
+    abandoned threads.
     """
     timer = threading.Timer(seconds, _leave_threads, (status,))
     timer.daemon = True
@@ -110,7 +111,7 @@ def _leave_threads(status: int) -> None:
     main = threading.main_thread()
     left = [each for each in threading.enumerate() if not each.daemon and each is not main]
     for thread in left:
-        log.warning("thread still runs; left behind name=%s", thread.name)
+        log.warning("thread still runs; abandoned name=%s", thread.name)
     if left:
         leave_now(status)
 

@@ -1,6 +1,6 @@
-"""The demo's workers: `workpool run` in processes of their own, their log lines, their metrics.
+"""The workers of the demo: processes of `workpool run`, with their logs and metrics.
 
-Owns the processes: whatever happens to `Worker.live`, its process is gone when it ends.
+Owns the processes: once `Worker.live` has ended, its process has ended too.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ State = Literal["starting", "running", "killed", "ended"]
 
 @dataclass
 class Figures:
-    """What the view shows of one worker's `/metrics`."""
+    """The numbers from `/metrics` of one worker that the demo shows."""
 
     busy: int = 0
     slots: int = 0
@@ -38,7 +38,7 @@ class Figures:
 
     @property
     def poll_latency(self) -> float:
-        """Mean seconds of a poll."""
+        """The mean duration of a poll, in seconds."""
         return self.poll_seconds / self.polls if self.polls else 0.0
 
 
@@ -46,15 +46,15 @@ class Worker:
     """One worker process.
 
     Args:
-        name: Its `worker_id`.
-        plugin: What it runs.
-        settings: Its settings as variables; the token travels here, never in arguments.
-        show: Told of a line worth showing, with this worker's name.
+        name: The `worker_id`.
+        plugin: The name of its plugin.
+        settings: The settings as variables, since arguments must not contain the token.
+        show: Called with the name of the worker and a line to show.
 
     Attributes:
-        pid: 0 before it was started.
-        url: Where `/metrics` is, once known.
-        status: Its exit status, None while it runs.
+        pid: The process id; 0 before the start.
+        url: The address of `/metrics`; empty until known.
+        status: The exit status; None while it runs.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
 
     async def live(self) -> None:
-        """Run the process and read its output until it ends; cancelled, it is killed."""
+        """Run the process and read its output until it ends. A cancellation kills it."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "workpool", "run", self._plugin),
             env=self._settings,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the demo, which ends its workers in order
+            start_new_session=True,  # Ctrl-C is for the demo, which drains its workers
         )
         self._process, self.pid = process, process.pid
         try:
@@ -99,20 +99,20 @@ class Worker:
                 await process.wait()
 
     def kill(self) -> None:
-        """SIGKILL: no clean-up, no last word."""
+        """Send SIGKILL, so that the worker ends without a clean-up."""
         if self._process is not None:
             self.state = "killed"
             with suppress(ProcessLookupError):
                 self._process.kill()
 
     def terminate(self) -> None:
-        """SIGTERM: drain and end."""
+        """Send SIGTERM, so that the worker drains."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 self._process.terminate()
 
     async def scrape(self, http: aiohttp.ClientSession) -> None:
-        """Read its metrics; keeps the last ones when it does not answer."""
+        """Read the metrics. Keeps the last ones if the worker does not answer."""
         if self.state != "running":
             return
         with suppress(aiohttp.ClientError, TimeoutError):
@@ -121,7 +121,7 @@ class Worker:
                 self.figures = read_figures(await response.text())
 
     def _read(self, line: str) -> None:
-        """Show what a handler logged or printed, and what went wrong."""
+        """Show lines of handlers, warnings and errors."""
         record: Any = None
         with suppress(ValueError):
             record = json.loads(line)
@@ -143,7 +143,7 @@ class Worker:
 
 
 def worker_settings(base_url: str, token: str, environment_id: str, name: str) -> dict[str, str]:
-    """The variables of a worker of the demo: those of this process, but for what must be ours."""
+    """Return the environment of a worker of the demo."""
     settings = {
         "base_url": base_url,
         "dialect": "qoder",
@@ -154,7 +154,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         "pollers": "2",
         "prefetch": "0",
         "reclaim_older_than_ms": "5000",
-        "lease_ttl": "10",  # the least there is: what a killed worker held is free again soon
+        "lease_ttl": "10",  # the minimum, so that a killed worker's items are delivered soon
         "drain_timeout": "3",
         "read_rate": "0",
         "write_rate": "0",
@@ -172,7 +172,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
 
 
 def read_figures(text: str) -> Figures:
-    """Read a worker's `/metrics`."""
+    """Return the numbers in a text of `/metrics`."""
     found = Figures()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -200,7 +200,7 @@ def _note(found: Figures, name: str, labels: Mapping[str, str], count: int) -> N
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """Lines of any length: what is longer than `LINE_BYTES` comes in pieces."""
+    """Yield lines; one that is longer than `LINE_BYTES` is split."""
     rest = b""
     while chunk := await stream.read(LINE_BYTES):
         *lines, rest = (rest + chunk).split(b"\n")

@@ -1,7 +1,8 @@
-"""`workpool hold`: the child's side of a handover, which keeps a lease around any program.
+"""`workpool hold`: the child's side of a handoff, which extends the lease while a program runs.
 
-Owns what makes the process a child that outlives its parent: a session of its own, deaf to the end
-of the parent's terminal.
+Owns what lets the process outlive its parent: a session (of the operating system) of its own, and
+no effect of the end of the parent's terminal. See workpool/docs/handlers.md, "Handing a session
+off".
 """
 
 import contextlib
@@ -28,7 +29,7 @@ GOOD: Final = frozenset({"completed", "stopped", "released"})
 
 
 class _OwnSettings(Settings):
-    """Settings that a parent may share: its plugins' tables are not for us."""
+    """The settings of the parent, without the tables of its plugins."""
 
     @property
     def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
@@ -39,29 +40,32 @@ def hold(
     context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="The program and its arguments.")],
     work_id: Annotated[
-        str, typer.Option("--work-id", metavar="ID", envvar=WORK_ID, help="The item.")
+        str, typer.Option("--work-id", metavar="ID", envvar=WORK_ID, help="The id of the item.")
     ],
     last_heartbeat: Annotated[
         str,
         typer.Option(
-            "--last-heartbeat", metavar="TIME", envvar=LAST_HEARTBEAT, help="The parent's last one."
+            "--last-heartbeat",
+            metavar="TIME",
+            envvar=LAST_HEARTBEAT,
+            help="The parent's last heartbeat.",
         ),
     ],
     ttl: Annotated[
         str | None,
-        typer.Option("--ttl", metavar="SECONDS", envvar=TTL, help="How long a heartbeat holds."),
+        typer.Option("--ttl", metavar="SECONDS", envvar=TTL, help="The duration of the lease."),
     ] = None,
     config: Config = None,
     environment_id: EnvironmentId = None,
     base_url: BaseUrl = None,
     _verbose: Verbose = False,
 ) -> None:
-    """Keep the lease that a parent hands over around a program, and end the item with it.
+    """Run a program, extend the lease that a parent hands off, and end the item with the program.
 
-    The parent is a handler inside `session.handover()`: `lease.variables` is what this needs, with
-    the token. A stop request and SIGTERM are handed on to the program.
+    The parent is a handler inside `session.handover()`. The command needs the variables of
+    `lease.variables` and a token. A stop request and SIGTERM are passed on to the program.
     """
-    for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # read by now; they are no settings
+    for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # Typer has read them; they are not settings
         os.environ.pop(name, None)
     with exits.reported():
         flags: dict[str, Any] = {
@@ -76,7 +80,7 @@ def hold(
         raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
-    settings = settings.model_copy(  # nor are its plugins and its port for metrics
+    settings = settings.model_copy(  # without the parent's plugins and port for metrics
         update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
     )
     logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
@@ -93,8 +97,10 @@ def hold(
 
 
 def _leave_the_parent() -> None:
-    """Live on without the parent, its terminal and its process group."""
+    """Leave the process group and the terminal of the parent."""
     if hasattr(os, "setsid"):
-        with contextlib.suppress(PermissionError):  # the leader of a group already
+        with contextlib.suppress(PermissionError):  # already the leader of a group
             os.setsid()
-        signal.signal(signal.SIGHUP, lambda *_: None)  # the program must not inherit a deaf ear
+        signal.signal(
+            signal.SIGHUP, lambda *_: None
+        )  # the program must not inherit an ignored SIGHUP

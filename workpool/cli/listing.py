@@ -1,4 +1,7 @@
-"""`workpool plugins`: what is installed, what is active, and what that takes (design §4)."""
+"""`workpool plugins`: the installed and the active plugins.
+
+See workpool/docs/plugins.md, "Plugins and hooks".
+"""
 
 from typing import Any
 
@@ -10,10 +13,10 @@ from workpool.settings import Settings
 
 
 def load_plugins(settings: Settings) -> Plugins:
-    """The active plugins, as `run` would load them.
+    """Load the active plugins as `workpool run` does.
 
     Raises:
-        PluginError: One cannot be used.
+        PluginError: A plugin cannot be used.
     """
     import_from_here()
     return Plugins.load((), settings.plugins, settings.plugin_options)

@@ -1,4 +1,4 @@
-"""The demo on a terminal: log lines that scroll above a table that changes in place."""
+"""The demo on a terminal: log lines scroll above a table that changes in place."""
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -27,7 +27,7 @@ _ROWS: Final[Mapping[str, Callable[[Worker], str]]] = {
 
 
 class LiveScreen:
-    """Log lines that scroll above a table that changes in place."""
+    """A screen on which log lines scroll above a table that changes in place."""
 
     def __init__(self) -> None:
         self._live = Live(console=Console(highlight=False), auto_refresh=False)
@@ -45,11 +45,11 @@ class LiveScreen:
         self._live.stop()
 
     def say(self, line: str) -> None:
-        """Print it, so that it stands out."""
+        """Print a line of the demo in bold."""
         self._live.console.print(Text(line, style="bold"))
 
     def show(self, worker: str, line: str) -> None:
-        """Print it behind the worker's name."""
+        """Print a line of a worker, with its name."""
         self._live.console.print(Text.assemble((f"{worker}  ", "cyan"), line))
 
     def draw(self, scene: Scene) -> None:
@@ -58,7 +58,7 @@ class LiveScreen:
 
 
 def picture(scene: Scene) -> Panel:
-    """The scene as Rich draws it."""
+    """Return the table of the scene."""
     table = Table("", *(worker.name for worker in scene.workers), box=box.SIMPLE)
     table.add_row("state", *(Text(one.state, style=_STYLES[one.state]) for one in scene.workers))
     for label, text in _ROWS.items():

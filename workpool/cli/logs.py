@@ -1,6 +1,6 @@
-"""The only place that configures logging: lines on stderr, text or JSON.
+"""The configuration of logging: lines on stderr, as text or JSON.
 
-`workpool.logs` says what stands in a line.
+`workpool.logs` has the format of a line.
 """
 
 import logging
@@ -13,7 +13,7 @@ log = logging.getLogger("workpool")
 
 
 def configure(level: str, form: str) -> None:
-    """Log to stderr from `level` on, as `text` or `json`; uncaught errors and warnings, too."""
+    """Log to stderr from `level` on, as `text` or `json`, with uncaught errors and warnings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

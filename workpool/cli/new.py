@@ -30,7 +30,7 @@ CLASS_FILES: Final = FILES | {
 
 def new(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Small letters, digits, dashes between.")
+        str, typer.Argument(metavar="NAME", help="Small letters, digits, and dashes between them.")
     ],
     as_class: Annotated[
         bool,
@@ -65,7 +65,7 @@ def new(
 def _write(
     directory: Path, templates_of: Mapping[str, str], words: Mapping[str, str]
 ) -> list[Path]:
-    """Fill in the templates; returns the paths of the files.
+    """Fill in the templates and return the paths of the files.
 
     Raises:
         OSError: The directory exists or cannot be written.

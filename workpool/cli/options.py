@@ -1,6 +1,7 @@
-"""Options that several commands share, and the settings that they make.
+"""The options that several commands share, and the settings that they set.
 
-Not every setting has an option: all can be given by environment and TOML file (design §5).
+Not every setting has an option; the environment and the TOML file can set all of them. See
+workpool/docs/settings.md, "Settings".
 """
 
 import sys
@@ -15,18 +16,19 @@ _VERBOSE: Final = "workpool.verbose"
 
 
 def _note_verbose(context: typer.Context, wanted: bool) -> None:
-    if wanted:  # shared by a command and its parents, so -v may stand before or after the command
+    if wanted:  # shared by a command and its parents: -v may be before or after the command
         context.meta[_VERBOSE] = True
 
 
 Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", callback=_note_verbose, help="Log everything.")
+    bool, typer.Option("-v", "--verbose", callback=_note_verbose, help="Log at level debug.")
 ]
 Config = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="A TOML file with settings.")
 ]
 EnvironmentId = Annotated[
-    str | None, typer.Option("--environment-id", metavar="ID", help="Whose queue it is.")
+    str | None,
+    typer.Option("--environment-id", metavar="ID", help="The environment whose queue is used."),
 ]
 BaseUrl = Annotated[
     str | None, typer.Option("--base-url", metavar="URL", help="The control plane's address.")
@@ -41,7 +43,7 @@ PluginNames = Annotated[
 ]
 Metadata = Annotated[
     list[str] | None,
-    typer.Option("--metadata", metavar="KEY=VALUE", help="Given to each item; repeatable."),
+    typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of each item; repeatable."),
 ]
 
 
@@ -51,19 +53,19 @@ def is_verbose(context: typer.Context) -> bool:
 
 
 def read_settings(config: Path | None, **flags: Any) -> Settings:
-    """The settings, flags over variables over the file; None or empty: the flag was not given.
+    """Read the settings. A flag that is None or empty was not given.
 
     Raises:
-        SettingsError: Some are wrong.
+        SettingsError: Some settings are wrong.
     """
     return Settings(config=config, **{name: value for name, value in flags.items() if value})
 
 
 def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
-    """Read `KEY=VALUE` arguments.
+    """Parse `KEY=VALUE` arguments.
 
     Raises:
-        typer.BadParameter: One is something else.
+        typer.BadParameter: An argument has another form.
     """
     found: dict[str, str] = {}
     for pair in pairs or ():
@@ -75,7 +77,7 @@ def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
 
 
 def import_from_here() -> None:
-    """Let a plugin be a module in the current directory, as `python -m` does."""
+    """Make modules in the current directory importable, as `python -m` does."""
     here = str(Path.cwd())
     if not {"", here} & set(sys.path):
         sys.path.insert(0, here)

@@ -1,4 +1,4 @@
-"""Results on stdout: one JSON value, a table on a terminal, or plain lines for other programs."""
+"""Results on stdout: one JSON value, a table on a terminal, or plain lines for programs."""
 
 import json
 import sys
@@ -14,15 +14,15 @@ from workpool.wire.items import QueueStats, WorkItem
 
 
 def print_json(value: object) -> None:
-    """Print one JSON value; times in UTC, with `Z`."""
+    """Print one JSON value, with times in UTC."""
     option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
     text = orjson.dumps(value, default=dict, option=option).decode()
-    # What others wrote must not steer this terminal. Line ends stand between values only.
+    # Text from outside must not control the terminal. Line ends are between values only.
     typer.echo("\n".join(map(_ascii_escapes, text.split("\n"))))
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on a terminal; else the rows alone, their fields separated by tabs."""
+    """Print a table on a terminal, else rows whose fields are separated by tabs."""
     if not sys.stdout.isatty():
         for row in rows:
             typer.echo("\t".join(_text(cell) for cell in row))
@@ -33,7 +33,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def print_pairs(pairs: Mapping[str, object]) -> None:
-    """Names and values for people on a terminal; else a pair a line, separated by a tab."""
+    """Print names and values: aligned on a terminal, else separated by tabs."""
     if not sys.stdout.isatty():
         print_rows(("", ""), list(pairs.items()))
         return
@@ -43,15 +43,15 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
 
 
 def fields_of(thing: WorkItem | QueueStats) -> dict[str, Any]:
-    """An item or the stats as they are printed, by the protocol's names."""
-    # `last_heartbeat` is `latest_heartbeat_at` once more, and a token is never shown.
+    """Return the fields of an item or of statistics, with the names of the protocol."""
+    # `last_heartbeat` repeats `latest_heartbeat_at`, and a token is never shown.
     hidden = {"last_heartbeat", "sessions_token"}
     names = [each.name for each in fields(thing) if each.name not in hidden]
     return {name: getattr(thing, name) for name in names}
 
 
 def pairs_text(pairs: Any) -> str:
-    """`key=value key=value`."""
+    """Return pairs as `key=value key=value`."""
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
 
@@ -59,12 +59,12 @@ def _text(cell: object) -> str:
     if cell is None:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)
-    # What others wrote must not steer this terminal, nor make two lines of one.
+    # Text from outside must not control the terminal or split a line.
     return escaped(text)
 
 
 def _ascii_escapes(line: str) -> str:
-    """Write characters that are not printable as JSON escape sequences."""
+    """Return the text with JSON escape sequences for characters that are not printable."""
     if line.isprintable():
         return line
     return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line)

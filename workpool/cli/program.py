@@ -1,7 +1,7 @@
-"""A program as the handler of the one session that `workpool hold` runs.
+"""The handler of `workpool hold`, which runs a program.
 
-Owns the program's process group: nothing of it outlives the session, nor a holder that is killed,
-for then the lease is not kept any more either.
+Owns the process group of the program: none of its processes outlives the session. They also end
+when `workpool hold` is killed, since the lease is not extended any more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool.events import SessionFinished
 
 LOST_SECONDS: Final = 0.8
-"""From SIGTERM to SIGKILL once the session is over: less than any lease's margin (design §1)."""
+"""Seconds from SIGTERM to SIGKILL once the session has ended; less than the margin of a lease."""
 REAP_SECONDS: Final = 2.0
 CREDENTIALS: Final = frozenset(rules.credential_variable for rules in DIALECTS.values())
 PREFIX: Final = "WORKPOOL_"
@@ -33,17 +33,17 @@ _GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
 
 
 class ProgramFailed(WorkpoolError):
-    """The program could not be started, or ended with another status than 0 and 75."""
+    """The program did not start, or ended with another status than 0 and 75."""
 
 
 class Program:
-    """Runs a command, and notes what its session came to. A plugin.
+    """A plugin that runs a command as the handler, and records the outcome.
 
     Args:
         argv: The program and its arguments.
 
     Attributes:
-        outcome: None before the session's end.
+        outcome: The outcome of the session; None until its end.
     """
 
     def __init__(self, argv: Sequence[str]) -> None:
@@ -52,21 +52,21 @@ class Program:
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> object:
-        """Whatever the item's type: its parent has chosen."""
+        """Take the item of the parent, whatever its type."""
         del item
         return self.run
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Note the outcome."""
+        """Record the outcome."""
         self.outcome = event.outcome
 
     async def run(self, session: Session) -> None:
-        """Run the program to its end; its exit status says what that means.
+        """Run the program to its end, and turn its exit status into an outcome.
 
         Raises:
-            Release: It exited with 75 (EX_TEMPFAIL), or the holder's end has cut it short.
-            ProgramFailed: It failed.
+            Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
+            ProgramFailed: The program failed.
         """
         with _running(self._argv, _surroundings(session)) as (program, number):
             ended = asyncio.get_running_loop().run_in_executor(None, program.wait)
@@ -75,7 +75,7 @@ class Program:
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    if not asking.done():  # the lease is lost, and nobody has told the program yet
+                    if not asking.done():  # the lease is lost, and the program has no signal yet
                         _signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
                     raise
@@ -92,7 +92,7 @@ class Program:
 
 
 async def _ask_to_end(session: Session, group: int) -> None:
-    """The pool's own patience decides how long the program may take to obey."""
+    """Send SIGTERM to the program; the pool decides how long it may take to end."""
     await session.interrupted()
     _signal(group, signal.SIGTERM)
 
@@ -101,7 +101,7 @@ async def _ask_to_end(session: Session, group: int) -> None:
 def _running(
     argv: Sequence[str], env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The program and its group's number; nothing of the group is left after the block."""
+    """Start the program in a process group, and end the whole group after the block."""
     with contextlib.ExitStack() as stack:
         guard = _start(("/bin/sh", "-c", _GUARD), 0, {}, stdin=subprocess.PIPE)
         stack.callback(guard.communicate)
@@ -111,7 +111,7 @@ def _running(
             yield program, guard.pid
         finally:
             _signal(guard.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel
+            with contextlib.suppress(subprocess.TimeoutExpired):  # blocked in the kernel
                 program.wait(REAP_SECONDS)
 
 
@@ -119,7 +119,7 @@ def _start(
     argv: Sequence[str], group: int, env: dict[str, str], stdin: int | None = None
 ) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(argv, env=env, stdin=stdin, process_group=group)  # noqa: S603 - the caller's own command, without a shell
+        return subprocess.Popen(argv, env=env, stdin=stdin, process_group=group)  # noqa: S603 - the command of the caller, without a shell
     except OSError as error:
         raise ProgramFailed(f"{argv[0]}: {error.strerror}") from None
 
@@ -130,7 +130,7 @@ def _signal(group: int, number: signal.Signals) -> None:
 
 
 def _surroundings(session: Session) -> dict[str, str]:
-    """The holder's environment without its settings and credentials, and the session's ids."""
+    """Return the environment without settings and credentials, with the ids of the session."""
     env = {
         name: value
         for name, value in os.environ.items()

@@ -1,7 +1,7 @@
 """`workpool run`: one pool in this process, until a signal, an empty queue or a fatal error.
 
-Owns what happens around the supervisor: signals, the loop's kind, the exit status, and that the
-process ends even when a handler does not.
+Owns the signals, the kind of the event loop, the exit status, and the end of the process even if a
+handler does not end. See workpool/docs/cli.md, "Signals".
 """
 
 import asyncio
@@ -31,35 +31,40 @@ from workpool.pool.supervisor import Supervisor
 METRICS_LISTEN: Final = "127.0.0.1:9464"
 BLOCKING_THREADS: Final = "workpool-blocking"
 TASKS_SECONDS: Final = 2.0
-"""How long tasks that handlers left running may delay it, once cancelled."""
+"""Seconds by which cancelled tasks of handlers may delay the end of the process."""
 THREADS_SECONDS: Final = 2.0
-"""How long threads of users, such as blocking code of cancelled handlers, may delay the end of the
-process."""
+"""Seconds by which threads, such as blocking code of cancelled handlers, may delay the end."""
 
 FAILED_SECONDS: Final = 3.0
-"""How long a pool whose leases are not renewed any more may take to drain by itself."""
+"""Seconds in which a pool whose leases are not renewed any more may drain by itself."""
 
 
 def run(
     context: typer.Context,
     plugins: PluginNames = None,
-    drain: Annotated[bool, typer.Option("--drain", help="End once the queue is empty.")] = False,
+    drain: Annotated[bool, typer.Option("--drain", help="Drain once the queue is empty.")] = False,
     config: Config = None,
     environment_id: EnvironmentId = None,
     base_url: BaseUrl = None,
-    concurrency: Annotated[str | None, typer.Option(help="How many sessions at once.")] = None,
-    pollers: Annotated[str | None, typer.Option(help="How many polls in flight.")] = None,
-    metrics_listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where to serve metrics, or off.")
+    concurrency: Annotated[str | None, typer.Option(help="The number of sessions at once.")] = None,
+    pollers: Annotated[
+        str | None, typer.Option(help="The number of polls in flight at most.")
     ] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug to critical.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The address of the metrics, or off.")
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="The least level: debug to critical.")
+    ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="The format of the logs: text or json.")
+    ] = None,
     _verbose: Verbose = False,
 ) -> None:
-    """Run a pool until SIGTERM or SIGINT; a second one ends it at once.
+    """Run a pool until SIGTERM or SIGINT, which drain it; a second one ends it at once.
 
-    PLUGIN is an installed plugin, a MODULE or MODULE:HANDLER; the current directory is searched.
-    Every setting has a variable, WORKPOOL_ and its name; the token is one of them.
+    PLUGIN is an installed plugin, MODULE or MODULE:HANDLER; the current directory is searched. Each
+    setting has a variable, WORKPOOL_ and its name in upper case; so does the token.
     """
     with exits.reported():
         settings = read_settings(
@@ -82,7 +87,7 @@ def run(
 
 
 def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: bool = False) -> int:
-    """Run a pool on a loop of its own; returns the exit status.
+    """Run a pool on a new event loop and return the exit status.
 
     Args:
         supervisor: The pool, not started.
@@ -95,10 +100,10 @@ def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: boo
 
 
 def _end_process(supervisor: Supervisor) -> None:
-    """End with `FAILED`: leases are not renewed any more. Called on the thread that renewed them.
+    """End the process with `FAILED`, since leases are not renewed any more.
 
-    A pool that has failed drains by itself unless its loop is blocked, which ends its handlers in
-    order. It gets less time than the shortest lease has left.
+    Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
+    blocked. It has less time for that than the shortest lease.
     """
     failed = False
     try:
@@ -118,7 +123,7 @@ async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) 
     left_tasks = supervisor.left_behind or await _deaf_tasks()
     sys.stdout.flush()
     if left_tasks:
-        # The runner would cancel and wait for ever: what ignored one cancellation ignores another.
+        # The runner would cancel these tasks and wait without end, since they ignore it.
         exits.leave_now(status)
     exits.leave_despite_threads(THREADS_SECONDS, status)
     return status
@@ -154,21 +159,21 @@ async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool)
 async def _obey(
     signals: Signals, supervisor: Supervisor, running: "asyncio.Task[int] | None"
 ) -> None:
-    """The first signal drains; the second cancels, which is a drain with the deadline now."""
+    """Drain on the first signal. Cancel on the second one, which is a drain with deadline now."""
     async with asyncio.TaskGroup() as group:
         await signals.first.wait()
         group.create_task(supervisor.drain(), name="drain")
         await signals.second.wait()
-        if running is not None:  # cancelling also ends a start that takes for ever
+        if running is not None:  # a cancellation also ends a start that hangs
             running.cancel()
 
 
 async def _deaf_tasks() -> int:
-    """How many tasks that handlers and plugins left running ignore their cancellation."""
+    """Cancel the tasks that handlers and plugins left running; return how many ignore that."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     left = (await asyncio.wait(tasks, timeout=TASKS_SECONDS))[1] if tasks else set()
     for task in left:
-        logs.log.warning("task ignores its cancellation; left behind name=%s", task.get_name())
+        logs.log.warning("task ignores its cancellation; abandoned name=%s", task.get_name())
     return len(left)

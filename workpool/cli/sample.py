@@ -1,4 +1,4 @@
-"""What `workpool demo` runs where the plugin `echo` is not installed."""
+"""The handler of `workpool demo` if the plugin `echo` is not installed."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from workpool.session import Release, Session
 
 @handler
 async def sample(session: Session) -> dict[str, str]:
-    """Work for `seconds`, then give `text` back; both come from the metadata."""
+    """Wait for `seconds`, then return `text`; both are metadata of the item."""
     text = session.item.metadata.get("text", "hello")
     session.log.info("sample: %r %s", text, "redelivered" if session.redelivered else "started")
     try:

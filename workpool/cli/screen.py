@@ -1,6 +1,6 @@
-"""What the demo shows: a live view on a terminal, plain lines elsewhere.
+"""The output of the demo: a live view on a terminal, else plain lines.
 
-Reads the scene and changes nothing in it.
+Reads the state of the demo and does not change it.
 """
 
 import sys
@@ -16,12 +16,12 @@ from workpool.cli.fleet import Worker
 from workpool.cli.ledger import Ledger
 
 PLAIN_SECONDS: Final = 2.0
-"""How often a screen without a terminal says how far things are."""
+"""The interval of progress lines without a terminal."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see."""
+    """The state of the demo that is shown."""
 
     url: str
     count: int
@@ -30,17 +30,17 @@ class Scene:
 
     @property
     def running(self) -> int:
-        """Sessions that a worker holds."""
+        """The number of sessions that a worker holds."""
         return len(self.ledger.held)
 
     @property
     def queued(self) -> int:
-        """Sessions that nobody holds."""
+        """The number of sessions that no worker holds."""
         return self.count - self.ledger.stopped - self.running
 
 
 class Screen(Protocol):
-    """A context while the scene is on."""
+    """The interface of a screen; a context for the duration of the demo."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -50,17 +50,17 @@ class Screen(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
     def say(self, line: str) -> None:
-        """The demo's own word."""
+        """Show a line of the demo."""
 
     def show(self, worker: str, line: str) -> None:
-        """A line that a worker wrote."""
+        """Show a line of a worker."""
 
     def draw(self, scene: Scene) -> None:
-        """Called several times a second."""
+        """Show the current state. Called several times a second."""
 
 
 class PlainScreen:
-    """Lines on stdout."""
+    """A screen that prints lines to stdout."""
 
     def __init__(self) -> None:
         self._drawn_at = monotonic()
@@ -74,18 +74,18 @@ class PlainScreen:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Nothing to put back."""
+        """No effect."""
 
     def say(self, line: str) -> None:
-        """Print it."""
+        """Print a line of the demo."""
         typer.echo(line)
 
     def show(self, worker: str, line: str) -> None:
-        """Print it behind the worker's name."""
+        """Print a line of a worker, with its name."""
         typer.echo(f"{worker}  {line}")
 
     def draw(self, scene: Scene) -> None:
-        """Print how far things are, now and then."""
+        """Print a line of progress in each interval."""
         if monotonic() - self._drawn_at < PLAIN_SECONDS:
             return
         self._drawn_at = monotonic()
@@ -96,7 +96,7 @@ class PlainScreen:
 
 
 def plain_text(worker: Worker) -> str:
-    """A worker in one line."""
+    """Return the state of a worker in one line."""
     return (
         f"{worker.name}: {slots_text(worker)} slots, {outcomes_text(worker)},"
         f" polls {latency_text(worker)}, {worker.figures.null_ratio:.0%} null,"
@@ -105,28 +105,28 @@ def plain_text(worker: Worker) -> str:
 
 
 def slots_text(worker: Worker) -> str:
-    """`3/4`: busy of all."""
+    """Return the busy slots and all slots, such as `3/4`."""
     return f"{worker.figures.busy}/{worker.figures.slots}"
 
 
 def outcomes_text(worker: Worker) -> str:
-    """Sessions that it ended, by outcome."""
+    """Return the number of ended sessions by outcome."""
     outcomes = worker.figures.outcomes.items()
     return ", ".join(f"{number} {outcome}" for outcome, number in outcomes) or "-"
 
 
 def latency_text(worker: Worker) -> str:
-    """The mean time of a poll."""
+    """Return the mean duration of a poll."""
     return f"{worker.figures.poll_latency * 1000:.0f} ms"
 
 
 def reclaims_text(worker: Worker) -> str:
-    """Items that changed hands, as the worker saw it."""
+    """Return the numbers of items that the worker gained and lost."""
     return f"{worker.figures.gained} gained, {worker.figures.lost} lost"
 
 
 def open_screen() -> Screen:
-    """The screen that fits where stdout goes."""
+    """Return a live screen if stdout is a terminal, else a plain one."""
     if not sys.stdout.isatty():
         return PlainScreen()
     from workpool.cli.live import LiveScreen  # noqa: PLC0415 - slow to import

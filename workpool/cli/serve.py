@@ -1,4 +1,7 @@
-"""`workpool serve`: the embedded control plane in a process of its own (design §6)."""
+"""`workpool serve`: the embedded control plane in a process of its own.
+
+See workpool/docs/cli.md, "`workpool serve`".
+"""
 
 import asyncio
 import ipaddress
@@ -37,27 +40,32 @@ CloudIds = Annotated[
 
 
 RETENTION_MIN: Final = 60
-"""A worker repeats a stop whose answer was lost, and must find the item."""
+"""Seconds. A worker repeats a stop whose answer was lost, and must still find the item."""
 
 
 def serve(
     context: typer.Context,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8484,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 = any free one.")] = 8484,
     store: Annotated[
-        str, typer.Option(metavar="memory|FILE", help="Where items live; FILE is SQLite.")
+        str,
+        typer.Option(
+            metavar="memory|FILE", help="The store of the items; FILE is an SQLite database."
+        ),
     ] = "memory",
     token: Annotated[
         list[str] | None,
         typer.Option(
             metavar="TOKEN",
             envvar="WORKPOOL_SERVE_TOKEN",
-            help="Who may call; repeatable, and visible in the list of processes.",
+            help="A token that clients may use; repeatable, and visible in the list of processes.",
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A token a line, then the environments it may use."),
+        typer.Option(
+            metavar="FILE", help="A token on each line, then the environments that it may use."
+        ),
     ] = None,
     environment: Ids = None,
     cloud_environment: CloudIds = None,
@@ -66,20 +74,20 @@ def serve(
         typer.Option(
             metavar="SECONDS",
             min=RETENTION_MIN,
-            help="How long stopped items are kept, with their sessions and events; at least 60. "
+            help="The time for which stopped items, sessions and events are kept; at least 60. "
             "Default: 86400 in a FILE, 3600 in memory.",
         ),
     ] = None,
     faults: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Faults to inject, TOML or JSON."),
+        typer.Option(metavar="FILE", help="The faults to inject, as TOML or JSON."),
     ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
     """Serve a work queue over HTTP, in both dialects, until SIGTERM or SIGINT.
 
-    Without a token a random one is made and printed in the ready line.
+    Without a token, a random one is created and printed in the ready line.
     """
     logs.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():
@@ -103,12 +111,12 @@ def serve(
             port=port,
             now=clock,
             retention=_retention(store, retention),
-            history_limit=0,  # nobody asks for it here, and it would grow
+            history_limit=0,  # it would grow, and no part of this command reads it
             middlewares=[injected.middleware] if plan.fault else [],
         )
         plan.install(injected, plane)
         if faults is not None:
-            logs.log.warning("faults strike file=%s count=%d", faults, len(plan.fault))
+            logs.log.warning("faults injected file=%s count=%d", faults, len(plan.fault))
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
 
@@ -119,7 +127,7 @@ async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> No
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                serving.cancel()  # also while a large store is being read
+                serving.cancel()  # also while it reads a large store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
         logs.log.info("serve ends signal=%s", signals.last)
@@ -129,11 +137,11 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        await plane.operations.failed()  # a broken store can only be restarted
+        await plane.operations.failed()  # a broken store needs a restart
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
-    """`token`: the random one; a given token is never printed."""
+    """Return the ready line. `token`: the random one, since a given token is never printed."""
     if as_json:
         ready = {
             "base_url": plane.base_url,
@@ -163,14 +171,14 @@ def _grants(tokens: list[str], file: Path | None) -> dict[str, frozenset[str] | 
 
 
 def _retention(store: str, seconds: float | None) -> float:
-    """Return how long stopped items are kept: a day in a file, an hour in memory by default."""
+    """Return the seconds for which stopped items are kept."""
     if seconds is not None:
         return seconds
     return 3600 if store == "memory" else 86_400
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether nobody outside this machine can reach `host`; a name counts by what it stands for."""
+    """Return whether `host` is a loopback address, or a name of loopback addresses only."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:

@@ -1,7 +1,7 @@
-"""The performance of `workpool demo`: the promise, shown, and checked in the record of it.
+"""The run of `workpool demo`, which ends with a check of the history.
 
-A control plane in this process, two workers in processes of their own, sessions over real HTTP;
-one worker is killed (SIGKILL) while it holds sessions, and the other one finishes them.
+The control plane is in this process, two workers have processes of their own, and all calls are
+real HTTP. One worker is killed (SIGKILL) while it holds sessions, and the other one finishes them.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, Summary
 
 FIRST: Final = 4
-"""Sessions that wait when the first worker comes; the rest comes once both are there."""
+"""Sessions in the queue at the start; the others follow once both workers poll."""
 FIRST_SECONDS: Final = "0.2"
 SECONDS: Final = "1.5"
 TICK_SECONDS: Final = 0.1
 SCRAPE_EVERY_SECONDS: Final = 1.0
 STALL_SECONDS: Final = 20.0
-"""Longer than the 10 s after which a killed worker's sessions are free again."""
+"""Longer than the 10 s after which the sessions of a killed worker are delivered again."""
 END_SECONDS: Final = 6.0
-"""How long workers have to drain before they are killed."""
+"""Seconds in which workers may drain before they are killed."""
 
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def perform(handler: str | None, metadata: Mapping[str, str], count: int) -> int:
-    """Play it; returns the exit status."""
+    """Run the demo and return the exit status."""
     chosen = handler or ("echo" if _installed("echo") else "workpool.cli.sample")
     plans = _plans(count, metadata, example=handler is None)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -49,7 +49,7 @@ def _installed(plugin: str) -> bool:
 
 
 def _plans(count: int, given: Mapping[str, str], *, example: bool) -> list[dict[str, str]]:
-    """The metadata of each session."""
+    """Return the metadata of each session."""
     if not example:
         return [dict(given) for _ in range(count)]
     return [
@@ -70,7 +70,7 @@ async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
                 status = await show.run(signals)
             summary = show.plane.summary()
     if signals.last is not None:
-        typer.echo(f"ended early: {summary.stopped} of {len(plans)} sessions done, nobody left")
+        typer.echo(f"ended early: {summary.stopped} of {len(plans)} sessions done")
         return exits.SIGNALLED + signals.last
     if status != exits.OK:
         return status
@@ -80,7 +80,7 @@ async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
 
 
 def promise_text(summary: Summary) -> str:
-    """`40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping`."""
+    """Return a line like `40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping`."""
     return " · ".join(f"{value} {name}" for name, value in summary._asdict().items())
 
 
@@ -92,11 +92,11 @@ Try next:
 
 
 class Show:
-    """One performance: what comes when.
+    """One run of the demo.
 
     Attributes:
         plane: The control plane; not entered.
-        screen: Where it is shown; not entered.
+        screen: The output; not entered.
     """
 
     def __init__(self, handler: str, plans: list[dict[str, str]]) -> None:
@@ -111,7 +111,7 @@ class Show:
         self._victim: Worker | None = None
 
     async def run(self, signals: Signals) -> int:
-        """Play it to its end, or to the first signal; no worker is left when it returns."""
+        """Run until the end or the first signal. All workers have ended when it returns."""
         self._workers = [self._worker(f"worker-{number}") for number in (1, 2)]
         scene = Scene(self.plane.base_url, len(self._plans), self._ledger, self._workers)
         self.screen.say(
@@ -124,7 +124,7 @@ class Show:
 
     @asynccontextmanager
     async def _on_stage(self, signals: Signals) -> AsyncIterator[None]:
-        """The workers' processes and their scraping; all of it has ended when this is left."""
+        """Run the processes of the workers and read their metrics, until the end of the block."""
         async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
             tasks = {group.create_task(worker.live(), name=worker.name) for worker in self._workers}
             scraping = group.create_task(self._scrape(http), name="scrape")
@@ -134,10 +134,10 @@ class Show:
             ending = group.create_task(signals.second.wait(), name="second-signal")
             await self._ended(tasks, ending)
             for task in (*tasks, scraping, ending):
-                task.cancel()  # which kills what has not ended
+                task.cancel()  # kills a process that has not ended
 
     async def _ended(self, tasks: set["asyncio.Task[None]"], ending: "asyncio.Task[bool]") -> None:
-        """Wait until all workers have ended, for a while, or until a second signal."""
+        """Wait until all workers have ended, at most `END_SECONDS`, or until a second signal."""
         until = asyncio.get_running_loop().time() + END_SECONDS
         while tasks and not ending.done():
             left = until - asyncio.get_running_loop().time()
@@ -162,7 +162,9 @@ class Show:
             if self._ledger.held or self._ledger.acked != acked:
                 acked, moved_at = self._ledger.acked, loop.time()
             elif loop.time() - moved_at > STALL_SECONDS:
-                self.screen.say("nobody takes these sessions: does --metadata fit the handler?")
+                self.screen.say(
+                    "no worker takes these sessions: does --metadata match the handler?"
+                )
                 return exits.FAILED
             self.screen.draw(scene)
             await asyncio.sleep(TICK_SECONDS)
@@ -175,17 +177,17 @@ class Show:
         return Worker(name, self._handler, settings, self.screen.show)
 
     def _enqueue(self, until: int) -> None:
-        """Create sessions until there are `until`."""
+        """Create sessions until their number is `until`."""
         for metadata in self._plans[len(self._names) : until]:
             [item] = self.plane.enqueue(metadata=metadata)
             self._names[item.id] = f"session {len(self._names) + 1:02d}"
 
     @web.middleware
     async def _watch(self, request: web.Request, handler: Respond) -> web.StreamResponse:
-        """Around every request that a worker makes: look what it did, and kill at the moment."""
+        """Follow the history after each request, and kill a worker at the right time."""
         worker = worker_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            raise web.HTTPServiceUnavailable  # its last words, found in the socket: it is dead
+            raise web.HTTPServiceUnavailable  # a late request of the killed worker
         self._polled.add(worker)
         response = await handler(request)
         for line in self._ledger.follow():
@@ -195,7 +197,7 @@ class Show:
         return response
 
     def _kill_one(self) -> None:
-        """SIGKILL a worker once it holds several sessions and a quarter of all is done."""
+        """Kill a worker once it holds several sessions and a quarter of all have ended."""
         stopped, count = self._ledger.stopped, len(self._plans)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):

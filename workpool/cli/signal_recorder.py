@@ -1,8 +1,8 @@
-"""Signal handlers for the time before an event loop runs; imports nothing that is slow.
+"""Signal handlers for the time before an event loop runs. Imports nothing slow.
 
-The kernel drops a signal to process 1 that has no handler, and other processes die of it without
-a drain. So the command line installs a `SignalRecorder` before it imports anything else, and
-`workpool.cli.signals` continues with the signals that it has recorded.
+The kernel drops a signal to process 1 without a handler, and such a signal ends any other process
+without a drain. So the command line installs a `SignalRecorder` before it imports anything else.
+`workpool.cli.signals` then continues with the recorded signals.
 """
 
 import os
@@ -24,7 +24,7 @@ class SignalRecorder:
     Until there is a listener, a second SIGTERM or SIGINT ends the process with 128 + its number.
 
     Attributes:
-        received: The signals so far, in the order of their arrival.
+        received: The signals so far, in their order.
         listener: Called on the main thread after each signal.
     """
 
@@ -42,9 +42,9 @@ class SignalRecorder:
             os._exit(128 + number)  # a SystemExit could be caught by the import of a plugin
 
     def install(self) -> "dict[signal.Signals, Callable[..., object] | int | None]":
-        """Become the handler of the signals, on the main thread; returns the former handlers.
+        """Install the signal handlers on the main thread, and return the former ones.
 
-        SIGHUP stays ignored if it was: `nohup` asks for that.
+        SIGHUP stays ignored if it was, as `nohup` demands.
         """
         former = {each: signal.getsignal(each) for each in (*ENDING, *HANGUP, *USER)}
         for each in HANGUP:

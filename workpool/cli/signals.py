@@ -1,7 +1,8 @@
-"""Signals as events on a loop, and the former handlers back at the end.
+"""Signals as events of an event loop.
 
-SIGTERM and SIGINT ask for an end, a second one for an end now; the command decides what that means.
-SIGHUP asks for an end if the terminal hung up. Any other signal is one log line.
+SIGTERM and SIGINT request an end, a second one an end now. The command decides what that means.
+SIGHUP requests an end if the terminal hung up. Any other signal is one log line. See
+workpool/docs/cli.md, "Signals".
 """
 
 import asyncio
@@ -16,16 +17,16 @@ from workpool.cli.signal_recorder import ENDING, HANGUP, USER, SignalRecorder
 
 
 class Signals:
-    """A context on the running loop, in the main thread.
+    """A context on the running loop, in the main thread. Its end restores the former handlers.
 
-    It starts with the signals that the process has recorded since its start. Until the loop turns,
-    a second SIGTERM or SIGINT ends the process: code that blocks the loop cannot end the command.
+    Begins with the signals since the start of the process. Until the loop runs, a second SIGTERM or
+    SIGINT ends the process, since code that blocks the loop would prevent the end of the command.
 
     Args:
-        hangup_ends: Whether the end of the terminal asks for an end.
+        hangup_ends: Whether the hangup of the terminal requests an end.
 
     Attributes:
-        first: Set by the first signal that asks for an end.
+        first: Set by the first signal that requests an end.
         second: Set by a SIGTERM or SIGINT after it.
         last: The last signal that set one of them; None before the first.
     """
@@ -61,8 +62,9 @@ class Signals:
             signal.signal(each, former)
 
     def _listen(self) -> None:
-        # asyncio's Unix loop is woken by signals once it has a handler for one; uvloop and Windows
-        # always are. A signal could be lost between these two lines, so it is one without effect.
+        # Signals wake asyncio's Unix loop once it has a handler for one; they always wake uvloop
+        # and Windows loops. A signal could be lost between these two lines, so one without effect
+        # is used.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle)
@@ -85,7 +87,7 @@ class Signals:
 
     def _ask(self, each: signal.Signals) -> None:
         if self.first.is_set():
-            if each in HANGUP:  # shell and kernel both send it, for one hangup
+            if each in HANGUP:  # the shell and the kernel both send SIGHUP for one hangup
                 return
             self.second.set()
         self.first.set()

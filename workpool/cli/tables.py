@@ -1,7 +1,7 @@
-"""Tables on a terminal, by Rich. Imported when there is one to print.
+"""Tables on a terminal, printed by Rich. Imported only to print one.
 
-No cell is cut, as an id must be there to be copied: a column that does not fit is left out. Only
-the last column is text, and is folded into the space that is left.
+No cell is cut, so that each id can be copied. A column that does not fit is left out. Only the last
+column has text, which is wrapped into the remaining space.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 TEXT_WIDTH: Final = 16
-"""The least width of the last column."""
+"""The minimal width of the last column."""
 _BORDER: Final = 3
-"""The characters that Rich adds to a column: a space on either side and a divider."""
+"""The characters that Rich adds to a column: a space on each side and a divider."""
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under their columns; nothing in them is read as markup.
+    """Print rows as a table, without interpreting markup in them.
 
-    The first column is always printed whole; the terminal wraps it if it is too narrow.
+    The first column is always complete; a narrow terminal wraps it.
     """
     console = Console()
     widths = [max(map(cell_len, cells)) + _BORDER for cells in zip(columns, *rows, strict=True)]
@@ -39,7 +39,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
-    """Print a value a line, after its name; the terminal wraps a long one, which keeps it whole."""
+    """Print a value on each line, after its name. The terminal wraps a long value."""
     console = Console(highlight=False)
     width = max(map(cell_len, pairs))
     for name, value in pairs.items():
@@ -47,7 +47,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 
 
 def _fitting(widths: Sequence[int], room: int) -> list[int]:
-    """The numbers of the columns that fit, the first one in any case."""
+    """Return the indices of the columns that fit, and of the first one in any case."""
     shown = [0]
     room -= widths[0]
     for number, width in enumerate(widths[1:], 1):

@@ -1,4 +1,4 @@
-"""`workpool work …`: a queue from the shell, one call of the protocol a command (design §6)."""
+"""`workpool work …`: reads and changes a queue; each command makes one call of the protocol."""
 
 import asyncio
 import functools
@@ -28,13 +28,13 @@ from workpool.wire.items import WorkItem
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, help="Look at a queue and work on it by hand.")
+app = typer.Typer(no_args_is_help=True, help="Read and change a queue.")
 
-WorkId = Annotated[str, typer.Argument(metavar="ID", help="A work item.")]
+WorkId = Annotated[str, typer.Argument(metavar="ID", help="The id of an item.")]
 
 
 def _connected(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say which queue; it is called with the settings first."""
+    """Add the options that select a queue to a command, which gets the settings first."""
 
     def connect(
         config: Config = None,
@@ -59,12 +59,12 @@ def _connected(command: Callable[..., None]) -> Callable[..., None]:
 @_connected
 def list_items(
     settings: Settings,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="The number of items at most.")] = 20,
     after: Annotated[
         str | None, typer.Option(metavar="ID", help="Only items after this one.")
     ] = None,
     before: Annotated[
-        str | None, typer.Option(metavar="ID", help="Those nearest before this one.")
+        str | None, typer.Option(metavar="ID", help="Only the last items before this one.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -101,18 +101,20 @@ def get(settings: Settings, work_id: WorkId, json: Json = False) -> None:
 def enqueue(
     settings: Settings,
     count: Annotated[
-        int, typer.Option(min=1, max=protocol.ENQUEUE_COUNT_MAX, help="How many items.")
+        int, typer.Option(min=1, max=protocol.ENQUEUE_COUNT_MAX, help="The number of items.")
     ] = 1,
     metadata: Metadata = None,
     work_type: Annotated[
-        str | None, typer.Option("--type", metavar="TYPE", help="Default: session.")
+        str | None,
+        typer.Option("--type", metavar="TYPE", help="The type of the items. Default: session."),
     ] = None,
     script: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON: the tool uses of a scripted session.")
+        Path | None,
+        typer.Option(metavar="FILE", help="A JSON file with the tool uses of a scripted session."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Create items on a `workpool serve`; prints one work id per line."""
+    """Create items on a `workpool serve`, and print the id of each on a line."""
     pairs = parse_pairs(metadata)
     entries = _read_script(script)
     items = _ask(
@@ -132,10 +134,10 @@ def update(
     settings: Settings,
     work_id: WorkId,
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="What to set.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Metadata to set.")
     ] = None,
     delete: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="What to delete; repeatable.")
+        list[str] | None, typer.Option(metavar="KEY", help="A key to delete; repeatable.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -151,10 +153,12 @@ def update(
 def stop(
     settings: Settings,
     work_id: WorkId,
-    force: Annotated[bool, typer.Option("--force", help="Do not wait for its worker.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="End the item now, without its worker.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Stop an item: ask its worker to end it, or end it now."""
+    """Stop an item: ask its worker to end it, or with --force end it now."""
 
     async def ask(client: WorkClient) -> WorkItem:
         # Some control planes answer without the item.
@@ -166,7 +170,7 @@ def stop(
 @app.command()
 @_connected
 def stats(settings: Settings, json: Json = False) -> None:
-    """Show how full the queue is."""
+    """Show the statistics of the queue."""
     found = fields_of(_ask(settings, lambda client: client.stats()))
     if json:
         print_json(found)
@@ -175,7 +179,7 @@ def stats(settings: Settings, json: Json = False) -> None:
 
 
 def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
-    """Open a client, make the call, close; an error ends the command."""
+    """Make a call with a client of its own. An error ends the command."""
 
     async def ask() -> T:
         async with WorkClient(settings) as client:
@@ -184,7 +188,7 @@ def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
     with exits.reported():
         try:
             return asyncio.run(ask())
-        except ValueError as error:  # an id that cannot be one
+        except ValueError as error:  # an id with characters that no id has
             raise typer.BadParameter(str(error)) from None
 
 
