@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.protocol.conftest import ENV, TOKEN, Api
+from tests.protocol.conftest import ENV, TOKEN, Api, until
 from workpool.server import ControlPlane, SqliteStore, requests
 
 if TYPE_CHECKING:
@@ -201,6 +202,51 @@ async def test_a_body_that_never_comes_is_408(
     answer = await raw(plane, head("POST", "", "Content-Length: 10"), b"{")
     assert status(answer) == 408
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
+
+
+async def test_large_bodies_are_read_a_few_at_a_time(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that is read costs its size: the others wait in the buffers of the network."""
+    now, most = 0, 0
+    read = web.Request.read
+
+    async def counted(request: web.Request) -> bytes:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        try:
+            return await read(request)
+        finally:
+            now -= 1
+
+    monkeypatch.setattr(web.Request, "read", counted)
+    size = 2 * requests.LARGE_BODY_BYTES
+    connections = [
+        await asyncio.open_connection("127.0.0.1", plane.port)
+        for _ in range(3 * requests.LARGE_BODIES_MAX)
+    ]
+    for _, writer in connections:
+        writer.write(head("POST", "", f"Content-Length: {size}") + b"{}".ljust(size - 1))
+    await until(lambda: now == requests.LARGE_BODIES_MAX)
+    for _, writer in connections:
+        writer.write(b" ")
+    async with asyncio.timeout(20):
+        for reader, writer in connections:
+            assert status(await reader.readline()) == 200
+            writer.close()
+    assert most == requests.LARGE_BODIES_MAX
+
+
+async def test_small_body_does_not_wait_for_large_ones(plane: ControlPlane) -> None:
+    writers = []
+    for _ in range(requests.LARGE_BODIES_MAX):
+        writers.append((await asyncio.open_connection("127.0.0.1", plane.port))[1])
+        writers[-1].write(head("POST", "", f"Content-Length: {LIMIT}"))
+        await writers[-1].drain()
+    assert status(await raw(plane, head("POST", "", "Content-Length: 2"), b"{}")) == 200
+    for writer in writers:
+        writer.close()
 
 
 async def test_a_client_that_leaves_in_the_middle_of_its_body(plane: ControlPlane) -> None:

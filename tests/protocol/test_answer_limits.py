@@ -14,7 +14,12 @@ from tests.protocol.conftest import ENV, TOKEN, Answer, Api
 from tests.protocol.test_events import path, scripted, send
 from workpool import Settings, WorkClient
 from workpool.server import Item, Refusal
-from workpool.server.answer_limits import ITEM_BYTES, METADATA_LIMIT_BYTES, NEW_METADATA_LIMIT_BYTES
+from workpool.server.answer_limits import (
+    ITEM_BYTES,
+    METADATA_ENTRIES_MAX,
+    METADATA_LIMIT_BYTES,
+    NEW_METADATA_LIMIT_BYTES,
+)
 from workpool.server.dialects import DIALECTS
 from workpool.wire.protocol import ANSWER_LIMIT_BYTES
 
@@ -90,6 +95,16 @@ async def test_metadata_that_grow_as_json_are_measured_as_json(api: Api) -> None
     """A control character takes one byte of memory, and six of JSON."""
     with pytest.raises(Refusal):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
+
+
+async def test_metadata_of_too_many_entries_are_refused(api: Api) -> None:
+    allowed = {str(number): "" for number in range(METADATA_ENTRIES_MAX)}
+    (item,) = api.plane.enqueue(metadata=allowed)
+    with pytest.raises(Refusal, match=str(METADATA_ENTRIES_MAX)):
+        api.plane.enqueue(metadata={**allowed, "more": ""})
+    answer = await api.update(item.id, json={"metadata": {"more": ""}})
+    assert (answer.status, answer.error["param"]) == (400, "metadata")
+    assert (await api.update(item.id, json={"metadata": {"more": "", "0": None}})).status == 200
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,17 @@ METADATA_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES - 64 * 1024
 NEW_METADATA_LIMIT_BYTES: Final = METADATA_LIMIT_BYTES - 64 * 1024
 """The same when they are created: their workers add the attempt, a result or an error."""
 
+METADATA_ENTRIES_MAX: Final = 4096
+"""In memory, an entry takes a hundred bytes and more, however short it is."""
+
 ITEM_BYTES: Final = 1024
 """More than an item's JSON without its metadata."""
 
 
 def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
-    """Refuse metadata that are larger than `limit` bytes as JSON."""
+    """Refuse metadata that have too many entries, or are larger than `limit` bytes as JSON."""
+    if len(metadata) > METADATA_ENTRIES_MAX:
+        raise Refusal(400, f"metadata has more than {METADATA_ENTRIES_MAX} entries", "metadata")
     if len(orjson.dumps(metadata, default=dict)) > limit:
         raise Refusal(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
 

@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 
 BODY_SECONDS: Final = 10.0
 """How long a body may take to arrive: a client that stalls must not hold a handler for ever."""
+LARGE_BODY_BYTES: Final = 64 * 1024
+LARGE_BODIES: Final = web.AppKey("large_bodies", asyncio.Semaphore)
+"""Large bodies that may be read at once: all others wait in the buffers of their senders."""
+LARGE_BODIES_MAX: Final = 16
 WORKER_ID_LENGTH: Final = 256
 _LONGEST_NUMBER: Final = 15
 _DIGITS: Final = "[0-9a-f]{32}"
@@ -197,11 +201,14 @@ async def body(request: web.Request) -> bytes:
         raise Refusal(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
+            if (request.content_length or LARGE_BODY_BYTES + 1) <= LARGE_BODY_BYTES:
+                return await request.read()
+            async with request.app[LARGE_BODIES]:
+                return await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise Refusal(400, f"the body is larger than {BODY_LIMIT_BYTES} bytes") from None
     except TimeoutError:
-        raise Refusal(408, "the body did not arrive in time") from None
+        raise Refusal(408, "the body did not arrive in time, or too many others did") from None
     except (ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
         raise Refusal(400, "the body cannot be read") from None
 

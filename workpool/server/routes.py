@@ -7,6 +7,7 @@ See workpool/docs/protocol.md, "Calls".
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from functools import partial
 from http import HTTPStatus
@@ -276,6 +277,7 @@ def application(
     app = web.Application(
         middlewares=[*middlewares, envelopes(durable)], client_max_size=BODY_LIMIT_BYTES
     )
+    app[requests.LARGE_BODIES] = asyncio.Semaphore(requests.LARGE_BODIES_MAX)
     app.add_routes(routes)
     app.on_response_prepare.append(add_request_id)
     return app
