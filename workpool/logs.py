@@ -28,6 +28,8 @@ STACK_CHARACTERS: Final = 150_000
 """Characters of the stacks of all threads, which contain no text from outside."""
 EXTRAS: Final = 64
 """Extra values of one record."""
+TOKEN_CHARACTERS_MIN: Final = 4
+"""A shorter token is not redacted: it is part of many words and guards nothing."""
 TOKENS: Final = 64
 ITEM_TOKENS: Final = 256
 """Numbers of tokens that are redacted: the last ones of clients, and the last ones of items."""
@@ -55,7 +57,7 @@ def hide_item_token(token: str) -> None:
 
 
 def _keep(tokens: dict[str, frozenset[str]], token: str, limit: int) -> None:
-    if token in tokens:
+    if token in tokens or len(token) < TOKEN_CHARACTERS_MIN:
         return
     forms = {token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")}
     with _lock:

@@ -188,6 +188,11 @@ def test_token_is_redacted_wherever_it_stands(hiding: Callable[[str], None]) -> 
 
 
 @pytest.mark.usefixtures("no_tokens")
+def test_token_of_three_characters_leaves_words_readable() -> None:
+    hide("and")
+    assert readable("workers and handlers") == "workers and handlers"
+
+
 def test_token_that_the_cut_would_split_leaves_no_part() -> None:
     hide("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
