@@ -40,7 +40,14 @@ PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 
 
 def suite_of(
-    plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect, **options: Any
+    plane: ControlPlane,
+    http: aiohttp.ClientSession,
+    clock: Clock,
+    dialect: Dialect,
+    *,
+    token: str = TOKEN,
+    api_key: str | None = None,
+    **options: Any,
 ) -> Suite:
     """A suite whose waits move the control plane's clock."""
 
@@ -48,7 +55,9 @@ def suite_of(
         clock.advance(seconds)
 
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
-    api = Api(http, address, dialect, ENV, token=TOKEN, worker="workpool-conform")
+    api = Api(http, address, dialect, ENV, token=token, worker="workpool-conform")
+    if api_key is not None:
+        options["creator"] = api.as_application(api_key)
     return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": sleep, **options})
 
 
@@ -431,6 +440,30 @@ async def test_work_can_come_from_sessions(
         (Verdict.HOLDS, ""),
         (Verdict.UNTRIED, "only the call of `workpool serve` can script a session"),
     ]
+
+
+WORKER_KEY = "key-of-a-worker-that-may-only-poll-ack-beat-stop-and-list"
+OPTIONAL = {
+    "update-merges",
+    "update-stopped",
+    "update-invalid",
+    "get-item",
+    "get-unknown",
+    "stats-counts",
+}
+
+
+async def test_key_of_a_worker_makes_no_other_difference_than_its_refusals(
+    http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
+) -> None:
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, worker_keys=(WORKER_KEY,), now=clock
+    ) as plane:
+        suite = suite_of(plane, http, clock, dialect, token=WORKER_KEY, api_key=TOKEN)
+        for clause in CLAUSES:
+            finding = await suite.check(clause)
+            expected = Verdict.DIFFERS if clause.name in OPTIONAL else Verdict.HOLDS
+            assert finding.verdict is expected, finding
 
 
 async def test_credentials_that_an_answer_repeats_are_not_shown(

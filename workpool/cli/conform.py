@@ -151,7 +151,14 @@ async def _run(
             },
             limits=RateLimits(settings.read_limit, settings.write_limit),
         )
-        suite = Suite(api, source, given=given, test_environment=test_environment)
+        api_key = settings.read_api_key()
+        suite = Suite(
+            api,
+            source,
+            creator=None if api_key is None else api.as_application(api_key),
+            given=given,
+            test_environment=test_environment,
+        )
         try:
             return await suite.run(clauses)
         except ForeignItemsError as error:

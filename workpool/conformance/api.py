@@ -30,6 +30,7 @@ A = TypeVar("A")
 
 REQUEST_SECONDS: Final = 15.0
 DETAIL_MAX: Final = 120
+SECRET_LENGTH: Final = 8
 REFUSED: Final = frozenset(
     {
         HTTPStatus.UNAUTHORIZED,
@@ -161,6 +162,13 @@ class Api(WorkCalls[Answer]):
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     limits: RateLimits | None = None
 
+    def as_application(self, api_key: str) -> Api:
+        """Return the same control plane for an application, which has an API key."""
+        header = DIALECTS[self.dialect].api_key_header
+        if header is None:
+            return replace(self, token=api_key)
+        return replace(self, token=None, headers={**self.headers, header: api_key})
+
     def as_worker(self, worker: str | None, token: str | None) -> Api:
         """Return the same control plane for another worker, or with another token."""
         return replace(self, worker=worker, token=token)
@@ -186,8 +194,9 @@ class Api(WorkCalls[Answer]):
 
     def _without_secrets(self, content: bytes) -> bytes:
         """Take our own credentials out of an answer that repeats them."""
-        for secret in filter(None, (self.token, *self.headers.values())):
-            content = content.replace(secret.encode(), b"[secret]")
+        for secret in (self.token or "", *self.headers.values()):
+            if len(secret) >= SECRET_LENGTH:  # a shorter one is none, and may stand anywhere
+                content = content.replace(secret.encode(), b"[secret]")
         return content
 
     @asynccontextmanager

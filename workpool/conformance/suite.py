@@ -51,6 +51,7 @@ class Suite:
     Args:
         api: The worker that polls.
         source: Creates the items.
+        creator: What it creates them with; None = `api`. A worker's key may not create work.
         given: Ids of items that may be there although the suite has not created them.
         test_environment: All items may be claimed and stopped.
         seconds: Bound on a run; the clean-up of clauses that were cut short comes on top of it.
@@ -63,6 +64,7 @@ class Suite:
         api: Api,
         source: Source,
         *,
+        creator: Api | None = None,
         given: Iterable[str] = (),
         test_environment: bool = False,
         seconds: float = SUITE_SECONDS,
@@ -73,6 +75,7 @@ class Suite:
         self.other = api.as_worker(OTHER_WORKER, api.token)
         self.now = now
         self._source = source
+        self._creator = creator or api
         self._given = frozenset(given)
         self._test_environment = test_environment
         self._seconds = seconds
@@ -144,7 +147,7 @@ class Suite:
     async def create(self, script: Script | None = None) -> Subject:
         """Create an item."""
         async with self._queue:
-            name = await self._source.create(self.api, script)
+            name = await self._source.create(self._creator, script)
             return self._subjects.setdefault(name, Subject(name))
 
     async def poll(self, **options: Any) -> Answer:
