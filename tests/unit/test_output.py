@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from workpool.cli import conform
 from workpool.cli.options import import_from_here
 from workpool.cli.output import print_json, print_pairs, print_rows
+from workpool.conformance import CLAUSES, Finding, Verdict
+from workpool.logs import hide
+from workpool.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +40,20 @@ def test_json_holds_no_character_that_steers_a_terminal(
     assert all(line.isprintable() for line in printed.split("\n"))
     assert "\xe9\u4e2d" in printed
     assert json.loads(printed) == {text: [text]}
+
+
+def test_conform_shows_answers_of_a_control_plane_escaped_and_cut(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hide("hunter2-hunter2")
+    text = "hunter2-hunter2\n\x1b[2J\u202e" + "x" * 4_000_000
+    findings = [Finding(CLAUSES[0], Verdict.BREAKS, text)]
+    conform._print(findings)
+    print_json(conform._report(Settings(), findings, Verdict.BREAKS))
+    printed = capsys.readouterr().out
+    assert len(printed) < 10_000
+    assert printed.replace("\n", "").isprintable()
+    assert "hunter2" not in printed
 
 
 def test_on_a_terminal_they_are_a_table(

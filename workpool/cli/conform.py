@@ -30,6 +30,7 @@ from workpool.conformance import (
     Verdict,
 )
 from workpool.conformance.api import NoAnswerError
+from workpool.logs import hide, readable
 from workpool.settings import Settings
 from workpool.wire.protocol import Dialect
 from workpool.wire.proxy import proxy_of
@@ -48,6 +49,10 @@ _STATUSES: Final = {
     Verdict.BREAKS: exits.FAILED,
 }
 _ORDER: Final = list(Verdict)
+
+
+SEEN_CHARACTERS: Final = 2_000
+"""Characters of what the control plane answered that are shown for one clause."""
 
 
 def conform(
@@ -132,7 +137,8 @@ async def _run(
     given: Sequence[str],
     test_environment: bool,
 ) -> list[Finding]:
-    context = settings.tls_context()
+    token, context = settings.read_token(), settings.tls_context()
+    hide(token)
     connector = aiohttp.TCPConnector() if context is None else aiohttp.TCPConnector(ssl=context)
     async with aiohttp.ClientSession(
         connector=connector,
@@ -144,7 +150,7 @@ async def _run(
             settings.base_url,
             settings.dialect,
             settings.environment_id or "",
-            token=settings.read_token(),
+            token=token,
             worker=settings.worker_id or WORKER,
             headers={
                 name: value.get_secret_value() for name, value in settings.extra_headers.items()
@@ -163,13 +169,14 @@ async def _run(
             return await suite.run(clauses)
         except ForeignItemsError as error:
             typer.echo(
-                f"workpool: {error}; --test-environment lets all of them be claimed and stopped",
+                f"workpool: {readable(str(error))};"
+                " --test-environment lets all of them be claimed and stopped",
                 err=True,
             )
             refused = isinstance(error, UnlistedItemsError)
             raise typer.Exit(exits.REFUSED if refused else exits.USAGE) from None
         except NoAnswerError as error:
-            typer.echo(f"workpool: {settings.base_url}: {error}", err=True)
+            typer.echo(f"workpool: {settings.base_url}: {readable(str(error))}", err=True)
             raise typer.Exit(exits.FAILED) from None
 
 
@@ -183,7 +190,7 @@ def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> 
                 "clause": each.clause.name,
                 "rule": each.clause.rule,
                 "verdict": each.verdict.value,
-                "seen": each.seen,
+                "seen": readable(each.seen, SEEN_CHARACTERS),
             }
             for each in findings
         ],
@@ -196,7 +203,7 @@ def _print(findings: Sequence[Finding]) -> None:
     for verdict in _ORDER:
         for each in findings:
             if each.verdict is verdict:
-                seen = f": {each.seen}" if each.seen else ""
+                seen = f": {readable(each.seen, SEEN_CHARACTERS)}" if each.seen else ""
                 typer.echo(f"{verdict.value:<{width}}  {each.clause.name}{seen}")
                 if verdict is not Verdict.HOLDS:
                     typer.echo(f"{'':<{width}}  {each.clause.rule}")
