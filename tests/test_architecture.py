@@ -40,6 +40,7 @@ LOOPS = (
     "pool/lease_renewer.py",
 )
 BLIND_EXCEPTS = {
+    "logs.py",  # the text of what users log, in `__str__`
     "metrics/observer.py",  # counting, which must not disturb what is counted
     "session.py",  # a handler that asks for it: other errors are raised again
     "plugins/loading.py",  # evaluating a plugin's annotations

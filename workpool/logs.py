@@ -105,6 +105,21 @@ def _block(text: str, limit: int) -> list[str]:
     return [readable(line) for line in _cut(_redacted(text), limit).split("\n")]
 
 
+def _message(record: logging.LogRecord) -> str:
+    """Return the message; a record whose arguments do not fit it must not be printed elsewhere."""
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 - code of users, in `__str__`
+        return f"cannot be formatted: {_text(record.msg)}"
+
+
+def _text(value: object) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - code of users
+        return f"<{type(value).__name__} that has no text>"
+
+
 def _time(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -115,7 +130,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
     return {
         readable(name, VALUE_CHARACTERS): value
         if isinstance(value, int | None)
-        else _cut(_redacted(str(value)), VALUE_CHARACTERS)
+        else _cut(_redacted(_text(value)), VALUE_CHARACTERS)
         for name, value in islice(found, EXTRAS)
     }
 
@@ -125,7 +140,7 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, and the stack of an error indented below it."""
-        message = readable(record.getMessage())
+        message = readable(_message(record))
         # Each part is bounded, so that a long message leaves room for the ids.
         line = f"{_time(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _extras(record).items():
@@ -148,7 +163,7 @@ class JsonFormatter(logging.Formatter):
             "time": _time(record),
             "level": readable(record.levelname, VALUE_CHARACTERS).lower(),
             "logger": readable(record.name, VALUE_CHARACTERS),
-            "message": readable(record.getMessage()),
+            "message": readable(_message(record)),
         }
         extras = _extras(record)
         fields = {
@@ -159,7 +174,7 @@ class JsonFormatter(logging.Formatter):
             error = self.formatException(record.exc_info)
             fields["error"] = {
                 "type": readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS),
-                "message": readable(str(record.exc_info[1])),
+                "message": readable(_text(record.exc_info[1])),
                 "stack": "\n".join(_block(error, ERROR_CHARACTERS)),
             }
         if record.stack_info:

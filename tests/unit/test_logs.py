@@ -166,6 +166,19 @@ def test_record_with_many_extras_is_cut() -> None:
     assert len(JsonFormatter().format(made)) < 200_000
 
 
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
+def test_record_that_cannot_be_formatted_is_logged_all_the_same(form: logging.Formatter) -> None:
+    """Otherwise `logging` prints its arguments itself, as they are."""
+    assert "cannot be formatted: n=%d" in form.format(record("n=%d", "x" * 1_000_000))
+    assert "Odd that has no text" in form.format(record("hello", odd=Odd()))
+    assert "hello" in form.format(record("hello", exc_info=(Odd, Odd(), None)))
+
+
 # Tokens.
 
 
