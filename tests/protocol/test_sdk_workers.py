@@ -319,3 +319,37 @@ async def test_worker_ends_a_session_when_a_heartbeat_answers_stopping(
     kinds = [record.kind for record in plane.history.of(held.work_id)]
     assert kinds[-2:] == ["heartbeat", "stopped"]  # its own stop, not the end of its lease
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_item_is_handled_with_its_secret_and_without_a_key(
+    plane: ControlPlane,
+    application: AsyncAnthropic,
+    environment_id: str,
+    calls: Calls,
+    tmp_path: Path,
+) -> None:
+    """One process polls with the environment's key; another one has nothing but the secret."""
+    base_url = plane.anthropic_base_url.removesuffix("/v1")
+    await application.beta.sessions.create(
+        agent="agent_1", environment_id=environment_id, extra_body={"script": SCRIPT[:2]}
+    )
+    async with (
+        AsyncAnthropic(auth_token=KEY, base_url=base_url) as parent,
+        AsyncAnthropic(auth_token="opens-nothing", base_url=base_url) as child,  # noqa: S106
+    ):
+        async for item in parent.beta.environments.work.poller(
+            environment_id=environment_id, environment_key=KEY, block_ms=None, drain=True,
+            auto_stop=False,
+        ):  # fmt: skip
+            await child.beta.environments.work.worker(workdir=tmp_path, max_idle=0.05).handle_item(
+                work_id=item.id,
+                environment_id=item.environment_id,
+                session_id=item.data.id,
+                work_secret=item.secret,
+            )
+    assert (tmp_path / "note").read_text() == "hello\nworld\n"
+    assert plane.summary()[:2] == (1, 1)
+    assert {call for kind, call in calls.seen if kind == "key"} == {
+        "GET environments/work/poll",
+        "POST environments/work/ack",
+    }
