@@ -48,6 +48,10 @@ _NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCO
 class Fleet:
     """One control plane and some workers, in one folder.
 
+    Args:
+        folder: Holds the store, the journal, the trace and the logs.
+        write_rate: The own limit of writes per second of each worker; 0 = unlimited.
+
     Attributes:
         base_url: Where the control plane is, in all its lives.
         workers: The living one of each name, or the last.
@@ -55,8 +59,9 @@ class Fleet:
         broken: Errors of the processes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, write_rate: float = 0.0) -> None:
         self.folder = folder
+        self._write_rate = write_rate
         self.workers: dict[str, Process] = {}
         self.actions: list[dict[str, Any]] = []
         self.broken: list[str] = []
@@ -119,7 +124,12 @@ class Fleet:
         """Start `workpool run`; without `base_url` it goes straight to the control plane."""
         foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-        settings = {**SETTINGS, "BASE_URL": base_url or self.base_url, "WORKER_ID": name}
+        settings = {
+            **SETTINGS,
+            "BASE_URL": base_url or self.base_url,
+            "WORKER_ID": name,
+            "WRITE_RATE": str(self._write_rate),
+        }
         with self._log(f"worker-{len(self._logs) + 1}") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "workpool", "run", "storm_handlers", *flags),

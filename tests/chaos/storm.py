@@ -63,9 +63,11 @@ class Weather:
         fresh: Heal by killing every worker and letting time pass on the control plane's clock,
             rather than by letting the living ones finish: quicker, and as fair.
         slack: See `judge`.
+        write_rate: The own limit of writes per second of each worker; 0 = unlimited.
     """
 
     seed: int
+    write_rate: float = 0.0
     seconds: float = 60.0
     items_per_second: float = 4.0
     longest: float = 20.0
@@ -83,7 +85,7 @@ class Storm:
     def __init__(self, weather: Weather, folder: Path) -> None:
         self.weather = weather
         self._random = random.Random(weather.seed)  # noqa: S311 - a storm must be repeatable
-        self._fleet = Fleet(folder)
+        self._fleet = Fleet(folder, weather.write_rate)
         self._faults = folder / "faults.json"
         self._enqueued: list[str] = []
         self._lags: list[dict[str, Any]] = []
@@ -301,7 +303,7 @@ def report(weather: Weather, verdict: Verdict) -> str:
     """What there is to say of a storm."""
     return "\n".join(
         [
-            f"seed {weather.seed}, {weather.seconds:g} s",
+            f"seed {weather.seed}, {weather.seconds:g} s, {weather.write_rate:g} writes/s",
             *(f"  {name:45} {count:6}" for name, count in sorted(verdict.counts.items())),
             f"  latest request after its lease: {verdict.latest:.3f} s",
             *(f"  BROKEN: {text}" for text in verdict.broken or ["nothing"]),
@@ -314,8 +316,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--write-rate", type=float, default=20.0, help="of each worker, per second")
     given = parser.parse_args()
-    weather = Weather(seed=given.seed, seconds=given.seconds)
+    weather = Weather(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us leaves no workers
     verdict = asyncio.run(Storm(weather, folder).blow())

@@ -16,8 +16,9 @@ async def rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
     """The cells of the table that a benchmark prints, its head and rule left out."""
+    contenders = ("--only", *only) if only else ()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(BENCHMARKS / script), *options, "--only", *only),
+        *(sys.executable, str(BENCHMARKS / script), *options, *contenders),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
@@ -67,6 +68,26 @@ async def test_leases_are_all_held(contender: str) -> None:
     [cells] = await rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
     assert cells[-1] == "0"  # lost
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(120)
+async def test_drain_abandons_no_session() -> None:
+    found = await rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
+    expected = [[end, number] for end in ("return", "release") for number in ("5", "10")]
+    assert [cells[:2] for cells in found] == expected
+    assert {cells[-1] for cells in found} == {"0"}
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(120)
+async def test_growth_takes_every_sample() -> None:
+    options = ("--sessions", "60", "--warm-up", "20", "--samples", "3")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(BENCHMARKS / "growth.py"), *options), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert re.findall(r"^\| (\d+) ", output.decode(), re.MULTILINE) == ["20", "40", "60"]
 
 
 PARTS = ("workpool", "metrics off", "a wrapper", "one loop")

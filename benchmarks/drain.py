@@ -1,0 +1,101 @@
+"""What a drain costs: seconds and CPU, by the number of sessions that it ends.
+
+    python benchmarks/drain.py [--sessions 1500 6000] [--rounds 3]
+
+A pool holds so many sessions, then drains. `return`: the handlers return as soon as they are told
+about the drain, and each session is stopped. `release`: the drain has no time, so the handlers are
+cancelled and each item is released by a last heartbeat. The cost per session must not depend on
+their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import logging
+import multiprocessing
+import statistics
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import uvloop
+from arena import Mark, Plane, control_plane, enqueue, table, versions
+
+from workpool import Session, Supervisor, handler
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+ENDS = ("return", "release")
+
+
+class Cost(NamedTuple):
+    """The cost of one drain, in seconds, and the number of sessions that it abandoned."""
+
+    wall: float
+    cpu: float
+    abandoned: int
+
+
+async def drain(plane: Plane, sessions: int, end: str) -> Cost:
+    """Hold sessions, drain, and return the cost."""
+    started = 0
+    all_started = asyncio.Event()
+
+    @handler
+    async def wait(session: Session) -> None:
+        nonlocal started
+        started += 1
+        if started == sessions:
+            all_started.set()
+        await (session.interrupted() if end == "return" else asyncio.sleep(3600))
+
+    settings = plane.settings(concurrency=sessions, lease_ttl=600, drain_timeout=600)
+    async with Supervisor(settings, plugins=[wait]) as pool:
+        await all_started.wait()
+        begin = Mark.now()
+        await pool.drain(None if end == "return" else 0)
+        cpu, wall = Mark.now().cpu - begin.cpu, time.monotonic() - begin.wall
+    return Cost(wall, cpu, pool.left_behind)
+
+
+def measure(sessions: int, end: str) -> Cost:
+    """Drain once, the pool and the control plane in processes of their own."""
+    with control_plane() as plane:
+        uvloop.run(enqueue(plane, sessions))
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=_measure, args=(theirs, plane, sessions, end)
+        )
+        process.start()
+        theirs.close()
+        cost: Cost = ours.recv()
+        process.join()
+    return cost
+
+
+def _measure(pipe: Connection, plane: Plane, sessions: int, end: str) -> None:
+    logging.disable(logging.WARNING)  # marks that a slow machine did not remove in time
+    pipe.send(uvloop.run(drain(plane, sessions, end)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a drain costs.")
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1500, 6000])
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    rows = []
+    for end, sessions in itertools.product(ENDS, options.sessions):
+        costs = [measure(sessions, end) for _ in range(options.rounds)]
+        wall, cpu = (statistics.median(each[i] for each in costs) for i in (0, 1))
+        abandoned = max(each.abandoned for each in costs)
+        each = (f"{wall:.2f}", f"{cpu:.2f}", f"{1000 * cpu / sessions:.3f}", str(abandoned))
+        rows.append([end, str(sessions), *each])
+    head = ("handlers", "sessions", "seconds", "CPU seconds", "CPU ms/session", "abandoned")
+    print(table(head, rows))
+    print(f"\nMedians of {options.rounds}. {versions()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Whether one pool grows with the number of sessions that it has run.
+
+    python benchmarks/growth.py [--sessions 30000] [--samples 6] [--warm-up 12000]
+
+One pool runs the sessions; the control plane has a process of its own. A third of the handlers
+return a result, a third return none, a third raise. At each sample the queue is empty, and the
+script counts what the process of the pool has: Python objects after a garbage collection, tasks,
+file descriptors, threads, and its own memory. The exit status is 1 if any of them has grown between
+the first and the last sample. The warm-up must exceed the 10,000 ids that a pool remembers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import uvloop
+from arena import Plane, _own_memory, control_plane, enqueue, table, versions
+
+from workpool import Session, Supervisor, handler
+
+CONCURRENCY = 50
+BATCH = 1000
+OBJECTS_PART, MEMORY_PART = 0.005, 0.03
+"""The growth of objects and memory that counts as noise, as parts of the first sample."""
+
+
+class Sample(NamedTuple):
+    """What the process has after so many sessions; `memory` is its own, in bytes."""
+
+    sessions: int
+    objects: int
+    tasks: int
+    descriptors: int
+    threads: int
+    memory: int
+
+    def row(self) -> list[str]:
+        """The cells of a row of the table."""
+        *numbers, memory = self
+        return [*map(str, numbers), f"{memory / 2**20:.1f}"]
+
+
+def sample(sessions: int) -> Sample:
+    """Count what the process has now."""
+    for _ in range(3):  # objects whose finalizers free others
+        gc.collect()
+    return Sample(
+        sessions,
+        len(gc.get_objects()),
+        len(asyncio.all_tasks()),
+        sum(1 for _ in Path("/proc/self/fd").iterdir()),
+        threading.active_count(),
+        _own_memory(),
+    )
+
+
+async def run(plane: Plane, samples: list[int]) -> list[Sample]:
+    """Run sessions in one pool, and take a sample after each number of them."""
+    numbers = itertools.count()
+    finished = 0
+    changed = asyncio.Event()
+
+    @handler
+    async def work(_: Session) -> dict[str, str] | None:
+        nonlocal finished
+        number = next(numbers)
+        try:
+            await asyncio.sleep(0.001)
+            if number % 3 == 0:
+                raise ValueError("on purpose")
+            return {"number": str(number)} if number % 3 == 1 else None
+        finally:
+            finished += 1
+            changed.set()
+
+    async def wait(sessions: int) -> None:
+        while finished < sessions:
+            changed.clear()
+            await changed.wait()
+
+    found: list[Sample] = []
+    sent = 0
+    async with Supervisor(plane.settings(concurrency=CONCURRENCY), plugins=[work]):
+        for sessions in samples:
+            while sent < sessions:
+                count = min(BATCH, sessions - sent)
+                await enqueue(plane, count)
+                sent += count
+                await wait(sent)
+            await asyncio.sleep(1)  # the last completions
+            found.append(sample(sessions))
+            print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def grown(first: Sample, last: Sample) -> list[str]:
+    """Return the names of what has grown."""
+    limits = first._asdict() | {
+        "sessions": last.sessions,
+        "objects": first.objects * (1 + OBJECTS_PART),
+        "memory": first.memory * (1 + MEMORY_PART),
+    }
+    return [name for name, value in last._asdict().items() if value > limits[name]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What grows with the number of sessions.")
+    parser.add_argument("--sessions", type=int, default=30_000)
+    parser.add_argument("--samples", type=int, default=6)
+    parser.add_argument("--warm-up", type=int, default=12_000, help="sessions before the first")
+    options = parser.parse_args()
+    logging.disable(logging.ERROR)  # a third of the handlers fail on purpose
+    step = (options.sessions - options.warm_up) / (options.samples - 1)
+    samples = [options.warm_up + round(step * number) for number in range(options.samples)]
+    with control_plane() as plane:
+        found = uvloop.run(run(plane, samples))
+    head = ("sessions", "objects", "tasks", "descriptors", "threads", "memory MiB")
+    print(table(head, [each.row() for each in found]))
+    names = grown(found[0], found[-1])
+    print(f"\ngrown: {', '.join(names) or 'nothing'}. {versions()}")
+    return 1 if names else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
