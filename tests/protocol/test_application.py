@@ -12,6 +12,7 @@ from tests.protocol.test_stream import stream
 from workpool.server import ControlPlane, SqliteStore
 from workpool.server.application_routes import SCAN_ROWS
 from workpool.server.environments import ENVIRONMENTS_MAX
+from workpool.testing import Faults
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -388,3 +389,22 @@ async def test_anthropic_token_may_be_sent_as_an_api_key(anthropic: Api, qoder: 
     anthropic.token = "wrong"  # noqa: S105 - it opens nothing
     anthropic.extra = {"X-Api-Key": TOKEN}
     assert (await anthropic.poll()).status == 401
+
+
+async def test_calls_of_an_application_are_not_taken_for_calls_of_a_worker(
+    http: aiohttp.ClientSession,
+) -> None:
+    faults = Faults()
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, middlewares=[faults.middleware]
+    ) as plane:
+        api = Api(plane, http, "anthropic")
+        session_id = (await created(api))["id"]
+        await post(api, "/environments", SELF_HOSTED)
+        for path in ("/environments", f"/environments/{ENV}", "/sessions"):
+            assert (await get(api, path)).status == 200
+        await post(api, f"/sessions/{session_id}/archive")
+        assert faults.seen == []
+        await get(api, f"/sessions/{session_id}")
+        await api("GET", api.work())
+        assert [request.op for request in faults.seen] == ["session", "list"]

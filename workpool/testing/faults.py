@@ -226,9 +226,9 @@ def _op_of(request: web.Request) -> Op | None:
     op: Any
     if "session_id" in match:
         listed = "events" if request.method == "GET" else "send"
-        op = {"events": listed, "stream": "stream"}.get(tail, "session")
-    elif "environment_id" not in match:
-        op = None
+        op = {"events": listed, "stream": "stream", "archive": None}.get(tail, "session")
+    elif tail == match.get("environment_id", tail):
+        op = None  # a call of an application
     elif tail in _SUFFIXED:
         op = tail
     elif "work_id" in match:
