@@ -25,6 +25,9 @@ HEADER_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 75.0
 """Time that a connection may wait for another request."""
 
+SERVE_SECONDS: Final = 30.0
+"""Time after which a request, such as an event stream, may be ended to make room for others."""
+
 READ_SECONDS: Final = 30.0
 """Time that a client may read nothing of an answer that waits for it."""
 
@@ -38,10 +41,10 @@ CHECK_SECONDS: Final = 1.0
 class InboundConnections:
     """The connections of one server, on one event loop.
 
-    A new connection is always accepted. If that makes more than `limit`, the connection that has
-    waited longest for a request is closed: a client that sends its request at once is served
-    although others hold connections without a request. If all serve a request, the new one is
-    closed.
+    If a new connection makes more than `limit`, the connection that has waited longest for a
+    request is closed: a client that sends its request at once is served although others hold
+    connections without a request. If all serve a request, the oldest request is ended if it is
+    older than `SERVE_SECONDS`; otherwise the new connection is closed.
 
     If more than `UNREAD_BYTES_MAX` bytes wait for clients that do not read fast enough, the
     connection that has waited longest for its client is closed.
@@ -55,6 +58,7 @@ class InboundConnections:
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
         # Ordered by the beginning of the wait.
         self._without_request: dict[_Connection, None] = {}
+        self._serving: dict[_Connection, float] = {}
         self._unread: dict[_Connection, int] = {}
         self._unread_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -75,10 +79,12 @@ class InboundConnections:
         if connection is None:  # closed meanwhile
             return await handler(request)
         self._without_request.pop(connection, None)
+        self._serving[connection] = asyncio.get_running_loop().time()
         connection.due = None
         try:
             return await handler(request)
         finally:
+            self._serving.pop(connection, None)
             if request.transport in self._open:
                 self._await_request(connection, IDLE_SECONDS)
 
@@ -95,7 +101,7 @@ class InboundConnections:
     def add(self, connection: _Connection) -> bool:
         """Note a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
-            oldest = next(iter(self._without_request), None)
+            oldest = self._dispensable()
             if oldest is None:
                 return False
             self._abort(oldest)
@@ -109,6 +115,7 @@ class InboundConnections:
         """Forget a connection."""
         self._open.pop(connection.transport, None)
         self._without_request.pop(connection, None)
+        self._serving.pop(connection, None)
         self.note_read(connection)
 
     def note_unread(self, connection: _Connection) -> None:
@@ -121,6 +128,15 @@ class InboundConnections:
     def note_read(self, connection: _Connection) -> None:
         """Note that the client of this connection has read."""
         self._unread_bytes -= self._unread.pop(connection, 0)
+
+    def _dispensable(self) -> _Connection | None:
+        """Return the connection that makes room for a new one."""
+        for connection in self._without_request:
+            return connection
+        until = asyncio.get_running_loop().time() - SERVE_SECONDS
+        for connection, since in self._serving.items():
+            return connection if since <= until else None
+        return None
 
     # -- times ----------------------------------------------------------------------------------
 

@@ -199,6 +199,21 @@ def test_limit_reached_by_requests_under_way_refuses_the_new(
     run(new_loop, main())
 
 
+async def test_limit_reached_by_long_requests_ends_the_oldest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inbound, "SERVE_SECONDS", 0.0)
+    async with asyncio.timeout(20), Site().open() as site:
+        clients = [await Client.connect(site.port, WAIT) for _ in range(LIMIT)]
+        await until(lambda: site.waiting == LIMIT)
+        assert (await ask(site.port)).startswith(OK)
+        assert await clients[0].read() == b""
+        site.released.set()
+        for client in clients[1:]:
+            assert (await client.read()).startswith(OK)
+        await until(lambda: not site.connections._serving)
+
+
 async def test_exporter_answers_healthz_while_more_half_requests_than_its_limit_are_open() -> None:
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
@@ -313,7 +328,7 @@ def test_client_that_reads_slowly_gets_the_whole_answer(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
-        monkeypatch.setattr(inbound, name, 0.3)
+        monkeypatch.setattr(inbound, name, 1.0)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -322,7 +337,7 @@ def test_client_that_reads_slowly_gets_the_whole_answer(
             total, started = 0, loop.time()
             while total < 20 * MEGABYTE and (chunk := await client.read(MEGABYTE)):
                 total += len(chunk)
-                if loop.time() < started + 0.6:
+                if loop.time() < started + 1.2:
                     await asyncio.sleep(0.01)
             assert total > 20 * MEGABYTE
 
