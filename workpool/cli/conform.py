@@ -32,7 +32,6 @@ from workpool.conformance import (
 from workpool.conformance.api import NoAnswerError
 from workpool.logs import hide, readable
 from workpool.settings import Settings
-from workpool.wire.protocol import Dialect
 from workpool.wire.proxy import proxy_of
 from workpool.wire.rate_limiter import RateLimits
 
@@ -64,7 +63,7 @@ def conform(
         ),
     ],
     dialect: Annotated[
-        Dialect | None, typer.Option(help="The dialect. Default: the setting.")
+        str | None, typer.Option(help="The dialect, qoder or anthropic. Default: the setting.")
     ] = None,
     environment_id: EnvironmentId = None,
     config: Config = None,
