@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 CLEAN = (
     "tests/references.py",
     "tests/test_docs.py",
+    "plugins/command/workpool_command/*.py",
+    "plugins/echo/workpool_echo/*.py",
     "workpool/*.py",
     "workpool/cli/**/*.py",
     "workpool/metrics/*.py",

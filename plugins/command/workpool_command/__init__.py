@@ -1,4 +1,4 @@
-"""A plugin of workpool that runs a command of yours per session."""
+"""A plugin of workpool that runs a command for each session."""
 
 from workpool_command.ending import CommandFailed
 from workpool_command.plugin import Command

@@ -1,7 +1,7 @@
-"""A command that lives on when the worker goes: under `workpool hold`, which keeps its lease.
+"""A command that outlives the worker: under `workpool hold`, which extends its lease.
 
-Nothing has to be undone when the handover fails half-way. `hold` starts the command only once its
-first heartbeat has succeeded, and that is refused as soon as the item is ours again.
+A handoff that fails needs no clean-up. `hold` starts the command only once its first heartbeat has
+succeeded, and that heartbeat is refused as soon as the pool holds the item again.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from workpool_command.plugin import Command
 
 OUTPUT: Final = "output.log"
-"""Where, in the session's directory, `hold` and the command write to."""
+"""The file in the session's directory for the output of `hold` and the command."""
 ENDED: Final = {0, 1}
-"""Exit statuses of a `hold` that may have had the item, and ended it well or not."""
+"""Exit statuses of a `hold` that may have taken the item over, successful or not."""
 UNUSABLE: Final = 2
-"""Exit status of a `hold` with bad settings."""
+"""Exit status of a `hold` with wrong settings."""
 
 
 class Holders:
-    """Starts a `workpool hold` per session, and reaps those that end while the worker lives."""
+    """Starts a `workpool hold` for each session, and reaps those that end before the worker."""
 
     def __init__(self, command: Command, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        self._groups: WeakSet[ProcessGroup] = WeakSet()  # one that has ended is forgotten
+        self._groups: WeakSet[ProcessGroup] = WeakSet()  # removed once it has ended
 
     def close(self) -> None:
-        """The worker goes. They stay, and somebody else reaps them."""
+        """Let the processes outlive the worker; the init process reaps them."""
         for group in list(self._groups):
             group.close()
 
     async def hand_over(self, session: Session, cwd: Path) -> None:
-        """Start the command under `hold`, and wait until the item is its own.
+        """Start the command under `hold`, and wait until it has taken the item over.
 
         Raises:
-            CommandFailed: `hold` can never be started.
-            Release: It could not live now, or was not ready in time.
-            SessionGoneError: The item was not handed over: see `Session.handover`.
+            CommandFailed: `hold` can never start.
+            Release: `hold` cannot run now, or was not ready in time.
+            SessionGoneError: The item was not handed off: see `Session.handover`.
         """
         group: ProcessGroup | None = None
         try:
@@ -65,7 +65,9 @@ class Holders:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
                 raise error from error.__cause__  # not from the group
-            group.signal(signal.SIGKILL)  # it would be refused: the item is ours again
+            group.signal(
+                signal.SIGKILL
+            )  # its heartbeat would be refused: the pool holds the item again
             raise Release("workpool hold was not ready in time") from error
         finally:
             if group is not None:
@@ -73,7 +75,14 @@ class Holders:
                 group.leave_alone()
 
     def _start(self, session: Session, cwd: Path, lease: Mapping[str, str]) -> ProcessGroup:
-        hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")  # -P: not what lies in `cwd`
+        hold = (
+            sys.executable,
+            "-P",
+            "-m",
+            "workpool",
+            "hold",
+            "--",
+        )  # -P: no modules of the directory `cwd`
         ids = [f"{name}={value}" for name, value in redelivered(session).items()]
         with blamed("workpool hold"), (cwd / OUTPUT).open("ab") as output:
             return started(
@@ -88,7 +97,7 @@ class Holders:
             )
 
     def _variables(self) -> dict[str, str]:
-        """The pool's settings that `hold` goes by; it keeps all of them from the command."""
+        """Return the pool's settings for `hold`, which hides them from the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
             "WORKPOOL_WORKER_ID": settings.worker_id,
@@ -107,11 +116,11 @@ class Holders:
         return variables
 
     async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:
-        """Notice at once one that cannot live: the handover would wait for it to the end.
+        """Detect the early end of a `hold`, for which the handoff would wait in vain.
 
         Raises:
-            CommandFailed: It cannot live here at all.
-            Release: It has ended, which is not the command's fault.
+            CommandFailed: `hold` can never run here.
+            Release: `hold` has ended for another reason than the command.
         """
         await group.exited.wait()
         group.reap()

@@ -1,7 +1,7 @@
-"""What a command's end means: its exit status, and its last line as metadata.
+"""The result of a command: its exit status, and its last line as metadata.
 
-The contract is the one of `sysexits.h`: 0 is done, 75 (EX_TEMPFAIL) is "give it to somebody again",
-anything else is a failure.
+The exit statuses are those of `sysexits.h`: 0 is done, 75 (EX_TEMPFAIL) is "try again", anything
+else is a failure.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from workpool import Session
 
 RESULT_LIMIT: Final = 65_536
-"""Bytes of the line that holds the result."""
+"""Bytes of the line with the result at most."""
 
 
 class CommandFailed(WorkpoolError):
-    """The command failed, could not be started, or its result cannot be used.
+    """The command failed, did not start, or has an unusable result.
 
     Attributes:
-        program: Its name, without arguments, which may hold secrets.
-        status: Its exit status, the negative number of the signal that ended it, or None when the
-            status is not what failed.
+        program: The name of the command, without arguments, which may be secrets.
+        status: The exit status, or the negative number of the signal that ended the command. None
+            if the status is not the reason.
     """
 
     def __init__(self, program: str, problem: str, status: int | None = None) -> None:
@@ -56,17 +56,17 @@ def blamed(program: str) -> Iterator[None]:
 
 
 def settle(session: Session, program: str, status: int | None) -> None:
-    """Return if the command has done its work, or need not have.
+    """Return if the command has finished its work, or was ended by a stop request.
 
     Args:
-        session: Whose end it is.
+        session: The session of the command.
         program: The command's name.
-        status: Its exit status, or the negative number of the signal that ended it; None when
-            somebody else in this process has taken it.
+        status: The exit status, or the negative number of the signal that ended the command; None
+            if other code in this process has reaped it.
 
     Raises:
-        Release: It asks for another try, or the pool's drain has cut it short.
-        CommandFailed: It failed.
+        Release: The command asks for another try, or a drain ended it early.
+        CommandFailed: The command failed.
     """
     if status is None:
         raise CommandFailed(program, "its exit status was taken by something else in this process")
@@ -74,7 +74,7 @@ def settle(session: Session, program: str, status: int | None) -> None:
         return
     if status == os.EX_TEMPFAIL:
         raise Release(f"{program}: {text_of(status)}")
-    if session.stopping:  # we have ended it, as an operator asked for
+    if session.stopping:  # ended by a stop request of an operator
         session.log.info("command ended program=%s %s", program, text_of(status))
     elif session.draining:
         raise Release("the pool is draining")
@@ -83,7 +83,7 @@ def settle(session: Session, program: str, status: int | None) -> None:
 
 
 def text_of(status: int | None) -> str:
-    """`exit status 3`, or `killed by SIGSEGV`."""
+    """Return a text such as `exit status 3` or `killed by SIGSEGV`."""
     if status is None:
         return "exit status unknown"
     if status >= 0:
@@ -95,14 +95,14 @@ def text_of(status: int | None) -> str:
 
 
 def result_of(program: str, line: bytes) -> dict[str, str]:
-    """Read a command's last line as metadata.
+    """Parse the last line of a command as metadata.
 
     Args:
         program: The command's name, for the error.
         line: The line, or its first `RESULT_LIMIT` + 1 bytes.
 
     Raises:
-        CommandFailed: It is not a JSON object of strings; what it is instead is not quoted.
+        CommandFailed: The line is not a JSON object of strings. The text does not quote it.
     """
     if len(line) > RESULT_LIMIT:
         raise CommandFailed(program, f"its last line is longer than {RESULT_LIMIT} bytes")

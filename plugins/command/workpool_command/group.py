@@ -1,9 +1,9 @@
-"""One command and whatever it starts, from its start until all of it is gone.
+"""One command and all its child processes, from the start until all have ended.
 
-A process of its own session and group, spawned in one step that cannot be cancelled half-way. Its
-leader is reaped last: as long as it is a zombie, the kernel gives the group's number to nobody
-else, so that a signal can never reach somebody else's processes. That is what asyncio's own
-subprocesses do not offer: their leader is reaped by the loop, at a moment of its choosing.
+The command has a session and a process group of its own, and is spawned in one step that cannot be
+cancelled half-way. The leader of the group is reaped last: while it is a zombie, the kernel does
+not reuse the number of the group, so a signal cannot reach other processes. The subprocesses of
+asyncio do not offer that, since the loop reaps the leader at any time.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILLED_SECONDS: Final = 1.0
-"""Longest wait for the exit of a killed leader that cannot be watched; it blocks the loop."""
+"""Longest wait for the exit of a killed leader that cannot be watched. Blocks the loop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What to start, and in which surroundings.
+    """The command to start, with its directory and environment.
 
     Attributes:
         argv: The program and its arguments.
-        cwd: Where it runs.
-        env: Its environment, all of it.
-        stdin: What it can read, whether it does or not.
-        stdout: A descriptor for its output.
-        stderr: A descriptor for its error output.
-        mark: An entry of `env`, as `NAME=value`, that no other living command has.
+        cwd: The directory.
+        env: The whole environment.
+        stdin: The content of standard input.
+        stdout: The descriptor for the output.
+        stderr: The descriptor for the error output.
+        mark: An entry of `env`, as `NAME=value`, that no other running command has.
     """
 
     argv: Sequence[str]
@@ -50,16 +50,16 @@ class Start:
     mark: str = ""
 
     def spawn(self) -> subprocess.Popen[bytes]:
-        """Start it, in a session of its own.
+        """Start the command in a session of its own.
 
         Raises:
-            OSError: It cannot be started.
+            OSError: The command cannot be started.
         """
-        # A file without a name, not a pipe: nobody has to wait until the command reads.
+        # A file without a name instead of a pipe: no code has to wait until the command reads.
         with os.fdopen(os.memfd_create("item"), "w+b") as stdin:
             stdin.write(self.stdin)
             stdin.seek(0)
-            return subprocess.Popen(  # noqa: S603 - the operator's own command, without a shell
+            return subprocess.Popen(  # noqa: S603 - the command of the operator, without a shell
                 self.argv,
                 stdin=stdin,
                 stdout=self.stdout,
@@ -71,29 +71,29 @@ class Start:
 
 
 class Watch(Protocol):
-    """Who ends the groups that a worker leaves behind when it dies."""
+    """The interface of the guard, which ends the groups of a worker that was killed."""
 
     def expect(self, mark: str) -> None:
-        """A group whose leader has this entry in its environment is about to be spawned.
+        """Announce a group whose leader will have this entry in its environment.
 
-        An empty entry takes that back.
+        An empty entry withdraws the announcement.
         """
 
     def add(self, group: int) -> None:
-        """From now on this group must not outlive the worker."""
+        """Add a group, which must not outlive the worker."""
 
     def remove(self, group: int) -> None:
-        """The group is gone, and its number may become somebody else's."""
+        """Remove a group that has ended, whose number may be reused."""
 
 
 class ProcessGroup:
-    """A process that was just spawned, and its group. Belongs to the running loop.
+    """A process that was just spawned, and its group. Used on the running loop only.
 
     Attributes:
         number: The number of the group and the pid of its leader.
         exited: Set once the leader has exited. The leader may not be reaped yet.
         status: The leader's exit status, or the negative number of the signal that ended it. None
-            before the leader is reaped, and when other code in this process has reaped it.
+            before the leader is reaped, and if other code in this process has reaped it.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> None:
@@ -136,21 +136,21 @@ class ProcessGroup:
             log.critical("command may still run pid=%d", self.number)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it to all that is left of the group, unless that may be somebody else's by now."""
+        """Send a signal to the group, unless its number may have been reused."""
         if self._reaped:
             return
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
-            pass  # somebody else in this process has reaped the leader
+            pass  # other code in this process has reaped the leader
         except PermissionError:
-            log.warning("command cannot be signalled, it runs as somebody else")
+            log.warning("command cannot be signalled, it runs as another user")
 
     async def end(self, patience: float) -> None:
-        """Leave nothing of the group alive: SIGTERM, `patience` seconds, SIGKILL.
+        """End the whole group: SIGTERM, `patience` seconds, SIGKILL.
 
-        A cancellation ends the patience. One that comes after the SIGKILL, because a process is
-        stuck in the kernel, leaves it behind.
+        A cancellation shortens the wait to 0. A cancellation after the SIGKILL, while a process is
+        blocked in the kernel, abandons the group.
         """
         try:
             if not self.exited.is_set():
@@ -164,7 +164,7 @@ class ProcessGroup:
             await self.exited.wait()
 
     def reap(self) -> None:
-        """Take the status. Not with `Popen.wait`: to it, one that somebody else took is a 0."""
+        """Reap the leader. `Popen.wait` would return 0 if other code has reaped it."""
         if self._reaped:
             return
         try:
@@ -181,19 +181,19 @@ class ProcessGroup:
         return self._process.returncode is not None
 
     def leave_alone(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
-        """Reap the leader and let go of the group once the leader has exited, or now if it has.
+        """Reap the leader and close this object once the leader has exited, or now if it has.
 
-        Nothing happens then if `close` was called before.
+        No effect if `close` was called before.
 
         Args:
-            before_reaping: Called with the group's number, which no other group can have yet.
+            before_reaping: Called with the group's number, which is not reused yet.
         """
         self._before_reaping = before_reaping
         if self.exited.is_set():
             self._leader_exited()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Stop watching the leader."""
         if self._pidfd != -1:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -212,7 +212,7 @@ class ProcessGroup:
 
 
 def started(start: Start) -> ProcessGroup:
-    """Start a command in a group of its own. After an error nothing of the group is left.
+    """Start a command in a group of its own. After an error the whole group has ended.
 
     Raises:
         OSError: The command cannot be started or its leader cannot be watched.
@@ -240,12 +240,12 @@ def _announced(start: Start, watch: Watch) -> ProcessGroup:
 async def running(
     start: Start, watch: Watch, patience: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
-    """A command in a group of its own, all of which is gone once the block is left.
+    """Run a command in a group of its own, which ends with the block.
 
     Args:
-        start: What to run.
-        watch: Told of the group.
-        patience: Asked on leaving: the seconds between SIGTERM and SIGKILL for what still runs.
+        start: The command.
+        watch: The guard of the group.
+        patience: Returns the seconds between SIGTERM and SIGKILL, called at the end of the block.
 
     Raises:
         OSError: It cannot be started.

@@ -1,8 +1,9 @@
 """The guard: a small process that ends the commands of a worker that was killed.
 
-A worker that dies by SIGKILL, or for want of memory, cannot end its commands; its leases lapse, and
-other workers start the sessions anew while the old commands still run. The guard reads the numbers
-of the living groups from a pipe. The pipe's end means that the worker is gone, and so must they be.
+A worker that is killed, or that runs out of memory, cannot end its commands. Its leases lapse, and
+other workers start the sessions again while the old commands still run. The guard reads the numbers
+of the running groups from a pipe. When the pipe ends, the worker has ended, and the guard kills the
+groups.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_SECONDS: Final = 2.0
 """Longest wait for the guard's exit, after its pipe is closed and again after SIGKILL."""
-# Deaf to what a service's end sends to all of its processes: the worker's end is its only cue.
+# Ignores the signals that the end of a service sends to all its processes: only the pipe counts.
 PROGRAM: Final = """
 import os, signal, sys, time
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -59,20 +60,20 @@ for group in groups:
 
 
 class Guard:
-    """Tells the guard's process which groups there are.
+    """Reports the running groups to the guard's process.
 
     Lines are written with a system call of their own: an event loop may write them only after the
     current step, in which the command is spawned and the worker may be killed.
 
     Args:
-        lines: The guard's standard input, unbuffered and non-blocking.
+        lines: The standard input of the guard, unbuffered and non-blocking.
     """
 
     def __init__(self, lines: RawIOBase) -> None:
         self._lines = lines
 
     def expect(self, mark: str) -> None:
-        """Announce a group that is about to be spawned; the next `add` is its number.
+        """Announce a group that will be spawned; the next `add` has its number.
 
         A worker can be killed before it passes the number on. The guard then finds the leader by
         this entry of its environment, `NAME=value`, and looks for a second: the pipe may end a
@@ -82,11 +83,11 @@ class Guard:
         self._tell(b"?%s\n" % os.fsencode(mark).hex().encode())
 
     def add(self, group: int) -> None:
-        """From now on this group must not outlive the worker."""
+        """Add a group, which must not outlive the worker."""
         self._tell(b"%d\n" % group)
 
     def remove(self, group: int) -> None:
-        """The group is gone, and its number may become somebody else's."""
+        """Remove a group that has ended, whose number may be reused."""
         self._tell(b"%d\n" % -group)
 
     def _tell(self, line: bytes) -> None:
@@ -100,10 +101,10 @@ class Guard:
 
 @asynccontextmanager
 async def guarding(env: Mapping[str, str]) -> AsyncIterator[Guard]:
-    """Run a guard; what it still knows of when the block is left is killed.
+    """Run a guard, which kills the remaining groups at the end of the block.
 
     Raises:
-        OSError: It cannot be started.
+        OSError: The guard cannot be started.
     """
     stdin, pipe = os.pipe()
     os.set_blocking(pipe, False)

@@ -1,7 +1,7 @@
-"""What a command says: read as it comes, logged within bounds, never kept.
+"""The output of a command, which is logged within bounds and not stored.
 
-A command is not blocked by its output for ever, nor can it fill the memory, the log or the time of
-the other sessions with it: what exceeds the log's bound is read slowly and thrown away.
+A command is never blocked by its output for ever, and cannot exhaust memory, log or CPU with it:
+output beyond the limit of the log is read slowly and dropped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 65_536
 PAUSE_SECONDS: Final = 0.01
-"""Between two chunks that nobody reads any more: some 6 MB/s, so that `yes` does not hog us."""
+"""Seconds between two dropped chunks: some 6 MB/s, so that `yes` does not use all the CPU."""
 REST_LIMIT: Final = 1_048_576
-"""Bytes taken from a pipe after the command's end: the most that Linux lets a pipe hold."""
+"""Bytes that are read from a pipe after the command's end: the largest pipe of Linux."""
 SHOWN: Final = 2_000
-"""Bytes of a line that go to the log."""
+"""Bytes of a line that are logged at most."""
 
 
 class Log:
@@ -37,20 +37,20 @@ class Log:
 
     @property
     def spent(self) -> bool:
-        """Nothing more is logged."""
+        """Whether the limit is reached."""
         return self._left <= 0
 
     def add(self, name: str, text: bytes) -> None:
-        """Log some lines of a stream, as far as there is room for them."""
+        """Log lines of a stream, up to the limit."""
         lines = text.split(b"\n", self._left) if self._left else [text]
         for line in lines[: self._left]:
             self._log.info("%s: %s", name, readable(line))
-        # A stream of short lines costs little once nobody reads them: the rest is one piece.
+        # Beyond the limit a stream of short lines costs little: the rest is one piece.
         self._dropped += sum(rest.count(b"\n") + 1 for rest in lines[self._left :])
         self._left = max(0, self._left - len(lines))
 
     def close(self) -> None:
-        """Say how much was not logged."""
+        """Log how many lines were dropped."""
         if self._dropped:
             self._log.info("lines not logged: %d", self._dropped)
 
@@ -59,24 +59,24 @@ class Lines:
     """Splits a stream into lines, of any length and in any encoding.
 
     Attributes:
-        last: The last line that was not blank, or its first `RESULT_LIMIT` + 1 bytes.
+        last: The last line that is not blank, or its first `RESULT_LIMIT` + 1 bytes.
     """
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
-        """`tell` is given one or more whole lines, without the last one's newline."""
+        """`tell` gets one or more whole lines, without the last newline."""
         self.last = b""
         self._tell = tell
         self._part = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Take what was read."""
+        """Add bytes that were read."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
             self._end(whole)
         self._part = rest[: RESULT_LIMIT + 1]
 
     def close(self) -> None:
-        """What came after the last newline is a line, too."""
+        """Add the bytes after the last newline as a line."""
         if self._part:
             self._end(self._part)
             self._part = b""
@@ -88,13 +88,13 @@ class Lines:
 
 
 class Reader:
-    """Reads one of a command's streams on the running loop, from entering the block to leaving it.
+    """Reads one stream of a command on the running loop, during the block.
 
-    It never waits for the pipe's end: a process that has left the command's group may hold it open
-    for ever.
+    Never waits for the pipe's end: a process that has left the command's group may keep it open for
+    ever.
 
     Attributes:
-        lines: What was read.
+        lines: The lines of the stream.
         writer: The command's end of the pipe.
     """
 
@@ -110,18 +110,18 @@ class Reader:
         try:
             os.set_blocking(self._reader, False)
             self._resume()
-        except OSError:  # the loop has no room for another descriptor
+        except OSError:  # the loop cannot watch another descriptor
             self._close()
             raise
         return self
 
     def started(self) -> None:
-        """The command has an end of its own by now."""
+        """Close the own copy of the writing end, once the command has it."""
         os.close(self.writer)
         self.writer = -1
 
     def __exit__(self, *_: Any) -> None:
-        """Take what is left in the pipe, without waiting for more."""
+        """Read the rest of the pipe without waiting for more."""
         self._suspend()
         taken = 0
         while taken < REST_LIMIT and (chunk := self._read()):
@@ -154,7 +154,7 @@ class Reader:
             self._pause = asyncio.get_running_loop().call_later(PAUSE_SECONDS, self._resume)
 
     def _read(self) -> bytes | None:
-        """A chunk; nothing at the pipe's end; None when there is nothing to read yet."""
+        """Return a chunk; empty bytes at the end of the pipe; None if nothing can be read yet."""
         try:
             return os.read(self._reader, CHUNK)
         except BlockingIOError:
@@ -165,7 +165,7 @@ class Reader:
 def reading(
     log: logging.LoggerAdapter[logging.Logger], limit: int
 ) -> Iterator[tuple[Reader, Reader]]:
-    """Read a command's two streams, stdout and stderr, into a log of at most `limit` lines."""
+    """Read stdout and stderr of a command into a log of at most `limit` lines."""
     bounded = Log(log, limit)
     try:
         with Reader("stdout", bounded) as stdout, Reader("stderr", bounded) as stderr:
@@ -175,7 +175,7 @@ def reading(
 
 
 def readable(line: bytes) -> str:
-    """One line for a log: no bytes that are not text, nothing that could forge another line."""
+    """Return a line for the log, in which no byte can forge another line."""
     text = line[:SHOWN].rstrip(b"\r").decode(errors="backslashreplace")
     if not text.isprintable():
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

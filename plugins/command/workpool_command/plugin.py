@@ -1,6 +1,6 @@
-"""The plugin: its settings, what of them can be checked before the first session, and the handler.
+"""The plugin: its settings, the checks before the first session, and the handler.
 
-What a session can still find wrong, it reports as its own failure.
+A problem that only a session can find is reported as the failure of that session.
 """
 
 from __future__ import annotations
@@ -50,50 +50,50 @@ if TYPE_CHECKING:
 
 NAME: Final = "command"
 THREADS: Final = 4
-"""How many working directories are removed at once."""
+"""Working directories that are removed at once."""
 CANCELLED_SECONDS: Final = 3.0
-"""The most that is left after a SIGTERM to a cancelled session: a drain's last step takes 5 s."""
+"""Largest grace of a cancelled session: the last step of a drain takes 5 s."""
 LOST_SECONDS: Final = 0.5
-"""What is left when the lease is lost: less than the margin before somebody else can start."""
+"""The grace when the lease is lost: less than the margin before another worker can start."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Command:
-    """Runs a command per session; its exit status decides the outcome.
+    """Runs a command for each session. The exit status decides the outcome.
 
-    The keywords are the table `[workpool.plugin.command]`.
+    The keywords are the settings of the table `[workpool.plugin.command]`.
     """
 
     command: Sequence[str]
-    """The program and its arguments. A string is refused: nothing here knows a shell's syntax."""
+    """The program and its arguments. A string is refused, since there is no shell."""
     root: str | os.PathLike[str] | None = None
-    """Where the sessions' working directories are made. Default: where temporary files go."""
+    """The parent of the sessions' directories. Default: the directory for temporary files."""
     keep: bool = False
-    """Keep a session's directory, and use it again when the session comes again."""
+    """Keep a session's directory, and use it again in the next run."""
     environment: Sequence[str] = HANDED_ON
     """The worker's variables that the command gets."""
     result: bool = False
-    """The last line on stdout is a JSON object of strings: the session's metadata."""
+    """Whether the last line of stdout is a JSON object of strings, the metadata of the session."""
     grace: float = 10.0
     """Seconds between SIGTERM and SIGKILL."""
     log_lines: int = 1000
-    """How many lines of a session's output go to the log."""
+    """Lines of a session's output that are logged at most."""
     detach: bool = False
-    """Hand the lease over to `workpool hold`, so that the command lives on without the worker."""
+    """Hand the lease off to `workpool hold`, so that the command outlives the worker."""
     type: str = "session"
-    """As of `@handler`."""
+    """The type of the items, as in `@handler`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """As of `@handler`."""
+    """The metadata of the items, as in `@handler`."""
     timeout: float | None = None
-    """As of `@handler`."""
+    """The timeout of a session, as in `@handler`."""
     max_sessions: int | None = None
-    """As of `@handler`."""
+    """Sessions that run at once, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check what can be known without a look at the machine.
+        """Check the settings alone.
 
         Raises:
-            TypeError: A setting is of the wrong kind.
+            TypeError: A setting has the wrong type.
             ValueError: A setting can never work.
         """
         _check(self)
@@ -118,14 +118,14 @@ class Command:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check what can be known of this machine before the first session; keep a guard."""
+        """Check the machine before the first session, and run the guard."""
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         async with AsyncExitStack() as stack:
             self._threads = DaemonThreads("workpool-command", THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # Also starts a thread, which a machine may not start once sessions run.
+                # Also starts a thread, which may be impossible once sessions run.
                 await self._threads.run(self._look_around)
                 env = handed_on(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(guarding(env))
@@ -138,11 +138,11 @@ class Command:
                 self._guard = self._holders = None
 
     def _look_around(self) -> None:
-        """Find what would fail every session.
+        """Find problems that would fail every session.
 
         Raises:
-            PluginError: What it is.
-            OSError: Likewise.
+            PluginError: A setting does not fit the machine.
+            OSError: A directory or a process cannot be created.
         """
         program, path = self.command[0], handed_on(self.environment).get("PATH", os.defpath)
         if shutil.which(program, path=path) is None:
@@ -152,7 +152,7 @@ class Command:
         if self._root is not None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
-            pass  # it can be written to
+            pass  # the directory can be written
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
         if not hasattr(os, "pidfd_open"):
@@ -182,7 +182,7 @@ class Command:
         return result_of(program, stdout.lines.last) if self.result else None
 
     async def _attend(self, session: Session, group: ProcessGroup) -> None:
-        """Wait for the command's end, and see to it once somebody asks for one."""
+        """Wait for the command's end, and end it after a stop request or in a drain."""
         async with asyncio.TaskGroup() as tasks:
             ending = tasks.create_task(self._end_when_asked(session, group), name="interrupted")
             await group.exited.wait()
@@ -193,9 +193,9 @@ class Command:
         await group.end(self.grace)
 
     def _patience(self, session: Session) -> float:
-        """What a cancelled session's command has between SIGTERM and SIGKILL.
+        """Return the seconds between SIGTERM and SIGKILL for a cancelled session.
 
-        It must be gone before somebody else can start the session, and before a drain gives up.
+        The command must end before another worker can start the session, and before the drain ends.
         """
         return min(self.grace, CANCELLED_SECONDS, max(LOST_SECONDS, session.lease_remaining / 2))
 
@@ -247,7 +247,7 @@ def _check_kinds(plugin: Command) -> None:
 
 
 def _check_strings(name: str, given: object) -> None:
-    # A string is a sequence of strings, too: `command = "ls -l"` would run `l`.
+    # A string is a sequence of strings: `command = "ls -l"` would run `l`.
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise TypeError(f"{name}: not a list of strings")
     if not all(isinstance(each, str) and "\0" not in each for each in given):

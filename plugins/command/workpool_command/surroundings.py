@@ -1,7 +1,7 @@
-"""What a command finds around it: its directory, its environment, its standard input.
+"""The directory, the environment and the standard input of a command.
 
-The worker's credentials are not among it: of the worker's environment only the variables that were
-listed are handed on, and none of the names that credentials have is accepted.
+The command does not get the worker's credentials: only the listed variables of the worker's
+environment are passed on, and no name of a credential is accepted in the list.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ HANDED_ON: Final = (
     "TZ",
     "TMPDIR",
 )
-"""The worker's variables that a command gets unless told otherwise."""
+"""The worker's variables that a command gets by default."""
 SECRET_PREFIXES: Final = ("WORKPOOL_", "QODER_", "ANTHROPIC_")
-"""What the names of the worker's own credentials begin with."""
+"""The prefixes of the variables with the worker's credentials."""
 
 
 def handed_on(names: Iterable[str]) -> dict[str, str]:
-    """Those of the worker's variables, as far as they are set."""
+    """Return these of the worker's variables that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def ids_of(session: Session) -> dict[str, str]:
-    """Variables that say which session a command is run for."""
+    """Return the variables with the ids of the session."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
         "WORKPOOL_SESSION_ID": session.item.session_id,
@@ -60,7 +60,7 @@ def redelivered(session: Session) -> dict[str, str]:
 
 
 def item_json(item: WorkItem) -> bytes:
-    """The item as one line of JSON, in the words of the protocol."""
+    """Return the item as one line of JSON, with the names of the protocol."""
     return (
         json.dumps(
             {
@@ -87,10 +87,10 @@ def _text(moment: datetime | None) -> str | None:
 
 
 def kept_directory(root: Path, name: str) -> Path:
-    """The directory of this name, ours alone; that of an earlier run if there was one.
+    """Return the private directory of this name, which an earlier run may have created.
 
     Raises:
-        OSError: It cannot be made, or something else stands in its place.
+        OSError: The directory cannot be created, or another file has its name.
     """
     path = root / name
     try:
@@ -107,17 +107,17 @@ def kept_directory(root: Path, name: str) -> Path:
 async def fresh_directory(
     root: Path | None, name: str, threads: DaemonThreads
 ) -> AsyncIterator[Path]:
-    """A new directory, ours alone, removed in the end; where temporary files go if `root` is None.
+    """Create a new private directory, and remove it at the end of the block.
 
-    New for every run: on this machine, one that another worker has taken over may still be ending.
+    Each run has a new one: on this machine, an earlier run of the item may still be ending.
 
     Args:
-        root: Where it is made.
-        name: What its name begins with.
-        threads: Where it is removed, which can take long.
+        root: The parent directory; None: the one for temporary files.
+        name: The prefix of its name.
+        threads: The threads that remove it, which can take long.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The directory cannot be created.
     """
     directory = tempfile.TemporaryDirectory(prefix=f"{name}-", dir=root, ignore_cleanup_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""The example plugin: one handler that takes every session and answers with what it was sent."""
+"""The example plugin: one handler that takes every session and returns its text."""
 
 import asyncio
 
@@ -7,17 +7,19 @@ from workpool import Release, Session, handler
 
 @handler
 async def echo(session: Session) -> dict[str, str]:
-    """Work for `seconds` (1.5), then give `text` ("hello") back; both come from the metadata."""
+    """Wait for `seconds` (1.5), then return `text` ("hello"); both are metadata of the item."""
     text = session.item.metadata.get("text", "hello")
     seconds = float(session.item.metadata.get("seconds", "1.5"))
     session.log.info("echo: %r %s", text, "redelivered" if session.redelivered else "started")
     try:
         async with asyncio.timeout(seconds):
-            await session.interrupted()  # a real handler works here, and looks up now and then
+            await (
+                session.interrupted()
+            )  # a real handler works here, and checks `session` now and then
     except TimeoutError:
         session.log.info("echo: %r done", text)
         return {"echo": text}
-    if session.stopping:  # an operator ends this session: say how far it got
+    if session.stopping:  # an operator ends this session: return the progress
         session.log.info("echo: %r stopped", text)
         return {"echo": "stopped early"}
-    raise Release("the pool is draining")  # the pool goes away: another one starts it anew
+    raise Release("the pool is draining")  # the pool is going away: another one begins again
