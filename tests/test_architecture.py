@@ -45,7 +45,7 @@ BLIND_EXCEPTS = {
     "session.py",  # a handler that asks for it: other errors are raised again
     "plugins/loading.py",  # evaluating a plugin's annotations
     "pool/handler_executor.py",  # a handler
-    "plugins/finding.py",  # an observer, and every other call of a plugin's code
+    "plugins/discovery.py",  # an observer, and every other call of a plugin's code
     "pool/poller.py",  # one poller's loop
     "pool/heartbeats.py",  # one heartbeat
     "pool/lease_renewer.py",  # its thread, whose error is raised on the handlers' loop

@@ -18,7 +18,7 @@ from workpool import events, hookspecs
 from workpool.errors import PluginError
 from workpool.handlers import Handler, Rule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
-from workpool.plugins.finding import Found, available, did_you_mean, find, guarded, named
+from workpool.plugins.discovery import Found, available, did_you_mean, find, guarded, named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

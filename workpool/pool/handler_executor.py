@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from workpool.handlers import Handler
-    from workpool.plugins.asking import Context
+    from workpool.plugins.registry import Context
     from workpool.pool.context import PoolContext
     from workpool.pool.item import PoolItem
     from workpool.session import Session

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from prometheus_client import CollectorRegistry
 
 from workpool.metrics import observer
-from workpool.plugins import asking, loading
+from workpool.plugins import loading, registry
 from workpool.pool import telemetry
 from workpool.testing.simulation.handlers import simulated
 from workpool.testing.simulation.invariants import INVARIANTS, judge
@@ -46,7 +46,7 @@ def simulate(schedule: Schedule) -> tuple[Case, list[str]]:
     """Run a schedule, and return what happened and the violations of the invariants."""
 
     async def main() -> tuple[Case, list[str]]:
-        return await World(schedule, _registry()).run(judge)
+        return await World(schedule, _metrics_registry()).run(judge)
 
     state, disabled = random.getstate(), logging.root.manager.disable
     random.seed(schedule.seed)
@@ -108,14 +108,14 @@ def _simulate_part(seeds: range) -> tuple[range, Report]:
 
 
 @functools.cache
-def _registry() -> CollectorRegistry:
+def _metrics_registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
 @functools.cache
 def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
     plugins = loading.load((simulated,), {})
-    return plugins, asking._in_order(plugins)
+    return plugins, registry._in_order(plugins)
 
 
 @functools.cache
@@ -138,8 +138,8 @@ def _shortcuts() -> Iterator[None]:
     """Cache what each pool's start would compute again: nine tenths of the cost of a start."""
     plugins, hooks = _loaded()
     replaced = [
-        (asking, "load", lambda *_: plugins),
-        (asking, "_in_order", lambda _: hooks),
+        (registry, "load", lambda *_: plugins),
+        (registry, "_in_order", lambda _: hooks),
         (observer, "_Series", _series_of),
         (telemetry, "version", _version),
         (resolver, "_look_up", lambda *_: []),

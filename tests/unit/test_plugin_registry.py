@@ -1,4 +1,4 @@
-"""Asking plugins for handlers and contexts, telling them facts, and who is blamed for errors."""
+"""Calls of plugins: handlers, contexts, events, and the plugin that an error names."""
 
 import asyncio
 import functools

@@ -24,7 +24,7 @@ from workpool.errors import PluginError
 from workpool.events import PluginFailed
 from workpool.handlers import Handler, is_async_callable, name_of
 from workpool.hookspecs import PROJECT, hookimpl
-from workpool.plugins.finding import guarded
+from workpool.plugins.discovery import guarded
 from workpool.plugins.loading import SPECS, Plugin, Route, load, new_handler
 
 if TYPE_CHECKING:

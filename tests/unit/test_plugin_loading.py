@@ -1,4 +1,4 @@
-"""Finding and loading plugins: real modules on disk, real entry points."""
+"""Discovery and loading of plugins: real modules on disk, real entry points."""
 
 import functools
 import itertools
