@@ -37,7 +37,9 @@ from workpool.errors import (
 )
 from workpool.settings import Settings
 from workpool.wire import calls
-from workpool.wire.answers import (
+from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire.proxy import proxy_of
+from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
     Answer,
@@ -45,8 +47,6 @@ from workpool.wire.answers import (
     error_of,
     retry_after_of,
 )
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
-from workpool.wire.proxy import proxy_of
 from workpool.wire.transport import Request, Transport
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
-from workpool.wire.answers import Oversized
 from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.reading import TRANSIENT, read_bounded
+from workpool.wire.response import Oversized
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

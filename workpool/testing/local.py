@@ -24,7 +24,6 @@ from workpool.server.paging import listing
 from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import calls
-from workpool.wire.answers import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     LIST_LIMIT_MAX,
@@ -34,6 +33,7 @@ from workpool.wire.protocol import (
     WORK_QUEUE_STATS,
 )
 from workpool.wire.rate_limiter import RateLimits
+from workpool.wire.response import CODES, SUCCESS, Answer, error_of, value_of
 from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:

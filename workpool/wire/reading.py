@@ -7,8 +7,8 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.wire.answers import BEGINNING_BYTES, Oversized
 from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 TRANSIENT: Final = (
     aiohttp.ClientConnectionError,

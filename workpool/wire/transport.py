@@ -27,7 +27,6 @@ from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
-from workpool.wire.answers import CODES, SUCCESS, Answer, Oversized, error_of, value_of
 from workpool.wire.bound import Bound
 from workpool.wire.calls import STREAM
 from workpool.wire.checked_body import CheckedBody, NotSentError
@@ -35,6 +34,7 @@ from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
+from workpool.wire.response import CODES, SUCCESS, Answer, Oversized, error_of, value_of
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.machine import Halt
     from workpool.testing.simulation.schedule import Schedule
     from workpool.testing.simulation.trace import Node, Trace
-    from workpool.wire.answers import Answer
     from workpool.wire.calls import Call
     from workpool.wire.items import WorkItem
+    from workpool.wire.response import Answer
 
     Reply = Answer | Literal["silence", "reset"]
 
