@@ -42,9 +42,9 @@ from workpool.wire.proxy import proxy_of
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
-    Answer,
     Oversized,
-    error_of,
+    Response,
+    parse_error,
     retry_after_of,
 )
 from workpool.wire.transport import Request, Transport
@@ -577,7 +577,7 @@ async def test_redirect_is_not_followed_and_is_worth_another_try(status: int) ->
     ],
 )
 def test_redirect_names_scheme_and_host_only(location: str, named: str | None) -> None:
-    error = error_of("poll", Answer(302, {"Location": location}, b"hunter2"), TOKEN)
+    error = parse_error("poll", Response(302, {"Location": location}, b"hunter2"), TOKEN)
     text = str(error)
     to = f" to {named}" if named else ""
     assert text.startswith(f"poll: 302 redirected{to}:")
@@ -585,7 +585,7 @@ def test_redirect_names_scheme_and_host_only(location: str, named: str | None) -
 
 
 def test_redirect_to_long_host_is_cut() -> None:
-    error = error_of("poll", Answer(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN)
+    error = parse_error("poll", Response(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN)
     assert len(str(error)) < 300
 
 
@@ -634,7 +634,7 @@ async def test_a_message_is_cut_short() -> None:
 def test_no_answer_does_harm(status: int, body: bytes, text: str) -> None:
     envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
     for content in (body, envelope, Oversized(body)):
-        error = error_of("get", Answer(status, {"Retry-After": text}, content), TOKEN)
+        error = parse_error("get", Response(status, {"Retry-After": text}, content), TOKEN)
         assert isinstance(error, ControlPlaneError)
         assert str(error).isprintable() or not text.isprintable()
         assert "\n" not in str(error)

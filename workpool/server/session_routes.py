@@ -82,7 +82,7 @@ class SessionRoutes:
             backwards=place.before is not None,
             newest_first=wanted.newest_first,
         )
-        return await self._durable(listing(page, value_of))
+        return await self._durable(listing(page, render_event))
 
     async def send(self, request: web.Request) -> web.Response:
         """Append a client's events; all of them, or none."""
@@ -91,7 +91,7 @@ class SessionRoutes:
         events = self._operations.send(
             session.id, said, messages_bring_work=self._dialect.messages_bring_work
         )
-        return await self._durable({"data": [value_of(event) for event in events]})
+        return await self._durable({"data": [render_event(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Stream events as they come; those after `Last-Event-ID` first."""
@@ -141,7 +141,7 @@ class SessionRoutes:
         return answer(value)
 
 
-def value_of(event: Event) -> dict[str, Any]:
+def render_event(event: Event) -> dict[str, Any]:
     """An event's JSON."""
     return dict(event.value)
 

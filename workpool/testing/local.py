@@ -33,7 +33,7 @@ from workpool.wire.protocol import (
     WORK_QUEUE_STATS,
 )
 from workpool.wire.rate_limiter import RateLimits
-from workpool.wire.response import CODES, SUCCESS, Answer, error_of, value_of
+from workpool.wire.response import CODES, SUCCESS, Response, parse_error, parse_success
 from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class LocalClient:
         poll = Poll(self.worker_id, block_ms or 0, window)
         fault = self._fault_of("poll", None)
 
-        async def exchange() -> Answer | _NoAnswer:
+        async def exchange() -> Response | _NoAnswer:
             await asyncio.sleep(fault.there)
             item = None
             if fault.applied:
@@ -341,7 +341,7 @@ class LocalClient:
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer | _NoAnswer] = loop.create_future()
+        answered: asyncio.Future[Response | _NoAnswer] = loop.create_future()
         fault = self._fault_of(call.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
         await self._wait(call.op, fault, options, until)
@@ -354,11 +354,11 @@ class LocalClient:
             if answer != "silence":
                 loop.call_later(fault.back, settle, answer)
 
-        def settle(answer: Answer | _NoAnswer) -> None:
+        def settle(answer: Response | _NoAnswer) -> None:
             if not answered.done():
                 answered.set_result(answer)
 
-        async def exchange() -> Answer | _NoAnswer:
+        async def exchange() -> Response | _NoAnswer:
             return await answered
 
         # A request that was sent arrives even if the caller is cancelled.
@@ -404,14 +404,14 @@ class LocalClient:
         return (self._faults(op, work_id) if self._faults else None) or _NONE
 
     async def _settle(
-        self, call: Call[T], exchange: Coroutine[Any, Any, Answer | _NoAnswer], seconds: float
+        self, call: Call[T], exchange: Coroutine[Any, Any, Response | _NoAnswer], seconds: float
     ) -> T:
         loop = asyncio.get_running_loop()
         started, code = loop.time(), "error"
         try:
             async with asyncio.timeout(seconds):
                 answer = await exchange
-            if not isinstance(answer, Answer):
+            if not isinstance(answer, Response):
                 raise TransientError(call.op, None, "no answer: reset", reason="network")
             code = CODES.get(answer.status, "error")
         except TimeoutError:
@@ -420,13 +420,13 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(call.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            return value_of(call.op, answer.status, answer.body, call.parse)
-        raise error_of(call.op, answer, _ABSENT)
+            return parse_success(call.op, answer.status, answer.body, call.parse)
+        raise parse_error(call.op, answer, _ABSENT)
 
 
-def answer_to(fault: CallFault, operate: Callable[[], object]) -> Answer | _NoAnswer:
+def answer_to(fault: CallFault, operate: Callable[[], object]) -> Response | _NoAnswer:
     """Carry out the operation if the fault applies it, and return the answer."""
-    true = _operated(operate) if fault.applied else Answer(502, {}, b"")
+    true = _operated(operate) if fault.applied else Response(502, {}, b"")
     match fault.answer:
         case None if true.status in SUCCESS and fault.rewrite is not None:
             body = true.body if isinstance(true.body, bytes) else b""
@@ -436,18 +436,18 @@ def answer_to(fault: CallFault, operate: Callable[[], object]) -> Answer | _NoAn
         case int(status):
             after = fault.retry_after
             headers = {} if after is None else {"Retry-After": f"{after:g}"}
-            return Answer(status, headers, orjson.dumps(Refusal(status, "injected").envelope()))
+            return Response(status, headers, orjson.dumps(Refusal(status, "injected").envelope()))
         case bytes(body):
-            return Answer(200, {}, body)
+            return Response(200, {}, body)
         case nothing:
             return nothing
 
 
-def _operated(operate: Callable[[], object]) -> Answer:
+def _operated(operate: Callable[[], object]) -> Response:
     try:
-        return Answer(200, {}, orjson.dumps(operate()))
+        return Response(200, {}, orjson.dumps(operate()))
     except Refusal as refusal:
-        return Answer(refusal.status, {}, orjson.dumps(refusal.envelope()))
+        return Response(refusal.status, {}, orjson.dumps(refusal.envelope()))
 
 
 def _never() -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from workpool.server.client_events import client_events
 from workpool.server.paging import listing, page_of
-from workpool.server.session_routes import KEEP_ALIVE, frame_of, value_of
+from workpool.server.session_routes import KEEP_ALIVE, frame_of, render_event
 from workpool.wire import calls
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
@@ -62,7 +62,7 @@ class LocalEvents:
 
         def operate() -> object:
             events = self._conversation().page(limit + 1, after=after)
-            return listing(page_of(events, limit, backwards=False), value_of)
+            return listing(page_of(events, limit, backwards=False), render_event)
 
         return await self._send(calls.EVENTS, self._session_id, operate, None)
 
@@ -71,7 +71,7 @@ class LocalEvents:
 
         def operate() -> object:
             stored = self._operations.send(self._session_id, client_events(body))
-            return {"data": [value_of(event) for event in stored]}
+            return {"data": [render_event(event) for event in stored]}
 
         return await self._send(calls.SEND, self._session_id, operate, None, options)
 

@@ -62,7 +62,7 @@ class Oversized(NamedTuple):
     beginning: bytes
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """An HTTP answer, read to its end unless it is larger than we accept."""
 
     status: int
@@ -89,7 +89,7 @@ CODES: Final[Mapping[int, str]] = {
 """The label of each status in the metrics; a status that is missing here is counted as "error"."""
 
 
-def value_of(op: str, status: int, body: bytes | Oversized, parse: Callable[[object], T]) -> T:
+def parse_success(op: str, status: int, body: bytes | Oversized, parse: Callable[[object], T]) -> T:
     """Parse a success.
 
     Raises:
@@ -122,7 +122,7 @@ def _id_at_beginning(beginning: bytes) -> str | None:
     return None if found is None else found[1].decode()
 
 
-def error_of(op: str, answer: Answer, *secrets: str) -> ControlPlaneError:
+def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; `secrets` are kept out of its message."""
     status = answer.status
     envelope = _envelope(answer.body)

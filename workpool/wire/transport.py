@@ -34,7 +34,7 @@ from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
-from workpool.wire.response import CODES, SUCCESS, Answer, Oversized, error_of, value_of
+from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -251,11 +251,11 @@ class Transport:
         else:
             if status in SUCCESS:
                 value, add = (
-                    value_of(op, status, body, request.call.parse),
+                    parse_success(op, status, body, request.call.parse),
                     request.call.add_headers,
                 )
                 return value if add is None else add(value, response.headers)
-            failure = error_of(op, Answer(status, response.headers, body), *secrets)
+            failure = parse_error(op, Response(status, response.headers, body), *secrets)
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
@@ -277,10 +277,12 @@ class Transport:
                 if response.status == http.HTTPStatus.OK:
                     return checked_stream(response)
                 try:
-                    answer = Answer(response.status, response.headers, await read_bounded(response))
+                    answer = Response(
+                        response.status, response.headers, await read_bounded(response)
+                    )
                 finally:
                     response.close()
-            failure = error_of(STREAM, answer, *secrets)
+            failure = parse_error(STREAM, answer, *secrets)
         except TRANSIENT as error:
             failure = no_answer(STREAM, error)
         finally:

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.trace import Node, Trace
     from workpool.wire.calls import Call
     from workpool.wire.items import WorkItem
-    from workpool.wire.response import Answer
+    from workpool.wire.response import Response
 
-    Reply = Answer | Literal["silence", "reset"]
+    Reply = Response | Literal["silence", "reset"]
 
 T = TypeVar("T")
 
