@@ -10,7 +10,7 @@ from aiohttp import web
 
 from workpool import Session, handler
 from workpool.events import PollerBackedOff, PollFinished, SessionFinished
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

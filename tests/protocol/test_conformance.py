@@ -26,7 +26,7 @@ from workpool.conformance import (
     Verdict,
 )
 from workpool.server import ControlPlane
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

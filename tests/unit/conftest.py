@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from workpool.errors import LeaseRenewerError
     from workpool.events import Event
     from workpool.server import Record
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0  # 2026-03-01T12:00:00Z
@@ -63,18 +63,18 @@ class BenchClient(LocalClient):
 
     async def _send(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         work_id: str | None,
         operate: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         bench = self._bench
-        bench.tries.append((call.op, timeout, options))
+        bench.tries.append((endpoint.op, timeout, options))
         bench.under_way += 1
         bench.peaks.append((bench.clock(), bench.under_way))
         try:
-            return await super()._send(call, work_id, operate, timeout, options)
+            return await super()._send(endpoint, work_id, operate, timeout, options)
         finally:
             bench.under_way -= 1
 

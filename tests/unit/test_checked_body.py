@@ -15,9 +15,9 @@ from yarl import URL
 
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
-from workpool.wire import calls
+from workpool.wire import endpoints
 from workpool.wire.options import CallOptions, Priority
-from workpool.wire.transport import Request, Transport
+from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 WORK, TOKEN = "work_1", "token"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nnull"
 DENIED = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
-ANY: Any = calls.Call("stop", "POST", lambda _: None)
-READ: Any = calls.Call("get", "GET", lambda _: None)
+ANY: Any = endpoints.Endpoint("stop", "POST", lambda _: None)
+READ: Any = endpoints.Endpoint("get", "GET", lambda _: None)
 LARGE = b"[" + b" " * 300_000 + b"]"
 
 
@@ -123,9 +123,9 @@ def refuse_oddly() -> None:
 
 
 def request(
-    url: str, check: Callable[[], None] | None, body: bytes | None = None, call: Any = ANY
-) -> Request[Any]:
-    return Request(call, URL(f"{url}/x"), 20, None, body, CallOptions(check))
+    url: str, check: Callable[[], None] | None, body: bytes | None = None, endpoint: Any = ANY
+) -> HttpRequest[Any]:
+    return HttpRequest(endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check))
 
 
 class Closable:
@@ -172,11 +172,11 @@ def traced_session() -> aiohttp.ClientSession:
 
 
 @pytest.mark.parametrize("used_before", [False, True])
-@pytest.mark.parametrize("call", [ANY, READ], ids=["POST", "GET"])
+@pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 @pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=repr_of_size)
 @pytest.mark.parametrize("session", [no_session, callers_session, traced_session])
 async def test_check_that_refuses_sends_no_byte(
-    session: Any, body: bytes | None, call: Any, *, used_before: bool
+    session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
 ) -> None:
     async with (
         recording() as server,
@@ -186,7 +186,7 @@ async def test_check_that_refuses_sends_no_byte(
         if used_before:
             await transport.send(request(server.url, None))
         with pytest.raises(Refusal):
-            await transport.send(request(server.url, refuse, body, call))
+            await transport.send(request(server.url, refuse, body, endpoint))
         for _ in range(2):
             await transport.send(request(server.url, None))
     count = 2 + used_before
@@ -195,13 +195,13 @@ async def test_check_that_refuses_sends_no_byte(
     assert all_bytes.count(b"HTTP/1.1") == count
 
 
-@pytest.mark.parametrize("call", [ANY, READ], ids=["POST", "GET"])
-async def test_check_that_refuses_with_a_network_error_is_not_repeated(call: Any) -> None:
+@pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
+async def test_check_that_refuses_with_a_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording() as server, connected(server.url) as transport:
         await transport.send(request(server.url, None))
         before = len(server)
         with pytest.raises(OddRefusal):
-            await transport.send(request(server.url, refuse_oddly, call=call))
+            await transport.send(request(server.url, refuse_oddly, endpoint=endpoint))
         assert len(server) == before
 
 
@@ -442,7 +442,7 @@ async def test_read_repeated_by_aiohttp_on_a_new_connection_is_checked_again() -
     async with recording(ANSWER, None, ANSWER) as server, connected(server.url) as transport:
         await transport.send(request(server.url, None))
         with pytest.raises(Refusal):
-            await transport.send(request(server.url, close_after_the_first, call=READ))
+            await transport.send(request(server.url, close_after_the_first, endpoint=READ))
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 

@@ -15,7 +15,7 @@ from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import run_virtual
-from workpool.wire import calls, event_stream
+from workpool.wire import endpoints, event_stream
 from workpool.wire.event_calls import EventPage, Unguarded
 from workpool.wire.event_stream import EventStream
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
@@ -225,7 +225,7 @@ async def test_stream_remembers_a_bounded_number_of_ids(monkeypatch: pytest.Monk
 
 def test_page_token_that_is_too_long_for_a_url_is_malformed() -> None:
     with pytest.raises(ValueError, match="next_page"):
-        calls.EVENTS.parse({"data": [], "next_page": "x" * 5000})
+        endpoints.EVENTS.parse({"data": [], "next_page": "x" * 5000})
 
 
 # -- any breakage ------------------------------------------------------------------------------

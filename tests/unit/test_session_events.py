@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
 from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
-from workpool.wire import calls, event_stream
+from workpool.wire import endpoints, event_stream
 from workpool.wire.client import WorkClient
 from workpool.wire.event_calls import Unguarded
 from workpool.wire.options import DEFAULT_OPTIONS
@@ -104,7 +104,7 @@ async def test_the_whole_history_is_listed(plane: ControlPlane, client: WorkClie
 async def test_an_answer_that_is_too_large_is_asked_for_in_smaller_pages(
     plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "EVENTS", replace(calls.EVENTS, limit=20_000))
+    monkeypatch.setattr(endpoints, "EVENTS", replace(endpoints.EVENTS, limit=20_000))
     session_id = scripted(plane)
     for _ in range(30):
         plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})

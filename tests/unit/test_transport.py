@@ -36,8 +36,8 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.settings import Settings
-from workpool.wire import calls
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
+from workpool.wire import endpoints
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.proxy import proxy_of
 from workpool.wire.response import (
     CODES,
@@ -47,7 +47,7 @@ from workpool.wire.response import (
     parse_error,
     retry_after_of,
 )
-from workpool.wire.transport import Request, Transport
+from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -144,14 +144,18 @@ async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterat
         await transport.close()
 
 
-async def ask(transport: Transport, url: str, seconds: float = 20, call: Any = calls.STATS) -> Any:
-    return await transport.send(Request(call, URL(f"{url}/x", encoded=True), seconds))
+async def ask(
+    transport: Transport, url: str, seconds: float = 20, endpoint: Any = endpoints.STATS
+) -> Any:
+    return await transport.send(HttpRequest(endpoint, URL(f"{url}/x", encoded=True), seconds))
 
 
-async def failure(*answers: Any, seconds: float = 20, call: Any = calls.STATS) -> ControlPlaneError:
+async def failure(
+    *answers: Any, seconds: float = 20, endpoint: Any = endpoints.STATS
+) -> ControlPlaneError:
     async with serving(*answers) as server, connected(server.url) as transport:
         with pytest.raises(ControlPlaneError) as raised:
-            await ask(transport, server.url, seconds, call)
+            await ask(transport, server.url, seconds, endpoint)
     assert TOKEN not in "".join(traceback.format_exception(raised.value))
     assert raised.value.__context__ is None
     return raised.value
@@ -175,8 +179,8 @@ async def test_what_a_request_bears() -> None:
 
 async def test_a_body_says_that_it_is_json() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
-        call: Any = calls.Call("stop", "POST", calls.STATS.parse)
-        await transport.send(Request(call, URL(f"{server.url}/x"), body=b'{"force":true}'))
+        endpoint: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
+        await transport.send(HttpRequest(endpoint, URL(f"{server.url}/x"), body=b'{"force":true}'))
     (request,) = server.requests
     assert request.headers["Content-Type"] == "application/json"
     assert request.body == b'{"force":true}'
@@ -273,21 +277,21 @@ async def test_a_success_that_is_not_what_we_know_is_worth_another_try(body: byt
 
 
 async def test_only_polls_and_stops_may_be_answered_without_content() -> None:
-    for empty in (calls.POLL, calls.STOP):
+    for empty in (endpoints.POLL, endpoints.STOP):
         async with serving(answer(204)) as server, connected(server.url) as transport:
-            assert await ask(transport, server.url, call=empty) is None
-    strict: tuple[Any, ...] = (calls.ACK, calls.STATS)
-    for call in strict:
-        error = await failure(answer(204), call=call)
+            assert await ask(transport, server.url, endpoint=empty) is None
+    strict: tuple[Any, ...] = (endpoints.ACK, endpoints.STATS)
+    for endpoint in strict:
+        error = await failure(answer(204), endpoint=endpoint)
         assert isinstance(error, TransientError)
         assert error.reason == "bad_body"
-    for call in (calls.STOP, calls.ACK):
-        assert isinstance(await failure(answer(200, b"null"), call=call), TransientError)
+    for endpoint in (endpoints.STOP, endpoints.ACK):
+        assert isinstance(await failure(answer(200, b"null"), endpoint=endpoint), TransientError)
 
 
 async def test_null_is_an_answer_to_a_poll() -> None:
     async with serving(answer(200, b"null")) as server, connected(server.url) as transport:
-        assert await ask(transport, server.url, call=calls.POLL) is None
+        assert await ask(transport, server.url, endpoint=endpoints.POLL) is None
 
 
 async def test_an_answer_that_is_too_large_is_cut_off() -> None:
@@ -341,7 +345,7 @@ async def test_answer_that_is_too_large_tells_its_id_from_its_beginning(
     beginning: bytes, work_id: str | None
 ) -> None:
     for odd in oversized(beginning):
-        error = await failure(odd, call=calls.POLL)
+        error = await failure(odd, endpoint=endpoints.POLL)
         assert isinstance(error, TooLargeError)
         assert error.work_id == work_id
 
@@ -361,7 +365,7 @@ async def test_answer_that_says_that_it_is_too_large_is_not_read() -> None:
 async def test_poll_with_malformed_item_tells_its_id(
     item: dict[str, Any], work_id: str | None
 ) -> None:
-    error = await failure(answer(200, json.dumps(item).encode()), call=calls.POLL)
+    error = await failure(answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL)
     assert isinstance(error, TransientError)
     assert getattr(error, "work_id", None) == work_id
 
@@ -438,7 +442,7 @@ async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
     async with serving(never) as server, connected(server.url) as transport:
         async with asyncio.TaskGroup() as group:
             url = URL(server.url)
-            task = group.create_task(transport.send(Request(calls.STATS, url, seconds)))
+            task = group.create_task(transport.send(HttpRequest(endpoints.STATS, url, seconds)))
             await server.arrived.wait()
             loop.call_later(seconds * (0.5 if cancelled_first else 1.5), task.cancel)
             time.sleep(seconds * 2)  # noqa: ASYNC251 - both are due in one turn of the loop
@@ -705,11 +709,11 @@ async def test_a_read_whose_connection_is_dead_is_repeated_and_a_write_is_not() 
         await ask(transport, server.url)
         await ask(transport, server.url)
     assert len(server.requests) == 3
-    post: Any = calls.Call("stop", "POST", calls.STATS.parse)
+    post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
     async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
-        await ask(transport, server.url, call=post)
+        await ask(transport, server.url, endpoint=post)
         with pytest.raises(TransientError):
-            await ask(transport, server.url, call=post)
+            await ask(transport, server.url, endpoint=post)
     assert len(server.requests) == 2
 
 
@@ -749,13 +753,13 @@ async def test_a_token_from_a_variable_is_read_again(monkeypatch: pytest.MonkeyP
 async def test_a_body_is_sent_again_with_the_rotated_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
-    post: Any = calls.Call("stop", "POST", calls.STATS.parse)
+    post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
     async with (
         serving(refusal(401), OK) as server,
         connected(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
-        await transport.send(Request(post, URL(f"{server.url}/x"), body=b"{}"))
+        await transport.send(HttpRequest(post, URL(f"{server.url}/x"), body=b"{}"))
     assert [each.body for each in server.requests] == [b"{}", b"{}"]
 
 
@@ -911,9 +915,9 @@ async def test_a_bug_is_loud() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         transport.on_request = lambda *each: told.append(each[1])
         with pytest.raises(Bug):
-            await ask(transport, server.url, call=calls.Call("stats", "GET", parse))
+            await ask(transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", parse))
         with pytest.raises(aiohttp.InvalidURL):
-            await transport.send(Request(calls.STATS, URL("http:///x")))
+            await transport.send(HttpRequest(endpoints.STATS, URL("http:///x")))
     assert told == ["2xx", "error"]
 
 

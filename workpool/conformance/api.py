@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
-from workpool.wire.calls import ANSWER_LIMIT_BYTES
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.reading import TRANSIENT, read_bounded
 from workpool.wire.response import Oversized
 

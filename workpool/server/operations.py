@@ -20,7 +20,7 @@ from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, E
 from workpool.server.errors import Refusal, StoreError
 from workpool.server.history import History, Record, op_of_beat
 from workpool.server.item import WORK_PREFIX, Ids, Item
-from workpool.server.paging import Page, page_of
+from workpool.server.paging import ListPage, page_of
 from workpool.server.queue import Queue
 from workpool.server.retention import Retention
 from workpool.server.script import parse_script
@@ -385,7 +385,7 @@ class Operations:
         *,
         after: str = "",
         before: str | None = None,
-    ) -> Page[Item]:
+    ) -> ListPage[Item]:
         """Return the items next to a place, and whether there are more in that direction."""
         items = self.queue(environment_id).page(limit + 1, after=after, before=before)
         return page_of(items, limit, backwards=before is not None)

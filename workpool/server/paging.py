@@ -24,7 +24,7 @@ BEFORE: Final = "before"
 """How a `next_page` begins, which is opaque to clients: the direction, then an id."""
 
 
-class Page(NamedTuple, Generic[Row]):
+class ListPage(NamedTuple, Generic[Row]):
     """A page of a list; `backwards`: the next page has the rows before its oldest one."""
 
     items: Sequence[Row]
@@ -34,20 +34,20 @@ class Page(NamedTuple, Generic[Row]):
 
 def page_of(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
-) -> Page[Row]:
+) -> ListPage[Row]:
     """Make a page of `rows`, of which there is one beyond `limit` where there are more.
 
     `newest_first`: the rows descend, and the list goes backwards.
     """
     more = len(rows) > limit
     if newest_first:
-        return Page(rows[:limit], more, backwards=True)
+        return ListPage(rows[:limit], more, backwards=True)
     if backwards:
-        return Page(rows[1:] if more else rows, more, backwards=True)
-    return Page(rows[:limit], more, backwards=False)
+        return ListPage(rows[1:] if more else rows, more, backwards=True)
+    return ListPage(rows[:limit], more, backwards=False)
 
 
-def listing(page: Page[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
+def listing(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
     """Return a page's JSON, with fewer rows if one answer cannot carry them all."""
     items, rows = page.items, [render(row) for row in page.items]
     # A page that goes backwards in ascending order is next to its place with its last row.

@@ -23,7 +23,7 @@ from workpool.server.dialects import QODER
 from workpool.server.paging import listing
 from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
-from workpool.wire import calls
+from workpool.wire import endpoints
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     LIST_LIMIT_MAX,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from workpool.server import Operations
     from workpool.settings import Settings
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
     from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
@@ -108,7 +108,7 @@ class Script:
 
 
 class LocalClient:
-    """A client of operations on the running loop; see `workpool.pool.calls.Calls`.
+    """A client of operations on the running loop; see `workpool.pool.client.Client`.
 
     Args:
         operations: The operations of the control plane.
@@ -200,7 +200,7 @@ class LocalClient:
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
-        return await self._settle(calls.POLL, exchange(), seconds)
+        return await self._settle(endpoints.POLL, exchange(), seconds)
 
     async def ack(
         self,
@@ -218,8 +218,8 @@ class LocalClient:
         options = options._replace(
             priority=min(options.priority, Priority.CLAIM), permit=permit or options.permit
         )
-        item = await self._send(calls.ACK, work_id, operate, timeout, options)
-        return calls.same_item(calls.ACK, work_id, item)
+        item = await self._send(endpoints.ACK, work_id, operate, timeout, options)
+        return endpoints.same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -240,7 +240,7 @@ class LocalClient:
 
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        return await self._send(calls.HEARTBEAT, work_id, operate, timeout, options)
+        return await self._send(endpoints.HEARTBEAT, work_id, operate, timeout, options)
 
     async def stop(
         self,
@@ -258,7 +258,7 @@ class LocalClient:
                 self._operations.stop(self._environment_id, work_id, self.worker_id, force=force)
             )
 
-        stop = calls.STOP if read_item else calls.STOP_UNREAD
+        stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
         return await self._send(stop, work_id, operate, timeout, options)
 
     async def update_metadata(
@@ -276,7 +276,7 @@ class LocalClient:
                 self._operations.update(self._environment_id, work_id, patch, self.worker_id)
             )
 
-        return await self._send(calls.UPDATE, work_id, operate, timeout, options)
+        return await self._send(endpoints.UPDATE, work_id, operate, timeout, options)
 
     async def get(
         self,
@@ -290,8 +290,8 @@ class LocalClient:
         def operate() -> object:
             return QODER.item(self._operations.get(self._environment_id, work_id))
 
-        item = await self._send(calls.GET, work_id, operate, timeout, options)
-        return calls.same_item(calls.GET, work_id, item)
+        item = await self._send(endpoints.GET, work_id, operate, timeout, options)
+        return endpoints.same_item(endpoints.GET, work_id, item)
 
     async def list(
         self, *, limit: int | None = None, timeout: float | None = None
@@ -305,7 +305,7 @@ class LocalClient:
                 page = self._operations.page(self._environment_id, size, after=after)
                 return listing(page, QODER.item)
 
-            page = await self._send(calls.LIST, None, operate, timeout)
+            page = await self._send(endpoints.LIST, None, operate, timeout)
             for item in page.items:
                 yield item
             if page.next_page is None:
@@ -330,11 +330,11 @@ class LocalClient:
             text = None if oldest is None else to_seconds_text(oldest)
             return {"type": WORK_QUEUE_STATS, **stats._asdict(), "oldest_queued_at": text}
 
-        return await self._send(calls.STATS, None, operate, None)
+        return await self._send(endpoints.STATS, None, operate, None)
 
     async def _send(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         work_id: str | None,
         operate: Callable[[], object],
         timeout: float | None,
@@ -342,12 +342,12 @@ class LocalClient:
     ) -> T:
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Response | _NoAnswer] = loop.create_future()
-        fault = self._fault_of(call.op, work_id)
+        fault = self._fault_of(endpoint.op, work_id)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        await self._wait(call.op, fault, options, until)
+        await self._wait(endpoint.op, fault, options, until)
         if options.check is not None:
             options.check()
-        self._note_sent(call.op, work_id, fault)
+        self._note_sent(endpoint.op, work_id, fault)
 
         def arrive() -> None:
             answer = answer_to(fault, operate)
@@ -363,7 +363,7 @@ class LocalClient:
 
         # A request that was sent arrives even if the caller is cancelled.
         self._carry(fault.there, arrive)
-        return await self._settle(call, exchange(), until - loop.time())
+        return await self._settle(endpoint, exchange(), until - loop.time())
 
     async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
         """Wait for the own rate limit and for the connection."""
@@ -404,7 +404,10 @@ class LocalClient:
         return (self._faults(op, work_id) if self._faults else None) or _NONE
 
     async def _settle(
-        self, call: Call[T], exchange: Coroutine[Any, Any, Response | _NoAnswer], seconds: float
+        self,
+        endpoint: Endpoint[T],
+        exchange: Coroutine[Any, Any, Response | _NoAnswer],
+        seconds: float,
     ) -> T:
         loop = asyncio.get_running_loop()
         started, code = loop.time(), "error"
@@ -412,16 +415,16 @@ class LocalClient:
             async with asyncio.timeout(seconds):
                 answer = await exchange
             if not isinstance(answer, Response):
-                raise TransientError(call.op, None, "no answer: reset", reason="network")
+                raise TransientError(endpoint.op, None, "no answer: reset", reason="network")
             code = CODES.get(answer.status, "error")
         except TimeoutError:
-            raise TransientError(call.op, None, "no answer in time", reason="timeout") from None
+            raise TransientError(endpoint.op, None, "no answer in time", reason="timeout") from None
         finally:
             if self.on_request is not None:
-                self.on_request(call.op, code, loop.time() - started)
+                self.on_request(endpoint.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            return parse_success(call.op, answer.status, answer.body, call.parse)
-        raise parse_error(call.op, answer, _ABSENT)
+            return parse_success(endpoint.op, answer.status, answer.body, endpoint.parse)
+        raise parse_error(endpoint.op, answer, _ABSENT)
 
 
 def answer_to(fault: CallFault, operate: Callable[[], object]) -> Response | _NoAnswer:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 from workpool.server.client_events import client_events
 from workpool.server.paging import listing, page_of
 from workpool.server.session_routes import KEEP_ALIVE, frame_of, render_event
-from workpool.wire import calls
+from workpool.wire import endpoints
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from workpool.server import Operations
     from workpool.server.conversation import Conversation
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
     from workpool.wire.event_calls import Event, EventPage, OpenStream
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ def _place(obj: Any) -> int:
     return int(obj["place"])
 
 
-_OPEN: Final[Call[int]] = calls.Call(calls.STREAM, "GET", _place)
+_OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _place)
 
 
 class Send(Protocol):
@@ -34,7 +34,7 @@ class Send(Protocol):
 
     def __call__(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         subject: str,
         operate: Callable[[], object],
         timeout: float | None,
@@ -64,7 +64,7 @@ class LocalEvents:
             events = self._conversation().page(limit + 1, after=after)
             return listing(page_of(events, limit, backwards=False), render_event)
 
-        return await self._send(calls.EVENTS, self._session_id, operate, None)
+        return await self._send(endpoints.EVENTS, self._session_id, operate, None)
 
     async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         """Append events and return them as stored."""
@@ -73,7 +73,7 @@ class LocalEvents:
             stored = self._operations.send(self._session_id, client_events(body))
             return {"data": [render_event(event) for event in stored]}
 
-        return await self._send(calls.SEND, self._session_id, operate, None, options)
+        return await self._send(endpoints.SEND, self._session_id, operate, None, options)
 
     async def open(self, last_id: str | None) -> OpenStream:
         """Open a stream."""

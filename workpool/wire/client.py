@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from yarl import URL
 
-from workpool.wire import bodies, calls, protocol
+from workpool.wire import bodies, endpoints, protocol
 from workpool.wire.dialect import DIALECTS
 from workpool.wire.http_events import HttpEvents
 from workpool.wire.items import WorkItem
@@ -23,7 +23,7 @@ from workpool.wire.options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, P
 from workpool.wire.paging import PageLimits
 from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
-from workpool.wire.transport import Request, Transport
+from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pydantic import SecretStr
 
     from workpool.settings import Settings
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
     from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats
 
@@ -132,7 +132,7 @@ class WorkClient:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
         url = self._work_url("/poll", query)
         limiter = self.rate_limits.read
-        request = Request(calls.POLL, url, timeout, limiter, None, CLAIM_OPTIONS)
+        request = HttpRequest(endpoints.POLL, url, timeout, limiter, None, CLAIM_OPTIONS)
         return await self._transport.send(request)
 
     async def acquire_ack_permit(self) -> None:
@@ -182,8 +182,8 @@ class WorkClient:
         """
         limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
-        request = Request(calls.ACK, url, timeout, limiter, options=_as_claim(options))
-        return calls.same_item(calls.ACK, work_id, await self._transport.send(request))
+        request = HttpRequest(endpoints.ACK, url, timeout, limiter, options=_as_claim(options))
+        return endpoints.same_item(endpoints.ACK, work_id, await self._transport.send(request))
 
     async def heartbeat(
         self,
@@ -216,7 +216,7 @@ class WorkClient:
         url = self._item_url(work_id, "/heartbeat", "&".join(asked))
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        request = Request(calls.HEARTBEAT, url, timeout, options=_as_claim(options))
+        request = HttpRequest(endpoints.HEARTBEAT, url, timeout, options=_as_claim(options))
         return await self._transport.send(request)
 
     async def stop(
@@ -243,8 +243,8 @@ class WorkClient:
         """
         url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
         limiter = self.rate_limits.write
-        call = calls.STOP if read_item else calls.STOP_UNREAD
-        request = Request(call, url, timeout, limiter, body, options)
+        endpoint = endpoints.STOP if read_item else endpoints.STOP_UNREAD
+        request = HttpRequest(endpoint, url, timeout, limiter, body, options)
         return await self._transport.send(request)
 
     async def update_metadata(
@@ -262,7 +262,7 @@ class WorkClient:
         """
         body = bodies.update(patch)
         limiter, url = self.rate_limits.write, self._item_url(work_id)
-        request = Request(calls.UPDATE, url, timeout, limiter, body, options)
+        request = HttpRequest(endpoints.UPDATE, url, timeout, limiter, body, options)
         return await self._key_transport.send(request)
 
     async def get(
@@ -275,9 +275,9 @@ class WorkClient:
         """Read one item."""
         limiter, url = self.rate_limits.read, self._item_url(work_id)
         item = await self._key_transport.send(
-            Request(calls.GET, url, timeout, limiter, None, options)
+            HttpRequest(endpoints.GET, url, timeout, limiter, None, options)
         )
-        return calls.same_item(calls.GET, work_id, item)
+        return endpoints.same_item(endpoints.GET, work_id, item)
 
     async def list(
         self,
@@ -305,7 +305,7 @@ class WorkClient:
         while left > 0:
             await limits.turn()
             url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
-            page = await self._read(calls.LIST, url, timeout)
+            page = await self._read(endpoints.LIST, url, timeout)
             for item in page.items[:left]:
                 yield item
             left -= len(page.items)
@@ -316,14 +316,16 @@ class WorkClient:
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read the statistics of the queue."""
-        request = Request(calls.STATS, self._work_url("/stats"), timeout, self.rate_limits.read)
+        request = HttpRequest(
+            endpoints.STATS, self._work_url("/stats"), timeout, self.rate_limits.read
+        )
         return await self._key_transport.send(request)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
         """Read a session; returns the JSON object of the control plane."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
-        return await self._read(calls.SESSION, url, timeout)
+        return await self._read(endpoints.SESSION, url, timeout)
 
     def events(
         self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
@@ -368,27 +370,27 @@ class WorkClient:
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
         body = bodies.enqueue(fields)
         url = self._work_url()
-        return (await self._write(calls.ENQUEUE, url, body, timeout)).items
+        return (await self._write(endpoints.ENQUEUE, url, body, timeout)).items
 
     def _read(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         url: URL,
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        request = Request(call, url, timeout, self.rate_limits.read, None, options)
+        request = HttpRequest(endpoint, url, timeout, self.rate_limits.read, None, options)
         return self._transport.send(request)
 
     def _write(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         url: URL,
         body: bytes,
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        request = Request(call, url, timeout, self.rate_limits.write, body, options)
+        request = HttpRequest(endpoint, url, timeout, self.rate_limits.write, body, options)
         return self._transport.send(request)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:

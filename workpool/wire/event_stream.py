@@ -17,7 +17,7 @@ import orjson
 
 from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
-from workpool.wire.calls import parse_event
+from workpool.wire.endpoints import parse_event
 from workpool.wire.event_calls import Pages
 from workpool.wire.paging import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED

@@ -7,11 +7,11 @@ from urllib.parse import quote
 
 from yarl import URL
 
-from workpool.wire import calls
+from workpool.wire import endpoints
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 from workpool.wire.reading import TRANSIENT, no_answer
-from workpool.wire.transport import Request
+from workpool.wire.transport import HttpRequest
 
 if TYPE_CHECKING:
     import aiohttp
@@ -48,13 +48,13 @@ class HttpEvents:
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._at("", f"limit={limit}", *start)
-        request = Request(calls.EVENTS, url, limiter=self._rate_limits.read)
+        request = HttpRequest(endpoints.EVENTS, url, limiter=self._rate_limits.read)
         return await self._transport.send(request)
 
     async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
         """Append events."""
         limiter = self._rate_limits.write
-        request = Request(calls.SEND, self._at(), None, limiter, body, options)
+        request = HttpRequest(endpoints.SEND, self._at(), None, limiter, body, options)
         return await self._transport.send(request)
 
     async def open(self, last_id: str | None) -> OpenStream:
@@ -81,7 +81,7 @@ class _Stream:
         try:
             return await self._response.content.readany()
         except TRANSIENT as error:
-            failure = no_answer(calls.STREAM, error)
+            failure = no_answer(endpoints.STREAM, error)
         raise failure  # out here: aiohttp's errors carry the request's headers
 
     def close(self) -> None:

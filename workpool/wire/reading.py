@@ -7,7 +7,7 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.wire.calls import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 TRANSIENT: Final = (

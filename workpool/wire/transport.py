@@ -28,10 +28,10 @@ from multidict import CIMultiDict
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
 from workpool.wire.bound import Bound
-from workpool.wire.calls import STREAM
 from workpool.wire.checked_body import CheckedBody, NotSentError
 from workpool.wire.connections import Connections
 from workpool.wire.dialect import DIALECTS
+from workpool.wire.endpoints import STREAM
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from workpool.settings import Settings
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
     from workpool.wire.rate_limiter import RateLimiter
 
 T = TypeVar("T")
@@ -59,11 +59,11 @@ _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
 
 
-class Request(NamedTuple, Generic[T]):
+class HttpRequest(NamedTuple, Generic[T]):
     """One request.
 
     Attributes:
-        call: How to send it and how to read the answer.
+        endpoint: Its method, and the parser of a success.
         url: Where to; encoded already.
         seconds: The bound on all of it, the wait for our own rate limit included; None = the
             setting `request_timeout`.
@@ -72,7 +72,7 @@ class Request(NamedTuple, Generic[T]):
         options: Its check, priority and connection.
     """
 
-    call: Call[T]
+    endpoint: Endpoint[T]
     url: URL
     seconds: float | None = None
     limiter: RateLimiter | None = None
@@ -160,7 +160,7 @@ class Transport:
         self._renews = False
         self._use(token)
 
-    async def send(self, request: Request[T]) -> T:
+    async def send(self, request: HttpRequest[T]) -> T:
         """Send one request and read its answer, all within its `seconds`.
 
         Raises:
@@ -174,7 +174,7 @@ class Transport:
         until = time.monotonic() + seconds
         limiter = request.limiter
         if limiter is not None and limiter.limited and not request.options.permit:
-            op, priority = request.call.op, request.options.priority
+            op, priority = request.endpoint.op, request.options.priority
             await self.acquire(limiter, op, priority, seconds)
         token = self._token
         try:
@@ -231,9 +231,9 @@ class Transport:
         return await attempt()
 
     async def _attempt(
-        self, request: Request[T], until: float, loop: asyncio.AbstractEventLoop
+        self, request: HttpRequest[T], until: float, loop: asyncio.AbstractEventLoop
     ) -> T:
-        op, started = request.call.op, time.monotonic()
+        op, started = request.endpoint.op, time.monotonic()
         if started >= until:
             raise TransientError(op, None, "no time left to ask", reason="timeout")
         secrets, code, check = self._secrets, "error", request.options.check
@@ -251,8 +251,8 @@ class Transport:
         else:
             if status in SUCCESS:
                 value, add = (
-                    parse_success(op, status, body, request.call.parse),
-                    request.call.add_headers,
+                    parse_success(op, status, body, request.endpoint.parse),
+                    request.endpoint.add_headers,
                 )
                 return value if add is None else add(value, response.headers)
             failure = parse_error(op, Response(status, response.headers, body), *secrets)
@@ -305,11 +305,11 @@ class Transport:
         )
 
     async def _exchange(
-        self, request: Request[T], checked: CheckedBody | None
+        self, request: HttpRequest[T], checked: CheckedBody | None
     ) -> tuple[aiohttp.ClientResponse, bytes | Oversized]:
-        call, body = request.call, request.body
+        endpoint, body = request.endpoint, request.body
         response = await self._connections.session_for(request.options).request(
-            call.method,
+            endpoint.method,
             request.url,
             # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
             data=checked or (io.BytesIO(body) if body and len(body) > LARGE_BYTES else body),
@@ -324,7 +324,7 @@ class Transport:
             if checked is not None and checked.refusal is not None:
                 # Bytes that no request of ours has asked for.
                 raise NotSentError
-            return response, await read_bounded(response, call.limit)
+            return response, await read_bounded(response, endpoint.limit)
         finally:
             if not response.closed:  # the answer was not read to its end, so nor is the connection
                 response.release()

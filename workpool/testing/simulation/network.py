@@ -15,7 +15,7 @@ from workpool.server.dialects import QODER
 from workpool.testing.local import CallFault, LocalClient, answer_to
 from workpool.testing.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
-from workpool.wire import calls
+from workpool.wire import endpoints
 from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 from workpool.wire.rate_limiter import RateLimiter
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from workpool.testing.simulation.machine import Halt
     from workpool.testing.simulation.schedule import Schedule
     from workpool.testing.simulation.trace import Node, Trace
-    from workpool.wire.calls import Call
+    from workpool.wire.endpoints import Endpoint
     from workpool.wire.items import WorkItem
     from workpool.wire.response import Response
 
@@ -247,7 +247,7 @@ class Client(LocalClient):
         async def exchange() -> Reply:
             return await answered
 
-        return await self._settle(calls.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
+        return await self._settle(endpoints.POLL, exchange(), self._timeout + PATIENCE_MS / 1000)
 
     async def update_metadata(
         self,
@@ -304,15 +304,15 @@ class Client(LocalClient):
 
     async def _send(
         self,
-        call: Call[T],
+        endpoint: Endpoint[T],
         work_id: str | None,
         operate: Callable[[], object],
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
-        if self._node.pool.worker_key and call.op in OPTIONAL:
+        if self._node.pool.worker_key and endpoint.op in OPTIONAL:
             operate = _denied
-        return await super()._send(call, work_id, operate, timeout, options)
+        return await super()._send(endpoint, work_id, operate, timeout, options)
 
     async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
         work_id = self._work_id  # set in this step
@@ -352,12 +352,12 @@ class Client(LocalClient):
             self._sent.patch = self._patch
 
     async def _settle(
-        self, call: Call[T], exchange: Coroutine[Any, Any, Reply], seconds: float
+        self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
         sent = self._sent  # set in this step
         answer: str | int | None = None
         try:
-            value = await super()._settle(call, exchange, seconds)
+            value = await super()._settle(endpoint, exchange, seconds)
         except ControlPlaneError as error:
             answer = "lost" if isinstance(error, TransientError) else error.status
             raise

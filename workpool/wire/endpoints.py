@@ -1,4 +1,4 @@
-"""The calls of the protocol as a table: name, method, and the parser of a success.
+"""The endpoints of the protocol as a table: name, method, and the parser of a success.
 
 Reading is all that happens here; a parser raises `ValueError` for what it does not know.
 See workpool/docs/protocol.md, "Calls" and "Sessions".
@@ -29,8 +29,8 @@ ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[T]):
-    """A call.
+class Endpoint(Generic[T]):
+    """One HTTP call of the protocol.
 
     Attributes:
         op: Its name in errors and metrics.
@@ -46,7 +46,7 @@ class Call(Generic[T]):
     add_headers: Callable[[T, Mapping[str, str]], T] | None = None
 
 
-class Page(NamedTuple):
+class ItemPage(NamedTuple):
     """One page of the list of items."""
 
     items: list[WorkItem]
@@ -113,9 +113,9 @@ def _next_page(page: dict[str, Any]) -> str | None:
     raise ValueError("next_page: not a string")
 
 
-def _page(obj: object) -> Page:
+def _page(obj: object) -> ItemPage:
     page = _object(obj)
-    return Page([parse_item(row) for row in _rows(page)], _next_page(page))
+    return ItemPage([parse_item(row) for row in _rows(page)], _next_page(page))
 
 
 def parse_event(obj: object) -> Event:
@@ -142,23 +142,23 @@ def _stored_events(obj: object) -> list[Event]:
 _is_id: Final = re.compile(ID_PATTERN).fullmatch
 _is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
-POLL: Final[Call[WorkItem | None]] = Call("poll", "GET", _delivery, add_headers=_add_trace)
-ACK: Final = Call("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
-HEARTBEAT: Final = Call("heartbeat", "POST", parse_heartbeat)
-STOP: Final[Call[WorkItem | None]] = Call("stop", "POST", _stopped, ITEM_LIMIT_BYTES)
-STOP_UNREAD: Final[Call[WorkItem | None]] = Call("stop", "POST", _applied)
-UPDATE: Final = Call("update", "POST", parse_item, ITEM_LIMIT_BYTES)
-GET: Final = Call("get", "GET", parse_item, ITEM_LIMIT_BYTES)
-LIST: Final = Call("list", "GET", _page)
-STATS: Final = Call("stats", "GET", parse_stats)
-SESSION: Final[Call[Mapping[str, Any]]] = Call("session", "GET", _object)
-ENQUEUE: Final = Call("enqueue", "POST", _page)
-EVENTS: Final = Call("events", "GET", _event_page, FRAME_LIMIT_BYTES)
-SEND: Final = Call("events", "POST", _stored_events, FRAME_LIMIT_BYTES)
+POLL: Final[Endpoint[WorkItem | None]] = Endpoint("poll", "GET", _delivery, add_headers=_add_trace)
+ACK: Final = Endpoint("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
+HEARTBEAT: Final = Endpoint("heartbeat", "POST", parse_heartbeat)
+STOP: Final[Endpoint[WorkItem | None]] = Endpoint("stop", "POST", _stopped, ITEM_LIMIT_BYTES)
+STOP_UNREAD: Final[Endpoint[WorkItem | None]] = Endpoint("stop", "POST", _applied)
+UPDATE: Final = Endpoint("update", "POST", parse_item, ITEM_LIMIT_BYTES)
+GET: Final = Endpoint("get", "GET", parse_item, ITEM_LIMIT_BYTES)
+LIST: Final = Endpoint("list", "GET", _page)
+STATS: Final = Endpoint("stats", "GET", parse_stats)
+SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _object)
+ENQUEUE: Final = Endpoint("enqueue", "POST", _page)
+EVENTS: Final = Endpoint("events", "GET", _event_page, FRAME_LIMIT_BYTES)
+SEND: Final = Endpoint("events", "POST", _stored_events, FRAME_LIMIT_BYTES)
 STREAM: Final = "stream"
 
 
-def same_item(call: Call[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
+def same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
     """Pass on an answer about `work_id`.
 
     Another item's, by a proxy's mistake say, must not decide about this one.
@@ -167,5 +167,7 @@ def same_item(call: Call[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
         TransientError: It is about another.
     """
     if item.id != work_id:
-        raise TransientError(call.op, None, "the answer is about another item", reason="bad_body")
+        raise TransientError(
+            endpoint.op, None, "the answer is about another item", reason="bad_body"
+        )
     return item
