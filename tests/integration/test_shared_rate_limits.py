@@ -9,7 +9,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from workpool import RateLimits, Session, Supervisor, handler
-from workpool.wire.options import Priority
+from workpool.wire.call_options import Priority
 from workpool.wire.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:

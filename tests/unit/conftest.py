@@ -20,7 +20,7 @@ from workpool.server import Operations, Poll
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.simulation.world import LoopRenewer
 from workpool.testing.virtual import VirtualLoop
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

@@ -16,7 +16,7 @@ from yarl import URL
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
-from workpool.wire.options import CallOptions, Priority
+from workpool.wire.call_options import CallOptions, Priority
 from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from workpool.errors import (
 )
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.settings import Settings
-from workpool.wire import paging
+from workpool.wire import page_limits
+from workpool.wire.call_options import CallOptions, Priority
 from workpool.wire.client import WorkClient
-from workpool.wire.options import CallOptions, Priority
 from workpool.wire.rate_limiter import RateLimiter, RateLimits
 
 if TYPE_CHECKING:
@@ -349,12 +349,12 @@ async def test_list_whose_page_tokens_form_a_cycle_ends(qoder: WorkClient, tap: 
 async def test_list_whose_pages_bring_nothing_new_ends(
     qoder: WorkClient, tap: Tap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paging, "PAGES_PER_SECOND", 1e6)
+    monkeypatch.setattr(page_limits, "PAGES_PER_SECOND", 1e6)
     numbers = itertools.count()
     tap.instead = lambda: web.json_response({"data": [], "next_page": f"page_{next(numbers)}"})
     with pytest.raises(TransientError, match="without anything new"):
         [item async for item in qoder.list()]
-    assert len(tap.seen) == paging.STALE_PAGES
+    assert len(tap.seen) == page_limits.STALE_PAGES
 
 
 async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:

@@ -22,8 +22,8 @@ from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.wire import resolver
+from workpool.wire.call_options import CallOptions, Priority
 from workpool.wire.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
-from workpool.wire.options import CallOptions, Priority
 from workpool.wire.resolver import ThreadResolver
 from workpool.wire.threads import DaemonThreads
 

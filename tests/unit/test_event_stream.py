@@ -16,16 +16,16 @@ from workpool.testing import in_virtual_time, local_events
 from workpool.testing.local import CallFault, LocalClient, Script
 from workpool.testing.virtual import run_virtual
 from workpool.wire import endpoints, event_stream
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.event_calls import EventPage, Unguarded
 from workpool.wire.event_stream import EventStream
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
-from workpool.wire.paging import PAGES_PER_SECOND, STALE_PAGES
+from workpool.wire.page_limits import PAGES_PER_SECOND, STALE_PAGES
 from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from workpool.wire.event_calls import Event, EventCalls, OpenStream
+    from workpool.wire.event_calls import EventCalls, OpenStream, SessionEvent
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -145,10 +145,12 @@ class Endless:
         del limit, after_id, page
         self.asked.append(asyncio.get_running_loop().time())
         number = len(self.asked)
-        events: list[Event] = [{"id": one, "type": "x"} for one in self._make(number)]
+        events: list[SessionEvent] = [{"id": one, "type": "x"} for one in self._make(number)]
         return EventPage(events, f"page_{number}")
 
-    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+    async def post(
+        self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
+    ) -> list[SessionEvent]:
         raise NotImplementedError
 
     async def open(self, last_id: str | None) -> OpenStream:
@@ -210,7 +212,7 @@ async def test_stream_remembers_a_bounded_number_of_ids(monkeypatch: pytest.Monk
         calls: Any = client.events(world.session_id)._calls
         way = Flaky(calls, iter(()), resumes=False, replays=False)
         stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
-        told: list[Event] = []
+        told: list[SessionEvent] = []
         async with stream:
             for breaks in range(3):
                 told += [await anext(stream) for _ in range(3 if breaks else 50)]
@@ -248,7 +250,9 @@ class Flaky:
         await self.next_condition()
         return await self._calls.page(min(limit, 3), after_id=after_id, page=page)
 
-    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+    async def post(
+        self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
+    ) -> list[SessionEvent]:
         return await self._calls.post(body, options=options)
 
     async def open(self, last_id: str | None) -> OpenStream:
@@ -333,7 +337,7 @@ def test_whatever_breaks_every_event_comes_once_and_in_order(
 ) -> None:
     async def follow() -> None:
         world = World()
-        told: list[Event] = []
+        told: list[SessionEvent] = []
         flags: list[bool] = []
         async with world.client as client:
             calls: Any = client.events(world.session_id)._calls

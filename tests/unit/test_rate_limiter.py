@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workpool.wire.options import Priority
+from workpool.wire.call_options import Priority
 from workpool.wire.rate_limiter import RateLimiter
 
 COMPLETION, CLAIM, HANDLER = Priority

@@ -24,14 +24,14 @@ from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, Request
 from workpool.pool.session_calls import UPDATE_SECONDS, SessionCalls
 from workpool.testing.local import CallFault
 from workpool.testing.virtual import in_virtual_time
-from workpool.wire.options import Priority
+from workpool.wire.call_options import Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.unit.conftest import Bench
     from workpool.pool.item import PoolItem
-    from workpool.wire.options import CallOptions
+    from workpool.wire.call_options import CallOptions
 
 SILENCE = CallFault(answer="silence", applied=False)
 WRITE = Request(Priority.COMPLETION, by_handler=False)

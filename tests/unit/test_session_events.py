@@ -14,9 +14,9 @@ from pydantic import SecretStr
 from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
 from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
 from workpool.wire import endpoints, event_stream
+from workpool.wire.call_options import DEFAULT_OPTIONS
 from workpool.wire.client import WorkClient
 from workpool.wire.event_calls import Unguarded
-from workpool.wire.options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from workpool import Settings
     from workpool.server import ControlPlane
-    from workpool.wire.event_calls import Event
+    from workpool.wire.call_options import CallOptions
+    from workpool.wire.event_calls import SessionEvent
     from workpool.wire.event_stream import EventStream
-    from workpool.wire.options import CallOptions
 
 T = TypeVar("T")
 
@@ -61,11 +61,11 @@ def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
     return plane.enqueue(script=script)[0].session_id
 
 
-def ids(events: Sequence[Event]) -> list[str]:
+def ids(events: Sequence[SessionEvent]) -> list[str]:
     return [event["id"] for event in events]
 
 
-def result(use: Event, text: str = "done") -> dict[str, Any]:
+def result(use: SessionEvent, text: str = "done") -> dict[str, Any]:
     return {
         "type": "user.tool_result",
         "tool_use_id": use["id"],
@@ -74,11 +74,11 @@ def result(use: Event, text: str = "done") -> dict[str, Any]:
     }
 
 
-def open_use(plane: ControlPlane, session_id: str) -> Event:
+def open_use(plane: ControlPlane, session_id: str) -> SessionEvent:
     return [event for event in plane.events(session_id) if event["type"] == "agent.tool_use"][-1]
 
 
-async def read(stream: EventStream, count: int) -> list[Event]:
+async def read(stream: EventStream, count: int) -> list[SessionEvent]:
     async with asyncio.timeout(10):
         return [await anext(stream) for _ in range(count)]
 
@@ -333,7 +333,7 @@ async def test_an_event_that_was_not_waited_for_to_the_end_is_not_lost(
 ) -> None:
     """Every wait may be cancelled: the next goes on where it was."""
     session_id = scripted(plane)
-    seen: list[Event] = []
+    seen: list[SessionEvent] = []
     seconds = 0.0
     async with client.events(session_id).stream() as stream, asyncio.timeout(20):
         while len(seen) < 30:

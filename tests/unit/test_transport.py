@@ -38,7 +38,7 @@ from workpool.errors import (
 from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
-from workpool.wire.proxy import proxy_of
+from workpool.wire.environment_proxy import proxy_of
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,

@@ -23,7 +23,7 @@ from workpool.errors import ControlPlaneError, PluginError, SettingsError
 from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
-from workpool.wire.dialect import DIALECTS
+from workpool.wire.client_dialects import DIALECTS
 
 SKEW_SECONDS: Final = 5.0
 """The accepted error of the wall clock. It affects no lease, only ages and latencies."""

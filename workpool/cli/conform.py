@@ -32,7 +32,7 @@ from workpool.conformance import (
 from workpool.conformance.api import NoAnswerError
 from workpool.logs import hide, readable
 from workpool.settings import Settings
-from workpool.wire.proxy import proxy_of
+from workpool.wire.environment_proxy import proxy_of
 from workpool.wire.rate_limiter import RateLimits
 
 WORKER: Final = "workpool-conform"

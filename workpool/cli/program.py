@@ -14,7 +14,7 @@ import subprocess
 from typing import TYPE_CHECKING, Final
 
 from workpool import Release, WorkpoolError, hookimpl
-from workpool.wire.dialect import DIALECTS
+from workpool.wire.client_dialects import DIALECTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

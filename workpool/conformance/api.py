@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
-from workpool.wire.dialect import DIALECTS
+from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
-from workpool.wire.reading import TRANSIENT, read_bounded
 from workpool.wire.response import Oversized
+from workpool.wire.response_reader import TRANSIENT, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from workpool.wire.options import DEFAULT_OPTIONS
+from workpool.wire.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+    from workpool.wire.call_options import CallOptions, Priority
     from workpool.wire.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
-    from workpool.wire.options import CallOptions, Priority
     from workpool.wire.session_events import SessionEvents
 
 

@@ -31,7 +31,7 @@ from workpool.pool.attempt import ERROR
 from workpool.pool.item import EndReason
 from workpool.pool.sender import Request
 from workpool.session import Outcome, Release
-from workpool.wire.options import Priority
+from workpool.wire.call_options import Priority
 
 if TYPE_CHECKING:
     from workpool.events import CallResult
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
     from workpool.pool.sender import Sender
-    from workpool.wire.options import CallOptions
+    from workpool.wire.call_options import CallOptions
 
 log = logging.getLogger(__name__)
 

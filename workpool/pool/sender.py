@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
 from workpool.wire.bound import Bound
-from workpool.wire.options import CallOptions, Priority
+from workpool.wire.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

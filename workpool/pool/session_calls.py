@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from workpool.pool.handoff import hand_off
 from workpool.pool.sender import CALLS_PER_SESSION, Request
-from workpool.wire.options import CallOptions, Priority
+from workpool.wire.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

@@ -24,7 +24,7 @@ from workpool.server.paging import listing
 from workpool.server.rules import heartbeat_answer
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     LIST_LIMIT_MAX,
     RECLAIM_OLDER_THAN_MS,

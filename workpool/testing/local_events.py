@@ -8,7 +8,7 @@ from workpool.server.client_events import client_events
 from workpool.server.paging import listing, page_of
 from workpool.server.session_routes import KEEP_ALIVE, frame_of, render_event
 from workpool.wire import endpoints
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workpool.server import Operations
     from workpool.server.conversation import Conversation
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.event_calls import Event, EventPage, OpenStream
+    from workpool.wire.event_calls import EventPage, OpenStream, SessionEvent
 
 T = TypeVar("T")
 
@@ -66,7 +66,9 @@ class LocalEvents:
 
         return await self._send(endpoints.EVENTS, self._session_id, operate, None)
 
-    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+    async def post(
+        self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
+    ) -> list[SessionEvent]:
         """Append events and return them as stored."""
 
         def operate() -> object:
@@ -83,14 +85,14 @@ class LocalEvents:
             return {"place": len(said.events) if last_id is None else said.place_after(last_id)}
 
         place = await self._send(_OPEN, self._session_id, operate, None)
-        return _Stream(self._operations, self._session_id, place)
+        return _LocalStream(self._operations, self._session_id, place)
 
     def _conversation(self) -> Conversation:
         self._operations.session(self._session_id)
         return self._operations.sessions.conversation(self._session_id)
 
 
-class _Stream:
+class _LocalStream:
     """An open stream: a position in the history."""
 
     def __init__(self, operations: Operations, session_id: str, place: int) -> None:

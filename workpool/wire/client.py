@@ -16,11 +16,11 @@ from urllib.parse import quote
 from yarl import URL
 
 from workpool.wire import bodies, endpoints, protocol
-from workpool.wire.dialect import DIALECTS
+from workpool.wire.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.http_events import HttpEvents
 from workpool.wire.items import WorkItem
-from workpool.wire.options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.paging import PageLimits
+from workpool.wire.page_limits import PageLimits
 from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.session_events import SessionEvents
 from workpool.wire.transport import HttpRequest, Transport

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 import aiohttp
 from yarl import URL
 
-from workpool.wire.options import Priority
-from workpool.wire.proxy import proxy_of
+from workpool.wire.call_options import Priority
+from workpool.wire.environment_proxy import proxy_of
 from workpool.wire.resolver import ThreadResolver
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aiohttp import AddrInfoType
 
     from workpool.settings import Settings
-    from workpool.wire.options import CallOptions
+    from workpool.wire.call_options import CallOptions
 
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""

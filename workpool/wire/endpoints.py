@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from workpool.errors import TransientError
-from workpool.wire.event_calls import Event, EventPage
+from workpool.wire.event_calls import EventPage, SessionEvent
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 from workpool.wire.protocol import ID_PATTERN
 from workpool.wire.response import NO_CONTENT, MalformedItemError
@@ -118,7 +118,7 @@ def _page(obj: object) -> ItemPage:
     return ItemPage([parse_item(row) for row in _rows(page)], _next_page(page))
 
 
-def parse_event(obj: object) -> Event:
+def parse_event(obj: object) -> SessionEvent:
     """Parse one event."""
     event = _object(obj)
     kind, event_id = event.get("type"), event.get("id")
@@ -133,7 +133,7 @@ def _event_page(obj: object) -> EventPage:
     return EventPage([parse_event(row) for row in _rows(page)], _next_page(page))
 
 
-def _stored_events(obj: object) -> list[Event]:
+def _stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _object(obj)
     # The anthropic dialect may leave `data` out.
     return [] if page.get("data") is None else [parse_event(row) for row in _rows(page)]

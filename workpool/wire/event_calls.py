@@ -12,13 +12,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from workpool.errors import TooLargeError
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
-from workpool.wire.paging import PageLimits
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.page_limits import PageLimits
 from workpool.wire.protocol import LIST_LIMIT_MAX
 
 T = TypeVar("T")
 
-Event: TypeAlias = Mapping[str, Any]
+SessionEvent: TypeAlias = Mapping[str, Any]
 """An event as the control plane writes it: it has an `id` and a `type`."""
 
 _SMALLER: Final = 10
@@ -27,7 +27,7 @@ _SMALLER: Final = 10
 class EventPage(NamedTuple):
     """One answer of the list call; `next_page`: None when it is the last."""
 
-    events: list[Event]
+    events: list[SessionEvent]
     next_page: str | None
 
 
@@ -59,7 +59,9 @@ class EventCalls(Protocol):
     ) -> EventPage:
         """List the first events, or those after an event, or the next page."""
 
-    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+    async def post(
+        self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
+    ) -> list[SessionEvent]:
         """Append events; returns them as they were stored."""
 
     async def open(self, last_id: str | None) -> OpenStream:
@@ -110,7 +112,7 @@ class Pages:
         self._limit = LIST_LIMIT_MAX
         self._limits = PageLimits("events")
 
-    async def next(self) -> list[Event]:
+    async def next(self) -> list[SessionEvent]:
         """Read the next page; at most `PAGES_PER_SECOND` of them.
 
         Raises:

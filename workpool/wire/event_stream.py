@@ -19,7 +19,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
 from workpool.wire.endpoints import parse_event
 from workpool.wire.event_calls import Pages
-from workpool.wire.paging import RecentIds
+from workpool.wire.page_limits import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
 from workpool.wire.sse import FrameParser
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.wire.event_calls import Event, EventCalls, Guard, OpenStream
+    from workpool.wire.event_calls import EventCalls, Guard, OpenStream, SessionEvent
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class EventStream:
         self._stall_seconds = stall_seconds
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self._entered = self._over = False
-        self._ready: deque[tuple[Event, bool]] = deque()  # with what `caught_up` will be
-        self._held_back: list[Event] = []  # the last of a page: perhaps the last of all
+        self._ready: deque[tuple[SessionEvent, bool]] = deque()  # with what `caught_up` will be
+        self._held_back: list[SessionEvent] = []  # the last of a page: perhaps the last of all
         self._seen = RecentIds(REMEMBERED_EVENTS)
         self._skipping = False  # the events of a history that are older than all in `_seen`
         self._last_id: str | None = None
@@ -91,7 +91,7 @@ class EventStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> SessionEvent:
         """Return the next event; may be cancelled, by a timeout say, and called again.
 
         Raises:
@@ -111,7 +111,7 @@ class EventStream:
             except (TransientError, ConflictError) as error:
                 self._begin_again(error)
 
-    def _hand_out(self) -> Event:
+    def _hand_out(self) -> SessionEvent:
         event, self.caught_up = self._ready.popleft()
         if event["type"] in _LAST:
             self._over = True
@@ -177,12 +177,12 @@ class EventStream:
         if self._is_new(event):
             self._ready.append((event, True))
 
-    def _is_new_in_history(self, event: Event) -> bool:
+    def _is_new_in_history(self, event: SessionEvent) -> bool:
         # A history that is read from its beginning: what stands before the remembered ids was seen.
         self._skipping = self._skipping and event["id"] not in self._seen
         return not self._skipping and self._is_new(event)
 
-    def _is_new(self, event: Event) -> bool:
+    def _is_new(self, event: SessionEvent) -> bool:
         event_id = event["id"]
         if not self._seen.add(event_id):
             return False

@@ -8,15 +8,15 @@ from urllib.parse import quote
 from yarl import URL
 
 from workpool.wire import endpoints
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
-from workpool.wire.reading import TRANSIENT, no_answer
+from workpool.wire.response_reader import TRANSIENT, no_answer
 from workpool.wire.transport import HttpRequest
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from workpool.wire.event_calls import Event, EventPage, OpenStream
+    from workpool.wire.event_calls import EventPage, OpenStream, SessionEvent
     from workpool.wire.rate_limiter import RateLimits
     from workpool.wire.transport import Transport
 
@@ -51,7 +51,9 @@ class HttpEvents:
         request = HttpRequest(endpoints.EVENTS, url, limiter=self._rate_limits.read)
         return await self._transport.send(request)
 
-    async def post(self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS) -> list[Event]:
+    async def post(
+        self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
+    ) -> list[SessionEvent]:
         """Append events."""
         limiter = self._rate_limits.write
         request = HttpRequest(endpoints.SEND, self._at(), None, limiter, body, options)
@@ -63,14 +65,14 @@ class HttpEvents:
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
         limiter = self._rate_limits.read
-        return _Stream(await self._transport.open_stream(self._at("/stream"), headers, limiter))
+        return _HttpStream(await self._transport.open_stream(self._at("/stream"), headers, limiter))
 
     def _at(self, path: str = "", *query: str) -> URL:
         text = "&".join((*query, self._query)).strip("&")
         return URL(f"{self._url}{path}?{text}" if text else f"{self._url}{path}", encoded=True)
 
 
-class _Stream:
+class _HttpStream:
     """A response that goes on."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:

@@ -14,8 +14,8 @@ from workpool.wire.event_stream import STALL_SECONDS, EventStream
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from workpool.wire.event_calls import Event, EventCalls, Guard
-    from workpool.wire.options import CallOptions
+    from workpool.wire.call_options import CallOptions
+    from workpool.wire.event_calls import EventCalls, Guard, SessionEvent
 
 _ANSWERS: Final[Mapping[str, str]] = {
     protocol.USER_TOOL_RESULT: "tool_use_id",
@@ -33,7 +33,7 @@ class SessionEvents:
         self._session_id = session_id
         self._guard: Guard = guard or Unguarded()
 
-    async def list(self) -> AsyncIterator[Event]:
+    async def list(self) -> AsyncIterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page.
 
         Raises:
@@ -45,7 +45,7 @@ class SessionEvents:
             for event in await self._guard.within(pages.next):
                 yield event
 
-    async def send(self, *events: Mapping[str, Any]) -> Sequence[Event]:
+    async def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
         """Append events, all of them or none, and return them as they are stored.
 
         A handler's are tried again while the lease lasts, unless that could say something twice:
@@ -63,7 +63,7 @@ class SessionEvents:
         repeatable = all(event.get("type") in _ANSWERS for event in events)
         doubtful = False  # it was sent, and we do not know what came of it
 
-        async def post(options: CallOptions) -> Sequence[Event] | TransientError:
+        async def post(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
             nonlocal doubtful
             if doubtful:
                 return TransientError("events", None, "no answer in time", reason="timeout")
@@ -93,7 +93,7 @@ class SessionEvents:
         """
         return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
 
-    async def _stored(self, said: Sequence[Event]) -> Sequence[Event] | None:
+    async def _stored(self, said: Sequence[SessionEvent]) -> Sequence[SessionEvent] | None:
         """All of `said` as the history holds it; None when any of it is not there as we said it."""
         wanted, held = {_key(event) for event in said}, {}
         async for event in self.list():

@@ -28,13 +28,13 @@ from multidict import CIMultiDict
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
 from workpool.wire.bound import Bound
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.checked_body import CheckedBody, NotSentError
+from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.connections import Connections
-from workpool.wire.dialect import DIALECTS
 from workpool.wire.endpoints import STREAM
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.reading import TRANSIENT, checked_stream, no_answer, read_bounded
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
+from workpool.wire.response_reader import TRANSIENT, checked_stream, no_answer, read_bounded
 from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:

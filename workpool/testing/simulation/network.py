@@ -16,7 +16,7 @@ from workpool.testing.local import CallFault, LocalClient, answer_to
 from workpool.testing.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import endpoints
-from workpool.wire.options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 from workpool.wire.rate_limiter import RateLimiter
 from workpool.wire.resolver import ThreadResolver

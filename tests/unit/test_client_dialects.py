@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from workpool.wire import protocol
-from workpool.wire.dialect import DIALECTS, DialectRules
+from workpool.wire.client_dialects import DIALECTS, DialectRules
 
 
 def test_every_dialect_has_its_column() -> None:
