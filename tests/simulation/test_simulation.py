@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.simulation.mutations import MUTATIONS
+from workpool.testing.simulation.invariants import INVARIANTS
 from workpool.testing.simulation.replay import replay
 from workpool.testing.simulation.results import Progress, Report
 from workpool.testing.simulation.run import schedule_of, simulate, simulate_all, simulate_many
@@ -22,7 +26,8 @@ from workpool.testing.simulation.schedule import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 pools = st.builds(
     Pool,
@@ -125,3 +130,21 @@ def test_progress_of_other_source_is_ignored(
     Progress(tmp_path / "progress").add(range(50), Report(50))
     monkeypatch.setattr("workpool.testing.simulation.results._source_digest", lambda: "other")
     assert Progress(tmp_path / "progress").finished() == {}
+
+
+def promises() -> list[list[str]]:
+    """The cells of the table of promises in workpool/docs/architecture.md."""
+    text = (ROOT / "workpool/docs/architecture.md").read_text()
+    table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_each_promise_names_invariants_mutations_and_tests_that_exist() -> None:
+    invariants = {each.__name__ for each in INVARIANTS}
+    for promise, named, mutations, tests in promises():
+        assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
+        assert set(re.findall(r'"(.+?)"', mutations)) <= MUTATIONS.keys(), promise
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests):
+            assert f"def {name}(" in (ROOT / path).read_text(), promise
+        assert mutations or tests, promise
