@@ -222,6 +222,8 @@ class Completion:
     async def _send_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], request: Request
     ) -> None:
+        # Checked again after the wait for the rate limit and a connection.
+        request = request._replace(before_bytes=partial(self._optional.check, "update"))
         await self._optional.make(
             "update",
             lambda: self._sender.send(

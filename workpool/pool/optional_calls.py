@@ -54,6 +54,15 @@ class OptionalCalls:
         """Return whether the call may be made, as far as that is known."""
         return op not in self._refused
 
+    def check(self, op: Op) -> None:
+        """Raise unless the call may be made, as far as that is known.
+
+        Raises:
+            NotPermittedError: It was refused before.
+        """
+        if op in self._refused:
+            raise NotPermittedError(op, self._refused[op], NOT_PERMITTED)
+
     async def make(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call, unless it was refused before.
 
@@ -61,8 +70,7 @@ class OptionalCalls:
             NotPermittedError: The credential may not make it.
             ControlPlaneError: As the call raises it.
         """
-        if op in self._refused:
-            raise NotPermittedError(op, self._refused[op], NOT_PERMITTED)
+        self.check(op)
         try:
             value = await call()
         except (RefusedError, TransientError) as error:
@@ -113,7 +121,8 @@ async def read_item(
         timeout: Seconds to read it, and to look it up.
 
     Returns:
-        The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.
+        The item; None if it is not among the first `LOOK_UP_ITEMS` of the list, or if the
+        credential, an item's own, may not list either.
     """
     try:
         return await optional.make("get", lambda: client.get(work_id, timeout=timeout))
@@ -129,4 +138,7 @@ async def read_item(
                     return item
     except TimeoutError:
         raise TransientError("list", None, "no answer in time", reason="timeout") from None
+    except RefusedError as error:
+        if error.status not in DENIED:
+            raise
     return None

@@ -6,6 +6,7 @@ See workpool/docs/architecture.md, "Sending for an item".
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.pool.handoff import hand_off
@@ -58,13 +59,15 @@ class SessionCalls:
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
         """Write metadata, retried for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
-        return await self._context.optional.make(
+        optional = self._context.optional
+        return await optional.make(
             "update",
             lambda: self._send(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
                 UPDATE_SECONDS,
+                partial(optional.check, "update"),
             ),
         )
 
@@ -81,9 +84,16 @@ class SessionCalls:
         """Await a read of the session while the item is the handler's."""
         return await self._sender.read(self._item, call, seconds)
 
-    async def _send(self, call: Callable[[CallOptions, float], Awaitable[T]], seconds: float) -> T:
+    async def _send(
+        self,
+        call: Callable[[CallOptions, float], Awaitable[T]],
+        seconds: float,
+        before_bytes: Callable[[], None] | None = None,
+    ) -> T:
         # One handler with many calls must not take the connections of the others.
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:
-            request = Request(Priority.HANDLER, by_handler=True, seconds=seconds)
+            request = Request(
+                Priority.HANDLER, by_handler=True, seconds=seconds, before_bytes=before_bytes
+            )
             return await self._sender.send(self._item, call, request)

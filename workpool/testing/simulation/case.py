@@ -207,6 +207,11 @@ class Case:
                 call.fault is not None and call.over_at >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
+            or any(  # a worker's key looks items up in the list
+                call.op == "list" and call.node is node and call.fault is not None
+                for call in self.trace.sent
+                if call.over_at >= since and call.at <= until
+            )
             or any(
                 delay.node is node
                 and delay.work_id in {lease.work_id, None}
