@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
+    from pydantic import SecretStr
+
+    from workpool.settings import Settings
     from workpool.wire.items import WorkItem
     from workpool.wire.session_events import SessionEvents
 
@@ -79,6 +82,8 @@ class HandedLease:
         ttl: Seconds that the parent's last heartbeat was granted; the child asks for the same.
         base_url: The address of the control plane.
         dialect: The dialect of the control plane.
+        session_id: The id of the item's session.
+        item_token: The item's own token, of its `secret`; None if it came without one.
     """
 
     work_id: str
@@ -87,6 +92,8 @@ class HandedLease:
     ttl: int
     base_url: str
     dialect: str
+    session_id: str = ""
+    item_token: SecretStr | None = None
 
     @property
     def variables(self) -> dict[str, str]:
@@ -99,6 +106,38 @@ class HandedLease:
             "WORKPOOL_HOLD_LAST_HEARTBEAT": self.last_heartbeat,
             "WORKPOOL_HOLD_TTL": str(self.ttl),
         }
+
+    @property
+    def keyless_variables(self) -> dict[str, str]:
+        """`variables` and the item's own token, so that `workpool hold` needs no other credential.
+
+        That token is good for this item and its session only. The session's id is among them
+        because this token may not read the item.
+
+        Raises:
+            ValueError: The item came without a token of its own.
+        """
+        if self.item_token is None:
+            raise ValueError(f"{self.work_id} came without a token of its own")
+        return self.variables | {
+            "WORKPOOL_HOLD_SESSION_ID": self.session_id,
+            "WORKPOOL_TOKEN": self.item_token.get_secret_value(),
+        }
+
+
+def item_token_variables(item: WorkItem, settings: Settings) -> dict[str, str]:
+    """Return variables with which a child process makes the calls of an item's own session.
+
+    They hold the item's own token, never the worker's; empty if the item came without one.
+    """
+    token = item.sessions_token
+    if token is None:
+        return {}
+    return {
+        "WORKPOOL_BASE_URL": settings.base_url,
+        "WORKPOOL_DIALECT": settings.dialect,
+        "WORKPOOL_TOKEN": token.get_secret_value(),
+    }
 
 
 class Held(Protocol):

@@ -25,6 +25,7 @@ from workpool.settings import Settings
 WORK_ID: Final = "WORKPOOL_HOLD_WORK_ID"
 LAST_HEARTBEAT: Final = "WORKPOOL_HOLD_LAST_HEARTBEAT"
 TTL: Final = "WORKPOOL_HOLD_TTL"
+SESSION_ID: Final = "WORKPOOL_HOLD_SESSION_ID"
 GOOD: Final = frozenset({"completed", "stopped", "released"})
 
 
@@ -55,6 +56,15 @@ def hold(
         str | None,
         typer.Option("--ttl", metavar="SECONDS", envvar=TTL, help="The duration of the lease."),
     ] = None,
+    session_id: Annotated[
+        str | None,
+        typer.Option(
+            "--session-id",
+            metavar="ID",
+            envvar=SESSION_ID,
+            help="The id of its session, if the token is the item's own. The program gets that token too.",
+        ),
+    ] = None,
     config: Config = None,
     environment_id: EnvironmentId = None,
     base_url: BaseUrl = None,
@@ -65,7 +75,8 @@ def hold(
     The parent is a handler inside `session.handover()`. The command needs the variables of
     `lease.variables` and a token. A stop request and SIGTERM are passed on to the program.
     """
-    for name in (WORK_ID, LAST_HEARTBEAT, TTL):  # Typer has read them; they are not settings
+    # Typer has read them; they are not settings
+    for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.reported():
         flags: dict[str, Any] = {
@@ -84,9 +95,10 @@ def hold(
         update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
     )
     logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
-    program = Program(command)
+    program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()
-    pool = Hold(settings, work_id, last_heartbeat, plugins=[program])
+    session = session_id or None
+    pool = Hold(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     signals = Signals(hangup_ends=False)
     status = run_supervisor(pool, signals)
     logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
@@ -94,6 +106,15 @@ def hold(
     if status == exits.OK and program.outcome not in GOOD and not not_taken:
         status = exits.FAILED
     raise typer.Exit(status)
+
+
+def item_token_of(settings: Settings) -> dict[str, str]:
+    """Return variables for the calls of the item's own session, with the item's own token."""
+    return {
+        "WORKPOOL_BASE_URL": settings.base_url,
+        "WORKPOOL_DIALECT": settings.dialect,
+        "WORKPOOL_TOKEN": settings.read_token(),
+    }
 
 
 def _leave_the_parent() -> None:

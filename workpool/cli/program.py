@@ -17,7 +17,7 @@ from workpool import Release, WorkpoolError, hookimpl
 from workpool.wire.client_dialects import DIALECTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from workpool import Outcome, Session, WorkItem
     from workpool.events import SessionFinished
@@ -41,12 +41,14 @@ class Program:
 
     Args:
         argv: The program and its arguments.
+        given: Variables for it, besides the holder's environment without settings and credentials.
 
     Attributes:
         outcome: The outcome of the session; None until its end.
     """
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    def __init__(self, argv: Sequence[str], given: Mapping[str, str] | None = None) -> None:
+        self._given = dict(given or {})
         self.outcome: Outcome | None = None
         self._argv = argv
 
@@ -68,7 +70,7 @@ class Program:
             Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
             ProgramFailed: The program failed.
         """
-        with _running(self._argv, _surroundings(session)) as (program, number):
+        with _running(self._argv, _surroundings(session) | self._given) as (program, number):
             ended = asyncio.get_running_loop().run_in_executor(None, program.wait)
             async with asyncio.TaskGroup() as group:
                 asking = group.create_task(_ask_to_end(session, number), name="program-end")

@@ -185,6 +185,8 @@ async def _opened(
         ttl=handoff.ttl,
         base_url=settings.base_url,
         dialect=settings.dialect,
+        session_id=item.session_id,
+        item_token=item.work_item.sessions_token,
     )
 
 

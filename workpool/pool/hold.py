@@ -20,6 +20,8 @@ from workpool.pool.poller_group import PollerGroup
 from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
 from workpool.wire.client import WorkClient
+from workpool.wire.items import parse_item
+from workpool.wire.protocol import ACTIVE, SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,9 +46,11 @@ class Hold(Supervisor):
         plugins: Run it and observe it.
         registry: As a supervisor's.
         connect: As a supervisor's.
+        session_id: The id of the item's session, if the item is not to be read: its own token may
+            not read it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a supervisor's, and what a parent passes on
         self,
         settings: Settings,
         work_id: str,
@@ -55,8 +59,10 @@ class Hold(Supervisor):
         plugins: Sequence[object] = (),
         registry: CollectorRegistry | None = None,
         connect: Callable[[Settings], Client] = WorkClient,
+        session_id: str | None = None,
     ) -> None:
         super().__init__(settings, plugins=plugins, registry=registry, connect=connect)
+        self._session_id = session_id
         self._work_id = work_id
         self._last_heartbeat = last_heartbeat
 
@@ -87,6 +93,8 @@ class Hold(Supervisor):
 
     async def _find(self, context: PoolContext) -> WorkItem:
         """Read the item, repeatedly while its parent may wait for our first heartbeat."""
+        if self._session_id is not None:
+            return _unread_item(self._work_id, self._session_id, str(self.settings.environment_id))
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
         until = context.clock() + self.settings.lease_ttl
         client, optional, seconds = context.client, context.optional, self.settings.request_timeout
@@ -102,3 +110,10 @@ class Hold(Supervisor):
                     raise RefusedError("list", None, "the item is not among those listed")
                 return item
             await asyncio.sleep(delay)
+
+
+def _unread_item(work_id: str, session_id: str, environment_id: str) -> WorkItem:
+    """Return the item as far as it is known without a read."""
+    data = {"type": SESSION, "id": session_id}
+    item = {"id": work_id, "environment_id": environment_id, "data": data, "state": ACTIVE}
+    return parse_item(item)

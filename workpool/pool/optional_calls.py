@@ -121,8 +121,7 @@ async def read_item(
         timeout: Seconds to read it, and to look it up.
 
     Returns:
-        The item; None if it is not among the first `LOOK_UP_ITEMS` of the list, or if the
-        credential, an item's own, may not list either.
+        The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.
     """
     try:
         return await optional.make("get", lambda: client.get(work_id, timeout=timeout))
@@ -138,7 +137,4 @@ async def read_item(
                     return item
     except TimeoutError:
         raise TransientError("list", None, "no answer in time", reason="timeout") from None
-    except RefusedError as error:
-        if error.status not in DENIED:
-            raise
     return None

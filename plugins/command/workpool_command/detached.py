@@ -7,6 +7,7 @@ succeeded, and that heartbeat is refused as soon as the pool holds the item agai
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool import Session, Settings
+    from workpool.session import HandedLease
     from workpool_command.plugin import Command
 
 OUTPUT: Final = "output.log"
@@ -54,11 +56,14 @@ class Holders:
             Release: `hold` cannot run now, or was not ready in time.
             SessionGoneError: The item was not handed off: see `Session.handover`.
         """
+        if self._command.item_token and session.item.sessions_token is None:
+            problem = "the item came without a token of its own, and item_token is set"
+            raise CommandFailed("workpool hold", problem)
         group: ProcessGroup | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 async with session.handover() as lease:
-                    group = self._start(session, cwd, lease.variables)
+                    group = self._start(session, cwd, self._lease_variables(lease))
                     watching = tasks.create_task(self._see_it_live(group, cwd), name="hold")
                 watching.cancel()
         except BaseExceptionGroup as failure:
@@ -96,6 +101,9 @@ class Holders:
                 )
             )
 
+    def _lease_variables(self, lease: HandedLease) -> Mapping[str, str]:
+        return lease.keyless_variables if self._command.item_token else lease.variables
+
     def _variables(self) -> dict[str, str]:
         """Return the pool's settings for `hold`, which hides them from the command."""
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
@@ -108,11 +116,26 @@ class Holders:
         }
         if limit is not None:
             variables["WORKPOOL_SESSION_TIMEOUT"] = str(limit)
-        for name in ("token_file", "ca_file", "client_cert_file", "client_key_file"):
+        if self._command.item_token:
+            files: tuple[str, ...] = ("ca_file",)
+        else:
+            files = ("token_file", "api_key_file", "ca_file", "client_cert_file", "client_key_file")
+            variables |= self._secrets()
+        for name in files:
             if (path := getattr(settings, name)) is not None:
                 variables[f"WORKPOOL_{name.upper()}"] = str(Path(path).absolute())
+        return variables
+
+    def _secrets(self) -> dict[str, str]:
+        """Return the worker's credentials that lie in no file."""
+        settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()
+        if settings.api_key is not None:
+            variables["WORKPOOL_API_KEY"] = settings.api_key.get_secret_value()
+        if headers := settings.extra_headers:
+            values = {name: value.get_secret_value() for name, value in headers.items()}
+            variables["WORKPOOL_EXTRA_HEADERS"] = json.dumps(values)
         return variables
 
     async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:

@@ -28,6 +28,7 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
+from workpool.session import item_token_variables
 from workpool_command.detached import Holders
 from workpool_command.ending import blamed, result_of, settle
 from workpool_command.group import ProcessGroup, Start, running
@@ -47,6 +48,8 @@ from workpool_command.surroundings import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
+
+    from workpool import Settings
 
 NAME: Final = "command"
 THREADS: Final = 4
@@ -80,6 +83,8 @@ class Command:
     """Lines of a session's output that are logged at most."""
     detach: bool = False
     """Hand the lease off to `workpool hold`, so that the command outlives the worker."""
+    item_token: bool = False
+    """Give the command, and `workpool hold`, the item's own token in place of the worker's."""
     type: str = "session"
     """The type of the items, as in `@handler`."""
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -100,6 +105,7 @@ class Command:
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: Guard | None = None
         self._holders: Holders | None = None
+        self._settings: Settings | None = None
         self._threads = DaemonThreads("workpool-command", THREADS)
 
         async def run(session: Session) -> Mapping[str, str] | None:
@@ -131,6 +137,7 @@ class Command:
                 self._guard = await stack.enter_async_context(guarding(env))
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
+            self._settings = supervisor.settings
             self._holders = stack.enter_context(closing(Holders(self, supervisor.settings)))
             try:
                 yield
@@ -208,12 +215,20 @@ class Command:
         return Start(
             argv=self.command,
             cwd=cwd,
-            env=handed_on(self.environment) | ids_of(session) | redelivered(session),
+            env=handed_on(self.environment)
+            | ids_of(session)
+            | redelivered(session)
+            | self._token_variables(session),
             stdin=item_json(session.item),
             stdout=stdout,
             stderr=stderr,
             mark=f"WORKPOOL_WORK_ID={session.item.id}",
         )
+
+    def _token_variables(self, session: Session) -> dict[str, str]:
+        if not self.item_token or self._settings is None:
+            return {}
+        return item_token_variables(session.item, self._settings)
 
 
 def _name(session: Session) -> str:
@@ -241,7 +256,7 @@ def _check_kinds(plugin: Command) -> None:
     _check_strings("environment", plugin.environment)
     _check_number("grace", plugin.grace, float)
     _check_number("log_lines", plugin.log_lines, int)
-    for name in ("keep", "result", "detach"):
+    for name in ("keep", "result", "detach", "item_token"):
         if not isinstance(getattr(plugin, name), bool):
             raise TypeError(f"{name}: not true or false")
 

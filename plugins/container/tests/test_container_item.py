@@ -9,12 +9,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from workpool import Release, WorkItem
+from workpool import Release, Settings, WorkItem
 from workpool.errors import exhausted
 from workpool_container import Container
-from workpool_container.options import describe
+from workpool_container.options import describe, specify
 from workpool_container.run import Run
+
+
+def item_of(**changes: Any) -> WorkItem:
+    fields: dict[str, Any] = {
+        "id": "work_1",
+        "type": "session",
+        "session_id": "sess_1",
+        "environment_id": "env_1",
+        "state": "starting",
+        "metadata": {},
+        "created_at": None,
+        "acknowledged_at": None,
+        "started_at": None,
+        "latest_heartbeat_at": None,
+        "last_heartbeat": None,
+        "stop_requested_at": None,
+        "stopped_at": None,
+    }
+    return WorkItem(**fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -24,21 +44,7 @@ from workpool_container.run import Run
 def test_item_for_a_container_carries_its_creation_time_or_null(
     time: datetime | None, text: str | None
 ) -> None:
-    item = WorkItem(
-        id="work_1",
-        type="session",
-        session_id="sess_1",
-        environment_id="env_1",
-        state="starting",
-        metadata={},
-        created_at=time,
-        acknowledged_at=None,
-        started_at=None,
-        latest_heartbeat_at=None,
-        last_heartbeat=None,
-        stop_requested_at=None,
-        stopped_at=None,
-    )
+    item = item_of(created_at=time)
     assert json.loads(describe(item))["created_at"] == text
 
 
@@ -55,3 +61,31 @@ async def test_session_is_released_when_the_machine_has_run_out_of_resources(
     with pytest.raises(Release) as raised:
         await Container(image="agent")._run(session)
     assert exhausted(raised.value)
+
+
+@pytest.mark.parametrize("item_token", [True, False])
+async def test_container_gets_the_items_own_token_if_asked_and_never_the_workers(
+    monkeypatch: pytest.MonkeyPatch, *, item_token: bool
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    async def create(run: Run) -> dict[str, str]:
+        made.append(specify(run._options, run._session, run._given))
+        return {}
+
+    monkeypatch.setattr(Run, "complete", create)
+    monkeypatch.setattr(Container, "_engine", None, raising=False)
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", "key-of-the-worker")
+    worker = Settings(
+        token="key-of-the-worker",  # noqa: S106 - to be looked for
+        api_key="key-of-the-worker-2",
+        extra_headers={"x-worker-token": "key-of-the-worker-3"},
+        dialect="anthropic",
+    )
+    monkeypatch.setattr(Container, "_settings", worker, raising=False)
+    item = item_of(sessions_token=SecretStr("token-of-the-item"))
+    session: Any = SimpleNamespace(item=item, redelivered=False)
+    await Container(image="agent", item_token=item_token)._run(session)
+    [specification] = made
+    assert ("WORKPOOL_TOKEN=token-of-the-item" in specification["Env"]) is item_token
+    assert "key-of-the-worker" not in json.dumps(specification)

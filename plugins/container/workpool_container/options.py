@@ -95,6 +95,9 @@ class Options(BaseModel):
     where Docker and Podman have theirs."""
     sweep_seconds: Seconds = 30.0
     """How often leftover containers are looked for. Default: 30."""
+    item_token: bool = False
+    """Whether the container gets the item's own token, as `WORKPOOL_TOKEN`; `docker inspect` shows
+    it. Default: false."""
     metadata: dict[str, str] = {}
     """Which sessions to take: those whose item has these pairs. Default: all."""
     timeout: Seconds | None = None
@@ -147,8 +150,10 @@ def _text(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
-def specify(options: Options, session: Session) -> dict[str, Any]:
-    """The container of a session, in the words of the Docker API.
+def specify(
+    options: Options, session: Session, given: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The container of a session, in the words of the Docker API; `given`: more variables.
 
     Raises:
         ItemTooLarge: The item does not fit into an environment variable.
@@ -160,6 +165,7 @@ def specify(options: Options, session: Session) -> dict[str, Any]:
         "WORKPOOL_ENVIRONMENT_ID": item.environment_id,
         "WORKPOOL_REDELIVERED": "1" if session.redelivered else "0",
         "WORKPOOL_ITEM": describe(item),
+        **(given or {}),
     }
     asked = {"Cmd": options.command, "User": options.user, "WorkingDir": options.workdir}
     return {

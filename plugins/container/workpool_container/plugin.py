@@ -22,6 +22,7 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
+from workpool.session import item_token_variables
 from workpool_container.engine import Engine, EngineError, find_socket
 from workpool_container.leftovers import Leftovers
 from workpool_container.options import Options
@@ -30,6 +31,7 @@ from workpool_container.run import Run
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from workpool import Settings
     from workpool.events import SessionFinished
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class Container:
 
     _engine: Engine
     """Open as long as the pool lives."""
+    _settings: Settings
+    """The pool's; set as long as it lives."""
 
     def __init__(self, **settings: Any) -> None:
         self._options = Options.read(settings)
@@ -64,8 +68,10 @@ class Container:
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Connect to the engine, and look after leftover containers as long as the pool lives."""
         settings = supervisor.settings
-        if settings.token_file is not None:
-            self._check_mounts(Path(settings.token_file))
+        for file in (settings.token_file, settings.api_key_file):
+            if file is not None:
+                self._check_mounts(Path(file))
+        self._settings = settings
         socket = find_socket(self._options.socket)
         async with Engine(socket) as engine, WorkClient(settings) as client:
             await self._check(engine)
@@ -95,7 +101,10 @@ class Container:
         self._here.add(work_id)
         try:
             with release_on_exhaustion():
-                return await Run(self._engine, self._options, session).complete()
+                options, given = self._options, dict[str, str]()
+                if options.item_token:
+                    given = item_token_variables(session.item, self._settings)
+                return await Run(self._engine, options, session, given).complete()
         finally:
             self._here.discard(work_id)
 

@@ -22,6 +22,8 @@ from workpool_container.options import WORK_ID, specify
 from workpool_container.output import Output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from workpool import Session
     from workpool_container.engine import Engine, Found
     from workpool_container.options import Options
@@ -59,7 +61,14 @@ class ContainerFailed(WorkpoolError):
 class Run:
     """A session's container, from the claim of the session to its exit. Belongs to one handler."""
 
-    def __init__(self, engine: Engine, options: Options, session: Session) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        options: Options,
+        session: Session,
+        given: Mapping[str, str] | None = None,
+    ) -> None:
+        self._given = given
         self._engine = engine
         self._options = options
         self._session = session
@@ -129,7 +138,7 @@ class Run:
         return named and found.started and not found.ended
 
     async def _start(self) -> None:
-        specification = specify(self._options, self._session)
+        specification = specify(self._options, self._session, self._given)
         try:
             self._id = await self._engine.create(self._name, specification)
         except EngineError as error:

@@ -1,0 +1,135 @@
+"""Children that get the item's own token: the worker's key is nowhere in their reach."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool.errors import WorkpoolError
+from workpool.events import SessionFinished
+from workpool_command import Command
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from workpool.testing import Kit
+
+# Writes all that this process can read of itself, and of its parent if that is `workpool hold`.
+DUMP = r"""
+import os, sys, urllib.request
+with open(sys.argv[1], "wb") as dump:
+    def add(path):
+        try:
+            if os.path.isfile(path):
+                dump.write(b"== " + os.fsencode(path) + b"\n" + open(path, "rb").read() + b"\n")
+        except OSError as error:
+            dump.write(b"== %s: %s\n" % (os.fsencode(path), str(error).encode()))
+    processes = ["self"]
+    if b"\0hold\0" in open(f"/proc/{os.getppid()}/cmdline", "rb").read():
+        processes.append(str(os.getppid()))
+    for process in processes:
+        add(f"/proc/{process}/environ")
+        add(f"/proc/{process}/cmdline")
+        for number in os.listdir(f"/proc/{process}/fd"):
+            try:
+                target = os.readlink(f"/proc/{process}/fd/{number}")
+            except OSError:
+                continue
+            dump.write(b"== fd " + os.fsencode(target) + b"\n")
+            if target.startswith("/") and target != os.path.realpath(sys.argv[1]):
+                add(target)
+    for folder, _, names in os.walk("."):
+        for name in names:
+            add(os.path.join(folder, name))
+    dump.write(sys.stdin.buffer.read())
+    url = f"{os.environ['WORKPOOL_BASE_URL']}/sessions/{os.environ['WORKPOOL_SESSION_ID']}"
+    token = os.environ["WORKPOOL_TOKEN"]
+    asked = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(asked) as answer:
+        dump.write(b"== session %d processes %d\n" % (answer.status, len(processes)))
+"""
+
+
+@pytest.fixture
+def settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A worker that has its key in a file and in its environment, and other secrets besides."""
+    key = tmp_path / "key"
+    key.write_text(kit.server.token)
+    monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", kit.server.token)
+    monkeypatch.setenv("WORKPOOL_TOKEN", kit.server.token)
+    return {
+        "dialect": "anthropic",
+        "base_url": kit.server.anthropic_base_url,
+        "token": kit.server.token,
+        "api_key": "second-credential",
+        "extra_headers": {"x-worker-token": "secret-of-the-header"},
+    }
+
+
+@pytest.fixture
+def secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
+    def found(dump: bytes) -> list[bytes]:
+        secrets = (kit.server.token.encode(), b"second-credential", b"secret-of-the-header")
+        return [secret for secret in secrets if secret in dump]
+
+    return found
+
+
+def dumping(tmp_path: Path, **options: Any) -> Command:
+    command = [sys.executable, "-c", DUMP, str(tmp_path / "dump")]
+    return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
+
+
+async def test_command_with_the_items_token_finds_no_key_of_the_worker(
+    kit: Kit, settings: dict[str, Any], secrets: Callable[[bytes], list[bytes]], tmp_path: Path
+) -> None:
+    result = await kit.run_session(dumping(tmp_path), timeout=30, **settings)
+    assert result.outcome == "completed"
+    dump = (tmp_path / "dump").read_bytes()
+    assert b"WORKPOOL_TOKEN=item." in dump
+    assert b"== session 200 processes 1" in dump
+    assert secrets(dump) == []
+
+
+async def test_command_without_item_token_gets_no_token(
+    kit: Kit, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    command = Command(command=["sh", "-c", f"env >{tmp_path}/env"])
+    assert (await kit.run_session(command, timeout=30, **settings)).outcome == "completed"
+    assert "WORKPOOL_TOKEN" not in (tmp_path / "env").read_text()
+
+
+@pytest.mark.acceptance
+async def test_detached_command_and_its_hold_find_no_key_of_the_worker(
+    kit: Kit,
+    machine: Any,
+    settings: dict[str, Any],
+    secrets: Callable[[bytes], list[bytes]],
+    tmp_path: Path,
+) -> None:
+    before = machine.children()
+    async with kit.pool(dumping(tmp_path, detach=True), lease_ttl=10, **settings):
+        (item,) = kit.enqueue()
+        finished = await kit.recorder.wait_for(SessionFinished, timeout=30)
+        assert finished.outcome == "detached"
+        await kit.faults.wait_for("stop", answered=True, timeout=30)
+        await machine.reached(lambda: len(machine.children() - before) <= 1)  # the guard
+    assert kit.item(item).state == "stopped"
+    dump = (tmp_path / "dump").read_bytes()
+    assert b"WORKPOOL_TOKEN=item." in dump
+    assert b"== session 200 processes 2" in dump
+    assert secrets(dump) == []
+
+
+async def test_detached_command_needs_an_item_with_a_token(
+    kit: Kit, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    qoder = {**settings, "dialect": "qoder", "base_url": kit.server.base_url}
+    result = await kit.run_session(dumping(tmp_path, detach=True), timeout=30, **qoder)
+    assert result.outcome == "failed"
+    assert isinstance(result.error, WorkpoolError)
+    assert "without a token of its own" in str(result.error)
+    assert len(kit.recorder.of(SessionFinished)) == 1
