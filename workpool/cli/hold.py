@@ -62,7 +62,7 @@ def hold(
             "--session-id",
             metavar="ID",
             envvar=SESSION_ID,
-            help="The id of its session, if the token is the item's own. The program gets that token too.",
+            help="The id of its session, if the token is the item's own; the program gets it, too.",
         ),
     ] = None,
     config: Config = None,
