@@ -32,7 +32,7 @@ class _Try:
     Attributes:
         marked: A mark that it wrote was there at its end.
         refused: A write of its notes was refused, so the next try may not know its number.
-        denied: Its pool knew that it may not write notes, so the next try does not know of it.
+        denied: Its pool may not write notes, so the next try does not know of it.
     """
 
     leases: list[GrantedLease] = field(default_factory=list)
@@ -133,7 +133,7 @@ def _add(case: Case, one: _Try, lease: GrantedLease) -> None:
         for run in case.runs[lease.work_id]
         if run.node is node and case.lease(node, lease.work_id, run.started) is lease
     ]
-    one.denied |= case.denied_at(node, "update") < lease.ended
+    one.denied |= node.pool.worker_key or case.denied_at(node, "update") < lease.ended
     one.refused |= any(
         call.answer in DENIED and call.patch.keys() & _NOTES
         for call in case.sent[node, lease.work_id]
