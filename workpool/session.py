@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
-    from workpool.settings import Settings
     from workpool.wire.items import WorkItem
     from workpool.wire.session_events import SessionEvents
 
@@ -123,21 +122,6 @@ class HandedLease:
             "WORKPOOL_HOLD_SESSION_ID": self.session_id,
             "WORKPOOL_TOKEN": self.item_token.get_secret_value(),
         }
-
-
-def item_token_variables(item: WorkItem, settings: Settings) -> dict[str, str]:
-    """Return variables with which a child process makes the calls of an item's own session.
-
-    They hold the item's own token, never the worker's; empty if the item came without one.
-    """
-    token = item.sessions_token
-    if token is None:
-        return {}
-    return {
-        "WORKPOOL_BASE_URL": settings.base_url,
-        "WORKPOOL_DIALECT": settings.dialect,
-        "WORKPOOL_TOKEN": token.get_secret_value(),
-    }
 
 
 class Held(Protocol):

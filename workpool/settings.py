@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterable, Iterator, Mapping
 
+    from workpool.wire.items import WorkItem
+
     Table = dict[str, Any]
 
 PREFIX: Final = "WORKPOOL_"
@@ -353,6 +355,19 @@ class Settings(BaseSettings):
             return None
         given = None if self.api_key is None else self.api_key.get_secret_value()
         return read_credential(given, self.api_key_file, "", name="api_key")
+
+    def item_token_variables(self, item: WorkItem) -> dict[str, str]:
+        """Return variables with which a child process makes the calls of an item's own session.
+
+        They hold the item's own token, never the worker's; empty if the item came without one.
+        """
+        if item.sessions_token is None:
+            return {}
+        return {
+            "WORKPOOL_BASE_URL": self.base_url,
+            "WORKPOOL_DIALECT": self.dialect,
+            "WORKPOOL_TOKEN": item.sessions_token.get_secret_value(),
+        }
 
     def tls_context(self) -> ssl.SSLContext | None:
         """Read the CA file and the client certificate; return None if neither is set.

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool import Session, Settings
-    from workpool.session import HandedLease
     from workpool_command.plugin import Command
 
 OUTPUT: Final = "output.log"
@@ -63,7 +62,9 @@ class Holders:
         try:
             async with asyncio.TaskGroup() as tasks:
                 async with session.handover() as lease:
-                    group = self._start(session, cwd, self._lease_variables(lease))
+                    keyless = self._command.item_token
+                    given = lease.keyless_variables if keyless else lease.variables
+                    group = self._start(session, cwd, given)
                     watching = tasks.create_task(self._see_it_live(group, cwd), name="hold")
                 watching.cancel()
         except BaseExceptionGroup as failure:
@@ -100,9 +101,6 @@ class Holders:
                     stderr=output.fileno(),
                 )
             )
-
-    def _lease_variables(self, lease: HandedLease) -> Mapping[str, str]:
-        return lease.keyless_variables if self._command.item_token else lease.variables
 
     def _variables(self) -> dict[str, str]:
         """Return the pool's settings for `hold`, which hides them from the command."""

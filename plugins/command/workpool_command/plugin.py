@@ -28,7 +28,6 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool.session import item_token_variables
 from workpool_command.detached import Holders
 from workpool_command.ending import blamed, result_of, settle
 from workpool_command.group import ProcessGroup, Start, running
@@ -228,7 +227,7 @@ class Command:
     def _token_variables(self, session: Session) -> dict[str, str]:
         if not self.item_token or self._settings is None:
             return {}
-        return item_token_variables(session.item, self._settings)
+        return self._settings.item_token_variables(session.item)
 
 
 def _name(session: Session) -> str:

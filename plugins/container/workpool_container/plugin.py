@@ -22,7 +22,6 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
-from workpool.session import item_token_variables
 from workpool_container.engine import Engine, EngineError, find_socket
 from workpool_container.leftovers import Leftovers
 from workpool_container.options import Options
@@ -103,7 +102,7 @@ class Container:
             with release_on_exhaustion():
                 options, given = self._options, dict[str, str]()
                 if options.item_token:
-                    given = item_token_variables(session.item, self._settings)
+                    given = self._settings.item_token_variables(session.item)
                 return await Run(self._engine, options, session, given).complete()
         finally:
             self._here.discard(work_id)
