@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.protocol.conftest import ENV, TOKEN, Api, until
+from tests.protocol.test_events import path as path_of
 from workpool.server import ControlPlane, SqliteStore, requests
 
 if TYPE_CHECKING:
     import logging
+    from collections.abc import Callable
 
 LIMIT = 4 * 1024 * 1024
 
@@ -86,6 +88,38 @@ async def test_the_body_limit_is_exact(api: Api) -> None:
     answer = await api.update(item.id, data=BytesIO(padded(LIMIT + 1)))
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
+
+
+BLOCKS: dict[str, Callable[[int], list[object]]] = {
+    "a long list": lambda count: [{"type": "x", "a": [0] * (count - 8)}],
+    "many blocks": lambda count: [{"type": ""}] * (count // 2 - 2),
+    "a deep list": lambda count: [{"type": "x", "a": [[[]]] * (count // 2 - 4)}],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+async def test_body_of_too_many_values_is_400(
+    api: Api, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests, "VALUES_MAX", 1000)
+    (item,) = api.plane.enqueue()
+    url = path_of(api, item.session_id, "/events")
+
+    def body(count: int) -> bytes:
+        return orjson.dumps({"events": [{"type": "user.message", "content": BLOCKS[name](count)}]})
+
+    assert (await api("POST", url, data=body(1000))).status == 200
+    answer = await api("POST", url, data=body(1020))
+    assert answer.status == 400
+    assert "1000 JSON values" in answer.error["message"]
+    script = {"script": [{"name": "Bash", "input": {"a": BLOCKS[name](1020)}}]}
+    assert (await api("POST", api.work(), data=orjson.dumps(script))).status == 400
+
+
+async def test_text_of_any_size_is_one_value(api: Api) -> None:
+    text = "{}," * 1_000_000
+    answer = await api("POST", api.work(), data=BytesIO(orjson.dumps({"metadata": {"k": text}})))
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize(
