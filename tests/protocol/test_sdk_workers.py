@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import subprocess
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +22,7 @@ from anthropic.lib.tools.agent_toolset import AgentToolContext, beta_agent_tools
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
     Worker = Callable[[str], AbstractAsyncContextManager[None]]
@@ -88,21 +88,31 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
     """Allow the first call that is asked for, and deny the next, until the turn ends."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application.beta.sessions.events
-    async with await events.stream(session_id) as stream:
-        await events.send(
-            session_id,
-            events=[{"type": "user.message", "content": [{"type": "text", "text": "Go."}]}],
-        )
-        async for event in stream:
-            if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
-                verdict = verdicts.pop(0)
-                await events.send(
-                    session_id,
-                    events=[{"type": "user.tool_confirmation", "tool_use_id": event.id,
-                             "result": verdict}],
-                )  # fmt: skip
-            if event.type == "session.status_idle" and event.stop_reason.type == "end_turn":
+    seen: set[str] = set()
+
+    async def decided(event: Any) -> bool:
+        if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
+            await events.send(
+                session_id,
+                events=[{"type": "user.tool_confirmation", "tool_use_id": event.id,
+                         "result": verdicts.pop(0)}],
+            )  # fmt: skip
+        ended: bool = event.type == "session.status_idle" and (event.stop_reason.type == "end_turn")
+        return ended
+
+    async def told() -> AsyncGenerator[Any, None]:
+        """The history and what follows it. The stream is opened first, so nothing is missed."""
+        async with await events.stream(session_id) as stream:
+            async for past in events.list(session_id):
+                yield past
+            async for event in stream:
+                yield event
+
+    async with aclosing(told()) as all_events:
+        async for event in all_events:
+            if event.id not in seen and await decided(event):
                 return
+            seen.add(event.id)
 
 
 def text_of(event: dict[str, Any]) -> str:
