@@ -15,8 +15,11 @@ import logging
 import threading
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MESSAGE_CHARACTERS: Final = 8_000
 VALUE_CHARACTERS: Final = 2_000
@@ -31,7 +34,7 @@ EXTRAS: Final = 64
 TOKEN_CHARACTERS_MIN: Final = 4
 """A shorter token is not redacted: it is part of many words and guards nothing."""
 TOKENS: Final = 64
-ITEM_TOKENS: Final = 256
+ITEM_TOKENS: Final = 64
 """Numbers of tokens that are redacted: the last ones of clients, and the last ones of items."""
 _INDENT: Final = "\n  "
 _STANDARD: Final = {
@@ -40,9 +43,10 @@ _STANDARD: Final = {
     "message",
     "taskName",  # from Python 3.12 on
 }
-_tokens: dict[str, frozenset[str]] = {}
-_item_tokens: dict[str, frozenset[str]] = {}
-"""Each token with the forms in which text may contain it: plain, quoted, encoded."""
+_tokens: dict[str, Sequence[str]] = {}
+_item_tokens: dict[str, Sequence[str]] = {}
+"""Each token with the forms in which text may contain it; empty until the first text is redacted,
+since most items end without a record."""
 _lock = threading.Lock()
 
 
@@ -56,12 +60,11 @@ def hide_item_token(token: str) -> None:
     _keep(_item_tokens, token, ITEM_TOKENS)
 
 
-def _keep(tokens: dict[str, frozenset[str]], token: str, limit: int) -> None:
+def _keep(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
     if token in tokens or len(token) < TOKEN_CHARACTERS_MIN:
         return
-    forms = {token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")}
     with _lock:
-        tokens[token] = frozenset(forms)
+        tokens[token] = ()
         while len(tokens) > limit:
             del tokens[next(iter(tokens))]
 
@@ -72,8 +75,7 @@ def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
     Characters that are not printable become escape sequences: line ends, control characters, marks
     that change the direction of text. Text that is too long loses its middle. Tokens are redacted.
     """
-    text = _cut(_redacted(text), limit)
-    return text if text.isprintable() else _cut(escaped(text), limit)
+    return _printable(_redacted(text), limit)
 
 
 def escaped(text: str) -> str:
@@ -83,12 +85,33 @@ def escaped(text: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
+def _printable(text: str, limit: int) -> str:
+    text = _cut(text, limit)
+    return text if text.isprintable() else _cut(escaped(text), limit)
+
+
 def _redacted(text: str) -> str:
-    known = (*_tokens.values(), *_item_tokens.values())
-    found = [form for forms in known for form in forms if form in text]
+    found: list[str] = []
+    for tokens in (_tokens, _item_tokens):
+        for token, forms in tuple(tokens.items()):
+            if not forms:
+                forms = tokens[token] = _forms(token)  # noqa: PLW2901 - the same, computed now
+            for form in forms:
+                if form in text:
+                    found.append(form)  # noqa: PERF401 - a third of the time of a generator
     for form in sorted(found, key=len, reverse=True):  # one may be a part of another
         text = text.replace(form, "[token]")
     return text
+
+
+def _forms(token: str) -> Sequence[str]:
+    """Return the forms in which text may contain a token: plain, quoted, encoded."""
+    return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
+
+
+def _bounded(text: str, limit: int) -> str:
+    """Return text that is redacted later, but before a cut could leave a part of a token."""
+    return text if len(text) <= limit else _cut(_redacted(text), limit)
 
 
 def _cut(text: str, limit: int) -> str:
@@ -102,7 +125,8 @@ def _cut(text: str, limit: int) -> str:
 
 def _block(text: str, limit: int) -> list[str]:
     """Return the lines of a text that may have several."""
-    return [readable(line) for line in _cut(_redacted(text), limit).split("\n")]
+    lines = _cut(_redacted(text), limit).split("\n")
+    return [_printable(line, MESSAGE_CHARACTERS) for line in lines]
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -128,9 +152,9 @@ def _time(record: logging.LogRecord) -> str:
 def _extras(record: logging.LogRecord) -> dict[str, Any]:
     found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
     return {
-        readable(name, VALUE_CHARACTERS): value
+        _bounded(name, VALUE_CHARACTERS): value
         if isinstance(value, int | None)
-        else _cut(_redacted(_text(value)), VALUE_CHARACTERS)
+        else _bounded(_text(value), VALUE_CHARACTERS)
         for name, value in islice(found, EXTRAS)
     }
 
@@ -140,12 +164,13 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, and the stack of an error indented below it."""
-        message = readable(_message(record))
+        message = _printable(_bounded(_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS)
         # Each part is bounded, so that a long message leaves room for the ids.
         line = f"{_time(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _extras(record).items():
             text = str(value)
-            line += f" {name}={text if text.isprintable() and ' ' not in text else repr(text)}"
+            plain = text.isprintable() and " " not in text
+            line += f" {name}={text if plain else repr(_redacted(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
         if record.exc_info:
             lines += _block(self.formatException(record.exc_info), ERROR_CHARACTERS)
@@ -167,7 +192,9 @@ class JsonFormatter(logging.Formatter):
         }
         extras = _extras(record)
         fields = {
-            name: readable(value, VALUE_CHARACTERS) if isinstance(value, str) else value
+            name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)
+            if isinstance(value, str)
+            else value
             for name, value in extras.items()
         } | fields
         if record.exc_info and record.exc_info[1] is not None:
