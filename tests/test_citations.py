@@ -17,7 +17,6 @@ PACKAGE = ROOT / "workpool"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*/**/*.py")])
 TEST_MODULES = sorted((ROOT / "tests").rglob("*.py"))
 PENDING = (
-    "plugins/container/",  # mentions documents that are not in the repository
     "plugins/toolset/",  # mentions documents that are not in the repository
     "workpool/cli/new.py",  # names the README that it writes
 )

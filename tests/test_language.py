@@ -19,6 +19,7 @@ CLEAN = (
     "tests/references.py",
     "tests/test_docs.py",
     "plugins/command/workpool_command/*.py",
+    "plugins/container/workpool_container/*.py",
     "plugins/echo/workpool_echo/*.py",
     "workpool/*.py",
     "workpool/cli/**/*.py",

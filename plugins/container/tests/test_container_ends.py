@@ -114,7 +114,7 @@ async def test_a_container_that_somebody_removes_fails_its_session(scene: Scene)
         await scene.docker.containers.container(container).delete(force=True)
         finished = await scene.finished(item.id)
     assert finished.outcome == "failed"
-    assert "removed by somebody else" in str(finished.error)
+    assert "removed by another program" in str(finished.error)
 
 
 # Adopted.

@@ -1,4 +1,4 @@
-"""A plugin of workpool that runs a container per session, through the Docker API."""
+"""A plugin of workpool that runs a container for each session, through the Docker API."""
 
 from workpool_container.engine import EngineError
 from workpool_container.options import ItemTooLarge

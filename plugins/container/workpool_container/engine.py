@@ -1,7 +1,7 @@
-"""The container engine, Docker or Podman, behind its socket: one method per call that we need.
+"""The client of the container engine, Docker or Podman, with one method for each call.
 
-Owns the bounds and the errors: no call waits for ever, but for `exit_of` and `output`, which follow
-a container that may run for days; and whatever goes wrong is an `EngineError`.
+Owns the bounds and the errors. Every call is bounded except `exit_of` and `output`, which follow a
+container that may run for days. Every failure is an `EngineError`.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CALL_SECONDS: Final = 60.0
-"""What a call may take: an engine under load takes its time to create and to start."""
+"""The bound of a call, in seconds. An engine under load is slow to create and to start."""
 WAIT_SECONDS: Final = (0.25, 10.0)
-"""How long to wait to be told of an exit before looking, at first and at most."""
+"""Seconds to wait for the report of an exit before asking for it, at first and at most."""
 RETRY_SECONDS: Final = (0.2, 1.0, 5.0)
-"""The pauses of who waits for an engine that does not answer, the last one repeating."""
+"""The pauses between calls to an engine that does not answer; the last one repeats."""
 PULL_SECONDS: Final = 600.0
 ORIGIN: Final = "http://localhost"
-"""Behind a socket any host will do."""
+"""Any host name will do behind a socket."""
 STREAMS: Final = {1: "stdout", 2: "stderr"}
 ENDED: Final = "-ended"
-"""What the name of a container ends on once its holder has given it up (README, Adoption)."""
+"""The end of the name of a container that its holder has given up.
+
+See plugins/container/README.md, "Adoption".
+"""
 _RUNNING: Final = {"running", "paused", "stopping", "restarting"}
 _EXITED: Final = {"exited", "stopped", "dead"}
 
@@ -49,7 +52,7 @@ class EngineError(WorkpoolError):
     """The engine refused a call, or did not answer it.
 
     Attributes:
-        status: The HTTP status, None when no answer came: then the call may have been carried out.
+        status: The HTTP status; None without an answer, when the call may have been carried out.
     """
 
     def __init__(self, doing: str, problem: str, status: int | None = None) -> None:
@@ -58,7 +61,7 @@ class EngineError(WorkpoolError):
 
     @property
     def absent(self) -> bool:
-        """What the call was for does not exist."""
+        """The container or image of the call does not exist."""
         return self.status == HTTPStatus.NOT_FOUND
 
 
@@ -73,12 +76,12 @@ class Found:
 
     @property
     def started(self) -> bool:
-        """It runs, or has run to its end."""
+        """Whether the container was started."""
         return self.state in _RUNNING or self.state in _EXITED
 
     @property
     def ended(self) -> bool:
-        """Its holder has given it up: neither it nor its exit status counts any more."""
+        """Whether its holder has given it up, so that its exit status does not count."""
         return self.name.endswith(ENDED)
 
 
@@ -89,7 +92,7 @@ class Engine:
         self.socket = socket
 
     async def __aenter__(self) -> Self:
-        # No limit: each running container holds two connections, and a stop must not wait for one.
+        # No limit: each running container has two connections, and a stop must not wait for one.
         connector = aiohttp.UnixConnector(self.socket, limit=0)
         timeout = aiohttp.ClientTimeout(total=CALL_SECONDS, sock_connect=10.0)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -103,7 +106,7 @@ class Engine:
         await self._session.close()
 
     async def greet(self) -> str:
-        """Agree on the API's version, before any other call; the engine's name and version."""
+        """Agree on the API's version, before other calls; return the engine's name and version."""
         with _errors("asking for its version"):
             async with self._session.get(f"{ORIGIN}/version", raise_for_status=True) as answer:
                 found = await answer.json()
@@ -114,7 +117,7 @@ class Engine:
         return f"{names[0] if names else 'engine'} {found.get('Version')}"
 
     async def has_image(self, image: str) -> bool:
-        """Whether the image is there."""
+        """Return whether the engine has the image."""
         try:
             with _errors(f"looking for image {image}"):
                 await self._docker.images.inspect(image)
@@ -125,14 +128,14 @@ class Engine:
         return True
 
     async def pull(self, image: str) -> None:
-        """Fetch the image from where the engine has it from."""
+        """Let the engine pull the image."""
         log.info("pulling image=%s", image)
         with _errors(f"pulling image {image}"):
             async with asyncio.timeout(PULL_SECONDS):
                 await self._docker.images.pull(image, timeout=None)
 
     async def containers(self, label: str, value: str) -> list[Found]:
-        """All containers with this label, in any state."""
+        """Return all containers with this label, in any state."""
         filters = json.dumps({"label": [f"{label}={value}"]})
         with _errors("listing containers"):
             listed = await self._docker.containers.list(all=True, filters=filters)
@@ -148,18 +151,18 @@ class Engine:
         ]
 
     async def create(self, name: str, specification: Mapping[str, Any]) -> str:
-        """Create a container without starting it; its id."""
+        """Create a container without starting it, and return its id."""
         with _errors("creating a container"):
             made = await self._docker.containers.create(dict(specification), name=name)
         return made.id
 
     async def start(self, container: str) -> None:
-        """Start one that was just created. Never repeat it: that would run an ended one again."""
+        """Start a container that was just created. A repetition would run an ended one again."""
         with _errors("starting the container"):
             await self._at(container).start()
 
     async def rename(self, name: str, to: str) -> bool:
-        """Rename it, if it still has this name: of two who try at once, one succeeds."""
+        """Rename a container if it still has this name. Of two concurrent calls, one succeeds."""
         try:
             with _errors("renaming the container"):
                 await self._at(name).rename(to)
@@ -170,13 +173,13 @@ class Engine:
         return True
 
     async def stop(self, container: str, grace: float) -> None:
-        """Stop it: its stop signal, SIGKILL after `grace`, both sent by the engine itself."""
+        """Stop a container: the engine sends its stop signal, and SIGKILL after `grace`."""
         with _errors("stopping the container"):
             async with asyncio.timeout(CALL_SECONDS + grace):
                 await self._at(container).stop(t=math.ceil(grace))
 
     async def remove(self, container: str) -> None:
-        """Remove it and see it gone, whatever its state: one that runs is killed."""
+        """Remove a container in any state, and wait until it is gone. A running one is killed."""
         with _errors("removing the container"):
             async with asyncio.timeout(CALL_SECONDS):
                 while True:
@@ -189,16 +192,16 @@ class Engine:
             await self._at(container).delete(force=True, v=True)
         except aiodocker.DockerError as error:
             if error.status == HTTPStatus.CONFLICT:
-                return False  # Docker: somebody's removal, perhaps our own, is in progress
+                return False  # Docker: a removal is in progress, perhaps of an earlier call
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
         return True
 
     async def exit_of(self, container: str) -> int:
-        """Wait for its exit status, however long, and through restarts of the engine.
+        """Wait for the exit status without a bound, also through restarts of the engine.
 
         Raises:
-            EngineError: It is not there any more.
+            EngineError: The container does not exist any more.
         """
         failures, patience = 0, WAIT_SECONDS[0]
         while True:
@@ -211,21 +214,21 @@ class Engine:
             except EngineError as error:
                 if error.absent:
                     raise
-                # It may well be running: as long as that is so, its lease is kept.
+                # The container may be running, and its lease is extended meanwhile.
                 log.warning("container not reached id=%.12s error=%s", container, error)
                 await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
 
     async def _status(self, container: str) -> int | None:
-        """Its exit status, None while it has none: one that is being removed may show a 0."""
+        """Return the exit status, or None. A container during its removal may show a 0."""
         with _errors("looking at the container"):
             state = (await self._at(container).show())["State"]
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED else None
 
     async def _next_exit(self, container: str, patience: float) -> None:
-        """Wait for an exit, or for so many seconds: one just before the call is not told of.
+        """Wait for an exit, at most `seconds`. An exit just before the call is not reported.
 
-        Podman burns a core over any other condition.
+        With any other condition Podman uses a whole core.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -233,13 +236,13 @@ class Engine:
                     await self._at(container).wait(condition="next-exit")
 
     async def output(self, container: str, tail: str) -> AsyncGenerator[tuple[str, bytes], None]:
-        """Follow what it prints, to its end: pieces, each with its stream's name.
+        """Yield the output until its end, in pieces with the name of their stream.
 
-        Not through aiodocker, which leaves the connection open when its reader stops early.
+        Without aiodocker, which leaves the connection open if its reader stops early.
 
         Args:
-            container: Its id or name.
-            tail: How many lines of before, or `all`.
+            container: The id or name of the container.
+            tail: The number of earlier lines, or `all`.
         """
         url = f"{ORIGIN}/{self._docker.api_version}/containers/{container}/logs"
         asked = {"stdout": "1", "stderr": "1", "follow": "1", "tail": tail}
@@ -250,7 +253,7 @@ class Engine:
                 if response.status != HTTPStatus.OK:
                     raise EngineError(doing, response.reason or "refused", response.status)
                 with suppress(asyncio.IncompleteReadError):
-                    while True:  # a header of stream and length, then so many bytes
+                    while True:  # a header with stream and length, then the bytes
                         header = await response.content.readexactly(8)
                         piece = await response.content.readexactly(int.from_bytes(header[4:]))
                         yield STREAMS.get(header[0], "stdout"), piece
@@ -273,7 +276,7 @@ def _errors(doing: str) -> Iterator[None]:
 
 
 def find_socket(given: str | None) -> str:
-    """Where the engine's socket should be: as given, `DOCKER_HOST`, or where they usually are."""
+    """Return the path of the engine's socket: the given one, `DOCKER_HOST`, or a usual one."""
     host = os.environ.get("DOCKER_HOST", "")
     if given is not None or host.startswith("unix://"):
         return (given or host).removeprefix("unix://")

@@ -1,8 +1,8 @@
-"""Containers that no worker of this process runs: removed once they cannot count any more.
+"""The removal of leftover containers, whose results cannot count any more.
 
-At start, every `sweep_seconds`, whenever a session has finished, and in the end. What decides is
-the control plane's word on the item, never a guess about other workers: several may share an
-engine, each with a sweep of its own. A container that is still to be adopted is left alone.
+There is a sweep at start, every `sweep_seconds`, after each session, and at the end. The state of
+the item at the control plane decides, and not a guess about other workers: several may share an
+engine, each with sweeps of its own. A container that may still be adopted is kept.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ NOT_FOUND = 404
 
 
 class Leftovers:
-    """Looks after the containers of one environment on one engine.
+    """Sweeps the containers of one environment on one engine.
 
     Attributes:
-        look: Set to have it look now.
+        look: Set to request a sweep now.
     """
 
     def __init__(
         self, engine: Engine, client: WorkClient, environment_id: str, here: AbstractSet[str]
     ) -> None:
-        """`here`: the work ids whose containers have a handler in this process; they are its."""
+        """`here`: the ids of items whose containers have a handler in this process."""
         self.look = asyncio.Event()
         self._engine = engine
         self._client = client
@@ -46,7 +46,7 @@ class Leftovers:
         self._unknown: set[str] = set()
 
     async def keep_sweeping(self, seconds: float) -> None:
-        """Sweep at once, then whenever told and every so often, until cancelled."""
+        """Sweep at once, at each request, and in each interval, until cancelled."""
         while True:
             await self.sweep()
             try:
@@ -56,7 +56,7 @@ class Leftovers:
                 pass
 
     async def sweep(self) -> None:
-        """Remove what cannot count any more; what fails is tried at the next sweep."""
+        """Remove leftover containers. A removal that fails is tried again at the next sweep."""
         self.look.clear()
         try:
             # Listed before the items are read: a container that is listed as started was named in
@@ -73,19 +73,21 @@ class Leftovers:
             return
         try:
             await self._engine.remove(found.id)
-        except EngineError as error:  # one that cannot be removed must not keep the others
+        except (
+            EngineError
+        ) as error:  # a container that cannot be removed must not protect the others
             log.warning("container not removed name=%s error=%s", found.name, error)
         else:
             log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
 
     async def _objection(self, found: Found) -> str | None:
-        """Why it cannot count any more; None when it may."""
+        """Return why the container cannot count any more, or None if it may."""
         try:
             item = await self._client.get(found.labels[WORK_ID])
         except ControlPlaneError as error:
             if error.status != NOT_FOUND:
                 raise
-            if found.id not in self._unknown:  # perhaps another control plane's: not ours to end
+            if found.id not in self._unknown:  # perhaps an item of another control plane
                 self._unknown.add(found.id)
                 log.warning(
                     "container left alone name=%s: the control plane does not know its item",

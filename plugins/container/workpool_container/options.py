@@ -1,7 +1,7 @@
-"""The plugin's settings, and what they make of an item: the container to ask the engine for.
+"""The settings of the plugin, and the container that they define for an item.
 
-Pure: nothing here does I/O. A container gets what is written here and nothing of the worker's own
-environment, so the worker's token cannot reach it.
+Computes only, without I/O. A container gets the variables of this module and none of the worker's
+environment, so it cannot get the worker's token.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ENVIRONMENT_ID: Final = "workpool.environment_id"
 ITEM_BYTES_MAX: Final = 100_000
 """Linux refuses to start a program with one environment variable of 128 KiB or more."""
 ENGINE_LOG: Final[Mapping[str, object]] = {"Type": "json-file", "Config": {"max-size": "10m"}}
-"""Where the engine keeps the output: a kind that can be read back, and does not fill the disk."""
+"""The log driver of the engine: its log can be read, and does not fill the disk."""
 
 
 class ItemTooLarge(WorkpoolError):
-    """The item does not fit into the variable `WORKPOOL_ITEM`, so it cannot be run here."""
+    """The item does not fit into the variable `WORKPOOL_ITEM`, so it cannot run here."""
 
 
 def _check_mount(text: str) -> str:
@@ -48,7 +48,10 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
-    """The settings of `[workpool.plugin.container]`. README says what each is for."""
+    """The settings of `[workpool.plugin.container]`.
+
+    See plugins/container/README.md, "Settings".
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
@@ -57,14 +60,14 @@ class Options(BaseModel):
     image: Annotated[str, Field(min_length=1)]
     """The image to run. Default: none, it must be set."""
     pull: Literal["never", "missing"] = "never"
-    """What to do when the image is not on the engine: `never` pull it, or pull it when it is
-    `missing`. Default: `never`."""
+    """Whether to pull an image that the engine does not have: `never`, or if `missing`. Default:
+    `never`."""
     command: tuple[str, ...] | None = None
     """The program's arguments, a list. Default: the image's own."""
     user: str | None = None
-    """Whom to run as, `USER` or `UID:GID`. Default: the image's own."""
+    """The user, as `USER` or `UID:GID`. Default: the image's own."""
     workdir: str | None = None
-    """The directory to start in. Default: the image's own."""
+    """The working directory. Default: the image's own."""
     environment: dict[str, str] = {}
     """More variables; `docker inspect` shows them. Default: none."""
     mounts: tuple[Mount, ...] = ()
@@ -84,40 +87,40 @@ class Options(BaseModel):
     capabilities: tuple[str, ...] = ()
     """Capabilities to keep; all others are dropped. Default: none."""
     grace: Seconds = 10.0
-    """What a container has between SIGTERM and SIGKILL when its session is stopped. Default: 10."""
+    """Seconds between SIGTERM and SIGKILL after a stop request. Default: 10."""
     on_drain: Literal["stop", "leave"] = "stop"
-    """What a draining pool does with a container: `stop` it, or `leave` it running for a worker on
-    the same engine to adopt. Default: `stop`."""
+    """The effect of a drain on a container: `stop`, or `leave` it running, so that a worker on the
+    same engine adopts it. Default: `stop`."""
     log_lines: Annotated[int, Field(ge=0)] = 1000
-    """How many lines of a container's output go to the log. Default: 1000."""
+    """Lines of a container's output that are logged at most. Default: 1000."""
     socket: str | None = None
     """The engine's socket. Default: `DOCKER_HOST` if it is a socket, else the first that exists
     where Docker and Podman have theirs."""
     sweep_seconds: Seconds = 30.0
-    """How often leftover containers are looked for. Default: 30."""
+    """Seconds between two sweeps for leftover containers. Default: 30."""
     item_token: bool = False
     """Whether the container gets the item's own token, as `WORKPOOL_TOKEN`; `docker inspect` shows
     it. Default: false."""
     metadata: dict[str, str] = {}
-    """Which sessions to take: those whose item has these pairs. Default: all."""
+    """The metadata of the items to take. Default: all items."""
     timeout: Seconds | None = None
-    """What one session may take, in seconds. Default: the pool's `session_timeout`."""
+    """The limit of a session, in seconds. Default: the pool's `session_timeout`."""
     max_sessions: Annotated[int, Field(ge=1)] | None = None
-    """How many containers this worker runs at once. Default: no limit but `concurrency`."""
+    """Containers that this worker runs at once. Default: no limit but `concurrency`."""
 
     @classmethod
     def read(cls, settings: Mapping[str, Any]) -> Self:
-        """Check the settings, all of them.
+        """Check all settings.
 
         Raises:
-            ValueError: Some are wrong; names them all in one line, and quotes none.
+            ValueError: Some are wrong. Names all of them in one line, and quotes no value.
         """
         try:
             return cls.model_validate(settings)
         except ValidationError as error:
             found = error.errors(include_url=False, include_context=False, include_input=False)
             problems = [f"{_place(each['loc'])}: {each['msg']}" for each in found]
-        # Raised out here: a ValidationError carries the values, and some may be secrets.
+        # Raised outside of the except block: a ValidationError contains values, maybe secrets.
         raise ValueError("; ".join(problems))
 
 
@@ -126,7 +129,7 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 
 def describe(item: WorkItem) -> str:
-    """The item as the container sees it in `WORKPOOL_ITEM`: JSON in the protocol's words (§2).
+    """Return the content of `WORKPOOL_ITEM`: the item as JSON, with the names of the protocol.
 
     Raises:
         ItemTooLarge: It does not fit into an environment variable.
@@ -153,7 +156,7 @@ def _text(time: datetime | None) -> str | None:
 def specify(
     options: Options, session: Session, given: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The container of a session, in the words of the Docker API; `given`: more variables.
+    """Return the container of a session, as the Docker API describes it. `given`: more variables.
 
     Raises:
         ItemTooLarge: The item does not fit into an environment variable.

@@ -1,4 +1,4 @@
-"""What a container prints, line by line, in its session's log, within bounds."""
+"""The output of a container, in the log of its session, within bounds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     import logging
 
 LINE_BYTES: Final = 2_000
-"""What of a line is logged."""
+"""Bytes of a line that are logged at most."""
 
 
 class Output:
-    """At most `limit` lines of both streams together for one session's log."""
+    """The log of one session, for at most `limit` lines of both streams together."""
 
     def __init__(self, log: logging.LoggerAdapter[logging.Logger], limit: int) -> None:
         self._log = log
@@ -22,19 +22,19 @@ class Output:
 
     @property
     def full(self) -> bool:
-        """Nothing more is logged."""
+        """Whether the limit is reached."""
         return self._left <= 0
 
     def add(self, stream: str, piece: bytes) -> None:
         """Log the lines that this piece completes."""
         *lines, rest = (self._parts[stream] + piece).split(b"\n")
-        # Of a line without an end no more is kept than is logged, and what tells that it was cut.
+        # An unfinished line is stored only up to the logged part, and a byte that shows the cut.
         self._parts[stream] = rest[: LINE_BYTES + 1]
         for line in lines:
             self._say(stream, line)
 
     def close(self) -> None:
-        """Log what came after the last line's end."""
+        """Log the bytes after the last line end."""
         for stream, line in self._parts.items():
             if line:
                 self._say(stream, line)
@@ -49,7 +49,7 @@ class Output:
 
 
 def readable(line: bytes) -> str:
-    """One line for a log: nothing that a terminal obeys, nothing that forges another line."""
+    """Return a line for the log, in which no byte controls a terminal or forges a line."""
     text = line[:LINE_BYTES].rstrip(b"\r").decode(errors="backslashreplace")
     if not text.isprintable():
         text = "".join(

@@ -1,7 +1,7 @@
 """The plugin: its settings, its connection to the engine, and the handler.
 
-Refuses to start without an engine or an image: a worker that claims sessions which it cannot run
-would keep them from those that can.
+The start fails without an engine or an image: a worker that claims sessions and cannot run them
+would take them from workers that can.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 
 class Container:
-    """Runs a container per session. The keywords are the table `[workpool.plugin.container]`.
+    """Runs a container for each session. The keywords are the settings of the plugin.
 
     Raises:
-        ValueError: Some settings are wrong; names them all.
+        ValueError: Some settings are wrong. Names all of them.
     """
 
     _engine: Engine
-    """Open as long as the pool lives."""
+    """The connection to the engine, during the lifetime of the pool."""
     _settings: Settings
-    """The pool's; set as long as it lives."""
+    """The settings of the pool, during its lifetime."""
 
     def __init__(self, **settings: Any) -> None:
         self._options = Options.read(settings)
@@ -65,7 +65,7 @@ class Container:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Connect to the engine, and look after leftover containers as long as the pool lives."""
+        """Connect to the engine, and sweep leftover containers during the lifetime of the pool."""
         settings = supervisor.settings
         for file in (settings.token_file, settings.api_key_file):
             if file is not None:
@@ -86,11 +86,11 @@ class Container:
                 finally:
                     self._leftovers = None
                     sweeping.cancel()
-            await leftovers.sweep()  # what ended last
+            await leftovers.sweep()  # the containers of the last sessions
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """A finished session's container is not needed any more."""
+        """Request a sweep after a session, whose container is not needed any more."""
         del event
         if self._leftovers is not None:
             self._leftovers.look.set()
@@ -108,7 +108,7 @@ class Container:
             self._here.discard(work_id)
 
     def _check_mounts(self, token_file: Path) -> None:
-        """No container sees the worker's token."""
+        """Refuse mounts that would show the worker's token to a container."""
         token = Path(os.path.realpath(token_file))
         for mount in self._options.mounts:
             source = mount.partition(":")[0]
@@ -119,7 +119,7 @@ class Container:
         """Find the engine and the image.
 
         Raises:
-            PluginError: One of them is not to be had; says what to do.
+            PluginError: One of them is missing. The text says what to do.
         """
         socket, image = engine.socket, self._options.image
         try:

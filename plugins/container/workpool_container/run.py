@@ -1,9 +1,10 @@
-"""One session in one container: adopted or started, followed, and stopped in time.
+"""One session in one container, which is adopted or started, followed, and stopped in time.
 
-What keeps a session from running twice at once (README, Adoption): a container is started only
-after the item's metadata names it, which needs the lease; only a container that is so named is
-adopted; and a container's *name* holds a word of its holder's own. Adopting and giving up are
-renamings from that name, so a worker that lost its lease long ago cannot stop what another adopted.
+A session never runs twice at once: a container is started only after the metadata of the item names
+it, which needs the lease, and only such a container is adopted. The *name* of a container contains
+a random word of its holder. To adopt it or give it up is to rename it from that name, so a worker
+that lost its lease long ago cannot stop a container that another worker adopted. See
+plugins/container/README.md, "Adoption".
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ if TYPE_CHECKING:
     from workpool_container.options import Options
 
 CONTAINER: Final = "workpool.container"
-"""The item's metadata that names, by its id, the one container that counts."""
+"""The metadata of the item with the id of its only valid container."""
 KILLED: Final = 128 + signal.SIGKILL
 CANCELLED_SECONDS: Final = 2.0
-"""A cancelled session's grace: a drain's last step takes 5 s, and the kill is to fit in."""
+"""Grace of a cancelled session. The last step of a drain takes 5 s, the kill included."""
 LOST_SECONDS: Final = 0.5
-"""The grace when the lease is lost: less than the margin (1 s or more) before another may start."""
+"""Grace when the lease is lost: less than the margin (1 s) before another worker may start."""
 KILL_SECONDS: Final = 2.0
-"""What an engine may take over the rest of a cancelled session's end."""
+"""Bound of the engine's calls after the grace of a cancelled session."""
 LAST_LINES_SECONDS: Final = 5.0
-"""How long the output may lag behind the exit."""
+"""Seconds by which the output may lag behind the exit."""
 FOLLOW_AGAIN_SECONDS: Final = 1.0
 ADOPTED_LINES: Final = 100
-"""How many lines of an adopted container's output are logged again."""
+"""Lines of an adopted container's earlier output that are logged again."""
 RETRY_DELAY_SECONDS: Final = 30.0
-"""A session that could not be started here is not offered again for so long."""
+"""Delay of the release of a session that could not be started here."""
 
 
 class ContainerFailed(WorkpoolError):
-    """A session's container ended with a failure, or was removed by somebody else.
+    """The container of a session failed, or another program removed it.
 
     Attributes:
-        status: Its exit status, None when there is none.
+        status: The exit status; None without one.
     """
 
     def __init__(self, container: str, problem: str, status: int | None = None) -> None:
@@ -59,7 +60,7 @@ class ContainerFailed(WorkpoolError):
 
 
 class Run:
-    """A session's container, from the claim of the session to its exit. Belongs to one handler."""
+    """The container of a session, from the start of the handler to its exit."""
 
     def __init__(
         self,
@@ -79,17 +80,17 @@ class Run:
         self._grace: asyncio.Timeout | None = None
 
     async def complete(self) -> dict[str, str]:
-        """Run the session to its end; the metadata to report.
+        """Run the session to its end, and return its metadata.
 
         Raises:
             Release: Exit status 75, the engine does not start it, or it is left for adoption.
-            ContainerFailed: Any other exit status, or somebody removed the container.
+            ContainerFailed: Any other exit status, or another program removed the container.
         """
         try:
             adopted = await self._begin()
             return await self._settle(await self._follow(adopted=adopted))
         except (asyncio.CancelledError, Exception) as error:
-            # Released for want of memory or descriptors, the item may be started elsewhere.
+            # Without memory or descriptors here, the item is released for another worker.
             if isinstance(error, asyncio.CancelledError) or exhausted(error):
                 await self._give_up()
             raise
@@ -97,7 +98,7 @@ class Run:
     # Begin.
 
     async def _begin(self) -> bool:
-        """Have the session's container running, or run; True when it was there before."""
+        """Adopt or start the container; return whether it was adopted."""
         try:
             adopted = await self._adopt()
             if not adopted:
@@ -106,13 +107,13 @@ class Run:
             await self._give_up()
             if not isinstance(error, EngineError | TransientError):
                 raise
-            # Nothing of it has run to an end, and another worker may have a better engine.
+            # The container has not run to its end, and another worker may have a better engine.
             self._session.log.warning("container not started error=%s", error)
             raise Release("the container could not be started", RETRY_DELAY_SECONDS) from error
         return adopted
 
     async def _adopt(self) -> bool:
-        """Take over the container that counts; remove all others of this item."""
+        """Adopt the valid container; remove all others of this item."""
         item = self._session.item
         adopted = False
         for found in await self._engine.containers(WORK_ID, item.id):
@@ -122,13 +123,13 @@ class Run:
                 self._session.log.info("container adopted id=%.12s %s", found.id, found.state)
             else:
                 self._check_lease()
-                await self._engine.remove(found.id)  # before ours starts: never two at once
+                await self._engine.remove(found.id)  # before this one starts: never two at once
         return adopted
 
     def _check_lease(self) -> None:
-        """Call right before what another worker's container would suffer from.
+        """Check the lease right before a call that may harm a container of another worker.
 
-        A worker that was frozen for longer than its lease runs on for a moment before it is told.
+        A worker that was frozen for longer than its lease runs on for a moment before it notices.
         """
         if not self._session.lease_remaining:
             raise Release("the lease has ended")
@@ -165,7 +166,7 @@ class Run:
         except BaseExceptionGroup as group_error:
             error = innermost(group_error)
             if isinstance(error, EngineError):
-                error = ContainerFailed(self._id, "was removed by somebody else")
+                error = ContainerFailed(self._id, "was removed by another program")
             raise error from error.__cause__  # not from the group
         return status
 
@@ -182,13 +183,13 @@ class Run:
             except EngineError as error:
                 self._session.log.warning("container output interrupted error=%s", error)
                 await asyncio.sleep(FOLLOW_AGAIN_SECONDS)
-                tail = "0"  # rather a gap than the same lines again
+                tail = "0"  # a gap is better than the same lines again
             else:
                 output.close()
                 return
 
     async def _heed(self) -> None:
-        """Stop the container when an operator asks or the pool goes away, unless it is left."""
+        """Stop the container after a stop request, or in a drain unless it is left running."""
         session = self._session
         await session.interrupted()
         if not session.stopping and self._options.on_drain == "leave":
@@ -199,7 +200,8 @@ class Run:
         try:
             await self._engine.stop(self._id, self._options.grace)
         except EngineError as error:
-            # Gone, as `exit_of` will tell; or not reached, and the pool cancels us in time.
+            # Gone, as `exit_of` will report; or unreachable, and the pool cancels the handler in
+            # time.
             session.log.warning("container not stopped error=%s", error)
 
     # End.
@@ -209,15 +211,15 @@ class Run:
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._asked:
-            await self._give_up()  # else the next run would adopt this end
+            await self._give_up()  # else the next run would adopt this exit status
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == KILLED else ""
         raise ContainerFailed(self._id, f"exit status {status}{killed}", status)
 
     async def _give_up(self) -> None:
-        """Leave nothing running, although the handler is cancelled again meanwhile.
+        """End the container, even if the handler is cancelled again meanwhile.
 
-        A further cancellation ends the container's grace; it is raised once the clean-up is over.
+        A further cancellation ends the grace, and is raised once the clean-up is over.
         """
         again: asyncio.CancelledError | None = None
         async with asyncio.TaskGroup() as group:
@@ -237,17 +239,17 @@ class Run:
             self._grace.reschedule(asyncio.get_running_loop().time())
 
     async def _clean_up(self) -> None:
-        """A moment's grace, then the kill; bounded in all.
+        """Stop the container with a short grace, then remove it. All of it is bounded.
 
-        A cancelled create or start may still be carried out by the engine. Removing waits for a
-        start under way; a container that is created later is never started.
+        The engine may still carry out a cancelled create or start. The removal waits for a start
+        that is under way; a container that is created later is never started.
         """
         grace = CANCELLED_SECONDS if self._session.lease_remaining else LOST_SECONDS
         try:
             async with asyncio.timeout(grace + KILL_SECONDS):
-                # Marked first: a stopped container's exit status is not the session's.
+                # Marked first: the exit status of a stopped container is not that of the session.
                 if not await self._engine.rename(self._name, self._name + ENDED):
-                    return  # never created, or adopted by the worker that has the lease now
+                    return  # never created, or adopted by the worker that holds the lease now
                 await self._terminate(grace)
         except (EngineError, TimeoutError) as error:
             self._session.log.critical("container may still run name=%s %r", self._name, error)
