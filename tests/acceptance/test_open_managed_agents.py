@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,13 +13,13 @@ from tests.acceptance.open_managed_agents import UnavailableError, install, runn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.acceptance.conftest import Start
     from tests.acceptance.open_managed_agents import OpenManagedAgents
 
 pytestmark = [pytest.mark.trial, pytest.mark.acceptance, pytest.mark.timeout(400)]
 
+PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 SESSIONS = 110
 """More than one page of the list, which has at most 100 items."""
 HANDLER = """
@@ -80,3 +82,25 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
     assert {item["state"] for item in after.values()} == {"stopped"}
     ran = {session_id: item["metadata"]["ran"] for session_id, item in after.items()}
     assert ran == {session_id: session_id for session_id in sessions}
+
+
+def results_of_the_page() -> dict[str, str]:
+    """The verdicts on this control plane that are not `holds`, by clause."""
+    table = PAGE.read_text().partition("What `open-managed-agents` does instead:")[2]
+    rows = re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", table, re.MULTILINE)
+    return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}
+
+
+async def test_conform_finds_what_the_protocol_page_says_of_open_managed_agents(
+    control_plane: OpenManagedAgents, bare: Start
+) -> None:
+    variables = {"WORKPOOL_TOKEN": "any"}
+    command = await bare(
+        *("conform", control_plane.base_url, "--dialect", "anthropic", "--json"),
+        *("--environment-id", control_plane.environment_id, "--agent", control_plane.agent_id),
+        **variables,
+    )
+    assert await command.ends(320) == 1
+    clauses = json.loads(command.out)["clauses"]
+    found = {each["clause"]: each["verdict"] for each in clauses if each["verdict"] != "holds"}
+    assert found == results_of_the_page()

@@ -474,7 +474,7 @@ async def test_credentials_that_an_answer_repeats_are_not_shown(
         return web.json_response({"error": {"message": f"no: {said}"}}, status=404)
 
     finding = await found_by("stop-body", http, replacing("/stop", tell))
-    assert finding.seen == "HTTP 404 (no: Bearer [secret])"
+    assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
 async def test_oversized_answer_is_not_read(http: aiohttp.ClientSession) -> None:

@@ -30,7 +30,7 @@ from workpool.conformance import (
     Verdict,
 )
 from workpool.conformance.api import NoAnswerError
-from workpool.logs import hide, readable
+from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.environment_proxy import proxy_of
 from workpool.wire.rate_limiter import RateLimits
@@ -136,8 +136,7 @@ async def _run(
     given: Sequence[str],
     test_environment: bool,
 ) -> list[Finding]:
-    token, context = settings.read_token(), settings.tls_context()
-    hide(token)
+    context = settings.tls_context()
     connector = aiohttp.TCPConnector() if context is None else aiohttp.TCPConnector(ssl=context)
     async with aiohttp.ClientSession(
         connector=connector,
@@ -149,7 +148,7 @@ async def _run(
             settings.base_url,
             settings.dialect,
             settings.environment_id or "",
-            token=token,
+            token=settings.read_token(),
             worker=settings.worker_id or WORKER,
             headers={
                 name: value.get_secret_value() for name, value in settings.extra_headers.items()

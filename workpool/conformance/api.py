@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import aiohttp
 import orjson
 
+from workpool.logs import hide, readable
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.response import Oversized
@@ -30,7 +31,6 @@ A = TypeVar("A")
 
 REQUEST_SECONDS: Final = 15.0
 DETAIL_MAX: Final = 120
-SECRET_LENGTH: Final = 8
 REFUSED: Final = frozenset(
     {
         HTTPStatus.UNAUTHORIZED,
@@ -89,10 +89,9 @@ class Answer:
 
 
 def shown(value: object) -> str:
-    """Return a value from outside as bounded text, escaped for a terminal."""
+    """Return a value from outside as text: bounded, escaped for a terminal, without our tokens."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return text if len(text) <= DETAIL_MAX else f"{text[: DETAIL_MAX - 1]}…"
+    return readable(text, DETAIL_MAX)
 
 
 class WorkCalls(ABC, Generic[A]):
@@ -162,6 +161,10 @@ class Api(WorkCalls[Answer]):
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     limits: RateLimits | None = None
 
+    def __post_init__(self) -> None:
+        for secret in (self.token or "", *self.headers.values()):
+            hide(secret)
+
     def as_application(self, api_key: str) -> Api:
         """Return the same control plane for an application, which has an API key."""
         header = DIALECTS[self.dialect].api_key_header
@@ -183,21 +186,13 @@ class Api(WorkCalls[Answer]):
             body = await read_bounded(response)
             if isinstance(body, Oversized):
                 raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
-            content = self._without_secrets(body)
-            return Answer(response.status, _parsed(content), response.headers, content)
+            return Answer(response.status, _parsed(body), response.headers, body)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
         """Open a stream and close it again; returns its status and content type."""
         async with self._request("GET", url, {}) as response:
             response.close()
             return response.status, response.content_type
-
-    def _without_secrets(self, content: bytes) -> bytes:
-        """Take our own credentials out of an answer that repeats them."""
-        for secret in (self.token or "", *self.headers.values()):
-            if len(secret) >= SECRET_LENGTH:  # a shorter one is none, and may stand anywhere
-                content = content.replace(secret.encode(), b"[secret]")
-        return content
 
     @asynccontextmanager
     async def _request(

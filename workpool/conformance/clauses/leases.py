@@ -30,7 +30,9 @@ LATE_SECONDS: Final = 30.0
 @clause("ack-lease", "Without a heartbeat, the lease of an ack lapses after 60 s.")
 async def lease_of_an_ack(trial: Trial) -> None:
     """Acknowledge an item, and do no more, like a worker that dies."""
-    subject = await trial.acknowledged()
+    subject = await trial.claim()
+    await trial.wait(4)  # so that a lease which began at the poll ends visibly earlier
+    await trial.acknowledge(subject)
     start = trial.now
     again = await trial.delivery(subject, ACK_LEASE_SECONDS + LATE_SECONDS)
     if again is None:
