@@ -47,7 +47,7 @@ BLIND_EXCEPTS = {
     "pool/handler_executor.py",  # a handler
     "plugins/discovery.py",  # an observer, and every other call of a plugin's code
     "pool/poller.py",  # one poller's loop
-    "pool/heartbeats.py",  # one heartbeat
+    "pool/heartbeat_sender.py",  # one heartbeat
     "pool/lease_renewer.py",  # its thread, whose error is raised on the handlers' loop
     "pool/diagnostics.py",  # a report on another thread, whose error its caller raises
     "server/sqlite.py",  # the writer's thread, whose error is raised on the loop

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from workpool.pool.completion import TABLE
-from workpool.pool.item import TRANSITIONS
+from workpool.pool.pool_item import TRANSITIONS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workpool"

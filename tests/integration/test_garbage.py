@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool import Session, Supervisor, handler
-from workpool.pool.item import PoolItem
 from workpool.pool.lease import Lease
+from workpool.pool.pool_item import PoolItem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

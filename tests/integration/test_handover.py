@@ -16,7 +16,7 @@ import pytest
 from workpool import LeaseLost, SessionEnded, Settings, handler
 from workpool.errors import HandoverError, PreconditionError, TransientError
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
-from workpool.pool.hold import Hold
+from workpool.pool.handoff_child import HandoffChild
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import CallFault, LocalClient, Script
@@ -37,7 +37,7 @@ BOUND = 60 - 6 - 15
 """When an item of the usual 60 s is taken back: a quarter of it before it would be given up."""
 
 
-class LoopHold(LoopSupervisor, Hold):
+class LoopHold(LoopSupervisor, HandoffChild):
     """The child's side in virtual time."""
 
 

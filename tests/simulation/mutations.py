@@ -41,7 +41,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         # Otherwise the second check holds: an item of a session that runs is declined.
         Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
         Edit(
-            "item:OwnedItems",
+            "pool_item:OwnedItems",
             "del self._by_id[item.id]",
             "self._by_id.pop(item.id, None)",
         ),
@@ -50,11 +50,11 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
     ],
     "more acknowledged items than slots": [
-        Edit("queue:BoundedQueue", " or self.running >= self.concurrency", ""),
+        Edit("bounded_queue:BoundedQueue", " or self.running >= self.concurrency", ""),
     ],
     "poll before reserving": [
         Edit(
-            "queue:BoundedQueue",
+            "bounded_queue:BoundedQueue",
             "if self._free() > 0 and not self._reservers:",
             "if True:",
         ),
@@ -89,7 +89,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "first heartbeat unchecked": [
         Edit(
-            "heartbeats:HeartbeatSender",
+            "heartbeat_sender:HeartbeatSender",
             "check=partial(self._check, lease, check)",
             "check=partial(self._check, lease, check) if lease.begun else None",
         ),
@@ -127,7 +127,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeat after loss": [
         Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
-        Edit("heartbeats:HeartbeatSender", "lease.check(self._clock())", "pass"),
+        Edit("heartbeat_sender:HeartbeatSender", "lease.check(self._clock())", "pass"),
     ],
     "deadline from the answer": [
         Edit(
@@ -156,7 +156,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "renewal unchecked": [
         Edit(
-            "heartbeats:HeartbeatSender",
+            "heartbeat_sender:HeartbeatSender",
             "check=partial(self._check, lease, check)",
             "check=None if lease.begun else partial(self._check, lease, check)",
         ),
@@ -181,7 +181,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("clock:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        Edit("lease_clock:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
     ],
     "pause noticed at the next tick only": [
         Edit(
@@ -192,7 +192,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "pause ended by a heartbeat before it": [
         Edit(
-            "heartbeats:HeartbeatSender",
+            "heartbeat_sender:HeartbeatSender",
             "lease.answered(self._clock(), attempt, outcome)",
             "lease.answered(self._clock(), "
             "attempt._replace(clock_offset=self._pauses.offset()), outcome)",
@@ -399,7 +399,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeats not counted": [
         Edit(
-            "heartbeats:HeartbeatSender",
+            "heartbeat_sender:HeartbeatSender",
             "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),

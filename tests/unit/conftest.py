@@ -11,10 +11,10 @@ import pytest
 
 from workpool import Settings
 from workpool.events import HeartbeatFinished
-from workpool.pool.heartbeats import HeartbeatSender
-from workpool.pool.item import PoolItem
+from workpool.pool.heartbeat_sender import HeartbeatSender
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
+from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import Sender
 from workpool.server import Operations, Poll
 from workpool.testing.local import CallFault, LocalClient, Script

@@ -22,7 +22,7 @@ from workpool.pool.completion import (
     sendable,
     text_of,
 )
-from workpool.pool.item import EndReason
+from workpool.pool.pool_item import EndReason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -31,7 +31,7 @@ from workpool.wire.protocol import WORK_HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.pool.lease import Attempt
+    from workpool.pool.lease import HeartbeatAttempt
 
 ACKED = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 TTL = 60
@@ -758,11 +758,11 @@ class LeaseMachine(RuleBasedStateMachine):
         super().__init__()
         self.plane = ControlPlane()
         self.rival_has_it = False
-        self.attempt: Attempt | None = None
+        self.attempt: HeartbeatAttempt | None = None
         self.reading = False
         self.answer: Heartbeat | ControlPlaneError | None = None
         self.item: WorkItem | None = None
-        self.under_way: list[Attempt] = []
+        self.under_way: list[HeartbeatAttempt] = []
         self.final: tuple[str, bool] | None = None
         self.last_decision = ""
 

@@ -17,12 +17,12 @@ from workpool import Settings
 from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import lease_renewer, loop_monitor
-from workpool.pool.clock import PauseDetector, lease_clock
-from workpool.pool.heartbeats import HeartbeatSender
-from workpool.pool.item import PoolItem
+from workpool.pool.heartbeat_sender import HeartbeatSender
 from workpool.pool.lease import Lease
+from workpool.pool.lease_clock import PauseDetector, lease_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.loop_monitor import LoopMonitor
+from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
 from workpool.testing.changes import Changes
 from workpool.testing.local import CallFault, LocalClient, Script

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from workpool import Settings
 from workpool.errors import ConflictError, RefusedError, TransientError, WorkpoolError
 from workpool.events import PollersScaled
+from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.poller_group import REFUSED_SECONDS, PollerGroup
-from workpool.pool.queue import BoundedQueue
 from workpool.testing.virtual import in_virtual_time
 
 if TYPE_CHECKING:

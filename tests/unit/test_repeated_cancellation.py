@@ -12,14 +12,14 @@ import pytest
 from workpool.handlers import Handler
 from workpool.plugins import Plugins
 from workpool.pool.handler_executor import HandlerExecutor, handler_group
-from workpool.pool.item import EndReason
+from workpool.pool.pool_item import EndReason
 from workpool.testing.virtual import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.unit.conftest import Bench
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
 
 
 class Stubborn:

@@ -19,8 +19,8 @@ from workpool.errors import (
     SessionGoneError,
     TransientError,
 )
-from workpool.pool.item import EndReason
-from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, Request
+from workpool.pool.pool_item import EndReason
+from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.session_calls import UPDATE_SECONDS, SessionCalls
 from workpool.testing.local import CallFault
 from workpool.testing.virtual import in_virtual_time
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.unit.conftest import Bench
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.wire.call_options import CallOptions
 
 SILENCE = CallFault(answer="silence", applied=False)
-WRITE = Request(Priority.COMPLETION, by_handler=False)
-CALL = Request(Priority.HANDLER, by_handler=True)
+WRITE = SendOptions(Priority.COMPLETION, by_handler=False)
+CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
 
 @asynccontextmanager
@@ -51,7 +51,7 @@ async def begun(one: Bench) -> AsyncIterator[PoolItem]:
             yield item
 
 
-async def update(one: Bench, item: PoolItem, request: Request = WRITE) -> object:
+async def update(one: Bench, item: PoolItem, request: SendOptions = WRITE) -> object:
     async def call(options: CallOptions, seconds: float) -> object:
         return await one.client.update_metadata(
             item.id, {"key": "value"}, timeout=seconds, options=options

@@ -19,7 +19,7 @@ from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_ver
 from workpool.cli.program import Program
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import Signals
-from workpool.pool.hold import Hold
+from workpool.pool.handoff_child import HandoffChild
 from workpool.settings import Settings
 
 WORK_ID: Final = "WORKPOOL_HOLD_WORK_ID"
@@ -98,7 +98,7 @@ def hold(
     program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()
     session = session_id or None
-    pool = Hold(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
+    pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     signals = Signals(hangup_ends=False)
     status = run_supervisor(pool, signals)
     logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)

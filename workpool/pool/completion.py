@@ -28,8 +28,8 @@ from workpool.errors import (
 )
 from workpool.events import ResultDropped, StopFinished
 from workpool.pool.attempt import ERROR
-from workpool.pool.item import EndReason
-from workpool.pool.sender import Request
+from workpool.pool.pool_item import EndReason
+from workpool.pool.sender import SendOptions
 from workpool.session import Outcome, Release
 from workpool.wire.call_options import Priority
 
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from workpool.events import CallResult
     from workpool.pool.attempt import Attempt, Patch
     from workpool.pool.context import PoolContext
-    from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
     from workpool.wire.call_options import CallOptions
 
@@ -76,7 +76,7 @@ TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
     EndReason.LOST: Row("untouched", "none", "lease_lost"),
 }
 
-WRITE: Final = Request(Priority.COMPLETION, by_handler=False)
+WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
@@ -122,7 +122,9 @@ class Completion:
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
-        request = Request(WRITE.priority, WRITE.by_handler, seconds, partial(_mark_own_stop, lease))
+        request = SendOptions(
+            WRITE.priority, WRITE.by_handler, seconds, partial(_mark_own_stop, lease)
+        )
         result: CallResult = "error"
         try:
             await self._sender.send(item, partial(self._send_stop, item), request)
@@ -193,7 +195,7 @@ class Completion:
         if item.lease.stop_requested:
             return  # it will be stopped or lapse to `stopped`, so no worker runs it again
         # A low priority: the completions of others must not wait for a thousand marks.
-        request = Request(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
+        request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
@@ -203,7 +205,7 @@ class Completion:
             return  # until its first heartbeat has succeeded, the item may be another process's
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_mark(self, item: PoolItem, reason: str, request: Request) -> None:
+    async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
         attempt = _attempt_of(item)
         try:
             await self._send_metadata(item, attempt.mark(reason), request)
@@ -220,7 +222,7 @@ class Completion:
         await self._send_metadata(item, patch, WRITE._replace(seconds=seconds))
 
     async def _send_metadata(
-        self, item: PoolItem, patch: Mapping[str, str | None], request: Request
+        self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions
     ) -> None:
         # Checked again after the wait for the rate limit and a connection.
         request = request._replace(before_bytes=partial(self._optional.check, "update"))

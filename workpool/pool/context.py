@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from workpool.plugins import Plugins
-    from workpool.pool.client import Client
-    from workpool.pool.clock import Clock
-    from workpool.pool.item import PoolItem
+    from workpool.pool.bounded_queue import BoundedQueue
+    from workpool.pool.client_protocol import ClientProtocol
+    from workpool.pool.lease_clock import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
-    from workpool.pool.queue import BoundedQueue
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
@@ -34,7 +34,7 @@ class PoolContext:
     """
 
     settings: Settings
-    client: Client
+    client: ClientProtocol
     plugins: Plugins
     renewer: LeaseRenewer
     queue: BoundedQueue[PoolItem]

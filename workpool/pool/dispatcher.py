@@ -17,8 +17,8 @@ from workpool.logs import readable
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
 from workpool.pool.handler_health import HandlerHealth
-from workpool.pool.heartbeats import HeartbeatSender
-from workpool.pool.item import EndReason, OwnedItems, PoolItem
+from workpool.pool.heartbeat_sender import HeartbeatSender
+from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
 from workpool.pool.sender import Sender
 from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from workpool.events import SessionStarted
 from workpool.pool.completion import mapping_of, release_of
 from workpool.pool.diagnostics import log_stacks
-from workpool.pool.item import EndReason
+from workpool.pool.pool_item import EndReason
 from workpool.session import Release
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workpool.handlers import Handler
     from workpool.plugins.registry import Context
     from workpool.pool.context import PoolContext
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.handlers import Handler
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.session import Outcome
 
 FAILURES = 5

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from workpool.pool.context import PoolContext
-    from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
     from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
 
 log = logging.getLogger(__name__)

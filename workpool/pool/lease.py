@@ -53,7 +53,7 @@ so it lapses. `stopped`: somebody else stopped the item. `lost`: another worker 
 `handed_off`: a child process has the item."""
 
 
-class Attempt(NamedTuple):
+class HeartbeatAttempt(NamedTuple):
     """One heartbeat that is being sent.
 
     Attributes:
@@ -242,7 +242,7 @@ class Lease:
         """Send heartbeats again, the first one now."""
         self.due_at = now
 
-    def send(self, now: float, planned_at: float, clock_offset: float = 0.0) -> Attempt:
+    def send(self, now: float, planned_at: float, clock_offset: float = 0.0) -> HeartbeatAttempt:
         """Begin a heartbeat; `answered`, `unsent` or `abandoned` must follow.
 
         `clock_offset` is the number of seconds by which the wall clock is ahead of the lease clock.
@@ -257,9 +257,9 @@ class Lease:
         # If no answer comes, there must be time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
-        return Attempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
+        return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
 
-    def unsent(self, attempt: Attempt) -> None:
+    def unsent(self, attempt: HeartbeatAttempt) -> None:
         """Record that the heartbeat was not sent."""
         self.in_flight = False
         self._set_deadline(attempt.deadline, self.ttl)
@@ -270,7 +270,7 @@ class Lease:
         self._unanswered = True
 
     def answered(
-        self, now: float, attempt: Attempt, outcome: Heartbeat | ControlPlaneError
+        self, now: float, attempt: HeartbeatAttempt, outcome: Heartbeat | ControlPlaneError
     ) -> Decision:
         """Apply the answer to a heartbeat."""
         if self.status != "held":
@@ -337,7 +337,7 @@ class Lease:
             return "finished" if self.own_stop else "stopped"
         return "held" if ours and item.state != QUEUED else "lost"
 
-    def _succeeded(self, now: float, attempt: Attempt, heartbeat: Heartbeat) -> Decision:
+    def _succeeded(self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> Decision:
         if now >= attempt.deadline:
             # Between that deadline and this answer the item may have been another worker's.
             self.end("lost")
@@ -361,7 +361,7 @@ class Lease:
             self.end("released")
         return Decision("over" if attempt.last else "held", "ok")
 
-    def _extend(self, attempt: Attempt, heartbeat: Heartbeat) -> None:
+    def _extend(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
         self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset
         self._unanswered = self._lent = self._read_twice = self.unsettled = False
         self._doubted = False
@@ -374,7 +374,7 @@ class Lease:
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
-    def _failed(self, now: float, attempt: Attempt, error: ControlPlaneError) -> Decision:
+    def _failed(self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError) -> Decision:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:

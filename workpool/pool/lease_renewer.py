@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured
-from workpool.pool.clock import PAUSE_SECONDS, PauseDetector
 from workpool.pool.diagnostics import report
-from workpool.pool.heartbeats import HeartbeatSender
+from workpool.pool.heartbeat_sender import HeartbeatSender
+from workpool.pool.lease_clock import PAUSE_SECONDS, PauseDetector
 from workpool.pool.loop_monitor import LoopMonitor
 from workpool.pool.optional_calls import OptionalCalls
 
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.pool.client import Client
-    from workpool.pool.clock import Clock
+    from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.handoff import Handoff
-    from workpool.pool.item import PoolItem
     from workpool.pool.lease import Lease
+    from workpool.pool.lease_clock import Clock
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
@@ -102,14 +102,14 @@ class LeaseRenewer:
 
     tick_seconds: ClassVar[float] = TICK_SECONDS
 
-    client: Client
+    client: ClientProtocol
 
     def __init__(
         self,
         settings: Settings,
         clock: Clock,
         wall: Clock,
-        connect: Callable[[], Client],
+        connect: Callable[[], ClientProtocol],
         callbacks: Callbacks,
         services: Sequence[AbstractAsyncContextManager[object]] = (),
     ) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from workpool.errors import ControlPlaneError
-    from workpool.pool.client import Client
+    from workpool.pool.client_protocol import ClientProtocol
     from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _means_never(op: Op, error: ControlPlaneError) -> bool:
 
 
 async def read_item(
-    client: Client, optional: OptionalCalls, work_id: str, timeout: float
+    client: ClientProtocol, optional: OptionalCalls, work_id: str, timeout: float
 ) -> WorkItem | None:
     """Read an item, or look it up in the list if the credential may not read it.
 

@@ -21,10 +21,10 @@ from workpool.wire.call_options import CallOptions, Priority
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from workpool.pool.client import Client
-    from workpool.pool.clock import Clock, PauseDetector
-    from workpool.pool.item import PoolItem
+    from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.lease import Lease
+    from workpool.pool.lease_clock import Clock, PauseDetector
+    from workpool.pool.pool_item import PoolItem
 
     Call = Callable[[CallOptions, float], Awaitable["T"]]
 
@@ -46,7 +46,7 @@ CALLS_PER_SESSION = 8
 """The number of calls of one session that may be under way; further ones wait."""
 
 
-class Request(NamedTuple):
+class SendOptions(NamedTuple):
     """How a call for an item is sent.
 
     Attributes:
@@ -75,7 +75,7 @@ class Sender:
 
     def __init__(
         self,
-        client: Client,
+        client: ClientProtocol,
         clock: Clock,
         request_timeout: float,
         pauses: PauseDetector,
@@ -117,7 +117,7 @@ class Sender:
             self._on_pause()
             raise LeaseDoubted
 
-    async def send(self, item: PoolItem, call: Call[T], request: Request) -> T:
+    async def send(self, item: PoolItem, call: Call[T], request: SendOptions) -> T:
         """Make a call that needs the lease; repeat it until its answer is final or time is up.
 
         Raises:
@@ -171,7 +171,13 @@ class Sender:
             bound.strike()
 
     async def _try(
-        self, item: PoolItem, call: Call[T], request: Request, until: float, *, new_connection: bool
+        self,
+        item: PoolItem,
+        call: Call[T],
+        request: SendOptions,
+        until: float,
+        *,
+        new_connection: bool,
     ) -> T:
         self.check(item, by_handler=request.by_handler)
         try:
@@ -192,7 +198,7 @@ class Sender:
             return True
         return lease.over
 
-    def _before_bytes(self, item: PoolItem, request: Request) -> None:
+    def _before_bytes(self, item: PoolItem, request: SendOptions) -> None:
         self.check_write(item, by_handler=request.by_handler)
         if request.before_bytes is not None:
             request.before_bytes()

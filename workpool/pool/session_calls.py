@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.pool.handoff import hand_off
-from workpool.pool.sender import CALLS_PER_SESSION, Request
+from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
 from workpool.wire.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.pool.context import PoolContext
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
     from workpool.session import HandedLease
     from workpool.wire.items import WorkItem
@@ -93,7 +93,7 @@ class SessionCalls:
         # One handler with many calls must not take the connections of the others.
         self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
         async with self._places:
-            request = Request(
+            request = SendOptions(
                 Priority.HANDLER, by_handler=True, seconds=seconds, before_bytes=before_bytes
             )
             return await self._sender.send(self._item, call, request)

@@ -27,8 +27,8 @@ from workpool.pool.completion import (
     outcome_when_abandoned,
 )
 from workpool.pool.handoff import settle
-from workpool.pool.item import EndReason
 from workpool.pool.lease import Lease
+from workpool.pool.pool_item import EndReason
 from workpool.pool.session_calls import SessionCalls
 from workpool.session import Release, Session
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workpool.pool.claim import Claimer
     from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
-    from workpool.pool.item import PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
     from workpool.session import Outcome
 

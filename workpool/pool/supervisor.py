@@ -21,16 +21,16 @@ from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
-from workpool.pool.clock import lease_clock, wall_clock
+from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
 from workpool.pool.handler_executor import handler_group
+from workpool.pool.lease_clock import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.lifespan import Lifespan
 from workpool.pool.poller import Poller
 from workpool.pool.poller_group import PollerGroup
-from workpool.pool.queue import BoundedQueue
 from workpool.pool.remote_stats import read_remote_stats
 from workpool.pool.status import PoolView, Status
 from workpool.pool.telemetry import Telemetry
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.errors import LeaseRenewerError
-    from workpool.pool.client import Client
-    from workpool.pool.clock import Clock
-    from workpool.pool.item import PoolItem
+    from workpool.pool.client_protocol import ClientProtocol
+    from workpool.pool.lease_clock import Clock
+    from workpool.pool.pool_item import PoolItem
     from workpool.settings import Settings
     from workpool.wire.rate_limiter import RateLimits
 
@@ -92,7 +92,7 @@ class Supervisor:
         *,
         plugins: Sequence[object] = (),
         registry: CollectorRegistry | None = None,
-        connect: Callable[[Settings], Client] = WorkClient,
+        connect: Callable[[Settings], ClientProtocol] = WorkClient,
         rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = CollectorRegistry() if registry is None else registry
@@ -264,7 +264,7 @@ class Supervisor:
             "pool started worker_id=%s environment_id=%s", self._worker_id, settings.environment_id
         )
 
-    def _new_client(self) -> Client:
+    def _new_client(self) -> ClientProtocol:
         """Create a client for the running loop."""
         client = self._connect(self.settings)
         self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits

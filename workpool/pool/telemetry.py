@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workpool.events import Event
     from workpool.metrics import PoolSnapshot
     from workpool.plugins import Plugins
-    from workpool.pool.client import Client
+    from workpool.pool.client_protocol import ClientProtocol
     from workpool.settings import Settings
 
 Ts = TypeVarTuple("Ts")
@@ -79,7 +79,7 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def listen_to(self, client: Client) -> None:
+    def listen_to(self, client: ClientProtocol) -> None:
         """Report the requests of a client; it may live on any loop."""
         client.on_request = partial(self._metrics.count, RequestFinished)
         client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)

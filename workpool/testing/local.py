@@ -108,7 +108,7 @@ class Script:
 
 
 class LocalClient:
-    """A client of operations on the running loop; see `workpool.pool.client.Client`.
+    """The client protocol of `workpool.pool.client_protocol`, served by operations on this loop.
 
     Args:
         operations: The operations of the control plane.

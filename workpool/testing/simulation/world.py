@@ -11,7 +11,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
 from workpool.errors import WorkpoolError
-from workpool.pool.hold import Hold
+from workpool.pool.handoff_child import HandoffChild
 from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
 from workpool.server import Operations, Refusal
@@ -125,7 +125,7 @@ class MachineSupervisor(LoopSupervisor):
         return replace(context, observe=observe)
 
 
-class MachineHold(MachineSupervisor, Hold):
+class MachineHold(MachineSupervisor, HandoffChild):
     """A child process on a simulated machine, as `workpool hold` runs it."""
 
 

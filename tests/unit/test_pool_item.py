@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import pytest
 
 from workpool.handlers import Handler
-from workpool.pool.item import TRANSITIONS, EndReason, OwnedItems, PoolItem, State, Transition
+from workpool.pool.pool_item import TRANSITIONS, EndReason, OwnedItems, PoolItem, State, Transition
 from workpool.testing.virtual import in_virtual_time
 from workpool.wire.items import WorkItem
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.errors import ControlPlaneError
-    from workpool.pool.client import Client
-    from workpool.pool.clock import Clock, PauseDetector
-    from workpool.pool.lease import Attempt, Decision, Lease
+    from workpool.pool.client_protocol import ClientProtocol
+    from workpool.pool.lease import Decision, HeartbeatAttempt, Lease
+    from workpool.pool.lease_clock import Clock, PauseDetector
     from workpool.pool.telemetry import Observe
     from workpool.wire.items import Heartbeat, WorkItem
 
@@ -41,7 +41,7 @@ class HeartbeatSender:
 
     def __init__(
         self,
-        client: Client,
+        client: ClientProtocol,
         clock: Clock,
         pauses: PauseDetector,
         observe: Observe,
@@ -86,7 +86,7 @@ class HeartbeatSender:
         return decision.then == "held"
 
     async def _heartbeat(
-        self, lease: Lease, attempt: Attempt, check: Callable[[], None] | None
+        self, lease: Lease, attempt: HeartbeatAttempt, check: Callable[[], None] | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
         """Return the answer; None if nothing was sent because the lease was not held any more."""
         options = CallOptions(
@@ -106,7 +106,7 @@ class HeartbeatSender:
             return error
 
     async def _read(
-        self, lease: Lease, attempt: Attempt, decision: Decision, *, look_up: bool
+        self, lease: Lease, attempt: HeartbeatAttempt, decision: Decision, *, look_up: bool
     ) -> Decision:
         """Read the item and apply it to the lease.
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from workpool.pool.queue import BoundedQueue
+from workpool.pool.bounded_queue import BoundedQueue
 
 
 async def turn() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from workpool.pool.client import Client
+    from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.context import PoolContext
     from workpool.settings import Settings
     from workpool.wire.items import WorkItem
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 
 
-class Hold(Supervisor):
+class HandoffChild(Supervisor):
     """A supervisor that runs one item and ends with it.
 
     Args:
@@ -58,7 +58,7 @@ class Hold(Supervisor):
         *,
         plugins: Sequence[object] = (),
         registry: CollectorRegistry | None = None,
-        connect: Callable[[Settings], Client] = WorkClient,
+        connect: Callable[[Settings], ClientProtocol] = WorkClient,
         session_id: str | None = None,
     ) -> None:
         super().__init__(settings, plugins=plugins, registry=registry, connect=connect)

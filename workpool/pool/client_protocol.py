@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.wire.session_events import SessionEvents
 
 
-class Client(Protocol):
+class ClientProtocol(Protocol):
     """A client, opened as an async context on the loop that uses it.
 
     Every call raises `TransientError`, `RefusedError`, `ConflictError` or `PreconditionError`;
@@ -43,7 +43,7 @@ class Client(Protocol):
     on_rate_limit_wait: Callable[[Any, float], None] | None
     on_credential_refresh: Callable[[Any], None] | None
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> ClientProtocol:
         """Open on the running loop."""
 
     async def __aexit__(

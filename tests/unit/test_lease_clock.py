@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.pool import clock
-from workpool.pool.clock import PAUSE_SECONDS, PauseDetector
+from workpool.pool import lease_clock
+from workpool.pool.lease_clock import PAUSE_SECONDS, PauseDetector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,15 +22,15 @@ def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Lets a test change the platform before it loads the module again."""
     with monkeypatch.context() as changes:
         yield changes
-    importlib.reload(clock)
+    importlib.reload(lease_clock)
 
 
 def test_lease_clock_never_goes_back_and_is_the_same_on_every_thread() -> None:
-    seen = [clock.lease_clock()]
-    thread = threading.Thread(target=lambda: seen.append(clock.lease_clock()))
+    seen = [lease_clock.lease_clock()]
+    thread = threading.Thread(target=lambda: seen.append(lease_clock.lease_clock()))
     thread.start()
     thread.join()
-    seen.append(clock.lease_clock())
+    seen.append(lease_clock.lease_clock())
     assert seen == sorted(seen)
     assert seen[-1] - seen[0] < 30
 
@@ -38,8 +38,8 @@ def test_lease_clock_never_goes_back_and_is_the_same_on_every_thread() -> None:
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has this clock")
 def test_lease_clock_counts_sleep_on_linux(reloaded: pytest.MonkeyPatch) -> None:
     reloaded.setattr(time, "clock_gettime", float)
-    importlib.reload(clock)
-    assert clock.lease_clock() == float(time.CLOCK_BOOTTIME)
+    importlib.reload(lease_clock)
+    assert lease_clock.lease_clock() == float(time.CLOCK_BOOTTIME)
 
 
 def test_lease_clock_counts_sleep_on_macos(reloaded: pytest.MonkeyPatch) -> None:
@@ -47,8 +47,8 @@ def test_lease_clock_counts_sleep_on_macos(reloaded: pytest.MonkeyPatch) -> None
     reloaded.delattr(time, "CLOCK_BOOTTIME", raising=False)
     reloaded.setattr(sys, "platform", "darwin")
     reloaded.setattr(time, "clock_gettime", float)
-    importlib.reload(clock)
-    assert clock.lease_clock() == float(time.CLOCK_MONOTONIC)
+    importlib.reload(lease_clock)
+    assert lease_clock.lease_clock() == float(time.CLOCK_MONOTONIC)
 
 
 def test_lease_clock_of_other_platforms_is_the_monotonic_one(
@@ -56,9 +56,9 @@ def test_lease_clock_of_other_platforms_is_the_monotonic_one(
 ) -> None:
     reloaded.delattr(time, "CLOCK_BOOTTIME", raising=False)
     reloaded.setattr(sys, "platform", "win32")
-    importlib.reload(clock)
+    importlib.reload(lease_clock)
     before = time.monotonic()
-    assert before <= clock.lease_clock() <= time.monotonic()
+    assert before <= lease_clock.lease_clock() <= time.monotonic()
 
 
 class Clocks:
