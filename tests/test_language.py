@@ -18,9 +18,7 @@ ROOT = Path(__file__).parents[1]
 CLEAN = (
     "tests/references.py",
     "tests/test_docs.py",
-    "plugins/command/workpool_command/*.py",
-    "plugins/container/workpool_container/*.py",
-    "plugins/echo/workpool_echo/*.py",
+    "plugins/*/workpool_*/**/*.py",
     "workpool/*.py",
     "workpool/cli/**/*.py",
     "workpool/metrics/*.py",

@@ -1,7 +1,7 @@
-"""What a session's events say is to be done: which calls are ours, allowed and not yet answered.
+"""The open tool calls of a session: for this worker, allowed, and not answered yet.
 
-Pure: fed with every event of the session once, in order, history and live alike; asked by the
-runner. Nothing here waits, sends or executes.
+Computes only. Each event of the session is applied once, in order, whether it is from the history
+or new. Nothing here waits, sends or executes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEEPS_CLOCK: Final = frozenset({_VERDICT, _THREAD_ENDED})
 
 @dataclass(slots=True)
 class _Open:
-    """A call without an answer; `allowed` None: nobody has said yet."""
+    """A call without an answer; `allowed` None: not decided yet."""
 
     call: ToolCall
     thread: str | None
@@ -40,15 +40,15 @@ class _Open:
 
 @dataclass(slots=True)
 class Conversation:
-    """The state of one session, as far as its tool calls go.
+    """The state of the tool calls of one session.
 
     Attributes:
-        session: The session's id.
-        owns: Whether a call is for this worker; others' are left to them, and hold up nothing.
-        denied: Told of each of our calls that will never run.
-        ended: The session is over for good.
-        turn_over: The latest word is that the agent waits for nobody's action.
-        answered: Ids that need no answer (any more) of ours.
+        session: The id of the session.
+        owns: Returns whether a call is for this worker. Other calls are ignored.
+        denied: Called for each call of this worker that will never run.
+        ended: Whether the session has ended for good.
+        turn_over: Whether the last event says that the agent waits for no action.
+        answered: The ids of calls that need no answer of this worker.
     """
 
     session: str
@@ -62,29 +62,29 @@ class Conversation:
 
     @property
     def idle(self) -> bool:
-        """The agent's turn is over, and no call of ours waits, neither to run nor for a verdict."""
+        """Whether the agent's turn is over, and no call waits to run or for a decision."""
         return self.turn_over and not self._open
 
     def next(self) -> ToolCall | None:
-        """The oldest call that is to be answered now; it stays until `close`."""
+        """Return the oldest call to answer now; it stays until `close`."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
     def runnable(self) -> list[ToolCall]:
-        """All calls that `next` would give, oldest first."""
+        """Return all calls to answer now, oldest first."""
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
     def is_interrupted(self, call: str) -> bool:
-        """Whether the user gave up waiting for this call."""
+        """Return whether the user interrupted this call."""
         found = self._open.get(call)
         return found is not None and found.interrupted
 
     def close(self, call: str) -> None:
-        """This call needs nothing more of us."""
+        """Remove a call that needs nothing more."""
         self.answered.add(call)
         self._open.pop(call, None)
 
     def apply(self, event: Event) -> None:
-        """Take in one event; what is malformed or unknown changes nothing but the idle clock."""
+        """Apply one event. A malformed or unknown one affects only the idle time."""
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:
             self.turn_over = kind == "session.status_idle" and _stop_reason(event) != _NEEDS_ACTION
@@ -99,7 +99,7 @@ class Conversation:
         self.ended = self.ended or kind in _ENDINGS
 
     def _given_up(self, kind: str, thread: str | None) -> None:
-        """The user waits no more for any call, or a thread has ended, with its calls."""
+        """Apply an interrupt of the user, or the end of a thread, which end its calls."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
@@ -126,7 +126,7 @@ class Conversation:
             self._decided(call.id, allowed=allowed)
 
     def _decided(self, name: str, *, allowed: bool) -> None:
-        """A verdict, by the server or by a person; it may come before its call."""
+        """Apply a decision of the server or a person, which may precede its call."""
         self._verdicts.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
@@ -137,7 +137,7 @@ class Conversation:
 
 
 def result_for(event: Event) -> str | None:
-    """The id of the call that this event answers, None when it answers none."""
+    """Return the id of the call that this event answers, or None."""
     name = _RESULTS.get(str(event.get("type")))
     return str(event.get(name)) if name else None
 

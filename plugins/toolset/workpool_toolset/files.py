@@ -1,8 +1,8 @@
 """The tools that read and change one file: `read`, `write`, `edit`.
 
-Plain functions, run in a thread: regular files only, and a bounded search for lines, so nothing
-here can occupy its thread for long. They touch
-files through `Workspace` alone, which is what keeps them inside.
+Plain functions that run in a thread. They open regular files only and bound the search for lines,
+so that none occupies its thread for long. They open files through `Workspace` only, which keeps
+them inside of the roots.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import Spot, Workspace
 
 SCANNED_BYTES: Final = 256 << 20
-"""The most that `read` goes through in search of the lines of a range."""
+"""Bytes that `read` searches for the lines of a range at most."""
 SCAN_SECONDS: Final = 10.0
-"""The longest such search; a session cannot occupy one of the worker's threads for more."""
+"""Bound of that search, so that a session cannot occupy a thread of the worker."""
 EDITED_CHARACTERS: Final = 32 * 1024 * 1024
-"""What an edit may make of a file: `replace_all` could ask for a million times its own size."""
+"""Size of the result of an edit at most: `replace_all` could multiply a file a million times."""
 
 CHUNK_BYTES: Final = 64 * 1024
 IMAGES: Final = {
@@ -50,9 +50,9 @@ class Sizes:
     """The largest files that the tools take, in bytes.
 
     Attributes:
-        text: For `read` and `edit`.
-        image: For `read`.
-        pdf: For `read`.
+        text: Text for `read` and `edit`.
+        image: An image for `read`.
+        pdf: A PDF for `read`.
     """
 
     text: int = 256 * 1024
@@ -61,22 +61,22 @@ class Sizes:
 
 
 SIZES: Final = Sizes()
-"""What the limits are unless they are set."""
+"""The default limits."""
 
 
 def read(
     workspace: Workspace, path: str, view_range: tuple[int, int] | None, sizes: Sizes
 ) -> str | list[Block]:
-    """The text of a file, or an image or a PDF as a block.
+    """Return the text of a file, or an image or a PDF as a block.
 
     Args:
-        workspace: Where the session may read.
-        path: As the session wrote it.
+        workspace: The roots of the session.
+        path: The path, as the session wrote it.
         view_range: First and last line, from 1; a last line of 0 or less is the file's.
-        sizes: Limits.
+        sizes: The limits.
 
     Raises:
-        ToolError: What the agent should know.
+        ToolError: The file cannot be read. The text is for the agent.
     """
     with workspace.at(path) as spot, _opened(spot, path) as (file, size):
         suffix = posixpath.splitext(spot.name)[1].lower()
@@ -92,7 +92,7 @@ def read(
 
 
 def write(workspace: Workspace, path: str, content: str) -> str:
-    """Replace or make a file, with the directories that it needs; newlines stay as they are."""
+    """Replace or create a file and its directories. Newlines are not converted."""
     encoded = _bytes(content)
     with workspace.at(path, write=True, make=True) as spot:
         _replace(spot, path, encoded)
@@ -130,9 +130,9 @@ def edit(
 
 @contextlib.contextmanager
 def _opened(spot: Spot, path: str) -> Iterator[tuple[BinaryIO, int]]:
-    """The file, if it is a regular one: asked before opening, since opening a device may act."""
+    """Open a regular file. Its type is checked first, since opening a device may have effects."""
     _check_regular(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
-    # O_NONBLOCK: a pipe put in its place meanwhile must not keep us waiting for its writer.
+    # O_NONBLOCK: a pipe that replaced it meanwhile must not block until it has a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(spot.name, flags, dir_fd=spot.directory), "rb") as file:
         found = os.fstat(file.fileno())
@@ -148,14 +148,14 @@ def _check_regular(found: os.stat_result, path: str) -> None:
 
 
 def _whole(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
-    content = file.read(limit + 1) if size <= limit else b""  # a size can be out of date
+    content = file.read(limit + 1) if size <= limit else b""  # the size may be outdated
     if size > limit or len(content) > limit:
         raise ToolError(f"{path}: larger than {limit} bytes{hint}")
     return content
 
 
 def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -> str:
-    """The lines of a range, read in chunks: a line may be as long as the file."""
+    """Return the lines of a range, read in chunks: a line may be as long as the file."""
     start, end = view_range[0], view_range[1] if view_range[1] > 0 else LAST
     if end < start:
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
@@ -176,14 +176,14 @@ def _lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: int) -
 
 
 def _selected(chunk: bytes, first: int, last: int) -> bytes:
-    """The lines of a chunk from `first`, 0 or less is its beginning, to `last`, with newlines."""
+    """Return the lines of a chunk from `first` (0 or less: its beginning) to `last`."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
 
 
 def _chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """What a file holds, within the bounds of a search."""
+    """Yield the chunks of a file, within the bounds of a search."""
     latest, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -207,12 +207,12 @@ def _encoded(content: bytes, suffix: str) -> Block:
 
 
 def _replace(spot: Spot, path: str, content: bytes) -> None:
-    """Put the content under a name of its own, then in place: nobody sees half a file."""
+    """Write to a temporary name, then rename: no reader sees an unfinished file."""
     mode = 0o644
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
         _check_regular(found, path)
-        mode = stat.S_IMODE(found.st_mode) & 0o777  # never setuid: it may be given away below
+        mode = stat.S_IMODE(found.st_mode) & 0o777  # never setuid: the owner may change below
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     opened = os.open(temporary, flags, 0o600, dir_fd=spot.directory)
@@ -230,7 +230,7 @@ def _replace(spot: Spot, path: str, content: bytes) -> None:
 
 
 def _text(content: bytes, path: str, *, final: bool = True) -> str:
-    """Decode strictly; unless `final`, a character that a cut went through is left out."""
+    """Decode strictly. Unless `final`, an incomplete last character is left out."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content, final)
     except UnicodeDecodeError:

@@ -1,12 +1,13 @@
-"""What stands between a session's commands and this machine: nothing, or bubblewrap.
+"""The isolation of a session's commands from the machine: none, or bubblewrap.
 
-Owns the sandbox's command line and the proof, at start, that it works here. Inside, a command sees
-the system's programs read-only and the workspace; it has its own process and network namespaces, so
-neither this worker's environment nor any of its files can be reached, rlimits and a session keyring
-of its own.
+Owns the command line of the sandbox and the test at start that it works here. Inside, a command
+sees the programs of the system (read-only) and the workspace. It has process and network
+namespaces, rlimits and a session keyring of its own, so it cannot read the worker's environment and
+files.
 
-A worker that is root gives each session a user id of its own: root is exempt from RLIMIT_NPROC, and
-would own /proc/sys. Any other worker's sandboxes are user namespaces that cannot make more of them.
+A worker that runs as root gives each session a user id of its own: root is exempt from
+RLIMIT_NPROC, and would own /proc/sys. The sandboxes of another worker are user namespaces that
+cannot create further ones. See plugins/toolset/README.md, "Isolation".
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import Root
 
 HOME: Final = "/workspace"
-"""Where a sandboxed session sees its workspace."""
+"""The path of the workspace inside of a sandbox."""
 
 ALLOWED: Final = ("PATH", "HOME", "LANG", "TZ", "TMPDIR")
-"""All that a command gets of this process's environment; the token is in there too."""
+"""The variables of the worker that a command gets; the others include the token."""
 
 SETPRIV: Final = "/usr/bin/setpriv"
 MOUNT: Final = "/usr/bin/mount"
 _LAUNCHER: Final = str(Path(launcher.__file__).resolve())
 _SHARED: Final = ".shm"
 INODE_BYTES: Final = 16 * 1024
-"""A directory in memory holds a file for each of these bytes of its size at most."""
+"""Bytes of a directory in memory for each file that it may contain."""
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PROBE_SECONDS: Final = 20.0
 FIRST_USER: Final = 1_900_000_000  # a range that no distribution hands out
@@ -57,7 +58,7 @@ _ETC: Final = (
 )
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 VISIBLE: Final = (*_SYSTEM, *(f"/etc/{name}" for name in _ETC))
-"""What every sandbox shows of this machine, to read."""
+"""The paths of the machine that every sandbox shows read-only."""
 _TMP: Final = "/tmp"  # noqa: S108 - the sandbox's own
 _SHM: Final = "/dev/shm"  # noqa: S108 - the sandbox's own
 _NAMESPACES: Final = (
@@ -70,7 +71,7 @@ _QUIET: Final = {"PS1": "", "PS2": "", "TERM": "dumb"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one process of a sandbox may use, by rlimit.
+    """The rlimits of one process of a sandbox.
 
     `memory_mb` is also the size of `/tmp` and `/dev/shm` together.
     """
@@ -81,9 +82,9 @@ class Limits:
     file_mb: int = 4096
 
     def script(self) -> str:
-        """Shell code that goes home, sets them for good, then becomes its arguments."""
-        # Goes home here: `bwrap` of a root worker may not enter what is its session's alone.
-        # -d, not -v: programs like node reserve far more addresses than they ever use.
+        """Return shell code that enters the workspace, sets the limits and runs its arguments."""
+        # Changes the directory here: `bwrap` of a root worker cannot enter the session's directory.
+        # -d, not -v: programs such as node reserve more address space than they use.
         return (
             f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
             f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
@@ -91,60 +92,60 @@ class Limits:
 
 
 class Isolation(Protocol):
-    """How a session's commands are run."""
+    """The interface of an isolation."""
 
     @property
     def name(self) -> str:
-        """Its name in the settings and the log."""
+        """The name in the settings and the log."""
 
     @property
     def sandboxed(self) -> bool:
-        """Whether commands see nothing but the workspace and what was shown to them."""
+        """Whether commands see only the workspace and the shown paths."""
 
     def shown(self, workspace: Path, /) -> str:
-        """Where the session sees its workspace."""
+        """Return the path of the workspace for the session."""
 
     def owner(self, session: str, /) -> tuple[int, int] | None:
-        """Whose the session's files are; None: this process's."""
+        """Return the owner of the session's files; None: the owner of this process."""
 
     def command(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
-        """The command line that runs `words` for the session."""
+        """Return the command line that runs `words` for the session."""
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """All variables that the session's commands get."""
+        """Return all variables of the session's commands."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """No isolation: commands may do all that this process may."""
+    """No isolation: commands may do everything that this process may."""
 
     name: str = field(default="none", init=False)
     sandboxed: bool = field(default=False, init=False)
 
     def shown(self, workspace: Path) -> str:
-        """Its real path."""
+        """Return the real path of the workspace."""
         return str(workspace)
 
     def owner(self, _session: str, /) -> None:
-        """This process's."""
+        """Return None: files belong to the owner of this process."""
 
     def command(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
-        """The words themselves."""
+        """Return `words` unchanged."""
         return list(words)
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """The allowed variables, or exactly the explicit ones."""
+        """Return the allowed variables, or exactly the explicit ones."""
         allowed = {name: os.environ[name] for name in ALLOWED if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
 
 
 @dataclass(frozen=True, slots=True)
 class Bubblewrap:
-    """A sandbox per shell, by `bwrap` 0.8 or later.
+    """A sandbox for each shell, with `bwrap` 0.8 or later.
 
     Attributes:
-        limits: Of each process.
-        roots: More directories to show, at the same path as here.
+        limits: The limits of each process.
+        roots: Further directories to show, at the same path.
         as_root: Whether this process is root, so that each session gets a user of its own.
         program: The path of `bwrap`.
     """
@@ -157,18 +158,18 @@ class Bubblewrap:
     sandboxed: bool = field(default=True, init=False)
 
     def shown(self, _workspace: Path, /) -> str:
-        """The same for every session."""
+        """Return the path of the workspace in each sandbox."""
         return HOME
 
     def owner(self, session: str) -> tuple[int, int] | None:
-        """A user that nobody else is: two sessions of one id hash share it, and nothing else."""
+        """Return a user id for the session alone, apart from collisions of its hash."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
     def command(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
-        """`bwrap`, then the user, then the limits, then the words."""
+        """Return the command line: `bwrap`, the user, the limits, then `words`."""
         owner = self.owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
@@ -186,7 +187,7 @@ class Bubblewrap:
         return [*bwrap, *self._files(workspace), "--", *user, *limited]
 
     def environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """The allowed variables, with places that exist inside, or exactly the explicit ones."""
+        """Return the allowed variables with paths of the sandbox, or exactly the explicit ones."""
         if explicit is not None:
             return _QUIET | dict(explicit)
         inside = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
@@ -194,7 +195,7 @@ class Bubblewrap:
         return _QUIET | kept | inside
 
     def _memory(self) -> list[str]:
-        """`/tmp` and `/dev/shm`, of `memory_mb` together."""
+        """Return the options for `/tmp` and `/dev/shm`, of `memory_mb` together."""
         size = self.limits.memory_mb << 20
         if self.as_root:  # a directory of `/tmp` becomes `/dev/shm` later
             shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
@@ -207,7 +208,7 @@ class Bubblewrap:
         ]
 
     def _memory_script(self) -> str:
-        """Shell code that does what bubblewrap cannot: bound the number of files in memory."""
+        """Return shell code that limits the number of files in memory, which bubblewrap cannot."""
         inodes = (self.limits.memory_mb << 20) // INODE_BYTES
         return (
             f"{MOUNT} -o remount,nr_inodes={inodes} {_TMP}"
@@ -234,20 +235,20 @@ class Bubblewrap:
 
 
 def _open_way(path: str) -> list[str]:
-    """The directories on the way to a path, for all to pass: `bwrap` would make them private."""
+    """Return options for the parents of a path, which `bwrap` would make private."""
     ways = [str(way) for way in reversed(Path(path).parents) if str(way) != "/"]
     return [word for way in ways for word in ("--perms", "0755", "--dir", way)]
 
 
 async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
-    """Run the sandbox once, just as a session's is run; what is wrong with it, None when nothing.
+    """Run the sandbox once, as for a session; return its problem, or None.
 
     Args:
-        sandbox: To be tried.
-        folder: Where the sessions' workspaces will be; a directory is made there for the moment.
+        sandbox: The sandbox.
+        folder: The parent of the workspaces; gets a temporary directory.
 
     Raises:
-        OSError: The directory cannot be made or given away, or no process started.
+        OSError: The directory cannot be created, its owner not be set, or no process started.
     """
     if os.uname().machine not in launcher.CALLS:
         return f"its system calls cannot be filtered on {os.uname().machine}"

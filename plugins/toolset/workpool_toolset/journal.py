@@ -1,12 +1,13 @@
-"""What this machine knows of a session's calls: begun, and with which result. Survives a crash.
+"""The journal of a session's calls on this machine, which survives a crash.
 
-A mark is on disk *before* a call is executed, and its result before it is sent. So after a crash
-each call is one of three: never begun (run it), begun without a result (nobody knows how far it
-got: say so, never run it again), or with a result (send it, however often).
+The mark of a call is on disk *before* the call is executed, and its result before it is sent. So
+after a crash each call is in one of three states: not begun (run it), begun without a result (its
+effects are unknown: say so, and never run it again), or with a result (send it, however often).
 
-One file per fact, made in one step, and no lock: a worker that is stopped in the middle of a write
-holds up nobody. Making the mark also keeps two workers of one machine apart: of one that slept
-through its lease and the one that took over, only one can begin a call.
+There is one file for each fact, created in one step, and no lock: a worker that stops during a
+write blocks no other worker. The mark also separates two workers of one machine: of a worker that
+slept through its lease and the one that took the item over, only one can begin a call. See
+plugins/toolset/README.md, "Exactly once".
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """One session's journal, in a directory of its own, used on threads.
+    """The journal of one session, in a directory of its own. Used on threads.
 
     Attributes:
-        new: Whether the directory was made by `open`.
-        name: Tells this journal from the session's journals on other machines.
+        new: Whether `open` created the directory.
+        name: A name that differs from those of the session's journals on other machines.
     """
 
     def __init__(self, folder: Path, threads: DaemonThreads) -> None:
@@ -41,28 +42,28 @@ class Journal:
         self.name = ""
 
     async def open(self) -> None:
-        """Make the directory, if there is none, and give it its name."""
+        """Create the directory and its name, unless they exist."""
         await self._threads.run(self._make)
 
     async def begin(self, call: str) -> Result | Literal["new", "begun"]:
-        """Note that a call is about to be executed; "new" is the leave to execute it.
+        """Write the mark of a call. Only a call that is "new" may be executed.
 
         Returns:
-            "new", or, when it was begun before, its result, or "begun" when there is none.
+            "new"; or the result of a call that was begun before, "begun" without a result.
         """
         return await self._threads.run(self._begin, call)
 
     async def finish(self, call: str, result: Result) -> None:
-        """Keep a call's result until `forget`."""
+        """Store the result of a call until `forget`."""
         await self._threads.run(self._finish, call, result)
 
     async def forget(self, call: str) -> None:
-        """Drop the result, since the control plane has it; that the call was begun stays known."""
+        """Delete the result, which the control plane has. The mark stays."""
         path = self._path(call, "result")
         await self._threads.run(path.unlink, missing_ok=True)
 
     def _path(self, call: str, fact: str) -> Path:
-        # An id is another's word, and becomes no path of ours; the mark holds it, for people.
+        # An id is text from outside, so it is no part of a path; the mark contains it for people.
         return self._folder / f"{hashlib.sha256(_bytes(call)).hexdigest()[:40]}.{fact}"
 
     def _make(self) -> None:
@@ -73,7 +74,7 @@ class Journal:
         path = self._folder / "name"
         if not path.exists():
             written = self._written(secrets.token_hex(8))
-            with contextlib.suppress(FileExistsError):  # of two at once, one gives it
+            with contextlib.suppress(FileExistsError):  # of two concurrent calls, one creates it
                 path.hardlink_to(written)
             written.unlink()
             _sync(self._folder)
@@ -92,7 +93,7 @@ class Journal:
             with mark:
                 mark.write(_bytes(call))
             _sync(self._folder)
-        except OSError:  # a call that was not begun must not be taken for one that was
+        except OSError:  # a call that was not begun must not look as if it was
             path.unlink()
             raise
         return "new"
@@ -103,14 +104,14 @@ class Journal:
         _sync(self._folder)
 
     def _written(self, text: str) -> Path:
-        """A file that is on disk, to be put in place in one step."""
+        """Write a temporary file to disk, which the block then renames or links."""
         path = self._folder / f"{secrets.token_hex(8)}.tmp"
         try:
             with path.open("x") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:  # a full disk must not keep the half of it as well
+        except OSError:  # a full disk must not keep an incomplete file
             path.unlink(missing_ok=True)
             raise
         return path
@@ -121,7 +122,7 @@ def _bytes(call: str) -> bytes:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a directory's names to disk: a file outlives a power cut only with its name."""
+    """Write a directory's entries to disk: a file survives a power failure only with its name."""
     opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(opened)

@@ -1,10 +1,10 @@
-"""Starts bubblewrap apart from the kernel's key rings: a program of its own, which becomes it.
+"""The program that starts bubblewrap without access to the kernel's key rings.
 
-Standard library only, run by its path with `python -I -S`: its arguments are bubblewrap's command
-line. A process inherits the session keyring of the worker, with tickets and disk keys, and all
-processes of one keyring can talk through it. So a sandbox gets a session keyring of its own, and
-the three system calls about keys are answered as by a kernel without them, whichever of the
-processor's instruction sets a program uses.
+It uses the standard library only, is run by its path with `python -I -S`, and replaces itself by
+its arguments, the command line of bubblewrap. A process inherits the session keyring of the worker,
+with tickets and disk keys, and all processes of one keyring can talk through it. So a sandbox gets
+a session keyring of its own, and the three system calls about keys are answered as by a kernel
+without them, whichever of the processor's instruction sets a program uses.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ First `AUDIT_ARCH_…`, by which the kernel knows the instruction set, then the 
 
 LOAD, AND, JUMP_IF_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 NUMBER, ARCHITECTURE = 0, 4
-"""Where the filter finds the call's number, and the instruction set."""
+"""The offsets of the call's number and of the instruction set for the filter."""
 ALLOW, REFUSE = 0x7FFF0000, 0x00050000 | errno.ENOSYS
 NOT_X32 = ~0x40000000 & 0xFFFFFFFF
 """x86-64's third instruction set, x32, has the same numbers with this bit set."""
@@ -34,10 +34,10 @@ JOIN_SESSION_KEYRING = 1
 
 
 def seccomp_filter(machine: str) -> bytes:
-    """The program for the kernel that refuses the calls about keys, and allows all others."""
+    """Return the filter that refuses the calls about keys and allows all others."""
     program = [(LOAD, 0, 0, ARCHITECTURE)]
     for architecture, *numbers in CALLS[machine]:
-        refuse = range(len(numbers), 0, -1)  # how many instructions lie in between
+        refuse = range(len(numbers), 0, -1)  # the number of instructions in between
         block = [
             (LOAD, 0, 0, NUMBER),
             (AND, 0, 0, NOT_X32),
@@ -46,15 +46,15 @@ def seccomp_filter(machine: str) -> bytes:
             (RETURN, 0, 0, REFUSE),
         ]
         program += [(JUMP_IF_EQUAL, 0, len(block), architecture), *block]
-    program.append((RETURN, 0, 0, REFUSE))  # an instruction set that is not known
+    program.append((RETURN, 0, 0, REFUSE))  # an unknown instruction set
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
 def leave_session_keyring(machine: str) -> None:
-    """Get a new session keyring, for this process and what it becomes.
+    """Join a new session keyring, for this process and the program that replaces it.
 
     Raises:
-        OSError: There is none.
+        OSError: The kernel refuses a keyring.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     keyctl = ctypes.c_long(CALLS[machine][0][-1])
@@ -66,7 +66,7 @@ def leave_session_keyring(machine: str) -> None:
 
 
 def main() -> int:
-    """Become the program that the arguments name."""
+    """Replace this process by the program of the arguments."""
     program, *arguments = sys.argv[1:]
     machine = os.uname().machine
     try:

@@ -1,4 +1,4 @@
-"""`Toolset`: the plugin's settings, its start, and its handler."""
+"""The plugin: its settings, its start, and its handler."""
 
 from __future__ import annotations
 
@@ -57,34 +57,37 @@ def _state() -> str:
 
 @dataclass(kw_only=True, eq=False)
 class Toolset:
-    """Executes the tool calls of sessions; the fields are its settings (README)."""
+    """Executes the tool calls of sessions. The fields are its settings.
+
+    See plugins/toolset/README.md, "Settings".
+    """
 
     isolation: str = "bubblewrap"
-    """`bubblewrap`, or `none`: commands may then do all that this worker may."""
+    """`bubblewrap`, or `none`: commands may then do everything that the worker may."""
     state: str = field(default_factory=_state)
-    """Where workspaces and journals are kept, a directory per session."""
+    """The directory of workspaces and journals, with a directory for each session."""
     allowed_roots: Sequence[str] = ()
-    """Directories that sessions may read and write besides their own."""
+    """Further directories that sessions may read and write."""
     read_only_roots: Sequence[str] = ()
     """Directories that sessions may read."""
     environment: Mapping[str, str] | None = None
     """All variables of commands; unset: PATH, HOME, LANG, TZ and TMPDIR."""
     tools: Mapping[str, str | CustomTool] = field(default_factory=dict)
-    """Custom tools by name: functions, or where to find them, `module:function`."""
+    """Custom tools by name: functions, or `module:function`."""
     bash_timeout: float = 120.0
-    """Seconds that a command has unless its call says otherwise."""
+    """Seconds that a command has by default."""
     tool_timeout: float = 150.0
-    """Seconds that any call has; 10 more than `bash_timeout` at least."""
+    """Seconds that each call has; at least 10 more than `bash_timeout`."""
     max_idle: float = 60.0
-    """Seconds to stay with a session after the end of its turn; `inf`: until it ends."""
+    """Seconds to wait after the end of a turn; `inf`: until the session ends."""
     max_file_bytes: int = SIZES.text
-    """The largest text file that `read` and `edit` take, in bytes."""
+    """The largest text file for `read` and `edit`, in bytes."""
     max_image_bytes: int = SIZES.image
-    """The largest image that `read` takes, in bytes."""
+    """The largest image for `read`, in bytes."""
     max_pdf_bytes: int = SIZES.pdf
-    """The largest PDF that `read` takes, in bytes."""
+    """The largest PDF for `read`, in bytes."""
     memory_mb: int = 4096
-    """Data of each process, and the size of `/tmp` and `/dev/shm` together, in MiB; sandboxed."""
+    """Memory of each process, and the size of `/tmp` and `/dev/shm` together, in MiB; sandboxed."""
     cpu_seconds: int = 3600
     """Processor time of each process; sandboxed."""
     processes: int = 512
@@ -100,7 +103,7 @@ class Toolset:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check the settings, prove the isolation, and say which one is in force."""
+        """Check the settings, test the isolation, and log which one is used."""
         self._check_numbers()
         state, settings = self._folder(), supervisor.settings
         credentials = (settings.token_file, settings.api_key_file)
@@ -156,7 +159,7 @@ class Toolset:
         )
 
     def _session_folder(self, session: str) -> Path:
-        """The session's directory, made with its workspace. The id is checked: it names a file."""
+        """Create the session's directory and workspace. Checks the id, which is a file name."""
         if not _SESSION.fullmatch(session):
             raise ValueError("the session's id cannot be a directory's name")
         folder = self._folder() / session
@@ -206,14 +209,14 @@ class Toolset:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
     def _check_hidden(self, private: Sequence[Path]) -> None:
-        """What is the worker's own must lie where no sandbox shows it."""
+        """Check that no sandbox shows files of the worker."""
         for path in private if self.isolation != "none" else ():
             for place in VISIBLE:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(place)):
                     raise PluginError(NAME, f"{path}: lies in {place}, which sessions may read")
 
     def _check_nesting(self) -> None:
-        """What lies between two roots a session could move away, and put a link in its place."""
+        """Check for nested roots: a session could replace a directory between them by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:
             for outer in (root.host for root in self._roots if root.writable):
@@ -223,7 +226,7 @@ class Toolset:
                     )
 
     def _checked_roots(self, private: Sequence[Path]) -> Iterator[Root]:
-        """The further roots; sandboxed sessions see none with the token, journals or each other."""
+        """Return the further roots. None of them may show the token, journals or other sessions."""
         asked = [(path, True) for path in self.allowed_roots]
         for path, writable in [*asked, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))
@@ -236,7 +239,7 @@ class Toolset:
 
 
 def _function(name: str, tool: object) -> CustomTool:
-    """A custom tool: itself, or what `module:function` names."""
+    """Return a custom tool: the function, or the one that `module:function` names."""
     if isinstance(tool, str):
         module, _, attribute = tool.partition(":")
         try:

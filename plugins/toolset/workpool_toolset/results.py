@@ -1,6 +1,6 @@
-"""What a tool gives back: `Result`, and `ToolError` for what the agent is told went wrong.
+"""The result of a tool: `Result`, and `ToolError` for an error that the agent sees.
 
-Owns the shape that the control plane accepts: content blocks without lone surrogates, never empty.
+Owns the format that the control plane accepts: content blocks without lone surrogates, never empty.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class ToolError(Exception):
-    """Said to the agent as it stands: it holds no host path, no errno, no secret."""
+    """An error whose text the agent sees: without host paths, errno and secrets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one call: content blocks, and whether they tell of a failure."""
+    """The answer to one call: content blocks, and whether the call failed."""
 
     content: list[Block]
     is_error: bool = False
 
     @classmethod
     def of(cls, value: object, *, is_error: bool = False) -> Result:
-        """What a tool returned: text, a block, a list of these, nothing, or any JSON value."""
+        """Return the result for text, a block, a list of these, None, or a JSON value."""
         values = value if isinstance(value, list) and all(map(_is_block, value)) else [value]
         blocks = [_block(one) for one in values if one not in (None, "")]
         return cls(blocks or [_text(NO_OUTPUT)], is_error)
 
     @classmethod
     def error(cls, text: str) -> Result:
-        """A failure, in words for the agent; cut after 4,000 characters."""
+        """Return a failure with a text for the agent, at most 4,000 characters."""
         cut = text if len(text) <= ERROR_CHARACTERS else text[:ERROR_CHARACTERS] + "…"
         return cls([_text(cut)], is_error=True)
 
@@ -51,7 +51,7 @@ def _is_block(value: object) -> bool:
 def _block(value: object) -> Block:
     if isinstance(value, str):
         return _text(value)
-    # Through JSON and back: what cannot be sent must fail here, as this tool's error.
+    # Through JSON and back: content that cannot be sent must fail here, as an error of this tool.
     plain = json.dumps(value, ensure_ascii=False, default=str)
     clean = _SURROGATE.sub("\ufffd", plain)
     if isinstance(value, dict) and _is_block(value):

@@ -1,6 +1,6 @@
-"""How `grep` runs ripgrep: the same files and lines as the walker, and none of its own hints.
+"""The use of ripgrep by `grep`: the same files and lines as the walker, without its hints.
 
-Owns the options, the translation of patterns, and the messages that ripgrep prints.
+Owns the options, the translation of patterns, and the parsing of the messages of ripgrep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 MESSAGE_BYTES: Final = 100 * walker.LINE_BYTES
-"""The longest message about a line that is not too long: it may list a match at each byte."""
+"""The longest message about a line within its limit: it may list a match at each byte."""
 OPTIONS: Final = (
     *("--no-config", "--json", "--no-messages", "--no-mmap", "--sort=path"),
     *("--hidden", "--no-ignore", "--crlf", "--engine=auto", "--encoding=none"),
@@ -30,8 +30,8 @@ def globs(where: str, include: str | None) -> Iterator[str]:
     """The options that make ripgrep search the files that the walker would search.
 
     Args:
-        where: The directory that is searched, as ripgrep is given it.
-        include: As `walker.included` takes it.
+        where: The directory that is searched, as ripgrep gets it.
+        include: The pattern, as for `walker.included`.
     """
     wanted = (include or "").removeprefix("!")
     way = "/" + _literal(f"{where}/").lstrip("/")
@@ -43,12 +43,12 @@ def globs(where: str, include: str | None) -> Iterator[str]:
 
 
 def _literal(path: str) -> str:
-    """A path as a pattern of ripgrep's that matches nothing else."""
+    """Return a pattern of ripgrep that matches this path only."""
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
 
 def _component(pattern: str) -> str:
-    """A component of a pattern, as Python's `fnmatch` understands it, for ripgrep."""
+    """Translate a component of a pattern of Python's `fnmatch` for ripgrep."""
     if pattern == "**":
         return pattern
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
@@ -60,7 +60,7 @@ def _component(pattern: str) -> str:
 
 
 def problem(said: str) -> str:
-    """Why ripgrep has searched nothing, without hints at options that an agent does not have."""
+    """Return the error of ripgrep, without hints at options that an agent does not have."""
     reasons = re.findall(r"^(?:error|PCRE2): (.*)", said, re.MULTILINE)
     if reasons:
         return f"not a regular expression: {reasons[-1]}"
@@ -68,11 +68,11 @@ def problem(said: str) -> str:
 
 
 class Matches:
-    """What ripgrep finds, read from its messages (`--json`), file by file.
+    """The findings of ripgrep, parsed from its messages (`--json`), file by file.
 
     Attributes:
-        complete: Whether it has searched everything, or enough was found.
-        cut: Whether there is more than `limit` bytes.
+        complete: Whether everything was searched, or enough was found.
+        cut: Whether there are more than `limit` bytes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -85,11 +85,11 @@ class Matches:
         self._file_size = 0
 
     def text(self) -> str:
-        """The lines that were found."""
+        """Return the lines that were found."""
         return "".join(self._lines)
 
     async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
-        """Read all messages; call `enough` once there is more than can be told."""
+        """Read all messages; call `enough` once there is more than `limit` bytes."""
         part, dropped = b"", False
         while stream and (chunk := await stream.read(_CHUNK)):
             *messages, part = (part + chunk).split(b"\n")
@@ -97,7 +97,7 @@ class Matches:
                 if not (dropped or self.cut or len(message) > MESSAGE_BYTES):
                     self._add(json.loads(message))
                 dropped = False
-            if len(part) > MESSAGE_BYTES:  # of a line that is longer than lines may be
+            if len(part) > MESSAGE_BYTES:  # about a line that exceeds the limit
                 part, dropped = b"", True
             if self.cut:
                 enough()

@@ -1,8 +1,9 @@
-"""One session: its stream of events in, the results of its tool calls out, each exactly once.
+"""The run of one session: it reads the events and answers each tool call exactly once.
 
-Two tasks share the conversation: one reads and applies events, one answers calls, one call at a
-time. Neither keeps the other waiting; a cancellation (lost lease, deadline of a drain) ends both at
-any await, because what was begun and what came of it is in the journal.
+Two tasks share the conversation: one reads and applies events, the other answers calls, one at a
+time. Neither blocks the other. A cancellation (lost lease, deadline of a drain) may end both at any
+await, because the journal has all begun calls and their results. See plugins/toolset/README.md,
+"Exactly once".
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ INTERRUPTED: Final = "interrupted by the user"
 REFUSED: Final = "the result was refused by the control plane; it may be too large"
 
 JOURNAL: Final = "workpool.toolset"
-"""The item's metadata that names the journal of whoever runs its calls."""
+"""The metadata of the item with the name of the journal of its calls."""
 
 POST_SECONDS: Final = 300.0
-"""How long a result is sent anew before the session is given back, to be sent from the journal."""
+"""Seconds for which a result is sent again before the session is released."""
 REFUSED_SECONDS: Final = 30.0
-"""How long a 400 is tried anew: a result can arrive before its call is known everywhere."""
+"""Seconds for which a 400 is tried again: a result may arrive before its call."""
 WAIT_MAX_SECONDS: Final = 30.0
 _BAD_REQUEST: Final = 400
 
@@ -55,10 +56,10 @@ class Runner:
     """Answers one session's calls until it ends, is idle, or is asked to stop.
 
     Args:
-        session: The claimed session.
-        toolbox: What executes the calls.
-        journal: Open; this session's.
-        max_idle: Seconds to stay after the end of a turn; infinite: until the session ends.
+        session: The session.
+        toolbox: The tools.
+        journal: The open journal of the session.
+        max_idle: Seconds to wait after the end of a turn; infinite: until the session ends.
     """
 
     def __init__(
@@ -76,11 +77,11 @@ class Runner:
         self._running: tuple[ToolCall, asyncio.Timeout] | None = None
 
     async def run(self) -> None:
-        """Work until there is nothing more to do.
+        """Run until the session needs nothing more.
 
         Raises:
-            Release: The pool drains; the session is another worker's now.
-            LeaseLost, SessionEnded, ControlPlaneError: As the session's calls raise them.
+            Release: The pool drains, so another worker continues.
+            LeaseLost, SessionEnded, ControlPlaneError: As calls of the session raise them.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -115,7 +116,7 @@ class Runner:
         self._changed.set()
 
     def _noticed(self) -> None:
-        """Something changed: wind the idle clock, stop what nobody waits for, wake the worker."""
+        """Apply a change: restart the idle time, stop interrupted calls, wake the other task."""
         now = asyncio.get_running_loop().time()
         if not self._conversation.idle:
             self._idle_since = None
@@ -143,7 +144,7 @@ class Runner:
                 return "idle"
 
     async def _next(self) -> ToolCall | None:
-        if not self._caught_up:  # a result may be among what was not read yet
+        if not self._caught_up:  # a result may be among the events that are not read yet
             return None
         if not self._joined:
             self._joined = True
@@ -151,9 +152,10 @@ class Runner:
         return self._conversation.next()
 
     async def _join(self) -> None:
-        """What another machine may have begun is not begun here; then say that we begin calls.
+        """Skip calls that another machine may have begun, then name this journal in the metadata.
 
-        In this order: named first, a crash in between would pass the other's calls off as ours.
+        In this order: after a crash in between, the calls of the other machine would look like
+        those of this one.
         """
         named, ours = self._session.item.metadata.get(JOURNAL), self._journal.name
         elsewhere = self._journal.new if named is None else named != ours
@@ -166,12 +168,12 @@ class Runner:
         try:
             await self._session.update_metadata({JOURNAL: ours})
         except NotPermittedError:
-            pass  # the pool has logged it; the name is in the state directory only
+            pass  # the pool has logged the error; the name is only in the state directory
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 
     async def _wait(self) -> bool:
-        """Wait for a change; False when the session was idle for long enough."""
+        """Wait for a change; return False once the session was idle for `max_idle` seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
         try:
             async with asyncio.timeout_at(None if since is None else since + self._max_idle):
@@ -193,7 +195,7 @@ class Runner:
         elif self._conversation.is_interrupted(call.id):
             result = Result.error(INTERRUPTED)
         else:
-            self._check_lease()  # the journal may have taken its time
+            self._check_lease()  # the journal may have been slow
             result = await self._execute(call)
             await self._keep(call, result)
         if call.id not in self._conversation.answered:
@@ -204,7 +206,7 @@ class Runner:
     async def _keep(self, call: ToolCall, result: Result) -> None:
         try:
             await self._journal.finish(call.id, result)
-        except OSError:  # it can be sent all the same; lost in a crash, it is unknown
+        except OSError:  # the result is sent anyway; after a crash its call counts as unknown
             self._session.log.exception("toolset: result of %s not kept", call.id)
 
     def _check_lease(self) -> None:
@@ -217,7 +219,7 @@ class Runner:
         try:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
-                self._noticed()  # the interrupt may have come while the journal was written
+                self._noticed()  # an interrupt may have come while the journal was written
                 result = await self._toolbox.run(call)
         except TimeoutError:
             result = Result.error(INTERRUPTED)
@@ -230,11 +232,11 @@ class Runner:
         return result
 
     async def _post(self, call: ToolCall, result: Result) -> None:
-        """Send a result until it is there; one refused for good is replaced once, then dropped."""
+        """Send a result until it is stored. A refused one is replaced once, then dropped."""
         for candidate in (result, Result.error(REFUSED)):
             try:
                 await self._send(call, candidate)
-            except ConflictError:  # an earlier send was applied and its answer lost
+            except ConflictError:  # an earlier try was applied, but its answer was lost
                 return
             except RefusedError:
                 self._session.log.exception("toolset: result of %s refused", call.id)
@@ -255,23 +257,23 @@ class Runner:
                 bound = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
             else:
                 return
-            if call.id in self._conversation.answered:  # the stream showed that it was applied
+            if call.id in self._conversation.answered:  # the stream showed the result
                 return
             if clock() - started >= bound:
                 if isinstance(failure, TransientError):
                     raise Release("results cannot be sent")
                 raise failure
-            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, hides nothing
+            await asyncio.sleep(random.uniform(pause / 2, pause))  # noqa: S311 - spreads retries, no secret
             pause = min(pause * 2, WAIT_MAX_SECONDS)
 
     def _denied(self, call: ToolCall) -> None:
-        if self._caught_up:  # not again whenever the history is read
+        if self._caught_up:  # not again each time the history is read
             self._session.log.info("toolset: %s %s denied", call.name, call.id)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Give a session back whose journal cannot be written: calls are not executed without one."""
+    """Release a session whose journal cannot be written: no call runs without a journal."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""`glob` and `grep`: a search runs in a process that can be killed, and says no more than it may.
+"""The tools `glob` and `grep`. A search is a process that can be killed, with bounded output.
 
-Ripgrep opens whole paths, so a session that swaps a directory for a link under its feet could lead
-it out of the workspace. It therefore runs only inside the session's sandbox, where there is nothing
-to be led to; without a sandbox, and for other roots, `walker` searches on descriptors.
+Ripgrep opens whole paths, so a session that replaces a directory by a link during the search could
+lead it out of the workspace. Therefore it runs only inside of the session's sandbox, where no other
+file exists. Without a sandbox, and for other roots, `walker` searches with descriptors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import Spot, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
-"""Looked for in the system only: a `rg` of the session's own making must never run."""
+"""The directories in which `rg` is looked up: a `rg` of the session must never run."""
 
 GREP_BYTES: Final = walker.FOUND_BYTES
 SEARCH_SECONDS: Final = 30.0
@@ -40,7 +40,7 @@ _WALKER: Final = str(Path(walker.__file__).resolve())
 
 @dataclass(frozen=True, slots=True)
 class Sandboxed:
-    """How to run a program inside the session's sandbox: a prefix, and all of its variables."""
+    """The prefix and the variables for a program inside of the session's sandbox."""
 
     prefix: Sequence[str]
     environment: Mapping[str, str]
@@ -50,8 +50,8 @@ class Search:
     """The searches of one session.
 
     Args:
-        workspace: What may be searched.
-        sandboxed: The session's sandbox, None when there is none.
+        workspace: The roots that may be searched.
+        sandboxed: The session's sandbox; None without one.
     """
 
     def __init__(self, workspace: Workspace, sandboxed: Sandboxed | None) -> None:
@@ -59,7 +59,7 @@ class Search:
         self._sandboxed = sandboxed
 
     async def glob(self, pattern: str, path: str) -> str:
-        """The files and directories whose path matches, newest first; at most 200."""
+        """Return the files and directories whose path matches, newest first, at most 200."""
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise ToolError("the pattern must be relative, without `..`")
         roots = [(root.shown, str(root.host)) for root in self._workspace.roots]
@@ -69,12 +69,12 @@ class Search:
         return found or "no matches"
 
     async def grep(self, pattern: str, path: str, include: str | None) -> str:
-        """The lines that match, as `path:line:text`."""
+        """Return the lines that match, as `path:line:text`."""
         if "\0" in pattern or "\0" in (include or ""):
             raise ToolError("the pattern holds a NUL")
         with self._workspace.at(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
             if is_file and include and not walker.included((spot.name,), include):
@@ -125,16 +125,16 @@ def _grep(pattern: str, include: str | None) -> dict[str, Any]:
 
 
 class _Text:
-    """What the walker finds, in whole lines.
+    """The findings of the walker, in whole lines.
 
     Attributes:
-        text: The beginning of it, and whether there is more.
+        text: The first part of them, and whether there is more.
     """
 
     text = ""
 
     async def read(self, stream: asyncio.StreamReader | None, enough: Callable[[], None]) -> None:
-        """Read all of it; call `enough` once there is more than can be told."""
+        """Read all output; call `enough` once there is more than fits."""
         text, cut = await _start_of(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 
@@ -145,7 +145,7 @@ async def _bounded(
     read: Callable[[asyncio.StreamReader | None, Callable[[], None]], Coroutine[Any, Any, None]],
     passed: tuple[int, ...] = (),
 ) -> tuple[int, str]:
-    """Run a search: its status, and what it said. Killed when it is late, or `read` has enough."""
+    """Run a search, and return its status and errors. Kill it if it is late or has found enough."""
     process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.DEVNULL,
@@ -166,17 +166,16 @@ async def _bounded(
         _kill(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                await process.communicate()  # `wait` alone would wait for ever on an unread pipe
+                await process.communicate()  # `wait` alone would never end with an unread pipe
     return process.returncode or 0, said.result()[0]
 
 
 async def _start_of(
     stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
 ) -> tuple[str, bool]:
-    """What a stream begins with, in whole lines, and whether there was more.
+    """Return the first lines of a stream, and whether there was more.
 
-    Reads to the end whatever it keeps: on an unread pipe a process stands still, and its end is
-    never told.
+    Reads to the end, since a process with an unread pipe never ends.
     """
     kept = bytearray()
     cut = False

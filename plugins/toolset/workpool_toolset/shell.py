@@ -1,9 +1,9 @@
-"""One persistent bash of a session: its commands run one after the other and share its state.
+"""The bash of a session, whose commands run one after the other and share its state.
 
-A command is read from a pipe, so nothing that it prints can be taken for the shell's own words: the
-end of its output is marked by a random word that is made of two halves, which an echo of the source
-shows apart. The mark is written to a descriptor that commands do not have, so `exec >file` does
-not lose it. What is killed is the whole process group, and with it, in a sandbox, everything.
+A random word marks the end of a command's output. It consists of two halves, which an echo of the
+source shows separately, so no output of a command looks like the mark. The mark is written to a
+descriptor that commands do not have, so `exec >file` does not redirect it. A kill ends the whole
+process group, and in a sandbox all its processes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 OUTPUT_BYTES: Final = 100 * 1024
 TRUNCATED: Final = "[output truncated]\n"
 TERM_SECONDS: Final = 1.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 REAP_SECONDS: Final = 5.0
-"""From SIGKILL to giving up the wait; a process in the kernel can take its time."""
+"""Seconds to wait after SIGKILL; a process may be blocked in the kernel."""
 
 _MARKS: Final = 199
-"""The descriptor of the shell's output that marks are written to."""
+"""The descriptor for the marks."""
 _CHUNK: Final = 64 * 1024
 _REST_BYTES: Final = 1024 * 1024
-"""Read of the output after the shell's exit: the most that Linux lets a pipe hold."""
+"""Bytes to read after the shell's exit: the largest pipe of Linux."""
 _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 class ShellEnded(Exception):
-    """The shell ended under a command: its output so far, and how it ended."""
+    """The shell ended during a command. Has the output so far, and the reason."""
 
     def __init__(self, output: str, status: int | None) -> None:
         super().__init__(f"the shell ended with status {status}")
@@ -49,19 +49,19 @@ class ShellEnded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command printed, its end at most, and its exit status; -1 when that is unknown."""
+    """The last part of a command's output, and its exit status; -1 if unknown."""
 
     text: str
     status: int
 
 
 class Shell:
-    """Started by its first command; never started anew unless `restart` is called.
+    """A shell that its first command starts, and that only `restart` starts again.
 
     Args:
-        words: The command line of the shell, sandbox included.
-        environment: All of its variables.
-        folder: Where it starts, None where its command line says.
+        words: The command line of the shell, with its sandbox.
+        environment: All variables.
+        folder: The directory; None: the one of the command line.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Shell:
         self.ended = False
 
     async def run(self, command: str) -> Output:
-        """Run one command to its end; if that does not come, the shell is shut.
+        """Run one command to its end. If it is cancelled, the shell is ended.
 
         Raises:
-            ShellEnded: It ended by itself, as after `exit`.
+            ShellEnded: The shell ended by itself, for example after `exit`.
         """
         self._printed = _Tail()
         try:
@@ -90,13 +90,13 @@ class Shell:
                 await self._run(":", self._started)
             return await self._run(command, self._started)
         except BaseException:
-            self.ended = self._started is not None  # what was not started can be tried again
+            self.ended = self._started is not None  # a shell that did not start can be tried again
             await self.close()
             raise
 
     @property
     def printed(self) -> str:
-        """What the latest command has printed so far."""
+        """Return the output of the current command so far."""
         return self._printed.text()
 
     async def restart(self) -> None:
@@ -105,7 +105,7 @@ class Shell:
         self.ended = False
 
     async def close(self) -> None:
-        """End the shell with all its processes: asked first, then killed. Safe to repeat."""
+        """End the shell with all its processes: SIGTERM, then SIGKILL. Idempotent."""
         started = self._started
         if started is None:
             return
@@ -114,7 +114,7 @@ class Shell:
         finally:
             started.stdin.close()
             started.output.close()
-        self._started = None  # not before: what was cancelled here is awaited by the next call
+        self._started = None  # not before: after a cancellation, the next call waits for its end
 
     async def _start(self) -> _Started:
         output = _Output()
@@ -149,7 +149,7 @@ class Shell:
             f"eval {shlex.quote(command)} </dev/null 2>&{_MARKS} {_MARKS}>&-\n"
             f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKS}\n"
         )
-        with contextlib.suppress(ConnectionError):  # it has ended: reading tells
+        with contextlib.suppress(ConnectionError):  # the shell has ended, as the reader will notice
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()
         mark = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
@@ -171,10 +171,10 @@ class _Started(NamedTuple):
 
 
 class _Output:
-    """What a shell prints, until it has exited: its jobs may hold the pipe open for longer.
+    """The output of a shell until its exit: its jobs may keep the pipe open for longer.
 
     Attributes:
-        writer: The shell's end of the pipe; whoever starts the shell closes it.
+        writer: The shell's end of the pipe, which the starter of the shell closes.
     """
 
     def __init__(self) -> None:
@@ -188,7 +188,7 @@ class _Output:
         """Notice the exit of this process.
 
         Raises:
-            OSError: It cannot be watched.
+            OSError: The process cannot be watched.
         """
         try:
             self._pidfd = os.pidfd_open(shell)
@@ -197,7 +197,7 @@ class _Output:
             self._exited()
 
     async def read(self) -> bytes:
-        """The next piece; nothing at the end of the pipe, or when the shell left nothing more."""
+        """Return the next piece; empty bytes at the end of the pipe or of the shell's output."""
         while self._rest is None:
             await self._change()
             with contextlib.suppress(BlockingIOError):
@@ -209,14 +209,14 @@ class _Output:
             return b""
 
     def close(self) -> None:
-        """Close the pipe. Safe to repeat."""
+        """Close the pipe. Idempotent."""
         self._stop_watching()
         if self._reader != -1:
             os.close(self._reader)
             self._reader = -1
 
     async def _change(self) -> None:
-        # Always by way of the loop: a command that prints without end must not block it.
+        # Always through the loop: a command that prints without end must not block it.
         loop = asyncio.get_running_loop()
         self._changed.clear()
         loop.add_reader(self._reader, self._changed.set)
@@ -243,15 +243,15 @@ class _Status:
 
 
 class _Tail:
-    """The end of what a command printed: as much as is kept, and whether that is all."""
+    """The last part of a command's output, and whether it is complete."""
 
     def __init__(self) -> None:
         self._kept = bytearray()
         self._cut = False
 
     def add(self, chunk: bytes, mark: re.Pattern[bytes]) -> _Status | None:
-        """Add output; the command's status once its end is marked."""
-        before = max(0, len(self._kept) - 128)  # the mark may lie across two chunks
+        """Add output; return the command's status after its mark."""
+        before = max(0, len(self._kept) - 128)  # two chunks may split the mark
         self._kept += chunk
         if found := mark.search(self._kept, before):
             status = _Status(int(found[1]) if found[1] else -1)
@@ -263,7 +263,7 @@ class _Tail:
         return None
 
     def text(self) -> str:
-        """For people: without colours, cut at the front."""
+        """Return the text without colours, with a note if the first part is missing."""
         kept = bytes(self._kept[-OUTPUT_BYTES:])
         cut = self._cut or len(kept) < len(self._kept)
         return (TRUNCATED if cut else "") + _ANSI.sub("", kept.decode(errors="replace"))
@@ -276,7 +276,7 @@ async def _end(process: Process) -> None:
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
-        # Also when cancelled, and when the leader has exited: the group may have outlived it.
+        # Also after a cancellation or the exit of the leader: the group may have outlived it.
         _signal(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
@@ -284,6 +284,6 @@ async def _end(process: Process) -> None:
 
 
 def _signal(process: Process, number: signal.Signals) -> None:
-    # Its pid is the group's id, which nobody else gets while members are left.
+    # Its pid is the group's id, which the kernel does not reuse while members are left.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -1,7 +1,7 @@
-"""The six tools by name, and the custom ones: from an agent's input to a `Result`, no exceptions.
+"""The six tools and the custom ones. Each call has a `Result`, and never raises.
 
-Names are matched without regard to case, and fields under each name that a service uses for them,
-since not all services document theirs. Fields that no tool knows are ignored.
+Names are matched without regard to case. A field has each name that a service uses for it, since
+not all services document theirs. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 Fields: TypeAlias = Mapping[str, Any]
 
 EXHAUSTED: Final = "the worker has run out of resources"
-"""Of memory, descriptors, processes or threads: another call may succeed later."""
+"""Errors for memory, descriptors, processes or threads: a later call may succeed."""
 RESTART: Final = "use restart=true for a new one"
 _log: Final = logging.getLogger("workpool.toolset")
 
 THREADS: Final = 32
-"""Of each kind, for all sessions of a pool."""
+"""Threads of each kind, for all sessions of a pool."""
 MARGIN_SECONDS: Final = 10.0
-"""What a command's own limit stays below the tools', so that its output can still be told."""
+"""Seconds by which a command ends before the limit of its call, to report its output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class ToolCall:
     """One call of an agent's tool.
 
     Attributes:
-        id: The event's id; what the answer refers to.
-        name: As the agent called it.
-        input: Its arguments; made by a model, so check them.
-        custom: Whether it is a custom tool's (`agent.custom_tool_use`).
+        id: The id of the event, which the answer names.
+        name: The name, as the agent wrote it.
+        input: The arguments. A model wrote them, so check them.
+        custom: Whether it is for a custom tool (`agent.custom_tool_use`).
         session: The session's id.
     """
 
@@ -59,21 +59,21 @@ class ToolCall:
 
 
 CustomTool: TypeAlias = Callable[[ToolCall], object]
-"""Takes the call; returns text, a content block, a list of these, or any JSON value, or raises.
+"""A custom tool: takes the call, and returns text, a block, a list of these, or a JSON value.
 
-An `async def` is awaited on the supervisor's loop; a plain `def` runs in a thread, which goes on
-when the call is given up.
+An `async def` is awaited on the supervisor's loop. A plain `def` runs in a thread, which runs on if
+the call exceeds its time.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What a call may take.
+    """The limits of a call.
 
     Attributes:
-        bash_seconds: For a command, unless its call asks for less or more.
-        tool_seconds: For any tool.
-        sizes: Of files.
+        bash_seconds: The time of a command by default.
+        tool_seconds: The time of any call.
+        sizes: The sizes of files.
     """
 
     bash_seconds: float
@@ -86,8 +86,8 @@ class Threads:
     """The threads of all sessions of a pool.
 
     Attributes:
-        files: For the journal and the file tools, all of whose calls are bounded.
-        custom: For custom tools, which may hang.
+        files: Threads for the journal and the file tools, whose calls are bounded.
+        custom: Threads for custom tools, which may hang.
     """
 
     files: DaemonThreads
@@ -96,12 +96,12 @@ class Threads:
 
 @contextlib.asynccontextmanager
 async def started_threads() -> AsyncIterator[Threads]:
-    """Threads as long as the block runs; of each kind one is started."""
+    """Provide threads during the block, and start one of each kind."""
     async with contextlib.AsyncExitStack() as stack:
         made = [DaemonThreads(f"workpool-{name}", THREADS) for name in ("toolset", "custom-tool")]
         for threads in made:
             stack.push_async_callback(threads.close)
-            # A machine that has run out of processes starts none once sessions run.
+            # A machine that has run out of processes cannot start one once sessions run.
             await threads.run(threading.current_thread)
         yield Threads(*made)
 
@@ -110,12 +110,12 @@ class Toolbox:
     """The tools of one session. Its calls run one at a time.
 
     Args:
-        workspace: Where the file tools may go.
-        shell: The session's.
-        search: The session's.
+        workspace: The roots of the file tools.
+        shell: The shell of the session.
+        search: The searches of the session.
         custom: Custom tools by name.
         bounds: Limits of each call.
-        threads: The pool's.
+        threads: The threads of the pool.
     """
 
     def __init__(
@@ -144,11 +144,11 @@ class Toolbox:
         }
 
     def owns(self, call: ToolCall) -> bool:
-        """Whether the call is for a tool of this worker."""
+        """Return whether the call is for a tool of this worker."""
         return call.name in self._custom if call.custom else call.name.lower() in self._tools
 
     async def run(self, call: ToolCall) -> Result:
-        """Execute a call that is owned, within the tools' time; what goes wrong is its result."""
+        """Execute a call within its time. An error becomes its result."""
         try:
             async with asyncio.timeout(self._bounds.tool_seconds):
                 if call.custom:
@@ -159,7 +159,7 @@ class Toolbox:
             return Result.error(str(error))
         except TimeoutError:
             return Result.error(f"{call.name}: took more than {self._bounds.tool_seconds:g} s")
-        except Exception as error:  # noqa: BLE001 - a tool's error is an answer, not the worker's end
+        except Exception as error:  # noqa: BLE001 - an error of a tool is an answer
             _log.exception("toolset: %s %s failed", call.name, call.id)
             if exhausted(error) and not call.custom:
                 return Result.error(f"{call.name}: {EXHAUSTED}")
@@ -243,7 +243,7 @@ class Toolbox:
 
 
 def _field(fields: Fields, *names: str) -> Any:
-    """The first of the names that has a value."""
+    """Return the first of the names that has a value."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
@@ -275,9 +275,9 @@ def _number(fields: Fields, *names: str) -> float | None:
 
 
 def _range(fields: Fields) -> tuple[int, int] | None:
-    """`view_range`, or the same said as `offset` (a line, from 1) and `limit` (a count).
+    """Return `view_range`, or the range of `offset` (a line, from 1) and `limit` (a count).
 
-    An empty `view_range` is none; its beginning and `offset` may be 0, which is the first line.
+    An empty `view_range` is ignored. Its beginning and `offset` may be 0, the first line.
     """
     asked = _field(fields, "view_range")
     if asked == []:
@@ -303,7 +303,7 @@ def _count(fields: Fields, name: str) -> int | None:
 
 
 def _whole(value: object) -> int | None:
-    """A number as models write it: whole, with a fraction, which is dropped, or in quotes."""
+    """Return a number as models write it: whole, with a fraction (dropped), or in quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,10 +1,10 @@
-"""The search of `glob` and `grep`: a program of its own, so that a regex without end can be killed.
+"""The search of `glob` and `grep`: a program of its own, so that an endless regex can be killed.
 
-Standard library only, run by its path with `python -I -S`: it gets an open directory and a request
-as JSON, prints one line per finding, and ends with 2 and a sentence when the request is bad. It
-goes down directory by directory on descriptors. `grep` follows no link; `glob` resolves links by
-itself, component by component, and follows those that stay in the session's roots. So a race leads
-it nowhere.
+It uses the standard library only and is run by its path with `python -I -S`. It gets an open
+directory and a request as JSON, prints one line for each finding, and ends with status 2 and a
+sentence if the request is wrong. It enters directory after directory with descriptors. `grep`
+follows no link. `glob` resolves links itself, component by component, and follows those that stay
+in the session's roots. So no race leads it outside.
 """
 
 import fnmatch
@@ -36,13 +36,13 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Found(NamedTuple):
-    """One entry of a directory that is open until the next one is asked for.
+    """One entry of a directory, which is open until the next entry is requested.
 
     Attributes:
         directory: The descriptor of the directory.
-        name: Its name in there.
-        parts: Its path below the start.
-        state: Of what it is, or what its link leads to.
+        name: The name in the directory.
+        parts: The path below the start.
+        state: The state of the entry, or of the target of its link.
     """
 
     directory: int
@@ -52,17 +52,17 @@ class Found(NamedTuple):
 
     @property
     def is_directory(self) -> bool:
-        """Whether it is one, or leads to one."""
+        """Whether the entry is a directory, or a link to one."""
         return stat.S_ISDIR(self.state.st_mode)
 
 
 class Place(NamedTuple):
-    """A directory that is walked.
+    """A directory that is searched.
 
     Attributes:
-        opened: Its descriptor.
+        opened: The descriptor.
         parts: Its path below the start.
-        shown: Its path as the session sees it, without links.
+        shown: The path as the session sees it, without links.
     """
 
     opened: int
@@ -71,12 +71,12 @@ class Place(NamedTuple):
 
 
 class Walk:
-    """Goes through what lies below a directory, in the order of the names.
+    """Yields the entries below a directory, sorted by name.
 
     Args:
         skipped: Names of directories that are not entered.
-        roots: Where links may lead, as the session sees it and on this machine. Without any, no
-            link is followed, and links are left out.
+        roots: The roots to which links may lead, as the session sees them and on this machine.
+            Without roots, links are left out.
     """
 
     def __init__(self, skipped: set[str], roots: Sequence[tuple[str, str]] = ()) -> None:
@@ -86,7 +86,7 @@ class Walk:
         self._linked: set[tuple[int, int]] = set()
 
     def below(self, place: Place) -> Iterator[Found]:
-        """All directories and regular files, however deep; each is valid until the next."""
+        """Yield all directories and regular files, at any depth; each is valid until the next."""
         with os.scandir(place.opened) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
@@ -101,7 +101,7 @@ class Walk:
                     yield from self._entered(place, name, opened, posixpath.join(place.shown, name))
                 elif stat.S_ISREG(state.st_mode):
                     yield Found(place.opened, name, (*place.parts, name), state)
-            except OSError:  # replaced or forbidden: not ours to search
+            except OSError:  # replaced or forbidden
                 continue
 
     def _link(self, place: Place, name: str) -> Iterator[Found]:
@@ -118,7 +118,7 @@ class Walk:
             os.close(opened)
             raise
         if stat.S_ISDIR(state.st_mode):
-            # By way of links a directory is entered once: two links could lead to each other.
+            # A directory is entered through links only once: two links could lead to each other.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
             yield from self._entered(place, name, opened, shown, listed=not again)
@@ -130,7 +130,7 @@ class Walk:
     def _entered(
         self, place: Place, name: str, opened: int, shown: str, *, listed: bool = True
     ) -> Iterator[Found]:
-        """A directory, and what lies below it. Closes it."""
+        """Yield a directory and the entries below it, then close it."""
         parts = (*place.parts, name)
         try:
             yield Found(place.opened, name, parts, os.fstat(opened))
@@ -141,10 +141,10 @@ class Walk:
 
 
 def resolved(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
-    """Open what a path leads to, links followed inside the roots; None when it leads elsewhere.
+    """Open the target of a path, following links inside of the roots.
 
     Returns:
-        A descriptor that can be asked what it is, and the path without links.
+        A descriptor (for `fstat`) and the path without links; None outside of the roots.
     """
     for _ in range(HOPS + 1):
         inside = [(shown, host) for shown, host in roots if _lies_in(path, shown)]
@@ -163,7 +163,7 @@ def _lies_in(path: str, root: str) -> bool:
 
 
 def _descended(shown: str, host: str, path: str) -> int | str:
-    """What lies at a path in a root, opened; or, met by a link, the path to go on with."""
+    """Open a path in a root; or return the path to continue with after a link."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
     try:
@@ -187,7 +187,7 @@ def _descended(shown: str, host: str, path: str) -> int | str:
 
 
 def patterns_of(glob: str) -> list[list[str]]:
-    """What a pattern stands for: alternatives without braces, each a list of components.
+    """Return the alternatives of a pattern without braces, each as a list of components.
 
     `*`, `?` and `[…]` are as in a shell, `**` is any number of directories, `{a,b}` is either.
     """
@@ -208,9 +208,9 @@ def patterns_of(glob: str) -> list[list[str]]:
 
 
 def matches(parts: Sequence[str], patterns: list[str]) -> bool:
-    """Whether a path matches, component by component; `**` stands for any number of them.
+    """Return whether a path matches, component by component; `**` is any number of them.
 
-    At the end of the pattern it stands for one or more: `src/**` is what lies in `src`.
+    At the end of the pattern `**` is one or more: `src/**` is everything in `src`.
     """
     if patterns[-1:] == ["**"]:
         patterns = [*patterns, "*"]
@@ -227,7 +227,7 @@ def matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _closed(reached: set[int], patterns: list[str]) -> set[int]:
-    """With all places that can be reached by letting a `**` stand for nothing."""
+    """Add all places that follow if a `**` is no component."""
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
             reached = reached | {place + 1}
@@ -235,10 +235,10 @@ def _closed(reached: set[int], patterns: list[str]) -> set[int]:
 
 
 def included(parts: Sequence[str], include: str) -> bool:
-    """Whether a file is to be searched.
+    """Return whether a file is searched.
 
     A pattern without `/` is compared with its name, any other with its path below the directory
-    that is searched. One that begins with `!` says which files and directories are left out.
+    that is searched. One that begins with `!` excludes files and directories.
     """
     wanted, patterns = include.removeprefix("!"), patterns_of(include.removeprefix("!"))
     anchored = is_anchored(wanted)
@@ -250,12 +250,12 @@ def included(parts: Sequence[str], include: str) -> bool:
 
 
 def is_anchored(include: str) -> bool:
-    """Whether a pattern is compared with the path below the directory that is searched."""
+    """Return whether a pattern is compared with the path and not with the name."""
     return "/" in include.strip("/")
 
 
 def glob(start: Place, pattern: str, roots: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """Paths that match, newest first."""
+    """Yield the paths that match, newest first."""
     patterns = patterns_of(pattern)
     found = [
         (-entry.state.st_mtime_ns, "/".join(entry.parts))
@@ -267,7 +267,7 @@ def glob(start: Place, pattern: str, roots: Sequence[tuple[str, str]]) -> Iterat
 
 
 def grep(start: Place, pattern: str, name: str | None, include: str | None) -> Iterator[str]:
-    """`path:line:text` for every line that matches; only of the file `name`, if one is given."""
+    """Yield `path:line:text` for each line that matches, of all files or of the file `name`."""
     wanted = re.compile(pattern)
     entries = Walk(SKIPPED).below(start)
     if name:
@@ -282,7 +282,7 @@ def grep(start: Place, pattern: str, name: str | None, include: str | None) -> I
 
 
 def matching(entry: Found, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
-    """The lines of a file that match, with their numbers; none of one that holds a NUL."""
+    """Yield the lines of a file that match, with their numbers; none of a file with a NUL."""
     found, size = list[tuple[int, str]](), 0
     for number, piece, whole in pieces(entry):
         if b"\0" in piece:
@@ -297,12 +297,12 @@ def matching(entry: Found, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
 
 
 def text_of(line: bytes) -> str:
-    """A line as it is shown and searched: without its end."""
+    """Return a line without its end, for search and output."""
     return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
 
 
 def pieces(entry: Found) -> Iterator[tuple[int, bytes, bool]]:
-    """The lines of a regular file: number, bytes, and whether that is the whole line."""
+    """Yield the lines of a regular file: number, bytes, and whether the line is complete."""
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:
@@ -333,7 +333,7 @@ def main() -> int:
     except (re.error, RecursionError, OverflowError) as error:
         sys.stderr.write(f"not a regular expression: {error}")
         return BAD_REQUEST
-    except BrokenPipeError:  # enough was read
+    except BrokenPipeError:  # the reader has enough
         os._exit(0)
     return 0
 

@@ -1,9 +1,9 @@
-"""Where a session's file tools may go: paths resolved component by component, on descriptors.
+"""The paths of a session's file tools, resolved component by component with descriptors.
 
-No path is ever handed to the kernel whole. Each component is opened relative to the directory
-before it, with O_NOFOLLOW; a symbolic link is read and followed here, starting over at a root. So
-whatever a session does between a check and a use, it cannot lead a file tool out of its roots: a
-directory that is replaced by a link is not entered, and `..` is never asked of the kernel at all.
+The kernel never gets a whole path. Each component is opened relative to the directory before it,
+with O_NOFOLLOW; a symbolic link is read and followed here, beginning at a root again. So a session
+cannot lead a file tool out of its roots by a change between a check and a use: a directory that is
+replaced by a link is not entered, and the kernel never gets `..`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 HOPS: Final = 40
 """Symbolic links followed for one path, as many as the kernel follows."""
 PATH_BYTES: Final = 4096
-"""As the kernel's own limit."""
+"""The kernel's limit."""
 
 _ENTER: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WORDS: Final = {
@@ -48,10 +48,10 @@ class Root:
     """A directory that the file tools may enter.
 
     Attributes:
-        shown: Its path as the session sees it, absolute and without links.
-        host: Its path on this machine; nobody else may replace it.
+        shown: The path as the session sees it, absolute and without links.
+        host: The path on this machine, which no other user may replace.
         writable: Whether files may be written below it.
-        owner: Whose the files made here are, as user and group id; None: this process's.
+        owner: The user and group id of new files; None: those of this process.
     """
 
     shown: str
@@ -62,13 +62,13 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A place with no link on the way to it: a directory that is open, and a name in it.
+    """A place without links on the way to it: an open directory, and a name in it.
 
     Attributes:
-        directory: Valid inside the `with` that gave it.
-        name: A single component, `.` for a root itself; it may not exist, or be anything by now.
+        directory: The descriptor, valid during the block.
+        name: A single component, `.` for a root itself. It may not exist, or have any type.
         shown: The whole path, for messages.
-        root: The root it lies in.
+        root: Its root.
     """
 
     directory: int
@@ -77,20 +77,20 @@ class Spot:
     root: Root
 
     def give(self, name: str) -> None:
-        """Give a new entry of the directory to the root's owner."""
+        """Set the owner of a new entry of the directory."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 
 
 class Workspace:
-    """The roots of one session; the first is where relative paths begin."""
+    """The roots of one session. Relative paths begin at the first one."""
 
     def __init__(self, roots: Sequence[Root]) -> None:
         self._roots = tuple(roots)
 
     @property
     def roots(self) -> tuple[Root, ...]:
-        """All of them."""
+        """All roots."""
         return self._roots
 
     @property
@@ -100,23 +100,23 @@ class Workspace:
 
     @contextlib.contextmanager
     def at(self, path: str, *, write: bool = False, make: bool = False) -> Iterator[Spot]:
-        """Open the directory that holds what `path` leads to, every link followed.
+        """Open the directory of the target of `path`, following every link.
 
         Args:
-            path: As the session wrote it: absolute as it sees it, or relative to its directory.
+            path: The path as the session wrote it: absolute, or relative to its directory.
             write: Refuse read-only roots.
-            make: Make the directories that are missing on the way.
+            make: Create missing directories on the way.
 
         Raises:
-            ToolError: Outside the roots, a loop, or a component that cannot be entered. What the
-                block raises as `OSError` becomes one too.
+            ToolError: The path is outside of the roots, a loop, or cannot be entered. An `OSError`
+                of the block becomes a `ToolError`, too.
         """
         with plainly(path), contextlib.ExitStack() as stack:
             yield self._find(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
     def directory(self, path: str) -> Iterator[Spot]:
-        """Open the directory that `path` leads to: as `directory`, with the name `.`."""
+        """Open the target of `path`, a directory, as `directory` with the name `.`."""
         with self.at(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
@@ -125,7 +125,7 @@ class Workspace:
                 os.close(opened)
 
     def relative(self, shown: str) -> str:
-        """A path as the session would write it: relative where it lies in its own directory."""
+        """Return a path for the session: relative inside of its own directory."""
         inside = _below(shown, self.home.shown)
         return shown if inside is None else "/".join(inside)
 
@@ -148,15 +148,15 @@ class Workspace:
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        return min(inside, key=lambda pair: len(pair[1]))  # the innermost root decides
+        return min(inside, key=lambda pair: len(pair[1]))  # the innermost root
 
 
 @contextlib.contextmanager
 def plainly(path: str) -> Iterator[None]:
-    """Turn errors of the operating system into words, without errno or host path.
+    """Turn errors of the operating system into sentences, without errno and host paths.
 
     Raises:
-        OSError: The machine has run out of something but disk space.
+        OSError: The machine has run out of resources other than disk space.
         ToolError: Any other error.
     """
     try:
@@ -169,7 +169,7 @@ def plainly(path: str) -> Iterator[None]:
 
 
 def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:
-    """Go down from a root: the place, its directory open, or, met by a link, the path to go on."""
+    """Enter directories from a root; return the place, or after a link the path to continue."""
     here = root.shown
     directory = os.open(root.host, _ENTER)
     try:
@@ -182,7 +182,9 @@ def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:
             if index == len(parts) - 1:
                 return spot
             entered = _enter(spot, make=make)
-            os.close(directory)  # one at a time: a path may be deeper than descriptors last
+            os.close(
+                directory
+            )  # one at a time: a path may be deeper than the number of descriptors
             directory, here = entered, spot.shown
     except BaseException:
         os.close(directory)
@@ -196,7 +198,7 @@ def _enter(spot: Spot, *, make: bool) -> int:
     except FileNotFoundError:
         if not make:
             raise
-    with contextlib.suppress(FileExistsError):  # the session made it first
+    with contextlib.suppress(FileExistsError):  # the session created it first
         os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
         spot.give(spot.name)
     return os.open(spot.name, _ENTER, dir_fd=spot.directory)
@@ -206,13 +208,13 @@ def _target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        if error.errno in {errno.EINVAL, errno.ENOENT}:  # no link, or nothing
+        if error.errno in {errno.EINVAL, errno.ENOENT}:  # no link, or no file
             return None
         raise
 
 
 def _below(path: str, root: str) -> list[str] | None:
-    """The components of `path` below `root`, None when it is not below."""
+    """Return the components of `path` below `root`, or None if it is not below."""
     if root not in {"/", path} and not path.startswith(root + "/"):
         return None
     return [part for part in path[len(root) :].split("/") if part]
