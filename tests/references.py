@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from workpool import Settings
-from workpool.cli.app import app
+from workpool.cli.commands import app
 from workpool.metrics import DEFINITIONS
 
 if TYPE_CHECKING:

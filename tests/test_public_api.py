@@ -61,7 +61,7 @@ def test_importing_workpool_leaves_signal_handlers_unchanged() -> None:
         "handlers = lambda: [signal.getsignal(each) for each in signal.valid_signals()]\n"
         "before = handlers()\n"
         "from workpool import *\n"
-        "from workpool.cli.app import app\n"
+        "from workpool.cli.commands import app\n"
         "print(handlers() == before)"
     )
     assert printed(code) == "True"

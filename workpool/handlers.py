@@ -29,7 +29,7 @@ _ANY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class HandlerRule:
     """The items that a decorated function takes, and its limits."""
 
     type: str
@@ -41,7 +41,7 @@ class Rule:
         """Whether the item has this type and at least this metadata."""
         return self.type == item.type and self.metadata.items() <= item.metadata.items()
 
-    def covers(self, other: Rule) -> bool:
+    def covers(self, other: HandlerRule) -> bool:
         """Whether every item that `other` matches is matched by this rule too."""
         return self.type == other.type and self.metadata.items() <= other.metadata.items()
 
@@ -118,19 +118,19 @@ def handler(
         _check_function(name, function)
         _check_match(name, type, metadata)
         _check_limits(name, timeout, max_sessions)
-        rule = Rule(type, MappingProxyType(dict(metadata)), timeout, max_sessions)
+        rule = HandlerRule(type, MappingProxyType(dict(metadata)), timeout, max_sessions)
         setattr(function, _MARK, rule)
         return function
 
     return mark if function is None else mark(function)
 
 
-def rule_of(call: object) -> Rule | None:
+def rule_of(call: object) -> HandlerRule | None:
     """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
     inner = _innermost(call)
     # Functions only: a module may import lazily, and an object may answer any name.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
-    return rule if isinstance(rule, Rule) else None
+    return rule if isinstance(rule, HandlerRule) else None
 
 
 def name_of(call: object) -> str:

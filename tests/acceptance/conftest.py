@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import pytest
 from typer.testing import CliRunner
 
-from workpool.cli.app import app
+from workpool.cli.commands import app
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:

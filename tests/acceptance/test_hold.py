@@ -53,12 +53,12 @@ def hand_over(plane: ControlPlane, client: WorkClient) -> Parent:
         (item,) = plane.enqueue(environment_id=ENVIRONMENT)
         await client.poll()
         await client.ack(item.id)
-        beat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
+        heartbeat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
         return Handed(
             item.id,
             {
                 "WORKPOOL_HOLD_WORK_ID": item.id,
-                "WORKPOOL_HOLD_LAST_HEARTBEAT": beat.last_heartbeat,
+                "WORKPOOL_HOLD_LAST_HEARTBEAT": heartbeat.last_heartbeat,
                 "WORKPOOL_HOLD_TTL": "10",
                 **variables,
             },

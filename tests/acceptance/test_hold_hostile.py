@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from workpool import Session
 
 
-async def hold(plane: ControlPlane, work_id: str, beat: str, *command: str, **more: str) -> int:
+async def hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
     """Run `workpool hold` to its end; its exit status."""
     variables = {
         "WORKPOOL_BASE_URL": plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": plane.environments[0],
         "WORKPOOL_TOKEN": plane.token,
         "WORKPOOL_HOLD_WORK_ID": work_id,
-        "WORKPOOL_HOLD_LAST_HEARTBEAT": beat,
+        "WORKPOOL_HOLD_LAST_HEARTBEAT": last,
         "WORKPOOL_HOLD_TTL": "10",
     }
     process = await asyncio.create_subprocess_exec(
@@ -77,13 +77,13 @@ async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_i
         async with client_of(plane, "parent") as parent, client_of(plane, "other") as other:
             await parent.poll()
             await parent.ack(item.id)
-            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
             clock.advance(11)
             await other.poll()
             await other.ack(item.id)
 
             status = await hold(
-                plane, item.id, beat.last_heartbeat, "touch", str(tmp_path / "child-ran")
+                plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
             await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # it is the other's
@@ -103,9 +103,9 @@ async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: 
         async with client_of(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
             config_variable = {"WORKPOOL_CONFIG": str(config)}
-            assert await hold(plane, item.id, beat.last_heartbeat, "true", **config_variable) == 0
+            assert await hold(plane, item.id, last.last_heartbeat, "true", **config_variable) == 0
             assert (await parent.get(item.id)).state == "stopped"
 
 
@@ -118,8 +118,8 @@ async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_pat
         async with client_of(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await hold(plane, item.id, beat.last_heartbeat, "sh", "-c", script) == 1
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            assert await hold(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
     assert not note.exists()
 
 
@@ -130,8 +130,8 @@ async def test_a_handover_is_no_overlap_in_the_control_planes_summary() -> None:
         async with client_of(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await hold(plane, item.id, beat.last_heartbeat, "true") == 0
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            assert await hold(plane, item.id, last.last_heartbeat, "true") == 0
         assert plane.summary().overlapping == 0
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from workpool.cli.app import app
+from workpool.cli.commands import app
 from workpool.cli.new import NAME_LENGTH
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ async def test_a_thousand_items_cost_four_requests_each(bare: Start, works: Path
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
         items = plane.enqueue(count=ITEMS)
-        # No slow machine may make a lease need a second beat, or an item a second delivery.
+        # No slow machine may make a lease need a second heartbeat, or an item a second delivery.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
         command = await run(bare, plane.base_url, "--drain", **patient)
         assert await command.ends(SECONDS) == 0
@@ -116,8 +116,12 @@ async def test_another_worker_finishes_what_a_killed_one_held(bare: Start) -> No
         [lapse] = [record for record in records if record.kind == "lapsed"]
         names = [(record.worker_id or "").partition("-")[0] for record in acks]
         assert names == ["victim", "heir"]
-        beats = [beat for beat in records if beat.kind == "heartbeat" and beat.time < lapse.time]
-        assert lapse.time == beats[-1].lease_end
+        heartbeats = [
+            heartbeat
+            for heartbeat in records
+            if heartbeat.kind == "heartbeat" and heartbeat.time < lapse.time
+        ]
+        assert lapse.time == heartbeats[-1].lease_end
         assert lapse.time <= acks[1].time
         assert (records[-1].worker_id or "").startswith("heir")
 

@@ -215,7 +215,7 @@ async def test_faults_of_a_file_strike(bare: Start, ask: Ask, folder: Path) -> N
     )
     assert await worker.ends() == 0
     assert "item lost to another worker" in worker.err
-    # The first beat found its lease expired: the item came back, and was run by the second try.
+    # Its lease had expired at the first heartbeat: the item came back, and the second try ran it.
     item = json.loads(await said(ask, asked, "work", "get", work_id, "--json"))
     assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
     assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)

@@ -127,10 +127,10 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_the_item_to_it
         [item] = plane.enqueue()
         await parent.poll()
         await parent.ack(item.id)
-        beat = await parent.heartbeat(item.id, NO_HEARTBEAT, 60)
+        heartbeat = await parent.heartbeat(item.id, NO_HEARTBEAT, 60)
     command = await start_blocked(
         *("aiohttp", "hold", "--work-id", item.id),
-        *("--last-heartbeat", beat.last_heartbeat, "--", "touch", "ran"),
+        *("--last-heartbeat", heartbeat.last_heartbeat, "--", "touch", "ran"),
     )
     command.send(signal.SIGTERM)
     go()

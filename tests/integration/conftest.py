@@ -13,7 +13,7 @@ from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
 from workpool.pool import lease, loop_monitor
-from workpool.server.dialects import DIALECTS
+from workpool.server.server_dialects import DIALECTS
 from workpool.testing import literal
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ async def nothing_left() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def patient_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second's standstill of a loaded machine is not a blocked loop, whose beats it would send.
+    """Do not take a second in which a loaded machine stands still for a blocked loop.
 
     Tests of blocked loops replace this fixture.
     """
@@ -114,7 +114,7 @@ def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne
 
 @pytest.fixture
 def beat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
-    """Make the pool doubt a lease, and so beat at once: a poll brings a copy of the item."""
+    """Make the pool doubt a lease, and so heartbeat at once: a poll brings a copy of the item."""
 
     def nudge(work_id: str) -> None:
         def copy() -> bytes:

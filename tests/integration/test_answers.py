@@ -1,4 +1,4 @@
-"""Every cell of design §2 for polls, acks and beats; stop and metadata: test_finish_writing.py."""
+"""Every answer to polls, acks and heartbeats; stop and metadata: test_finish_writing.py."""
 
 from __future__ import annotations
 
@@ -421,7 +421,7 @@ async def test_an_ack_in_conflict_is_lost(
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack"]
 
 
-# -- the first beat
+# -- the first heartbeat
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)

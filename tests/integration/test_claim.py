@@ -22,7 +22,7 @@ from workpool.events import (
     SessionStarted,
 )
 from workpool.server import Poll
-from workpool.server.dialects import DIALECTS
+from workpool.server.server_dialects import DIALECTS
 from workpool.testing import Hold, expire_lease, literal, status
 from workpool.testing.changes import Changes
 

@@ -383,7 +383,7 @@ async def test_lost_to_another_worker_however_the_handler_ends(
         beat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
-    assert life.ops == [*BEGIN, "heartbeat"]  # answered 412, with no beat of ours in doubt
+    assert life.ops == [*BEGIN, "heartbeat"]  # answered 412, with no heartbeat of ours in doubt
 
 
 # -- several at once: the lowest row wins ----------------------------------------------------------

@@ -142,7 +142,7 @@ async def test_a_stop_that_is_refused_fails(
 async def test_a_beats_409_after_our_own_stop_is_read_and_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """The stop's answer never comes, and the lease's next beat is answered 409."""
+    """The stop's answer never comes, and the lease's next heartbeat is answered 409."""
     faults.add(Hold(applied=True), "stop")
     life = await run_one(result, lease_ttl=10)
     assert (life.outcome, life.item.state) == ("completed", "stopped")
@@ -155,7 +155,7 @@ async def test_a_beats_409_after_our_own_stop_is_read_and_is_its_success(
 async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """A beat's answer is lost before the stop, so that the item is read after it."""
+    """A heartbeat's answer is lost before the stop, so that the item is read after it."""
     hold = Hold(applied=True)
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
@@ -319,8 +319,8 @@ async def test_the_lease_is_kept_while_we_write(
     (item,) = plane.enqueue()
     async with make_pool(result, lease_ttl=10):
         await hold.reached()
-        beats = len(faults.of("heartbeat"))
-        await faults.wait_for("heartbeat", count=beats + 3, answered=True)
+        heartbeats = len(faults.of("heartbeat"))
+        await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         hold.release()
         life = await life_of(item.id)
     assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})

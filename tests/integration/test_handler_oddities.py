@@ -12,7 +12,7 @@ import pytest
 
 from workpool import Release, Session, handler
 from workpool.events import ItemDeclined, ItemReceived, SessionFinished
-from workpool.server.dialects import DIALECTS
+from workpool.server.server_dialects import DIALECTS
 from workpool.testing import literal, status
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ async def test_an_answer_about_another_item_decides_nothing(
         item = plane.operations.get(plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item(item) | {"state": "starting"})
 
-    if op == "get":  # which is asked once a beat was applied and not answered
+    if op == "get":  # which is asked once a heartbeat was applied and not answered
         faults.add(status(503, applied=True), "heartbeat", times=1)
     faults.add(literal(mixed_up), op, times=1)
     async with make_pool(work):

@@ -97,22 +97,22 @@ class Scene:
         return self._script(op, work_id)
 
     def start_child(self, after: float = 0.0) -> None:
-        """Start a child that sends its first beat so many seconds from now."""
+        """Start a child that sends its first heartbeat so many seconds from now."""
 
         async def begin() -> None:
             await asyncio.sleep(after)
-            await self.beat()
+            await self.heartbeat()
 
         self._children.append(self.group.create_task(begin()))
 
-    async def beat(self) -> None:
-        """The child's first beat."""
+    async def heartbeat(self) -> None:
+        """The child's first heartbeat."""
         await self.child.heartbeat(self.work_id, self.lease.last_heartbeat, self.lease.ttl)
 
     async def is_refused(self) -> bool:
-        """Whether the child's first beat is."""
+        """Whether the child's first heartbeat is."""
         with pytest.raises(PreconditionError):
-            await self.beat()
+            await self.heartbeat()
         return True
 
     def metric(self, name: str, **labels: str) -> float | None:
@@ -181,7 +181,7 @@ async def test_nothing_is_sent_inside_the_block() -> None:
                 await session.handover().__aenter__()
             await asyncio.sleep(BOUND - 4)
             assert scene.sent_since(entered) == []
-            await scene.beat()
+            await scene.heartbeat()
 
     assert await scene.run(handle) == "detached"
 
@@ -208,11 +208,11 @@ async def test_a_write_under_way_is_cut_when_the_handover_begins() -> None:
 
 @in_virtual_time
 async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
-    """One at a time: a beat that arrives after the child's would be one too many."""
+    """One at a time: a heartbeat that arrives after the child's would be one too many."""
     scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
 
     async def handle(session: Session) -> None:
-        await asyncio.sleep(21)  # a third of 60 s, less some jitter: a beat is on its way
+        await asyncio.sleep(21)  # a third of 60 s, less some jitter: a heartbeat is on its way
         assert scene.ops.count("heartbeat") == 2
         async with session.handover() as scene.lease:
             assert scene.loop.time() > 25
@@ -243,7 +243,7 @@ async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) 
     async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if end == "stopped":
-                await scene.beat()
+                await scene.heartbeat()
                 await scene.child.stop(scene.work_id, force=True)
             else:
                 await scene.child.heartbeat(scene.work_id, scene.lease.last_heartbeat, 10)
@@ -255,7 +255,7 @@ async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) 
 
 @in_virtual_time
 async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
-    """No look has shown its beat: ours is refused, and that is no loss."""
+    """No look has shown its heartbeat: ours is refused, and that is no loss."""
     scene = Scene(get=[UNSENT] * 5)
 
     async def handle(session: Session) -> None:
@@ -263,15 +263,15 @@ async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
             scene.start_child(BOUND - 0.1)
 
     assert await scene.run(handle) == "detached"
-    beats = [event.result for event in scene.recorder.of(HeartbeatFinished)]
-    assert beats[-1] == "precondition"
+    heartbeats = [event.result for event in scene.recorder.of(HeartbeatFinished)]
+    assert heartbeats[-1] == "precondition"
     assert scene.item.state == "active"
     assert scene.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_in_doubt_the_item_is_the_childs() -> None:
-    """Our beat took it back and its answer was lost: who has it, the item does not say."""
+    """Our heartbeat took it back and its answer was lost: who has it, the item does not say."""
     scene = Scene(heartbeat=[None, None, GARBLED])
 
     async def handle(session: Session) -> None:
@@ -355,7 +355,7 @@ async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: boo
     async def handle(session: Session) -> None:
         async with session.handover() as scene.lease:
             if came:
-                await scene.beat()
+                await scene.heartbeat()
             raise ValueError("cannot start it")
 
     assert await scene.run(handle) == ("detached" if came else "failed")
@@ -556,7 +556,7 @@ async def test_a_child_that_cannot_read_its_item_leaves_it_to_the_parent() -> No
 
 @in_virtual_time
 async def test_in_doubt_a_child_leaves_the_item_alone() -> None:
-    """Its first beat was applied and its answer lost: or was that its parent's?"""
+    """Its first heartbeat was applied and its answer lost: or was that its parent's?"""
     scene = Scene()
     _, outcomes = await held(scene, heartbeat=[GARBLED])
     assert (scene.outcome, outcomes) == ("detached", ["detached"])

@@ -60,7 +60,7 @@ async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
     life_of: Any,
     recorder: Recorder,
 ) -> None:
-    """Its attempt is not counted: nothing may be written after the beat that lets it go."""
+    """Its attempt is not counted: nothing may be written after the heartbeat that lets it go."""
     (item,) = plane.enqueue()
     await former.poll()
     await former.ack(item.id)
@@ -79,12 +79,12 @@ async def test_an_item_that_its_last_beat_finds_stopping_counts_as_stopped(
 ) -> None:
     """Nobody gets it any more: once its lease has lapsed it is `stopped`."""
     (item,) = plane.enqueue()
-    beat = Hold()
-    faults.add(beat, "heartbeat")
+    heartbeat = Hold()
+    faults.add(heartbeat, "heartbeat")
     async with drained_in_its_ack():
-        await beat.reached()
+        await heartbeat.reached()
         plane.operations.stop(plane.environments[0], item.id)
-        beat.release()
+        heartbeat.release()
     life = await life_of(item.id)
     assert life.outcome == "stopped"
     assert not recorder.of(SessionStarted)

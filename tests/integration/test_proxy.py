@@ -271,7 +271,7 @@ async def test_a_throttled_and_slow_way_still_keeps_leases(
     async with Proxy(plane.base_url) as way:
         way.delay(0.02)
         async with make_pool(until_interrupted, base_url=way.base_url):
-            await recorder.wait_for(HeartbeatFinished, lambda beat: beat.result == "ok", count=3)
+            await recorder.wait_for(HeartbeatFinished, lambda each: each.result == "ok", count=3)
     finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 

@@ -115,7 +115,7 @@ class Api(WorkCalls[Answer]):
             await self.claim(worker=worker)
             assert (await self.ack(item.id, worker=worker)).status == 200
         if state in {"active", "stopping"}:
-            assert (await self.beat(item.id, "NO_HEARTBEAT", worker=worker)).status == 200
+            assert (await self.heartbeat(item.id, "NO_HEARTBEAT", worker=worker)).status == 200
         if state == "stopping":
             assert (await self.stop(item.id)).status in {200, 204}
         if state == "stopped":

@@ -13,14 +13,14 @@ import pytest
 from tests.protocol.conftest import ENV, TOKEN, Answer, Api
 from tests.protocol.test_events import path, scripted, send
 from workpool import Settings, WorkClient
-from workpool.server import Item, Refusal
+from workpool.server import APIError, Item
 from workpool.server.answer_limits import (
     ITEM_BYTES,
     METADATA_ENTRIES_MAX,
     METADATA_LIMIT_BYTES,
     NEW_METADATA_LIMIT_BYTES,
 )
-from workpool.server.dialects import DIALECTS
+from workpool.server.server_dialects import DIALECTS
 from workpool.wire.protocol import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ async def test_worker_can_read_every_answer_about_an_item_of_the_largest_size(qo
 
 async def test_metadata_above_the_limit_of_new_items_are_refused_with_the_limit(api: Api) -> None:
     too_large = metadata_of(NEW_METADATA_LIMIT_BYTES + 1)
-    with pytest.raises(Refusal, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
+    with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
     assert (caught.value.status, caught.value.param) == (400, "metadata")
     assert len(api.plane.operations.queue(ENV)) == 0
@@ -93,14 +93,14 @@ async def test_update_above_the_limit_is_refused_and_not_applied(api: Api) -> No
 
 async def test_metadata_that_grow_as_json_are_measured_as_json(api: Api) -> None:
     """A control character takes one byte of memory, and six of JSON."""
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
 
 
 async def test_metadata_of_too_many_entries_are_refused(api: Api) -> None:
     allowed = {str(number): "" for number in range(METADATA_ENTRIES_MAX)}
     (item,) = api.plane.enqueue(metadata=allowed)
-    with pytest.raises(Refusal, match=str(METADATA_ENTRIES_MAX)):
+    with pytest.raises(APIError, match=str(METADATA_ENTRIES_MAX)):
         api.plane.enqueue(metadata={**allowed, "more": ""})
     answer = await api.update(item.id, json={"metadata": {"more": ""}})
     assert (answer.status, answer.error["param"]) == (400, "metadata")

@@ -216,7 +216,7 @@ def without_query(name: str) -> Any:
         ),
         (
             "heartbeat-ttl",
-            rewriting("/heartbeat", lambda beat: {**beat, "ttl_seconds": 45}),
+            rewriting("/heartbeat", lambda heartbeat: {**heartbeat, "ttl_seconds": 45}),
             Verdict.DIFFERS,
             "30 s: 45 s instead of 30 s; 10 s: 45 s instead of 10 s; "
             "1 s: 45 s instead of 10 s; 100000 s: 45 s instead of 600 s",

@@ -51,7 +51,7 @@ async def test_items_of_one_session(http: aiohttp.ClientSession) -> None:
         assert first.session_id == second.session_id
         api = Api(plane, http, "qoder")
         await api.ack(second.id)
-        await api.beat(second.id)
+        await api.heartbeat(second.id)
         session = (await api("GET", f"{api.base}/sessions/{first.session_id}")).body
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.protocol.sqlite_server import ENV, TOKEN
 from tests.protocol.test_sqlite import server
-from workpool.server import Refusal
-from workpool.server.conversation import Conversation, Event
+from workpool.server import APIError
+from workpool.server.conversation import Conversation, StoredEvent
 from workpool.server.script import parse_script
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ USES = {"agent.tool_use", "agent.custom_tool_use"}
 RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
-def named(event: Event) -> str:
+def named(event: StoredEvent) -> str:
     """The tool use that an answer is about."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
@@ -56,19 +56,19 @@ class Talk(RuleBasedStateMachine):
 
     def append(self, fields: dict[str, Any]) -> None:
         event_id = f"evt_{len(self.talk.events):03}"
-        self.talk.append(Event(event_id, "sess_1", {"id": event_id, **fields}))
+        self.talk.append(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
 
     def say(self, *said: dict[str, Any]) -> bool:
         try:
             self.talk.check(said)
-        except Refusal:
+        except APIError:
             return False
         for fields in said:
             self.append(fields)
         self.proceed()
         return True
 
-    def uses(self) -> list[Event]:
+    def uses(self) -> list[StoredEvent]:
         return [event for event in self.talk.events if event.type in USES]
 
     def result(self, pick: int, *, custom: bool) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Talk(RuleBasedStateMachine):
         event = {"type": kind, "evaluated_permission": permission}
         try:
             self.talk.check_server([event])
-        except Refusal:
+        except APIError:
             assert self.script is not None
             return
         self.append(event)

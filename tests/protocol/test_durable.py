@@ -62,7 +62,7 @@ CALLS: dict[str, tuple[str, Callable[[Api, str], Awaitable[Answer]]]] = {
     "poll": ("queued", lambda api, _: api.poll()),
     "a poll that finds nothing": ("stopped", lambda api, _: api.poll()),
     "ack": ("queued", lambda api, work_id: api.ack(work_id)),
-    "heartbeat": ("starting", lambda api, work_id: api.beat(work_id)),
+    "heartbeat": ("starting", lambda api, work_id: api.heartbeat(work_id)),
     "stop": ("active", lambda api, work_id: api.stop(work_id)),
     "update": ("active", lambda api, work_id: api.update(work_id, json={"metadata": {"a": "b"}})),
     "get": ("active", lambda api, work_id: api.get(work_id)),
@@ -95,7 +95,10 @@ async def test_a_session_and_its_events_are_told_once_they_are_durable(
 
 async def test_a_conflict_tells_no_more_than_what_is_durable(api: Api, gate: Gate) -> None:
     stopped = await api.bring_to("stopped")
-    answers = [await held_back(gate, api.ack(stopped)), await held_back(gate, api.beat(stopped))]
+    answers = [
+        await held_back(gate, api.ack(stopped)),
+        await held_back(gate, api.heartbeat(stopped)),
+    ]
     if api.dialect == "anthropic":  # there a second stop's 409 says: the first one was applied
         answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
     # A heartbeat of the anthropic dialect answers the state of a stopped item instead.

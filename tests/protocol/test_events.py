@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api
-from workpool.server import ControlPlane, Refusal, SqliteStore
+from workpool.server import APIError, ControlPlane, SqliteStore
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -617,7 +617,7 @@ async def test_thread_that_is_no_text_is_the_primary_thread(api: Api) -> None:
 )  # fmt: skip
 async def test_what_an_agent_cannot_say_here(qoder: Api, event: dict[str, Any]) -> None:
     session_id = scripted(qoder, BASH)
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         qoder.plane.emit(session_id, event)
     assert len(qoder.plane.events(session_id)) == 3
 
@@ -638,7 +638,7 @@ async def test_terminated_session_stays_terminated_while_its_item_is_stopping(ap
 
 
 async def test_cloud_environments_have_no_sessions_here(qoder: Api) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         qoder.plane.enqueue(environment_id=CLOUD, script=[BASH])
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     clock.advance(1.25)
-    answer = await api.beat(work_id, "NO_HEARTBEAT")
+    answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 200
     assert answer.body == {
         "type": "work_heartbeat",
@@ -35,10 +35,10 @@ async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> No
 @pytest.mark.usefixtures("both_stores")
 async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
-    last = (await api.beat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
+    last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
         clock.advance(20)
-        answer = await api.beat(work_id, last)
+        answer = await api.heartbeat(work_id, last)
         assert answer.status == 200
         assert answer.body["last_heartbeat"] > last
         last = answer.body["last_heartbeat"]
@@ -49,16 +49,16 @@ async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, cl
 
 async def test_two_beats_in_one_microsecond_do_not_look_alike(api: Api) -> None:
     work_id = await api.bring_to("starting")
-    first = (await api.beat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
-    second = (await api.beat(work_id, first)).body["last_heartbeat"]
+    first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
+    second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]
     assert second == "2026-03-01T12:00:00.000001Z"
-    assert (await api.beat(work_id, first)).status == 412
+    assert (await api.heartbeat(work_id, first)).status == 412
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
 async def test_an_omitted_expectation_is_unconditional(api: Api, state: str) -> None:
     work_id = await api.bring_to(state)
-    answer = await api.beat(work_id)
+    answer = await api.heartbeat(work_id)
     assert answer.status == 200
     assert answer.body["state"] == ("stopping" if state == "stopping" else "active")
 
@@ -78,7 +78,7 @@ async def test_an_omitted_expectation_is_unconditional(api: Api, state: str) -> 
 )
 async def test_the_ttl_is_clamped(api: Api, clock: Clock, asked: str | None, granted: int) -> None:
     work_id = await api.bring_to("starting")
-    answer = await api.beat(work_id, "NO_HEARTBEAT", asked)
+    answer = await api.heartbeat(work_id, "NO_HEARTBEAT", asked)
     assert (answer.status, answer.body["ttl_seconds"]) == (200, granted)
     clock.advance(granted - 0.001)
     assert await api.state(work_id) == "active"
@@ -89,7 +89,7 @@ async def test_the_ttl_is_clamped(api: Api, clock: Clock, asked: str | None, gra
 @pytest.mark.parametrize("value", ["0", "00", "-1", "", "10.0", "1e1", "ten", "true", "+10"])
 async def test_a_ttl_that_is_no_positive_integer_is_400(api: Api, value: str) -> None:
     work_id = await api.bring_to("starting")
-    answer = await api.beat(work_id, "NO_HEARTBEAT", value)
+    answer = await api.heartbeat(work_id, "NO_HEARTBEAT", value)
     assert answer.status == 400
     assert answer.error["param"] == "desired_ttl_seconds"
     assert await api.state(work_id) == "starting"
@@ -118,7 +118,7 @@ async def test_an_expectation_that_is_no_time_is_400_never_412(
     qoder: Api, value: str, state: str
 ) -> None:
     work_id = await qoder.bring_to(state)
-    answer = await qoder.beat(work_id, value)
+    answer = await qoder.heartbeat(work_id, value)
     assert answer.status == 400
     assert answer.error["param"] == "expected_last_heartbeat"
 
@@ -136,7 +136,7 @@ async def test_an_expectation_that_is_no_time_is_400_never_412(
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
 async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
     work_id = await qoder.bring_to(state)
-    answer = await qoder.beat(work_id, value)
+    answer = await qoder.heartbeat(work_id, value)
     assert answer.status == 412
     assert answer.error["type"] == "precondition_failed_error"
     assert await qoder.state(work_id) == state
@@ -145,7 +145,7 @@ async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
 @pytest.mark.parametrize("state", ["active", "stopping"])
 async def test_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> None:
     work_id = await qoder.bring_to(state)
-    answer = await qoder.beat(work_id, "NO_HEARTBEAT")
+    answer = await qoder.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 412
     assert answer.error["details"] == {
         "error_code": "heartbeat_precondition_failed",
@@ -161,7 +161,7 @@ async def test_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> 
 async def test_a_refused_heartbeat_prolongs_nothing(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("active")
     clock.advance(59)
-    assert (await api.beat(work_id, "NO_HEARTBEAT")).status == 412
+    assert (await api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
     clock.advance(1)
     assert await api.state(work_id) == "queued"
 
@@ -172,7 +172,7 @@ async def test_a_queued_or_stopped_item_is_409(
     qoder: Api, state: str, expected: str | None
 ) -> None:
     work_id = await qoder.bring_to(state)
-    answer = await qoder.beat(work_id, expected)
+    answer = await qoder.heartbeat(work_id, expected)
     assert answer.status == 409
     assert answer.error["type"] == "invalid_request_error"
 
@@ -186,7 +186,7 @@ async def test_anthropic_heartbeat_on_stopping_item_extends_lease_without_compar
 ) -> None:
     work_id = await anthropic.bring_to("stopping")
     clock.advance(59)
-    answer = await anthropic.beat(work_id, expected, 30)
+    answer = await anthropic.heartbeat(work_id, expected, 30)
     assert answer.status == 200
     assert answer.body == {
         "type": "work_heartbeat",
@@ -207,7 +207,7 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
     await anthropic.stop(work_id, json={"force": True})
     before, records = (await anthropic.get(work_id)).body, len(anthropic.plane.history)
     clock.advance(1)
-    answer = await anthropic.beat(work_id, expected)
+    answer = await anthropic.heartbeat(work_id, expected)
     assert answer.status == 200
     assert answer.body == {
         "type": "work_heartbeat",
@@ -224,7 +224,7 @@ async def test_anthropic_heartbeat_on_stopped_item_without_heartbeat_answers_emp
     anthropic: Api,
 ) -> None:
     work_id = await anthropic.bring_to("stopped")
-    answer = await anthropic.beat(work_id, "NO_HEARTBEAT")
+    answer = await anthropic.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["last_heartbeat"]) == (200, "")
 
 
@@ -233,12 +233,12 @@ async def test_anthropic_heartbeat_on_queued_item_is_409(
     anthropic: Api, expected: str | None
 ) -> None:
     work_id = await anthropic.bring_to("queued")
-    assert (await anthropic.beat(work_id, expected)).status == 409
+    assert (await anthropic.heartbeat(work_id, expected)).status == 409
 
 
 async def test_anthropic_heartbeat_on_active_item_is_compared(anthropic: Api) -> None:
     work_id = await anthropic.bring_to("active")
-    assert (await anthropic.beat(work_id, "NO_HEARTBEAT")).status == 412
+    assert (await anthropic.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
@@ -246,7 +246,7 @@ async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_st
     anthropic: Api, state: str
 ) -> None:
     work_id = await anthropic.bring_to(state)
-    assert (await anthropic.beat(work_id, "yesterday")).status == 400
+    assert (await anthropic.heartbeat(work_id, "yesterday")).status == 400
 
 
 @pytest.mark.usefixtures("both_stores")
@@ -254,7 +254,7 @@ async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Cloc
     work_id = await api.bring_to("stopping")
     clock.advance(59)
     last = (await api.get(work_id)).body["latest_heartbeat_at"]
-    answer = await api.beat(work_id, last, 30)
+    answer = await api.heartbeat(work_id, last, 30)
     assert answer.status == 200
     assert (answer.body["state"], answer.body["lease_extended"]) == ("stopping", True)
     clock.advance(29.999)
@@ -266,7 +266,7 @@ async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Cloc
 async def test_the_first_heartbeat_may_come_after_the_stop_request(api: Api) -> None:
     work_id = await api.bring_to("starting")
     await api.stop(work_id)
-    answer = await api.beat(work_id, "NO_HEARTBEAT")
+    answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert (answer.status, answer.body["state"]) == (200, "stopping")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.protocol.conftest import ENV, Clock
-from workpool.server import History, Operations, Poll, Record, Refusal, Summary, summarize
-from workpool.server.clock import to_heartbeat_text
+from workpool.server import APIError, History, Operations, Poll, Record, Summary, summarize
+from workpool.server.timestamps import to_heartbeat_text
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def operations(clock: Clock) -> Operations:
 
 
 def run(operations: Operations, worker: str) -> str:
-    """Claim, acknowledge and beat once, as one worker."""
+    """Claim, acknowledge and heartbeat once, as one worker."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
     operations.ack(ENV, item.id, worker)
@@ -29,7 +29,7 @@ def test_a_life_is_told_in_order(operations: Operations, clock: Clock) -> None:
     operations.update(ENV, work_id, {"k": "v"}, "a")
     clock.advance(5)
     operations.stop(ENV, work_id)
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         operations.ack(ENV, work_id, "b")
     clock.advance(5)
     operations.stats(ENV)
@@ -127,9 +127,9 @@ def test_operators_and_refused_calls_do_not_overlap(operations: Operations) -> N
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     for expected in ("NO_HEARTBEAT", "2026-03-01T00:00:00Z"):
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             operations.heartbeat(ENV, work_id, expected, 10, "b")
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         operations.ack(ENV, work_id, "b")
     operations.update(ENV, work_id, {"k": "v"})
     operations.stop(ENV, work_id)

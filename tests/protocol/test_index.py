@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.protocol.conftest import ENV, Clock
-from workpool.server import Item, Operations, Poll, Refusal
+from workpool.server import APIError, Item, Operations, Poll
 from workpool.server.deliveries import Deliveries
-from workpool.server.item import Ids
-from workpool.server.leases import Leases
+from workpool.server.lease_ends import Leases
+from workpool.server.stored_item import Ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,7 +147,7 @@ class Everything(RuleBasedStateMachine):
                 self.operations.update(ENV, item.id, {"k": str(number)}, worker)
             else:
                 self.operations.stop(ENV, item.id, worker, force=call == "force")
-        except Refusal as refusal:
+        except APIError as refusal:
             if refusal.status != 409:
                 raise
 

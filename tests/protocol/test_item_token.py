@@ -44,7 +44,7 @@ def session_path(api: Api, item: dict[str, Any], suffix: str = "/events") -> str
 async def test_item_token_serves_the_item_from_ack_to_stop(anthropic: Api) -> None:
     item, own = await claimed(anthropic)
     assert (await own.ack(item["id"])).status == 200
-    assert (await own.beat(item["id"], "NO_HEARTBEAT")).status == 200
+    assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 200
     session = await own("GET", session_path(own, item, ""))
     assert (session.status, session.body["id"]) == (200, item["data"]["id"])
     events = await own("GET", session_path(own, item))
@@ -69,7 +69,7 @@ async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> li
         await own.get(work_id),
         await own.update(work_id, json={"metadata": {}}),
         await own.ack(other["id"]),
-        await own.beat(other["id"]),
+        await own.heartbeat(other["id"]),
         await own.stop(other["id"], json={"force": True}),
         await own.stop("work_unknown"),
         await own("GET", session_path(own, other, "")),
@@ -107,7 +107,7 @@ async def test_item_token_opens_no_session_of_a_stopped_item(anthropic: Api) -> 
     await anthropic.stop(item["id"], json={"force": True})
     assert (await own("GET", session_path(own, item, ""))).status == 403
     assert (await own.stop(item["id"], json={"force": True})).status == 409
-    assert (await own.beat(item["id"])).body["state"] == "stopped"
+    assert (await own.heartbeat(item["id"])).body["state"] == "stopped"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ async def test_item_token_opens_no_session_of_a_stopped_item(anthropic: Api) -> 
 async def test_item_token_that_was_changed_is_401(anthropic: Api, change: Any) -> None:
     item, own = await claimed(anthropic)
     own.token = change(own.token)
-    assert (await own.beat(item["id"], "NO_HEARTBEAT")).status == 401
+    assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
 async def test_secret_comes_with_polls_of_the_anthropic_dialect_only(
@@ -138,7 +138,7 @@ async def test_secret_comes_with_polls_of_the_anthropic_dialect_only(
     qoder.plane.enqueue()
     assert "secret" not in (await qoder.poll()).body
     qoder.token = own.token
-    assert (await qoder.beat(item["id"], "NO_HEARTBEAT")).status == 401
+    assert (await qoder.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
 async def test_item_tokens_of_two_control_planes_differ(anthropic: Api) -> None:

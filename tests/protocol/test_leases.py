@@ -32,7 +32,7 @@ async def test_a_lapse_is_seen_by_every_observer(api: Api, clock: Clock, seen_by
     elif seen_by == "ack":
         assert (await api.ack(work_id, worker="b")).body["state"] == "starting"
     else:
-        assert (await api.beat(work_id, worker="a")).status == 409
+        assert (await api.heartbeat(work_id, worker="a")).status == 409
 
 
 async def test_from_the_ack_until_the_first_heartbeat_60_seconds(api: Api, clock: Clock) -> None:
@@ -45,17 +45,17 @@ async def test_from_the_ack_until_the_first_heartbeat_60_seconds(api: Api, clock
 
 async def test_a_worker_can_cut_its_lease_short(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
-    last = (await api.beat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
-    assert (await api.beat(work_id, last, 10)).body["lease_extended"] is True
+    last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
+    assert (await api.heartbeat(work_id, last, 10)).body["lease_extended"] is True
     clock.advance(10)
     assert await api.state(work_id) == "queued"
 
 
 async def test_a_heartbeat_can_also_extend_a_short_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
-    last = (await api.beat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
+    last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
     clock.advance(9)
-    await api.beat(work_id, last, 600)
+    await api.heartbeat(work_id, last, 600)
     clock.advance(599)
     assert await api.state(work_id) == "active"
     clock.advance(1)
@@ -77,8 +77,8 @@ async def test_a_lapsed_item_keeps_its_history_until_it_is_overwritten(
     assert acked["latest_heartbeat_at"] == "2026-03-01T12:00:00.000000Z"
     clock.advance(2)
     former = acked["latest_heartbeat_at"]
-    assert (await api.beat(work_id, former, worker="a")).status == 412
-    answer = await api.beat(work_id, "NO_HEARTBEAT", worker="b")
+    assert (await api.heartbeat(work_id, former, worker="a")).status == 412
+    answer = await api.heartbeat(work_id, "NO_HEARTBEAT", worker="b")
     assert answer.body["last_heartbeat"] == "2026-03-01T12:01:02.000000Z"
     item = (await api.get(work_id)).body
     assert item["started_at"] == "2026-03-01T12:01:02Z"
@@ -120,13 +120,13 @@ async def test_the_clock_set_back_moves_no_lease(api: Api, clock: Clock) -> None
     work_id = await api.bring_to("active")
     clock.advance(-3600)
     assert await api.state(work_id) == "active"
-    answer = await api.beat(work_id)
+    answer = await api.heartbeat(work_id)
     assert answer.body["last_heartbeat"] == "2026-03-01T12:00:00.000001Z"
 
 
 async def test_lapses_come_in_the_order_of_their_ends(api: Api, clock: Clock) -> None:
     slow, fast = await api.bring_to("active"), await api.bring_to("starting")
-    await api.beat(fast, "NO_HEARTBEAT", 10)
+    await api.heartbeat(fast, "NO_HEARTBEAT", 10)
     clock.advance(3600)
     assert await api.state(slow) == await api.state(fast) == "queued"
     lapsed = [record for record in api.plane.history if record.kind == "lapsed"]

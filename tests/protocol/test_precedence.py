@@ -75,7 +75,7 @@ async def test_a_bad_request_wins_over_409(api: Api, call: str) -> None:
 
 async def test_409_wins_over_412(qoder: Api) -> None:
     work_id = await qoder.bring_to("stopped")
-    assert (await qoder.beat(work_id, "2026-03-01T12:00:00Z")).status == 409
+    assert (await qoder.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
 
 
 @pytest.mark.parametrize("call", CALLS)

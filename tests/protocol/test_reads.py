@@ -32,12 +32,12 @@ if TYPE_CHECKING:
         "work_" + "0" * 31 + "%7B",
     ],
 )
-@pytest.mark.parametrize("call", ["get", "ack", "beat", "stop", "update"])
+@pytest.mark.parametrize("call", ["get", "ack", "heartbeat", "stop", "update"])
 async def test_an_unknown_or_malformed_id_is_404(qoder: Api, call: str, work_id: str) -> None:
     method, suffix = {
         "get": ("GET", ""),
         "ack": ("POST", "/ack"),
-        "beat": ("POST", "/heartbeat"),
+        "heartbeat": ("POST", "/heartbeat"),
         "stop": ("POST", "/stop"),
         "update": ("POST", ""),
     }[call]
@@ -243,7 +243,7 @@ async def test_session_is_updated_by_its_item_and_by_its_events(api: Api, clock:
 
     assert await updated_at() == "2026-03-01T12:00:00.000000Z"
     clock.advance(1)
-    await api.beat(work_id, "NO_HEARTBEAT")
+    await api.heartbeat(work_id, "NO_HEARTBEAT")
     assert await updated_at() == "2026-03-01T12:00:01.000000Z"
     clock.advance(1)
     api.plane.emit(own, {"type": "session.status_running"})

@@ -12,7 +12,7 @@ import pytest
 from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, Api, Clock
 from tests.protocol.test_events import path as path_of
 from tests.protocol.test_stream import stream
-from workpool.server import ControlPlane, Item, Operations, Poll, Refusal, SqliteStore
+from workpool.server import APIError, ControlPlane, Item, Operations, Poll, SqliteStore
 from workpool.server.retention import BATCH_MAX
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ async def test_rows_that_ended_while_nothing_ran_are_deleted_at_the_start(
         environments=(ENV,), store=SqliteStore(file), now=clock, retention=KEPT
     )
     async with serves_one as plane:
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             plane.operations.get(ENV, old.id)
         assert plane.operations.get(ENV, young.id).state == "stopped"
         clock.advance(KEPT / 2)
@@ -133,7 +133,7 @@ async def test_session_is_deleted_once_the_last_of_its_items_is_over(
     assert operations.session(first.session_id)[1].id == third.id
     clock.advance(1)
     operations.poll(ENV, Poll())
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         operations.session(first.session_id)
     assert len(operations.queue(ENV)) == 0
 

@@ -117,16 +117,20 @@ async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Cl
 
     acked = await work.ack(created.id, environment_id=ENV)
     assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
-    beat = await work.heartbeat(
+    first = await work.heartbeat(
         created.id,
         environment_id=ENV,
         expected_last_heartbeat="NO_HEARTBEAT",
         desired_ttl_seconds=30,
     )
-    assert (beat.state, beat.ttl_seconds, beat.lease_extended) == ("active", 30, True)
+    assert (first.state, first.ttl_seconds, first.lease_extended) == (
+        "active",
+        30,
+        True,
+    )
     clock.advance(1)
     again = await work.heartbeat(
-        created.id, environment_id=ENV, expected_last_heartbeat=beat.last_heartbeat
+        created.id, environment_id=ENV, expected_last_heartbeat=first.last_heartbeat
     )
     assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
 

@@ -20,8 +20,8 @@ import pytest
 
 from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
-from workpool.server.conversation import Event
-from workpool.server.sessions import Session
+from workpool.server.conversation import StoredEvent
+from workpool.server.sessions import StoredSession
 from workpool.server.sqlite import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ async def test_everything_is_as_before_after_a_restart(
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
         assert (await api.ack(queued, worker="b")).status == 409  # delivered to a
-        assert (await api.beat(active, "NO_HEARTBEAT")).status == 412
-        assert (await api.beat(starting, "NO_HEARTBEAT")).status == 200
+        assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
+        assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200
         clock.advance(60)
         states = [await api.state(work_id) for work_id in (queued, stopping, active, starting)]
         assert states == ["queued", "stopped", "queued", "queued"]
@@ -146,12 +146,12 @@ async def test_every_field_is_written_and_read(path: Path) -> None:
     )
     script = [{"name": "Bash", "input": {}, "custom": False, "permission": "allow"}]
     sessions = [
-        Session("sess_1", ENV, {"k": "v"}, 7),
-        Session("sess_2", ENV, {}, 8, script),
-        Session("sess_3", ENV, {}, 9, []),
+        StoredSession("sess_1", ENV, {"k": "v"}, 7),
+        StoredSession("sess_2", ENV, {}, 8, script),
+        StoredSession("sess_3", ENV, {}, 9, []),
     ]
     value = {"id": "evt_0", "type": "x", "processed_at": "2026-03-01T12:00:00Z"}
-    events = [Event(f"evt_{number}", "sess_2", {**value, "n": number}) for number in range(3)]
+    events = [StoredEvent(f"evt_{number}", "sess_2", {**value, "n": number}) for number in range(3)]
     store = SqliteStore(path)
     await store.open()
     for session in sessions:

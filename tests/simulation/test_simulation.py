@@ -14,7 +14,7 @@ from tests.simulation.mutations import MUTATIONS
 from workpool.testing.simulation.invariants import INVARIANTS
 from workpool.testing.simulation.replay import replay
 from workpool.testing.simulation.results import Progress, Report
-from workpool.testing.simulation.run import schedule_of, simulate, simulate_all, simulate_many
+from workpool.testing.simulation.runner import schedule_of, simulate, simulate_all, simulate_many
 from workpool.testing.simulation.schedule import (
     ACTION_KINDS,
     BEHAVIOURS,

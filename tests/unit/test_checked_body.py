@@ -35,7 +35,7 @@ def repr_of_size(body: bytes | None) -> str:
     return "no body" if body is None else f"{len(body)} bytes"
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """What a check raises."""
 
 
@@ -115,7 +115,7 @@ def settings_of(server: Recorder, **values: Any) -> Settings:
 
 
 def refuse() -> None:
-    raise Refusal
+    raise APIError
 
 
 def refuse_oddly() -> None:
@@ -138,7 +138,7 @@ class Closable:
     def __call__(self) -> None:
         self.asked += 1
         if not self.open:
-            raise Refusal
+            raise APIError
 
 
 # -- nothing is sent -----------------------------------------------------------------------------
@@ -185,7 +185,7 @@ async def test_check_that_refuses_sends_no_byte(
     ):
         if used_before:
             await transport.send(request(server.url, None))
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             await transport.send(request(server.url, refuse, body, endpoint))
         for _ in range(2):
             await transport.send(request(server.url, None))
@@ -209,7 +209,7 @@ async def test_request_that_was_refused_is_not_told() -> None:
     told: list[str] = []
     async with recording() as server, connected(server.url) as transport:
         transport.on_request = lambda *each: told.append(each[1])
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             await transport.send(request(server.url, refuse))
         await transport.send(request(server.url, lambda: None))
     assert told == ["2xx"]
@@ -232,7 +232,7 @@ async def test_every_call_about_an_item_asks_its_check(name: str, priority: Prio
         recording() as server,
         WorkClient(settings_of(server)) as client,
     ):
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             await CALLS[name](client, CallOptions(refuse, priority))
     assert len(server) == 0
 
@@ -280,7 +280,7 @@ async def test_check_turning_false_during_a_late_lookup_sends_no_byte() -> None:
 
 
 async def refused_by(call: Awaitable[object]) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(APIError):
         await call
 
 
@@ -425,7 +425,7 @@ async def test_request_repeated_with_a_renewed_token_is_checked_again(tmp_path: 
     url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener, connected(url, token_file=path) as transport:
         path.write_text("new")
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             await transport.send(request(url, check))
         await ended.wait()
     assert check.asked == 2
@@ -441,7 +441,7 @@ async def test_read_repeated_by_aiohttp_on_a_new_connection_is_checked_again() -
 
     async with recording(ANSWER, None, ANSWER) as server, connected(server.url) as transport:
         await transport.send(request(server.url, None))
-        with pytest.raises(Refusal):
+        with pytest.raises(APIError):
             await transport.send(request(server.url, close_after_the_first, endpoint=READ))
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])

@@ -164,8 +164,8 @@ async def test_a_stop_is_asked_for_and_confirmed(plane: ControlPlane, qoder: Wor
     asked = await qoder.stop(item.id)
     assert asked is not None
     assert asked.state == "stopping"
-    beat = await qoder.heartbeat(item.id)
-    assert beat.state == "stopping"
+    heartbeat = await qoder.heartbeat(item.id)
+    assert heartbeat.state == "stopping"
     confirmed = await qoder.stop(item.id)
     assert confirmed is not None
     assert confirmed.state == "stopped"

@@ -156,10 +156,10 @@ async def test_calls_of_the_pool_have_no_connection_limit() -> None:
         WorkClient(server.settings(concurrency=1)) as client,
         asyncio.TaskGroup() as group,
     ):
-        beats = [group.create_task(client.heartbeat(WORK, timeout=60)) for _ in range(150)]
+        heartbeats = [group.create_task(client.heartbeat(WORK, timeout=60)) for _ in range(150)]
         await server.received(150)
         assert server.connections == 150
-        for task in beats:
+        for task in heartbeats:
             task.cancel()
 
 

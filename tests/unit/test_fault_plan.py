@@ -28,13 +28,13 @@ def test_documented_file_of_faults_can_be_read(tmp_path: Path) -> None:
     assert (plan.seed, plan.clock_skew) == (7, 30)
     faults = Faults(plan.seed)
     plan.install(faults, ControlPlane())
-    poll, ack, anything, beat = faults.rules
+    poll, ack, anything, heartbeat = faults.rules
     assert poll.ops == {"poll"}
     assert poll.limits == {"skip": 0, "probability": 0.1, "between": (5.0, 65.0)}
     assert ack.ops == {"ack", "heartbeat"}
     assert ack.limits == {"skip": 2, "probability": 1.0, "times": 3}
     assert len(anything.ops) == 13
-    assert beat.limits["times"] == 1
+    assert heartbeat.limits["times"] == 1
 
 
 def test_json_says_the_same(tmp_path: Path) -> None:

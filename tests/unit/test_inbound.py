@@ -19,7 +19,7 @@ from workpool import exporter as exporter_module
 from workpool import inbound
 from workpool.exporter import Exporter
 from workpool.inbound import HttpLog, InboundConnections
-from workpool.server import ControlPlane, app
+from workpool.server import ControlPlane, control_plane
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -227,7 +227,7 @@ async def test_exporter_answers_healthz_while_more_half_requests_than_its_limit_
 async def test_control_plane_answers_while_more_half_requests_than_its_limit_are_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(app, "_connections_max", lambda: LIMIT)
+    monkeypatch.setattr(control_plane, "_connections_max", lambda: LIMIT)
     async with ControlPlane() as plane:
         clients = [await Client.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
         assert (await ask(plane.port)).startswith(b"HTTP/1.1 404")
@@ -237,7 +237,7 @@ async def test_control_plane_answers_while_more_half_requests_than_its_limit_are
 def test_control_plane_leaves_descriptors_for_other_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     for soft, expected in ((1024, 768), (256, 192), (10**9, 10_000), (-1, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert app._connections_max() == expected
+        assert control_plane._connections_max() == expected
 
 
 # -- for how long --------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.pool.lease import RETRY_PARTS, Decision, Lease
-from workpool.server import Operations, Poll, Refusal
-from workpool.server.dialects import QODER
+from workpool.server import APIError, Operations, Poll
 from workpool.server.rules import heartbeat_answer
+from workpool.server.server_dialects import QODER
 from workpool.wire.items import Heartbeat, WorkItem, parse_heartbeat, parse_item
 from workpool.wire.protocol import WORK_HEARTBEAT
 
@@ -722,7 +722,7 @@ class ControlPlane:
     def heartbeat(self, expected: str | None, ttl: int) -> Heartbeat | ControlPlaneError:
         try:
             item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
-        except Refusal as refusal:
+        except APIError as refusal:
             return error_of(refusal.status)
         return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
 
@@ -999,17 +999,17 @@ def test_handoff_never_leaves_parent_and_child_with_one_item(
         lease = parent if who == "parent" else child
         if lease.expire(plane.now):
             continue
-        decision = beat(plane, lease, lost=is_lost)
+        decision = heartbeat(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
             taken_back = True
         assert not (taken_back and parent.held(plane.now) and child.begun and child.held(plane.now))
         assert not (rival and child.begun and child.held(plane.now))
     if child.begun:
-        assert beat(plane, parent) == "over" or parent.over
+        assert heartbeat(plane, parent) == "over" or parent.over
         assert parent.status in {"handed_off", "lost"}
 
 
-def beat(plane: ControlPlane, lease: Lease, *, lost: bool = False) -> str:
+def heartbeat(plane: ControlPlane, lease: Lease, *, lost: bool = False) -> str:
     """Send one heartbeat, and read the item if that must follow."""
     if lease.over:
         return "over"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workpool import logs
-from workpool.cli.logs import configure
+from workpool.cli.log_config import configure
 from workpool.logs import (
     ERROR_CHARACTERS,
     ITEM_TOKENS,

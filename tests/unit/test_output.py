@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli import conform
-from workpool.cli.options import import_from_here
+from workpool.cli.flags import import_from_here
 from workpool.cli.output import print_json, print_pairs, print_rows
 from workpool.conformance import CLAUSES, Finding, Verdict
 from workpool.logs import hide

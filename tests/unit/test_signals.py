@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 import uvloop
 
-from workpool.cli.logs import log
+from workpool.cli.log_config import log
 from workpool.cli.signal_recorder import SignalRecorder
 from workpool.cli.signals import Signals
 

@@ -178,7 +178,7 @@ async def tunnel_to(port: int) -> AsyncIterator[tuple[LateTunnel, str]]:
         yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """What the check raises."""
 
 
@@ -191,7 +191,7 @@ async def test_check_is_asked_after_the_tunnel_and_tls_are_there(
     def check() -> None:
         states.append(tunnel.release.is_set())
         if not held:
-            raise Refusal
+            raise APIError
 
     async with tunnel_to(server.port) as (tunnel, url):
         monkeypatch.setenv("https_proxy", url)
@@ -202,7 +202,7 @@ async def test_check_is_asked_after_the_tunnel_and_tls_are_there(
             await tunnel.asked.wait()
             assert states == []
             tunnel.release.set()
-            assert await result == (None if held else Refusal)
+            assert await result == (None if held else APIError)
         await tunnel.ended.wait()
     assert states == [True]
     assert server.names == ["client"]
@@ -212,7 +212,7 @@ async def test_check_is_asked_after_the_tunnel_and_tls_are_there(
 async def outcome(call: Any) -> type[BaseException] | None:
     try:
         await call
-    except Refusal as refusal:
+    except APIError as refusal:
         return type(refusal)
     return None
 

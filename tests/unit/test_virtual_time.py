@@ -55,10 +55,10 @@ async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
     one.client.on_request = lambda op, code, _: codes.append((op, code))
     async with one.client, one.rival:
         work_id = (await one.claim()).id
-        beat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
-        assert (beat.state, beat.ttl_seconds) == ("active", 30)
+        heartbeat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
+        assert (heartbeat.state, heartbeat.ttl_seconds) == ("active", 30)
         assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
-        assert (await one.client.get(work_id)).last_heartbeat == beat.last_heartbeat
+        assert (await one.client.get(work_id)).last_heartbeat == heartbeat.last_heartbeat
         assert (await one.client.stats()).depth == 0
         stopped = await one.client.stop(work_id, force=True)
         assert stopped is not None

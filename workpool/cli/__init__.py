@@ -27,7 +27,7 @@ def main() -> None:
             "workpool: the command line needs its extra: pip install 'workpool[cli]'\n"
         )
         sys.exit(2)
-    from workpool.cli.app import app  # noqa: PLC0415 - the extra may be missing
+    from workpool.cli.commands import app  # noqa: PLC0415 - the extra may be missing
 
     app(prog_name="workpool")
 

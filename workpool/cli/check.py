@@ -16,8 +16,8 @@ import aiohttp
 import typer
 
 from workpool.cli import exits
+from workpool.cli.flags import BaseUrl, Config, EnvironmentId, Json, PluginNames, read_settings
 from workpool.cli.listing import load_plugins
-from workpool.cli.options import BaseUrl, Config, EnvironmentId, Json, PluginNames, read_settings
 from workpool.cli.output import print_json
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
 from workpool.logs import readable
@@ -37,7 +37,7 @@ _ADVICE: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """One line of the report; `exit` is its exit status."""
 
     check: str
@@ -59,7 +59,7 @@ def check(
     Exit status: 0 no problem, 2 settings or plugins, 3 refused by the control plane, 1 other
     problems.
     """
-    findings: list[Finding] = []
+    findings: list[CheckResult] = []
     try:
         settings = read_settings(
             config, plugins=plugins, environment_id=environment_id, base_url=base_url
@@ -79,38 +79,38 @@ def check(
     raise typer.Exit(status)
 
 
-def _find(settings: Settings) -> Iterator[Finding]:
+def _find(settings: Settings) -> Iterator[CheckResult]:
     warnings = settings.warnings()
-    yield from (Finding("settings", "warn", warning) for warning in warnings)
+    yield from (CheckResult("settings", "warn", warning) for warning in warnings)
     if not warnings:
-        yield Finding("settings", "ok", "can be used")
+        yield CheckResult("settings", "ok", "can be used")
     yield _check_plugins(settings)
     try:
         settings.require_connection()
     except SettingsError as error:
         yield from _problems("credentials", error)
         return
-    yield Finding("credentials", "ok", "there is a token")
+    yield CheckResult("credentials", "ok", "there is a token")
     yield from asyncio.run(_check_control_plane(settings))
 
 
-def _problems(check: str, error: SettingsError) -> Iterator[Finding]:
-    return (Finding(check, "FAIL", each, exit=exits.USAGE) for each in error.problems)
+def _problems(check: str, error: SettingsError) -> Iterator[CheckResult]:
+    return (CheckResult(check, "FAIL", each, exit=exits.USAGE) for each in error.problems)
 
 
-def _check_plugins(settings: Settings) -> Finding:
+def _check_plugins(settings: Settings) -> CheckResult:
     try:
         loaded = load_plugins(settings)
     except PluginError as error:
-        return Finding("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
+        return CheckResult("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
     names = ", ".join(plugin.name for plugin in loaded.describe())
     if not loaded.can_handle:
         problem = f"no plugin supplies a handler: {names or 'no plugin is active'}"
-        return Finding("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")
-    return Finding("plugins", "ok", names)
+        return CheckResult("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")
+    return CheckResult("plugins", "ok", names)
 
 
-async def _check_control_plane(settings: Settings) -> list[Finding]:
+async def _check_control_plane(settings: Settings) -> list[CheckResult]:
     dates: list[str] = []
 
     async def note_date(_: object, __: object, end: aiohttp.TraceRequestEndParams) -> None:
@@ -137,27 +137,27 @@ async def _check_control_plane(settings: Settings) -> list[Finding]:
     return findings
 
 
-def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) -> Finding:
+def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) -> CheckResult:
     if error is None:
-        return Finding("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
+        return CheckResult("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
     advice = _ADVICE.get(error.status or 0, "check base_url, proxies and the network")
     if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
         advice += "; base_url is the service's own, since it is not set"
-    return Finding("control plane", "FAIL", str(error), advice, exits.status_of(error))
+    return CheckResult("control plane", "FAIL", str(error), advice, exits.status_of(error))
 
 
-def judge_clock(date: str, now: datetime, seconds: float) -> Finding:
+def judge_clock(date: str, now: datetime, seconds: float) -> CheckResult:
     """Compare the clock of this machine with a `Date` header that is at most `seconds` old."""
     try:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
-        return Finding("clock", "warn", "the control plane sends no date that can be read")
+        return CheckResult("clock", "warn", "the control plane sends no date that can be read")
     # The header has whole seconds, and was written some time before it arrived.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
-        return Finding("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")
+        return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")
     ahead = "ahead of" if skew > 0 else "behind"
-    return Finding(
+    return CheckResult(
         "clock",
         "warn",
         f"{off:.0f} s {ahead} the control plane's",

@@ -13,7 +13,7 @@ import typer
 from yarl import URL
 
 from workpool.cli import exits
-from workpool.cli.options import Config, EnvironmentId, Json, read_settings
+from workpool.cli.flags import Config, EnvironmentId, Json, read_settings
 from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from workpool.cli import exits
-from workpool.cli.options import Metadata, parse_pairs
+from workpool.cli.flags import Metadata, parse_pairs
 
 
 def demo(

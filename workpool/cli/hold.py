@@ -14,8 +14,8 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from workpool.cli import exits, logs
-from workpool.cli.options import BaseUrl, Config, EnvironmentId, Verbose, is_verbose
+from workpool.cli import exits, log_config
+from workpool.cli.flags import BaseUrl, Config, EnvironmentId, Verbose, is_verbose
 from workpool.cli.program import Program
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import Signals
@@ -94,14 +94,16 @@ def hold(
     settings = settings.model_copy(  # without the parent's plugins and port for metrics
         update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
     )
-    logs.configure("debug" if is_verbose(context) else settings.log_level, settings.log_format)
+    log_config.configure(
+        "debug" if is_verbose(context) else settings.log_level, settings.log_format
+    )
     program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()
     session = session_id or None
     pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     signals = Signals(hangup_ends=False)
     status = run_supervisor(pool, signals)
-    logs.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
+    log_config.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
     not_taken = program.outcome is None and signals.first.is_set()
     if status == exits.OK and program.outcome not in GOOD and not not_taken:
         status = exits.FAILED

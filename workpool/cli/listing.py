@@ -6,7 +6,7 @@ See workpool/docs/plugins.md, "Plugins and hooks".
 from typing import Any
 
 from workpool.cli import exits
-from workpool.cli.options import Config, Json, PluginNames, import_from_here, read_settings
+from workpool.cli.flags import Config, Json, PluginNames, import_from_here, read_settings
 from workpool.cli.output import print_json, print_rows
 from workpool.plugins import Plugin, Plugins, available
 from workpool.settings import Settings

@@ -12,8 +12,8 @@ from typing import Annotated, Final
 
 import typer
 
-from workpool.cli import exits, logs
-from workpool.cli.options import (
+from workpool.cli import exits, log_config
+from workpool.cli.flags import (
     BaseUrl,
     Config,
     EnvironmentId,
@@ -81,7 +81,7 @@ def run(
         settings.require_connection()
     if settings.metrics_listen is None:
         settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
-    logs.configure(settings.log_level, settings.log_format)
+    log_config.configure(settings.log_level, settings.log_format)
     import_from_here()
     raise typer.Exit(run_supervisor(Supervisor(settings), Signals(), until_empty=drain))
 
@@ -151,7 +151,7 @@ async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool)
     if failure is not None:
         status = exits.status_of(failure)
         for line in exits.lines_of(failure):
-            logs.log.critical("ended status=%d error=%s", status, line)
+            log_config.log.critical("ended status=%d error=%s", status, line)
         return status
     return exits.FAILED if supervisor.left_behind else exits.OK
 
@@ -175,5 +175,5 @@ async def _deaf_tasks() -> int:
         task.cancel()
     left = (await asyncio.wait(tasks, timeout=TASKS_SECONDS))[1] if tasks else set()
     for task in left:
-        logs.log.warning("task ignores its cancellation; abandoned name=%s", task.get_name())
+        log_config.log.warning("task ignores its cancellation; abandoned name=%s", task.get_name())
     return len(left)

@@ -12,8 +12,8 @@ from typing import Annotated, Final
 import orjson
 import typer
 
-from workpool.cli import exits, logs
-from workpool.cli.options import Json, Verbose, is_verbose
+from workpool.cli import exits, log_config
+from workpool.cli.flags import Json, Verbose, is_verbose
 from workpool.cli.signals import Signals
 from workpool.errors import innermost
 from workpool.logs import hide
@@ -89,7 +89,7 @@ def serve(
 
     Without a token, a random one is created and printed in the ready line.
     """
-    logs.configure("debug" if is_verbose(context) else "info", "text")
+    log_config.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():
         grants = _grants(token or [], token_file)
         if not grants and not _is_loopback(host):
@@ -116,7 +116,7 @@ def serve(
         )
         plan.install(injected, plane)
         if faults is not None:
-            logs.log.warning("faults injected file=%s count=%d", faults, len(plan.fault))
+            log_config.log.warning("faults injected file=%s count=%d", faults, len(plan.fault))
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
 
@@ -130,7 +130,7 @@ async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> No
                 serving.cancel()  # also while it reads a large store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
-        logs.log.info("serve ends signal=%s", signals.last)
+        log_config.log.info("serve ends signal=%s", signals.last)
 
 
 async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import signal
 from types import TracebackType
 from typing import Any, Self
 
-from workpool.cli.logs import log
+from workpool.cli.log_config import log
 from workpool.cli.signal_recorder import ENDING, HANGUP, USER, SignalRecorder
 
 

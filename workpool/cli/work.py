@@ -11,7 +11,7 @@ import orjson
 import typer
 
 from workpool.cli import exits
-from workpool.cli.options import (
+from workpool.cli.flags import (
     BaseUrl,
     Config,
     EnvironmentId,

@@ -116,7 +116,7 @@ class WorkCalls(ABC, Generic[A]):
         """Acknowledge an item."""
         return await self("POST", self.work(f"/{work_id}/ack"), **options)
 
-    async def beat(
+    async def heartbeat(
         self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
     ) -> A:
         """Send a heartbeat; None: the parameter is left out."""

@@ -121,7 +121,7 @@ class Trial:
     async def active(self, ttl: int = 60) -> Subject:
         """Create an item, receive and acknowledge it, and send the first heartbeat."""
         subject = await self.acknowledged()
-        await self.beat(subject, ttl)
+        await self.heartbeat(subject, ttl)
         return subject
 
     async def acknowledge(self, subject: Subject) -> Answer:
@@ -131,13 +131,13 @@ class Trial:
             raise Untried(f"the ack was answered with {answer}")
         return answer
 
-    async def beat(self, subject: Subject, ttl: int = 60) -> Answer:
+    async def heartbeat(self, subject: Subject, ttl: int = 60) -> Answer:
         """Send the next heartbeat, for a clause about something else."""
-        answer = await self.api.beat(subject.id, subject.last_heartbeat, ttl)
-        beat = answer.get("last_heartbeat")
-        if not answer.ok or not isinstance(beat, str):
+        answer = await self.api.heartbeat(subject.id, subject.last_heartbeat, ttl)
+        heartbeat = answer.get("last_heartbeat")
+        if not answer.ok or not isinstance(heartbeat, str):
             raise Untried(f"a heartbeat was answered with {answer}")
-        subject.last_heartbeat = beat
+        subject.last_heartbeat = heartbeat
         return answer
 
     async def stop(self, subject: Subject, *, force: bool) -> Answer:

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from workpool.errors import RegistryError
 from workpool.metrics.definitions import DEFINITIONS
-from workpool.metrics.gauges import Source, gauge_families
+from workpool.metrics.gauges import GaugeSource, gauge_families
 from workpool.metrics.stores import store_of
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ class Collectors(Collector):
             row.name: store_of(row, self.stores_lock) for row in DEFINITIONS if row.kind != "gauge"
         }
         self._lock = threading.Lock()
-        self._sources: list[Source] = []  # guarded by the lock
+        self._sources: list[GaugeSource] = []  # guarded by the lock
 
-    def attach(self, source: Source) -> None:
+    def attach(self, source: GaugeSource) -> None:
         """Add the gauges of a supervisor."""
         with self._lock:
             self._sources.append(source)
 
-    def detach(self, source: Source) -> None:
+    def detach(self, source: GaugeSource) -> None:
         """Remove the gauges. A scrape that has begun may still take one last snapshot."""
         with self._lock:
             self._sources.remove(source)

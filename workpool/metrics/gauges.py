@@ -93,7 +93,7 @@ class NullWindow:
 
 
 @dataclass(eq=False, slots=True)
-class Source:
+class GaugeSource:
     """The source of one supervisor's gauges, while it is open.
 
     Attributes:
@@ -118,7 +118,7 @@ class Source:
         return OTHER_HANDLERS
 
 
-def gauge_families(sources: Iterable[Source]) -> Iterable[GaugeMetricFamily]:
+def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily]:
     """Return all gauges of the table with their current values."""
     families = {
         row.name: GaugeMetricFamily(row.full_name, row.help, labels=tuple(row.labels))
@@ -130,8 +130,8 @@ def gauge_families(sources: Iterable[Source]) -> Iterable[GaugeMetricFamily]:
     return families.values()
 
 
-def _samples(sources: Iterable[Source]) -> Iterator[Sample]:
-    environments = defaultdict[str, list[Source]](list)
+def _samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
+    environments = defaultdict[str, list[GaugeSource]](list)
     for source in sources:
         environments[source.environment_id].append(source)
     for environment_id, group in environments.items():
@@ -163,7 +163,7 @@ def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sa
 
 
 def _sessions(
-    environment_id: str, group: Sequence[Source], snapshots: Sequence[PoolSnapshot]
+    environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
     # tuple(): a session on another thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
@@ -181,14 +181,14 @@ def _sessions(
         yield "session_age_seconds_max", (environment_id, handler), oldest[handler]
 
 
-def _poll_null_ratio(environment_id: str, group: Sequence[Source]) -> Iterator[Sample]:
+def _poll_null_ratio(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
     counts = [source.polls.counts() for source in group]
     polls = sum(polls for _, polls in counts)
     if polls:
         yield "poll_null_ratio", (environment_id,), sum(nulls for nulls, _ in counts) / polls
 
 
-def _remote(environment_id: str, group: Sequence[Source]) -> Iterator[Sample]:
+def _remote(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
     reads = [(source.remote, source.now) for source in group if source.remote is not None]
     if not reads:
         return

@@ -28,7 +28,7 @@ from workpool.metrics.definitions import (
     HANDLERS_MAX,
     OTHER_HANDLERS,
 )
-from workpool.metrics.gauges import NullWindow, Source
+from workpool.metrics.gauges import GaugeSource, NullWindow
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workpool.metrics.collectors import Collectors
     from workpool.metrics.definitions import Definition
     from workpool.metrics.gauges import PoolSnapshot
-    from workpool.metrics.stores import Add, Store
+    from workpool.metrics.stores import Add, MetricStore
     from workpool.wire.items import QueueStats
 
     Values = tuple[Any, ...]
@@ -76,7 +76,7 @@ class _Series(dict["Hashable", "Add"]):
 
     def __init__(
         self,
-        store: Store,
+        store: MetricStore,
         row: Definition,
         environment_id: str,
         label_of: Callable[[str], str],
@@ -182,7 +182,7 @@ class Metrics:
     _feeds: dict[EventType, list[_Feed]] = field(init=False)
     _callbacks: dict[EventType, list[Callback]] = field(init=False)
     _lock: threading.RLock = field(init=False)
-    _source: Source = field(init=False)
+    _source: GaugeSource = field(init=False)
     _shared: Collectors | None = field(default=None, init=False)
 
     def open(self) -> None:
@@ -195,7 +195,7 @@ class Metrics:
             raise RegistryError("these metrics are open already")
         shared = collectors_of(self.registry)
         self._lock = shared.stores_lock
-        self._source = Source(
+        self._source = GaugeSource(
             self.environment_id, self.version, self.dialect, self.snapshot,
             NullWindow(self.clock), self.now,
         )  # fmt: skip

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     """Add to a counter, or observe an amount."""
 
 
-class Store(Protocol):
+class MetricStore(Protocol):
     """All series of one metric."""
 
     def series(self, labels: tuple[str, ...]) -> Add:
@@ -46,7 +46,7 @@ class Store(Protocol):
         """Return the current values."""
 
 
-def store_of(row: Definition, lock: threading.RLock) -> Store:
+def store_of(row: Definition, lock: threading.RLock) -> MetricStore:
     """Return a new store for this counter or histogram, guarded by `lock`."""
     if values.ValueClass is not values.MutexValue:
         return _Library(row)

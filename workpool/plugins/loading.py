@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from workpool import events, hookspecs
 from workpool.errors import PluginError
-from workpool.handlers import Handler, Rule, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, HandlerRule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import Found, available, did_you_mean, find, guarded, named
 
@@ -37,7 +37,7 @@ EVENT_TYPES: Final[frozenset[type[events.Event]]] = frozenset(get_args(events.Ev
 class Route:
     """A rule and the handler for its items."""
 
-    rule: Rule
+    rule: HandlerRule
     handler: Handler
 
 
@@ -185,7 +185,7 @@ def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[ev
     return event_types
 
 
-def _route(plugin: str, name: str, call: Any, rule: Rule) -> Route:
+def _route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
     if not is_async_callable(call):
         raise PluginError(
             plugin, f"{name} is a plain `def` around a handler; put @handler above the decorator"

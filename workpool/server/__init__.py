@@ -8,17 +8,18 @@ Shares only the protocol's words and constants with the worker.
 See workpool/docs/protocol.md, "Protocol".
 """
 
-from workpool.server.app import DEFAULT_ENVIRONMENT, ControlPlane
-from workpool.server.errors import Refusal, ServeError, StoreError
+from workpool.server.api_errors import APIError, ServeError, StoreError
+from workpool.server.control_plane import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.server.history import History, Record, Summary, summarize
-from workpool.server.item import Item
 from workpool.server.operations import Operations, Poll
 from workpool.server.sqlite import SqliteStore
 from workpool.server.store import MemoryStore, Store
+from workpool.server.stored_item import Item
 from workpool.server.tokens import parse_token_file
 
 __all__ = [
     "DEFAULT_ENVIRONMENT",
+    "APIError",
     "ControlPlane",
     "History",
     "Item",
@@ -26,7 +27,6 @@ __all__ = [
     "Operations",
     "Poll",
     "Record",
-    "Refusal",
     "ServeError",
     "SqliteStore",
     "Store",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import orjson
 
-from workpool.server.errors import Refusal
+from workpool.server.api_errors import APIError
 from workpool.wire.protocol import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:
@@ -33,16 +33,16 @@ ITEM_BYTES: Final = 1024
 def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
     """Refuse metadata that have too many entries, or are larger than `limit` bytes as JSON."""
     if len(metadata) > METADATA_ENTRIES_MAX:
-        raise Refusal(400, f"metadata has more than {METADATA_ENTRIES_MAX} entries", "metadata")
+        raise APIError(400, f"metadata has more than {METADATA_ENTRIES_MAX} entries", "metadata")
     if len(orjson.dumps(metadata, default=dict)) > limit:
-        raise Refusal(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
+        raise APIError(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
 
 
 def check_items(count: int, metadata: Mapping[str, str]) -> None:
     """Refuse an enqueue whose answer, which repeats the metadata for each item, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
-        raise Refusal(
+        raise APIError(
             400,
             f"the answer would be larger than {ANSWER_LIMIT_BYTES} bytes: it repeats the metadata "
             "for each item; enqueue fewer items in one call",

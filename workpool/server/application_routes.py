@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from workpool.server import creation, requests
-from workpool.server.clock import to_heartbeat_text
-from workpool.server.errors import Refusal
-from workpool.server.item import SESSION_PREFIX
-from workpool.server.paging import listing, page_of
+from workpool.server.api_errors import APIError
+from workpool.server.list_pages import listing, page_of
 from workpool.server.routes import answer
 from workpool.server.sessions import AGENT
+from workpool.server.stored_item import SESSION_PREFIX
+from workpool.server.timestamps import to_heartbeat_text
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from workpool.server.dialects import Dialect
     from workpool.server.environments import Environment
-    from workpool.server.item import Item
     from workpool.server.operations import Operations
-    from workpool.server.sessions import Session
+    from workpool.server.server_dialects import Dialect
+    from workpool.server.sessions import StoredSession
+    from workpool.server.stored_item import Item
     from workpool.server.tokens import Caller, Tokens
 
 SCAN_ROWS: Final = 500
@@ -59,7 +59,7 @@ class ApplicationRoutes:
     async def create_environment(self, request: web.Request) -> web.Response:
         """Create a `self_hosted` environment."""
         if self._admit(request).environments is not None:
-            raise Refusal(403, "this token is limited to environments that exist")
+            raise APIError(403, "this token is limited to environments that exist")
         wanted = creation.parse_environment(await requests.body(request))
         environment = self._operations.create_environment(*wanted)
         return await self._durable(environment.answer(cloud=False))
@@ -78,7 +78,7 @@ class ApplicationRoutes:
         await requests.body(request)
         place = requests.place(request, "", ID_PATTERN)
         if place.before is not None:
-            raise Refusal(400, "before_id is not known here", "before_id")
+            raise APIError(400, "before_id is not known here", "before_id")
         found = [
             self._operations.environment(environment_id)[0]
             for environment_id in self._operations.environment_ids()
@@ -105,9 +105,9 @@ class ApplicationRoutes:
         place = requests.place(request, SESSION_PREFIX)
         newest_first = requests.newest_first(request, default=True)
         if newest_first and place.after:
-            raise Refusal(400, "after_id goes with order=asc only", "after_id")
+            raise APIError(400, "after_id goes with order=asc only", "after_id")
         wanted = self._session_filter(request, limits)
-        found: dict[str, tuple[Session, dict[str, Any]]] = {}
+        found: dict[str, tuple[StoredSession, dict[str, Any]]] = {}
         after, before = place.after, place.before
         last: str | None = ""
         while last is not None and len(found) <= place.limit:
@@ -136,7 +136,7 @@ class ApplicationRoutes:
 
     def _session_filter(
         self, request: web.Request, limits: frozenset[str] | None
-    ) -> Callable[[Session, Item], bool]:
+    ) -> Callable[[StoredSession, Item], bool]:
         """Return whether the query asks for a session, given with its latest item."""
         times = requests.times(request)
         statuses = requests.several(request, "statuses")
@@ -146,7 +146,7 @@ class ApplicationRoutes:
         # No session here has a deployment or a memory store.
         nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
 
-        def wanted(session: Session, item: Item) -> bool:
+        def wanted(session: StoredSession, item: Item) -> bool:
             agent = session.agent or AGENT
             return (
                 not nothing
@@ -175,7 +175,7 @@ class ApplicationRoutes:
         caller.check_application()
         return caller
 
-    def _session(self, session: Session, item: Item) -> dict[str, Any]:
+    def _session(self, session: StoredSession, item: Item) -> dict[str, Any]:
         return self._dialect.session(self._operations.sessions.answer(session, item))
 
     async def _durable(self, value: dict[str, Any]) -> web.Response:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from workpool.server.errors import Refusal
+from workpool.server.api_errors import APIError
 from workpool.server.requests import json_object
 from workpool.wire import protocol
 
@@ -28,33 +28,33 @@ def client_events(content: bytes) -> list[dict[str, Any]]:
 def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
     """Check a batch of at most `limit` events; `name`: of the field that holds it."""
     if not isinstance(given, list) or not 1 <= len(given) <= limit:
-        raise Refusal(400, f"{name} must be a list of 1 to {limit} events", name)
+        raise APIError(400, f"{name} must be a list of 1 to {limit} events", name)
     events = [_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
     except orjson.JSONEncodeError:  # nested deeper than can be written again
-        raise Refusal(400, f"{name} are nested too deep", name) from None
+        raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 
 
 def _event(given: object) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise Refusal(400, "an event must be an object", "events")
+        raise APIError(400, "an event must be an object", "events")
     kind = given.get("type")
     fields = _FIELDS.get(kind) if isinstance(kind, str) else None
     if fields is None:
-        raise Refusal(400, "not an event type that a client may send", "type")
+        raise APIError(400, "not an event type that a client may send", "type")
     event: dict[str, Any] = {"type": kind}
     for name, (check, required) in fields.items():
         if given.get(name) is None:
             if required:
-                raise Refusal(400, f"{kind}: {name} is missing", name)
+                raise APIError(400, f"{kind}: {name} is missing", name)
         elif check(given[name]):
             event[name] = given[name]
         else:
-            raise Refusal(400, f"{kind}: {name} is malformed", name)
+            raise APIError(400, f"{kind}: {name} is malformed", name)
     if "deny_message" in event and event["result"] != "deny":
-        raise Refusal(400, f"{kind}: deny_message goes with a denial only", "deny_message")
+        raise APIError(400, f"{kind}: deny_message goes with a denial only", "deny_message")
     return event
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
-from workpool.server.clock import TimeRange
-from workpool.server.errors import Refusal, conflict
+from workpool.server.api_errors import APIError, conflict
+from workpool.server.timestamps import TimeRange
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ TOOL_USES: Final = frozenset({protocol.AGENT_TOOL_USE, protocol.AGENT_CUSTOM_TOO
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class StoredEvent:
     """One event: what the wire shows, `value`, and whose it is."""
 
     id: str
@@ -90,7 +90,7 @@ class Conversation:
 
     def __init__(self, script: Script | None = None) -> None:
         """`script`: the tool uses of a scripted session; None: nobody plays the agent here."""
-        self.events: list[Event] = []
+        self.events: list[StoredEvent] = []
         self.status: str | None = None
         self._script = script
         self._place = 0  # in the script
@@ -109,7 +109,7 @@ class Conversation:
         after: str = "",
         before: str | None = None,
         wanted: EventFilter = EVERY_EVENT,
-    ) -> Sequence[Event]:
+    ) -> Sequence[StoredEvent]:
         """Return up to `limit` events next to a place, in the order of the list."""
         start = max(bisect_right(self.events, after, key=_id_of), self._first(wanted.times))
         end = self._end(wanted.times)
@@ -131,7 +131,7 @@ class Conversation:
         to = end if times.lte is None else bisect_right(self.events, times.lte, key=_time_of)
         return min(until, to)
 
-    def _of_types(self, places: range, wanted: EventFilter) -> Iterator[Event]:
+    def _of_types(self, places: range, wanted: EventFilter) -> Iterator[StoredEvent]:
         for place in places:
             if wanted.types is None or self.events[place].type in wanted.types:
                 yield self.events[place]
@@ -168,7 +168,7 @@ class Conversation:
     def _check_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
         use = self._uses.get(use_id)
         if use is None or use.custom != custom:
-            raise Refusal(400, "the result does not match any tool use of this session")
+            raise APIError(400, "the result does not match any tool use of this session")
         self._check_thread(use)
         if use_id not in self._open or use.permission == "deny":
             raise conflict("the tool use has a result already")
@@ -177,7 +177,7 @@ class Conversation:
 
     def _check_confirmation(self, use_id: str) -> None:
         if use_id not in self._uses:
-            raise Refusal(400, "the confirmation does not match any tool use of this session")
+            raise APIError(400, "the confirmation does not match any tool use of this session")
         self._check_thread(self._uses[use_id])
         if use_id not in self._open or self._uses[use_id].permission != "ask":
             raise conflict("the tool use does not wait for a confirmation")
@@ -191,29 +191,29 @@ class Conversation:
         for event in said:
             kind = event.get("type")
             if not isinstance(kind, str) or kind.startswith("user."):
-                raise Refusal(400, "not an event that the server emits", "type")
+                raise APIError(400, "not an event that the server emits", "type")
             if kind in TOOL_USES and self._script is not None:
-                raise Refusal(400, "a scripted session's tool uses are its script's", "type")
+                raise APIError(400, "a scripted session's tool uses are its script's", "type")
 
     # What was said.
 
-    def append(self, event: Event) -> None:
+    def append(self, event: StoredEvent) -> None:
         """Take in an event, whose id must be the greatest yet."""
         self.events.append(event)
         effect = self._EFFECTS.get(event.type)
         if effect is not None:
             effect(self, event)
 
-    def _message(self, _: Event) -> None:
+    def _message(self, _: StoredEvent) -> None:
         if self._interrupted:
             self._next_turn = True
         else:
             self._turn = True
 
-    def _interrupt(self, _: Event) -> None:
+    def _interrupt(self, _: StoredEvent) -> None:
         self._interrupted = self._turn or bool(self._open)
 
-    def _use(self, event: Event) -> None:
+    def _use(self, event: StoredEvent) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
         thread = _thread_of(event)
@@ -224,21 +224,21 @@ class Conversation:
         self._place += self._script is not None
         self._concluded = False
 
-    def _answer(self, event: Event) -> None:
+    def _answer(self, event: StoredEvent) -> None:
         self._open.pop(event.value.get(RESULTS.get(event.type, "tool_use_id"), ""), None)
 
-    def _confirm(self, event: Event) -> None:
+    def _confirm(self, event: StoredEvent) -> None:
         use = self._uses[event.value["tool_use_id"]]
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
 
-    def _speak(self, _: Event) -> None:
+    def _speak(self, _: StoredEvent) -> None:
         self._concluded = not self._open
 
-    def _run(self, _: Event) -> None:
+    def _run(self, _: StoredEvent) -> None:
         self.status, self._blocking = "running", ()
 
-    def _idle(self, event: Event) -> None:
+    def _idle(self, event: StoredEvent) -> None:
         self.status, self._blocking = "idle", ()
         reason = event.value.get("stop_reason") or {}
         if reason.get("type") == protocol.REQUIRES_ACTION:
@@ -247,10 +247,10 @@ class Conversation:
         self._turn, self._next_turn = self._next_turn, False
         self._interrupted = self._concluded = False
 
-    def _terminate(self, _: Event) -> None:
+    def _terminate(self, _: StoredEvent) -> None:
         self.status = "terminated"
 
-    def _end_thread(self, event: Event) -> None:
+    def _end_thread(self, event: StoredEvent) -> None:
         """Close the tool uses of a thread, which can get no result any more."""
         thread = _thread_of(event)
         if thread is None:
@@ -259,7 +259,7 @@ class Conversation:
         for use_id in [use_id for use_id, use in self._open.items() if use.thread == thread]:
             del self._open[use_id]
 
-    _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, Event], None]]] = {
+    _EFFECTS: ClassVar[Mapping[str, Callable[[Conversation, StoredEvent], None]]] = {
         protocol.USER_MESSAGE: _message,
         protocol.USER_INTERRUPT: _interrupt,
         protocol.AGENT_TOOL_USE: _use,
@@ -311,15 +311,15 @@ class Conversation:
 _RUNNING: Final = {"type": protocol.STATUS_RUNNING}
 
 
-def _id_of(event: Event) -> str:
+def _id_of(event: StoredEvent) -> str:
     return event.id
 
 
-def _time_of(event: Event) -> str:
+def _time_of(event: StoredEvent) -> str:
     return str(event.value["processed_at"])
 
 
-def _thread_of(event: Event) -> str | None:
+def _thread_of(event: StoredEvent) -> str | None:
     """Return the thread that an event names; None for the primary thread."""
     thread = event.value.get("session_thread_id")
     return thread if isinstance(thread, str) else None

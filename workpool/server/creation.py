@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from workpool.server.api_errors import APIError
 from workpool.server.client_events import parse_client_events
-from workpool.server.errors import Refusal
 from workpool.server.requests import json_object, strings
 from workpool.server.script import Script, parse_script
 from workpool.wire.protocol import USER_MESSAGE
@@ -52,10 +52,10 @@ def parse_environment(content: bytes) -> NewEnvironment:
     fields = json_object(content)
     config = fields.get("config")
     if not isinstance(config, dict) or config.get("type") != "self_hosted":
-        raise Refusal(400, 'config must be {"type": "self_hosted"} here', "config")
+        raise APIError(400, 'config must be {"type": "self_hosted"} here', "config")
     name = _text(fields, "name")
     if not name:
-        raise Refusal(400, "name is missing", "name")
+        raise APIError(400, "name is missing", "name")
     return NewEnvironment(name, _text(fields, "description"), _metadata(fields))
 
 
@@ -64,10 +64,10 @@ def parse_session(content: bytes) -> NewSession:
     fields = json_object(content)
     for name in _NOT_SUPPORTED:
         if fields.get(name):
-            raise Refusal(400, f"{name} is not supported by this control plane", name)
+            raise APIError(400, f"{name} is not supported by this control plane", name)
     environment_id = fields.get("environment_id")
     if not isinstance(environment_id, str):
-        raise Refusal(400, "environment_id must be a string", "environment_id")
+        raise APIError(400, "environment_id must be a string", "environment_id")
     script = fields.get("script")
     return NewSession(
         environment_id=environment_id,
@@ -83,14 +83,14 @@ def _agent(given: object) -> Mapping[str, Any]:
     """Return id and version: an agent is given by its id, or by an object that has it."""
     agent = {"id": given} if isinstance(given, str) else given
     if not isinstance(agent, dict):
-        raise Refusal(400, "agent must be an id or an object", "agent")
+        raise APIError(400, "agent must be an id or an object", "agent")
     agent_id, version = agent.get("id"), agent.get("version")
     if not isinstance(agent_id, str) or not 1 <= len(agent_id) <= _AGENT_ID_LENGTH:
-        raise Refusal(400, "agent has no id", "agent")
+        raise APIError(400, "agent has no id", "agent")
     if version is None:
         return {"id": agent_id}
     if not isinstance(version, int) or isinstance(version, bool):
-        raise Refusal(400, "the version of agent must be an integer", "agent")
+        raise APIError(400, "the version of agent must be an integer", "agent")
     return {"id": agent_id, "version": version}
 
 
@@ -99,7 +99,7 @@ def _initial_events(given: object) -> Sequence[Mapping[str, Any]]:
         return ()
     events = parse_client_events(given, "initial_events", INITIAL_EVENTS_MAX)
     if any(event["type"] != USER_MESSAGE for event in events):
-        raise Refusal(400, f"initial_events may be of type {USER_MESSAGE} only", "initial_events")
+        raise APIError(400, f"initial_events may be of type {USER_MESSAGE} only", "initial_events")
     return events
 
 
@@ -108,18 +108,18 @@ def _metadata(fields: Mapping[str, Any]) -> Mapping[str, str]:
     given = fields.get("metadata")
     metadata = {} if given is None else strings(given)
     if len(metadata) > METADATA_PAIRS_MAX:
-        raise Refusal(400, f"metadata may have {METADATA_PAIRS_MAX} keys", "metadata")
+        raise APIError(400, f"metadata may have {METADATA_PAIRS_MAX} keys", "metadata")
     if any(
         len(key) > METADATA_KEY_LENGTH or len(value) > METADATA_VALUE_LENGTH
         for key, value in metadata.items()
     ):
         limits = f"{METADATA_KEY_LENGTH} characters, its values {METADATA_VALUE_LENGTH}"
-        raise Refusal(400, f"a key of metadata may have {limits}", "metadata")
+        raise APIError(400, f"a key of metadata may have {limits}", "metadata")
     return metadata
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
     value = fields.get(name)
     if value is not None and (not isinstance(value, str) or len(value) > TEXT_LENGTH):
-        raise Refusal(400, f"{name} must be a string of at most {TEXT_LENGTH} characters", name)
+        raise APIError(400, f"{name} must be a string of at most {TEXT_LENGTH} characters", name)
     return value

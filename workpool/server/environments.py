@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.clock import to_seconds_text
+from workpool.server.timestamps import to_seconds_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -53,7 +53,7 @@ class Record(NamedTuple):
     op: str | None = None
 
 
-def op_of_beat(expected: str | None) -> str | None:
+def op_of_heartbeat(expected: str | None) -> str | None:
     """The `op` of a heartbeat's record: anybody can say that there was none before it."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workpool.server import rules
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
-from workpool.server.clock import MILLISECOND, SECOND, system_clock
+from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.errors import Refusal, StoreError
-from workpool.server.history import History, Record, op_of_beat
-from workpool.server.item import WORK_PREFIX, Ids, Item
-from workpool.server.paging import ListPage, page_of
-from workpool.server.queue import Queue
+from workpool.server.history import History, Record, op_of_heartbeat
+from workpool.server.list_pages import ListPage, page_of
 from workpool.server.retention import Retention
 from workpool.server.script import parse_script
-from workpool.server.sessions import Session, Sessions
+from workpool.server.sessions import Sessions, StoredSession
 from workpool.server.store import MemoryStore
+from workpool.server.stored_item import WORK_PREFIX, Ids, Item
+from workpool.server.timestamps import MILLISECOND, SECOND, system_clock
+from workpool.server.work_queue import Queue
 from workpool.wire.protocol import (
     ACTIVE,
     LIST_LIMIT_DEFAULT,
@@ -42,11 +42,11 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from workpool.server.conversation import Event
+    from workpool.server.conversation import StoredEvent
     from workpool.server.creation import NewSession
     from workpool.server.history import Kind
-    from workpool.server.queue import Stats
     from workpool.server.store import Contents, Store
+    from workpool.server.work_queue import Stats
 
 
 class Poll(NamedTuple):
@@ -99,7 +99,7 @@ class Operations:
         contents = await self._store.open()
         try:
             self._restore(contents)
-        except (Refusal, LookupError, TypeError, ValueError) as error:
+        except (APIError, LookupError, TypeError, ValueError) as error:
             raise StoreError(
                 f"the rows of the store do not fit together: {error!r:.200}"
             ) from error
@@ -163,8 +163,8 @@ class Operations:
         queue = self._queues.get(environment_id)
         if queue is None:
             if environment_id in self._cloud:
-                raise Refusal(400, "this environment is not self_hosted")
-            raise Refusal(404, "no such environment")
+                raise APIError(400, "this environment is not self_hosted")
+            raise APIError(404, "no such environment")
         self._settle(queue)
         return queue
 
@@ -172,7 +172,7 @@ class Operations:
         """Return an environment, and whether it is a cloud environment; 404 unknown."""
         environment = self._environments.get(environment_id)
         if environment is None:
-            raise Refusal(404, "no such environment")
+            raise APIError(404, "no such environment")
         return environment, environment_id in self._cloud
 
     def environment_ids(self) -> list[str]:
@@ -185,7 +185,7 @@ class Operations:
         """Create a `self_hosted` environment."""
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         if self._created_environments >= ENVIRONMENTS_MAX:
-            raise Refusal(400, f"there are {ENVIRONMENTS_MAX} environments already")
+            raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
         now = self._tick()
         environment_id = ENVIRONMENT_PREFIX + self._ids.new(now)
         environment = Environment(environment_id, name, description, dict(metadata), now)
@@ -225,7 +225,7 @@ class Operations:
         queue.waiting.wake(count)
         return tuple(items)
 
-    def create_session(self, wanted: NewSession) -> tuple[Session, Item]:
+    def create_session(self, wanted: NewSession) -> tuple[StoredSession, Item]:
         """Create a session and the work item that brings it to a worker."""
         queue = self.queue(wanted.environment_id)
         self._delete_ended()
@@ -245,7 +245,11 @@ class Operations:
         return session, item
 
     def _create(
-        self, queue: Queue, session: Session, metadata: Mapping[str, str], work_type: str = SESSION
+        self,
+        queue: Queue,
+        session: StoredSession,
+        metadata: Mapping[str, str],
+        work_type: str = SESSION,
     ) -> Item:
         item = Item(
             id=WORK_PREFIX + self._ids.new(self._latest),
@@ -315,7 +319,7 @@ class Operations:
         item = queue.get(work_id)
         try:
             acked = rules.ack(item, worker_id, self._latest)
-        except Refusal:
+        except APIError:
             self._record("conflict", item, worker_id, op="ack")
             raise
         return self._apply(queue, acked, "acked", worker_id or acked.holder)
@@ -334,13 +338,13 @@ class Operations:
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
-            beaten = rules.beat(
+            beaten = rules.heartbeat(
                 item, expected, ttl_seconds, self._latest, compare_on_stop=compare_on_stop
             )
-        except Refusal:
+        except APIError:
             self._record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._apply(queue, beaten, "heartbeat", worker_id, op=op_of_beat(expected))
+        return self._apply(queue, beaten, "heartbeat", worker_id, op=op_of_heartbeat(expected))
 
     def stop(
         self,
@@ -356,7 +360,7 @@ class Operations:
         item = queue.get(work_id)
         if (force, item.state) in refused:
             self._record("conflict", item, worker_id, op="stop")
-            raise Refusal(409, f"the item is {item.state}")
+            raise APIError(409, f"the item is {item.state}")
         stopped = rules.stop(item, self._latest, force=force)
         kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
         return self._apply(queue, stopped, kind, worker_id)
@@ -394,14 +398,14 @@ class Operations:
         """Return the statistics of the queue."""
         return self.queue(environment_id).stats(self._latest)
 
-    def session(self, session_id: str) -> tuple[Session, Item]:
+    def session(self, session_id: str) -> tuple[StoredSession, Item]:
         """Return a session and its latest work item; 404 if it is unknown."""
         session, work_id = self.sessions.find(session_id)
         return session, self.get(session.environment_id, work_id)
 
     def walk_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
-    ) -> Iterator[tuple[Session, Item]]:
+    ) -> Iterator[tuple[StoredSession, Item]]:
         """Go through the sessions next to a place, the nearest first, each with its latest item.
 
         Sessions of environments that are not served are left out.
@@ -411,7 +415,7 @@ class Operations:
             if session.environment_id in self._queues:
                 yield session, self.get(session.environment_id, work_id)
 
-    def archive_session(self, session_id: str) -> tuple[Session, Item]:
+    def archive_session(self, session_id: str) -> tuple[StoredSession, Item]:
         """Archive a session: it is terminated, and its work item is told to stop."""
         session, item = self.session(session_id)
         if session.archived_at is None:
@@ -426,7 +430,7 @@ class Operations:
         said: Sequence[Mapping[str, Any]],
         *,
         messages_bring_work: bool = False,
-    ) -> Sequence[Event]:
+    ) -> Sequence[StoredEvent]:
         """Append a client's events.
 
         `messages_bring_work`: whether a message to a session whose item is stopped puts a new item

@@ -18,11 +18,11 @@ from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
 from workpool.server.answer_limits import check_items
-from workpool.server.clock import TimeRange, is_rfc3339, to_utc
+from workpool.server.api_errors import APIError
 from workpool.server.conversation import EventFilter
-from workpool.server.errors import Refusal
+from workpool.server.list_pages import AFTER, BEFORE
 from workpool.server.operations import Poll
-from workpool.server.paging import AFTER, BEFORE
+from workpool.server.timestamps import TimeRange, is_rfc3339, to_utc
 from workpool.wire.protocol import (
     BLOCK_MS_MAX,
     BLOCK_MS_MIN,
@@ -77,7 +77,7 @@ def one(request: web.Request, name: str) -> str | None:
     """Return a query parameter, None when absent; given twice it is a 400."""
     values = request.query.getall(name, ())
     if len(values) > 1:
-        raise Refusal(400, f"{name} is given more than once", name)
+        raise APIError(400, f"{name} is given more than once", name)
     return values[0] if values else None
 
 
@@ -87,7 +87,7 @@ def number(request: web.Request, name: str, default: int) -> int:
     if text is None:
         return default
     if not _NUMBER.fullmatch(text):
-        raise Refusal(400, f"{name} must be a non-negative integer", name)
+        raise APIError(400, f"{name} must be a non-negative integer", name)
     digits = text.lstrip("0")
     # int() refuses thousands of digits, and nobody counts that far: more time than there is.
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
@@ -97,7 +97,7 @@ def poll(request: web.Request, worker_id: str | None) -> Poll:
     """Return the parameters of a poll."""
     block_ms = number(request, "block_ms", 0)
     if one(request, "block_ms") is not None and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX:
-        raise Refusal(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
+        raise APIError(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
     reclaim = number(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
     return Poll(worker_id, block_ms, reclaim)
 
@@ -106,10 +106,10 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
     """Return a heartbeat's expected value, and its TTL before it is clamped."""
     ttl_seconds = number(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
-        raise Refusal(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
+        raise APIError(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
     expected = one(request, "expected_last_heartbeat")
     if expected is not None and expected != NO_HEARTBEAT and not is_rfc3339(expected):
-        raise Refusal(
+        raise APIError(
             400,
             f"expected_last_heartbeat must be {NO_HEARTBEAT} or an RFC 3339 time",
             "expected_last_heartbeat",
@@ -121,18 +121,18 @@ def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
     """Return where a list begins; its ids are `prefix` and what `digits` matches."""
     limit = number(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
-        raise Refusal(400, "limit must be positive", "limit")
+        raise APIError(400, "limit must be positive", "limit")
     limit = min(limit, LIST_LIMIT_MAX)
     values = {name: one(request, name) for name in _PLACES}
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
-        raise Refusal(400, "give at most one of page, before_id and after_id", list(given)[1])
+        raise APIError(400, "give at most one of page, before_id and after_id", list(given)[1])
     for name, value in given.items():
         direction, text = _PLACES[name], value
         if name == "page":
             direction, _, text = value.partition("-")
         if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + digits, text):
-            raise Refusal(400, f"{name} is malformed", name)
+            raise APIError(400, f"{name} is malformed", name)
         return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
     return Place(limit, "", None)
 
@@ -150,7 +150,7 @@ def newest_first(request: web.Request, *, default: bool) -> bool:
     """Read the order of a list from `order`."""
     order = one(request, "order")
     if order not in {None, "asc", "desc"}:
-        raise Refusal(400, "order must be asc or desc", "order")
+        raise APIError(400, "order must be asc or desc", "order")
     return default if order is None else order == "desc"
 
 
@@ -158,7 +158,7 @@ def flag(request: web.Request, name: str) -> bool:
     """Return a query parameter that is `true` or `false`; False when absent."""
     text = one(request, name)
     if text not in {None, "true", "false"}:
-        raise Refusal(400, f"{name} must be true or false", name)
+        raise APIError(400, f"{name} must be true or false", name)
     return text == "true"
 
 
@@ -179,7 +179,7 @@ def _time(request: web.Request, name: str) -> str | None:
         return None
     time = to_utc(text)
     if time is None:
-        raise Refusal(400, f"{name} must be an RFC 3339 time", name)
+        raise APIError(400, f"{name} must be an RFC 3339 time", name)
     return time
 
 
@@ -190,7 +190,7 @@ def worker_id(request: web.Request, header: str) -> str | None:
         return None
     if len(value) > WORKER_ID_LENGTH or not value.isprintable():
         # Bytes that are no UTF-8 arrive as lone surrogates, which no store can write.
-        raise Refusal(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
+        raise APIError(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
     return value
 
 
@@ -200,7 +200,7 @@ async def body(request: web.Request) -> bytes:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         # Unpacking is what turns 4 MiB on the wire into 4 GiB here.
-        raise Refusal(400, "a compressed body is not read", "Content-Encoding")
+        raise APIError(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             if (request.content_length or LARGE_BODY_BYTES + 1) <= LARGE_BODY_BYTES:
@@ -208,11 +208,11 @@ async def body(request: web.Request) -> bytes:
             async with request.app[LARGE_BODIES]:
                 return await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise Refusal(400, f"the body is larger than {BODY_LIMIT_BYTES} bytes") from None
+        raise APIError(400, f"the body is larger than {BODY_LIMIT_BYTES} bytes") from None
     except TimeoutError:
-        raise Refusal(408, "the body did not arrive in time, or too many others did") from None
+        raise APIError(408, "the body did not arrive in time, or too many others did") from None
     except (ClientPayloadError, HttpProcessingError, web.RequestPayloadError):
-        raise Refusal(400, "the body cannot be read") from None
+        raise APIError(400, "the body cannot be read") from None
 
 
 def json_object(content: bytes) -> dict[str, Any]:
@@ -220,11 +220,11 @@ def json_object(content: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(content)
     except orjson.JSONDecodeError:
-        raise Refusal(400, "the body is not valid JSON") from None
+        raise APIError(400, "the body is not valid JSON") from None
     if not isinstance(value, dict):
-        raise Refusal(400, "the body must be a JSON object")
+        raise APIError(400, "the body must be a JSON object")
     if len(content) > VALUES_MAX and _has_too_many_values(value):
-        raise Refusal(400, f"the body has more than {VALUES_MAX} JSON values")
+        raise APIError(400, f"the body has more than {VALUES_MAX} JSON values")
     return value
 
 
@@ -242,7 +242,7 @@ def force(content: bytes) -> bool:
     """Return `force` of the body of a stop."""
     value = json_object(content).get("force") if content else None
     if value is not None and not isinstance(value, bool):
-        raise Refusal(400, "force must be a boolean", "force")
+        raise APIError(400, "force must be a boolean", "force")
     return bool(value)
 
 
@@ -258,15 +258,15 @@ def enqueue(content: bytes) -> Enqueue:
     """Return the body of a request to create work."""
     fields = json_object(content) if content else {}
     if fields.get("script", ...) is None:
-        raise Refusal(400, "script must be a list of tool uses", "script")
+        raise APIError(400, "script must be a list of tool uses", "script")
     count = fields.get("count", 1)
     if not isinstance(count, int) or isinstance(count, bool):
-        raise Refusal(400, "count must be an integer", "count")
+        raise APIError(400, "count must be an integer", "count")
     if not 1 <= count <= ENQUEUE_COUNT_MAX:
-        raise Refusal(400, f"count must be in 1-{ENQUEUE_COUNT_MAX}", "count")
+        raise APIError(400, f"count must be in 1-{ENQUEUE_COUNT_MAX}", "count")
     work_type = fields.get("type", SESSION)
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
-        raise Refusal(400, "type must be a lowercase word", "type")
+        raise APIError(400, "type must be a lowercase word", "type")
     metadata = strings(fields.get("metadata", {}))
     check_items(count, metadata)
     return Enqueue(count, metadata, work_type, fields.get("script"))
@@ -275,7 +275,7 @@ def enqueue(content: bytes) -> Enqueue:
 def strings(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
     """Check metadata: an object whose values are strings, or of the types `allowed`."""
     if not isinstance(value, dict):
-        raise Refusal(400, "metadata must be an object", "metadata")
+        raise APIError(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):
-        raise Refusal(400, "metadata values must be strings", "metadata")
+        raise APIError(400, "metadata values must be strings", "metadata")
     return value

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from workpool.server.clock import SECOND
+from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from workpool.server.item import Item
     from workpool.server.rows import Row
     from workpool.server.store import Contents
+    from workpool.server.stored_item import Item
 
 BATCH_MAX: Final = 100
 """Sessions that one call deletes: a call must not wait for the deletion of all."""

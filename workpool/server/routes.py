@@ -17,13 +17,13 @@ import orjson
 from aiohttp import web
 
 from workpool.server import requests
-from workpool.server.clock import to_seconds_text
-from workpool.server.dialects import DIALECTS
-from workpool.server.errors import Refusal, StoreError
-from workpool.server.item import WORK_PREFIX
-from workpool.server.paging import listing
+from workpool.server.api_errors import APIError, StoreError
+from workpool.server.list_pages import listing
 from workpool.server.presence import has_gone
 from workpool.server.rules import heartbeat_answer
+from workpool.server.server_dialects import DIALECTS
+from workpool.server.stored_item import WORK_PREFIX
+from workpool.server.timestamps import to_seconds_text
 from workpool.wire.protocol import (
     BODY_LIMIT_BYTES,
     STOPPED,
@@ -34,9 +34,9 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from workpool.server.dialects import Dialect
-    from workpool.server.item import Item
     from workpool.server.operations import Operations
+    from workpool.server.server_dialects import Dialect
+    from workpool.server.stored_item import Item
     from workpool.server.tokens import Tokens
 
 _ENVIRONMENT: Final = "/environments/{environment_id}/work"
@@ -246,14 +246,14 @@ def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable
         try:
             try:
                 return await handler(request)
-            except Refusal as refusal:
+            except APIError as refusal:
                 if refusal.status == HTTPStatus.CONFLICT:
                     await durable()
                 return answer(refusal.envelope(), refusal.status)
         except StoreError as error:
-            return answer(Refusal(500, str(error)).envelope(), 500)
+            return answer(APIError(500, str(error)).envelope(), 500)
         except web.HTTPException as error:
-            response = answer(Refusal(error.status, error.reason).envelope(), error.status)
+            response = answer(APIError(error.status, error.reason).envelope(), error.status)
             if isinstance(error, web.HTTPMethodNotAllowed):
                 response.headers["Allow"] = error.headers["Allow"]
             return response

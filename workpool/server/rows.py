@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from workpool.server.clock import SECOND
-from workpool.server.conversation import Event
+from workpool.server.api_errors import StoreError
+from workpool.server.conversation import StoredEvent
 from workpool.server.environments import Environment
-from workpool.server.errors import StoreError
-from workpool.server.item import Item
-from workpool.server.sessions import Session
+from workpool.server.sessions import StoredSession
+from workpool.server.stored_item import Item
+from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-Row: TypeAlias = Item | Session | Event | Environment
+Row: TypeAlias = Item | StoredSession | StoredEvent | Environment
 
 _YEAR_10000: Final = 253_402_300_800 * SECOND
 """The first time that cannot be written as text."""
@@ -143,7 +143,7 @@ _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
 
 TABLES: Final = (
     Table(
-        Session,
+        StoredSession,
         "SELECT * FROM session ORDER BY id",
         "INSERT OR REPLACE INTO session VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         "DELETE FROM session WHERE id = ?",
@@ -155,7 +155,7 @@ TABLES: Final = (
         "DELETE FROM work WHERE id = ?",
     ),
     Table(
-        Event,
+        StoredEvent,
         "SELECT * FROM event ORDER BY id",
         "INSERT OR REPLACE INTO event VALUES (?, ?, ?)",
         "DELETE FROM event WHERE id = ?",

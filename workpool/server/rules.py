@@ -1,7 +1,7 @@
 """The state machine of a work item, as tables and pure functions.
 
 Every function takes an item and the instant, and returns the item as it is afterwards: the same
-object when nothing changed. What the protocol forbids raises `Refusal`. No clock, no I/O.
+object when nothing changed. What the protocol forbids raises `APIError`. No clock, no I/O.
 See workpool/docs/protocol.md, "States and leases" and "Calls".
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from workpool.server.clock import SECOND, to_heartbeat_text
-from workpool.server.errors import Refusal
+from workpool.server.api_errors import APIError
+from workpool.server.timestamps import SECOND, to_heartbeat_text
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from workpool.server.item import Item
+    from workpool.server.stored_item import Item
 
 # The state after a stop, by force and current state.
 STOP: Final[Mapping[tuple[bool, State], State]] = {
@@ -62,9 +62,9 @@ def withdraw(item: Item) -> Item:
 def ack(item: Item, worker_id: str | None, now: int) -> Item:
     """Acknowledge an item. A repeated ack changes neither `acknowledged_at` nor the lease."""
     if item.state in {STOPPING, STOPPED}:
-        raise Refusal(409, f"the item is {item.state}")
+        raise APIError(409, f"the item is {item.state}")
     if item.holder is not None and worker_id is not None and worker_id != item.holder:
-        raise Refusal(409, "the item was claimed by another worker")
+        raise APIError(409, "the item was claimed by another worker")
     if item.state != QUEUED:
         return item
     return replace(
@@ -78,7 +78,7 @@ def ack(item: Item, worker_id: str | None, now: int) -> Item:
     )
 
 
-def beat(
+def heartbeat(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
     """Extend the lease: it ends exactly `ttl_seconds` (clamped) from `now`.
@@ -90,10 +90,10 @@ def beat(
     if item.state == STOPPED and not compare_on_stop:
         return item
     if item.state in {QUEUED, STOPPED}:
-        raise Refusal(409, f"the item is {item.state}")
+        raise APIError(409, f"the item is {item.state}")
     compared = expected is not None and (compare_on_stop or not ends)
     if compared and expected != last_heartbeat(item):
-        raise Refusal(
+        raise APIError(
             412,
             "expected_last_heartbeat is not the lease owner's",
             "expected_last_heartbeat",
@@ -108,7 +108,7 @@ def beat(
         item,
         state=ACTIVE if starts else item.state,
         started_at=now if starts else item.started_at,
-        # Two beats in one microsecond must not look alike: the first one's sender would pass
+        # Two heartbeats in one microsecond must not look alike: the first one's sender would pass
         # for the owner.
         heartbeat_at=max(now, (item.heartbeat_at or 0) + 1),
         beaten=True,

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeAlias
 
 import orjson
 
-from workpool.server.errors import Refusal
+from workpool.server.api_errors import APIError
 
 Script: TypeAlias = Sequence[Mapping[str, Any]]
 """Tool uses in their order: `name`, `input`, `custom` and `permission`, all of them set."""
@@ -63,5 +63,5 @@ def _entry(entry: object, where: str) -> Mapping[str, Any]:
     return {"name": name, "input": given, "custom": custom, "permission": permission}
 
 
-def _refusal(problem: str) -> Refusal:
-    return Refusal(400, f"script {problem}", "script")
+def _refusal(problem: str) -> APIError:
+    return APIError(400, f"script {problem}", "script")

@@ -14,21 +14,21 @@ import orjson
 from aiohttp import web
 
 from workpool.server import requests
+from workpool.server.api_errors import APIError, StoreError
 from workpool.server.client_events import client_events
 from workpool.server.conversation import EVENT_PREFIX
-from workpool.server.errors import Refusal, StoreError
-from workpool.server.paging import listing, page_of
+from workpool.server.list_pages import listing, page_of
 from workpool.server.routes import answer
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workpool.server.conversation import Conversation, Event
-    from workpool.server.dialects import Dialect
-    from workpool.server.item import Item
+    from workpool.server.conversation import Conversation, StoredEvent
     from workpool.server.operations import Operations
-    from workpool.server.sessions import Session
+    from workpool.server.server_dialects import Dialect
+    from workpool.server.sessions import StoredSession
+    from workpool.server.stored_item import Item
     from workpool.server.tokens import Tokens
 
 WRITE_BYTES: Final = 64 * 1024
@@ -74,7 +74,7 @@ class SessionRoutes:
         place = requests.place(request, EVENT_PREFIX)
         wanted = requests.event_filter(request)
         if wanted.newest_first and place.after:
-            raise Refusal(400, "after_id goes with order=asc only", "after_id")
+            raise APIError(400, "after_id goes with order=asc only", "after_id")
         events = said.page(place.limit + 1, after=place.after, before=place.before, wanted=wanted)
         page = page_of(
             events,
@@ -117,7 +117,7 @@ class SessionRoutes:
                     await response.write(b"".join(frames))
         return response
 
-    def _session(self, request: web.Request) -> tuple[Session, Item]:
+    def _session(self, request: web.Request) -> tuple[StoredSession, Item]:
         """Admit the caller to the session of the path: 401, 404, 403, in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.
@@ -127,7 +127,7 @@ class SessionRoutes:
         if caller.item is not None:
             claimed = self._operations.get(*caller.item)
             if claimed.session_id != own or claimed.state == STOPPED:
-                raise Refusal(403, "an item's token is for its session, until the item is stopped")
+                raise APIError(403, "an item's token is for its session, until the item is stopped")
         session, item = self._operations.session(own)
         caller.check_environment(session.environment_id)
         return session, item
@@ -141,12 +141,12 @@ class SessionRoutes:
         return answer(value)
 
 
-def render_event(event: Event) -> dict[str, Any]:
+def render_event(event: StoredEvent) -> dict[str, Any]:
     """An event's JSON."""
     return dict(event.value)
 
 
-def _frames(events: Sequence[Event], place: int, end: int) -> list[bytes]:
+def _frames(events: Sequence[StoredEvent], place: int, end: int) -> list[bytes]:
     """Return the frames of the first events in this range, up to the one that fills a write."""
     frames, size = [], 0
     while place < end and size < WRITE_BYTES:
@@ -156,7 +156,7 @@ def _frames(events: Sequence[Event], place: int, end: int) -> list[bytes]:
     return frames
 
 
-def frame_of(event: Event) -> bytes:
+def frame_of(event: StoredEvent) -> bytes:
     """An event as a stream tells it."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from workpool.server.clock import to_heartbeat_text, to_seconds_text
-from workpool.server.conversation import EVENT_PREFIX, Conversation, Event
-from workpool.server.errors import Refusal
-from workpool.server.item import SESSION_PREFIX
+from workpool.server.api_errors import APIError
+from workpool.server.conversation import EVENT_PREFIX, Conversation, StoredEvent
+from workpool.server.stored_item import SESSION_PREFIX
+from workpool.server.timestamps import to_heartbeat_text, to_seconds_text
 from workpool.wire.protocol import (
     ACTIVE,
     QUEUED,
@@ -32,9 +32,9 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from workpool.server.item import Ids, Item
     from workpool.server.script import Script
     from workpool.server.store import Contents, Store
+    from workpool.server.stored_item import Ids, Item
     from workpool.wire.protocol import State
 
 STATUS: Final[Mapping[State, str]] = {
@@ -70,7 +70,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class StoredSession:
     """A session. Its metadata are those that its first item was created with.
 
     Attributes:
@@ -136,7 +136,7 @@ class Sessions:
     def __init__(self, store: Store, ids: Ids) -> None:
         self._store = store
         self._ids = ids
-        self._sessions: dict[str, tuple[Session, str]] = {}
+        self._sessions: dict[str, tuple[StoredSession, str]] = {}
         self._earlier: dict[str, list[str]] = {}  # items before the latest, where there are any
         self._order: list[str] = []  # the ids of _sessions, ascending
         self._conversations: dict[str, Conversation] = {}
@@ -156,11 +156,11 @@ class Sessions:
             if session.script is not None or session.id in self._conversations:
                 self._proceed(session.id, now)
 
-    def find(self, session_id: str) -> tuple[Session, str]:
+    def find(self, session_id: str) -> tuple[StoredSession, str]:
         """Return a session and the id of its latest work item; 404 unknown."""
         found = self._sessions.get(session_id)
         if found is None:
-            raise Refusal(404, "no such session")
+            raise APIError(404, "no such session")
         return found
 
     def work_ids(self, session_id: str) -> list[str]:
@@ -168,7 +168,7 @@ class Sessions:
         found = self._sessions.get(session_id)
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 
-    def remove(self, session_id: str) -> list[Session | Event]:
+    def remove(self, session_id: str) -> list[StoredSession | StoredEvent]:
         """Forget a session and its events, and return them. Its streams end."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
@@ -177,7 +177,7 @@ class Sessions:
         self._tell(session_id)
         return [session, *(conversation.events if conversation is not None else ())]
 
-    def _add(self, session: Session, work_id: str) -> None:
+    def _add(self, session: StoredSession, work_id: str) -> None:
         former = self._sessions.get(session.id)
         if former is not None:
             self._earlier.setdefault(session.id, []).append(former[1])
@@ -185,7 +185,7 @@ class Sessions:
 
     def walk(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
-    ) -> Iterator[tuple[Session, str]]:
+    ) -> Iterator[tuple[StoredSession, str]]:
         """Go through the sessions next to a place, the nearest first, each with its latest item."""
         start = bisect_right(self._order, after)
         end = len(self._order) if before is None else bisect_left(self._order, before)
@@ -201,7 +201,7 @@ class Sessions:
             found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)
         return found
 
-    def answer(self, session: Session, item: Item) -> dict[str, Any]:
+    def answer(self, session: StoredSession, item: Item) -> dict[str, Any]:
         """Return a session's JSON; `item` is its latest work item."""
         return session.answer(item, self._conversations.get(session.id))
 
@@ -212,15 +212,15 @@ class Sessions:
         script: Script | None,
         now: int,
         **more: Any,
-    ) -> Session:
+    ) -> StoredSession:
         """Create a session, `more` of whose fields may be given; it begins with `attach`."""
         session_id = SESSION_PREFIX + self._ids.new(now)
-        session = Session(session_id, environment_id, metadata, now, script, **more)
+        session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
         return session
 
     def attach(
-        self, session: Session, work_id: str, now: int, said: Sequence[Mapping[str, Any]] = ()
+        self, session: StoredSession, work_id: str, now: int, said: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Make this the session's latest work item; `said`: a client's first events."""
         if session.id not in self._sessions:
@@ -231,7 +231,7 @@ class Sessions:
         elif session.script is not None:
             self._proceed(session.id, now)
 
-    def archive(self, session: Session, now: int) -> Session:
+    def archive(self, session: StoredSession, now: int) -> StoredSession:
         """Archive a session, which terminates it."""
         archived = replace(session, archived_at=now)
         self._sessions[session.id] = (archived, self._sessions[session.id][1])
@@ -240,18 +240,22 @@ class Sessions:
             self._say(session.id, [{"type": STATUS_TERMINATED}], now)
         return archived
 
-    def send(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
+    def send(
+        self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
+    ) -> Sequence[StoredEvent]:
         """Append a client's events, all or none."""
         self.conversation(session_id).check(said)
         return self._say(session_id, said, now)
 
-    def emit(self, session_id: str, said: Sequence[Mapping[str, Any]], now: int) -> Sequence[Event]:
+    def emit(
+        self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
+    ) -> Sequence[StoredEvent]:
         """Append the server's events, as whoever plays the agent wants them."""
         self.conversation(session_id).check_server(said)
         try:
             content = orjson.dumps({"data": list(said)}, default=dict)
         except orjson.JSONEncodeError as error:
-            raise Refusal(400, f"events cannot be written as JSON: {error}", "events") from None
+            raise APIError(400, f"events cannot be written as JSON: {error}", "events") from None
         copy = orjson.loads(content)["data"]  # which nobody else changes
         return self._say(session_id, copy, now)
 
@@ -283,7 +287,9 @@ class Sessions:
         for session_id in list(self._following):
             self._tell(session_id)
 
-    def _say(self, session_id: str, said: Iterable[Mapping[str, Any]], now: int) -> Sequence[Event]:
+    def _say(
+        self, session_id: str, said: Iterable[Mapping[str, Any]], now: int
+    ) -> Sequence[StoredEvent]:
         conversation = self.conversation(session_id)
         events = [self._event(session_id, fields, now) for fields in said]
         for event in events:
@@ -291,7 +297,7 @@ class Sessions:
         self._proceed(session_id, now, events)
         return events
 
-    def _proceed(self, session_id: str, now: int, said: Sequence[Event] = ()) -> None:
+    def _proceed(self, session_id: str, now: int, said: Sequence[StoredEvent] = ()) -> None:
         """Say what follows; it is saved in one piece with what was `said`, and told."""
         conversation = self.conversation(session_id)
         events = list(said)
@@ -302,10 +308,10 @@ class Sessions:
             self._store.save_events(events)
             self._tell(session_id)
 
-    def _event(self, session_id: str, fields: Mapping[str, Any], now: int) -> Event:
+    def _event(self, session_id: str, fields: Mapping[str, Any], now: int) -> StoredEvent:
         event_id = EVENT_PREFIX + self._ids.new(now)
         value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
-        return Event(event_id, session_id, value)
+        return StoredEvent(event_id, session_id, value)
 
     def _tell(self, session_id: str) -> None:
         for changed in self._following.get(session_id, ()):

@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.errors import StoreError
+from workpool.server.api_errors import StoreError
 from workpool.server.rows import TABLES, Deleted
 from workpool.server.store import Contents
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from workpool.server.conversation import Event
+    from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.item import Item
     from workpool.server.rows import Row
-    from workpool.server.sessions import Session
+    from workpool.server.sessions import StoredSession
+    from workpool.server.stored_item import Item
 
 log = logging.getLogger("workpool.server")
 
@@ -77,7 +77,7 @@ class SqliteStore:
         """Take over an item's new self; returns at once."""
         self._take(item)
 
-    def save_session(self, session: Session) -> None:
+    def save_session(self, session: StoredSession) -> None:
         """Take over a session's new self; returns at once."""
         self._take(session)
 
@@ -85,7 +85,7 @@ class SqliteStore:
         """Take over a new environment; returns at once."""
         self._take(environment)
 
-    def save_events(self, events: Sequence[Event]) -> None:
+    def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Take over new events, in one transaction; returns at once."""
         self._take(*events)
 

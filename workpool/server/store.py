@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from workpool.server.conversation import Event
+    from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.item import Item
     from workpool.server.rows import Row
-    from workpool.server.sessions import Session
+    from workpool.server.sessions import StoredSession
+    from workpool.server.stored_item import Item
 
 
 class Contents(NamedTuple):
@@ -26,8 +26,8 @@ class Contents(NamedTuple):
     """
 
     items: Sequence[Item] = ()
-    sessions: Sequence[Session] = ()
-    events: Sequence[Event] = ()
+    sessions: Sequence[StoredSession] = ()
+    events: Sequence[StoredEvent] = ()
     environments: Sequence[Environment] = ()
     signing_key: bytes = b""
 
@@ -41,13 +41,13 @@ class Store(Protocol):
     def save(self, item: Item) -> None:
         """Take over an item's new self; returns at once."""
 
-    def save_session(self, session: Session) -> None:
+    def save_session(self, session: StoredSession) -> None:
         """Take over a session's new self; returns at once."""
 
     def save_environment(self, environment: Environment) -> None:
         """Take over a new environment; returns at once."""
 
-    def save_events(self, events: Sequence[Event]) -> None:
+    def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Take over new events, all of which survive a crash or none; returns at once."""
 
     def delete(self, rows: Sequence[Row]) -> None:
@@ -73,13 +73,13 @@ class MemoryStore:
     def save(self, item: Item) -> None:
         """Nothing to do: the index holds it."""
 
-    def save_session(self, session: Session) -> None:
+    def save_session(self, session: StoredSession) -> None:
         """Nothing to do: the index holds it."""
 
     def save_environment(self, environment: Environment) -> None:
         """Nothing to do: the index holds it."""
 
-    def save_events(self, events: Sequence[Event]) -> None:
+    def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Nothing to do: the index holds them."""
 
     def delete(self, rows: Sequence[Row]) -> None:

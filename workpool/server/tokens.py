@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 import orjson
 
-from workpool.server.errors import Refusal, ServeError
+from workpool.server.api_errors import APIError, ServeError
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from workpool.server.dialects import Dialect
-    from workpool.server.item import Item
+    from workpool.server.server_dialects import Dialect
+    from workpool.server.stored_item import Item
 
 Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"
 """Token → the environments that it is limited to; None: all."""
@@ -48,17 +48,17 @@ class Caller(NamedTuple):
     def check_environment(self, environment_id: str) -> None:
         """Refuse another environment."""
         if self.environments is not None and environment_id not in self.environments:
-            raise Refusal(403, "this token is not allowed on this environment")
+            raise APIError(403, "this token is not allowed on this environment")
 
     def check_application(self) -> None:
         """Refuse a worker's key."""
         if self.worker:
-            raise Refusal(403, "a worker's key may only poll, ack, heartbeat, stop and list")
+            raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item(self, work_id: str | None) -> None:
         """Refuse an item's token for any call but `work_id`'s own; None: a call on no item."""
         if self.item is not None and work_id != self.item[1]:
-            raise Refusal(403, "an item's token is for this item and its session only")
+            raise APIError(403, "an item's token is for this item and its session only")
 
 
 class Tokens:
@@ -88,7 +88,7 @@ class Tokens:
             if hmac.compare_digest(token, self._signed(subject)):
                 environment_id, work_id = subject.removeprefix(_ITEM_PREFIX).split(".")
                 return Caller(frozenset({environment_id}), (environment_id, work_id))
-        raise Refusal(401, "the token is missing or wrong")
+        raise APIError(401, "the token is missing or wrong")
 
     def secret(self, item: Item) -> str:
         """Return the secret of an item: base64url of a JSON object with the item's token."""

@@ -30,10 +30,10 @@ from workpool.testing.actions import (
     status,
     trickle,
 )
-from workpool.testing.clock import Clock
 from workpool.testing.faults import Faults, Op, Request, Rule
+from workpool.testing.faulty_network import Proxy
 from workpool.testing.kit import Kit, SessionResult
-from workpool.testing.proxy import Proxy
+from workpool.testing.movable_clock import Clock
 from workpool.testing.recorder import Recorder
 from workpool.testing.virtual import in_virtual_time
 

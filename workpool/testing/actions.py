@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import orjson
 from aiohttp import web
 
-from workpool.server.errors import Refusal
+from workpool.server.api_errors import APIError
 from workpool.testing.changes import Changes
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def status(
     code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
 ) -> Fault:
     """Answer with a status: an error of the protocol or, like a gateway, an HTML page."""
-    body = _HTML if html else orjson.dumps(Refusal(code, "injected").envelope())
+    body = _HTML if html else orjson.dumps(APIError(code, "injected").envelope())
     headers = {"Content-Type": "text/html" if html else "application/json"}
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import orjson
 
 from workpool.errors import TransientError
-from workpool.server import Poll, Refusal
-from workpool.server.clock import to_seconds_text
-from workpool.server.dialects import QODER
-from workpool.server.paging import listing
+from workpool.server import APIError, Poll
+from workpool.server.list_pages import listing
 from workpool.server.rules import heartbeat_answer
+from workpool.server.server_dialects import QODER
+from workpool.server.timestamps import to_seconds_text
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
@@ -439,7 +439,7 @@ def answer_to(fault: CallFault, operate: Callable[[], object]) -> Response | _No
         case int(status):
             after = fault.retry_after
             headers = {} if after is None else {"Retry-After": f"{after:g}"}
-            return Response(status, headers, orjson.dumps(Refusal(status, "injected").envelope()))
+            return Response(status, headers, orjson.dumps(APIError(status, "injected").envelope()))
         case bytes(body):
             return Response(200, {}, body)
         case nothing:
@@ -449,7 +449,7 @@ def answer_to(fault: CallFault, operate: Callable[[], object]) -> Response | _No
 def _operated(operate: Callable[[], object]) -> Response:
     try:
         return Response(200, {}, orjson.dumps(operate()))
-    except Refusal as refusal:
+    except APIError as refusal:
         return Response(refusal.status, {}, orjson.dumps(refusal.envelope()))
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workpool.wire.call_options import CallOptions
 
 KEEPALIVE_SECONDS: Final = 30.0
-"""Longer than the 20 s between two beats, shorter than the 60 s after which gateways hang up."""
+"""Longer than the 20 s between heartbeats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
 """For handlers, beside one for each session."""
 POOL_BUFFER_BYTES: Final = 64 * 1024

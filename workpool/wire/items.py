@@ -38,7 +38,7 @@ class WorkItem:
 
     `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
     session must have: it is empty for an item of another type that came without one.
-    `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next beat
+    `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next heartbeat
     must expect, to the letter. `sessions_token`, where there is one, is the bearer
     for the calls on this item's session, and on no other.
     `traceparent` is the W3C trace context that came in the headers of the poll's answer.

@@ -6,8 +6,8 @@ says what to send and how to read the answer. It never retries, but for two case
 - a 401 or 403 is repeated once, at once, when the token source holds another token by now;
 - aiohttp repeats a GET whose kept-alive connection turns out to be dead. A repeated poll may have
   delivered an item to nobody, which costs that item a redelivery and nothing else;
-  the other reads change nothing. A POST is never repeated: an ack, a beat or a stop that may have
-  been applied is for the pool to judge.
+  the other reads change nothing. A POST is never repeated: an ack, a heartbeat or a stop
+  that may have been applied is for the pool to judge.
 """
 
 from __future__ import annotations

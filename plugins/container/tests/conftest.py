@@ -25,7 +25,7 @@ from plugins.container.tests.engines import IMAGE, SECONDS, Docker, Podman, busy
 from workpool import Settings, Supervisor
 from workpool.events import SessionFinished
 from workpool.server import ControlPlane
-from workpool.server.dialects import DIALECTS
+from workpool.server.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
 from workpool.testing.changes import Changes
 from workpool_container import Container
@@ -148,7 +148,7 @@ class Scene:
         return self.plane.operations.get(self.plane.environments[0], work_id)
 
     def ask_to_stop(self, work_id: str) -> None:
-        """Request a stop, and make the pool beat, and so learn of it, at once."""
+        """Request a stop, and make the pool heartbeat, and so learn of it, at once."""
         self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
         copy = json.dumps(DIALECTS["qoder"].item(self.item(work_id))).encode()
         self.faults.add(literal(copy), "poll", times=1)

@@ -38,7 +38,7 @@ TTLS: Final = (
 async def first_heartbeat(trial: Trial) -> None:
     """Send a first heartbeat, and read the answer as a worker does."""
     subject = await trial.acknowledged()
-    answer = await trial.api.beat(subject.id, NO_HEARTBEAT, 60)
+    answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     same_or_breaks(answer.ok, str(answer))
     _readable(answer)
     state, extended = answer.get("state"), answer.get("lease_extended")
@@ -51,7 +51,7 @@ async def next_heartbeat(trial: Trial) -> None:
     """Send a second heartbeat."""
     subject = await trial.active()
     await trial.wait(0.1)
-    answer = await trial.api.beat(subject.id, subject.last_heartbeat, 60)
+    answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     same_or_breaks(answer.ok, str(answer))
     new = answer.get("last_heartbeat")
     same_or_breaks(new != subject.last_heartbeat, "two heartbeats have the same `last_heartbeat`")
@@ -63,7 +63,7 @@ async def heartbeat_after_reading(trial: Trial) -> None:
     subject = await trial.active()
     read = (await trial.item(subject)).get("latest_heartbeat_at")
     same_or_breaks(isinstance(read, str), "the item shows no heartbeat")
-    answer = await trial.api.beat(subject.id, str(read), 60)
+    answer = await trial.api.heartbeat(subject.id, str(read), 60)
     same_or_breaks(answer.ok, f"{answer}: a lost answer costs the lease")
 
 
@@ -71,21 +71,23 @@ async def heartbeat_after_reading(trial: Trial) -> None:
 async def heartbeat_with_another_time(trial: Trial) -> None:
     """Send a heartbeat that expects another holder's."""
     subject = await trial.active()
-    _refused(await trial.api.beat(subject.id, LONG_AGO, 60), "two workers can hold one item")
+    _refused(await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item")
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
 async def first_heartbeat_of_another_worker(trial: Trial) -> None:
     """Send a first heartbeat for an item that somebody holds."""
     subject = await trial.active()
-    _refused(await trial.other.beat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item")
+    _refused(
+        await trial.other.heartbeat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item"
+    )
 
 
 @clause("heartbeat-malformed", "A value that is neither `NO_HEARTBEAT` nor a time is a 400.")
 async def heartbeat_with_a_malformed_value(trial: Trial) -> None:
     """Send a heartbeat that expects something else."""
     subject = await trial.active()
-    answer = await trial.api.beat(subject.id, "yesterday", 60)
+    answer = await trial.api.heartbeat(subject.id, "yesterday", 60)
     same_or_breaks(not answer.ok, f"{answer}: the expected value is not compared")
     same_or_differs(is_bad_request(answer), str(answer))
 
@@ -94,7 +96,7 @@ async def heartbeat_with_a_malformed_value(trial: Trial) -> None:
 async def heartbeat_without_expected_value(trial: Trial) -> None:
     """Send a heartbeat that expects nothing. A worker never does."""
     subject = await trial.active()
-    answer = await trial.api.beat(subject.id, None, 60)
+    answer = await trial.api.heartbeat(subject.id, None, 60)
     same_or_differs(answer.ok, str(answer))
 
 
@@ -104,7 +106,7 @@ async def ttl_is_clamped(trial: Trial) -> None:
     subject = await trial.active()
     different: list[str] = []
     for asked, granted in TTLS:
-        answer = await trial.api.beat(subject.id, subject.last_heartbeat, asked)
+        answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, asked)
         if not answer.ok:
             same_or_breaks(asked != granted, f"{asked} s: {answer}")
             different.append(f"{asked} s: {answer}")
@@ -121,14 +123,14 @@ async def ttl_is_clamped(trial: Trial) -> None:
 async def ttl_of_zero(trial: Trial) -> None:
     """Ask for no lease at all."""
     subject = await trial.active()
-    answer = await trial.api.beat(subject.id, subject.last_heartbeat, 0)
+    answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 0)
     same_or_differs(is_bad_request(answer), str(answer))
 
 
 @clause("heartbeat-queued", "A `queued` item is a 409.")
 async def heartbeat_without_ack(trial: Trial) -> None:
     """Send a heartbeat for an item that was delivered and not acknowledged."""
-    answer = await trial.api.beat((await trial.claim()).id, NO_HEARTBEAT, 60)
+    answer = await trial.api.heartbeat((await trial.claim()).id, NO_HEARTBEAT, 60)
     same_or_differs(is_conflict(answer), _described(answer))
 
 
@@ -137,7 +139,7 @@ async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
     """Ask for a stop, and see what the worker learns of it."""
     subject = await trial.active()
     await trial.stop(subject, force=False)
-    answer = await trial.api.beat(subject.id, subject.last_heartbeat, 60)
+    answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
     same_or_breaks(not goes_on, "the item is active: no worker learns of the stop")
     told = answer.ok and answer.get("state") == protocol.STOPPING
@@ -152,7 +154,7 @@ async def heartbeat_on_a_stopped_item(trial: Trial) -> None:
     """Send a heartbeat for an item that was stopped."""
     subject = await trial.active()
     await trial.stop(subject, force=True)
-    answer = await trial.api.beat(subject.id, subject.last_heartbeat, 60)
+    answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     if answer.ok and answer.get("lease_extended") is True:
         raise Breaks("the lease of a stopped item is extended")
     if trial.api.dialect == protocol.QODER:
@@ -160,7 +162,7 @@ async def heartbeat_on_a_stopped_item(trial: Trial) -> None:
         return
     stopped = answer.ok and answer.get("state") == protocol.STOPPED
     same_or_differs(stopped, _described(answer))
-    compared = await trial.api.beat(subject.id, LONG_AGO, 60)
+    compared = await trial.api.heartbeat(subject.id, LONG_AGO, 60)
     same_or_differs(compared.ok, f"the expected value is compared: {compared}")
 
 

@@ -49,7 +49,7 @@ async def renewed_lease(trial: Trial) -> None:
     before = len(subject.deliveries)
     for _ in range(5):
         await trial.wait(4)
-        await trial.beat(subject, TTL)
+        await trial.heartbeat(subject, TTL)
         await trial.poll()
         taken = len(subject.deliveries) > before
         same_or_breaks(not taken, "it was delivered to another worker")
@@ -60,7 +60,7 @@ async def lapsed_lease(trial: Trial) -> None:
     """Send one heartbeat, and no more, like a worker that dies."""
     subject = await trial.acknowledged()
     start = trial.now
-    ttl = (await trial.beat(subject, TTL)).get("ttl_seconds")
+    ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
     again = await _again(trial, subject, ttl)
     seconds = again.at - start
     same_or_breaks(seconds > ttl - 1, f"after {seconds:.0f} s: the holder has {ttl} s")
@@ -71,7 +71,7 @@ async def lapsed_lease(trial: Trial) -> None:
 async def shortened_lease(trial: Trial) -> None:
     """Hand an item back, as a worker does."""
     subject = await trial.active(600)
-    await trial.beat(subject, TTL)
+    await trial.heartbeat(subject, TTL)
     again = await trial.delivery(subject, TTL + LATE_SECONDS)
     same_or_differs(again is not None, "the item comes back only when the longer lease ends")
 
@@ -81,7 +81,7 @@ async def first_heartbeat_of_the_next_holder(trial: Trial) -> None:
     """Take over an item after its lease has lapsed."""
     subject, _ = await _lapsed(trial)
     await trial.acknowledge(subject)
-    answer = await trial.api.beat(subject.id, NO_HEARTBEAT, 60)
+    answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
     same_or_breaks(answer.ok, f"{answer}: after a crash nobody can run the item")
 
 
@@ -91,8 +91,8 @@ async def heartbeat_of_the_former_holder(trial: Trial) -> None:
     subject, former = await _lapsed(trial)
     expected, subject.last_heartbeat = subject.last_heartbeat, NO_HEARTBEAT
     await trial.acknowledge(subject)
-    await trial.beat(subject)
-    answer = await trial.api.beat(former, expected, 60)
+    await trial.heartbeat(subject)
+    answer = await trial.api.heartbeat(former, expected, 60)
     extended = answer.ok and answer.get("lease_extended") is not False
     same_or_breaks(not extended, "it extends the lease: two workers hold one item")
     same_or_differs(is_conflict(answer) or is_mismatch(answer), str(answer))
@@ -118,7 +118,7 @@ async def id_of_a_redelivered_item(trial: Trial) -> None:
 async def lapsed_lease_of_a_stopping_item(trial: Trial) -> None:
     """Ask a worker that is dead to stop."""
     subject = await trial.acknowledged()
-    ttl = (await trial.beat(subject, TTL)).get("ttl_seconds")
+    ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
     await trial.stop(subject, force=False)
     if await trial.state(subject) != STOPPING:
         raise Untried("a graceful stop ends the item at once")
@@ -131,7 +131,7 @@ async def lapsed_lease_of_a_stopping_item(trial: Trial) -> None:
 async def _lapsed(trial: Trial) -> tuple[Subject, str]:
     """Return an item that was delivered again after its lease lapsed, and its former id."""
     subject = await trial.acknowledged()
-    ttl = (await trial.beat(subject, TTL)).get("ttl_seconds")
+    ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
     former = subject.id
     try:
         await _again(trial, subject, ttl)

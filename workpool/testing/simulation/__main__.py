@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from workpool.testing.simulation.replay import replay
-from workpool.testing.simulation.run import schedule_of, simulate, simulate_many
+from workpool.testing.simulation.runner import schedule_of, simulate, simulate_many
 
 
 def main() -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workpool.server import Operations, Refusal
-from workpool.server.clock import SECOND
+from workpool.server import APIError, Operations
+from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import ACK_LEASE_SECONDS, ACTIVE, QUEUED, STARTING
 
 if TYPE_CHECKING:
     from workpool.server import Poll
-    from workpool.server.item import Item
+    from workpool.server.stored_item import Item
 
 
 class ActiveAcks(Operations):
@@ -47,7 +47,7 @@ class ActiveAcks(Operations):
             return item
         if item.state != (STARTING if self._poll_leases else QUEUED):
             self._record("conflict", item, worker_id, op="ack")
-            raise Refusal(409, f"the item is {item.state}")
+            raise APIError(409, f"the item is {item.state}")
         leased = item if self._poll_leases else self._leased(item)
         acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest)
         return self._apply(queue, acked, "acked", worker_id)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from workpool.errors import ControlPlaneError, TransientError
-from workpool.server import Poll, Refusal
-from workpool.server.dialects import QODER
+from workpool.server import APIError, Poll
+from workpool.server.server_dialects import QODER
 from workpool.testing.local import CallFault, LocalClient, answer_to
 from workpool.testing.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
@@ -372,7 +372,7 @@ class Client(LocalClient):
 
 
 def _denied() -> object:
-    raise Refusal(403, "a worker's key may not make this call")
+    raise APIError(403, "a worker's key may not make this call")
 
 
 def _within(times: list[tuple[float, float]]) -> bool:

@@ -14,13 +14,12 @@ from workpool.errors import WorkpoolError
 from workpool.pool.handoff_child import HandoffChild
 from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
-from workpool.server import Operations, Refusal
-from workpool.server.clock import SECOND
+from workpool.server import APIError, Operations
+from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
 from workpool.testing.local import CallFault
 from workpool.testing.simulation.case import START, Case
 from workpool.testing.simulation.control_planes import ActiveAcks
-from workpool.testing.simulation.handlers import BEHAVIOUR, SECONDS, SimulatedHandlers, simulated
 from workpool.testing.simulation.machine import (
     EVENT_LOOP,
     NETWORK,
@@ -31,6 +30,12 @@ from workpool.testing.simulation.machine import (
 from workpool.testing.simulation.metric_totals import totals
 from workpool.testing.simulation.network import Client, Network
 from workpool.testing.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
+from workpool.testing.simulation.scripted_handlers import (
+    BEHAVIOUR,
+    SECONDS,
+    SimulatedHandlers,
+    simulated,
+)
 from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.testing.virtual import VirtualLoop
 
@@ -321,7 +326,7 @@ class World:
                 self.operations.queue(ENVIRONMENT)
                 self.operations.wake()
             return
-        with suppress(Refusal):
+        with suppress(APIError):
             self.operations.stop(ENVIRONMENT, work_id, "operator", force=action.kind == "force")
 
     def _act_on_pool(self, action: Action, node: Node) -> None:

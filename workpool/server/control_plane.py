@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 
 from workpool.inbound import HttpLog, InboundConnections
+from workpool.server.api_errors import ServeError
 from workpool.server.application_routes import ApplicationRoutes
-from workpool.server.dialects import ANTHROPIC, DIALECTS, QODER
-from workpool.server.errors import ServeError
 from workpool.server.history import summarize
 from workpool.server.operations import Operations
 from workpool.server.routes import Routes, application
+from workpool.server.server_dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.session_routes import SessionRoutes
 from workpool.server.tokens import Tokens, check_token
 from workpool.wire.protocol import ID_PATTERN, SESSION
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.server.history import History, Summary
-    from workpool.server.item import Item
     from workpool.server.store import Store
+    from workpool.server.stored_item import Item
     from workpool.server.tokens import Grants
 
 DEFAULT_ENVIRONMENT: Final = "env_00000000000070008000000000000001"
@@ -152,7 +152,7 @@ class ControlPlane:
     ) -> tuple[Item, ...]:
         """Create work items; waiting polls wake at once. Durable after `operations.durable()`.
 
-        `script`: the tool uses of a scripted session; raises `Refusal` for a bad one.
+        `script`: the tool uses of a scripted session; raises `APIError` for a bad one.
         """
         return self.operations.enqueue(
             environment_id or self.environments[0],
@@ -167,7 +167,7 @@ class ControlPlane:
         """Say something as the agent of a session that is not scripted, or about any session.
 
         Events that only a server emits (`agent.tool_use`, `session.status_terminated`, …), without
-        id; returns them as stored. Raises `Refusal`.
+        id; returns them as stored. Raises `APIError`.
         """
         return self.operations.emit(session_id, events)
 

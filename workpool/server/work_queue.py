@@ -10,17 +10,17 @@ from collections import OrderedDict
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from workpool.server.clock import MILLISECOND, SECOND
+from workpool.server.api_errors import APIError
 from workpool.server.deliveries import Deliveries
-from workpool.server.errors import Refusal
-from workpool.server.leases import Leases
+from workpool.server.lease_ends import Leases
+from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.server.waiting import WaitingPolls
 from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from workpool.server.item import Item
+    from workpool.server.stored_item import Item
 
 _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
@@ -56,7 +56,7 @@ class Queue:
         """Return the item, or refuse with 404: an unknown id, a malformed one included."""
         item = self._items.get(work_id)
         if item is None:
-            raise Refusal(404, "no such work item in this environment")
+            raise APIError(404, "no such work item in this environment")
         return item
 
     def holds(self, item: Item) -> bool:

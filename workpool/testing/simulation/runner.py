@@ -17,11 +17,11 @@ from prometheus_client import CollectorRegistry
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
-from workpool.testing.simulation.handlers import simulated
 from workpool.testing.simulation.invariants import INVARIANTS, judge
 from workpool.testing.simulation.machine import run_machines
 from workpool.testing.simulation.results import Progress, Report
 from workpool.testing.simulation.schedule import Schedule, draw
+from workpool.testing.simulation.scripted_handlers import simulated
 from workpool.testing.simulation.world import World
 from workpool.wire import resolver
 

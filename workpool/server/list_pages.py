@@ -12,12 +12,12 @@ from workpool.server.answer_limits import fitting
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from workpool.server.conversation import Event
+    from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.item import Item
-    from workpool.server.sessions import Session
+    from workpool.server.sessions import StoredSession
+    from workpool.server.stored_item import Item
 
-Row = TypeVar("Row", bound="Item | Event | Session | Environment")
+Row = TypeVar("Row", bound="Item | StoredEvent | StoredSession | Environment")
 
 AFTER: Final = "after"
 BEFORE: Final = "before"

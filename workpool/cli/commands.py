@@ -6,7 +6,7 @@ import typer
 
 from workpool import __version__
 from workpool.cli import check, conform, demo, hold, listing, new, run, serve, work
-from workpool.cli.options import Verbose
+from workpool.cli.flags import Verbose
 
 # Rich tracebacks show local variables, which may be tokens.
 app = typer.Typer(

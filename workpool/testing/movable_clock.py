@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workpool.server.clock import system_clock
+from workpool.server.timestamps import system_clock
 
 
 class Clock:

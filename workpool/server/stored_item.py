@@ -11,7 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from workpool.server.clock import MILLISECOND
+from workpool.server.timestamps import MILLISECOND
 from workpool.wire.protocol import QUEUED, SESSION, TTL_DEFAULT_SECONDS
 
 if TYPE_CHECKING:

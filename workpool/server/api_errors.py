@@ -26,7 +26,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """One answer with a status of 400 or above.
 
     Attributes:
@@ -62,9 +62,9 @@ class Refusal(Exception):
         return {"type": "error", "error": error}
 
 
-def conflict(message: str) -> Refusal:
+def conflict(message: str) -> APIError:
     """Return a 409 of an endpoint that is not about work items."""
-    return Refusal(409, message, kind=protocol.CONFLICT_ERROR)
+    return APIError(409, message, kind=protocol.CONFLICT_ERROR)
 
 
 class ServeError(Exception):

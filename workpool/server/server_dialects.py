@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.clock import to_heartbeat_text, to_seconds_text
-from workpool.server.item import SESSION_PREFIX
+from workpool.server.stored_item import SESSION_PREFIX
+from workpool.server.timestamps import to_heartbeat_text, to_seconds_text
 from workpool.wire import protocol
 from workpool.wire.protocol import STOPPED, STOPPING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from workpool.server.item import Item
+    from workpool.server.stored_item import Item
 
 
 @dataclass(frozen=True, slots=True)
