@@ -57,7 +57,7 @@ async def drain(plane: Plane, sessions: int, end: str) -> Cost:
         begin = Mark.now()
         await pool.drain(None if end == "return" else 0)
         cpu, wall = Mark.now().cpu - begin.cpu, time.monotonic() - begin.wall
-    return Cost(wall, cpu, pool.left_behind)
+    return Cost(wall, cpu, pool.abandoned)
 
 
 def measure(sessions: int, end: str) -> Cost:

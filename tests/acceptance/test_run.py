@@ -91,7 +91,7 @@ async def test_a_second_signal_is_the_deadline(
     assert now(plane, item).state == "active"
 
 
-async def test_a_session_left_behind_is_a_failure_and_does_not_keep_the_process(
+async def test_an_abandoned_session_is_a_failure_and_does_not_keep_the_process(
     start: Start, plane: ControlPlane
 ) -> None:
     enqueue(plane, "ignore")

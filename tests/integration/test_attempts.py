@@ -116,7 +116,7 @@ class Scene:
         async with self.make_pool(plugin, **settings) as supervisor:
             await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
             await supervisor.drain(timeout=timeout)
-        assert supervisor.left_behind == 0
+        assert supervisor.abandoned == 0
         self.lapse()
 
     @asynccontextmanager
@@ -298,14 +298,14 @@ async def test_drained_session_whose_mark_hangs_is_released_in_time(scene: Scene
     async with scene.make_pool(patient) as supervisor:
         await scene.recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    assert supervisor.left_behind == 0
+    assert supervisor.abandoned == 0
     assert scene.recorder.of(SessionFinished)[0].outcome == "released"
     assert scene.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
     assert scene.metadata == {}
 
 
 @pytest.mark.parametrize("written", [True, False])
-async def test_handler_that_is_left_behind_is_marked_if_it_can_be(
+async def test_handler_that_is_abandoned_is_marked_if_it_can_be(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, *, written: bool
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -329,7 +329,7 @@ async def test_handler_that_is_left_behind_is_marked_if_it_can_be(
     left = asyncio.all_tasks() - {asyncio.current_task()}
     may_end.set()
     await asyncio.wait(left, timeout=20)
-    assert supervisor.left_behind == 1
+    assert supervisor.abandoned == 1
     assert metadata == (DRAINED if written else {})
 
 

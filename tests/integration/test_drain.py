@@ -192,7 +192,7 @@ async def test_the_deadline_is_the_settings_unless_told(
     assert recorder.of(DrainStarted)[0].timeout == 0.05
     assert recorder.of(DrainFinished)[0].result == "deadline"
     assert recorder.of(SessionFinished)[0].outcome == "released"
-    assert supervisor.left_behind == 0
+    assert supervisor.abandoned == 0
 
 
 @pytest.mark.parametrize("first", [None, LONG])
@@ -233,7 +233,7 @@ async def test_a_release_whose_answers_never_come_is_bounded(
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    assert supervisor.left_behind == 1
+    assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert len(recorder.of(SessionFinished)) == 1
 
@@ -249,10 +249,10 @@ async def test_an_ack_that_hangs_does_not_hold_up_a_drain(
         await hold.reached()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    assert supervisor.left_behind == 1
+    assert supervisor.abandoned == 1
 
 
-async def test_a_handler_that_will_not_end_is_left_behind(
+async def test_a_handler_that_will_not_end_is_abandoned(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
@@ -271,7 +271,7 @@ async def test_a_handler_that_will_not_end_is_left_behind(
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    assert supervisor.left_behind == 1
+    assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert recorder.of(SessionFinished)[0].outcome == "released"
     left = asyncio.all_tasks() - {asyncio.current_task()}

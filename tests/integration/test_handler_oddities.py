@@ -190,4 +190,4 @@ async def test_an_ack_that_answers_another_session_leaves_the_first_one_free(
         assert claimed.item.session_id == item.session_id
         await faults.wait_for("ack", work_id="work_again")
     assert not recorder.of(ItemDeclined)
-    assert pool.left_behind == 0
+    assert pool.abandoned == 0

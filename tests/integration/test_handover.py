@@ -436,7 +436,7 @@ async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None: 
         began = scene.loop.time()
         await pool.drain(6)
         assert scene.loop.time() - began <= (5.1 if comes else 6.1)
-        assert pool.left_behind == 0
+        assert pool.abandoned == 0
 
     outcome = await scene.run(handle, drain, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")

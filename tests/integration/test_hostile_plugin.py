@@ -116,7 +116,7 @@ async def test_a_plugin_that_does_everything_wrong_keeps_no_other_from_its_work(
         await pool.drain(timeout=0.2)
         assert asyncio.get_running_loop().time() - started < 10
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert pool.left_behind == 1
+    assert pool.abandoned == 1
 
     outcomes = {
         event.session.item.metadata.get("mischief"): event.outcome

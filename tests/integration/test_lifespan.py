@@ -154,7 +154,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("brief")
-async def test_a_start_that_heeds_no_cancellation_is_left_behind(
+async def test_a_start_that_ignores_cancellation_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     deaf = Deaf("opening")
@@ -169,7 +169,7 @@ async def test_a_start_that_heeds_no_cancellation_is_left_behind(
 
 
 @pytest.mark.usefixtures("brief")
-async def test_a_pool_whose_plugin_never_closes_is_left_behind(
+async def test_a_pool_whose_plugin_never_closes_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     deaf = Deaf("closing")

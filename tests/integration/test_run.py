@@ -175,10 +175,10 @@ async def test_no_drain_waits_for_a_handler_that_ignores_its_cancellation(
         await body.is_cancelled()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=timeout)
-    assert supervisor.left_behind == 1
+    assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert not body.left
-    body.may_end.set()  # left behind is not gone: end it, so that the next test starts clean
+    body.may_end.set()  # abandoned is not gone: end it, so that the next test starts clean
     await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=20)
     assert body.left
 

@@ -42,7 +42,7 @@ async def test_everything_is_handled_once_with_four_requests_an_item(
     sent = Counter(request.op for request in faults.seen)
     assert set(sent) == {"poll", "ack", "heartbeat", "stop"}
     assert sent["ack"] == sent["heartbeat"] == sent["stop"] == 200
-    assert pool.left_behind == 0
+    assert pool.abandoned == 0
 
 
 async def test_an_empty_queue_ends_it_at_the_first_null(faults: Faults, make_pool: Any) -> None:

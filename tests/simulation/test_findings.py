@@ -91,7 +91,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
         began = bench.loop.time()
         await pool.drain()
         assert bench.loop.time() - began < 1
-    assert pool.left_behind == 0
+    assert pool.abandoned == 0
     assert [event.result for event in bench.recorder.of(AckFinished)] == ["error"]
 
 
@@ -105,7 +105,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
         await bench.recorder.wait_for(AckFinished)
         await asyncio.sleep(1)
         await pool.drain()
-    assert pool.left_behind == 0
+    assert pool.abandoned == 0
     assert (bench.outcomes, bench.recorder.of(DrainFinished)[0].result) == (["released"], "clean")
     assert script.sent.count(("heartbeat", item.id)) == 2
     held = bench.operations.get(ENVIRONMENT, item.id)
@@ -123,7 +123,7 @@ async def test_drain_sends_no_second_heartbeat_while_the_first_is_under_way() ->
         group.create_task(pool.drain())
         await asyncio.sleep(7.9)
         assert script.sent.count(("heartbeat", item.id)) == 1
-    assert (bench.outcomes, pool.left_behind) == (["released"], 0)
+    assert (bench.outcomes, pool.abandoned) == (["released"], 0)
     assert script.sent.count(("heartbeat", item.id)) == 2
 
 
@@ -152,7 +152,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
         bench.operations.stop(ENVIRONMENT, item.id, "operator", force=True)
         await asyncio.sleep(4)  # a heartbeat has reported the stop
         await pool.drain(0)
-    assert (bench.outcomes, pool.left_behind) == (["stopped"], 1)
+    assert (bench.outcomes, pool.abandoned) == (["stopped"], 1)
 
 
 @in_virtual_time

@@ -120,7 +120,7 @@ async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) 
     asyncio.get_running_loop().set_default_executor(executor)
     status = await _serve(supervisor, signals, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
-    left_tasks = supervisor.left_behind or await _deaf_tasks()
+    left_tasks = supervisor.abandoned or await _deaf_tasks()
     sys.stdout.flush()
     if left_tasks:
         # The runner would cancel these tasks and wait without end, since they ignore it.
@@ -153,7 +153,7 @@ async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool)
         for line in exits.lines_of(failure):
             log_config.log.critical("ended status=%d error=%s", status, line)
         return status
-    return exits.FAILED if supervisor.left_behind else exits.OK
+    return exits.FAILED if supervisor.abandoned else exits.OK
 
 
 async def _obey(

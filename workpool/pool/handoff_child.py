@@ -77,7 +77,7 @@ class HandoffChild(Supervisor):
             await self._drain.requested.wait()
             holding.cancel()
             dispatcher.drain()
-            self.left_behind = await self._drain.wind_down(context, dispatcher)
+            self.abandoned = await self._drain.wind_down(context, dispatcher)
 
     async def _hold(self, context: PoolContext, dispatcher: Dispatcher) -> None:
         ended = asyncio.Event()

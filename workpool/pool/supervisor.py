@@ -76,7 +76,7 @@ class Supervisor:
 
     Attributes:
         settings, registry: The settings, which do not change, and where the metrics live.
-        left_behind: The number of abandoned sessions, which the drain could not hand back.
+        abandoned: The number of sessions that the drain could neither end nor hand back.
         on_blocked: Called on another thread once leases are not renewed any more: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
     """
@@ -96,7 +96,7 @@ class Supervisor:
         rate_limits: RateLimits | None = None,
     ) -> None:
         self.registry = CollectorRegistry() if registry is None else registry
-        self.left_behind = 0
+        self.abandoned = 0
         self.on_blocked: Callable[[], None] | None = None
         self.settings = settings
         self._plugin_objects = plugins
@@ -341,7 +341,7 @@ class Supervisor:
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
-            self.left_behind = await self._drain.wind_down(context, dispatcher)
+            self.abandoned = await self._drain.wind_down(context, dispatcher)
 
     def _fail(self, error: BaseException) -> None:
         """End the pool because of an error: drain it; the error is raised after that."""
@@ -361,7 +361,7 @@ class Supervisor:
         if not root.done():  # else it would wait a turn, and could be cancelled at every one
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
-            log.critical("pool did not close seconds=%.0f; left behind", CLOSE_SECONDS)
+            log.critical("pool did not close seconds=%.0f; abandoned", CLOSE_SECONDS)
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())

@@ -274,7 +274,7 @@ class World:
         finally:
             if node.crashed == FOREVER:
                 node.closed = self.loop.now
-                node.abandoned = supervisor.left_behind
+                node.abandoned = supervisor.abandoned
 
     async def _drain(self, node: Node, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
