@@ -92,7 +92,7 @@ async def test_metadata_that_fits_no_handler_is_said(
     with Signals() as signals:
         async with played.plane:
             assert await played.run(signals) == 1
-    assert "does --metadata fit" in capsys.readouterr().out
+    assert "does --metadata match" in capsys.readouterr().out
 
 
 async def test_on_a_terminal_there_is_a_live_view(folder: Path) -> None:
