@@ -267,8 +267,8 @@ class Settings(BaseSettings):
     max_block: Positive = 300.0
     """The time for which a handler may block its event loop and keep its leases. Default: 300."""
     max_attempts: Annotated[int, Field(ge=0)] = 10
-    """The number of attempts of an item; a further one fails without a run; 0 = no limit. Default:
-    10."""
+    """The number of attempts of an item; a further one fails without a run; 0 = no limit. It is a
+    limit of each process if the credential may not write metadata. Default: 10."""
     report_errors: Literal["type", "message"] = "type"
     """The part of a handler's error that is written to the metadata: its `type`, or also its
     `message`, which may contain secrets. Default: `type`."""

@@ -25,6 +25,7 @@ ENVIRONMENT = "env_0199bbbbbbbb70008000000000000001"
 FORBIDDEN = "env_0199bbbbbbbb70008000000000000002"
 CLOUD = "env_0199bbbbbbbb70008000000000000003"
 TOKEN, LIMITED = "token-of-everything-Zx9", "token-of-one-environment-Zx9"
+WORKER_KEY = "key-of-a-worker"
 TOKENS = {TOKEN: None, LIMITED: frozenset({ENVIRONMENT})}
 
 HANDLERS = """
@@ -153,7 +154,10 @@ class Start(Protocol):
 @pytest.fixture
 async def plane() -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
-        environments=(ENVIRONMENT, FORBIDDEN), cloud_environments=(CLOUD,), tokens=TOKENS
+        environments=(ENVIRONMENT, FORBIDDEN),
+        cloud_environments=(CLOUD,),
+        tokens=TOKENS,
+        worker_keys=(WORKER_KEY,),
     ) as plane:
         yield plane
 

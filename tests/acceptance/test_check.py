@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.acceptance.conftest import WORKER_KEY
+
 if TYPE_CHECKING:
     from tests.acceptance.conftest import Ask, Start
+    from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
@@ -20,6 +23,24 @@ async def test_all_is_well(start: Start) -> None:
     assert [line.split()[0] for line in lines] == ["ok"] * 5
     for subject in ("settings", "plugins: handlers", "credentials", "control plane", "clock"):
         assert any(subject in line for line in lines)
+
+
+@pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
+async def test_key_that_may_not_query_statistics_is_well(
+    ask: Ask, plane: ControlPlane, dialect: str
+) -> None:
+    url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[dialect]
+    variables = {"WORKPOOL_BASE_URL": url, "WORKPOOL_DIALECT": dialect}
+    ended = await ask("check", "handlers", WORKPOOL_TOKEN=WORKER_KEY, **variables)
+    assert ended.status == 0
+    assert "FAIL" not in ended.out
+
+
+async def test_values_of_extra_headers_are_not_shown(ask: Ask) -> None:
+    headers = '{"x-worker-token": "hunter2-hunter2"}'
+    ended = await ask("check", "handlers", "--json", WORKPOOL_EXTRA_HEADERS=headers)
+    assert ended.status == 0
+    assert "hunter2" not in ended.out + ended.err
 
 
 @pytest.mark.parametrize(

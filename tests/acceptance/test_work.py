@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import CLOUD, FORBIDDEN, LIMITED
+from tests.acceptance.conftest import CLOUD, FORBIDDEN, LIMITED, WORKER_KEY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,3 +115,18 @@ async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
         assert ended.status == status, (arguments, ended.err)
         assert ended.err
         assert ended.out == ""
+
+
+async def test_stop_with_a_key_that_may_not_read_shows_the_item(
+    ask: Ask, plane: ControlPlane
+) -> None:
+    """In the anthropic dialect a stop is answered without the item."""
+    (item,) = plane.enqueue()
+    variables = {
+        "WORKPOOL_BASE_URL": plane.anthropic_base_url,
+        "WORKPOOL_DIALECT": "anthropic",
+        "WORKPOOL_TOKEN": WORKER_KEY,
+    }
+    ended = await ask("work", "stop", item.id, "--force", "--json", **variables)
+    assert (ended.status, ended.err) == (0, "")
+    assert json.loads(ended.out)["state"] == "stopped"

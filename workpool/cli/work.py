@@ -4,6 +4,7 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +22,7 @@ from workpool.cli.flags import (
     read_settings,
 )
 from workpool.cli.output import fields_of, pairs_text, print_json, print_pairs, print_rows
+from workpool.errors import RefusedError
 from workpool.settings import Settings
 from workpool.wire import protocol
 from workpool.wire.client import WorkClient
@@ -161,8 +163,8 @@ def stop(
     """Stop an item: ask its worker to end it, or with --force end it now."""
 
     async def ask(client: WorkClient) -> WorkItem:
-        # Some control planes answer without the item.
-        return await client.stop(work_id, force) or await client.get(work_id)
+        stopped = await client.stop(work_id, force)
+        return stopped or await _read(client, work_id)  # some control planes answer without it
 
     _show(_ask(settings, ask), as_json=json)
 
@@ -190,6 +192,19 @@ def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
             return asyncio.run(ask())
         except ValueError as error:  # an id with characters that no id has
             raise typer.BadParameter(str(error)) from None
+
+
+async def _read(client: WorkClient, work_id: str) -> WorkItem:
+    """Read an item; with a key that may not read it, look it up in the list."""
+    try:
+        return await client.get(work_id)
+    except RefusedError as error:
+        if error.status not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            raise
+        async for item in client.list():
+            if item.id == work_id:
+                return item
+        raise
 
 
 def _show(item: WorkItem, *, as_json: bool) -> None:
