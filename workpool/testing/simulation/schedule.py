@@ -32,6 +32,8 @@ CONTROL_PLANES: Final[tuple[ControlPlaneKind, ...]] = (
 )
 WORKER_KEY_SHARE: Final = 0.2
 """The share of schedules with pools whose key may not read items or write metadata."""
+CROWDED_SHARE: Final = 0.3
+"""The share of schedules without a strict control plane in which items wait long for a slot."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -114,8 +116,12 @@ def draw(random: Random, seed: int) -> Schedule:
     actions = [_close_to(random.choice(work), action, random) for action in actions]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
-    actions = sorted([*work, *actions], key=_at)
     control_plane = random.choice(CONTROL_PLANES)
+    if control_plane != "strict" and random.random() < CROWDED_SHARE:
+        # Items wait for a slot for most of a lease, and their heartbeats for the network.
+        pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
+        work += _crowd(random)
+    actions = sorted([*work, *actions], key=_at)
     if random.random() < WORKER_KEY_SHARE:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
@@ -166,6 +172,16 @@ def _burst(random: Random) -> Action:
     return Action(
         _moment(random, 30), "work", seconds=0.005, behaviour=behaviour, count=random.randint(6, 9)
     )
+
+
+def _crowd(random: Random) -> list[Action]:
+    seconds, at = random.uniform(25, 45), _moment(random, 10)
+    work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
+    cuts = (
+        Action(round(at + seconds - random.uniform(0, 2), 3), "cut", target, seconds=45.0)
+        for target in range(random.choice((0, 1, 3)))
+    )
+    return [work, *cuts]
 
 
 def _action(random: Random) -> Action:
