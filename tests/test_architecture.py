@@ -1,4 +1,4 @@
-"""The house rules that a program can check (design §7)."""
+"""The rules of the code that a program can check."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*
 TEST_MODULES = sorted((ROOT / "tests").rglob("*.py"))
 UNCHECKED = ("workpool/cli/new.py",)
 """Modules in which mentions of documents are not checked: one names the README that it writes."""
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".in", ".sql", ".txt", ""}
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
 
@@ -94,6 +95,19 @@ def test_modules_of_a_package_cite_its_document(part: str, document: str, headin
 )
 def test_module_cites_nothing_outside_the_repository(path: Path) -> None:
     assert strays(path.read_text()) == []
+
+
+def test_no_file_mentions_a_section_of_a_document_outside_of_the_repository() -> None:
+    """All files, such as configuration, templates and pages: other documents number sections."""
+    names = ["README.md", "CHANGELOG.md", "pyproject.toml", ".ci", "benchmarks", "plugins", "tests"]
+    files = [
+        file
+        for path in (ROOT / name for name in [*names, "workpool"])
+        for file in (path.rglob("*") if path.is_dir() else [path])
+        if file.is_file() and file.suffix in TEXT_SUFFIXES and file != Path(__file__)
+    ]
+    assert len(files) > 300
+    assert [relative(file) for file in files if "§" in file.read_text()] == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`workpool check` and `workpool plugins`: what they find and how they end (design §6)."""
+"""The findings and exit statuses of `workpool check` and `workpool plugins`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`workpool run`: signals, exit statuses, health (design §6)."""
+"""Signals, exit statuses and health of `workpool run`.
+
+See workpool/docs/cli.md, "Exit statuses" and "Signals".
+"""
 
 from __future__ import annotations
 

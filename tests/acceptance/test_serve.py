@@ -1,4 +1,4 @@
-"""`workpool serve`: the ready line, its end, its refusals (design §6)."""
+"""The ready line, the end and the errors of `workpool serve`."""
 
 from __future__ import annotations
 

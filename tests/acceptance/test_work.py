@@ -1,4 +1,4 @@
-"""`workpool work`: a queue from the shell, and how refusals end (design §6)."""
+"""The commands of `workpool work`, and their exit statuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every answer to polls, acks and heartbeats; stop and metadata: test_finish_writing.py."""
+"""The answers to polls, acks and heartbeats. Stop and metadata are in test_finish_writing.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is claimed, what is left for others, and what is a copy (design §1, Claim and Choose)."""
+"""The items that a pool acknowledges, declines, or drops as copies.
+
+See workpool/docs/architecture.md, "The path of one item".
+"""
 
 from __future__ import annotations
 

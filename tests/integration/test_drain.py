@@ -1,4 +1,7 @@
-"""The drain, whatever is under way when it comes (design §1, Drain)."""
+"""The drain, in every state of an item.
+
+See workpool/docs/architecture.md, "The drain".
+"""
 
 from __future__ import annotations
 

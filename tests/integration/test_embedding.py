@@ -1,4 +1,7 @@
-"""A pool in somebody's service: it takes nothing over, and leaves nothing behind (design §3)."""
+"""A pool in another application: it changes nothing global, and ends completely.
+
+See workpool/docs/embedding.md, "Embedding".
+"""
 
 from __future__ import annotations
 

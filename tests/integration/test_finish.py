@@ -1,4 +1,7 @@
-"""The finish table of design §1, row by row: what a session came to, and what was sent for it."""
+"""The table of end reasons, row by row: the outcome, and the requests.
+
+See workpool/docs/architecture.md, "The end of a session".
+"""
 
 from __future__ import annotations
 

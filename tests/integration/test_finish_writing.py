@@ -1,4 +1,7 @@
-"""What is written at a session's end, and what it means when that does not work (design §1)."""
+"""The requests at the end of a session, and the outcome if they fail.
+
+See workpool/docs/semantics.md, "How a session ends".
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A session's lease goes over to a child: every way in which the two may meet (design §1, Finish).
+"""The handoff of a lease to a child, in every order of their requests.
 
-In virtual time; the child is a second client of the same control plane.
+In virtual time; the child is a second client of the same control plane. See
+workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What `/healthz` and `/readyz` answer, asked over a socket while a pool runs (design §6)."""
+"""The answers of `/healthz` and `/readyz` while a pool runs.
+
+See workpool/docs/operating.md, "Health".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A handler while it runs: what interrupts it, what it may still send (design §1, Run)."""
+"""Interruptions of a running handler, and the calls that it may still make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Which thread and context things happen in, and in which order they close (design §1, §4)."""
+"""The threads and contexts of a pool, and the order in which its parts close.
+
+See workpool/docs/architecture.md, "Threads and loops".
+"""
 
 from __future__ import annotations
 

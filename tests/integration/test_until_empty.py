@@ -1,4 +1,4 @@
-"""`run(until_empty=True)`: all of the queue, nothing twice, and an end (design §1, Drain)."""
+"""`run(until_empty=True)` runs the whole queue, no item twice, and ends."""
 
 from __future__ import annotations
 
