@@ -67,7 +67,7 @@ class ScriptedDispatcher:
     def __init__(self, queue: BoundedQueue[Any], *, takes: bool | Exception = True) -> None:
         self.queue = queue
         self.takes = takes
-        self.fruitless = False
+        self.paced = False
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
@@ -231,9 +231,9 @@ async def test_item_that_is_not_taken_gives_back_place_and_permit(takes: Any) ->
 
 
 @in_virtual_time
-async def test_poller_whose_items_bear_no_fruit_polls_once_per_block() -> None:
+async def test_poller_whose_items_start_no_handler_polls_once_per_block() -> None:
     world = World(*("item" for _ in range(5)), block_ms=999, concurrency=10)
-    world.dispatcher.fruitless = True
+    world.dispatcher.paced = True
     clock = asyncio.get_running_loop().time
     started = clock()
     await world.run(60)

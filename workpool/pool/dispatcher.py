@@ -38,7 +38,8 @@ log = logging.getLogger(__name__)
 REMEMBERED_IDS = 10_000
 """The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
 
-FRUITLESS = 3
+UNSTARTED = 3
+"""After so many items in a row without a call of a handler, polls are paced."""
 TYPE_CHARACTERS = 128
 """Characters of an item's type that are logged."""
 
@@ -93,9 +94,9 @@ class Dispatcher:
         self._seen: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
 
     @property
-    def fruitless(self) -> bool:
-        """Whether the last `FRUITLESS` items that were ours ended without a call of a handler."""
-        return self.runner.fruitless >= FRUITLESS
+    def paced(self) -> bool:
+        """Whether the last `UNSTARTED` items that were ours ended without a call of a handler."""
+        return self.runner.unstarted >= UNSTARTED
 
     # Receive and choose.
 

@@ -107,7 +107,7 @@ class Poller:
         if item is None:
             # Before the pause below, in which the other pollers poll again.
             await self._group.settle_empty()
-        if not taken or self._dispatcher.fruitless:
+        if not taken or self._dispatcher.paced:
             # A control plane that does not wait for `block_ms`, or keeps offering what is declined
             # or cannot be claimed, must not make this loop spin.
             await self._sleep(self._rest_of_block())

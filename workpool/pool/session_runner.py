@@ -68,7 +68,7 @@ class SessionRunner:
 
     Attributes:
         draining: A drain has begun.
-        fruitless: The items in a row that ended without a call of a handler: their claim failed, or
+        unstarted: The items in a row that ended without a call of a handler: their claim failed, or
             they were health checks.
     """
 
@@ -82,7 +82,7 @@ class SessionRunner:
         on_closed: Callable[[PoolItem], None],
     ) -> None:
         self.draining = False
-        self.fruitless = 0
+        self.unstarted = 0
         self._context = context
         self._claimer = claimer
         self._sender = sender
@@ -118,7 +118,7 @@ class SessionRunner:
             return
         item.advance("closed")
         if item.handler_task is None:
-            self.fruitless += 1
+            self.unstarted += 1
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.acknowledged:
@@ -196,7 +196,7 @@ class SessionRunner:
         if item.handler is None or item.session is None:
             raise RuntimeError(f"{item.id} has no handler")
         item.advance("started")
-        self.fruitless = 0
+        self.unstarted = 0
         await self._executor.run(item, item.handler, item.session)
         if item.mark_task is not None:
             await _settle_mark(item.mark_task)
