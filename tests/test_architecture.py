@@ -8,11 +8,13 @@ import re
 import tokenize
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import workpool
 from workpool import hookspecs
+from workpool.wire.protocol import Dialect
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "workpool"
@@ -222,6 +224,21 @@ def test_plugins_use_the_public_api_only(path: Path) -> None:
 )
 def test_the_check_of_plugins_finds_what_is_private(source: str, found: list[str]) -> None:
     assert private_uses(source) == set(found)
+
+
+def is_dialect(node: ast.AST) -> bool:
+    """Whether an expression names a dialect: `QODER`, `protocol.QODER`, `"qoder"`."""
+    return ast.unparse(node).rpartition(".")[2].strip("'").lower() in get_args(Dialect)
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
+def test_dialects_differ_in_their_tables_only(path: Path) -> None:
+    compared = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare) and any(map(is_dialect, [node.left, *node.comparators]))
+    ]
+    assert compared == []
 
 
 def test_no_place_of_a_workshop_is_named() -> None:

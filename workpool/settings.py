@@ -56,6 +56,11 @@ DEFAULT_WRITE_RATE: Final = 20.0
 COMPLETION_WRITES: Final = 2
 """Writes that end one session: its result and its stop."""
 CREDENTIALS: Final = (("token", "token_file"), ("api_key", "api_key_file"))
+CREDENTIAL_PREFIXES: Final = (
+    PREFIX,
+    *(f"{rules.credential_variable.partition('_')[0]}_" for rules in DIALECTS.values()),
+)
+"""The prefixes of all environment variables that may hold credentials of a worker."""
 OWN_HEADERS: Final = frozenset(
     {
         *("accept", "accept-encoding", "authorization", "connection", "content-encoding"),

@@ -20,6 +20,7 @@ def test_qoder() -> None:
         worker_id_header="Worker-ID",
         work_query="",
         headers={},
+        events_resume=True,
     )
 
 

@@ -6,7 +6,7 @@ See workpool/docs/protocol.md, "Conformance".
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import aiohttp
 import typer
@@ -33,6 +33,7 @@ from workpool.conformance.api import NoAnswerError
 from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.environment_proxy import proxy_of
+from workpool.wire.protocol import Dialect
 from workpool.wire.rate_limiter import RateLimits
 
 WORKER: Final = "workpool-conform"
@@ -63,7 +64,8 @@ def conform(
         ),
     ],
     dialect: Annotated[
-        str | None, typer.Option(help="The dialect, qoder or anthropic. Default: the setting.")
+        str | None,
+        typer.Option(help=f"The dialect, {' or '.join(get_args(Dialect))}. Default: the setting."),
     ] = None,
     environment_id: EnvironmentId = None,
     config: Config = None,

@@ -219,7 +219,12 @@ class ControlPlane:
             for paths in (Routes, SessionRoutes)
             for route in paths(self.operations, tokens, dialect).table()
         ]
-        routes += ApplicationRoutes(self.operations, tokens, ANTHROPIC).table()
+        routes += [
+            route
+            for dialect in DIALECTS.values()
+            if dialect.creation
+            for route in ApplicationRoutes(self.operations, tokens, dialect).table()
+        ]
         runner = web.AppRunner(
             application(
                 routes=routes,

@@ -36,6 +36,10 @@ class Dialect:
         item_secrets: Whether a poll gives each item a `secret`, and tokens of items are accepted.
         messages_bring_work: Whether a message to a session whose item is stopped creates an item.
         request_ids: Whether every answer has a `request-id` header.
+        creation: Whether applications create environments and sessions with calls of their own.
+        session_fields: The fields of a session that the vendor's workers read, beside those that
+            all workers read.
+        agent_fields: The fields of a session's agent that the vendor's workers read.
     """
 
     name: protocol.Dialect
@@ -51,6 +55,9 @@ class Dialect:
     item_secrets: bool
     messages_bring_work: bool
     request_ids: bool
+    creation: bool
+    session_fields: tuple[str, ...]
+    agent_fields: tuple[str, ...]
 
     def session_id(self, own: str) -> str:
         """Write our own session id as this dialect does."""
@@ -106,6 +113,9 @@ QODER: Final = Dialect(
     item_secrets=False,
     messages_bring_work=False,
     request_ids=False,
+    creation=False,
+    session_fields=(),
+    agent_fields=(),
 )
 ANTHROPIC: Final = Dialect(
     name=protocol.ANTHROPIC,
@@ -121,5 +131,16 @@ ANTHROPIC: Final = Dialect(
     item_secrets=True,
     messages_bring_work=True,
     request_ids=True,
+    creation=True,
+    session_fields=(
+        "resources",
+        "vault_ids",
+        "outcome_evaluations",
+        "stats",
+        "usage",
+        "updated_at",
+    ),
+    agent_fields=("skills", "tools", "mcp_servers", "model"),
 )
 DIALECTS: Final[Mapping[protocol.Dialect, Dialect]] = {QODER.name: QODER, ANTHROPIC.name: ANTHROPIC}
+WORKER_ID_HEADERS: Final = tuple(dialect.worker_id_header for dialect in DIALECTS.values())

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, get
 import orjson
 from aiohttp import web
 
+from workpool.server.server_dialects import WORKER_ID_HEADERS
 from workpool.testing.changes import WAIT_SECONDS, Changes
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _note(op: Op, request: web.Request) -> Request:
     return Request(
         op,
         request.match_info.get("work_id"),
-        headers.get("Worker-ID") or headers.get("anthropic-worker-id"),
+        next(filter(None, map(headers.get, WORKER_ID_HEADERS)), None),
         dict(request.query),
         asyncio.get_running_loop().time(),
     )

@@ -344,8 +344,7 @@ class WorkClient:
             self.rate_limits,
             f"{self._sessions}/{session_id}/events",
             self._work_query,
-            # The sibling's list begins at a page only.
-            resumes=self._settings.dialect == protocol.QODER,
+            resumes=DIALECTS[self._settings.dialect].events_resume,
         )
         return SessionEvents(http_events, session_id, guard)
 

@@ -23,6 +23,7 @@ class DialectRules:
         worker_id_header: The header that says who we are.
         work_query: Added to the query of every work call, empty for none.
         headers: Sent with every request.
+        events_resume: Whether a list of events can begin after an event, and not at a page only.
     """
 
     base_url: str
@@ -31,6 +32,7 @@ class DialectRules:
     worker_id_header: str
     work_query: str
     headers: Mapping[str, str]
+    events_resume: bool
 
 
 DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
@@ -42,6 +44,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
             worker_id_header=protocol.WORKER_ID_HEADER,
             work_query="",
             headers=MappingProxyType({}),
+            events_resume=True,
         ),
         protocol.ANTHROPIC: DialectRules(
             base_url=protocol.ANTHROPIC_BASE_URL,
@@ -55,6 +58,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
                     "anthropic-beta": protocol.ANTHROPIC_BETA,
                 }
             ),
+            events_resume=False,
         ),
     }
 )

@@ -28,6 +28,7 @@ from workpool import (
     hookimpl,
     release_on_exhaustion,
 )
+from workpool.settings import CREDENTIAL_PREFIXES
 from workpool_command.detached import Holders
 from workpool_command.ending import blamed, result_of, settle
 from workpool_command.group import ProcessGroup, Start, running
@@ -35,7 +36,6 @@ from workpool_command.guard import Guard, guarding
 from workpool_command.output import reading
 from workpool_command.surroundings import (
     HANDED_ON,
-    SECRET_PREFIXES,
     fresh_directory,
     handed_on,
     ids_of,
@@ -242,7 +242,7 @@ def _check(plugin: Command) -> None:
     if "/" in plugin.command[0] and not Path(plugin.command[0]).is_absolute():
         raise ValueError("command: not an absolute path, nor a name to be looked up on the PATH")
     for name in plugin.environment:
-        if name.startswith(SECRET_PREFIXES):
+        if name.startswith(CREDENTIAL_PREFIXES):
             raise ValueError(f"environment: {name} is never handed on: it may be a credential")
     if (plugin.keep or plugin.detach) and plugin.root is None:
         raise ValueError("root: needed for a directory that is kept")

@@ -36,8 +36,6 @@ HANDED_ON: Final = (
     "TMPDIR",
 )
 """The worker's variables that a command gets by default."""
-SECRET_PREFIXES: Final = ("WORKPOOL_", "QODER_", "ANTHROPIC_")
-"""The prefixes of the variables with the worker's credentials."""
 
 
 def handed_on(names: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from workpool.conformance.clause import (
     same_or_differs,
 )
 from workpool.conformance.trial import is_bad_request, is_conflict, is_mismatch
+from workpool.server.server_dialects import DIALECTS
 from workpool.wire import protocol
 from workpool.wire.items import parse_heartbeat
 from workpool.wire.protocol import NO_HEARTBEAT, TTL_MAX_SECONDS, TTL_MIN_SECONDS
@@ -157,7 +158,7 @@ async def heartbeat_on_a_stopped_item(trial: Trial) -> None:
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     if answer.ok and answer.get("lease_extended") is True:
         raise Breaks("the lease of a stopped item is extended")
-    if trial.api.dialect == protocol.QODER:
+    if DIALECTS[trial.api.dialect].compare_on_stop:
         same_or_differs(is_conflict(answer), _described(answer))
         return
     stopped = answer.ok and answer.get("state") == protocol.STOPPED

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.conformance.clause import clause, same_or_breaks, same_or_differs
 from workpool.conformance.trial import is_conflict
-from workpool.wire.protocol import QODER, STOPPED, STOPPING
+from workpool.server.server_dialects import DIALECTS
+from workpool.wire.protocol import STOPPED, STOPPING
 
 if TYPE_CHECKING:
     from workpool.conformance.trial import Trial
@@ -26,9 +27,9 @@ async def forced_stop(trial: Trial) -> None:
     same_or_breaks(answer.ok, str(answer))
     state = await trial.state(subject)
     same_or_differs(state == STOPPED, f"the item is {state}")
-    qoder = trial.api.dialect == QODER
-    told = answer.get("id") == subject.id if qoder else answer.status == HTTPStatus.NO_CONTENT
-    form = "without the item" if qoder else "with a body"
+    item = DIALECTS[trial.api.dialect].stop_answers_item
+    told = answer.get("id") == subject.id if item else answer.status == HTTPStatus.NO_CONTENT
+    form = "without the item" if item else "with a body"
     same_or_differs(told, f"HTTP {answer.status} {form}")
 
 
@@ -48,7 +49,7 @@ async def confirmed_stop(trial: Trial) -> None:
     subject = await trial.active()
     await trial.stop(subject, force=False)
     answer = await trial.api.stop(subject.id, json={"force": False})
-    if trial.api.dialect == QODER:
+    if (False, STOPPING) not in DIALECTS[trial.api.dialect].stop_refused:
         state = await trial.state(subject)
         same_or_differs(answer.ok and state == STOPPED, f"{answer}, the item is {state}")
     else:
@@ -73,7 +74,8 @@ async def repeated_stop(trial: Trial) -> None:
     answer = await trial.api.stop(subject.id, json={"force": True})
     readable = answer.ok or is_conflict(answer) or answer.status == HTTPStatus.NOT_FOUND
     same_or_breaks(readable, f"{answer}: a worker takes the stop for refused")
-    told = answer.status == HTTPStatus.OK if trial.api.dialect == QODER else is_conflict(answer)
+    refused = (True, STOPPED) in DIALECTS[trial.api.dialect].stop_refused
+    told = is_conflict(answer) if refused else answer.status == HTTPStatus.OK
     same_or_differs(told, str(answer))
 
 

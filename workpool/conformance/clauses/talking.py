@@ -15,23 +15,15 @@ from workpool.conformance.clause import (
 )
 from workpool.conformance.clauses.conventions import UNKNOWN
 from workpool.conformance.trial import is_bad_request, is_conflict
+from workpool.server.server_dialects import DIALECTS
 from workpool.wire.items import parse_item
-from workpool.wire.protocol import AGENT_TOOL_USE, ANTHROPIC, USER_TOOL_RESULT
+from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
 
 if TYPE_CHECKING:
     from workpool.conformance.sources import Script
     from workpool.conformance.trial import Subject, Trial
 
 FIELDS: Final = ("id", "type", "status", "environment_id", "agent", "metadata")
-VENDOR_FIELDS: Final = (
-    "resources",
-    "vault_ids",
-    "outcome_evaluations",
-    "stats",
-    "usage",
-    "updated_at",
-)
-VENDOR_AGENT_FIELDS: Final = ("skills", "tools", "mcp_servers", "model")
 SCRIPT: Final = ({"name": "Bash", "input": {"command": "true"}},)
 NO_EVENTS: Final = "handlers cannot talk in a session"
 
@@ -41,11 +33,12 @@ async def fields_of_a_session(trial: Trial) -> None:
     """Read the session of an item."""
     answer = await trial.api("GET", await _session(trial))
     same_or_differs(answer.ok, str(answer))
-    names = FIELDS + (VENDOR_FIELDS if trial.api.dialect == ANTHROPIC else ())
+    dialect = DIALECTS[trial.api.dialect]
+    names = FIELDS + dialect.session_fields
     missing = [name for name in names if answer.get(name) is None]
     agent = answer.get("agent")
-    if trial.api.dialect == ANTHROPIC and isinstance(agent, dict):
-        missing += [f"agent.{name}" for name in VENDOR_AGENT_FIELDS if name not in agent]
+    if isinstance(agent, dict):
+        missing += [f"agent.{name}" for name in dialect.agent_fields if name not in agent]
     same_or_differs(not missing, f"without {', '.join(missing)}: the vendor's workers may fail")
 
 
@@ -73,7 +66,8 @@ async def secret_of_an_item(trial: Trial) -> None:
     except ValueError:
         raise Untried("the item cannot be read") from None
     if token is None:
-        same_or_differs(trial.api.dialect != ANTHROPIC, "no secret: the worker's key has to do")
+        secrets = DIALECTS[trial.api.dialect].item_secrets
+        same_or_differs(not secrets, "no secret: the worker's key has to do")
         return
     item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
     own = await item("GET", _session_of(trial, subject))
