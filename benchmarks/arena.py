@@ -71,7 +71,7 @@ class Mark:
 
 @dataclass
 class Meter:
-    """What one contender did, from the first claim after `warm_up` items to the last stop."""
+    """The work of one contender, from the first claim after `warm_up` items to the last stop."""
 
     warm_up: int
     items: int
@@ -127,7 +127,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Watched:
-    """What one contender cost while it was watched; `memory` is its own, in bytes."""
+    """The cost of one contender while it was watched; `memory` is its own, in bytes."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -190,7 +190,7 @@ async def enqueue(plane: Plane, count: int) -> None:
 
 
 def versions() -> str:
-    """What the figures depend on, for the line below a table."""
+    """The versions on which the figures depend, for the line below a table."""
     packages = ("workpool", "aiohttp", "uvloop", "qca-sdk", "anthropic")
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
     found = [f"{name} {installed[name]}" for name in packages if name in installed]

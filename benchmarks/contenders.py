@@ -1,4 +1,4 @@
-"""Who is compared: the pool, a bare loop that makes the same calls, and other people's clients.
+"""The contenders: the pool, a bare loop that makes the same calls, and other people's clients.
 
 All handle items that ask for nothing, eight at a time, with the longest poll that is allowed.
 """
@@ -50,7 +50,7 @@ class Entry:
 
 
 async def bare(plane: Plane, meter: Meter) -> None:
-    """What one would write by hand with aiohttp and nothing else: the floor."""
+    """A loop written by hand with aiohttp: the lower bound."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session:
 
@@ -169,7 +169,7 @@ async def qca_sdk(plane: Plane, meter: Meter) -> None:
 
 
 async def anthropic(plane: Plane, meter: Meter) -> None:
-    """The sibling's work poller: three calls, it sends no heartbeat."""
+    """The work poller of the SDK `anthropic`: three calls, without a heartbeat."""
     client = importlib.import_module("anthropic").AsyncAnthropic(
         auth_token=plane.token, base_url=plane.anthropic_base_url.removesuffix("/v1")
     )

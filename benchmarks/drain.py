@@ -1,4 +1,4 @@
-"""What a drain costs: seconds and CPU, by the number of sessions that it ends.
+"""The cost of a drain: seconds and CPU, by the number of sessions that it ends.
 
     python benchmarks/drain.py [--sessions 1500 6000] [--rounds 3]
 

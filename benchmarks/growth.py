@@ -33,7 +33,7 @@ OBJECTS_PART, MEMORY_PART = 0.005, 0.03
 
 
 class Sample(NamedTuple):
-    """What the process has after so many sessions; `memory` is its own, in bytes."""
+    """The resources of the process after so many sessions; `memory` is its own, in bytes."""
 
     sessions: int
     objects: int

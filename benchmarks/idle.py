@@ -1,4 +1,4 @@
-"""What an idle contender costs: requests per second and CPU, with an empty queue.
+"""The cost of an idle contender: requests per second and CPU, with an empty queue.
 
     python benchmarks/idle.py [--seconds N] [--settle N] [--only NAME …]
 

@@ -1,4 +1,4 @@
-"""What an item costs in user instructions, which no other load on the machine changes.
+"""The cost of an item in user instructions, which no other load on the machine changes.
 
     python benchmarks/instructions.py [--items FEW MANY] [--only NAME …]
 
@@ -47,7 +47,7 @@ def measure(plane: Plane, entry: Entry, items: int) -> int:
 
 
 async def child(name: str, items: str, *address: str) -> None:
-    """What runs under callgrind: handle the items, then end."""
+    """The program under callgrind: handle the items, then end."""
     [contender] = [entry.run for entry in ENTRIES if entry.name == name]
     base_url, anthropic_base_url, token, environment_id = address
     plane = Plane(base_url, anthropic_base_url, token, environment_id)

@@ -1,11 +1,11 @@
-"""What a held lease costs: memory, and CPU with its heartbeats.
+"""The cost of a held lease: memory, and CPU with its heartbeats.
 
     python benchmarks/leases.py [--leases N …] [--seconds N] [--only NAME …]
 
 A contender claims so many items and holds all of them with leases of 60 s, renewed every 20 s. It
 is watched once it has them. Memory is what the process has of its own beyond that of one which
-holds a single lease, divided by the number of leases. `bare` has one task per item that sleeps and
-beats, and checks nothing.
+holds a single lease, divided by the number of leases. `bare` has one task per item that sleeps and sends
+heartbeats, and checks nothing.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from contenders import BLOCK_MS, LEASE_SECONDS, Entry, parse_contenders
 from workpool import Session, Supervisor, handler
 
 RENEW_SECONDS = 20
-"""As often as the pool does, which also spreads its beats."""
+"""As often as the pool does, which also spreads its heartbeats."""
 LEASES = (100, 1000, 10_000)
 
 
 async def bare(plane: Plane, meter: Meter) -> None:
-    """What one would write by hand."""
+    """A loop written by hand."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session, asyncio.TaskGroup() as group:
 

@@ -1,4 +1,4 @@
-"""What each part of the pool costs, and each setting: the same run with it left out or changed.
+"""The cost of each part of the pool, and each setting: the same run with it left out or changed.
 
     python benchmarks/parts.py [--items N] [--rounds N] [--only NAME …]
 

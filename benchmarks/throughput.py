@@ -1,4 +1,4 @@
-"""What an item costs: CPU in the worker's process, and items per second, against a bare loop.
+"""The cost of an item: CPU in the worker's process, and items per second, against a bare loop.
 
     python benchmarks/throughput.py [--items N] [--rounds N] [--only NAME …]
 

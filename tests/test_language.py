@@ -15,15 +15,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CLEAN = (
+CHECKED = (
+    "benchmarks/*.py",
+    "plugins/*/workpool_*/**/*.py",
     "tests/references.py",
     "tests/test_docs.py",
-    "plugins/*/workpool_*/**/*.py",
-    "workpool/*.py",
-    "workpool/cli/**/*.py",
-    "workpool/metrics/*.py",
-    "workpool/plugins/*.py",
-    "workpool/testing/*.py",
+    "workpool/**/*.py",
 )
 """Patterns of the modules to which the checks apply."""
 BANNED = {
@@ -48,7 +45,7 @@ CITATION = re.compile(r'(?:See )?[\w./-]+\.md, "[^"]+"(?:(?:, | and |, and )"[^"
 
 
 def files() -> list[Path]:
-    return sorted(path for pattern in CLEAN for path in ROOT.glob(pattern))
+    return sorted(path for pattern in CHECKED for path in ROOT.glob(pattern))
 
 
 def pages() -> list[Path]:

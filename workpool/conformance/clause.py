@@ -1,4 +1,4 @@
-"""What a clause is, and what can be said of one: the four verdicts."""
+"""A clause of the protocol, and the four verdicts about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ When: TypeAlias = Literal["together", "last"]
 
 
 class Verdict(enum.Enum):
-    """What was found about one clause, from good to bad."""
+    """The result of one clause, from good to bad."""
 
     HOLDS = "holds"
     DIFFERS = "differs harmlessly"

@@ -38,7 +38,7 @@ class UnlistedItemsError(ForeignItemsError):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found about one clause; `seen` is empty if it holds."""
+    """The result of one clause; `seen` is empty if it holds."""
 
     clause: Clause
     verdict: Verdict

@@ -1,4 +1,4 @@
-"""What one clause works with: its own items, two workers, and the clock.
+"""The tools of one clause: its own items, two workers, and the clock.
 
 Clauses run side by side. A poll may bring any clause's item, so every delivery is noted with its
 item, and a clause that waits for a delivery joins the poll that is under way.

@@ -78,7 +78,7 @@ class HeartbeatAttempt(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What follows from the answer to a heartbeat, or to a read of the item.
+    """The decision after the answer to a heartbeat, or to a read of the item.
 
     Attributes:
         then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
@@ -409,7 +409,7 @@ class Lease:
 
 
 class Judgement(NamedTuple):
-    """What an error means for a heartbeat.
+    """The meaning of an error for a heartbeat.
 
     Attributes:
         result: The heartbeat's result for the metrics.

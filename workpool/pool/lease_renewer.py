@@ -49,7 +49,7 @@ LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.02, 0.00005
 CLOSE_SECONDS = 10.0
 JOIN_SECONDS = 1.0
 WIDTH_MIN = 10
-"""This many heartbeats may be under way at once, at least."""
+"""Heartbeats that may be under way at once, at least."""
 NEW_CONNECTIONS_PER_SECOND = 50
 """So many more may be under way each second while others wait: each may need a new connection."""
 WIDTH_SECONDS = 30.0

@@ -1,4 +1,4 @@
-"""What the control plane refuses, and what keeps it from serving at all.
+"""The refusals of the control plane, and the errors that prevent it from serving.
 
 Owns the protocol's error envelope. No message here may carry a token or a request
 body.

@@ -1,4 +1,4 @@
-"""What a client may send to a session, checked event by event: values or a 400.
+"""The events that a client may send to a session, parsed one by one: values or a 400.
 
 Knows nothing of any session: whether an event fits what was said before, `conversation` decides.
 See workpool/docs/protocol.md, "Events".

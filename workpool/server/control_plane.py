@@ -133,7 +133,7 @@ class ControlPlane:
 
     @property
     def history(self) -> History:
-        """What happened to every item, in order."""
+        """The history of all items, in order."""
         return self.operations.history
 
     def summary(self) -> Summary:

@@ -294,7 +294,7 @@ class Conversation:
         return None if self._open or self._script is None else self._played(self._script)
 
     def _played(self, script: Script) -> dict[str, Any] | None:
-        """What the agent of a scripted session does while it waits for nobody."""
+        """Return the next event of a scripted agent that waits for no answer."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text("Run the script.")}
         if not self._turn:

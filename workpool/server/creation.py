@@ -1,4 +1,4 @@
-"""What an application may create, checked before anything is done: values or a 400."""
+"""The objects that an application may create, parsed before any effect: values or a 400."""
 
 from __future__ import annotations
 

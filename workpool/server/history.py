@@ -1,4 +1,4 @@
-"""What happened to every item, in order, and whether the promise was kept (design, top).
+"""The history of all items, in order, and whether a session was lost or ran twice at once.
 
 The control plane's own record: appended to by `operations`, never read by it.
 """
@@ -121,7 +121,7 @@ def summarize(records: Iterable[Record]) -> Summary:
 
 
 class _Life:
-    """What one item went through."""
+    """The history of one item."""
 
     def __init__(self) -> None:
         self.created = False
@@ -138,7 +138,7 @@ class _Life:
             return  # refused: it changed nothing
         if self._is_foreign(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # It knew the holder's last one: a child, to which the item was handed over.
+                # It knew the holder's last heartbeat: a child, to which the item was handed off.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

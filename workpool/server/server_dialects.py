@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What differs between the dialects.
+    """The differences between the dialects.
 
     Attributes:
         prefix: The path before `/environments`; tells the dialects apart on one port.

@@ -39,7 +39,7 @@ _STREAM: Final = {
     "X-Accel-Buffering": "no",  # a proxy that collects would make the stream look stalled
 }
 KEEP_ALIVE: Final = b": keep-alive\n\n"
-"""What a stream says when there is nothing to say."""
+"""The keep-alive of a stream without events."""
 
 
 class SessionRoutes:

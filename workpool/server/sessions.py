@@ -195,7 +195,7 @@ class Sessions:
         return (self._sessions[self._order[place]] for place in places)
 
     def conversation(self, session_id: str) -> Conversation:
-        """What is said in a session; 404 unknown."""
+        """Return the conversation of a session; 404 if it is unknown."""
         found = self._conversations.get(session_id)
         if found is None:
             found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)

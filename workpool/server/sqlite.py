@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("workpool.server")
 
 SCHEMAS: Final = ("schema.sql", "schema_2.sql", "schema_3.sql")
-"""What makes a file of the version before one of the next; a new file goes through them all."""
+"""The upgrades of a file, from each version to the next; a new file gets all of them."""
 SCHEMA_VERSION: Final = len(SCHEMAS)
 _LOCK_SECONDS: Final = 1.0
 _FILE_MODE: Final = 0o600

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Contents(NamedTuple):
-    """What a store holds at start, in ascending order of ids.
+    """The content of a store at start, in ascending order of ids.
 
     `signing_key`: what signs the items' session tokens; empty: the store keeps none.
     """
@@ -33,7 +33,7 @@ class Contents(NamedTuple):
 
 
 class Store(Protocol):
-    """What the control plane needs of a store."""
+    """The interface of a store."""
 
     async def open(self) -> Contents:
         """Make ready and read everything. Raises `StoreError`."""

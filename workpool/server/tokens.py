@@ -1,4 +1,4 @@
-"""Who may call, and what: tokens for environments, and a token for each item.
+"""The permissions of callers: tokens for environments, and a token for each item.
 
 Holds hashes of the former, never a token. The latter are signed, so that none has to be kept.
 """
@@ -32,7 +32,7 @@ _TOKEN: Final = re.compile(r"[!-~]{1,1024}")
 
 
 class Caller(NamedTuple):
-    """What the sender of a request may call.
+    """The permissions of the sender of a request.
 
     Attributes:
         environments: The environments that it is limited to; None: all.

@@ -78,7 +78,7 @@ class WorkClient:
         self.worker_id: str | None = worker_id or settings.worker_id
         """The name that the worker sends, None for none; set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
-        """Our own rate limits."""
+        """The rate limits of the client."""
         self.on_request: Callable[[str, str, float], None] | None = None
         """Told of each request's end: call, status label, seconds."""
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None

@@ -1,4 +1,4 @@
-"""Our own rate limits: a token bucket for reads and one for writes.
+"""The own rate limits of a client: a token bucket for reads and one for writes.
 
 A limiter may be shared by clients on several event loops, that is by several threads: a lock, held
 for microseconds and never across an await, guards all that changes. An unlimited limiter (`limited`

@@ -1,4 +1,4 @@
-"""What an HTTP answer means: the error tree's reading of statuses, bodies and `Retry-After`.
+"""The meaning of an HTTP answer: statuses, bodies and `Retry-After` as errors of the tree.
 
 Pure functions. Nothing here quotes a body, except the message of an error envelope: cut short,
 without control characters, and with our token taken out.
@@ -53,7 +53,7 @@ class NoContent:
 
 
 NO_CONTENT: Final = NoContent()
-"""What a 204 is parsed as: different from the JSON literal null, which has a meaning of its own."""
+"""The parsed body of a 204, which differs from the JSON literal null."""
 
 
 class Oversized(NamedTuple):

@@ -22,7 +22,7 @@ _ANSWERS: Final[Mapping[str, str]] = {
     protocol.USER_CUSTOM_TOOL_RESULT: "custom_tool_use_id",
     protocol.USER_TOOL_CONFIRMATION: "tool_use_id",
 }
-"""What the control plane takes once only, so that saying it again does no harm."""
+"""Events that the control plane accepts only once, so that sending them again is harmless."""
 
 
 class SessionEvents:

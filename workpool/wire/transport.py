@@ -388,7 +388,7 @@ class Transport:
         raise SettingsError((problem,))
 
     def _use(self, token: str) -> None:
-        """Build the headers that every request bears from now on, beside its session's."""
+        """Build the headers of every further request, in addition to those of its session."""
         # With each request, never as a default of the session: aiohttp sends those to a proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
         if self._key_header is None:
@@ -411,7 +411,7 @@ class Transport:
                 hide(value)
 
     def _public_headers(self) -> dict[str, str]:
-        """What all requests bear and a proxy may see; cheaper as defaults of a session of ours."""
+        """Return the headers of all requests that a proxy may see, as defaults of the session."""
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",

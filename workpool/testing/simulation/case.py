@@ -1,4 +1,4 @@
-"""What the invariants judge: the control plane's history and the trace, indexed by item and node.
+"""The input of the invariants: the history and the trace, indexed by item and node.
 
 A *granted lease* is the time for which one worker owns one item, from its ack on, as the control
 plane granted it. An operator can end it before the time that its last heartbeat was granted.
