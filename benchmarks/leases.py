@@ -4,8 +4,8 @@
 
 A contender claims so many items and holds all of them with leases of 60 s, renewed every 20 s. It
 is watched once it has them. Memory is what the process has of its own beyond that of one which
-holds a single lease, divided by the number of leases. `bare` has one task per item that sleeps and sends
-heartbeats, and checks nothing.
+holds a single lease, divided by the number of leases. `bare` has one task per item that sleeps and
+sends heartbeats, and checks nothing.
 """
 
 from __future__ import annotations
