@@ -208,6 +208,13 @@ MUTATIONS: dict[str, list[Edit]] = {
             "self._left(item, until)",
         ),
     ],
+    "completion given up after ten seconds": [
+        Edit(
+            "completion:Completion",
+            'await self.stop(item, confirm=row.outcome == "stopped")',
+            'await self.stop(item, confirm=row.outcome == "stopped", seconds=10.0)',
+        ),
+    ],
     "completion behind claims in the line": [
         Edit(
             "sender:Sender",

@@ -24,6 +24,8 @@ TRY_PART: Final = 3
 """One try takes at most one third of the time that is left of the lease."""
 REPEAT_SECONDS: Final = 10.0
 """A cancellation that is ignored is repeated after this time."""
+RETRY_SECONDS: Final = 3.2
+"""The longest pause between two tries of a completion, with a margin."""
 DENIED_ACKS: Final = 10
 """The most acks that are sent while all are refused, not counting those under way."""
 FAILURES: Final = 5
@@ -262,3 +264,30 @@ def clients_stay_on_their_loop(case: Case) -> Iterator[str]:
     """9k. A client is used on the event loop for which `connect` created it."""
     for node, op, at in case.trace.misplaced:
         yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"
+
+
+def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
+    """9l. A completion is given up only shortly before the lease ends, as far as the pool knows."""
+    for node in case.trace.nodes:
+        leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
+        for at, event in node.events:
+            if not isinstance(event, SessionFinished) or event.outcome != "released":
+                continue
+            work_id = event.session.item.id
+            lease = case.lease(node, work_id, at)
+            run = None if lease is None else case.run_of(node, lease)
+            if run is None or run.result not in {"returned", "raised"} or at >= leaving:
+                continue
+            left = _known_end(case, node, work_id, at) - at
+            if left > RETRY_SECONDS:
+                yield f"{node.machine.name}: {work_id[-6:]} was given up {left:.1f} s too early"
+
+
+def _known_end(case: Case, node: Node, work_id: str, at: float) -> float:
+    """Return the end of the lease that the last answered heartbeat granted."""
+    sent = [
+        call.at
+        for call in case.sent[node, work_id]
+        if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
+    ]
+    return max(sent, default=at) + node.pool.lease_ttl
