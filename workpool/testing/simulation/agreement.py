@@ -100,8 +100,11 @@ def _contradiction(
     handed = lease.end_kind == "detached" and lease.ended <= at
     if handed != (outcome == "detached") and not (case.disturbed(node, lease) or node.abandoned):
         return "a child has taken it" if handed else "no child has taken it"
+    unread = case.denied_at(node, "get") <= at  # then a 409 leaves open whether it is stopped
     match outcome:
-        case "completed" | "timed_out" if not (_stopped_by(case, lease, at) or case.broken(lease)):
+        case "completed" | "timed_out" if not (
+            unread or _stopped_by(case, lease, at) or case.broken(lease)
+        ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
@@ -111,7 +114,9 @@ def _contradiction(
             return "nobody else has ended it"
         case "lease_lost" if not case.disturbed(node, lease) and not _over(lease, at):
             return f"its lease was granted until {lease.end_at(at):.3f}"
-        case "released" if _stopped_by(case, lease, at) and not case.disturbed(node, lease):
+        case "released" if _stopped_by(case, lease, at) and not (
+            unread or case.disturbed(node, lease)
+        ):
             return "it is stopped"
         case _:
             return _unexpected(case, node, lease, run, outcome)

@@ -84,8 +84,8 @@ def lost_runs_are_counted(case: Case) -> Iterator[str]:
 def released_items_are_marked(case: Case) -> Iterator[str]:
     """8b. A released item has a mark, unless its pool had a fault.
 
-    Before its first heartbeat, an item whose ack answered `active` may be another worker's, so
-    nothing can be written for it, and no handler has run.
+    Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
+    child does not own its item, so nothing can be written for it, and no handler has run.
     """
     for work_id in case.runs:
         for one in _tries(case, work_id):
@@ -95,7 +95,8 @@ def released_items_are_marked(case: Case) -> Iterator[str]:
                 continue
             if case.disturbed(node, lease):
                 continue
-            if not one.runs and case.claim(node, work_id, lease.ended) is not None:
+            not_begun = node.child or case.claim(node, work_id, lease.ended) is not None
+            if not_begun and not any(run.node is node for run in one.runs):
                 continue
             if _released(node, lease):
                 yield f"{work_id} was released by {node.machine.name} and not marked"

@@ -48,10 +48,12 @@ def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator
     for call in case.sent[node, lease.work_id]:
         if call.at <= lease.ended or case.lease(node, lease.work_id, call.at) is not lease:
             continue
+        if case.unsettled(node, lease.work_id, call.at):
+            continue  # of a later claim
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
-        tries -= call.op == "get" and call.fault is not None
+        tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
     tries -= sum(  # nor did a faulty list, in which a worker's key looks the item up
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
