@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.events import Event
-    from workpool.pool.supervisor import Supervisor
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 
@@ -45,11 +44,12 @@ def workpool_wrap_session(session: Session) -> AbstractAsyncContextManager[objec
 
 
 @hookspec
-def workpool_lifespan(supervisor: Supervisor) -> AbstractAsyncContextManager[object] | None:
+def workpool_lifespan(supervisor: object) -> AbstractAsyncContextManager[object] | None:
     """Return a context for the lifetime of the pool, or None.
 
-    Entered before the first poll and left last. Open database clients here, and add collectors to
-    `supervisor.registry`. An exception while it is entered stops the start.
+    `supervisor` is the running `workpool.Supervisor`. Entered before the first poll and left last.
+    Open database clients here, and add collectors to `supervisor.registry`. An exception while it
+    is entered stops the start.
     """
 
 

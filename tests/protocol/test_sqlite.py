@@ -21,8 +21,8 @@ import pytest
 from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
 from workpool.server.conversation import StoredEvent
-from workpool.server.sessions import StoredSession
 from workpool.server.sqlite import SCHEMA_VERSION
+from workpool.server.stored_session import StoredSession
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

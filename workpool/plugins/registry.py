@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from workpool.events import Event
-    from workpool.pool.supervisor import Supervisor
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 
@@ -135,7 +134,7 @@ class Plugins:
         """
         return _contexts("workpool_wrap_session", self._wrappers, session)
 
-    def lifespans(self, supervisor: Supervisor) -> list[Context]:
+    def lifespans(self, supervisor: object) -> list[Context]:
         """Return the contexts for the lifetime of the pool, in the order of entering them.
 
         An exception of a hook is not caught: it stops the start.

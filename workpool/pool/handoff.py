@@ -1,4 +1,4 @@
-"""Handing an item off to a child process, which extends the lease from then on.
+"""Handing an item off to a child process: the part that runs on the renewer's loop.
 
 Our heartbeats are suspended, the handler starts the child, and the child's first heartbeat takes
 the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
@@ -10,26 +10,18 @@ See workpool/docs/architecture.md, "Handing an item off".
 from __future__ import annotations
 
 import asyncio
-import logging
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
-from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
+from workpool.errors import ControlPlaneError
 from workpool.pool.optional_calls import read_item
-from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from workpool.pool.context import PoolContext
     from workpool.pool.lease import Lease
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.sender import Sender
-
-log = logging.getLogger(__name__)
 
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
@@ -131,67 +123,3 @@ class Handoff:
     def _turn(self, state: Literal["open", "closed"]) -> None:
         self.state = state
         self._renewer.report(self._item)
-
-
-@asynccontextmanager
-async def hand_off(
-    item: PoolItem, context: PoolContext, sender: Sender
-) -> AsyncIterator[HandedLease]:
-    """Hand an item off: see `Session.handover`. Used on the handlers' loop."""
-    sender.check(item, by_handler=True)
-    lease, renewer = item.lease, context.renewer
-    item.handoff = handoff = Handoff(lease, renewer, item)
-    sender.cut(item)
-    renewer.start_handoff(handoff)
-    try:
-        yield await _opened(item, handoff, context, sender)
-        renewer.call(handoff.expect_child)
-        await _reaches(item, handoff, "closed")
-    except asyncio.CancelledError:
-        renewer.call(handoff.take_back)
-        raise  # a cancelled handler must end at once; the runner calls `settle` after it
-    except BaseException:
-        await settle(item, handoff, renewer)
-        raise
-    if lease.status != "handed_off":
-        sender.check(item, by_handler=False)
-        raise HandoverError(item.id)
-
-
-async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
-    """Wait for the end of the handoff: only then is it known which process has the item."""
-    if handoff.state != "closed":
-        renewer.call(handoff.take_back)
-        await _reaches(item, handoff, "closed")
-    if item.lease.status == "handed_off":
-        log.info("handed off work_id=%s", item.id)
-
-
-async def _opened(
-    item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
-) -> HandedLease:
-    lease = item.lease
-    await _reaches(item, handoff, "open")
-    if handoff.state != "open" or lease.status != "held":
-        sender.check(item, by_handler=False)
-        raise HandoverError(item.id)  # there was no time left for a child
-    if lease.stop_requested:  # a child would be started only to be stopped
-        raise SessionEnded(item.id)
-    settings = context.settings
-    return HandedLease(
-        work_id=item.id,
-        environment_id=item.work_item.environment_id,
-        last_heartbeat=handoff.last_heartbeat,
-        ttl=handoff.ttl,
-        base_url=settings.base_url,
-        dialect=settings.dialect,
-        session_id=item.session_id,
-        item_token=item.work_item.sessions_token,
-    )
-
-
-async def _reaches(item: PoolItem, handoff: Handoff, state: str) -> None:
-    """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
-    lease, states = item.lease, {state, "closed"}
-    seconds = max(0.0, lease.deadline - handoff.clock())
-    await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

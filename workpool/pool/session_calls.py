@@ -9,7 +9,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from workpool.pool.handoff import hand_off
+from workpool.pool.handoff_parent import hand_off
 from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
 from workpool.wire.call_options import CallOptions, Priority
 

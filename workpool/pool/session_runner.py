@@ -26,7 +26,7 @@ from workpool.pool.completion import (
     Completion,
     outcome_when_abandoned,
 )
-from workpool.pool.handoff import settle
+from workpool.pool.handoff_parent import settle
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import EndReason
 from workpool.pool.session_calls import SessionCalls

@@ -11,11 +11,12 @@ See workpool/docs/protocol.md, "Protocol".
 from workpool.server.api_errors import APIError, ServeError, StoreError
 from workpool.server.control_plane import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.server.history import History, Record, Summary, summarize
-from workpool.server.operations import Operations, Poll
+from workpool.server.operations import Operations
 from workpool.server.sqlite import SqliteStore
 from workpool.server.store import MemoryStore, Store
 from workpool.server.stored_item import Item
 from workpool.server.tokens import parse_token_file
+from workpool.server.waiting import Poll
 
 __all__ = [
     "DEFAULT_ENVIRONMENT",

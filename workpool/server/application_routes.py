@@ -16,8 +16,8 @@ from workpool.server import creation, requests
 from workpool.server.api_errors import APIError
 from workpool.server.list_pages import listing, page_of
 from workpool.server.routes import answer
-from workpool.server.sessions import AGENT
 from workpool.server.stored_item import SESSION_PREFIX
+from workpool.server.stored_session import AGENT
 from workpool.server.timestamps import to_heartbeat_text
 from workpool.wire.protocol import ID_PATTERN
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from workpool.server.environments import Environment
     from workpool.server.operations import Operations
     from workpool.server.server_dialects import Dialect
-    from workpool.server.sessions import StoredSession
     from workpool.server.stored_item import Item
+    from workpool.server.stored_session import StoredSession
     from workpool.server.tokens import Caller, Tokens
 
 SCAN_ROWS: Final = 500

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.sessions import StoredSession
     from workpool.server.stored_item import Item
+    from workpool.server.stored_session import StoredSession
 
 Row = TypeVar("Row", bound="Item | StoredEvent | StoredSession | Environment")
 

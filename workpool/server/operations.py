@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from workpool.server import rules
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
@@ -21,7 +21,7 @@ from workpool.server.history import History, Record, op_of_heartbeat
 from workpool.server.list_pages import ListPage, page_of
 from workpool.server.retention import Retention
 from workpool.server.script import parse_script
-from workpool.server.sessions import Sessions, StoredSession
+from workpool.server.sessions import Sessions
 from workpool.server.store import MemoryStore
 from workpool.server.stored_item import WORK_PREFIX, Ids, Item
 from workpool.server.timestamps import MILLISECOND, SECOND, system_clock
@@ -30,7 +30,6 @@ from workpool.wire.protocol import (
     ACTIVE,
     LIST_LIMIT_DEFAULT,
     QUEUED,
-    RECLAIM_OLDER_THAN_MS,
     SESSION,
     STARTING,
     STOPPED,
@@ -46,15 +45,9 @@ if TYPE_CHECKING:
     from workpool.server.creation import NewSession
     from workpool.server.history import Kind
     from workpool.server.store import Contents, Store
+    from workpool.server.stored_session import StoredSession
+    from workpool.server.waiting import Poll
     from workpool.server.work_queue import Stats
-
-
-class Poll(NamedTuple):
-    """The parameters of a poll. `block_ms` 0: do not wait."""
-
-    worker_id: str | None = None
-    block_ms: int = 0
-    reclaim_older_than_ms: int = RECLAIM_OLDER_THAN_MS
 
 
 class Operations:

@@ -15,8 +15,8 @@ import orjson
 from workpool.server.api_errors import StoreError
 from workpool.server.conversation import StoredEvent
 from workpool.server.environments import Environment
-from workpool.server.sessions import StoredSession
 from workpool.server.stored_item import Item
+from workpool.server.stored_session import StoredSession
 from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import STATES
 

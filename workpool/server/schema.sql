@@ -1,5 +1,5 @@
 -- Version 1 of the store (PRAGMA user_version). Times are microseconds since the epoch, UTC.
--- Columns are the fields of Item (stored_item.py) and Session (sessions.py), in their order.
+-- Columns are the fields of Item (stored_item.py) and StoredSession (stored_session.py), in their order.
 
 CREATE TABLE session (
     id             TEXT PRIMARY KEY,

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from workpool.server.conversation import Conversation, StoredEvent
     from workpool.server.operations import Operations
     from workpool.server.server_dialects import Dialect
-    from workpool.server.sessions import StoredSession
     from workpool.server.stored_item import Item
+    from workpool.server.stored_session import StoredSession
     from workpool.server.tokens import Tokens
 
 WRITE_BYTES: Final = 64 * 1024

@@ -10,23 +10,18 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, bisect_right
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EVENT_PREFIX, Conversation, StoredEvent
 from workpool.server.stored_item import SESSION_PREFIX
-from workpool.server.timestamps import to_heartbeat_text, to_seconds_text
+from workpool.server.stored_session import StoredSession
+from workpool.server.timestamps import to_heartbeat_text
 from workpool.wire.protocol import (
-    ACTIVE,
-    QUEUED,
-    SESSION,
-    STARTING,
     STATUS_TERMINATED,
-    STOPPED,
-    STOPPING,
 )
 
 if TYPE_CHECKING:
@@ -35,99 +30,6 @@ if TYPE_CHECKING:
     from workpool.server.script import Script
     from workpool.server.store import Contents, Store
     from workpool.server.stored_item import Ids, Item
-    from workpool.wire.protocol import State
-
-STATUS: Final[Mapping[State, str]] = {
-    QUEUED: "idle",
-    STARTING: "idle",
-    ACTIVE: "running",
-    STOPPING: "canceling",
-    STOPPED: "idle",
-}
-"""The status of a session in which nothing has been said yet, by its item's state."""
-
-AGENT: Final[Mapping[str, Any]] = {
-    "id": "agent_00000000000070008000000000000001",
-    "type": "agent",
-    "name": "workpool",
-    "version": 1,
-    "description": None,
-    "system": None,
-    "model": {"id": "none"},
-    "tools": [],
-    "mcp_servers": [],
-    "skills": [],
-    "multiagent": None,
-    "execution_identity": {"type": "service_account"},
-}
-"""The agent of every session, with all that the vendors' workers read: no model is behind it."""
-
-USAGE: Final[Mapping[str, Any]] = {
-    "input_tokens": 0,
-    "output_tokens": 0,
-    "cache_read_input_tokens": 0,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSession:
-    """A session. Its metadata are those that its first item was created with.
-
-    Attributes:
-        script: The tool uses of a scripted session; None: it is none.
-        agent: `id` and `version` of the agent that its creator asked for; None: `AGENT` itself.
-        archived_at: When it was archived; None: it is not.
-    """
-
-    id: str
-    environment_id: str
-    metadata: Mapping[str, str]
-    created_at: int
-    script: Script | None = None
-    title: str | None = None
-    agent: Mapping[str, Any] | None = None
-    archived_at: int | None = None
-
-    def answer(self, item: Item, conversation: Conversation | None) -> dict[str, Any]:
-        """Return the session's JSON, with all fields that the vendors' SDKs require.
-
-        `item`: its latest work item; `conversation`: None while there are no events.
-        """
-        return {
-            "id": self.id,
-            "type": SESSION,
-            "status": _status(item, conversation),
-            "environment_id": self.environment_id,
-            "agent": AGENT if self.agent is None else {**AGENT, **self.agent},
-            "metadata": self.metadata,
-            "title": self.title,
-            "resources": [],
-            "vault_ids": [],
-            "outcome_evaluations": [],
-            "stats": {},
-            "usage": USAGE,
-            "created_at": to_seconds_text(self.created_at),
-            "updated_at": _updated_at(item, conversation),
-            "archived_at": (
-                None if self.archived_at is None else to_seconds_text(self.archived_at)
-            ),
-        }
-
-
-def _status(item: Item, conversation: Conversation | None) -> str:
-    told = None if conversation is None else conversation.status
-    if told == "terminated":
-        return told  # final, whatever its item does
-    return STATUS[item.state] if told is None or item.state == STOPPING else told
-
-
-def _updated_at(item: Item, conversation: Conversation | None) -> str:
-    """Return when the item's state or the events changed last."""
-    changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
-    changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
-    if conversation is None or not conversation.events:
-        return changed
-    return max(changed, str(conversation.events[-1].value["processed_at"]))
 
 
 class Sessions:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
     from workpool.server.rows import Row
-    from workpool.server.sessions import StoredSession
     from workpool.server.stored_item import Item
+    from workpool.server.stored_session import StoredSession
 
 log = logging.getLogger("workpool.server")
 

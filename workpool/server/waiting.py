@@ -9,9 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
+
+from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
 Waiter: TypeAlias = "asyncio.Future[None]"
+
+
+class Poll(NamedTuple):
+    """The parameters of a poll. `block_ms` 0: do not wait."""
+
+    worker_id: str | None = None
+    block_ms: int = 0
+    reclaim_older_than_ms: int = RECLAIM_OLDER_THAN_MS
 
 
 class WaitingPolls:

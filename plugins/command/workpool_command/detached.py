@@ -11,7 +11,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 from weakref import WeakSet
 
 from workpool import Release
@@ -21,10 +21,9 @@ from workpool_command.group import ProcessGroup, Start, started
 from workpool_command.surroundings import handed_on, item_json, redelivered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from workpool import Session, Settings
-    from workpool_command.plugin import Command
 
 OUTPUT: Final = "output.log"
 """The file in the session's directory for the output of `hold` and the command."""
@@ -34,10 +33,20 @@ UNUSABLE: Final = 2
 """Exit status of a `hold` with wrong settings."""
 
 
+class Detachable(Protocol):
+    """The settings of the plugin that matter here; `plugin.Command` documents them."""
+
+    command: Sequence[str]
+    environment: Sequence[str]
+    grace: float
+    item_token: bool
+    timeout: float | None
+
+
 class Holders:
     """Starts a `workpool hold` for each session, and reaps those that end before the worker."""
 
-    def __init__(self, command: Command, settings: Settings) -> None:
+    def __init__(self, command: Detachable, settings: Settings) -> None:
         self._command = command
         self._settings = settings
         self._groups: WeakSet[ProcessGroup] = WeakSet()  # removed once it has ended
