@@ -89,6 +89,14 @@ def test_every_alert_is_in_the_table_of_the_operator() -> None:
     assert re.findall(r"^\| `(Workpool\w+)` \|", page("operating.md"), re.MULTILINE) == alerts
 
 
+def test_cpu_times_of_the_readme_are_those_of_the_benchmarks() -> None:
+    table = (ROOT / "benchmarks/README.md").read_text().partition("CPU ms/item")[2]
+    measured = dict(re.findall(r"^\| ([\w-]+) +\| +\d+ \| +([\d.]+) \|", table, re.MULTILINE)[:4])
+    [row] = re.findall(r"^\| CPU per item.*$", README.read_text(), re.MULTILINE)
+    names = ["qca-sdk", "anthropic", "workpool"]
+    assert re.findall(r"\| ([\d.]+) ms", row) == [f"{float(measured[name]):.1f}" for name in names]
+
+
 def test_gate_runs_both_test_commands_of_the_readme() -> None:
     commands = re.findall(r"^.* && \.venv/bin/poe \w+$", README.read_text(), re.MULTILINE)
     assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
@@ -201,6 +209,12 @@ async def test_blocking_code(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
+
+
+@pytest.mark.usefixtures("plane")
+async def test_release_on_exhaustion(tmp_path: Path) -> None:
+    scratch = run("# scratch.py", tmp_path)["scratch"]
+    assert int((await handled_by(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
 @pytest.mark.usefixtures("plane")
