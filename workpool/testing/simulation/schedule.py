@@ -32,8 +32,10 @@ CONTROL_PLANES: Final[tuple[ControlPlaneKind, ...]] = (
 )
 WORKER_KEY_SHARE: Final = 0.2
 """The share of schedules with pools whose key may not read items or write metadata."""
-CROWDED_SHARE: Final = 0.3
+CROWDED_SHARE: Final = 0.7
 """The share of schedules without a strict control plane in which items wait long for a slot."""
+FIRST_HEARTBEATS_SHARE: Final = 0.5
+"""The share of crowded schedules in which first heartbeats, not renewals, get no answer."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -175,13 +177,16 @@ def _burst(random: Random) -> Action:
 
 
 def _crowd(random: Random) -> list[Action]:
+    """Return work that fills all slots, and what keeps heartbeats from their answers."""
     seconds, at = random.uniform(25, 45), _moment(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
-    cuts = (
-        Action(round(at + seconds - random.uniform(0, 2), 3), "cut", target, seconds=45.0)
-        for target in range(random.choice((0, 1, 3)))
-    )
-    return [work, *cuts]
+    ends = round(at + seconds - random.uniform(0, 2), 3)
+    targets = range(random.choice((1, 3)))
+    if random.random() < FIRST_HEARTBEATS_SHARE:
+        return [work, *(Action(ends, "cut", target, seconds=45.0) for target in targets)]
+    cut = round(at + random.uniform(2, 20), 3)
+    cuts = [Action(cut, "cut", target, seconds=6.0) for target in targets]
+    return [work, *cuts, *(Action(cut + 5, "expire", target) for target in range(3))]
 
 
 def _action(random: Random) -> Action:
