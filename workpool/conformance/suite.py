@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class Suite:
         self._subjects = {name: Subject(name) for name in self._given}  # and by session id
         self._foreign: set[str] = set()
         self._deliveries = 0
+        self._nothing_at = -math.inf
         # A poll must not bring an item before its creation is noted.
         self._queue = asyncio.Lock()
         self._polling: asyncio.Future[bool] | None = None
@@ -166,11 +168,13 @@ class Suite:
             answer = await self.api.poll(**options)
             item = answer.body
             if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
+                self._nothing_at = at
                 return answer, False
             subject = self._subject_of(item)
             if subject is not None:
                 self._deliveries += 1
-                subject.deliveries.append(Delivery(self._deliveries, at, item))
+                delivery = Delivery(self._deliveries, self._nothing_at, at, item)
+                subject.deliveries.append(delivery)
                 return answer, True
         if not self._test_environment:
             raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")

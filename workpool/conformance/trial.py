@@ -30,9 +30,18 @@ POLLS_AT_ONCE: Final = 20
 
 
 class Delivery(NamedTuple):
-    """One delivery of an item: its number, when its poll was sent, and the item as JSON."""
+    """One delivery of an item.
+
+    Attributes:
+        number: Its number among all deliveries.
+        nothing_at: When the last poll was sent that brought nothing: the item could not be had
+            then. It tells a late control plane from a suite that polls late.
+        at: When the poll was sent that brought it.
+        item: The item as JSON.
+    """
 
     number: int
+    nothing_at: float
     at: float
     item: Mapping[str, Any]
 
