@@ -67,7 +67,7 @@ def block(marker: str, language: str = "python") -> str:
 
 
 @pytest.mark.parametrize("name", references.PAGES)
-def test_generated_part_of_a_page_is_what_the_code_says(name: str) -> None:
+def test_generated_part_of_a_page_matches_the_code(name: str) -> None:
     """`python -m tests.references` writes it anew."""
     assert references.with_generated_part(page(name), references.PAGES[name]()) == page(name)
 
@@ -189,14 +189,14 @@ async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]
 
 
 @pytest.mark.usefixtures("plane")
-async def test_the_first_handler(tmp_path: Path) -> None:
+async def test_first_handler_writes_its_metadata(tmp_path: Path) -> None:
     names = run("# reports.py", tmp_path)
     done = await handled_by(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
 @pytest.mark.usefixtures("plane")
-async def test_pool_inside_an_application(tmp_path: Path) -> None:
+async def test_pool_inside_an_application_runs_sessions(tmp_path: Path) -> None:
     names = run("# service.py", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -205,20 +205,20 @@ async def test_pool_inside_an_application(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_blocking_code(tmp_path: Path) -> None:
+async def test_blocking_code_in_a_thread_returns_its_result(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
 @pytest.mark.usefixtures("plane")
-async def test_release_on_exhaustion(tmp_path: Path) -> None:
+async def test_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
     scratch = run("# scratch.py", tmp_path)["scratch"]
     assert int((await handled_by(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
 @pytest.mark.usefixtures("plane")
-async def test_thread_with_a_flag(tmp_path: Path) -> None:
+async def test_thread_with_a_flag_returns_its_result(tmp_path: Path) -> None:
     resize = run("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
 
@@ -244,7 +244,9 @@ async def test_idempotency_key_is_the_same_in_a_second_run(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("plane")
-async def test_handing_a_session_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_session_that_is_handed_off_ends_with_its_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To a real holder, which ends the item with its program."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
@@ -261,7 +263,7 @@ async def test_handing_a_session_off(tmp_path: Path, monkeypatch: pytest.MonkeyP
         await children[0].wait()  # it outlives its item by a moment, and must not this loop
 
 
-async def test_talking_in_a_session(tmp_path: Path, plane: ControlPlane) -> None:
+async def test_tool_uses_of_a_session_are_answered(tmp_path: Path, plane: ControlPlane) -> None:
     names = run("async def talk(", tmp_path)
     script = json.loads(block('"custom": true', "json"))
     uses = [entry for entry in script if set(entry) == {"name", "input"}]  # no other participant
@@ -281,7 +283,7 @@ async def test_plain_program_runs_until_a_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_embedding_in_aiohttp(tmp_path: Path) -> None:
+async def test_pool_in_an_aiohttp_application_runs_sessions(tmp_path: Path) -> None:
     app: web.Application = run("# web_aiohttp.py", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
@@ -322,7 +324,7 @@ async def test_failed_pool_ends_the_application(
 
 @pytest.mark.trial
 @pytest.mark.usefixtures("plane")
-async def test_embedding_in_fastapi(tmp_path: Path) -> None:
+async def test_pool_in_a_fastapi_application_runs_sessions(tmp_path: Path) -> None:
     from httpx import ASGITransport, AsyncClient  # noqa: PLC0415 - only the trials have it
 
     app: FastAPI = run("# web_fastapi.py", tmp_path)["app"]
@@ -335,7 +337,9 @@ async def test_embedding_in_fastapi(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_two_pools_share_rate_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_pools_with_shared_rate_limits_run_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = run("# two_pools.py", tmp_path)
     async with ControlPlane(environments=["env_a", "env_b"]) as plane:
         monkeypatch.setenv("WORKPOOL_BASE_URL", plane.base_url)
@@ -349,7 +353,7 @@ async def test_two_pools_share_rate_limits(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("plane")
-async def test_a_database_for_the_pools_life(tmp_path: Path) -> None:
+async def test_plugin_with_a_database_answers_from_it(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
@@ -358,7 +362,9 @@ async def test_a_database_for_the_pools_life(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_an_observer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_observer_prints_the_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     audit = run("class Audit", tmp_path)["Audit"]
     async with Supervisor(Settings(), plugins=[audit, "reports"]):
         await finished({"job": "daily-report"})
@@ -366,7 +372,7 @@ async def test_an_observer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("plane")
-async def test_several_kinds_of_work(tmp_path: Path) -> None:
+async def test_items_of_several_kinds_reach_their_handlers(tmp_path: Path) -> None:
     names = run("# kinds.py", tmp_path)
     async with Supervisor(
         Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
@@ -379,7 +385,9 @@ async def test_several_kinds_of_work(tmp_path: Path) -> None:
             assert (await finished({"job": "report", **more}))["by"] == by
 
 
-def test_the_tests_of_handlers(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_tests_of_handlers_pass(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makepyfile(reports=block("# reports.py"))
     for name in ("test_reports", "test_approval", "test_export", "test_answering", "test_count"):

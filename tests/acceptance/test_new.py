@@ -93,7 +93,7 @@ def test_new_plugin_follows_the_style_of_this_project(
 
 
 @pytest.mark.parametrize("what", ["directory", "file", "dangling link"])
-def test_it_touches_nothing_that_is_there(folder: Path, what: str) -> None:
+def test_existing_file_is_not_changed(folder: Path, what: str) -> None:
     place = folder / "reports"
     if what == "directory":
         place.mkdir()
@@ -112,21 +112,21 @@ def test_it_touches_nothing_that_is_there(folder: Path, what: str) -> None:
     "name",
     ["", "Reports", "my_reports", "2nd", "a--b", "a-", "../up", "/x", "é", "a\n", "echo me", LONG],
 )
-def test_a_bad_name_is_refused(folder: Path, name: str) -> None:
+def test_invalid_name_is_refused(folder: Path, name: str) -> None:
     ended = new(name)
     assert ended.status == 2
     assert "cannot be a plugin's name" in ended.err
     assert not list(folder.iterdir())
 
 
-def test_the_name_of_an_installed_plugin_is_refused(folder: Path) -> None:
+def test_name_of_an_installed_plugin_is_refused(folder: Path) -> None:
     ended = new("echo")
     assert ended.status == 2
     assert "a plugin named 'echo' is installed already" in ended.err
     assert not list(folder.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_named(
+def test_directory_that_cannot_be_written_is_named(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = folder / "gone"

@@ -56,7 +56,7 @@ async def converse(session: Session) -> None:
                 return
 
 
-async def test_a_session_runs_to_its_end(workpool: Kit) -> None:
+async def test_session_that_completes_has_its_result(workpool: Kit) -> None:
     result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, result.item.state) == ("completed", "stopped")
     assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
@@ -64,20 +64,20 @@ async def test_a_session_runs_to_its_end(workpool: Kit) -> None:
     assert 0 < result.seconds < 10
 
 
-async def test_a_failed_session_tells_what_its_handler_raised(workpool: Kit) -> None:
+async def test_session_that_fails_has_the_exception_of_its_handler(workpool: Kit) -> None:
     result = await workpool.run_session(add, metadata={"job": "add", "a": "one", "b": "2"})
     assert (result.outcome, result.metadata["workpool.error"]) == ("failed", "ValueError")
     assert isinstance(result.error, ValueError)
 
 
-async def test_one_server_for_all_that_a_test_does(workpool: Kit) -> None:
+async def test_sessions_of_one_test_share_the_control_plane(workpool: Kit) -> None:
     for a in ("1", "2"):
         await workpool.run_session(add, metadata={"job": "add", "a": a, "b": "2"})
     assert workpool.server.summary().stopped == 2
     assert [each.outcome for each in workpool.recorder.of(SessionFinished)] == ["completed"] * 2
 
 
-async def test_an_operators_stop_is_learnt_of_at_once(workpool: Kit) -> None:
+async def test_stop_of_an_operator_is_noticed_at_once(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait, lease_ttl=600):
         await workpool.wait_for(SessionStarted)
@@ -88,7 +88,7 @@ async def test_an_operators_stop_is_learnt_of_at_once(workpool: Kit) -> None:
     assert done.metadata["heard"] == "stopping"
 
 
-async def test_a_drain_is_heard(workpool: Kit) -> None:
+async def test_drain_interrupts_the_handler(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait) as pool:
         await workpool.wait_for(SessionStarted)
@@ -97,7 +97,7 @@ async def test_a_drain_is_heard(workpool: Kit) -> None:
     assert (done.state, done.metadata["heard"]) == ("stopped", "draining")
 
 
-async def test_faults_strike(workpool: Kit) -> None:
+async def test_faults_are_injected_into_requests(workpool: Kit) -> None:
     workpool.faults.add(status(503, retry_after=0), "poll", times=2)
     lost_once = workpool.faults.add(lost(), "stop", times=1)
     result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
@@ -105,7 +105,7 @@ async def test_faults_strike(workpool: Kit) -> None:
     assert len(workpool.faults.of("poll")) >= 3
 
 
-async def test_what_no_handler_wants_is_said_at_once(workpool: Kit) -> None:
+async def test_item_without_a_handler_fails_the_test_at_once(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(add, metadata={"job": "subtract"}, timeout=3600)
     assert str(caught.value).splitlines() == [
@@ -115,7 +115,7 @@ async def test_what_no_handler_wants_is_said_at_once(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_a_session_that_does_not_end_says_where_it_waits(workpool: Kit) -> None:
+async def test_session_that_does_not_end_is_reported_with_its_await(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(sleep, metadata={"seconds": str(2 * HOUR)}, timeout=HOUR)
     said = str(caught.value)
@@ -123,10 +123,10 @@ async def test_a_session_that_does_not_end_says_where_it_waits(workpool: Kit) ->
     assert "the item is active; it was created, delivered, acked, heartbeat ×" in said
     assert "sleep waits here:" in said
     assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in said
-    assert re.search(r"the pool told: .*\bItemReceived, AckFinished, HeartbeatFinished ×", said)
+    assert re.search(r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", said)
 
 
-async def test_an_event_that_does_not_come_says_what_came(workpool: Kit) -> None:
+async def test_missing_event_is_reported_with_the_other_events(workpool: Kit) -> None:
     workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
@@ -136,13 +136,13 @@ async def test_an_event_that_does_not_come_says_what_came(workpool: Kit) -> None
             await workpool.wait_for(SessionFinished, timeout=0.05)
 
 
-async def test_a_pool_that_fails_says_so(workpool: Kit) -> None:
+async def test_error_of_a_failed_pool_is_raised(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
         await workpool.run_session(wait)
 
 
-async def test_it_works_without_pytest_and_only_while_it_is_open() -> None:
+async def test_kit_without_pytest_works_only_while_open() -> None:
     async with Kit() as kit:
         result = await kit.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
     assert result.metadata["sum"] == "3"
@@ -150,20 +150,20 @@ async def test_it_works_without_pytest_and_only_while_it_is_open() -> None:
         await Kit().run_session(add)
 
 
-def test_a_plain_function_is_told_to_be_async(workpool: Kit) -> None:
+def test_fixture_in_a_plain_function_raises(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="async def"):
         workpool.enqueue()
 
 
 @in_virtual_time
-async def test_hours_pass_at_once(workpool: Kit) -> None:
+async def test_virtual_time_of_a_session_is_exact(workpool: Kit) -> None:
     result = await workpool.run_session(sleep, metadata={"seconds": str(6 * HOUR)})
     assert result.outcome == "completed"
     assert result.seconds == pytest.approx(6 * HOUR, abs=1)
 
 
 @in_virtual_time
-async def test_a_timeout_comes_when_it_is_due(workpool: Kit) -> None:
+async def test_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
     seconds = {"seconds": str(2 * HOUR)}
     result = await workpool.run_session(sleep, metadata=seconds, session_timeout=HOUR)
     assert result.outcome == "timed_out"
@@ -171,7 +171,7 @@ async def test_a_timeout_comes_when_it_is_due(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_what_is_released_comes_again(workpool: Kit) -> None:
+async def test_released_item_is_delivered_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(second_time_lucky):
         first = await workpool.wait_for(SessionFinished)
@@ -183,7 +183,7 @@ async def test_what_is_released_comes_again(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_a_stop_in_virtual_time(workpool: Kit) -> None:
+async def test_stop_in_virtual_time_ends_the_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait):
         await asyncio.sleep(HOUR)
@@ -199,7 +199,7 @@ def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
     return asked, answered
 
 
-async def test_a_script_makes_a_conversation(workpool: Kit) -> None:
+async def test_script_emits_each_tool_use_after_a_result(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
     result = await workpool.run_session(converse, script=script)
     asked, answered = uses_of(result)
@@ -209,7 +209,7 @@ async def test_a_script_makes_a_conversation(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_a_conversation_of_hours(workpool: Kit) -> None:
+async def test_script_in_virtual_time_takes_the_time_of_its_tools(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": HOUR}}] * 3
     result = await workpool.run_session(converse, script=script)
     asked, answered = uses_of(result)
@@ -219,7 +219,7 @@ async def test_a_conversation_of_hours(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_no_fault_is_added_that_could_not_strike(workpool: Kit) -> None:
+async def test_faults_in_virtual_time_raise(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="virtual time has none"):
         workpool.faults.add(status(503), "poll")
 

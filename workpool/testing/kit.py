@@ -284,7 +284,7 @@ class Kit:
     def _story(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_patience(timeout):g} s"]
         lines += progress_of(self.item(item), self.server)
-        return "\n".join([*lines, f"the pool told: {names_of(self.recorder.events)}"])
+        return "\n".join([*lines, f"the pool reported: {names_of(self.recorder.events)}"])
 
     def _notice(self, item: Item) -> None:
         """Let the pool that holds the item send a heartbeat now."""
