@@ -406,7 +406,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 """
 
 
-def test_informational_answers_without_end_time_out_while_the_loop_runs() -> None:
+def test_informational_answers_without_end_do_not_block_the_loop() -> None:
     """On the loop of the command line, which reads for as long as there is something to read."""
 
     async def stop(port: int) -> list[float]:
@@ -418,10 +418,10 @@ def test_informational_answers_without_end_time_out_while_the_loop_runs() -> Non
                 await asyncio.sleep(0)
 
         server = Server(port=port)
-        client = WorkClient(server.settings(request_timeout=1))
+        client = WorkClient(server.settings(request_timeout=30))
         async with client, asyncio.TaskGroup() as group:
             noting = group.create_task(note_turns())
-            with pytest.raises(TransientError, match="no answer in time"):
+            with pytest.raises(TransientError, match="InformationalFlood"):
                 await client.stop(WORK)
             noting.cancel()
         return times

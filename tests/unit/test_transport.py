@@ -39,6 +39,7 @@ from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.environment_proxy import proxy_of
+from workpool.wire.limited_response import INFORMATIONAL_MAX
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
@@ -532,6 +533,30 @@ async def test_a_refusal_is_told_with_its_envelope(
     assert (error.op, error.status) == ("stats", status)
     assert (error.error_type, error.param) == ("some_error", "block_ms")
     assert str(error) == f"stats: {status} not this [31m"
+
+
+# -- informational answers ---------------------------------------------------------------------
+
+EARLY = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+LARGE = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 7_000 + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "before", [EARLY, EARLY * INFORMATIONAL_MAX, LARGE * 9, b"HTTP/1.1 100 C\r\n\r\n"]
+)
+async def test_informational_answers_are_passed_over_before_each_answer(before: bytes) -> None:
+    async with serving(before + OK) as server, connected(server.url) as transport:
+        for _ in range(3):
+            assert (await ask(transport, server.url)).depth == 1
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("before", [EARLY * (INFORMATIONAL_MAX + 1), LARGE * 10])
+async def test_too_many_informational_answers_are_no_answer(before: bytes) -> None:
+    error = await failure(before + OK)
+    assert isinstance(error, TransientError)
+    assert error.reason == "network"
+    assert "InformationalFlood" in str(error)
 
 
 # -- answers that no control plane gives -----------------------------------------------------------

@@ -15,6 +15,7 @@ from yarl import URL
 
 from workpool.wire.call_options import Priority
 from workpool.wire.environment_proxy import proxy_of
+from workpool.wire.limited_response import LimitedResponse
 from workpool.wire.resolver import ThreadResolver
 
 if TYPE_CHECKING:
@@ -33,9 +34,8 @@ SPARE_CONNECTIONS: Final = 16
 POOL_BUFFER_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 208 * 1024
 """The most that a connection of a handler receives at once; a larger buffer would be faster on long
-distances. It bounds how long a server can block the loop with answers that are all headers, such as
-informational ones (1xx): aiohttp parses all that was received before any task continues, and has no
-limit for their number. `request_timeout` ends them."""
+distances. It bounds how long a server can block the loop with informational answers (1xx): aiohttp
+parses all that was received before any task continues and can refuse them."""
 
 
 class Connections:
@@ -93,6 +93,7 @@ class Connections:
                 socket_factory=new_socket,
                 keepalive_timeout=None if single_use else KEEPALIVE_SECONDS,
             ),
+            response_class=LimitedResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
         )

@@ -8,11 +8,13 @@ import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.limited_response import InformationalFlood
 from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
     aiohttp.ClientPayloadError,
+    InformationalFlood,
     aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
     TimeoutError,
     OSError,
