@@ -49,7 +49,8 @@ def files() -> list[Path]:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "workpool/docs").glob("*.md"))]
+    patterns = ["README.md", "plugins/*/README.md", "workpool/docs/*.md"]
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
 def docstrings(text: str) -> list[tuple[int, str]]:
