@@ -1,8 +1,6 @@
 """`workpool work …`: reads and changes a queue; each command makes one call of the protocol."""
 
 import asyncio
-import functools
-import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -35,32 +33,14 @@ app = typer.Typer(no_args_is_help=True, help="Read and change a queue.")
 WorkId = Annotated[str, typer.Argument(metavar="ID", help="The id of an item.")]
 
 
-def _connected(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that select a queue to a command, which gets the settings first."""
-
-    def connect(
-        config: Config = None,
-        environment_id: EnvironmentId = None,
-        base_url: BaseUrl = None,
-        **options: Any,
-    ) -> None:
-        with exits.reported():
-            settings = read_settings(config, environment_id=environment_id, base_url=base_url)
-        command(settings, **options)
-
-    functools.update_wrapper(connect, command, assigned=("__name__", "__doc__"))
-    shared = list(inspect.signature(connect, follow_wrapped=False).parameters.values())[:-1]
-    own = list(inspect.signature(command).parameters.values())[1:]
-    both = [each.replace(kind=each.KEYWORD_ONLY) for each in (*own, *shared)]
-    connect.__annotations__ = {each.name: each.annotation for each in both}
-    vars(connect)["__signature__"] = inspect.Signature(both)
-    return connect
+def _settings(config: Path | None, environment_id: str | None, base_url: str | None) -> Settings:
+    """Read the settings of the queue; an error ends the command."""
+    with exits.reported():
+        return read_settings(config, environment_id=environment_id, base_url=base_url)
 
 
 @app.command("list")
-@_connected
 def list_items(
-    settings: Settings,
     limit: Annotated[int, typer.Option(min=1, help="The number of items at most.")] = 20,
     after: Annotated[
         str | None, typer.Option(metavar="ID", help="Only items after this one.")
@@ -69,8 +49,12 @@ def list_items(
         str | None, typer.Option(metavar="ID", help="Only the last items before this one.")
     ] = None,
     json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
 ) -> None:
     """List items, oldest first."""
+    settings = _settings(config, environment_id, base_url)
 
     async def collect(client: WorkClient) -> list[WorkItem]:
         found = client.list(limit=limit, after_id=after, before_id=before)
@@ -92,16 +76,20 @@ def list_items(
 
 
 @app.command()
-@_connected
-def get(settings: Settings, work_id: WorkId, json: Json = False) -> None:
+def get(
+    work_id: WorkId,
+    json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+) -> None:
     """Show one item."""
+    settings = _settings(config, environment_id, base_url)
     _show(_ask(settings, lambda client: client.get(work_id)), as_json=json)
 
 
 @app.command()
-@_connected
 def enqueue(
-    settings: Settings,
     count: Annotated[
         int, typer.Option(min=1, max=protocol.ENQUEUE_COUNT_MAX, help="The number of items.")
     ] = 1,
@@ -115,8 +103,12 @@ def enqueue(
         typer.Option(metavar="FILE", help="A JSON file with the tool uses of a scripted session."),
     ] = None,
     json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
 ) -> None:
     """Create items on a `workpool serve`, and print the id of each on a line."""
+    settings = _settings(config, environment_id, base_url)
     pairs = parse_pairs(metadata)
     entries = _read_script(script)
     items = _ask(
@@ -131,9 +123,7 @@ def enqueue(
 
 
 @app.command()
-@_connected
 def update(
-    settings: Settings,
     work_id: WorkId,
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Metadata to set.")
@@ -142,8 +132,12 @@ def update(
         list[str] | None, typer.Option(metavar="KEY", help="A key to delete; repeatable.")
     ] = None,
     json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
 ) -> None:
     """Change an item's metadata."""
+    settings = _settings(config, environment_id, base_url)
     patch: dict[str, str | None] = {**parse_pairs(pairs), **dict.fromkeys(delete or ())}
     if not patch:
         raise typer.BadParameter("give KEY=VALUE or --delete KEY")
@@ -151,16 +145,18 @@ def update(
 
 
 @app.command()
-@_connected
 def stop(
-    settings: Settings,
     work_id: WorkId,
     force: Annotated[
         bool, typer.Option("--force", help="End the item now, without its worker.")
     ] = False,
     json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
 ) -> None:
     """Stop an item: ask its worker to end it, or with --force end it now."""
+    settings = _settings(config, environment_id, base_url)
 
     async def ask(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
@@ -170,9 +166,14 @@ def stop(
 
 
 @app.command()
-@_connected
-def stats(settings: Settings, json: Json = False) -> None:
+def stats(
+    json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+) -> None:
     """Show the statistics of the queue."""
+    settings = _settings(config, environment_id, base_url)
     found = fields_of(_ask(settings, lambda client: client.stats()))
     if json:
         print_json(found)
