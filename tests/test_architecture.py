@@ -61,7 +61,6 @@ BLIND_EXCEPTS = {
 
 CIRCLES = (  # of modules that know each other's types
     ("workpool.pool.handoff", "workpool.pool.lease_renewer", "workpool.pool.pool_item"),
-    ("workpool.cli.live", "workpool.cli.screen"),
     (
         "workpool.conformance.clause",
         "workpool.conformance.sources",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.cli import show
+from workpool.cli.demo import demo_runner
 from workpool.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ async def test_metadata_that_fits_no_handler_is_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(show, "STALL_SECONDS", 4.0)
-    played = show.Show("handlers:finish", [{"do": "nothing"}] * 4)
+    monkeypatch.setattr(demo_runner, "STALL_SECONDS", 4.0)
+    played = demo_runner.DemoRunner("handlers:finish", [{"do": "nothing"}] * 4)
     with Signals() as signals:
         async with played.plane:
             assert await played.run(signals) == 1

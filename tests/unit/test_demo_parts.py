@@ -12,12 +12,18 @@ from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
 from workpool import Session
-from workpool.cli import sample, screen
-from workpool.cli.fleet import Figures, Worker, _lines, read_figures, worker_settings
-from workpool.cli.ledger import Ledger
-from workpool.cli.live import picture
-from workpool.cli.screen import PlainScreen, Scene
-from workpool.cli.show import promise_text
+from workpool.cli.demo import plain_view, sample
+from workpool.cli.demo.demo_runner import promise_text
+from workpool.cli.demo.demo_state import DemoState
+from workpool.cli.demo.demo_workers import (
+    Worker,
+    WorkerMetrics,
+    _lines,
+    read_metrics,
+    worker_settings,
+)
+from workpool.cli.demo.live_view import picture
+from workpool.cli.demo.plain_view import PlainView
 from workpool.cli.tables import print_table
 from workpool.events import ItemReclaimed, PollFinished, SessionFinished
 from workpool.metrics import Metrics, PoolSnapshot
@@ -53,11 +59,11 @@ def session() -> Session:
 class Tale:
     def __init__(self) -> None:
         self.history = History()
-        self.ledger = Ledger(self.history, {"w1": "session 01"})
+        self.state = DemoState(40, self.history, {"w1": "session 01"})
 
     def tell(self, kind: Kind, worker: str | None, state: State) -> list[str]:
         self.history.add(Record(0.0, "w1", kind, worker, state))
-        return self.ledger.follow()
+        return self.state.follow()
 
 
 def test_a_session_changes_hands() -> None:
@@ -65,15 +71,15 @@ def test_a_session_changes_hands() -> None:
     assert tale.tell("created", None, "queued") == []
     assert tale.tell("delivered", "one-1234", "queued") == []
     assert tale.tell("acked", "one-1234", "starting") == []
-    assert tale.ledger.held_by("one") == []  # not before its first heartbeat
+    assert tale.state.held_by("one") == []  # not before its first heartbeat
     assert tale.tell("heartbeat", "one-1234", "active") == []
-    assert tale.ledger.held_by("one") == ["session 01"]
+    assert tale.state.held_by("one") == ["session 01"]
     [free] = tale.tell("lapsed", None, "queued")
     assert "one" in free
-    assert tale.ledger.held == {}
+    assert tale.state.held == {}
     assert tale.tell("acked", "two-1234", "starting") == ["session 01 reclaimed by two"]
     assert tale.tell("stopped", "two-1234", "stopped") == ["session 01 finished by two"]
-    assert (tale.ledger.stopped, tale.ledger.acked) == (1, 2)
+    assert (tale.state.stopped, tale.state.acked) == (1, 2)
 
 
 def test_figures_of_a_real_exposition() -> None:
@@ -91,12 +97,12 @@ def test_figures_of_a_real_exposition() -> None:
         metrics.observe(PollFinished(result, 0.5))
     metrics.observe(SessionFinished(session(), "a.b", "completed", 1.0))
     metrics.observe(ItemReclaimed(parse_item(ITEM), "gained", "poll"))
-    found = read_figures(generate_latest(registry).decode())
+    found = read_metrics(generate_latest(registry).decode())
     metrics.close()
     assert (found.busy, found.slots, found.outcomes) == (3, 4, {"completed": 1})
     assert (found.polls, found.poll_latency, found.null_ratio) == (4, 0.5, 0.25)
     assert (found.gained, found.lost) == (1, 0)
-    assert Figures().poll_latency == 0.0
+    assert WorkerMetrics().poll_latency == 0.0
 
 
 def test_what_is_shown_of_a_workers_lines() -> None:
@@ -155,19 +161,20 @@ def test_a_workers_settings_are_the_demos(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
-def scene() -> Scene:
+def state() -> DemoState:
     one, two = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two"))
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
-    one.figures = Figures(3, 4, {"completed": 7}, 10, 0.05, 0.25, 2, 0)
+    one.metrics = WorkerMetrics(3, 4, {"completed": 7}, 10, 0.05, 0.25, 2, 0)
     two.state = "killed"
     tale = Tale()
     tale.tell("acked", "one-1", "starting")
-    return Scene("http://cp", 40, tale.ledger, (one, two))
+    tale.state.url, tale.state.workers = "http://cp", (one, two)
+    return tale.state
 
 
-def test_the_picture(scene: Scene) -> None:
+def test_the_picture(state: DemoState) -> None:
     page = io.StringIO()
-    Console(file=page, width=80).print(picture(scene))
+    Console(file=page, width=80).print(picture(state))
     for words in ("queue 39", "running 1", "3/4", "7 completed", "5 ms", "25%", "2 gained"):
         assert words in page.getvalue()
     assert "http://127.0.0.1:1/metrics" in page.getvalue()
@@ -175,13 +182,13 @@ def test_the_picture(scene: Scene) -> None:
 
 
 def test_plain_lines(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    state: DemoState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with PlainScreen() as plain:
-        plain.draw(scene)
+    with PlainView() as plain:
+        plain.draw(state)
         assert capsys.readouterr().out == ""  # not that often
-        monkeypatch.setattr(screen, "PLAIN_SECONDS", 0.0)
-        plain.draw(scene)
+        monkeypatch.setattr(plain_view, "PLAIN_SECONDS", 0.0)
+        plain.draw(state)
         plain.show("one", "hello")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("-- queue 39 | running 1 | stopped 0 | one: 3/4 slots, 7 completed")

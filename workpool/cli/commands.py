@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from workpool import __version__
-from workpool.cli import check, conform, demo, hold, listing, new, run, serve, work
+from workpool.cli import check, conform, hold, listing, new, run, serve, work
+from workpool.cli.demo import command as demo_command
 from workpool.cli.flags import Verbose
 
 # Rich tracebacks show local variables, which may be tokens.
@@ -39,7 +40,7 @@ def root(
         typer.echo(context.get_help())
 
 
-app.command()(demo.demo)
+app.command()(demo_command.demo)
 app.command()(run.run)
 app.command(context_settings={"allow_interspersed_args": False})(hold.hold)
 app.command()(serve.serve)

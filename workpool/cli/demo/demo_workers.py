@@ -24,7 +24,7 @@ State = Literal["starting", "running", "killed", "ended"]
 
 
 @dataclass
-class Figures:
+class WorkerMetrics:
     """The numbers from `/metrics` of one worker that the demo shows."""
 
     busy: int = 0
@@ -69,7 +69,7 @@ class Worker:
         self.url = ""
         self.pid = 0
         self.status: int | None = None
-        self.figures = Figures()
+        self.metrics = WorkerMetrics()
         self._plugin = plugin
         self._settings = settings
         self._show = show
@@ -118,7 +118,7 @@ class Worker:
         with suppress(aiohttp.ClientError, TimeoutError):
             timeout = aiohttp.ClientTimeout(total=SCRAPE_SECONDS)
             async with http.get(self.url, timeout=timeout) as response:
-                self.figures = read_figures(await response.text())
+                self.metrics = read_metrics(await response.text())
 
     def _read(self, line: str) -> None:
         """Show lines of handlers, warnings and errors."""
@@ -171,9 +171,9 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
     }
 
 
-def read_figures(text: str) -> Figures:
+def read_metrics(text: str) -> WorkerMetrics:
     """Return the numbers in a text of `/metrics`."""
-    found = Figures()
+    found = WorkerMetrics()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             _note(found, sample.name.removeprefix("workpool_"), sample.labels, int(sample.value))
@@ -184,7 +184,7 @@ def read_figures(text: str) -> Figures:
     return found
 
 
-def _note(found: Figures, name: str, labels: Mapping[str, str], count: int) -> None:
+def _note(found: WorkerMetrics, name: str, labels: Mapping[str, str], count: int) -> None:
     if name == "slots" and labels["state"] == "busy":
         found.busy = count
     elif name == "slots_limit":

@@ -1,25 +1,41 @@
-"""The demo's view of the history of the control plane: which worker holds which item.
+"""The state of the demo: which worker holds which item, according to the control plane.
 
-Reads the history only, so the demo shows the record of the control plane and not that of workers.
+Read from the history only, so the demo shows the record of the control plane and not that of
+workers.
 """
 
-from collections.abc import Mapping
+from __future__ import annotations
+
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from workpool.server import History, Record
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from workpool.cli.demo.demo_workers import Worker
+    from workpool.server import History, Record
 
 
-class Ledger:
+class DemoState:
     """Reads a history from its beginning on.
 
+    Args:
+        count: The number of sessions of the demo.
+        history: The history of the control plane.
+        names: The displayed names of items, by their ids.
+
     Attributes:
+        url: The address of the control plane; empty until known.
+        workers: The workers, in the order in which they are shown.
         held: The id of each running item, with the worker that acknowledged it.
         stopped: The number of items that are stopped.
         acked: The number of acknowledgements, repeated items included.
     """
 
-    def __init__(self, history: History, names: Mapping[str, str]) -> None:
-        """`names`: the displayed names of items, by their ids."""
+    def __init__(self, count: int, history: History, names: Mapping[str, str]) -> None:
+        self.url = ""
+        self.count = count
+        self.workers: Sequence[Worker] = ()
         self.held: dict[str, str] = {}
         self.stopped = 0
         self.acked = 0
@@ -28,6 +44,11 @@ class Ledger:
         self._names = names
         self._seen = 0
         self._orphans: dict[str, str] = {}
+
+    @property
+    def queued(self) -> int:
+        """The number of sessions that no worker holds."""
+        return self.count - self.stopped - len(self.held)
 
     def follow(self) -> list[str]:
         """Read the new records; return a sentence for each item that changed hands."""

@@ -1,7 +1,6 @@
 """The demo on a terminal: log lines scroll above a table that changes in place."""
 
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Final, Self
 
 from rich import box
@@ -12,8 +11,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from workpool.cli.fleet import Worker
-from workpool.cli.screen import Scene, latency_text, outcomes_text, reclaims_text, slots_text
+from workpool.cli.demo.demo_state import DemoState
+from workpool.cli.demo.demo_workers import Worker
+from workpool.cli.demo.plain_view import (
+    PlainView,
+    latency_text,
+    outcomes_text,
+    reclaims_text,
+    slots_text,
+)
 
 _STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow", "ended": "dim"}
 
@@ -21,13 +27,13 @@ _ROWS: Final[Mapping[str, Callable[[Worker], str]]] = {
     "slots": slots_text,
     "sessions": outcomes_text,
     "poll latency": latency_text,
-    "null rate": lambda worker: f"{worker.figures.null_ratio:.0%}",
+    "null rate": lambda worker: f"{worker.metrics.null_ratio:.0%}",
     "reclaims": reclaims_text,
 }
 
 
-class LiveScreen:
-    """A screen on which log lines scroll above a table that changes in place."""
+class LiveView(PlainView):
+    """A view on which log lines scroll above a table that changes in place."""
 
     def __init__(self) -> None:
         self._live = Live(console=Console(highlight=False), auto_refresh=False)
@@ -36,12 +42,8 @@ class LiveScreen:
         self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Leave the last table on the terminal."""
         self._live.stop()
 
     def say(self, line: str) -> None:
@@ -52,21 +54,21 @@ class LiveScreen:
         """Print a line of a worker, with its name."""
         self._live.console.print(Text.assemble((f"{worker}  ", "cyan"), line))
 
-    def draw(self, scene: Scene) -> None:
+    def draw(self, state: DemoState) -> None:
         """Redraw the table."""
-        self._live.update(picture(scene), refresh=True)
+        self._live.update(picture(state), refresh=True)
 
 
-def picture(scene: Scene) -> Panel:
-    """Return the table of the scene."""
-    table = Table("", *(worker.name for worker in scene.workers), box=box.SIMPLE)
-    table.add_row("state", *(Text(one.state, style=_STYLES[one.state]) for one in scene.workers))
+def picture(state: DemoState) -> Panel:
+    """Return the table of the state."""
+    table = Table("", *(worker.name for worker in state.workers), box=box.SIMPLE)
+    table.add_row("state", *(Text(one.state, style=_STYLES[one.state]) for one in state.workers))
     for label, text in _ROWS.items():
-        table.add_row(label, *(text(worker) for worker in scene.workers))
+        table.add_row(label, *(text(worker) for worker in state.workers))
     head = Text(
-        f"queue {scene.queued}   running {scene.running}   stopped {scene.ledger.stopped}"
-        f" of {scene.count}"
+        f"queue {state.queued}   running {len(state.held)}   stopped {state.stopped}"
+        f" of {state.count}"
     )
-    urls = Text("\n".join(f"  {worker.name}  {worker.url or '-'}" for worker in scene.workers))
-    bar = ProgressBar(total=scene.count, completed=scene.ledger.stopped)
-    return Panel(Group(head, bar, table, urls), title=f"control plane {scene.url}")
+    urls = Text("\n".join(f"  {worker.name}  {worker.url or '-'}" for worker in state.workers))
+    bar = ProgressBar(total=state.count, completed=state.stopped)
+    return Panel(Group(head, bar, table, urls), title=f"control plane {state.url}")

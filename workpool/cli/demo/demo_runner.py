@@ -5,6 +5,7 @@ real HTTP. One worker is killed (SIGKILL) while it holds sessions, and the other
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
@@ -14,9 +15,9 @@ import typer
 from aiohttp import web
 
 from workpool.cli import exits
-from workpool.cli.fleet import Worker, worker_settings
-from workpool.cli.ledger import Ledger, worker_of
-from workpool.cli.screen import Scene, Screen, open_screen
+from workpool.cli.demo.demo_state import DemoState, worker_of
+from workpool.cli.demo.demo_workers import Worker, worker_settings
+from workpool.cli.demo.plain_view import PlainView
 from workpool.cli.signals import Signals
 from workpool.plugins import available
 from workpool.pool.lease_renewer import new_event_loop
@@ -36,12 +37,12 @@ END_SECONDS: Final = 6.0
 Respond = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def perform(handler: str | None, metadata: Mapping[str, str], count: int) -> int:
+def run_demo(handler: str | None, metadata: Mapping[str, str], count: int) -> int:
     """Run the demo and return the exit status."""
-    chosen = handler or ("echo" if _installed("echo") else "workpool.cli.sample")
+    chosen = handler or ("echo" if _installed("echo") else "workpool.cli.demo.sample")
     plans = _plans(count, metadata, example=handler is None)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_perform(chosen, plans))
+        return runner.run(_run_demo(chosen, plans))
 
 
 def _installed(plugin: str) -> bool:
@@ -62,13 +63,13 @@ def _plans(count: int, given: Mapping[str, str], *, example: bool) -> list[dict[
     ]
 
 
-async def _perform(handler: str, plans: list[dict[str, str]]) -> int:
-    show = Show(handler, plans)
+async def _run_demo(handler: str, plans: list[dict[str, str]]) -> int:
+    runner = DemoRunner(handler, plans)
     with Signals() as signals:
-        async with show.plane:
-            with show.screen:
-                status = await show.run(signals)
-            summary = show.plane.summary()
+        async with runner.plane:
+            with runner.view:
+                status = await runner.run(signals)
+            summary = runner.plane.summary()
     if signals.last is not None:
         typer.echo(f"ended early: {summary.stopped} of {len(plans)} sessions done")
         return exits.SIGNALLED + signals.last
@@ -91,21 +92,21 @@ Try next:
   workpool run --help                                 a worker for it"""
 
 
-class Show:
+class DemoRunner:
     """One run of the demo.
 
     Attributes:
         plane: The control plane; not entered.
-        screen: The output; not entered.
+        view: The output; not entered.
     """
 
     def __init__(self, handler: str, plans: list[dict[str, str]]) -> None:
         self.plane = ControlPlane(middlewares=[self._watch])
-        self.screen: Screen = open_screen()
+        self.view = open_view()
         self._handler = handler
         self._plans = plans
         self._names: dict[str, str] = {}
-        self._ledger = Ledger(self.plane.history, self._names)
+        self._state = DemoState(len(plans), self.plane.history, self._names)
         self._workers: list[Worker] = []
         self._polled: set[str] = set()
         self._victim: Worker | None = None
@@ -113,17 +114,18 @@ class Show:
     async def run(self, signals: Signals) -> int:
         """Run until the end or the first signal. All workers have ended when it returns."""
         self._workers = [self._worker(f"worker-{number}") for number in (1, 2)]
-        scene = Scene(self.plane.base_url, len(self._plans), self._ledger, self._workers)
-        self.screen.say(
-            f"workpool demo: {scene.count} sessions for {self._handler}, 2 workers,"
-            f" control plane {scene.url}"
+        state = self._state
+        state.url, state.workers = self.plane.base_url, self._workers
+        self.view.say(
+            f"workpool demo: {state.count} sessions for {self._handler}, 2 workers,"
+            f" control plane {state.url}"
         )
         self._enqueue(FIRST)
-        async with self._on_stage(signals):
-            return await self._play(scene, signals)
+        async with self._running_workers(signals):
+            return await self._follow(signals)
 
     @asynccontextmanager
-    async def _on_stage(self, signals: Signals) -> AsyncIterator[None]:
+    async def _running_workers(self, signals: Signals) -> AsyncIterator[None]:
         """Run the processes of the workers and read their metrics, until the end of the block."""
         async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
             tasks = {group.create_task(worker.live(), name=worker.name) for worker in self._workers}
@@ -146,35 +148,34 @@ class Show:
             await asyncio.wait({*tasks, ending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             tasks = {task for task in tasks if not task.done()}
 
-    async def _play(self, scene: Scene, signals: Signals) -> int:
-        loop = asyncio.get_running_loop()
+    async def _follow(self, signals: Signals) -> int:
+        """Show the state until all sessions have ended, or until a signal."""
+        state, loop = self._state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
-        while self._ledger.stopped < scene.count:
+        while state.stopped < state.count:
             if signals.first.is_set():
-                self.screen.say("ending: the workers drain")
+                self.view.say("ending: the workers drain")
                 return exits.OK
             for worker in self._workers:
                 if worker.status is not None and worker is not self._victim:
-                    self.screen.say(f"{worker.name} ended by itself, status {worker.status}")
+                    self.view.say(f"{worker.name} ended by itself, status {worker.status}")
                     return worker.status or exits.FAILED
             if len(self._polled) == len(self._workers):
-                self._enqueue(scene.count)
-            if self._ledger.held or self._ledger.acked != acked:
-                acked, moved_at = self._ledger.acked, loop.time()
+                self._enqueue(state.count)
+            if state.held or state.acked != acked:
+                acked, moved_at = state.acked, loop.time()
             elif loop.time() - moved_at > STALL_SECONDS:
-                self.screen.say(
-                    "no worker takes these sessions: does --metadata match the handler?"
-                )
+                self.view.say("no worker takes these sessions: does --metadata match the handler?")
                 return exits.FAILED
-            self.screen.draw(scene)
+            self.view.draw(state)
             await asyncio.sleep(TICK_SECONDS)
-        self.screen.draw(scene)
+        self.view.draw(state)
         return exits.OK
 
     def _worker(self, name: str) -> Worker:
         plane = self.plane
         settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
-        return Worker(name, self._handler, settings, self.screen.show)
+        return Worker(name, self._handler, settings, self.view.show)
 
     def _enqueue(self, until: int) -> None:
         """Create sessions until their number is `until`."""
@@ -190,22 +191,22 @@ class Show:
             raise web.HTTPServiceUnavailable  # a late request of the killed worker
         self._polled.add(worker)
         response = await handler(request)
-        for line in self._ledger.follow():
-            self.screen.say(line)
+        for line in self._state.follow():
+            self.view.say(line)
         if self._victim is None and len(self._names) == len(self._plans):
             self._kill_one()
         return response
 
     def _kill_one(self) -> None:
         """Kill a worker once it holds several sessions and a quarter of all have ended."""
-        stopped, count = self._ledger.stopped, len(self._plans)
+        stopped, count = self._state.stopped, len(self._plans)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):
-            held = self._ledger.held_by(worker.name)
+            held = self._state.held_by(worker.name)
             if stopped >= count // 4 and len(held) >= wanted and self._victim is None:
                 self._victim = worker
                 worker.kill()
-                self.screen.say(
+                self.view.say(
                     f"{worker.name} is killed (kill -9 {worker.pid}) while it holds"
                     f" {', '.join(held)}"
                 )
@@ -215,3 +216,12 @@ class Show:
             for worker in self._workers:
                 await worker.scrape(http)
             await asyncio.sleep(SCRAPE_EVERY_SECONDS)
+
+
+def open_view() -> PlainView:
+    """Return a live view if stdout is a terminal, else a plain one."""
+    if not sys.stdout.isatty():
+        return PlainView()
+    from workpool.cli.demo.live_view import LiveView  # noqa: PLC0415 - slow to import
+
+    return LiveView()

@@ -1,4 +1,4 @@
-"""The command `workpool demo`; `show` runs it."""
+"""The command `workpool demo`; `demo_runner` runs it."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ def demo(
     count: Annotated[int, typer.Option(min=1, max=1000, help="The number of sessions.")] = 40,
 ) -> None:
     """Show sessions of a real queue while one of two workers is killed."""
-    from workpool.cli.show import perform  # noqa: PLC0415 - its imports would slow down each start of a worker
+    from workpool.cli.demo.demo_runner import run_demo  # noqa: PLC0415 - its imports would slow down each start of a worker
 
     with exits.reported():
-        raise typer.Exit(perform(handler, parse_pairs(metadata), count))
+        raise typer.Exit(run_demo(handler, parse_pairs(metadata), count))

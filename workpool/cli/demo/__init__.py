@@ -1,0 +1,1 @@
+"""`workpool demo`: a control plane and two workers, one of which is killed."""
