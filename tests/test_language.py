@@ -110,6 +110,15 @@ def test_text_of_page_has_no_banned_words(path: Path) -> None:
     assert banned(path.read_text()) == []
 
 
+def test_name_of_no_test_begins_with_a_pronoun() -> None:
+    """The first words of a test's name are its subject."""
+    words = "what|whatever|who|whoever|it|they|that|nobody"
+    pattern = re.compile(rf"^\s*(?:async )?def (test_(?:{words})_\w+)", re.MULTILINE)
+    modules = [*ROOT.glob("tests/**/test_*.py"), *ROOT.glob("plugins/*/tests/test_*.py")]
+    assert len(modules) > 100
+    assert [name for path in modules for name in pattern.findall(path.read_text())] == []
+
+
 def test_every_banned_word_has_a_reason() -> None:
     assert len(BANNED) < 20
     assert all(reason for reason in BANNED.values())

@@ -55,7 +55,7 @@ async def test_values_of_extra_headers_are_not_shown(ask: Ask) -> None:
         ([], {"WORKPOOL_BASE_URL": "http://127.0.0.1:9"}, 1, "control plane", "network"),
     ],
 )
-async def test_what_fails_says_what_to_do(
+async def test_failed_check_says_what_to_do(
     ask: Ask,
     arguments: list[str],
     variables: dict[str, str],
@@ -72,7 +72,7 @@ async def test_what_fails_says_what_to_do(
     assert said in failed["message"] + failed["advice"]
 
 
-async def test_what_is_allowed_and_not_meant_is_a_warning(ask: Ask) -> None:
+async def test_probable_mistake_is_a_warning(ask: Ask) -> None:
     ended = await ask("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
     assert ended.status == 0
     warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]

@@ -158,7 +158,7 @@ async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
     assert (await client.get(handed.work_id)).state == "starting"
 
 
-async def test_what_its_parent_has_taken_back_is_not_run(
+async def test_item_that_the_parent_has_taken_back_is_not_run(
     client: WorkClient, start: Start, hand_over: Parent
 ) -> None:
     handed = await hand_over()

@@ -70,7 +70,9 @@ async def test_a_first_signal_lets_the_sessions_end(
     assert "result=clean" in command.err
 
 
-async def test_what_the_drain_hands_back_is_not_stopped(start: Start, plane: ControlPlane) -> None:
+async def test_session_that_a_drain_releases_is_not_stopped(
+    start: Start, plane: ControlPlane
+) -> None:
     item = enqueue(plane, "linger")
     command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
     await command.logs("linger runs")

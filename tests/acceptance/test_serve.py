@@ -173,7 +173,7 @@ async def test_a_store_on_disk_outlives_the_process(bare: Start, ask: Ask) -> No
     assert await command.ends() == 0
 
 
-async def test_what_cannot_be_served_is_said(bare: Start, folder: Path) -> None:
+async def test_reason_why_serve_cannot_start_is_printed(bare: Start, folder: Path) -> None:
     (folder / "tokens").write_text("two words are a token and no-environment!\n")
     (folder / "notes.txt").write_text("this is no database" * 100)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -84,7 +84,7 @@ async def test_a_scripted_session_from_the_shell(
         ({"WORKPOOL_LEASE_TTL": "1"}, 2, "lease_ttl"),
     ],
 )
-async def test_what_is_refused_is_one_line_and_a_status(
+async def test_refusal_is_one_line_and_an_exit_status(
     ask: Ask, variables: dict[str, str], status: int, said: str
 ) -> None:
     ended = await ask("work", "stats", **variables)

@@ -240,7 +240,7 @@ class Picky:
 
 
 @pytest.mark.parametrize("whose", ["others", "broken"])
-async def test_what_is_not_for_us_is_left_in_the_queue_and_logged_once(
+async def test_unwanted_item_stays_in_the_queue_and_is_logged_once(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     caplog: pytest.LogCaptureFixture, whose: str,
 ) -> None:  # fmt: skip
@@ -456,7 +456,7 @@ async def test_a_pool_without_an_environment_refuses_to_start(make_pool: Any) ->
 # -- ack, late
 
 
-async def test_what_waited_too_long_is_anothers(
+async def test_item_that_waited_too_long_belongs_to_another_worker(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = Gate()

@@ -71,7 +71,7 @@ def open_files() -> int:
 # -- nothing is taken over, nothing is left
 
 
-async def test_it_takes_nothing_over_while_it_runs(
+async def test_running_pool_changes_nothing_global(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     before = taken_over()
@@ -97,7 +97,7 @@ async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plan
             await asyncio.sleep(60)
 
 
-async def test_it_leaves_nothing_behind_fifty_times_at_any_point_of_its_life(
+async def test_pool_that_ends_at_any_point_leaves_no_task_or_thread(
     plane: ControlPlane, make_settings: Any
 ) -> None:
     dice = random.Random(7)  # noqa: S311 - repeatable, guards nothing

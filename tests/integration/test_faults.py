@@ -167,20 +167,22 @@ async def codes(wire: Wire, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
-async def test_it_strikes_the_nth_and_so_often(wire: Wire, faults: Faults) -> None:
+async def test_fault_applies_to_the_nth_request_and_a_number_of_times(
+    wire: Wire, faults: Faults
+) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
     assert await codes(wire, 5) == [200, 500, 500, 200, 200]
     assert rule.hits == 2
 
 
-async def test_it_strikes_only_the_calls_that_are_named(wire: Wire, faults: Faults) -> None:
+async def test_fault_applies_only_to_the_named_calls(wire: Wire, faults: Faults) -> None:
     faults.add(status(500), "get", "list")
     assert await codes(wire, 1) == [500]
     assert (await wire("GET"))[0] == 500
     assert (await wire.ack())[0] == 200
 
 
-async def test_it_strikes_all_calls_when_none_is_named(wire: Wire, faults: Faults) -> None:
+async def test_fault_without_named_calls_applies_to_all(wire: Wire, faults: Faults) -> None:
     faults.add(status(500))
     session = f"{wire.plane.base_url}/sessions/x"
     async with wire.http.get(session) as answer:
@@ -197,7 +199,7 @@ async def test_it_strikes_all_calls_when_none_is_named(wire: Wire, faults: Fault
         assert answer.status == 404  # not a call at all
 
 
-async def test_it_strikes_where_it_is_told(wire: Wire, faults: Faults) -> None:
+async def test_fault_applies_where_its_predicate_is_true(wire: Wire, faults: Faults) -> None:
     def ours(request: web.Request) -> bool:
         return request.match_info["work_id"] == wire.id
 
@@ -206,13 +208,13 @@ async def test_it_strikes_where_it_is_told(wire: Wire, faults: Faults) -> None:
     assert (await wire("GET", "/work_other"))[0] == 404
 
 
-async def test_it_strikes_in_its_window(wire: Wire, faults: Faults) -> None:
+async def test_fault_applies_in_its_time_window(wire: Wire, faults: Faults) -> None:
     faults.add(status(500), "get", between=(0, 3600))
     faults.add(status(501), "get", between=(3600, 7200))
     assert await codes(wire, 1) == [500]
 
 
-async def test_it_strikes_by_a_seeded_chance(
+async def test_fault_applies_with_a_seeded_probability(
     wire: Wire, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = faults.add(status(500), "get", probability=0.3)
@@ -239,7 +241,7 @@ async def test_faults_stand_around_each_other(wire: Wire, faults: Faults) -> Non
         await wire.ack()
 
 
-async def test_what_came_is_noted(wire: Wire, faults: Faults) -> None:
+async def test_requests_are_recorded(wire: Wire, faults: Faults) -> None:
     await wire("POST", f"/{wire.id}", json={"metadata": {"a": "b"}})
     await wire("POST", f"/{wire.id}", data=b"not json")
     first, second = faults.of("update", work_id=wire.id)

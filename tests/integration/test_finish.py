@@ -137,7 +137,7 @@ async def test_returned_something_else(run_one: Any, returned: Any, error: str) 
     [SystemExit(3), asyncio.CancelledError("leaked"), GeneratorExit(), BaseException()],
     ids=lambda error: type(error).__name__,
 )
-async def test_what_is_no_exception_counts_as_raised(run_one: Any, error: BaseException) -> None:
+async def test_base_exception_counts_as_raised(run_one: Any, error: BaseException) -> None:
     async def work(_: Session) -> None:
         raise error
 

@@ -398,7 +398,7 @@ async def test_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     assert trace == ["enter A", "enter B", "work", "leave B", "leave A"]
 
 
-async def test_what_the_handler_raises_passes_through_the_contexts(
+async def test_exception_of_the_handler_passes_through_the_contexts(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -436,7 +436,7 @@ class Raising:
 
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
-async def test_what_a_context_raises_is_the_handlers_error(
+async def test_exception_of_a_context_is_the_error_of_the_handler(
     plane: ControlPlane, make_pool: Any, life_of: Any, where: str
 ) -> None:
     ran: list[bool] = []

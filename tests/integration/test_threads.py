@@ -49,7 +49,7 @@ async def test_observers_are_told_on_the_handlers_loop_wherever_the_fact_arose(
     assert set().union(*threads.values()) == {here}
 
 
-async def test_what_a_handler_sets_in_its_context_stays_there(
+async def test_context_variable_of_a_handler_does_not_leave_its_session(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     before: list[str] = []

@@ -50,7 +50,7 @@ async def test_an_empty_queue_ends_it_at_the_first_null(faults: Faults, make_poo
     assert len(faults.of("poll")) == 1
 
 
-async def test_it_waits_for_what_still_runs_and_takes_what_comes_meanwhile(
+async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
@@ -65,7 +65,7 @@ async def test_it_waits_for_what_still_runs_and_takes_what_comes_meanwhile(
     assert len(recorder.of(SessionFinished)) == 2
 
 
-async def test_it_does_not_end_while_another_poll_may_bring_an_item(
+async def test_until_empty_does_not_end_during_another_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """One poller is told null; the other's answer, with an item in it, is on its way."""
@@ -100,7 +100,7 @@ async def test_pollers_out_of_step_do_not_keep_each_other_going(
         await make_pool(until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
 
 
-async def test_what_only_others_want_does_not_keep_it_from_ending(
+async def test_until_empty_ends_although_unwanted_items_are_queued(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(work_type="for_others")
@@ -109,7 +109,7 @@ async def test_what_only_others_want_does_not_keep_it_from_ending(
     assert recorder.of(ItemDeclined)
 
 
-async def test_what_was_released_does_not_keep_it_from_ending(
+async def test_until_empty_ends_although_an_item_was_released(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler

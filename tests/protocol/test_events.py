@@ -357,7 +357,7 @@ async def test_unknown_fields_are_ignored(api: Api) -> None:
     assert stored["id"] != "evt_mine"
 
 
-async def test_who_may_read_and_send(api: Api, http: aiohttp.ClientSession) -> None:
+async def test_permissions_to_read_and_send_events(api: Api, http: aiohttp.ClientSession) -> None:
     mine, theirs = (
         api.plane.enqueue(environment_id=name, script=[BASH])[0].session_id for name in (ENV, OTHER)
     )
@@ -532,7 +532,7 @@ async def test_after_id_in_descending_order_is_400(api: Api, told: str) -> None:
 # -- the agent's side, played by whoever embeds ------------------------------------------------
 
 
-async def test_what_was_resolved_in_part_is_named_again_with_the_rest(api: Api) -> None:
+async def test_partly_resolved_action_is_announced_again_with_the_rest(api: Api) -> None:
     (item,) = api.plane.enqueue()
     one, two, three = api.plane.emit(
         item.session_id,
@@ -615,7 +615,7 @@ async def test_thread_that_is_no_text_is_the_primary_thread(api: Api) -> None:
     [{}, {"type": 1}, {"type": "user.message"}, {"type": "agent.tool_use", "name": "Bash"},
      {"type": "agent.message", "content": object()}],
 )  # fmt: skip
-async def test_what_an_agent_cannot_say_here(qoder: Api, event: dict[str, Any]) -> None:
+async def test_event_that_no_agent_sends_is_refused(qoder: Api, event: dict[str, Any]) -> None:
     session_id = scripted(qoder, BASH)
     with pytest.raises(APIError):
         qoder.plane.emit(session_id, event)
@@ -679,7 +679,7 @@ async def test_a_restart_goes_on_where_it_was(
     assert before[-1]["stop_reason"] == {"type": "end_turn"}
 
 
-async def test_what_a_crash_kept_from_being_said_is_said_at_the_start(
+async def test_event_that_a_crash_prevented_is_appended_at_start(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
@@ -725,7 +725,7 @@ async def test_a_database_of_an_older_version_is_migrated(
 # -- what an embedder hands over ---------------------------------------------------------------
 
 
-async def test_what_is_said_does_not_change_when_its_author_changes_it(qoder: Api) -> None:
+async def test_stored_event_does_not_change_with_the_object_of_its_sender(qoder: Api) -> None:
     given: dict[str, Any] = {"command": ["ls"]}
     session_id = scripted(qoder, {"name": "Bash", "input": MappingProxyType(given)})
     event: dict[str, Any] = {"type": "agent.thinking", "more": MappingProxyType(given)}

@@ -53,7 +53,7 @@ def test_a_life_is_told_in_order(operations: Operations, clock: Clock) -> None:
     assert records[6].op == "ack"
 
 
-def test_what_changes_nothing_leaves_no_record(operations: Operations) -> None:
+def test_call_without_effect_leaves_no_record(operations: Operations) -> None:
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     before = len(operations.history)
@@ -96,7 +96,7 @@ def test_a_redelivery_to_the_same_worker_is_none(operations: Operations, clock: 
     assert summarize(operations.history).reclaimed == 0
 
 
-def test_what_is_not_stopped_is_lost(operations: Operations) -> None:
+def test_item_that_is_not_stopped_is_lost(operations: Operations) -> None:
     operations.enqueue(ENV, count=2)
     run(operations, "a")
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
@@ -157,7 +157,7 @@ def test_the_history_is_bounded_and_says_so() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_who_knows_the_holders_last_heartbeat_takes_over(operations: Operations) -> None:
+def test_worker_with_the_last_heartbeat_of_the_holder_takes_over(operations: Operations) -> None:
     """As a child to which the item is handed over; its parent must not act from then on."""
     operations.enqueue(ENV)
     work_id = run(operations, "a")

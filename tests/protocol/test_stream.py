@@ -147,7 +147,7 @@ async def test_a_reader_that_does_not_read_is_cut_off(
             await reader.response.content.read()
 
 
-async def test_what_is_not_durable_is_not_told(
+async def test_event_that_is_not_durable_is_not_streamed(
     tmp_path: Path, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -47,7 +47,7 @@ async def test_time_runs_out(bounded: Bounded, seconds: float) -> None:
     assert left() == 0
 
 
-async def test_what_ends_in_time_is_left_alone(bounded: Bounded) -> None:
+async def test_call_that_ends_in_time_is_not_changed(bounded: Bounded) -> None:
     async with bounded(0.01):
         pass
     with pytest.raises(KeyError):

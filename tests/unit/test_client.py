@@ -382,7 +382,7 @@ async def test_a_page_that_is_not_one(qoder: WorkClient, tap: Tap, page: Any) ->
 @pytest.mark.parametrize(
     "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
 )
-async def test_what_is_no_id_never_enters_a_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
+async def test_invalid_id_never_enters_a_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
     calls = [
         qoder.ack(bad),
         qoder.heartbeat(bad),
@@ -428,7 +428,7 @@ async def test_a_client_belongs_to_one_loop(qoder: WorkClient) -> None:
         await asyncio.to_thread(asyncio.run, qoder.poll())
 
 
-async def test_what_is_missing_is_said_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_setting_is_reported_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QODER_PAT", raising=False)
     client = WorkClient(Settings())
     with pytest.raises(SettingsError) as raised:

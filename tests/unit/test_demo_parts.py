@@ -105,7 +105,7 @@ def test_figures_of_a_real_exposition() -> None:
     assert WorkerMetrics().poll_latency == 0.0
 
 
-def test_what_is_shown_of_a_workers_lines() -> None:
+def test_lines_of_a_worker_are_filtered() -> None:
     shown: list[str] = []
     worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
 

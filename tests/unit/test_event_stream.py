@@ -116,7 +116,7 @@ async def test_retry_after_is_honoured() -> None:
 
 
 @in_virtual_time
-async def test_what_comes_too_late_is_asked_for_again() -> None:
+async def test_late_answer_is_requested_again() -> None:
     world = World(
         stream=[CallFault(answer="silence"), CallFault(answer="reset")],
         events=[CallFault(answer="silence"), CallFault(back=60), CallFault(answer=b"[]")],
@@ -327,7 +327,7 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=True,
     replays=False,
 )
-def test_whatever_breaks_every_event_comes_once_and_in_order(
+def test_events_come_once_and_in_order_after_any_failure(
     conditions: Sequence[str],
     pauses: Sequence[float],
     patience: float,

@@ -383,7 +383,7 @@ class Life:
 @COUNTS_FILES
 @pytest.mark.parametrize("stage", Life.STAGES)
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_it_can_be_cancelled_at_any_point_of_its_life(
+def test_exporter_can_be_cancelled_at_any_point(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:
     async def cancel_after(turns: int) -> str:
@@ -408,7 +408,7 @@ def test_it_can_be_cancelled_at_any_point_of_its_life(
 
 
 @COUNTS_FILES
-async def test_it_can_be_used_fifty_times(registry: CollectorRegistry) -> None:
+async def test_exporter_can_be_opened_fifty_times(registry: CollectorRegistry) -> None:
     before = left()
     exporter = Exporter("127.0.0.1", 0, registry, health=list, readiness=list)
     for _ in range(50):

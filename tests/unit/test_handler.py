@@ -162,7 +162,7 @@ def test_bad_arguments_are_refused_by_name(
         (7, "int", False),
     ],
 )
-def test_what_is_an_async_callable_and_how_it_is_called(
+def test_async_callables_are_recognised_and_named(
     call: object, name: str, *, is_async: bool
 ) -> None:
     assert name_of(call) == name

@@ -233,7 +233,7 @@ def test_a_malformed_field_is_refused_by_name(
 
 @pytest.mark.parametrize("parse", [parse_item, parse_heartbeat, parse_stats])
 @pytest.mark.parametrize("bad", [None, [], "x", 1, True])
-def test_what_is_no_object_is_refused(parse: Parse, bad: object) -> None:
+def test_answer_that_is_no_object_is_refused(parse: Parse, bad: object) -> None:
     with pytest.raises(ValueError, match="not an object"):
         parse(bad)
 

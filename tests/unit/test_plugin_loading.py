@@ -433,7 +433,7 @@ def test_settings_for_no_plugin_are_refused_unless_it_is_installed(disk: Disk) -
 
 
 @pytest.mark.parametrize("plugin", [7, None, object(), daily, dict, type])
-def test_what_is_no_plugin_is_refused(plugin: object) -> None:
+def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
     with pytest.raises(PluginError, match=r"@handler|type\(\) takes"):
         load(plugin)
 

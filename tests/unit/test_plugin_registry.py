@@ -166,7 +166,7 @@ def test_a_rule_that_refines_nothing_before_it_waits_for_its_plugins_turn() -> N
     assert chosen(load(First(), two), both) == "First.run"
 
 
-def test_nothing_to_handle_with_is_visible() -> None:
+def test_plugins_without_handlers_are_reported() -> None:
     class Observer:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
@@ -199,7 +199,9 @@ class Call:
         (functools.partial(limited), "Router.limited", (9.0, 1)),
     ],
 )
-def test_what_a_hook_may_answer(call: Any, name: str, limits: tuple[Any, Any]) -> None:
+def test_valid_answers_of_a_hook_are_accepted(
+    call: Any, name: str, limits: tuple[Any, Any]
+) -> None:
     class Router:
         @hookimpl
         def workpool_session_handler(self) -> Any:

@@ -151,9 +151,7 @@ async def test_a_malformed_page_is_no_history(
     assert caught.value.reason == "bad_body"
 
 
-async def test_what_is_sent_comes_back_as_it_is_stored(
-    plane: ControlPlane, client: WorkClient
-) -> None:
+async def test_sent_events_are_returned_as_stored(plane: ControlPlane, client: WorkClient) -> None:
     session_id = scripted(plane, BASH)
     use = open_use(plane, session_id)
     stored = await client.events(session_id).send(MESSAGE, result(use))
@@ -438,7 +436,7 @@ async def test_a_refusal_is_for_good(
 
 
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 503])
-async def test_what_may_pass_is_tried_again(
+async def test_transient_error_is_tried_again(
     plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     for op in ("stream", "events"):

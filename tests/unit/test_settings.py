@@ -454,7 +454,7 @@ def test_a_given_token_must_fit_a_header(token: str) -> None:
         Settings(token=token).read_token()
 
 
-def test_what_a_connection_lacks_is_said_at_once() -> None:
+def test_all_missing_settings_of_a_connection_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings().require_connection()
     assert raised.value.problems == (

@@ -67,7 +67,7 @@ def reference(content: bytes) -> list[Frame]:
          [("message", "a\x0bb\x0cc\x1cd\x85e\u2028f", "")]),
     ],
 )  # fmt: skip
-def test_what_a_stream_says(stream: bytes, frames: list[tuple[str, str, str]]) -> None:
+def test_frames_of_a_stream_are_parsed(stream: bytes, frames: list[tuple[str, str, str]]) -> None:
     assert parse(stream) == frames == reference(stream)
     assert parse(*(bytes((byte,)) for byte in stream)) == frames
 
@@ -95,7 +95,7 @@ def test_a_frame_comes_with_its_last_byte() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
-def test_what_is_too_long_is_refused_before_it_is_held(size: int) -> None:
+def test_too_long_frame_is_refused_before_it_is_stored(size: int) -> None:
     line = b"data: " + b"x" * 94
     assert FrameParser(limit=100).feed(line + b"\n\n")
     for endless in (b"data: " + b"x" * 4096, b": " + b"x" * 4096, b"data: x\n" * 512):

@@ -165,7 +165,7 @@ async def failure(
 # -- requests ----------------------------------------------------------------------------------
 
 
-async def test_what_a_request_bears() -> None:
+async def test_request_has_its_headers() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         await ask(transport, server.url)
     (request,) = server.requests
@@ -458,7 +458,7 @@ async def test_no_time_is_no_request() -> None:
         assert error.reason == "timeout"
 
 
-async def test_nobody_listens() -> None:
+async def test_connection_without_a_listener_is_a_transient_error() -> None:
     async with serving(OK) as server:
         url = server.url
     async with connected(url) as transport:

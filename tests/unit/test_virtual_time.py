@@ -35,7 +35,7 @@ def test_a_year_passes_at_once_and_to_the_second() -> None:
     assert time.monotonic() - before < 10
 
 
-def test_what_would_wait_for_ever_is_an_error() -> None:
+def test_wait_without_an_end_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="no timer"):
         run_virtual(asyncio.Event().wait())
 
@@ -102,7 +102,7 @@ async def test_poll_waits_and_can_have_faults(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_what_was_sent_arrives_although_its_caller_has_given_up(bench: type[Bench]) -> None:
+async def test_sent_request_arrives_although_its_caller_was_cancelled(bench: type[Bench]) -> None:
     one = bench(stop=[CallFault(there=30)])
     async with one.client:
         item = await one.claim()

@@ -97,7 +97,7 @@ async def test_a_drain_ends_it(
     await machine.gone(pids)
 
 
-async def test_what_it_leaves_behind_is_killed(
+async def test_remaining_processes_of_a_command_are_killed(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))

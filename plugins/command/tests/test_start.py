@@ -103,7 +103,7 @@ async def test_one_object_serves_one_pool(kit: Kit, shell: Shell) -> None:
     assert (await kit.run_session(command)).outcome == "completed"
 
 
-async def test_what_has_gone_since_the_start_fails_the_session_by_name(
+async def test_program_that_vanished_after_the_start_is_named_by_the_error(
     kit: Kit, tmp_path: Path
 ) -> None:
     program, root = tmp_path / "tool", tmp_path / "root"

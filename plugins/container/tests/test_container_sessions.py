@@ -58,7 +58,7 @@ async def test_the_exit_status_decides(scene: Scene) -> None:
     assert await scene.containers(released.session.item.id) == []  # not to be adopted
 
 
-async def test_what_a_container_may_not(
+async def test_container_has_no_privileges_by_default(
     scene: Scene, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")

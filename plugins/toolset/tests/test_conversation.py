@@ -70,7 +70,7 @@ def test_others_tools_are_left_to_others() -> None:
 
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
-def test_what_is_not_allowed_waits_for_a_verdict(permission: object) -> None:
+def test_call_that_is_not_allowed_waits_for_a_decision(permission: object) -> None:
     told = Told().use("a", evaluated_permission=permission).use("b")
     assert told.next == "b"
     told.now.close("b")
@@ -108,7 +108,7 @@ def test_idle_after_a_turn(reason: object, *, idle: bool) -> None:
     assert Told().idle(reason).now.idle is idle
 
 
-def test_what_winds_the_idle_clock_up_and_what_does_not() -> None:
+def test_idle_time_restarts_with_some_events_only() -> None:
     told = Told().idle()
     assert told.say("user.tool_confirmation", tool_use_id="x", result="allow").now.idle
     assert told.say("session.thread_status_terminated", session_thread_id="t").now.idle

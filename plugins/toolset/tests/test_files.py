@@ -211,7 +211,7 @@ async def test_images_and_documents_are_blocks(bare: Any, folder: Path) -> None:
     assert "larger" in await bare.fails("read", file_path="huge.jpg")
 
 
-async def test_what_is_no_text_file_is_refused(bare: Any, folder: Path) -> None:
+async def test_file_that_is_not_text_is_refused(bare: Any, folder: Path) -> None:
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
     (folder / "empty").touch()
     (folder / "directory").mkdir()

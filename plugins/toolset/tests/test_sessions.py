@@ -381,7 +381,7 @@ async def test_an_interrupt_keeps_a_result_that_was_computed(
     assert len(answers(workpool.server.events(item.session_id))) == 2
 
 
-async def test_what_another_machine_may_have_begun_is_not_begun_here(
+async def test_call_that_another_machine_may_have_begun_is_not_executed(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo 2")])
@@ -395,7 +395,7 @@ async def test_what_another_machine_may_have_begun_is_not_begun_here(
     assert said == [(runner.UNKNOWN, True), ("2\n", False)]
 
 
-async def test_what_was_begun_elsewhere_meanwhile_is_not_begun_here_again(
+async def test_call_that_was_begun_elsewhere_meanwhile_is_not_executed_again(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     """Here, elsewhere, here: this machine's journal is not new, but knows the first call only."""

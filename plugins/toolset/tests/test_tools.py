@@ -69,7 +69,7 @@ async def test_unknown_fields_are_ignored(bare: Any, folder: Path) -> None:
         ({"a\ud800": 1}, ['{"a\ufffd": 1}']),
     ],
 )
-def test_what_a_tool_returns_becomes_blocks(value: object, content: list[str]) -> None:
+def test_result_of_a_tool_becomes_blocks(value: object, content: list[str]) -> None:
     result = Result.of(value)
     assert [block["text"] for block in result.content] == content
     assert not result.is_error
@@ -108,7 +108,7 @@ async def test_custom_tools(agents: Any) -> None:
     assert not agent.toolbox.owns(call)
 
 
-async def test_what_fails_unexpectedly_tells_the_agent_nothing_of_this_machine(
+async def test_unexpected_error_shows_no_path_of_the_machine_to_the_agent(
     bare: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
