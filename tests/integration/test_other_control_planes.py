@@ -47,6 +47,15 @@ ACTIVE = rewritten(lambda item: {**item, "state": "active"})
 LOST = rewritten(lambda answer: {**answer, "last_heartbeat": None, "lease_extended": False})
 
 
+@pytest.fixture(params=["qoder", "anthropic"])
+def make_settings(
+    plane: ControlPlane, make_settings: Callable[..., Any], request: pytest.FixtureRequest
+) -> Callable[..., Any]:
+    """Settings for either dialect: each difference may be met in both."""
+    url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[request.param]
+    return lambda **values: make_settings(dialect=request.param, base_url=url, **values)
+
+
 @handler
 async def work(_: Session) -> dict[str, str]:
     return {"done": "yes"}
