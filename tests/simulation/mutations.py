@@ -108,7 +108,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "refusal of an optional call not remembered": [
         Edit(
             "optional_calls:OptionalCalls",
-            "if op in self._refused:",
+            "if op in self.refused:",
             "if False:",
         ),
     ],

@@ -43,16 +43,17 @@ LOOK_UP_ITEMS: Final = 1000
 
 
 class OptionalCalls:
-    """Makes optional calls for one pool, on all of its loops."""
+    """Makes optional calls for one pool, on all of its loops.
+
+    Attributes:
+        refused: The calls that the credential may not make, as far as that is known, with the
+            status of the refusal. Changed only here.
+    """
 
     def __init__(self) -> None:
-        self._refused: dict[Op, int | None] = {}
+        self.refused: dict[Op, int | None] = {}
         self._allowed: set[Op] = set()
         self._logged: set[Op] = set()
-
-    def may(self, op: Op) -> bool:
-        """Return whether the call may be made, as far as that is known."""
-        return op not in self._refused
 
     def check(self, op: Op) -> None:
         """Raise unless the call may be made, as far as that is known.
@@ -60,8 +61,8 @@ class OptionalCalls:
         Raises:
             NotPermittedError: It was refused before.
         """
-        if op in self._refused:
-            raise NotPermittedError(op, self._refused[op], NOT_PERMITTED)
+        if op in self.refused:
+            raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
 
     async def make(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
         """Make a call, unless it was refused before.
@@ -84,13 +85,13 @@ class OptionalCalls:
 
     def forget(self) -> None:
         """Let all calls be tried again: a call that every credential may make was refused too."""
-        self._refused.clear()
+        self.refused.clear()
 
     def _learn(self, op: Op, error: ControlPlaneError) -> bool:
         """Return whether a refusal means that the credential may not make this call at all."""
         if op in self._allowed or not _means_never(op, error):
             return False
-        self._refused[op] = error.status
+        self.refused[op] = error.status
         if op not in self._logged:
             self._logged.add(op)
             log.warning(

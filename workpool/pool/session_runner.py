@@ -214,7 +214,7 @@ class SessionRunner:
 
     async def _open_attempt(self, item: PoolItem, session: Session, attempt: Attempt) -> None:
         """Write the number of this run, if it must be written before the handler starts."""
-        counted_here = not self._context.optional.may("update")
+        counted_here = "update" in self._context.optional.refused
         if counted_here:
             attempt.count_here(self._runs.of(item.id))
             session.attempt = attempt.number
