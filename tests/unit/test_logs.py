@@ -206,6 +206,7 @@ def test_token_of_three_characters_leaves_words_readable() -> None:
     assert readable("workers and handlers") == "workers and handlers"
 
 
+@pytest.mark.usefixtures("no_tokens")
 def test_token_that_the_cut_would_split_leaves_no_part() -> None:
     hide("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
