@@ -298,6 +298,11 @@ MUTATIONS: dict[str, list[Edit]] = {
             "PoolItem(work_item, None, self._context.start_context.copy(),",
             "PoolItem(work_item, None, self._context.start_context,",
         ),
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "context=item.context.copy()",
+            "context=item.context",
+        ),
     ],
     # The completion.
     "own stop taken for an operator's": [
