@@ -19,7 +19,7 @@ from throughput import compare
 
 from workpool import hookimpl
 from workpool.metrics import Metrics
-from workpool.testing.simulation.world import LoopSupervisor
+from workpool.testing.loop_supervisor import LoopSupervisor
 
 if TYPE_CHECKING:
     from arena import Meter, Plane

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-import workpool
 from tests import references
 from workpool import Session, Settings, Supervisor, WorkClient, handler, hookspecs
 from workpool.cli import exits
@@ -405,10 +404,12 @@ def entries_of_the_glossary() -> list[list[str]]:
 
 
 def exists(path: str) -> bool:
-    """Whether a dotted path below the package leads to a module, or to an attribute of one."""
-    found: Any = workpool
-    module = "workpool"
-    for name in path.split("."):
+    """Whether a dotted path below the package, or from `tests` on, leads to something."""
+    module, names = "workpool", path.split(".")
+    if names[0] == "tests":
+        module = names.pop(0)
+    found: Any = importlib.import_module(module)
+    for name in names:
         try:
             found = importlib.import_module(f"{module}.{name}")
             module = f"{module}.{name}"

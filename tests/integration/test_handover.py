@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.simulation.case import START
+from tests.simulation.world import ENVIRONMENT
 from workpool import LeaseLost, SessionEnded, Settings, handler
 from workpool.errors import HandoverError, PreconditionError, TransientError
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
@@ -21,8 +23,7 @@ from workpool.pool.handoff_child import HandoffChild
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.simulation.case import START
-from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
+from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:

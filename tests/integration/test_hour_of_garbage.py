@@ -16,7 +16,7 @@ from workpool.events import PluginFailed, PollerRestarted
 from workpool.server import Item, Operations
 from workpool.testing import Recorder
 from workpool.testing.local import CallFault, LocalClient
-from workpool.testing.simulation.world import LoopSupervisor
+from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, run_virtual
 
 ENVIRONMENT = "env_00000000000070008000000000000001"

@@ -15,7 +15,7 @@ import textwrap
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workpool.testing.simulation.runner import schedule_of, simulate
+from tests.simulation.runner import schedule_of, simulate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tests.simulation.case import START
+from tests.simulation.world import ENVIRONMENT
 from workpool import Session, Settings, handler
 from workpool.errors import HandoverError
 from workpool.events import (
@@ -23,8 +25,7 @@ from workpool.hookspecs import hookimpl
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.simulation.case import START
-from workpool.testing.simulation.world import ENVIRONMENT, LoopSupervisor
+from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
-from workpool.testing.simulation.invariants import INVARIANTS
-from workpool.testing.simulation.replay import replay
-from workpool.testing.simulation.results import Progress, Report
-from workpool.testing.simulation.runner import schedule_of, simulate, simulate_all, simulate_many
-from workpool.testing.simulation.schedule import (
+from tests.simulation.replay import replay
+from tests.simulation.results import Progress, Report
+from tests.simulation.runner import schedule_of, simulate, simulate_all, simulate_many
+from tests.simulation.schedule import (
     ACTION_KINDS,
     BEHAVIOURS,
     FAULT_KINDS,
@@ -128,7 +128,7 @@ def test_progress_of_other_source_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Progress(tmp_path / "progress").add(range(50), Report(50))
-    monkeypatch.setattr("workpool.testing.simulation.results._source_digest", lambda: "other")
+    monkeypatch.setattr("tests.simulation.results._source_digest", lambda: "other")
     assert Progress(tmp_path / "progress").finished() == {}
 
 

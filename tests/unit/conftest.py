@@ -18,7 +18,7 @@ from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import Sender
 from workpool.server import Operations, Poll
 from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.simulation.world import LoopRenewer
+from workpool.testing.loop_supervisor import LoopRenewer
 from workpool.testing.virtual import VirtualLoop
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 

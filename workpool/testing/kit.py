@@ -25,9 +25,9 @@ from workpool.testing.actions import expire_lease
 from workpool.testing.changes import WAIT_SECONDS
 from workpool.testing.faults import Faults
 from workpool.testing.local import LocalClient
+from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.recorder import Recorder
 from workpool.testing.report import names_of, progress_of
-from workpool.testing.simulation.world import LoopSupervisor
 from workpool.testing.virtual import VirtualLoop
 from workpool.wire.protocol import STOPPED
 

@@ -9,12 +9,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+from tests.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
+from tests.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.server_dialects import QODER
 from workpool.testing.local import CallFault, LocalClient, answer_to
-from workpool.testing.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
-from workpool.testing.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.wire import endpoints
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from random import Random
 
+    from tests.simulation.machine import Halt
+    from tests.simulation.schedule import Schedule
+    from tests.simulation.trace import Node, Trace
     from workpool.server import Operations
     from workpool.settings import Settings
-    from workpool.testing.simulation.machine import Halt
-    from workpool.testing.simulation.schedule import Schedule
-    from workpool.testing.simulation.trace import Node, Trace
     from workpool.wire.endpoints import Endpoint
     from workpool.wire.items import WorkItem
     from workpool.wire.response import Response

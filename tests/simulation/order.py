@@ -6,15 +6,15 @@ from http import HTTPStatus
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
+from tests.simulation.trace import FOREVER
 from workpool.events import AckFinished, ItemDeclined, ItemReceived, SessionFinished
-from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tests.simulation.case import Case
+    from tests.simulation.trace import Node, Run, Sent
     from workpool.events import Event
-    from workpool.testing.simulation.case import Case
-    from workpool.testing.simulation.trace import Node, Run, Sent
 
 INSTANT_SECONDS: Final = 0.001
 MARGIN_SECONDS: Final = 0.05

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from workpool.testing.simulation.trace import FOREVER
+from tests.simulation.trace import FOREVER
 from workpool.wire.protocol import ACTIVE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from tests.simulation.trace import Node, Run, Sent, Trace
     from workpool.server import Record
-    from workpool.testing.simulation.trace import Node, Run, Sent, Trace
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
 DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})

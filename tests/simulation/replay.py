@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tests.simulation.trace import FOREVER
 from workpool.events import PollFinished
-from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.testing.simulation.case import Case
-    from workpool.testing.simulation.schedule import Schedule
+    from tests.simulation.case import Case
+    from tests.simulation.schedule import Schedule
 
 
 def replay(schedule: Schedule, case: Case) -> Iterator[str]:

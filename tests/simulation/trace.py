@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from tests.simulation.machine import Machine
+    from tests.simulation.schedule import Pool
     from workpool.events import Event
     from workpool.testing.local import CallFault
-    from workpool.testing.simulation.machine import Machine
-    from workpool.testing.simulation.schedule import Pool
 
 FOREVER: Final = float("inf")
 LATENCY_SECONDS: Final = 0.001

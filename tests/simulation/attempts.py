@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from tests.simulation.case import DENIED
+from tests.simulation.trace import FOREVER
 from workpool.events import SessionFinished, SessionStarted
-from workpool.testing.simulation.case import DENIED
-from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.testing.simulation.case import Case, GrantedLease
-    from workpool.testing.simulation.trace import Node, Run, Sent
+    from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.trace import Node, Run, Sent
 
 _RELEASED: Final = "workpool.released"
 _ERROR: Final = "workpool.error"

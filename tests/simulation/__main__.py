@@ -1,4 +1,4 @@
-"""Command line: `python -m workpool.testing.simulation --schedules N --seed N [--replay SEED]`."""
+"""Command line: `python -m tests.simulation --schedules N --seed N [--replay SEED]`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from workpool.testing.simulation.replay import replay
-from workpool.testing.simulation.runner import schedule_of, simulate, simulate_many
+from tests.simulation.replay import replay
+from tests.simulation.runner import schedule_of, simulate, simulate_many
 
 
 def main() -> int:
     """Simulate, and return the exit status: 1 if an invariant was violated."""
-    parser = argparse.ArgumentParser(prog="python -m workpool.testing.simulation")
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--schedules", type=int, default=10_000, help="number of schedules")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first schedule")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)

@@ -7,16 +7,16 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from tests.simulation.machine import this_machine
+from tests.simulation.trace import HandoffBlock, Run
 from workpool import Release, Session, handler
 from workpool.errors import ControlPlaneError, HandoverError
-from workpool.testing.simulation.machine import this_machine
-from workpool.testing.simulation.trace import HandoffBlock, Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.simulation.trace import Node, Trace
     from workpool.session import HandedLease
-    from workpool.testing.simulation.trace import Node, Trace
 
 BEHAVIOUR: Final = "behaviour"
 """Metadata key: a name of `schedule.BEHAVIOURS`."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from workpool.testing.simulation.case import WRITES
+from tests.simulation.case import WRITES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.testing.simulation.case import Case, GrantedLease
-    from workpool.testing.simulation.trace import Node
+    from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.trace import Node
 
 
 def nothing_is_sent_during_a_handoff(case: Case) -> Iterator[str]:

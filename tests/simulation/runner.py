@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry
 
+from tests.simulation.invariants import INVARIANTS, judge
+from tests.simulation.machine import run_machines
+from tests.simulation.results import Progress, Report
+from tests.simulation.schedule import Schedule, draw
+from tests.simulation.scripted_handlers import simulated
+from tests.simulation.world import World
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
-from workpool.testing.simulation.invariants import INVARIANTS, judge
-from workpool.testing.simulation.machine import run_machines
-from workpool.testing.simulation.results import Progress, Report
-from workpool.testing.simulation.schedule import Schedule, draw
-from workpool.testing.simulation.scripted_handlers import simulated
-from workpool.testing.simulation.world import World
 from workpool.wire import resolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from workpool.testing.simulation.case import Case
+    from tests.simulation.case import Case
 
 PART: Final = 50
 """Number of schedules that a process simulates at a time."""

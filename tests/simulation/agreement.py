@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
+from tests.simulation.trace import FOREVER
 from workpool.events import (
     AckFinished,
     ItemDeclined,
@@ -16,14 +17,13 @@ from workpool.events import (
     StopFinished,
     StopRequested,
 )
-from workpool.testing.simulation.trace import FOREVER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.trace import Node, Run
     from workpool.events import Event
-    from workpool.testing.simulation.case import Case, GrantedLease
-    from workpool.testing.simulation.trace import Node, Run
 
 _EXPECTED: Final = {"returned": "completed", "raised": "failed", "released": "released"}
 _COUNTED: Final[Mapping[type[Event], tuple[str, str]]] = {

@@ -6,27 +6,25 @@ from http import HTTPStatus
 from itertools import combinations
 from typing import TYPE_CHECKING, Final
 
-from workpool.errors import ControlPlaneError, RefusedError
-from workpool.events import PollerRestarted
-from workpool.testing.simulation.agreement import (
+from tests.simulation.agreement import (
     everything_received_is_reported,
     losses_are_real,
     metrics_agree,
     outcomes_agree,
 )
-from workpool.testing.simulation.attempts import (
+from tests.simulation.attempts import (
     attempts_are_counted,
     lost_runs_are_counted,
     no_item_has_a_mark_and_an_error,
     released_items_are_marked,
 )
-from workpool.testing.simulation.case import ACK_SECONDS, WRITES
-from workpool.testing.simulation.handoffs import (
+from tests.simulation.case import ACK_SECONDS, WRITES
+from tests.simulation.handoffs import (
     items_handed_off_are_left_alone,
     nothing_is_sent_during_a_handoff,
     only_a_child_takes_over,
 )
-from workpool.testing.simulation.order import (
+from tests.simulation.order import (
     a_try_leaves_time_for_another,
     acks_do_not_wait,
     cancellations_are_repeated,
@@ -40,13 +38,15 @@ from workpool.testing.simulation.order import (
     refused_acks_are_backed_off,
     sessions_share_no_context,
 )
-from workpool.testing.simulation.trace import FOREVER
+from tests.simulation.trace import FOREVER
+from workpool.errors import ControlPlaneError, RefusedError
+from workpool.events import PollerRestarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from workpool.testing.simulation.case import Case, GrantedLease
-    from workpool.testing.simulation.trace import Node, Run, Sent
+    from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.trace import Node, Run, Sent
 
     Invariant = Callable[[Case], Iterator[str]]
 

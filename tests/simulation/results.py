@@ -47,14 +47,15 @@ class Report(NamedTuple):
         ]
         for seed, violations in self.failures:
             lines += [f"seed {seed}: {each}" for each in violations[:3]]
-            lines.append(f"  replay: python -m workpool.testing.simulation --replay {seed}")
+            lines.append(f"  replay: python -m tests.simulation --replay {seed}")
         return "\n".join(lines)
 
 
 class Progress:
     """A file with one line of JSON for each finished part of a long simulation.
 
-    A line names a digest of the package's source, since a result holds for that source only.
+    A line names a digest of the source of the package and of the simulation: a result holds for
+    that source only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,6 +91,7 @@ class Progress:
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(workpool.__file__).parent.rglob("*.py")):
+    folders = Path(workpool.__file__).parent, Path(__file__).parent
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -10,34 +10,32 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
-from workpool.errors import WorkpoolError
-from workpool.pool.handoff_child import HandoffChild
-from workpool.pool.lease_renewer import LeaseRenewer
-from workpool.pool.supervisor import Supervisor
-from workpool.server import APIError, Operations
-from workpool.server.timestamps import SECOND
-from workpool.settings import Settings
-from workpool.testing.local import CallFault
-from workpool.testing.simulation.case import START, Case
-from workpool.testing.simulation.control_planes import ActiveAcks
-from workpool.testing.simulation.machine import (
+from tests.simulation.case import START, Case
+from tests.simulation.control_planes import ActiveAcks
+from tests.simulation.machine import (
     EVENT_LOOP,
     NETWORK,
     Halt,
     Machine,
     MachinesLoop,
 )
-from workpool.testing.simulation.metric_totals import totals
-from workpool.testing.simulation.network import Client, Network
-from workpool.testing.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
-from workpool.testing.simulation.scripted_handlers import (
+from tests.simulation.metric_totals import totals
+from tests.simulation.network import Client, Network
+from tests.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
+from tests.simulation.scripted_handlers import (
     BEHAVIOUR,
     SECONDS,
     SimulatedHandlers,
     simulated,
 )
-from workpool.testing.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
-from workpool.testing.virtual import VirtualLoop
+from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
+from workpool.errors import WorkpoolError
+from workpool.pool.handoff_child import HandoffChild
+from workpool.server import APIError, Operations
+from workpool.server.timestamps import SECOND
+from workpool.settings import Settings
+from workpool.testing.local import CallFault
+from workpool.testing.loop_supervisor import LoopRenewer, LoopSupervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -50,7 +48,6 @@ if TYPE_CHECKING:
     from workpool.session import HandedLease
 
 ENVIRONMENT: Final = "env_00000000000070008000000000000001"
-TICK_SECONDS: Final = 5.0
 REST_SECONDS: Final = 25.0
 """Time from the last action until all faults end."""
 DRAIN_WAIT_SECONDS: Final = 200.0
@@ -65,34 +62,6 @@ HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
 """How each action halts a machine, and the shortest duration in seconds."""
 
 Ts = TypeVarTuple("Ts")
-
-
-class LoopRenewer(LeaseRenewer):
-    """A lease renewer on the handlers' loop, without a thread of its own."""
-
-    tick_seconds = TICK_SECONDS
-
-    def _start_thread(self) -> asyncio.Future[None]:
-        self._loop = self._handlers_loop
-        return self._loop.create_task(self._main(), name="lease-renewer")
-
-    def _join_thread(self) -> None:
-        """Do nothing: there is no thread."""
-
-
-class LoopSupervisor(Supervisor):
-    """A supervisor without a renewer thread, for one pool in virtual time.
-
-    Its lease renewer runs on the handlers' loop, and its lease clock is that loop's.
-    """
-
-    _renewer = LoopRenewer
-
-    async def _live(self) -> None:
-        loop = asyncio.get_running_loop()
-        if isinstance(loop, VirtualLoop) and not isinstance(loop, MachinesLoop):
-            self._clock, self._wall = loop.machine_time, loop.wall_time
-        await super()._live()
 
 
 class MachineRenewer(LoopRenewer):
@@ -116,6 +85,9 @@ class MachineSupervisor(LoopSupervisor):
 
     _renewer = MachineRenewer
     node: Node
+
+    def _use_virtual_clocks(self) -> None:
+        """Keep the clocks of the machine."""
 
     async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
         context = await super()._open_renewer(stack)

@@ -1,0 +1,44 @@
+"""A supervisor whose lease renewer has no thread, so that virtual time can move all of a pool."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from workpool.pool.lease_renewer import LeaseRenewer
+from workpool.pool.supervisor import Supervisor
+from workpool.testing.virtual import VirtualLoop
+
+TICK_SECONDS: Final = 5.0
+"""The interval of the renewer's ticks: fewer than on a thread, since each one is an event."""
+
+
+class LoopRenewer(LeaseRenewer):
+    """A lease renewer on the handlers' loop, without a thread of its own."""
+
+    tick_seconds = TICK_SECONDS
+
+    def _start_thread(self) -> asyncio.Future[None]:
+        self._loop = self._handlers_loop
+        return self._loop.create_task(self._main(), name="lease-renewer")
+
+    def _join_thread(self) -> None:
+        """Do nothing: there is no thread."""
+
+
+class LoopSupervisor(Supervisor):
+    """A supervisor without a renewer thread, for one pool in virtual time.
+
+    Its lease renewer runs on the handlers' loop, and its lease clock is that loop's.
+    """
+
+    _renewer = LoopRenewer
+
+    async def _live(self) -> None:
+        self._use_virtual_clocks()
+        await super()._live()
+
+    def _use_virtual_clocks(self) -> None:
+        loop = asyncio.get_running_loop()
+        if isinstance(loop, VirtualLoop):
+            self._clock, self._wall = loop.machine_time, loop.wall_time

@@ -1,1 +1,0 @@
-"""Simulation of whole pools in virtual time: seeded schedules, judged by invariants."""
