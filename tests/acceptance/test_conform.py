@@ -114,7 +114,7 @@ async def test_control_plane_that_does_not_answer_ends_with_status_1(ask: Ask) -
 async def test_served_control_plane_holds_every_clause(
     start: Start, plane: ControlPlane, dialect: str
 ) -> None:
-    """In real time, which takes 75 s; the quick tests move the clock instead."""
+    """In real time, which takes 80 s; the quick tests move the clock instead."""
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     command = await start("conform", address, "--dialect", dialect)
     assert await command.ends(seconds=290) == 0

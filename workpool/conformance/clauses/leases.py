@@ -32,7 +32,7 @@ SLACK_SECONDS: Final = 4.0
 async def lease_of_an_ack(trial: Trial) -> None:
     """Acknowledge an item, and do no more, like a worker that dies."""
     subject = await trial.claim()
-    await trial.wait(4)  # so that a lease which began at the poll ends visibly earlier
+    await trial.wait(10)  # so that a lease which began at the poll ends visibly earlier
     await trial.acknowledge(subject)
     start = trial.now
     again = await trial.delivery(subject, ACK_LEASE_SECONDS + LATE_SECONDS)
