@@ -238,13 +238,15 @@ def _leases_of(
 ) -> dict[str, list[GrantedLease]]:
     found: dict[str, list[GrantedLease]] = defaultdict(list)
     for record in history:
+        leases = found[record.work_id]
         if record.kind == "acked":
-            lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
-            lease.ends.append((record.time, _end(record)))
-            lease.settled = record.state != ACTIVE
-            found[record.work_id].append(lease)
+            leases.append(_granted(record))
+            leases[-1].settled = record.state != ACTIVE
             continue
-        leases = found.get(record.work_id)
+        if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
+            # A poll has leased it again, and its worker repeats the first heartbeat.
+            leases.append(_granted(record))
+            continue
         if not leases or leases[-1].end_kind is not None:
             continue
         if record.kind == "heartbeat" and not leases[-1].settled:
@@ -259,10 +261,16 @@ def _leases_of(
     return found
 
 
+def _granted(record: Record) -> GrantedLease:
+    """Return the lease that the record began."""
+    lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
+    lease.ends.append((record.time, _end(record)))
+    return lease
+
+
 def _handed_off(lease: GrantedLease, record: Record) -> GrantedLease:
     lease.ended, lease.end_kind = record.time, "detached"
-    child = GrantedLease(record.work_id, str(record.worker_id), record.time)
-    child.ends.append((record.time, _end(record)))
+    child = _granted(record)
     child.stop_requested = lease.stop_requested
     return child
 

@@ -352,3 +352,26 @@ async def test_workers_in_step_do_not_take_an_item_from_each_other_without_end()
     acks = [each.result for each in (*one.recorder.of(AckFinished), *two.recorder.of(AckFinished))]
     assert acks.count("ok") == 1
     assert acks.count("conflict") < 20
+
+
+@handler
+async def hand_over_to_nobody(session: Session) -> None:
+    async with session.handover():
+        pass
+
+
+@in_virtual_time
+async def test_handoff_of_abandoned_session_does_not_delay_the_end_of_the_pool() -> None:
+    """It waited for a heartbeat that was sent no more, so the renewer did not end within 10 s."""
+    silence = CallFault(answer="silence", applied=False)
+    bench = Bench(Script(heartbeat=[None, *[silence] * 20]), hand_over_to_nobody)
+    async with bench.supervisor as pool:
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionStarted)
+        await asyncio.sleep(
+            5.5
+        )  # 10 s after its start a heartbeat has failed, the next is due at 11 s
+        await pool.drain(0)
+        drained_at = bench.loop.time()
+    assert pool.abandoned == 1
+    assert bench.loop.time() - drained_at < 1

@@ -172,7 +172,9 @@ class LeaseRenewer:
     def remove(self, lease: Lease) -> None:
         """Extend `lease` no longer: its session is over. Costs no wake-up."""
         lease.closed = True
-        self._leases.pop(lease, None)
+        item = self._leases.pop(lease, None)
+        if item is not None and item.handoff is not None:
+            self.call(item.handoff.wake)  # no heartbeat follows that would
 
     def check_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that there is a reason to doubt."""
