@@ -230,8 +230,15 @@ def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> flo
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
         # During a handoff it does not tell whether parent or child owns the item; see 3f.
-        handoff = lease.end_kind == "detached" or (
-            call.node.child and not any(each.answer == "ok" for each in before)
+        handoff = (
+            lease.end_kind == "detached"
+            or (call.node.child and not any(each.answer == "ok" for each in before))
+            or any(
+                block.node is call.node
+                and block.work_id == call.work_id
+                and lease.began <= block.entered <= call.at
+                for block in case.trace.handoff_blocks
+            )
         )
         # A heartbeat that got no connection in time was not sent, but its sender cannot know that.
         delayed = any(
