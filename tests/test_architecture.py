@@ -61,12 +61,6 @@ BLIND_EXCEPTS = {
 
 CIRCLES = (  # of modules that know each other's types
     ("workpool.pool.handoff", "workpool.pool.lease_renewer", "workpool.pool.pool_item"),
-    (
-        "workpool.conformance.clause",
-        "workpool.conformance.sources",
-        "workpool.conformance.suite",
-        "workpool.conformance.trial",
-    ),
 )
 
 

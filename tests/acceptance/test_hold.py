@@ -46,7 +46,7 @@ async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture
-def hand_over(plane: ControlPlane, client: WorkClient) -> Parent:
+def hand_off(plane: ControlPlane, client: WorkClient) -> Parent:
     """Acknowledge an item, send one heartbeat, and tell what a child must know."""
 
     async def parent(**variables: str) -> Handed:
@@ -85,9 +85,9 @@ async def in_shell(start: Start, handed: Handed, script: str) -> Command:
     ],
 )
 async def test_a_programs_exit_status_ends_the_item(
-    client: WorkClient, start: Start, hand_over: Parent, status: int, means: object
+    client: WorkClient, start: Start, hand_off: Parent, status: int, means: object
 ) -> None:
-    handed = await hand_over()
+    handed = await hand_off()
     command = await in_shell(start, handed, f"exit {status}")
     exits = await command.ends()
     item = await client.get(handed.work_id)
@@ -95,9 +95,9 @@ async def test_a_programs_exit_status_ends_the_item(
 
 
 async def test_a_program_finds_the_ids_and_no_credentials(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent
+    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
-    handed = await hand_over(KEPT="yes", QODER_PAT="other")
+    handed = await hand_off(KEPT="yes", QODER_PAT="other")
     command = await in_shell(start, handed, "env")
     assert await command.ends() == 0
     item = await client.get(handed.work_id)
@@ -114,10 +114,10 @@ async def test_a_program_finds_the_ids_and_no_credentials(
 
 @pytest.mark.parametrize("script", [LINGER, DEAF], ids=["obeys", "deaf"])
 async def test_an_operators_stop_ends_the_program(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent, script: str
+    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent, script: str
 ) -> None:
     """SIGTERM, the grace, SIGKILL; the item is stopped whatever it exits with."""
-    handed = await hand_over(WORKPOOL_STOP_GRACE="0.5")
+    handed = await hand_off(WORKPOOL_STOP_GRACE="0.5")
     command = await in_shell(start, handed, script)
     await command.prints("begun")
     await client.stop(handed.work_id)
@@ -128,10 +128,10 @@ async def test_an_operators_stop_ends_the_program(
 
 
 async def test_sigterm_hands_the_item_back(
-    client: WorkClient, start: Start, hand_over: Parent
+    client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     """As `docker stop` and the end of a pod do: somebody else is to run it."""
-    handed = await hand_over()
+    handed = await hand_off()
     command = await in_shell(start, handed, LINGER)
     await command.prints("begun")
     command.send(signal.SIGTERM)
@@ -142,9 +142,9 @@ async def test_sigterm_hands_the_item_back(
 
 
 async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
-    plane: ControlPlane, client: WorkClient, start: Start, hand_over: Parent
+    plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
-    handed = await hand_over()
+    handed = await hand_off()
     command = await in_shell(start, handed, LINGER)
     await command.prints("begun")
     queue = plane.operations.queue(ENVIRONMENT)
@@ -159,9 +159,9 @@ async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
 
 
 async def test_item_that_the_parent_has_taken_back_is_not_run(
-    client: WorkClient, start: Start, hand_over: Parent
+    client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
-    handed = await hand_over()
+    handed = await hand_off()
     last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
     back = await client.heartbeat(handed.work_id, last, 60)
     command = await in_shell(start, handed, "echo begun")
@@ -172,10 +172,10 @@ async def test_item_that_the_parent_has_taken_back_is_not_run(
 
 
 async def test_nothing_of_the_program_outlives_a_holder_that_is_killed(
-    start: Start, hand_over: Parent
+    start: Start, hand_off: Parent
 ) -> None:
     """Its lease lapses, and another worker starts the session anew."""
-    handed = await hand_over()
+    handed = await hand_off()
     command = await in_shell(start, handed, f"({DEAF}) & {DEAF}")
     await command.prints("begun")
     await command.prints("begun")
@@ -191,12 +191,12 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 
 
 async def test_the_program_outlives_its_parent_and_the_terminal(
-    plane: ControlPlane, client: WorkClient, hand_over: Parent, tmp_path: Any
+    plane: ControlPlane, client: WorkClient, hand_off: Parent, tmp_path: Any
 ) -> None:
     """The holder ends the item as if nothing had happened."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    handed = await hand_over()
+    handed = await hand_off()
     connection = {
         "WORKPOOL_BASE_URL": plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
@@ -231,8 +231,8 @@ async def test_the_program_outlives_its_parent_and_the_terminal(
     assert (await client.get(handed.work_id)).state == "stopped"
 
 
-async def test_bad_usage_takes_nothing(client: WorkClient, ask: Ask, hand_over: Parent) -> None:
-    handed = await hand_over()
+async def test_bad_usage_takes_nothing(client: WorkClient, ask: Ask, hand_off: Parent) -> None:
+    handed = await hand_off()
     assert (await ask("hold", "true")).status == 2  # of which item?
     assert (await ask("hold", "no-such-program", **handed.variables)).status == 2
     assert (await ask("hold", "--ttl", "5", "true", **handed.variables)).status == 2

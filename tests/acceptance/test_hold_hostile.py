@@ -1,4 +1,4 @@
-"""A handover under a hostile eye: what parent, child and control plane may make of each other."""
+"""A handoff under a hostile eye: what parent, child and control plane may make of each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.test_handover import Scene
+from tests.integration.test_handoff import Scene
 from workpool import LeaseLost, Settings, WorkClient
 from workpool.server import ControlPlane
 from workpool.testing import Clock
@@ -50,7 +50,7 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
-    """A process that was stopped for a TTL: the wait is over, and the keeper has not come to it."""
+    """A process that was stopped for a TTL: the wait is over, and no renewer has noticed."""
     scene = Scene()
     entered = False
 
@@ -124,7 +124,7 @@ async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_pat
 
 
 @pytest.mark.acceptance
-async def test_a_handover_is_no_overlap_in_the_control_planes_summary() -> None:
+async def test_a_handoff_is_no_overlap_in_the_control_planes_summary() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with client_of(plane, "parent") as parent:

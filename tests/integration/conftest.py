@@ -41,7 +41,7 @@ async def nothing_left() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patient_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not take a second in which a loaded machine stands still for a blocked loop.
 
     Tests of blocked loops replace this fixture.

@@ -376,7 +376,7 @@ async def test_wait_returns_once_it_is_drained_and_closed(make_pool: Any) -> Non
 async def test_a_start_may_be_cancelled_at_any_point(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
-    """At every turn of the loop, and now and then after what takes the keeper's thread a moment."""
+    """At every turn of the loop, and now and then after a moment for the renewer's thread."""
     for turns in range(chunk * 8, chunk * 8 + 8):
         supervisor = Supervisor(
             make_settings(metrics_listen="127.0.0.1:0"), plugins=[patient, recorder]

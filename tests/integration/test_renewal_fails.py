@@ -55,7 +55,7 @@ async def run_apart(supervisor: Supervisor) -> WorkpoolError | None:
 
 
 @pytest.fixture
-def patient_keeper() -> None:
+def patient_renewer() -> None:
     """Blocked loops are the subject here."""
 
 

@@ -1,4 +1,4 @@
-"""A keeper that cannot start, or dies, takes the pool down with it: no lease is kept without it."""
+"""A lease renewer that cannot start, or dies, ends the pool: no lease is kept without it."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ async def test_nothing_is_sent_or_read_once_the_session_is_over(play: Any, fault
 
 
 class Secrets:
-    """Gives every polled item a secret, as the sibling does, and notes who bears what."""
+    """Gives every polled item a secret, as the anthropic dialect does, and notes who bears what."""
 
     def __init__(self, secret: object) -> None:
         self.secret = secret

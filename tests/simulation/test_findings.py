@@ -199,7 +199,7 @@ async def test_lease_doubted_by_write_after_pause_is_verified_at_once() -> None:
 
 
 @handler
-async def hand_over(session: Session) -> None:
+async def hand_off(session: Session) -> None:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     loop.pause(5)
@@ -209,9 +209,9 @@ async def hand_over(session: Session) -> None:
 
 
 @in_virtual_time
-async def test_handover_after_machine_pause_verifies_lease_itself() -> None:
+async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
     """It raised a transient error, though it begins with a heartbeat."""
-    bench = Bench(Script(), hand_over, lease_ttl=10)
+    bench = Bench(Script(), hand_off, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished, timeout=60)

@@ -121,7 +121,7 @@ async def test_a_client_that_is_not_open_sends_nothing(bench: type[Bench]) -> No
 
 
 async def test_a_whole_pool_runs_on_it() -> None:
-    """On a real loop, as the keeper is a thread."""
+    """On a real loop, as the lease renewer is a thread."""
 
     @handler
     async def work(session: Session) -> dict[str, str]:

@@ -6,10 +6,12 @@ See workpool/docs/protocol.md, "Conformance".
 """
 
 from workpool.conformance.api import Answer, Api
-from workpool.conformance.clause import Breaks, Clause, Differs, Untried, Verdict
+from workpool.conformance.clause import Clause
 from workpool.conformance.clauses import CLAUSES
+from workpool.conformance.shared_queue import ForeignItemsError, UnlistedItemsError
 from workpool.conformance.sources import EnqueueSource, GivenSource, SessionSource, Source
-from workpool.conformance.suite import Finding, ForeignItemsError, Suite, UnlistedItemsError
+from workpool.conformance.suite import Finding, Suite
+from workpool.conformance.verdict import Breaks, Differs, Untried, Verdict
 
 __all__ = [
     "CLAUSES",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from workpool.conformance.clause import Untried
+from workpool.conformance.verdict import Untried
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,40 +1,27 @@
-"""A run of the suite against one environment: deliveries, bounds, and what was found."""
+"""A run of the suite against one environment, its bounds, and its findings."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from workpool.conformance.api import NoAnswerError, shown
-from workpool.conformance.clause import DepartureError, Verdict
-from workpool.conformance.sources import MARK
-from workpool.conformance.trial import Delivery, Subject, Trial
+from workpool.conformance.api import NoAnswerError
+from workpool.conformance.shared_queue import ForeignItemsError, SharedQueue
+from workpool.conformance.trial import Trial
+from workpool.conformance.verdict import DepartureError, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable
 
-    from workpool.conformance.api import Answer, Api
+    from workpool.conformance.api import Api
     from workpool.conformance.clause import Clause
-    from workpool.conformance.sources import Script, Source
+    from workpool.conformance.sources import Source
 
-STARTS: Final = 4
-"""How many clauses may be between their start and their first wait."""
 SUITE_SECONDS: Final = 280.0
 CLEAN_UP_SECONDS: Final = 15.0
-PAGES_MAX: Final = 100
-OTHER_WORKER: Final = "workpool-conform-other"
-
-
-class ForeignItemsError(Exception):
-    """The environment holds, or may hold, items that the suite has not created."""
-
-
-class UnlistedItemsError(ForeignItemsError):
-    """The control plane refuses the list of items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +33,7 @@ class Finding:
     seen: str = ""
 
 
-class Suite:
+class Suite(SharedQueue):
     """Runs clauses against one environment, side by side.
 
     Args:
@@ -72,23 +59,16 @@ class Suite:
         now: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        self.api = api
-        self.other = api.as_worker(OTHER_WORKER, api.token)
-        self.now = now
-        self._source = source
-        self._creator = creator or api
-        self._given = frozenset(given)
-        self._test_environment = test_environment
+        super().__init__(
+            api,
+            source,
+            creator=creator,
+            given=given,
+            test_environment=test_environment,
+            now=now,
+            sleep=sleep,
+        )
         self._seconds = seconds
-        self.sleep = sleep
-        self.starts = asyncio.Semaphore(STARTS)
-        self._subjects = {name: Subject(name) for name in self._given}  # and by session id
-        self._foreign: set[str] = set()
-        self._deliveries = 0
-        self._nothing_at = -math.inf
-        # A poll must not bring an item before its creation is noted.
-        self._queue = asyncio.Lock()
-        self._polling: asyncio.Future[bool] | None = None
 
     async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
         """Check the clauses; the findings have their order.
@@ -98,7 +78,7 @@ class Suite:
             NoAnswerError: The control plane does not answer.
         """
         clauses = list(clauses)
-        await self._check_environment()
+        await self.check_environment()
         deadline = asyncio.get_running_loop().time() + self._seconds
         found: dict[str, Finding] = {}
 
@@ -143,116 +123,3 @@ class Suite:
     def _end_of_clean_up(deadline: float | None) -> float:
         now = asyncio.get_running_loop().time()
         return CLEAN_UP_SECONDS + (now if deadline is None else deadline)
-
-    # What trials use.
-
-    async def create(self, script: Script | None = None) -> Subject:
-        """Create an item."""
-        async with self._queue:
-            name = await self._source.create(self._creator, script)
-            return self._subjects.setdefault(name, Subject(name))
-
-    async def poll(self, **options: Any) -> Answer:
-        """Poll; the delivery of a known item is noted, and another one is stopped.
-
-        Raises:
-            ForeignItemsError: The item is not the suite's.
-        """
-        answer, _ = await self._poll(options)
-        return answer
-
-    async def _poll(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Poll; returns the answer, and whether it brought an item that is of use or is gone."""
-        async with self._queue:
-            at = self.now()
-            answer = await self.api.poll(**options)
-            item = answer.body
-            if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
-                self._nothing_at = at
-                return answer, False
-            subject = self._subject_of(item)
-            if subject is not None:
-                self._deliveries += 1
-                delivery = Delivery(self._deliveries, self._nothing_at, at, item)
-                subject.deliveries.append(delivery)
-                return answer, True
-        if not self._test_environment:
-            raise ForeignItemsError(f"item {shown(item['id'])}, not created by the suite, came")
-        new = item["id"] not in self._foreign
-        self._foreign.add(item["id"])
-        await self.end(Subject(item["id"]))
-        return answer, new
-
-    async def join_poll(self) -> bool:
-        """Wait for the poll that is under way, or poll; returns whether it brought an item."""
-        if self._polling is not None:
-            return await asyncio.shield(self._polling)
-        polling = self._polling = asyncio.get_running_loop().create_future()
-        came = False
-        try:
-            _, came = await self._poll({})
-        finally:
-            self._polling = None
-            polling.set_result(came)
-        return came
-
-    def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
-        """Return the subject of an item that came, and learn the item's ids."""
-        payload = item.get("data")
-        session_id = payload.get("id") if isinstance(payload, dict) else None
-        subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")
-        if subject is not None:
-            subject.id = item["id"]
-            self._subjects[subject.id] = subject
-            if isinstance(session_id, str) and session_id:
-                subject.session_id = session_id
-                self._subjects[session_id] = subject
-        return subject
-
-    async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
-        """Return an item from the list; None if it is not there, or the list is refused."""
-        async for row in self._rows():
-            if row.get("id") == work_id:
-                return row
-        return None
-
-    async def end(self, subject: Subject) -> None:
-        """Stop an item with force; an item that is over already stays as it is."""
-        with suppress(NoAnswerError):
-            await self.api.stop(subject.id, json={"force": True})
-
-    # The environment.
-
-    async def _check_environment(self) -> None:
-        """Refuse an environment with items that are not the suite's.
-
-        Raises:
-            ForeignItemsError: There are some, or the list cannot be read.
-        """
-        if self._test_environment:
-            return
-        async for row in self._rows(strict=True):
-            metadata = row.get("metadata")
-            own = isinstance(metadata, dict) and MARK in metadata
-            if not own and row.get("id") not in self._given:
-                raise ForeignItemsError(f"item {shown(row.get('id'))} was not created by the suite")
-
-    async def _rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
-        """Iterate over the items of the list; `strict`: raise if it cannot be read to its end."""
-        page: str | None = None
-        for _ in range(PAGES_MAX):
-            query = {"limit": "100"} if page is None else {"limit": "100", "page": page}
-            answer = await self.api("GET", self.api.work(), params=query)
-            rows = answer.get("data")
-            if not answer.ok or not isinstance(rows, list):
-                if strict:
-                    raise UnlistedItemsError(f"the items cannot be listed: {answer}")
-                return
-            for row in rows:
-                if isinstance(row, dict):
-                    yield row
-            page = None if answer.get("has_more") is False else answer.get("next_page")
-            if not page:
-                return
-        if strict:
-            raise ForeignItemsError(f"there are more than {PAGES_MAX} pages of items")

@@ -6,19 +6,18 @@ item, and a clause that waits for a delivery joins the poll that is under way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.clause import Untried
-from workpool.wire.protocol import NO_HEARTBEAT, STATES
+from workpool.conformance.verdict import Untried
+from workpool.wire.protocol import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool.conformance.api import Answer, Api
+    from workpool.conformance.shared_queue import Delivery, SharedQueue, Subject
     from workpool.conformance.sources import Script
-    from workpool.conformance.suite import Suite
 
 CLAIM_SECONDS: Final = 15.0
 """How long a new item may take to be delivered: a control plane may create it in the background."""
@@ -27,39 +26,6 @@ REDELIVERY_SECONDS: Final = 75.0
 POLL_SECONDS: Final = 1.0
 POLLS_AT_ONCE: Final = 20
 """Polls that each bring an item may follow one another without a pause."""
-
-
-class Delivery(NamedTuple):
-    """One delivery of an item.
-
-    Attributes:
-        number: Its number among all deliveries.
-        nothing_at: When the last poll was sent that brought nothing: the item could not be had
-            then. It tells a late control plane from a suite that polls late.
-        at: When the poll was sent that brought it.
-        item: The item as JSON.
-    """
-
-    number: int
-    nothing_at: float
-    at: float
-    item: Mapping[str, Any]
-
-
-@dataclass(slots=True, eq=False)
-class Subject:
-    """An item that the suite uses.
-
-    Attributes:
-        id: Its id; a control plane may give it a new one with each delivery.
-        session_id: The id of its session; empty until the first delivery.
-        last_heartbeat: What the next heartbeat must expect.
-    """
-
-    id: str
-    session_id: str = ""
-    last_heartbeat: str = NO_HEARTBEAT
-    deliveries: list[Delivery] = field(default_factory=list)
 
 
 class Trial:
@@ -71,41 +37,41 @@ class Trial:
         subjects: The items of this clause.
     """
 
-    def __init__(self, suite: Suite) -> None:
-        self._suite = suite
-        self.api: Api = suite.api
-        self.other: Api = suite.other
+    def __init__(self, queue: SharedQueue) -> None:
+        self._queue = queue
+        self.api: Api = queue.api
+        self.other: Api = queue.other
         self.subjects: list[Subject] = []
         self._starting = False
 
     async def start(self) -> None:
         """Wait until few enough other clauses are about to begin."""
-        await self._suite.starts.acquire()
+        await self._queue.starts.acquire()
         self._starting = True
 
     def begun(self) -> None:
         """Let another clause begin, as this one is over or waits."""
         if self._starting:
             self._starting = False
-            self._suite.starts.release()
+            self._queue.starts.release()
 
     @property
     def now(self) -> float:
         """Seconds of a steady clock."""
-        return self._suite.now()
+        return self._queue.now()
 
     async def wait(self, seconds: float) -> None:
         """Wait, while other clauses go on."""
         self.begun()
-        await self._suite.sleep(seconds)
+        await self._queue.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
         """Poll, and note the delivery of whichever item comes."""
-        return await self._suite.poll(**options)
+        return await self._queue.poll(**options)
 
     async def create(self, script: Script | None = None) -> Subject:
         """Create an item, and a session that does what the script says."""
-        subject = await self._suite.create(script)
+        subject = await self._queue.create(script)
         self.subjects.append(subject)
         return subject
 
@@ -162,7 +128,7 @@ class Trial:
         until = self.now + seconds
         polls = 0
         while True:
-            came = await self._suite.join_poll()
+            came = await self._queue.join_poll()
             polls += 1
             if len(subject.deliveries) > before:
                 return subject.deliveries[before]
@@ -180,7 +146,7 @@ class Trial:
         answer = await self.api.get(subject.id)
         if answer.ok and isinstance(answer.body, dict):
             return answer.body
-        found = await self._suite.look_up(subject.id) if answer.refused else None
+        found = await self._queue.look_up(subject.id) if answer.refused else None
         if found is None:
             raise Untried(f"the item cannot be read: {answer}")
         return found
@@ -195,7 +161,7 @@ class Trial:
     async def clean_up(self) -> None:
         """Stop the items of this clause, so that no poll brings them again."""
         for subject in self.subjects:
-            await self._suite.end(subject)
+            await self._queue.end(subject)
 
 
 def is_conflict(answer: Answer) -> bool:

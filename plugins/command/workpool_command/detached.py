@@ -56,7 +56,7 @@ class Holders:
         for group in list(self._groups):
             group.close()
 
-    async def hand_over(self, session: Session, cwd: Path) -> None:
+    async def hand_off(self, session: Session, cwd: Path) -> None:
         """Start the command under `hold`, and wait until it has taken the item over.
 
         Raises:

@@ -171,7 +171,7 @@ class Command:
         if self.detach and self._root is not None:
             with blamed("directory"):
                 cwd = kept_directory(self._root, _name(session))
-            await self._holders.hand_over(session, cwd)
+            await self._holders.hand_off(session, cwd)
             return None
         program = Path(self.command[0]).name
         with reading(session.log, self.log_lines) as (stdout, stderr):

@@ -9,16 +9,11 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from workpool.conformance.api import shown
-from workpool.conformance.clause import (
-    Breaks,
-    Differs,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.clauses.conventions import UNKNOWN
 from workpool.conformance.clauses.delivery import readable
 from workpool.conformance.trial import is_conflict
+from workpool.conformance.verdict import Breaks, Differs, same_or_breaks, same_or_differs
 from workpool.wire.protocol import ACTIVE, STARTING
 
 if TYPE_CHECKING:

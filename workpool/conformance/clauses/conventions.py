@@ -8,7 +8,8 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from workpool.conformance.clause import clause, same_or_differs
+from workpool.conformance.clause import clause
+from workpool.conformance.verdict import same_or_differs
 
 if TYPE_CHECKING:
     from workpool.conformance.trial import Trial

@@ -11,15 +11,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.conformance.api import shown
-from workpool.conformance.clause import (
-    Breaks,
-    Differs,
-    Untried,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.trial import CLAIM_SECONDS, is_bad_request
+from workpool.conformance.verdict import Breaks, Differs, Untried, same_or_breaks, same_or_differs
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import BLOCK_MS_MAX, QUEUED
 

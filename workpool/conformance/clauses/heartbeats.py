@@ -8,14 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from workpool.conformance.api import shown
-from workpool.conformance.clause import (
-    Breaks,
-    Differs,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_bad_request, is_conflict, is_mismatch
+from workpool.conformance.verdict import Breaks, Differs, same_or_breaks, same_or_differs
 from workpool.server.server_dialects import DIALECTS
 from workpool.wire import protocol
 from workpool.wire.items import parse_heartbeat

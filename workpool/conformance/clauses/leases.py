@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from workpool.conformance.clause import (
-    Breaks,
-    Untried,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_conflict, is_mismatch
+from workpool.conformance.verdict import Breaks, Untried, same_or_breaks, same_or_differs
 from workpool.wire.protocol import ACK_LEASE_SECONDS, NO_HEARTBEAT, STOPPED, STOPPING
 
 if TYPE_CHECKING:
-    from workpool.conformance.trial import Delivery, Subject, Trial
+    from workpool.conformance.shared_queue import Delivery, Subject
+    from workpool.conformance.trial import Trial
 
 TTL: Final = 10
 TTL_LONGEST: Final = 90

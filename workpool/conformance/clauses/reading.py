@@ -9,15 +9,11 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.clause import (
-    Differs,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.clauses.conventions import UNKNOWN
 from workpool.conformance.clauses.delivery import readable
 from workpool.conformance.trial import is_bad_request
+from workpool.conformance.verdict import Differs, same_or_breaks, same_or_differs
 from workpool.wire.items import parse_stats
 
 if TYPE_CHECKING:

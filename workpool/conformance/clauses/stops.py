@@ -8,8 +8,9 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from workpool.conformance.clause import clause, same_or_breaks, same_or_differs
+from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_conflict
+from workpool.conformance.verdict import same_or_breaks, same_or_differs
 from workpool.server.server_dialects import DIALECTS
 from workpool.wire.protocol import STOPPED, STOPPING
 

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.clause import (
-    Untried,
-    clause,
-    same_or_breaks,
-    same_or_differs,
-)
+from workpool.conformance.clause import clause
 from workpool.conformance.clauses.conventions import UNKNOWN
 from workpool.conformance.trial import is_bad_request, is_conflict
+from workpool.conformance.verdict import Untried, same_or_breaks, same_or_differs
 from workpool.server.server_dialects import DIALECTS
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
 
 if TYPE_CHECKING:
+    from workpool.conformance.shared_queue import Subject
     from workpool.conformance.sources import Script
-    from workpool.conformance.trial import Subject, Trial
+    from workpool.conformance.trial import Trial
 
 FIELDS: Final = ("id", "type", "status", "environment_id", "agent", "metadata")
 SCRIPT: Final = ({"name": "Bash", "input": {"command": "true"}},)

@@ -189,7 +189,7 @@ async def test_nothing_is_sent_inside_the_block() -> None:
 
 
 @in_virtual_time
-async def test_a_write_under_way_is_cut_when_the_handover_begins() -> None:
+async def test_a_write_under_way_is_cut_when_the_handoff_begins() -> None:
     scene = Scene(update=[UNSENT])
 
     async def handle(session: Session) -> None:
@@ -338,7 +338,7 @@ async def test_a_second_attempt_may_succeed() -> None:
 
 
 @in_virtual_time
-async def test_a_handover_that_fails_has_failed() -> None:
+async def test_a_handoff_that_fails_has_failed() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""The answers to polls, acks and heartbeats. Stop and metadata are in test_finish_writing.py."""
+"""The answers to polls, acks and heartbeats. Stop and metadata are in test_completion_writes.py."""
 
 from __future__ import annotations
 
