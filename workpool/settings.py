@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "WORKPOOL_"
 CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
+UNLIMITED: Final = "unlimited"
+"""The value of `drain_timeout` in a variable, file or flag for None."""
 PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
@@ -166,6 +168,10 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
+def _unlimited(value: object) -> object:
+    return None if isinstance(value, str) and value.lower() == UNLIMITED else value
+
+
 def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
@@ -265,8 +271,14 @@ class Settings(BaseSettings):
     session_timeout: Positive | None = None
     """The limit of the duration of a session; a handler's own `timeout` replaces it. Default: no
     limit."""
-    drain_timeout: NotNegative = 20.0
-    """The time that running sessions have in a drain. Default: 20."""
+    drain_timeout: Annotated[NotNegative | None, BeforeValidator(_unlimited)] = 20.0
+    """The time that running sessions have in a drain; `unlimited` = until they end. Default: 20."""
+    exit_after_sessions: Annotated[int, Field(ge=1)] | None = None
+    """End after this many sessions; 1 = a process for each session. Default: no limit."""
+    exit_after_idle: Positive | None = None
+    """End once polls have brought nothing for this long while no session ran. Default: no limit."""
+    exit_after_uptime: Positive | None = None
+    """Claim nothing more after this time, and end after the running sessions. Default: no limit."""
     request_timeout: Positive = 10.0
     """The limit of one request; a poll has `block_ms` in addition. Default: 10."""
     max_block: Positive = 300.0
@@ -419,10 +431,10 @@ class Settings(BaseSettings):
             return
         seconds = COMPLETION_WRITES * self.concurrency / self.write_limit
         held = self.lease_ttl - lease_margin(self.lease_ttl)
-        bounds = (
-            (held, f"their leases are held for {held:g} s", "lease_ttl"),
-            (self.drain_timeout, f"a drain waits {self.drain_timeout:g} s", "drain_timeout"),
-        )
+        bounds = [(held, f"their leases are held for {held:g} s", "lease_ttl")]
+        if self.drain_timeout is not None:
+            drain = f"a drain waits {self.drain_timeout:g} s"
+            bounds.append((self.drain_timeout, drain, "drain_timeout"))
         for bound, meaning, setting in bounds:
             if seconds > bound:
                 yield (

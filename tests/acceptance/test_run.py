@@ -303,3 +303,22 @@ async def test_flags_win_over_variables_and_those_over_the_file(
     assert await command.ends() == 0
     assert now(plane, item).metadata["said"] == "hello from the file"
     assert "drained result=clean" in command.err
+
+
+async def test_limits_given_as_flags_end_the_process_with_0(
+    start: Start, plane: ControlPlane
+) -> None:
+    items = [enqueue(plane, "finish") for _ in range(3)]
+    flags = ("--exit-after-sessions", "2", "--drain-timeout", "unlimited")
+    command = await start("run", "handlers", *flags)
+    assert await command.ends() == 0
+    assert sorted(now(plane, item).state for item in items) == ["queued", "stopped", "stopped"]
+    assert "limit=exit_after_sessions" in command.err
+    assert "result=clean" in command.err
+
+
+async def test_process_for_one_session_that_finds_no_work_ends_with_0(start: Start) -> None:
+    flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")
+    command = await start("run", "handlers", *flags)
+    assert await command.ends() == 0
+    assert "limit=exit_after_idle" in command.err

@@ -6,7 +6,7 @@ See workpool/docs/architecture.md, "The drain".
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -438,3 +438,25 @@ async def test_a_plugin_that_does_not_close_is_given_up(
     async with make_pool(patient, Slow("closing")):
         pass
     assert "plugin did not close plugin=Slow" in caplog.text
+
+
+async def test_item_of_a_stuck_handler_is_marked_before_it_is_abandoned(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
+    may_end = asyncio.Event()
+
+    @handler
+    async def stubborn(_: Session) -> None:
+        while not may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await may_end.wait()
+
+    (item,) = plane.enqueue()
+    async with make_pool(stubborn, session_timeout=0.05) as supervisor:
+        while "ignore their cancellation" not in str(supervisor.status()):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await supervisor.drain(timeout=LONG)
+    may_end.set()
+    assert recorder.of(DrainFinished)[0].result == "killed"
+    assert "workpool.released" in plane.operations.get(plane.environments[0], item.id).metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeGuard
 
 from tests.simulation.agreement import (
     everything_received_is_reported,
@@ -40,13 +40,14 @@ from tests.simulation.order import (
 )
 from tests.simulation.trace import FOREVER
 from workpool.errors import ControlPlaneError, RefusedError
-from workpool.events import PollerRestarted
+from workpool.events import PollerRestarted, SessionFinished, SessionStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.simulation.case import Case, GrantedLease
     from tests.simulation.trace import Node, Run, Sent
+    from workpool.events import Event
 
     Invariant = Callable[[Case], Iterator[str]]
 
@@ -322,6 +323,31 @@ def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
                     yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
 
 
+def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
+    """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
+    for node in case.trace.nodes:
+        limit = node.pool.exit_after_sessions
+        if limit is None or node.child:
+            continue
+        ends = {
+            event.session: at for at, event in node.events if isinstance(event, SessionFinished)
+        }
+        claimed = {event.session for _, event in node.events if _was_claimed(event)}
+        if len(claimed) > limit:
+            yield f"{node.machine.name} claimed {len(claimed)} of {limit} sessions"
+        if len(claimed) == limit and claimed <= ends.keys() and node.crashed == FOREVER:
+            ended = max(ends.values())
+            if node.closed - ended > CLOSE_SECONDS + node.halted_seconds(ended, FOREVER):
+                yield f"{node.machine.name} closed {node.closed - ended:.1f} s after its sessions"
+
+
+def _was_claimed(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
+    """Return whether the event shows that a session was claimed, and not lost before its start."""
+    return isinstance(event, SessionStarted) or (
+        isinstance(event, SessionFinished) and event.outcome != "lease_lost"
+    )
+
+
 def drains_end_in_time(case: Case) -> Iterator[str]:
     """6a. A drain ends within its timeout and 5 s, whatever a handler or the network does."""
     for node in case.trace.nodes:
@@ -421,6 +447,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     finished_items_are_stopped,
     acknowledged_items_are_run,
     no_more_is_claimed_than_can_be_run,
+    no_more_is_claimed_than_the_limit,
     drains_end_in_time,
     only_stubborn_handlers_are_abandoned,
     closed_pools_hold_and_run_nothing,

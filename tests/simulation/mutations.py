@@ -52,6 +52,16 @@ MUTATIONS: dict[str, list[Edit]] = {
     "more acknowledged items than slots": [
         Edit("bounded_queue:BoundedQueue", " or self.running >= self.concurrency", ""),
     ],
+    "claims beyond the limit of sessions": [
+        Edit("bounded_queue:BoundedQueue", "self._uses -= 1", "pass"),
+    ],
+    "claims under way not limited": [
+        Edit(
+            "supervisor:Supervisor",
+            "settings.concurrency, settings.prefetch, settings.exit_after_sessions",
+            "settings.concurrency, settings.prefetch",
+        ),
+    ],
     "poll before reserving": [
         Edit(
             "bounded_queue:BoundedQueue",

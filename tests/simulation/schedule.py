@@ -36,6 +36,8 @@ CROWDED_SHARE: Final = 0.7
 """The share of schedules without a strict control plane in which items wait long for a slot."""
 FIRST_HEARTBEATS_SHARE: Final = 0.5
 """The share of crowded schedules in which first heartbeats, not renewals, get no answer."""
+LIMITS_SHARE: Final = 0.15
+"""The share of schedules with pools that end by themselves."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -52,6 +54,9 @@ class Pool:
         rate: Seconds of its lease clock per second.
         write_rate: Writes per second that its own rate limit allows; 0 = unlimited.
         worker_key: Its key may not read items or write metadata.
+        exit_after_sessions: The number of sessions after which it ends; None = no limit.
+        exit_after_idle: The idle time after which it ends; None = no limit.
+        exit_after_uptime: The uptime after which it claims nothing more; None = no limit.
     """
 
     concurrency: int = 2
@@ -66,6 +71,9 @@ class Pool:
     rate: float = 1.0
     write_rate: float = 0.0
     worker_key: bool = False
+    exit_after_sessions: int | None = None
+    exit_after_idle: float | None = None
+    exit_after_uptime: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +136,8 @@ def draw(random: Random, seed: int) -> Schedule:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
+    if random.random() < LIMITS_SHARE:
+        pools = tuple(_limited(pool, random) for pool in pools)
     return Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
 
 
@@ -155,6 +165,15 @@ def _pool(random: Random) -> Pool:
         request_timeout=random.choice((2.0, 10.0)),
         rate=random.choice((1.0, 1.0, 0.9999, 1.0001)),
         write_rate=random.choice((0.0, 0.0, 0.0, 0.0, 2.0)),
+    )
+
+
+def _limited(pool: Pool, random: Random) -> Pool:
+    return replace(
+        pool,
+        exit_after_sessions=random.choice((None, 1, 1, 2, 3)),
+        exit_after_idle=random.choice((None, None, 3.0, 15.0)),
+        exit_after_uptime=random.choice((None, None, 5.0, 30.0)),
     )
 
 

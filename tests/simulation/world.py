@@ -119,6 +119,9 @@ def settings_of(pool: Pool) -> Settings:
             "stop_grace": pool.stop_grace,
             "session_timeout": pool.session_timeout,
             "request_timeout": pool.request_timeout,
+            "exit_after_sessions": pool.exit_after_sessions,
+            "exit_after_idle": pool.exit_after_idle,
+            "exit_after_uptime": pool.exit_after_uptime,
         }
     )
 

@@ -155,6 +155,30 @@ async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_canc
     assert queue.reserved == 0
 
 
+async def test_places_that_are_used_up_never_come_back() -> None:
+    queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
+    assert queue.capacity == 2
+    for used_up in (False, True):
+        await queue.reserve()
+        queue.put(1)
+        assert queue.take() == 1
+        queue.release(used_up=used_up)
+    assert queue.capacity == 1
+    await queue.reserve()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(queue.reserve())
+        await turn()
+        assert not waiting.done()
+        queue.put(2)
+        assert queue.take() == 2
+        assert queue.full
+        queue.release(used_up=True)
+        await turn()
+        assert not waiting.done()
+        assert (queue.capacity, queue.full, queue.idle) == (0, True, True)
+        waiting.cancel()
+
+
 class Users:
     """Those who want a place of one queue, and do with it what the dice say."""
 

@@ -40,6 +40,9 @@ class Sessions:
     def unfinished(self) -> int:
         return self.running - self.stuck
 
+    async def marked(self, seconds: float) -> None:
+        """Nothing of these sessions is marked."""
+
     def end(self, count: int = 1) -> None:
         self.running -= count
         if self.on_closed is not None:

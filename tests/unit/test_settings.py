@@ -74,6 +74,9 @@ def test_defaults() -> None:
         "stop_grace": 30,
         "session_timeout": None,
         "drain_timeout": 20,
+        "exit_after_sessions": None,
+        "exit_after_idle": None,
+        "exit_after_uptime": None,
         "request_timeout": 10,
         "max_block": 300,
         "max_attempts": 10,
@@ -90,6 +93,21 @@ def test_defaults() -> None:
 def test_every_setting_says_what_it_is_and_its_default() -> None:
     for name, field in Settings.model_fields.items():
         assert "Default: " in " ".join((field.description or "").split()), name
+
+
+@pytest.mark.parametrize("value", ["unlimited", "Unlimited", None])
+def test_drain_timeout_unlimited_is_no_limit(value: str | None, tmp_path: Path) -> None:
+    assert Settings(drain_timeout=value).drain_timeout is None
+    if value is not None:
+        file = tmp_path / "workpool.toml"
+        file.write_text(f'[workpool]\ndrain_timeout = "{value}"\n')
+        assert Settings(config=file).drain_timeout is None
+
+
+def test_drain_timeout_unlimited_is_enough_for_all_completions() -> None:
+    assert not Settings(
+        concurrency=50, lease_ttl=60, write_rate=10, drain_timeout="unlimited"
+    ).warnings()
 
 
 def test_settings_are_frozen() -> None:
@@ -160,6 +178,9 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "stop_grace": "0",
         "session_timeout": "1.5",
         "drain_timeout": "2",
+        "exit_after_sessions": "1",
+        "exit_after_idle": "0.5",
+        "exit_after_uptime": "3600",
         "request_timeout": "5",
         "max_block": "9",
         "max_attempts": "1",
@@ -267,7 +288,10 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("lease_ttl", (9, 601, 10.5, "x", None)),
     ("stop_grace", (-1, "x", float("inf"), float("nan"))),
     ("session_timeout", (0, -1, "x", float("inf"))),
-    ("drain_timeout", (-1, "nan")),
+    ("drain_timeout", (-1, "nan", "inf", "none", "")),
+    ("exit_after_sessions", (0, -1, 1.5, "x")),
+    ("exit_after_idle", (0, -1, "x", "inf")),
+    ("exit_after_uptime", (0, -1, "x", "nan")),
     ("request_timeout", (0, -1, "inf", None)),
     ("max_block", (0, "x")),
     ("max_attempts", (-1, "x", None)),

@@ -1,4 +1,4 @@
-"""`workpool run`: one pool in this process, until a signal, an empty queue or a fatal error.
+"""`workpool run`: one pool in this process, until a signal, an empty queue, a limit or an error.
 
 Owns the signals, the kind of the event loop, the exit status, and the end of the process even if a
 handler does not end. See workpool/docs/cli.md, "Signals".
@@ -50,6 +50,20 @@ def run(
     pollers: Annotated[
         str | None, typer.Option(help="The number of polls in flight at most.")
     ] = None,
+    drain_timeout: Annotated[
+        str | None,
+        typer.Option(help="The time that sessions have in a drain, in seconds, or unlimited."),
+    ] = None,
+    exit_after_sessions: Annotated[
+        str | None, typer.Option(help="End after this many sessions; 1 = one for each process.")
+    ] = None,
+    exit_after_idle: Annotated[
+        str | None, typer.Option(help="End after this many seconds without work.")
+    ] = None,
+    exit_after_uptime: Annotated[
+        str | None,
+        typer.Option(help="Claim nothing more after this many seconds; end after the sessions."),
+    ] = None,
     metrics_listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="The address of the metrics, or off.")
     ] = None,
@@ -74,6 +88,10 @@ def run(
             base_url=base_url,
             concurrency=concurrency,
             pollers=pollers,
+            drain_timeout=drain_timeout,
+            exit_after_sessions=exit_after_sessions,
+            exit_after_idle=exit_after_idle,
+            exit_after_uptime=exit_after_uptime,
             metrics_listen=metrics_listen,
             log_level="debug" if is_verbose(context) else log_level,
             log_format=log_format,

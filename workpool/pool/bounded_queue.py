@@ -17,11 +17,20 @@ T = TypeVar("T")
 
 
 class BoundedQueue(Generic[T]):
-    """Places for items. A place is free, reserved (by a poll), waiting (an item) or running."""
+    """Places for items. A place is free, reserved (by a poll), waiting (an item) or running.
 
-    def __init__(self, concurrency: int, prefetch: int) -> None:
+    Args:
+        concurrency: The number of slots.
+        prefetch: The number of places to wait in.
+        uses: The number of items that may use a place up; after that no place is left. None: no
+            limit.
+    """
+
+    def __init__(self, concurrency: int, prefetch: int, uses: int | None = None) -> None:
+        places = concurrency + prefetch
         self.concurrency = concurrency
-        self.capacity = concurrency + prefetch
+        self._uses = places if uses is None else uses
+        self.capacity = min(places, self._uses)
         self.reserved = 0
         self.running = 0
         self._waiting: deque[T] = deque()
@@ -78,9 +87,15 @@ class BoundedQueue(Generic[T]):
         self.running += 1
         return self._waiting.popleft()
 
-    def release(self) -> None:
-        """Free the slot, and with it the place, of an item that `take` returned."""
+    def release(self, *, used_up: bool = False) -> None:
+        """Free the slot, and with it the place, of an item that `take` returned.
+
+        `used_up`: the item counts as one of the `uses`.
+        """
         self.running -= 1
+        if used_up:
+            self._uses -= 1
+            self.capacity = min(self.capacity, self._uses)
         self._grant()
 
     def forget_waiting(self) -> list[T]:

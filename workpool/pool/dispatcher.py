@@ -6,6 +6,7 @@ See workpool/docs/architecture.md, "The path of one item".
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -24,7 +25,6 @@ from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from workpool.errors import ConflictError, PreconditionError, RefusedError
@@ -197,7 +197,7 @@ class Dispatcher:
         """Free the slot of an item that has ended."""
         self.items.remove(item)
         self._tasks.pop(item, None)
-        self._context.queue.release()
+        self._context.queue.release(used_up=item.counted)
         self._fill()
         if self.on_closed is not None:
             self.on_closed()
@@ -208,9 +208,7 @@ class Dispatcher:
         """Start no item any more, forget the waiting ones and notify the running sessions."""
         self.draining = self.runner.draining = True
         self._claimer.drain()
-        for item in self._context.queue.forget_waiting():
-            item.advance("closed")
-            self.items.remove(item)
+        self.forget_waiting()
         for item in self.items.all():
             item.notify()
             if item.executing and item.session is not None:
@@ -218,14 +216,32 @@ class Dispatcher:
                 mark = self.runner.completion.mark_running(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
+    def forget_waiting(self) -> None:
+        """Forget the items that wait for a slot: they were never acknowledged."""
+        for item in self._context.queue.forget_waiting():
+            item.advance("closed")
+            self.items.remove(item)
+
     def release_all(self) -> None:
         """Cancel the handlers that still run, so that their items are handed back."""
         for item in self.items.all():
             self.executor.cancel(item, EndReason.DRAINED)
 
     def unfinished(self) -> int:
-        """The number of items that a drain waits for: all but those of stuck handlers."""
-        return len(self._tasks) - len(self.executor.stuck)
+        """The number of items that a drain waits for: all but those of stuck handlers.
+
+        A stuck handler may have ended a moment ago; then its completion follows.
+        """
+        return len(self._tasks) - sum(item.executing for item in self.executor.stuck)
+
+    async def marked(self, seconds: float) -> None:
+        """Wait at most for `seconds` until the items of stuck handlers are marked.
+
+        Nothing else of them is waited for, so a drain would abandon them in the moment it begins.
+        """
+        marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
+        if marks:
+            await asyncio.wait(marks, timeout=max(0.0, seconds))
 
     def abandon(self) -> int:
         """End every item that has not ended, and return their number."""

@@ -57,18 +57,22 @@ class Drain:
         """Record that the deadline was brought forward, or that an item has ended or is stuck."""
         self._changed.set()
 
+    async def sessions_ended(self, dispatcher: Dispatcher) -> None:
+        """Wait, without a limit, until no session runs but those of stuck handlers."""
+        await self._finished(dispatcher, lambda: math.inf)
+
     async def wind_down(self, context: PoolContext, dispatcher: Dispatcher) -> int:
         """Wait for the sessions, then release the rest; return the number of abandoned items."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         log.info("draining running=%d timeout=%s", context.queue.running, self.timeout)
         context.observe(DrainStarted, self.timeout)
-        dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         clean = await self._finished(dispatcher, lambda: self._deadline)
+        until = loop.time() + AFTER_DEADLINE_SECONDS
         if not clean:
             dispatcher.release_all()
-            until = loop.time() + AFTER_DEADLINE_SECONDS
             await self._finished(dispatcher, lambda: until)
+        await dispatcher.marked(until - loop.time())
         abandoned = dispatcher.abandon()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started
@@ -79,6 +83,7 @@ class Drain:
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
         """Wait until no item is unfinished; False if the time `until()`, read anew, comes first."""
+        dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         loop = asyncio.get_running_loop()
         while dispatcher.unfinished():
             left = until() - loop.time()

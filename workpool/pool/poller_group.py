@@ -55,6 +55,8 @@ class PollerGroup:
         ended: The queue was empty, so no poller polls again.
         target: The number of pollers that should be polling now, from 1 to the setting `pollers`.
         last_success_at: When a poll last succeeded, on the lease clock; None before that.
+        on_poll: Called after each poll that succeeded, with whether it brought no item while no
+            item is ours. None: nobody asks.
         refused: The last poll was refused.
         ack_refused: The last ack was refused.
     """
@@ -72,6 +74,7 @@ class PollerGroup:
         self.last_success_at: float | None = None
         self.refused = self.ack_refused = False
         self.fail = on_fatal
+        self.on_poll: Callable[[bool], None] | None = None
         self._until_empty = until_empty
         self._on_empty = on_empty
         self._context = context
@@ -137,6 +140,8 @@ class PollerGroup:
         if idle and not self._idle:  # once when idleness starts, not once per poll
             log.info("idle; waiting for work")
         self._idle = idle
+        if self.on_poll is not None:
+            self.on_poll(idle)
 
     def skipped(self, error: UnreadableError) -> None:
         """Record a poll that brought an item that cannot be read; log each item once."""

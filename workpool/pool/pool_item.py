@@ -70,6 +70,7 @@ class PoolItem:
         delivered_at: When the last poll that delivered it was answered, on the lease clock.
         acked_at: When the first ack that may have been applied was sent, on the lease clock.
         parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
+        counted: It counts towards `exit_after_sessions`.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
         session_id: The session's id as it was delivered; empty for an item without a session.
@@ -90,6 +91,7 @@ class PoolItem:
         "attempt",
         "cancelled_for",
         "context",
+        "counted",
         "delivered_at",
         "error",
         "handler",
@@ -125,6 +127,7 @@ class PoolItem:
         self.delivered_at = self.acked_at = self.polled_at = now
         self.parents_heartbeat: str | None = None
         self.context = context
+        self.counted = False
         self.state: State = "delivered"
         self.reason: EndReason | None = None
         """The gravest reason so far; None while nothing ends the session."""

@@ -68,6 +68,8 @@ class SessionRunner:
 
     Attributes:
         draining: A drain has begun.
+        on_claimed: Called for each session that was claimed: whose lease was still ours when its
+            handler could start. None: nobody counts them.
         unstarted: The items in a row that ended without a call of a handler: their claim failed, or
             they were health checks.
     """
@@ -82,6 +84,7 @@ class SessionRunner:
         on_closed: Callable[[PoolItem], None],
     ) -> None:
         self.draining = False
+        self.on_claimed: Callable[[], None] | None = None
         self.unstarted = 0
         self._context = context
         self._claimer = claimer
@@ -177,6 +180,9 @@ class SessionRunner:
         if item.reason is None and not self.draining:
             await self._open_attempt(item, session, attempt)
             self._record_lease(item, lease)
+        if self.on_claimed is not None and item.reason is not EndReason.LOST:
+            item.counted = True
+            self.on_claimed()
         self._pass_on_stop(item, lease, session)
         if self.draining:
             item.end(EndReason.DRAINED)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
     from workpool.pool.drain import Drain
+    from workpool.pool.exit_limits import ExitLimits
     from workpool.pool.poller import Poller
     from workpool.pool.poller_group import PollerGroup
 
@@ -58,6 +59,7 @@ class PoolView:
     group: PollerGroup
     pollers: Sequence[Poller]
     drain: Drain
+    limits: ExitLimits | None = None
 
     def snapshot(self) -> PoolSnapshot:
         """The gauges."""
@@ -105,6 +107,8 @@ class PoolView:
         reasons: list[str] = []
         if self.drain.requested.is_set():
             reasons.append("draining")
+        if self.limits is not None and self.limits.reached is not None:
+            reasons.append(f"ending: {self.limits.reached}")
         if stuck := len(self.dispatcher.executor.stuck):
             reasons.append(f"handlers that ignore their cancellation: {stuck}")
         reasons += [f"handler_failing:{name}" for name in self.dispatcher.health.failing()]

@@ -25,6 +25,7 @@ from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.handler_executor import handler_group
 from workpool.pool.lease_clock import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
@@ -103,6 +104,7 @@ class Supervisor:
         self._connect = connect
         self._rate_limits = rate_limits
         self._drain = Drain()
+        self._limits = ExitLimits(settings)
         self._until_empty = False
         self._root: asyncio.Task[None] | None = None
         self._view: PoolView | None = None
@@ -305,7 +307,9 @@ class Supervisor:
             client=self._client,
             plugins=self._plugins,
             renewer=renewer,
-            queue=BoundedQueue(settings.concurrency, settings.prefetch),
+            queue=BoundedQueue(
+                settings.concurrency, settings.prefetch, settings.exit_after_sessions
+            ),
             clock=self._clock,
             wall=self._wall,
             observe=self._telemetry.observe,
@@ -327,7 +331,10 @@ class Supervisor:
                 Poller(context, group, dispatcher, number)
                 for number in range(self.settings.pollers)
             ]
-            self._view = PoolView(context, dispatcher, group, pollers, self._drain)
+            if self._limits.any:
+                dispatcher.runner.on_claimed = self._limits.note_claim
+                group.on_poll = self._limits.note_poll
+            self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
                     fetching.create_task(poller.run(), name=f"poller-{number}")
@@ -336,12 +343,32 @@ class Supervisor:
                 if self.settings.stats_interval:
                     reading = read_remote_stats(context)
                     tasks.append(fetching.create_task(reading, name="remote-stats"))
+                if self._limits.any:
+                    ending = self._end_at_limit(dispatcher, tasks[: len(pollers)])
+                    tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
                 await self._drain.requested.wait()
                 dispatcher.drain()
                 for task in tasks:
                     task.cancel()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
+
+    async def _end_at_limit(
+        self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]
+    ) -> None:
+        """End the claiming at the first limit, and the pool once no session runs.
+
+        Sessions are not told to end and have no time limit for it: that is what differs from a
+        drain, which can still be requested meanwhile.
+        """
+        limit = await self._limits.wait()
+        for task in polling:
+            task.cancel()
+        dispatcher.forget_waiting()
+        running = dispatcher.unfinished()
+        log.info("limit reached, no more items are claimed limit=%s running=%d", limit, running)
+        await self._drain.sessions_ended(dispatcher)
+        self._drain.begin(None)
 
     def _fail(self, error: BaseException) -> None:
         """End the pool because of an error: drain it; the error is raised after that."""

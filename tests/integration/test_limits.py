@@ -1,0 +1,223 @@
+"""The limits after which a pool ends by itself. See workpool/docs/semantics.md, "Limits"."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler
+from workpool.events import (
+    DrainFinished,
+    DrainStarted,
+    ItemReceived,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.testing import Hold, status
+from workpool.wire.protocol import HEALTHCHECK
+
+if TYPE_CHECKING:
+    from workpool import Supervisor
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+SECONDS = 20.0
+"""Bounds the end of a pool that should end by itself."""
+
+
+@handler
+async def quick(_: Session) -> None:
+    pass
+
+
+class Gate:
+    """Handlers that run until they may end, and record whether they were told to end."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+        self.interrupted: list[bool] = []
+
+    @handler
+    async def wait(self, session: Session) -> None:
+        await self.may_end.wait()
+        self.interrupted.append(session.draining or session.stopping)
+
+
+async def ends(supervisor: Supervisor) -> None:
+    async with asyncio.timeout(SECONDS):
+        await supervisor.wait()
+
+
+def ran(recorder: Recorder) -> int:
+    return len(recorder.of(SessionFinished))
+
+
+def states(plane: ControlPlane, items: Any) -> list[str]:
+    return [plane.operations.get(plane.environments[0], item.id).state for item in items]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(1, 1, 0, 1), (1, 8, 0, 3), (3, 2, 0, 2), (3, 8, 4, 3), (2, 1, 3, 2)],
+)
+async def test_pool_ends_after_its_number_of_sessions_and_claims_no_more(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    case: tuple[int, int, int, int],
+) -> None:
+    items = plane.enqueue(6)
+    limit, concurrency, prefetch, pollers = case
+    sizes = {"concurrency": concurrency, "prefetch": prefetch, "pollers": pollers}
+    async with make_pool(quick, exit_after_sessions=limit, **sizes) as supervisor:
+        await ends(supervisor)
+    assert ran(recorder) == limit
+    assert len(faults.of("ack")) == limit
+    assert sorted(states(plane, items)) == ["queued"] * (6 - limit) + ["stopped"] * limit
+    assert recorder.of(DrainFinished)[0].result == "clean"
+    assert supervisor.abandoned == 0
+
+
+async def test_last_session_is_not_told_to_end_and_has_no_time_limit(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(2)
+    gate = Gate()
+    async with make_pool(gate, exit_after_sessions=1, drain_timeout=0) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        assert supervisor.status().reasons == ("ending: exit_after_sessions",)
+        assert not supervisor.status().draining
+        gate.may_end.set()
+        await ends(supervisor)
+    assert gate.interrupted == [False]
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
+    assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
+
+
+async def test_drain_while_the_last_session_runs_has_its_own_timeout(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    async with make_pool(Gate(), exit_after_sessions=1) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        async with asyncio.timeout(SECONDS):
+            await supervisor.drain(timeout=0)
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]
+
+
+@pytest.mark.parametrize("code", [409, 404])
+async def test_lost_claim_does_not_count(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
+) -> None:
+    items = plane.enqueue(3)
+    faults.add(status(code), "ack", times=1)
+    async with make_pool(quick, exit_after_sessions=1, pollers=3) as supervisor:
+        await ends(supervisor)
+    assert ran(recorder) == 1
+    assert states(plane, items).count("stopped") == 1
+
+
+async def test_claim_lost_at_its_first_heartbeat_does_not_count(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue(2)
+    faults.add(status(404), "heartbeat", times=1)
+    async with make_pool(quick, exit_after_sessions=1) as supervisor:
+        await ends(supervisor)
+    outcomes = [event.outcome for event in recorder.of(SessionFinished)]
+    assert outcomes == ["lease_lost", "completed"]
+
+
+async def test_health_check_does_not_count(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    (check,) = plane.enqueue(work_type=HEALTHCHECK)
+    (item,) = plane.enqueue()
+    async with make_pool(quick, exit_after_sessions=1, concurrency=1) as supervisor:
+        await ends(supervisor)
+    assert states(plane, [check, item]) == ["stopped", "stopped"]
+    assert ran(recorder) == 1
+
+
+async def test_idle_pool_ends_and_one_that_runs_a_session_does_not(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    gate = Gate()
+    async with make_pool(gate, exit_after_idle=0.1, block_ms=10) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        await recorder.wait_for(PollFinished, lambda event: event.result == "null", count=20)
+        assert supervisor.status().ready
+        gate.may_end.set()
+        await ends(supervisor)
+    assert [event.outcome for event in recorder.of(SessionFinished)] == ["completed"]
+    assert len(recorder.of(ItemReceived)) == 1
+
+
+async def test_idle_pool_that_waits_for_its_one_session_ends(
+    make_pool: Any, recorder: Recorder
+) -> None:
+    limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}
+    async with make_pool(quick, block_ms=10, **limits) as supervisor:
+        await ends(supervisor)
+    assert not recorder.of(ItemReceived)
+    assert not supervisor.abandoned
+
+
+async def test_uptime_ends_the_claiming_and_not_the_session(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    first, *others = plane.enqueue(3)
+    gate = Gate()
+    sizes = {"concurrency": 1, "prefetch": 2, "drain_timeout": 0}
+    async with make_pool(gate, exit_after_uptime=0.3, **sizes) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        while supervisor.status().ready:  # noqa: ASYNC110 - a timer of the pool ends this
+            await asyncio.sleep(0.01)
+        assert supervisor.status().reasons == ("ending: exit_after_uptime",)
+        assert supervisor.status().waiting == 0
+        gate.may_end.set()
+        await ends(supervisor)
+    assert gate.interrupted == [False]
+    assert states(plane, [first, *others]) == ["stopped", "queued", "queued"]
+
+
+async def test_item_that_a_poll_delivers_at_the_limit_is_not_taken(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    hold = Hold(applied=True)
+    faults.add(hold, "poll")
+    (item,) = plane.enqueue()
+    async with make_pool(quick, exit_after_uptime=0.2) as supervisor:
+        await hold.reached()
+        await ends(supervisor)
+    assert not recorder.of(ItemReceived)
+    assert states(plane, [item]) == ["queued"]
+
+
+async def test_stuck_handler_of_the_last_session_does_not_keep_the_pool(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
+    may_end = asyncio.Event()
+
+    @handler
+    async def stubborn(_: Session) -> None:
+        while not may_end.is_set():
+            try:
+                await may_end.wait()
+            except asyncio.CancelledError:
+                continue
+
+    (item,) = plane.enqueue()
+    limits = {"exit_after_sessions": 1, "session_timeout": 0.05}
+    async with make_pool(stubborn, **limits) as supervisor:
+        await ends(supervisor)
+    may_end.set()
+    assert supervisor.abandoned == 1
+    assert recorder.of(DrainFinished)[0].result == "killed"
+    assert "workpool.released" in plane.operations.get(plane.environments[0], item.id).metadata
