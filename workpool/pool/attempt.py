@@ -54,9 +54,11 @@ class Attempt:
         self._notes: Patch = dict.fromkeys(metadata.keys() & {ERROR, RELEASED})
 
     def count_here(self, earlier: int) -> None:
-        """Number the run by the `earlier` runs of this process; nothing is to be written."""
+        """Number the run by the `earlier` runs of this process.
+
+        What was to be written stays so, in case the mark can be written after all.
+        """
         self.number = self._first + earlier
-        self._notes, self._number = {}, {}
 
     def opening(self) -> Patch:
         """Return the patch that must be written before the handler starts; empty if none is."""

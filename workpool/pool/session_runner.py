@@ -224,7 +224,7 @@ class SessionRunner:
         if counted_here:
             attempt.count_here(self._runs.of(item.id))
             session.attempt = attempt.number
-        patch = attempt.opening()
+        patch = {} if counted_here else attempt.opening()
         if not (patch or counted_here):
             return
         limit = self._context.settings.max_attempts

@@ -1,0 +1,27 @@
+"""The number of a run, where its metadata can be written and where they cannot."""
+
+from __future__ import annotations
+
+from workpool.pool.attempt import Attempt, RunCounts
+
+
+def test_run_that_is_counted_here_still_writes_its_number_with_a_mark() -> None:
+    """The credential may write after all: the earlier run must not be forgotten."""
+    attempt = Attempt({}, redelivered=True)
+    attempt.count_here(0)
+    assert attempt.number == 1
+    assert attempt.mark("draining") == {"workpool.attempt": "2", "workpool.released": "draining"}
+
+
+def test_run_that_is_counted_here_follows_the_earlier_runs_and_the_stored_number() -> None:
+    attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
+    attempt.count_here(2)
+    assert attempt.number == 5
+
+
+def test_run_counts_forget_the_items_that_were_counted_the_longest_ago() -> None:
+    counts = RunCounts()
+    for number in range(10_001):
+        counts.add(f"work_{number}")
+    counts.add("work_1")
+    assert [counts.of(f"work_{number}") for number in (0, 1, 2)] == [0, 2, 1]
