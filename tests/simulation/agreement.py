@@ -56,8 +56,8 @@ def outcomes_agree(case: Case) -> Iterator[str]:
 
 def _disagreement(case: Case, node: Node, event: SessionFinished, at: float) -> str | None:
     work_id = event.session.item.id
-    if event.outcome == "lease_lost" and case.unsettled(node, work_id, at):
-        return None  # another worker may have sent the first heartbeat
+    if event.outcome in {"lease_lost", "released"} and case.unsettled(node, work_id, at):
+        return None  # another worker may have sent the first heartbeat; a drain abandons the claim
     lease = case.lease(node, work_id, at)
     if lease is None:
         owned = not node.child or event.outcome in {"completed", "failed", "timed_out"}
