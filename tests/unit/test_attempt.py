@@ -13,9 +13,11 @@ def test_run_that_is_counted_here_still_writes_its_number_with_a_mark() -> None:
     assert attempt.mark("draining") == {"workpool.attempt": "2", "workpool.released": "draining"}
 
 
-def test_run_that_is_counted_here_follows_the_earlier_runs_and_the_stored_number() -> None:
+def test_run_that_is_counted_here_has_the_greater_of_both_numbers() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
-    attempt.count_here(2)
+    attempt.count_here(1)
+    assert attempt.number == 3
+    attempt.count_here(4)
     assert attempt.number == 5
 
 

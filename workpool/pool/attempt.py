@@ -58,7 +58,8 @@ class Attempt:
 
         What was to be written stays so, in case the mark can be written after all.
         """
-        self.number = self._first + earlier
+        # Not their sum: a mark that was written nevertheless has the number of the same runs.
+        self.number = max(self._first, 1 + earlier)
 
     def opening(self) -> Patch:
         """Return the patch that must be written before the handler starts; empty if none is."""
