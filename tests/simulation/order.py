@@ -243,14 +243,21 @@ def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
 
 
 def _repeats(case: Case, call: Sent, since: float) -> bool:
-    """Return whether the call repeats one without an answer that was sent before `since`."""
+    """Return whether the call waited since before `since`, or repeats one without an answer."""
+    waited = any(
+        delay.node is call.node
+        and (delay.op, delay.work_id) == (call.op, call.work_id)
+        and delay.since < since
+        for delay in case.trace.delays
+    )
     earlier = [
         each
         for each in case.sent[call.node, str(call.work_id)]
         if each.op == call.op and each.at < call.at
     ]
     unanswered = all(each.answer in {"lost", None} for each in earlier if each.at >= since)
-    return any(each.at < since <= each.answered_at for each in earlier) and unanswered
+    repeated = any(each.at < since <= each.answered_at for each in earlier) and unanswered
+    return waited or repeated
 
 
 def sessions_share_no_context(case: Case) -> Iterator[str]:
