@@ -14,7 +14,7 @@ from tests.integration.test_handoff import Scene
 from workpool import LeaseLost, Settings, WorkClient
 from workpool.server import ControlPlane
 from workpool.testing import Clock
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.protocol import NO_HEARTBEAT
 
 if TYPE_CHECKING:

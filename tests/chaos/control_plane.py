@@ -22,7 +22,7 @@ from aiohttp import web
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, SqliteStore
 from workpool.testing import Faults
-from workpool.testing.plan import read_plan
+from workpool.testing.fault_plan import read_plan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

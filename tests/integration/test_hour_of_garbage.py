@@ -15,9 +15,9 @@ from workpool import Session, Settings, handler
 from workpool.events import PluginFailed, PollerRestarted
 from workpool.server import Item, Operations
 from workpool.testing import Recorder
-from workpool.testing.local import CallFault, LocalClient
+from workpool.testing.local_client import CallFault, LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
-from workpool.testing.virtual import VirtualLoop, run_virtual
+from workpool.testing.virtual_time import VirtualLoop, run_virtual
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 HOUR = 3600.0

@@ -300,7 +300,7 @@ async def test_closing_ends_the_reading_of_a_store(
         while not store._closing:
             time.sleep(0.001)
 
-    monkeypatch.setattr("workpool.server.rows.Table.from_row", read_until_closing)
+    monkeypatch.setattr("workpool.server.sqlite_rows.Table.from_row", read_until_closing)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())
         await asyncio.to_thread(reading.wait)

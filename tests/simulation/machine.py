@@ -11,7 +11,7 @@ import heapq
 from contextvars import Context, ContextVar, copy_context
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, TypeVarTuple, Unpack
 
-from workpool.testing.virtual import VirtualLoop
+from workpool.testing.virtual_time import VirtualLoop
 
 if TYPE_CHECKING:
     import selectors

@@ -14,7 +14,7 @@ from tests.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.server_dialects import QODER
-from workpool.testing.local import CallFault, LocalClient, answer_to
+from workpool.testing.local_client import CallFault, LocalClient, answer_to
 from workpool.wire import endpoints
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS

@@ -24,9 +24,9 @@ from workpool.events import (
 from workpool.hookspecs import hookimpl
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local import CallFault, LocalClient, Script
+from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.loop_supervisor import LoopSupervisor
-from workpool.testing.virtual import VirtualLoop, in_virtual_time
+from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Machine
     from tests.simulation.schedule import Pool
     from workpool.events import Event
-    from workpool.testing.local import CallFault
+    from workpool.testing.local_client import CallFault
 
 FOREVER: Final = float("inf")
 LATENCY_SECONDS: Final = 0.001

@@ -34,7 +34,7 @@ from workpool.pool.handoff_child import HandoffChild
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
-from workpool.testing.local import CallFault
+from workpool.testing.local_client import CallFault
 from workpool.testing.loop_supervisor import LoopRenewer, LoopSupervisor
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import Sender
 from workpool.server import Operations, Poll
-from workpool.testing.local import CallFault, LocalClient, Script
+from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.loop_supervisor import LoopRenewer
-from workpool.testing.virtual import VirtualLoop
+from workpool.testing.virtual_time import VirtualLoop
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 
 if TYPE_CHECKING:

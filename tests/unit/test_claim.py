@@ -16,8 +16,8 @@ from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
 from workpool.pool.lease_clock import PauseDetector
 from workpool.pool.pool_item import PoolItem
-from workpool.testing.local import CallFault
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.local_client import CallFault
+from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS, RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 
 from workpool.events import DrainFinished, DrainStarted
 from workpool.pool.drain import AFTER_DEADLINE_SECONDS, Drain, see_through
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,8 +13,8 @@ from workpool import Settings
 from workpool.errors import TransientError
 from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
-from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.virtual import run_virtual
+from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.virtual_time import run_virtual
 from workpool.wire import endpoints, event_stream
 from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.event_calls import EventPage, Unguarded

@@ -9,7 +9,7 @@ import pytest
 
 from workpool.server import ControlPlane, ServeError
 from workpool.testing import Faults
-from workpool.testing.plan import Plan, read_plan
+from workpool.testing.fault_plan import Plan, read_plan
 
 PAGE = (Path(__file__).parents[2] / "workpool/docs/testing.md").read_text()
 

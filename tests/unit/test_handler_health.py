@@ -12,7 +12,7 @@ import pytest
 from workpool import Release
 from workpool.handlers import Handler
 from workpool.pool.handler_health import FAILURES, PAUSE_MAX_SECONDS, QUICK_SECONDS, HandlerHealth
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
     from workpool import Session

@@ -11,8 +11,8 @@ import pytest
 from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
-from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import Heartbeat
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from workpool.pool.loop_monitor import LoopMonitor
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
 from workpool.testing.changes import Changes
-from workpool.testing.local import CallFault, LocalClient, Script
+from workpool.testing.local_client import CallFault, LocalClient, Script
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -26,7 +26,7 @@ from workpool.pool.context import PoolContext
 from workpool.pool.handler_health import HandlerHealth
 from workpool.pool.poller import Poller
 from workpool.pool.poller_group import PollerGroup
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,7 +16,7 @@ from workpool.events import PollersScaled
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.poller_group import REFUSED_SECONDS, PollerGroup
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

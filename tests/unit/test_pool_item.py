@@ -15,7 +15,7 @@ import pytest
 
 from workpool.handlers import Handler
 from workpool.pool.pool_item import TRANSITIONS, EndReason, OwnedItems, PoolItem, State, Transition
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import WorkItem
 
 if TYPE_CHECKING:

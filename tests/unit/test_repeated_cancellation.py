@@ -13,7 +13,7 @@ from workpool.handlers import Handler
 from workpool.plugins import Plugins
 from workpool.pool.handler_executor import HandlerExecutor, handler_group
 from workpool.pool.pool_item import EndReason
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

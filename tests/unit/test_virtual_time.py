@@ -14,8 +14,8 @@ from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import SessionFinished
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local import CallFault, LocalClient, Script
-from workpool.testing.virtual import in_virtual_time, run_virtual
+from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.virtual_time import in_virtual_time, run_virtual
 from workpool.wire.call_options import CallOptions
 
 if TYPE_CHECKING:

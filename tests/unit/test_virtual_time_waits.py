@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from workpool.testing.virtual import run_virtual
+from workpool.testing.virtual_time import run_virtual
 
 
 def digest(release: threading.Event) -> str:

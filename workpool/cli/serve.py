@@ -27,7 +27,7 @@ from workpool.server import (
     parse_token_file,
 )
 from workpool.testing import Clock, Faults
-from workpool.testing.plan import Plan, read_plan
+from workpool.testing.fault_plan import Plan, read_plan
 
 Ids = Annotated[
     list[str] | None,

@@ -1,7 +1,8 @@
 """Plugins: they are found (`discovery`), checked (`loading`), and called (`registry`)."""
 
 from workpool.plugins.discovery import Available, available
-from workpool.plugins.loading import Plugin, Route
+from workpool.plugins.loading import Plugin
 from workpool.plugins.registry import Plugins
+from workpool.plugins.routing import Route
 
 __all__ = ["Available", "Plugin", "Plugins", "Route", "available"]

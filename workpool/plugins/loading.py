@@ -2,9 +2,8 @@
 
 A mistake because of which a hook or a handler would never be called is an error here, since it
 would not be noticed later. The handlers of a module are its attributes with `@handler`, imported
-ones included (a package may collect its handlers in `__init__`), each once. Two equal rules are an
-error across plugins, too: one of them would never run. See workpool/docs/plugins.md, "Plugins and
-hooks".
+ones included (a package may collect its handlers in `__init__`), each once. See
+workpool/docs/plugins.md, "Plugins and hooks".
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from workpool.errors import PluginError
 from workpool.handlers import Handler, HandlerRule, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import Found, available, did_you_mean, find, guarded, named
+from workpool.plugins.routing import Route, refuse_equal_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,14 +31,6 @@ SPECS: Final[Mapping[str, str]] = {
 """The name of each hook, with the name of its argument."""
 
 EVENT_TYPES: Final[frozenset[type[events.Event]]] = frozenset(get_args(events.Event))
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A rule and the handler for its items."""
-
-    rule: HandlerRule
-    handler: Handler
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +65,7 @@ def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> t
         found.append(one)
     _refuse_unused(options, {one.name for one in found})
     plugins = tuple(_build(one, options.get(one.name, {})) for one in found)
-    _refuse_equal_rules([route for plugin in plugins for route in plugin.routes])
+    refuse_equal_rules([route for plugin in plugins for route in plugin.routes])
     return plugins
 
 
@@ -231,14 +223,3 @@ def _refuse_unused(options: Mapping[str, object], active: set[str]) -> None:
         if name not in known:
             hint = did_you_mean(name, sorted(known))
             raise PluginError(name, f"[workpool.plugin.{name}] is for no active plugin{hint}")
-
-
-def _refuse_equal_rules(routes: Sequence[Route]) -> None:
-    for index, route in enumerate(routes):
-        for other in routes[:index]:
-            if other.rule.covers(route.rule) and route.rule.covers(other.rule):
-                raise PluginError(
-                    route.handler.plugin,
-                    f"{route.handler.name} and {other.handler.name} have the same rule "
-                    f"({route.rule}); one of them would never run",
-                )

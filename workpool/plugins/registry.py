@@ -25,12 +25,13 @@ from workpool.events import PluginFailed
 from workpool.handlers import Handler, is_async_callable, name_of
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.plugins.discovery import guarded
-from workpool.plugins.loading import SPECS, Plugin, Route, load, new_handler
+from workpool.plugins.loading import SPECS, Plugin, load, new_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from workpool.events import Event
+    from workpool.plugins.routing import Route
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 

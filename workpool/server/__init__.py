@@ -16,7 +16,7 @@ from workpool.server.sqlite import SqliteStore
 from workpool.server.store import MemoryStore, Store
 from workpool.server.stored_item import Item
 from workpool.server.tokens import parse_token_file
-from workpool.server.waiting import Poll
+from workpool.server.waiting_polls import Poll
 
 __all__ = [
     "DEFAULT_ENVIRONMENT",

@@ -13,14 +13,14 @@ import secrets
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from workpool.server import rules
+from workpool.server import state_machine
 from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.history import History, Record, op_of_heartbeat
 from workpool.server.list_pages import ListPage, page_of
 from workpool.server.retention import Retention
-from workpool.server.script import parse_script
+from workpool.server.session_script import parse_script
 from workpool.server.sessions import Sessions
 from workpool.server.store import MemoryStore
 from workpool.server.stored_item import WORK_PREFIX, Ids, Item
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from workpool.server.history import Kind
     from workpool.server.store import Contents, Store
     from workpool.server.stored_session import StoredSession
-    from workpool.server.waiting import Poll
+    from workpool.server.waiting_polls import Poll
     from workpool.server.work_queue import Stats
 
 
@@ -264,7 +264,7 @@ class Operations:
         item = queue.claimable(now - poll.reclaim_older_than_ms * MILLISECOND)
         if item is None:
             return None
-        delivered = rules.deliver(item, poll.worker_id, now)
+        delivered = state_machine.deliver(item, poll.worker_id, now)
         self._apply(queue, delivered, "delivered", poll.worker_id)
         queue.waiting.wake_impatient()
         return delivered
@@ -303,7 +303,7 @@ class Operations:
         """Take back a delivery whose client has gone before the answer."""
         queue = self.queue(item.environment_id)
         if queue.holds(item):
-            self._apply(queue, rules.withdraw(item), "withdrawn", item.holder)
+            self._apply(queue, state_machine.withdraw(item), "withdrawn", item.holder)
             queue.waiting.wake(1)
 
     def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
@@ -311,7 +311,7 @@ class Operations:
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
-            acked = rules.ack(item, worker_id, self._latest)
+            acked = state_machine.ack(item, worker_id, self._latest)
         except APIError:
             self._record("conflict", item, worker_id, op="ack")
             raise
@@ -331,7 +331,7 @@ class Operations:
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
-            beaten = rules.heartbeat(
+            beaten = state_machine.heartbeat(
                 item, expected, ttl_seconds, self._latest, compare_on_stop=compare_on_stop
             )
         except APIError:
@@ -354,7 +354,7 @@ class Operations:
         if (force, item.state) in refused:
             self._record("conflict", item, worker_id, op="stop")
             raise APIError(409, f"the item is {item.state}")
-        stopped = rules.stop(item, self._latest, force=force)
+        stopped = state_machine.stop(item, self._latest, force=force)
         kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
         return self._apply(queue, stopped, kind, worker_id)
 
@@ -367,7 +367,7 @@ class Operations:
     ) -> Item:
         """Merge a patch into the metadata."""
         queue = self.queue(environment_id)
-        merged = rules.merge(queue.get(work_id), patch)
+        merged = state_machine.merge(queue.get(work_id), patch)
         check_metadata(merged.metadata)
         return self._apply(queue, merged, "metadata", worker_id)
 
@@ -457,7 +457,7 @@ class Operations:
         """Apply the lapses that are due, each at the instant when its lease ended."""
         for work_id in queue.leases.lapsed(self._tick()):
             held = queue.get(work_id)
-            self._apply(queue, rules.lapse(held), "lapsed", held.holder, held.lease_end)
+            self._apply(queue, state_machine.lapse(held), "lapsed", held.holder, held.lease_end)
 
     def _apply(
         self,

@@ -15,7 +15,7 @@ from workpool.wire.protocol import STOPPED
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from workpool.server.rows import Row
+    from workpool.server.sqlite_rows import Row
     from workpool.server.store import Contents
     from workpool.server.stored_item import Item
 

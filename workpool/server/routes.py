@@ -18,10 +18,10 @@ from aiohttp import web
 
 from workpool.server import requests
 from workpool.server.api_errors import APIError, StoreError
+from workpool.server.gone_clients import has_gone
 from workpool.server.list_pages import listing
-from workpool.server.presence import has_gone
-from workpool.server.rules import heartbeat_answer
 from workpool.server.server_dialects import DIALECTS
+from workpool.server.state_machine import heartbeat_answer
 from workpool.server.stored_item import WORK_PREFIX
 from workpool.server.timestamps import to_seconds_text
 from workpool.wire.protocol import (

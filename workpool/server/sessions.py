@@ -27,7 +27,7 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from workpool.server.script import Script
+    from workpool.server.session_script import Script
     from workpool.server.store import Contents, Store
     from workpool.server.stored_item import Ids, Item
 

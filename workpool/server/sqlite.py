@@ -19,7 +19,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.api_errors import StoreError
-from workpool.server.rows import TABLES, Deleted
+from workpool.server.sqlite_rows import TABLES, Deleted
 from workpool.server.store import Contents
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.rows import Row
+    from workpool.server.sqlite_rows import Row
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.rows import Row
+    from workpool.server.sqlite_rows import Row
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
 

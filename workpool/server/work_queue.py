@@ -14,7 +14,7 @@ from workpool.server.api_errors import APIError
 from workpool.server.deliveries import Deliveries
 from workpool.server.lease_ends import Leases
 from workpool.server.timestamps import MILLISECOND, SECOND
-from workpool.server.waiting import WaitingPolls
+from workpool.server.waiting_polls import WaitingPolls
 from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
 
 if TYPE_CHECKING:

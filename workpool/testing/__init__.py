@@ -35,7 +35,7 @@ from workpool.testing.faulty_network import Proxy
 from workpool.testing.kit import Kit, SessionResult
 from workpool.testing.movable_clock import Clock
 from workpool.testing.recorder import Recorder
-from workpool.testing.virtual import in_virtual_time
+from workpool.testing.virtual_time import in_virtual_time
 
 __all__ = [
     "Clock",

@@ -24,11 +24,11 @@ from workpool.settings import Settings
 from workpool.testing.actions import expire_lease
 from workpool.testing.changes import WAIT_SECONDS
 from workpool.testing.faults import Faults
-from workpool.testing.local import LocalClient
+from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.recorder import Recorder
 from workpool.testing.report import names_of, progress_of
-from workpool.testing.virtual import VirtualLoop
+from workpool.testing.virtual_time import VirtualLoop
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""A session's events without a network, for virtual time; see `workpool.testing.local`."""
+"""A session's events without a network, for virtual time; see `workpool.testing.local_client`."""
 
 from __future__ import annotations
 

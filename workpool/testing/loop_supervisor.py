@@ -7,7 +7,7 @@ from typing import Final
 
 from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
-from workpool.testing.virtual import VirtualLoop
+from workpool.testing.virtual_time import VirtualLoop
 
 TICK_SECONDS: Final = 5.0
 """The interval of the renewer's ticks: fewer than on a thread, since each one is an event."""

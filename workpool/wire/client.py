@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from yarl import URL
 
-from workpool.wire import bodies, endpoints, protocol
+from workpool.wire import endpoints, protocol, request_bodies
 from workpool.wire.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.http_events import HttpEvents
@@ -241,7 +241,7 @@ class WorkClient:
             The item; None if `read_item` is false, and from a control plane that answers
             without a body.
         """
-        url, body = self._item_url(work_id, "/stop"), bodies.STOP[force]
+        url, body = self._item_url(work_id, "/stop"), request_bodies.STOP[force]
         limiter = self.rate_limits.write
         endpoint = endpoints.STOP if read_item else endpoints.STOP_UNREAD
         request = HttpRequest(endpoint, url, timeout, limiter, body, options)
@@ -260,7 +260,7 @@ class WorkClient:
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
         """
-        body = bodies.update(patch)
+        body = request_bodies.update(patch)
         limiter, url = self.rate_limits.write, self._item_url(work_id)
         request = HttpRequest(endpoints.UPDATE, url, timeout, limiter, body, options)
         return await self._key_transport.send(request)
@@ -367,7 +367,7 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = bodies.enqueue(fields)
+        body = request_bodies.enqueue(fields)
         url = self._work_url()
         return (await self._write(endpoints.ENQUEUE, url, body, timeout)).items
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from workpool.errors import ConflictError, TransientError
-from workpool.wire import bodies, protocol
+from workpool.wire import protocol, request_bodies
 from workpool.wire.event_calls import Pages, Unguarded
 from workpool.wire.event_stream import STALL_SECONDS, EventStream
 
@@ -59,7 +59,7 @@ class SessionEvents:
             TransientError: Not settled in time, and perhaps applied.
             ControlPlaneError: Refused.
         """
-        body = bodies.events(events)
+        body = request_bodies.events(events)
         repeatable = all(event.get("type") in _ANSWERS for event in events)
         doubtful = False  # it was sent, and we do not know what came of it
 

@@ -19,8 +19,8 @@ import orjson
 from workpool.errors import TransientError
 from workpool.server import APIError, Poll
 from workpool.server.list_pages import listing
-from workpool.server.rules import heartbeat_answer
 from workpool.server.server_dialects import QODER
+from workpool.server.state_machine import heartbeat_answer
 from workpool.server.timestamps import to_seconds_text
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints

@@ -1,0 +1,41 @@
+"""Routes: which handler runs the items of which rule.
+
+Two equal rules are an error across plugins, too: one of them would never run. See
+workpool/docs/plugins.md, "Plugins and hooks".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from workpool.errors import PluginError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.handlers import Handler, HandlerRule
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A rule and the handler for its items."""
+
+    rule: HandlerRule
+    handler: Handler
+
+
+def refuse_equal_rules(routes: Sequence[Route]) -> None:
+    """Check that no rule occurs twice, be it in two plugins.
+
+    Raises:
+        PluginError: Two handlers have the same rule.
+    """
+    for index, route in enumerate(routes):
+        for other in routes[:index]:
+            if other.rule.covers(route.rule) and route.rule.covers(other.rule):
+                raise PluginError(
+                    route.handler.plugin,
+                    f"{route.handler.name} and {other.handler.name} have the same rule "
+                    f"({route.rule}); one of them would never run",
+                )
