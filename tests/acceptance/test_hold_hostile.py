@@ -49,7 +49,7 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_no_block_is_entered_before_our_beats_are_suspended() -> None:
+async def test_no_block_is_entered_before_our_heartbeats_are_suspended() -> None:
     """A process that was stopped for a TTL: the wait is over, and no renewer has noticed."""
     scene = Scene()
     entered = False
@@ -135,7 +135,7 @@ async def test_a_handoff_is_no_overlap_in_the_control_planes_summary() -> None:
         assert plane.summary().overlapping == 0
 
 
-async def test_a_first_beat_for_anothers_ack_is_an_overlap_all_the_same() -> None:
+async def test_a_first_heartbeat_for_anothers_ack_is_an_overlap_all_the_same() -> None:
     """Only a child knows its parent's last heartbeat; that there was none, anybody can say."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()

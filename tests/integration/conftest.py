@@ -113,7 +113,7 @@ def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne
 
 
 @pytest.fixture
-def beat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+def heartbeat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
     """Make the pool doubt a lease, and so heartbeat at once: a poll brings a copy of the item."""
 
     def nudge(work_id: str) -> None:
@@ -127,6 +127,6 @@ def beat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def fast_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Renew leases ten times a second rather than every third of their time."""
     monkeypatch.setattr(lease, "RENEW_PART", 600)

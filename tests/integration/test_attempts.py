@@ -357,7 +357,7 @@ async def test_release_replaces_the_reason_of_the_drain(scene: Scene) -> None:
     assert scene.metadata == {"workpool.released": "page 7"}
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_session_that_an_operator_stops_in_a_drain_leaves_no_mark(scene: Scene) -> None:
     async with scene.draining(patient, lease_ttl=10, stop_grace=0):
         await scene.faults.wait_for("update", answered=True)

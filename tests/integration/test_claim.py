@@ -150,14 +150,14 @@ async def test_a_copy_of_a_waiting_item_is_dropped(
         ]  # fmt: skip
 
 
-async def test_a_copy_of_a_running_item_makes_a_beat_at_once_and_changes_nothing(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+async def test_a_copy_of_a_running_item_makes_a_heartbeat_at_once_and_changes_nothing(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     gate = Gate()
     (item,) = plane.enqueue()
     async with make_pool(gate, block_ms=20):
         await recorder.wait_for(SessionStarted)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await faults.wait_for("heartbeat", count=2)
         assert gate.running == 1
         gate.opened.set()
@@ -169,14 +169,14 @@ async def test_a_copy_of_a_running_item_makes_a_beat_at_once_and_changes_nothing
 
 
 async def test_a_copy_of_an_item_that_is_finishing_is_dropped(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "stop")
     (item,) = plane.enqueue()
     async with make_pool(work, block_ms=20):
         await hold.reached()
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
         hold.release()
         await recorder.wait_for(SessionFinished)
@@ -321,7 +321,7 @@ async def test_health_checks_are_polled_once_per_block(
 # -- other types of item
 
 
-async def test_a_healthcheck_is_answered_without_a_beat_and_without_a_session(
+async def test_a_healthcheck_is_answered_without_a_heartbeat_and_without_a_session(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue(work_type="healthcheck")

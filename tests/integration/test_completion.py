@@ -288,7 +288,7 @@ async def test_released_at_the_drains_deadline(
 
 
 async def test_asked_to_stop_and_did(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     async def work(session: Session) -> dict[str, str]:
         await session.interrupted()
@@ -298,7 +298,7 @@ async def test_asked_to_stop_and_did(
     async with make_pool(handler(work), **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state) == ("stopped", "stopped")
     assert life.metadata == {"stopping": "True", "draining": "False"}
@@ -309,19 +309,19 @@ async def test_asked_to_stop_and_did(
 
 
 async def test_asked_to_stop_and_did_not(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), stop_grace=0.05, **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
     assert life.ops == [*BEGIN, "heartbeat", "stop"]
 
 
-async def test_asked_to_stop_before_the_first_beat(
+async def test_asked_to_stop_before_the_first_heartbeat(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, faults: Faults
 ) -> None:
     hold = Hold()
@@ -341,13 +341,13 @@ async def test_asked_to_stop_before_the_first_beat(
 
 
 async def test_stopped_by_someone_else(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id, force=True)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
     assert life.ops == [*BEGIN, "heartbeat", "get"]
@@ -376,14 +376,19 @@ ENDS = {
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 async def test_lost_to_another_worker_however_the_handler_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any, end: Any
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    life_of: Any,
+    heartbeat_now: Any,
+    end: Any,
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(stubborn(end), **NAP):
         await recorder.wait_for(SessionStarted)
         expire_lease(plane, item.id)
         plane.operations.ack(plane.environments[0], item.id, "another")
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
     assert life.ops == [*BEGIN, "heartbeat"]  # answered 412, with no heartbeat of ours in doubt
@@ -444,7 +449,7 @@ async def test_asked_to_stop_and(
     make_pool: Any,
     recorder: Recorder,
     life_of: Any,
-    beat_now: Any,
+    heartbeat_now: Any,
     ending: Any,
 ) -> None:
     end, metadata = ending
@@ -452,20 +457,20 @@ async def test_asked_to_stop_and(
     async with make_pool(stubborn(end), stop_grace=0, **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", metadata)
     assert life.ops[-1] == "stop"
 
 
 async def test_asked_to_stop_and_drained(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), **NAP) as supervisor:
         started = await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await started.session.interrupted()
         await supervisor.drain(timeout=0)
     life = await life_of(item.id)
@@ -474,13 +479,18 @@ async def test_asked_to_stop_and_drained(
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 async def test_stopped_by_someone_else_however_the_handler_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, beat_now: Any, end: Any
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    life_of: Any,
+    heartbeat_now: Any,
+    end: Any,
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(stubborn(end), **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id, force=True)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.metadata) == ("stopped", {})
     assert life.ops == [*BEGIN, "heartbeat", "get"]

@@ -141,8 +141,8 @@ async def test_a_stop_that_is_refused_fails(
     assert [event.result for event in recorder.of(StopFinished)] == [told]
 
 
-@pytest.mark.usefixtures("fast_beats")
-async def test_a_beats_409_after_our_own_stop_is_read_and_is_its_success(
+@pytest.mark.usefixtures("fast_heartbeats")
+async def test_a_heartbeats_409_after_our_own_stop_is_read_and_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The stop's answer never comes, and the lease's next heartbeat is answered 409."""
@@ -154,7 +154,7 @@ async def test_a_beats_409_after_our_own_stop_is_read_and_is_its_success(
     assert life.ops[-1] == "get"  # a 409 may also say that the item is queued again
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
@@ -169,7 +169,7 @@ async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_a_stop_by_someone_else_after_ours_was_throttled_is_theirs(
     plane: ControlPlane, faults: Faults, run_one: Any
 ) -> None:
@@ -281,7 +281,7 @@ async def test_an_error_note_that_is_refused_stops_all_the_same(
 # -- the lease, lost while we write ----------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_nothing_more_is_sent_once_the_lease_is_lost(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:
@@ -298,7 +298,7 @@ async def test_nothing_more_is_sent_once_the_lease_is_lost(
     assert life.ops.count("update") == 1
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_a_stop_by_someone_else_while_we_write_is_a_stop(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:
@@ -313,7 +313,7 @@ async def test_a_stop_by_someone_else_while_we_write_is_a_stop(
     assert "stop" not in life.ops
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_the_lease_is_kept_while_we_write(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:

@@ -138,7 +138,7 @@ async def test_an_ack_in_flight_that_fails_ends_the_matter(
     assert [event.stage for event in recorder.of(ItemReclaimed)] == (["drain"] * (code == 409))
 
 
-async def test_a_first_beat_in_flight_is_followed_by_the_last(
+async def test_a_first_heartbeat_in_flight_is_followed_by_the_last(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     hold = Hold()
@@ -156,7 +156,7 @@ async def test_a_first_beat_in_flight_is_followed_by_the_last(
     assert not recorder.of(SessionStarted)
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_running_sessions_keep_their_leases_and_finish(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:

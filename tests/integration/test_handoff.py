@@ -142,7 +142,7 @@ class Scene:
 
 @in_virtual_time
 @pytest.mark.parametrize("after", [0.0, 3.0, BOUND - 2])
-async def test_the_childs_first_beat_takes_the_item(after: float) -> None:
+async def test_the_childs_first_heartbeat_takes_the_item(after: float) -> None:
     scene = Scene()
     left_at = 0.0
 
@@ -209,7 +209,7 @@ async def test_a_write_under_way_is_cut_when_the_handoff_begins() -> None:
 
 
 @in_virtual_time
-async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
+async def test_the_block_waits_for_the_heartbeat_that_is_under_way() -> None:
     """One at a time: a heartbeat that arrives after the child's would be one too many."""
     scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
 
@@ -225,7 +225,7 @@ async def test_the_block_waits_for_the_beat_that_is_under_way() -> None:
 
 
 @in_virtual_time
-async def test_a_beat_in_doubt_is_settled_before_the_child_is_told_of_it() -> None:
+async def test_a_heartbeat_in_doubt_is_settled_before_the_child_is_told_of_it() -> None:
     """Applied, its answer lost: the child would be refused with the value before it."""
     scene = Scene(heartbeat=[None, UNANSWERED])
 
@@ -487,7 +487,7 @@ async def test_a_lease_that_cannot_be_renewed_is_lost(inside: bool) -> None:  # 
 
 
 @in_virtual_time
-async def test_an_item_that_is_queued_again_without_a_childs_beat_is_lost() -> None:
+async def test_an_item_that_is_queued_again_without_a_childs_heartbeat_is_lost() -> None:
     """A control plane that ends a lease early: nobody has it, so nobody may go on with it."""
     scene = Scene()
 

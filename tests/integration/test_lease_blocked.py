@@ -45,7 +45,7 @@ async def get(url: str) -> str:
         return await response.text()
 
 
-async def test_beats_go_on_and_metrics_are_answered_while_a_handler_blocks(
+async def test_heartbeats_go_on_and_metrics_are_answered_while_a_handler_blocks(
     plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     blocked, may_end = threading.Event(), threading.Event()

@@ -52,7 +52,7 @@ def results(recorder: Recorder) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
-async def test_a_first_beat_that_was_applied_and_not_answered_is_recovered(
+async def test_a_first_heartbeat_that_was_applied_and_not_answered_is_recovered(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault, "heartbeat", times=1)
@@ -71,7 +71,7 @@ async def test_a_first_beat_that_was_applied_and_not_answered_is_recovered(
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
-async def test_a_later_beat_that_was_applied_and_not_answered_does_not_disturb_the_handler(
+async def test_a_later_heartbeat_that_was_applied_and_not_answered_does_not_disturb_the_handler(
     plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

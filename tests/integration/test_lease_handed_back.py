@@ -74,7 +74,7 @@ async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
     assert life.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-async def test_an_item_that_its_last_beat_finds_stopping_counts_as_stopped(
+async def test_an_item_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
     plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
     """Nobody gets it any more: once its lease has lapsed it is `stopped`."""
@@ -90,7 +90,7 @@ async def test_an_item_that_its_last_beat_finds_stopping_counts_as_stopped(
     assert not recorder.of(SessionStarted)
 
 
-async def test_a_released_session_that_its_last_beat_finds_stopping_counts_as_stopped(
+async def test_a_released_session_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
     plane: ControlPlane, make_pool: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue()

@@ -112,7 +112,7 @@ async def test_heartbeat_without_a_last_heartbeat_loses_the_lease_without_a_read
     assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_heartbeat_that_says_stopped_ends_the_session_without_a_read(
     run_one: Any, faults: Faults
 ) -> None:

@@ -38,7 +38,7 @@ class OwnSessionClient(WorkClient):
         return await super().heartbeat(*arguments, **options)
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_session_longer_than_a_third_of_its_ttl_survives_with_own_aiohttp_sessions(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:

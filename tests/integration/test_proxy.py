@@ -263,7 +263,7 @@ async def test_one_of_two_workers_is_cut_off_and_the_other_goes_on(
     assert plane.summary().overlapping == 0
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_a_throttled_and_slow_way_still_keeps_leases(
     plane: ControlPlane, recorder: Recorder, make_pool: MakePool
 ) -> None:

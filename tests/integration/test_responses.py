@@ -425,7 +425,7 @@ async def test_an_ack_in_conflict_is_lost(
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
-async def test_a_beat_is_repeated_within_the_lease(
+async def test_a_heartbeat_is_repeated_within_the_lease(
     run_one: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "heartbeat", times=2)
@@ -438,7 +438,7 @@ async def test_a_beat_is_repeated_within_the_lease(
 
 
 @pytest.mark.parametrize("code", [401, 403])
-async def test_a_beat_without_a_valid_token_is_repeated_within_the_lease(
+async def test_a_heartbeat_without_a_valid_token_is_repeated_within_the_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat", times=2)
@@ -451,7 +451,7 @@ async def test_a_beat_without_a_valid_token_is_repeated_within_the_lease(
 
 
 @pytest.mark.parametrize("code", [400, 404])
-async def test_a_beat_that_is_refused_loses_the_lease(
+async def test_a_heartbeat_that_is_refused_loses_the_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat")

@@ -72,7 +72,7 @@ def levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
 
 
 async def test_a_stop_request_reaches_the_session_and_is_told(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, beat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     seen: list[tuple[bool, bool]] = []
 
@@ -87,7 +87,7 @@ async def test_a_stop_request_reaches_the_session_and_is_told(
     async with make_pool(work, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
     assert seen == [(False, False), (True, False)]
@@ -187,7 +187,7 @@ async def test_no_drain_waits_for_a_handler_that_ignores_its_cancellation(
 
 
 async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     body = Body()
     (item,) = plane.enqueue()
@@ -195,7 +195,7 @@ async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
         await recorder.wait_for(SessionStarted)
         expire_lease(plane, item.id)
         plane.operations.ack(plane.environments[0], item.id, "another")
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
         await recorder.wait_for(SessionFinished)
@@ -204,14 +204,14 @@ async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
 
 
 async def test_a_session_that_was_stopped_elsewhere_sends_nothing_and_is_told(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, beat_now: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     body = Body()
     (item,) = plane.enqueue()
     async with make_pool(body, block_ms=20):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id, force=True)
-        beat_now(item.id)
+        heartbeat_now(item.id)
         await body.is_cancelled()
         body.may_end.set()
         await recorder.wait_for(SessionFinished)
@@ -238,7 +238,7 @@ async def test_a_session_that_is_over_sends_nothing(
     assert not faults.of("update")
 
 
-@pytest.mark.usefixtures("fast_beats")
+@pytest.mark.usefixtures("fast_heartbeats")
 async def test_a_write_under_way_is_cut_when_the_lease_is_lost(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:

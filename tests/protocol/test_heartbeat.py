@@ -47,7 +47,7 @@ async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, cl
     assert item["latest_heartbeat_at"] == last == "2026-03-01T12:01:00.000000Z"
 
 
-async def test_two_beats_in_one_microsecond_do_not_look_alike(api: Api) -> None:
+async def test_two_heartbeats_in_one_microsecond_do_not_look_alike(api: Api) -> None:
     work_id = await api.bring_to("starting")
     first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]

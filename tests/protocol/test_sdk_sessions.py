@@ -1,4 +1,4 @@
-"""The sibling's own SDK (`anthropic`) on the session's side of a conversation."""
+"""The anthropic dialect's own SDK (`anthropic`) on the session's side of a conversation."""
 
 from __future__ import annotations
 
