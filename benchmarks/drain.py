@@ -16,6 +16,7 @@ import itertools
 import logging
 import multiprocessing
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -92,6 +93,7 @@ def main() -> None:
         abandoned = max(each.abandoned for each in costs)
         each = (f"{wall:.2f}", f"{cpu:.2f}", f"{1000 * cpu / sessions:.3f}", str(abandoned))
         rows.append([end, str(sessions), *each])
+        print(*rows[-1], file=sys.stderr, flush=True)
     head = ("handlers", "sessions", "seconds", "CPU seconds", "CPU ms/session", "abandoned")
     print(table(head, rows))
     print(f"\nMedians of {options.rounds}. {versions()}")
