@@ -60,7 +60,9 @@ def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator
         if call.at >= lease.ended
     )
     tries -= sum(  # a read that got no connection did not tell the owner
-        delay.node is node and delay.work_id == lease.work_id and delay.since >= lease.ended
+        delay.node is node
+        and (delay.work_id == lease.work_id or delay.op == "list")
+        and delay.since >= lease.ended
         for delay in case.trace.delays
     )
     if tries > 1:

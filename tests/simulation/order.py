@@ -216,7 +216,8 @@ def a_try_leaves_time_for_another(case: Case) -> Iterator[str]:
 def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
     """9j. A call that the key may not make is not sent again, until a poll is refused as well.
 
-    A call that is being repeated at that time is repeated until it is refused itself.
+    A call that is being repeated at that time is repeated until it is refused itself, and a read
+    that waits for a connection is sent.
     """
     for node in case.trace.nodes:
         for op in OPTIONAL:
@@ -238,8 +239,19 @@ def optional_calls_are_refused_once(case: Case) -> Iterator[str]:
                     and call.op == op
                     and denied_at < call.at < forgotten_at
                     and not _repeats(case, call, denied_at)
+                    and not _waited(case, call, denied_at)
                 ):
                     yield f"{call} was sent; it was refused at {denied_at:.3f}"
+
+
+def _waited(case: Case, call: Sent, since: float) -> bool:
+    """Return whether the call waited for a connection at the time `since`."""
+    return any(
+        each.node is call.node
+        and (each.op, each.work_id) == (call.op, call.work_id)
+        and each.since <= since
+        for each in case.trace.delays
+    )
 
 
 def _repeats(case: Case, call: Sent, since: float) -> bool:
