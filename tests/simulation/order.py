@@ -7,7 +7,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from tests.simulation.trace import FOREVER
-from workpool.events import AckFinished, ItemDeclined, ItemReceived, SessionFinished
+from workpool.events import (
+    AckFinished,
+    DrainStarted,
+    ItemDeclined,
+    ItemReceived,
+    SessionFinished,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -290,6 +296,8 @@ def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
         for at, event in node.events:
+            if isinstance(event, DrainStarted):  # a pool also drains at the end of its exit limits
+                leaving = min(leaving, at)
             if not isinstance(event, SessionFinished) or event.outcome != "released":
                 continue
             work_id = event.session.item.id
