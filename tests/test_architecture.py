@@ -109,9 +109,10 @@ def test_every_module_says_what_it_owns(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_four_hooks() -> None:
+def test_five_hooks() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("workpool_")]
     assert sorted(hooks) == [
+        "workpool_admission",
         "workpool_event",
         "workpool_lifespan",
         "workpool_session_handler",

@@ -1,4 +1,4 @@
-"""The four hooks of workpool. All are plain functions, called on the supervisor's loop.
+"""The five hooks of workpool. All are plain functions, called on the supervisor's loop.
 
 A plugin implements any of them and marks each with `@workpool.hookimpl`. A hook that needs I/O
 returns an async callable or context manager. See workpool/docs/plugins.md, "Hooks" and
@@ -50,6 +50,16 @@ def workpool_lifespan(supervisor: object) -> AbstractAsyncContextManager[object]
     `supervisor` is the running `workpool.Supervisor`. Entered before the first poll and left last.
     Open database clients here, and add collectors to `supervisor.registry`. An exception while it
     is entered stops the start.
+    """
+
+
+@hookspec
+def workpool_admission(supervisor: object) -> str | None:
+    """Return a reason why the pool may claim no item now, such as a full disk, or None.
+
+    `supervisor` is the running `workpool.Supervisor`.
+    Called before each poll, and again a second after a refusal; never while it would interrupt a
+    session. Must be quick and must not do I/O. A hook that raises refuses.
     """
 
 

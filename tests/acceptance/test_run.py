@@ -322,3 +322,27 @@ async def test_process_for_one_session_that_finds_no_work_ends_with_0(start: Sta
     command = await start("run", "handlers", *flags)
     assert await command.ends() == 0
     assert "limit=exit_after_idle" in command.err
+
+
+async def test_sigusr1_pauses_and_sigusr2_resumes(start: Start, plane: ControlPlane) -> None:
+    running = enqueue(plane, "wait")
+    command = await start("run", "handlers")
+    await command.logs("wait runs")
+    url = (await command.logs("metrics served")).partition("url=")[2].removesuffix("/metrics")
+    command.send(signal.SIGUSR1)
+    await command.logs("paused reason=SIGUSR1")
+    item = enqueue(plane, "finish")
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/readyz") as answer:
+            assert answer.status == 503
+            assert "paused: SIGUSR1" in await answer.text()
+        async with session.get(f"{url}/metrics") as answer:
+            assert f'workpool_paused{{environment_id="{ENVIRONMENT}",reason="pause"}} 1' in (
+                await answer.text()
+            )
+    assert (now(plane, running).state, now(plane, item).state) == ("active", "queued")
+    command.send(signal.SIGUSR2)
+    await command.logs("resumed")
+    await command.logs("finish runs")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0

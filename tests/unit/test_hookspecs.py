@@ -1,4 +1,4 @@
-"""Each of the four hooks, implemented by a real plugin and called as the pool calls it."""
+"""Each of the five hooks, implemented by a real plugin and called as the pool calls it."""
 
 import inspect
 from collections.abc import AsyncIterator, Callable
@@ -47,6 +47,7 @@ def test_there_are_four_hooks_and_each_says_when_it_is_called() -> None:
         "workpool_session_handler",
         "workpool_wrap_session",
         "workpool_lifespan",
+        "workpool_admission",
         "workpool_event",
     ]
     for spec in HOOKS.values():
@@ -134,6 +135,34 @@ async def test_hook_workpool_lifespan() -> None:
     assert seen == ["open for the pool", "inside", "closed"]
 
 
+def test_hook_workpool_admission() -> None:
+    answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
+    asked: list[object] = []
+
+    class Disk:
+        @hookimpl
+        def workpool_admission(self, supervisor: object) -> str | None:
+            asked.append(supervisor)
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return cast("str | None", answer)
+
+    plugins = Plugins.load([Disk()], [], {})
+    failures: list[Event] = []
+    plugins.metrics = failures.append
+    assert plugins.can_refuse
+    assert [plugins.refusal("the pool") for _ in range(4)] == [
+        None,
+        "Disk: disk full",
+        "Disk: workpool_admission failed",
+        "Disk: workpool_admission failed",
+    ]
+    assert asked == ["the pool"] * 4
+    assert len(failures) == 2
+    assert not Plugins.load([], [], {}).can_refuse
+
+
 def test_hook_workpool_event() -> None:
     seen: list[Event] = []
 
@@ -164,6 +193,7 @@ def test_every_hook_may_leave_its_argument_out(hook: str) -> None:
     assert plugins.handler_for(ITEM) is None
     assert plugins.contexts(session) == []
     assert plugins.lifespans(cast("Any", None)) == []
+    assert plugins.refusal(None) is None
     plugins.notify(DrainStarted(timeout=None))
 
     assert called == [hook]

@@ -83,6 +83,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
      "environment_id, mode=graceful|force|confirm, result=ok|conflict|gone|error"),
     ("stop_requests_total", "C", "environment_id"),
     ("results_dropped_total", "C", "environment_id"),
+    ("paused", "G", "environment_id, reason=pause|plugin|limit"),
     ("draining", "G", "environment_id"),
     ("drain_duration_seconds", H_RUN, "result=clean|deadline|killed"),
     ("http_requests_total", "C",

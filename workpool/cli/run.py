@@ -6,6 +6,7 @@ handler does not end. See workpool/docs/cli.md, "Signals".
 
 import asyncio
 import functools
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Final
@@ -77,6 +78,8 @@ def run(
 ) -> None:
     """Run a pool until SIGTERM or SIGINT, which drain it; a second one ends it at once.
 
+    SIGUSR1 pauses the claiming of items, SIGUSR2 resumes it.
+
     PLUGIN is an installed plugin, MODULE or MODULE:HANDLER; the current directory is searched. Each
     setting has a variable, WORKPOOL_ and its name in upper case; so does the token.
     """
@@ -101,7 +104,16 @@ def run(
         settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
     log_config.configure(settings.log_level, settings.log_format)
     import_from_here()
-    raise typer.Exit(run_supervisor(Supervisor(settings), Signals(), until_empty=drain))
+    supervisor, signals = Supervisor(settings), Signals()
+    signals.on_user = functools.partial(_pause_or_resume, supervisor)
+    raise typer.Exit(run_supervisor(supervisor, signals, until_empty=drain))
+
+
+def _pause_or_resume(supervisor: Supervisor, number: signal.Signals) -> None:
+    if number == signal.SIGUSR1:
+        supervisor.pause(number.name)
+    else:
+        supervisor.resume()
 
 
 def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: bool = False) -> int:

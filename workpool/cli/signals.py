@@ -1,7 +1,8 @@
 """Signals as events of an event loop.
 
 SIGTERM and SIGINT request an end, a second one an end now. The command decides what that means.
-SIGHUP requests an end if the terminal hung up. Any other signal is one log line. See
+SIGHUP requests an end if the terminal hung up. SIGUSR1 and
+SIGUSR2 have the effect that the command gives them. Any other signal is one log line. See
 workpool/docs/cli.md, "Signals".
 """
 
@@ -10,10 +11,13 @@ import contextlib
 import functools
 import signal
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from workpool.cli.log_config import log
 from workpool.cli.signal_recorder import ENDING, HANGUP, USER, SignalRecorder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Signals:
@@ -29,12 +33,14 @@ class Signals:
         first: Set by the first signal that requests an end.
         second: Set by a SIGTERM or SIGINT after it.
         last: The last signal that set one of them; None before the first.
+        on_user: Called with each SIGUSR1 and SIGUSR2; None: they have no effect.
     """
 
     def __init__(self, *, hangup_ends: bool = True) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.last: signal.Signals | None = None
+        self.on_user: Callable[[signal.Signals], None] | None = None
         self._hangup_ends = hangup_ends
         self._handled = 0
         self._former: dict[signal.Signals, Any] = {}
@@ -79,6 +85,8 @@ class Signals:
         for each in received:
             if each in ENDING or (each in HANGUP and self._hangup_asks()):
                 self._ask(each)
+            elif each in USER and self.on_user is not None:
+                self.on_user(each)
             else:
                 log.warning("signal has no effect signal=%s", each.name)
 

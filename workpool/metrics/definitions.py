@@ -29,6 +29,7 @@ OPEN: Final[tuple[str, ...]] = ()
 POLLER_STATES: Final = ("polling", "backoff", "waiting_slot", "paused")
 SLOT_STATES: Final = ("free", "reserved", "busy")
 LEASE_STATES: Final = ("starting", "active", "stopping")
+PAUSE_REASONS: Final = ("pause", "plugin", "limit")
 ITEM_TYPES: Final = ("session", "healthcheck", "other")
 OPS: Final = (
     *("poll", "ack", "heartbeat", "stop", "get", "list", "stats", "update"),
@@ -215,6 +216,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _counter(
         "results_dropped_total", _env(), ev.ResultDropped,
         "Results of handlers not written, as the credential may not write metadata.",
+    ),
+    _gauge(
+        "paused", _env(reason=PAUSE_REASONS),
+        "Pools that claim nothing: paused, refused by a plugin, or at an exit limit.",
     ),
     _gauge("draining", _env(), "1 during a drain, else 0."),
     _histogram(

@@ -20,6 +20,7 @@ from workpool.metrics.definitions import (
     HANDLERS_MAX,
     LEASE_STATES,
     OTHER_HANDLERS,
+    PAUSE_REASONS,
     POLLER_STATES,
     SLOT_STATES,
 )
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
     Sample = tuple[str, tuple[str, ...], float]
     """The metric's name without prefix, the label values, and the value."""
 
-_BY_STATE: Final = {"pollers": POLLER_STATES, "slots": SLOT_STATES, "leases": LEASE_STATES}
+_BY_STATE: Final = {
+    "pollers": POLLER_STATES,
+    "slots": SLOT_STATES,
+    "leases": LEASE_STATES,
+    "paused": PAUSE_REASONS,
+}
 _SUMS: Final = ("pollers_target", "pollers_limit", "queue_depth", "queue_capacity", "slots_limit")
 
 
@@ -47,6 +53,7 @@ class PoolSnapshot:
         slots: Handler slots by state: free, reserved, busy.
         leases: Leases by the state of their item: starting, active, stopping.
         lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
+        paused: 1 for each kind of reason for which no item is claimed: pause, plugin, limit.
         sessions: (handler, number of running sessions, age of the oldest in seconds).
     """
 
@@ -62,6 +69,7 @@ class PoolSnapshot:
     lease_remaining_min: float | None = None
     sessions: Sequence[tuple[str, int, float]] = ()
     draining: bool = False
+    paused: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)

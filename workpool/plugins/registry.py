@@ -79,6 +79,7 @@ class Plugins:
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
         self._lifespans = hooks["workpool_lifespan"]
+        self._refusers = hooks["workpool_admission"]
         self._observers = _observers_by_type(plugins, hooks["workpool_event"])
         self.wanted = frozenset(self._observers)
 
@@ -106,6 +107,26 @@ class Plugins:
     def can_handle(self) -> bool:
         """Whether any plugin can supply a handler."""
         return bool(self._choosers)
+
+    @property
+    def can_refuse(self) -> bool:
+        """Whether any plugin can refuse that items are claimed."""
+        return bool(self._refusers)
+
+    def refusal(self, supervisor: object) -> str | None:
+        """Return the first plugin's reason why no item may be claimed now, or None.
+
+        A hook that fails refuses; its error is logged and counted.
+        """
+        for plugin, hook in self._refusers:
+            try:
+                answer = _reason(plugin, guarded(plugin, "workpool_admission", hook, supervisor))
+            except PluginError as failure:
+                self._report(plugin, "workpool_admission", failure)
+                answer = "workpool_admission failed"
+            if answer is not None:
+                return f"{plugin}: {answer}"
+        return None
 
     def describe(self) -> tuple[Plugin, ...]:
         """The active plugins, in the order of their calls."""
@@ -218,6 +239,14 @@ def _reachable(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
 def _taking_one(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
     function = impl.function
     return function if impl.argnames else lambda _: function()
+
+
+def _reason(plugin: str, answer: object) -> str | None:
+    if answer is None or isinstance(answer, str):
+        return answer
+    raise PluginError(
+        plugin, f"workpool_admission returned {type(answer).__name__}, not a string or None"
+    )
 
 
 def _as_handler(plugin: str, answer: object) -> Handler:

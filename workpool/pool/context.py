@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workpool.pool.admission import Admission
+from workpool.pool.lease_clock import wall_clock
 from workpool.pool.optional_calls import OptionalCalls
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ class PoolContext:
         wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
+        admission: Whether items may be claimed.
         optional: Makes the calls that the credential may not be allowed to make.
     """
 
@@ -42,4 +45,5 @@ class PoolContext:
     wall: Clock
     observe: Observe
     start_context: Context
+    admission: Admission = field(default_factory=lambda: Admission(wall_clock))
     optional: OptionalCalls = field(default_factory=OptionalCalls)

@@ -73,6 +73,7 @@ class Dispatcher:
         self.draining = False
         self.on_closed: Callable[[], None] | None = None
         self._context = context
+        self._admission = context.admission
         self._group = group
         settings, client, clock = context.settings, context.client, context.clock
         pauses, optional = context.renewer.pauses, context.optional
@@ -105,7 +106,7 @@ class Dispatcher:
 
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
-        if self.draining:
+        if self.draining or self._admission.paused is not None:
             return False  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())

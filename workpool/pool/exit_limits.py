@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from workpool.pool.admission import Admission
     from workpool.settings import Settings
 
 Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]
@@ -22,16 +23,18 @@ class ExitLimits:
 
     Args:
         settings: The pool's.
+        admission: The pool's; a pause interrupts the idle time.
 
     Attributes:
         reached: The first limit that was reached; None before that.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, admission: Admission) -> None:
         self.reached: Limit | None = None
         self._sessions = settings.exit_after_sessions
         self._idle = settings.exit_after_idle
         self._uptime = settings.exit_after_uptime
+        self._admission = admission
         self._claimed = 0
         self._idle_since: float | None = None
         self._changed = asyncio.Event()
@@ -53,7 +56,7 @@ class ExitLimits:
             self._idle_since = None
             return
         now = asyncio.get_running_loop().time()
-        if self._idle_since is None:
+        if self._idle_since is None or self._idle_since < self._admission.granted_at:
             self._idle_since = now
         if self._idle is not None and now - self._idle_since >= self._idle:
             self._reach("exit_after_idle")

@@ -59,6 +59,7 @@ class Poller:
     ) -> None:
         self.state: PollerState = "waiting_slot"
         self._context = context
+        self._admission = context.admission
         self._block_ms = context.settings.block_ms
         self._reclaim_older_than_ms = context.settings.reclaim_older_than_ms
         self._group = group
@@ -123,6 +124,8 @@ class Poller:
             self.state = "paused"
             await self._group.cooldown()
             await self._dispatcher.health.admission()
+            if self._admission.gated:
+                await self._admission.granted()
             await self._context.client.acquire_ack_permit()
             permitted = True
             item = await self._poll()

@@ -91,7 +91,16 @@ class PoolView:
             lease_remaining_min=min((lease.remaining(now) for lease in leases), default=None),
             sessions=self._sessions(now),
             draining=self.drain.requested.is_set(),
+            paused=self._paused(),
         )
+
+    def _paused(self) -> dict[str, int]:
+        admission, limits = self.context.admission, self.limits
+        return {
+            "pause": admission.paused is not None,
+            "plugin": admission.refused is not None,
+            "limit": limits is not None and limits.reached is not None,
+        }
 
     def _sessions(self, now: float) -> list[tuple[str, int, float]]:
         running: Counter[str] = Counter()
@@ -109,6 +118,10 @@ class PoolView:
             reasons.append("draining")
         if self.limits is not None and self.limits.reached is not None:
             reasons.append(f"ending: {self.limits.reached}")
+        if (paused := self.context.admission.paused) is not None:
+            reasons.append(f"paused: {paused}")
+        if (refused := self.context.admission.refused) is not None:
+            reasons.append(f"refused: {refused}")
         if stuck := len(self.dispatcher.executor.stuck):
             reasons.append(f"handlers that ignore their cancellation: {stuck}")
         reasons += [f"handler_failing:{name}" for name in self.dispatcher.health.failing()]

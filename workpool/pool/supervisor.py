@@ -21,6 +21,7 @@ from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
+from workpool.pool.admission import Admission
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
@@ -40,6 +41,7 @@ from workpool.wire.client import WorkClient
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
     from types import EllipsisType, TracebackType
     from typing import Self
 
@@ -104,7 +106,8 @@ class Supervisor:
         self._connect = connect
         self._rate_limits = rate_limits
         self._drain = Drain()
-        self._limits = ExitLimits(settings)
+        self._admission = Admission(lambda: self._wall())  # noqa: PLW0108 - simulations set it later
+        self._limits = ExitLimits(settings, self._admission)
         self._until_empty = False
         self._root: asyncio.Task[None] | None = None
         self._view: PoolView | None = None
@@ -139,6 +142,8 @@ class Supervisor:
                 ", ".join(self.settings.plugins) or "(none)",
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
+        if self._plugins.can_refuse:
+            self._admission.ask(functools.partial(self._plugins.refusal, self))
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         self._root = asyncio.get_running_loop().create_task(self._live(), name="workpool")
@@ -213,6 +218,26 @@ class Supervisor:
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
+
+    def pause(self, reason: str, until: datetime | None = None) -> None:
+        """Claim no more items until `resume()`; sessions go on. Also possible before the start.
+
+        A further call replaces the reason and the end.
+
+        Args:
+            reason: Shown in the log, in `status()` and in `/readyz`.
+            until: When the pause ends by itself, with a time zone; None: it does not.
+
+        Raises:
+            ValueError: `until` has no time zone.
+        """
+        self._admission.pause(reason, until)
+        if self._view is not None:
+            self._view.dispatcher.forget_waiting()
+
+    def resume(self) -> None:
+        """End the pause of `pause()`, if there is one. A plugin may still refuse."""
+        self._admission.resume()
 
     def status(self) -> Status:
         """Return the current state of the pool. May be called on any thread and at any time."""
@@ -314,6 +339,7 @@ class Supervisor:
             wall=self._wall,
             observe=self._telemetry.observe,
             start_context=start_context,
+            admission=self._admission,
             optional=renewer.optional,
         )
 

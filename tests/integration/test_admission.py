@@ -1,0 +1,246 @@
+"""Pauses by the embedder and refusals by plugins. See workpool/docs/semantics.md, "Pauses"."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Session, handler, hookimpl
+from workpool.events import (
+    ItemReceived,
+    PluginFailed,
+    PollFinished,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.pool import admission
+from workpool.testing import Hold
+
+if TYPE_CHECKING:
+    from workpool import Supervisor
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+SECONDS = 20.0
+"""Bounds each wait."""
+
+
+@handler
+async def quick(_: Session) -> None:
+    pass
+
+
+class Gate:
+    """Handlers that run until they may end."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+
+    @handler
+    async def wait(self, session: Session) -> None:
+        await self.may_end.wait()
+        assert not session.draining
+
+
+class Disk:
+    """A plugin that refuses while its reason is set, and counts how often it was asked."""
+
+    def __init__(self, reason: Any = None) -> None:
+        self.reason = reason
+        self.asked = 0
+        self.changed = asyncio.Event()
+
+    @hookimpl
+    def workpool_admission(self, supervisor: Supervisor) -> str | None:
+        assert supervisor.settings.pollers
+        self.asked += 1
+        self.changed.set()
+        if isinstance(self.reason, Exception):
+            raise self.reason
+        return self.reason  # type: ignore[no-any-return]
+
+    async def is_asked(self, count: int) -> None:
+        """Wait until it was asked so many more times."""
+        until = self.asked + count
+        async with asyncio.timeout(SECONDS):
+            while self.asked < until:
+                self.changed.clear()
+                await self.changed.wait()
+
+
+@pytest.fixture(autouse=True)
+def ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "ASK_SECONDS", 0.02)
+
+
+async def pollers_wait(supervisor: Supervisor) -> None:
+    """Wait until the polls under way have ended."""
+    async with asyncio.timeout(SECONDS):
+        while supervisor._snapshot().pollers != {"paused": supervisor.settings.pollers}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def state(plane: ControlPlane, item: Any) -> str:
+    return plane.operations.get(plane.environments[0], item.id).state
+
+
+async def test_paused_pool_claims_nothing_and_its_session_goes_on(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    gate = Gate()
+    async with make_pool(gate, block_ms=20, pollers=2) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        supervisor.pause("maintenance\n of the \x1b[31mdatabase")
+        await pollers_wait(supervisor)
+        (reason,) = supervisor.status().reasons
+        assert reason == "paused: maintenance\\n of the \\x1b[31mdatabase"
+        polls = len(faults.of("poll"))
+        (item,) = plane.enqueue()
+        gate.may_end.set()
+        await recorder.wait_for(SessionFinished)
+        assert len(faults.of("poll")) == polls
+        assert state(plane, item) == "queued"
+        supervisor.resume()
+        await recorder.wait_for(SessionFinished, count=2)
+        assert supervisor.status().ready
+    assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
+
+
+async def test_pause_before_the_start_starts_the_pool_paused(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    supervisor = make_pool(quick)
+    supervisor.pause("not yet")
+    async with supervisor:
+        await pollers_wait(supervisor)
+        assert not faults.of("poll")
+        assert "paused: not yet" in supervisor.status().reasons
+        supervisor.resume()
+        supervisor.resume()
+        await recorder.wait_for(SessionFinished)
+
+
+async def test_pause_ends_by_itself(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    supervisor = make_pool(quick)
+    supervisor.pause("long")
+    supervisor.pause("short", until=datetime.now(UTC) + timedelta(seconds=0.2))
+    async with supervisor:
+        assert "paused: short" in supervisor.status().reasons
+        await recorder.wait_for(SessionFinished)
+        assert supervisor.status().ready
+
+
+async def test_end_of_a_pause_that_is_over_already_is_no_pause(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    supervisor = make_pool(quick)
+    supervisor.pause("past", until=datetime.now(UTC) - timedelta(days=1))
+    async with supervisor:
+        await recorder.wait_for(SessionFinished)
+
+
+async def test_end_of_a_pause_without_a_time_zone_is_an_error(make_pool: Any) -> None:
+    supervisor = make_pool(quick)
+    with pytest.raises(ValueError, match="needs a time zone"):
+        supervisor.pause("x", until=datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake
+    assert supervisor._admission.paused is None
+
+
+async def test_items_that_wait_for_a_slot_are_forgotten_by_a_pause(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    _, *waiting = plane.enqueue(3)
+    gate = Gate()
+    async with make_pool(gate, concurrency=1, prefetch=2) as supervisor:
+        await recorder.wait_for(ItemReceived, count=3)
+        await recorder.wait_for(SessionStarted)
+        supervisor.pause("now")
+        assert supervisor.status().waiting == 0
+        gate.may_end.set()
+        await recorder.wait_for(SessionFinished)
+        assert [state(plane, item) for item in waiting] == ["queued", "queued"]
+
+
+async def test_item_that_a_poll_delivers_during_a_pause_is_not_taken(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    hold = Hold(applied=True)
+    faults.add(hold, "poll", times=1)
+    (item,) = plane.enqueue()
+    async with make_pool(quick, block_ms=20) as supervisor:
+        await hold.reached()
+        supervisor.pause("now")
+        hold.release()
+        await recorder.wait_for(PollFinished)
+        await pollers_wait(supervisor)
+        assert state(plane, item) == "queued"
+        assert not recorder.of(ItemReceived)
+
+
+async def test_paused_pool_drains_at_once(plane: ControlPlane, make_pool: Any) -> None:
+    plane.enqueue()
+    supervisor = make_pool(quick)
+    supervisor.pause("now")
+    async with supervisor, asyncio.timeout(SECONDS):
+        await pollers_wait(supervisor)
+        await supervisor.drain(timeout=None)
+
+
+async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Recorder) -> None:
+    async with make_pool(quick, block_ms=10, exit_after_idle=0.5) as supervisor:
+        await recorder.wait_for(PollFinished)
+        supervisor.pause("now")
+        await pollers_wait(supervisor)
+        await asyncio.sleep(0.6)  # longer than the limit
+        polls = len(recorder.of(PollFinished))
+        supervisor.resume()
+        async with asyncio.timeout(SECONDS):
+            await supervisor.wait()
+    assert len(recorder.of(PollFinished)) > polls + 5
+
+
+async def test_plugin_that_refuses_is_asked_before_each_poll(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    disk, gate = Disk(), Gate()
+    async with make_pool(gate, disk, block_ms=20) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        disk.reason = "disk full"
+        await disk.is_asked(2)
+        await pollers_wait(supervisor)
+        assert supervisor.status().reasons == ("refused: Disk: disk full",)
+        assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
+        polls = len(faults.of("poll"))
+        plane.enqueue()
+        await disk.is_asked(5)
+        assert len(faults.of("poll")) == polls
+        gate.may_end.set()
+        await recorder.wait_for(SessionFinished)
+        disk.reason = None
+        await recorder.wait_for(SessionFinished, count=2)
+        assert supervisor.status().ready
+
+
+@pytest.mark.parametrize("wrong", [RuntimeError("no such device"), 7])
+async def test_plugin_whose_admission_fails_refuses(
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wrong: Any
+) -> None:
+    plane.enqueue()
+    disk = Disk(wrong)
+    async with make_pool(quick, disk) as supervisor:
+        await disk.is_asked(3)
+        assert not faults.of("poll")
+        assert "refused: Disk: workpool_admission failed" in supervisor.status().reasons
+        disk.reason = None
+        await recorder.wait_for(SessionFinished)
+    assert {event.hook for event in recorder.of(PluginFailed)} == {"workpool_admission"}
