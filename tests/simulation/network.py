@@ -84,7 +84,7 @@ class Network:
         if fault is None:
             return node.no_fault
         self.trace.faults += 1
-        if fault.wait and work_id is not None:
+        if fault.wait and (work_id is not None or op == "list"):
             now = _loop().now
             self.trace.delays.append(Delay(node, op, work_id, now, now + fault.wait))
         return fault
