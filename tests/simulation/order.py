@@ -303,7 +303,9 @@ def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
             work_id = event.session.item.id
             lease = case.lease(node, work_id, at)
             run = None if lease is None else case.run_of(node, lease)
-            if run is None or run.result not in {"returned", "raised"} or at >= leaving:
+            if run is None or run.cancelled_at < FOREVER or at >= leaving:
+                continue
+            if run.result not in {"returned", "raised"}:
                 continue
             left = _known_end(case, node, work_id, at) - at
             if left > RETRY_SECONDS:
