@@ -138,6 +138,18 @@ async def test_pause_ends_by_itself(
         assert supervisor.status().ready
 
 
+async def test_pause_of_a_pool_without_a_free_slot_is_over_in_time(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    plane.enqueue()
+    gate = Gate()
+    async with make_pool(gate, concurrency=1) as supervisor:
+        await recorder.wait_for(SessionStarted)
+        supervisor.pause("past", until=datetime.now(UTC) - timedelta(seconds=1))
+        assert supervisor.status().ready  # although no poller has noticed
+        gate.may_end.set()
+
+
 async def test_end_of_a_pause_that_is_over_already_is_no_pause(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:

@@ -226,7 +226,11 @@ def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
         for call in case.trace.sent
         if call.node is node and call.op == "poll" and call.answer == "ok" and call.value
     ]
-    yield "items", len(claimed), sum(at < leaving for at in received), len(received)
+    certain = sum(
+        at < leaving and not any(since <= at <= until for since, until in node.refrains)
+        for at in received
+    )
+    yield "items", len(claimed), certain, len(received)
     declined = {(at, e.item.id) for at, e in node.events if isinstance(e, ItemDeclined)}
     gained = sum(
         event.origin != "duplicate" and (at, event.item.id) not in declined

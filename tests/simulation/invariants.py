@@ -40,7 +40,7 @@ from tests.simulation.order import (
 )
 from tests.simulation.trace import FOREVER
 from workpool.errors import ControlPlaneError, RefusedError
-from workpool.events import PollerRestarted, SessionFinished, SessionStarted
+from workpool.events import ItemReceived, PollerRestarted, SessionFinished, SessionStarted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -341,6 +341,17 @@ def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
                 yield f"{node.machine.name} closed {node.closed - ended:.1f} s after its sessions"
 
 
+def nothing_is_claimed_during_a_pause(case: Case) -> Iterator[str]:
+    """5d. A pool whose claiming is paused takes no item, until the last pause began is over."""
+    for node in case.trace.nodes:
+        for number, (since, until) in enumerate(node.refrains):
+            # A later pause replaces an earlier one, and may end before it.
+            end = min([until, *(start for start, _ in node.refrains[number + 1 :])])
+            for at, event in node.events:
+                if isinstance(event, ItemReceived) and since < at < end - MARGIN_SECONDS:
+                    yield f"{node.machine.name} took {event.item.id} in a pause, at {at:.3f}"
+
+
 def _was_claimed(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
     """Return whether the event shows that a session was claimed, and not lost before its start."""
     return isinstance(event, SessionStarted) or (
@@ -448,6 +459,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     acknowledged_items_are_run,
     no_more_is_claimed_than_can_be_run,
     no_more_is_claimed_than_the_limit,
+    nothing_is_claimed_during_a_pause,
     drains_end_in_time,
     only_stubborn_handlers_are_abandoned,
     closed_pools_hold_and_run_nothing,

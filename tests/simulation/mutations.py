@@ -52,6 +52,21 @@ MUTATIONS: dict[str, list[Edit]] = {
     "more acknowledged items than slots": [
         Edit("bounded_queue:BoundedQueue", " or self.running >= self.concurrency", ""),
     ],
+    "item taken during a pause": [
+        Edit(
+            "dispatcher:Dispatcher",
+            " or (self._admission.gated and self._admission.paused is not None)",
+            "",
+        ),
+    ],
+    "poll during a pause": [
+        Edit("admission:Admission", "while self.paused is not None or", "while"),
+        Edit(
+            "dispatcher:Dispatcher",
+            " or (self._admission.gated and self._admission.paused is not None)",
+            "",
+        ),
+    ],
     "claims beyond the limit of sessions": [
         Edit("bounded_queue:BoundedQueue", "self._uses -= 1", "pass"),
     ],

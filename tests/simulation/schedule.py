@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 ActionKind = Literal[
     "work", "crash", "restart", "cut", "stop", "force", "drain", "sleep", "freeze", "expire",
-    "pause", "deny",
+    "pause", "deny", "refrain",
 ]  # fmt: skip
 ACTION_KINDS: Final[tuple[ActionKind, ...]] = (
     "crash", "restart", "cut", "cut", "cut", "stop", "force", "drain", "drain", "sleep", "freeze",
@@ -36,6 +36,8 @@ CROWDED_SHARE: Final = 0.7
 """The share of schedules without a strict control plane in which items wait long for a slot."""
 FIRST_HEARTBEATS_SHARE: Final = 0.5
 """The share of crowded schedules in which first heartbeats, not renewals, get no answer."""
+REFRAIN_SHARE: Final = 0.15
+"""The share of schedules in which an operator pauses the claiming of a pool."""
 LIMITS_SHARE: Final = 0.15
 """The share of schedules with pools that end by themselves."""
 BURST_SHARE: Final = 0.06
@@ -138,6 +140,10 @@ def draw(random: Random, seed: int) -> Schedule:
         )
     if random.random() < LIMITS_SHARE:
         pools = tuple(_limited(pool, random) for pool in pools)
+    if random.random() < REFRAIN_SHARE:
+        pauses = [replace(_action(random), kind="refrain") for _ in range(random.randint(1, 3))]
+        pauses = [_close_to(random.choice(work), pause, random) for pause in pauses]
+        actions = sorted([*actions, *pauses], key=_at)
     return Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
 
 

@@ -148,6 +148,7 @@ class Node:
         no_fault: The latency of a call without a fault.
         cuts: Start and end of each time in which nothing that it sent arrived.
         denials: Start and end of each time in which its acks were refused.
+        refrains: Start and end of each pause of its claiming.
         claim_permits: When it acquired permits for acks, if it has a rate limit.
         events: Every event for its observers, with its time.
     """
@@ -167,6 +168,7 @@ class Node:
     no_fault: CallFault = field(init=False)
     cuts: list[tuple[float, float]] = field(default_factory=list)
     denials: list[tuple[float, float]] = field(default_factory=list)
+    refrains: list[tuple[float, float]] = field(default_factory=list)
     claim_permits: list[float] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)
 

@@ -7,6 +7,7 @@ import random
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
@@ -312,17 +313,23 @@ class World:
                 self._crash(node)
                 if action.kind == "restart" and not node.child:
                     self._start(node.pool)
-            case "cut":
-                node.cuts.append((now, now + action.seconds))
-            case "deny":
-                node.denials.append((now, now + action.seconds))
+            case "cut" | "deny":
+                times = node.cuts if action.kind == "cut" else node.denials
+                times.append((now, now + action.seconds))
             case "sleep" | "freeze" | "pause":
                 how, least = HALTS[action.kind]
                 machine.halt(how, max(least, action.seconds))
+            case "refrain":
+                self._pause_claiming(node, action.seconds)
             case "drain":
                 self._begin_drain(node, action.seconds)
                 if action.target % 2 and not node.child:
                     self._start(node.pool)
+
+    def _pause_claiming(self, node: Node, seconds: float) -> None:
+        node.refrains.append((self.loop.now, self.loop.now + seconds))
+        until = datetime.fromtimestamp(node.machine.wall() + seconds, UTC)
+        self._supervisors[node].pause("operator", until)
 
     def _crash(self, node: Node) -> None:
         node.machine.halt("crashed")

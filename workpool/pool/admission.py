@@ -40,20 +40,25 @@ class Admission:
 
     Attributes:
         gated: Pollers must await `granted` before they poll.
-        paused: The reason of the pause; None: the pool is not paused.
         refused: The reason of the plugin that refused last; None: none refuses.
         granted_at: When a pause or a refusal last ended, on the loop's clock.
     """
 
     def __init__(self, wall: Clock) -> None:
         self.gated = False
-        self.paused: str | None = None
         self.refused: str | None = None
         self.granted_at = -math.inf
         self._wall = wall
+        self._paused: str | None = None
         self._until = math.inf  # on the wall clock
         self._ask: Callable[[], str | None] | None = None
         self._changed = asyncio.Event()
+
+    @property
+    def paused(self) -> str | None:
+        """The reason of the pause; None if the pool is not paused or the pause is over."""
+        reason = self._paused
+        return None if reason is None or self._wall() >= self._until else reason
 
     def ask(self, ask: Callable[[], str | None]) -> None:
         """Set the function that asks the plugins; it returns a reason to refuse, or None."""
@@ -68,16 +73,16 @@ class Admission:
         if until is not None and until.utcoffset() is None:
             raise ValueError("`until` needs a time zone, as in datetime.now(UTC)")
         self._until = math.inf if until is None else until.timestamp()
-        self.paused, self.gated = readable(reason, REASON_CHARACTERS), True
+        self._paused, self.gated = readable(reason, REASON_CHARACTERS), True
         end = "" if until is None else f" until={until.isoformat(timespec='seconds')}"
-        log.info("paused reason=%s%s", self.paused, end)
+        log.info("paused reason=%s%s", self._paused, end)
         self._notify()
 
     def resume(self) -> None:
         """End the pause, if there is one."""
-        if self.paused is None:
+        if self._paused is None:
             return
-        self.paused, self.gated = None, self._ask is not None
+        self._paused, self.gated = None, self._ask is not None
         log.info("resumed")
         self._notify()
 
@@ -86,7 +91,9 @@ class Admission:
         waited = False
         while self.paused is not None or self._refusal() is not None:
             waited = True
-            await self._change(ASK_SECONDS if self.paused is None else LOOK_SECONDS)
+            await self._change()
+        if self._paused is not None:
+            self.resume()  # it is over
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 
@@ -102,15 +109,14 @@ class Admission:
             self.refused = refused
         return refused
 
-    async def _change(self, seconds: float) -> None:
-        """Wait for a pause or a resumption, at most for `seconds`, and end a pause that is over."""
-        left = min(seconds, self._until - self._wall()) if self.paused is not None else seconds
-        if left > 0:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left):
-                    await self._changed.wait()
-        elif self.paused is not None:
-            self.resume()
+    async def _change(self) -> None:
+        """Wait for a pause or a resumption, or until it is time to look or ask again."""
+        seconds = ASK_SECONDS
+        if self._paused is not None:
+            seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     def _notify(self) -> None:
         self._changed.set()

@@ -106,7 +106,7 @@ class Dispatcher:
 
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
-        if self.draining or self._admission.paused is not None:
+        if self.draining or (self._admission.gated and self._admission.paused is not None):
             return False  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
