@@ -114,7 +114,7 @@ def _contradiction(
             return "nobody else has ended it"
         case "lease_lost" if not case.disturbed(node, lease) and not _over(lease, at):
             return f"its lease was granted until {lease.end_at(at):.3f}"
-        case "released" if _stopped_by(case, lease, at) and not (
+        case "released" if _stopped_by(case, lease, _last_extended(case, node, lease, at)) and not (
             unread or case.disturbed(node, lease)
         ):
             return "it is stopped"
@@ -125,6 +125,16 @@ def _contradiction(
 def _stopped_by(case: Case, lease: GrantedLease, at: float) -> bool:
     stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
+
+
+def _last_extended(case: Case, node: Node, lease: GrantedLease, at: float) -> float:
+    """Return when the last successful heartbeat was applied: the pool cannot know a later stop."""
+    applied = [
+        call.arrives_at
+        for call in case.sent[node, lease.work_id]
+        if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
+    ]
+    return max(applied, default=at)
 
 
 def _unexpected(
