@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -14,8 +15,7 @@ from workpool.cli.commands import app
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
-    import signal
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 SECONDS = 45.0
@@ -149,6 +149,16 @@ class Command:
 
 class Start(Protocol):
     async def __call__(self, *arguments: str, **variables: str) -> Command: ...
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Let commands obey Ctrl-C: a shell that runs the tests in the background makes it ignored."""
+    former = signal.getsignal(signal.SIGINT)
+    if former is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture
