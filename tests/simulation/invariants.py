@@ -409,6 +409,7 @@ def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
             lease.settled
             and lease.last_end > node.closed + RELEASED_SECONDS
             and not case.disturbed(node, lease, node.closed)
+            and not case.unsettled(node, lease.work_id, node.closed)  # it may be another worker's
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
