@@ -31,6 +31,9 @@ STACK_CHARACTERS: Final = 150_000
 """Characters of the stacks of all threads, which contain no text from outside."""
 EXTRAS: Final = 64
 """Extra values of one record."""
+_REDACTED: Final = "[token]"
+"""Takes the place of a token. A token that is a part of it is not redacted: text that is redacted
+twice would change."""
 TOKEN_CHARACTERS_MIN: Final = 4
 """A shorter token is not redacted: it is part of many words and guards nothing."""
 TOKENS: Final = 64
@@ -61,7 +64,7 @@ def hide_item_token(token: str) -> None:
 
 
 def _keep(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
-    if token in tokens or len(token) < TOKEN_CHARACTERS_MIN:
+    if token in tokens or token in _REDACTED or len(token) < TOKEN_CHARACTERS_MIN:
         return
     with _lock:
         tokens[token] = ()
@@ -100,7 +103,7 @@ def _redacted(text: str) -> str:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
     for form in sorted(found, key=len, reverse=True):  # one may be a part of another
-        text = text.replace(form, "[token]")
+        text = text.replace(form, _REDACTED)
     return text
 
 

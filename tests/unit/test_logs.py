@@ -207,6 +207,13 @@ def test_token_of_three_characters_leaves_words_readable() -> None:
 
 
 @pytest.mark.usefixtures("no_tokens")
+def test_text_that_is_redacted_twice_stays_the_same() -> None:
+    hide("token")
+    hide("hunter2-hunter2")
+    assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
+
+
+@pytest.mark.usefixtures("no_tokens")
 def test_token_that_the_cut_would_split_leaves_no_part() -> None:
     hide("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
