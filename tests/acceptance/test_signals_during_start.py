@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
-# Before it imports `MODULE`, the process says so and waits until somebody writes to the fifo.
+# Before it imports `MODULE`, the process says so and waits until somebody writes to the fifo. It
+# waits in steps: a read that blocks does not notice a signal that came just before it.
 BLOCKED_IMPORT = """
-import os, sys
+import os, select, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["MODULE"]:
             sys.meta_path.remove(self)
             print("importing", name, file=sys.stderr, flush=True)
-            open("go").readline()
+            go = os.open("go", os.O_RDONLY | os.O_NONBLOCK)
+            while not select.select([go], [], [], 0.05)[0]:
+                pass
 
 sys.meta_path.insert(0, Blocked())
 """
