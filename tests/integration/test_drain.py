@@ -399,7 +399,7 @@ def plane_tasks() -> set[Any]:
 
 
 class Slow:
-    """A plugin that takes for ever to open, or to close."""
+    """A plugin that takes forever to open, or to close."""
 
     def __init__(self, where: str) -> None:
         self.where = where

@@ -77,7 +77,7 @@ async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
 async def test_an_item_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
     plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
-    """Nobody gets it any more: once its lease has lapsed it is `stopped`."""
+    """Nobody gets it anymore: once its lease has lapsed it is `stopped`."""
     (item,) = plane.enqueue()
     heartbeat = Hold()
     faults.add(heartbeat, "heartbeat")

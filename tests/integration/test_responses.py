@@ -459,6 +459,6 @@ async def test_a_heartbeat_that_is_refused_loses_the_lease(
     assert life.outcome == "lease_lost"
     assert life.ops == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
-    # Only "unknown" says that the item is not ours any more; a 400 speaks of our request.
+    # Only "unknown" says that the item is not ours anymore; a 400 speaks of our request.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
     assert reclaims == ([("lost", "start")] if code == 404 else [])

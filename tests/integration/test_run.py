@@ -552,7 +552,7 @@ async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Else an item that kills its worker could be tried for ever."""
+    """Else an item that kills its worker could be tried forever."""
     monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
 
     @handler

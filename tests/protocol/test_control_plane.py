@@ -81,7 +81,7 @@ async def test_an_entry_that_fails_leaves_nothing_behind(tmp_path: Path) -> None
         with pytest.raises(ServeError, match=f"127.0.0.1 port {port}"):
             await plane.__aenter__()
     async with ControlPlane(store=SqliteStore(path)):
-        pass  # the file is not locked any more
+        pass  # the file is not locked anymore
 
 
 async def test_an_entry_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:

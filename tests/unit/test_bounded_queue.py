@@ -142,7 +142,7 @@ async def test_full_and_idle_count_items_and_not_polls(
 
 
 async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_cancelled() -> None:
-    """Else a poller, cancelled by a drain just as a session ends, crashes and polls on for ever."""
+    """Else a poller, cancelled by a drain just as a session ends, crashes and polls on forever."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:

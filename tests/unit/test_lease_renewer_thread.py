@@ -268,7 +268,7 @@ async def test_failed_thread_is_fatal_and_its_leases_are_lost(scene: Scene) -> N
         assert later.lease is not None
         renewer.add(later.lease, later)
         assert later.lease.status == "lost"
-        renewer.release(lease, 10)  # nobody is there any more
+        renewer.release(lease, 10)  # nobody is there anymore
         renewer.remove(lease)
     assert len(scene.failures) == 1
 

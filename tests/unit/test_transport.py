@@ -69,7 +69,7 @@ class Received:
 
 @dataclass
 class Server:
-    """Answers each request with the next of `answers`; the last one goes on for ever."""
+    """Answers each request with the next of `answers`; the last one goes on forever."""
 
     answers: list[bytes | Callable[[Server, asyncio.StreamWriter], Awaitable[None]]]
     url: str = ""
@@ -438,7 +438,7 @@ async def test_every_answer_is_waited_for_with_a_bound(odd: Any) -> None:
 async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
     *, cancelled_first: bool
 ) -> None:
-    """aiohttp's own timeout takes it for its own: a pool's poller then went on for ever."""
+    """aiohttp's own timeout takes it for its own: a pool's poller then went on forever."""
     seconds, loop = 0.5, asyncio.get_running_loop()
     async with serving(never) as server, connected(server.url) as transport:
         async with asyncio.TaskGroup() as group:

@@ -1,7 +1,7 @@
 """The handler of `workpool hold`, which runs a program.
 
 Owns the process group of the program: none of its processes outlives the session. They also end
-when `workpool hold` is killed, since the lease is not extended any more.
+when `workpool hold` is killed, since the lease is not extended anymore.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ THREADS_SECONDS: Final = 2.0
 """Seconds by which threads, such as blocking code of cancelled handlers, may delay the end."""
 
 FAILED_SECONDS: Final = 3.0
-"""Seconds in which a pool whose leases are not renewed any more may drain by itself."""
+"""Seconds in which a pool whose leases are not renewed anymore may drain by itself."""
 
 
 def run(
@@ -130,7 +130,7 @@ def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: boo
 
 
 def _end_process(supervisor: Supervisor) -> None:
-    """End the process with `FAILED`, since leases are not renewed any more.
+    """End the process with `FAILED`, since leases are not renewed anymore.
 
     Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
     blocked. It has less time for that than the shortest lease.

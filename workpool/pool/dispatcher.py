@@ -55,7 +55,7 @@ class Dispatcher:
 
     Attributes:
         items: The items that are ours.
-        draining: No item is started any more.
+        draining: No item is started anymore.
         executor: Calls the handlers.
         runner: Runs the items.
         health: The failing handlers.
@@ -206,7 +206,7 @@ class Dispatcher:
     # Drain.
 
     def drain(self) -> None:
-        """Start no item any more, forget the waiting ones and notify the running sessions."""
+        """Start no item anymore, forget the waiting ones and notify the running sessions."""
         self.draining = self.runner.draining = True
         self._claimer.drain()
         self.forget_waiting()

@@ -66,7 +66,7 @@ class HandlerExecutor:
     async def run(self, item: PoolItem, handler: Handler, session: Session) -> None:
         """Call the handler and wait for its end, however long it takes; record how it ended.
 
-        A handler whose lease is not held any more when its turn comes is not called.
+        A handler whose lease is not held anymore when its turn comes is not called.
         """
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),

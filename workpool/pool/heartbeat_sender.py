@@ -88,7 +88,7 @@ class HeartbeatSender:
     async def _heartbeat(
         self, lease: Lease, attempt: HeartbeatAttempt, check: Callable[[], None] | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
-        """Return the answer; None if nothing was sent because the lease was not held any more."""
+        """Return the answer; None if nothing was sent because the lease was not held anymore."""
         options = CallOptions(
             check=partial(self._check, lease, check), priority=Priority.COMPLETION
         )

@@ -178,7 +178,7 @@ class Lease:
 
     @property
     def over(self) -> bool:
-        """Whether no heartbeat is to be sent any more: the lease or the session has ended."""
+        """Whether no heartbeat is to be sent anymore: the lease or the session has ended."""
         return self.closed or self.status != "held"
 
     @property
@@ -214,7 +214,7 @@ class Lease:
         return self.over
 
     def check_soon(self, now: float) -> None:
-        """Make the next heartbeat due now, because the item may not be ours any more."""
+        """Make the next heartbeat due now, because the item may not be ours anymore."""
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
@@ -265,7 +265,7 @@ class Lease:
         self._set_deadline(attempt.deadline, self.ttl)
 
     def abandoned(self) -> None:
-        """Record that nobody waits for the answer any more: the heartbeat may have been applied."""
+        """Record that nobody waits for the answer anymore: the heartbeat may have been applied."""
         self.in_flight = False
         self._unanswered = True
 

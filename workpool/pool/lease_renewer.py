@@ -66,7 +66,7 @@ class Callbacks(NamedTuple):
     failed: Callable[[LeaseRenewerError], None]
     """The thread failed. Called on the handlers' loop."""
     stopped_renewing: Callable[[LeaseRenewerError | None], None]
-    """Leases are not renewed any more, because of the error, or of a loop blocked for `max_block`.
+    """Leases are not renewed anymore, because of the error, or of a loop blocked for `max_block`.
 
     Called on the renewer's thread.
     """
@@ -294,7 +294,7 @@ class LeaseRenewer:
         return True
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
-        """Renew no lease any more and report it; a failing report does not stop the callback."""
+        """Renew no lease anymore and report it; a failing report does not stop the callback."""
         self.renewing = False
         try:
             report(write_report)
@@ -458,7 +458,7 @@ class LeaseRenewer:
             self._stop_renewing(self._monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
-        """Renew no lease any more: the handlers' loop was stopped or closed."""
+        """Renew no lease anymore: the handlers' loop was stopped or closed."""
         renewing, self.renewing = self.renewing, False
         if renewing:
             log.critical("the handlers' event loop does not run; leases are not renewed")

@@ -151,7 +151,7 @@ class Sender:
         """Await `call()`; call again if the known deadline passes but the lease was renewed.
 
         Raises:
-            SessionGoneError: As soon as the item is not the handler's any more.
+            SessionGoneError: As soon as the item is not the handler's anymore.
             TimeoutError: After `seconds`.
         """
         loop = asyncio.get_running_loop()
@@ -193,7 +193,7 @@ class Sender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _retry_now(self, lease: Lease, failure: TransientError) -> bool:
-        """Whether the next try need not wait: the lease is over, or not doubted any more."""
+        """Whether the next try need not wait: the lease is over, or not doubted anymore."""
         if isinstance(failure, LeaseDoubted) and not self._pauses.paused(since=lease.clock_offset):
             return True
         return lease.over

@@ -243,7 +243,7 @@ class SessionRunner:
         except SessionGoneError:
             item.end(EndReason.LOST)
         except TransientError as error:
-            # An item whose runs are not counted could run for ever, so it is released unrun.
+            # An item whose runs are not counted could run forever, so it is released unrun.
             log.warning("attempt not counted work_id=%s error=%s", item.id, error)
             item.error = Release("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)

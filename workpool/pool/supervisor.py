@@ -80,7 +80,7 @@ class Supervisor:
     Attributes:
         settings, registry: The settings, which do not change, and where the metrics live.
         abandoned: The number of sessions that the drain could neither end nor hand back.
-        on_blocked: Called on another thread once leases are not renewed any more: the loop has
+        on_blocked: Called on another thread once leases are not renewed anymore: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
     """
 

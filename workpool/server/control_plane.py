@@ -69,7 +69,7 @@ class ControlPlane:
         now: Epoch seconds for everything that is stored or decided; None: the system's.
         history_limit: How many records `history` keeps; None: all.
         retention: Seconds for which a stopped item is kept, then it is deleted with its session;
-            None: for ever, which tests that look at ended items need.
+            None: forever, which tests that look at ended items need.
         middlewares: aiohttp middlewares around everything, for injected faults.
 
     Raises on entering:
@@ -250,7 +250,7 @@ class ControlPlane:
         await server.start_serving()
 
     def _bind(self, stack: AsyncExitStack) -> socket.socket:
-        """Bind the port ourselves: a cancelled `create_server` would leave it bound for ever."""
+        """Bind the port ourselves: a cancelled `create_server` would leave it bound forever."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)

@@ -96,7 +96,7 @@ class Conversation:
         self._place = 0  # in the script
         self._uses: dict[str, _Use] = {}
         self._open: dict[str, _Use] = {}  # those of _uses that are not answered
-        self._ended_threads: set[str] = set()  # they accept no result any more
+        self._ended_threads: set[str] = set()  # they accept no result anymore
         self._blocking: tuple[str, ...] = ()  # what the last requires_action named
         self._turn = self._next_turn = False  # somebody waits for the agent; again, once it is idle
         self._interrupted = False
@@ -251,7 +251,7 @@ class Conversation:
         self.status = "terminated"
 
     def _end_thread(self, event: StoredEvent) -> None:
-        """Close the tool uses of a thread, which can get no result any more."""
+        """Close the tool uses of a thread, which can get no result anymore."""
         thread = _thread_of(event)
         if thread is None:
             return

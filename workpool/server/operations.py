@@ -60,7 +60,7 @@ class Operations:
         now: Epoch seconds; may stand still, never trusted to go forward only.
         history_limit: How many records to keep; None: all.
         retention: Seconds for which a stopped item is kept; then it is deleted with its session
-            by a call that creates or polls. None: for ever.
+            by a call that creates or polls. None: forever.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Operations:
         await self._store.durable()
 
     async def failed(self) -> None:
-        """Wait until the store can save nothing any more. Raises `StoreError`."""
+        """Wait until the store can save nothing anymore. Raises `StoreError`."""
         await self._store.failed()
 
     async def close(self) -> None:
@@ -136,7 +136,7 @@ class Operations:
         await self._store.close()
 
     def release(self) -> None:
-        """Answer all waiting polls now, and let nobody wait any more: the server goes away."""
+        """Answer all waiting polls now, and let nobody wait anymore: the server goes away."""
         self._closing = True
         self.sessions.release()
         self.wake()

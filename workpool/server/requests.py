@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BODY_SECONDS: Final = 10.0
-"""How long a body may take to arrive: a client that stalls must not hold a handler for ever."""
+"""How long a body may take to arrive: a client that stalls must not hold a handler forever."""
 LARGE_BODY_BYTES: Final = 64 * 1024
 LARGE_BODIES: Final = web.AppKey("large_bodies", asyncio.Semaphore)
 """Large bodies that may be read at once: all others wait in the buffers of their senders."""

@@ -27,7 +27,7 @@ class Retention:
     """The items that have stopped, in the order in which they did.
 
     Args:
-        seconds: How long a stopped item is kept; None: for ever, and nothing is noted.
+        seconds: How long a stopped item is kept; None: forever, and nothing is noted.
     """
 
     def __init__(self, seconds: float | None) -> None:

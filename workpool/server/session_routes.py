@@ -102,7 +102,7 @@ class SessionRoutes:
         # Before the first byte leaves: whoever sees the stream open misses nothing from then on.
         place = len(said.events) if last is None else said.place_after(last)
         response = web.StreamResponse(headers=_STREAM)
-        # The reader has gone or stopped reading, or nothing is durable any more: the stream ends.
+        # The reader has gone or stopped reading, or nothing is durable anymore: the stream ends.
         with suppress(ConnectionError, StoreError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)

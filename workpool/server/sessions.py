@@ -184,7 +184,7 @@ class Sessions:
         return not self._closing and session_id in self._sessions
 
     def release(self) -> None:
-        """Let nobody wait any more: the control plane closes."""
+        """Let nobody wait anymore: the control plane closes."""
         self._closing = True
         for session_id in list(self._following):
             self._tell(session_id)

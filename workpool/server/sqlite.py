@@ -2,7 +2,7 @@
 
 Everything saved while a commit was under way goes into the next one, so that many calls share one
 sync to disk. The file is locked while open: two servers on one file would each believe their own
-memory. A store that failed once accepts nothing any more: memory and file no longer agree.
+memory. A store that failed once accepts nothing anymore: memory and file no longer agree.
 """
 
 from __future__ import annotations

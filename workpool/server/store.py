@@ -57,7 +57,7 @@ class Store(Protocol):
         """Return once all that was saved so far survives a crash. Raises `StoreError`."""
 
     async def failed(self) -> None:
-        """Wait for the moment after which nothing can be saved any more. Raises `StoreError`."""
+        """Wait for the moment after which nothing can be saved anymore. Raises `StoreError`."""
 
     async def close(self) -> None:
         """Make the rest durable and let go of the file."""
@@ -89,7 +89,7 @@ class MemoryStore:
         """Return at once."""
 
     async def failed(self) -> None:
-        """Wait for ever: there is nothing to fail."""
+        """Wait forever: there is nothing to fail."""
         await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:

@@ -103,7 +103,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
         Raises:
             RuntimeError: A task may wait for something that takes real time, or nothing can happen
-                any more.
+                anymore.
         """
         files = [key.fd for key in self._jumps.get_map().values() if key.fd not in self._own_files]
         if self._outside.threads or self._outside.processes or files:
@@ -112,7 +112,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 self._jumps.real_seconds = CLEANUP_SECONDS
                 raise RuntimeError(f"virtual time cannot wait for {', '.join(outside)}")
         if seconds is None:
-            # Without a timer, nothing can happen any more: fail instead of hanging.
+            # Without a timer, nothing can happen anymore: fail instead of hanging.
             raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 

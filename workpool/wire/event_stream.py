@@ -95,8 +95,8 @@ class EventStream:
         """Return the next event; may be cancelled, by a timeout say, and called again.
 
         Raises:
-            LeaseLost, SessionEnded: The session is not the handler's any more.
-            ControlPlaneError: Refused for good; everything else is tried again, for ever.
+            LeaseLost, SessionEnded: The session is not the handler's anymore.
+            ControlPlaneError: Refused for good; everything else is tried again, forever.
         """
         if not self._entered:
             raise RuntimeError("this event stream is not open: use it inside `async with`")

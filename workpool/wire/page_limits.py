@@ -21,7 +21,7 @@ class RecentIds:
     """The last ids that were added, up to a limit.
 
     Attributes:
-        forgot: The limit was exceeded, so that older ids are not known any more.
+        forgot: The limit was exceeded, so that older ids are not known anymore.
     """
 
     def __init__(self, limit: int) -> None:
@@ -68,7 +68,7 @@ class PageLimits:
         """Record a page, by the ids of its entries and the token of the page that follows.
 
         Raises:
-            TransientError: The list would go on for ever.
+            TransientError: The list would go on forever.
         """
         new = [self._ids.add(one) for one in ids]
         self._stale = 0 if any(new) else self._stale + 1

@@ -37,7 +37,7 @@ class SessionEvents:
         """Iterate over the whole history, oldest first, page by page.
 
         Raises:
-            LeaseLost, SessionEnded: The session is not the handler's any more.
+            LeaseLost, SessionEnded: The session is not the handler's anymore.
             ControlPlaneError: A page could not be read.
         """
         pages = Pages(self._calls)
@@ -54,7 +54,7 @@ class SessionEvents:
 
         Raises:
             TypeError: Something that JSON cannot carry; nothing was sent.
-            LeaseLost, SessionEnded: The session is not the handler's any more; nothing was sent.
+            LeaseLost, SessionEnded: The session is not the handler's anymore; nothing was sent.
             ConflictError: A tool use has another result already, or the session is over.
             TransientError: Not settled in time, and perhaps applied.
             ControlPlaneError: Refused.

@@ -48,7 +48,7 @@ class FrameParser:
         """Take in the next bytes and return the frames that they complete.
 
         Raises:
-            ValueError: A line or a frame beyond the limit; the parser is of no use any more.
+            ValueError: A line or a frame beyond the limit; the parser is of no use anymore.
         """
         frames: list[Frame] = []
         if self._after_cr and chunk:

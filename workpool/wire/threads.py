@@ -109,7 +109,7 @@ class DaemonThreads(Executor):
             self._alive -= 1
             tell_end = None if self._alive else self._tell_end
         if tell_end is not None:
-            with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+            with suppress(RuntimeError):  # that loop is closed: nobody waits anymore
                 tell_end()
 
 

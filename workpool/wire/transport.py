@@ -426,7 +426,7 @@ class Transport:
 
 def _retrieve(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        reading.exception()  # else asyncio complains of it when nobody waits any more
+        reading.exception()  # else asyncio complains of it when nobody waits anymore
 
 
 def _time_left(op: str, seconds: float) -> float:

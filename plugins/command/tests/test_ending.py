@@ -1,4 +1,4 @@
-"""How a command is ended, by whomever: nothing of its group is left, nothing waits for ever."""
+"""How a command is ended, by whomever: nothing of its group is left, nothing waits forever."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The output of a command, which is logged within bounds and not stored.
 
-A command is never blocked by its output for ever, and cannot exhaust memory, log or CPU with it:
+A command is never blocked by its output forever, and cannot exhaust memory, log or CPU with it:
 output beyond the limit of the log is read slowly and dropped.
 """
 

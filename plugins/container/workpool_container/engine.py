@@ -201,7 +201,7 @@ class Engine:
         """Wait for the exit status without a bound, also through restarts of the engine.
 
         Raises:
-            EngineError: The container does not exist any more.
+            EngineError: The container does not exist anymore.
         """
         failures, patience = 0, WAIT_SECONDS[0]
         while True:

@@ -1,4 +1,4 @@
-"""The removal of leftover containers, whose results cannot count any more.
+"""The removal of leftover containers, whose results cannot count anymore.
 
 There is a sweep at start, every `sweep_seconds`, after each session, and at the end. The state of
 the item at the control plane decides, and not a guess about other workers: several may share an
@@ -81,7 +81,7 @@ class Leftovers:
             log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
 
     async def _objection(self, found: Found) -> str | None:
-        """Return why the container cannot count any more, or None if it may."""
+        """Return why the container cannot count anymore, or None if it may."""
         try:
             item = await self._client.get(found.labels[WORK_ID])
         except ControlPlaneError as error:

@@ -90,7 +90,7 @@ class Container:
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Request a sweep after a session, whose container is not needed any more."""
+        """Request a sweep after a session, whose container is not needed anymore."""
         del event
         if self._leftovers is not None:
             self._leftovers.look.set()
