@@ -54,9 +54,9 @@ BLIND_EXCEPTS = {
     "pool/heartbeat_sender.py",  # one heartbeat
     "pool/lease_renewer.py",  # its thread, whose error is raised on the handlers' loop
     "pool/diagnostics.py",  # a report on another thread, whose error its caller raises
-    "server/sqlite.py",  # the writer's thread, whose error is raised on the loop
-    "wire/checked_body.py",  # a caller's check: aiohttp would take it for a failed connection
-    "wire/threads.py",  # a call on another thread: raised where its result is awaited
+    "server/stores/sqlite.py",  # the writer's thread, whose error is raised on the loop
+    "wire/http/checked_body.py",  # a caller's check: aiohttp would take it for a failed connection
+    "wire/http/threads.py",  # a call on another thread: raised where its result is awaited
 }
 
 CIRCLES = (  # of modules that know each other's types

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from workpool.session import Outcome, Release, Session, release_on_exhaustion
     from workpool.settings import Settings
     from workpool.wire.client import WorkClient
+    from workpool.wire.http.rate_limiter import RateLimits
+    from workpool.wire.http.threads import DaemonThreads
     from workpool.wire.items import WorkItem
-    from workpool.wire.rate_limiter import RateLimits
-    from workpool.wire.threads import DaemonThreads
 
     __version__: str
 
@@ -49,11 +49,11 @@ __all__ = [
 
 _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
-    "DaemonThreads": "wire.threads",
+    "DaemonThreads": "wire.http.threads",
     "LeaseLost": "errors",
     "Outcome": "session",
     "PluginError": "errors",
-    "RateLimits": "wire.rate_limiter",
+    "RateLimits": "wire.http.rate_limiter",
     "Release": "session",
     "Session": "session",
     "SessionEnded": "errors",

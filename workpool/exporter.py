@@ -23,7 +23,7 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
 from workpool.inbound import HttpLog, InboundConnections
-from workpool.wire.threads import DaemonThreads
+from workpool.wire.http.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
+    from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.items import WorkItem
-    from workpool.wire.session_events import SessionEvents
 
 Outcome = Literal[
     "completed", "failed", "timed_out", "stopped", "released", "lease_lost", "detached"

@@ -36,8 +36,8 @@ from yarl import URL
 from workpool.errors import SettingsError
 from workpool.wire import protocol
 from workpool.wire.client_dialects import DIALECTS
-from workpool.wire.credentials import read_credential
-from workpool.wire.tls import tls_context
+from workpool.wire.http.credentials import read_credential
+from workpool.wire.http.tls import tls_context
 
 if TYPE_CHECKING:
     import ssl

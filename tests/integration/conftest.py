@@ -13,7 +13,7 @@ from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
 from workpool.pool import lease, loop_monitor
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
 
 if TYPE_CHECKING:

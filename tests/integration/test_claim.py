@@ -25,7 +25,7 @@ from workpool.events import (
     SessionStarted,
 )
 from workpool.server import Poll
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Hold, expire_lease, literal, status
 from workpool.testing.changes import Changes
 

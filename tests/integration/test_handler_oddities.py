@@ -12,7 +12,7 @@ import pytest
 
 from workpool import Release, Session, handler
 from workpool.events import ItemDeclined, ItemReceived, SessionFinished
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal, status
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import pytest
 from workpool import Session, handler
 from workpool.events import ItemDeclined, PollerBackedOff, SessionFinished
 from workpool.logs import JsonFormatter, TextFormatter
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
 
 if TYPE_CHECKING:

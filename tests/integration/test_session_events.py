@@ -17,13 +17,13 @@ from workpool.handlers import rule_of
 from workpool.pool import sender
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
-from workpool.wire import event_stream
+from workpool.wire.events import event_stream
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from workpool.testing import Recorder
-    from workpool.wire.event_stream import EventStream
+    from workpool.wire.events.event_stream import EventStream
 
 BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}

@@ -9,8 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from workpool import RateLimits, Session, Supervisor, handler
-from workpool.wire.call_options import Priority
-from workpool.wire.rate_limiter import RateLimiter
+from workpool.wire.http.call_options import Priority
+from workpool.wire.http.rate_limiter import RateLimiter
 
 if TYPE_CHECKING:
     from workpool.server import ControlPlane

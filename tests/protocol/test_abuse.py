@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.protocol.conftest import ENV, TOKEN, Api, until
 from tests.protocol.test_events import path as path_of
-from workpool.server import ControlPlane, SqliteStore, requests
+from workpool.server import ControlPlane, SqliteStore
+from workpool.server.parsing import request_values
 
 if TYPE_CHECKING:
     import logging
@@ -101,7 +102,7 @@ BLOCKS: dict[str, Callable[[int], list[object]]] = {
 async def test_body_of_too_many_values_is_400(
     api: Api, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "VALUES_MAX", 1000)
+    monkeypatch.setattr(request_values, "VALUES_MAX", 1000)
     (item,) = api.plane.enqueue()
     url = path_of(api, item.session_id, "/events")
 
@@ -216,7 +217,7 @@ async def test_garbage_after_the_head_is_4xx(
     plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # aiohttp does not tell a handler that its body went bad: the limit of time does.
-    monkeypatch.setattr(requests, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(request_values, "BODY_SECONDS", 0.5)
     headers, body = LATE[name]
     reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
     writer.write(head("POST", "", headers, "Expect: 100-continue"))
@@ -232,7 +233,7 @@ async def test_garbage_after_the_head_is_4xx(
 async def test_a_body_that_never_comes_is_408(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
     answer = await raw(plane, head("POST", "", "Content-Length: 10"), b"{")
     assert status(answer) == 408
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
@@ -255,26 +256,26 @@ async def test_large_bodies_are_read_a_few_at_a_time(
             now -= 1
 
     monkeypatch.setattr(web.Request, "read", counted)
-    size = 2 * requests.LARGE_BODY_BYTES
+    size = 2 * request_values.LARGE_BODY_BYTES
     connections = [
         await asyncio.open_connection("127.0.0.1", plane.port)
-        for _ in range(3 * requests.LARGE_BODIES_MAX)
+        for _ in range(3 * request_values.LARGE_BODIES_MAX)
     ]
     for _, writer in connections:
         writer.write(head("POST", "", f"Content-Length: {size}") + b"{}".ljust(size - 1))
-    await until(lambda: now == requests.LARGE_BODIES_MAX)
+    await until(lambda: now == request_values.LARGE_BODIES_MAX)
     for _, writer in connections:
         writer.write(b" ")
     async with asyncio.timeout(20):
         for reader, writer in connections:
             assert status(await reader.readline()) == 200
             writer.close()
-    assert most == requests.LARGE_BODIES_MAX
+    assert most == request_values.LARGE_BODIES_MAX
 
 
 async def test_small_body_does_not_wait_for_large_ones(plane: ControlPlane) -> None:
     writers = []
-    for _ in range(requests.LARGE_BODIES_MAX):
+    for _ in range(request_values.LARGE_BODIES_MAX):
         writers.append((await asyncio.open_connection("127.0.0.1", plane.port))[1])
         writers[-1].write(head("POST", "", f"Content-Length: {LIMIT}"))
         await writers[-1].drain()

@@ -20,7 +20,7 @@ from workpool.server.answer_limits import (
     METADATA_LIMIT_BYTES,
     NEW_METADATA_LIMIT_BYTES,
 )
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.protocol import ANSWER_LIMIT_BYTES
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, Api, Clock
 from tests.protocol.test_stream import stream
 from workpool.server import ControlPlane, SqliteStore
-from workpool.server.application_routes import SCAN_ROWS
 from workpool.server.environments import ENVIRONMENTS_MAX
+from workpool.server.http.application_routes import SCAN_ROWS
 from workpool.testing import Faults
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from tests.protocol.sqlite_server import ENV, TOKEN
 from tests.protocol.test_sqlite import server
 from workpool.server import APIError
 from workpool.server.conversation import Conversation, StoredEvent
-from workpool.server.session_script import parse_script
+from workpool.server.parsing.session_script import parse_script
 
 if TYPE_CHECKING:
     from pathlib import Path

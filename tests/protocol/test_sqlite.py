@@ -21,8 +21,8 @@ import pytest
 from tests.protocol.conftest import ENV, OTHER, TOKEN, Api, Clock
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
 from workpool.server.conversation import StoredEvent
-from workpool.server.sqlite import SCHEMA_VERSION
 from workpool.server.stored_session import StoredSession
+from workpool.server.stores.sqlite import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -278,7 +278,7 @@ async def test_bug_on_the_writers_thread_is_a_failure_of_the_store(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with plane_on(path, clock) as plane:
-        monkeypatch.setattr("workpool.server.sqlite._write", lambda *_: 1 / 0)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write", lambda *_: 1 / 0)
         plane.enqueue()
         async with asyncio.timeout(20):
             with pytest.raises(StoreError, match="ZeroDivisionError"):
@@ -300,7 +300,7 @@ async def test_closing_ends_the_reading_of_a_store(
         while not store._closing:
             time.sleep(0.001)
 
-    monkeypatch.setattr("workpool.server.sqlite_rows.Table.from_row", read_until_closing)
+    monkeypatch.setattr("workpool.server.stores.sqlite_rows.Table.from_row", read_until_closing)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())
         await asyncio.to_thread(reading.wait)
@@ -324,7 +324,7 @@ async def test_a_store_that_fails_answers_500_and_nothing_else_from_then_on(
     async with plane_on(path, clock) as plane:
         api = Api(plane, http, "qoder")
         (kept,) = (await api("POST", api.work())).body["data"]
-        monkeypatch.setattr("workpool.server.sqlite._write", full)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write", full)
         answer = await api("POST", api.work())
         assert answer.status == 500
         assert answer.error["type"] == "api_error"

@@ -17,7 +17,8 @@ import pytest
 from tests.protocol.conftest import ENV, TOKEN, Api, until
 from tests.protocol.test_events import BASH, history, last, path, result, scripted, send
 from workpool import inbound
-from workpool.server import ControlPlane, SqliteStore, session_routes
+from workpool.server import ControlPlane, SqliteStore
+from workpool.server.http import session_routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -158,7 +159,7 @@ async def test_event_that_is_not_durable_is_not_streamed(
         api = Api(plane, http, "qoder")
         session_id = scripted(api, BASH)
         async with stream(api, session_id) as reader:
-            monkeypatch.setattr("workpool.server.sqlite._write", full)
+            monkeypatch.setattr("workpool.server.stores.sqlite._write", full)
             use = plane.events(session_id)[-1]
             assert (await send(api, session_id, result(dict(use)))).status == 500
             assert await reader.response.content.read() == b""

@@ -13,14 +13,14 @@ from tests.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from tests.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
-from workpool.server.server_dialects import QODER
+from workpool.server.http.server_dialects import QODER
 from workpool.testing.local_client import CallFault, LocalClient, answer_to
 from workpool.wire import endpoints
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.rate_limiter import RateLimiter
+from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.transport import Transport
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
-from workpool.wire.rate_limiter import RateLimiter
-from workpool.wire.resolver import ThreadResolver
-from workpool.wire.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping

@@ -23,7 +23,7 @@ from tests.simulation.world import World
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
-from workpool.wire import resolver
+from workpool.wire.http import resolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

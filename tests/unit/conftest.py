@@ -20,7 +20,7 @@ from workpool.server import Operations, Poll
 from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.loop_supervisor import LoopRenewer
 from workpool.testing.virtual_time import VirtualLoop
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

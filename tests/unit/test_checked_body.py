@@ -16,8 +16,8 @@ from yarl import URL
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
-from workpool.wire.call_options import CallOptions, Priority
-from workpool.wire.transport import HttpRequest, Transport
+from workpool.wire.http.call_options import CallOptions, Priority
+from workpool.wire.http.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

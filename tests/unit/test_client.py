@@ -23,9 +23,9 @@ from workpool.errors import (
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.settings import Settings
 from workpool.wire import page_limits
-from workpool.wire.call_options import CallOptions, Priority
 from workpool.wire.client import WorkClient
-from workpool.wire.rate_limiter import RateLimiter, RateLimits
+from workpool.wire.http.call_options import CallOptions, Priority
+from workpool.wire.http.rate_limiter import RateLimiter, RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -21,11 +21,11 @@ import pytest
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.pool.lease_renewer import new_event_loop
-from workpool.wire import resolver
-from workpool.wire.call_options import CallOptions, Priority
-from workpool.wire.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
-from workpool.wire.resolver import ThreadResolver
-from workpool.wire.threads import DaemonThreads
+from workpool.wire.http import resolver
+from workpool.wire.http.call_options import CallOptions, Priority
+from workpool.wire.http.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
+from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -15,17 +15,18 @@ from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
 from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.virtual_time import run_virtual
-from workpool.wire import endpoints, event_stream
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
-from workpool.wire.event_calls import EventPage, Unguarded
-from workpool.wire.event_stream import EventStream
+from workpool.wire import endpoints
+from workpool.wire.events import event_stream
+from workpool.wire.events.event_calls import EventPage, Unguarded
+from workpool.wire.events.event_stream import EventStream
+from workpool.wire.events.session_events import SessionEvents
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.page_limits import PAGES_PER_SECOND, STALE_PAGES
-from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from workpool.wire.event_calls import EventCalls, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, OpenStream, SessionEvent
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0

@@ -23,7 +23,7 @@ from workpool.errors import (
 )
 from workpool.pool.lease import RETRY_PARTS, Decision, Lease
 from workpool.server import APIError, Operations, Poll
-from workpool.server.server_dialects import QODER
+from workpool.server.http.server_dialects import QODER
 from workpool.server.state_machine import heartbeat_answer
 from workpool.wire.items import Heartbeat, WorkItem, parse_heartbeat, parse_item
 from workpool.wire.protocol import WORK_HEARTBEAT

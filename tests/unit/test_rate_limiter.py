@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workpool.wire.call_options import Priority
-from workpool.wire.rate_limiter import RateLimiter
+from workpool.wire.http.call_options import Priority
+from workpool.wire.http.rate_limiter import RateLimiter
 
 COMPLETION, CLAIM, HANDLER = Priority
 

@@ -24,14 +24,14 @@ from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.session_calls import UPDATE_SECONDS, SessionCalls
 from workpool.testing.local_client import CallFault
 from workpool.testing.virtual_time import in_virtual_time
-from workpool.wire.call_options import Priority
+from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from tests.unit.conftest import Bench
     from workpool.pool.pool_item import PoolItem
-    from workpool.wire.call_options import CallOptions
+    from workpool.wire.http.call_options import CallOptions
 
 SILENCE = CallFault(answer="silence", applied=False)
 WRITE = SendOptions(Priority.COMPLETION, by_handler=False)

@@ -15,7 +15,7 @@ from workpool.server import ControlPlane, MemoryStore, StoreError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.server.store import Contents
+    from workpool.server.stores.store import Contents
 
 
 class SlowStore(MemoryStore):

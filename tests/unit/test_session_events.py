@@ -13,10 +13,11 @@ from pydantic import SecretStr
 
 from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
 from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
-from workpool.wire import endpoints, event_stream
-from workpool.wire.call_options import DEFAULT_OPTIONS
+from workpool.wire import endpoints
 from workpool.wire.client import WorkClient
-from workpool.wire.event_calls import Unguarded
+from workpool.wire.events import event_stream
+from workpool.wire.events.event_calls import Unguarded
+from workpool.wire.http.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
 
     from workpool import Settings
     from workpool.server import ControlPlane
-    from workpool.wire.call_options import CallOptions
-    from workpool.wire.event_calls import SessionEvent
-    from workpool.wire.event_stream import EventStream
+    from workpool.wire.events.event_calls import SessionEvent
+    from workpool.wire.events.event_stream import EventStream
+    from workpool.wire.http.call_options import CallOptions
 
 T = TypeVar("T")
 

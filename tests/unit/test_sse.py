@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workpool.wire.sse import Frame, FrameParser
+from workpool.wire.events.sse import Frame, FrameParser
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,7 +15,7 @@ import pytest
 
 from workpool import Settings, WorkClient
 from workpool.errors import ControlPlaneError, RefusedError, SettingsError
-from workpool.wire.call_options import CallOptions, Priority
+from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

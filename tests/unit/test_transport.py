@@ -38,8 +38,9 @@ from workpool.errors import (
 from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
-from workpool.wire.environment_proxy import proxy_of
-from workpool.wire.limited_response import INFORMATIONAL_MAX
+from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.limited_response import INFORMATIONAL_MAX
+from workpool.wire.http.transport import HttpRequest, Transport
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
@@ -48,7 +49,6 @@ from workpool.wire.response import (
     parse_error,
     retry_after_of,
 )
-from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

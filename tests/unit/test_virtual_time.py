@@ -16,7 +16,7 @@ from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.virtual_time import in_virtual_time, run_virtual
-from workpool.wire.call_options import CallOptions
+from workpool.wire.http.call_options import CallOptions
 
 if TYPE_CHECKING:
     from tests.unit.conftest import Bench

@@ -32,9 +32,9 @@ from workpool.conformance import (
 from workpool.conformance.api import NoAnswerError
 from workpool.logs import readable
 from workpool.settings import Settings
-from workpool.wire.environment_proxy import proxy_of
+from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.rate_limiter import RateLimits
 from workpool.wire.protocol import Dialect
-from workpool.wire.rate_limiter import RateLimits
 
 WORKER: Final = "workpool-conform"
 DIFFERS: Final = 4

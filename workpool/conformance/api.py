@@ -18,14 +18,14 @@ import orjson
 from workpool.logs import hide, readable
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
+from workpool.wire.http.response_reader import TRANSIENT, read_bounded
 from workpool.wire.response import Oversized
-from workpool.wire.response_reader import TRANSIENT, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
+    from workpool.wire.http.rate_limiter import RateLimits
     from workpool.wire.protocol import Dialect
-    from workpool.wire.rate_limiter import RateLimits
 
 A = TypeVar("A")
 

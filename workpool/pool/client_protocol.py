@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from workpool.wire.call_options import DEFAULT_OPTIONS
+from workpool.wire.http.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
-    from workpool.wire.call_options import CallOptions, Priority
-    from workpool.wire.event_calls import Guard
+    from workpool.wire.events.event_calls import Guard
+    from workpool.wire.events.session_events import SessionEvents
+    from workpool.wire.http.call_options import CallOptions, Priority
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
-    from workpool.wire.session_events import SessionEvents
 
 
 class ClientProtocol(Protocol):

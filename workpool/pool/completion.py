@@ -31,7 +31,7 @@ from workpool.pool.attempt import ERROR
 from workpool.pool.pool_item import EndReason
 from workpool.pool.sender import SendOptions
 from workpool.session import Outcome, Release
-from workpool.wire.call_options import Priority
+from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
     from workpool.events import CallResult
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease import Lease
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
-    from workpool.wire.call_options import CallOptions
+    from workpool.wire.http.call_options import CallOptions
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from workpool.errors import (
 )
 from workpool.events import HeartbeatFinished
 from workpool.pool.optional_calls import OptionalCalls, read_item
-from workpool.wire.call_options import CallOptions, Priority
+from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable

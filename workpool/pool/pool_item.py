@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease
     from workpool.session import Session
-    from workpool.wire.bound import Bound
+    from workpool.wire.http.bound import Bound
     from workpool.wire.items import WorkItem
 
 State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from workpool.backoff import Backoff
 from workpool.errors import LeaseLost, SessionEnded, TransientError
-from workpool.wire.bound import Bound
-from workpool.wire.call_options import CallOptions, Priority
+from workpool.wire.http.bound import Bound
+from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from workpool.pool.handoff_parent import hand_off
 from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
-from workpool.wire.call_options import CallOptions, Priority
+from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
     from workpool.session import HandedLease
+    from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.items import WorkItem
-    from workpool.wire.session_events import SessionEvents
 
 T = TypeVar("T")
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease_clock import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.settings import Settings
-    from workpool.wire.rate_limiter import RateLimits
+    from workpool.wire.http.rate_limiter import RateLimits
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ See workpool/docs/protocol.md, "Protocol".
 from workpool.server.api_errors import APIError, ServeError, StoreError
 from workpool.server.control_plane import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.server.history import History, Record, Summary, summarize
+from workpool.server.http.tokens import parse_token_file
 from workpool.server.operations import Operations
-from workpool.server.sqlite import SqliteStore
-from workpool.server.store import MemoryStore, Store
+from workpool.server.queue.waiting_polls import Poll
 from workpool.server.stored_item import Item
-from workpool.server.tokens import parse_token_file
-from workpool.server.waiting_polls import Poll
+from workpool.server.stores.sqlite import SqliteStore
+from workpool.server.stores.store import MemoryStore, Store
 
 __all__ = [
     "DEFAULT_ENVIRONMENT",

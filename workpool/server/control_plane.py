@@ -18,13 +18,13 @@ from aiohttp import web
 
 from workpool.inbound import HttpLog, InboundConnections
 from workpool.server.api_errors import ServeError
-from workpool.server.application_routes import ApplicationRoutes
 from workpool.server.history import summarize
+from workpool.server.http.application_routes import ApplicationRoutes
+from workpool.server.http.server_dialects import ANTHROPIC, DIALECTS, QODER
+from workpool.server.http.session_routes import SessionRoutes
+from workpool.server.http.tokens import Tokens, check_token
+from workpool.server.http.work_routes import Routes, application
 from workpool.server.operations import Operations
-from workpool.server.routes import Routes, application
-from workpool.server.server_dialects import ANTHROPIC, DIALECTS, QODER
-from workpool.server.session_routes import SessionRoutes
-from workpool.server.tokens import Tokens, check_token
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
 try:
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.server.history import History, Summary
-    from workpool.server.store import Store
+    from workpool.server.http.tokens import Grants
     from workpool.server.stored_item import Item
-    from workpool.server.tokens import Grants
+    from workpool.server.stores.store import Store
 
 DEFAULT_ENVIRONMENT: Final = "env_00000000000070008000000000000001"
 HISTORY_LIMIT: Final = 100_000

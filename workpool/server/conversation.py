@@ -20,7 +20,7 @@ from workpool.wire import protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from workpool.server.session_script import Script
+    from workpool.server.parsing.session_script import Script
 
 EVENT_PREFIX: Final = "evt_"
 RESULTS: Final[Mapping[str, str]] = {

@@ -19,13 +19,13 @@ from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.history import History, Record, op_of_heartbeat
 from workpool.server.list_pages import ListPage, page_of
+from workpool.server.parsing.session_script import parse_script
+from workpool.server.queue.work_queue import Queue
 from workpool.server.retention import Retention
-from workpool.server.session_script import parse_script
 from workpool.server.sessions import Sessions
-from workpool.server.store import MemoryStore
 from workpool.server.stored_item import WORK_PREFIX, Ids, Item
+from workpool.server.stores.store import MemoryStore
 from workpool.server.timestamps import MILLISECOND, SECOND, system_clock
-from workpool.server.work_queue import Queue
 from workpool.wire.protocol import (
     ACTIVE,
     LIST_LIMIT_DEFAULT,
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from workpool.server.conversation import StoredEvent
-    from workpool.server.creation import NewSession
     from workpool.server.history import Kind
-    from workpool.server.store import Contents, Store
+    from workpool.server.parsing.creation import NewSession
+    from workpool.server.queue.waiting_polls import Poll
+    from workpool.server.queue.work_queue import Stats
     from workpool.server.stored_session import StoredSession
-    from workpool.server.waiting_polls import Poll
-    from workpool.server.work_queue import Stats
+    from workpool.server.stores.store import Contents, Store
 
 
 class Operations:

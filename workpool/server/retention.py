@@ -15,9 +15,9 @@ from workpool.wire.protocol import STOPPED
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from workpool.server.sqlite_rows import Row
-    from workpool.server.store import Contents
     from workpool.server.stored_item import Item
+    from workpool.server.stores.sqlite_rows import Row
+    from workpool.server.stores.store import Contents
 
 BATCH_MAX: Final = 100
 """Sessions that one call deletes: a call must not wait for the deletion of all."""

@@ -27,9 +27,9 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from workpool.server.session_script import Script
-    from workpool.server.store import Contents, Store
+    from workpool.server.parsing.session_script import Script
     from workpool.server.stored_item import Ids, Item
+    from workpool.server.stores.store import Contents, Store
 
 
 class Sessions:

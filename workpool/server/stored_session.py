@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool.server.conversation import Conversation
-    from workpool.server.session_script import Script
+    from workpool.server.parsing.session_script import Script
     from workpool.server.stored_item import Item
     from workpool.wire.protocol import State
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, get
 import orjson
 from aiohttp import web
 
-from workpool.server.server_dialects import WORKER_ID_HEADERS
+from workpool.server.http.server_dialects import WORKER_ID_HEADERS
 from workpool.testing.changes import WAIT_SECONDS, Changes
 
 if TYPE_CHECKING:

@@ -18,13 +18,15 @@ import orjson
 
 from workpool.errors import TransientError
 from workpool.server import APIError, Poll
+from workpool.server.http.server_dialects import QODER
 from workpool.server.list_pages import listing
-from workpool.server.server_dialects import QODER
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.timestamps import to_seconds_text
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.events.session_events import SessionEvents
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.rate_limiter import RateLimits
 from workpool.wire.protocol import (
     LIST_LIMIT_MAX,
     RECLAIM_OLDER_THAN_MS,
@@ -32,9 +34,7 @@ from workpool.wire.protocol import (
     WORK_HEARTBEAT,
     WORK_QUEUE_STATS,
 )
-from workpool.wire.rate_limiter import RateLimits
 from workpool.wire.response import CODES, SUCCESS, Response, parse_error, parse_success
-from workpool.wire.session_events import SessionEvents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from workpool.server import Operations
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.event_calls import Guard
+    from workpool.wire.events.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
     FaultOf = Callable[[str, str | None], "CallFault | None"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from workpool.server.client_events import client_events
+from workpool.server.http.session_routes import KEEP_ALIVE, frame_of, render_event
 from workpool.server.list_pages import listing, page_of
-from workpool.server.session_routes import KEEP_ALIVE, frame_of, render_event
+from workpool.server.parsing.client_events import client_events
 from workpool.wire import endpoints
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workpool.server import Operations
     from workpool.server.conversation import Conversation
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.event_calls import EventPage, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventPage, OpenStream, SessionEvent
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class Send(Protocol):
 
 
 class LocalEvents:
-    """The calls on one session's events; see `workpool.wire.event_calls.EventCalls`."""
+    """The calls on one session's events; see `workpool.wire.events.event_calls.EventCalls`."""
 
     resumes = True
 

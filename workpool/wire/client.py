@@ -16,14 +16,14 @@ from urllib.parse import quote
 from yarl import URL
 
 from workpool.wire import endpoints, protocol, request_bodies
-from workpool.wire.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.client_dialects import DIALECTS
-from workpool.wire.http_events import HttpEvents
+from workpool.wire.events.http_events import HttpEvents
+from workpool.wire.events.session_events import SessionEvents
+from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.rate_limiter import RateLimits
+from workpool.wire.http.transport import HttpRequest, Transport
 from workpool.wire.items import WorkItem
 from workpool.wire.page_limits import PageLimits
-from workpool.wire.rate_limiter import RateLimits
-from workpool.wire.session_events import SessionEvents
-from workpool.wire.transport import HttpRequest, Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.event_calls import Guard
+    from workpool.wire.events.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats
 
 T = TypeVar("T")

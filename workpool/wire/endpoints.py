@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from workpool.errors import TransientError
-from workpool.wire.event_calls import EventPage, SessionEvent
+from workpool.wire.events.event_calls import EventPage, SessionEvent
+from workpool.wire.events.sse import FRAME_LIMIT_BYTES
 from workpool.wire.items import WorkItem, parse_heartbeat, parse_item, parse_stats
 from workpool.wire.protocol import ID_PATTERN
 from workpool.wire.response import NO_CONTENT, MalformedItemError
-from workpool.wire.sse import FRAME_LIMIT_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -25,7 +25,7 @@ from plugins.container.tests.engines import IMAGE, SECONDS, Docker, Podman, busy
 from workpool import Settings, Supervisor
 from workpool.events import SessionFinished
 from workpool.server import ControlPlane
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
 from workpool.testing.changes import Changes
 from workpool_container import Container

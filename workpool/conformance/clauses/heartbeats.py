@@ -11,7 +11,7 @@ from workpool.conformance.api import shown
 from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_bad_request, is_conflict, is_mismatch
 from workpool.conformance.verdict import Breaks, Differs, same_or_breaks, same_or_differs
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire import protocol
 from workpool.wire.items import parse_heartbeat
 from workpool.wire.protocol import NO_HEARTBEAT, TTL_MAX_SECONDS, TTL_MIN_SECONDS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from workpool.conformance.clause import clause
 from workpool.conformance.trial import is_conflict
 from workpool.conformance.verdict import same_or_breaks, same_or_differs
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.protocol import STOPPED, STOPPING
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from workpool.conformance.clause import clause
 from workpool.conformance.clauses.conventions import UNKNOWN
 from workpool.conformance.trial import is_bad_request, is_conflict
 from workpool.conformance.verdict import Untried, same_or_breaks, same_or_differs
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
 

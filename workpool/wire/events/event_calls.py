@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from workpool.errors import TooLargeError
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.page_limits import PageLimits
 from workpool.wire.protocol import LIST_LIMIT_MAX
 

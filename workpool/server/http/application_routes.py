@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from workpool.server import creation, requests
 from workpool.server.api_errors import APIError
+from workpool.server.http.work_routes import answer
 from workpool.server.list_pages import listing, page_of
-from workpool.server.routes import answer
+from workpool.server.parsing import creation
+from workpool.server.parsing import request_values as requests
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import AGENT
 from workpool.server.timestamps import to_heartbeat_text
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.server.environments import Environment
+    from workpool.server.http.server_dialects import Dialect
+    from workpool.server.http.tokens import Caller, Tokens
     from workpool.server.operations import Operations
-    from workpool.server.server_dialects import Dialect
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
-    from workpool.server.tokens import Caller, Tokens
 
 SCAN_ROWS: Final = 500
 """After so many rows of a list that is filtered, other calls take their turn."""

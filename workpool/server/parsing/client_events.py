@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from workpool.server.api_errors import APIError
-from workpool.server.requests import json_object
+from workpool.server.parsing.request_values import json_object
 from workpool.wire import protocol
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from workpool.server.answer_limits import check_items
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EventFilter
 from workpool.server.list_pages import AFTER, BEFORE
+from workpool.server.queue.waiting_polls import Poll
 from workpool.server.timestamps import TimeRange, is_rfc3339, to_utc
-from workpool.server.waiting_polls import Poll
 from workpool.wire.protocol import (
     BLOCK_MS_MAX,
     BLOCK_MS_MIN,

@@ -8,7 +8,7 @@ import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
-from workpool.wire.limited_response import InformationalFlood
+from workpool.wire.http.limited_response import InformationalFlood
 from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 TRANSIENT: Final = (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.client_events import parse_client_events
-from workpool.server.requests import json_object, strings
-from workpool.server.session_script import Script, parse_script
+from workpool.server.parsing.client_events import parse_client_events
+from workpool.server.parsing.request_values import json_object, strings
+from workpool.server.parsing.session_script import Script, parse_script
 from workpool.wire.protocol import USER_MESSAGE
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ import orjson
 
 from workpool.errors import ConflictError, TransientError
 from workpool.wire import protocol, request_bodies
-from workpool.wire.event_calls import Pages, Unguarded
-from workpool.wire.event_stream import STALL_SECONDS, EventStream
+from workpool.wire.events.event_calls import Pages, Unguarded
+from workpool.wire.events.event_stream import STALL_SECONDS, EventStream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
-    from workpool.wire.call_options import CallOptions
-    from workpool.wire.event_calls import EventCalls, Guard, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, Guard, SessionEvent
+    from workpool.wire.http.call_options import CallOptions
 
 _ANSWERS: Final[Mapping[str, str]] = {
     protocol.USER_TOOL_RESULT: "tool_use_id",

@@ -19,7 +19,7 @@ from workpool.wire.protocol import ID_PATTERN
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from workpool.server.server_dialects import Dialect
+    from workpool.server.http.server_dialects import Dialect
     from workpool.server.stored_item import Item
 
 Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"

@@ -8,21 +8,21 @@ from urllib.parse import quote
 from yarl import URL
 
 from workpool.wire import endpoints
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
+from workpool.wire.http.response_reader import TRANSIENT, no_answer
+from workpool.wire.http.transport import HttpRequest
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
-from workpool.wire.response_reader import TRANSIENT, no_answer
-from workpool.wire.transport import HttpRequest
 
 if TYPE_CHECKING:
     import aiohttp
 
-    from workpool.wire.event_calls import EventPage, OpenStream, SessionEvent
-    from workpool.wire.rate_limiter import RateLimits
-    from workpool.wire.transport import Transport
+    from workpool.wire.events.event_calls import EventPage, OpenStream, SessionEvent
+    from workpool.wire.http.rate_limiter import RateLimits
+    from workpool.wire.http.transport import Transport
 
 
 class HttpEvents:
-    """See `workpool.wire.event_calls.EventCalls`.
+    """See `workpool.wire.events.event_calls.EventCalls`.
 
     Args:
         transport: Sends the requests.

@@ -19,8 +19,8 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.api_errors import StoreError
-from workpool.server.sqlite_rows import TABLES, Deleted
-from workpool.server.store import Contents
+from workpool.server.stores.sqlite_rows import TABLES, Deleted
+from workpool.server.stores.store import Contents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.sqlite_rows import Row
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
+    from workpool.server.stores.sqlite_rows import Row
 
 log = logging.getLogger("workpool.server")
 
@@ -219,7 +219,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     if version == 0 and tables:
         raise StoreError("a database of something else: it holds tables that are not ours")
     for name in SCHEMAS[version:]:
-        schema = files("workpool.server").joinpath(name).read_text("utf-8")
+        schema = files("workpool.server.stores").joinpath(name).read_text("utf-8")
         for statement in schema.split(";\n"):
             connection.execute(statement)
     if not connection.execute("SELECT count(*) FROM signing_key").fetchone()[0]:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
-    from workpool.server.sqlite_rows import Row
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
+    from workpool.server.stores.sqlite_rows import Row
 
 
 class Contents(NamedTuple):

@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from aiohttp import web
 
-from workpool.server import requests
 from workpool.server.api_errors import APIError, StoreError
-from workpool.server.client_events import client_events
 from workpool.server.conversation import EVENT_PREFIX
+from workpool.server.http.work_routes import answer
 from workpool.server.list_pages import listing, page_of
-from workpool.server.routes import answer
+from workpool.server.parsing import request_values as requests
+from workpool.server.parsing.client_events import client_events
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from workpool.server.conversation import Conversation, StoredEvent
+    from workpool.server.http.server_dialects import Dialect
+    from workpool.server.http.tokens import Tokens
     from workpool.server.operations import Operations
-    from workpool.server.server_dialects import Dialect
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import StoredSession
-    from workpool.server.tokens import Tokens
 
 WRITE_BYTES: Final = 64 * 1024
 """How much is written to a stream at once: its reader may take long, and there may be many."""

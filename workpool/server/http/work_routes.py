@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from aiohttp import web
 
-from workpool.server import requests
 from workpool.server.api_errors import APIError, StoreError
-from workpool.server.gone_clients import has_gone
+from workpool.server.http.gone_clients import has_gone
+from workpool.server.http.server_dialects import DIALECTS
 from workpool.server.list_pages import listing
-from workpool.server.server_dialects import DIALECTS
+from workpool.server.parsing import request_values as requests
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.stored_item import WORK_PREFIX
 from workpool.server.timestamps import to_seconds_text
@@ -34,10 +34,10 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from workpool.server.http.server_dialects import Dialect
+    from workpool.server.http.tokens import Tokens
     from workpool.server.operations import Operations
-    from workpool.server.server_dialects import Dialect
     from workpool.server.stored_item import Item
-    from workpool.server.tokens import Tokens
 
 _ENVIRONMENT: Final = "/environments/{environment_id}/work"
 _ITEM: Final = _ENVIRONMENT + "/{work_id:(?!(?:poll|stats)$)[^{}/]+}"

@@ -18,16 +18,16 @@ import orjson
 from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
 from workpool.wire.endpoints import parse_event
-from workpool.wire.event_calls import Pages
+from workpool.wire.events.event_calls import Pages
+from workpool.wire.events.sse import FrameParser
 from workpool.wire.page_limits import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
-from workpool.wire.sse import FrameParser
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.wire.event_calls import EventCalls, Guard, OpenStream, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, Guard, OpenStream, SessionEvent
 
 log = logging.getLogger(__name__)
 

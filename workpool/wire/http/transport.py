@@ -27,15 +27,15 @@ from multidict import CIMultiDict
 
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
-from workpool.wire.bound import Bound
-from workpool.wire.call_options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.checked_body import CheckedBody, NotSentError
 from workpool.wire.client_dialects import DIALECTS
-from workpool.wire.connections import Connections
 from workpool.wire.endpoints import STREAM
+from workpool.wire.http.bound import Bound
+from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.checked_body import CheckedBody, NotSentError
+from workpool.wire.http.connections import Connections
+from workpool.wire.http.response_reader import TRANSIENT, checked_stream, no_answer, read_bounded
+from workpool.wire.http.threads import DaemonThreads
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
-from workpool.wire.response_reader import TRANSIENT, checked_stream, no_answer, read_bounded
-from workpool.wire.threads import DaemonThreads
 
 if TYPE_CHECKING:
     import ssl
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.rate_limiter import RateLimiter
+    from workpool.wire.http.rate_limiter import RateLimiter
 
 T = TypeVar("T")
 Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None

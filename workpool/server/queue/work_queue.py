@@ -11,10 +11,10 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.deliveries import Deliveries
-from workpool.server.lease_ends import Leases
+from workpool.server.queue.deliveries import Deliveries
+from workpool.server.queue.lease_ends import Leases
+from workpool.server.queue.waiting_polls import WaitingPolls
 from workpool.server.timestamps import MILLISECOND, SECOND
-from workpool.server.waiting_polls import WaitingPolls
 from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
 
 if TYPE_CHECKING:

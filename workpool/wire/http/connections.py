@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 import aiohttp
 from yarl import URL
 
-from workpool.wire.call_options import Priority
-from workpool.wire.environment_proxy import proxy_of
-from workpool.wire.limited_response import LimitedResponse
-from workpool.wire.resolver import ThreadResolver
+from workpool.wire.http.call_options import Priority
+from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.limited_response import LimitedResponse
+from workpool.wire.http.resolver import ThreadResolver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from aiohttp import AddrInfoType
 
     from workpool.settings import Settings
-    from workpool.wire.call_options import CallOptions
+    from workpool.wire.http.call_options import CallOptions
 
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between heartbeats, shorter than the 60 s after which gateways hang up."""

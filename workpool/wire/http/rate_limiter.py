@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
-from workpool.wire.call_options import Priority
+from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""The items of one environment in order, and the polls that wait for them."""

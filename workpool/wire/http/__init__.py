@@ -1,0 +1,1 @@
+"""Sending one request over HTTP: rate limit, connection, check, bytes, answer."""
