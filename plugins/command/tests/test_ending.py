@@ -26,7 +26,7 @@ DEAF = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sl
 """It and its child ignore SIGTERM; both numbers are in the file."""
 
 
-async def test_a_stop_request_lets_it_finish(
+async def test_command_after_stop_request_finishes_and_writes_metadata(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""
@@ -41,7 +41,7 @@ async def test_a_stop_request_lets_it_finish(
     assert dict(done.metadata) == {"done": "half"}
 
 
-async def test_one_that_ignores_a_stop_request_is_killed_with_its_children(
+async def test_command_that_ignores_stop_request_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
@@ -54,7 +54,7 @@ async def test_one_that_ignores_a_stop_request_is_killed_with_its_children(
         await machine.gone(pids)
 
 
-async def test_a_timeout_ends_all_of_it(
+async def test_command_at_timeout_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, timeout=0.5))
@@ -63,7 +63,7 @@ async def test_a_timeout_ends_all_of_it(
     await machine.gone(await machine.written(tmp_path / "pids", 0))  # as far as it got in time
 
 
-async def test_a_lost_lease_ends_all_of_it(
+async def test_command_after_lost_lease_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
@@ -86,7 +86,7 @@ async def test_a_lost_lease_ends_all_of_it(
     ],
     ids=["killed", "gives back", "finishes", "deaf"],
 )
-async def test_a_drain_ends_it(
+async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path, script: str, outcome: str
 ) -> None:
     kit.enqueue()
@@ -97,7 +97,7 @@ async def test_a_drain_ends_it(
     await machine.gone(pids)
 
 
-async def test_remaining_processes_of_a_command_are_killed(
+async def test_background_process_after_exit_of_command_is_killed(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(shell("sleep 60 & echo $! >$0", tmp_path / "pids"))
@@ -106,7 +106,7 @@ async def test_remaining_processes_of_a_command_are_killed(
     await machine.gone(await machine.written(tmp_path / "pids"))
 
 
-async def test_a_daemon_that_holds_the_pipes_does_not_hold_the_session(
+async def test_daemon_that_keeps_pipes_open_does_not_delay_session(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = (
@@ -120,7 +120,7 @@ async def test_a_daemon_that_holds_the_pipes_does_not_hold_the_session(
     os.kill(int(daemon), signal.SIGKILL)  # out of reach for the plugin, as its readme says
 
 
-async def test_exit_status_taken_by_other_code_fails_the_session(
+async def test_exit_status_reaped_by_other_code_fails_session(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
@@ -139,7 +139,7 @@ async def test_exit_status_taken_by_other_code_fails_the_session(
     assert "its exit status was taken" in str(end.error)
 
 
-async def test_exit_status_taken_before_the_watch_fails_the_session(
+async def test_exit_status_reaped_before_watch_fails_session(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path, before_the_watch: BeforeTheWatch
 ) -> None:
     before_the_watch(lambda pid: os.waitpid(pid, 0))
@@ -151,7 +151,7 @@ async def test_exit_status_taken_before_the_watch_fails_the_session(
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_hundred_sessions_leave_nothing(
+def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     shell: Shell,
     machine: Any,

@@ -66,7 +66,9 @@ async def without_descriptors(left: int) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("left", range(13))
-async def test_session_without_descriptors_is_released(kit: Kit, shell: Shell, left: int) -> None:
+async def test_session_without_free_descriptors_is_released(
+    kit: Kit, shell: Shell, left: int
+) -> None:
     """Each count fails at another step: the pipes, the directory, standard input, the spawn."""
     result = await kit.run_session(shell("echo ran"), Wrapped(without_descriptors(left)))
     outcomes = {0: {"released"}, 12: {"completed"}}  # in between that is up to the versions
@@ -83,7 +85,7 @@ async def test_session_without_descriptors_is_released(kit: Kit, shell: Shell, l
     ],
     ids=repr,
 )
-async def test_session_is_released_whatever_has_run_out(
+async def test_session_with_exhausted_resource_is_released(
     kit: Kit, shell: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
@@ -93,7 +95,7 @@ async def test_session_is_released_whatever_has_run_out(
     assert (await kit.run_session(shell("echo ran"))).outcome == "released"
 
 
-async def test_session_is_completed_although_no_thread_can_remove_its_directory(
+async def test_session_whose_directory_no_thread_can_remove_is_completed(
     kit: Kit, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_thread: threading.Thread) -> None:

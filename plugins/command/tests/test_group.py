@@ -115,7 +115,7 @@ async def test_group_left_alone_whose_leader_was_reaped_before_the_watch_is_clos
     assert group.status is None
 
 
-async def test_start_without_a_free_descriptor_raises_emfile_and_kills_the_group(
+async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
     before_the_watch: BeforeTheWatch, machine: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pids")
@@ -134,7 +134,7 @@ async def test_start_without_a_free_descriptor_raises_emfile_and_kills_the_group
     await machine.gone(pids)
 
 
-async def test_start_whose_leader_was_reaped_without_a_free_descriptor_counts_as_exited(
+async def test_start_without_free_descriptor_for_reaped_leader_counts_as_exited(
     before_the_watch: BeforeTheWatch,
 ) -> None:
     with ExitStack() as stack:
@@ -151,7 +151,7 @@ async def test_start_whose_leader_was_reaped_without_a_free_descriptor_counts_as
     assert group.status is None
 
 
-async def test_start_that_the_loop_cannot_watch_raises_its_error_and_closes_the_pidfd(
+async def test_start_that_loop_cannot_watch_raises_error_and_closes_pidfd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: object) -> None:
@@ -164,7 +164,7 @@ async def test_start_that_the_loop_cannot_watch_raises_its_error_and_closes_the_
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-async def test_start_that_may_not_signal_its_group_raises_the_first_error_in_bounded_time(
+async def test_start_without_permission_to_signal_group_raises_first_error_in_bounded_time(
     before_the_watch: BeforeTheWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
@@ -185,7 +185,7 @@ async def test_start_that_may_not_signal_its_group_raises_the_first_error_in_bou
     assert f"command may still run pid={pids[0]}" in caplog.messages
 
 
-async def test_running_whose_command_cannot_be_started_takes_its_announcement_back() -> None:
+async def test_running_of_missing_program_withdraws_its_announcement_to_guard() -> None:
     watch = Numbers()
     start = replace(script(""), argv=["/no/such/program"], mark="MARK=1")
     with pytest.raises(FileNotFoundError):
@@ -195,13 +195,13 @@ async def test_running_whose_command_cannot_be_started_takes_its_announcement_ba
     assert watch.expected == ""
 
 
-async def test_running_whose_guard_refuses_the_group_kills_and_reaps_it() -> None:
+async def test_running_whose_guard_refuses_group_kills_and_reaps_group() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         async with running(script("exec sleep 60"), Numbers(RuntimeError("refused")), lambda: 0.0):
             pytest.fail("the block was entered")
 
 
-async def test_running_cancelled_again_after_the_kill_is_reaped_when_its_leader_exits(
+async def test_running_cancelled_again_after_kill_is_reaped_when_leader_exits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     watch, entered, removed = Numbers(), asyncio.Event(), asyncio.Event()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_guard_reaped_by_other_code_does_not_fail_the_end_of_the_pool(
+def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
     new_loop: Callable[[], asyncio.AbstractEventLoop], machine: Any
 ) -> None:
     children = machine.children()
@@ -66,7 +66,7 @@ with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", ["told", "not told"])
-async def test_guard_of_a_worker_killed_right_after_the_spawn_kills_the_command(
+async def test_guard_of_worker_killed_right_after_spawn_kills_command(
     loop: str, number: str, machine: Any
 ) -> None:
     worker = await asyncio.create_subprocess_exec(

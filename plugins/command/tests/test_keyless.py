@@ -83,7 +83,7 @@ def dumping(tmp_path: Path, **options: Any) -> Command:
     return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
 
 
-async def test_command_with_the_items_token_finds_no_key_of_the_worker(
+async def test_command_with_token_of_item_finds_no_key_of_worker(
     kit: Kit, settings: dict[str, Any], secrets: Callable[[bytes], list[bytes]], tmp_path: Path
 ) -> None:
     result = await kit.run_session(dumping(tmp_path), timeout=30, **settings)
@@ -103,7 +103,7 @@ async def test_command_without_item_token_gets_no_token(
 
 
 @pytest.mark.acceptance
-async def test_detached_command_and_its_hold_find_no_key_of_the_worker(
+async def test_detached_command_and_its_hold_process_find_no_key_of_worker(
     kit: Kit,
     machine: Any,
     settings: dict[str, Any],
@@ -124,7 +124,7 @@ async def test_detached_command_and_its_hold_find_no_key_of_the_worker(
     assert secrets(dump) == []
 
 
-async def test_detached_command_needs_an_item_with_a_token(
+async def test_detached_command_for_item_without_token_fails(
     kit: Kit, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     qoder = {**settings, "dialect": "qoder", "base_url": kit.server.base_url}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Shell = Callable[..., Command]
 
 
-async def test_a_command_gets_ids_and_the_item_and_no_credential(
+async def test_command_receives_ids_and_item_but_no_credentials(
     kit: Kit, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("WORKPOOL_TOKEN", "QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "AWS_SECRET"):
@@ -51,7 +51,7 @@ async def test_a_command_gets_ids_and_the_item_and_no_credential(
     assert {name for name in lines if not name.startswith("WORKPOOL_")} <= ours
 
 
-async def test_a_directory_of_its_own_is_there_and_is_removed(
+async def test_command_with_root_gets_own_directory_that_is_removed_afterwards(
     kit: Kit, shell: Shell, tmp_path: Path
 ) -> None:
     root, note = tmp_path / "sessions", tmp_path / "note"
@@ -67,7 +67,9 @@ async def test_a_directory_of_its_own_is_there_and_is_removed(
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
 
 
-async def test_a_kept_directory_is_used_again(kit: Kit, shell: Shell, tmp_path: Path) -> None:
+async def test_kept_directory_is_reused_by_next_run_of_session(
+    kit: Kit, shell: Shell, tmp_path: Path
+) -> None:
     command = shell("test -e here && exit 3; touch here", root=tmp_path, keep=True)
     [item] = kit.enqueue()
     async with kit.pool(command):
@@ -87,7 +89,7 @@ async def test_a_kept_directory_is_used_again(kit: Kit, shell: Shell, tmp_path: 
         ("kill -40 $$", "sh: killed by signal 40", -40),
     ],
 )
-async def test_a_failure_names_its_status(
+async def test_error_of_failed_command_names_exit_status_or_signal(
     kit: Kit, shell: Shell, script: str, problem: str, status: int
 ) -> None:
     result = await kit.run_session(shell(script), report_errors="message")
@@ -98,7 +100,7 @@ async def test_a_failure_names_its_status(
     assert (result.error.program, result.error.status) == ("sh", status)
 
 
-async def test_ex_tempfail_gives_the_item_back(kit: Kit, shell: Shell) -> None:
+async def test_command_that_exits_with_ex_tempfail_is_released(kit: Kit, shell: Shell) -> None:
     result = await kit.run_session(shell("exit 75"))
 
     assert result.outcome == "released"
@@ -106,7 +108,9 @@ async def test_ex_tempfail_gives_the_item_back(kit: Kit, shell: Shell) -> None:
     assert result.item.state != "stopped"
 
 
-async def test_the_last_line_becomes_metadata_when_asked_for(kit: Kit, shell: Shell) -> None:
+async def test_last_output_line_becomes_metadata_only_if_result_is_set(
+    kit: Kit, shell: Shell
+) -> None:
     script = """echo '{"rows": "1"}'; echo '{"rows": "42", "é": "ü"}'; echo; echo no >&2"""
 
     asked = await kit.run_session(shell(script, result=True))
@@ -131,7 +135,7 @@ async def test_the_last_line_becomes_metadata_when_asked_for(kit: Kit, shell: Sh
     ],
     ids=["nothing", "text", "list", "number", "surrogate", "bytes", "half", "long", "deep"],
 )
-async def test_a_last_line_that_is_no_result_fails_the_session(
+async def test_last_output_line_that_is_no_result_fails_session(
     kit: Kit, shell: Shell, tmp_path: Path, line: str
 ) -> None:
     (tmp_path / "line").write_bytes(line.encode("latin-1", "replace"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Shell = Callable[..., Command]
 
 
-async def test_lines_of_both_streams_are_logged_with_their_session(
+async def test_lines_of_both_streams_are_logged_with_session_id(
     kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = r"printf 'one\r\n\377\033[31m\ntwo'; printf 'three\n' >&2"
@@ -39,7 +39,7 @@ async def test_lines_of_both_streams_are_logged_with_their_session(
     assert {vars(record)["session_id"] for record in records} == {result.item.session_id}
 
 
-async def test_one_that_says_too_much_is_neither_blocked_nor_logged(
+async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
     kit: Kit, shell: Shell, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = """yes | head -c 2000000; head -c 2000000 /dev/zero; echo; echo '{"bytes": "4 MB"}'"""
@@ -50,7 +50,9 @@ async def test_one_that_says_too_much_is_neither_blocked_nor_logged(
     assert said == ["stdout: y"] * 3 + ["lines not logged: 999999"]
 
 
-async def test_others_go_on_beside_one_that_never_stops_talking(kit: Kit, shell: Shell) -> None:
+async def test_sessions_beside_command_that_prints_endlessly_complete(
+    kit: Kit, shell: Shell
+) -> None:
     [chatty] = kit.enqueue(metadata={"kind": "chatty"})
     async with kit.pool(shell("case $(cat) in *chatty*) exec yes;; esac", log_lines=0)):
         kit.enqueue(20)
@@ -61,7 +63,7 @@ async def test_others_go_on_beside_one_that_never_stops_talking(kit: Kit, shell:
     assert (last.session.item.id, last.outcome) == (chatty.id, "stopped")
 
 
-def test_a_line_without_an_end_is_not_kept() -> None:
+def test_line_without_end_is_not_kept_in_memory() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = Lines(lambda _: None)
     for _ in range(3_000):
@@ -70,7 +72,7 @@ def test_a_line_without_an_end_is_not_kept() -> None:
 
 
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
-def test_lines_do_not_depend_on_how_they_are_read(chunks: list[bytes]) -> None:
+def test_lines_split_into_any_chunks_are_the_same(chunks: list[bytes]) -> None:
     told: list[bytes] = []
     lines = Lines(lambda some: told.extend(some.split(b"\n")))
     for chunk in chunks:
@@ -83,11 +85,11 @@ def test_lines_do_not_depend_on_how_they_are_read(chunks: list[bytes]) -> None:
 
 
 @given(st.binary())
-def test_a_line_in_the_log_is_one_line_of_text(line: bytes) -> None:
+def test_bytes_of_any_line_are_logged_as_one_printable_line(line: bytes) -> None:
     assert readable(line).isprintable()
 
 
-def test_a_long_line_is_cut() -> None:
+def test_long_line_is_cut_at_limit() -> None:
     lines = Lines(lambda _: None)
     lines.feed(b"x" * 70_000 + b"\n")
     assert len(lines.last) == RESULT_LIMIT + 1

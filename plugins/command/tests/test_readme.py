@@ -13,14 +13,14 @@ from workpool_command.surroundings import HANDED_ON
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_every_setting_is_in_the_table() -> None:
+def test_every_setting_is_in_table_of_readme() -> None:
     table = README.partition("## Settings")[2]
     for field in fields(Command):
         assert re.search(rf"^\| .*`{field.name}`", table, re.MULTILINE), field.name
     assert "| `environment` | " + ", ".join(f"`{name}`" for name in HANDED_ON) + " |" in table
 
 
-def test_one_module_may_hold_several_commands() -> None:
+def test_readme_example_defines_several_commands_in_one_module() -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, Any] = {}
     exec(block, names)  # noqa: S102 - our own

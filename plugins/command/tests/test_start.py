@@ -51,14 +51,14 @@ if TYPE_CHECKING:
     ],
     ids=str,
 )
-def test_settings_that_can_never_work_are_refused(settings: dict[str, Any], problem: str) -> None:
+def test_invalid_setting_is_refused_with_its_name(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         Command(**{"command": ["true"]} | settings)
     assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["no-such-program", "{tmp}/absent", "{tmp}/plain", "{tmp}"])
-async def test_a_program_that_cannot_be_run_is_an_error_at_start(
+async def test_program_that_is_not_executable_is_error_at_start(
     kit: Kit, tmp_path: Path, given: str
 ) -> None:
     (tmp_path / "plain").write_text("not executable")
@@ -66,7 +66,7 @@ async def test_a_program_that_cannot_be_run_is_an_error_at_start(
         await kit.pool(Command(command=[given.format(tmp=tmp_path)])).run(until_empty=True)
 
 
-async def test_the_path_is_the_command_s_own(
+async def test_program_is_looked_up_on_path_of_command_not_of_worker(
     kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tool").write_text("#!/bin/sh\n")
@@ -78,7 +78,7 @@ async def test_the_path_is_the_command_s_own(
         await kit.run_session(Command(command=["tool"], environment=[]))
 
 
-async def test_a_root_that_is_no_directory_is_an_error_at_start(
+async def test_root_that_is_no_directory_is_error_at_start(
     kit: Kit, shell: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -86,7 +86,7 @@ async def test_a_root_that_is_no_directory_is_an_error_at_start(
         await kit.pool(shell("", root=tmp_path / "file")).run(until_empty=True)
 
 
-async def test_ignored_children_are_an_error_at_start(kit: Kit, shell: Shell) -> None:
+async def test_ignored_sigchld_is_error_at_start(kit: Kit, shell: Shell) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with pytest.raises(PluginError, match="SIGCHLD is ignored"):
@@ -95,7 +95,7 @@ async def test_ignored_children_are_an_error_at_start(kit: Kit, shell: Shell) ->
         signal.signal(signal.SIGCHLD, before)
 
 
-async def test_one_object_serves_one_pool(kit: Kit, shell: Shell) -> None:
+async def test_command_object_in_second_pool_at_once_is_refused(kit: Kit, shell: Shell) -> None:
     command = shell("")
     async with kit.pool(command):
         with pytest.raises(PluginError, match="one object serves one pool"):
@@ -103,7 +103,7 @@ async def test_one_object_serves_one_pool(kit: Kit, shell: Shell) -> None:
     assert (await kit.run_session(command)).outcome == "completed"
 
 
-async def test_program_that_vanished_after_the_start_is_named_by_the_error(
+async def test_program_that_vanished_after_start_is_named_by_error(
     kit: Kit, tmp_path: Path
 ) -> None:
     program, root = tmp_path / "tool", tmp_path / "root"
@@ -123,7 +123,7 @@ async def test_program_that_vanished_after_the_start_is_named_by_the_error(
         assert "hunter2" not in str(end.error)
 
 
-async def test_a_kept_directory_s_place_may_be_taken(
+async def test_kept_directory_replaced_by_symlink_fails_session(
     kit: Kit, shell: Shell, tmp_path: Path
 ) -> None:
     async with kit.pool(shell("touch owned", root=tmp_path / "root", keep=True)):
@@ -140,12 +140,14 @@ async def test_a_kept_directory_s_place_may_be_taken(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_a_machine_without_room_gives_the_session_back(number: int) -> None:
+def test_start_error_of_exhausted_machine_becomes_release(number: int) -> None:
     with pytest.raises(Release), blamed("tool"):
         raise OSError(number, os.strerror(number))
 
 
-async def test_only_items_that_match_are_taken(kit: Kit, shell: Shell) -> None:
+async def test_command_with_metadata_and_max_sessions_takes_matching_items_only(
+    kit: Kit, shell: Shell
+) -> None:
     kit.enqueue(metadata={"job": "other"})
     kit.enqueue(metadata={"job": "report"})
     async with kit.pool(shell("", metadata={"job": "report"}, max_sessions=1)):

@@ -54,9 +54,7 @@ async def worker(
         await process.wait()
 
 
-async def test_commands_do_not_outlive_a_worker_that_is_killed(
-    kit: Kit, machine: Any, tmp_path: Path
-) -> None:
+async def test_commands_of_killed_worker_are_killed(kit: Kit, machine: Any, tmp_path: Path) -> None:
     script = "sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait"
     command = ["sh", "-c", script, str(tmp_path / "pids")]
     async with worker(kit, tmp_path, command=command) as process:
@@ -73,7 +71,7 @@ LASTING = """
 """
 
 
-async def test_a_detached_command_lives_on_when_the_worker_is_killed(
+async def test_detached_command_of_killed_worker_lives_on(
     kit: Kit, machine: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
@@ -95,7 +93,7 @@ async def test_a_detached_command_lives_on_when_the_worker_is_killed(
     assert "hello\n" in (cwd / "output.log").read_text()
 
 
-async def test_a_detached_command_is_reaped_by_a_worker_that_lives(
+async def test_detached_command_of_living_worker_is_reaped(
     kit: Kit, machine: Any, tmp_path: Path
 ) -> None:
     children, descriptors = machine.children(), machine.descriptors()
@@ -110,7 +108,9 @@ async def test_a_detached_command_is_reaped_by_a_worker_that_lives(
     assert machine.descriptors() == descriptors
 
 
-async def test_a_hold_that_cannot_live_gives_the_session_back(kit: Kit, tmp_path: Path) -> None:
+async def test_detached_command_whose_hold_process_is_refused_releases_session(
+    kit: Kit, tmp_path: Path
+) -> None:
     token = tmp_path / "token"
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)

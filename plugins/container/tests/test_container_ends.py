@@ -34,7 +34,7 @@ def kept(scene: Scene, tmp_path: Path) -> Path:
 # Stopped.
 
 
-async def test_a_stop_request_ends_the_container(scene: Scene) -> None:
+async def test_stop_request_ends_container(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever):
         await scene.says("ready")
@@ -45,7 +45,7 @@ async def test_a_stop_request_ends_the_container(scene: Scene) -> None:
     assert await scene.containers(item.id) == []
 
 
-async def test_a_deaf_container_is_killed_after_its_grace(scene: Scene) -> None:
+async def test_container_that_ignores_sigterm_is_killed_after_grace(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool("trap '' TERM; echo ready; sleep 1000", grace=0.2):
         await scene.says("ready")
@@ -55,16 +55,14 @@ async def test_a_deaf_container_is_killed_after_its_grace(scene: Scene) -> None:
     assert scene.item(item.id).metadata["exit_status"] == "137"
 
 
-async def test_a_container_that_takes_too_long_is_stopped(scene: Scene) -> None:
+async def test_container_beyond_its_timeout_is_stopped(scene: Scene) -> None:
     finished = await scene.run(scene.forever, timeout=0.5)
     assert finished.outcome == "timed_out"
     assert await scene.containers(finished.session.item.id) == []
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-async def test_a_lost_lease_ends_the_container_before_the_handler(
-    scene: Scene, *, deaf: bool
-) -> None:
+async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, deaf: bool) -> None:
     (item,) = scene.plane.enqueue()
     script = "echo ready; exec sleep 1000" if deaf else scene.forever
     async with scene.pool(script, sweep_seconds=600):
@@ -80,7 +78,7 @@ async def test_a_lost_lease_ends_the_container_before_the_handler(
         assert len(await scene.containers(ours)) == 1
 
 
-async def test_the_drains_deadline_ends_the_container(scene: Scene) -> None:
+async def test_container_at_drain_deadline_is_removed_and_session_released(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever) as supervisor:
         await scene.says("ready")
@@ -97,7 +95,9 @@ async def test_the_drains_deadline_ends_the_container(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(0, "completed"), (9, "released")])
-async def test_a_drain_asks_the_container_to_end(scene: Scene, status: int, outcome: str) -> None:
+async def test_drain_sends_sigterm_to_container_and_uses_its_exit_status(
+    scene: Scene, status: int, outcome: str
+) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever.replace("exit 9", f"exit {status}")) as supervisor:
         await scene.says("ready")
@@ -107,7 +107,7 @@ async def test_a_drain_asks_the_container_to_end(scene: Scene, status: int, outc
     assert await scene.containers(item.id) == []
 
 
-async def test_a_container_that_somebody_removes_fails_its_session(scene: Scene) -> None:
+async def test_container_removed_by_another_program_fails_its_session(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever):
         container = await scene.running(item.id)
@@ -120,7 +120,7 @@ async def test_a_container_that_somebody_removes_fails_its_session(scene: Scene)
 # Adopted.
 
 
-async def test_a_container_that_was_left_is_adopted(scene: Scene, kept: Path) -> None:
+async def test_container_left_by_drain_is_adopted_by_next_run(scene: Scene, kept: Path) -> None:
     script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done"
     (item,) = scene.plane.enqueue()
     async with scene.pool(script, on_drain="leave") as supervisor:
@@ -137,7 +137,9 @@ async def test_a_container_that_was_left_is_adopted(scene: Scene, kept: Path) ->
     assert await scene.containers(item.id) == []
 
 
-async def test_an_end_that_nobody_saw_is_reported(scene: Scene, kept: Path) -> None:
+async def test_exit_status_of_container_that_ended_between_runs_is_reported(
+    scene: Scene, kept: Path
+) -> None:
     script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done; exit 4"
     (item,) = scene.plane.enqueue()
     async with scene.pool(script, on_drain="leave") as supervisor:
@@ -154,7 +156,7 @@ async def test_an_end_that_nobody_saw_is_reported(scene: Scene, kept: Path) -> N
     assert starts(kept) == 1
 
 
-async def test_a_killed_workers_container_is_adopted(scene: Scene, kept: Path) -> None:
+async def test_container_of_killed_worker_is_adopted(scene: Scene, kept: Path) -> None:
     script = COUNTED + "while [ ! -e /kept/end ]; do sleep 0.05; done"
     (item,) = scene.plane.enqueue()
     async with scene.worker(script) as worker:
@@ -179,7 +181,7 @@ async def test_a_killed_workers_container_is_adopted(scene: Scene, kept: Path) -
 # The engine.
 
 
-async def test_a_container_is_followed_through_a_restart_of_the_engine(
+async def test_container_is_followed_across_restart_of_engine(
     scene: Scene, podman: Podman, kept: Path
 ) -> None:
     script = "while [ ! -e /kept/end ]; do echo ready; sleep 0.05; done; echo bye"

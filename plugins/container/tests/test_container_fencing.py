@@ -71,7 +71,7 @@ async def containers(scene: Scene) -> dict[str, str]:
     return {each.id: each["State"] for each in await scene.containers(scene.work_id)}
 
 
-async def test_a_worker_that_lost_the_lease_leaves_an_adopted_container_alone(
+async def test_worker_without_lease_leaves_container_adopted_by_another_worker_running(
     scene: Scene, engine: Engine
 ) -> None:
     stale = Worker(scene, engine)
@@ -93,7 +93,7 @@ async def test_a_worker_that_lost_the_lease_leaves_an_adopted_container_alone(
 
 @pytest.mark.parametrize("turns", [1, 8])
 @pytest.mark.parametrize("call", ["create", "start", "_status"])
-async def test_cancelled_at_any_call_leaves_nothing_running(
+async def test_cancellation_at_any_engine_call_leaves_no_running_container(
     scene: Scene,
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,7 +123,7 @@ async def test_cancelled_at_any_call_leaves_nothing_running(
 
 @pytest.mark.parametrize("turns", [0, 8])
 @pytest.mark.parametrize("call", ["rename", "stop", "remove"])
-async def test_second_cancellation_during_the_clean_up_leaves_no_container(
+async def test_second_cancellation_during_cleanup_leaves_no_container(
     scene: Scene,
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,7 +147,7 @@ async def test_second_cancellation_during_the_clean_up_leaves_no_container(
     assert await containers(scene) == {}
 
 
-async def test_second_cancellation_ends_the_grace_of_a_container(
+async def test_second_cancellation_during_grace_ends_container_at_once(
     scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "CANCELLED_SECONDS", 60.0)
@@ -176,7 +176,7 @@ def _after(turns: int, call: Callable[[], object]) -> None:
         call()
 
 
-async def test_nothing_starts_once_the_lease_is_over(
+async def test_container_is_not_started_after_lease_has_ended(
     scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(scene, engine)
@@ -194,7 +194,7 @@ async def test_nothing_starts_once_the_lease_is_over(
     assert scene.log.lines == []
 
 
-async def test_an_item_that_cannot_name_its_container_is_handed_back(
+async def test_item_whose_metadata_cannot_name_container_is_released(
     scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(scene, engine)
@@ -208,7 +208,7 @@ async def test_an_item_that_cannot_name_its_container_is_handed_back(
     assert await containers(scene) == {}
 
 
-async def test_container_is_given_up_when_the_worker_runs_out_of_resources(
+async def test_container_of_worker_without_resources_is_not_left_running(
     scene: Scene, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(scene, engine)
@@ -224,7 +224,7 @@ async def test_container_is_given_up_when_the_worker_runs_out_of_resources(
 
 
 @pytest.mark.parametrize("kind", ["never named", "given up", "never started"])
-async def test_a_container_that_does_not_count_is_gone_before_another_starts(
+async def test_superseded_container_is_removed_before_another_starts(
     scene: Scene, engine: Engine, kind: str
 ) -> None:
     old = Worker(scene, engine)

@@ -41,7 +41,7 @@ def item_of(**changes: Any) -> WorkItem:
     ("time", "text"),
     [(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "2026-01-02T03:04:05Z"), (None, None)],
 )
-def test_item_for_a_container_carries_its_creation_time_or_null(
+def test_item_passed_to_container_has_creation_time_or_null(
     time: datetime | None, text: str | None
 ) -> None:
     item = item_of(created_at=time)
@@ -49,7 +49,7 @@ def test_item_for_a_container_carries_its_creation_time_or_null(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-async def test_session_is_released_when_the_machine_has_run_out_of_resources(
+async def test_session_on_machine_without_resources_is_released(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async def refuse(_run: Run) -> None:
@@ -64,7 +64,7 @@ async def test_session_is_released_when_the_machine_has_run_out_of_resources(
 
 
 @pytest.mark.parametrize("item_token", [True, False])
-async def test_container_gets_the_items_own_token_if_asked_and_never_the_workers(
+async def test_container_gets_token_of_item_on_request_and_never_key_of_worker(
     monkeypatch: pytest.MonkeyPatch, *, item_token: bool
 ) -> None:
     made: list[dict[str, Any]] = []

@@ -18,12 +18,14 @@ def logged(caplog: pytest.LogCaptureFixture, *pieces: bytes, limit: int = 10) ->
     return caplog.messages
 
 
-def test_lines_are_whole_however_they_come(caplog: pytest.LogCaptureFixture) -> None:
+def test_output_in_any_pieces_is_logged_as_whole_lines(caplog: pytest.LogCaptureFixture) -> None:
     pieces = (b"on", b"e\ntwo\r\n\nth", b"r\xc3", b"\xa9e")
     assert logged(caplog, *pieces) == ["stdout: one", "stdout: two", "stdout: ", "stdout: thrée"]
 
 
-def test_the_streams_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_of_stdout_and_stderr_are_logged_with_stream_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
     output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), 10)
     output.add("stdout", b"out")
@@ -32,19 +34,21 @@ def test_the_streams_are_told_apart(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["stderr: err", "stdout: out"]
 
 
-def test_no_line_obeys_or_forges(caplog: pytest.LogCaptureFixture) -> None:
+def test_control_characters_in_output_line_are_escaped(caplog: pytest.LogCaptureFixture) -> None:
     (line,) = logged(caplog, b"a\x1b[2Jb\rc\td\xff\xe2\x80\xa8e\n")
     assert line == "stdout: a\\x1b[2Jb\\rc\td\\xff\\u2028e"
 
 
-def test_a_long_line_is_cut_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_output_line_is_cut_and_not_kept(caplog: pytest.LogCaptureFixture) -> None:
     (line, after) = logged(caplog, *[b"x" * 1000] * 1000, b"\nafter\n")
     assert line == "stdout: " + "x" * LINE_BYTES + " … (cut)"
     assert after == "stdout: after"
 
 
 @pytest.mark.parametrize("limit", [0, 2])
-def test_no_more_lines_than_allowed(caplog: pytest.LogCaptureFixture, limit: int) -> None:
+def test_output_lines_beyond_limit_are_not_logged(
+    caplog: pytest.LogCaptureFixture, limit: int
+) -> None:
     lines = logged(caplog, b"1\n2\n3\n4\n5", limit=limit)
     said = [line for line in lines if line.startswith("stdout")]
     assert said == [f"stdout: {number}" for number in range(1, limit + 1)]

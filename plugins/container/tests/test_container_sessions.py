@@ -22,7 +22,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [line[len("std...: ") :] for line in caplog.messages if line.startswith(streams)]
 
 
-async def test_runs_a_session_in_a_container_of_its_own(
+async def test_session_runs_in_own_container_with_its_environment(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -46,7 +46,7 @@ async def test_runs_a_session_in_a_container_of_its_own(
     assert await scene.containers(item.id) == []  # removed once the item was stopped
 
 
-async def test_the_exit_status_decides(scene: Scene) -> None:
+async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None:
     failed = await scene.run("exit 3")
     assert failed.outcome == "failed"
     assert isinstance(failed.error, ContainerFailed)
@@ -92,14 +92,14 @@ async def test_container_has_no_privileges_by_default(
     assert ["17"] in lines
 
 
-async def test_memory_is_bounded(scene: Scene) -> None:
+async def test_container_beyond_memory_limit_fails_session(scene: Scene) -> None:
     finished = await scene.run("exec tail /dev/zero", memory="16MiB")
     assert finished.outcome == "failed"
     assert isinstance(finished.error, ContainerFailed)
     assert "out of memory?" in str(finished.error)
 
 
-async def test_a_chatty_container_fills_no_log(
+async def test_container_with_many_output_lines_is_logged_up_to_limit(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -111,13 +111,13 @@ async def test_a_chatty_container_fills_no_log(
     assert "more of its output is not logged" in caplog.messages
 
 
-async def test_an_item_that_does_not_fit_fails(scene: Scene) -> None:
+async def test_item_too_large_for_container_environment_fails_session(scene: Scene) -> None:
     finished = await scene.run("true", {"much": "x" * 100_000})
     assert finished.outcome == "failed"
     assert isinstance(finished.error, ItemTooLarge)
 
 
-async def test_a_program_that_is_not_there_hands_the_item_back(
+async def test_container_without_its_program_releases_item(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     finished = await scene.run("", command=["/bin/nothing"])
@@ -127,7 +127,7 @@ async def test_a_program_that_is_not_there_hands_the_item_back(
     assert await scene.containers(finished.session.item.id) == []
 
 
-async def test_takes_only_the_sessions_it_was_given(scene: Scene) -> None:
+async def test_container_with_metadata_takes_matching_items_only(scene: Scene) -> None:
     scene.plane.enqueue(metadata={"job": "other"})
     scene.plane.enqueue(metadata={"job": "mine"})
     pool = scene.pool("true", {"reclaim_older_than_ms": 60_000}, metadata={"job": "mine"})

@@ -33,7 +33,7 @@ async def refused(scene: Scene, **options: Any) -> str:
     return str(caught.value)
 
 
-async def test_an_engine_that_is_absent_ends_the_worker_with_status_2(tmp_path: Path) -> None:
+async def test_missing_engine_ends_worker_with_status_2(tmp_path: Path) -> None:
     (tmp_path / "pool.toml").write_text(
         f"""
         [workpool]
@@ -59,7 +59,7 @@ async def test_an_engine_that_is_absent_ends_the_worker_with_status_2(tmp_path: 
     assert "systemctl start podman.socket" in said.decode()
 
 
-async def test_a_mount_that_shows_the_token_is_refused(workpool: Kit, tmp_path: Path) -> None:
+async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets/token").write_text(workpool.server.token or "")
     (tmp_path / "link").symlink_to("secrets/token")
@@ -74,7 +74,7 @@ async def test_a_mount_that_shows_the_token_is_refused(workpool: Kit, tmp_path: 
             pass
 
 
-async def test_an_image_that_is_absent_is_an_error_at_start(scene: Scene) -> None:
+async def test_missing_image_is_error_at_start(scene: Scene) -> None:
     said = await refused(scene, image="localhost/absent:1")
     assert "image localhost/absent:1 is not on the engine at " in said
     assert "pull = 'missing'" in said
@@ -113,7 +113,7 @@ async def registry(podman: Podman, folder: Path) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def test_a_missing_image_is_pulled_when_allowed(
+async def test_missing_image_is_pulled_if_setting_allows(
     scene: Scene, podman: Podman, tmp_path: Path
 ) -> None:
     async with registry(podman, tmp_path) as image:
@@ -124,7 +124,7 @@ async def test_a_missing_image_is_pulled_when_allowed(
         assert f"image {other} cannot be had: " in await refused(scene, image=other, pull="missing")
 
 
-def test_every_wrong_setting_is_named_and_none_is_quoted() -> None:
+def test_every_invalid_setting_is_named_without_its_value() -> None:
     with pytest.raises(ValueError, match="pull") as caught:
         Container(
             pull="secret-1",
@@ -152,7 +152,9 @@ def test_every_wrong_setting_is_named_and_none_is_quoted() -> None:
         ("/a", None),
     ],
 )
-def test_a_mount_is_what_it_says(given: str, asked: str | None) -> None:
+def test_mount_is_read_only_by_default_and_refused_if_malformed(
+    given: str, asked: str | None
+) -> None:
     if asked is None:
         with pytest.raises(ValueError, match=r"mounts\.0"):
             Options.read({"image": "i", "mounts": [given]})
@@ -178,7 +180,9 @@ async def left_behind(scene: Scene, work_id: str) -> str:
     return made.id
 
 
-async def test_leftover_containers_go_once_they_cannot_count(scene: Scene) -> None:
+async def test_leftover_containers_are_removed_except_those_that_may_be_adopted(
+    scene: Scene,
+) -> None:
     stopped, superseded, adoptable = (item.id for item in scene.plane.enqueue(count=3))
     unknown = "work_" + "0" * 32
     work_ids = (stopped, superseded, adoptable, unknown)

@@ -9,7 +9,7 @@ from workpool_echo import echo
 HOUR = {"seconds": "3600"}
 
 
-async def test_gives_the_text_back_and_says_so(
+async def test_echo_returns_text_as_metadata_and_logs_it(
     workpool: Kit, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = await workpool.run_session(echo, metadata={"text": "hi", "seconds": "0"})
@@ -19,21 +19,21 @@ async def test_gives_the_text_back_and_says_so(
     assert said == ["echo: 'hi' started", "echo: 'hi' done"]
 
 
-async def test_says_hello_when_nothing_was_sent(workpool: Kit) -> None:
+async def test_echo_without_text_returns_hello(workpool: Kit) -> None:
     result = await workpool.run_session(echo, metadata={"seconds": "0"})
 
     assert result.metadata["echo"] == "hello"
 
 
 @in_virtual_time
-async def test_works_as_long_as_it_is_told_to(workpool: Kit) -> None:
+async def test_echo_runs_for_requested_seconds(workpool: Kit) -> None:
     result = await workpool.run_session(echo, metadata=HOUR)
 
     assert result.outcome == "completed"
     assert 3600 <= result.seconds < 3601
 
 
-async def test_ends_at_once_when_an_operator_stops_the_session(workpool: Kit) -> None:
+async def test_echo_stopped_by_operator_ends_at_once(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata=HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)
@@ -44,7 +44,7 @@ async def test_ends_at_once_when_an_operator_stops_the_session(workpool: Kit) ->
     assert workpool.item(item).metadata["echo"] == "stopped early"
 
 
-async def test_gives_the_item_back_when_the_pool_drains(workpool: Kit) -> None:
+async def test_echo_in_drain_releases_item(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata=HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)
@@ -54,7 +54,7 @@ async def test_gives_the_item_back_when_the_pool_drains(workpool: Kit) -> None:
     assert workpool.item(item).metadata["workpool.released"] == "the pool is draining"
 
 
-async def test_a_bad_number_fails_the_session(workpool: Kit) -> None:
+async def test_echo_with_malformed_seconds_fails_session(workpool: Kit) -> None:
     result = await workpool.run_session(echo, metadata={"seconds": "soon"})
 
     assert (result.outcome, type(result.error)) == ("failed", ValueError)

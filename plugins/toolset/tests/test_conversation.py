@@ -40,7 +40,7 @@ class Told:
         return call.id if call else None
 
 
-def test_calls_come_in_order_and_go_when_they_are_answered() -> None:
+def test_tool_calls_are_taken_in_order_until_answered() -> None:
     told = Told().use("a").use("b", "weather", custom=True).use("c")
     assert told.next == "a"
     assert [call.id for call in told.now.runnable()] == ["a", "b", "c"]
@@ -51,17 +51,17 @@ def test_calls_come_in_order_and_go_when_they_are_answered() -> None:
     assert told.next is None
 
 
-def test_a_result_may_come_before_its_call() -> None:
+def test_result_that_arrives_before_its_call_answers_call() -> None:
     assert Told().say("user.tool_result", tool_use_id="a").use("a").next is None
 
 
-def test_a_call_is_taken_once() -> None:
+def test_call_that_was_answered_is_not_taken_again() -> None:
     told = Told().use("a")
     told.now.close("a")
     assert told.use("a").next is None
 
 
-def test_others_tools_are_left_to_others() -> None:
+def test_calls_of_unknown_tools_are_left_to_others() -> None:
     told = Told().use("a", "browser").use("b", "bash", custom=True).use("c", "weather")
     assert told.next is None
     assert told.idle().now.idle
@@ -70,7 +70,7 @@ def test_others_tools_are_left_to_others() -> None:
 
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
-def test_call_that_is_not_allowed_waits_for_a_decision(permission: object) -> None:
+def test_call_with_permission_pending_waits_for_confirmation(permission: object) -> None:
     told = Told().use("a", evaluated_permission=permission).use("b")
     assert told.next == "b"
     told.now.close("b")
@@ -79,7 +79,7 @@ def test_call_that_is_not_allowed_waits_for_a_decision(permission: object) -> No
 
 
 @pytest.mark.parametrize("verdict", ["deny", "unknown", None])
-def test_a_denied_call_is_never_run(verdict: object) -> None:
+def test_denied_call_is_never_run(verdict: object) -> None:
     told = Told().use("a", evaluated_permission="ask")
     told.say("user.tool_confirmation", tool_use_id="a", result=verdict)
     assert (told.next, told.denied) == (None, ["a"])
@@ -90,12 +90,14 @@ def test_a_denied_call_is_never_run(verdict: object) -> None:
 
 
 @pytest.mark.parametrize(("verdict", "follows"), [("allow", "a"), ("deny", None)])
-def test_a_verdict_may_come_before_its_call(verdict: str, follows: str | None) -> None:
+def test_confirmation_that_arrives_before_its_call_counts(
+    verdict: str, follows: str | None
+) -> None:
     told = Told().say("user.tool_confirmation", tool_use_id="a", result=verdict)
     assert told.use("a", evaluated_permission="ask").next == follows
 
 
-def test_a_denial_after_an_allowance_counts() -> None:
+def test_denial_of_allowed_call_prevents_its_run() -> None:
     told = Told().use("a").say("user.tool_confirmation", tool_use_id="a", result="deny")
     assert told.next is None
 
@@ -104,11 +106,13 @@ def test_a_denial_after_an_allowance_counts() -> None:
     ("reason", "idle"),
     [("end_turn", True), ("retries_exhausted", True), (None, True), ("requires_action", False)],
 )
-def test_idle_after_a_turn(reason: object, *, idle: bool) -> None:
+def test_conversation_is_idle_after_every_end_of_turn_except_requires_action(
+    reason: object, *, idle: bool
+) -> None:
     assert Told().idle(reason).now.idle is idle
 
 
-def test_idle_time_restarts_with_some_events_only() -> None:
+def test_idle_state_ends_with_new_messages_but_not_with_confirmations() -> None:
     told = Told().idle()
     assert told.say("user.tool_confirmation", tool_use_id="x", result="allow").now.idle
     assert told.say("session.thread_status_terminated", session_thread_id="t").now.idle
@@ -117,7 +121,7 @@ def test_idle_time_restarts_with_some_events_only() -> None:
     assert not told.say("something.new").now.idle
 
 
-def test_an_interrupt_gives_up_what_waits_but_not_what_comes_later() -> None:
+def test_interrupt_cancels_waiting_calls_but_not_later_ones() -> None:
     told = Told().use("a").use("b", evaluated_permission="ask").say("user.interrupt").use("c")
     assert told.now.is_interrupted("a")
     assert told.now.is_interrupted("b")
@@ -126,13 +130,13 @@ def test_an_interrupt_gives_up_what_waits_but_not_what_comes_later() -> None:
     assert told.next == "a"  # to be answered, not to be run
 
 
-def test_a_thread_takes_its_calls_with_it() -> None:
+def test_termination_of_thread_removes_its_calls() -> None:
     told = Told().use("a", session_thread_id="t").use("b", session_thread_id="u").use("c")
     assert told.say("session.thread_status_terminated", session_thread_id="t").next == "b"
 
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
-def test_the_end(kind: str) -> None:
+def test_termination_or_deletion_event_ends_conversation(kind: str) -> None:
     told = Told()
     assert not told.now.ended
     assert told.say(kind).now.ended
@@ -152,7 +156,7 @@ def test_the_end(kind: str) -> None:
         {"type": "session.thread_status_terminated"},
     ],
 )
-def test_a_malformed_event_does_no_harm(event: dict[str, Any]) -> None:
+def test_malformed_event_leaves_calls_unchanged(event: dict[str, Any]) -> None:
     told = Told().use("z", session_thread_id="t")
     told.now.apply(event)
     assert told.next == "z"

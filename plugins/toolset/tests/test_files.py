@@ -20,7 +20,7 @@ from workpool_toolset.tools import THREADS, Bounds, Threads
 from workpool_toolset.workspace import Root
 
 
-async def test_writes_then_reads_what_was_written(bare: Any, folder: Path) -> None:
+async def test_written_file_is_read_back_unchanged(bare: Any, folder: Path) -> None:
     content = "one\r\ntwo\n\n  é✓\n"
     said = await bare.says("Write", file_path="new/deep/a.txt", content=content)
     assert said == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
@@ -30,14 +30,14 @@ async def test_writes_then_reads_what_was_written(bare: Any, folder: Path) -> No
     assert [path.name for path in (folder / "new/deep").iterdir()] == ["a.txt"]
 
 
-async def test_writing_over_a_file_keeps_its_mode_but_not_setuid(bare: Any, folder: Path) -> None:
+async def test_overwritten_file_keeps_mode_without_setuid(bare: Any, folder: Path) -> None:
     (folder / "run.sh").write_text("old")
     (folder / "run.sh").chmod(0o4750)
     await bare.says("write", file_path="run.sh", content="new")
     assert stat.S_IMODE((folder / "run.sh").stat().st_mode) == 0o750
 
 
-async def test_follows_links_inside_the_workspace(bare: Any, folder: Path) -> None:
+async def test_links_inside_workspace_are_followed(bare: Any, folder: Path) -> None:
     (folder / "real").mkdir()
     (folder / "link").symlink_to("real")
     (folder / "absolute").symlink_to(folder / "link")
@@ -79,7 +79,7 @@ LINES = "one\ntwo\nthree\nfour"
         ({"limit": 1}, "one\n"),
     ],
 )
-async def test_reads_a_range_of_lines(
+async def test_read_with_range_returns_selected_lines(
     bare: Any, folder: Path, fields: dict[str, Any], selected: str
 ) -> None:
     (folder / "lines").write_text(LINES)
@@ -87,7 +87,7 @@ async def test_reads_a_range_of_lines(
 
 
 @pytest.mark.parametrize("fields", [{"offset": "x"}, {"limit": True}, {"limit": [1]}])
-async def test_an_offset_or_limit_that_is_no_number_is_refused(
+async def test_offset_or_limit_that_is_no_number_is_refused(
     bare: Any, folder: Path, fields: dict[str, Any]
 ) -> None:
     (folder / "lines").write_text(LINES)
@@ -111,12 +111,12 @@ async def test_an_offset_or_limit_that_is_no_number_is_refused(
         {},
     ],
 )
-async def test_a_range_that_cannot_be(bare: Any, folder: Path, asked: object) -> None:
+async def test_malformed_range_of_lines_is_refused(bare: Any, folder: Path, asked: object) -> None:
     (folder / "lines").write_text(LINES)
     await bare.fails("read", file_path="lines", view_range=asked)
 
 
-async def test_a_large_file_is_read_in_parts(bare: Any, folder: Path) -> None:
+async def test_large_file_is_readable_only_by_range(bare: Any, folder: Path) -> None:
     line = "é" * 49 + "\n"
     (folder / "large").write_text(line * 10_000)  # 990 kB
     assert "view_range" in await bare.fails("read", file_path="large")
@@ -129,7 +129,7 @@ async def test_a_large_file_is_read_in_parts(bare: Any, folder: Path) -> None:
     )
 
 
-async def test_reads_far_beyond_a_large_file_leave_the_threads_to_other_sessions(
+async def test_reads_far_into_large_file_leave_threads_to_other_sessions(
     agents: Any, folder: Path
 ) -> None:
     (folder / "small").write_text("here")
@@ -144,7 +144,7 @@ async def test_reads_far_beyond_a_large_file_leave_the_threads_to_other_sessions
     await threads.files.close()
 
 
-async def test_search_for_lines_is_bounded_by_bytes_and_by_time(
+async def test_search_for_line_range_is_limited_by_bytes_and_time(
     bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "lines").write_text("line\n" * 100_000)
@@ -160,9 +160,7 @@ async def test_search_for_lines_is_bounded_by_bytes_and_by_time(
     await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
 
 
-async def test_custom_tools_that_hang_leave_the_threads_to_the_file_tools(
-    agents: Any, folder: Path
-) -> None:
+async def test_hanging_custom_tools_leave_threads_to_file_tools(agents: Any, folder: Path) -> None:
     release = threading.Event()
     (folder / "small").write_text("here")
     bounds = Bounds(bash_seconds=20, tool_seconds=0.1)
@@ -176,7 +174,7 @@ async def test_custom_tools_that_hang_leave_the_threads_to_the_file_tools(
         release.set()
 
 
-async def test_limits_of_files_are_settings_that_bind(agents: Any, folder: Path) -> None:
+async def test_configured_size_limits_apply_to_each_type_of_file(agents: Any, folder: Path) -> None:
     bounds = Bounds(bash_seconds=20, tool_seconds=30, sizes=Sizes(text=10, image=20, pdf=30))
     agent = agents(bounds=bounds)
     for name, limit in (("a.txt", 10), ("b.png", 20), ("c.pdf", 30)):
@@ -188,9 +186,7 @@ async def test_limits_of_files_are_settings_that_bind(agents: Any, folder: Path)
         )
 
 
-async def test_edit_of_a_file_above_the_limit_says_what_helps_an_edit(
-    bare: Any, folder: Path
-) -> None:
+async def test_error_of_edit_above_size_limit_suggests_bash(bare: Any, folder: Path) -> None:
     (folder / "large").write_text("a" * 300_000)
     asked = {"file_path": "large", "old_string": "a", "new_string": "b"}
     assert await bare.fails("edit", **asked) == (
@@ -198,7 +194,7 @@ async def test_edit_of_a_file_above_the_limit_says_what_helps_an_edit(
     )
 
 
-async def test_images_and_documents_are_blocks(bare: Any, folder: Path) -> None:
+async def test_images_and_pdfs_are_returned_as_blocks(bare: Any, folder: Path) -> None:
     (folder / "a.PNG").write_bytes(b"\x89PNG")
     (folder / "b.pdf").write_bytes(b"%PDF")
     [image] = (await bare.call("read", file_path="a.PNG")).content
@@ -211,7 +207,7 @@ async def test_images_and_documents_are_blocks(bare: Any, folder: Path) -> None:
     assert "larger" in await bare.fails("read", file_path="huge.jpg")
 
 
-async def test_file_that_is_not_text_is_refused(bare: Any, folder: Path) -> None:
+async def test_read_or_write_of_non_text_file_is_refused(bare: Any, folder: Path) -> None:
     (folder / "binary").write_bytes(b"\xff\xfe\x00")
     (folder / "empty").touch()
     (folder / "directory").mkdir()
@@ -228,9 +224,7 @@ async def test_file_that_is_not_text_is_refused(bare: Any, folder: Path) -> None
     assert await bare.says("read", file_path="empty") == "(no output)"
 
 
-async def test_an_edit_cannot_make_more_than_the_worker_has_room_for(
-    bare: Any, folder: Path
-) -> None:
+async def test_edit_with_result_above_limit_is_refused(bare: Any, folder: Path) -> None:
     (folder / "small").write_text("a" * 250_000)
     asked = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
     failed = await bare.fails("edit", **asked, replace_all=True)  # a terabyte
@@ -240,7 +234,9 @@ async def test_an_edit_cannot_make_more_than_the_worker_has_room_for(
     assert "replaced 250000" in await bare.says("edit", **asked, replace_all=True)
 
 
-async def test_edits(bare: Any, folder: Path) -> None:
+async def test_edit_replaces_one_occurrence_or_all_and_refuses_ambiguity(
+    bare: Any, folder: Path
+) -> None:
     path = folder / "code.py"
     path.write_text("a = 1\nb = 1\n")
     assert await bare.says("edit", file_path="code.py", old_string="a = 1", new_string="a = 2") == (
@@ -262,7 +258,9 @@ async def test_edits(bare: Any, folder: Path) -> None:
     assert not (folder / "gone").exists()
 
 
-async def test_further_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
+async def test_additional_roots_are_writable_or_read_only_as_configured(
+    agents: Any, folder: Path, tmp_path: Path
+) -> None:
     shared, frozen, nested = tmp_path / "shared", tmp_path / "frozen", tmp_path / "shared/frozen"
     nested.mkdir(parents=True)
     frozen.mkdir()
@@ -286,7 +284,9 @@ async def test_further_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
     assert not (frozen / "made").exists()
 
 
-async def test_the_root_of_all_is_no_confinement(agents: Any, folder: Path, tmp_path: Path) -> None:
+async def test_root_directory_as_additional_root_allows_every_path(
+    agents: Any, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "outside").write_text("seen")
     (folder / "link").symlink_to("/")
     agent = agents(roots=[Root("/", Path("/"))])
@@ -294,7 +294,9 @@ async def test_the_root_of_all_is_no_confinement(agents: Any, folder: Path, tmp_
         assert await agent.says("read", file_path=path) == "seen"
 
 
-async def test_further_roots_of_a_sandbox(agents: Any, sandbox: Any, tmp_path: Path) -> None:
+async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
+    agents: Any, sandbox: Any, tmp_path: Path
+) -> None:
     shared, frozen = tmp_path / "shared", tmp_path / "frozen"
     for path in (shared, frozen):
         path.mkdir()
@@ -311,7 +313,9 @@ async def test_further_roots_of_a_sandbox(agents: Any, sandbox: Any, tmp_path: P
     assert "No such file" in await agent.fails("bash", command=f"cat {tmp_path}/outside")
 
 
-async def test_files_of_a_sandboxed_session_are_its_own(boxed: Any, folder: Path) -> None:
+async def test_files_of_tools_and_of_sandboxed_shell_are_shared_within_session(
+    boxed: Any, folder: Path
+) -> None:
     await boxed.says("write", file_path="/workspace/made/by-tool", content="one\n")
     await boxed.says(
         "bash", command="echo two >> made/by-tool; mkdir sub; echo three > sub/by-bash"

@@ -152,14 +152,14 @@ FIELD = {"glob": "path", "grep": "path"}
 
 
 @pytest.mark.parametrize("tool", INPUTS)
-async def test_no_path_leads_a_file_tool_out_of_a_sandboxed_workspace(
+async def test_hostile_path_in_sandboxed_workspace_reaches_no_file_outside(
     boxed: Any, folder: Path, tool: str
 ) -> None:
     await attempt(boxed, folder, tool)
 
 
 @pytest.mark.parametrize("tool", INPUTS)
-async def test_no_path_leads_a_file_tool_out_without_a_sandbox(
+async def test_hostile_path_without_sandbox_reaches_no_file_outside(
     bare: Any, folder: Path, tool: str
 ) -> None:
     await attempt(bare, folder, tool)
@@ -183,7 +183,9 @@ PATTERNS = [
 ]
 
 
-async def test_no_pattern_leads_glob_out(boxed: Any, folder: Path) -> None:
+async def test_hostile_glob_pattern_finds_no_file_outside_workspace(
+    boxed: Any, folder: Path
+) -> None:
     plant(folder)
     for pattern in PATTERNS:
         answer = said(await boxed.call("glob", pattern=pattern))
@@ -197,7 +199,7 @@ GREPS = [
 ]
 
 
-async def test_no_pattern_turns_grep_into_something_else(boxed: Any, folder: Path) -> None:
+async def test_hostile_grep_pattern_is_not_taken_for_an_option(boxed: Any, folder: Path) -> None:
     plant(folder)
     for pattern in GREPS:
         assert TOKEN not in said(await boxed.call("grep", pattern=pattern)), pattern
@@ -274,7 +276,7 @@ def commands(outside: Path, port: int) -> list[str]:
     ]
 
 
-async def test_no_command_reaches_out_of_the_sandbox(boxed: Any, secrets: Path) -> None:
+async def test_hostile_command_reaches_nothing_outside_sandbox(boxed: Any, secrets: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
         for command in commands(secrets, listener.getsockname()[1]):
@@ -288,7 +290,7 @@ async def test_no_command_reaches_out_of_the_sandbox(boxed: Any, secrets: Path) 
     os.kill(os.getpid(), 0)
 
 
-def test_there_are_200_hostile_inputs(folder: Path) -> None:
+def test_hostile_inputs_are_at_least_six_hundred(folder: Path) -> None:
     files = len(paths(folder)) * sum(map(len, INPUTS.values()))
     assert files + len(PATTERNS) + 2 * len(GREPS) + len(commands(folder, 1)) >= 600
 
@@ -323,7 +325,7 @@ def race(folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("race")
-async def test_no_race_leads_a_file_tool_out(bare: Any) -> None:
+async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(bare: Any) -> None:
     outcomes = set()
     for _ in range(300):
         for tool, fields in [
@@ -342,7 +344,7 @@ async def test_no_race_leads_a_file_tool_out(bare: Any) -> None:
 
 
 @pytest.mark.usefixtures("race")
-async def test_no_race_leads_a_search_out(bare: Any) -> None:
+async def test_search_in_race_with_moved_links_finds_no_file_outside(bare: Any) -> None:
     for _ in range(8):
         assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own"))
         assert TOKEN not in said(await bare.call("grep", pattern="Zx9|own", path="place"))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-def test_sandbox_trial_reaped_by_other_code_reports_a_problem(
+def test_sandbox_check_reaped_by_other_code_reports_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(isolation, "PROBE_SECONDS", 0.5)
@@ -79,7 +79,7 @@ KEY_CALLS = [
 
 
 @pytest.mark.parametrize(("machine", "architecture", "numbers"), KEY_CALLS)
-def test_filter_refuses_the_calls_about_keys_in_every_instruction_set(
+def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
     machine: str, architecture: int, numbers: set[int]
 ) -> None:
     asked = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
@@ -89,12 +89,12 @@ def test_filter_refuses_the_calls_about_keys_in_every_instruction_set(
     assert {verdict(machine, architecture, one) for one in asked - refused} == {launcher.ALLOW}
 
 
-def test_filter_refuses_all_calls_of_an_unknown_instruction_set() -> None:
+def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
     for machine in launcher.CALLS:
         assert verdict(machine, 0xC0000016, 1) == launcher.REFUSE
 
 
-def test_launcher_gives_its_program_a_session_keyring_of_its_own(tmp_path: Path) -> None:
+def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> None:
     keyctl = launcher.CALLS[os.uname().machine][0][-1]
     program = tmp_path / "program"
     program.write_text(
@@ -123,7 +123,7 @@ sys.exit(subprocess.run(sys.argv[3:]).returncode)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_user_who_may_have_no_more_keys_launches_programs_all_the_same() -> None:
+def test_launcher_of_user_at_key_quota_starts_program() -> None:
     python = str(shutil.which("python3", path=os.defpath))
     launch = [python, "-I", "-S", "-c", inspect.getsource(launcher), "/bin/echo"]
     add_key, _, keyctl = map(str, launcher.CALLS[os.uname().machine][0][1:])
@@ -137,14 +137,14 @@ def test_user_who_may_have_no_more_keys_launches_programs_all_the_same() -> None
     assert (done.returncode, done.stdout, done.stderr) == (0, "--seccomp 3\n", "")
 
 
-def test_program_that_cannot_be_launched_is_named() -> None:
+def test_launcher_of_missing_program_names_it_in_error() -> None:
     words = [sys.executable, "-I", "-S", launcher.__file__, "/no/such"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - our own words
     assert done.returncode == 1
     assert done.stderr == "/no/such cannot be started: No such file or directory\n"
 
 
-async def test_machine_whose_calls_cannot_be_filtered_has_no_sandbox(
+async def test_sandbox_on_machine_without_call_filter_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launcher, "CALLS", {})
@@ -162,7 +162,7 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 """
 
 
-async def test_session_cannot_use_the_kernels_key_rings(boxed: Any) -> None:
+async def test_sandboxed_session_cannot_use_kernel_keyrings(boxed: Any) -> None:
     said = await boxed.says("bash", command=f"python3 -c {shlex.quote(KEYS)}")
     assert said == "-1 ENOSYS\n" * 3
     assert "Permission denied" in await boxed.fails("bash", command="cat /proc/keys")
@@ -178,14 +178,14 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="calls of an x86 processor")
-async def test_session_cannot_use_key_rings_by_calls_of_32_bit_programs(boxed: Any) -> None:
+async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(boxed: Any) -> None:
     here = await asyncio.create_subprocess_exec(sys.executable, "-c", INT_80)
     if await here.wait():
         pytest.skip("this kernel runs no 32-bit programs")
     assert await boxed.says("bash", command=f"python3 -c {shlex.quote(INT_80)}") == "-38\n"
 
 
-async def test_directories_in_memory_have_one_size_together(agents: Any, sandbox: Any) -> None:
+async def test_in_memory_directories_share_one_size_limit(agents: Any, sandbox: Any) -> None:
     agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))
     await agent.says("bash", command="head -c 40M /dev/zero > /tmp/a")
     failed = await agent.fails("bash", command="head -c 40M /dev/zero > /dev/shm/a")
@@ -194,7 +194,7 @@ async def test_directories_in_memory_have_one_size_together(agents: Any, sandbox
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound the number of files")
-async def test_directories_in_memory_hold_a_bounded_number_of_files(
+async def test_in_memory_directories_hold_limited_number_of_files(
     agents: Any, sandbox: Any
 ) -> None:
     agent = agents(isolation=dataclasses.replace(sandbox, limits=Limits(memory_mb=64)))

@@ -29,7 +29,7 @@ async def opened(folder: Path) -> Journal:
     return journal
 
 
-async def test_a_call_is_begun_once(folder: Path) -> None:
+async def test_journal_begins_each_call_once_and_keeps_its_result(folder: Path) -> None:
     journal = await opened(folder)
     assert journal.new
     assert await journal.begin("a") == "new"
@@ -47,7 +47,7 @@ async def test_a_call_is_begun_once(folder: Path) -> None:
     assert await journal.begin("c") == "new"
 
 
-async def test_two_workers_of_one_machine_cannot_begin_the_same_call(folder: Path) -> None:
+async def test_journal_of_two_workers_begins_each_call_once(folder: Path) -> None:
     workers = [await opened(folder), await opened(folder)]
     both = await asyncio.gather(
         *(journal.begin(f"evt_{n}") for n in range(50) for journal in workers)
@@ -59,7 +59,7 @@ async def test_two_workers_of_one_machine_cannot_begin_the_same_call(folder: Pat
 @pytest.mark.parametrize(
     "call", ["../../evil", "/etc/passwd", "", ".", "a\0b", "é" * 500, "\ud800"]
 )
-async def test_an_id_never_becomes_a_path(folder: Path, call: str) -> None:
+async def test_call_id_with_path_characters_stays_inside_journal(folder: Path, call: str) -> None:
     journal = await opened(folder)
     assert await journal.begin(call) == "new"
     assert await journal.begin(call) == "begun"
@@ -86,7 +86,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_worker_stopped_in_the_middle_of_a_write_holds_up_nobody(folder: Path) -> None:
+async def test_worker_suspended_during_write_does_not_block_journal_of_others(folder: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", STOPPED, str(folder)), stdout=asyncio.subprocess.PIPE
     )

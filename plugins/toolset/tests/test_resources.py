@@ -48,7 +48,9 @@ def descriptors_left(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("left", range(13))
-async def test_tool_without_descriptors_says_so(bare: Any, folder: Path, left: int) -> None:
+async def test_tool_without_free_descriptors_reports_exhaustion(
+    bare: Any, folder: Path, left: int
+) -> None:
     """Each count fails at another step."""
     (folder / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
@@ -70,7 +72,7 @@ async def test_tool_without_descriptors_says_so(bare: Any, folder: Path, left: i
 
 
 @pytest.mark.parametrize("left", range(3))
-async def test_call_that_the_journal_could_not_note_is_not_taken_for_one_that_was_run(
+async def test_call_that_journal_could_not_record_is_not_reported_as_begun(
     tmp_path: Path, threads: Any, left: int
 ) -> None:
     journal = Journal(tmp_path / "journal", threads.files)
@@ -86,7 +88,7 @@ async def test_call_that_the_journal_could_not_note_is_not_taken_for_one_that_wa
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
 @pytest.mark.parametrize("step", ["_make", "_begin"])
-async def test_session_is_released_when_the_machine_has_run_out_of_resources(
+async def test_session_on_machine_without_resources_is_released(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
     def refuse(*_: object) -> None:

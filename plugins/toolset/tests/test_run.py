@@ -36,7 +36,7 @@ async def show(*flags: str) -> str:
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
-async def test_thirty_calls() -> None:
+async def test_thirty_tool_calls_are_answered_as_expected() -> None:
     said = await show()
     assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in said
     assert r"notes/plan.txt: 'first\n2nd\n'" in said
@@ -46,11 +46,11 @@ async def test_thirty_calls() -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
-async def test_thirty_calls_of_a_worker_that_is_killed() -> None:
+async def test_thirty_tool_calls_of_killed_worker_are_answered_as_expected() -> None:
     assert "killed=2 " in await show("--kills", "2", "--seed", "3", "--quiet")
 
 
-def test_the_readme_has_every_setting_with_its_default_and_meaning() -> None:
+def test_readme_lists_every_setting_with_default_and_meaning() -> None:
     words = {"isolation": "`bubblewrap`", "state": "`~/.local/state/workpool-toolset`"}
     for field in dataclasses.fields(Toolset):
         if not field.name.startswith("_"):

@@ -40,13 +40,15 @@ def plant(folder: Path) -> None:
         ("*.rs", ["no matches"]),
     ],
 )
-async def test_glob(bare: Any, folder: Path, pattern: str, found: list[str]) -> None:
+async def test_glob_pattern_finds_matching_files_newest_first(
+    bare: Any, folder: Path, pattern: str, found: list[str]
+) -> None:
     plant(folder)
     said = (await bare.says("Glob", pattern=pattern)).splitlines()
     assert [path for path in said if path != "src/link.py"] == found
 
 
-async def test_glob_lists_directories_and_follows_links_that_stay_inside(
+async def test_glob_lists_directories_and_follows_links_inside_workspace(
     agent: Any, folder: Path, tmp_path: Path
 ) -> None:
     (folder / "src/deep").mkdir(parents=True)
@@ -84,7 +86,9 @@ async def test_glob_lists_directories_and_follows_links_that_stay_inside(
     assert (await agent.says("glob", pattern="*")).splitlines() == ["src"]
 
 
-async def test_glob_follows_links_to_other_roots(agents: Any, folder: Path, tmp_path: Path) -> None:
+async def test_glob_follows_links_to_additional_roots_only(
+    agents: Any, folder: Path, tmp_path: Path
+) -> None:
     shared = tmp_path / "shared"
     (shared / "inner").mkdir(parents=True)
     (shared / "inner/file").touch()
@@ -94,7 +98,9 @@ async def test_glob_follows_links_to_other_roots(agents: Any, folder: Path, tmp_
     assert set((await agent.says("glob", pattern="**")).splitlines()) == {"link", "link/file"}
 
 
-async def test_glob_below_a_directory_and_at_most_200(bare: Any, folder: Path) -> None:
+async def test_glob_below_directory_returns_at_most_200_newest_paths(
+    bare: Any, folder: Path
+) -> None:
     plant(folder)
     assert await bare.says("glob", pattern="*.py", path="src/deep") == "src/deep/d.py\n"
     for number in range(250):
@@ -105,7 +111,7 @@ async def test_glob_below_a_directory_and_at_most_200(bare: Any, folder: Path) -
     assert "not a directory" in await bare.fails("glob", pattern="*", path="a.py")
 
 
-async def test_grep_without_ripgrep(bare: Any, folder: Path) -> None:
+async def test_grep_without_ripgrep_finds_matching_lines(bare: Any, folder: Path) -> None:
     plant(folder)
     said = await bare.says("Grep", pattern=r"import x\d")
     assert said.splitlines() == [
@@ -118,7 +124,7 @@ async def test_grep_without_ripgrep(bare: Any, folder: Path) -> None:
 
 
 @pytest.mark.skipif(not search.RIPGREP.exists(), reason="ripgrep is not installed")
-async def test_grep_with_ripgrep(boxed: Any, folder: Path) -> None:
+async def test_grep_with_ripgrep_finds_matching_lines(boxed: Any, folder: Path) -> None:
     plant(folder)
     said = await boxed.says("Grep", pattern=r"import x\d")
     assert said.splitlines() == [
@@ -174,7 +180,7 @@ FOUND: list[tuple[dict[str, str], list[str]]] = [
 
 
 @pytest.mark.parametrize(("fields", "found"), FOUND, ids=str)
-async def test_grep_finds_the_same_with_and_without_a_sandbox(
+async def test_grep_with_and_without_sandbox_finds_the_same_lines(
     agent: Any, folder: Path, fields: dict[str, str], found: list[str]
 ) -> None:
     contents = {
@@ -204,13 +210,15 @@ async def test_grep_finds_the_same_with_and_without_a_sandbox(
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "(?<=a", r"(\1", "(?P<", "*a"])
-async def test_grep_of_no_regular_expression_says_only_that(agent: Any, pattern: str) -> None:
+async def test_grep_with_invalid_expression_error_names_no_option_of_ripgrep(
+    agent: Any, pattern: str
+) -> None:
     said = await agent.fails("grep", pattern=pattern)
     assert said.startswith("not a regular expression: ")
     assert not re.search("rg|ripgrep|--|pcre|-U", said, re.IGNORECASE)
 
 
-async def test_grep_that_searches_no_file_gives_no_hint(agent: Any, folder: Path) -> None:
+async def test_grep_without_searched_files_reports_no_matches(agent: Any, folder: Path) -> None:
     (folder / "a").write_text("word")
     assert await agent.says("grep", pattern="word", include="*.none") == "no matches"
     assert await agent.fails("grep", pattern="a\0b") == "the pattern holds a NUL"
@@ -223,14 +231,14 @@ async def test_grep_whose_sandbox_does_not_start_fails(boxed: Any, folder: Path)
     assert await boxed.fails("grep", pattern="word") == "the search failed"
 
 
-async def test_much_output_is_cut_after_100_kib(agent: Any, folder: Path) -> None:
+async def test_grep_output_is_cut_after_100_kib(agent: Any, folder: Path) -> None:
     (folder / "many").write_text("the same line again\n" * 50_000)
     said = await agent.says("grep", pattern="same")
     assert 90_000 < len(said) < 103_000
     assert said.endswith("the same line again\n[output truncated]\n")
 
 
-async def test_a_regex_without_end_is_ended(
+async def test_grep_with_endless_expression_ends_at_time_limit(
     bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "SEARCH_SECONDS", 0.5)
@@ -238,7 +246,9 @@ async def test_a_regex_without_end_is_ended(
     assert "took more than" in await bare.fails("grep", pattern="(a+)+$")
 
 
-def test_the_walker_stops_at_its_limits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_walk_stops_at_limits_of_entries_and_depth(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(20):
         (folder / f"f{number}").touch()
     monkeypatch.setattr(walker, "ENTRIES", 7)

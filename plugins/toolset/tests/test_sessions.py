@@ -74,7 +74,9 @@ def folder_of(tmp_path: Path, session: str) -> Path:
     return tmp_path / "state" / session
 
 
-async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: Path) -> None:
+async def test_script_with_every_tool_is_answered_as_expected(
+    workpool: Kit, make: Make, tmp_path: Path
+) -> None:
     async def weather(call: ToolCall) -> object:
         return {"place": call.input["place"], "celsius": 21}
 
@@ -116,7 +118,7 @@ async def test_a_conversation_of_all_tools(workpool: Kit, make: Make, tmp_path: 
     assert (workspace / "a.txt").read_text() == "0ne\n"
 
 
-async def test_session_is_completed_under_a_key_that_may_not_write_metadata(
+async def test_session_under_key_without_metadata_permission_is_completed(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     workpool.faults.add(status(403), "get", "update", "stats")
@@ -149,7 +151,9 @@ async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[N
         yield
 
 
-async def test_confirmations(workpool: Kit, make: Make) -> None:
+async def test_confirmed_calls_run_and_denied_calls_return_errors(
+    workpool: Kit, make: Make
+) -> None:
     script = [
         bash("echo allowed >> log", permission="ask"),
         bash("echo refused >> log", permission="ask"),
@@ -169,7 +173,9 @@ async def test_confirmations(workpool: Kit, make: Make) -> None:
     assert len(ours) == 2  # the denied ones are answered by the control plane
 
 
-async def test_a_tool_of_somebody_else_is_left_to_them(workpool: Kit, make: Make) -> None:
+async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
+    workpool: Kit, make: Make
+) -> None:
     script = [{"name": "browse", "input": {}, "custom": True}, bash("echo after")]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
@@ -187,7 +193,7 @@ async def test_a_tool_of_somebody_else_is_left_to_them(workpool: Kit, make: Make
 @pytest.mark.parametrize(
     "fault", [lost(), lost(applied=False), status(503), status(503, applied=True), status(429)]
 )
-async def test_lost_answers_make_neither_second_runs_nor_second_results(
+async def test_lost_answers_cause_no_second_run_and_no_second_result(
     workpool: Kit, make: Make, tmp_path: Path, fault: Any
 ) -> None:
     workpool.faults.add(fault, "send", times=2)
@@ -199,7 +205,7 @@ async def test_lost_answers_make_neither_second_runs_nor_second_results(
     assert log.read_text() == "0\n1\n2\n"
 
 
-async def test_a_result_that_is_refused_is_replaced(
+async def test_result_refused_by_control_plane_is_replaced_by_error(
     workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "REFUSED_SECONDS", 0.0)
@@ -208,13 +214,13 @@ async def test_a_result_that_is_refused_is_replaced(
     assert answers(result.events) == [(runner.REFUSED, True), ("2\n", False)]
 
 
-async def test_a_result_that_is_too_early_is_sent_anew(workpool: Kit, make: Make) -> None:
+async def test_result_refused_once_as_too_early_is_sent_again(workpool: Kit, make: Make) -> None:
     workpool.faults.add(status(400), "send", times=1)
     result = await workpool.run_session(make(), script=[bash("echo 1")])
     assert answers(result.events) == [("1\n", False)]
 
 
-async def test_results_that_cannot_be_sent_are_kept_for_later(
+async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
@@ -251,7 +257,7 @@ async def there(file: Path) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_an_interrupt_ends_what_runs(workpool: Kit, make: Make, tmp_path: Path) -> None:
+async def test_interrupt_ends_running_command(workpool: Kit, make: Make, tmp_path: Path) -> None:
     [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo never")])
     async with workpool.pool(make()), WorkClient(workpool.settings()) as client:
         await running(tmp_path, item.session_id)
@@ -263,7 +269,7 @@ async def test_an_interrupt_ends_what_runs(workpool: Kit, make: Make, tmp_path: 
     assert "interrupted" in text
 
 
-async def test_a_lost_lease_ends_everything_at_once(
+async def test_forced_stop_ends_session_without_further_results(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     script = [bash("touch ready; sleep 2; echo x >> log"), bash("echo never >> log")]
@@ -278,7 +284,7 @@ async def test_a_lost_lease_ends_everything_at_once(
     assert not (folder_of(tmp_path, item.session_id) / "workspace/log").exists()
 
 
-async def test_two_workers_that_both_believe_to_hold_a_session_run_no_call_twice(
+async def test_two_workers_with_one_session_run_no_call_twice(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     lines = [str(number) for number in range(8)]
@@ -299,7 +305,7 @@ async def test_two_workers_that_both_believe_to_hold_a_session_run_no_call_twice
     assert set(told) <= set(done)
 
 
-async def test_an_operators_stop_lets_the_running_call_end(
+async def test_stop_request_lets_running_call_end(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     script = [bash("touch ready; sleep 0.3; echo done"), bash("echo never")]
@@ -312,7 +318,7 @@ async def test_an_operators_stop_lets_the_running_call_end(
     assert answers(workpool.server.events(item.session_id)) == [("done\n", False)]
 
 
-async def test_a_drain_lets_the_running_call_end_and_hands_the_rest_on(
+async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     script = [bash("touch ready; sleep 0.3; echo 1 | tee -a log"), bash("echo 2 | tee -a log")]
@@ -331,7 +337,7 @@ async def test_a_drain_lets_the_running_call_end_and_hands_the_rest_on(
     assert log.read_text() == "1\n2\n"
 
 
-async def test_a_call_of_which_nobody_knows_is_answered_and_not_run(
+async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(script=[bash("echo 1 >> log"), bash("echo 2 >> log")])
@@ -346,7 +352,7 @@ async def test_a_call_of_which_nobody_knows_is_answered_and_not_run(
     assert (folder / "workspace/log").read_text() == "2\n"
 
 
-async def test_a_result_that_was_computed_is_sent_and_not_computed_again(
+async def test_result_computed_before_crash_is_sent_without_second_run(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(script=[bash("echo 1 >> log")])
@@ -361,7 +367,7 @@ async def test_a_result_that_was_computed_is_sent_and_not_computed_again(
     assert not (folder / "workspace/log").exists()
 
 
-async def test_an_interrupt_keeps_a_result_that_was_computed(
+async def test_interrupt_sends_result_that_was_computed_before(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue()
@@ -381,7 +387,7 @@ async def test_an_interrupt_keeps_a_result_that_was_computed(
     assert len(answers(workpool.server.events(item.session_id))) == 2
 
 
-async def test_call_that_another_machine_may_have_begun_is_not_executed(
+async def test_call_possibly_begun_on_another_machine_is_not_executed(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(script=[bash("touch ready; sleep 600"), bash("echo 2")])
@@ -395,7 +401,7 @@ async def test_call_that_another_machine_may_have_begun_is_not_executed(
     assert said == [(runner.UNKNOWN, True), ("2\n", False)]
 
 
-async def test_call_that_was_begun_elsewhere_meanwhile_is_not_executed_again(
+async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
     """Here, elsewhere, here: this machine's journal is not new, but knows the first call only."""
@@ -419,7 +425,7 @@ async def test_call_that_was_begun_elsewhere_meanwhile_is_not_executed_again(
     assert side.read_text() == "2\n"
 
 
-async def test_no_call_is_begun_before_the_item_names_the_journal(
+async def test_call_is_not_begun_before_item_names_journal(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def update(*_: object) -> None:
@@ -438,7 +444,7 @@ async def test_no_call_is_begun_before_the_item_names_the_journal(
     assert answers(workpool.server.events(result.item.session_id)) == [("1\n", False)]
 
 
-async def test_a_full_disk_costs_no_answer_that_was_computed(
+async def test_result_computed_on_full_disk_is_sent_nevertheless(
     workpool: Kit, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -461,7 +467,9 @@ async def test_a_full_disk_costs_no_answer_that_was_computed(
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
-async def test_a_session_that_is_terminated_ends(workpool: Kit, make: Make) -> None:
+async def test_session_with_terminated_status_completes_without_running_calls(
+    workpool: Kit, make: Make
+) -> None:
     [item] = workpool.enqueue()
     workpool.server.emit(
         item.session_id,
@@ -474,9 +482,7 @@ async def test_a_session_that_is_terminated_ends(workpool: Kit, make: Make) -> N
     assert answers(workpool.server.events(item.session_id)) == []
 
 
-async def test_idle_is_counted_from_the_end_of_the_turn_and_begins_anew(
-    workpool: Kit, make: Make
-) -> None:
+async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make: Make) -> None:
     [item] = workpool.enqueue()
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo 1"}}

@@ -43,7 +43,7 @@ async def ended(*processes: int) -> None:
             os.close(process)
 
 
-async def test_keeps_its_state_from_call_to_call(agent: Any) -> None:
+async def test_shell_keeps_directory_variables_and_functions_between_calls(agent: Any) -> None:
     await agent.says("Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }")
     assert await agent.says("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
 
@@ -62,17 +62,19 @@ async def test_keeps_its_state_from_call_to_call(agent: Any) -> None:
         ("echo $PS1$PS2-$TERM", "-dumb\n"),
     ],
 )
-async def test_output(agent: Any, command: str, output: str) -> None:
+async def test_shell_output_is_returned_without_control_sequences(
+    agent: Any, command: str, output: str
+) -> None:
     assert await agent.says("bash", command=command) == output
 
 
-async def test_the_end_cannot_be_said_by_echoing_what_the_shell_reads(agent: Any) -> None:
+async def test_shell_that_echoes_its_input_does_not_confuse_end_marker(agent: Any) -> None:
     said = await agent.says("bash", command="set -vx; echo 1")
     assert "\n1\n" in said
     assert "2\n" in await agent.says("bash", command="set +vx; echo 2")
 
 
-async def test_a_failure_is_told_with_its_output(agent: Any) -> None:
+async def test_failed_command_returns_its_output_and_exit_status(agent: Any) -> None:
     assert await agent.fails("bash", command="echo x; exit_code() { return 3; }; exit_code") == (
         "x\n\nexit status 3"
     )
@@ -81,14 +83,14 @@ async def test_a_failure_is_told_with_its_output(agent: Any) -> None:
     assert await agent.says("bash", command="echo still here") == "still here\n"
 
 
-async def test_the_end_of_much_output_is_kept(agent: Any) -> None:
+async def test_long_shell_output_keeps_its_end(agent: Any) -> None:
     said = await agent.says("bash", command="seq 1 200000")
     assert said.startswith("[output truncated]\n")
     assert said.endswith("\n199999\n200000\n")
     assert 102_400 <= len(said) <= 102_400 + 19
 
 
-async def test_a_command_that_takes_too_long_takes_the_shell_with_it(agent: Any) -> None:
+async def test_command_beyond_timeout_is_killed_with_its_shell(agent: Any) -> None:
     failed = await agent.fails("bash", command="echo before; sleep 600", timeout_ms=300)
     assert failed.startswith("before\n\nkilled after 0.3 s")
     assert "restart=true" in failed
@@ -97,20 +99,20 @@ async def test_a_command_that_takes_too_long_takes_the_shell_with_it(agent: Any)
     assert await agent.says("bash", command="echo x") == "x\n"
 
 
-async def test_a_shell_that_ends_says_so(agent: Any) -> None:
+async def test_command_that_exits_shell_reports_status_and_restart_option(agent: Any) -> None:
     failed = await agent.fails("bash", command="echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     assert await agent.says("bash", command="echo new", restart=True) == "new\n"
 
 
-async def test_exit_with_a_background_job_alive_ends_the_shell_at_once(agent: Any) -> None:
+async def test_exit_with_running_background_job_ends_shell_at_once(agent: Any) -> None:
     async with asyncio.timeout(10):  # half of what the command has
         failed = await agent.fails("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     await ended(*running("60.253"))
 
 
-async def test_exit_with_a_background_job_that_prints_for_ever_ends_the_shell_at_once(
+async def test_exit_with_endlessly_printing_background_job_ends_shell_at_once(
     bare: Any,
 ) -> None:
     async with asyncio.timeout(10):
@@ -118,23 +120,21 @@ async def test_exit_with_a_background_job_that_prints_for_ever_ends_the_shell_at
     assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
 
 
-async def test_output_before_an_exit_is_complete(agent: Any) -> None:
+async def test_output_before_exit_is_returned_completely(agent: Any) -> None:
     failed = await agent.fails("bash", command="seq 1 15000; sleep 60 & exit 7")
     assert failed.startswith("1\n2\n")
     assert "\n15000\n\nthe shell ended with status 7" in failed
 
 
 @pytest.mark.parametrize("redirection", ["1>/dev/null", ">&-", "&>/dev/null", ">log 199>&-"])
-async def test_command_that_redirects_the_output_for_good_ends(
-    agent: Any, redirection: str
-) -> None:
+async def test_command_that_redirects_output_permanently_ends(agent: Any, redirection: str) -> None:
     async with asyncio.timeout(10):
         assert await agent.says("bash", command=f"exec {redirection}") == "(no output)"
         assert await agent.fails("bash", command="(exit 3)") == "exit status 3"
         assert await agent.says("bash", command="echo told >&2") == "told\n"
 
 
-async def test_commands_do_not_inherit_where_their_end_is_marked(agent: Any) -> None:
+async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
     said = await agent.says("bash", command="ls -1 /proc/self/fd")
     assert said == "0\n1\n2\n3\n"  # 3: the directory
 
@@ -152,7 +152,7 @@ def two(program: str) -> str:
     return f"rm -f up* stay; mkfifo stay; {start}; {wait}"
 
 
-async def test_closed_shell_leaves_no_process_of_its_group_behind(bare: Any) -> None:
+async def test_closed_shell_leaves_no_process_of_its_group(bare: Any) -> None:
     await bare.says("bash", command=f"trap '' TERM; {two('sh')}; trap - TERM; {two('sh')}")
     processes = running(MARK)
     assert len(processes) == 4
@@ -160,7 +160,7 @@ async def test_closed_shell_leaves_no_process_of_its_group_behind(bare: Any) -> 
     await ended(*processes)
 
 
-async def test_closed_sandbox_leaves_no_process_of_another_session_behind(boxed: Any) -> None:
+async def test_closed_sandbox_leaves_no_process_in_other_process_groups(boxed: Any) -> None:
     await boxed.says("bash", command=two("setsid sh"))
     processes = running(MARK)
     assert len(processes) == 2
@@ -168,7 +168,7 @@ async def test_closed_sandbox_leaves_no_process_of_another_session_behind(boxed:
     await ended(*processes)
 
 
-async def test_cancelled_the_shell_is_killed(agent: Any, folder: Path) -> None:
+async def test_cancelled_command_kills_its_shell(agent: Any, folder: Path) -> None:
     os.mkfifo(folder / "ready")
     (folder / "ready").chmod(0o666)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -180,7 +180,7 @@ async def test_cancelled_the_shell_is_killed(agent: Any, folder: Path) -> None:
     assert "restart" in await agent.fails("bash", command="echo x")
 
 
-async def test_shell_whose_closing_is_cancelled_as_it_exits_leaves_no_process_of_its_group(
+async def test_shell_whose_closing_is_cancelled_during_exit_leaves_no_process(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait = asyncio.subprocess.Process.wait
@@ -204,7 +204,7 @@ async def test_shell_whose_closing_is_cancelled_as_it_exits_leaves_no_process_of
     await shell.close()
 
 
-async def test_a_sandbox_dies_with_its_worker(sandbox: Bubblewrap, folder: Path) -> None:
+async def test_sandbox_of_killed_worker_dies(sandbox: Bubblewrap, folder: Path) -> None:
     os.chown(folder, *(sandbox.owner("s") or (-1, -1)))
     words = sandbox.command("s", folder, [*BASH, "-c", "echo up; setsid sleep 61.25"])
     script = "import subprocess, sys; subprocess.run(sys.argv[1:])"
@@ -220,7 +220,7 @@ async def test_a_sandbox_dies_with_its_worker(sandbox: Bubblewrap, folder: Path)
 
 
 @pytest.mark.parametrize("isolation", [Bare(), Bubblewrap(Limits())])
-def test_only_allowed_variables_are_passed(
+def test_shell_environment_contains_allowed_variables_only(
     isolation: Bare | Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
@@ -232,7 +232,7 @@ def test_only_allowed_variables_are_passed(
     assert only == {"A": "1", "PS1": "", "PS2": "", "TERM": "dumb"}
 
 
-async def test_limits(boxed: Any) -> None:
+async def test_sandbox_enforces_limits_of_memory_files_and_processes(boxed: Any) -> None:
     memory = "python3 -c 'bytearray(3 << 30)'"
     assert "MemoryError" in await boxed.fails("bash", command=memory)
     assert "File size limit" in await boxed.fails("bash", command="head -c 80M /dev/zero > f")
@@ -245,7 +245,7 @@ async def test_limits(boxed: Any) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_a_worker_that_is_not_root_is_sandboxed_too(
+def test_sandbox_of_worker_without_root_hides_host_files(
     sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))  # its own
@@ -277,7 +277,7 @@ def test_a_worker_that_is_not_root_is_sandboxed_too(
         assert "unshare failed" in done.stderr
 
 
-def test_each_session_has_a_user_of_its_own() -> None:
+def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
     isolation = Bubblewrap(Limits(), as_root=True)
     users = {isolation.owner(f"sess_{number}") for number in range(200)}
     assert len(users) == 200
@@ -285,7 +285,7 @@ def test_each_session_has_a_user_of_its_own() -> None:
     assert Bubblewrap(Limits(), as_root=False).owner("sess_1") is None
 
 
-async def test_a_shell_is_given_no_command_before_it_was_heard_from(tmp_path: Path) -> None:
+async def test_shell_that_has_not_answered_yet_is_sent_no_command(tmp_path: Path) -> None:
     """Else a sandbox that outlives its worker, killed while it was built, would still run it."""
     words = ["/bin/bash", "-c", "head -n 3 > said; exit 3"]
     shell = Shell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)

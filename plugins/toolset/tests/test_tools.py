@@ -42,13 +42,13 @@ if TYPE_CHECKING:
         ("grep", {"pattern": "x", "include": 3}, "include must be a string"),
     ],
 )
-async def test_bad_input_is_the_agents_to_mend(
+async def test_invalid_tool_input_is_answered_with_error_to_agent(
     bare: Any, tool: str, fields: dict[str, Any], said: str
 ) -> None:
     assert await bare.fails(tool, **fields) == said
 
 
-async def test_unknown_fields_are_ignored(bare: Any, folder: Path) -> None:
+async def test_unknown_input_fields_are_ignored(bare: Any, folder: Path) -> None:
     (folder / "a").write_text("x")
     assert await bare.says("read", file_path="a", pages="1-2", limit=None) == "x"
 
@@ -69,23 +69,23 @@ async def test_unknown_fields_are_ignored(bare: Any, folder: Path) -> None:
         ({"a\ud800": 1}, ['{"a\ufffd": 1}']),
     ],
 )
-def test_result_of_a_tool_becomes_blocks(value: object, content: list[str]) -> None:
+def test_return_value_of_tool_becomes_text_blocks(value: object, content: list[str]) -> None:
     result = Result.of(value)
     assert [block["text"] for block in result.content] == content
     assert not result.is_error
 
 
-def test_blocks_are_kept() -> None:
+def test_image_block_returned_by_tool_is_kept() -> None:
     image = {"type": "image", "source": {"type": "base64", "data": "eA=="}}
     assert Result.of([image, "text"]).content == [image, {"type": "text", "text": "text"}]
 
 
-def test_an_error_is_cut() -> None:
+def test_long_error_text_is_cut_to_limit() -> None:
     [block] = Result.error("x" * 10_000).content
     assert len(block["text"]) == 4_001
 
 
-async def test_custom_tools(agents: Any) -> None:
+async def test_custom_tools_run_async_on_loop_or_plain_in_thread(agents: Any) -> None:
     main = threading.current_thread()
 
     async def later(call: ToolCall) -> object:
@@ -108,7 +108,7 @@ async def test_custom_tools(agents: Any) -> None:
     assert not agent.toolbox.owns(call)
 
 
-async def test_unexpected_error_shows_no_path_of_the_machine_to_the_agent(
+async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
     bare: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
@@ -119,7 +119,7 @@ async def test_unexpected_error_shows_no_path_of_the_machine_to_the_agent(
     assert "/secret/place" in caplog.text
 
 
-async def test_a_tool_that_takes_too_long_is_given_up(agents: Any) -> None:
+async def test_custom_tool_beyond_time_limit_fails(agents: Any) -> None:
     async def sleep(_: ToolCall) -> None:
         await asyncio.sleep(600)
 
@@ -127,14 +127,16 @@ async def test_a_tool_that_takes_too_long_is_given_up(agents: Any) -> None:
     assert await agent.fails("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
-async def test_a_command_may_ask_for_less_time_but_for_no_more_than_there_is(agents: Any) -> None:
+async def test_command_timeout_above_limit_is_reduced_to_limit(agents: Any) -> None:
     agent = agents(bounds=Bounds(bash_seconds=20, tool_seconds=10.2))
     said = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
     assert said.startswith("killed after 0.2 s")
 
 
 @pytest.mark.parametrize("asked", [0, -1, -0.5, float("nan"), None])
-async def test_command_with_a_time_of_0_or_less_has_the_default(agents: Any, asked: object) -> None:
+async def test_command_with_timeout_of_zero_or_less_uses_default(
+    agents: Any, asked: object
+) -> None:
     agent = agents(bounds=Bounds(bash_seconds=0.3, tool_seconds=30))
     said = await agent.fails("bash", command="echo ran; sleep 600", timeout_ms=asked)
     assert said.startswith("ran\n\nkilled after 0.3 s")
@@ -161,7 +163,7 @@ async def test_command_with_a_time_of_0_or_less_has_the_default(agents: Any, ask
         ({"read_only_roots": ["/"], "isolation": "bubblewrap"}, "root /: shows "),
     ],
 )
-async def test_a_bad_setting_is_refused_at_start(
+async def test_invalid_toolset_setting_is_error_at_start(
     workpool: Kit, tmp_path: Path, given: dict[str, Any], problem: str
 ) -> None:
     toolset = Toolset(**{"isolation": "none", "state": str(tmp_path)} | given)
@@ -171,7 +173,7 @@ async def test_a_bad_setting_is_refused_at_start(
     assert problem in str(caught.value)
 
 
-async def test_a_token_that_every_sandbox_shows_is_refused(
+async def test_token_file_in_directory_visible_to_sandbox_is_refused(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool_toolset.plugin.VISIBLE", (str(tmp_path / "system"),))
@@ -184,7 +186,7 @@ async def test_a_token_that_every_sandbox_shows_is_refused(
             pass
 
 
-async def test_a_root_that_shows_the_token_is_refused(workpool: Kit, tmp_path: Path) -> None:
+async def test_root_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: Path) -> None:
     (tmp_path / "open/secrets").mkdir(parents=True)
     (tmp_path / "open/secrets/token").write_text("a-token")
     toolset = Toolset(state=str(tmp_path / "state"), read_only_roots=[str(tmp_path / "open")])
@@ -194,7 +196,7 @@ async def test_a_root_that_shows_the_token_is_refused(workpool: Kit, tmp_path: P
             pass
 
 
-async def test_a_root_whose_way_a_session_could_lead_elsewhere_is_refused(
+async def test_root_below_directory_that_sessions_can_replace_is_refused(
     workpool: Kit, tmp_path: Path
 ) -> None:
     """Between the roots `open` and `open/way/deep`, `way` could become a link to anywhere."""
@@ -218,7 +220,7 @@ async def test_a_root_whose_way_a_session_could_lead_elsewhere_is_refused(
             pass
 
 
-async def test_a_sandbox_that_does_not_work_is_never_done_without(
+async def test_broken_or_missing_bubblewrap_is_error_at_start(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "bwrap"
@@ -237,7 +239,7 @@ async def test_a_sandbox_that_does_not_work_is_never_done_without(
 
 @pytest.mark.usefixtures("sandbox")
 @pytest.mark.parametrize("isolation", ["none", "bubblewrap"])
-async def test_the_start_says_which_isolation_is_in_force(
+async def test_start_logs_isolation_in_force(
     workpool: Kit, tmp_path: Path, isolation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with workpool.pool(Toolset(state=str(tmp_path / "state"), isolation=isolation)):
@@ -245,7 +247,7 @@ async def test_the_start_says_which_isolation_is_in_force(
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700
 
 
-async def test_a_sandbox_that_cannot_be_tried_is_never_done_without(
+async def test_sandbox_that_cannot_be_checked_is_error_at_start(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse(*_: object) -> None:
@@ -257,7 +259,7 @@ async def test_a_sandbox_that_cannot_be_tried_is_never_done_without(
             pass
 
 
-async def test_a_sandbox_that_says_nothing_is_given_up(
+async def test_sandbox_check_without_answer_reports_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = tmp_path / "bwrap"
@@ -268,7 +270,7 @@ async def test_a_sandbox_that_says_nothing_is_given_up(
     assert await problem(sandbox, tmp_path) == "bwrap did not answer"
 
 
-async def test_a_session_id_never_becomes_a_path(tmp_path: Path) -> None:
+async def test_session_id_with_path_characters_is_refused(tmp_path: Path) -> None:
     toolset = Toolset(state=str(tmp_path / "state"), isolation="none")
     for session in ("../x", "a/b", "", ".", "..", "a\0", "x" * 129):
         with pytest.raises(ValueError, match="name"):
