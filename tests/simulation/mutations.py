@@ -262,14 +262,14 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "host names looked up on the default executor": [
         Edit(
-            "wire.resolver:ThreadResolver",
+            "wire.http.resolver:ThreadResolver",
             "loop.run_in_executor(self._executor, ",
             "loop.run_in_executor(None, ",
         ),
     ],
     "token read on the default executor": [
         Edit(
-            "wire.transport:Transport",
+            "wire.http.transport:Transport",
             "loop.run_in_executor(self._threads, self._read_credential)",
             "loop.run_in_executor(None, self._read_credential)",
         ),
