@@ -12,7 +12,7 @@ import pytest
 from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
-from workpool.pool import lease, loop_monitor
+from workpool.pool import diagnostics, lease
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
 
@@ -46,7 +46,7 @@ def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Tests of blocked loops replace this fixture.
     """
-    monkeypatch.setattr(loop_monitor, "LAG_WARNING_SECONDS", 15.0)
+    monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 15.0)
 
 
 @dataclass

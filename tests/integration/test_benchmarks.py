@@ -114,7 +114,7 @@ async def test_path_of_one_item_names_the_files_of_every_request() -> None:
     assert float(pool[4]) > float(bare[4])
     names = {name for name, *_ in counted}
     assert {"pool/poller.py", "pool/claim.py", "pool/completion.py", "wire/client.py"} <= names
-    assert "pool/loop_monitor.py" not in names  # once a second, not once an item
+    assert "pool/diagnostics.py" not in names  # once a second, not once an item
 
 
 async def test_instructions_name_everybody_they_can_count() -> None:

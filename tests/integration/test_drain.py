@@ -434,7 +434,7 @@ async def test_a_start_that_takes_for_ever_may_be_cancelled(make_pool: Any) -> N
 async def test_a_plugin_that_does_not_close_is_given_up(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("workpool.pool.lifespan.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
     async with make_pool(patient, Slow("closing")):
         pass
     assert "plugin did not close plugin=Slow" in caplog.text

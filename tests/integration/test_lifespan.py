@@ -150,7 +150,7 @@ class Deaf:
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.supervisor.CLOSE_SECONDS", 0.1)
-    monkeypatch.setattr("workpool.pool.lifespan.CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
 
 
 @pytest.mark.usefixtures("brief")

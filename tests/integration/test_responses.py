@@ -190,7 +190,7 @@ async def test_a_poll_refused_for_too_long_is_fatal_and_drains_the_sessions(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch, code: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("workpool.pool.poller_group.REFUSED_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.poller.REFUSED_SECONDS", 0.1)
     (item,) = plane.enqueue()
     async with make_pool(patient, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)

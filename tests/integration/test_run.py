@@ -324,7 +324,7 @@ async def test_metadata_that_is_refused_is_the_handlers_error(
 async def test_metadata_that_cannot_be_written_in_time_is_the_handlers_error(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.session_calls.UPDATE_SECONDS", 0.1)
+    monkeypatch.setattr("workpool.pool.session_runner.UPDATE_SECONDS", 0.1)
 
     @handler
     async def work(session: Session) -> None:

@@ -114,7 +114,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "first heartbeat unchecked": [
         Edit(
-            "heartbeat_sender:HeartbeatSender",
+            "sender:HeartbeatSender",
             "check=partial(self._check, lease, check)",
             "check=partial(self._check, lease, check) if lease.begun else None",
         ),
@@ -132,7 +132,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     # Optional calls.
     "refusal of an optional call not remembered": [
         Edit(
-            "optional_calls:OptionalCalls",
+            "client_protocol:OptionalCalls",
             "if op in self.refused:",
             "if False:",
         ),
@@ -141,7 +141,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("session_runner:SessionRunner", "self._runs.add(item.id)", "pass"),
     ],
     "refusal after a success taken for a missing permission": [
-        Edit("optional_calls:OptionalCalls", "op in self._allowed or ", ""),
+        Edit("client_protocol:OptionalCalls", "op in self._allowed or ", ""),
     ],
     # The lease.
     "412 taken for lost": [
@@ -152,7 +152,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeat after loss": [
         Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
-        Edit("heartbeat_sender:HeartbeatSender", "lease.check(self._clock())", "pass"),
+        Edit("sender:HeartbeatSender", "lease.check(self._clock())", "pass"),
     ],
     "deadline from the answer": [
         Edit(
@@ -181,7 +181,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "renewal unchecked": [
         Edit(
-            "heartbeat_sender:HeartbeatSender",
+            "sender:HeartbeatSender",
             "check=partial(self._check, lease, check)",
             "check=None if lease.begun else partial(self._check, lease, check)",
         ),
@@ -206,7 +206,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause not noticed": [
-        Edit("lease_clock:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        Edit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
     ],
     "pause noticed at the next tick only": [
         Edit(
@@ -217,7 +217,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "pause ended by a heartbeat before it": [
         Edit(
-            "heartbeat_sender:HeartbeatSender",
+            "sender:HeartbeatSender",
             "lease.answered(self._clock(), attempt, outcome)",
             "lease.answered(self._clock(), "
             "attempt._replace(clock_offset=self._pauses.offset()), outcome)",
@@ -279,20 +279,20 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("claim:Claimer", "permit = True", "permit = False")
     ],
     "refused acks not backed off": [
-        Edit("poller_group:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
+        Edit("poller:PollerGroup", "self.hold_back(self._ack_backoff.next())", "0"),
     ],
     "failing handler claims on": [
         Edit(
-            "handler_health:HandlerHealth",
+            "admission:HandlerHealth",
             "return failures is None or self._may_claim(failures)",
             "return True",
         ),
     ],
     "pause of a failing handler does not grow": [
         Edit(
-            "handler_health:HandlerHealth",
-            "max(PAUSE_SECONDS, 2 * failures.pause)",
-            "PAUSE_SECONDS",
+            "admission:HandlerHealth",
+            "max(FAILING_PAUSE_SECONDS, 2 * failures.pause)",
+            "FAILING_PAUSE_SECONDS",
         ),
     ],
     # The handler.
@@ -378,7 +378,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     # The handoff.
     "heartbeats during the handoff": [
         Edit(
-            "handoff:Handoff",
+            "handoff:HandoffRun",
             "lease.suspend()",
             "lease.suspend(); self._renewer.heartbeat_now(lease)",
         ),
@@ -400,7 +400,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "no child, and the item not taken back": [
         Edit(
-            "handoff:Handoff",
+            "handoff:HandoffRun",
             "await self._wait_for_child()\n            await self._heartbeat()",
             "await self._wait_for_child()",
         ),
@@ -436,7 +436,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeats not counted": [
         Edit(
-            "heartbeat_sender:HeartbeatSender",
+            "sender:HeartbeatSender",
             "self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)",
             "0",
         ),
@@ -449,19 +449,19 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "a lost run does not count": [
-        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "False"),
+        Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "False"),
     ],
     "a release counts": [
-        Edit("attempt:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
+        Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
     ],
     "mark not deleted by the next run": [
-        Edit("attempt:Attempt", "{ERROR, RELEASED}", "{ERROR}"),
+        Edit("pool_item:Attempt", "{ERROR, RELEASED}", "{ERROR}"),
     ],
     "release without a mark": [
-        Edit("attempt:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
+        Edit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
     ],
     "mark left beside the error": [
-        Edit("attempt:Attempt", "{**self._notes, **notes}", "{**notes}"),
+        Edit("pool_item:Attempt", "{**self._notes, **notes}", "{**notes}"),
     ],
 }
 

@@ -11,11 +11,10 @@ import pytest
 
 from workpool import Settings
 from workpool.events import HeartbeatFinished
-from workpool.pool.heartbeat_sender import HeartbeatSender
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.pool_item import PoolItem
-from workpool.pool.sender import Sender
+from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.server import Operations, Poll
 from workpool.testing.local_client import CallFault, LocalClient, Script
 from workpool.testing.loop_supervisor import LoopRenewer

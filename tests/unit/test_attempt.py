@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workpool.pool.attempt import Attempt, RunCounts
+from workpool.pool.pool_item import Attempt, RunCounts
 
 
 def test_run_that_is_counted_here_still_writes_its_number_with_a_mark() -> None:

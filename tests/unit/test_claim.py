@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from workpool.errors import LeaseLost
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
-from workpool.pool.lease_clock import PauseDetector
+from workpool.pool.lease import PauseDetector
 from workpool.pool.pool_item import PoolItem
 from workpool.testing.local_client import CallFault
 from workpool.testing.virtual_time import in_virtual_time

@@ -11,7 +11,12 @@ import pytest
 
 from workpool import Release
 from workpool.handlers import Handler
-from workpool.pool.handler_health import FAILURES, PAUSE_MAX_SECONDS, QUICK_SECONDS, HandlerHealth
+from workpool.pool.admission import (
+    FAILING_PAUSE_MAX_SECONDS,
+    FAILURES,
+    QUICK_SECONDS,
+    HandlerHealth,
+)
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -216,7 +221,7 @@ async def test_pause_doubles_with_each_failure_up_to_thirty_seconds() -> None:
         pauses.append(scene.loop.time() - before)
         scene.end()
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
-    assert PAUSE_MAX_SECONDS == 30
+    assert FAILING_PAUSE_MAX_SECONDS == 30
     scene.end("completed")
     scene.fail()
     before = scene.loop.time()

@@ -2,63 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.pool import lease_clock
-from workpool.pool.lease_clock import PAUSE_SECONDS, PauseDetector
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture
-def reloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Lets a test change the platform before it loads the module again."""
-    with monkeypatch.context() as changes:
-        yield changes
-    importlib.reload(lease_clock)
+from workpool.pool.lease import (
+    PAUSE_SECONDS,
+    PauseDetector,
+    clock_that_counts_sleep,
+    lease_clock,
+)
 
 
 def test_lease_clock_never_goes_back_and_is_the_same_on_every_thread() -> None:
-    seen = [lease_clock.lease_clock()]
-    thread = threading.Thread(target=lambda: seen.append(lease_clock.lease_clock()))
+    seen = [lease_clock()]
+    thread = threading.Thread(target=lambda: seen.append(lease_clock()))
     thread.start()
     thread.join()
-    seen.append(lease_clock.lease_clock())
+    seen.append(lease_clock())
     assert seen == sorted(seen)
     assert seen[-1] - seen[0] < 30
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has this clock")
-def test_lease_clock_counts_sleep_on_linux(reloaded: pytest.MonkeyPatch) -> None:
-    reloaded.setattr(time, "clock_gettime", float)
-    importlib.reload(lease_clock)
-    assert lease_clock.lease_clock() == float(time.CLOCK_BOOTTIME)
+def test_lease_clock_counts_sleep_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "clock_gettime", float)
+    assert clock_that_counts_sleep()() == float(time.CLOCK_BOOTTIME)
 
 
-def test_lease_clock_counts_sleep_on_macos(reloaded: pytest.MonkeyPatch) -> None:
+def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     """There `time.monotonic` stands still while the machine sleeps."""
-    reloaded.delattr(time, "CLOCK_BOOTTIME", raising=False)
-    reloaded.setattr(sys, "platform", "darwin")
-    reloaded.setattr(time, "clock_gettime", float)
-    importlib.reload(lease_clock)
-    assert lease_clock.lease_clock() == float(time.CLOCK_MONOTONIC)
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(time, "clock_gettime", float)
+    assert clock_that_counts_sleep()() == float(time.CLOCK_MONOTONIC)
 
 
-def test_lease_clock_of_other_platforms_is_the_monotonic_one(
-    reloaded: pytest.MonkeyPatch,
+def test_lease_clock_elsewhere_is_the_monotonic_one(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reloaded.delattr(time, "CLOCK_BOOTTIME", raising=False)
-    reloaded.setattr(sys, "platform", "win32")
-    importlib.reload(lease_clock)
+    monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
     before = time.monotonic()
-    assert before <= lease_clock.lease_clock() <= time.monotonic()
+    assert before <= clock_that_counts_sleep()() <= time.monotonic()
 
 
 class Clocks:

@@ -16,13 +16,12 @@ import pytest
 from workpool import Settings
 from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
-from workpool.pool import lease_renewer, loop_monitor
-from workpool.pool.heartbeat_sender import HeartbeatSender
-from workpool.pool.lease import Lease
-from workpool.pool.lease_clock import PauseDetector, lease_clock
+from workpool.pool import diagnostics, lease_renewer
+from workpool.pool.diagnostics import LoopMonitor
+from workpool.pool.lease import Lease, PauseDetector, lease_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
-from workpool.pool.loop_monitor import LoopMonitor
 from workpool.pool.pool_item import PoolItem
+from workpool.pool.sender import HeartbeatSender
 from workpool.server import Operations
 from workpool.testing.changes import Changes
 from workpool.testing.local_client import CallFault, LocalClient, Script
@@ -340,7 +339,7 @@ async def test_lag_of_the_loop_is_measured(scene: Scene) -> None:
 async def test_blocked_loop_is_warned_about_with_the_handlers_name(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loop_monitor, "LAG_WARNING_SECONDS", 0.1)
+    monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 0.1)
 
     async def handler() -> None:
         while "event loop is blocked" not in caplog.text:
@@ -387,7 +386,7 @@ async def test_blocked_time_is_exact_although_ticks_are_late(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every tick takes three times as long as may be counted for it."""
-    monkeypatch.setattr(loop_monitor, "TICK_SECONDS", TICK_SECONDS / 6)
+    monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with scene.renewer(max_block=0.1):
         await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
         began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time

@@ -15,7 +15,7 @@ from workpool.errors import ConflictError, RefusedError, TransientError, Workpoo
 from workpool.events import PollersScaled
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
-from workpool.pool.poller_group import REFUSED_SECONDS, PollerGroup
+from workpool.pool.poller import REFUSED_SECONDS, PollerGroup
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from workpool.errors import (
 )
 from workpool.pool.pool_item import EndReason
 from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, SendOptions
-from workpool.pool.session_calls import UPDATE_SECONDS, SessionCalls
+from workpool.pool.session_runner import UPDATE_SECONDS, SessionCalls
 from workpool.testing.local_client import CallFault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.http.call_options import Priority

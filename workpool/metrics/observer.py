@@ -28,8 +28,7 @@ from workpool.metrics.definitions import (
     HANDLERS_MAX,
     OTHER_HANDLERS,
 )
-from workpool.metrics.gauges import GaugeSource
-from workpool.metrics.null_ratio import NullWindow
+from workpool.metrics.gauges import GaugeSource, NullWindow
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:

@@ -1,8 +1,10 @@
-"""Whether the pool may claim items: pauses by its embedder, and refusals by plugins.
+"""Whether the pool may claim items: pauses, refusals by plugins, failing handlers, exit limits.
 
-Pollers ask before they poll; sessions that run are not concerned. Lives on the handlers' loop; the
-reasons may be read on any thread.
-See workpool/docs/architecture.md, "Admission".
+Sessions that run are not concerned. A failing handler would take item after item from the workers
+that can run them, so it claims one at a time, after a pause that doubles with every further
+failure. An exit limit that is reached ends the claiming for good; the drain follows once no session
+runs. Lives on the handlers' loop; the reasons may be read on any thread.
+See workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process".
 """
 
 from __future__ import annotations
@@ -11,15 +13,21 @@ import asyncio
 import logging
 import math
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
+from workpool.errors import exhausted
 from workpool.logs import readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
-    from workpool.pool.lease_clock import Clock
+    from workpool.handlers import Handler
+    from workpool.pool.lease import Clock
+    from workpool.pool.pool_item import PoolItem
+    from workpool.session import Outcome
+    from workpool.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +38,11 @@ ASK_SECONDS = 1.0
 LOOK_SECONDS = 10.0
 """The wall clock is compared with the end of a pause this often: it may jump, or the machine may
 sleep."""
+FAILURES = 5
+"""The number of sessions of different items that must fail in a row."""
+QUICK_SECONDS = 1.0
+"""Only a failure within this time after the acknowledgement counts."""
+FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 
 class Admission:
@@ -121,3 +134,153 @@ class Admission:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+@dataclass(slots=True)
+class _Failures:
+    """The failures in a row of one handler.
+
+    Attributes:
+        handler: The handler.
+        work_ids: Their items, as long as they are fewer than `FAILURES`.
+        pause: Seconds until the next item may be claimed; 0 while the handler is not failing.
+        resume_at: When that is, on the loop's clock.
+    """
+
+    handler: Handler
+    work_ids: set[str] = field(default_factory=set)
+    pause: float = 0.0
+    resume_at: float = 0.0
+
+
+class HandlerHealth:
+    """The failing handlers of one pool. Used on the handlers' loop; `failing` on any thread.
+
+    Args:
+        count: Returns the number of items of a handler that are ours.
+    """
+
+    def __init__(self, count: Callable[[Handler], int]) -> None:
+        self._count = count
+        self._seen: set[str] = set()
+        """The names of the handlers that have run here."""
+        self._failures: dict[str, _Failures] = {}
+        """By handler name, while there are any: a handler that succeeds has no entry."""
+        self._changed = asyncio.Event()
+
+    def failing(self) -> list[str]:
+        """The names of the failing handlers."""
+        return [name for name, each in list(self._failures.items()) if each.pause]
+
+    def record(self, item: PoolItem, outcome: Outcome, seconds: float) -> None:
+        """Record the end of a session."""
+        if item.handler is None:
+            return
+        handler, failing = item.handler, bool(self._failures)
+        self._seen.add(handler.name)
+        quick = outcome == "failed" and seconds < QUICK_SECONDS
+        if quick or (outcome == "released" and exhausted(item.error)):
+            self._failed(self._failures.setdefault(handler.name, _Failures(handler)), item.id)
+        elif outcome in {"completed", "failed", "timed_out"}:
+            self._failures.pop(handler.name, None)
+        if failing:
+            self._changed.set()
+
+    def may_claim(self, handler: Handler) -> bool:
+        """Whether an item may be claimed for this handler now."""
+        failures = self._failures.get(handler.name)
+        return failures is None or self._may_claim(failures)
+
+    async def admission(self) -> None:
+        """Wait while every handler that has run here is failing and none may claim an item."""
+        while self._failures and self._all_wait():
+            now = asyncio.get_running_loop().time()
+            # A handler whose pause is over waits for the end of its one session.
+            resume_at = [each.resume_at for each in self._failures.values()]
+            pauses = [each - now for each in resume_at if each > now]
+            self._changed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(pauses, default=None)):
+                    await self._changed.wait()
+
+    def _all_wait(self) -> bool:
+        return len(self._failures) == len(self._seen) and not any(
+            map(self._may_claim, self._failures.values())
+        )
+
+    def _may_claim(self, failures: _Failures) -> bool:
+        if not failures.pause:
+            return True
+        now = asyncio.get_running_loop().time()
+        return now >= failures.resume_at and self._count(failures.handler) == 0
+
+    def _failed(self, failures: _Failures, work_id: str) -> None:
+        if not failures.pause:
+            failures.work_ids.add(work_id)
+            if len(failures.work_ids) < FAILURES:
+                return
+            failures.work_ids.clear()
+        pause = max(FAILING_PAUSE_SECONDS, 2 * failures.pause)
+        failures.pause = min(FAILING_PAUSE_MAX_SECONDS, pause)
+        failures.resume_at = asyncio.get_running_loop().time() + failures.pause
+
+
+Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]
+
+
+class ExitLimits:
+    """The limits of one pool.
+
+    Args:
+        settings: The pool's.
+        admission: The pool's; a pause interrupts the idle time.
+
+    Attributes:
+        reached: The first limit that was reached; None before that.
+    """
+
+    def __init__(self, settings: Settings, admission: Admission) -> None:
+        self.reached: Limit | None = None
+        self._sessions = settings.exit_after_sessions
+        self._idle = settings.exit_after_idle
+        self._uptime = settings.exit_after_uptime
+        self._admission = admission
+        self._claimed = 0
+        self._idle_since: float | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def any(self) -> bool:
+        """Whether the pool has a limit."""
+        return (self._sessions, self._idle, self._uptime) != (None, None, None)
+
+    def note_claim(self) -> None:
+        """Count a session that was claimed."""
+        self._claimed += 1
+        if self._claimed == self._sessions:
+            self._reach("exit_after_sessions")
+
+    def note_poll(self, idle: bool) -> None:  # noqa: FBT001 - a callback
+        """Record a poll that succeeded; `idle`: it brought no item, and no item is ours."""
+        if not idle:
+            self._idle_since = None
+            return
+        now = asyncio.get_running_loop().time()
+        if self._idle_since is None or self._idle_since < self._admission.granted_at:
+            self._idle_since = now
+        if self._idle is not None and now - self._idle_since >= self._idle:
+            self._reach("exit_after_idle")
+
+    async def wait(self) -> Limit:
+        """Wait until a limit is reached, and return it. The uptime counts from this call."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._uptime):
+                await self._changed.wait()
+        return self._reach("exit_after_uptime")
+
+    def _reach(self, limit: Limit) -> Limit:
+        """Record that a limit is reached, and return the first one."""
+        if self.reached is None:
+            self.reached = limit
+            self._changed.set()
+        return self.reached

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
     from workpool.events import CallResult
     from workpool.pool.context import PoolContext
-    from workpool.pool.heartbeat_sender import HeartbeatSender
     from workpool.pool.lease import Lease
     from workpool.pool.pool_item import PoolItem
+    from workpool.pool.sender import HeartbeatSender
     from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)

@@ -27,18 +27,16 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import ResultDropped, StopFinished
-from workpool.pool.attempt import ERROR
-from workpool.pool.pool_item import EndReason
+from workpool.pool.pool_item import ERROR, EndReason
 from workpool.pool.sender import SendOptions
 from workpool.session import Outcome, Release
 from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
     from workpool.events import CallResult
-    from workpool.pool.attempt import Attempt, Patch
     from workpool.pool.context import PoolContext
     from workpool.pool.lease import Lease
-    from workpool.pool.pool_item import PoolItem
+    from workpool.pool.pool_item import Attempt, Patch, PoolItem
     from workpool.pool.sender import Sender
     from workpool.wire.http.call_options import CallOptions
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workpool.pool.admission import Admission
-from workpool.pool.lease_clock import wall_clock
-from workpool.pool.optional_calls import OptionalCalls
+from workpool.pool.client_protocol import OptionalCalls
+from workpool.pool.lease import wall_clock
 
 if TYPE_CHECKING:
     from contextvars import Context
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.plugins import Plugins
     from workpool.pool.bounded_queue import BoundedQueue
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease_clock import Clock
+    from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import Observe

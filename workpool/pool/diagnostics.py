@@ -1,26 +1,116 @@
-"""Diagnostics of a process whose event loop is blocked.
+"""The monitor of the handlers' event loop, and reports about a process whose loop is blocked.
 
-A report never delays its caller for longer than `REPORT_SECONDS`. The stacks of all threads are
-collected without a file, and their size is limited.
+From the lease renewer's thread, the monitor sends the loop a ping once per tick, measures how long
+the answer takes, logs the name of the task that blocks the loop, and reports when `max_block` is
+reached. It decides nothing about leases. A report never delays its caller for longer than
+`REPORT_SECONDS`. The stacks of all threads are collected without a file, and their size is limited.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import logging
 import sys
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LAG_WARNING_SECONDS = 1.0
 REPORT_SECONDS = 2.0
 THREADS_MAX = 32
 FRAMES_MAX = 40
 """Innermost frames reported per thread."""
 STACK_CHARACTERS = 4_000
 """Characters reported per thread, the innermost frames last."""
+
+
+class LoopMonitor:
+    """Created on the handlers' loop; every public member is used on the renewer's thread.
+
+    Attributes:
+        lag: Seconds that the last answer took, None before the first one.
+    """
+
+    def __init__(self, tell: Callable[[Callable[[], object]], None], max_block: float) -> None:
+        """`tell` runs a callback on the handlers' loop."""
+        self.lag: float | None = None
+        self._tell = tell
+        self._max_block = max_block
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._waited = 0.0
+        self._ping = 0
+        self._answered_before = 0.0  # time of the answer to the ping before
+        self._answered_at = time.monotonic()  # written on the handlers' loop
+        self._pong = 0  # written on the handlers' loop, last
+
+    @property
+    def answered(self) -> bool:
+        """Whether the loop has answered the last ping."""
+        return self._pong == self._ping
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the loop has not answered for `LAG_WARNING_SECONDS`."""
+        return self._waited >= LAG_WARNING_SECONDS
+
+    def ask(self) -> None:
+        """Send the next ping to a loop that has answered the last one."""
+        if self.blocked:
+            seconds = self._answered_at - self._answered_before
+            _warn("event loop runs again blocked_seconds=%.3f", seconds)
+        self._waited = 0.0
+        self._ping += 1
+        self._answered_before = self._answered_at
+        self._tell(functools.partial(self._answer, self._ping, time.monotonic()))
+
+    def wait(self, seconds: float) -> bool:
+        """Add `seconds` without an answer; return whether they amount to `max_block`."""
+        was_blocked = self.blocked
+        # Two ticks at most: a process that was stopped for long has no blocked loop.
+        self._waited += min(seconds, 2 * TICK_SECONDS)
+        if self.blocked and not was_blocked:
+            _warn(
+                "event loop is blocked by=%r; use asyncio.to_thread for blocking code",
+                self._blocker(),
+            )
+        return self._waited >= self._max_block
+
+    def blocked_report(self) -> Callable[[], None]:
+        """Measure now how long the loop has not answered; return the call that logs it."""
+        seconds = time.monotonic() - self._answered_at
+        return functools.partial(self._log_blocked, seconds)
+
+    def _log_blocked(self, seconds: float) -> None:
+        log_stacks(
+            log,
+            all_stacks(self._thread),
+            "event loop blocked seconds=%.3f by=%r; leases are not renewed any more",
+            seconds,
+            self._blocker(),
+        )
+
+    def _answer(self, ping: int, asked_at: float) -> None:
+        """Called on the handlers' loop."""
+        self._answered_at = time.monotonic()
+        self.lag = self._answered_at - asked_at
+        self._pong = ping
+
+    def _blocker(self) -> str:
+        task = asyncio.current_task(self._loop)
+        return "no task" if task is None else task.get_name()
+
+
+def _warn(message: str, value: object) -> None:
+    report(functools.partial(log.warning, message, value))
 
 
 def report(write: Callable[[], None]) -> None:

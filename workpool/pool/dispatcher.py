@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 from workpool.errors import PluginError
 from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
 from workpool.logs import readable
+from workpool.pool.admission import HandlerHealth
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
-from workpool.pool.handler_health import HandlerHealth
-from workpool.pool.heartbeat_sender import HeartbeatSender
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
-from workpool.pool.sender import Sender
+from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.pool.session_runner import SessionRunner
 from workpool.wire.protocol import HEALTHCHECK
 

@@ -1,27 +1,38 @@
-"""Handing an item off to a child process: the part that runs on the renewer's loop.
+"""Handing an item off to a child process: the parent's side.
 
 Our heartbeats are suspended, the handler starts the child, and the child's first heartbeat takes
 the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
 the two succeeds. Until it is known which one, nothing else is sent for the item: stops and metadata
 carry no precondition on the wire.
+
+`hand_off` and `settle` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
-from workpool.errors import ControlPlaneError
-from workpool.pool.optional_calls import read_item
+from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
+from workpool.pool.client_protocol import read_item
+from workpool.pool.pool_item import Handoff
+from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
 
 if TYPE_CHECKING:
-    from workpool.pool.lease import Lease
+    from collections.abc import AsyncIterator
+
+    from workpool.pool.context import PoolContext
+    from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.pool_item import PoolItem
+    from workpool.pool.sender import Sender
+
+log = logging.getLogger(__name__)
 
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
@@ -29,51 +40,23 @@ TAKE_BACK_PART = 4
 """An item without a child is taken back this part of the TTL before its lease is given up."""
 
 
-class Handoff:
-    """One attempt to hand an item off. Created on the handlers' loop, run on the renewer's.
+class HandoffRun:
+    """Hands an item off. Created on the handlers' loop, used on the renewer's."""
 
-    Attributes:
-        state: asked; open: our heartbeats are suspended; closed: the lease is ours again, or over.
-            Written on the renewer's loop only, like the two below.
-        last_heartbeat: What the child's first heartbeat must expect, once open.
-        ttl: Seconds that our last heartbeat was granted, once open.
-    """
-
-    def __init__(self, lease: Lease, renewer: LeaseRenewer, item: PoolItem) -> None:
-        self.state: Literal["asked", "open", "closed"] = "asked"
-        self.last_heartbeat = ""
-        self.ttl = 0
-        self._lease = lease
-        self._renewer = renewer
+    def __init__(self, item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
         self._item = item
-        self._child_expected = self._taken_back = False
-        self.clock = renewer.clock
+        self._lease = item.lease
+        self._handoff = handoff
+        self._renewer = renewer
         self._reads = Backoff(READ_SECONDS, READ_CAP_SECONDS)
-        self._changed = asyncio.Event()  # waited for and set on the renewer's loop
-
-    # Called on the renewer's loop.
-
-    def wake(self) -> None:
-        """Record that a heartbeat was answered or that the lease has ended."""
-        self._changed.set()
-
-    def expect_child(self) -> None:
-        """Record that the child was started."""
-        self._child_expected = True
-        self._changed.set()
-
-    def take_back(self) -> None:
-        """Wait no longer for a child: take the item back."""
-        self._taken_back = True
-        self._changed.set()
 
     async def run(self) -> None:
         """Send nothing until a child has the item or the pool must take it back."""
-        lease = self._lease
+        lease, handoff = self._lease, self._handoff
         try:
             if await self._heartbeat():
                 lease.suspend()
-                self.last_heartbeat, self.ttl = lease.expected, round(lease.ttl)
+                handoff.last_heartbeat, handoff.ttl = lease.expected, round(lease.ttl)
                 self._turn("open")
                 await self._wait_for_child()
                 await self._heartbeat()
@@ -82,25 +65,25 @@ class Handoff:
 
     async def _heartbeat(self) -> bool:
         """Send a heartbeat, or wait for the one under way; return whether the lease is held."""
-        lease = self._lease
+        lease, changed = self._lease, self._handoff.changed
         self._renewer.heartbeat_now(lease)
-        while not (lease.over or (lease.settled and lease.due_at > self.clock())):
-            self._changed.clear()
-            await self._changed.wait()  # bounded by the end of the lease
+        while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
+            changed.clear()
+            await changed.wait()  # bounded by the end of the lease
         return not lease.over
 
     async def _wait_for_child(self) -> None:
-        lease, clock = self._lease, self.clock
+        lease, handoff, clock = self._lease, self._handoff, self._renewer.clock
         # Leaves time for the heartbeat that takes the item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
-        while not (self._taken_back or lease.over) and (left := until - clock()) > 0:
-            self._changed.clear()
+        while not (handoff.taken_back or lease.over) and (left := until - clock()) > 0:
+            handoff.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(
-                    min(left, self._reads.next()) if self._child_expected else left
+                    min(left, self._reads.next()) if handoff.child_expected else left
                 ):
-                    await self._changed.wait()
-            if self._child_expected and not await self._child_missing():
+                    await handoff.changed.wait()
+            if handoff.child_expected and not await self._child_missing():
                 return
 
     async def _child_missing(self) -> bool:
@@ -121,5 +104,69 @@ class Handoff:
         return status == "held" and item.state != STOPPING
 
     def _turn(self, state: Literal["open", "closed"]) -> None:
-        self.state = state
+        self._handoff.state = state
         self._renewer.report(self._item)
+
+
+@asynccontextmanager
+async def hand_off(
+    item: PoolItem, context: PoolContext, sender: Sender
+) -> AsyncIterator[HandedLease]:
+    """Hand an item off: see `Session.handover`. Used on the handlers' loop."""
+    sender.check(item, by_handler=True)
+    lease, renewer = item.lease, context.renewer
+    item.handoff = handoff = Handoff()
+    sender.cut(item)
+    renewer.start(HandoffRun(item, handoff, renewer).run, "handoff")
+    try:
+        yield await _opened(item, handoff, context, sender)
+        renewer.call(handoff.expect_child)
+        await _reaches(item, handoff, "closed", renewer.clock)
+    except asyncio.CancelledError:
+        renewer.call(handoff.take_back)
+        raise  # a cancelled handler must end at once; the runner calls `settle` after it
+    except BaseException:
+        await settle(item, handoff, renewer)
+        raise
+    if lease.status != "handed_off":
+        sender.check(item, by_handler=False)
+        raise HandoverError(item.id)
+
+
+async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
+    """Wait for the end of the handoff: only then is it known which process has the item."""
+    if handoff.state != "closed":
+        renewer.call(handoff.take_back)
+        await _reaches(item, handoff, "closed", renewer.clock)
+    if item.lease.status == "handed_off":
+        log.info("handed off work_id=%s", item.id)
+
+
+async def _opened(
+    item: PoolItem, handoff: Handoff, context: PoolContext, sender: Sender
+) -> HandedLease:
+    lease = item.lease
+    await _reaches(item, handoff, "open", context.clock)
+    if handoff.state != "open" or lease.status != "held":
+        sender.check(item, by_handler=False)
+        raise HandoverError(item.id)  # there was no time left for a child
+    if lease.stop_requested:  # a child would be started only to be stopped
+        raise SessionEnded(item.id)
+    settings = context.settings
+    return HandedLease(
+        work_id=item.id,
+        environment_id=item.work_item.environment_id,
+        last_heartbeat=handoff.last_heartbeat,
+        ttl=handoff.ttl,
+        base_url=settings.base_url,
+        dialect=settings.dialect,
+        session_id=item.session_id,
+        item_token=item.work_item.sessions_token,
+    )
+
+
+async def _reaches(item: PoolItem, handoff: Handoff, state: str, clock: Clock) -> None:
+    """Wait until the handoff is in this state or closed, or the lease ends, which is the bound."""
+    lease, states = item.lease, {state, "closed"}
+    seconds = max(0.0, lease.deadline - clock())
+    await item.until(lambda: handoff.state in states or lease.status != "held", seconds)

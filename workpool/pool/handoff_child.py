@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
+from workpool.pool.client_protocol import read_item
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.handler_executor import handler_group
-from workpool.pool.optional_calls import read_item
-from workpool.pool.poller_group import PollerGroup
+from workpool.pool.poller import PollerGroup
 from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
 from workpool.wire.client import WorkClient

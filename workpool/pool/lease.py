@@ -1,15 +1,24 @@
-"""One item's lease as pure arithmetic: its deadline, its next heartbeat, what an answer means.
+"""The lease of one item as pure arithmetic, and the clocks that it is measured by.
 
-This module reads no clock and awaits nothing: each method gets the time. One thread writes a lease
-at a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then
-on. Any thread may read `status`, `deadline` and the flags.
-See workpool/docs/architecture.md, "The arithmetic of a lease".
+`Lease` reads no clock and awaits nothing: each method gets the time. One thread writes a lease at
+a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then on.
+Any thread may read `status`, `deadline` and the flags.
+
+Event loop clocks stop while a machine sleeps; the control plane's does not. Deadlines therefore use
+a clock that counts sleep: a worker that wakes must notice that its leases are lost before it sends
+anything. A paused, restored or cloned virtual machine stops that clock too; there, only the wall
+clock shows that time has passed.
+See workpool/docs/architecture.md, "The arithmetic of a lease" and "Clocks".
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+import sys
+import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
@@ -38,6 +47,45 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from workpool.events import HeartbeatResult
     from workpool.wire.items import WorkItem
+
+Clock = Callable[[], float]
+"""Seconds on a monotonic clock; only differences mean anything."""
+
+PAUSE_SECONDS = 2.0
+"""The machine counts as paused if the wall clock moved this much against the lease clock."""
+
+
+def clock_that_counts_sleep() -> Clock:
+    """Return this platform's clock. No function of ours: it is read some forty times an item."""
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
+        return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    if sys.platform == "darwin":  # `time.monotonic` stands still during sleep there
+        return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+    return time.monotonic
+
+
+lease_clock: Clock = clock_that_counts_sleep()
+"""Seconds since some moment in the past, sleep included."""
+wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, never a deadline
+"""Seconds since 1970 on the clock that people and time servers set."""
+
+
+class PauseDetector:
+    """Detects that the wall clock moved against the lease clock. May be used on any thread."""
+
+    def __init__(self, clock: Clock, wall: Clock = wall_clock) -> None:
+        self._clock = clock
+        self._wall = wall
+
+    def offset(self) -> float:
+        """Return the seconds by which the wall clock is ahead of the lease clock."""
+        return self._wall() - self._clock()
+
+    def paused(self, since: float) -> bool:
+        """Whether the machine was paused since `offset` returned the value `since`."""
+        # Called for every write, and so without further calls.
+        return abs(self._wall() - self._clock() - since) >= PAUSE_SECONDS
+
 
 RENEW_PART, JITTER = 3, 0.1
 """A lease is renewed every third of its TTL, less up to a tenth of that, so that leases that were

@@ -22,20 +22,17 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured
-from workpool.pool.diagnostics import report
-from workpool.pool.heartbeat_sender import HeartbeatSender
-from workpool.pool.lease_clock import PAUSE_SECONDS, PauseDetector
-from workpool.pool.loop_monitor import LoopMonitor
-from workpool.pool.optional_calls import OptionalCalls
+from workpool.pool.client_protocol import OptionalCalls
+from workpool.pool.diagnostics import LoopMonitor, report
+from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
+from workpool.pool.sender import HeartbeatSender
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.handoff import Handoff
-    from workpool.pool.lease import Lease
-    from workpool.pool.lease_clock import Clock
+    from workpool.pool.lease import Clock, Lease
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
@@ -188,9 +185,9 @@ class LeaseRenewer:
         """Let `lease` lapse `delay` seconds from now: one last heartbeat, then silence."""
         self.call(lambda: self._send_now(lease, functools.partial(lease.release, delay=delay)))
 
-    def start_handoff(self, handoff: Handoff) -> None:
-        """Start to run a handoff."""
-        self.call(lambda: self._group.create_task(handoff.run(), name="handoff"))
+    def start(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
+        """Run something of a handoff in a task on the renewer's loop."""
+        self.call(lambda: self._group.create_task(work(), name=name))
 
     def call(self, callback: Callable[[], object]) -> None:
         """Run a callback on the renewer's loop."""

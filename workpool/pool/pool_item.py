@@ -1,15 +1,22 @@
-"""One item while this pool owns it: its state, and why its session ends.
+"""One item while this pool owns it: its state, why its session ends, the number of its run.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.
-See workpool/docs/architecture.md, "The states of an item".
+
+The metadata `workpool.attempt` holds the number of an item's last run; it is absent after the first
+run. The next run has the next number, unless the last run left the mark `workpool.released`: then
+it has the same number. A patch made here has the same effect when it is applied twice, so it may be
+sent again after a lost answer. Where the metadata cannot be written, `RunCounts` counts the runs of
+this process instead.
+See workpool/docs/architecture.md, "The states of an item" and "The end of a session".
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
-from collections import Counter
+import re
+from collections import Counter, OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -18,12 +25,12 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from workpool.handlers import Handler
-    from workpool.pool.attempt import Attempt
-    from workpool.pool.handoff import Handoff
     from workpool.pool.lease import Lease
     from workpool.session import Session
     from workpool.wire.http.bound import Bound
     from workpool.wire.items import WorkItem
+
+    Patch = dict[str, str | None]
 
 State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
 Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "closed"]
@@ -42,6 +49,12 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("completing", "closed"): "closed",
 }
 """Every transition that is allowed; any other one is a bug and raises."""
+ATTEMPT: Final = "workpool.attempt"
+ERROR: Final = "workpool.error"
+RELEASED: Final = "workpool.released"
+REMEMBERED_ITEMS: Final = 10_000
+"""The number of items whose runs are counted in memory."""
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
@@ -56,6 +69,42 @@ class EndReason(enum.IntEnum):
     HANDED_OFF = enum.auto()
     STOPPED = enum.auto()
     LOST = enum.auto()
+
+
+class Handoff:
+    """One attempt to hand an item off to a child process.
+
+    Created on the handlers' loop; after that everything is written on the renewer's.
+
+    Attributes:
+        state: asked; open: our heartbeats are suspended; closed: the lease is ours again, or over.
+        last_heartbeat: What the child's first heartbeat must expect, once open.
+        ttl: Seconds that our last heartbeat was granted, once open.
+        child_expected: The child was started.
+        taken_back: No child is waited for any longer: the item is taken back.
+        changed: Set at every change, and when a heartbeat was answered or the lease has ended.
+    """
+
+    def __init__(self) -> None:
+        self.state: Literal["asked", "open", "closed"] = "asked"
+        self.last_heartbeat = ""
+        self.ttl = 0
+        self.child_expected = self.taken_back = False
+        self.changed = asyncio.Event()
+
+    def wake(self) -> None:
+        """Record that a heartbeat was answered or that the lease has ended."""
+        self.changed.set()
+
+    def expect_child(self) -> None:
+        """Record that the child was started."""
+        self.child_expected = True
+        self.changed.set()
+
+    def take_back(self) -> None:
+        """Wait no longer for a child: take the item back."""
+        self.taken_back = True
+        self.changed.set()
 
 
 class PoolItem:
@@ -231,3 +280,72 @@ class OwnedItems:
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
             self._by_session.pop(item.session_id, None)
+
+
+class Attempt:
+    """One run of an item, according to the item's metadata.
+
+    Attributes:
+        number: 1 for the first run.
+        marked: The control plane has confirmed the mark of this run.
+    """
+
+    __slots__ = ("_first", "_notes", "_number", "marked", "number")
+
+    def __init__(self, metadata: Mapping[str, str], *, redelivered: bool) -> None:
+        """Number the run.
+
+        Args:
+            metadata: The item's metadata, as its acknowledgement returned them.
+            redelivered: The item was held before.
+        """
+        stored = metadata.get(ATTEMPT, "1")
+        counts = redelivered and RELEASED not in metadata
+        self._first = int(stored) if _NUMBER(stored) else 1
+        self.number = self._first + counts
+        self.marked = False
+        self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
+        self._notes: Patch = dict.fromkeys(metadata.keys() & {ERROR, RELEASED})
+
+    def count_here(self, earlier: int) -> None:
+        """Number the run by the `earlier` runs of this process.
+
+        What was to be written stays so, in case the mark can be written after all.
+        """
+        # Not their sum: a mark that was written nevertheless has the number of the same runs.
+        self.number = max(self._first, 1 + earlier)
+
+    def opening(self) -> Patch:
+        """Return the patch that must be written before the handler starts; empty if none is."""
+        return self._notes | self._number
+
+    def opened(self) -> None:
+        """Record that the opening patch was applied."""
+        self._notes, self._number = {}, {}
+
+    def mark(self, reason: str) -> Patch:
+        """Return the patch that keeps this run from being counted."""
+        patch = self._notes | self._number | {RELEASED: reason}
+        self._notes[RELEASED] = None  # from now on the mark may exist, whatever the answer
+        return patch
+
+    def closing(self, notes: Mapping[str, str]) -> Patch:
+        """Return `notes` and the deletion of the notes of earlier ends; may be empty."""
+        return {**self._notes, **notes}
+
+
+class RunCounts:
+    """Counts runs of this process that ended with neither a release nor a stop, by work id."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[str, int] = OrderedDict()
+
+    def add(self, work_id: str) -> None:
+        """Count a run; the items that were counted the longest ago are forgotten."""
+        self._counts[work_id] = self._counts.pop(work_id, 0) + 1
+        if len(self._counts) > REMEMBERED_ITEMS:
+            self._counts.popitem(last=False)
+
+    def of(self, work_id: str) -> int:
+        """Return the number of an item's runs."""
+        return self._counts.get(work_id, 0)

@@ -2,6 +2,7 @@
 
 `SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
 exactly once, whoever calls it. Every acknowledged session ends in exactly one `SessionFinished`.
+`SessionCalls` are what a handler may send for its item meanwhile.
 See workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from workpool.errors import (
     AttemptsExceeded,
@@ -19,32 +21,35 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import ItemReclaimed, SessionFinished, StopRequested
-from workpool.pool.attempt import Attempt, RunCounts
 from workpool.pool.completion import (
     DRAIN_REASON,
     MARK_SECONDS,
     Completion,
     outcome_when_abandoned,
 )
-from workpool.pool.handoff_parent import settle
+from workpool.pool.handoff import hand_off, settle
 from workpool.pool.lease import Lease
-from workpool.pool.pool_item import EndReason
-from workpool.pool.session_calls import SessionCalls
+from workpool.pool.pool_item import Attempt, EndReason, RunCounts
+from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
 from workpool.session import Release, Session
+from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from workpool.events import ReclaimStage
-    from workpool.pool.attempt import Patch
     from workpool.pool.claim import Claimer
     from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
-    from workpool.pool.pool_item import PoolItem
+    from workpool.pool.pool_item import Patch, PoolItem
     from workpool.pool.sender import Sender
-    from workpool.session import Outcome
+    from workpool.session import HandedLease, Outcome
+    from workpool.wire.events.session_events import SessionEvents
+    from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ATTEMPT_SECONDS = 10.0
 """How long writing the number of a run is retried; after that the item is released."""
@@ -53,6 +58,10 @@ SETTLED: Final = frozenset({"completed", "stopped", "detached"})
 """Outcomes after which this process does not run the item again."""
 RELEASES: Final = frozenset({EndReason.DRAINED, EndReason.RELEASED})
 """Reasons whose run does not count as an attempt."""
+EVENTS_SECONDS = 60.0
+"""How long a handler's `events.send` is retried: the default TTL of a lease."""
+UPDATE_SECONDS = 30.0
+"""How long a handler's `update_metadata` is retried."""
 
 
 class SessionRunner:
@@ -294,3 +303,70 @@ async def _settle_mark(task: asyncio.Task[None]) -> None:
     """Wait for the mark under way: applied later, it would undo the completion's metadata."""
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()
+
+
+class SessionCalls:
+    """The calls of one session. Lives on the handlers' loop."""
+
+    __slots__ = ("_context", "_item", "_places", "_sender")
+
+    def __init__(self, item: PoolItem, context: PoolContext, sender: Sender) -> None:
+        self._item = item
+        self._context = context
+        self._sender = sender
+        self._places: asyncio.Semaphore | None = None
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the lease must be considered lost."""
+        return self._item.lease.remaining(self._context.clock())
+
+    def check(self) -> None:
+        """Raise unless the handler may send something for the item."""
+        self._sender.check(self._item, by_handler=True)
+
+    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+        """Hand the item off to a child process."""
+        return hand_off(self._item, self._context, self._sender)
+
+    async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
+        """Write metadata, retried for `UPDATE_SECONDS`."""
+        client, work_id = self._context.client, self._item.id
+        optional = self._context.optional
+        return await optional.make(
+            "update",
+            lambda: self._send(
+                lambda options, seconds: client.update_metadata(
+                    work_id, patch, timeout=seconds, options=options
+                ),
+                UPDATE_SECONDS,
+                partial(optional.check, "update"),
+            ),
+        )
+
+    def events(self) -> SessionEvents:
+        """The events of the item's session."""
+        item = self._item.work_item
+        return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
+
+    async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+        """Send something to the session, retried for `EVENTS_SECONDS`."""
+        return await self._send(lambda options, _: call(options), EVENTS_SECONDS)
+
+    async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
+        """Await a read of the session while the item is the handler's."""
+        return await self._sender.read(self._item, call, seconds)
+
+    async def _send(
+        self,
+        call: Callable[[CallOptions, float], Awaitable[T]],
+        seconds: float,
+        before_bytes: Callable[[], None] | None = None,
+    ) -> T:
+        # One handler with many calls must not take the connections of the others.
+        self._places = self._places or asyncio.Semaphore(CALLS_PER_SESSION)
+        async with self._places:
+            request = SendOptions(
+                Priority.HANDLER, by_handler=True, seconds=seconds, before_bytes=before_bytes
+            )
+            return await self._sender.send(self._item, call, request)

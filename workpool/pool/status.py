@@ -1,27 +1,32 @@
-"""The state of a pool for its users: status, gauges, readiness, health.
+"""The state of a pool for its users, and the statistics of the remote queue.
 
-This module only reads. It may be called on any thread while the pool runs: each value is read once,
-and changes in one atomic step.
+`PoolView` is status, gauges, readiness and health. It only reads, and may be called on any thread
+while the pool runs: each value is read once, and changes in one atomic step.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from workpool.errors import ControlPlaneError
+from workpool.events import QueueStatsRead
 from workpool.metrics import PoolSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from workpool.pool.admission import ExitLimits
     from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
     from workpool.pool.drain import Drain
-    from workpool.pool.exit_limits import ExitLimits
-    from workpool.pool.poller import Poller
-    from workpool.pool.poller_group import PollerGroup
+    from workpool.pool.poller import Poller, PollerGroup
+
+log = logging.getLogger(__name__)
 
 POLL_SUCCESS_SECONDS = 30.0
 """A pool is ready for this long after a successful poll."""
@@ -138,3 +143,14 @@ class PoolView:
         if self.context.renewer.renewing:
             return []
         return ["the handlers' event loop has been blocked for longer than max_block"]
+
+
+async def read_remote_stats(context: PoolContext) -> None:
+    """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
+    optional, client = context.optional, context.client
+    while True:
+        try:
+            context.observe(QueueStatsRead, await optional.make("stats", client.stats))
+        except ControlPlaneError as error:
+            log.debug("stats not read error=%s", error)
+        await asyncio.sleep(context.settings.stats_interval)

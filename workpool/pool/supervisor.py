@@ -21,20 +21,17 @@ from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
-from workpool.pool.admission import Admission
+from workpool.plugins.lifespan import Lifespan
+from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
-from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.handler_executor import handler_group
-from workpool.pool.lease_clock import lease_clock, wall_clock
+from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
-from workpool.pool.lifespan import Lifespan
-from workpool.pool.poller import Poller
-from workpool.pool.poller_group import PollerGroup
-from workpool.pool.remote_stats import read_remote_stats
-from workpool.pool.status import PoolView, Status
+from workpool.pool.poller import Poller, PollerGroup
+from workpool.pool.status import PoolView, Status, read_remote_stats
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
 
     from workpool.errors import LeaseRenewerError
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease_clock import Clock
+    from workpool.pool.lease import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits

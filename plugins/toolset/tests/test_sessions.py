@@ -224,7 +224,7 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     workpool: Kit, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "POST_SECONDS", 0.0)
-    monkeypatch.setattr("workpool.pool.session_calls.EVENTS_SECONDS", 0.2)
+    monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
     toolset = make()
     with workpool.faults.add(status(500), "send"):
         result = await workpool.run_session(toolset, script=[bash("echo 1 | tee -a log")])

@@ -15,8 +15,8 @@ from yarl import URL
 
 from workpool.wire.http.call_options import Priority
 from workpool.wire.http.environment_proxy import proxy_of
-from workpool.wire.http.limited_response import LimitedResponse
 from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.response_reader import LimitedResponse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
