@@ -15,10 +15,12 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 ROOT = Path(__file__).parents[2]
 SHIM = "workpool/testing/pytest_workpool.py"
-DOCS = "workpool/docs/"
+FOR_THE_SOURCE = ("workpool/docs/", "workpool/deploy/")
+"""Folders of the package that are in the source distribution only."""
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if path.is_dir())
 UNTRACKED = [
     *("workpool/token.txt", "workpool/.env", "workpool/server/state.sqlite", "workpool/docs/notes"),
+    *("workpool/deploy/token", "workpool/deploy/kubernetes/.env", "workpool/deploy/kubeconfig"),
     *("workpool/cli/template/.netrc", "workpool/wire/client.pem", "workpool/workpool.toml"),
     *("tests/id_rsa", "tests/protocol/recorded/token", "tests/.env", "benchmarks/results.csv"),
     *("plugins/token.txt", "token.txt", "id_rsa", ".env"),
@@ -46,6 +48,7 @@ def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
     for name in UNTRACKED:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text("a secret")
     return copy
 
@@ -69,12 +72,14 @@ def names_in_sdist(path: Path) -> set[str]:
         return {name.partition("/")[2] for name in archive.getnames()} - {"PKG-INFO"}
 
 
-def test_wheel_holds_every_tracked_file_of_the_package_but_documents(
+def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deployment(
     copy: Path, tracked: set[str], tmp_path: Path
 ) -> None:
     path = built(copy, "wheel", tmp_path)
     package = {
-        name for name in tracked if name.startswith("workpool/") and not name.startswith(DOCS)
+        name
+        for name in tracked
+        if name.startswith("workpool/") and not name.startswith(FOR_THE_SOURCE)
     }
     # pytest imports this at every start: it must not lie within the package.
     assert names_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}

@@ -25,6 +25,7 @@ from workpool.cli.flags import (
     read_settings,
 )
 from workpool.cli.signals import Signals
+from workpool.cli.systemd import ServiceReporter
 from workpool.errors import WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
@@ -105,6 +106,9 @@ def run(
     log_config.configure(settings.log_level, settings.log_format)
     import_from_here()
     supervisor, signals = Supervisor(settings), Signals()
+    reporter = ServiceReporter(supervisor.status)
+    if reporter.wanted:
+        supervisor.renewer_services = [reporter.reporting()]
     signals.on_user = functools.partial(_pause_or_resume, supervisor)
     raise typer.Exit(run_supervisor(supervisor, signals, until_empty=drain))
 

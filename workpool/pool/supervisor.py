@@ -79,6 +79,8 @@ class Supervisor:
         abandoned: The number of sessions that the drain could neither end nor hand back.
         on_blocked: Called on another thread once leases are not renewed anymore: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
+        renewer_services: Contexts that are open while leases are renewed, entered on the loop of
+            the lease renewer once plugins and exporter are open. Set before the start.
     """
 
     # A simulation replaces these.
@@ -98,6 +100,7 @@ class Supervisor:
         self.registry = CollectorRegistry() if registry is None else registry
         self.abandoned = 0
         self.on_blocked: Callable[[], None] | None = None
+        self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
@@ -310,6 +313,7 @@ class Supervisor:
                 readiness=self._unready,
             )
             services.append(self._exporter)
+        services += self.renewer_services
         callbacks = Callbacks(
             observe=self._telemetry.observe,
             changed=self._lease_changed,

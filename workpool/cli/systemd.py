@@ -1,0 +1,108 @@
+"""Reports to systemd: that the pool has started, that it lives, and that it ends.
+
+A service of `Type=notify` gets the address of a datagram socket in `NOTIFY_SOCKET`; without that
+variable nothing here runs. Reports are sent from the thread of the lease renewer, so that the
+watchdog notices a process in which no thread runs anymore: nothing inside the process can.
+See workpool/docs/operating.md, "systemd".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING, Final
+
+from workpool.logs import readable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from workpool.pool.status import Status
+
+log = logging.getLogger("workpool")
+
+REPORT_SECONDS: Final = 1.0
+"""The longest time between two reports."""
+EXTEND_SECONDS: Final = 45.0
+"""How long the process may take to end after its last report; the pool closes within 30 s."""
+STATUS_CHARACTERS: Final = 500
+_VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class ServiceReporter:
+    """Reports one pool to the service manager. Created before the pool starts.
+
+    Takes its variables out of the environment: the reports of a child process are not the worker's.
+
+    Attributes:
+        wanted: Whether a service manager waits for reports.
+    """
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+        address, microseconds, pid = (os.environ.pop(name, "") for name in _VARIABLES)
+        self.wanted = bool(address)
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        ours = not pid or pid == str(os.getpid())
+        self._watchdog = int(microseconds) / 1_000_000 if ours and microseconds else None
+        self._sent: frozenset[str] = frozenset()
+        self._failed = False
+
+    @asynccontextmanager
+    async def reporting(self) -> AsyncIterator[None]:
+        """Report from now on that the pool has started and lives; at the end, that it ends.
+
+        Entered on the loop of the lease renewer, once plugins and exporter are open.
+        """
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # A service manager that reads nothing must not block the renewal of leases.
+        self._socket.setblocking(False)
+        with closing(self._socket):
+            async with asyncio.TaskGroup() as group:
+                repeating = group.create_task(self._repeat(), name="systemd")
+                try:
+                    yield
+                finally:
+                    repeating.cancel()
+                    self._report(ending=True)
+
+    async def _repeat(self) -> None:
+        # A third, so that two late reports in a row are not a failure.
+        interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
+        while True:
+            self._report()
+            await asyncio.sleep(interval)
+
+    def _report(self, *, ending: bool = False) -> None:
+        status = self._status()
+        facts = {"READY=1", f"STATUS={_text_of(status)}"}
+        repeated = [] if self._watchdog is None else ["WATCHDOG=1"]
+        if status.draining or ending:
+            facts.add("STOPPING=1")
+            # The drain has its own limit, `drain_timeout`; the unit's may be shorter.
+            repeated.append(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000:.0f}")
+        news = sorted(facts - self._sent)
+        if self._send("\n".join(news + repeated)):
+            self._sent = frozenset(facts)
+
+    def _send(self, lines: str) -> bool:
+        """Send a datagram; return whether the service manager has it. An error is logged once."""
+        if not lines:
+            return True
+        try:
+            self._socket.sendto(lines.encode(), self._address)
+        except OSError as error:
+            if not self._failed:
+                log.warning("service manager was not notified error=%s", error.strerror)
+            self._failed = True
+            return False
+        return True
+
+
+def _text_of(status: Status) -> str:
+    state = "ready" if status.ready else "not ready: " + "; ".join(status.reasons)
+    sessions = f"{status.running} running, {status.waiting} waiting"
+    return readable(f"{state}; sessions: {sessions}", STATUS_CHARACTERS)
