@@ -5,7 +5,7 @@ from __future__ import annotations
 from workpool.pool.pool_item import Attempt, RunCounts
 
 
-def test_run_that_is_counted_here_still_writes_its_number_with_a_mark() -> None:
+def test_attempt_counted_in_this_process_still_writes_its_number_with_mark() -> None:
     """The credential may write after all: the earlier run must not be forgotten."""
     attempt = Attempt({}, redelivered=True)
     attempt.count_here(0)
@@ -13,7 +13,7 @@ def test_run_that_is_counted_here_still_writes_its_number_with_a_mark() -> None:
     assert attempt.mark("draining") == {"workpool.attempt": "2", "workpool.released": "draining"}
 
 
-def test_run_that_is_counted_here_has_the_greater_of_both_numbers() -> None:
+def test_attempt_counted_in_this_process_uses_greater_of_both_numbers() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
     attempt.count_here(1)
     assert attempt.number == 3
@@ -21,7 +21,7 @@ def test_run_that_is_counted_here_has_the_greater_of_both_numbers() -> None:
     assert attempt.number == 5
 
 
-def test_run_counts_forget_the_items_that_were_counted_the_longest_ago() -> None:
+def test_run_counts_beyond_limit_forget_items_counted_longest_ago() -> None:
     counts = RunCounts()
     for number in range(10_001):
         counts.add(f"work_{number}")

@@ -13,16 +13,16 @@ def almost_one() -> float:
     return 1 - 2**-53
 
 
-def test_the_ceiling_doubles_up_to_the_cap() -> None:
+def test_backoff_ceiling_doubles_up_to_cap() -> None:
     backoff = Backoff(0.5, 30.0, rng=lambda: 1.0)
     assert [backoff.next() for _ in range(8)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
 
 
-def test_full_jitter_draws_from_zero() -> None:
+def test_backoff_with_full_jitter_starts_at_zero() -> None:
     assert Backoff(1.0, 30.0, rng=lambda: 0.0).next() == 0.0
 
 
-def test_a_success_starts_over() -> None:
+def test_backoff_after_success_starts_again_at_initial_delay() -> None:
     backoff = Backoff(1.0, 30.0, rng=lambda: 1.0)
     for _ in range(5):
         backoff.next()
@@ -32,14 +32,14 @@ def test_a_success_starts_over() -> None:
     assert backoff.next() == 1.0
 
 
-def test_days_of_failures_do_not_overflow() -> None:
+def test_backoff_after_million_failures_does_not_overflow() -> None:
     backoff = Backoff(0.1, 30.0, rng=lambda: 1.0)
     backoff.failures = 10**6
     assert backoff.next() == 30.0
 
 
 @given(st.floats(0.001, 10), st.floats(0.001, 600), st.integers(0, 100), st.floats(0, almost_one()))
-def test_never_negative_and_never_above_the_cap(
+def test_backoff_is_never_negative_and_never_above_cap(
     initial: float, cap: float, failures: int, drawn: float
 ) -> None:
     backoff = Backoff(initial, cap, rng=lambda: drawn)
@@ -47,6 +47,6 @@ def test_never_negative_and_never_above_the_cap(
     assert 0 <= backoff.next() <= min(cap, initial * 2.0**failures)
 
 
-def test_two_workers_do_not_come_back_together() -> None:
+def test_backoffs_of_two_workers_differ() -> None:
     first, second = (Backoff(1.0, 30.0) for _ in range(2))
     assert [first.next() for _ in range(9)] != pytest.approx([second.next() for _ in range(9)])

@@ -39,7 +39,9 @@ def left() -> int:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0])
-async def test_time_runs_out(bounded: Bounded, seconds: float) -> None:
+async def test_block_beyond_time_bound_raises_timeout_error(
+    bounded: Bounded, seconds: float
+) -> None:
     with pytest.raises(TimeoutError) as caught:
         async with bounded(seconds):
             await asyncio.sleep(LONG)
@@ -47,7 +49,7 @@ async def test_time_runs_out(bounded: Bounded, seconds: float) -> None:
     assert left() == 0
 
 
-async def test_call_that_ends_in_time_is_not_changed(bounded: Bounded) -> None:
+async def test_block_that_ends_within_time_bound_is_unchanged(bounded: Bounded) -> None:
     async with bounded(0.01):
         pass
     with pytest.raises(KeyError):
@@ -57,7 +59,7 @@ async def test_call_that_ends_in_time_is_not_changed(bounded: Bounded) -> None:
     assert left() == 0
 
 
-async def test_an_error_that_follows_the_bound_is_raised_as_it_is(bounded: Bounded) -> None:
+async def test_error_raised_in_answer_to_time_bound_is_not_replaced(bounded: Bounded) -> None:
     async def wait() -> None:
         async with bounded(0):
             try:
@@ -70,7 +72,7 @@ async def test_an_error_that_follows_the_bound_is_raised_as_it_is(bounded: Bound
     assert left() == 0
 
 
-async def test_a_cancellation_goes_through(bounded: Bounded) -> None:
+async def test_cancellation_within_time_bound_is_raised(bounded: Bounded) -> None:
     started = asyncio.Event()
 
     async def wait() -> None:
@@ -85,7 +87,7 @@ async def test_a_cancellation_goes_through(bounded: Bounded) -> None:
     assert task.cancelled()
 
 
-async def test_a_cancellation_in_the_turn_of_the_bound_is_not_taken_for_it(
+async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
     bounded: Bounded,
 ) -> None:
     started = asyncio.Event()
@@ -103,7 +105,7 @@ async def test_a_cancellation_in_the_turn_of_the_bound_is_not_taken_for_it(
     assert task.cancelled()
 
 
-async def test_of_two_that_run_out_the_inner_one_says_so(bounded: Bounded) -> None:
+async def test_inner_time_bound_that_runs_out_raises_before_outer(bounded: Bounded) -> None:
     said = []
     async with bounded(LONG):
         try:

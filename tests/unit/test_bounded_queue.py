@@ -22,13 +22,13 @@ async def fill(queue: BoundedQueue[str], *items: str) -> None:
         queue.put(item)
 
 
-async def test_items_leave_in_the_order_in_which_they_came() -> None:
+async def test_queue_returns_items_in_order_of_arrival() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3, 0)
     await fill(queue, "a", "b", "c")
     assert [queue.take(), queue.take(), queue.take(), queue.take()] == ["a", "b", "c", None]
 
 
-async def test_no_more_run_than_there_are_slots() -> None:
+async def test_queue_runs_no_more_items_than_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await fill(queue, "a", "b", "c")
     assert queue.take() == "a"
@@ -38,7 +38,7 @@ async def test_no_more_run_than_there_are_slots() -> None:
     assert queue.take() == "b"
 
 
-async def test_a_reservation_waits_until_a_place_is_free() -> None:
+async def test_reservation_waits_until_place_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await fill(queue, "a", "b")
     assert queue.take() == "a"
@@ -50,7 +50,7 @@ async def test_a_reservation_waits_until_a_place_is_free() -> None:
     assert queue.reserved == 1
 
 
-async def test_a_place_given_back_goes_to_whoever_waits_first() -> None:
+async def test_released_place_goes_to_first_waiter() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     order: list[str] = []
@@ -71,7 +71,7 @@ async def test_a_place_given_back_goes_to_whoever_waits_first() -> None:
     assert queue.reserved == 1
 
 
-async def test_a_newcomer_does_not_overtake_those_who_wait() -> None:
+async def test_new_reservation_does_not_overtake_earlier_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
@@ -85,7 +85,7 @@ async def test_a_newcomer_does_not_overtake_those_who_wait() -> None:
         queue.unreserve()
 
 
-async def test_a_wait_that_is_cancelled_gives_up_its_turn() -> None:
+async def test_cancelled_reservation_gives_its_turn_to_next_waiter() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
@@ -99,7 +99,7 @@ async def test_a_wait_that_is_cancelled_gives_up_its_turn() -> None:
     assert queue.reserved == 1
 
 
-async def test_a_place_granted_to_a_wait_cancelled_at_once_is_not_lost() -> None:
+async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
@@ -113,7 +113,7 @@ async def test_a_place_granted_to_a_wait_cancelled_at_once_is_not_lost() -> None
     assert queue.reserved == 1
 
 
-async def test_forgotten_items_free_their_places_and_wake_who_waits() -> None:
+async def test_forgotten_items_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await fill(queue, "a", "b", "c")
     queue.take()
@@ -128,7 +128,7 @@ async def test_forgotten_items_free_their_places_and_wake_who_waits() -> None:
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_full_and_idle_count_items_and_not_polls(
+async def test_full_and_idle_count_items_without_reservations(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -141,7 +141,9 @@ async def test_full_and_idle_count_items_and_not_polls(
         assert (queue.full, queue.idle) == (full, idle)
 
 
-async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_cancelled() -> None:
+async def test_cancelled_reservation_passed_over_by_free_place_raises_cancelled_error_only() -> (
+    None
+):
     """Else a poller, cancelled by a drain just as a session ends, crashes and polls on forever."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
@@ -155,7 +157,7 @@ async def test_a_cancelled_wait_that_a_free_place_passes_over_is_still_only_canc
     assert queue.reserved == 0
 
 
-async def test_places_that_are_used_up_never_come_back() -> None:
+async def test_places_that_are_used_up_stay_unavailable() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -209,7 +211,7 @@ class Users:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_places_add_up_whatever_happens(seed: int) -> None:
+async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int) -> None:
     """Random users come, wait, are cancelled, deliver or not: no place is lost, none is doubled."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))

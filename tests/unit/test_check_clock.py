@@ -25,17 +25,19 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
         (3600.0, 0.01, "warn"),
     ],
 )
-def test_skew(offset: float, request_seconds: float, status: str) -> None:
+def test_clock_skew_beyond_five_seconds_is_a_warning(
+    offset: float, request_seconds: float, status: str
+) -> None:
     found = judge_clock(DATE, THEN + timedelta(seconds=offset), request_seconds)
     assert found.status == status
     assert found.exit == 0
 
 
-def test_which_way() -> None:
+def test_clock_skew_message_says_behind_or_ahead() -> None:
     assert "60 s behind" in judge_clock(DATE, THEN - timedelta(seconds=60), 0.0).message
     assert "ahead of" in judge_clock(DATE, THEN + timedelta(seconds=60), 0.0).message
 
 
 @pytest.mark.parametrize("date", ["yesterday", "Sun, 01 Mar 2026 12:00:00 -0000"])
-def test_a_date_that_says_nothing(date: str) -> None:
+def test_date_header_without_valid_time_is_reported_as_no_date(date: str) -> None:
     assert "no date" in judge_clock(date, THEN, 0.0).message

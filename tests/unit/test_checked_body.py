@@ -175,7 +175,7 @@ def traced_session() -> aiohttp.ClientSession:
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 @pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=repr_of_size)
 @pytest.mark.parametrize("session", [no_session, callers_session, traced_session])
-async def test_check_that_refuses_sends_no_byte(
+async def test_refused_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
 ) -> None:
     async with (
@@ -196,7 +196,7 @@ async def test_check_that_refuses_sends_no_byte(
 
 
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
-async def test_check_that_refuses_with_a_network_error_is_not_repeated(endpoint: Any) -> None:
+async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording() as server, connected(server.url) as transport:
         await transport.send(request(server.url, None))
         before = len(server)
@@ -205,7 +205,7 @@ async def test_check_that_refuses_with_a_network_error_is_not_repeated(endpoint:
         assert len(server) == before
 
 
-async def test_request_that_was_refused_is_not_told() -> None:
+async def test_request_refused_by_its_check_is_not_reported_to_observers() -> None:
     told: list[str] = []
     async with recording() as server, connected(server.url) as transport:
         transport.on_request = lambda *each: told.append(each[1])
@@ -227,7 +227,7 @@ CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("priority", Priority)
-async def test_every_call_about_an_item_asks_its_check(name: str, priority: Priority) -> None:
+async def test_every_call_for_an_item_calls_its_check(name: str, priority: Priority) -> None:
     async with (
         recording() as server,
         WorkClient(settings_of(server)) as client,
@@ -259,7 +259,7 @@ class LateResolver(AbstractResolver):
         pass
 
 
-async def test_check_turning_false_during_a_late_lookup_sends_no_byte() -> None:
+async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
     check = Closable()
     async with recording() as server:
         resolver = LateResolver()
@@ -284,7 +284,7 @@ async def refused_by(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_check_turning_false_behind_a_late_proxy_sends_no_byte(
+async def test_check_refusing_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The proxy gets to see the name of the host that we want, and the host nothing at all."""
@@ -322,7 +322,7 @@ async def failed(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_check_turning_false_in_the_queue_for_a_connection_sends_no_byte() -> None:
+async def test_check_refusing_after_wait_for_connection_sends_no_byte() -> None:
     check = Closable()
     connector = aiohttp.TCPConnector(limit=1)
     hold: list[bytes | None] = [b""]  # no answer
@@ -343,7 +343,7 @@ async def test_check_turning_false_in_the_queue_for_a_connection_sends_no_byte()
         assert len(server) == before
 
 
-async def test_check_turning_false_in_the_queue_for_the_rate_limit_sends_no_byte() -> None:
+async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
     check = Closable()
     async with (
         recording() as server,
@@ -360,7 +360,7 @@ async def test_check_turning_false_in_the_queue_for_the_rate_limit_sends_no_byte
     assert len(server) == 0
 
 
-async def test_check_is_followed_by_the_bytes_even_when_a_trace_waits() -> None:
+async def test_request_bytes_follow_their_check_even_if_a_trace_waits() -> None:
     """The first bytes arrive while the trace of a caller's own session still waits."""
     waiting, release = asyncio.Event(), asyncio.Event()
 
@@ -387,7 +387,7 @@ async def test_check_is_followed_by_the_bytes_even_when_a_trace_waits() -> None:
 
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=repr_of_size)
 @pytest.mark.parametrize("session", [no_session, traced_session])
-async def test_check_that_passes_is_asked_once_and_the_request_arrives_whole(
+async def test_passing_check_is_called_once_and_request_arrives_complete(
     session: Any, body: bytes | None
 ) -> None:
     check = Closable()
@@ -406,7 +406,7 @@ async def test_check_that_passes_is_asked_once_and_the_request_arrives_whole(
 # -- repetition ----------------------------------------------------------------------------------
 
 
-async def test_request_repeated_with_a_renewed_token_is_checked_again(tmp_path: Path) -> None:
+async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     check = Closable()
@@ -432,7 +432,7 @@ async def test_request_repeated_with_a_renewed_token_is_checked_again(tmp_path: 
     assert rest == [b""]
 
 
-async def test_read_repeated_by_aiohttp_on_a_new_connection_is_checked_again() -> None:
+async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
     check = Closable()
 
     def close_after_the_first() -> None:
@@ -447,7 +447,7 @@ async def test_read_repeated_by_aiohttp_on_a_new_connection_is_checked_again() -
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
 
-async def test_denied_request_with_a_check_is_an_ordinary_refusal() -> None:
+async def test_request_denied_with_403_after_its_check_raises_refused_error() -> None:
     async with recording(DENIED) as server, connected(server.url) as transport:
         with pytest.raises(RefusedError):
             await transport.send(request(server.url, lambda: None))

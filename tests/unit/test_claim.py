@@ -78,7 +78,7 @@ class Claims:
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
-def test_lease_counts_from_the_first_ack_that_may_have_been_applied(
+def test_lease_counts_from_first_ack_that_may_have_been_applied(
     bench: type[Bench], fault: CallFault, *, first: bool
 ) -> None:
     """From the last one, we would send heartbeats for what another worker may have."""
@@ -97,7 +97,7 @@ def test_lease_counts_from_the_first_ack_that_may_have_been_applied(
 
 
 @in_virtual_time
-async def test_ack_that_cannot_have_been_applied_is_repeated_within_the_claim_window(
+async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
     bench: type[Bench],
 ) -> None:
     one = bench(ack=[refusal(429)] * 999)
@@ -141,7 +141,7 @@ def test_refused_ack_is_never_repeated(
 
 
 @in_virtual_time
-async def test_accepted_ack_is_reported(bench: type[Bench]) -> None:
+async def test_accepted_ack_is_reported_and_updates_item(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         claims = Claims(one)
@@ -159,7 +159,7 @@ def answer_state(state: str) -> CallFault:
     ("state", "result"),
     [("queued", "conflict"), ("active", "ok"), ("stopping", "conflict"), ("stopped", "conflict")],
 )
-def test_ack_answers_with_the_state_of_an_item_that_may_be_ours(
+def test_repeated_ack_succeeds_only_if_item_may_be_ours(
     bench: type[Bench], state: str, result: str
 ) -> None:
     @in_virtual_time
@@ -172,7 +172,7 @@ def test_ack_answers_with_the_state_of_an_item_that_may_be_ours(
 
 
 @in_virtual_time
-async def test_ack_keeps_what_only_the_poll_has_said(bench: type[Bench]) -> None:
+async def test_ack_answer_keeps_token_and_trace_of_polled_item(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         claims = Claims(one)
@@ -185,7 +185,7 @@ async def test_ack_keeps_what_only_the_poll_has_said(bench: type[Bench]) -> None
 
 
 @in_virtual_time
-async def test_drain_ends_the_repetition_of_acks(bench: type[Bench]) -> None:
+async def test_drain_ends_repetition_of_acks(bench: type[Bench]) -> None:
     one = bench(ack=[refusal(503, retry_after=20)] * 9)
     async with one.open(), asyncio.TaskGroup() as group:
         claims = Claims(one)
@@ -201,7 +201,7 @@ async def test_drain_ends_the_repetition_of_acks(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[Bench]) -> None:
+async def test_first_heartbeat_is_sent_at_once_and_begins_lease(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -212,7 +212,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_the_lease(bench: type[
 
 
 @in_virtual_time
-async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Bench]) -> None:
+async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(bench: type[Bench]) -> None:
     one = bench(heartbeat=[CallFault(answer="silence")])
     async with one.open():
         item = await one.claim()
@@ -223,7 +223,7 @@ async def test_first_heartbeat_whose_answer_was_lost_is_recovered(bench: type[Be
 
 
 @in_virtual_time
-async def test_first_heartbeat_is_repeated_while_the_lease_of_the_ack_lasts(
+async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[refusal(503)] * 999)
@@ -236,7 +236,7 @@ async def test_first_heartbeat_is_repeated_while_the_lease_of_the_ack_lasts(
 
 
 @in_virtual_time
-async def test_short_first_heartbeat_without_an_answer_is_repeated_in_time(
+async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     bench: type[Bench],
 ) -> None:
     """Asked for 10 s, the control plane may hold the item for 10 s only."""
@@ -249,7 +249,7 @@ async def test_short_first_heartbeat_without_an_answer_is_repeated_in_time(
 
 
 @in_virtual_time
-async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeated(
+async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
     bench: type[Bench],
 ) -> None:
     one = bench()
@@ -263,7 +263,7 @@ async def test_first_heartbeat_for_an_item_that_another_worker_got_is_not_repeat
 
 
 @in_virtual_time
-async def test_unsettled_item_that_another_worker_holds_is_neither_read_nor_run(
+async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     bench: type[Bench],
 ) -> None:
     """A read would show the holder's `acknowledged_at`, which the repeated ack returned."""
@@ -277,7 +277,7 @@ async def test_unsettled_item_that_another_worker_holds_is_neither_read_nor_run(
 
 
 @in_virtual_time
-async def test_unsettled_item_is_ours_after_a_heartbeat_and_written_to_only_then(
+async def test_unsettled_item_is_written_only_after_successful_heartbeat(
     bench: type[Bench],
 ) -> None:
     one = bench(ack=[answer_state("active")])
@@ -291,7 +291,7 @@ async def test_unsettled_item_is_ours_after_a_heartbeat_and_written_to_only_then
 
 
 @in_virtual_time
-async def test_drain_makes_the_first_heartbeat_the_last_one(bench: type[Bench]) -> None:
+async def test_first_heartbeat_during_drain_is_also_the_last(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -304,7 +304,7 @@ async def test_drain_makes_the_first_heartbeat_the_last_one(bench: type[Bench]) 
 
 
 @in_virtual_time
-async def test_drain_does_not_wait_for_the_retry_after_of_a_first_heartbeat(
+async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[refusal(503, retry_after=20)])
@@ -320,7 +320,7 @@ async def test_drain_does_not_wait_for_the_retry_after_of_a_first_heartbeat(
 
 
 @in_virtual_time
-async def test_first_heartbeat_that_fails_during_a_drain_is_not_repeated_in_a_loop(
+async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[refusal(503)] * 999)

@@ -114,7 +114,9 @@ async def polled(client: WorkClient) -> WorkItem:
 # -- the calls -----------------------------------------------------------------------------------
 
 
-async def test_the_life_of_an_item(plane: ControlPlane, client: WorkClient) -> None:
+async def test_item_goes_through_all_client_calls_from_poll_to_stop(
+    plane: ControlPlane, client: WorkClient
+) -> None:
     plane.enqueue(metadata={"job": "a"})
     delivered = await polled(client)
     assert (delivered.state, delivered.type, delivered.metadata) == (
@@ -141,12 +143,14 @@ async def test_the_life_of_an_item(plane: ControlPlane, client: WorkClient) -> N
     assert (await client.get(delivered.id)).state == "stopped"
 
 
-async def test_a_queue_without_work(client: WorkClient) -> None:
+async def test_poll_of_empty_queue_returns_none(client: WorkClient) -> None:
     assert await client.poll() is None
     assert await client.poll(1, 0) is None
 
 
-async def test_a_poll_waits_and_wakes(plane: ControlPlane, qoder: WorkClient, tap: Tap) -> None:
+async def test_waiting_poll_returns_item_enqueued_meanwhile(
+    plane: ControlPlane, qoder: WorkClient, tap: Tap
+) -> None:
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(qoder.poll(999, 5000))
         await tap.arrived.wait()
@@ -157,7 +161,9 @@ async def test_a_poll_waits_and_wakes(plane: ControlPlane, qoder: WorkClient, ta
     assert tap.paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
 
 
-async def test_a_stop_is_asked_for_and_confirmed(plane: ControlPlane, qoder: WorkClient) -> None:
+async def test_stop_without_force_is_requested_then_confirmed(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
     plane.enqueue()
     item = await polled(qoder)
     await qoder.ack(item.id)
@@ -171,7 +177,9 @@ async def test_a_stop_is_asked_for_and_confirmed(plane: ControlPlane, qoder: Wor
     assert confirmed.state == "stopped"
 
 
-async def test_the_sibling_does_not_answer_the_item_it_stopped(plane: ControlPlane) -> None:
+async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
+    plane: ControlPlane,
+) -> None:
     plane.enqueue()
     async with WorkClient(settings_of(plane, "anthropic")) as client:
         item = await polled(client)
@@ -180,7 +188,7 @@ async def test_the_sibling_does_not_answer_the_item_it_stopped(plane: ControlPla
             await client.stop(item.id, force=True)
 
 
-async def test_work_calls_of_the_sibling_bear_its_query(plane: ControlPlane, tap: Tap) -> None:
+async def test_anthropic_work_calls_send_beta_query(plane: ControlPlane, tap: Tap) -> None:
     async with WorkClient(settings_of(plane, "anthropic")) as client:
         await client.poll(1)
         await client.stats()
@@ -196,7 +204,7 @@ async def test_work_calls_of_the_sibling_bear_its_query(plane: ControlPlane, tap
     assert tap.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
 
 
-async def test_stats(plane: ControlPlane, client: WorkClient) -> None:
+async def test_stats_of_queue_are_returned(plane: ControlPlane, client: WorkClient) -> None:
     plane.enqueue(3)
     await client.poll()
     stats = await client.stats()
@@ -204,7 +212,7 @@ async def test_stats(plane: ControlPlane, client: WorkClient) -> None:
     assert stats.oldest_queued_at is not None
 
 
-async def test_a_session(plane: ControlPlane, client: WorkClient) -> None:
+async def test_session_of_item_is_returned(plane: ControlPlane, client: WorkClient) -> None:
     plane.enqueue()
     item = await polled(client)
     session = await client.session(item.session_id)
@@ -212,7 +220,7 @@ async def test_a_session(plane: ControlPlane, client: WorkClient) -> None:
     assert session["type"] == "session"
 
 
-async def test_work_is_created(client: WorkClient) -> None:
+async def test_enqueued_items_are_returned_and_listed(client: WorkClient) -> None:
     items = await client.enqueue(3, {"job": "a"})
     assert [item.metadata for item in items] == [{"job": "a"}] * 3
     assert [item.id for item in items] == [item.id async for item in client.list()]
@@ -220,7 +228,7 @@ async def test_work_is_created(client: WorkClient) -> None:
     assert check.type == "session"
 
 
-async def test_the_answers_of_the_protocol_are_told_apart(
+async def test_each_error_status_raises_its_own_exception_class(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     with pytest.raises(RefusedError) as unknown:
@@ -247,7 +255,9 @@ async def test_the_answers_of_the_protocol_are_told_apart(
         await client.ack(item.id)
 
 
-async def test_two_workers_are_told_apart(plane: ControlPlane, qoder: WorkClient) -> None:
+async def test_ack_by_second_worker_id_raises_conflict(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
     plane.enqueue()
     item = await polled(qoder)
     async with WorkClient(settings_of(plane), worker_id="other") as other:
@@ -255,14 +265,14 @@ async def test_two_workers_are_told_apart(plane: ControlPlane, qoder: WorkClient
             await other.ack(item.id)
 
 
-async def test_a_wrong_token_is_refused(plane: ControlPlane) -> None:
+async def test_wrong_token_raises_refused_error(plane: ControlPlane) -> None:
     async with WorkClient(settings_of(plane, token=UNKNOWN)) as client:
         with pytest.raises(RefusedError) as refused:
             await client.poll()
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
 
 
-async def test_a_heartbeat_that_is_opaque_goes_back_to_the_letter(
+async def test_expected_heartbeat_is_sent_back_unchanged(
     plane: ControlPlane, qoder: WorkClient, tap: Tap
 ) -> None:
     plane.enqueue()
@@ -278,7 +288,7 @@ async def test_a_heartbeat_that_is_opaque_goes_back_to_the_letter(
 
 
 @pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
-async def test_poll_that_brings_nothing_returns_none(
+async def test_poll_answered_without_item_returns_none(
     client: WorkClient, tap: Tap, body: bytes | None
 ) -> None:
     tap.instead = lambda: literal(body)
@@ -286,7 +296,7 @@ async def test_poll_that_brings_nothing_returns_none(
 
 
 @pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
-async def test_poll_answered_with_other_json_is_malformed(
+async def test_poll_answered_with_other_json_raises_bad_body(
     qoder: WorkClient, tap: Tap, body: bytes
 ) -> None:
     tap.instead = lambda: literal(body)
@@ -298,7 +308,7 @@ async def test_poll_answered_with_other_json_is_malformed(
 # -- pages -----------------------------------------------------------------------------------------
 
 
-async def test_a_list_goes_through_all_pages(
+async def test_list_requests_all_pages_up_to_its_limit(
     plane: ControlPlane, client: WorkClient, tap: Tap
 ) -> None:
     ids = [item.id for item in plane.enqueue(250)]
@@ -311,7 +321,7 @@ async def test_a_list_goes_through_all_pages(
     assert before == ids[50:150] + ids[:50]
 
 
-async def test_a_list_that_is_left_early_asks_for_no_more(
+async def test_list_that_is_left_early_requests_no_further_page(
     plane: ControlPlane, qoder: WorkClient, tap: Tap
 ) -> None:
     plane.enqueue(150)
@@ -321,7 +331,7 @@ async def test_a_list_that_is_left_early_asks_for_no_more(
 
 
 @pytest.mark.parametrize("omitted", [{"has_more"}, {"has_more", "first_id", "last_id"}])
-async def test_list_without_has_more_continues_while_there_is_a_next_page(
+async def test_list_without_has_more_continues_until_last_next_page(
     plane: ControlPlane, client: WorkClient, tap: Tap, omitted: set[str]
 ) -> None:
     ids = [item.id for item in plane.enqueue(250)]
@@ -330,7 +340,7 @@ async def test_list_without_has_more_continues_while_there_is_a_next_page(
     assert len(tap.seen) == 3
 
 
-async def test_list_ends_where_has_more_is_false_despite_a_next_page(
+async def test_list_ends_if_has_more_is_false_despite_next_page(
     qoder: WorkClient, tap: Tap
 ) -> None:
     tap.instead = lambda: web.json_response({"data": [], "has_more": False, "next_page": "a"})
@@ -338,7 +348,9 @@ async def test_list_ends_where_has_more_is_false_despite_a_next_page(
     assert len(tap.seen) == 1
 
 
-async def test_list_whose_page_tokens_form_a_cycle_ends(qoder: WorkClient, tap: Tap) -> None:
+async def test_list_with_cyclic_page_tokens_raises_transient_error(
+    qoder: WorkClient, tap: Tap
+) -> None:
     tokens = itertools.cycle(["a", "b"])
     tap.instead = lambda: web.json_response({"data": [], "next_page": next(tokens)})
     with pytest.raises(TransientError, match="repeat"):
@@ -346,7 +358,7 @@ async def test_list_whose_page_tokens_form_a_cycle_ends(qoder: WorkClient, tap: 
     assert tap.paths == ["?limit=100", "?limit=100&page=a", "?limit=100&page=b"]
 
 
-async def test_list_whose_pages_bring_nothing_new_ends(
+async def test_list_with_endless_empty_pages_raises_transient_error(
     qoder: WorkClient, tap: Tap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(page_limits, "PAGES_PER_SECOND", 1e6)
@@ -357,7 +369,9 @@ async def test_list_whose_pages_bring_nothing_new_ends(
     assert len(tap.seen) == page_limits.STALE_PAGES
 
 
-async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:
+async def test_list_with_repeated_page_token_raises_transient_error(
+    qoder: WorkClient, tap: Tap
+) -> None:
     tap.instead = lambda: web.json_response({"data": [], "has_more": True, "next_page": "a/b?c"})
     with pytest.raises(TransientError, match="repeat"):
         _ = [item async for item in qoder.list()]
@@ -369,7 +383,9 @@ async def test_pages_that_repeat_end(qoder: WorkClient, tap: Tap) -> None:
     [{}, {"data": {}}, {"data": [7]}, {"data": [], "has_more": True, "next_page": 7},
      {"data": [], "next_page": 7}, [], None],
 )  # fmt: skip
-async def test_a_page_that_is_not_one(qoder: WorkClient, tap: Tap, page: Any) -> None:
+async def test_list_with_malformed_page_raises_bad_body(
+    qoder: WorkClient, tap: Tap, page: Any
+) -> None:
     tap.instead = lambda: web.json_response(page)
     with pytest.raises(TransientError) as raised:
         _ = [item async for item in qoder.list()]
@@ -382,7 +398,7 @@ async def test_a_page_that_is_not_one(qoder: WorkClient, tap: Tap, page: Any) ->
 @pytest.mark.parametrize(
     "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
 )
-async def test_invalid_id_never_enters_a_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
+async def test_invalid_id_is_never_sent_in_url(qoder: WorkClient, tap: Tap, bad: str) -> None:
     calls = [
         qoder.ack(bad),
         qoder.heartbeat(bad),
@@ -399,7 +415,9 @@ async def test_invalid_id_never_enters_a_url(qoder: WorkClient, tap: Tap, bad: s
     assert tap.seen == []
 
 
-async def test_metadata_that_is_not_text_never_leaves(qoder: WorkClient, tap: Tap) -> None:
+async def test_metadata_other_than_text_is_refused_before_sending(
+    qoder: WorkClient, tap: Tap
+) -> None:
     for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
         patch: Any = bad
         with pytest.raises(TypeError):
@@ -410,7 +428,7 @@ async def test_metadata_that_is_not_text_never_leaves(qoder: WorkClient, tap: Ta
 # -- life ------------------------------------------------------------------------------------------
 
 
-async def test_a_client_that_is_not_open_says_so(plane: ControlPlane) -> None:
+async def test_client_used_before_opening_raises_runtime_error(plane: ControlPlane) -> None:
     client = WorkClient(settings_of(plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
@@ -423,12 +441,12 @@ async def test_a_client_that_is_not_open_says_so(plane: ControlPlane) -> None:
         await client.get(UNKNOWN)
 
 
-async def test_a_client_belongs_to_one_loop(qoder: WorkClient) -> None:
+async def test_client_used_on_second_event_loop_raises_runtime_error(qoder: WorkClient) -> None:
     with pytest.raises(RuntimeError, match="another event loop"):
         await asyncio.to_thread(asyncio.run, qoder.poll())
 
 
-async def test_missing_setting_is_reported_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_settings_are_reported_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("QODER_PAT", raising=False)
     client = WorkClient(Settings())
     with pytest.raises(SettingsError) as raised:
@@ -439,14 +457,16 @@ async def test_missing_setting_is_reported_on_opening(monkeypatch: pytest.Monkey
     ]
 
 
-async def test_the_callers_session_stays_open(plane: ControlPlane) -> None:
+async def test_session_of_caller_stays_open_after_client_closes(plane: ControlPlane) -> None:
     async with aiohttp.ClientSession() as session:
         async with WorkClient(settings_of(plane), session=session) as client:
             assert await client.poll() is None
         assert not session.closed
 
 
-async def test_the_worker_id_may_be_set_before_opening(plane: ControlPlane, tap: Tap) -> None:
+async def test_worker_id_set_before_opening_is_sent_as_header(
+    plane: ControlPlane, tap: Tap
+) -> None:
     client = WorkClient(settings_of(plane))
     client.worker_id = "me-0a1b2c3d"
     async with client:
@@ -457,7 +477,9 @@ async def test_the_worker_id_may_be_set_before_opening(plane: ControlPlane, tap:
     assert [each.headers.get("Worker-ID") for each in tap.seen] == ["me-0a1b2c3d", None]
 
 
-async def test_observers_are_told(plane: ControlPlane, tap: Tap) -> None:
+async def test_client_callbacks_receive_requests_and_credential_refreshes(
+    plane: ControlPlane, tap: Tap
+) -> None:
     told: list[tuple[str, str]] = []
     refreshes: list[str] = []
     client = WorkClient(settings_of(plane))
@@ -475,7 +497,7 @@ async def test_observers_are_told(plane: ControlPlane, tap: Tap) -> None:
 # -- bounds ----------------------------------------------------------------------------------------
 
 
-async def test_a_call_is_bounded_by_its_timeout_or_the_setting(
+async def test_call_ends_after_its_timeout_or_configured_timeout(
     plane: ControlPlane, tap: Tap
 ) -> None:
     tap.hold = asyncio.Event()
@@ -487,7 +509,7 @@ async def test_a_call_is_bounded_by_its_timeout_or_the_setting(
     tap.hold.set()
 
 
-async def test_a_poll_may_take_as_long_as_it_blocks_beside_the_timeout(plane: ControlPlane) -> None:
+async def test_poll_time_includes_block_ms_besides_timeout(plane: ControlPlane) -> None:
     async with WorkClient(settings_of(plane, request_timeout=5)) as client:
         started = time.monotonic()
         assert await client.poll(150) is None
@@ -498,14 +520,14 @@ async def test_a_poll_may_take_as_long_as_it_blocks_beside_the_timeout(plane: Co
             await client.poll(999, timeout=0.3)
 
 
-async def test_a_malformed_item_is_no_crash(qoder: WorkClient, tap: Tap) -> None:
+async def test_poll_with_malformed_item_raises_bad_body(qoder: WorkClient, tap: Tap) -> None:
     tap.instead = lambda: web.json_response({"id": "../x"})
     with pytest.raises(TransientError, match="malformed") as raised:
         await qoder.poll()
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
-async def test_stop_whose_item_is_not_read_accepts_any_json_object(
+async def test_stop_without_reading_item_accepts_any_json_object(
     qoder: WorkClient, tap: Tap
 ) -> None:
     tap.instead = lambda: web.Response(body=b'{"id": 7}')
@@ -515,7 +537,7 @@ async def test_stop_whose_item_is_not_read_accepts_any_json_object(
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
-async def test_stop_whose_item_is_not_read_does_not_trust_a_gateways_page(
+async def test_stop_without_reading_item_rejects_answer_of_gateway(
     qoder: WorkClient, tap: Tap, body: bytes
 ) -> None:
     """A page that answers 200 may say that the request got no further."""
@@ -524,7 +546,7 @@ async def test_stop_whose_item_is_not_read_does_not_trust_a_gateways_page(
         await qoder.stop(UNKNOWN, force=True, read_item=False)
 
 
-async def test_stop_whose_item_is_not_read_fails_when_it_is_refused(qoder: WorkClient) -> None:
+async def test_refused_stop_without_reading_item_raises_refused_error(qoder: WorkClient) -> None:
     with pytest.raises(RefusedError) as raised:
         await qoder.stop(UNKNOWN, read_item=False)
     assert raised.value.status == 404
@@ -537,7 +559,7 @@ def spend(limiter: RateLimiter) -> int:
     return next(count for count in range(10_000) if not limiter.try_acquire())
 
 
-async def test_reads_and_writes_have_limits_of_their_own(plane: ControlPlane) -> None:
+async def test_reads_and_writes_are_limited_separately(plane: ControlPlane) -> None:
     plane.enqueue()
     async with WorkClient(settings_of(plane, read_rate=0.004, write_rate=0.004)) as client:
         item = await polled(client)  # the only read in four minutes
@@ -556,7 +578,7 @@ async def test_reads_and_writes_have_limits_of_their_own(plane: ControlPlane) ->
             await client.heartbeat(item.id, None)  # never waits
 
 
-async def test_a_wait_for_the_limit_is_told(plane: ControlPlane) -> None:
+async def test_wait_for_rate_limit_is_reported_with_its_seconds(plane: ControlPlane) -> None:
     waits: list[tuple[str, float]] = []
     client = WorkClient(settings_of(plane, read_rate=20, write_rate=0.004))
     client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
@@ -572,7 +594,7 @@ async def test_a_wait_for_the_limit_is_told(plane: ControlPlane) -> None:
     assert waits[1][1] >= 0.05
 
 
-async def test_ack_permit_acquired_before_a_poll_lets_the_ack_go_at_once(
+async def test_ack_with_permit_acquired_before_poll_does_not_wait(
     plane: ControlPlane,
 ) -> None:
     plane.enqueue()
@@ -587,7 +609,7 @@ async def test_ack_permit_acquired_before_a_poll_lets_the_ack_go_at_once(
         assert spend(client.rate_limits.write) == 1
 
 
-async def test_ack_permit_cancelled_while_waiting_costs_nothing(plane: ControlPlane) -> None:
+async def test_ack_permit_cancelled_while_waiting_uses_no_token(plane: ControlPlane) -> None:
     async with WorkClient(settings_of(plane, write_rate=0.004)) as client:
         await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
@@ -600,7 +622,7 @@ async def test_ack_permit_cancelled_while_waiting_costs_nothing(plane: ControlPl
         assert spend(client.rate_limits.write) == 1
 
 
-async def test_without_limits_nothing_is_asked(plane: ControlPlane) -> None:
+async def test_client_without_limits_never_uses_its_rate_limiters(plane: ControlPlane) -> None:
     class Untouchable(RateLimiter):
         def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
             raise AssertionError(priority)
@@ -627,7 +649,7 @@ async def test_without_limits_nothing_is_asked(plane: ControlPlane) -> None:
         await client.stop(item.id, force=True)
 
 
-async def test_two_clients_given_one_rate_limits_share_it(plane: ControlPlane) -> None:
+async def test_two_clients_with_shared_rate_limits_share_their_rate(plane: ControlPlane) -> None:
     limits = RateLimits(0, 0.004)
     first, second = (WorkClient(settings_of(plane), rate_limits=limits) for _ in range(2))
     async with first, second:
@@ -636,7 +658,7 @@ async def test_two_clients_given_one_rate_limits_share_it(plane: ControlPlane) -
             await second.stop(UNKNOWN, timeout=0.01)
 
 
-async def test_calls_that_wait_for_the_rate_limit_go_by_priority(plane: ControlPlane) -> None:
+async def test_calls_waiting_for_rate_limit_are_sent_by_priority(plane: ControlPlane) -> None:
     """A completion first, then a claim, and the calls of a handler in turn with it."""
     sent: list[str] = []
     client = WorkClient(settings_of(plane, write_rate=20))
@@ -664,7 +686,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     ("header", "kept"),
     [(TRACE, TRACE), (None, None), ("", None), ("00-0-0-0", None), (TRACE + "-more", None)],
 )
-async def test_poll_keeps_a_traceparent_that_is_one(
+async def test_traceparent_of_poll_is_kept_only_if_valid(
     plane: ControlPlane, tap: Tap, client: WorkClient, header: str | None, kept: str | None
 ) -> None:
     plane.enqueue()

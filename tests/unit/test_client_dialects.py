@@ -8,11 +8,11 @@ from workpool.wire import protocol
 from workpool.wire.client_dialects import DIALECTS, DialectRules
 
 
-def test_every_dialect_has_its_column() -> None:
+def test_client_dialect_table_has_every_dialect() -> None:
     assert set(DIALECTS) == set(get_args(protocol.Dialect))
 
 
-def test_qoder() -> None:
+def test_qoder_dialect_rules_have_documented_values() -> None:
     assert DIALECTS["qoder"] == DialectRules(
         base_url="https://api.qoder.com/api/v1/cloud",
         credential_variable="QODER_PAT",
@@ -24,7 +24,7 @@ def test_qoder() -> None:
     )
 
 
-def test_anthropic() -> None:
+def test_anthropic_dialect_rules_have_documented_values() -> None:
     rules = DIALECTS["anthropic"]
     assert rules.base_url == "https://api.anthropic.com/v1"
     assert rules.credential_variable == "ANTHROPIC_ENVIRONMENT_KEY"

@@ -49,7 +49,7 @@ class _Ended:
         self.__dict__.update(attributes)
 
 
-def test_completion_table_is_the_documented_one() -> None:
+def test_completion_table_equals_documented_table() -> None:
     assert [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in TABLE.items()
     ] == COPY
@@ -57,18 +57,18 @@ def test_completion_table_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("pair", list(combinations([row[0] for row in COPY], 2)))
-def test_of_two_reasons_the_lower_row_wins(pair: tuple[str, str]) -> None:
+def test_graver_of_two_end_reasons_is_the_later_table_row(pair: tuple[str, str]) -> None:
     upper, lower = pair
     assert max(EndReason[upper], EndReason[lower]) is EndReason[lower]
 
 
 @pytest.mark.parametrize("reason", list(EndReason))
-def test_row_of_a_session_is_the_row_of_its_reason(reason: EndReason) -> None:
+def test_completion_row_of_session_is_row_of_its_end_reason(reason: EndReason) -> None:
     item: Any = _Ended(reason=reason)
     assert row_of(item) is TABLE[reason]
 
 
-def test_session_without_an_end_reason_has_no_row() -> None:
+def test_session_without_end_reason_has_no_completion_row() -> None:
     item: Any = _Ended(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         row_of(item)
@@ -87,7 +87,9 @@ def test_session_without_an_end_reason_has_no_row() -> None:
         ("held", False, "released"),
     ],
 )
-def test_outcome_of_a_lease_that_lapses(status: str, outcome: str, *, stop_requested: bool) -> None:
+def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
+    status: str, outcome: str, *, stop_requested: bool
+) -> None:
     lease: Any = _Ended(status=status, stop_requested=stop_requested)
     assert outcome_by(lease) == outcome
 
@@ -98,18 +100,18 @@ def test_outcome_of_a_lease_that_lapses(status: str, outcome: str, *, stop_reque
 @pytest.mark.parametrize(
     "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
 )
-def test_mapping_of_strings_is_a_result(returned: Mapping[str, str]) -> None:
+def test_mapping_of_strings_is_accepted_as_result(returned: Mapping[str, str]) -> None:
     assert mapping_of(returned) == returned
 
 
-def test_result_is_a_copy() -> None:
+def test_result_is_a_copy_of_returned_mapping() -> None:
     returned = {"a": "b"}
     result = mapping_of(returned)
     returned["a"] = "changed"
     assert result == {"a": "b"}
 
 
-def test_none_is_an_empty_result() -> None:
+def test_none_is_accepted_as_empty_result() -> None:
     assert mapping_of(None) == {}
 
 
@@ -118,18 +120,18 @@ def test_none_is_an_empty_result() -> None:
     [0, 1, False, "text", b"", [], [("a", "b")], object(), {"a": 1}, {"a": None}, {1: "b"},
      {None: "b"}, {"a": {"b": "c"}}, {"a": b"b"}],
 )  # fmt: skip
-def test_anything_else_is_no_result(returned: Any) -> None:
+def test_other_return_values_are_refused_as_result(returned: Any) -> None:
     with pytest.raises(TypeError, match="a handler returns"):
         mapping_of(returned)
 
 
 @pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
-def test_text_that_utf8_cannot_encode_is_no_result(returned: Mapping[str, str]) -> None:
+def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
     with pytest.raises(ValueError, match="surrogates not allowed"):
         mapping_of(returned)
 
 
-def test_error_of_a_wrong_result_quotes_its_type_and_not_its_content() -> None:
+def test_error_for_wrong_result_names_type_without_content() -> None:
     with pytest.raises(TypeError) as caught:
         mapping_of({"token": b"secret"})
     assert "bytes" in str(caught.value)
@@ -150,7 +152,7 @@ def test_error_of_a_wrong_result_quotes_its_type_and_not_its_content() -> None:
         ("a\ud800b", "a?b"),
     ],
 )
-def test_note_is_cut_and_can_be_sent(text: str, note: str) -> None:
+def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
     assert NOTE_LIMIT == 512
     assert sendable(text) == note
 
@@ -160,7 +162,7 @@ class _Unprintable(Exception):
         raise ZeroDivisionError
 
 
-def test_text_of_an_error_that_cannot_be_printed_is_still_text() -> None:
+def test_error_that_cannot_be_printed_still_has_text() -> None:
     assert text_of(ValueError("why")) == "why"
     assert "_Unprintable" not in text_of("reason")
     assert isinstance(text_of(_Unprintable()), str)
@@ -173,23 +175,23 @@ def test_text_of_an_error_that_cannot_be_printed_is_still_text() -> None:
     ("delay", "seconds"),
     [(0, 0), (12.5, 12.5), (math.inf, math.inf), (math.nan, 10), ("5", 10), (None, 10)],
 )
-def test_release_delay_that_is_no_number_is_the_default(delay: Any, seconds: float) -> None:
+def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float) -> None:
     assert RELEASE_DELAY_SECONDS == 10
     assert delay_of(Release("why", delay)) == seconds
 
 
-def test_longest_release_of_a_group_of_releases_counts() -> None:
+def test_longest_release_in_exception_group_counts() -> None:
     short, long = Release("short", 1), Release("long", 9)
     assert release_of(short) is short
     assert release_of(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
-def test_group_with_another_error_is_no_release() -> None:
+def test_exception_group_with_another_error_is_no_release() -> None:
     assert release_of(ValueError()) is None
     assert release_of(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None
 
 
-def test_release_is_found_in_groups_nested_deeper_than_the_stack() -> None:
+def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     error: Exception = Release("deep")
     innermost = error
     for _ in range(5_000):

@@ -106,7 +106,7 @@ async def occupied_executor() -> AsyncIterator[None]:
 
 
 @pytest.mark.usefixtures("occupied_executor")
-async def test_calls_go_through_while_the_default_executor_is_occupied(tmp_path: Path) -> None:
+async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
     """With a host to look up, and a token that has to be read again."""
     path = tmp_path / "token"
     path.write_text("old")
@@ -124,7 +124,7 @@ async def test_calls_go_through_while_the_default_executor_is_occupied(tmp_path:
         assert len(server.lines) == 5
 
 
-async def test_calls_of_the_pool_do_not_wait_behind_two_hundred_of_a_handler() -> None:
+async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
     def hold_updates(head: str, _: int) -> bytes | None:
         return ANSWER if "/stop" in head else None
 
@@ -150,7 +150,7 @@ async def test_calls_of_the_pool_do_not_wait_behind_two_hundred_of_a_handler() -
             task.cancel()
 
 
-async def test_calls_of_the_pool_have_no_connection_limit() -> None:
+async def test_pool_calls_have_no_connection_limit() -> None:
     async with (
         serving(lambda _line, _connection: None) as server,
         WorkClient(server.settings(concurrency=1)) as client,
@@ -166,7 +166,7 @@ async def test_calls_of_the_pool_have_no_connection_limit() -> None:
 # -- a connection of one's own -------------------------------------------------------------------
 
 
-async def test_call_with_new_connection_reuses_none() -> None:
+async def test_call_with_new_connection_reuses_no_connection() -> None:
     async with serving() as server, WorkClient(server.settings()) as client:
         for _ in range(3):
             await client.stop(WORK, options=STOP)
@@ -178,7 +178,7 @@ async def test_call_with_new_connection_reuses_none() -> None:
         assert server.connections == 3
 
 
-async def test_try_after_a_silent_one_reaches_the_server_on_a_new_connection() -> None:
+async def test_retry_after_silent_connection_uses_new_connection() -> None:
     """Every pooled connection is dead, and nobody has said so."""
     silent = False
 
@@ -223,7 +223,7 @@ def hung_disk() -> Iterator[HungDisk]:
     disk.release.set()
 
 
-async def test_token_file_on_a_hung_disk_is_read_once_for_all_who_wait(
+async def test_token_file_on_hung_disk_is_read_once_for_all_waiting_calls(
     hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "token"
@@ -245,7 +245,7 @@ async def test_token_file_on_a_hung_disk_is_read_once_for_all_who_wait(
         await client.stop(WORK, timeout=20)
 
 
-async def test_opening_with_a_token_file_on_a_hung_disk_is_bounded(
+async def test_client_opening_with_token_file_on_hung_disk_fails_in_bounded_time(
     hung_disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.settings.read_credential", hung_disk)
@@ -263,7 +263,7 @@ async def test_opening_with_a_token_file_on_a_hung_disk_is_bounded(
 # -- threads -------------------------------------------------------------------------------------
 
 
-def test_lookup_that_hangs_does_not_keep_the_interpreter_from_ending() -> None:
+def test_hanging_host_lookup_does_not_keep_interpreter_running() -> None:
     program = textwrap.dedent("""
         import asyncio, socket, threading
         from workpool import Settings, WorkClient
@@ -289,7 +289,7 @@ def test_lookup_that_hangs_does_not_keep_the_interpreter_from_ending() -> None:
     assert (done.stdout, done.returncode) == ("timeout\n", 0), done.stderr
 
 
-async def test_threads_are_reused_named_and_ended() -> None:
+async def test_daemon_threads_are_named_and_end_on_close() -> None:
     threads = DaemonThreads("workpool-test", 3)
     loop = asyncio.get_running_loop()
     first = await loop.run_in_executor(threads, threading.current_thread)
@@ -301,7 +301,7 @@ async def test_threads_are_reused_named_and_ended() -> None:
         threads.submit(print)
 
 
-async def test_closing_does_not_wait_for_a_thread_that_hangs() -> None:
+async def test_close_does_not_wait_for_hanging_daemon_thread() -> None:
     threads, release = DaemonThreads("workpool-test", 2), threading.Event()
     loop = asyncio.get_running_loop()
     hung = loop.run_in_executor(threads, release.wait)
@@ -312,7 +312,7 @@ async def test_closing_does_not_wait_for_a_thread_that_hangs() -> None:
     assert await hung
 
 
-async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() -> None:
+async def test_daemon_threads_return_results_and_errors_within_their_limit() -> None:
     threads = DaemonThreads("workpool-test", 2)
     barrier = threading.Barrier(2)
     both = [threads.submit(barrier.wait, 20) for _ in range(2)]
@@ -329,7 +329,7 @@ async def test_threads_pass_on_results_and_errors_and_stay_within_their_limit() 
     await threads.close()
 
 
-async def test_threads_run_a_call_in_the_context_of_its_caller() -> None:
+async def test_daemon_threads_run_call_in_context_of_caller() -> None:
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     missing: dict[str, str] = {}
     name.set("caller")
@@ -340,7 +340,7 @@ async def test_threads_run_a_call_in_the_context_of_its_caller() -> None:
     await threads.close()
 
 
-async def test_call_waits_for_a_thread_that_lives_when_no_further_one_can_be_started(
+async def test_call_uses_existing_thread_if_no_further_thread_can_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads, release = DaemonThreads("workpool-test", 2), threading.Event()
@@ -361,7 +361,7 @@ def refuse_to_start(_thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-async def test_lookup_that_hangs_is_begun_again_after_its_bound(
+async def test_hanging_host_lookup_is_repeated_after_its_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     release, look_up = threading.Event(), socket.getaddrinfo
@@ -406,7 +406,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 """
 
 
-def test_informational_answers_without_end_do_not_block_the_loop() -> None:
+def test_endless_informational_responses_do_not_block_event_loop() -> None:
     """On the loop of the command line, which reads for as long as there is something to read."""
 
     async def stop(port: int) -> list[float]:
@@ -439,7 +439,7 @@ def test_informational_answers_without_end_do_not_block_the_loop() -> None:
 
 
 @pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
-async def test_connection_receives_a_bounded_number_of_bytes_at_once(priority: Priority) -> None:
+async def test_connection_receives_limited_number_of_bytes_at_once(priority: Priority) -> None:
     """What is read at once is parsed in one turn of the loop."""
     sizes: list[int] = []
     connect = socket.socket.setsockopt

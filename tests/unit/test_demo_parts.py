@@ -66,7 +66,7 @@ class Tale:
         return self.state.follow()
 
 
-def test_a_session_changes_hands() -> None:
+def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     tale = Tale()
     assert tale.tell("created", None, "queued") == []
     assert tale.tell("delivered", "one-1234", "queued") == []
@@ -82,7 +82,7 @@ def test_a_session_changes_hands() -> None:
     assert (tale.state.stopped, tale.state.acked) == (1, 2)
 
 
-def test_figures_of_a_real_exposition() -> None:
+def test_metrics_exposition_is_read_into_demo_figures() -> None:
     registry = CollectorRegistry()
     metrics = Metrics(
         registry,
@@ -105,7 +105,7 @@ def test_figures_of_a_real_exposition() -> None:
     assert WorkerMetrics().poll_latency == 0.0
 
 
-def test_lines_of_a_worker_are_filtered() -> None:
+def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     shown: list[str] = []
     worker = Worker("one", "echo", {}, lambda _, line: shown.append(line))
 
@@ -130,14 +130,14 @@ def test_lines_of_a_worker_are_filtered() -> None:
     ]
 
 
-async def test_a_worker_that_was_not_started_has_nothing_to_end() -> None:
+async def test_demo_worker_that_was_not_started_can_be_killed() -> None:
     worker = Worker("one", "echo", {}, lambda *_: None)
     worker.kill()
     worker.terminate()
     assert worker.state == "starting"
 
 
-async def test_lines_of_any_length() -> None:
+async def test_worker_output_lines_of_any_length_are_read() -> None:
     stream = asyncio.StreamReader()
     stream.feed_data(b"a\nb")
     stream.feed_data(b"c\n" + b"x" * 70_000 + b"\nend")
@@ -148,7 +148,9 @@ async def test_lines_of_any_length() -> None:
     assert "".join(lines[2:-1]) == "x" * 70_000
 
 
-def test_a_workers_settings_are_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_worker_environment_overrides_settings_of_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", "mine")
     monkeypatch.setenv("WORKPOOL_BASE_URL", "https://elsewhere.example")
     monkeypatch.setenv("HOME", "/home/me")
@@ -172,7 +174,7 @@ def state() -> DemoState:
     return tale.state
 
 
-def test_the_picture(state: DemoState) -> None:
+def test_demo_picture_shows_queue_workers_and_metrics(state: DemoState) -> None:
     page = io.StringIO()
     Console(file=page, width=80).print(picture(state))
     for words in ("queue 39", "running 1", "3/4", "7 completed", "5 ms", "25%", "2 gained"):
@@ -181,7 +183,7 @@ def test_the_picture(state: DemoState) -> None:
     assert "killed" in page.getvalue()
 
 
-def test_plain_lines(
+def test_plain_demo_view_prints_summary_and_worker_lines(
     state: DemoState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with PlainView() as plain:
@@ -196,15 +198,15 @@ def test_plain_lines(
     assert lines[1:] == ["one  hello"]
 
 
-def test_the_promise_in_one_line() -> None:
+def test_demo_summary_is_one_line_of_counts() -> None:
     text = "40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping"
     assert promise_text(Summary(40, 40, 3, 0, 0)) == text
 
 
-def test_a_table_takes_nothing_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("a", "b"), [("[red]x[/red]", "[/nothing]")])
     assert "[red]x[/red]" in capsys.readouterr().out
 
 
-async def test_the_sample_handler() -> None:
+async def test_sample_handler_returns_text_of_session() -> None:
     assert await sample.sample(session()) == {"sample": "hi"}

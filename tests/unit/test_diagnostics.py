@@ -31,7 +31,7 @@ def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[thr
         thread.join()
 
 
-def test_report_that_raises_raises_in_its_caller() -> None:
+def test_diagnostic_report_that_raises_raises_in_its_caller() -> None:
     def write() -> None:
         raise SystemExit("from a log handler")
 
@@ -39,7 +39,9 @@ def test_report_that_raises_raises_in_its_caller() -> None:
         report(write)
 
 
-def test_report_that_hangs_returns_after_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diagnostic_report_that_hangs_returns_after_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(diagnostics, "REPORT_SECONDS", 0.05)
     began, release, ended = threading.Event(), threading.Event(), threading.Event()
 
@@ -55,15 +57,17 @@ def test_report_that_hangs_returns_after_its_bound(monkeypatch: pytest.MonkeyPat
     assert ended.wait(10)
 
 
-def test_all_stacks_needs_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_stacks_without_temporary_directory_are_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(()))
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     text = all_stacks(threading.get_ident())
     assert text.startswith("Thread MainThread")
-    assert "in test_all_stacks_needs_no_temporary_directory" in text
+    assert "in test_all_stacks_without_temporary_directory_are_returned" in text
 
 
-def test_all_stacks_of_many_deep_threads_is_limited_and_starts_with_the_first(
+def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_thread(
     waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
 ) -> None:
     count = THREADS_MAX + 5

@@ -96,7 +96,7 @@ async def test_drain_without_a_deadline_waits_for_every_session() -> None:
 
 
 @in_virtual_time
-async def test_drain_cancels_handlers_at_its_deadline() -> None:
+async def test_drain_at_its_deadline_cancels_handlers() -> None:
     drain, sessions = Drain(), Sessions(3)
     drain.begin(30)
     assert await sessions.wind_down(drain) == 0
@@ -107,7 +107,7 @@ async def test_drain_cancels_handlers_at_its_deadline() -> None:
 
 @pytest.mark.parametrize("first", [None, 1000.0])
 @pytest.mark.parametrize("second", [0, 20.0])
-def test_second_drain_shortens_the_deadline(first: float | None, second: float) -> None:
+def test_second_drain_shortens_deadline(first: float | None, second: float) -> None:
     @in_virtual_time
     async def check() -> None:
         drain, sessions = Drain(), Sessions(1)
@@ -121,7 +121,7 @@ def test_second_drain_shortens_the_deadline(first: float | None, second: float) 
 
 
 @pytest.mark.parametrize("second", [None, 1000.0, 30.0])
-def test_second_drain_never_extends_the_deadline(second: float | None) -> None:
+def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
     async def check() -> None:
         drain, sessions = Drain(), Sessions(1)
@@ -134,7 +134,7 @@ def test_second_drain_never_extends_the_deadline(second: float | None) -> None:
 
 
 @in_virtual_time
-async def test_drain_does_not_wait_for_a_session_that_becomes_stuck() -> None:
+async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
     drain, sessions = Drain(), Sessions(1)
     drain.begin(None)
     sessions.loop.call_later(7, sessions.become_stuck)
@@ -144,7 +144,7 @@ async def test_drain_does_not_wait_for_a_session_that_becomes_stuck() -> None:
 
 
 @in_virtual_time
-async def test_sessions_that_do_not_end_after_the_deadline_are_abandoned(
+async def test_sessions_that_ignore_deadline_are_abandoned(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     drain, sessions = Drain(), Sessions(2)
@@ -157,7 +157,7 @@ async def test_sessions_that_do_not_end_after_the_deadline_are_abandoned(
 
 
 @in_virtual_time
-async def test_drain_that_is_cancelled_leaves_no_task() -> None:
+async def test_cancelled_drain_leaves_no_task() -> None:
     drain, sessions = Drain(), Sessions(1)
     drain.begin(None)
     async with asyncio.TaskGroup() as group:
@@ -169,7 +169,7 @@ async def test_drain_that_is_cancelled_leaves_no_task() -> None:
 
 
 @in_virtual_time
-async def test_drain_remembers_its_first_request() -> None:
+async def test_drain_keeps_time_and_timeout_of_first_request() -> None:
     drain = Drain()
     await asyncio.sleep(3)
     assert drain.started_at is None
@@ -183,7 +183,7 @@ async def test_drain_remembers_its_first_request() -> None:
 
 
 @in_virtual_time
-async def test_end_of_a_pool_survives_cancellations_and_raises_the_last_one() -> None:
+async def test_pool_end_survives_cancellations_and_raises_the_last_one() -> None:
     drain, ended = Drain(), list[str]()
 
     async def end() -> None:
@@ -203,7 +203,7 @@ async def test_end_of_a_pool_survives_cancellations_and_raises_the_last_one() ->
 
 
 @in_virtual_time
-async def test_end_of_a_pool_that_is_not_cancelled_raises_nothing() -> None:
+async def test_pool_end_without_cancellation_raises_nothing() -> None:
     drain = Drain()
     await see_through(lambda: asyncio.sleep(1), drain)
     assert not drain.requested.is_set()

@@ -59,7 +59,7 @@ class World:
 
 
 @in_virtual_time
-async def test_keep_alives_keep_a_stream_for_a_day() -> None:
+async def test_event_stream_with_keep_alives_stays_open_for_a_day() -> None:
     world = World()
     async with world.client as client, client.events(world.session_id).stream() as stream:
         with pytest.raises(TimeoutError):
@@ -71,7 +71,7 @@ async def test_keep_alives_keep_a_stream_for_a_day() -> None:
 
 
 @in_virtual_time
-async def test_a_stream_that_falls_silent_is_begun_again() -> None:
+async def test_silent_event_stream_is_reopened() -> None:
     world = World()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_events, "KEEP_ALIVE_SECONDS", 1e6)
@@ -83,7 +83,7 @@ async def test_a_stream_that_falls_silent_is_begun_again() -> None:
 
 
 @in_virtual_time
-async def test_a_reader_that_was_busy_finds_what_was_said() -> None:
+async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> None:
     """It hears nothing for an hour because it does not listen: the stream is as good as before."""
     world = World()
     async with world.client as client, client.events(world.session_id).stream() as stream:
@@ -97,7 +97,7 @@ async def test_a_reader_that_was_busy_finds_what_was_said() -> None:
 
 
 @in_virtual_time
-async def test_the_backoff_grows_to_ten_seconds_and_begins_anew_with_any_event() -> None:
+async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
     world = World(stream=[CallFault(answer=503)] * 200)
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
@@ -108,7 +108,7 @@ async def test_the_backoff_grows_to_ten_seconds_and_begins_anew_with_any_event()
 
 
 @in_virtual_time
-async def test_retry_after_is_honoured() -> None:
+async def test_event_stream_waits_for_retry_after() -> None:
     world = World(stream=[CallFault(answer=429, retry_after=100)])
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
@@ -117,7 +117,7 @@ async def test_retry_after_is_honoured() -> None:
 
 
 @in_virtual_time
-async def test_late_answer_is_requested_again() -> None:
+async def test_event_stream_without_timely_answer_is_requested_again() -> None:
     world = World(
         stream=[CallFault(answer="silence"), CallFault(answer="reset")],
         events=[CallFault(answer="silence"), CallFault(back=60), CallFault(answer=b"[]")],
@@ -171,7 +171,7 @@ class Mute:
 
 
 @in_virtual_time
-async def test_history_is_read_at_twenty_pages_a_second() -> None:
+async def test_event_history_is_read_at_twenty_pages_a_second() -> None:
     endless = Endless(lambda number: [f"evt_{number}"])
     clock = asyncio.get_running_loop().time
     async for _ in SessionEvents(endless, "sess_1").list():
@@ -186,7 +186,9 @@ async def test_history_is_read_at_twenty_pages_a_second() -> None:
     ids=["empty", "same", "cycle"],
 )
 @in_virtual_time
-async def test_history_without_anything_new_ends(make: Callable[[int], list[str]]) -> None:
+async def test_event_history_without_new_events_raises_transient_error(
+    make: Callable[[int], list[str]],
+) -> None:
     endless = Endless(make)
     with pytest.raises(TransientError, match="without anything new"):
         [event async for event in SessionEvents(endless, "sess_1").list()]
@@ -194,7 +196,7 @@ async def test_history_without_anything_new_ends(make: Callable[[int], list[str]
 
 
 @in_virtual_time
-async def test_stream_whose_history_never_ends_asks_for_few_pages() -> None:
+async def test_event_stream_with_endless_history_requests_pages_slowly() -> None:
     endless = Endless(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
@@ -204,7 +206,9 @@ async def test_stream_whose_history_never_ends_asks_for_few_pages() -> None:
 
 
 @in_virtual_time
-async def test_stream_remembers_a_bounded_number_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_event_stream_remembers_limited_number_of_ids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)
     world = World()
     for number in range(50):
@@ -226,7 +230,7 @@ async def test_stream_remembers_a_bounded_number_of_ids(monkeypatch: pytest.Monk
     assert world.opened > 1
 
 
-def test_page_token_that_is_too_long_for_a_url_is_malformed() -> None:
+def test_page_token_too_long_for_url_is_malformed() -> None:
     with pytest.raises(ValueError, match="next_page"):
         endpoints.EVENTS.parse({"data": [], "next_page": "x" * 5000})
 
@@ -328,7 +332,7 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=True,
     replays=False,
 )
-def test_events_come_once_and_in_order_after_any_failure(
+def test_events_after_any_failure_arrive_once_and_in_order(
     conditions: Sequence[str],
     pauses: Sequence[float],
     patience: float,

@@ -31,7 +31,7 @@ FULL = OSError(errno.ENOSPC, "x")
     ],
     ids=repr,
 )
-def test_error_of_a_machine_without_resources_releases(error: Exception) -> None:
+def test_error_of_exhausted_machine_becomes_release(error: Exception) -> None:
     assert exhausted(error)
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise error
@@ -48,20 +48,20 @@ def test_error_of_a_machine_without_resources_releases(error: Exception) -> None
     ],
     ids=repr,
 )
-def test_other_error_passes(error: Exception) -> None:
+def test_error_other_than_exhaustion_is_raised_unchanged(error: Exception) -> None:
     assert not exhausted(error)
     with pytest.raises(type(error)) as raised, release_on_exhaustion():
         raise error
     assert raised.value is error
 
 
-def test_release_for_exhaustion_keeps_its_reason_and_delay() -> None:
+def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise Release("later", delay=60) from FULL
     assert (raised.value.reason, raised.value.delay) == ("later", 60)
 
 
-def test_thread_that_cannot_be_started_is_recognised() -> None:
+def test_thread_that_cannot_start_is_recognised_as_exhaustion() -> None:
     """The text of Python's own error, which has no class of its own."""
     program = """
 import resource, threading

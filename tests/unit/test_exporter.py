@@ -129,7 +129,7 @@ async def test_metrics_are_openmetrics_on_request(
 @pytest.mark.parametrize(
     "accept", ["application/openmetrics-text;version=new", "text/plain;version=x.y", ",;="]
 )
-async def test_an_odd_accept_header_gets_text(
+async def test_malformed_accept_header_gets_metrics_as_text(
     exporter: Exporter, http: aiohttp.ClientSession, accept: str
 ) -> None:
     status, body, headers = await get(http, f"{exporter.url}/metrics", Accept=accept)
@@ -148,7 +148,7 @@ async def test_metrics_are_compressed_on_request(
 @pytest.mark.parametrize(
     ("path", "good", "bad"), [("healthz", "healthy", "unhealthy"), ("readyz", "ready", "unready")]
 )
-async def test_health_answers_tell_the_reasons(
+async def test_health_responses_state_their_reasons(
     exporter: Exporter, http: aiohttp.ClientSession, verdicts: Verdicts,
     path: str, good: str, bad: str,
 ) -> None:  # fmt: skip
@@ -163,16 +163,14 @@ async def test_health_answers_tell_the_reasons(
     assert (await get(http, f"{exporter.url}/{other}"))[0] == 200
 
 
-async def test_the_index_lists_what_there_is(
-    exporter: Exporter, http: aiohttp.ClientSession
-) -> None:
+async def test_index_page_lists_all_paths(exporter: Exporter, http: aiohttp.ClientSession) -> None:
     status, body, _ = await get(http, f"{exporter.url}/")
     assert status == 200
     assert all(path in body for path in (b"/metrics", b"/healthz", b"/readyz"))
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/healthz", "/readyz"])
-async def test_head_and_other_methods(
+async def test_head_is_answered_and_post_is_refused_on_every_path(
     exporter: Exporter, http: aiohttp.ClientSession, path: str
 ) -> None:
     async with http.head(exporter.url + path) as response:
@@ -182,13 +180,13 @@ async def test_head_and_other_methods(
 
 
 @pytest.mark.parametrize("path", ["/metric", "/metrics/", "/debug", "/healthz/x", "/../etc/passwd"])
-async def test_anything_else_is_not_found(
+async def test_unknown_path_is_not_found(
     exporter: Exporter, http: aiohttp.ClientSession, path: str
 ) -> None:
     assert (await get(http, exporter.url + path))[0] == 404
 
 
-async def test_nothing_is_logged_of_requests(
+async def test_requests_to_exporter_are_not_logged(
     exporter: Exporter, http: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -197,7 +195,7 @@ async def test_nothing_is_logged_of_requests(
     assert caplog.records == []
 
 
-async def test_a_broken_collector_breaks_one_answer_and_tells_the_client_nothing(
+async def test_failing_collector_fails_one_scrape_and_reveals_nothing_to_client(
     exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
 ) -> None:
     broken = Broken()
@@ -210,7 +208,7 @@ async def test_a_broken_collector_breaks_one_answer_and_tells_the_client_nothing
     assert (await get(http, f"{exporter.url}/metrics"))[0] == 200
 
 
-async def test_scrapes_do_not_pile_up_and_health_still_answers(
+async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
     exporter: Exporter, http: aiohttp.ClientSession, registry: CollectorRegistry
 ) -> None:
     stuck = Stuck()
@@ -231,7 +229,9 @@ async def test_scrapes_do_not_pile_up_and_health_still_answers(
 # -- listening -----------------------------------------------------------------------------------
 
 
-async def test_port_0_is_any_free_port(registry: CollectorRegistry, verdicts: Verdicts) -> None:
+async def test_exporters_on_port_0_get_different_free_ports(
+    registry: CollectorRegistry, verdicts: Verdicts
+) -> None:
     async with exporter_of(registry, verdicts) as one, exporter_of(registry, verdicts) as two:
         assert one.port != two.port
         assert one.url == f"http://127.0.0.1:{one.port}"
@@ -241,7 +241,7 @@ async def test_port_0_is_any_free_port(registry: CollectorRegistry, verdicts: Ve
     ("host", "url"),
     [("0.0.0.0", "http://127.0.0.1:{}"), ("::1", "http://[::1]:{}"), ("::", "http://[::1]:{}")],  # noqa: S104 - what is tested
 )
-async def test_the_url_can_be_opened_here(
+async def test_exporter_url_of_wildcard_address_can_be_opened_locally(
     registry: CollectorRegistry, http: aiohttp.ClientSession, host: str, url: str
 ) -> None:
     if ":" in host and not socket.has_dualstack_ipv6():
@@ -253,7 +253,7 @@ async def test_the_url_can_be_opened_here(
 
 @pytest.mark.parametrize("host", ["", "localhost"])
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_port_0_is_the_same_port_on_each_address(
+def test_exporter_on_port_0_uses_same_port_on_each_address(
     new_loop: Callable[[], asyncio.AbstractEventLoop], host: str, registry: CollectorRegistry
 ) -> None:
     family = socket.AddressFamily
@@ -272,7 +272,7 @@ def test_port_0_is_the_same_port_on_each_address(
         runner.run(main())
 
 
-async def test_a_port_in_use_is_an_error_that_says_what_to_do(
+async def test_port_in_use_is_error_that_suggests_solutions(
     exporter: Exporter, registry: CollectorRegistry, verdicts: Verdicts
 ) -> None:
     with pytest.raises(ListenError) as caught:
@@ -282,7 +282,7 @@ async def test_a_port_in_use_is_an_error_that_says_what_to_do(
         assert part in str(caught.value)
 
 
-async def test_an_address_of_another_host_is_an_error(registry: CollectorRegistry) -> None:
+async def test_listen_address_of_another_host_is_an_error(registry: CollectorRegistry) -> None:
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 .*metrics_listen") as caught:
         async with Exporter("192.0.2.1", 0, registry, health=list, readiness=list):
             pass
@@ -340,7 +340,7 @@ async def use_with_awkward_clients(registry: CollectorRegistry) -> None:
 
 @COUNTS_FILES
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_clients_that_stay_do_not_delay_closing_and_nothing_is_left(
+def test_connected_clients_do_not_delay_closing_of_exporter_and_nothing_is_left(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     registry = CollectorRegistry()
@@ -383,7 +383,7 @@ class Life:
 @COUNTS_FILES
 @pytest.mark.parametrize("stage", Life.STAGES)
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_exporter_can_be_cancelled_at_any_point(
+def test_exporter_cancelled_at_any_point_leaves_nothing(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:
     async def cancel_after(turns: int) -> str:
@@ -408,7 +408,7 @@ def test_exporter_can_be_cancelled_at_any_point(
 
 
 @COUNTS_FILES
-async def test_exporter_can_be_opened_fifty_times(registry: CollectorRegistry) -> None:
+async def test_exporter_opened_fifty_times_leaves_nothing(registry: CollectorRegistry) -> None:
     before = left()
     exporter = Exporter("127.0.0.1", 0, registry, health=list, readiness=list)
     for _ in range(50):
@@ -418,7 +418,7 @@ async def test_exporter_can_be_opened_fifty_times(registry: CollectorRegistry) -
     assert left() == before
 
 
-async def test_a_collector_that_hangs_does_not_delay_closing(
+async def test_hanging_collector_does_not_delay_closing_of_exporter(
     registry: CollectorRegistry, verdicts: Verdicts, caplog: pytest.LogCaptureFixture
 ) -> None:
     stuck = Stuck()

@@ -20,7 +20,7 @@ def written(folder: Path, text: str, name: str = "faults.toml") -> Path:
     return path
 
 
-def test_documented_file_of_faults_can_be_read(tmp_path: Path) -> None:
+def test_documented_fault_file_is_read_as_described(tmp_path: Path) -> None:
     [text] = [
         block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "[[fault]]" in block
     ]
@@ -37,7 +37,7 @@ def test_documented_file_of_faults_can_be_read(tmp_path: Path) -> None:
     assert heartbeat.limits["times"] == 1
 
 
-def test_json_file_gives_the_same_plan(tmp_path: Path) -> None:
+def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
     text = '{"fault": [{"kind": "reset", "ops": ["stop"], "between": [0, 1]}]}'
     plan = read_plan(written(tmp_path, text, "faults.json"))
     assert plan.fault[0].kind == "reset"
@@ -57,14 +57,14 @@ def test_json_file_gives_the_same_plan(tmp_path: Path) -> None:
         'kind = "expired"',
     ],
 )
-def test_every_kind_of_fault_can_be_read(tmp_path: Path, fault: str) -> None:
+def test_every_kind_of_fault_is_read(tmp_path: Path, fault: str) -> None:
     plan = read_plan(written(tmp_path, f"[[fault]]\n{fault}\n"))
     faults = Faults()
     plan.install(faults, ControlPlane())
     assert len(faults.rules) == 1
 
 
-def test_empty_file_injects_no_fault(tmp_path: Path) -> None:
+def test_empty_fault_file_injects_no_fault(tmp_path: Path) -> None:
     assert read_plan(written(tmp_path, "")) == Plan()
 
 
@@ -91,18 +91,20 @@ def test_empty_file_injects_no_fault(tmp_path: Path) -> None:
         ("[[fault]\n", "faults file: "),
     ],
 )
-def test_mistake_is_reported_with_its_place(tmp_path: Path, text: str, said: str) -> None:
+def test_mistake_in_fault_file_is_reported_with_its_place(
+    tmp_path: Path, text: str, said: str
+) -> None:
     with pytest.raises(ServeError, match=re.escape(said)):
         read_plan(written(tmp_path, text))
 
 
-def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_in_fault_file_are_reported_at_once(tmp_path: Path) -> None:
     text = '[[fault]]\nkind = "lost"\ntimes = 0\n[[fault]]\nkind = "delay"\n'
     with pytest.raises(ServeError, match=r"fault 1: times: .*; fault 2: seconds: "):
         read_plan(written(tmp_path, text))
 
 
-def test_unreadable_file_is_reported(tmp_path: Path) -> None:
+def test_unreadable_fault_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match="faults file: No such file"):
         read_plan(tmp_path / "nowhere.toml")
     with pytest.raises(ServeError, match="faults file: unexpected end"):

@@ -30,7 +30,7 @@ class Callee:
     async def method(self, session: Session) -> None: ...
 
 
-def test_bare_takes_every_session_and_returns_the_function_itself() -> None:
+def test_handler_without_arguments_takes_every_session() -> None:
     function = new()
     marked: Signature = handler(function)  # mypy: the signature is kept
     assert marked is function
@@ -40,7 +40,7 @@ def test_bare_takes_every_session_and_returns_the_function_itself() -> None:
     assert (rule.timeout, rule.max_sessions) == (None, None)
 
 
-def test_arguments_are_kept_and_the_function_is_returned_itself() -> None:
+def test_handler_arguments_are_kept_in_its_rule() -> None:
     function = new()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
@@ -51,7 +51,7 @@ def test_arguments_are_kept_and_the_function_is_returned_itself() -> None:
     assert (rule.timeout, rule.max_sessions) == (1.5, 2)
 
 
-def test_changing_the_mapping_later_does_not_change_the_rule() -> None:
+def test_metadata_changed_after_marking_do_not_change_rule() -> None:
     metadata = {"job": "a"}
     function = handler(metadata=metadata)(new())
     metadata["job"] = "b"
@@ -60,7 +60,7 @@ def test_changing_the_mapping_later_does_not_change_the_rule() -> None:
     assert rule.metadata["job"] == "a"
 
 
-def test_a_marked_method_is_found_on_the_instance() -> None:
+def test_marked_method_has_its_rule_on_instance() -> None:
     class Reports:
         @handler(max_sessions=3)
         async def daily(self, session: Session) -> None: ...
@@ -70,12 +70,12 @@ def test_a_marked_method_is_found_on_the_instance() -> None:
     assert rule.max_sessions == 3
 
 
-def test_a_partial_of_a_marked_function_has_its_mark() -> None:
+def test_partial_of_marked_function_has_its_rule() -> None:
     assert rule_of(functools.partial(functools.partial(handler(new())))) is not None
     assert rule_of(functools.partial(new())) is None
 
 
-def test_an_object_that_answers_any_attribute_is_not_marked() -> None:
+def test_object_that_answers_any_attribute_has_no_rule() -> None:
     class Anything:
         def __getattr__(self, name: str) -> str:
             return name
@@ -103,14 +103,14 @@ async def an_async_generator(session: Session) -> Any:
         ("session", "'session' is not a function; .* by keyword"),
     ],
 )
-def test_only_an_async_function_can_be_marked(function: Any, sentence: str) -> None:
+def test_marking_anything_but_async_function_is_refused(function: Any, sentence: str) -> None:
     with pytest.raises(TypeError, match=sentence):
         handler(function)
     with pytest.raises(TypeError, match=sentence):
         handler(metadata={})(function)
 
 
-def test_a_second_mark_is_refused_rather_than_replacing_the_first() -> None:
+def test_second_mark_of_function_is_refused() -> None:
     function = handler(metadata={"job": "a"})(new())
     with pytest.raises(TypeError, match="fresh is marked twice"):
         handler(metadata={"job": "b"})(function)
@@ -137,7 +137,7 @@ def test_a_second_mark_is_refused_rather_than_replacing_the_first() -> None:
         ({"max_sessions": 0}, ValueError, "max_sessions of .*fresh must be at least 1"),
     ],
 )
-def test_bad_arguments_are_refused_by_name(
+def test_invalid_handler_argument_is_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     function = new()
@@ -169,7 +169,7 @@ def test_async_callables_are_recognised_and_named(
     assert is_async_callable(call) is is_async
 
 
-def test_handlers_are_equal_by_label_and_limits_whatever_closure_they_call() -> None:
+def test_handlers_with_equal_names_and_limits_are_equal() -> None:
     def make(call: Any, **limits: Any) -> Handler:
         return Handler(name="reports.daily", plugin="reports", call=call, **limits)
 
@@ -179,6 +179,6 @@ def test_handlers_are_equal_by_label_and_limits_whatever_closure_they_call() -> 
     assert one != make(new(), max_sessions=3)
 
 
-def test_handler_offers_exactly_the_documented_arguments() -> None:
+def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
     parameters = inspect.signature(handler).parameters
     assert list(parameters) == ["function", "type", "metadata", "timeout", "max_sessions"]

@@ -12,7 +12,7 @@ from workpool.pool.handler_executor import handler_group
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_handler_group_may_be_cancelled_at_any_turn_of_its_start(turns: int) -> None:
+async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(turns: int) -> None:
     """Otherwise its host fails on its own, and the loop logs an error that nobody can act on."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
@@ -35,7 +35,7 @@ async def test_handler_group_may_be_cancelled_at_any_turn_of_its_start(turns: in
     assert not problems
 
 
-async def test_handler_group_is_left_although_a_handler_does_not_end() -> None:
+async def test_handler_group_is_left_while_a_handler_ignores_cancellation() -> None:
     may_end = asyncio.Event()
 
     async def ignores_cancellation() -> None:

@@ -75,7 +75,7 @@ class Scene:
 
 
 @in_virtual_time
-async def test_five_quick_failures_in_a_row_make_a_handler_failing() -> None:
+async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
     scene = Scene()
     assert FAILURES == 5
     scene.fail(4)
@@ -88,7 +88,7 @@ async def test_five_quick_failures_in_a_row_make_a_handler_failing() -> None:
 
 
 @in_virtual_time
-async def test_failures_of_one_item_count_once() -> None:
+async def test_repeated_failures_of_one_item_count_once() -> None:
     scene = Scene()
     for _ in range(100):
         scene.end(number=1)
@@ -96,7 +96,7 @@ async def test_failures_of_one_item_count_once() -> None:
 
 
 @in_virtual_time
-async def test_health_checks_do_not_count() -> None:
+async def test_failed_health_checks_do_not_count_as_handler_failures() -> None:
     scene = Scene()
     for _ in range(100):
         scene.end(handler=None)
@@ -141,7 +141,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
 
 
 @pytest.mark.parametrize(("outcome", "seconds", "error", "counts"), ENDS)
-def test_end_of_session_counts_if_it_failed_at_once_or_exhausted_the_machine(
+def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
@@ -154,7 +154,7 @@ def test_end_of_session_counts_if_it_failed_at_once_or_exhausted_the_machine(
     check()
 
 
-def test_circle_of_causes_is_followed_once() -> None:
+def test_cyclic_causes_of_error_are_followed_once() -> None:
     @in_virtual_time
     async def check() -> None:
         scene = Scene()
@@ -178,7 +178,7 @@ def test_circle_of_causes_is_followed_once() -> None:
         ("detached", 5.0, False),
     ],
 )
-def test_one_session_that_ran_resets_a_failing_handler(
+def test_session_that_completes_or_runs_longer_resets_failing_handler(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
@@ -210,7 +210,7 @@ async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> No
 
 
 @in_virtual_time
-async def test_pause_doubles_with_each_failure_up_to_thirty_seconds() -> None:
+async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     scene = Scene()
     scene.fail()
     pauses = []
@@ -230,7 +230,7 @@ async def test_pause_doubles_with_each_failure_up_to_thirty_seconds() -> None:
 
 
 @in_virtual_time
-async def test_admission_waits_only_if_every_handler_seen_is_failing() -> None:
+async def test_admission_waits_only_if_every_used_handler_is_failing() -> None:
     scene = Scene()
     await scene.health.admission()
     assert scene.loop.time() == 0
@@ -245,7 +245,7 @@ async def test_admission_waits_only_if_every_handler_seen_is_failing() -> None:
 
 
 @in_virtual_time
-async def test_admission_waits_for_the_one_session_of_a_failing_handler() -> None:
+async def test_admission_waits_for_running_session_of_failing_handler() -> None:
     scene = Scene()
     scene.fail()
     await asyncio.sleep(2)
@@ -262,7 +262,7 @@ async def test_admission_waits_for_the_one_session_of_a_failing_handler() -> Non
 
 
 @in_virtual_time
-async def test_admission_waits_until_the_first_pause_of_several_handlers_is_over() -> None:
+async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
     scene = Scene()
     scene.fail(FAILURES + 2)  # a pause of 4 s
     await asyncio.sleep(1)
@@ -275,7 +275,7 @@ async def test_admission_waits_until_the_first_pause_of_several_handlers_is_over
 
 
 @in_virtual_time
-async def test_admission_of_one_busy_and_one_paused_handler_ends_with_the_pause() -> None:
+async def test_admission_of_busy_and_paused_handler_ends_with_pause() -> None:
     """The pause of the one is over and its session runs; the other may claim in 4 s."""
     scene = Scene()
     for _ in range(FAILURES):
@@ -288,7 +288,7 @@ async def test_admission_of_one_busy_and_one_paused_handler_ends_with_the_pause(
 
 
 @in_virtual_time
-async def test_work_ids_of_sessions_that_ran_are_not_kept() -> None:
+async def test_handler_health_forgets_work_ids_of_successful_sessions() -> None:
     scene = Scene()
     for number in range(100_000):
         scene.end(number=number, outcome="completed")

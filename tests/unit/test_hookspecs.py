@@ -42,7 +42,7 @@ class Held:
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("workpool_")}
 
 
-def test_there_are_four_hooks_and_each_says_when_it_is_called() -> None:
+def test_hook_specifications_are_five_documented_functions_with_one_argument() -> None:
     assert list(HOOKS) == [
         "workpool_session_handler",
         "workpool_wrap_session",
@@ -56,7 +56,7 @@ def test_there_are_four_hooks_and_each_says_when_it_is_called() -> None:
         assert spec.__doc__
 
 
-async def test_hook_workpool_session_handler() -> None:
+async def test_session_handler_hook_chooses_handler_for_item() -> None:
     class Router:
         async def run(self, session: Session) -> dict[str, str]:
             return {"ran": session.id}
@@ -79,7 +79,7 @@ async def enter(contexts: Any, seen: list[str]) -> None:
         seen.append("inside")
 
 
-async def test_hook_workpool_wrap_session() -> None:
+async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_reverse() -> None:
     seen: list[str] = []
 
     class First:
@@ -118,7 +118,7 @@ async def test_hook_workpool_wrap_session() -> None:
     ]
 
 
-async def test_hook_workpool_lifespan() -> None:
+async def test_lifespan_hook_context_encloses_the_pool() -> None:
     seen: list[str] = []
 
     class Database:
@@ -135,7 +135,7 @@ async def test_hook_workpool_lifespan() -> None:
     assert seen == ["open for the pool", "inside", "closed"]
 
 
-def test_hook_workpool_admission() -> None:
+def test_admission_hook_refuses_with_reason_or_on_failure() -> None:
     answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
     asked: list[object] = []
 
@@ -163,7 +163,7 @@ def test_hook_workpool_admission() -> None:
     assert not Plugins.load([], [], {}).can_refuse
 
 
-def test_hook_workpool_event() -> None:
+def test_event_hook_receives_events() -> None:
     seen: list[Event] = []
 
     class Recorder:
@@ -180,7 +180,7 @@ def test_hook_workpool_event() -> None:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_every_hook_may_leave_its_argument_out(hook: str) -> None:
+def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     called: list[str] = []
 
     @hookimpl

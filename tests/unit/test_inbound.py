@@ -166,7 +166,7 @@ def quick_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_limit_reached_by_half_requests_closes_the_oldest_and_serves_the_new(
+def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def main() -> None:
@@ -181,7 +181,7 @@ def test_limit_reached_by_half_requests_closes_the_oldest_and_serves_the_new(
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_limit_reached_by_requests_under_way_refuses_the_new(
+def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def main() -> None:
@@ -199,7 +199,7 @@ def test_limit_reached_by_requests_under_way_refuses_the_new(
     run(new_loop, main())
 
 
-async def test_limit_reached_by_long_requests_ends_the_oldest(
+async def test_long_requests_at_connection_limit_are_ended_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound, "SERVE_SECONDS", 0.0)
@@ -214,7 +214,7 @@ async def test_limit_reached_by_long_requests_ends_the_oldest(
         await until(lambda: not site.connections._serving)
 
 
-async def test_exporter_answers_healthz_while_more_half_requests_than_its_limit_are_open() -> None:
+async def test_exporter_at_connection_limit_of_incomplete_requests_answers_healthz() -> None:
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         for _ in range(exporter_module.CONNECTIONS_MAX + 20):
@@ -224,7 +224,7 @@ async def test_exporter_answers_healthz_while_more_half_requests_than_its_limit_
         assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
 
 
-async def test_control_plane_answers_while_more_half_requests_than_its_limit_are_open(
+async def test_control_plane_at_connection_limit_of_incomplete_requests_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control_plane, "_connections_max", lambda: LIMIT)
@@ -234,7 +234,9 @@ async def test_control_plane_answers_while_more_half_requests_than_its_limit_are
         assert await clients[0].read() == b""
 
 
-def test_control_plane_leaves_descriptors_for_other_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for soft, expected in ((1024, 768), (256, 192), (10**9, 10_000), (-1, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
         assert control_plane._connections_max() == expected
@@ -245,7 +247,7 @@ def test_control_plane_leaves_descriptors_for_other_uses(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_headers_that_do_not_come_in_time_close_the_connection(
+def test_connection_without_complete_headers_in_time_is_closed(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     request_so_far: bytes,
     monkeypatch: pytest.MonkeyPatch,
@@ -260,7 +262,7 @@ def test_headers_that_do_not_come_in_time_close_the_connection(
     run(new_loop, main())
 
 
-async def test_header_bytes_that_trickle_in_do_not_extend_the_time(
+async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
@@ -273,7 +275,7 @@ async def test_header_bytes_that_trickle_in_do_not_extend_the_time(
         assert not len(site.connections)
 
 
-async def test_idle_connection_is_kept_for_longer_than_headers_may_take(
+async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
@@ -288,7 +290,7 @@ async def test_idle_connection_is_kept_for_longer_than_headers_may_take(
         assert await idle.read() == b""
 
 
-async def test_request_under_way_may_take_longer_than_headers_and_idle_connections(
+async def test_active_request_may_last_longer_than_header_and_idle_limits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
@@ -307,7 +309,7 @@ async def test_request_under_way_may_take_longer_than_headers_and_idle_connectio
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_client_that_reads_nothing_is_cut_off(
+def test_client_that_reads_nothing_is_disconnected(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound, "READ_SECONDS", 0.05)
@@ -324,7 +326,7 @@ def test_client_that_reads_nothing_is_cut_off(
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_client_that_reads_slowly_gets_the_whole_answer(
+def test_client_that_reads_slowly_gets_whole_response(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
@@ -345,7 +347,7 @@ def test_client_that_reads_slowly_gets_the_whole_answer(
 
 
 @pytest.mark.parametrize("new_loop", LOOPS)
-def test_too_many_unread_bytes_cut_off_the_client_that_reads_least(
+def test_unread_bytes_above_limit_disconnect_slowest_reader(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
@@ -371,7 +373,7 @@ def test_too_many_unread_bytes_cut_off_the_client_that_reads_least(
 # -- the log -------------------------------------------------------------------------------------
 
 
-async def test_exporter_malformed_request_is_one_debug_line_without_what_was_sent(
+async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -385,7 +387,7 @@ async def test_exporter_malformed_request_is_one_debug_line_without_what_was_sen
     assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
 
 
-async def test_control_plane_malformed_request_is_one_debug_line(
+async def test_malformed_request_to_control_plane_is_one_debug_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -396,7 +398,9 @@ async def test_control_plane_malformed_request_is_one_debug_line(
     assert record.levelno == logging.DEBUG
 
 
-def test_http_log_keeps_other_errors(caplog: pytest.LogCaptureFixture) -> None:
+def test_http_log_keeps_errors_other_than_malformed_requests(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     log = HttpLog(logging.getLogger("workpool.exporter.http"))
     log.error("Unhandled exception", exc_info=ValueError("a bug"))
     [record] = caplog.records

@@ -65,7 +65,7 @@ def without(obj: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in obj.items() if key != name}
 
 
-def test_an_item_is_read_field_by_field() -> None:
+def test_item_json_is_read_field_by_field() -> None:
     assert parse_item(ITEM) == WorkItem(
         id="work_0198f1a0000070008000000000000001",
         type="session",
@@ -83,42 +83,42 @@ def test_an_item_is_read_field_by_field() -> None:
     )
 
 
-def test_unknown_fields_are_ignored_and_a_secret_is_not_kept() -> None:
+def test_item_with_unknown_fields_is_read_and_secret_is_dropped() -> None:
     item = parse_item({**ITEM, "secret": HIDDEN, "data": {**ITEM["data"], "secret": HIDDEN}})
     assert item == parse_item(ITEM)
     assert HIDDEN not in repr(item)
 
 
-def test_metadata_is_read_only() -> None:
+def test_item_metadata_is_read_only() -> None:
     metadata: Any = parse_item(ITEM).metadata
     with pytest.raises(TypeError):
         metadata["job"] = "other"
 
 
 @pytest.mark.parametrize("bad", [1, None, True, ["x"], {"a": "b"}])
-def test_metadata_entry_that_is_not_text_is_left_out(bad: object) -> None:
+def test_metadata_entry_other_than_text_is_left_out(bad: object) -> None:
     item = parse_item({**ITEM, "metadata": {"job": "daily-report", "extra": bad}})
     assert item.metadata == {"job": "daily-report"}
 
 
 @pytest.mark.parametrize("metadata", [None, {}, [], "x", 0])
-def test_no_metadata_is_empty_metadata(metadata: object) -> None:
+def test_missing_or_malformed_metadata_is_read_as_empty(metadata: object) -> None:
     assert parse_item({**ITEM, "metadata": metadata}).metadata == {}
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-def test_the_five_states(state: str) -> None:
+def test_five_states_are_read_in_item_and_heartbeat(state: str) -> None:
     assert parse_item({**ITEM, "state": state}).state == state
     assert parse_heartbeat({**HEARTBEAT, "state": state}).state == state
 
 
 @pytest.mark.parametrize("kind", ["session", "healthcheck", "something new", ""])
-def test_any_type_of_work_is_read(kind: str) -> None:
+def test_item_of_any_type_is_read(kind: str) -> None:
     item = parse_item({**ITEM, "data": {"type": kind, "id": "sess_1"}})
     assert (item.type, item.session_id) == (kind, "sess_1")
 
 
-def test_only_a_session_must_name_its_session() -> None:
+def test_session_id_is_required_for_type_session_only() -> None:
     assert parse_item({**ITEM, "data": {"type": "healthcheck"}}).session_id == ""
     with pytest.raises(ValueError, match=r"data\.id"):
         parse_item({**ITEM, "data": {"type": "session"}})
@@ -136,7 +136,7 @@ def test_only_a_session_must_name_its_session() -> None:
         ("2026-01-02 03:04:05.123456", datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC)),
     ],
 )
-def test_times_are_utc_whatever_their_digits_and_offset(text: str, time: datetime) -> None:
+def test_times_of_any_precision_and_offset_are_read_as_utc(text: str, time: datetime) -> None:
     parsed = parse_item({**ITEM, "created_at": text}).created_at
     assert parsed == time
     assert parsed is not None
@@ -155,18 +155,18 @@ def test_item_with_unreadable_time_keeps_its_other_fields(name: str) -> None:
         assert item == dataclasses.replace(parse_item(ITEM), **changed)
 
 
-def test_item_without_any_time_is_read() -> None:
+def test_item_without_times_is_read() -> None:
     item = parse_item({name: ITEM[name] for name in ITEM if name not in TIMES})
     assert [getattr(item, name) for name in TIMES] == [None] * len(TIMES)
     assert item.last_heartbeat is None
 
 
 @pytest.mark.parametrize("bad", [0, "", [], "1" * 65])
-def test_item_whose_heartbeat_cannot_be_sent_back_has_no_last_heartbeat(bad: object) -> None:
+def test_item_heartbeat_that_cannot_be_sent_back_is_read_as_none(bad: object) -> None:
     assert parse_item({**ITEM, "latest_heartbeat_at": bad}).last_heartbeat is None
 
 
-def test_item_whose_heartbeat_is_no_time_keeps_it_to_the_letter() -> None:
+def test_item_heartbeat_that_is_no_time_is_kept_unchanged() -> None:
     item = parse_item({**ITEM, "latest_heartbeat_at": "beat-7"})
     assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "beat-7")
 
@@ -178,13 +178,13 @@ def test_stats_with_unreadable_time_are_read() -> None:
         )
 
 
-def test_the_last_heartbeat_is_kept_to_the_letter() -> None:
+def test_last_heartbeat_is_kept_unchanged() -> None:
     text = "2026-01-02T05:04:05.100000000+02:00"
     assert parse_item({**ITEM, "latest_heartbeat_at": text}).last_heartbeat == text
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": text}).last_heartbeat == text
 
 
-def test_a_heartbeat_that_was_never_recorded_expects_none() -> None:
+def test_empty_last_heartbeat_is_read_as_no_heartbeat() -> None:
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": ""}).last_heartbeat == "NO_HEARTBEAT"
 
 
@@ -224,7 +224,7 @@ BAD_FIELDS: list[tuple[Parse, dict[str, Any], str, tuple[object, ...]]] = [
     ("parse", "obj", "name", "bad"),
     [(parse, obj, name, bad) for parse, obj, name, bads in BAD_FIELDS for bad in bads],
 )
-def test_a_malformed_field_is_refused_by_name(
+def test_malformed_field_is_refused_by_name(
     parse: Parse, obj: dict[str, Any], name: str, bad: object
 ) -> None:
     with pytest.raises(ValueError, match=name):
@@ -233,18 +233,18 @@ def test_a_malformed_field_is_refused_by_name(
 
 @pytest.mark.parametrize("parse", [parse_item, parse_heartbeat, parse_stats])
 @pytest.mark.parametrize("bad", [None, [], "x", 1, True])
-def test_answer_that_is_no_object_is_refused(parse: Parse, bad: object) -> None:
+def test_response_that_is_no_object_is_refused(parse: Parse, bad: object) -> None:
     with pytest.raises(ValueError, match="not an object"):
         parse(bad)
 
 
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
-def test_a_missing_field_is_refused_by_name(name: str) -> None:
+def test_missing_field_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         parse_item(without(ITEM, name))
 
 
-def test_stats() -> None:
+def test_stats_json_is_read_field_by_field() -> None:
     assert parse_stats(STATS) == QueueStats(
         depth=3,
         pending=1,
@@ -255,7 +255,7 @@ def test_stats() -> None:
     assert quiet == QueueStats(0, 0, None, 0)
 
 
-def test_a_heartbeat() -> None:
+def test_heartbeat_json_is_read_field_by_field() -> None:
     assert parse_heartbeat({**HEARTBEAT, "ttl_seconds": 12.5}) == Heartbeat(
         "2026-01-02T03:04:08.123456Z", lease_extended=True, state="active", ttl_seconds=12.5
     )
@@ -263,7 +263,7 @@ def test_a_heartbeat() -> None:
 
 @pytest.mark.parametrize("ttl", [None, 0, 60])
 @pytest.mark.parametrize("state", ["queued", "active", "stopping", "stopped"])
-def test_heartbeat_that_extends_nothing_needs_neither_heartbeat_nor_ttl(
+def test_heartbeat_without_extension_needs_neither_last_heartbeat_nor_ttl(
     state: str, ttl: int | None
 ) -> None:
     lost = {"lease_extended": False, "last_heartbeat": None, "ttl_seconds": ttl, "state": state}
@@ -271,7 +271,7 @@ def test_heartbeat_that_extends_nothing_needs_neither_heartbeat_nor_ttl(
     assert (heartbeat.last_heartbeat, heartbeat.ttl_seconds) == ("", ttl or 0)
 
 
-def test_heartbeat_of_a_stopped_item_needs_no_last_heartbeat() -> None:
+def test_heartbeat_of_stopped_item_needs_no_last_heartbeat() -> None:
     stopped = {"state": "stopped", "last_heartbeat": None, "ttl_seconds": 0}
     assert parse_heartbeat({**HEARTBEAT, **stopped}).last_heartbeat == ""
 
@@ -285,7 +285,7 @@ def refusal(parse: Parse, obj: object) -> ValueError | None:
 
 
 @given(st.sampled_from(sorted(ITEM)), anything)
-def test_no_value_of_a_field_does_harm(name: str, value: object) -> None:
+def test_item_with_arbitrary_field_value_is_read_or_refused(name: str, value: object) -> None:
     error = refusal(parse_item, {**ITEM, name: value})
     if error is not None:
         assert error.__context__ is None
@@ -296,14 +296,14 @@ def test_no_value_of_a_field_does_harm(name: str, value: object) -> None:
 
 
 @given(anything)
-def test_no_json_does_harm(value: object) -> None:
+def test_arbitrary_json_is_read_or_refused(value: object) -> None:
     for parse in (parse_item, parse_heartbeat, parse_stats):
         refusal(parse, value)
         refusal(parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value})
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.sampled_from([0, 3, 6]))
-def test_every_time_that_the_protocol_writes_is_read(time: datetime, digits: int) -> None:
+def test_every_timestamp_format_of_protocol_is_read(time: datetime, digits: int) -> None:
     spec = {0: "seconds", 3: "milliseconds", 6: "microseconds"}[digits]
     text = time.isoformat(timespec=spec).replace("+00:00", "Z")
     parsed = parse_item(orjson.loads(orjson.dumps({**ITEM, "created_at": text}))).created_at
@@ -313,7 +313,7 @@ def test_every_time_that_the_protocol_writes_is_read(time: datetime, digits: int
 
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
 @pytest.mark.parametrize("bad", [HIDDEN + "/", {"x": [HIDDEN]}, [HIDDEN]])
-def test_no_error_quotes_the_content(name: str, bad: object) -> None:
+def test_parse_errors_do_not_quote_content(name: str, bad: object) -> None:
     error = refusal(parse_item, {**ITEM, name: bad})
     assert error is not None
     assert HIDDEN not in repr(error)

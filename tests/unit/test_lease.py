@@ -286,7 +286,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
-def test_answer_to_heartbeat_gives_decision_status_and_deadline(
+def test_heartbeat_answer_determines_decision_status_and_deadline(
     state: Callable[[], Lease], outcome: Heartbeat | ControlPlaneError, expected: Expected
 ) -> None:
     lease = state()
@@ -300,7 +300,7 @@ def test_answer_to_heartbeat_gives_decision_status_and_deadline(
 
 
 @pytest.mark.parametrize("ttl", [10, 60, 600])
-def test_successful_heartbeat_plans_next_one_after_a_third_less_jitter(ttl: int) -> None:
+def test_successful_heartbeat_schedules_next_after_third_of_ttl_less_jitter(ttl: int) -> None:
     planned = {begun(ttl=ttl).due_at for _ in range(100)}
     assert min(planned) >= ttl / 3 * 0.9
     assert max(planned) <= ttl / 3
@@ -308,21 +308,21 @@ def test_successful_heartbeat_plans_next_one_after_a_third_less_jitter(ttl: int)
 
 
 @pytest.mark.parametrize(("ttl", "margin"), [(10, 1), (60, 6), (600, 60)])
-def test_lease_is_given_up_before_its_deadline_by_a_tenth_and_at_least_a_second(
+def test_lease_is_given_up_a_tenth_of_ttl_or_a_second_before_deadline(
     ttl: int, margin: float
 ) -> None:
     lease = begun(ttl=ttl)
     assert (lease.deadline, lease.give_up_at) == (ttl, ttl - margin)
 
 
-def test_unbegun_lease_ends_sixty_seconds_after_the_ack_was_sent() -> None:
+def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     lease = make_lease(ttl=600)
     assert (lease.deadline, lease.give_up_at, lease.due_at) == (60, 54, 0)
     assert lease.held(59.9)
     assert not lease.begun
 
 
-def test_unsettled_lease_counts_from_the_poll_until_a_heartbeat_has_succeeded() -> None:
+def test_unsettled_lease_counts_from_poll_until_heartbeat_succeeds() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
@@ -331,12 +331,12 @@ def test_unsettled_lease_counts_from_the_poll_until_a_heartbeat_has_succeeded() 
     assert not lease.unsettled
 
 
-def test_lease_of_an_ack_that_began_it_does_not_count_from_the_poll() -> None:
+def test_lease_begun_by_ack_does_not_count_from_poll() -> None:
     assert make_lease(polled_at=-9.0).deadline == 60
     assert make_lease(polled_at=-9.0, state="active", parents_heartbeat="hb").deadline == 60
 
 
-def test_granted_ttl_replaces_the_requested_one() -> None:
+def test_granted_ttl_replaces_requested_ttl() -> None:
     lease = make_lease(ttl=600)
     exchange(lease, 0.0, 1.0, success(ttl_seconds=30))
     assert lease.deadline == 30
@@ -347,7 +347,7 @@ def test_granted_ttl_replaces_the_requested_one() -> None:
     ("ttl", "request_timeout", "sent", "timeout"),
     [(60, 10.0, 20, 10), (30, 10.0, 10, 5), (60, 2.0, 20, 2), (60, 10.0, 51, 3), (10, 10.0, 9, 0)],
 )
-def test_heartbeat_waits_for_its_answer_a_sixth_of_ttl_and_not_past_give_up(
+def test_heartbeat_timeout_is_a_sixth_of_ttl_and_ends_before_give_up_time(
     ttl: int, request_timeout: float, sent: float, timeout: float
 ) -> None:
     attempt = begun(ttl=ttl, request_timeout=request_timeout).send(sent, sent)
@@ -356,18 +356,18 @@ def test_heartbeat_waits_for_its_answer_a_sixth_of_ttl_and_not_past_give_up(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing()], ids=["first", "release"])
-def test_heartbeat_that_may_shorten_its_lease_leaves_time_for_another_try(lease: Lease) -> None:
+def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) -> None:
     attempt = lease.send(SENT, SENT)
     assert attempt.timeout <= attempt.ttl / 6
     assert SENT + attempt.timeout < lease.give_up_at
 
 
-def test_late_heartbeat_states_its_lag() -> None:
+def test_late_heartbeat_reports_its_lag() -> None:
     assert begun().send(20.0, 18.5).lag == 1.5
     assert begun().send(20.0, 21.0).lag == 0
 
 
-def test_repeated_failures_are_repeated_less_soon() -> None:
+def test_failed_heartbeats_are_repeated_with_growing_delay() -> None:
     lease, now, delays = begun(), 20.0, []
     for _ in range(5):
         exchange(lease, now, now, THROTTLED)
@@ -379,7 +379,7 @@ def test_repeated_failures_are_repeated_less_soon() -> None:
     assert lease.due_at - (now + 20) == pytest.approx(1)
 
 
-def test_answer_after_the_deadline_under_which_it_was_sent_extends_nothing() -> None:
+def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     lease = begun()
     assert exchange(lease, 20.0, 59.9, success(2)).then == "held"
     lease = begun()
@@ -387,14 +387,14 @@ def test_answer_after_the_deadline_under_which_it_was_sent_extends_nothing() -> 
     assert (lease.status, lease.confirmed, lease.deadline) == ("lost", False, 60)
 
 
-def test_unanswered_heartbeat_shortens_a_lease_to_the_ttl_that_it_asked_for() -> None:
+def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
     lease = make_lease(ttl=10)
     exchange(lease, 1.0, 2.0, transient())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
 
 
 @pytest.mark.parametrize("outcome", [THROTTLED, refused(401), CONFLICT, PRECONDITION], ids=repr)
-def test_heartbeat_that_was_certainly_not_applied_shortens_nothing(
+def test_heartbeat_refused_without_effect_does_not_shorten_lease(
     outcome: ControlPlaneError,
 ) -> None:
     lease = make_lease(ttl=10)
@@ -402,7 +402,7 @@ def test_heartbeat_that_was_certainly_not_applied_shortens_nothing(
     assert lease.deadline == 60
 
 
-def test_unsent_heartbeat_shortens_nothing() -> None:
+def test_unsent_heartbeat_does_not_shorten_lease() -> None:
     lease = make_lease(ttl=10)
     lease.unsent(lease.send(1.0, 1.0))
     assert (lease.deadline, lease.in_flight) == (60, False)
@@ -417,7 +417,7 @@ def test_abandoned_heartbeat_counts_as_unanswered() -> None:
 
 
 @pytest.mark.parametrize("outcome", [success(2), transient(), PRECONDITION, refused(404)], ids=repr)
-def test_answer_to_a_lease_that_has_ended_changes_nothing(
+def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     outcome: Heartbeat | ControlPlaneError,
 ) -> None:
     lease = begun()
@@ -431,7 +431,7 @@ def test_answer_to_a_lease_that_has_ended_changes_nothing(
 # What a heartbeat must expect.
 
 
-def test_each_heartbeat_expects_the_last_one_that_was_answered() -> None:
+def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     lease = make_lease()
     assert lease.send(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = begun()
@@ -442,7 +442,7 @@ def test_each_heartbeat_expects_the_last_one_that_was_answered() -> None:
     assert lease.expected == "hb_2"
 
 
-def test_childs_first_heartbeat_expects_its_parents_last_one() -> None:
+def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
     assert make_lease(parents_heartbeat="hb_7").expected == "hb_7"
 
 
@@ -455,7 +455,7 @@ def test_childs_first_heartbeat_expects_its_parents_last_one() -> None:
         (ours(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
-def test_heartbeat_after_a_read_expects_what_the_item_shows(item: WorkItem, expected: str) -> None:
+def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
     lease = unanswered()
     exchange(lease, SENT, ANSWERED, PRECONDITION)
     lease.read(23.0, "precondition", item)
@@ -506,7 +506,7 @@ READ_AT = ANSWERED + 1
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
-def test_read_of_item_gives_decision_status_and_deadline(
+def test_read_of_item_determines_decision_status_and_deadline(
     state: Callable[[], Lease], outcome: WorkItem | ControlPlaneError | None, expected: Expected
 ) -> None:
     lease = state()
@@ -519,7 +519,7 @@ def test_read_of_item_gives_decision_status_and_deadline(
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_read_that_failed_leaves_a_412_in_doubt_and_one_that_succeeded_does_not() -> None:
+def test_failed_read_keeps_412_in_doubt_and_successful_read_does_not() -> None:
     lease = begun()
     exchange(lease, SENT, ANSWERED, CONFLICT)
     lease.read(READ_AT, "conflict", transient())
@@ -528,7 +528,7 @@ def test_read_that_failed_leaves_a_412_in_doubt_and_one_that_succeeded_does_not(
     assert exchange(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
-def test_read_after_the_lease_has_ended_changes_nothing() -> None:
+def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = begun()
     exchange(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
@@ -540,7 +540,7 @@ def test_read_after_the_lease_has_ended_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("state", "requested"), [(begun, True), (own_stop, False)])
-def test_stopping_is_a_stop_request_unless_the_stop_is_ours(
+def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
@@ -550,7 +550,7 @@ def test_stopping_is_a_stop_request_unless_the_stop_is_ours(
     assert lease.stop_requested == requested  # one that is made stays
 
 
-def test_first_heartbeat_that_says_stopping_begins_the_lease() -> None:
+def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
     lease = fresh()
     exchange(lease, 0.0, 1.0, success(state="stopping"))
     assert lease.begun
@@ -561,7 +561,7 @@ def test_first_heartbeat_that_says_stopping_begins_the_lease() -> None:
 @pytest.mark.parametrize(
     ("delay", "ttl"), [(0, 10), (-1, 10), (9.9, 10), (12.4, 12), (1e9, 600), (math.inf, 600)]
 )
-def test_release_delay_is_limited_to_what_the_protocol_allows(delay: float, ttl: int) -> None:
+def test_release_delay_is_limited_to_range_of_protocol(delay: float, ttl: int) -> None:
     lease = begun()
     lease.release(5.0, delay)
     assert lease.due_at == 5.0
@@ -569,7 +569,7 @@ def test_release_delay_is_limited_to_what_the_protocol_allows(delay: float, ttl:
     assert (attempt.ttl, attempt.last) == (ttl, True)
 
 
-def test_release_during_a_heartbeat_makes_the_next_one_last() -> None:
+def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     lease = begun()
     attempt = lease.send(SENT, SENT)
     lease.release(SENT + 1, 10.0)
@@ -579,7 +579,7 @@ def test_release_during_a_heartbeat_makes_the_next_one_last() -> None:
     assert lease.status == "released"
 
 
-def test_release_that_is_repeated_stays_the_last_heartbeat() -> None:
+def test_repeated_release_remains_the_last_heartbeat() -> None:
     lease = releasing()
     exchange(lease, SENT, ANSWERED, transient())
     assert lease.deadline == SENT + 12  # it may have been applied
@@ -588,33 +588,33 @@ def test_release_that_is_repeated_stays_the_last_heartbeat() -> None:
     assert lease.deadline == SENT + 12
 
 
-def test_release_that_is_not_extended_ends_the_lease_when_it_is_stopping() -> None:
+def test_release_without_extension_in_state_stopping_ends_lease() -> None:
     lease = releasing()
     exchange(lease, SENT, ANSWERED, success(2, lease_extended=False, state="stopping"))
     assert lease.status == "released"
 
 
-def test_check_soon_makes_heartbeat_due_and_never_later() -> None:
+def test_check_soon_makes_heartbeat_due_at_once() -> None:
     lease = begun()
     lease.check_soon(5.0)
     lease.check_soon(6.0)
     assert lease.due_at == 5.0
 
 
-def test_check_soon_of_suspended_lease_sends_nothing() -> None:
+def test_check_soon_of_suspended_lease_schedules_no_heartbeat() -> None:
     lease = begun()
     lease.suspend()
     lease.check_soon(5.0)
     assert lease.due_at == math.inf
 
 
-def test_doubted_lease_sends_its_next_heartbeat_now() -> None:
+def test_doubted_lease_schedules_heartbeat_at_once() -> None:
     lease = begun()
     assert lease.doubt(5.0)
     assert lease.due_at == 5.0
 
 
-def test_failed_heartbeat_of_doubted_lease_is_repeated_after_its_delay() -> None:
+def test_failed_heartbeat_of_doubted_lease_is_repeated_after_delay() -> None:
     lease = begun()
     lease.doubt(5.0)
     exchange(lease, 5.0, 5.1, THROTTLED)
@@ -624,14 +624,14 @@ def test_failed_heartbeat_of_doubted_lease_is_repeated_after_its_delay() -> None
     assert lease.due_at == due_at
 
 
-def test_lease_can_be_doubted_again_after_a_heartbeat_has_succeeded() -> None:
+def test_lease_can_be_doubted_again_after_successful_heartbeat() -> None:
     lease = begun()
     lease.doubt(5.0)
     exchange(lease, 5.0, 5.1, success(2))
     assert lease.doubt(7.0)
 
 
-def test_successful_heartbeat_records_the_clock_offset_at_which_it_was_sent() -> None:
+def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
     lease = begun()
     attempt = lease.send(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
@@ -639,7 +639,7 @@ def test_successful_heartbeat_records_the_clock_offset_at_which_it_was_sent() ->
     assert lease.clock_offset == 30.0
 
 
-def test_failed_heartbeat_does_not_record_its_clock_offset() -> None:
+def test_failed_heartbeat_records_no_clock_offset() -> None:
     lease = begun()
     lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient())
     assert lease.clock_offset == 0.0
@@ -660,7 +660,7 @@ def test_failed_heartbeat_does_not_record_its_clock_offset() -> None:
         (lambda lease: setattr(lease, "closed", True), SessionEnded),
     ],
 )
-def test_check_raises_unless_the_lease_is_held(
+def test_lease_check_raises_unless_lease_is_held(
     change: Callable[[Lease], None], error: type[Exception] | None
 ) -> None:
     lease = begun()
@@ -678,7 +678,7 @@ def test_check_raises_unless_the_lease_is_held(
         assert lease.remaining(1.0) == 0
 
 
-def test_lease_expires_at_its_give_up_time() -> None:
+def test_lease_expires_at_give_up_time() -> None:
     lease = begun()
     assert not lease.expire(53.9)
     assert lease.expire(54.0)
@@ -687,7 +687,7 @@ def test_lease_expires_at_its_give_up_time() -> None:
 
 @pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
 @pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
-def test_first_end_of_a_lease_stays(first: Any, second: Any) -> None:
+def test_first_end_status_of_lease_is_kept(first: Any, second: Any) -> None:
     lease = begun()
     lease.end(first, confirmed=first == "lost")
     lease.end(second, confirmed=True)
@@ -959,7 +959,7 @@ TestLeaseMachine.settings = settings(max_examples=100, stateful_step_count=30, d
     sent=st.floats(0, 50),
     latency=st.floats(0, 10),
 )
-def test_deadline_never_exceeds_send_time_plus_granted_ttl(
+def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     granted: float, ttl: int, sent: float, latency: float
 ) -> None:
     lease = make_lease(ttl=ttl)
@@ -976,7 +976,7 @@ def test_deadline_never_exceeds_send_time_plus_granted_ttl(
     lost=st.lists(st.booleans(), min_size=5, max_size=5),
     pauses=st.lists(st.floats(0.01, 15), min_size=5, max_size=5),
 )
-def test_handoff_never_leaves_parent_and_child_with_one_item(
+def test_handoff_never_gives_item_to_parent_and_child(
     order: list[str], lost: list[bool], pauses: list[float]
 ) -> None:
     """Both expect the same last heartbeat, so that only one of them can get the item."""

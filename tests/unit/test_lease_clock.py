@@ -16,7 +16,7 @@ from workpool.pool.lease import (
 )
 
 
-def test_lease_clock_never_goes_back_and_is_the_same_on_every_thread() -> None:
+def test_lease_clock_is_monotonic_across_threads() -> None:
     seen = [lease_clock()]
     thread = threading.Thread(target=lambda: seen.append(lease_clock()))
     thread.start()
@@ -78,7 +78,7 @@ class Clocks:
         (0, -PAUSE_SECONDS, True),  # restored from a snapshot, with a wall clock that is behind
     ],
 )
-def test_pause_is_a_jump_of_the_wall_clock_against_the_lease_clock(
+def test_clock_jump_of_wall_clock_against_lease_clock_is_a_pause(
     lease: float, wall: float, *, paused: bool
 ) -> None:
     assert Clocks().paused_after(lease, wall) == paused

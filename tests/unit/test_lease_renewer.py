@@ -46,7 +46,7 @@ def assert_changed(one: Bench, at: float, status: str) -> None:
 
 
 @in_virtual_time
-async def test_lease_is_renewed_every_third_of_its_ttl_for_an_hour(bench: type[Bench]) -> None:
+async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -61,7 +61,7 @@ async def test_lease_is_renewed_every_third_of_its_ttl_for_an_hour(bench: type[B
 
 
 @in_virtual_time
-async def test_lease_is_renewed_from_the_next_tick_after_it_was_added(bench: type[Bench]) -> None:
+async def test_new_lease_is_renewed_from_next_tick(bench: type[Bench]) -> None:
     one = bench(ttl=10)
     async with one.open():
         await asyncio.sleep(100.5)
@@ -72,7 +72,7 @@ async def test_lease_is_renewed_from_the_next_tick_after_it_was_added(bench: typ
 
 
 @in_virtual_time
-async def test_lease_that_is_removed_is_renewed_no_longer(bench: type[Bench]) -> None:
+async def test_removed_lease_is_not_renewed(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -85,7 +85,7 @@ async def test_lease_that_is_removed_is_renewed_no_longer(bench: type[Bench]) ->
 
 
 @in_virtual_time
-async def test_lease_that_is_over_is_not_added(bench: type[Bench]) -> None:
+async def test_ended_lease_is_not_added_to_renewer(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -95,7 +95,7 @@ async def test_lease_that_is_over_is_not_added(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_failed_heartbeat_is_repeated_soon_then_less_soon(bench: type[Bench]) -> None:
+async def test_failed_heartbeat_is_repeated_with_growing_delay(bench: type[Bench]) -> None:
     one = bench(heartbeat=[None, *[RESET] * 6])
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -106,7 +106,7 @@ async def test_failed_heartbeat_is_repeated_soon_then_less_soon(bench: type[Benc
 
 
 @in_virtual_time
-async def test_heartbeat_that_must_follow_at_once_waits_for_no_tick(bench: type[Bench]) -> None:
+async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(bench: type[Bench]) -> None:
     slow = CallFault(answer=409, applied=False, back=3)
     one = bench(heartbeat=[None, slow], get=[CallFault(back=3)])
     async with one.open():
@@ -120,7 +120,7 @@ async def test_heartbeat_that_must_follow_at_once_waits_for_no_tick(bench: type[
 
 
 @in_virtual_time
-async def test_lost_answer_is_recovered_by_a_read(bench: type[Bench]) -> None:
+async def test_lost_heartbeat_answer_is_recovered_by_read(bench: type[Bench]) -> None:
     one = bench(heartbeat=[None, LOST])
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -130,7 +130,7 @@ async def test_lost_answer_is_recovered_by_a_read(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_control_plane_that_contradicts_itself_is_not_asked_in_a_loop(
+async def test_contradictory_answers_of_control_plane_cause_few_requests(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[None, LOST, *[refusal(412)] * 999])
@@ -142,7 +142,7 @@ async def test_control_plane_that_contradicts_itself_is_not_asked_in_a_loop(
 
 
 @pytest.mark.parametrize(("ttl", "end"), [(60, 54), (10, 9)])
-def test_lease_without_answers_is_given_up_before_its_deadline(
+def test_lease_without_answers_is_lost_before_its_deadline(
     bench: type[Bench], ttl: int, end: float
 ) -> None:
     @in_virtual_time
@@ -159,7 +159,7 @@ def test_lease_without_answers_is_given_up_before_its_deadline(
 
 
 @in_virtual_time
-async def test_lease_whose_heartbeat_waits_for_others_is_given_up_before_its_deadline(
+async def test_lease_whose_heartbeat_waits_in_line_is_lost_before_its_deadline(
     bench: type[Bench],
 ) -> None:
     """No heartbeat of it is under way, whose end would give it up."""
@@ -173,7 +173,7 @@ async def test_lease_whose_heartbeat_waits_for_others_is_given_up_before_its_dea
 
 
 @in_virtual_time
-async def test_crash_of_a_heartbeat_costs_its_lease_and_no_other(
+async def test_crashed_heartbeat_loses_its_own_lease_only(
     bench: type[Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = bench()
@@ -188,7 +188,7 @@ async def test_crash_of_a_heartbeat_costs_its_lease_and_no_other(
 
 
 @in_virtual_time
-async def test_stop_request_is_reported_once_and_the_lease_is_renewed(bench: type[Bench]) -> None:
+async def test_stop_request_is_reported_once_while_lease_is_renewed(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -201,7 +201,7 @@ async def test_stop_request_is_reported_once_and_the_lease_is_renewed(bench: typ
 
 
 @in_virtual_time
-async def test_item_stopped_by_somebody_else_is_reported(bench: type[Bench]) -> None:
+async def test_item_stopped_by_another_client_is_reported(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -213,7 +213,7 @@ async def test_item_stopped_by_somebody_else_is_reported(bench: type[Bench]) -> 
 
 
 @in_virtual_time
-async def test_check_soon_sends_a_heartbeat_now(bench: type[Bench]) -> None:
+async def test_check_soon_sends_heartbeat_at_once(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -224,7 +224,7 @@ async def test_check_soon_sends_a_heartbeat_now(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_nothing_is_sent_while_renewing_is_suspended(bench: type[Bench]) -> None:
+async def test_suspended_renewer_sends_no_heartbeats(bench: type[Bench]) -> None:
     """As while the handlers' loop is blocked for too long."""
     one = bench()
     async with one.open():
@@ -242,7 +242,7 @@ async def test_nothing_is_sent_while_renewing_is_suspended(bench: type[Bench]) -
 
 
 @in_virtual_time
-async def test_release_is_one_last_heartbeat_and_then_silence(bench: type[Bench]) -> None:
+async def test_release_sends_one_last_heartbeat(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -257,7 +257,7 @@ async def test_release_is_one_last_heartbeat_and_then_silence(bench: type[Bench]
 
 
 @pytest.mark.parametrize("answer", [CallFault(back=4), RESET], ids=["slow", "reset"])
-def test_release_during_a_heartbeat_or_its_repeats_ends_in_one_last_heartbeat(
+def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
     bench: type[Bench], answer: CallFault
 ) -> None:
     @in_virtual_time
@@ -278,7 +278,7 @@ def test_release_during_a_heartbeat_or_its_repeats_ends_in_one_last_heartbeat(
 
 
 @in_virtual_time
-async def test_release_that_cannot_be_sent_ends_when_the_lease_would_have(
+async def test_release_that_cannot_be_sent_ends_in_lost_lease(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[None, *[UNSENT] * 99])
@@ -294,7 +294,7 @@ async def test_release_that_cannot_be_sent_ends_when_the_lease_would_have(
 
 
 @in_virtual_time
-async def test_release_of_a_lease_that_is_over_sends_nothing(bench: type[Bench]) -> None:
+async def test_release_of_ended_lease_sends_nothing(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -315,7 +315,7 @@ def assert_paced(peaks: list[tuple[float, int]], since: float, width: int = WIDT
 
 
 @in_virtual_time
-async def test_after_a_sleep_heartbeats_are_started_at_fifty_more_a_second(
+async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
     bench: type[Bench],
 ) -> None:
     one = bench()
@@ -333,7 +333,7 @@ async def test_after_a_sleep_heartbeats_are_started_at_fifty_more_a_second(
 
 
 @in_virtual_time
-async def test_heartbeats_that_end_quickly_are_never_more_than_ten_at_once(
+async def test_quick_heartbeats_are_never_more_than_ten_at_once(
     bench: type[Bench],
 ) -> None:
     """Their connections are reused before new ones are opened."""
@@ -351,7 +351,7 @@ async def test_heartbeats_that_end_quickly_are_never_more_than_ten_at_once(
 
 
 @in_virtual_time
-async def test_wider_limit_narrows_again_after_disuse(bench: type[Bench]) -> None:
+async def test_heartbeat_concurrency_limit_shrinks_after_disuse(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         leases = [await one.begin(await one.claim()) for _ in range(400)]
@@ -386,7 +386,7 @@ class SlowClient(LocalClient):
 @pytest.mark.trial
 @pytest.mark.timeout(180)
 @in_virtual_time
-async def test_six_thousand_leases_at_half_a_second_of_latency_all_stay_held(
+async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     bench: type[Bench],
 ) -> None:
     """A limit of heartbeats under way that latency times leases exceeded would lose some."""
@@ -406,7 +406,7 @@ async def test_six_thousand_leases_at_half_a_second_of_latency_all_stay_held(
 
 
 @in_virtual_time
-async def test_earliest_deadline_is_renewed_first(bench: type[Bench]) -> None:
+async def test_leases_with_earliest_deadline_are_renewed_first(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         items = []
@@ -426,7 +426,7 @@ async def test_earliest_deadline_is_renewed_first(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_machine_that_slept_too_long_has_lost_its_leases(bench: type[Bench]) -> None:
+async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -438,7 +438,7 @@ async def test_machine_that_slept_too_long_has_lost_its_leases(bench: type[Bench
 
 
 @in_virtual_time
-async def test_machine_that_slept_renews_at_once_what_it_still_holds(bench: type[Bench]) -> None:
+async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: type[Bench]) -> None:
     """Its timers stood still: the next heartbeat's would come after the lease's end."""
     one = bench()
     async with one.open():
@@ -450,7 +450,7 @@ async def test_machine_that_slept_renews_at_once_what_it_still_holds(bench: type
 
 
 @in_virtual_time
-async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs_and_the_machine_sleeps(
+async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[None, UNSENT])
@@ -465,7 +465,7 @@ async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs_and_the_machi
 
 
 @in_virtual_time
-async def test_answer_that_lay_in_the_socket_while_the_machine_slept_extends_nothing(
+async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_lease(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[None, CallFault(back=5)])
@@ -505,7 +505,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
 
 
 @in_virtual_time
-async def test_renewer_notices_a_pause_by_itself(bench: type[Bench]) -> None:
+async def test_renewer_notices_pause_of_machine_at_next_tick(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -517,7 +517,7 @@ async def test_renewer_notices_a_pause_by_itself(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_item_that_another_worker_got_during_a_pause_is_lost_before_anything_is_sent(
+async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_write(
     bench: type[Bench],
 ) -> None:
     one = bench()
@@ -537,7 +537,7 @@ async def test_item_that_another_worker_got_during_a_pause_is_lost_before_anythi
 
 
 @in_virtual_time
-async def test_pause_during_a_heartbeat_is_followed_by_another_heartbeat_at_once(
+async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
     bench: type[Bench],
 ) -> None:
     one = bench(heartbeat=[None, CallFault(back=2)])
@@ -555,7 +555,7 @@ async def test_pause_during_a_heartbeat_is_followed_by_another_heartbeat_at_once
 
 
 @in_virtual_time
-async def test_pause_during_a_claim_doubts_the_lease_that_begins_after_it(
+async def test_pause_during_claim_puts_lease_in_doubt(
     bench: type[Bench],
 ) -> None:
     """Its first heartbeat was answered before the pause, which another item's check noticed."""
@@ -578,7 +578,7 @@ async def test_pause_during_a_claim_doubts_the_lease_that_begins_after_it(
 
 
 @in_virtual_time
-async def test_pause_before_the_first_heartbeat_loses_the_lease(bench: type[Bench]) -> None:
+async def test_pause_before_first_heartbeat_loses_lease(bench: type[Bench]) -> None:
     """A drain marks its item then, which may be another worker's by now."""
     one = bench()
     async with one.open():

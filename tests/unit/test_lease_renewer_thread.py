@@ -167,7 +167,7 @@ def renewer_threads() -> list[threading.Thread]:
 # Life.
 
 
-async def test_heartbeats_are_sent_on_a_thread_of_their_own(scene: Scene) -> None:
+async def test_heartbeats_are_sent_on_renewer_thread(scene: Scene) -> None:
     item = await scene.claim()
     renewer = scene.renewer()
     async with renewer:
@@ -180,7 +180,9 @@ async def test_heartbeats_are_sent_on_a_thread_of_their_own(scene: Scene) -> Non
         assert renewer.leases() == []
 
 
-async def test_start_that_fails_raises_its_error_and_closes_what_was_open(scene: Scene) -> None:
+async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
+    scene: Scene,
+) -> None:
     opened: list[str] = []
 
     @contextlib.asynccontextmanager
@@ -202,7 +204,7 @@ async def test_start_that_fails_raises_its_error_and_closes_what_was_open(scene:
     assert not scene.failures
 
 
-async def test_start_that_is_cancelled_leaves_no_thread(scene: Scene) -> None:
+async def test_cancelled_start_of_renewer_leaves_no_thread(scene: Scene) -> None:
     hanging = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -218,7 +220,7 @@ async def test_start_that_is_cancelled_leaves_no_thread(scene: Scene) -> None:
     assert starting.cancelled()
 
 
-async def test_close_is_bounded_and_logs_what_it_abandons(
+async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
@@ -237,7 +239,7 @@ async def test_close_is_bounded_and_logs_what_it_abandons(
         await asyncio.to_thread(thread.join, 5)
 
 
-async def test_error_while_closing_is_logged_and_not_fatal(
+async def test_error_while_closing_service_is_logged_and_not_fatal(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextlib.asynccontextmanager
@@ -254,7 +256,7 @@ async def test_error_while_closing_is_logged_and_not_fatal(
 # Failures of the thread.
 
 
-async def test_failed_thread_is_fatal_and_its_leases_are_lost(scene: Scene) -> None:
+async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(scene: Scene) -> None:
     item, later = await scene.claim(), await scene.claim()
     renewer = scene.renewer()
     async with renewer:
@@ -273,7 +275,9 @@ async def test_failed_thread_is_fatal_and_its_leases_are_lost(scene: Scene) -> N
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
-async def test_exception_of_a_call_is_fatal(scene: Scene, error: BaseException) -> None:
+async def test_exception_in_call_on_renewer_thread_is_fatal(
+    scene: Scene, error: BaseException
+) -> None:
     def crash() -> None:
         raise error
 
@@ -290,7 +294,7 @@ async def test_exception_of_a_call_is_fatal(scene: Scene, error: BaseException) 
 
 
 @pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
-async def test_heartbeat_that_raises_no_exception_class_is_fatal(
+async def test_heartbeat_that_raises_base_exception_is_fatal(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     async def crash(*_: object) -> bool:
@@ -307,7 +311,7 @@ async def test_heartbeat_that_raises_no_exception_class_is_fatal(
         assert lease.status == "lost"
 
 
-async def test_failure_is_reported_before_services_have_closed(scene: Scene) -> None:
+async def test_failure_of_renewer_is_reported_before_services_have_closed(scene: Scene) -> None:
     release = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -327,7 +331,7 @@ async def test_failure_is_reported_before_services_have_closed(scene: Scene) -> 
 # The watch over the handlers' loop.
 
 
-async def test_lag_of_the_loop_is_measured(scene: Scene) -> None:
+async def test_loop_lag_of_handlers_loop_is_measured(scene: Scene) -> None:
     async with scene.renewer():
         await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
         time.sleep(0.3)  # noqa: ASYNC251 - blocking the loop is the point
@@ -336,7 +340,7 @@ async def test_lag_of_the_loop_is_measured(scene: Scene) -> None:
         )
 
 
-async def test_blocked_loop_is_warned_about_with_the_handlers_name(
+async def test_blocked_loop_warning_names_the_handler(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 0.1)
@@ -352,7 +356,7 @@ async def test_blocked_loop_is_warned_about_with_the_handlers_name(
     assert "reports.daily_report work_1" in caplog.text
 
 
-async def test_after_max_block_nothing_is_renewed_until_the_loop_runs_again(
+async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
     item = await scene.claim()
@@ -363,12 +367,12 @@ async def test_after_max_block_nothing_is_renewed_until_the_loop_runs_again(
         assert not renewer.renewing
         assert scene.ended == [None]
         assert "leases are not renewed any more" in caplog.text
-        assert "test_after_max_block" in caplog.text  # all stacks, ours among them
+        assert "test_loop_blocked_for_max_block" in caplog.text  # all stacks, ours among them
         await scene.until(lambda: renewer.renewing)
         assert lease.held(scene.clock())
 
 
-async def test_heartbeat_that_is_due_while_the_loop_is_blocked_too_long_is_not_sent(
+async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
     scene: Scene,
 ) -> None:
     item = await scene.claim()
@@ -382,7 +386,7 @@ async def test_heartbeat_that_is_due_while_the_loop_is_blocked_too_long_is_not_s
         await scene.heartbeats(2)
 
 
-async def test_blocked_time_is_exact_although_ticks_are_late(
+async def test_blocked_time_is_exact_despite_late_ticks(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every tick takes three times as long as may be counted for it."""
@@ -400,7 +404,7 @@ async def test_blocked_time_is_exact_although_ticks_are_late(
     assert float(stated[1]) <= lasted + TICK_SECONDS + 0.1
 
 
-async def test_process_that_was_stopped_is_not_taken_for_a_blocked_loop() -> None:
+async def test_stopped_process_is_not_taken_for_blocked_loop() -> None:
     pings: list[object] = []
     monitor = LoopMonitor(pings.append, max_block=5)
     monitor.ask()
@@ -431,7 +435,7 @@ def not_running() -> Iterator[threading.Event]:
     log.removeHandler(logged)
 
 
-def test_loop_that_was_stopped_ends_renewing_until_it_runs_again(
+def test_stopped_loop_suspends_renewal_until_it_runs_again(
     not_running: threading.Event,
 ) -> None:
     loop = asyncio.new_event_loop()
@@ -459,7 +463,7 @@ def test_loop_that_was_stopped_ends_renewing_until_it_runs_again(
     loop.close()
 
 
-def test_loop_that_was_closed_ends_the_renewer(not_running: threading.Event) -> None:
+def test_closed_loop_ends_renewer_thread(not_running: threading.Event) -> None:
     loop = asyncio.new_event_loop()
 
     async def start() -> LeaseRenewer:
@@ -481,7 +485,7 @@ def test_loop_that_was_closed_ends_the_renewer(not_running: threading.Event) -> 
 # The clock.
 
 
-async def test_machine_that_slept_too_long_has_lost_its_leases(scene: Scene) -> None:
+async def test_machine_that_slept_beyond_ttl_loses_its_leases(scene: Scene) -> None:
     item = await scene.claim()
     renewer = scene.renewer()
     async with renewer:
@@ -492,7 +496,7 @@ async def test_machine_that_slept_too_long_has_lost_its_leases(scene: Scene) -> 
     assert [op for op, _ in scene.script.sent] == ["heartbeat"]
 
 
-async def test_machine_that_slept_renews_at_once_what_it_still_holds(scene: Scene) -> None:
+async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(scene: Scene) -> None:
     item = await scene.claim()
     renewer = scene.renewer()
     async with renewer:
@@ -502,7 +506,7 @@ async def test_machine_that_slept_renews_at_once_what_it_still_holds(scene: Scen
         assert lease.remaining(scene.clock()) > 50
 
 
-async def test_lease_is_given_up_in_time_while_its_heartbeat_hangs(scene: Scene) -> None:
+async def test_lease_with_hanging_heartbeat_is_lost_in_time(scene: Scene) -> None:
     """The heartbeat's own timer stood still while the machine slept."""
     item = await scene.claim()
     renewer = scene.renewer()

@@ -50,13 +50,13 @@ def raised() -> object:
         return sys.exc_info()
 
 
-def test_a_text_line() -> None:
+def test_text_log_line_has_time_level_logger_message_and_extras() -> None:
     line = TextFormatter().format(record("claimed n=%d", 3, work_id="work_1", why="a b\n"))
     expected = "2026-03-01T12:00:00.250Z INFO    workpool.x claimed n=3 work_id=work_1 why='a b\\n'"
     assert line == expected
 
 
-def test_a_text_line_has_the_stack_below_it() -> None:
+def test_text_log_line_has_stack_on_following_lines() -> None:
     line = TextFormatter().format(record("failed", exc_info=raised(), stack_info="Stack: here"))
     head, *stack = line.splitlines()
     assert head.endswith("failed")
@@ -64,7 +64,7 @@ def test_a_text_line_has_the_stack_below_it() -> None:
     assert "  ValueError: two" in stack
 
 
-def test_a_json_line_holds_everything() -> None:
+def test_json_log_line_has_all_fields_and_error() -> None:
     made = record("failed %s", "x", exc_info=raised(), work_id="work_1", n=1, odd=object)
     made.stack_info = "Stack: here"
     text = JsonFormatter().format(made)
@@ -85,7 +85,7 @@ def test_a_json_line_holds_everything() -> None:
     assert "in raised" in error["stack"]
 
 
-def test_a_plugins_extra_cannot_forge_a_field() -> None:
+def test_extra_of_plugin_cannot_replace_standard_field() -> None:
     fields = json.loads(JsonFormatter().format(record("true", time="never", level="none")))
     assert fields["level"] == "info"
     assert fields["time"].startswith("2026")
@@ -127,19 +127,19 @@ def check_harmless(made: logging.LogRecord) -> None:
 
 
 @pytest.mark.parametrize("char", HOSTILE.values(), ids=HOSTILE)
-def test_character_that_steers_terminals_or_ends_lines_is_escaped(char: str) -> None:
+def test_control_character_in_log_record_is_escaped(char: str) -> None:
     made = hostile_record(f"a{char}{FORGED}{char}b")
     check_harmless(made)
     assert ascii(char)[1:-1] in TextFormatter().format(made)
 
 
 @given(st.text())
-def test_no_text_in_a_record_breaks_a_log(text: str) -> None:
+def test_arbitrary_text_in_record_keeps_log_lines_valid(text: str) -> None:
     check_harmless(hostile_record(text))
 
 
 @pytest.mark.parametrize("char", ["x", "\n", "\x1b", "\U000e0041", "\\", '"'])
-def test_record_with_megabytes_is_cut(char: str) -> None:
+def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
@@ -149,7 +149,7 @@ def test_record_with_megabytes_is_cut(char: str) -> None:
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
 
 
-def test_message_that_is_cut_keeps_its_ends_and_the_ids() -> None:
+def test_cut_log_message_keeps_both_ends_and_ids() -> None:
     made = record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
     line = TextFormatter().format(made)
     assert "declined type=xxx" in line
@@ -160,7 +160,7 @@ def test_message_that_is_cut_keeps_its_ends_and_the_ids() -> None:
     assert fields["work_id"] == "work_1"
 
 
-def test_record_with_many_extras_is_cut() -> None:
+def test_log_record_with_many_extras_is_cut_to_limit() -> None:
     made = record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
     assert len(JsonFormatter().format(made)) < 200_000
@@ -172,7 +172,7 @@ class Odd(Exception):
 
 
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
-def test_record_that_cannot_be_formatted_is_logged_all_the_same(form: logging.Formatter) -> None:
+def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Formatter) -> None:
     """Otherwise `logging` prints its arguments itself, as they are."""
     assert "cannot be formatted: n=%d" in form.format(record("n=%d", "x" * 1_000_000))
     assert "Odd that has no text" in form.format(record("hello", odd=Odd()))
@@ -190,7 +190,7 @@ def no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_tokens")
 @pytest.mark.parametrize("hiding", [hide, hide_item_token])
-def test_token_is_redacted_wherever_it_stands(hiding: Callable[[str], None]) -> None:
+def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
     hiding(token)
     made = hostile_record(f"a{token}b {quote(token, safe='')}")
@@ -207,14 +207,14 @@ def test_token_of_three_characters_leaves_words_readable() -> None:
 
 
 @pytest.mark.usefixtures("no_tokens")
-def test_text_that_is_redacted_twice_stays_the_same() -> None:
+def test_text_redacted_twice_stays_the_same() -> None:
     hide("token")
     hide("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
 @pytest.mark.usefixtures("no_tokens")
-def test_token_that_the_cut_would_split_leaves_no_part() -> None:
+def test_token_at_cut_of_long_message_leaves_no_part() -> None:
     hide("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
         text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)
@@ -222,7 +222,7 @@ def test_token_that_the_cut_would_split_leaves_no_part() -> None:
 
 
 @pytest.mark.usefixtures("no_tokens")
-def test_number_of_remembered_tokens_is_bounded() -> None:
+def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
         hide(f"token-{number:04}")
         hide_item_token(f"item-{number:04}")
@@ -240,7 +240,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untouched")
-def test_configured_it_writes_to_stderr_uncaught_errors_too(
+def test_configured_logging_writes_records_and_uncaught_errors_to_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     configure("warning", "json")

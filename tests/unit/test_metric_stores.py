@@ -44,7 +44,7 @@ def library_of(row: Definition) -> Counter | Histogram:
 
 
 @given(AMOUNTS)
-def test_a_histogram_reads_as_the_library_s(amounts: Iterable[float]) -> None:
+def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
     ours, theirs = store_of(HISTOGRAM, threading.RLock()), library_of(HISTOGRAM)
     assert isinstance(theirs, Histogram)
     for labels in LABELS:
@@ -56,7 +56,7 @@ def test_a_histogram_reads_as_the_library_s(amounts: Iterable[float]) -> None:
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
-def test_a_counter_reads_as_the_library_s(amounts: Iterable[float]) -> None:
+def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
     ours, theirs = store_of(COUNTER, threading.RLock()), library_of(COUNTER)
     assert isinstance(theirs, Counter)
     for labels in LABELS:
@@ -68,7 +68,7 @@ def test_a_counter_reads_as_the_library_s(amounts: Iterable[float]) -> None:
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
-def test_threads_that_add_to_one_series_lose_nothing(row: Definition) -> None:
+def test_increments_from_four_threads_to_one_series_are_all_counted(row: Definition) -> None:
     lock, begin = threading.RLock(), threading.Barrier(4)
     store = store_of(row, lock)
 

@@ -210,7 +210,7 @@ def closed(labels: str) -> dict[str, tuple[str, ...]]:
 # -- the table -----------------------------------------------------------------------------------
 
 
-def test_the_definitions_are_those_of_the_document() -> None:
+def test_metric_definitions_equal_documented_table() -> None:
     kinds = {"C": "counter", "G": "gauge"}
     ours = {
         row.name: (row.kind, row.buckets, {k: set(v) for k, v in row.labels.items()})
@@ -229,7 +229,7 @@ def test_the_definitions_are_those_of_the_document() -> None:
 
 
 @pytest.mark.usefixtures("pool")
-def test_every_family_is_exposed_with_its_type_labels_and_buckets(
+def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
     registry: CollectorRegistry,
 ) -> None:
     exposed = {
@@ -250,7 +250,7 @@ def test_every_family_is_exposed_with_its_type_labels_and_buckets(
             assert set(sample.labels) | {"le"} == names | {"le"}
 
 
-def test_closed_series_begin_at_zero(registry: CollectorRegistry) -> None:
+def test_metric_series_with_closed_labels_start_at_zero(registry: CollectorRegistry) -> None:
     pool = Pool(registry, handlers=["echo.run"])
     pool.metrics.open()
     samples = scrape(registry)
@@ -352,7 +352,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
 
 
 @pytest.mark.parametrize(("event", "adds"), FED, ids=lambda v: type(v).__name__)
-def test_an_event_adds_exactly_this(
+def test_event_adds_exactly_the_expected_amounts(
     pool: Pool, registry: CollectorRegistry, event: ev.Event, adds: Mapping[str, float]
 ) -> None:
     before = scrape(registry)
@@ -360,18 +360,18 @@ def test_an_event_adds_exactly_this(
     assert gained(before, scrape(registry)) == adds
 
 
-def test_every_event_is_in_the_test_above() -> None:
+def test_every_event_type_has_its_expected_amounts() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
-def test_failing_metrics_are_logged_and_stop_nobody(
+def test_error_in_metrics_is_logged_and_not_raised(
     pool: Pool, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool.metrics.count(ev.AckFinished, ITEM, "ok", "not a number", 1.0)
     assert "metrics failed" in caplog.text
 
 
-def test_handlers_above_one_hundred_are_shown_as_one_with_one_warning(
+def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
     registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"many.handler_{number}" for number in range(150)]
@@ -400,7 +400,7 @@ def test_handlers_above_one_hundred_are_shown_as_one_with_one_warning(
     assert caplog.text.count("more than 100 handlers") == 1
 
 
-def test_a_handler_is_shown_from_its_first_session_on(
+def test_handler_series_exist_from_its_first_session(
     pool: Pool, registry: CollectorRegistry
 ) -> None:
     assert "sessions_active{environment_id=env_1,handler=late.one}" not in scrape(registry)
@@ -413,7 +413,7 @@ def test_a_handler_is_shown_from_its_first_session_on(
         assert samples[f"session_duration_seconds_count{{{labels}}}"] == 0
 
 
-def test_an_unknown_value_is_loud_and_is_not_counted(
+def test_unknown_label_value_warns_and_is_not_counted(
     pool: Pool, registry: CollectorRegistry
 ) -> None:
     before = scrape(registry)
@@ -429,7 +429,7 @@ def test_an_unknown_value_is_loud_and_is_not_counted(
 # -- gauges --------------------------------------------------------------------------------------
 
 
-def test_gauges_are_read_when_scraped(pool: Pool, registry: CollectorRegistry) -> None:
+def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: CollectorRegistry) -> None:
     idle = scrape(registry)
     assert idle["slots{environment_id=env_1,state=free}"] == 6
     assert idle["slots{environment_id=env_1,state=busy}"] == 0
@@ -460,13 +460,15 @@ def test_gauges_are_read_when_scraped(pool: Pool, registry: CollectorRegistry) -
     assert busy["draining{environment_id=env_1}"] == 1
 
 
-def test_build_info_says_what_runs(pool: Pool, registry: CollectorRegistry) -> None:
+def test_build_info_shows_version_python_and_dialect(
+    pool: Pool, registry: CollectorRegistry
+) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     assert pool.metrics.version == "1.2.3"
     assert scrape(registry)[f"build_info{{version=1.2.3,python={python},dialect=qoder}}"] == 1
 
 
-def test_the_null_ratio_forgets_after_a_minute(pool: Pool, registry: CollectorRegistry) -> None:
+def test_null_ratio_counts_polls_of_last_minute(pool: Pool, registry: CollectorRegistry) -> None:
     key = "poll_null_ratio{environment_id=env_1}"
     pool.metrics.observe(ev.PollFinished("item", 0.1))
     for _ in range(3):
@@ -487,7 +489,7 @@ def test_the_null_ratio_forgets_after_a_minute(pool: Pool, registry: CollectorRe
     assert scrape(registry)[key] == 1
 
 
-def test_the_age_of_the_oldest_item_grows_between_reads(
+def test_age_of_oldest_item_grows_between_reads_of_stats(
     pool: Pool, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
@@ -501,7 +503,7 @@ def test_the_age_of_the_oldest_item_grows_between_reads(
     assert scrape(registry)[key] == 0
 
 
-def test_oldest_item_without_a_readable_time_has_no_age(
+def test_oldest_item_without_readable_time_has_no_age(
     pool: Pool, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
@@ -511,7 +513,7 @@ def test_oldest_item_without_a_readable_time_has_no_age(
     assert key not in scrape(registry)
 
 
-def test_time_is_the_wall_clock_s_unless_the_test_says_otherwise(
+def test_metrics_use_wall_clock_by_default(
     registry: CollectorRegistry,
 ) -> None:
     metrics = Metrics(registry, "env_1", dialect="qoder", version="1", snapshot=lambda: IDLE)
@@ -525,7 +527,7 @@ def test_time_is_the_wall_clock_s_unless_the_test_says_otherwise(
 # -- several supervisors -------------------------------------------------------------------------
 
 
-def test_supervisors_of_one_environment_are_shown_as_one(registry: CollectorRegistry) -> None:
+def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
     one, two = Pool(registry, handlers=["echo.run"]), Pool(registry, snapshot=BUSY)
     second = replace(
         BUSY, lease_remaining_min=9.0, last_poll_success=900.0, sessions=(("echo.run", 1, 90.0),)
@@ -557,7 +559,7 @@ def test_supervisors_of_one_environment_are_shown_as_one(registry: CollectorRegi
 
 
 @pytest.mark.usefixtures("pool")
-def test_supervisors_of_two_environments_are_kept_apart(registry: CollectorRegistry) -> None:
+def test_supervisors_of_two_environments_have_separate_series(registry: CollectorRegistry) -> None:
     other = Pool(registry, "env_2", snapshot=BUSY)
     other.metrics.open()
     other.metrics.observe(ev.StopRequested(ITEM))
@@ -568,7 +570,7 @@ def test_supervisors_of_two_environments_are_kept_apart(registry: CollectorRegis
     assert samples["stop_requests_total{environment_id=env_2}"] == 1
 
 
-def test_closing_ends_the_gauges_and_keeps_the_counters(
+def test_closed_metrics_drop_gauges_and_keep_counters(
     pool: Pool, registry: CollectorRegistry
 ) -> None:
     gauges = {row.name for row in DEFINITIONS if row.kind == "gauge"}
@@ -586,13 +588,15 @@ def test_closing_ends_the_gauges_and_keeps_the_counters(
 
 
 @pytest.mark.usefixtures("pool")
-def test_opening_twice_is_refused(pool: Pool, registry: CollectorRegistry) -> None:
+def test_second_opening_of_metrics_is_refused(pool: Pool, registry: CollectorRegistry) -> None:
     with pytest.raises(RegistryError, match="open already"):
         pool.metrics.open()
     assert scrape(registry)["slots_limit{environment_id=env_1}"] == 8
 
 
-def test_a_clash_of_names_is_refused_and_leaves_nothing(registry: CollectorRegistry) -> None:
+def test_metric_name_already_registered_is_refused_and_registers_nothing(
+    registry: CollectorRegistry,
+) -> None:
     theirs = Counter("workpool_stops", "Not ours.", registry=registry)
     pool = Pool(registry)
     with pytest.raises(RegistryError, match="workpool_stops"):
@@ -605,7 +609,7 @@ def test_a_clash_of_names_is_refused_and_leaves_nothing(registry: CollectorRegis
         Counter("workpool_slots", "Not ours.", registry=registry)
 
 
-def test_a_registry_is_not_kept_alive() -> None:
+def test_registry_is_freed_after_metrics_close() -> None:
     registry = CollectorRegistry()
     pool = Pool(registry)
     pool.metrics.open()
@@ -616,7 +620,9 @@ def test_a_registry_is_not_kept_alive() -> None:
     assert gone() is None
 
 
-def test_threads_count_while_others_scrape(pool: Pool, registry: CollectorRegistry) -> None:
+def test_threads_can_count_while_registry_is_scraped(
+    pool: Pool, registry: CollectorRegistry
+) -> None:
     rounds, errors = 2000, []
     begin = threading.Barrier(3)
 
@@ -652,7 +658,7 @@ def test_threads_count_while_others_scrape(pool: Pool, registry: CollectorRegist
     assert finished == [100] * 40
 
 
-def test_supervisors_may_open_on_one_registry_from_two_threads(
+def test_supervisors_can_open_on_one_registry_from_several_threads(
     registry: CollectorRegistry,
 ) -> None:
     pools = [Pool(registry, f"env_{i}") for i in range(8)]
@@ -697,7 +703,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 # -- rules ---------------------------------------------------------------------------------------
 
 
-def test_the_rules_name_only_metrics_and_labels_that_exist() -> None:
+def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
     yaml = importlib.import_module("yaml")  # has no types
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]

@@ -26,12 +26,12 @@ ID, SESSION = f"work_{'0' * 32}", f"sess_{'1' * 32}"
 COLUMNS = ["id", "state", "session", "text"]
 
 
-def test_plain_rows_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_outside_terminal_are_tab_separated_lines(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows(("id", "state", "time", "text"), ROWS)
     assert capsys.readouterr().out == "work_1\t-\t2026-03-01T12:00:00Z\ttwo\\nlines \\x1b[2J\n"
 
 
-def test_json_holds_no_character_that_steers_a_terminal(
+def test_json_output_contains_no_control_characters(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = "\n\r\x1b[2J\x7f\x9b\u2028\u202e\u2066\U000e0041\xe9\u4e2d"
@@ -42,7 +42,7 @@ def test_json_holds_no_character_that_steers_a_terminal(
     assert json.loads(printed) == {text: [text]}
 
 
-def test_conform_shows_answers_of_a_control_plane_escaped_and_cut(
+def test_conform_output_shows_answers_of_control_plane_escaped_and_cut(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     hide("hunter2-hunter2")
@@ -56,7 +56,7 @@ def test_conform_shows_answers_of_a_control_plane_escaped_and_cut(
     assert "hunter2" not in printed
 
 
-def test_on_a_terminal_they_are_a_table(
+def test_rows_on_terminal_are_printed_as_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -68,7 +68,7 @@ def test_on_a_terminal_they_are_a_table(
     assert "work_1" in printed
 
 
-def test_the_current_directory_comes_first_and_once(
+def test_current_directory_is_put_first_on_import_path_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_the_current_directory_comes_first_and_once(
     ("width", "columns"),
     [(10, ["id"]), (50, ["id", "state"]), (69, ["id", "state", "text"]), (150, COLUMNS)],
 )
-def test_table_on_a_narrow_terminal_leaves_out_columns_and_never_cuts_an_id(
+def test_table_on_narrow_terminal_omits_columns_and_never_cuts_ids(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     width: int,
@@ -97,7 +97,7 @@ def test_table_on_a_narrow_terminal_leaves_out_columns_and_never_cuts_an_id(
     assert (SESSION in printed) is ("session" in columns)
 
 
-def test_pairs_on_a_narrow_terminal_are_a_line_each(
+def test_pairs_on_narrow_terminal_are_one_line_each(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -91,7 +91,7 @@ def marked(name: str = "daily", **rule: Any) -> Any:
     return function
 
 
-def test_a_marked_function() -> None:
+def test_marked_function_is_loaded_as_handler_with_limits() -> None:
     function = marked(timeout=5.0, max_sessions=2)
     answer = load(function).handler_for(item())
     assert answer is not None
@@ -100,12 +100,12 @@ def test_a_marked_function() -> None:
     assert (answer.timeout, answer.max_sessions) == (5.0, 2)
 
 
-def test_the_same_marked_function_always_gives_the_same_handler() -> None:
+def test_marked_function_gives_same_handler_for_every_item() -> None:
     plugins = load(marked(max_sessions=2))
     assert plugins.handler_for(item()) is plugins.handler_for(item(job="other"))
 
 
-def test_a_partial_of_a_marked_function_carries_what_an_embedder_has() -> None:
+def test_partial_of_marked_function_is_loaded_as_handler() -> None:
     @handler(max_sessions=1)
     async def report(database: str, session: Session) -> None: ...
 
@@ -137,21 +137,21 @@ class Reports:
 
 
 @pytest.mark.parametrize("plugin", [Reports, Reports("there")])
-def test_a_class_or_an_object_gives_all_its_marked_methods(plugin: object) -> None:
+def test_class_or_object_gives_all_its_marked_methods(plugin: object) -> None:
     plugins = load(plugin)
     for job in ("daily", "weekly", "yearly"):
         assert chosen(plugins, item(job=job)) == f"Reports.{job}"
     assert chosen(plugins, item(job="hourly")) is None
 
 
-async def test_a_class_gets_its_settings_as_keyword_arguments() -> None:
+async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
     answer = load(Reports, Reports={"folder": "/srv", "pages": 3}).handler_for(item(job="daily"))
     assert answer is not None
     session: Any = None
     assert await answer.call(session) == ("/srv", 3)
 
 
-def test_a_dataclass_is_a_plugin_although_it_cannot_be_hashed() -> None:
+def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
     @dataclass
     class Configured:
         level: int = 1
@@ -162,7 +162,7 @@ def test_a_dataclass_is_a_plugin_although_it_cannot_be_hashed() -> None:
     assert load(Configured, Configured={"level": 2}).wanted
 
 
-def test_a_module_gives_all_its_marked_functions_once_imported_ones_too(disk: Disk) -> None:
+def test_module_gives_all_its_marked_functions_including_imported_ones(disk: Disk) -> None:
     disk.module("@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner")
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
     name = disk.module(source, "jobs_b")
@@ -171,7 +171,7 @@ def test_a_module_gives_all_its_marked_functions_once_imported_ones_too(disk: Di
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
-def test_lazy_attributes_of_a_module_are_not_imported(disk: Disk) -> None:
+def test_lazy_attributes_of_plugin_module_are_not_imported(disk: Disk) -> None:
     name = disk.module(
         "@handler\nasync def a(session): ...\n"
         "def __dir__(): return ['a', 'lazy']\n"
@@ -189,7 +189,7 @@ def test_lazy_attributes_of_a_module_are_not_imported(disk: Disk) -> None:
         ("acme", "acme"),
     ],
 )
-def test_names_for_a_plugin(disk: Disk, asked: str, plugin: str) -> None:
+def test_plugin_is_loaded_by_every_form_of_its_name(disk: Disk, asked: str, plugin: str) -> None:
     disk.module(
         "@handler(metadata={'job': 'monthly'})\nasync def monthly(session): ...\n"
         "class Yearly:\n    @handler\n    async def run(self, session): ...\n",
@@ -201,7 +201,7 @@ def test_names_for_a_plugin(disk: Disk, asked: str, plugin: str) -> None:
     assert "shop.reports" in described.source or asked in described.source
 
 
-def test_installed_is_listed_without_being_imported_and_is_not_active(disk: Disk) -> None:
+def test_installed_plugin_is_listed_without_import_and_inactive(disk: Disk) -> None:
     name = disk.module("raise SystemExit('imported')\n")
     disk.distribution("acme-plugin", acme=name)
     assert Available("acme", name, "acme-plugin 1.0") in available()
@@ -209,7 +209,7 @@ def test_installed_is_listed_without_being_imported_and_is_not_active(disk: Disk
     assert load().describe() == ()
 
 
-def test_describe_names_hooks_and_rules() -> None:
+def test_describe_lists_hooks_and_rules_of_plugin() -> None:
     class Both:
         @hookimpl
         def workpool_session_handler(self) -> None: ...
@@ -323,7 +323,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_of_a_module_are_refused_with_its_name(disk: Disk, mistake: str) -> None:
+def test_mistake_in_plugin_module_is_refused_with_module_name(disk: Disk, mistake: str) -> None:
     source, sentence = MISTAKES[mistake]
     name = disk.module(source)
     with pytest.raises(PluginError) as caught:
@@ -333,7 +333,7 @@ def test_mistakes_of_a_module_are_refused_with_its_name(disk: Disk, mistake: str
     assert "\n" not in str(caught.value)
 
 
-def test_equal_rules_name_both_handlers_within_a_module(disk: Disk) -> None:
+def test_equal_rules_within_module_are_refused_naming_both_handlers(disk: Disk) -> None:
     name = disk.module(MISTAKES["two equal rules"][0])
     with pytest.raises(PluginError, match=f"{name}.two and {name}.one have the same rule"):
         load(names=(name,))
@@ -345,7 +345,7 @@ def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
     assert caught.value.plugin == "two"
 
 
-def test_one_function_active_through_two_plugins_is_refused(disk: Disk) -> None:
+def test_function_active_through_two_plugins_is_refused(disk: Disk) -> None:
     name = disk.module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):
@@ -367,7 +367,7 @@ def test_one_function_active_through_two_plugins_is_refused(disk: Disk) -> None:
         ("lost", "no module named 'gone'; installed plugins: "),
     ],
 )
-def test_unknown_names_are_refused_with_a_hint(disk: Disk, asked: str, sentence: str) -> None:
+def test_unknown_plugin_name_is_refused_with_hint(disk: Disk, asked: str, sentence: str) -> None:
     disk.module("class Reports: ...\n", "shop")
     disk.distribution("acme-plugin", acme="shop", lost="gone")
     with pytest.raises(PluginError) as caught:
@@ -376,14 +376,14 @@ def test_unknown_names_are_refused_with_a_hint(disk: Disk, asked: str, sentence:
     assert sentence in str(caught.value)
 
 
-def test_a_name_that_two_distributions_offer_is_refused(disk: Disk) -> None:
+def test_plugin_name_offered_by_two_distributions_is_refused(disk: Disk) -> None:
     disk.distribution("acme-one", acme="shop")
     disk.distribution("acme-two", acme="shop")
     with pytest.raises(PluginError, match=r"offered by acme-one 1\.0 and acme-two 1\.0"):
         load(names=("acme",))
 
 
-def test_the_same_plugin_twice_is_refused(disk: Disk) -> None:
+def test_same_plugin_given_twice_is_refused(disk: Disk) -> None:
     name = disk.module(MARKED)
     disk.distribution("acme-plugin", acme=name)
     reports = Reports()
@@ -392,7 +392,7 @@ def test_the_same_plugin_twice_is_refused(disk: Disk) -> None:
             load(*given)
 
 
-def test_two_plugins_of_one_name_are_refused() -> None:
+def test_two_plugins_with_one_name_are_refused() -> None:
     with pytest.raises(PluginError, match="'Reports': is the name of two plugins"):
         load(Reports(), Reports())
 
@@ -406,7 +406,7 @@ def test_two_plugins_of_one_name_are_refused() -> None:
         (marked("Reports"), {"folder": "x"}, "takes no settings"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_by_name(
+def test_unsuitable_plugin_settings_are_refused_by_name(
     plugin: object, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(PluginError, match=sentence.replace("[", r"\[")) as caught:
@@ -414,7 +414,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(
     assert caught.value.plugin == "Reports"
 
 
-def test_a_class_that_cannot_be_created_is_refused_with_the_reason() -> None:
+def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
     class Broken:
         def __init__(self) -> None:
             raise OSError("disk\nis full")
@@ -424,7 +424,7 @@ def test_a_class_that_cannot_be_created_is_refused_with_the_reason() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_settings_for_no_plugin_are_refused_unless_it_is_installed(disk: Disk) -> None:
+def test_settings_for_inactive_plugin_are_refused_unless_installed(disk: Disk) -> None:
     disk.distribution("acme-plugin", acme="shop")
     with pytest.raises(PluginError, match=r"Repots\] is for no active .* 'Reports'\?") as caught:
         load(Reports, Repots={})
@@ -438,7 +438,7 @@ def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
         load(plugin)
 
 
-def test_an_interrupt_while_loading_passes(disk: Disk) -> None:
+def test_keyboard_interrupt_while_loading_plugin_is_raised(disk: Disk) -> None:
     name = disk.module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load(names=(name,))

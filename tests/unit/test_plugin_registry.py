@@ -72,7 +72,7 @@ class Second(Answering): ...
 # -- who answers -----------------------------------------------------------------------------------
 
 
-def test_objects_are_asked_before_names_and_the_first_answer_wins(
+def test_plugin_objects_precede_names_and_first_answer_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "named_plugin_of_this_test"
@@ -89,7 +89,7 @@ def test_objects_are_asked_before_names_and_the_first_answer_wins(
     del sys.modules[name]
 
 
-def test_a_plugin_that_answers_none_lets_the_next_one_decide() -> None:
+def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
     class Nothing:
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> None: ...
@@ -97,7 +97,7 @@ def test_a_plugin_that_answers_none_lets_the_next_one_decide() -> None:
     assert chosen(load(Nothing(), Second()), item()) == "Second.run"
 
 
-def test_tryfirst_and_trylast_are_respected() -> None:
+def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
     class Early(Answering):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:
@@ -112,7 +112,7 @@ def test_tryfirst_and_trylast_are_respected() -> None:
     assert chosen(load(Late(), First()), item()) == "First.run"
 
 
-def test_a_plugin_is_asked_by_its_hook_before_its_rules_and_both_before_the_next() -> None:
+def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
     class Mixed:
         async def special(self, session: Session) -> None: ...
 
@@ -128,7 +128,7 @@ def test_a_plugin_is_asked_by_its_hook_before_its_rules_and_both_before_the_next
     assert chosen(plugins, item()) == "Mixed.rest"
 
 
-def test_rules_match_equal_type_and_equal_metadata() -> None:
+def test_rule_matches_equal_type_and_equal_metadata() -> None:
     plugins = load(marked(type="build", metadata={"job": "a", "team": "x"}))
     assert chosen(plugins, item("build", job="a", team="x", more="1")) == "daily.daily"
     assert chosen(plugins, item("session", job="a", team="x")) is None
@@ -138,7 +138,7 @@ def test_rules_match_equal_type_and_equal_metadata() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_more_specific_rule_goes_first_wherever_it_stands(order: tuple[int, ...]) -> None:
+def test_more_specific_rule_is_used_first_in_any_order(order: tuple[int, ...]) -> None:
     functions = [
         marked("anything"),
         marked("reports", metadata={"job": "report"}),
@@ -158,7 +158,7 @@ def test_the_more_specific_rule_goes_first_wherever_it_stands(order: tuple[int, 
         assert function_for(plugins, every="day") is functions[0]
 
 
-def test_a_rule_that_refines_nothing_before_it_waits_for_its_plugins_turn() -> None:
+def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
     one, two = marked("one", metadata={"a": "1"}), marked("two", metadata={"b": "1", "c": "1"})
     both = item(a="1", b="1", c="1")
     assert chosen(load(one, two), both) == "one.one"
@@ -166,7 +166,7 @@ def test_a_rule_that_refines_nothing_before_it_waits_for_its_plugins_turn() -> N
     assert chosen(load(First(), two), both) == "First.run"
 
 
-def test_plugins_without_handlers_are_reported() -> None:
+def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
     class Observer:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
@@ -199,7 +199,7 @@ class Call:
         (functools.partial(limited), "Router.limited", (9.0, 1)),
     ],
 )
-def test_valid_answers_of_a_hook_are_accepted(
+def test_async_callable_answered_by_hook_is_accepted(
     call: Any, name: str, limits: tuple[Any, Any]
 ) -> None:
     class Router:
@@ -241,13 +241,13 @@ def hook(annotation: object) -> Any:
     ],
     ids=["type", "union", "Union", "text", "text not imported", "Event", "Any", "object"],
 )
-def test_observer_is_called_with_the_types_that_its_annotation_names(
+def test_observer_receives_event_types_of_its_annotation(
     annotation: object, wanted: set[type]
 ) -> None:
     assert load(hook(annotation)).wanted == wanted
 
 
-def test_observer_without_annotation_is_called_with_every_type() -> None:
+def test_observer_without_annotation_receives_every_event_type() -> None:
     class Bare:
         @hookimpl
         def workpool_event(self, event):  # type: ignore[no-untyped-def]
@@ -261,7 +261,7 @@ def test_observer_without_annotation_is_called_with_every_type() -> None:
         assert load(plugin).wanted == set(get_args(Event))
 
 
-def test_observers_of_different_types_are_called_only_with_theirs() -> None:
+def test_observers_of_different_types_receive_only_their_types() -> None:
     class Drains(Recorder):
         @hookimpl
         def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]
@@ -308,7 +308,7 @@ class AlsoFailing(Failing): ...
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_a_choosing_hook_that_raises_is_blamed_and_the_next_is_not_asked(
+def test_handler_hook_that_raises_fails_choice_and_is_reported(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
@@ -340,7 +340,7 @@ class Hostile:
         raise ZeroDivisionError(name)
 
 
-def test_an_answer_that_raises_for_being_looked_at_is_blamed_on_the_plugin() -> None:
+def test_handler_hook_answer_that_raises_on_inspection_is_plugin_error() -> None:
     class Broken:
         @hookimpl
         def workpool_session_handler(self) -> object:
@@ -351,7 +351,7 @@ def test_an_answer_that_raises_for_being_looked_at_is_blamed_on_the_plugin() -> 
 
 
 @pytest.mark.parametrize("answer", [plain_def, 7, Call, not_async, True])
-def test_an_answer_that_cannot_be_run_is_blamed_on_the_plugin(answer: object) -> None:
+def test_handler_hook_answer_that_is_not_callable_is_plugin_error(answer: object) -> None:
     class Broken:
         @hookimpl
         def workpool_session_handler(self) -> object:
@@ -365,7 +365,7 @@ def test_an_answer_that_cannot_be_run_is_blamed_on_the_plugin(answer: object) ->
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_a_failing_observer_stops_nobody_and_the_others_learn_of_it(
+def test_failing_observer_is_reported_to_the_other_observers(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = Recorder(), type("After", (Recorder,), {})()
@@ -382,7 +382,7 @@ def test_a_failing_observer_stops_nobody_and_the_others_learn_of_it(
     assert "'Failing': workpool_event raised" in caplog.text
 
 
-def test_two_failing_observers_do_not_tell_each_other_for_ever() -> None:
+def test_two_failing_observers_are_reported_once_per_event() -> None:
     one, two, metrics = Failing(), AlsoFailing(), Recorder()
     plugins = load(one, two)
     plugins.metrics = metrics.workpool_event
@@ -393,7 +393,9 @@ def test_two_failing_observers_do_not_tell_each_other_for_ever() -> None:
     assert blamed == ["Failing", "AlsoFailing", "AlsoFailing", "Failing"]
 
 
-def test_one_traceback_per_kind_of_failure(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_observer_failure_is_logged_with_traceback_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     failing = Failing()
     plugins = load(failing)
     plugins.notify(FACT)
@@ -404,13 +406,13 @@ def test_one_traceback_per_kind_of_failure(caplog: pytest.LogCaptureFixture) -> 
     assert [bool(record.exc_info) for record in caplog.records] == [True, False, True]
 
 
-def test_an_interrupt_from_an_observer_passes() -> None:
+def test_keyboard_interrupt_in_observer_is_raised() -> None:
     with pytest.raises(KeyboardInterrupt):
         load(Failing(KeyboardInterrupt())).notify(FACT)
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
-def test_a_context_hook_that_raises_is_not_caught(hook: str) -> None:
+def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
     def implementation() -> None:
         raise LookupError("no database")
 
@@ -423,7 +425,7 @@ def test_a_context_hook_that_raises_is_not_caught(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
 @pytest.mark.parametrize("answer", [7, MappingProxyType({}), open])
-def test_an_answer_that_is_no_context_is_blamed_on_the_plugin(hook: str, answer: object) -> None:
+def test_context_hook_answer_that_is_no_context_is_plugin_error(hook: str, answer: object) -> None:
     def implementation() -> object:
         return answer
 

@@ -143,7 +143,7 @@ FAILURES: dict[str, Exception] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_failed_poll_gives_back_its_place_and_its_permit(failure: Exception) -> None:
+async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
     world = World(failure, failure)
     await world.run()
     assert world.client.polls == 3
@@ -161,7 +161,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("make", ANSWERS.values(), ids=ANSWERS)
-async def test_unreadable_item_costs_no_backoff(
+async def test_unreadable_items_cause_no_backoff(
     make: Callable[[], UnreadableError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
@@ -175,7 +175,7 @@ async def test_unreadable_item_costs_no_backoff(
 
 
 @in_virtual_time
-async def test_control_plane_that_brings_nothing_but_unreadable_items_is_polled_slowly() -> None:
+async def test_endless_unreadable_items_are_polled_slowly() -> None:
     count = poller.SKIPS + 60
     world = World(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
     clock = asyncio.get_running_loop().time
@@ -185,7 +185,7 @@ async def test_control_plane_that_brings_nothing_but_unreadable_items_is_polled_
 
 
 @in_virtual_time
-async def test_readable_answer_ends_the_row_of_unreadable_items() -> None:
+async def test_readable_answer_resets_count_of_unreadable_items() -> None:
     answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
     world = World(*answers, None, *answers, block_ms=999)
     clock = asyncio.get_running_loop().time
@@ -194,7 +194,7 @@ async def test_readable_answer_ends_the_row_of_unreadable_items() -> None:
     assert clock() - started < 2 * poller.SKIPS * poller.SKIP_SECONDS + 2
 
 
-async def test_unreadable_item_is_logged_once_and_by_its_id(
+async def test_unreadable_item_is_logged_once_by_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = ("work_1", "work_2", None, "work_1", None)
@@ -206,14 +206,14 @@ async def test_unreadable_item_is_logged_once_and_by_its_id(
     assert logged == expected
 
 
-async def test_null_poll_gives_back_its_place_and_its_permit() -> None:
+async def test_null_poll_returns_its_place_and_permit() -> None:
     world = World(None, None)
     await world.run()
     assert [event.result for event in world.of(PollFinished)] == ["null", "null", "cancelled"]
     assert (world.queue.reserved, world.client.permits) == (0, 0)
 
 
-async def test_item_that_is_taken_keeps_place_and_permit() -> None:
+async def test_accepted_item_keeps_place_and_permit() -> None:
     world = World("item")
     await world.run()
     assert world.dispatcher.offered == ["item"]
@@ -221,7 +221,7 @@ async def test_item_that_is_taken_keeps_place_and_permit() -> None:
 
 
 @pytest.mark.parametrize("takes", [False, KeyError("bug")], ids=["declined", "bug"])
-async def test_item_that_is_not_taken_gives_back_place_and_permit(takes: Any) -> None:
+async def test_rejected_item_returns_place_and_permit(takes: Any) -> None:
     world = World("item", takes=takes)
     await world.run()
     assert world.dispatcher.offered == ["item"]
@@ -239,7 +239,7 @@ async def test_poller_whose_items_start_no_handler_polls_once_per_block() -> Non
     assert clock() - started == pytest.approx(5 * 0.999)
 
 
-async def test_five_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
+async def test_five_poller_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
     bugs = [KeyError(number) for number in range(9)]
     world = World(*bugs[:4], None, *bugs[4:8])
     await world.run()
@@ -252,13 +252,13 @@ async def test_five_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
     assert world.client.polls == 5
 
 
-async def test_crash_of_a_poller_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
+async def test_poller_crash_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
     await World(KeyError("bug")).run()
     (record,) = [record for record in caplog.records if "poller crashed" in record.message]
     assert record.levelname == "ERROR"
     assert record.exc_info is not None
 
 
-def test_backoff_cap_and_crash_limit_are_the_documented_ones() -> None:
+def test_backoff_cap_and_crash_limit_have_documented_values() -> None:
     assert poller.BACKOFF_CAP_SECONDS == 30
     assert poller.CRASHES == 5

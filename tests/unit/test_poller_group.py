@@ -77,13 +77,13 @@ class World:
 # Refusals.
 
 
-def test_refusal_before_any_success_is_fatal_at_once() -> None:
+def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
     world = World()
     world.group.failed(REFUSED)
     assert world.fatal == [REFUSED]
 
 
-def test_transient_failure_is_never_fatal() -> None:
+def test_transient_poll_failures_are_never_fatal() -> None:
     world = World()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
@@ -93,7 +93,7 @@ def test_transient_failure_is_never_fatal() -> None:
     assert not world.group.refused
 
 
-def test_five_minutes_of_nothing_but_refusals_are_fatal() -> None:
+def test_five_minutes_of_refused_polls_are_fatal() -> None:
     world = World()
     world.null()
     world.now += 60 * MINUTE  # they count from the first refusal, not from the last success
@@ -116,7 +116,7 @@ def test_five_minutes_of_nothing_but_refusals_are_fatal() -> None:
     ],
     ids=["null", "hit", "network", "throttled"],
 )
-def test_anything_else_in_between_restarts_the_five_minutes(
+def test_any_other_answer_restarts_five_minutes_of_refusals(
     between: Callable[[World], None],
 ) -> None:
     world = World()
@@ -130,7 +130,7 @@ def test_anything_else_in_between_restarts_the_five_minutes(
     assert world.fatal
 
 
-def test_last_success_is_on_the_lease_clock() -> None:
+def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     world = World()
     assert world.group.last_success_at is None
     world.null()
@@ -139,7 +139,7 @@ def test_last_success_is_on_the_lease_clock() -> None:
     assert world.group.last_success_at == 1000.0
 
 
-def test_idleness_is_logged_once_when_it_begins(caplog: pytest.LogCaptureFixture) -> None:
+def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "workpool")
     world = World()
     for _ in range(5):
@@ -154,7 +154,7 @@ def test_idleness_is_logged_once_when_it_begins(caplog: pytest.LogCaptureFixture
 
 
 @in_virtual_time
-async def test_cooldown_that_is_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
+async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
     group = World().group
     loop = asyncio.get_running_loop()
     group.hold_back(5)
@@ -165,14 +165,14 @@ async def test_cooldown_that_is_extended_meanwhile_lasts_longer_and_never_shorte
 
 
 @in_virtual_time
-async def test_group_that_is_not_held_back_has_no_cooldown() -> None:
+async def test_poller_group_without_refusals_has_no_cooldown() -> None:
     group = World().group
     await group.cooldown()
     assert asyncio.get_running_loop().time() == 0
 
 
 @in_virtual_time
-async def test_acks_in_conflict_hold_all_pollers_back_from_the_second_in_a_row_on() -> None:
+async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> None:
     group = World().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
@@ -195,7 +195,7 @@ async def test_acks_in_conflict_hold_all_pollers_back_from_the_second_in_a_row_o
 
 
 @in_virtual_time
-async def test_refused_acks_hold_all_pollers_back_for_longer_each_time() -> None:
+async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
     group = World().group
     loop = asyncio.get_running_loop()
     group._ack_backoff._rng = lambda: 1.0
@@ -219,7 +219,7 @@ async def test_refused_acks_hold_all_pollers_back_for_longer_each_time() -> None
 # The number of pollers.
 
 
-def test_null_polls_reduce_pollers_to_one_and_hits_raise_them_to_the_limit() -> None:
+def test_null_polls_reduce_pollers_to_one_and_hits_restore_them() -> None:
     world = World(3)
     for _ in range(4):
         world.null()
@@ -233,7 +233,7 @@ def test_null_polls_reduce_pollers_to_one_and_hits_raise_them_to_the_limit() -> 
     ]  # fmt: skip
 
 
-def test_429_halves_the_number_of_pollers() -> None:
+def test_throttled_poll_halves_number_of_pollers() -> None:
     world = World(9)
     for _ in range(5):
         world.throttled()
@@ -241,7 +241,7 @@ def test_429_halves_the_number_of_pollers() -> None:
 
 
 @in_virtual_time
-async def test_poller_beyond_the_target_waits_until_items_come() -> None:
+async def test_poller_beyond_target_waits_until_items_arrive() -> None:
     world = World(2)
     world.null()
     await world.group.turn(0)
@@ -253,7 +253,7 @@ async def test_poller_beyond_the_target_waits_until_items_come() -> None:
 
 
 @given(st.integers(1, 6), st.lists(st.sampled_from(["hit", "null", "throttled"])))
-def test_number_of_pollers_stays_within_its_limits_and_every_change_is_observed(
+def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
     limit: int, answers: list[str]
 ) -> None:
     world = World(limit)
@@ -277,7 +277,7 @@ def test_number_of_pollers_stays_within_its_limits_and_every_change_is_observed(
 
 
 @in_virtual_time
-async def test_null_poll_ends_the_group_only_if_asked_idle_and_alone() -> None:
+async def test_null_poll_ends_pool_only_if_until_empty_and_idle_and_no_other_poll() -> None:
     world = World(until_empty=True)
     other = World()
     await other.group.settle_empty()  # not asked

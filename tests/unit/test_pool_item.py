@@ -86,21 +86,19 @@ def item_in(state: str) -> PoolItem:
 # States.
 
 
-def test_state_table_is_the_documented_one() -> None:
+def test_item_state_table_equals_documented_table() -> None:
     assert dict(TRANSITIONS) == ALLOWED
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
-def test_allowed_transition_leads_to_the_next_state(state: State, transition: Transition) -> None:
+def test_allowed_transition_leads_to_next_state(state: State, transition: Transition) -> None:
     item = item_in(state)
     item.advance(transition)
     assert item.state == ALLOWED[state, transition]
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair not in ALLOWED])
-def test_any_other_transition_raises_and_changes_nothing(
-    state: State, transition: Transition
-) -> None:
+def test_forbidden_transition_raises_and_keeps_state(state: State, transition: Transition) -> None:
     item = item_in(state)
     with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
         item.advance(transition)
@@ -125,7 +123,7 @@ def test_new_item_is_delivered_and_every_path_ends_closed() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_item_that_shows_an_ack_or_heartbeat_was_held_before(
+def test_item_with_ack_or_heartbeat_was_held_before(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
@@ -134,13 +132,13 @@ def test_item_that_shows_an_ack_or_heartbeat_was_held_before(
 # End reasons.
 
 
-def test_end_reasons_are_ordered_as_the_completion_table() -> None:
+def test_end_reasons_have_order_of_completion_table() -> None:
     assert [reason.name for reason in EndReason] == REASONS
     assert all(lesser < greater for lesser, greater in pairwise(EndReason))
 
 
 @pytest.mark.parametrize(("one", "other"), list(product(EndReason, EndReason)))
-def test_gravest_end_reason_wins_in_either_order(one: EndReason, other: EndReason) -> None:
+def test_gravest_end_reason_is_kept_in_either_order(one: EndReason, other: EndReason) -> None:
     item = make_item()
     assert item.reason is None
     item.end(one)
@@ -152,7 +150,7 @@ def test_gravest_end_reason_wins_in_either_order(one: EndReason, other: EndReaso
 
 
 @in_virtual_time
-async def test_wait_for_condition_ends_at_the_notification_that_meets_it() -> None:
+async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
     item, met = make_item(), list[int]()
     loop = asyncio.get_running_loop()
     for seconds in (1, 2, 3):
@@ -163,7 +161,7 @@ async def test_wait_for_condition_ends_at_the_notification_that_meets_it() -> No
 
 
 @in_virtual_time
-async def test_wait_for_condition_is_bounded_and_needs_no_notification_if_met() -> None:
+async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_met() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
     item.notify()  # nobody waits
@@ -174,7 +172,7 @@ async def test_wait_for_condition_is_bounded_and_needs_no_notification_if_met() 
 
 
 @in_virtual_time
-async def test_notification_wakes_everybody_who_waits() -> None:
+async def test_notification_wakes_all_waiters() -> None:
     item = make_item()
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         met: list[int] = []
@@ -201,7 +199,7 @@ def test_owned_item_is_found_by_id_session_and_handler() -> None:
     assert owned.count(first) == 0
 
 
-def test_health_check_takes_neither_session_nor_place_of_a_handler() -> None:
+def test_owned_health_check_occupies_neither_session_nor_handler() -> None:
     owned = OwnedItems()
     item = make_item()
     owned.add(item)
@@ -210,7 +208,7 @@ def test_health_check_takes_neither_session_nor_place_of_a_handler() -> None:
     assert len(owned) == 0
 
 
-def test_items_without_a_session_do_not_exclude_each_other() -> None:
+def test_owned_items_without_session_do_not_exclude_each_other() -> None:
     owned = OwnedItems()
     one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
     owned.add(one)
@@ -222,7 +220,7 @@ def test_items_without_a_session_do_not_exclude_each_other() -> None:
     assert owned.count(first) == 0
 
 
-def test_acknowledged_item_is_found_by_the_session_that_was_delivered() -> None:
+def test_owned_item_is_removed_by_session_at_delivery() -> None:
     """The acknowledgement returns another copy of the item, which must not lose its session."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add(item)
@@ -231,7 +229,7 @@ def test_acknowledged_item_is_found_by_the_session_that_was_delivered() -> None:
     assert not owned.has_session("sesn_1")
 
 
-def test_copy_of_owned_items_does_not_change() -> None:
+def test_list_of_owned_items_does_not_change_later() -> None:
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add(item)
     for each in owned.all():
@@ -244,7 +242,7 @@ def numbered(dice: random.Random) -> Iterator[PoolItem]:
         yield make_item(f"work_{number}", f"sesn_{number}", dice.choice((first, second, None)))
 
 
-def test_counts_add_up_whatever_is_added_and_removed() -> None:
+def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
     dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
     owned, mine = OwnedItems(), list[PoolItem]()
     for item in numbered(dice):

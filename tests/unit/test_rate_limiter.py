@@ -51,14 +51,14 @@ def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
     assert RateLimiter("read", 0.1).limited
 
 
-def test_at_most_a_quarter_of_a_second_at_once(clock: Clock) -> None:
+def test_rate_limiter_allows_burst_of_a_quarter_second(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     assert spend(limiter) == 5
     clock.now += 60
     assert spend(limiter) == 5
 
 
-def test_a_slow_rate_still_lets_one_through(clock: Clock) -> None:
+def test_rate_limiter_with_rate_below_one_allows_single_requests(clock: Clock) -> None:
     limiter = RateLimiter("write", 0.5, clock)
     assert spend(limiter) == 1
     clock.now += 1.9
@@ -67,7 +67,7 @@ def test_a_slow_rate_still_lets_one_through(clock: Clock) -> None:
     assert spend(limiter) == 1
 
 
-def test_the_rate_is_what_passes_per_second(clock: Clock) -> None:
+def test_rate_limiter_passes_its_rate_per_second(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     spend(limiter)
     passed = 0
@@ -77,7 +77,7 @@ def test_the_rate_is_what_passes_per_second(clock: Clock) -> None:
     assert passed == pytest.approx(200, abs=1)
 
 
-def test_a_clock_that_stands_or_steps_back_gives_nothing(clock: Clock) -> None:
+def test_rate_limiter_gains_nothing_from_stopped_or_reversed_clock(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     spend(limiter)
     clock.now -= 100
@@ -87,7 +87,7 @@ def test_a_clock_that_stands_or_steps_back_gives_nothing(clock: Clock) -> None:
 
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 3), max_size=60))
-def test_never_more_than_rate_and_burst(rate: float, pauses: list[float]) -> None:
+def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[float]) -> None:
     clock = Clock()
     limiter = RateLimiter("write", rate, clock)
     passed = spend(limiter)
@@ -100,7 +100,7 @@ def test_never_more_than_rate_and_burst(rate: float, pauses: list[float]) -> Non
 # -- heartbeats --------------------------------------------------------------------------------
 
 
-def test_heartbeats_take_from_the_rate_without_waiting(clock: Clock) -> None:
+def test_heartbeats_use_up_rate_without_waiting(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     spend(limiter)
     passed = 0
@@ -111,7 +111,7 @@ def test_heartbeats_take_from_the_rate_without_waiting(clock: Clock) -> None:
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_heartbeats_leave_a_quarter_to_the_others(clock: Clock) -> None:
+def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     spend(limiter)
     passed = 0
@@ -122,7 +122,7 @@ def test_heartbeats_leave_a_quarter_to_the_others(clock: Clock) -> None:
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_a_storm_of_heartbeats_is_forgotten_soon(clock: Clock) -> None:
+def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     spend(limiter)
     for _ in range(10_000):
@@ -136,7 +136,7 @@ def test_a_storm_of_heartbeats_is_forgotten_soon(clock: Clock) -> None:
 # -- waiting -----------------------------------------------------------------------------------
 
 
-async def test_a_wait_is_as_long_as_the_rate_says() -> None:
+async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     limiter = RateLimiter("write", 50)
     spend(limiter)
     started = time.monotonic()
@@ -146,7 +146,7 @@ async def test_a_wait_is_as_long_as_the_rate_says() -> None:
     assert time.monotonic() - started >= 9 / 50
 
 
-async def test_a_wait_under_debt_ends() -> None:
+async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
     started = time.monotonic()  # before the spending: what comes in meanwhile counts
     spend(limiter)
@@ -177,7 +177,7 @@ async def test_waiters_of_one_priority_are_served_in_order(clock: Clock) -> None
     assert served == [0, 1, 2, 3, 4]
 
 
-async def test_try_acquire_while_somebody_waits_is_refused(clock: Clock) -> None:
+async def test_try_acquire_while_another_waits_is_refused(clock: Clock) -> None:
     limiter = RateLimiter("write", 1, clock)
     spend(limiter)
     async with asyncio.TaskGroup() as group:
@@ -190,7 +190,7 @@ async def test_try_acquire_while_somebody_waits_is_refused(clock: Clock) -> None
         assert first.done()
 
 
-async def test_a_cancelled_wait_takes_nothing_and_lets_the_next_one_on(clock: Clock) -> None:
+async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(clock: Clock) -> None:
     limiter = RateLimiter("write", 1, clock)
     spend(limiter)
     async with asyncio.TaskGroup() as group:
@@ -219,7 +219,7 @@ async def test_refunded_token_is_used_at_once(clock: Clock) -> None:
         assert waiting.done()
 
 
-async def test_refunded_tokens_do_not_exceed_the_burst(clock: Clock) -> None:
+async def test_refunded_tokens_do_not_exceed_burst(clock: Clock) -> None:
     limiter = RateLimiter("write", 20, clock)
     for _ in range(50):
         limiter.refund()
@@ -257,7 +257,7 @@ class Queue:
         self.served.append(priority)
 
 
-async def test_completions_are_served_before_all_others() -> None:
+async def test_completions_are_served_before_all_other_priorities() -> None:
     async with asyncio.TaskGroup() as group:
         queue = Queue(group)
         await queue.add(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
@@ -269,7 +269,7 @@ async def test_completions_are_served_before_all_others() -> None:
         await queue.serve(3)
 
 
-async def test_claims_and_handlers_take_turns() -> None:
+async def test_claims_and_handler_calls_are_served_in_turn() -> None:
     async with asyncio.TaskGroup() as group:
         queue = Queue(group)
         await queue.add(*[HANDLER] * 5, *[CLAIM] * 3)
@@ -277,7 +277,7 @@ async def test_claims_and_handlers_take_turns() -> None:
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
-async def test_turns_go_on_after_a_completion() -> None:
+async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> None:
     async with asyncio.TaskGroup() as group:
         queue = Queue(group)
         await queue.add(CLAIM, CLAIM, HANDLER, HANDLER)
@@ -287,7 +287,7 @@ async def test_turns_go_on_after_a_completion() -> None:
     assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
 
 
-async def test_try_acquire_of_a_completion_overtakes_claims_and_handlers(clock: Clock) -> None:
+async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(clock: Clock) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -302,7 +302,7 @@ async def test_try_acquire_of_a_completion_overtakes_claims_and_handlers(clock: 
         limiter.refund()
 
 
-async def test_try_acquire_of_a_completion_waits_for_completions(clock: Clock) -> None:
+async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: Clock) -> None:
     limiter = RateLimiter("write", 1, clock)
     limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -313,7 +313,7 @@ async def test_try_acquire_of_a_completion_waits_for_completions(clock: Clock) -
         limiter.refund()
 
 
-async def test_heartbeats_beyond_the_rate_leave_a_quarter_to_completions() -> None:
+async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
     """Completions get all of that quarter, however many claims and handlers wait."""
     clock = Clock()
     async with asyncio.TaskGroup() as group:
@@ -353,7 +353,7 @@ class Model:
 
 
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
-def test_order_of_service_agrees_with_the_model(steps: list[Priority | str]) -> None:
+def test_order_of_service_equals_reference_model(steps: list[Priority | str]) -> None:
     async def play() -> None:
         model, spare = Model(), False
         limiter = RateLimiter("write", 4, Clock())  # of which one may be spent at once
@@ -398,7 +398,7 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     assert time.monotonic() - started >= 39 / 200
 
 
-async def test_waiter_whose_loop_was_closed_does_not_hold_up_the_others(clock: Clock) -> None:
+async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: Clock) -> None:
     limiter = RateLimiter("write", 1, clock)
     spend(limiter)
     left_behind: list[Any] = []
@@ -420,7 +420,7 @@ async def test_waiter_whose_loop_was_closed_does_not_hold_up_the_others(clock: C
     left_behind[0]._log_destroy_pending = False
 
 
-async def test_refund_from_another_thread_wakes_the_first_waiter(clock: Clock) -> None:
+async def test_refund_from_another_thread_wakes_first_waiter(clock: Clock) -> None:
     limiter = RateLimiter("write", 0.001, clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:

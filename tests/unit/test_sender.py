@@ -100,7 +100,7 @@ ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
 
 @pytest.mark.parametrize(("end", "error", "by_handler"), ENDS)
 @pytest.mark.parametrize("wait", ["before", "rate limit", "connection"])
-def test_check_is_made_right_before_the_bytes(
+def test_lease_check_is_made_right_before_request_bytes(
     bench: type[Bench],
     end: Callable[[PoolItem], None],
     error: type[Exception],
@@ -129,7 +129,7 @@ def test_check_is_made_right_before_the_bytes(
 
 
 @in_virtual_time
-async def test_call_for_the_pool_needs_no_handler_that_runs(bench: type[Bench]) -> None:
+async def test_call_of_pool_is_allowed_after_handler_was_cancelled(bench: type[Bench]) -> None:
     one = bench()
     async with begun(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
@@ -140,7 +140,7 @@ async def test_call_for_the_pool_needs_no_handler_that_runs(bench: type[Bench]) 
 
 
 @in_virtual_time
-async def test_machine_that_slept_in_a_wait_sends_nothing(bench: type[Bench]) -> None:
+async def test_machine_that_slept_during_wait_sends_nothing(bench: type[Bench]) -> None:
     one = bench(update=[CallFault(wait=5.0)])
     async with begun(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
@@ -150,7 +150,7 @@ async def test_machine_that_slept_in_a_wait_sends_nothing(bench: type[Bench]) ->
 
 
 @in_virtual_time
-async def test_machine_that_was_paused_in_a_wait_verifies_the_lease_before_it_sends(
+async def test_machine_paused_during_wait_verifies_lease_before_sending(
     bench: type[Bench],
 ) -> None:
     one = bench(update=[CallFault(wait=5.0)])
@@ -163,7 +163,7 @@ async def test_machine_that_was_paused_in_a_wait_verifies_the_lease_before_it_se
 
 
 @in_virtual_time
-async def test_machine_that_was_paused_sends_nothing_for_another_workers_item(
+async def test_machine_paused_while_another_worker_claimed_sends_nothing(
     bench: type[Bench],
 ) -> None:
     one = bench(update=[CallFault(wait=5.0)])
@@ -180,7 +180,7 @@ async def test_machine_that_was_paused_sends_nothing_for_another_workers_item(
 
 
 @in_virtual_time
-async def test_callback_before_the_bytes_is_called_only_if_they_are_sent(
+async def test_callback_before_bytes_is_called_only_if_bytes_are_sent(
     bench: type[Bench],
 ) -> None:
     called: list[float] = []
@@ -196,7 +196,7 @@ async def test_callback_before_the_bytes_is_called_only_if_they_are_sent(
 
 
 @in_virtual_time
-async def test_item_without_a_lease_is_a_bug(bench: type[Bench]) -> None:
+async def test_call_for_item_without_lease_raises_attribute_error(bench: type[Bench]) -> None:
     one = bench()
     async with one.open():
         item = await one.claim()
@@ -216,7 +216,7 @@ async def test_item_without_a_lease_is_a_bug(bench: type[Bench]) -> None:
         PreconditionError("update", 412, "x"),
     ],
 )
-def test_refusal_by_the_control_plane_is_never_retried(
+def test_call_refused_by_control_plane_is_never_retried(
     bench: type[Bench], error: ControlPlaneError
 ) -> None:
     @in_virtual_time
@@ -232,7 +232,7 @@ def test_refusal_by_the_control_plane_is_never_retried(
 
 
 @in_virtual_time
-async def test_try_takes_at_most_a_third_of_what_is_left_of_the_lease(bench: type[Bench]) -> None:
+async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(bench: type[Bench]) -> None:
     one = bench(request_timeout=300.0, update=[SILENCE] * 99)
     async with begun(one) as item:
         lease = item.lease
@@ -251,7 +251,7 @@ async def test_try_takes_at_most_a_third_of_what_is_left_of_the_lease(bench: typ
 
 
 @in_virtual_time
-async def test_try_takes_at_most_the_request_timeout(bench: type[Bench]) -> None:
+async def test_attempt_of_call_takes_at_most_request_timeout(bench: type[Bench]) -> None:
     one = bench(request_timeout=2.0, update=[SILENCE])
     async with begun(one) as item:
         await update(one, item)
@@ -261,7 +261,9 @@ async def test_try_takes_at_most_the_request_timeout(bench: type[Bench]) -> None
 
 
 @in_virtual_time
-async def test_try_takes_at_most_a_third_of_its_own_time(bench: type[Bench]) -> None:
+async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
+    bench: type[Bench],
+) -> None:
     one = bench(update=[SILENCE] * 99)
     async with begun(one) as item:
         with pytest.raises(TransientError) as caught:
@@ -283,7 +285,7 @@ async def test_try_takes_at_most_a_third_of_its_own_time(bench: type[Bench]) -> 
     ],
     ids=["silence", "reset", "503", "429", "garbage"],
 )
-def test_try_after_one_without_an_answer_asks_for_a_new_connection(
+def test_retry_after_attempt_without_answer_uses_new_connection(
     bench: type[Bench], failure: CallFault, *, new: bool
 ) -> None:
     @in_virtual_time
@@ -298,7 +300,7 @@ def test_try_after_one_without_an_answer_asks_for_a_new_connection(
 
 
 @in_virtual_time
-async def test_each_try_has_its_priority_and_its_permit(bench: type[Bench]) -> None:
+async def test_each_attempt_of_call_has_its_priority_and_permit(bench: type[Bench]) -> None:
     one = bench(update=[SILENCE])
     async with begun(one) as item:
         await update(one, item, WRITE)
@@ -312,7 +314,7 @@ async def test_each_try_has_its_priority_and_its_permit(bench: type[Bench]) -> N
 
 
 @in_virtual_time
-async def test_completion_is_tried_for_as_long_as_its_lease_is_renewed(bench: type[Bench]) -> None:
+async def test_completion_is_retried_as_long_as_its_lease_is_renewed(bench: type[Bench]) -> None:
     one = bench(update=[CallFault(answer=503, applied=False)] * 200)
     async with begun(one) as item:
         await update(one, item)
@@ -322,7 +324,7 @@ async def test_completion_is_tried_for_as_long_as_its_lease_is_renewed(bench: ty
 
 
 @in_virtual_time
-async def test_retry_after_is_honoured_for_at_most_half_of_what_is_left(
+async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
     bench: type[Bench],
 ) -> None:
     one = bench(update=[CallFault(answer=503, applied=False, retry_after=5)])
@@ -337,7 +339,7 @@ async def test_retry_after_is_honoured_for_at_most_half_of_what_is_left(
 
 
 @in_virtual_time
-async def test_lease_that_ends_during_a_pause_between_tries_ends_the_call_at_once(
+async def test_lease_lost_between_two_attempts_ends_call_at_once(
     bench: type[Bench],
 ) -> None:
     one = bench(update=[CallFault(answer=503, applied=False, retry_after=20)])
@@ -354,7 +356,7 @@ async def test_lease_that_ends_during_a_pause_between_tries_ends_the_call_at_onc
 
 
 @in_virtual_time
-async def test_call_under_way_is_cut_when_the_lease_is_lost(bench: type[Bench]) -> None:
+async def test_call_in_progress_is_cancelled_when_lease_is_lost(bench: type[Bench]) -> None:
     one = bench(update=[SILENCE])
     async with begun(one) as item:
 
@@ -369,7 +371,7 @@ async def test_call_under_way_is_cut_when_the_lease_is_lost(bench: type[Bench]) 
 
 
 @in_virtual_time
-async def test_lease_that_is_lost_as_a_call_times_out_is_raised_all_the_same(
+async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
     bench: type[Bench],
 ) -> None:
     """Both in one turn of the loop, as after a handler that blocked it."""
@@ -388,7 +390,7 @@ async def test_lease_that_is_lost_as_a_call_times_out_is_raised_all_the_same(
 
 
 @in_virtual_time
-async def test_cancellation_of_the_caller_is_not_swallowed(bench: type[Bench]) -> None:
+async def test_cancellation_of_calling_task_is_not_swallowed(bench: type[Bench]) -> None:
     one = bench(update=[SILENCE])
     async with begun(one) as item, asyncio.TaskGroup() as group:
         task = group.create_task(update(one, item))
@@ -403,7 +405,7 @@ async def test_cancellation_of_the_caller_is_not_swallowed(bench: type[Bench]) -
 
 
 @in_virtual_time
-async def test_read_outlives_the_renewal_of_its_lease(bench: type[Bench]) -> None:
+async def test_read_of_session_continues_across_lease_renewals(bench: type[Bench]) -> None:
     one = bench()
     answered = asyncio.Event()
     async with begun(one) as item:
@@ -417,7 +419,7 @@ async def test_read_outlives_the_renewal_of_its_lease(bench: type[Bench]) -> Non
 
 
 @in_virtual_time
-async def test_read_ends_after_its_time_or_with_the_session(bench: type[Bench]) -> None:
+async def test_read_of_session_ends_at_its_time_limit_or_with_session(bench: type[Bench]) -> None:
     one = bench()
     async with begun(one) as item:
         with pytest.raises(TimeoutError):
@@ -438,7 +440,7 @@ async def test_read_ends_after_its_time_or_with_the_session(bench: type[Bench]) 
 
 
 @in_virtual_time
-async def test_calls_of_one_handler_are_bounded_and_those_of_others_do_not_wait(
+async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
     bench: type[Bench],
 ) -> None:
     one = bench()
@@ -461,7 +463,7 @@ async def test_calls_of_one_handler_are_bounded_and_those_of_others_do_not_wait(
 
 
 @in_virtual_time
-async def test_call_of_a_handler_is_tried_for_its_own_time(bench: type[Bench]) -> None:
+async def test_call_of_handler_is_retried_for_its_own_time_limit(bench: type[Bench]) -> None:
     one = bench(update=[CallFault(answer=503, applied=False)] * 999)
     async with begun(one) as item:
         context: Any = one

@@ -48,13 +48,13 @@ def recorder() -> Iterator[SignalRecorder]:
     ("store", "given", "expected"),
     [("memory", None, 3600), ("work.db", None, 86_400), ("memory", 60, 60), ("work.db", 90, 90)],
 )
-def test_retention_depends_on_the_store_unless_given(
+def test_retention_default_depends_on_store(
     store: str, given: float | None, expected: float
 ) -> None:
     assert _retention(store, given) == expected
 
 
-async def test_sigterm_while_the_store_opens_ends_serve(
+async def test_sigterm_while_store_opens_ends_serve(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = SlowStore()
@@ -67,7 +67,7 @@ async def test_sigterm_while_the_store_opens_ends_serve(
     assert capsys.readouterr().out == ""
 
 
-async def test_failure_of_the_store_ends_serve_with_its_error() -> None:
+async def test_failure_of_store_ends_serve_with_its_error() -> None:
     class BrokenStore(SlowStore):
         async def failed(self) -> None:
             raise StoreError("it is full")

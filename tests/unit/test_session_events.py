@@ -94,7 +94,7 @@ def talk(plane: ControlPlane, session_id: str, count: int) -> list[str]:
 # -- list and send -----------------------------------------------------------------------------
 
 
-async def test_the_whole_history_is_listed(plane: ControlPlane, client: WorkClient) -> None:
+async def test_event_list_returns_whole_history(plane: ControlPlane, client: WorkClient) -> None:
     session_id = scripted(plane)
     said = talk(plane, session_id, 250)
     events = [event async for event in client.events(session_id).list()]
@@ -102,7 +102,7 @@ async def test_the_whole_history_is_listed(plane: ControlPlane, client: WorkClie
     assert events == list(plane.events(session_id))
 
 
-async def test_an_answer_that_is_too_large_is_asked_for_in_smaller_pages(
+async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
     plane: ControlPlane, qoder: WorkClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoints, "EVENTS", replace(endpoints.EVENTS, limit=20_000))
@@ -114,7 +114,7 @@ async def test_an_answer_that_is_too_large_is_asked_for_in_smaller_pages(
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
-async def test_event_list_without_has_more_continues_while_there_is_a_next_page(
+async def test_event_list_without_has_more_continues_until_last_next_page(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     bodies = [
@@ -128,7 +128,7 @@ async def test_event_list_without_has_more_continues_while_there_is_a_next_page(
     assert ids(events) == ["evt_1", "evt_2"]
 
 
-async def test_pages_that_repeat_are_noticed(
+async def test_event_list_with_repeated_page_token_raises_transient_error(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     body = b'{"data": [], "has_more": true, "next_page": "same"}'
@@ -143,7 +143,7 @@ async def test_pages_that_repeat_are_noticed(
      b'{"data": [{"id": "a/b", "type": "x"}]}', b'{"data": [{"id": "evt_1", "type": 1}]}',
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
-async def test_a_malformed_page_is_no_history(
+async def test_event_list_with_malformed_page_raises_bad_body(
     plane: ControlPlane, qoder: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
@@ -159,7 +159,7 @@ async def test_sent_events_are_returned_as_stored(plane: ControlPlane, client: W
     assert list(stored) == list(plane.events(session_id)[3:5])
 
 
-async def test_refusals(plane: ControlPlane, client: WorkClient) -> None:
+async def test_invalid_events_are_refused(plane: ControlPlane, client: WorkClient) -> None:
     session_id = scripted(plane, BASH)
     events = client.events(session_id)
     with pytest.raises(RefusedError) as refused:
@@ -176,7 +176,7 @@ async def test_refusals(plane: ControlPlane, client: WorkClient) -> None:
     assert len(plane.events(session_id)) == 3
 
 
-async def test_a_result_whose_answer_was_lost_counts_as_sent_when_said_again(
+async def test_result_repeated_after_lost_answer_counts_as_sent(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane, BASH)
@@ -193,7 +193,7 @@ async def test_a_result_whose_answer_was_lost_counts_as_sent_when_said_again(
     [{"content": [{"type": "text", "text": "else"}]}, {"is_error": True}, {"content": []},
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
-async def test_a_second_result_that_says_something_else_is_a_conflict(
+async def test_second_result_with_other_content_raises_conflict(
     plane: ControlPlane, qoder: WorkClient, other: dict[str, Any]
 ) -> None:
     session_id = scripted(plane, BASH)
@@ -203,7 +203,7 @@ async def test_a_second_result_that_says_something_else_is_a_conflict(
         await qoder.events(session_id).send({**result(use), **other})
 
 
-async def test_a_verdict_said_again_counts_as_sent_and_the_opposite_does_not(
+async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict(
     plane: ControlPlane, qoder: WorkClient
 ) -> None:
     session_id = scripted(plane, {**BASH, "permission": "ask"})
@@ -218,7 +218,7 @@ async def test_a_verdict_said_again_counts_as_sent_and_the_opposite_does_not(
         await qoder.events(session_id).send({**verdict, "result": "deny"})
 
 
-async def test_a_message_is_never_taken_for_one_that_was_said_before(
+async def test_repeated_message_never_counts_as_sent(
     plane: ControlPlane, qoder: WorkClient
 ) -> None:
     session_id = scripted(plane)
@@ -238,7 +238,7 @@ class Impatient(Unguarded):
         return await call(DEFAULT_OPTIONS)
 
 
-async def test_a_message_without_an_answer_is_not_said_again_and_a_result_is(
+async def test_unanswered_message_is_not_repeated_but_result_is(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane, BASH)
@@ -259,7 +259,7 @@ async def test_a_message_without_an_answer_is_not_said_again_and_a_result_is(
     hold.release()
 
 
-async def test_a_token_of_its_own_is_used_and_not_renewed(
+async def test_token_given_for_events_is_used_and_not_renewed(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     refreshed: list[str] = []
@@ -278,7 +278,7 @@ async def test_a_token_of_its_own_is_used_and_not_renewed(
 # -- follow ------------------------------------------------------------------------------------
 
 
-async def test_the_history_comes_first_then_what_is_said(
+async def test_stream_returns_history_before_live_events(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     session_id = scripted(plane)
@@ -295,7 +295,9 @@ async def test_the_history_comes_first_then_what_is_said(
             assert stream.caught_up
 
 
-async def test_an_empty_history_is_caught_up_with(plane: ControlPlane, client: WorkClient) -> None:
+async def test_stream_of_empty_history_is_caught_up_at_first_event(
+    plane: ControlPlane, client: WorkClient
+) -> None:
     (item,) = plane.enqueue()
     async with client.events(item.session_id).stream() as stream:
         plane.emit(item.session_id, {"type": "agent.thinking"})
@@ -303,7 +305,7 @@ async def test_an_empty_history_is_caught_up_with(plane: ControlPlane, client: W
         assert stream.caught_up
 
 
-async def test_nothing_falls_between_the_stream_and_the_history(
+async def test_stream_loses_no_event_between_opening_and_history(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
@@ -319,7 +321,7 @@ async def test_nothing_falls_between_the_stream_and_the_history(
     assert ids(reader.result()) == ids(plane.events(session_id))
 
 
-async def test_the_stream_is_opened_before_the_history_is_read(
+async def test_stream_is_opened_before_history_is_read(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     async with qoder.events(scripted(plane)).stream() as stream:
@@ -327,7 +329,7 @@ async def test_the_stream_is_opened_before_the_history_is_read(
     assert [request.op for request in faults.seen] == ["stream", "events"]
 
 
-async def test_an_event_that_was_not_waited_for_to_the_end_is_not_lost(
+async def test_cancelled_wait_for_event_loses_no_event(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     """Every wait may be cancelled: the next goes on where it was."""
@@ -346,7 +348,7 @@ async def test_an_event_that_was_not_waited_for_to_the_end_is_not_lost(
     assert ids(seen) == ids(plane.events(session_id))
 
 
-async def test_streams_that_break_lose_nothing_and_repeat_nothing(
+async def test_broken_streams_lose_and_repeat_no_event(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
@@ -365,7 +367,7 @@ async def test_streams_that_break_lose_nothing_and_repeat_nothing(
     assert ids(reader.result()) == ids(plane.events(session_id))
 
 
-async def test_a_gap_is_replayed_as_history(
+async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
@@ -392,7 +394,7 @@ async def test_a_gap_is_replayed_as_history(
         assert faults.of("events")[-1].query["after_id"] == last["id"]
 
 
-async def test_a_stream_that_is_silent_is_begun_again(
+async def test_silent_stream_is_reopened(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     session_id = scripted(plane)
@@ -411,7 +413,7 @@ async def test_a_stream_that_is_silent_is_begun_again(
         assert ids(reader.result()) == ids(plane.events(session_id))[4:]
 
 
-async def test_without_keep_alives_a_stream_is_begun_again(
+async def test_stream_without_keep_alives_is_reopened(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
@@ -426,7 +428,7 @@ async def test_without_keep_alives_a_stream_is_begun_again(
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
-async def test_a_refusal_is_for_good(
+async def test_refused_stream_raises_refused_error(
     plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "stream")
@@ -437,7 +439,7 @@ async def test_a_refusal_is_for_good(
 
 
 @pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 503])
-async def test_transient_error_is_tried_again(
+async def test_transient_stream_error_is_retried(
     plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     for op in ("stream", "events"):
@@ -461,7 +463,7 @@ PAGE = b"<html>busy</html>"
         None,
     ],
 )
-async def test_a_stream_that_says_nonsense_is_begun_again(
+async def test_stream_with_malformed_frames_is_reopened(
     plane: ControlPlane, qoder: WorkClient, faults: Faults, frames: bytes | None
 ) -> None:
     headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
@@ -476,7 +478,7 @@ async def test_a_stream_that_says_nonsense_is_begun_again(
         assert ids(reader.result()) == ids(plane.events(session_id))[4:]
 
 
-async def test_frames_that_are_no_events_are_passed_over(
+async def test_frames_other_than_events_are_ignored(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
@@ -491,7 +493,7 @@ async def test_frames_that_are_no_events_are_passed_over(
 
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
-async def test_the_stream_ends_with_the_session(
+async def test_stream_ends_with_its_session(
     plane: ControlPlane, client: WorkClient, kind: str
 ) -> None:
     session_id = scripted(plane)
@@ -502,7 +504,9 @@ async def test_the_stream_ends_with_the_session(
         assert [event async for event in stream] == []
 
 
-async def test_a_stream_is_used_inside_async_with(plane: ControlPlane, qoder: WorkClient) -> None:
+async def test_stream_used_outside_async_with_raises_runtime_error(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
     stream = qoder.events(scripted(plane)).stream()
     with pytest.raises(RuntimeError, match="async with"):
         await anext(stream)
@@ -513,7 +517,9 @@ async def test_a_stream_is_used_inside_async_with(plane: ControlPlane, qoder: Wo
         await anext(stream)
 
 
-async def test_many_streams_hold_up_no_other_call(plane: ControlPlane, qoder: WorkClient) -> None:
+async def test_many_open_streams_do_not_delay_other_calls(
+    plane: ControlPlane, qoder: WorkClient
+) -> None:
     """More than the client has connections for everything else."""
     session_id = scripted(plane)
     streams = [qoder.events(session_id).stream() for _ in range(40)]
@@ -528,7 +534,7 @@ async def test_many_streams_hold_up_no_other_call(plane: ControlPlane, qoder: Wo
             await stream.__aexit__(None, None, None)
 
 
-async def test_a_stream_is_asked_for_as_the_dialect_wants_it(
+async def test_stream_request_has_headers_of_its_dialect(
     plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     asked: list[Mapping[str, str]] = []
@@ -560,7 +566,7 @@ async def test_a_stream_is_asked_for_as_the_dialect_wants_it(
     assert resumed == [None, None, last["id"], None, None]
 
 
-async def test_requests_are_counted_by_their_names(
+async def test_event_requests_are_reported_by_name_and_status(
     plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
 ) -> None:
     told: list[tuple[str, str]] = []
@@ -577,7 +583,7 @@ async def test_requests_are_counted_by_their_names(
     assert told == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
 
 
-async def test_our_own_rate_limit_holds_for_events_too(
+async def test_event_requests_wait_for_own_rate_limit(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     waits: list[str] = []
@@ -592,7 +598,7 @@ async def test_our_own_rate_limit_holds_for_events_too(
     assert waits == ["read", "write"]
 
 
-async def test_a_renewed_token_opens_the_stream(
+async def test_stream_after_token_rotation_uses_renewed_token(
     plane: ControlPlane,
     make_settings: Callable[..., Settings],
     tmp_path: Any,
@@ -605,7 +611,9 @@ async def test_a_renewed_token_opens_the_stream(
             assert len(await read(stream, 4)) == 4
 
 
-async def test_a_control_plane_that_is_not_there(make_settings: Callable[..., Settings]) -> None:
+async def test_events_without_reachable_control_plane_time_out(
+    make_settings: Callable[..., Settings],
+) -> None:
     settings = make_settings(base_url="http://127.0.0.1:1/api")
     async with WorkClient(settings) as client, client.events("sess_1").stream() as stream:
         with pytest.raises(TimeoutError):

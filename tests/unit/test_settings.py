@@ -49,7 +49,7 @@ def refused(**values: Any) -> SettingsError:
 # -- defaults ----------------------------------------------------------------------------------
 
 
-def test_defaults() -> None:
+def test_settings_have_documented_defaults() -> None:
     found = Settings().model_dump()
     assert found.pop("worker_id")
     assert found == {
@@ -90,13 +90,13 @@ def test_defaults() -> None:
     }
 
 
-def test_every_setting_says_what_it_is_and_its_default() -> None:
+def test_every_setting_describes_itself_and_its_default() -> None:
     for name, field in Settings.model_fields.items():
         assert "Default: " in " ".join((field.description or "").split()), name
 
 
 @pytest.mark.parametrize("value", ["unlimited", "Unlimited", None])
-def test_drain_timeout_unlimited_is_no_limit(value: str | None, tmp_path: Path) -> None:
+def test_drain_timeout_unlimited_means_no_limit(value: str | None, tmp_path: Path) -> None:
     assert Settings(drain_timeout=value).drain_timeout is None
     if value is not None:
         file = tmp_path / "workpool.toml"
@@ -104,7 +104,7 @@ def test_drain_timeout_unlimited_is_no_limit(value: str | None, tmp_path: Path) 
         assert Settings(config=file).drain_timeout is None
 
 
-def test_drain_timeout_unlimited_is_enough_for_all_completions() -> None:
+def test_drain_timeout_unlimited_gives_no_warning_about_completions() -> None:
     assert not Settings(
         concurrency=50, lease_ttl=60, write_rate=10, drain_timeout="unlimited"
     ).warnings()
@@ -126,7 +126,7 @@ def test_settings_are_frozen() -> None:
         ("x" * 99, "x" * 64),
     ],
 )
-def test_the_worker_is_named_after_its_host(
+def test_worker_id_defaults_to_cleaned_host_name(
     monkeypatch: pytest.MonkeyPatch, host: str, worker_id: str
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: host)
@@ -136,7 +136,7 @@ def test_the_worker_is_named_after_its_host(
 # -- sources -----------------------------------------------------------------------------------
 
 
-def test_a_keyword_wins_over_a_variable_and_that_over_the_file(
+def test_keyword_overrides_variable_and_variable_overrides_file(
     monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
 ) -> None:
     path = config("[workpool]\npollers = 3\nconcurrency = 3\nprefetch = 3\n")
@@ -146,7 +146,7 @@ def test_a_keyword_wins_over_a_variable_and_that_over_the_file(
     assert (found.pollers, found.concurrency, found.prefetch) == (5, 4, 3)
 
 
-def test_the_file_is_named_by_a_variable_or_not_read(
+def test_config_file_is_read_only_if_named_by_variable(
     monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path = config("[workpool]\npollers = 3\n")
@@ -156,7 +156,9 @@ def test_the_file_is_named_by_a_variable_or_not_read(
     assert Settings().pollers == 3
 
 
-def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_setting_has_an_environment_variable(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     values = {
         "base_url": "http://localhost:8484/api/v1/cloud",
         "dialect": "anthropic",
@@ -203,12 +205,12 @@ def test_every_setting_has_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert found.warnings() == ()
 
 
-def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKPOOL_POLLERS", "")
     assert Settings().pollers == 2
 
 
-def test_plugins_tables_are_kept_for_their_loader(config: Callable[[str], Path]) -> None:
+def test_plugin_tables_of_config_file_are_kept_as_options(config: Callable[[str], Path]) -> None:
     path = config(
         f'[workpool]\nplugins = ["sql"]\n[workpool.plugin.sql]\ndsn = "{HIDDEN}"\n[other]\nx = 1\n'
     )
@@ -235,7 +237,7 @@ def test_plugins_tables_are_kept_for_their_loader(config: Callable[[str], Path])
         ('[workpool]\ndialect = ["qoder"]\n', "dialect: "),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused(
+def test_invalid_config_file_is_refused(
     config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     error = refused(config=config(text))
@@ -243,7 +245,7 @@ def test_a_file_that_cannot_be_used_is_refused(
     assert HIDDEN not in str(error)
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
     assert refused(config=tmp_path / "none").problems == ("config: No such file or directory",)
     (tmp_path / "latin").write_bytes(b"\xff\xfe")
     assert refused(config=tmp_path / "latin").problems == ("config: not TOML",)
@@ -322,17 +324,17 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
-def test_a_bad_value_is_refused_by_name(name: str, bad: object) -> None:
+def test_invalid_value_is_refused_by_setting_name(name: str, bad: object) -> None:
     error = refused(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
 
 
-def test_every_setting_is_checked() -> None:
+def test_every_setting_has_invalid_values_in_this_test() -> None:
     assert {name for name, _ in BAD} == set(Settings.model_fields)
 
 
-def test_all_bad_values_are_reported_at_once(
+def test_all_invalid_values_are_reported_at_once(
     monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
@@ -352,7 +354,9 @@ def test_all_bad_values_are_reported_at_once(
 
 @given(st.sampled_from(sorted(Settings.model_fields)), st.text() | st.integers() | st.floats())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_value_escapes_as_another_error(name: str, value: object) -> None:
+def test_arbitrary_setting_value_raises_settings_error_or_is_accepted(
+    name: str, value: object
+) -> None:
     try:
         Settings(config=None, **{name: value})
     except SettingsError as error:
@@ -367,7 +371,7 @@ def test_no_value_escapes_as_another_error(name: str, value: object) -> None:
 # -- secrets -----------------------------------------------------------------------------------
 
 
-def test_the_token_is_never_shown(tmp_path: Path) -> None:
+def test_token_is_never_shown_by_settings(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text(HIDDEN)
     for found in (Settings(token=HIDDEN), Settings(token_file=path)):
@@ -388,7 +392,7 @@ def test_values_of_extra_headers_are_never_shown(config: Callable[[str], Path]) 
         assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
-def test_an_error_and_its_traceback_do_not_show_the_value() -> None:
+def test_settings_error_and_its_traceback_do_not_show_value() -> None:
     error = refused(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
@@ -398,7 +402,7 @@ def test_an_error_and_its_traceback_do_not_show_the_value() -> None:
 # -- the token's source --------------------------------------------------------------------------
 
 
-def test_the_token_is_given_or_in_a_file_or_in_the_services_variable(
+def test_token_is_read_from_setting_or_file_or_variable_of_service(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "from-qoder")
@@ -411,7 +415,7 @@ def test_the_token_is_given_or_in_a_file_or_in_the_services_variable(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_a_token_of_a_stronger_source_hides_a_weaker_ones_file(
+def test_token_setting_overrides_token_file_of_weaker_source(
     monkeypatch: pytest.MonkeyPatch, config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
@@ -420,7 +424,7 @@ def test_a_token_of_a_stronger_source_hides_a_weaker_ones_file(
     assert Settings(config=path).token is None
 
 
-def test_the_source_is_read_again_each_time(
+def test_token_source_is_read_again_each_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "token"
@@ -444,7 +448,7 @@ def test_the_source_is_read_again_each_time(
         (b"\xff\xfe", "token_file: holds characters that no token has"),
     ],
 )
-def test_a_file_that_holds_no_token_is_refused(
+def test_token_file_without_valid_token_is_refused(
     tmp_path: Path, content: bytes, problem: str
 ) -> None:
     path = tmp_path / "token"
@@ -455,7 +459,7 @@ def test_a_file_that_holds_no_token_is_refused(
     assert raised.value.__context__ is None
 
 
-def test_a_file_that_cannot_be_read_for_a_token_is_refused(tmp_path: Path) -> None:
+def test_unreadable_token_file_is_refused(tmp_path: Path) -> None:
     for path, problem in (
         (tmp_path / "none", "No such file or directory"),
         (tmp_path, "not a file"),
@@ -466,19 +470,19 @@ def test_a_file_that_cannot_be_read_for_a_token_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_a_pipe_for_a_token_does_not_hang(tmp_path: Path) -> None:
+def test_token_file_that_is_a_pipe_is_refused_without_hanging(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SettingsError, match="not a file"):
         Settings(token_file=tmp_path / "pipe").read_token()
 
 
 @pytest.mark.parametrize("token", ["", "a\r\nX-Other: b", "a\x00"])
-def test_a_given_token_must_fit_a_header(token: str) -> None:
+def test_token_that_does_not_fit_header_is_refused(token: str) -> None:
     with pytest.raises(SettingsError, match="token: "):
         Settings(token=token).read_token()
 
 
-def test_all_missing_settings_of_a_connection_are_reported_at_once() -> None:
+def test_all_missing_connection_settings_are_reported_at_once() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings().require_connection()
     assert raised.value.problems == (
@@ -500,16 +504,16 @@ def test_all_missing_settings_of_a_connection_are_reported_at_once() -> None:
         (" http://[::1]:80/x ", "http://[::1]/x"),
     ],
 )
-def test_a_trailing_slash_is_tolerated(given_url: str, base_url: str) -> None:
+def test_base_url_is_normalised(given_url: str, base_url: str) -> None:
     assert Settings(base_url=given_url).base_url == base_url
 
 
-def test_the_dialect_brings_its_base_url() -> None:
+def test_dialect_determines_default_base_url() -> None:
     assert Settings(dialect="anthropic").base_url == "https://api.anthropic.com/v1"
     assert Settings(dialect="anthropic", base_url="http://localhost").base_url == "http://localhost"
 
 
-def test_rates_are_limited_at_the_services_own_address_only() -> None:
+def test_default_rate_limits_apply_to_address_of_service_only() -> None:
     own, ours = Settings(), Settings(base_url="http://localhost:8484/api/v1/cloud")
     assert (own.read_limit, own.write_limit) == (50, 20)
     assert (ours.read_limit, ours.write_limit) == (0, 0)
@@ -530,13 +534,13 @@ def test_rates_are_limited_at_the_services_own_address_only() -> None:
         ("[::1]:9464", Address("::1", 9464)),
     ],
 )
-def test_where_to_listen(value: str, address: Address | None) -> None:
+def test_metrics_listen_is_parsed_into_address(value: str, address: Address | None) -> None:
     assert parse_listen(value) == address
     assert Settings(metrics_listen=value).metrics_address == address
 
 
 @pytest.mark.parametrize("host", ["a" * 64, f"{'b' * 64}.example", "two..dots"])
-def test_host_that_no_lookup_accepts_is_an_error_that_names_the_setting(host: str) -> None:
+def test_host_name_with_invalid_label_is_refused_by_setting_name(host: str) -> None:
     for setting, value in {
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",
@@ -552,11 +556,11 @@ def test_host_with_labels_of_63_characters_is_accepted() -> None:
     assert settings.metrics_address == Address(host, 1)
 
 
-def test_not_listening_unless_told() -> None:
+def test_metrics_listen_is_off_by_default() -> None:
     assert Settings().metrics_address is None
 
 
-def test_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings().warnings() == ()
     monkeypatch.setenv("WORKPOOL_CONCURENCY", HIDDEN)
     monkeypatch.setenv("WORKPOOL_ZZZ", HIDDEN)
@@ -576,7 +580,7 @@ def test_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("lease_ttl", "held", "fitting"), [(10, 9, 90), (60, 54, 540), (600, 540, 5400)]
 )
-def test_write_rate_too_low_to_complete_sessions_while_their_leases_are_held_is_a_warning(
+def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
     lease_ttl: int, held: int, fitting: int
 ) -> None:
     def warnings(concurrency: int) -> list[str]:
@@ -594,7 +598,7 @@ def test_write_rate_too_low_to_complete_sessions_while_their_leases_are_held_is_
     ]
 
 
-def test_write_rate_too_low_to_complete_sessions_in_a_drain_is_a_warning() -> None:
+def test_write_rate_too_low_to_complete_sessions_in_drain_gives_warning() -> None:
     assert Settings(write_rate=2, drain_timeout=8).warnings() == ()
     [warning] = Settings(write_rate=2, drain_timeout=7.9).warnings()
     assert "a drain waits 7.9 s; raise write_rate or drain_timeout, or lower conc" in warning
@@ -608,18 +612,18 @@ def test_unlimited_write_rate_gives_no_warning() -> None:
     "base_url",
     ["https://h", "http://localhost:1", "http://a.localhost", "http://127.1.2.3", "http://[::1]:1"],
 )
-def test_no_warning_where_nobody_can_listen_in(base_url: str) -> None:
+def test_plain_http_to_local_host_gives_no_warning(base_url: str) -> None:
     assert Settings(base_url=base_url).warnings() == ()
 
 
-def test_no_warning_at_half_of_the_write_rate() -> None:
+def test_heartbeats_at_half_of_write_rate_give_no_warning() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
 
 
 # -- the second credential -----------------------------------------------------------------------
 
 
-def test_second_credential_is_given_or_in_a_file_or_absent(tmp_path: Path) -> None:
+def test_second_credential_is_read_from_setting_or_file(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("from-file\n")
     assert Settings().read_api_key() is None
@@ -631,7 +635,7 @@ def test_second_credential_is_given_or_in_a_file_or_absent(tmp_path: Path) -> No
     )
 
 
-def test_second_credential_is_never_shown(tmp_path: Path) -> None:
+def test_second_credential_is_never_shown_by_settings(tmp_path: Path) -> None:
     found = Settings(api_key=HIDDEN)
     for text in (repr(found), str(found), found.model_dump_json()):
         assert HIDDEN not in text

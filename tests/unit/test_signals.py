@@ -57,12 +57,12 @@ async def first_and_second() -> None:
 
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_first_and_second_signal_wake_a_loop_that_waits(factory: object) -> None:
+def test_first_and_second_signal_wake_waiting_loop(factory: object) -> None:
     with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]
         runner.run(first_and_second())
 
 
-async def test_signals_on_a_loop_without_signal_handlers_are_received(
+async def test_signals_are_received_on_loop_without_signal_handlers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*_: object) -> NoReturn:
@@ -78,7 +78,9 @@ async def test_signals_on_a_loop_without_signal_handlers_are_received(
             assert signals.last is signal.SIGTERM
 
 
-async def test_signal_recorded_before_the_loop_sets_the_event(recorder: SignalRecorder) -> None:
+async def test_signal_received_before_loop_starts_sets_first_event(
+    recorder: SignalRecorder,
+) -> None:
     signal.raise_signal(signal.SIGTERM)
     async with asyncio.timeout(20):
         with Signals() as signals:
@@ -88,7 +90,7 @@ async def test_signal_recorded_before_the_loop_sets_the_event(recorder: SignalRe
 
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_signal_between_loop_start_and_signals_counts_once(
+def test_signal_received_while_loop_starts_counts_once(
     factory: object, recorder: SignalRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def receive() -> None:
@@ -108,7 +110,7 @@ def test_signal_between_loop_start_and_signals_counts_once(
 
 @pytest.mark.parametrize("hung_up", [True, False])
 @pytest.mark.parametrize("hangup_ends", [True, False])
-async def test_sighup_asks_for_an_end_once_and_only_if_the_terminal_hung_up(
+async def test_sighup_requests_end_once_and_only_if_terminal_hung_up(
     recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

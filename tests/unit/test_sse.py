@@ -67,7 +67,9 @@ def reference(content: bytes) -> list[Frame]:
          [("message", "a\x0bb\x0cc\x1cd\x85e\u2028f", "")]),
     ],
 )  # fmt: skip
-def test_frames_of_a_stream_are_parsed(stream: bytes, frames: list[tuple[str, str, str]]) -> None:
+def test_stream_bytes_are_parsed_into_frames(
+    stream: bytes, frames: list[tuple[str, str, str]]
+) -> None:
     assert parse(stream) == frames == reference(stream)
     assert parse(*(bytes((byte,)) for byte in stream)) == frames
 
@@ -81,13 +83,13 @@ streams = st.lists(pieces | st.binary(max_size=4), max_size=40).map(b"".join)
 
 @given(streams, st.lists(st.integers(0, 160), max_size=12))
 @example(b"data: a\r\n\r\ndata: b\r\n\r\n", [8, 9, 10, 11])
-def test_how_it_is_cut_makes_no_difference(stream: bytes, cuts: Sequence[int]) -> None:
+def test_stream_split_into_any_chunks_gives_same_frames(stream: bytes, cuts: Sequence[int]) -> None:
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     chunks = [stream[start:end] for start, end in pairwise(places)]
     assert parse(*chunks) == reference(stream)
 
 
-def test_a_frame_comes_with_its_last_byte() -> None:
+def test_frame_is_returned_at_its_last_byte() -> None:
     parser = FrameParser()
     assert parser.feed(b"data: a\r\n\r") == [("message", "a", "")]
     assert parser.feed(b"\ndata: b\n") == []
@@ -95,7 +97,7 @@ def test_a_frame_comes_with_its_last_byte() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
-def test_too_long_frame_is_refused_before_it_is_stored(size: int) -> None:
+def test_frame_above_limit_is_refused_before_it_is_stored(size: int) -> None:
     line = b"data: " + b"x" * 94
     assert FrameParser(limit=100).feed(line + b"\n\n")
     for endless in (b"data: " + b"x" * 4096, b": " + b"x" * 4096, b"data: x\n" * 512):
@@ -106,6 +108,6 @@ def test_too_long_frame_is_refused_before_it_is_stored(size: int) -> None:
         assert len(parser._line) <= 100
 
 
-def test_a_long_stream_of_short_frames_is_within_the_limit() -> None:
+def test_long_stream_of_short_frames_is_accepted() -> None:
     parser = FrameParser(limit=20)
     assert sum(len(parser.feed(b"data: x\n\n: alive\n\n")) for _ in range(1000)) == 1000

@@ -108,7 +108,7 @@ async def server(pki: Path) -> AsyncIterator[Server]:
 
 @pytest.mark.parametrize("key", [{}, {"client_cert_file": "both.pem", "client_key_file": None}])
 @pytest.mark.parametrize("session", [None, aiohttp.ClientSession])
-async def test_every_connection_trusts_the_ca_and_shows_the_certificate(
+async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
     pki: Path, server: Server, key: dict[str, str | None], session: Any
 ) -> None:
     options = [CallOptions(priority=priority) for priority in Priority]
@@ -124,7 +124,7 @@ async def test_every_connection_trusts_the_ca_and_shows_the_certificate(
     assert server.received.count(b"HTTP/1.1\r\n") == 5
 
 
-async def test_server_of_a_private_ca_is_not_trusted_without_the_ca_file(
+async def test_server_of_private_ca_is_not_trusted_without_ca_file(
     pki: Path, server: Server
 ) -> None:
     async with WorkClient(server.settings(pki, ca_file=None)) as client:
@@ -133,7 +133,7 @@ async def test_server_of_a_private_ca_is_not_trusted_without_the_ca_file(
     assert server.names == []
 
 
-async def test_server_that_asks_for_a_certificate_refuses_a_client_without(
+async def test_server_that_requires_certificate_refuses_client_without_one(
     pki: Path, server: Server
 ) -> None:
     without = {"client_cert_file": None, "client_key_file": None}
@@ -183,7 +183,7 @@ class APIError(Exception):
 
 
 @pytest.mark.parametrize("held", [True, False])
-async def test_check_is_asked_after_the_tunnel_and_tls_are_there(
+async def test_check_is_called_after_tunnel_and_tls_handshake(
     pki: Path, server: Server, monkeypatch: pytest.MonkeyPatch, *, held: bool
 ) -> None:
     states: list[bool] = []
@@ -243,7 +243,7 @@ async def outcome(call: Any) -> type[BaseException] | None:
         ),
     ],
 )
-async def test_tls_file_that_cannot_be_used_is_an_error_at_start(
+async def test_invalid_tls_file_is_error_at_start(
     pki: Path, names: dict[str, str | None], problem: str
 ) -> None:
     settings = Server(port=1).settings(pki, **names)
@@ -253,7 +253,7 @@ async def test_tls_file_that_cannot_be_used_is_an_error_at_start(
     assert raised.value.problems == (problem,)
 
 
-def test_all_problems_with_the_connection_are_told_at_once(pki: Path) -> None:
+def test_all_connection_problems_are_reported_at_once(pki: Path) -> None:
     settings = Settings(ca_file=pki / "nowhere", client_cert_file=pki / "neither")
     with pytest.raises(SettingsError) as raised:
         settings.require_connection()
@@ -261,5 +261,5 @@ def test_all_problems_with_the_connection_are_told_at_once(pki: Path) -> None:
     assert all(f"{name}: " in text for name in ("environment_id", "ca_file", "client_cert_file"))
 
 
-def test_without_tls_settings_there_is_no_context() -> None:
+def test_settings_without_tls_files_have_no_tls_context() -> None:
     assert Settings().tls_context() is None

@@ -165,7 +165,7 @@ async def failure(
 # -- requests ----------------------------------------------------------------------------------
 
 
-async def test_request_has_its_headers() -> None:
+async def test_request_has_standard_headers() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         await ask(transport, server.url)
     (request,) = server.requests
@@ -178,7 +178,7 @@ async def test_request_has_its_headers() -> None:
     assert "Cookie" not in headers
 
 
-async def test_a_body_says_that_it_is_json() -> None:
+async def test_request_with_body_has_json_content_type() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         endpoint: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
         await transport.send(HttpRequest(endpoint, URL(f"{server.url}/x"), body=b'{"force":true}'))
@@ -187,7 +187,7 @@ async def test_a_body_says_that_it_is_json() -> None:
     assert request.body == b'{"force":true}'
 
 
-async def test_the_siblings_headers() -> None:
+async def test_anthropic_request_has_headers_of_its_dialect() -> None:
     async with serving(OK) as server, connected(server.url, dialect="anthropic") as transport:
         await ask(transport, server.url)
     headers = server.requests[0].headers
@@ -197,7 +197,7 @@ async def test_the_siblings_headers() -> None:
     assert "Worker-ID" not in headers
 
 
-async def test_a_connection_is_kept_and_cookies_are_not() -> None:
+async def test_connection_is_reused_and_cookies_are_not_kept() -> None:
     async with (
         serving(answer(200, STATS, Set_Cookie="a=b")) as server,
         connected(server.url) as transport,
@@ -208,7 +208,7 @@ async def test_a_connection_is_kept_and_cookies_are_not() -> None:
     assert all("Cookie" not in request.headers for request in server.requests)
 
 
-async def test_all_that_the_pool_does_goes_at_once() -> None:
+async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None:
     async def hold(server: Server, writer: asyncio.StreamWriter) -> None:
         if len(server.requests) == 40:
             server.release.set()
@@ -243,9 +243,7 @@ async def test_all_that_the_pool_does_goes_at_once() -> None:
     "body",
     [b"<html>Bad Gateway</html>", b"", b"\xff", b'{"error": 7}', b"[]", b"7", b'{"error": {}}'],
 )
-async def test_a_gateways_answer_is_worth_another_try(
-    status: int, reason: str, body: bytes
-) -> None:
+async def test_error_status_of_gateway_is_transient(status: int, reason: str, body: bytes) -> None:
     error = await failure(answer(status, body))
     assert isinstance(error, TransientError)
     assert (error.op, error.status, error.reason) == ("stats", status, reason)
@@ -270,14 +268,14 @@ async def test_a_gateways_answer_is_worth_another_try(
         b'{"depth": "hunter2"}',
     ],
 )
-async def test_a_success_that_is_not_what_we_know_is_worth_another_try(body: bytes) -> None:
+async def test_malformed_success_body_is_transient(body: bytes) -> None:
     error = await failure(answer(200, body))
     assert isinstance(error, TransientError)
     assert (error.status, error.reason) == (200, "bad_body")
     assert "hunter2" not in str(error)
 
 
-async def test_only_polls_and_stops_may_be_answered_without_content() -> None:
+async def test_empty_response_is_accepted_for_poll_and_stop_only() -> None:
     for empty in (endpoints.POLL, endpoints.STOP):
         async with serving(answer(204)) as server, connected(server.url) as transport:
             assert await ask(transport, server.url, endpoint=empty) is None
@@ -290,12 +288,12 @@ async def test_only_polls_and_stops_may_be_answered_without_content() -> None:
         assert isinstance(await failure(answer(200, b"null"), endpoint=endpoint), TransientError)
 
 
-async def test_null_is_an_answer_to_a_poll() -> None:
+async def test_null_response_to_poll_is_accepted() -> None:
     async with serving(answer(200, b"null")) as server, connected(server.url) as transport:
         assert await ask(transport, server.url, endpoint=endpoints.POLL) is None
 
 
-async def test_an_answer_that_is_too_large_is_cut_off() -> None:
+async def test_response_above_size_limit_is_aborted() -> None:
     async def flood(_: Server, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99000000000\r\n\r\n")
         while True:
@@ -342,7 +340,7 @@ def oversized(beginning: bytes) -> list[Any]:
         (b'{"a":"b",' + b'"a":"b",' * 5000, None),
     ],
 )
-async def test_answer_that_is_too_large_tells_its_id_from_its_beginning(
+async def test_oversized_response_error_has_work_id_from_its_beginning(
     beginning: bytes, work_id: str | None
 ) -> None:
     for odd in oversized(beginning):
@@ -351,7 +349,7 @@ async def test_answer_that_is_too_large_tells_its_id_from_its_beginning(
         assert error.work_id == work_id
 
 
-async def test_answer_that_says_that_it_is_too_large_is_not_read() -> None:
+async def test_response_with_oversized_content_length_is_not_read() -> None:
     async def slow(server: Server, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
         await never(server, writer)
@@ -363,7 +361,7 @@ async def test_answer_that_says_that_it_is_too_large_is_not_read() -> None:
     ("item", "work_id"),
     [({"id": "work_1", "state": "odd"}, "work_1"), ({"id": "no id"}, None), ({"id": 7}, None)],
 )
-async def test_poll_with_malformed_item_tells_its_id(
+async def test_malformed_item_error_has_its_work_id(
     item: dict[str, Any], work_id: str | None
 ) -> None:
     error = await failure(answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL)
@@ -371,7 +369,7 @@ async def test_poll_with_malformed_item_tells_its_id(
     assert getattr(error, "work_id", None) == work_id
 
 
-async def test_the_largest_answer_still_fits() -> None:
+async def test_response_at_size_limit_is_accepted() -> None:
     body = STATS + b" " * (ANSWER_LIMIT_BYTES - len(STATS))
     packed = answer(200, gzip.compress(body), Content_Encoding="gzip")
     for fitting in (answer(200, body), packed, answer(200, STATS, Connection="close")):
@@ -420,7 +418,7 @@ async def stall(server: Server, writer: asyncio.StreamWriter) -> None:
         answer(200, b"hunter2", Content_Encoding="gzip"),
     ],
 )
-async def test_a_connection_that_breaks_is_worth_another_try(odd: Any) -> None:
+async def test_broken_connection_is_transient_network_error(odd: Any) -> None:
     error = await failure(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
@@ -428,14 +426,14 @@ async def test_a_connection_that_breaks_is_worth_another_try(odd: Any) -> None:
 
 
 @pytest.mark.parametrize("odd", [never, stall])
-async def test_every_answer_is_waited_for_with_a_bound(odd: Any) -> None:
+async def test_missing_response_raises_timeout_after_limit(odd: Any) -> None:
     error = await failure(odd, seconds=0.05)
     assert isinstance(error, TransientError)
     assert (error.reason, error.status) == ("timeout", None)
 
 
 @pytest.mark.parametrize("cancelled_first", [False, True])
-async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
+async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
     *, cancelled_first: bool
 ) -> None:
     """aiohttp's own timeout takes it for its own: a pool's poller then went on forever."""
@@ -451,14 +449,14 @@ async def test_a_cancellation_in_the_turn_of_the_timeout_is_not_lost(
         server.release.set()
 
 
-async def test_no_time_is_no_request() -> None:
+async def test_request_without_remaining_time_is_not_sent() -> None:
     for seconds in (0, -1.0):
         error = await failure(OK, seconds=seconds)
         assert isinstance(error, TransientError)
         assert error.reason == "timeout"
 
 
-async def test_connection_without_a_listener_is_a_transient_error() -> None:
+async def test_connection_refused_is_transient_network_error() -> None:
     async with serving(OK) as server:
         url = server.url
     async with connected(url) as transport:
@@ -467,7 +465,7 @@ async def test_connection_without_a_listener_is_a_transient_error() -> None:
     assert raised.value.reason == "network"
 
 
-async def test_a_host_that_does_not_exist() -> None:
+async def test_unknown_host_is_transient_network_error() -> None:
     async with connected("http://no-such-host.invalid") as transport:
         with pytest.raises(TransientError) as raised:
             await ask(transport, "http://no-such-host.invalid")
@@ -490,7 +488,7 @@ def untrusted(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="makes a certificate with the openssl command")
-async def test_a_certificate_that_is_not_trusted_is_a_refusal(untrusted: ssl.SSLContext) -> None:
+async def test_untrusted_certificate_raises_refused_error(untrusted: ssl.SSLContext) -> None:
     async with serving(OK, tls=untrusted) as server, connected(server.url) as transport:
         with pytest.raises(RefusedError, match="certificate is not trusted") as raised:
             await ask(transport, server.url)
@@ -498,7 +496,7 @@ async def test_a_certificate_that_is_not_trusted_is_a_refusal(untrusted: ssl.SSL
     assert server.requests == []
 
 
-async def test_a_server_without_tls_may_come_to_have_it() -> None:
+async def test_server_without_tls_is_transient_error() -> None:
     async with serving(OK) as server:
         url = server.url.replace("http", "https")
         async with connected(url) as transport:
@@ -525,7 +523,7 @@ async def test_a_server_without_tls_may_come_to_have_it() -> None:
         (451, RefusedError),
     ],
 )
-async def test_a_refusal_is_told_with_its_envelope(
+async def test_error_response_is_raised_with_fields_of_its_body(
     status: int, kind: type[ControlPlaneError]
 ) -> None:
     error = await failure(refusal(status, "not\nthis\x1b[31m", type="some_error", param="block_ms"))
@@ -544,7 +542,7 @@ LARGE = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * 7_000 + b"\r\n\r\n"
 @pytest.mark.parametrize(
     "before", [EARLY, EARLY * INFORMATIONAL_MAX, LARGE * 9, b"HTTP/1.1 100 C\r\n\r\n"]
 )
-async def test_informational_answers_are_passed_over_before_each_answer(before: bytes) -> None:
+async def test_informational_responses_before_response_are_skipped(before: bytes) -> None:
     async with serving(before + OK) as server, connected(server.url) as transport:
         for _ in range(3):
             assert (await ask(transport, server.url)).depth == 1
@@ -552,7 +550,7 @@ async def test_informational_answers_are_passed_over_before_each_answer(before: 
 
 
 @pytest.mark.parametrize("before", [EARLY * (INFORMATIONAL_MAX + 1), LARGE * 10])
-async def test_too_many_informational_answers_are_no_answer(before: bytes) -> None:
+async def test_too_many_informational_responses_raise_network_error(before: bytes) -> None:
     error = await failure(before + OK)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
@@ -571,7 +569,7 @@ async def test_too_many_informational_answers_are_no_answer(before: bytes) -> No
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
-async def test_status_that_no_control_plane_answers_is_worth_another_try(odd: bytes) -> None:
+async def test_unexpected_status_is_transient_server_error(odd: bytes) -> None:
     error = await failure(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
@@ -579,7 +577,7 @@ async def test_status_that_no_control_plane_answers_is_worth_another_try(odd: by
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
-async def test_redirect_is_not_followed_and_is_worth_another_try(status: int) -> None:
+async def test_redirect_is_not_followed_and_is_transient(status: int) -> None:
     async with serving(OK) as other:
         error = await failure(answer(status, b"", Location=f"{other.url}/{TOKEN}"))
         assert other.requests == []
@@ -605,7 +603,7 @@ async def test_redirect_is_not_followed_and_is_worth_another_try(status: int) ->
         ("", None),
     ],
 )
-def test_redirect_names_scheme_and_host_only(location: str, named: str | None) -> None:
+def test_redirect_error_names_scheme_and_host_only(location: str, named: str | None) -> None:
     error = parse_error("poll", Response(302, {"Location": location}, b"hunter2"), TOKEN)
     text = str(error)
     to = f" to {named}" if named else ""
@@ -613,12 +611,12 @@ def test_redirect_names_scheme_and_host_only(location: str, named: str | None) -
     assert "hunter2" not in text
 
 
-def test_redirect_to_long_host_is_cut() -> None:
+def test_redirect_error_with_long_host_is_cut() -> None:
     error = parse_error("poll", Response(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN)
     assert len(str(error)) < 300
 
 
-async def test_our_token_is_cut_out_of_what_is_told() -> None:
+async def test_token_in_error_response_is_redacted() -> None:
     told = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
     error = await failure(refusal(403, told, type=TOKEN, param=f"a{TOKEN}b"))
     assert (error.error_type, error.param) == ("[token]", "a[token]b")
@@ -644,7 +642,7 @@ async def test_extra_headers_are_sent_with_every_request() -> None:
         assert {name: request.headers[name] for name in EXTRA} == EXTRA
 
 
-async def test_extra_headers_are_cut_out_of_what_is_told() -> None:
+async def test_values_of_extra_headers_in_error_response_are_redacted() -> None:
     told = refusal(403, "no worker-token-1 of worker-token")
     async with serving(told) as server, connected(server.url, extra_headers=EXTRA) as transport:
         with pytest.raises(RefusedError) as raised:
@@ -653,14 +651,16 @@ async def test_extra_headers_are_cut_out_of_what_is_told() -> None:
     assert "worker-token" not in "".join(traceback.format_exception(raised.value))
 
 
-async def test_a_message_is_cut_short() -> None:
+async def test_long_error_message_is_cut() -> None:
     error = await failure(refusal(400, "x" * 100_000, type="y" * 1000))
     assert len(str(error)) < 400
     assert len(error.error_type or "") <= 64
 
 
 @given(st.integers(100, 999), st.binary(max_size=60), st.text(max_size=40))
-def test_no_answer_does_harm(status: int, body: bytes, text: str) -> None:
+def test_arbitrary_error_response_becomes_printable_error(
+    status: int, body: bytes, text: str
+) -> None:
     envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
     for content in (body, envelope, Oversized(body)):
         error = parse_error("get", Response(status, {"Retry-After": text}, content), TOKEN)
@@ -693,11 +693,11 @@ def test_no_answer_does_harm(status: int, body: bytes, text: str) -> None:
         ("Wed, 99 Oct 2015 07:28:00 GMT", None),
     ],
 )
-def test_retry_after(value: str, seconds: float | None) -> None:
+def test_retry_after_header_is_parsed_into_seconds(value: str, seconds: float | None) -> None:
     assert retry_after_of({"Retry-After": value}) == seconds
 
 
-def test_a_date_to_retry_after_is_measured_on_the_servers_clock() -> None:
+def test_retry_after_date_is_measured_against_date_of_server() -> None:
     then = datetime(2001, 2, 3, 4, 5, 6, tzinfo=UTC)
     headers = {
         "Date": format_datetime(then, usegmt=True),
@@ -706,21 +706,21 @@ def test_a_date_to_retry_after_is_measured_on_the_servers_clock() -> None:
     assert retry_after_of(headers) == 20
 
 
-def test_a_date_to_retry_after_without_a_date_is_measured_on_ours() -> None:
+def test_retry_after_date_without_server_date_is_measured_on_local_clock() -> None:
     until = datetime.now(UTC) + timedelta(seconds=100)
     seconds = retry_after_of({"Retry-After": format_datetime(until, usegmt=True)})
     assert seconds is not None
     assert 0 < seconds <= 100
 
 
-async def test_retry_after_reaches_the_caller() -> None:
+async def test_retry_after_is_passed_to_caller() -> None:
     error = await failure(answer(503, b"busy", Retry_After="7"))
     assert isinstance(error, TransientError)
     assert error.retry_after == 7
 
 
 @given(st.text())
-def test_no_retry_after_does_harm(value: str) -> None:
+def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     seconds = retry_after_of({"Retry-After": value, "Date": value})
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
@@ -728,7 +728,7 @@ def test_no_retry_after_does_harm(value: str) -> None:
 # -- repetition ----------------------------------------------------------------------------------
 
 
-async def test_a_read_whose_connection_is_dead_is_repeated_and_a_write_is_not() -> None:
+async def test_request_on_dead_connection_is_repeated_if_read_and_not_if_write() -> None:
     # aiohttp's doing; transport.py says why both are right.
     async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
         await ask(transport, server.url)
@@ -746,7 +746,7 @@ async def test_a_read_whose_connection_is_dead_is_repeated_and_a_write_is_not() 
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_a_rotated_token_is_found_and_used_at_once(tmp_path: Path, status: int) -> None:
+async def test_rotated_token_is_used_after_refusal(tmp_path: Path, status: int) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []
@@ -764,7 +764,9 @@ async def test_a_rotated_token_is_found_and_used_at_once(tmp_path: Path, status:
     assert refreshes == ["ok"]
 
 
-async def test_a_token_from_a_variable_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_token_from_variable_is_read_again_after_refusal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("QODER_PAT", "old")
     async with (
         serving(refusal(401), OK) as server,
@@ -775,7 +777,7 @@ async def test_a_token_from_a_variable_is_read_again(monkeypatch: pytest.MonkeyP
     assert server.requests[1].headers["Authorization"] == "Bearer new"
 
 
-async def test_a_body_is_sent_again_with_the_rotated_token(tmp_path: Path) -> None:
+async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
@@ -788,7 +790,7 @@ async def test_a_body_is_sent_again_with_the_rotated_token(tmp_path: Path) -> No
     assert [each.body for each in server.requests] == [b"{}", b"{}"]
 
 
-async def test_the_same_token_is_not_tried_twice() -> None:
+async def test_unchanged_token_is_not_tried_again() -> None:
     refreshes: list[str] = []
     async with serving(refusal(401)) as server, connected(server.url) as transport:
         transport.on_credential_refresh = refreshes.append
@@ -798,7 +800,7 @@ async def test_the_same_token_is_not_tried_twice() -> None:
     assert refreshes == ["ok"]
 
 
-async def test_a_token_is_renewed_once_per_request(tmp_path: Path) -> None:
+async def test_token_is_renewed_at_most_once_per_request(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("a")
 
@@ -812,7 +814,7 @@ async def test_a_token_is_renewed_once_per_request(tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
-async def test_a_source_that_cannot_be_read_is_told_and_the_refusal_stands(tmp_path: Path) -> None:
+async def test_unreadable_token_source_is_reported_and_refusal_is_raised(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []
@@ -828,7 +830,7 @@ async def test_a_source_that_cannot_be_read_is_told_and_the_refusal_stands(tmp_p
     assert refreshes == ["error"]
 
 
-async def test_requests_refused_together_read_the_source_as_they_need(tmp_path: Path) -> None:
+async def test_concurrent_refused_requests_all_succeed_with_rotated_token(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
 
@@ -842,7 +844,7 @@ async def test_requests_refused_together_read_the_source_as_they_need(tmp_path: 
     assert [each.depth for each in found] == [1] * 8
 
 
-async def test_a_refusal_that_comes_late_finds_the_token_renewed(tmp_path: Path) -> None:
+async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []
@@ -895,11 +897,11 @@ async def test_a_refusal_that_comes_late_finds_the_token_renewed(tmp_path: Path)
         (999, "error"),
     ],
 )
-def test_the_labels_of_metrics(status: int, code: str) -> None:
+def test_status_is_mapped_to_metric_label(status: int, code: str) -> None:
     assert CODES.get(status, "error") == code
 
 
-async def test_every_request_is_told() -> None:
+async def test_every_request_is_reported_with_its_status_label() -> None:
     told: list[tuple[str, str]] = []
     async with (
         serving(OK, refusal(404), answer(200, b"junk"), hang_up) as server,
@@ -914,7 +916,7 @@ async def test_every_request_is_told() -> None:
 
 
 @pytest.mark.parametrize("odd", [never, stall])
-async def test_cancellation_passes_through_and_closes_the_connection(odd: Any) -> None:
+async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
     told: list[str] = []
     async with serving(odd, OK) as server, connected(server.url) as transport:
         transport.on_request = lambda *each: told.append(each[1])
@@ -929,7 +931,7 @@ async def test_cancellation_passes_through_and_closes_the_connection(odd: Any) -
     assert server.connections == 2
 
 
-async def test_a_bug_is_loud() -> None:
+async def test_unexpected_exception_in_parsing_is_raised() -> None:
     class Bug(Exception):
         pass
 
@@ -946,7 +948,7 @@ async def test_a_bug_is_loud() -> None:
     assert told == ["2xx", "error"]
 
 
-async def test_the_callers_session_is_used_and_left_open() -> None:
+async def test_session_of_caller_is_used_and_left_open() -> None:
     async with (
         aiohttp.ClientSession(
             headers={"X-Theirs": "1"},
@@ -964,7 +966,7 @@ async def test_the_callers_session_is_used_and_left_open() -> None:
     assert server.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
-async def test_not_open() -> None:
+async def test_transport_used_while_closed_raises_runtime_error() -> None:
     settings = Settings(token=TOKEN, environment_id="env_1")
     transport = Transport(settings, None)
     with pytest.raises(RuntimeError, match="not open"):
@@ -977,13 +979,13 @@ async def test_not_open() -> None:
         await ask(transport, "http://localhost")
 
 
-async def test_another_loop() -> None:
+async def test_transport_used_on_another_loop_raises_runtime_error() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         with pytest.raises(RuntimeError, match="another event loop"):
             await asyncio.to_thread(asyncio.run, ask(transport, server.url))
 
 
-async def test_no_worker_id_is_no_header() -> None:
+async def test_request_without_worker_id_has_no_worker_id_header() -> None:
     async with serving(OK) as server:
         settings = Settings(base_url=server.url, token=TOKEN, environment_id="env_1")
         transport = Transport(settings, None)
@@ -996,7 +998,7 @@ async def test_no_worker_id_is_no_header() -> None:
 # -- proxies -------------------------------------------------------------------------------------
 
 
-async def test_the_environments_proxy_is_asked_and_gets_its_own_credentials(
+async def test_proxy_of_environment_is_used_with_its_own_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving(OK) as proxy:
@@ -1011,7 +1013,7 @@ async def test_the_environments_proxy_is_asked_and_gets_its_own_credentials(
     assert proxy.requests[0].headers["Authorization"] == f"Bearer {TOKEN}"
 
 
-async def test_a_tunnel_through_a_proxy_does_not_show_it_our_token(
+async def test_proxy_tunnel_request_does_not_contain_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with serving(answer(407)) as proxy:
@@ -1025,7 +1027,7 @@ async def test_a_tunnel_through_a_proxy_does_not_show_it_our_token(
     assert "Authorization" not in proxy.requests[0].headers
 
 
-def test_which_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_is_chosen_by_scheme_and_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "proxy.example:3128")
     monkeypatch.setenv("no_proxy", ".internal")
     assert proxy_of(URL("https://h.example")) == URL("http://proxy.example:3128")
@@ -1034,9 +1036,7 @@ def test_which_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", ["socks5://u:hunter2@h:1", "http://u:hunter2@h:x", "http://"])
-def test_a_proxy_that_cannot_be_used_is_refused(
-    monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_invalid_proxy_url_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("https_proxy", value)
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(SettingsError) as raised:
@@ -1044,7 +1044,7 @@ def test_a_proxy_that_cannot_be_used_is_refused(
     assert raised.value.problems == ("HTTPS_PROXY: not the URL of an HTTP proxy",)
 
 
-async def test_a_netrc_does_not_replace_our_token(
+async def test_netrc_file_does_not_replace_token(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     netrc = tmp_path / "netrc"
@@ -1064,7 +1064,7 @@ KEY = "-".join(("key", "hunter3", "hunter3"))
     ("dialect", "header", "value"),
     [("qoder", "Authorization", f"Bearer {KEY}"), ("anthropic", "X-Api-Key", KEY)],
 )
-async def test_second_credential_is_sent_in_place_of_the_token(
+async def test_second_credential_is_sent_in_place_of_token(
     dialect: str, header: str, value: str
 ) -> None:
     async with (
@@ -1079,12 +1079,12 @@ async def test_second_credential_is_sent_in_place_of_the_token(
     assert KEY not in str(with_token.headers)
 
 
-async def test_transport_without_a_second_credential_uses_the_token() -> None:
+async def test_transport_without_second_credential_uses_token() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         assert transport.with_api_key() is transport
 
 
-async def test_second_credential_is_read_again_after_a_refusal(tmp_path: Path) -> None:
+async def test_second_credential_is_read_again_after_refusal(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("old-key")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "env_00000000000070008000000000000001"
 
 
-def test_a_year_passes_at_once_and_to_the_second() -> None:
+def test_year_in_virtual_time_passes_at_once_and_exactly() -> None:
     async def main() -> float:
         await asyncio.sleep(365 * 86_400)
         return asyncio.get_running_loop().time()
@@ -35,13 +35,13 @@ def test_a_year_passes_at_once_and_to_the_second() -> None:
     assert time.monotonic() - before < 10
 
 
-def test_wait_without_an_end_is_an_error() -> None:
+def test_wait_without_timer_in_virtual_time_raises() -> None:
     with pytest.raises(RuntimeError, match="no timer"):
         run_virtual(asyncio.Event().wait())
 
 
 @in_virtual_time
-async def test_a_suspended_machines_timers_stand_still(bench: type[Bench]) -> None:
+async def test_timers_of_suspended_virtual_machine_stand_still(bench: type[Bench]) -> None:
     one = bench()
     one.loop.suspend(100)
     await asyncio.sleep(5)
@@ -49,7 +49,7 @@ async def test_a_suspended_machines_timers_stand_still(bench: type[Bench]) -> No
 
 
 @in_virtual_time
-async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
+async def test_item_goes_through_all_calls_of_local_client(bench: type[Bench]) -> None:
     one = bench()
     codes: list[tuple[str, str]] = []
     one.client.on_request = lambda op, code, _: codes.append((op, code))
@@ -82,7 +82,7 @@ async def test_an_item_goes_through_all_calls(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_poll_waits_and_can_have_faults(bench: type[Bench]) -> None:
+async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) -> None:
     one = bench(
         poll=[None, None, CallFault(answer="silence"), CallFault(back=2), CallFault(answer=503)]
     )
@@ -102,7 +102,9 @@ async def test_poll_waits_and_can_have_faults(bench: type[Bench]) -> None:
 
 
 @in_virtual_time
-async def test_sent_request_arrives_although_its_caller_was_cancelled(bench: type[Bench]) -> None:
+async def test_request_already_sent_arrives_although_caller_was_cancelled(
+    bench: type[Bench],
+) -> None:
     one = bench(stop=[CallFault(there=30)])
     async with one.client:
         item = await one.claim()
@@ -115,12 +117,12 @@ async def test_sent_request_arrives_although_its_caller_was_cancelled(bench: typ
 
 
 @in_virtual_time
-async def test_a_client_that_is_not_open_sends_nothing(bench: type[Bench]) -> None:
+async def test_local_client_that_is_not_open_raises(bench: type[Bench]) -> None:
     with pytest.raises(RuntimeError, match="not open"):
         await bench().client.get("work_1")
 
 
-async def test_a_whole_pool_runs_on_it() -> None:
+async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
     """On a real loop, as the lease renewer is a thread."""
 
     @handler
@@ -139,7 +141,7 @@ async def test_a_whole_pool_runs_on_it() -> None:
 
 
 @in_virtual_time
-async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
+async def test_local_client_sends_nothing_if_check_refuses() -> None:
     def refuse() -> None:
         raise LookupError
 
@@ -161,7 +163,7 @@ async def test_local_client_sends_nothing_that_the_check_refuses() -> None:
 
 
 @in_virtual_time
-async def test_local_client_whose_stop_is_not_read_accepts_any_json_object() -> None:
+async def test_local_client_stop_without_reading_item_accepts_any_json_object() -> None:
     script = Script(
         stop=[CallFault(answer=b"{}"), CallFault(answer=b"{}"), CallFault(answer=b"no JSON")]
     )

@@ -27,7 +27,9 @@ async def in_thread(call: functools.partial[str]) -> None:
 
 @pytest.mark.parametrize("wait", [in_executor, in_thread])
 @pytest.mark.parametrize("seconds", [None, 3600])
-def test_function_in_a_thread_is_named_by_the_error(wait: object, seconds: float | None) -> None:
+def test_thread_function_is_named_by_virtual_time_error(
+    wait: object, seconds: float | None
+) -> None:
     release = threading.Event()
     assert callable(wait)
 
@@ -40,7 +42,7 @@ def test_function_in_a_thread_is_named_by_the_error(wait: object, seconds: float
     release.set()
 
 
-def test_function_in_a_thread_that_has_returned_is_no_error() -> None:
+def test_thread_function_that_has_returned_causes_no_virtual_time_error() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         returned = asyncio.Event()
@@ -54,7 +56,7 @@ def test_function_in_a_thread_that_has_returned_is_no_error() -> None:
     run_virtual(main())
 
 
-def test_socket_is_named_by_the_error() -> None:
+def test_socket_is_named_by_virtual_time_error() -> None:
     async def main() -> None:
         async with asyncio.timeout(3600):
             await asyncio.get_running_loop().sock_recv(client, 1)
@@ -69,7 +71,7 @@ def test_socket_is_named_by_the_error() -> None:
 
 
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
-def test_process_is_named_by_the_error(output: int | None) -> None:
+def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
     async def main() -> None:
         process = await asyncio.create_subprocess_exec("sleep", "30", stdout=output)
         try:
@@ -83,7 +85,7 @@ def test_process_is_named_by_the_error(output: int | None) -> None:
         run_virtual(main())
 
 
-def test_event_that_no_task_sets_is_an_error_that_names_the_running_threads() -> None:
+def test_event_that_no_task_sets_raises_error_naming_running_threads() -> None:
     release = threading.Event()
     thread = threading.Thread(target=release.wait, name="database", daemon=True)
     thread.start()
