@@ -87,7 +87,7 @@ def state(plane: ControlPlane, item: Any) -> str:
     return plane.operations.get(plane.environments[0], item.id).state
 
 
-async def test_paused_pool_claims_nothing_and_its_session_goes_on(
+async def test_paused_pool_claims_nothing_while_its_session_continues(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -110,7 +110,7 @@ async def test_paused_pool_claims_nothing_and_its_session_goes_on(
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
 
-async def test_pause_before_the_start_starts_the_pool_paused(
+async def test_pause_before_start_starts_pool_paused(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -125,7 +125,7 @@ async def test_pause_before_the_start_starts_the_pool_paused(
         await recorder.wait_for(SessionFinished)
 
 
-async def test_pause_ends_by_itself(
+async def test_pause_with_end_time_ends_by_itself(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -138,7 +138,7 @@ async def test_pause_ends_by_itself(
         assert supervisor.status().ready
 
 
-async def test_pause_of_a_pool_without_a_free_slot_is_over_in_time(
+async def test_pause_of_pool_without_free_slot_ends_on_time(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -150,7 +150,7 @@ async def test_pause_of_a_pool_without_a_free_slot_is_over_in_time(
         gate.may_end.set()
 
 
-async def test_end_of_a_pause_that_is_over_already_is_no_pause(
+async def test_pause_with_past_end_time_has_no_effect(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -160,14 +160,14 @@ async def test_end_of_a_pause_that_is_over_already_is_no_pause(
         await recorder.wait_for(SessionFinished)
 
 
-async def test_end_of_a_pause_without_a_time_zone_is_an_error(make_pool: Any) -> None:
+async def test_pause_with_end_time_without_time_zone_raises(make_pool: Any) -> None:
     supervisor = make_pool(quick)
     with pytest.raises(ValueError, match="needs a time zone"):
         supervisor.pause("x", until=datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake
     assert supervisor._admission.paused is None
 
 
-async def test_items_that_wait_for_a_slot_are_forgotten_by_a_pause(
+async def test_items_waiting_for_slot_are_forgotten_by_pause(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     _, *waiting = plane.enqueue(3)
@@ -182,7 +182,7 @@ async def test_items_that_wait_for_a_slot_are_forgotten_by_a_pause(
         assert [state(plane, item) for item in waiting] == ["queued", "queued"]
 
 
-async def test_item_that_a_poll_delivers_during_a_pause_is_not_taken(
+async def test_item_delivered_during_pause_is_not_claimed(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
@@ -220,7 +220,7 @@ async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Record
     assert len(recorder.of(PollFinished)) > polls + 5
 
 
-async def test_plugin_that_refuses_is_asked_before_each_poll(
+async def test_refusing_plugin_is_asked_again_before_each_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -244,7 +244,7 @@ async def test_plugin_that_refuses_is_asked_before_each_poll(
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("no such device"), 7])
-async def test_plugin_whose_admission_fails_refuses(
+async def test_plugin_whose_admission_hook_fails_counts_as_refusing(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wrong: Any
 ) -> None:
     plane.enqueue()

@@ -144,7 +144,7 @@ def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what counts
 
 
-async def test_attempt_of_a_fresh_item_is_one_and_costs_no_request(scene: Scene) -> None:
+async def test_attempt_of_new_item_is_one_without_extra_request(scene: Scene) -> None:
     await scene.run(prompt, max_attempts=1)
     assert scene.attempts == [1]
     assert [request.op for request in scene.faults.of(work_id=scene.id)] == [
@@ -154,14 +154,14 @@ async def test_attempt_of_a_fresh_item_is_one_and_costs_no_request(scene: Scene)
     ]
 
 
-async def test_attempt_after_crashes_counts_each(scene: Scene) -> None:
+async def test_attempt_after_crashed_run_is_counted(scene: Scene) -> None:
     scene.crash()
     await scene.run(prompt)
     assert scene.attempts == [2]
     assert scene.metadata == {"workpool.attempt": "2"}
 
 
-async def test_healthy_session_survives_rolling_updates(scene: Scene) -> None:
+async def test_session_drained_repeatedly_completes_within_max_attempts(scene: Scene) -> None:
     for _ in range(3):
         await scene.roll(patient, max_attempts=2)
     assert (await scene.run(prompt, max_attempts=2)).outcome == "completed"
@@ -169,7 +169,7 @@ async def test_healthy_session_survives_rolling_updates(scene: Scene) -> None:
     assert scene.metadata == {}
 
 
-async def test_release_by_the_handler_is_no_attempt(scene: Scene) -> None:
+async def test_release_by_handler_is_not_counted_as_attempt(scene: Scene) -> None:
     @handler
     async def later(_: Session) -> None:
         raise Release("later")
@@ -181,7 +181,7 @@ async def test_release_by_the_handler_is_no_attempt(scene: Scene) -> None:
     assert scene.metadata == {}
 
 
-async def test_crash_after_a_drained_run_counts(scene: Scene) -> None:
+async def test_crash_after_drained_run_counts_as_attempt(scene: Scene) -> None:
     await scene.roll(patient)
     assert scene.metadata == DRAINED
     seen: list[dict[str, str]] = []
@@ -198,7 +198,7 @@ async def test_crash_after_a_drained_run_counts(scene: Scene) -> None:
     assert scene.attempts == [1, 1, 2]
 
 
-async def test_drained_run_after_a_crash_keeps_the_number(scene: Scene) -> None:
+async def test_drained_run_after_crash_keeps_attempt_number(scene: Scene) -> None:
     scene.crash()
     await scene.roll(patient)
     assert scene.metadata == {"workpool.attempt": "2"} | DRAINED
@@ -209,7 +209,7 @@ async def test_drained_run_after_a_crash_keeps_the_number(scene: Scene) -> None:
 
 @pytest.mark.parametrize(("crashed", "number"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("op", ["ack", "heartbeat"])
-async def test_item_acknowledged_in_a_drain_is_no_attempt(
+async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     scene: Scene, op: Any, number: int, *, crashed: bool
 ) -> None:
     if crashed:
@@ -227,7 +227,7 @@ async def test_item_acknowledged_in_a_drain_is_no_attempt(
     assert scene.attempts == [number]
 
 
-async def test_run_elsewhere_while_the_item_waited_for_a_slot_counts(
+async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attempt(
     scene: Scene, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
@@ -255,7 +255,7 @@ async def test_run_elsewhere_while_the_item_waited_for_a_slot_counts(
 # -- the mark of a drain
 
 
-async def test_mark_is_written_when_the_drain_request_arrives(scene: Scene) -> None:
+async def test_mark_is_written_as_soon_as_drain_is_requested(scene: Scene) -> None:
     """A process that is killed at the end of its grace period has left it."""
     async with scene.draining(patient):
         await scene.faults.wait_for("update", answered=True)
@@ -273,7 +273,7 @@ async def test_mark_is_written_when_the_drain_request_arrives(scene: Scene) -> N
     ],
     ids=["completes", "completes_with_result", "fails"],
 )
-async def test_session_that_ends_in_a_drain_leaves_no_mark(
+async def test_session_that_ends_during_drain_leaves_no_mark(
     scene: Scene, end: Any, outcome: str, metadata: Any
 ) -> None:
     await scene.roll(ending(end), timeout=LONG)
@@ -293,7 +293,7 @@ async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(scene
     assert scene.metadata == {"workpool.error": "ValueError"}
 
 
-async def test_drained_session_whose_mark_hangs_is_released_in_time(scene: Scene) -> None:
+async def test_drained_session_whose_mark_hangs_is_released_on_time(scene: Scene) -> None:
     scene.faults.add(Hold(), "update")
     async with scene.make_pool(patient) as supervisor:
         await scene.recorder.wait_for(SessionStarted)
@@ -305,7 +305,7 @@ async def test_drained_session_whose_mark_hangs_is_released_in_time(scene: Scene
 
 
 @pytest.mark.parametrize("written", [True, False])
-async def test_handler_that_is_abandoned_is_marked_if_it_can_be(
+async def test_abandoned_session_is_marked_if_possible(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, *, written: bool
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -333,7 +333,7 @@ async def test_handler_that_is_abandoned_is_marked_if_it_can_be(
     assert metadata == (DRAINED if written else {})
 
 
-async def test_attempt_counts_if_its_mark_could_not_be_written(scene: Scene) -> None:
+async def test_attempt_whose_mark_could_not_be_written_is_counted(scene: Scene) -> None:
     scene.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
     await scene.roll(patient)
@@ -342,7 +342,7 @@ async def test_attempt_counts_if_its_mark_could_not_be_written(scene: Scene) -> 
     assert scene.attempts == [1, 2]
 
 
-async def test_release_replaces_the_reason_of_the_drain(scene: Scene) -> None:
+async def test_release_by_handler_replaces_reason_written_by_drain(scene: Scene) -> None:
     may_end = asyncio.Event()
 
     @handler
@@ -358,7 +358,7 @@ async def test_release_replaces_the_reason_of_the_drain(scene: Scene) -> None:
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_session_that_an_operator_stops_in_a_drain_leaves_no_mark(scene: Scene) -> None:
+async def test_session_stopped_by_operator_during_drain_leaves_no_mark(scene: Scene) -> None:
     async with scene.draining(patient, lease_ttl=10, stop_grace=0):
         await scene.faults.wait_for("update", answered=True)
         scene.plane.operations.stop(scene.plane.environments[0], scene.id)
@@ -367,7 +367,7 @@ async def test_session_that_an_operator_stops_in_a_drain_leaves_no_mark(scene: S
     assert scene.metadata == {}
 
 
-async def test_completed_session_is_stopped_although_its_mark_cannot_be_deleted(
+async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
     scene: Scene,
 ) -> None:
     """Else it would be run again."""
@@ -390,7 +390,7 @@ async def test_completed_session_is_stopped_although_its_mark_cannot_be_deleted(
 # -- the start of the next run
 
 
-async def test_lost_answer_to_the_count_does_not_count_twice(scene: Scene) -> None:
+async def test_lost_answer_to_attempt_update_does_not_count_twice(scene: Scene) -> None:
     scene.crash()
     scene.faults.add(lost(), "update", times=2)
     await scene.run(prompt, request_timeout=0.2)
@@ -404,7 +404,7 @@ async def test_lost_answer_to_the_count_does_not_count_twice(scene: Scene) -> No
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_writes")
-async def test_run_that_cannot_be_counted_is_handed_back_with_its_number(
+async def test_run_that_cannot_be_counted_is_released_with_its_number(
     scene: Scene, notes: Any, number: int, *, applied: bool
 ) -> None:
     scene.crash()
@@ -417,7 +417,7 @@ async def test_run_that_cannot_be_counted_is_handed_back_with_its_number(
 
 
 @pytest.mark.usefixtures("short_writes")
-async def test_run_that_cannot_be_counted_keeps_the_mark(scene: Scene) -> None:
+async def test_run_that_cannot_be_counted_keeps_its_mark(scene: Scene) -> None:
     scene.crash()
     scene.write(released="earlier")
     scene.faults.add(status(503), "update", where=lambda _: not recovered)
@@ -429,7 +429,7 @@ async def test_run_that_cannot_be_counted_keeps_the_mark(scene: Scene) -> None:
     assert scene.attempts == [1]
 
 
-async def test_error_of_an_unstopped_run_never_stands_beside_a_mark(scene: Scene) -> None:
+async def test_drain_mark_replaces_error_of_earlier_run(scene: Scene) -> None:
     """A run that failed and could not be stopped has left its note."""
     scene.crash()
     scene.write(error="ValueError")
@@ -446,7 +446,7 @@ async def test_error_of_an_unstopped_run_never_stands_beside_a_mark(scene: Scene
     [({}, "failed"), ({"max_attempts": 11}, "completed"), ({"max_attempts": 0}, "completed")],
     ids=["default", "higher", "off"],
 )
-async def test_item_that_was_lost_ten_times_fails_by_default(
+async def test_item_lost_ten_times_fails_by_default(
     scene: Scene, settings: Any, outcome: str
 ) -> None:
     scene.crash()
@@ -456,7 +456,7 @@ async def test_item_that_was_lost_ten_times_fails_by_default(
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_the_limit_leaves_no_mark(scene: Scene) -> None:
+async def test_item_beyond_max_attempts_leaves_no_mark(scene: Scene) -> None:
     scene.crash()
     scene.write(attempt="5", released="earlier")
     assert (await scene.run(prompt, max_attempts=4)).outcome == "failed"

@@ -29,7 +29,7 @@ async def rows(
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_throughput_compares_the_pool_with_the_bare_loop() -> None:
+async def test_throughput_benchmark_compares_pool_with_bare_loop() -> None:
     bare, pool = await rows("throughput.py", "--items", "40", "--rounds", "2")
     assert bare[:2] == ["bare", "40"]
     assert pool[:2] == ["workpool", "40"]
@@ -40,7 +40,7 @@ async def test_throughput_compares_the_pool_with_the_bare_loop() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_latency_counts_every_item_of_both() -> None:
+async def test_latency_benchmark_counts_every_item_of_both_contenders() -> None:
     bare, pool = await rows("latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle")
     assert bare[:3] == ["idle", "bare", "20"]
     assert pool[:3] == ["idle", "workpool", "20"]
@@ -51,7 +51,7 @@ async def test_latency_counts_every_item_of_both() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_idle_counts_the_requests_of_both() -> None:
+async def test_idle_benchmark_counts_requests_of_both_contenders() -> None:
     found = await rows("idle.py", "--seconds", "1.5", "--settle", "0")
     assert [cells[0] for cells in found] == ["bare", "workpool"]
     for _, requests, cpu, memory in found:
@@ -63,7 +63,7 @@ async def test_idle_counts_the_requests_of_both() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("contender", ["bare", "workpool"])
-async def test_leases_are_all_held(contender: str) -> None:
+async def test_leases_benchmark_holds_all_leases(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
     [cells] = await rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
@@ -72,7 +72,7 @@ async def test_leases_are_all_held(contender: str) -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_drain_abandons_no_session() -> None:
+async def test_drain_benchmark_abandons_no_session() -> None:
     found = await rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
     expected = [[end, number] for end in ("return", "release") for number in ("5", "10")]
     assert [cells[:2] for cells in found] == expected
@@ -81,7 +81,7 @@ async def test_drain_abandons_no_session() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_growth_takes_every_sample() -> None:
+async def test_growth_benchmark_takes_every_sample() -> None:
     options = ("--sessions", "60", "--warm-up", "20", "--samples", "3")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / "growth.py"), *options), stdout=asyncio.subprocess.PIPE
@@ -95,7 +95,7 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_parts_are_left_out_one_at_a_time() -> None:
+async def test_parts_benchmark_omits_one_part_at_a_time() -> None:
     found = await rows("parts.py", "--items", "10", "--rounds", "1", only=PARTS)
     assert sorted(cells[0] for cells in found) == sorted(PARTS)
     assert found[0][0] == "workpool"
@@ -104,7 +104,7 @@ async def test_parts_are_left_out_one_at_a_time() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_path_of_one_item_names_the_files_of_every_request() -> None:
+async def test_path_benchmark_names_files_used_for_one_item() -> None:
     bare, pool, *files = await rows("path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
@@ -117,7 +117,7 @@ async def test_path_of_one_item_names_the_files_of_every_request() -> None:
     assert "pool/diagnostics.py" not in names  # once a second, not once an item
 
 
-async def test_instructions_name_everybody_they_can_count() -> None:
+async def test_instructions_benchmark_help_lists_all_contenders() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / "instructions.py"), "--help"),
         stdout=asyncio.subprocess.PIPE,

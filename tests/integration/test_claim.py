@@ -93,7 +93,7 @@ def held(plane: ControlPlane) -> int:
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
-async def test_never_more_is_claimed_than_there_are_places(
+async def test_claimed_items_never_exceed_places(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
 ) -> None:
     concurrency, prefetch, pollers = shape
@@ -114,7 +114,7 @@ async def test_never_more_is_claimed_than_there_are_places(
     assert plane.summary().stopped == places + 10
 
 
-async def test_a_place_is_reserved_before_the_poll(
+async def test_place_is_reserved_before_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """With one place, which one poll in flight has reserved, the other pollers do not even ask."""
@@ -132,7 +132,7 @@ async def test_a_place_is_reserved_before_the_poll(
 # -- copies
 
 
-async def test_a_copy_of_a_waiting_item_is_dropped(
+async def test_duplicate_delivery_of_waiting_item_is_dropped(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = Gate()
@@ -150,7 +150,7 @@ async def test_a_copy_of_a_waiting_item_is_dropped(
         ]  # fmt: skip
 
 
-async def test_a_copy_of_a_running_item_makes_a_heartbeat_at_once_and_changes_nothing(
+async def test_duplicate_delivery_of_running_item_causes_heartbeat_only(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     gate = Gate()
@@ -168,7 +168,7 @@ async def test_a_copy_of_a_running_item_makes_a_heartbeat_at_once_and_changes_no
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_a_copy_of_an_item_that_is_finishing_is_dropped(
+async def test_duplicate_delivery_of_completing_item_is_dropped(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     hold = Hold()
@@ -183,7 +183,7 @@ async def test_a_copy_of_an_item_that_is_finishing_is_dropped(
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
-async def test_an_id_is_given_up_after_the_finish_and_may_come_again(
+async def test_released_item_delivered_again_is_run_again(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A session that was released is ours to run again when it is delivered again."""
@@ -210,7 +210,7 @@ async def test_an_id_is_given_up_after_the_finish_and_may_come_again(
 # -- one session at a time
 
 
-async def test_a_second_item_of_a_running_session_is_not_acknowledged(
+async def test_second_item_of_running_session_is_not_acknowledged(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = Gate()
@@ -240,7 +240,7 @@ class Picky:
 
 
 @pytest.mark.parametrize("whose", ["others", "broken"])
-async def test_unwanted_item_stays_in_the_queue_and_is_logged_once(
+async def test_unwanted_item_stays_queued_and_is_logged_once(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     caplog: pytest.LogCaptureFixture, whose: str,
 ) -> None:  # fmt: skip
@@ -260,7 +260,7 @@ async def test_unwanted_item_stays_in_the_queue_and_is_logged_once(
         assert recorder.of(PluginFailed)[0].hook == "workpool_session_handler"
 
 
-async def test_polls_that_bring_only_what_is_not_for_us_do_not_spin(
+async def test_polls_that_return_only_unwanted_items_are_spaced_out(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(metadata={"for": "others"})
@@ -270,7 +270,7 @@ async def test_polls_that_bring_only_what_is_not_for_us_do_not_spin(
     assert fourth.at - first.at >= 0.25  # three times 0.1 s, less what the first connection took
 
 
-async def test_a_handler_without_room_declines(
+async def test_handler_at_max_sessions_declines_item(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
@@ -297,7 +297,7 @@ async def test_a_handler_without_room_declines(
 @pytest.mark.parametrize(
     ("op", "code"), [("ack", 404), ("ack", 409), ("heartbeat", 404), ("heartbeat", 412)]
 )
-async def test_items_that_cannot_be_claimed_are_polled_once_per_block(
+async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any, code: int
 ) -> None:
     faults.add(status(code), op, times=7)
@@ -308,7 +308,7 @@ async def test_items_that_cannot_be_claimed_are_polled_once_per_block(
     assert sum(gaps[3:6]) >= 0.5  # the sum, because each alone depends on when the request arrives
 
 
-async def test_health_checks_are_polled_once_per_block(
+async def test_polls_are_spaced_out_while_only_health_checks_arrive(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     plane.enqueue(count=7, work_type="healthcheck")
@@ -321,7 +321,7 @@ async def test_health_checks_are_polled_once_per_block(
 # -- other types of item
 
 
-async def test_a_healthcheck_is_answered_without_a_heartbeat_and_without_a_session(
+async def test_health_check_is_stopped_without_heartbeat_or_session(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue(work_type="healthcheck")
@@ -335,7 +335,7 @@ async def test_a_healthcheck_is_answered_without_a_heartbeat_and_without_a_sessi
     assert not recorder.of(SessionFinished)
 
 
-async def test_a_healthcheck_is_answered_by_a_pool_whose_plugins_want_other_things(
+async def test_health_check_is_stopped_by_pool_with_selective_plugins(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     plane.enqueue(work_type="healthcheck")
@@ -343,7 +343,7 @@ async def test_a_healthcheck_is_answered_by_a_pool_whose_plugins_want_other_thin
         await faults.wait_for("stop", answered=True)
 
 
-async def test_an_unknown_type_is_offered_to_the_plugins(
+async def test_item_of_unknown_type_is_offered_to_plugins(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="index")
@@ -359,7 +359,7 @@ async def test_an_unknown_type_is_offered_to_the_plugins(
     assert (declined.item.id, declined.reason) == (other.id, "unwanted")
 
 
-async def test_items_of_another_type_without_a_session_run_side_by_side(
+async def test_items_of_custom_type_without_session_run_concurrently(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
@@ -391,7 +391,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("changes", MALFORMED.values(), ids=MALFORMED)
-async def test_a_malformed_item_kills_no_poller(
+async def test_malformed_item_does_not_crash_poller(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -412,7 +412,7 @@ INFORMATION_ONLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", INFORMATION_ONLY.values(), ids=INFORMATION_ONLY)
-async def test_item_with_unusual_information_is_run(
+async def test_item_with_unusual_informational_fields_is_run(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -440,7 +440,7 @@ class Silent:
 
 
 @pytest.mark.parametrize("plugins", [[], [Silent()]], ids=["none", "no_handler"])
-async def test_a_pool_that_can_handle_nothing_refuses_to_start(
+async def test_pool_without_handler_refuses_to_start(
     faults: Faults, make_settings: Any, plugins: list[object]
 ) -> None:
     with pytest.raises(PluginError, match="no plugin handles anything"):
@@ -448,7 +448,7 @@ async def test_a_pool_that_can_handle_nothing_refuses_to_start(
     assert not faults.seen
 
 
-async def test_a_pool_without_an_environment_refuses_to_start(make_pool: Any) -> None:
+async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> None:
     with pytest.raises(SettingsError, match="environment_id"):
         await make_pool(work, environment_id=None).__aenter__()
 
@@ -456,7 +456,7 @@ async def test_a_pool_without_an_environment_refuses_to_start(make_pool: Any) ->
 # -- ack, late
 
 
-async def test_item_that_waited_too_long_belongs_to_another_worker(
+async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = Gate()
@@ -474,7 +474,7 @@ async def test_item_that_waited_too_long_belongs_to_another_worker(
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
-async def test_item_of_an_ack_that_answers_active_is_lost_at_its_first_heartbeat(
+async def test_item_held_elsewhere_after_active_ack_answer_is_lost_at_first_heartbeat(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold()

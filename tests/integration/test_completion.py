@@ -61,7 +61,9 @@ def raises(error: BaseException) -> Callable[[], Any]:
 # -- returned --------------------------------------------------------------------------------------
 
 
-async def test_returned_a_mapping(run_one: Any, recorder: Recorder) -> None:
+async def test_handler_that_returns_mapping_completes_with_metadata(
+    run_one: Any, recorder: Recorder
+) -> None:
     async def work(_: Session) -> dict[str, str]:
         return {"rows": "7", "empty": ""}
 
@@ -76,7 +78,7 @@ async def test_returned_a_mapping(run_one: Any, recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("nothing", [None, {}])
-async def test_returned_nothing_costs_four_requests(run_one: Any, nothing: Any) -> None:
+async def test_handler_that_returns_nothing_costs_four_requests(run_one: Any, nothing: Any) -> None:
     async def work(_: Session) -> Any:
         return nothing
 
@@ -89,7 +91,7 @@ async def test_returned_nothing_costs_four_requests(run_one: Any, nothing: Any) 
 # -- raised, or returned something else ------------------------------------------------------------
 
 
-async def test_raised(run_one: Any) -> None:
+async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one: Any) -> None:
     error = ValueError("the secret is 42")
 
     async def work(_: Session) -> None:
@@ -108,7 +110,9 @@ async def test_raised(run_one: Any) -> None:
     [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
-async def test_raised_and_the_message_may_be_told(run_one: Any, message: str, note: str) -> None:
+async def test_report_errors_message_writes_message_as_metadata(
+    run_one: Any, message: str, note: str
+) -> None:
     async def work(_: Session) -> None:
         raise ValueError(message)
 
@@ -122,7 +126,9 @@ async def test_raised_and_the_message_may_be_told(run_one: Any, message: str, no
     [(7, "TypeError"), ("text", "TypeError"), ({"a": 1}, "TypeError"), ([("a", "b")], "TypeError"),
      ({"a": "\ud800"}, "UnicodeEncodeError")],
 )  # fmt: skip
-async def test_returned_something_else(run_one: Any, returned: Any, error: str) -> None:
+async def test_handler_that_returns_other_value_fails(
+    run_one: Any, returned: Any, error: str
+) -> None:
     async def work(_: Session) -> Any:
         return returned
 
@@ -137,7 +143,7 @@ async def test_returned_something_else(run_one: Any, returned: Any, error: str) 
     [SystemExit(3), asyncio.CancelledError("leaked"), GeneratorExit(), BaseException()],
     ids=lambda error: type(error).__name__,
 )
-async def test_base_exception_counts_as_raised(run_one: Any, error: BaseException) -> None:
+async def test_handler_that_raises_base_exception_fails(run_one: Any, error: BaseException) -> None:
     async def work(_: Session) -> None:
         raise error
 
@@ -152,7 +158,7 @@ async def test_base_exception_counts_as_raised(run_one: Any, error: BaseExceptio
 @pytest.mark.parametrize(
     ("own", "setting"), [(None, 0.05), (0.05, None), (0.05, 1000.0)], ids=["setting", "own", "both"]
 )
-async def test_timed_out(
+async def test_handler_beyond_session_timeout_is_timed_out(
     plane: ControlPlane, make_pool: Any, life_of: Any, own: float | None, setting: float | None
 ) -> None:
     @handler(timeout=own)
@@ -171,7 +177,9 @@ async def test_timed_out(
 
 
 @pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (0, 10), (5000, 600)])
-async def test_released_by_its_handler(run_one: Any, delay: float, ttl: int) -> None:
+async def test_handler_that_raises_release_is_released_with_delay(
+    run_one: Any, delay: float, ttl: int
+) -> None:
     async def work(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
@@ -214,7 +222,7 @@ async def test_group_of_releases_releases_with_longest_delay(
     assert isinstance(life.finished.error, Release)
 
 
-async def test_release_in_a_task_group_releases(run_one: Any) -> None:
+async def test_release_in_task_group_of_handler_releases_session(run_one: Any) -> None:
     async def give_back() -> None:
         raise Release("come back later", delay=45)
 
@@ -237,7 +245,7 @@ async def test_release_in_a_task_group_releases(run_one: Any) -> None:
     ],
     ids=["beside", "nested", "exit"],
 )
-async def test_group_of_a_release_and_a_bug_fails(
+async def test_group_of_release_and_other_error_fails_session(
     run_one: Any, group: BaseExceptionGroup[BaseException]
 ) -> None:
     async def work(_: Session) -> None:
@@ -248,7 +256,7 @@ async def test_group_of_a_release_and_a_bug_fails(
     assert life.metadata == {"workpool.error": type(group).__name__}
 
 
-async def test_deeply_nested_group_of_releases_releases(run_one: Any) -> None:
+async def test_deeply_nested_group_of_releases_releases_session(run_one: Any) -> None:
     error: Exception = Release("deep")
     for _ in range(5000):
         error = ExceptionGroup("", [error])
@@ -260,7 +268,9 @@ async def test_deeply_nested_group_of_releases_releases(run_one: Any) -> None:
     assert (life.outcome, life.item.state) == ("released", "active")
 
 
-async def test_released_although_the_reason_cannot_be_written(run_one: Any, faults: Faults) -> None:
+async def test_session_is_released_although_reason_cannot_be_written(
+    run_one: Any, faults: Faults
+) -> None:
     async def work(_: Session) -> None:
         raise Release("why")
 
@@ -270,7 +280,7 @@ async def test_released_although_the_reason_cannot_be_written(run_one: Any, faul
     assert life.ops == [*BEGIN, "update", "heartbeat"]
 
 
-async def test_released_at_the_drains_deadline(
+async def test_session_at_drain_deadline_is_released(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -287,7 +297,7 @@ async def test_released_at_the_drains_deadline(
 # -- asked to stop ---------------------------------------------------------------------------------
 
 
-async def test_asked_to_stop_and_did(
+async def test_session_that_ends_after_stop_request_is_stopped_with_result(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     async def work(session: Session) -> dict[str, str]:
@@ -308,7 +318,7 @@ async def test_asked_to_stop_and_did(
     assert (stop.mode, stop.result) == ("confirm", "ok")
 
 
-async def test_asked_to_stop_and_did_not(
+async def test_session_that_ignores_stop_request_is_stopped_after_grace(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -321,7 +331,7 @@ async def test_asked_to_stop_and_did_not(
     assert life.ops == [*BEGIN, "heartbeat", "stop"]
 
 
-async def test_asked_to_stop_before_the_first_heartbeat(
+async def test_stop_request_before_first_heartbeat_stops_session_unrun(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, faults: Faults
 ) -> None:
     hold = Hold()
@@ -340,7 +350,7 @@ async def test_asked_to_stop_before_the_first_heartbeat(
 # -- stopped by someone else, or lost: nothing is sent ---------------------------------------------
 
 
-async def test_stopped_by_someone_else(
+async def test_session_stopped_by_another_client_sends_nothing_more(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -354,7 +364,7 @@ async def test_stopped_by_someone_else(
     assert not recorder.of(StopFinished)
 
 
-async def test_lost_to_the_queue(
+async def test_session_whose_item_is_queued_again_loses_lease(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -375,7 +385,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-async def test_lost_to_another_worker_however_the_handler_ends(
+async def test_session_whose_item_another_worker_holds_loses_lease_however_handler_ends(
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -406,7 +416,7 @@ async def test_lost_to_another_worker_however_the_handler_ends(
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_timed_out_and(
+async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
     plane: ControlPlane, make_pool: Any, life_of: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected
@@ -426,7 +436,7 @@ async def test_timed_out_and(
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_drained_and(
+async def test_drained_session_is_released_however_its_handler_ends(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, end: Any,
     metadata: dict[str, str],
 ) -> None:  # fmt: skip
@@ -444,7 +454,7 @@ async def test_drained_and(
     [(lambda: {"a": "b"}, {"a": "b"}), (raises(ValueError()), {}), (raises(Release("why")), {})],
     ids=["returned", "raised", "released"],
 )
-async def test_asked_to_stop_and(
+async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -463,7 +473,7 @@ async def test_asked_to_stop_and(
     assert life.ops[-1] == "stop"
 
 
-async def test_asked_to_stop_and_drained(
+async def test_session_with_stop_request_and_drain_is_stopped(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
@@ -478,7 +488,7 @@ async def test_asked_to_stop_and_drained(
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-async def test_stopped_by_someone_else_however_the_handler_ends(
+async def test_session_stopped_by_another_client_is_stopped_however_its_handler_ends(
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

@@ -72,7 +72,7 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-async def test_a_stop_is_repeated_until_it_is_answered(
+async def test_stop_call_is_repeated_until_answered(
     run_one: Any, faults: Faults, fault: Callable[[], Fault], recorder: Recorder
 ) -> None:
     faults.add(fault(), "stop", times=2)
@@ -82,7 +82,7 @@ async def test_a_stop_is_repeated_until_it_is_answered(
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
-async def test_stop_that_fails_is_repeated_until_the_bound_of_a_drain(
+async def test_failing_stop_call_is_repeated_until_drain_deadline(
     drained: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "stop")
@@ -90,7 +90,7 @@ async def test_stop_that_fails_is_repeated_until_the_bound_of_a_drain(
     assert (life.outcome, life.item.state) == ("released", "active")
 
 
-async def test_completion_is_repeated_for_longer_than_any_single_request(
+async def test_completion_is_repeated_for_longer_than_request_timeout(
     run_one: Any, faults: Faults
 ) -> None:
     """Finished work is kept for as long as its lease is held."""
@@ -106,7 +106,7 @@ async def test_completion_is_repeated_for_longer_than_any_single_request(
 
 
 @pytest.mark.parametrize("op", ["update", "stop"])
-async def test_retry_after_beyond_the_lease_leaves_another_try(
+async def test_retry_after_longer_than_lease_leaves_time_for_retry(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """A session that is done must not be run again because of one 429."""
@@ -120,7 +120,7 @@ async def test_retry_after_beyond_the_lease_leaves_another_try(
 
 @pytest.mark.parametrize("code", [409, 412])
 @pytest.mark.parametrize("applied", [False, True])
-async def test_a_conflict_means_that_it_is_stopped(
+async def test_conflict_on_stop_call_counts_as_stopped(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
 ) -> None:
     faults.add(status(code, applied=applied), "stop")
@@ -131,7 +131,7 @@ async def test_a_conflict_means_that_it_is_stopped(
 
 
 @pytest.mark.parametrize(("code", "told"), [(400, "error"), (403, "error"), (404, "gone")])
-async def test_a_stop_that_is_refused_fails(
+async def test_refused_stop_call_fails_session(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, told: str
 ) -> None:
     faults.add(status(code), "stop")
@@ -142,7 +142,7 @@ async def test_a_stop_that_is_refused_fails(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_a_heartbeats_409_after_our_own_stop_is_read_and_is_its_success(
+async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The stop's answer never comes, and the lease's next heartbeat is answered 409."""
@@ -155,7 +155,7 @@ async def test_a_heartbeats_409_after_our_own_stop_is_read_and_is_its_success(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
+async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """A heartbeat's answer is lost before the stop, so that the item is read after it."""
@@ -170,7 +170,7 @@ async def test_an_item_read_as_stopped_after_our_own_stop_is_its_success(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_a_stop_by_someone_else_after_ours_was_throttled_is_theirs(
+async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outcome_stopped(
     plane: ControlPlane, faults: Faults, run_one: Any
 ) -> None:
     """A 429 is certainly not applied, so what stops the item then is not our stop."""
@@ -190,7 +190,7 @@ async def test_a_stop_by_someone_else_after_ours_was_throttled_is_theirs(
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-async def test_a_result_is_written_again_until_it_is_answered(
+async def test_result_is_written_again_until_answered(
     run_one: Any, faults: Faults, fault: Callable[[], Fault]
 ) -> None:
     faults.add(fault(), "update", times=2)
@@ -217,7 +217,7 @@ async def test_item_whose_result_is_never_answered_is_not_stopped(
     assert life.ops == [*BEGIN, "update"]
 
 
-async def test_connection_that_is_silent_costs_one_try_and_not_the_result(
+async def test_silent_connection_costs_one_attempt_but_not_the_result(
     run_one: Any, faults: Faults
 ) -> None:
     faults.add(delay(60), "update", times=1)
@@ -227,7 +227,7 @@ async def test_connection_that_is_silent_costs_one_try_and_not_the_result(
 
 
 @pytest.mark.parametrize("code", [401, 403])
-async def test_result_that_is_not_permitted_fails_if_an_earlier_one_was_written(
+async def test_result_denied_after_an_earlier_success_fails_session(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any, code: int
 ) -> None:
     """A credential that may never write metadata: `test_worker_key.py`."""
@@ -238,7 +238,9 @@ async def test_result_that_is_not_permitted_fails_if_an_earlier_one_was_written(
 
 
 @pytest.mark.parametrize("code", [400, 404])
-async def test_a_result_that_is_refused_fails(run_one: Any, faults: Faults, code: int) -> None:
+async def test_refused_result_fails_session_with_error_note(
+    run_one: Any, faults: Faults, code: int
+) -> None:
     faults.add(status(code), "update", times=1)
     life = await run_one(result)
     assert (life.outcome, life.item.state) == ("failed", "stopped")
@@ -247,7 +249,7 @@ async def test_a_result_that_is_refused_fails(run_one: Any, faults: Faults, code
     assert isinstance(life.finished.error, RefusedError)
 
 
-async def test_a_result_that_is_refused_fails_even_when_that_cannot_be_told(
+async def test_refused_result_fails_session_even_if_error_note_is_refused(
     run_one: Any, faults: Faults
 ) -> None:
     faults.add(status(400), "update")
@@ -257,7 +259,7 @@ async def test_a_result_that_is_refused_fails_even_when_that_cannot_be_told(
 
 
 @pytest.mark.parametrize("code", [409, 412])
-async def test_a_result_in_conflict_is_already_stopped_and_fine(
+async def test_result_in_conflict_counts_as_stopped_already(
     run_one: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update")
@@ -266,9 +268,7 @@ async def test_a_result_in_conflict_is_already_stopped_and_fine(
     assert life.ops == [*BEGIN, "update", "stop"]
 
 
-async def test_an_error_note_that_is_refused_stops_all_the_same(
-    run_one: Any, faults: Faults
-) -> None:
+async def test_refused_error_note_does_not_prevent_stop(run_one: Any, faults: Faults) -> None:
     async def work(_: Session) -> None:
         raise ValueError
 
@@ -282,7 +282,7 @@ async def test_an_error_note_that_is_refused_stops_all_the_same(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_nothing_more_is_sent_once_the_lease_is_lost(
+async def test_completion_after_lost_lease_sends_nothing_more(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:
     hold = Hold()
@@ -299,7 +299,7 @@ async def test_nothing_more_is_sent_once_the_lease_is_lost(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_a_stop_by_someone_else_while_we_write_is_a_stop(
+async def test_item_stopped_by_another_client_during_completion_has_outcome_stopped(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:
     hold = Hold()
@@ -314,7 +314,7 @@ async def test_a_stop_by_someone_else_while_we_write_is_a_stop(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_the_lease_is_kept_while_we_write(
+async def test_lease_is_renewed_during_completion(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
 ) -> None:
     hold = Hold()
@@ -329,7 +329,7 @@ async def test_the_lease_is_kept_while_we_write(
     assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
 
 
-async def test_the_finish_is_not_torn_by_the_embedders_cancellation(
+async def test_completion_continues_after_cancellation_of_embedder(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     """The result is on its way when the embedder is cancelled: it is written, and stopped."""
@@ -354,7 +354,9 @@ async def test_the_finish_is_not_torn_by_the_embedders_cancellation(
     assert life.ops == [*BEGIN, "update", "stop"]
 
 
-async def test_release_that_is_never_answered_lapses(drained: Any, faults: Faults) -> None:
+async def test_release_that_is_never_answered_ends_at_drain_deadline(
+    drained: Any, faults: Faults
+) -> None:
     @handler
     async def work(_: Session) -> None:
         raise Release("why")

@@ -52,9 +52,7 @@ async def draining(supervisor: Supervisor, recorder: Recorder) -> None:
 # -- what is under way
 
 
-async def test_an_idle_pool_ends_at_once(
-    faults: Faults, make_pool: Any, recorder: Recorder
-) -> None:
+async def test_idle_pool_drains_at_once(faults: Faults, make_pool: Any, recorder: Recorder) -> None:
     async with make_pool(patient, pollers=3) as supervisor:
         await faults.wait_for("poll", count=3)
         async with asyncio.timeout(20):
@@ -64,7 +62,7 @@ async def test_an_idle_pool_ends_at_once(
     assert finished.result == "clean"
 
 
-async def test_waiting_items_are_forgotten_and_come_back(
+async def test_waiting_items_are_forgotten_by_drain_and_stay_queued(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     first, *waiting = plane.enqueue(3)
@@ -79,7 +77,7 @@ async def test_waiting_items_are_forgotten_and_come_back(
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
-async def test_pollers_that_wait_for_a_place_are_woken(
+async def test_pollers_waiting_for_place_end_at_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -88,7 +86,7 @@ async def test_pollers_that_wait_for_a_place_are_woken(
     assert len(recorder.of(PollFinished)) == 1
 
 
-async def test_a_delivery_that_arrives_in_the_drain_is_not_taken(
+async def test_item_delivered_during_drain_is_not_claimed(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
@@ -101,7 +99,7 @@ async def test_a_delivery_that_arrives_in_the_drain_is_not_taken(
     assert plane.operations.get(plane.environments[0], item.id).state == "queued"
 
 
-async def test_an_ack_in_flight_that_succeeds_is_released(
+async def test_ack_in_flight_that_succeeds_during_drain_is_released(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     hold = Hold()
@@ -121,7 +119,7 @@ async def test_an_ack_in_flight_that_succeeds_is_released(
 
 
 @pytest.mark.parametrize("code", [409, 404, 500])
-async def test_an_ack_in_flight_that_fails_ends_the_matter(
+async def test_ack_in_flight_that_fails_during_drain_is_not_repeated(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     hold = Hold()
@@ -138,7 +136,7 @@ async def test_an_ack_in_flight_that_fails_ends_the_matter(
     assert [event.stage for event in recorder.of(ItemReclaimed)] == (["drain"] * (code == 409))
 
 
-async def test_a_first_heartbeat_in_flight_is_followed_by_the_last(
+async def test_first_heartbeat_in_flight_during_drain_is_followed_by_last_one(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     hold = Hold()
@@ -157,7 +155,7 @@ async def test_a_first_heartbeat_in_flight_is_followed_by_the_last(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_running_sessions_keep_their_leases_and_finish(
+async def test_running_sessions_keep_their_leases_during_drain(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
     may_end = asyncio.Event()
@@ -185,7 +183,7 @@ async def test_running_sessions_keep_their_leases_and_finish(
 # -- the deadline
 
 
-async def test_the_deadline_is_the_settings_unless_told(
+async def test_drain_timeout_of_settings_is_default_deadline(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -199,7 +197,7 @@ async def test_the_deadline_is_the_settings_unless_told(
 
 
 @pytest.mark.parametrize("first", [None, LONG])
-async def test_a_second_drain_brings_the_deadline_nearer(
+async def test_second_drain_shortens_deadline(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, first: float | None
 ) -> None:
     plane.enqueue()
@@ -212,7 +210,7 @@ async def test_a_second_drain_brings_the_deadline_nearer(
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
-async def test_many_sessions_are_handed_back_together(
+async def test_many_sessions_at_drain_deadline_are_released_together(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(8)
@@ -225,7 +223,7 @@ async def test_many_sessions_are_handed_back_together(
     assert list(last.values()) == ["10"] * 8
 
 
-async def test_a_release_whose_answers_never_come_is_bounded(
+async def test_release_without_answers_is_abandoned_after_drain_deadline(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -241,7 +239,7 @@ async def test_a_release_whose_answers_never_come_is_bounded(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_an_ack_that_hangs_does_not_hold_up_a_drain(
+async def test_hanging_ack_does_not_delay_drain(
     plane: ControlPlane, faults: Faults, make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
@@ -255,7 +253,7 @@ async def test_an_ack_that_hangs_does_not_hold_up_a_drain(
     assert supervisor.abandoned == 1
 
 
-async def test_a_handler_that_will_not_end_is_abandoned(
+async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
@@ -286,7 +284,7 @@ async def test_a_handler_that_will_not_end_is_abandoned(
 # -- who asks
 
 
-async def test_an_exception_in_the_embedders_block_is_a_deadline_now(
+async def test_exception_in_block_of_embedder_drains_with_timeout_zero(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -299,7 +297,7 @@ async def test_an_exception_in_the_embedders_block_is_a_deadline_now(
 
 
 @pytest.mark.parametrize("where", ["wait", "sleep", "run", "leaving"])
-async def test_the_embedders_cancellation_is_raised_once_the_drain_is_over(
+async def test_cancellation_of_embedder_is_raised_after_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, where: str
 ) -> None:
     supervisor = make_pool(patient, drain_timeout=LONG)
@@ -326,7 +324,7 @@ async def test_the_embedders_cancellation_is_raised_once_the_drain_is_over(
     assert recorder.of(DrainFinished)[0].result == "deadline"
 
 
-async def test_an_embedder_that_is_cancelled_at_every_turn_leaves_nothing_behind(
+async def test_embedder_cancelled_in_every_loop_turn_leaves_no_pool_task(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -347,7 +345,7 @@ async def test_an_embedder_that_is_cancelled_at_every_turn_leaves_nothing_behind
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
-async def test_cancelling_a_wait_changes_nothing_else(
+async def test_cancelled_wait_does_not_drain_pool(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     async with make_pool(polite) as supervisor:
@@ -359,7 +357,7 @@ async def test_cancelling_a_wait_changes_nothing_else(
         await recorder.wait_for(SessionStarted)
 
 
-async def test_wait_returns_once_it_is_drained_and_closed(make_pool: Any) -> None:
+async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
     async with make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
         waiting = group.create_task(supervisor.wait())
         await supervisor.drain()
@@ -373,7 +371,7 @@ async def test_wait_returns_once_it_is_drained_and_closed(make_pool: Any) -> Non
 
 
 @pytest.mark.parametrize("chunk", range(6))
-async def test_a_start_may_be_cancelled_at_any_point(
+async def test_start_cancelled_at_any_point_leaves_no_task(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
     """At every turn of the loop, and now and then after a moment for the renewer's thread."""
@@ -420,7 +418,7 @@ class Slow:
             await asyncio.Event().wait()
 
 
-async def test_a_start_that_takes_for_ever_may_be_cancelled(make_pool: Any) -> None:
+async def test_start_that_hangs_can_be_cancelled(make_pool: Any) -> None:
     slow = Slow("opening")
     supervisor = make_pool(patient, slow)
     async with asyncio.TaskGroup() as group:
@@ -431,7 +429,7 @@ async def test_a_start_that_takes_for_ever_may_be_cancelled(make_pool: Any) -> N
         assert starting.cancelled()
 
 
-async def test_a_plugin_that_does_not_close_is_given_up(
+async def test_plugin_that_does_not_close_is_abandoned(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
@@ -440,7 +438,7 @@ async def test_a_plugin_that_does_not_close_is_given_up(
     assert "plugin did not close plugin=Slow" in caplog.text
 
 
-async def test_item_of_a_stuck_handler_is_marked_before_it_is_abandoned(
+async def test_item_of_stuck_handler_is_marked_before_it_is_abandoned(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

@@ -39,7 +39,7 @@ async def in_a_task(drain: Drain) -> None:
 
 
 @pytest.mark.parametrize("call", [directly, in_a_task])
-async def test_drain_from_a_handler_is_an_error_that_says_what_to_do(
+async def test_drain_called_in_handler_raises_and_suggests_request_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
 ) -> None:
     pools: list[Supervisor] = []
@@ -57,7 +57,7 @@ async def test_drain_from_a_handler_is_an_error_that_says_what_to_do(
     assert "call request_drain() instead" in str(finished.error)
 
 
-async def test_request_drain_from_a_handler_drains_the_pool_and_the_session_completes(
+async def test_request_drain_called_in_handler_lets_its_session_complete(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     pools: list[Supervisor] = []
@@ -77,7 +77,7 @@ async def test_request_drain_from_a_handler_drains_the_pool_and_the_session_comp
     assert [event.result for event in recorder.of(DrainFinished)] == ["clean"]
 
 
-async def test_handler_may_drain_another_pool(
+async def test_handler_can_drain_another_pool(
     plane: ControlPlane, make_pool: Any, make_settings: Any, recorder: Recorder
 ) -> None:
     other = Supervisor(make_settings(), plugins=[never])
@@ -100,6 +100,6 @@ async def never(_: Session) -> None:
     raise AssertionError
 
 
-def test_request_drain_before_the_start_is_an_error(make_settings: Any) -> None:
+def test_request_drain_before_start_raises(make_settings: Any) -> None:
     with pytest.raises(RuntimeError, match="not started"):
         Supervisor(make_settings(), plugins=[never]).request_drain()

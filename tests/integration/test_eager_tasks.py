@@ -42,7 +42,7 @@ async def writing(session: Session) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("work", [at_once, writing], ids=lambda work: work.__name__)
-async def test_a_session_is_in_force_in_its_handlers_first_step(
+async def test_session_is_usable_in_first_step_of_eager_handler_task(
     plane: ControlPlane, make_pool: Any, work: Any
 ) -> None:
     items = plane.enqueue(20)

@@ -71,7 +71,7 @@ def open_files() -> int:
 # -- nothing is taken over, nothing is left
 
 
-async def test_running_pool_changes_nothing_global(
+async def test_running_pool_changes_no_global_state(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     before = taken_over()
@@ -97,7 +97,7 @@ async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plan
             await asyncio.sleep(60)
 
 
-async def test_pool_that_ends_at_any_point_leaves_no_task_or_thread(
+async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
     plane: ControlPlane, make_settings: Any
 ) -> None:
     dice = random.Random(7)  # noqa: S311 - repeatable, guards nothing
@@ -145,7 +145,7 @@ async def swallow(life: Any) -> None:
 # -- several of them
 
 
-async def test_several_pools_share_a_loop_and_a_registry(
+async def test_several_pools_share_one_loop_and_registry(
     plane: ControlPlane, faults: Faults, make_settings: Any
 ) -> None:
     registry = CollectorRegistry()
@@ -167,7 +167,7 @@ async def test_several_pools_share_a_loop_and_a_registry(
     assert plane.summary() == (3, 3, 0, 0, 0)
 
 
-async def test_each_start_is_another_claimant(faults: Faults, make_pool: Any) -> None:
+async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -> None:
     for _ in range(3):
         polls = len(faults.of("poll"))
         async with make_pool(work, worker_id="me"):
@@ -177,7 +177,7 @@ async def test_each_start_is_another_claimant(faults: Faults, make_pool: Any) ->
     assert all(re.fullmatch("me-[0-9a-f]{8}", str(name)) for name in names)
 
 
-async def test_all_requests_of_one_pool_bear_one_worker_id(
+async def test_all_requests_of_pool_have_one_worker_id(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -187,7 +187,7 @@ async def test_all_requests_of_one_pool_bear_one_worker_id(
     assert len({request.worker_id for request in faults.seen}) == 1
 
 
-async def test_a_callers_registry_is_used_and_given_back(
+async def test_registry_of_caller_is_used_and_reusable_afterwards(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     registry = CollectorRegistry()
@@ -207,7 +207,7 @@ async def test_a_callers_registry_is_used_and_given_back(
 # -- used wrongly
 
 
-async def test_a_supervisor_runs_once(make_pool: Any) -> None:
+async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
     supervisor = make_pool(work)
     async with supervisor:
         with pytest.raises(RuntimeError, match="runs once"):
@@ -217,7 +217,7 @@ async def test_a_supervisor_runs_once(make_pool: Any) -> None:
         await supervisor.run()
 
 
-async def test_before_its_start_it_says_so(make_pool: Any) -> None:
+async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> None:
     supervisor = make_pool(work)
     for call in (supervisor.wait, supervisor.drain):
         with pytest.raises(RuntimeError, match="not started"):
@@ -226,7 +226,7 @@ async def test_before_its_start_it_says_so(make_pool: Any) -> None:
     assert (status.ready, status.reasons, status.capacity) == (False, ("not started",), 4)
 
 
-async def test_a_port_in_use_is_named(make_pool: Any, faults: Faults) -> None:
+async def test_port_in_use_is_named_by_start_error(make_pool: Any, faults: Faults) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match="metrics_listen") as caught:
@@ -236,7 +236,7 @@ async def test_a_port_in_use_is_named(make_pool: Any, faults: Faults) -> None:
     assert not workpool_threads()
 
 
-async def test_two_pools_cannot_listen_on_one_port(make_pool: Any) -> None:
+async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any) -> None:
     async with make_pool(work, metrics_listen="127.0.0.1:0") as first:
         address = first.metrics_url.removeprefix("http://")
         with pytest.raises(ListenError):
@@ -279,7 +279,7 @@ class Life:
             raise LookupError("no database any more")
 
 
-async def test_a_plugins_context_stands_around_everything(
+async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     life = Life()
@@ -293,9 +293,7 @@ async def test_a_plugins_context_stands_around_everything(
     assert "plugins_own_total" in generate_latest(supervisor.registry).decode()
 
 
-async def test_a_context_that_cannot_be_opened_stops_the_start(
-    faults: Faults, make_pool: Any
-) -> None:
+async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_pool: Any) -> None:
     first = Life()
     with pytest.raises(LookupError, match="no database") as caught:
         await make_pool(first_of(first), work, Life("opening")).__aenter__()
@@ -316,7 +314,7 @@ def first_of(life: Life) -> object:
     return First()
 
 
-async def test_a_context_that_fails_on_closing_is_told_after_the_drain(
+async def test_lifespan_that_fails_to_close_raises_after_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(metadata={"wait": "yes"})
@@ -328,15 +326,13 @@ async def test_a_context_that_fails_on_closing_is_told_after_the_drain(
     assert recorder.of(SessionFinished)[0].outcome == "completed"
 
 
-async def test_a_plugin_that_cannot_be_used_is_named_and_nothing_starts(
-    faults: Faults, make_pool: Any
-) -> None:
+async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_pool: Any) -> None:
     with pytest.raises(PluginError, match="no_such_plugin"):
         await make_pool(work, "no_such_plugin:Anywhere").__aenter__()
     assert not faults.seen
 
 
-async def test_observers_that_fail_disturb_nobody(
+async def test_failing_observers_do_not_affect_sessions(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     class Broken:
@@ -353,7 +349,7 @@ async def test_observers_that_fail_disturb_nobody(
 # -- its order of closing
 
 
-async def test_health_and_leases_outlive_the_sessions_and_not_the_pool(
+async def test_health_endpoint_and_leases_last_until_pool_has_closed(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     hold = Hold()

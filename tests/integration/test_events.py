@@ -62,7 +62,7 @@ def count_of(pool: Supervisor, metric: str, **labels: str) -> float:
     return pool.registry.get_sample_value(f"workpool_{metric}", labels) or 0.0
 
 
-async def test_events_that_nobody_observes_are_counted_and_not_built(
+async def test_events_without_observer_are_counted_and_not_built(
     plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = count_built(monkeypatch)
@@ -77,7 +77,7 @@ async def test_events_that_nobody_observes_are_counted_and_not_built(
     assert count_of(pool, "sessions_total", handler="work.work", outcome="completed") == 3
 
 
-async def test_observer_of_one_type_lets_no_other_type_be_built(
+async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
     plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = Finished()

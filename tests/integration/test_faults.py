@@ -67,7 +67,7 @@ async def wire(plane: ControlPlane) -> AsyncIterator[Wire]:
 @pytest.mark.parametrize(("fault", "error"), [
     (lost, aiohttp.ServerDisconnectedError), (reset, aiohttp.ClientOSError),
 ])  # fmt: skip
-async def test_an_answer_is_lost_after_the_operation_or_before(
+async def test_lost_or_reset_answer_is_injected_before_or_after_operation(
     wire: Wire, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
 ) -> None:
     faults.add(fault(applied=applied), "ack")
@@ -79,7 +79,7 @@ async def test_an_answer_is_lost_after_the_operation_or_before(
     ]
 
 
-async def test_a_reset_is_a_reset(wire: Wire, faults: Faults) -> None:
+async def test_injected_reset_raises_connection_reset(wire: Wire, faults: Faults) -> None:
     faults.add(reset(), "ack")
     with pytest.raises(aiohttp.ClientOSError) as caught:
         await wire.ack()
@@ -87,7 +87,7 @@ async def test_a_reset_is_a_reset(wire: Wire, faults: Faults) -> None:
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_a_status_has_an_envelope_or_html_and_a_retry_after(
+async def test_injected_status_has_json_or_html_body_and_retry_after(
     wire: Wire, faults: Faults, state: str, *, applied: bool
 ) -> None:
     faults.add(status(503, retry_after=7, applied=applied), "ack", times=1)
@@ -100,7 +100,7 @@ async def test_a_status_has_an_envelope_or_html_and_a_retry_after(
     assert b"<html>" in body
 
 
-async def test_bodies_can_be_anything_and_slow(wire: Wire, faults: Faults) -> None:
+async def test_injected_bodies_can_be_garbled_literal_or_slow(wire: Wire, faults: Faults) -> None:
     faults.add(garbled(), "ack")
     faults.add(literal(lambda: b"[]", 201), "get")
     faults.add(trickle(0.0001), "stats")
@@ -110,7 +110,7 @@ async def test_bodies_can_be_anything_and_slow(wire: Wire, faults: Faults) -> No
     assert (await wire("GET", "/stats"))[2].endswith(b"}")
 
 
-async def test_a_client_that_goes_while_it_trickles_harms_nobody(
+async def test_client_that_disconnects_during_slow_body_leaves_operation_applied(
     wire: Wire, faults: Faults
 ) -> None:
     faults.add(trickle(10), "ack")
@@ -121,7 +121,7 @@ async def test_a_client_that_goes_while_it_trickles_harms_nobody(
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_a_request_is_held_until_it_is_released(
+async def test_held_request_continues_after_release(
     wire: Wire, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
@@ -134,7 +134,7 @@ async def test_a_request_is_held_until_it_is_released(
         assert (await acking)[0] == 200
 
 
-async def test_a_delay_is_at_least_that(wire: Wire, faults: Faults) -> None:
+async def test_injected_delays_add_up(wire: Wire, faults: Faults) -> None:
     faults.add(delay(0.05), "ack")
     faults.add(delay(0.05, applied=True), "ack")
     loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ async def test_a_delay_is_at_least_that(wire: Wire, faults: Faults) -> None:
     assert loop.time() - started >= 0.099
 
 
-async def test_a_lease_expires_now(
+async def test_injected_expiry_ends_lease_at_once(
     plane: ControlPlane, wire: Wire, faults: Faults, clock: Clock
 ) -> None:
     faults.add(expired(plane), "heartbeat", times=1)
@@ -167,7 +167,7 @@ async def codes(wire: Wire, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
-async def test_fault_applies_to_the_nth_request_and_a_number_of_times(
+async def test_fault_with_skip_and_times_applies_to_those_requests(
     wire: Wire, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
@@ -175,14 +175,14 @@ async def test_fault_applies_to_the_nth_request_and_a_number_of_times(
     assert rule.hits == 2
 
 
-async def test_fault_applies_only_to_the_named_calls(wire: Wire, faults: Faults) -> None:
+async def test_fault_with_named_calls_applies_to_them_only(wire: Wire, faults: Faults) -> None:
     faults.add(status(500), "get", "list")
     assert await codes(wire, 1) == [500]
     assert (await wire("GET"))[0] == 500
     assert (await wire.ack())[0] == 200
 
 
-async def test_fault_without_named_calls_applies_to_all(wire: Wire, faults: Faults) -> None:
+async def test_fault_without_named_calls_applies_to_all_calls(wire: Wire, faults: Faults) -> None:
     faults.add(status(500))
     session = f"{wire.plane.base_url}/sessions/x"
     async with wire.http.get(session) as answer:
@@ -199,7 +199,7 @@ async def test_fault_without_named_calls_applies_to_all(wire: Wire, faults: Faul
         assert answer.status == 404  # not a call at all
 
 
-async def test_fault_applies_where_its_predicate_is_true(wire: Wire, faults: Faults) -> None:
+async def test_fault_with_predicate_applies_where_it_is_true(wire: Wire, faults: Faults) -> None:
     def ours(request: web.Request) -> bool:
         return request.match_info["work_id"] == wire.id
 
@@ -208,13 +208,13 @@ async def test_fault_applies_where_its_predicate_is_true(wire: Wire, faults: Fau
     assert (await wire("GET", "/work_other"))[0] == 404
 
 
-async def test_fault_applies_in_its_time_window(wire: Wire, faults: Faults) -> None:
+async def test_fault_with_time_window_applies_within_it(wire: Wire, faults: Faults) -> None:
     faults.add(status(500), "get", between=(0, 3600))
     faults.add(status(501), "get", between=(3600, 7200))
     assert await codes(wire, 1) == [500]
 
 
-async def test_fault_applies_with_a_seeded_probability(
+async def test_fault_with_probability_is_repeatable_by_seed(
     wire: Wire, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = faults.add(status(500), "get", probability=0.3)
@@ -226,14 +226,14 @@ async def test_fault_applies_with_a_seeded_probability(
     assert 0.1 * 180 < rule.hits < 0.5 * 180
 
 
-async def test_a_rule_is_gone_after_its_block(wire: Wire, faults: Faults) -> None:
+async def test_fault_added_as_context_ends_with_its_block(wire: Wire, faults: Faults) -> None:
     with faults.add(status(500), "get") as rule:
         assert await codes(wire, 1) == [500]
     assert await codes(wire, 1) == [200]
     rule.remove()  # again
 
 
-async def test_faults_stand_around_each_other(wire: Wire, faults: Faults) -> None:
+async def test_faults_of_one_call_are_combined(wire: Wire, faults: Faults) -> None:
     faults.add(lost(), "ack", skip=1)
     faults.add(status(503, applied=True), "ack")
     assert (await wire.ack())[0] == 503
@@ -241,7 +241,7 @@ async def test_faults_stand_around_each_other(wire: Wire, faults: Faults) -> Non
         await wire.ack()
 
 
-async def test_requests_are_recorded(wire: Wire, faults: Faults) -> None:
+async def test_requests_are_recorded_with_body_and_status(wire: Wire, faults: Faults) -> None:
     await wire("POST", f"/{wire.id}", json={"metadata": {"a": "b"}})
     await wire("POST", f"/{wire.id}", data=b"not json")
     first, second = faults.of("update", work_id=wire.id)
@@ -251,7 +251,7 @@ async def test_requests_are_recorded(wire: Wire, faults: Faults) -> None:
         await faults.wait_for("stop", timeout=0.01)
 
 
-async def test_the_recorder_waits_for_what_comes_and_tells_what_came_instead(
+async def test_recorder_waits_for_event_and_reports_other_events_on_timeout(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler

@@ -56,7 +56,7 @@ async def converse(session: Session) -> None:
                 return
 
 
-async def test_session_that_completes_has_its_result(workpool: Kit) -> None:
+async def test_completed_session_has_its_result(workpool: Kit) -> None:
     result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, result.item.state) == ("completed", "stopped")
     assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
@@ -64,20 +64,20 @@ async def test_session_that_completes_has_its_result(workpool: Kit) -> None:
     assert 0 < result.seconds < 10
 
 
-async def test_session_that_fails_has_the_exception_of_its_handler(workpool: Kit) -> None:
+async def test_failed_session_has_exception_of_its_handler(workpool: Kit) -> None:
     result = await workpool.run_session(add, metadata={"job": "add", "a": "one", "b": "2"})
     assert (result.outcome, result.metadata["workpool.error"]) == ("failed", "ValueError")
     assert isinstance(result.error, ValueError)
 
 
-async def test_sessions_of_one_test_share_the_control_plane(workpool: Kit) -> None:
+async def test_sessions_of_one_test_share_control_plane(workpool: Kit) -> None:
     for a in ("1", "2"):
         await workpool.run_session(add, metadata={"job": "add", "a": a, "b": "2"})
     assert workpool.server.summary().stopped == 2
     assert [each.outcome for each in workpool.recorder.of(SessionFinished)] == ["completed"] * 2
 
 
-async def test_stop_of_an_operator_is_noticed_at_once(workpool: Kit) -> None:
+async def test_stop_by_operator_is_noticed_at_once(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait, lease_ttl=600):
         await workpool.wait_for(SessionStarted)
@@ -88,7 +88,7 @@ async def test_stop_of_an_operator_is_noticed_at_once(workpool: Kit) -> None:
     assert done.metadata["heard"] == "stopping"
 
 
-async def test_drain_interrupts_the_handler(workpool: Kit) -> None:
+async def test_drain_interrupts_handler(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait) as pool:
         await workpool.wait_for(SessionStarted)
@@ -97,7 +97,7 @@ async def test_drain_interrupts_the_handler(workpool: Kit) -> None:
     assert (done.state, done.metadata["heard"]) == ("stopped", "draining")
 
 
-async def test_faults_are_injected_into_requests(workpool: Kit) -> None:
+async def test_faults_are_injected_into_requests_of_pool(workpool: Kit) -> None:
     workpool.faults.add(status(503, retry_after=0), "poll", times=2)
     lost_once = workpool.faults.add(lost(), "stop", times=1)
     result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
@@ -105,7 +105,7 @@ async def test_faults_are_injected_into_requests(workpool: Kit) -> None:
     assert len(workpool.faults.of("poll")) >= 3
 
 
-async def test_item_without_a_handler_fails_the_test_at_once(workpool: Kit) -> None:
+async def test_item_without_handler_fails_test_at_once(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(add, metadata={"job": "subtract"}, timeout=3600)
     assert str(caught.value).splitlines() == [
@@ -115,7 +115,7 @@ async def test_item_without_a_handler_fails_the_test_at_once(workpool: Kit) -> N
 
 
 @in_virtual_time
-async def test_session_that_does_not_end_is_reported_with_its_await(workpool: Kit) -> None:
+async def test_session_that_does_not_end_is_reported_with_its_current_await(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(sleep, metadata={"seconds": str(2 * HOUR)}, timeout=HOUR)
     said = str(caught.value)
@@ -126,7 +126,7 @@ async def test_session_that_does_not_end_is_reported_with_its_await(workpool: Ki
     assert re.search(r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", said)
 
 
-async def test_missing_event_is_reported_with_the_other_events(workpool: Kit) -> None:
+async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> None:
     workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
@@ -136,7 +136,7 @@ async def test_missing_event_is_reported_with_the_other_events(workpool: Kit) ->
             await workpool.wait_for(SessionFinished, timeout=0.05)
 
 
-async def test_error_of_a_failed_pool_is_raised(workpool: Kit) -> None:
+async def test_error_of_failed_pool_is_raised(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
         await workpool.run_session(wait)
@@ -150,20 +150,20 @@ async def test_kit_without_pytest_works_only_while_open() -> None:
         await Kit().run_session(add)
 
 
-def test_fixture_in_a_plain_function_raises(workpool: Kit) -> None:
+def test_fixture_in_plain_function_raises(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="async def"):
         workpool.enqueue()
 
 
 @in_virtual_time
-async def test_virtual_time_of_a_session_is_exact(workpool: Kit) -> None:
+async def test_session_duration_in_virtual_time_is_exact(workpool: Kit) -> None:
     result = await workpool.run_session(sleep, metadata={"seconds": str(6 * HOUR)})
     assert result.outcome == "completed"
     assert result.seconds == pytest.approx(6 * HOUR, abs=1)
 
 
 @in_virtual_time
-async def test_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
+async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
     seconds = {"seconds": str(2 * HOUR)}
     result = await workpool.run_session(sleep, metadata=seconds, session_timeout=HOUR)
     assert result.outcome == "timed_out"
@@ -183,7 +183,7 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_stop_in_virtual_time_ends_the_session(workpool: Kit) -> None:
+async def test_stop_in_virtual_time_ends_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait):
         await asyncio.sleep(HOUR)
@@ -199,7 +199,7 @@ def uses_of(result: SessionResult) -> tuple[list[str], list[str]]:
     return asked, answered
 
 
-async def test_script_emits_each_tool_use_after_a_result(workpool: Kit) -> None:
+async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
     result = await workpool.run_session(converse, script=script)
     asked, answered = uses_of(result)
@@ -209,7 +209,7 @@ async def test_script_emits_each_tool_use_after_a_result(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_script_in_virtual_time_takes_the_time_of_its_tools(workpool: Kit) -> None:
+async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": HOUR}}] * 3
     result = await workpool.run_session(converse, script=script)
     asked, answered = uses_of(result)
@@ -219,7 +219,7 @@ async def test_script_in_virtual_time_takes_the_time_of_its_tools(workpool: Kit)
 
 
 @in_virtual_time
-async def test_faults_in_virtual_time_raise(workpool: Kit) -> None:
+async def test_faults_in_virtual_time_are_refused(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="virtual time has none"):
         workpool.faults.add(status(503), "poll")
 
@@ -235,7 +235,7 @@ async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> 
         assert await workpool.wait_for(SessionStarted, count=1) is first
 
 
-async def test_wait_for_without_result_reports_the_items_and_their_handlers(workpool: Kit) -> None:
+async def test_wait_for_that_times_out_reports_items_and_handlers(workpool: Kit) -> None:
     (running,) = workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
@@ -247,7 +247,7 @@ async def test_wait_for_without_result_reports_the_items_and_their_handlers(work
     assert "await session.interrupted()" in text
 
 
-async def test_lost_lease_ends_the_session_and_delivers_the_item_again(workpool: Kit) -> None:
+async def test_lost_lease_ends_session_and_delivers_item_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
@@ -259,7 +259,7 @@ async def test_lost_lease_ends_the_session_and_delivers_the_item_again(workpool:
 
 
 @in_virtual_time
-async def test_lost_lease_in_virtual_time_ends_the_session(workpool: Kit) -> None:
+async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait):
         await workpool.wait_for(SessionStarted)
@@ -268,21 +268,21 @@ async def test_lost_lease_in_virtual_time_ends_the_session(workpool: Kit) -> Non
     assert finished.outcome == "lease_lost"
 
 
-async def test_lose_without_a_lease_raises(workpool: Kit) -> None:
+async def test_lose_without_lease_raises(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
         workpool.lose(item)
 
 
-async def test_fixture_kit_is_the_fixture_workpool(kit: Kit, workpool: Kit) -> None:
+async def test_fixture_kit_is_same_object_as_fixture_workpool(kit: Kit, workpool: Kit) -> None:
     assert kit is workpool
 
 
-async def test_fixture_kit_alone_opens_the_control_plane(kit: Kit) -> None:
+async def test_fixture_kit_alone_opens_control_plane(kit: Kit) -> None:
     assert kit.server.port
 
 
-def test_handler_with_a_thread_in_virtual_time_fails_with_the_name_of_its_function() -> None:
+def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> None:
     @handler
     async def digest(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)

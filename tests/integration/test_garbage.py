@@ -41,7 +41,7 @@ async def write(session: Session) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("no_collection")
-async def test_finished_sessions_are_freed_without_the_collector(
+async def test_finished_sessions_are_freed_without_garbage_collector(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     of_other_tests = ours()

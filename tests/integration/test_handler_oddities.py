@@ -43,7 +43,7 @@ class Mute(Exception):
         raise LookupError("no words")
 
 
-async def test_a_result_may_be_keyed_by_an_enum_of_strings(run_one: Any) -> None:
+async def test_result_with_enum_keys_is_written_as_strings(run_one: Any) -> None:
     async def work(session: Session) -> Mapping[str, str]:
         await session.update_metadata({Phase.DONE: Phase.PHASE})
         return {Phase.PHASE: Phase.DONE}
@@ -52,7 +52,7 @@ async def test_a_result_may_be_keyed_by_an_enum_of_strings(run_one: Any) -> None
     assert (life.outcome, life.metadata) == ("completed", {"done": "phase", "phase": "done"})
 
 
-async def test_a_result_that_cannot_be_read_is_the_handlers_error(run_one: Any) -> None:
+async def test_result_that_cannot_be_read_fails_session(run_one: Any) -> None:
     async def work(_: Session) -> Mapping[str, str]:
         return Changing()
 
@@ -61,7 +61,7 @@ async def test_a_result_that_cannot_be_read_is_the_handlers_error(run_one: Any) 
     assert life.metadata == {"workpool.error": "RuntimeError"}
 
 
-async def test_a_result_is_what_it_was_when_the_handler_returned(
+async def test_result_changed_after_return_is_written_as_returned(
     run_one: Any, faults: Faults
 ) -> None:
     shared: dict[str, Any] = {"rows": "42"}
@@ -78,7 +78,7 @@ async def test_a_result_is_what_it_was_when_the_handler_returned(
     assert (life.outcome, life.metadata) == ("completed", {"rows": "42"})
 
 
-async def test_an_error_without_words_is_told_all_the_same(run_one: Any) -> None:
+async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one: Any) -> None:
     async def work(_: Session) -> None:
         raise Mute
 
@@ -92,7 +92,7 @@ async def test_an_error_without_words_is_told_all_the_same(run_one: Any) -> None
     [(ValueError("why"), "why"), (None, "None"), (Mute(), "<exception str() failed>")],
     ids=["error", "none", "mute"],
 )
-async def test_a_release_may_give_anything_for_a_reason(
+async def test_release_reason_of_any_type_is_written_as_text(
     run_one: Any, reason: Any, note: str
 ) -> None:
     async def work(_: Session) -> None:
@@ -104,9 +104,7 @@ async def test_a_release_may_give_anything_for_a_reason(
 
 
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
-async def test_a_release_whose_delay_is_no_number_is_one_all_the_same(
-    run_one: Any, delay: Any
-) -> None:
+async def test_release_with_invalid_delay_uses_default_delay(run_one: Any, delay: Any) -> None:
     async def work(_: Session) -> None:
         raise Release("later", delay)
 
@@ -116,7 +114,7 @@ async def test_a_release_whose_delay_is_no_number_is_one_all_the_same(
 
 
 @pytest.mark.parametrize("op", ["ack", "get"])
-async def test_an_answer_about_another_item_decides_nothing(
+async def test_answer_about_another_item_is_ignored(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
     """As a proxy that mixes answers up would give."""
@@ -140,7 +138,7 @@ async def test_an_answer_about_another_item_decides_nothing(
     assert len(faults.of(op, work_id=ours.id)) == 2
 
 
-async def test_a_handler_that_cancels_itself_has_failed(run_one: Any) -> None:
+async def test_handler_that_cancels_its_own_task_fails(run_one: Any) -> None:
     async def work(_: Session) -> None:
         task = asyncio.current_task()
         assert task is not None
@@ -156,7 +154,7 @@ async def test_a_handler_that_cancels_itself_has_failed(run_one: Any) -> None:
     [(1_500_000, "completed"), (5_000_000, "failed")],
     ids=["fits", "too_large"],
 )
-async def test_a_large_result_is_written_or_the_handlers_error(
+async def test_result_is_written_up_to_size_limit_and_fails_session_above(
     run_one: Any, size: int, outcome: str
 ) -> None:
     async def work(_: Session) -> dict[str, str]:
@@ -168,7 +166,7 @@ async def test_a_large_result_is_written_or_the_handlers_error(
     assert ("workpool.error" in life.metadata) is (outcome == "failed")
 
 
-async def test_an_ack_that_answers_another_session_leaves_the_first_one_free(
+async def test_ack_answered_with_another_session_does_not_block_either_session(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")

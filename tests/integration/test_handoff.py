@@ -142,7 +142,7 @@ class Scene:
 
 @in_virtual_time
 @pytest.mark.parametrize("after", [0.0, 3.0, BOUND - 2])
-async def test_the_childs_first_heartbeat_takes_the_item(after: float) -> None:
+async def test_first_heartbeat_of_child_takes_item_over(after: float) -> None:
     scene = Scene()
     left_at = 0.0
 
@@ -171,7 +171,7 @@ async def test_the_childs_first_heartbeat_takes_the_item(after: float) -> None:
 
 
 @in_virtual_time
-async def test_nothing_is_sent_inside_the_block() -> None:
+async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -189,7 +189,7 @@ async def test_nothing_is_sent_inside_the_block() -> None:
 
 
 @in_virtual_time
-async def test_a_write_under_way_is_cut_when_the_handoff_begins() -> None:
+async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
     scene = Scene(update=[UNSENT])
 
     async def handle(session: Session) -> None:
@@ -209,7 +209,7 @@ async def test_a_write_under_way_is_cut_when_the_handoff_begins() -> None:
 
 
 @in_virtual_time
-async def test_the_block_waits_for_the_heartbeat_that_is_under_way() -> None:
+async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
     """One at a time: a heartbeat that arrives after the child's would be one too many."""
     scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
 
@@ -225,7 +225,7 @@ async def test_the_block_waits_for_the_heartbeat_that_is_under_way() -> None:
 
 
 @in_virtual_time
-async def test_a_heartbeat_in_doubt_is_settled_before_the_child_is_told_of_it() -> None:
+async def test_heartbeat_in_doubt_is_resolved_before_child_starts() -> None:
     """Applied, its answer lost: the child would be refused with the value before it."""
     scene = Scene(heartbeat=[None, UNANSWERED])
 
@@ -239,7 +239,7 @@ async def test_a_heartbeat_in_doubt_is_settled_before_the_child_is_told_of_it() 
 
 @in_virtual_time
 @pytest.mark.parametrize("end", ["stopped", "lapsed"])
-async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) -> None:
+async def test_child_that_ended_before_parent_checks_counts_as_holder(end: str) -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -256,7 +256,7 @@ async def test_a_child_that_has_ended_before_we_look_has_had_the_item(end: str) 
 
 
 @in_virtual_time
-async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
+async def test_child_that_starts_at_last_moment_keeps_item() -> None:
     """No look has shown its heartbeat: ours is refused, and that is no loss."""
     scene = Scene(get=[UNSENT] * 5)
 
@@ -272,7 +272,7 @@ async def test_a_child_that_comes_at_the_last_moment_keeps_the_item() -> None:
 
 
 @in_virtual_time
-async def test_in_doubt_the_item_is_the_childs() -> None:
+async def test_item_in_doubt_after_handoff_belongs_to_child() -> None:
     """Our heartbeat took it back and its answer was lost: who has it, the item does not say."""
     scene = Scene(heartbeat=[None, None, GARBLED])
 
@@ -285,7 +285,7 @@ async def test_in_doubt_the_item_is_the_childs() -> None:
 
 
 @in_virtual_time
-async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
+async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
     """A handler that is slow to start its child must not lose the item to a lapse."""
     scene = Scene()
 
@@ -305,7 +305,7 @@ async def test_a_block_that_outlasts_the_bound_loses_no_lease() -> None:
 
 
 @in_virtual_time
-async def test_without_a_child_the_item_is_ours_again() -> None:
+async def test_handoff_without_child_returns_item_to_parent() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> dict[str, str]:
@@ -324,7 +324,7 @@ async def test_without_a_child_the_item_is_ours_again() -> None:
 
 
 @in_virtual_time
-async def test_a_second_attempt_may_succeed() -> None:
+async def test_second_handoff_after_failed_one_can_succeed() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -338,7 +338,7 @@ async def test_a_second_attempt_may_succeed() -> None:
 
 
 @in_virtual_time
-async def test_a_handoff_that_fails_has_failed() -> None:
+async def test_failed_handoff_fails_session() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -351,7 +351,7 @@ async def test_a_handoff_that_fails_has_failed() -> None:
 
 @in_virtual_time
 @pytest.mark.parametrize("came", [False, True])
-async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
+async def test_exception_in_handoff_block_returns_item_unless_child_has_it(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -369,7 +369,7 @@ async def test_an_exception_in_the_block_takes_the_item_back_if_it_can(came: boo
 
 
 @in_virtual_time
-async def test_the_item_is_ours_again_before_the_exception_goes_on() -> None:
+async def test_item_returns_to_parent_before_exception_leaves_handoff_block() -> None:
     scene = Scene(heartbeat=[None, None, GARBLED])
 
     async def handle(session: Session) -> None:
@@ -388,7 +388,7 @@ async def test_the_item_is_ours_again_before_the_exception_goes_on() -> None:
 @in_virtual_time
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("force", [False, True])
-async def test_an_operators_stop_ends_the_session_at_once(
+async def test_stop_by_operator_during_handoff_ends_session_at_once(
     force: bool,  # noqa: FBT001 - a parameter of the test
     inside: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
@@ -409,7 +409,7 @@ async def test_an_operators_stop_ends_the_session_at_once(
 
 
 @in_virtual_time
-async def test_a_session_that_is_to_be_stopped_is_not_handed_over() -> None:
+async def test_handoff_of_session_with_stop_request_is_refused() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -423,7 +423,7 @@ async def test_a_session_that_is_to_be_stopped_is_not_handed_over() -> None:
 
 @in_virtual_time
 @pytest.mark.parametrize("comes", [False, True])
-async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None:  # noqa: FBT001 - a parameter of the test
+async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes: bool) -> None:  # noqa: FBT001 - a parameter of the test
     scene = Scene()
     entered = asyncio.Event()
 
@@ -447,7 +447,7 @@ async def test_a_drain_hands_back_what_no_child_has_taken(comes: bool) -> None: 
 
 
 @in_virtual_time
-async def test_a_timeout_takes_the_item_back() -> None:
+async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -459,7 +459,7 @@ async def test_a_timeout_takes_the_item_back() -> None:
 
 
 @in_virtual_time
-async def test_a_handler_cancelled_before_the_block_is_entered_leaves_nothing_behind() -> None:
+async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> None:
     scene = Scene(heartbeat=[None, CallFault(there=1, back=4)])
 
     async def handle(session: Session) -> None:
@@ -472,7 +472,7 @@ async def test_a_handler_cancelled_before_the_block_is_entered_leaves_nothing_be
 
 @in_virtual_time
 @pytest.mark.parametrize("inside", [False, True])
-async def test_a_lease_that_cannot_be_renewed_is_lost(inside: bool) -> None:  # noqa: FBT001 - a parameter of the test
+async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool) -> None:  # noqa: FBT001 - a parameter of the test
     silence = [UNSENT] * 99
     scene = Scene(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
 
@@ -487,7 +487,7 @@ async def test_a_lease_that_cannot_be_renewed_is_lost(inside: bool) -> None:  # 
 
 
 @in_virtual_time
-async def test_an_item_that_is_queued_again_without_a_childs_heartbeat_is_lost() -> None:
+async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
     """A control plane that ends a lease early: nobody has it, so nobody may go on with it."""
     scene = Scene()
 
@@ -540,7 +540,7 @@ async def held(scene: Scene, **faults: list[CallFault | None]) -> tuple[LoopHold
 
 
 @in_virtual_time
-async def test_a_child_tries_again_while_its_parent_waits() -> None:
+async def test_child_retries_while_parent_waits() -> None:
     scene = Scene()
     fault = [CallFault(answer=503, applied=False), GARBLED]
     _, outcomes = await held(scene, get=[*fault], heartbeat=[CallFault(answer=429, applied=False)])
@@ -549,7 +549,7 @@ async def test_a_child_tries_again_while_its_parent_waits() -> None:
 
 
 @in_virtual_time
-async def test_a_child_that_cannot_read_its_item_leaves_it_to_the_parent() -> None:
+async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
     scene = Scene()
     child, outcomes = await held(scene, get=[UNSENT] * 99)
     assert (scene.outcome, outcomes) == ("failed", [])
@@ -557,7 +557,7 @@ async def test_a_child_that_cannot_read_its_item_leaves_it_to_the_parent() -> No
 
 
 @in_virtual_time
-async def test_in_doubt_a_child_leaves_the_item_alone() -> None:
+async def test_child_in_doubt_leaves_item_alone() -> None:
     """Its first heartbeat was applied and its answer lost: or was that its parent's?"""
     scene = Scene()
     _, outcomes = await held(scene, heartbeat=[GARBLED])

@@ -30,7 +30,7 @@ async def ask(supervisor: Supervisor, path: str) -> tuple[int, Any]:
         return response.status, await response.json()
 
 
-async def test_a_full_pool_is_ready_however_old_its_last_poll(
+async def test_full_pool_is_ready_regardless_of_last_poll(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It takes all that it can: nobody should send its work elsewhere, or restart it."""
@@ -52,7 +52,7 @@ async def test_a_full_pool_is_ready_however_old_its_last_poll(
         assert await ask(supervisor, "healthz") == (200, {"status": "healthy"})
 
 
-async def test_a_loop_blocked_for_max_block_is_unhealthy(
+async def test_loop_blocked_for_max_block_is_unhealthy(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     given_up, may_end = threading.Event(), threading.Event()

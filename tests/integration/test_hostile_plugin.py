@@ -98,7 +98,7 @@ def hostile() -> Iterator[Hostile]:
     plugin.let_go.set()
 
 
-async def test_a_plugin_that_does_everything_wrong_keeps_no_other_from_its_work(
+async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, hostile: Hostile
 ) -> None:
     mischiefs = [

@@ -78,7 +78,7 @@ class Garbage:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pool_survives_an_hour_of_garbage_and_then_runs_the_items(seed: int) -> None:
+def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)

@@ -20,7 +20,7 @@ async def work(_: Session) -> None:
     pass
 
 
-async def test_an_idle_pool_keeps_one_poll_in_flight_and_wakes_the_others_for_work(
+async def test_idle_pool_keeps_one_poll_in_flight_and_restores_pollers_for_work(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (environment_id,) = plane.environments

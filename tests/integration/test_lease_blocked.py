@@ -45,7 +45,7 @@ async def get(url: str) -> str:
         return await response.text()
 
 
-async def test_heartbeats_go_on_and_metrics_are_answered_while_a_handler_blocks(
+async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
     plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     blocked, may_end = threading.Event(), threading.Event()
@@ -70,7 +70,7 @@ async def test_heartbeats_go_on_and_metrics_are_answered_while_a_handler_blocks(
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_time_sleep_25_under_a_lease_of_10_seconds_keeps_it(
+async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
     plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     started = threading.Event()

@@ -52,7 +52,7 @@ def results(recorder: Recorder) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
-async def test_a_first_heartbeat_that_was_applied_and_not_answered_is_recovered(
+async def test_unanswered_first_heartbeat_that_was_applied_is_recovered(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault, "heartbeat", times=1)
@@ -71,7 +71,7 @@ async def test_a_first_heartbeat_that_was_applied_and_not_answered_is_recovered(
 
 
 @pytest.mark.parametrize("fault", OURS_IN_DOUBT, ids=IDS)
-async def test_a_later_heartbeat_that_was_applied_and_not_answered_does_not_disturb_the_handler(
+async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handler(
     plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -100,7 +100,7 @@ async def test_a_later_heartbeat_that_was_applied_and_not_answered_does_not_dist
     assert finished.outcome == "completed"
 
 
-async def test_once_another_has_the_item_the_handler_is_cancelled_and_nothing_is_sent(
+async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_nothing(
     plane: ControlPlane,
     take_over: Callable[[str], Awaitable[None]],
     make_pool: Any,
@@ -137,7 +137,7 @@ async def test_once_another_has_the_item_the_handler_is_cancelled_and_nothing_is
     assert plane.operations.get(plane.environments[0], item.id).metadata == {}
 
 
-async def test_a_machine_that_slept_past_its_lease_sends_nothing_when_it_wakes(
+async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

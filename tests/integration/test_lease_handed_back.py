@@ -52,7 +52,7 @@ def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> An
     return pool
 
 
-async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
+async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
     plane: ControlPlane,
     former: WorkClient,
     clock: Clock,
@@ -74,7 +74,7 @@ async def test_a_redelivered_item_acknowledged_in_a_drain_is_released_not_lost(
     assert life.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-async def test_an_item_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
+async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_as_stopped(
     plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
     """Nobody gets it anymore: once its lease has lapsed it is `stopped`."""
@@ -90,7 +90,7 @@ async def test_an_item_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
     assert not recorder.of(SessionStarted)
 
 
-async def test_a_released_session_that_its_last_heartbeat_finds_stopping_counts_as_stopped(
+async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_stopped(
     plane: ControlPlane, make_pool: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue()

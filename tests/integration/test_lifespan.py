@@ -44,9 +44,7 @@ class Leaking:
 
 
 @pytest.mark.parametrize("where", ["hook", "entering", "leaving"])
-async def test_a_cancellation_that_leaks_from_a_plugin_is_its_error_not_the_embedders(
-    make_pool: Any, where: str
-) -> None:
+async def test_cancelled_error_raised_by_plugin_is_plugin_error(make_pool: Any, where: str) -> None:
     entered = False
     with pytest.raises(PluginError, match="CancelledError") as caught:
         async with make_pool(work, Leaking(where)):
@@ -86,7 +84,7 @@ class FailingStart:
         yield
 
 
-async def test_failed_start_is_raised_although_an_outer_lifespan_swallows_it(
+async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
     make_pool: Any,
 ) -> None:
     swallowing = Swallowing()
@@ -99,7 +97,7 @@ async def test_failed_start_is_raised_although_an_outer_lifespan_swallows_it(
     assert [type(error) for error in swallowing.left_with] == [LookupError]
 
 
-async def test_crash_of_the_pool_is_raised_although_a_lifespan_swallows_it(
+async def test_pool_crash_is_raised_although_lifespan_swallows_it(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def crash(*_: object) -> int:
@@ -154,7 +152,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("brief")
-async def test_a_start_that_ignores_cancellation_is_abandoned(
+async def test_start_that_ignores_cancellation_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     deaf = Deaf("opening")
@@ -169,7 +167,7 @@ async def test_a_start_that_ignores_cancellation_is_abandoned(
 
 
 @pytest.mark.usefixtures("brief")
-async def test_a_pool_whose_plugin_never_closes_is_abandoned(
+async def test_pool_whose_plugin_never_closes_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     deaf = Deaf("closing")

@@ -63,7 +63,7 @@ def states(plane: ControlPlane, items: Any) -> list[str]:
     "case",
     [(1, 1, 0, 1), (1, 8, 0, 3), (3, 2, 0, 2), (3, 8, 4, 3), (2, 1, 3, 2)],
 )
-async def test_pool_ends_after_its_number_of_sessions_and_claims_no_more(
+async def test_pool_with_exit_after_sessions_ends_and_claims_no_more(
     plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -82,7 +82,7 @@ async def test_pool_ends_after_its_number_of_sessions_and_claims_no_more(
     assert supervisor.abandoned == 0
 
 
-async def test_last_session_is_not_told_to_end_and_has_no_time_limit(
+async def test_last_session_before_exit_is_not_interrupted_or_time_limited(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(2)
@@ -98,7 +98,7 @@ async def test_last_session_is_not_told_to_end_and_has_no_time_limit(
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
-async def test_drain_while_the_last_session_runs_has_its_own_timeout(
+async def test_drain_during_last_session_uses_its_own_timeout(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -110,7 +110,7 @@ async def test_drain_while_the_last_session_runs_has_its_own_timeout(
 
 
 @pytest.mark.parametrize("code", [409, 404])
-async def test_lost_claim_does_not_count(
+async def test_lost_claim_does_not_count_towards_exit_after_sessions(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     items = plane.enqueue(3)
@@ -121,7 +121,7 @@ async def test_lost_claim_does_not_count(
     assert states(plane, items).count("stopped") == 1
 
 
-async def test_claim_lost_at_its_first_heartbeat_does_not_count(
+async def test_claim_lost_at_first_heartbeat_does_not_count_towards_exit_after_sessions(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(2)
@@ -132,7 +132,7 @@ async def test_claim_lost_at_its_first_heartbeat_does_not_count(
     assert outcomes == ["lease_lost", "completed"]
 
 
-async def test_health_check_does_not_count(
+async def test_health_check_does_not_count_towards_exit_after_sessions(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     (check,) = plane.enqueue(work_type=HEALTHCHECK)
@@ -143,7 +143,7 @@ async def test_health_check_does_not_count(
     assert ran(recorder) == 1
 
 
-async def test_idle_pool_ends_and_one_that_runs_a_session_does_not(
+async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -158,7 +158,7 @@ async def test_idle_pool_ends_and_one_that_runs_a_session_does_not(
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_idle_pool_that_waits_for_its_one_session_ends(
+async def test_exit_after_idle_ends_pool_that_waits_for_its_one_session(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}
@@ -168,7 +168,7 @@ async def test_idle_pool_that_waits_for_its_one_session_ends(
     assert not supervisor.abandoned
 
 
-async def test_uptime_ends_the_claiming_and_not_the_session(
+async def test_exit_after_uptime_ends_claiming_but_not_running_session(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     first, *others = plane.enqueue(3)
@@ -186,7 +186,7 @@ async def test_uptime_ends_the_claiming_and_not_the_session(
     assert states(plane, [first, *others]) == ["stopped", "queued", "queued"]
 
 
-async def test_item_that_a_poll_delivers_at_the_limit_is_not_taken(
+async def test_item_delivered_after_exit_limit_is_not_claimed(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)
@@ -199,7 +199,7 @@ async def test_item_that_a_poll_delivers_at_the_limit_is_not_taken(
     assert states(plane, [item]) == ["queued"]
 
 
-async def test_stuck_handler_of_the_last_session_does_not_keep_the_pool(
+async def test_stuck_handler_of_last_session_does_not_keep_pool_running(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

@@ -61,7 +61,7 @@ async def work(_: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
-async def test_item_whose_ack_answers_active_is_run(
+async def test_item_with_active_ack_answer_is_run(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(ACTIVE, "ack")
@@ -71,7 +71,7 @@ async def test_item_whose_ack_answers_active_is_run(
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_item_whose_ack_answers_active_and_that_another_holds_is_not_run(
+async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue()
@@ -92,7 +92,7 @@ async def test_item_whose_ack_answers_active_and_that_another_holds_is_not_run(
     assert (lost.direction, lost.stage) == ("lost", "start")
 
 
-async def test_health_check_whose_ack_answers_active_is_stopped_after_a_heartbeat(
+async def test_health_check_with_active_ack_answer_is_stopped_after_heartbeat(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")
@@ -102,7 +102,7 @@ async def test_health_check_whose_ack_answers_active_is_stopped_after_a_heartbea
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
-async def test_heartbeat_without_a_last_heartbeat_loses_the_lease_without_a_read(
+async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
@@ -113,7 +113,7 @@ async def test_heartbeat_without_a_last_heartbeat_loses_the_lease_without_a_read
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_that_says_stopped_ends_the_session_without_a_read(
+async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
     run_one: Any, faults: Faults
 ) -> None:
     @handler
@@ -127,7 +127,7 @@ async def test_heartbeat_that_says_stopped_ends_the_session_without_a_read(
     assert set(life.ops) == {"ack", "heartbeat"}
 
 
-async def test_unknown_fields_and_headers_are_ignored_and_a_traceparent_is_kept(
+async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     more = {"lease": {"id": 7}, "ttl": "x", "secret_of_another_kind": [1]}
@@ -140,7 +140,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_a_traceparent_is_kept(
 
 
 @pytest.mark.parametrize("window", [None, 0, 7000])
-async def test_reclaim_window_is_sent_only_when_it_is_set(
+async def test_reclaim_window_is_sent_only_if_set(
     run_one: Any, faults: Faults, window: int | None
 ) -> None:
     """One control plane also ends running leases whose last heartbeat is older than it."""

@@ -39,7 +39,7 @@ class OwnSessionClient(WorkClient):
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_session_longer_than_a_third_of_its_ttl_survives_with_own_aiohttp_sessions(
+async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     clients: list[OwnSessionClient] = []

@@ -86,7 +86,7 @@ async def wire() -> AsyncIterator[Wire]:
     listening.close()
 
 
-async def test_bytes_and_ends_go_through(wire: Wire) -> None:
+async def test_proxy_forwards_bytes_and_end_of_stream(wire: Wire) -> None:
     client, server = await wire.pair()
     await client.says(b"question")
     await server.hears(b"question")
@@ -100,7 +100,7 @@ async def test_bytes_and_ends_go_through(wire: Wire) -> None:
     await client.hears_the_end()
 
 
-async def test_a_blackhole_is_silent_and_for_ever(wire: Wire) -> None:
+async def test_proxy_blackhole_drops_bytes_of_open_connections_permanently(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.blackhole()
     await client.says(b"lost")
@@ -115,7 +115,7 @@ async def test_a_blackhole_is_silent_and_for_ever(wire: Wire) -> None:
     await server.hears(b"new")
 
 
-async def test_a_partition_holds_back_and_delivers_when_it_heals(wire: Wire) -> None:
+async def test_proxy_partition_delays_bytes_until_healed(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.partition()
     await client.says(b"question")
@@ -128,7 +128,7 @@ async def test_a_partition_holds_back_and_delivers_when_it_heals(wire: Wire) -> 
     await client.hears(b"news")
 
 
-async def test_a_half_closed_connection_still_carries_requests(wire: Wire) -> None:
+async def test_proxy_half_close_still_forwards_requests(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.half_close()
     await client.hears_the_end()
@@ -139,7 +139,7 @@ async def test_a_half_closed_connection_still_carries_requests(wire: Wire) -> No
     await server.hears(b"more")
 
 
-async def test_a_reset_strikes_what_is_open_and_spares_what_comes(wire: Wire) -> None:
+async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(wire: Wire) -> None:
     client, server = await wire.pair()
     await client.says(b"known to both")
     await server.hears(b"known to both")
@@ -151,7 +151,7 @@ async def test_a_reset_strikes_what_is_open_and_spares_what_comes(wire: Wire) ->
     await server.hears(b"new")
 
 
-async def test_a_reset_spares_who_has_just_hung_up(wire: Wire) -> None:
+async def test_proxy_reset_after_client_abort_resets_server_side(wire: Wire) -> None:
     client, server = await wire.pair()
     await client.says(b"known to both")
     await server.hears(b"known to both")
@@ -162,7 +162,7 @@ async def test_a_reset_spares_who_has_just_hung_up(wire: Wire) -> None:
     await server.is_reset()
 
 
-async def test_a_delay_comes_before_every_byte(wire: Wire) -> None:
+async def test_proxy_delay_postpones_every_byte(wire: Wire) -> None:
     client, server = await wire.pair()
     loop = asyncio.get_running_loop()
     wire.proxy.delay(SILENCE)
@@ -175,7 +175,7 @@ async def test_a_delay_comes_before_every_byte(wire: Wire) -> None:
     await server.hears(b"more")
 
 
-async def test_a_throttle_bounds_the_bytes_per_second(wire: Wire) -> None:
+async def test_proxy_throttle_limits_bytes_per_second(wire: Wire) -> None:
     client, server = await wire.pair()
     loop = asyncio.get_running_loop()
     await client.says(b"warm")
@@ -187,7 +187,7 @@ async def test_a_throttle_bounds_the_bytes_per_second(wire: Wire) -> None:
     assert loop.time() - began >= 0.5
 
 
-async def test_the_end_of_the_proxy_is_the_end_of_its_connections(wire: Wire) -> None:
+async def test_closed_proxy_closes_its_connections(wire: Wire) -> None:
     async with Proxy(wire.proxy.base_url) as outer:
         inner = Wire(outer, wire._accepted)
         client, server = await inner.pair()
@@ -197,13 +197,13 @@ async def test_the_end_of_the_proxy_is_the_end_of_its_connections(wire: Wire) ->
     inner.close()
 
 
-async def test_an_error_in_the_block_comes_out_as_it_is(wire: Wire) -> None:
+async def test_exception_in_proxy_block_is_raised_unchanged(wire: Wire) -> None:
     with pytest.raises(KeyError):
         async with Proxy(wire.proxy.base_url):
             raise KeyError("mine")
 
 
-async def test_without_a_control_plane_connections_end() -> None:
+async def test_proxy_without_control_plane_closes_connections() -> None:
     async with Proxy("http://127.0.0.1:9") as proxy:
         port = int(proxy.base_url.rpartition(":")[2])
         client = Peer(*await asyncio.open_connection("127.0.0.1", port))
@@ -222,7 +222,7 @@ async def until_interrupted(session: Session) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["blackhole", "partition"])
-async def test_one_of_two_workers_is_cut_off_and_the_other_goes_on(
+async def test_worker_cut_off_by_network_loses_item_to_other_worker(
     plane: ControlPlane,
     make_settings: Callable[..., Settings],
     fault: str,
@@ -264,7 +264,7 @@ async def test_one_of_two_workers_is_cut_off_and_the_other_goes_on(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_a_throttled_and_slow_way_still_keeps_leases(
+async def test_throttled_and_delayed_connection_keeps_leases(
     plane: ControlPlane, recorder: Recorder, make_pool: MakePool
 ) -> None:
     plane.enqueue()
@@ -277,7 +277,7 @@ async def test_a_throttled_and_slow_way_still_keeps_leases(
 
 
 @pytest.mark.parametrize("fault", ["reset", "half_close"])
-async def test_a_pool_goes_on_over_new_connections(
+async def test_pool_continues_over_new_connections_after_reset(
     plane: ControlPlane, recorder: Recorder, make_pool: MakePool, fault: str
 ) -> None:
     @handler

@@ -105,7 +105,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     assert isinstance(calls[-1], LeaseRenewerError) or raising_log == 1.5
 
 
-async def test_exception_on_renewal_thread_of_running_loop_calls_on_blocked(
+async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()
@@ -135,7 +135,7 @@ async def test_exception_on_renewal_thread_of_running_loop_calls_on_blocked(
         writer.close()
 
 
-async def test_loop_that_runs_again_after_max_block_keeps_pool(
+async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     """`max_block` alone is not fatal to an embedded pool."""

@@ -32,7 +32,7 @@ async def patient(_: Session) -> None:
     await asyncio.Event().wait()
 
 
-async def test_a_keeper_that_dies_is_fatal_and_nothing_more_is_sent(
+async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
     plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -56,7 +56,7 @@ async def test_a_keeper_that_dies_is_fatal_and_nothing_more_is_sent(
     assert plane.operations.get(plane.environments[0], item.id).state == "active"
 
 
-async def test_an_address_in_use_is_an_error_at_start_and_leaves_nothing(
+async def test_address_in_use_is_error_at_start_and_leaves_no_request(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     plane.enqueue()

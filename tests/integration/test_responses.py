@@ -81,7 +81,7 @@ POLLS: dict[str, tuple[Callable[[], Fault], str, str]] = {
 
 
 @pytest.mark.parametrize("case", POLLS)
-async def test_a_poll_backs_off_and_comes_again(
+async def test_failed_poll_backs_off_and_is_repeated(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
 ) -> None:
     fault, result, reason = POLLS[case]
@@ -112,7 +112,7 @@ async def test_redirected_poll_logs_scheme_and_host_only(
 
 
 @pytest.mark.parametrize("code", [429, 503, 500])
-async def test_a_poll_honours_retry_after(
+async def test_poll_waits_for_retry_after(
     faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code, retry_after="0.3"), "poll", times=1)
@@ -124,7 +124,7 @@ async def test_a_poll_honours_retry_after(
 
 
 @pytest.mark.parametrize(("code", "shared"), [(429, True), (503, True), (500, False), (502, False)])
-async def test_one_gate_holds_all_pollers_back_on_429_and_503(
+async def test_cooldown_after_429_or_503_holds_back_all_pollers(
     plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
     plane.enqueue()  # for the other poller, which then has reason to go on
@@ -143,7 +143,7 @@ async def test_one_gate_holds_all_pollers_back_on_429_and_503(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_a_poll_refused_before_the_first_success_is_fatal(
+async def test_poll_refused_before_first_success_is_fatal(
     faults: Faults, make_pool: Any, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     faults.add(status(code), "poll")
@@ -159,7 +159,7 @@ async def test_a_poll_refused_before_the_first_success_is_fatal(
     ]
 
 
-async def test_a_fatal_answer_is_raised_on_leaving_when_nobody_waits(
+async def test_fatal_poll_error_is_raised_on_leaving_supervisor(
     faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(403), "poll")
@@ -171,7 +171,7 @@ async def test_a_fatal_answer_is_raised_on_leaving_when_nobody_waits(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_a_poll_refused_after_a_success_backs_off_and_recovers(
+async def test_poll_refused_after_success_backs_off_and_recovers(
     faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     rule = faults.add(status(code), "poll", skip=1)
@@ -186,7 +186,7 @@ async def test_a_poll_refused_after_a_success_backs_off_and_recovers(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_a_poll_refused_for_too_long_is_fatal_and_drains_the_sessions(
+async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch, code: int,
 ) -> None:  # fmt: skip
@@ -211,7 +211,7 @@ def bears(token: str) -> Callable[[web.Request], bool]:
 
 @pytest.mark.parametrize("code", [401, 403])
 @pytest.mark.parametrize("op", ["poll", "ack", "heartbeat", "update", "stop"])
-async def test_a_renewed_token_is_read_and_used_at_once(
+async def test_renewed_token_is_read_and_used_at_once(
     plane: ControlPlane, faults: Faults, make_pool: Any, tmp_path: Path, code: int, op: Any
 ) -> None:
     file = tmp_path / "token"
@@ -277,7 +277,7 @@ def crashing(times: int, bug: BaseException | None = None) -> Callable[[Any], Wo
     return connect
 
 
-async def test_a_crashed_poller_is_restarted_and_counted(
+async def test_crashed_poller_is_restarted_and_counted(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -288,7 +288,7 @@ async def test_a_crashed_poller_is_restarted_and_counted(
     assert len(recorder.of(PollerRestarted)) == 4
 
 
-async def test_a_cancellation_that_leaks_into_a_poller_is_a_crash(
+async def test_cancelled_error_raised_in_poller_counts_as_crash(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     plane.enqueue()
@@ -298,7 +298,9 @@ async def test_a_cancellation_that_leaks_into_a_poller_is_a_crash(
     assert len(recorder.of(PollerRestarted)) == 2
 
 
-async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Recorder) -> None:
+async def test_five_poller_crashes_in_a_row_are_fatal(
+    make_settings: Any, recorder: Recorder
+) -> None:
     plugins = [work, recorder]
     async with Supervisor(make_settings(), plugins=plugins, connect=crashing(5)) as supervisor:
         with pytest.raises(PollerError) as caught:
@@ -306,7 +308,7 @@ async def test_five_crashes_in_a_row_are_fatal(make_settings: Any, recorder: Rec
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-async def test_of_two_fatal_errors_the_first_is_told(make_pool: Any) -> None:
+async def test_first_of_two_fatal_errors_is_raised(make_pool: Any) -> None:
     async with make_pool(work) as supervisor:
         supervisor._fail(PollerError("the cause"))
         supervisor._fail(PollerError("what followed"))
@@ -314,7 +316,7 @@ async def test_of_two_fatal_errors_the_first_is_told(make_pool: Any) -> None:
             await supervisor.wait()
 
 
-async def test_a_bug_that_ends_the_pool_is_said_loudly_although_nobody_waits(
+async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
     plane: ControlPlane, make_settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(WorkClient):
@@ -351,7 +353,7 @@ ACKS: dict[str, Callable[[], Fault]] = {
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
-async def test_an_ack_is_repeated_and_the_item_runs_once(
+async def test_failed_ack_is_repeated_and_item_runs_once(
     run_one: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "ack", times=2)
@@ -363,7 +365,7 @@ async def test_an_ack_is_repeated_and_the_item_runs_once(
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_an_ack_is_dropped_when_the_claim_can_be_ours_no_more(
+async def test_throttled_ack_is_given_up_after_claim_window(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(429), "ack")
@@ -376,7 +378,7 @@ async def test_an_ack_is_dropped_when_the_claim_can_be_ours_no_more(
     assert not recorder.of(SessionStarted)
 
 
-async def test_an_ack_that_may_be_applied_is_repeated_beyond_the_window(
+async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """If it was, nobody else can have the item before that lease has lapsed."""
@@ -386,7 +388,7 @@ async def test_an_ack_that_may_be_applied_is_repeated_beyond_the_window(
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_an_ack_honours_retry_after(run_one: Any, faults: Faults) -> None:
+async def test_ack_waits_for_retry_after(run_one: Any, faults: Faults) -> None:
     faults.add(status(429, retry_after="0.3"), "ack", times=1)
     life = await run_one(work)
     first, second = faults.of("ack")
@@ -397,7 +399,7 @@ async def test_an_ack_honours_retry_after(run_one: Any, faults: Faults) -> None:
 @pytest.mark.parametrize(
     ("code", "result"), [(400, "error"), (401, "error"), (403, "error"), (404, "gone")]
 )
-async def test_an_ack_that_is_refused_drops_the_item_which_may_come_again(
+async def test_refused_ack_drops_item_until_it_is_delivered_again(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, result: str
 ) -> None:
     faults.add(status(code), "ack", times=1)
@@ -409,7 +411,7 @@ async def test_an_ack_that_is_refused_drops_the_item_which_may_come_again(
 
 
 @pytest.mark.parametrize("code", [409, 412])
-async def test_an_ack_in_conflict_is_lost(
+async def test_ack_in_conflict_loses_item(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "ack")
@@ -425,7 +427,7 @@ async def test_an_ack_in_conflict_is_lost(
 
 
 @pytest.mark.parametrize("fault", ACKS.values(), ids=ACKS)
-async def test_a_heartbeat_is_repeated_within_the_lease(
+async def test_failed_heartbeat_is_repeated_within_lease(
     run_one: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "heartbeat", times=2)
@@ -438,7 +440,7 @@ async def test_a_heartbeat_is_repeated_within_the_lease(
 
 
 @pytest.mark.parametrize("code", [401, 403])
-async def test_a_heartbeat_without_a_valid_token_is_repeated_within_the_lease(
+async def test_heartbeat_with_invalid_token_is_repeated_within_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat", times=2)
@@ -451,7 +453,7 @@ async def test_a_heartbeat_without_a_valid_token_is_repeated_within_the_lease(
 
 
 @pytest.mark.parametrize("code", [400, 404])
-async def test_a_heartbeat_that_is_refused_loses_the_lease(
+async def test_refused_heartbeat_loses_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat")

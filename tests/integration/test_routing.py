@@ -79,7 +79,7 @@ ALL = (Weighing(), any_session, report, huge_report, job)
     ],
 )
 @in_virtual_time
-async def test_each_item_goes_to_its_handler(
+async def test_each_item_is_run_by_handler_of_most_specific_rule(
     workpool: Kit, work_type: str, metadata: dict[str, str], by: str
 ) -> None:
     (item,) = workpool.enqueue(metadata=metadata, work_type=work_type)
@@ -101,7 +101,7 @@ async def test_each_handler_has_its_own_timeout(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_a_full_handler_declines_before_the_ack_and_holds_up_no_other(workpool: Kit) -> None:
+async def test_full_handler_declines_before_ack_and_delays_no_other_handler(workpool: Kit) -> None:
     huge = {"job": "report", "size": "huge", "minutes": "10"}
     workpool.enqueue(count=2, metadata=huge)
     async with workpool.pool(*ALL):
@@ -142,7 +142,7 @@ def threshold() -> float:
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_a_few_unwanted_items_cost_polls_and_starve_nobody(
+async def test_few_unwanted_items_cost_polls_and_delay_no_other_item(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})
@@ -157,7 +157,7 @@ async def test_a_few_unwanted_items_cost_polls_and_starve_nobody(
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_the_rest(
+async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_other_items(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=30, metadata={"job": "of another pool"})

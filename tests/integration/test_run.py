@@ -71,7 +71,7 @@ def levels(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
 # -- interruptions
 
 
-async def test_a_stop_request_reaches_the_session_and_is_told(
+async def test_stop_request_interrupts_session_and_is_reported(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     seen: list[tuple[bool, bool]] = []
@@ -94,7 +94,7 @@ async def test_a_stop_request_reaches_the_session_and_is_told(
     assert [event.item.id for event in recorder.of(StopRequested)] == [item.id]
 
 
-async def test_a_drain_reaches_the_session(
+async def test_drain_interrupts_session(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     seen: list[tuple[bool, bool]] = []
@@ -111,7 +111,7 @@ async def test_a_drain_reaches_the_session(
     assert recorder.of(SessionFinished)[0].outcome == "completed"
 
 
-async def test_the_session_tells_its_item_and_its_lease(
+async def test_session_exposes_its_item_and_lease(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     remaining: list[float] = []
@@ -136,7 +136,7 @@ async def test_the_session_tells_its_item_and_its_lease(
 
 
 @pytest.mark.usefixtures("stuck_at_once")
-async def test_a_handler_that_swallows_cancellation_keeps_its_slot_and_its_id(
+async def test_stuck_handler_keeps_its_slot_and_work_id(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     body = Body()
@@ -164,7 +164,7 @@ async def test_a_handler_that_swallows_cancellation_keeps_its_slot_and_its_id(
 
 @pytest.mark.usefixtures("stuck_at_once")
 @pytest.mark.parametrize("timeout", [None, 60.0])
-async def test_no_drain_waits_for_a_handler_that_ignores_its_cancellation(
+async def test_drain_does_not_wait_for_stuck_handler(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, timeout: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -186,7 +186,7 @@ async def test_no_drain_waits_for_a_handler_that_ignores_its_cancellation(
 # -- what a session may still send
 
 
-async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
+async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     body = Body()
@@ -203,7 +203,7 @@ async def test_a_session_that_lost_its_lease_sends_nothing_and_is_told(
     assert not faults.of("update", "stop")
 
 
-async def test_a_session_that_was_stopped_elsewhere_sends_nothing_and_is_told(
+async def test_session_stopped_by_another_client_sends_nothing_and_raises_session_ended(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     body = Body()
@@ -219,7 +219,7 @@ async def test_a_session_that_was_stopped_elsewhere_sends_nothing_and_is_told(
     assert not faults.of("update", "stop")
 
 
-async def test_a_session_that_is_over_sends_nothing(
+async def test_session_used_after_its_end_raises_and_sends_nothing(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A task that a handler left running must not write to an item that is done."""
@@ -239,7 +239,7 @@ async def test_a_session_that_is_over_sends_nothing(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_a_write_under_way_is_cut_when_the_lease_is_lost(
+async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """Waiting for an answer must not hide the loss; the handler sees it, or its cancellation."""
@@ -269,7 +269,7 @@ async def test_a_write_under_way_is_cut_when_the_lease_is_lost(
 # -- update_metadata
 
 
-async def test_metadata_is_merged_and_the_item_returned(
+async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
     plane: ControlPlane, make_pool: Any, life_of: Any
 ) -> None:
     answers: list[dict[str, str]] = []
@@ -289,7 +289,7 @@ async def test_metadata_is_merged_and_the_item_returned(
 
 
 @pytest.mark.parametrize("fault", [lost, lambda: status(503), lambda: status(429)])
-async def test_metadata_is_written_again_while_that_is_worth_it(
+async def test_metadata_write_after_transient_error_is_repeated(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr("workpool.pool.sender.RETRY_SECONDS", 0.01)
@@ -307,7 +307,7 @@ async def test_metadata_is_written_again_while_that_is_worth_it(
 @pytest.mark.parametrize(
     ("code", "error"), [(400, RefusedError), (404, RefusedError), (409, ConflictError)]
 )
-async def test_metadata_that_is_refused_is_the_handlers_error(
+async def test_refused_metadata_write_raises_in_handler(
     run_one: Any, faults: Faults, code: int, error: type[Exception]
 ) -> None:
     @handler
@@ -321,7 +321,7 @@ async def test_metadata_that_is_refused_is_the_handlers_error(
     assert life.metadata == {"workpool.error": error.__name__}
 
 
-async def test_metadata_that_cannot_be_written_in_time_is_the_handlers_error(
+async def test_metadata_write_without_success_in_time_raises_in_handler(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.session_runner.UPDATE_SECONDS", 0.1)
@@ -338,7 +338,7 @@ async def test_metadata_that_cannot_be_written_in_time_is_the_handlers_error(
 
 
 @pytest.mark.parametrize("patch", [{"a": 1}, {"a": "\ud800"}])
-async def test_metadata_that_cannot_be_sent_is_the_handlers_error(
+async def test_metadata_that_cannot_be_sent_raise_in_handler(
     run_one: Any, faults: Faults, patch: Any
 ) -> None:
     @handler
@@ -383,7 +383,7 @@ def wrapper(name: str, trace: list[str]) -> Wrapper:
     return built
 
 
-async def test_contexts_are_entered_in_plugin_order_and_left_in_reverse(
+async def test_wrapping_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -398,7 +398,7 @@ async def test_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     assert trace == ["enter A", "enter B", "work", "leave B", "leave A"]
 
 
-async def test_exception_of_the_handler_passes_through_the_contexts(
+async def test_exception_of_handler_passes_through_wrapping_contexts(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -436,7 +436,7 @@ class Raising:
 
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
-async def test_exception_of_a_context_is_the_error_of_the_handler(
+async def test_exception_of_wrapping_context_fails_session(
     plane: ControlPlane, make_pool: Any, life_of: Any, where: str
 ) -> None:
     ran: list[bool] = []
@@ -469,7 +469,7 @@ class Forgiving:
             yield
 
 
-async def test_a_context_may_swallow_the_handlers_error(
+async def test_wrapping_context_can_swallow_exception_of_handler(
     plane: ControlPlane, make_pool: Any, life_of: Any
 ) -> None:
     @handler
@@ -495,7 +495,7 @@ async def held_before(plane: ControlPlane, **metadata: str) -> str:
     return item.id
 
 
-async def test_an_item_that_was_held_before_is_known_and_counted(
+async def test_item_held_before_is_redelivered_and_counted(
     plane: ControlPlane, make_pool: Any, life_of: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
@@ -516,7 +516,7 @@ async def test_an_item_that_was_held_before_is_known_and_counted(
 @pytest.mark.parametrize(
     ("before", "after"), [("2", "3"), ("9", "10"), ("nonsense", "2"), ("-4", "2"), ("9" * 40, "2")]
 )
-async def test_attempts_are_counted_on(
+async def test_attempt_number_continues_from_metadata(
     plane: ControlPlane, make_pool: Any, life_of: Any, before: str, after: str
 ) -> None:
     @handler
@@ -530,7 +530,7 @@ async def test_attempts_are_counted_on(
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(1, False), (2, True)])
-async def test_an_attempt_beyond_the_limit_is_failed_unrun(
+async def test_attempt_beyond_limit_fails_session_unrun(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, limit: int, *, runs: bool
 ) -> None:
     @handler
@@ -548,7 +548,7 @@ async def test_an_attempt_beyond_the_limit_is_failed_unrun(
         assert life.metadata["workpool.error"] == "AttemptsExceeded"
 
 
-async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
+async def test_attempt_that_cannot_be_counted_is_released_unrun(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -567,7 +567,7 @@ async def test_an_attempt_that_cannot_be_counted_is_handed_back_unrun(
     assert not recorder.of(SessionStarted)
 
 
-async def test_an_item_that_was_never_held_is_not_counted(run_one: Any) -> None:
+async def test_item_never_held_before_is_not_counted_as_redelivered(run_one: Any) -> None:
     @handler
     async def work(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}

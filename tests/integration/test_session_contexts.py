@@ -65,7 +65,7 @@ class Setting:
         self.set("handler")
 
 
-async def test_variables_set_for_one_session_are_not_seen_by_the_next(
+async def test_context_variables_set_for_one_session_are_not_seen_by_the_next(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     VARIABLES["embedder"].set("before start")

@@ -80,7 +80,7 @@ def play(plane: ControlPlane, make_pool: Any, life_of: Any) -> Callable[..., Awa
     return run
 
 
-async def test_a_handler_plays_a_whole_script(plane: ControlPlane, play: Any) -> None:
+async def test_handler_answers_every_tool_use_of_script(plane: ControlPlane, play: Any) -> None:
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
     life = await play(answer_all, *script)
     assert (life.outcome, life.metadata) == ("completed", {"answered": "10"})
@@ -89,7 +89,7 @@ async def test_a_handler_plays_a_whole_script(plane: ControlPlane, play: Any) ->
     assert texts == [f"ran {number}" for number in range(10)]
 
 
-async def test_every_call_is_answered_once_whatever_is_lost(
+async def test_every_tool_use_is_answered_once_despite_lost_answers(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
@@ -103,7 +103,7 @@ async def test_every_call_is_answered_once_whatever_is_lost(
     assert len(faults.of("send")) > 15
 
 
-async def test_the_history_is_listed(play: Any) -> None:
+async def test_session_events_list_returns_history(play: Any) -> None:
     async def work(session: Session) -> dict[str, str]:
         return {"types": " ".join([event["type"] async for event in session.events.list()])}
 
@@ -111,7 +111,7 @@ async def test_the_history_is_listed(play: Any) -> None:
     assert life.metadata["types"] == "user.message session.status_running agent.tool_use"
 
 
-async def test_a_message_that_may_have_been_said_is_not_said_again(
+async def test_message_that_may_have_been_sent_is_not_repeated(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
     faults.add(status(429), "send", times=2)  # certainly not applied
@@ -128,7 +128,7 @@ async def test_a_message_that_may_have_been_said_is_not_said_again(
     assert len(faults.of("send")) == 3
 
 
-async def test_the_look_whether_a_result_was_taken_may_fail_too(
+async def test_failed_check_whether_result_was_stored_is_repeated(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
@@ -146,7 +146,9 @@ async def test_the_look_whether_a_result_was_taken_may_fail_too(
     ]
 
 
-async def test_another_result_is_a_conflict(plane: ControlPlane, play: Any) -> None:
+async def test_different_result_for_answered_tool_use_raises_conflict(
+    plane: ControlPlane, play: Any
+) -> None:
     async def work(session: Session) -> None:
         use = plane.events(session.id)[-1]
         plane.operations.send(session.id, [{**result(use), "content": []}])
@@ -156,7 +158,7 @@ async def test_another_result_is_a_conflict(plane: ControlPlane, play: Any) -> N
     assert (await play(work, BASH)).outcome == "completed"
 
 
-async def test_nothing_is_sent_or_read_once_the_lease_is_lost(
+async def test_events_after_lost_lease_are_neither_sent_nor_read(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
     raised: list[type[BaseException]] = []
@@ -183,9 +185,7 @@ async def test_nothing_is_sent_or_read_once_the_lease_is_lost(
     assert len(raised) == 3
 
 
-async def test_a_stream_in_a_task_of_its_own_ends_with_the_lease(
-    plane: ControlPlane, play: Any
-) -> None:
+async def test_event_stream_in_own_task_ends_with_lease(plane: ControlPlane, play: Any) -> None:
     """Nobody cancels that task: what it waits for must end by itself."""
     ended = asyncio.Event()
 
@@ -214,7 +214,7 @@ async def test_a_stream_in_a_task_of_its_own_ends_with_the_lease(
         assert (await play(work, BASH)).outcome == "lease_lost"
 
 
-async def test_a_send_under_way_is_cut_short_with_the_lease(
+async def test_event_send_in_progress_is_cancelled_with_lease(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
     hold = Hold()
@@ -239,7 +239,9 @@ async def test_a_send_under_way_is_cut_short_with_the_lease(
     hold.release()
 
 
-async def test_nothing_is_sent_or_read_once_the_session_is_over(play: Any, faults: Faults) -> None:
+async def test_events_after_end_of_session_are_neither_sent_nor_read(
+    play: Any, faults: Faults
+) -> None:
     kept: list[Session] = []
 
     async def work(session: Session) -> None:
@@ -296,7 +298,7 @@ def packed(value: object) -> str:
         ({"sessions_token": SESSIONS_TOKEN}, False),
     ],
 )
-async def test_the_items_own_bearer_goes_with_its_sessions_calls_and_is_never_told(
+async def test_token_of_item_is_used_for_its_session_calls_and_never_shown(
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,

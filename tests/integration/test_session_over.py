@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults
 
 
-async def test_a_task_that_outlives_its_handler_sends_nothing(run_one: Any, faults: Faults) -> None:
+async def test_task_that_outlives_its_handler_sends_nothing(run_one: Any, faults: Faults) -> None:
     over = asyncio.Event()
 
     async def linger(session: Session) -> float:

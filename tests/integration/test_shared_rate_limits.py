@@ -35,7 +35,7 @@ async def work(_: Session) -> None:
     return None
 
 
-async def test_two_pools_on_two_threads_share_one_limit(
+async def test_two_pools_on_two_threads_share_one_rate_limit(
     plane: ControlPlane, make_settings: Any
 ) -> None:
     limits = RateLimits(0, WRITE_RATE)

@@ -22,7 +22,7 @@ async def work(_: Session) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_a_connection_that_cannot_be_made_stops_the_start(
+async def test_connect_that_raises_prevents_start_and_leaves_nothing(
     make_settings: Any, faults: Faults, number: int
 ) -> None:
     made: list[WorkClient] = []
@@ -45,7 +45,7 @@ async def test_a_connection_that_cannot_be_made_stops_the_start(
         assert another.status().capacity
 
 
-async def test_a_registry_that_holds_one_of_our_names_stops_the_start(
+async def test_registry_with_conflicting_metric_name_prevents_start(
     make_settings: Any, faults: Faults
 ) -> None:
     registry = CollectorRegistry()

@@ -48,7 +48,7 @@ async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_500_pools_at_once_leave_nothing_behind(
+async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     plane: ControlPlane, clock: Clock, make_settings: Callable[..., Settings]
 ) -> None:
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing

@@ -30,7 +30,7 @@ async def work(_: Session) -> None:
     return None
 
 
-async def test_observers_are_told_on_the_handlers_loop_wherever_the_fact_arose(
+async def test_observers_are_called_on_handlers_loop_for_events_of_any_thread(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     threads: dict[type, set[str]] = {}
@@ -49,7 +49,7 @@ async def test_observers_are_told_on_the_handlers_loop_wherever_the_fact_arose(
     assert set().union(*threads.values()) == {here}
 
 
-async def test_context_variable_of_a_handler_does_not_leave_its_session(
+async def test_context_variable_set_by_handler_stays_in_its_session(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     before: list[str] = []
@@ -67,7 +67,7 @@ async def test_context_variable_of_a_handler_does_not_leave_its_session(
     seen.reset(token)
 
 
-async def test_the_keeper_closes_before_the_plugins_and_those_before_the_connections(
+async def test_renewer_closes_before_plugins_and_plugins_before_connections(
     plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     clients: list[WorkClient] = []
@@ -104,7 +104,7 @@ async def test_the_keeper_closes_before_the_plugins_and_those_before_the_connect
             await client.stats()
 
 
-async def test_the_ids_that_are_remembered_are_bounded(
+async def test_number_of_remembered_work_ids_is_limited(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)

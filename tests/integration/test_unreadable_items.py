@@ -58,7 +58,7 @@ def spoil(faults: Faults, request: pytest.FixtureRequest) -> Callable[[dict[str,
     return make
 
 
-async def test_thirty_unreadable_items_leave_the_other_items_to_be_done(
+async def test_thirty_unreadable_items_do_not_prevent_other_items(
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

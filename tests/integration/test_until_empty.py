@@ -25,7 +25,7 @@ async def work(_: Session) -> None:
 
 
 @pytest.mark.parametrize(("pollers", "prefetch"), [(1, 0), (2, 0), (4, 4)])
-async def test_everything_is_handled_once_with_four_requests_an_item(
+async def test_queue_run_until_empty_costs_four_requests_per_item(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, pollers: int,
     prefetch: int,
 ) -> None:  # fmt: skip
@@ -45,7 +45,9 @@ async def test_everything_is_handled_once_with_four_requests_an_item(
     assert pool.abandoned == 0
 
 
-async def test_an_empty_queue_ends_it_at_the_first_null(faults: Faults, make_pool: Any) -> None:
+async def test_until_empty_on_empty_queue_ends_at_first_null_poll(
+    faults: Faults, make_pool: Any
+) -> None:
     await make_pool(work, pollers=1, block_ms=20).run(until_empty=True)
     assert len(faults.of("poll")) == 1
 
@@ -83,7 +85,7 @@ async def test_until_empty_does_not_end_during_another_poll(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_pollers_out_of_step_do_not_keep_each_other_going(
+async def test_until_empty_with_pollers_out_of_step_ends(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """A control plane that says null a little early: each poller pauses during the other's poll."""
@@ -100,7 +102,7 @@ async def test_pollers_out_of_step_do_not_keep_each_other_going(
         await make_pool(until_out_of_step, pollers=2, block_ms=100).run(until_empty=True)
 
 
-async def test_until_empty_ends_although_unwanted_items_are_queued(
+async def test_until_empty_with_unwanted_items_queued_ends(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(work_type="for_others")
@@ -109,7 +111,7 @@ async def test_until_empty_ends_although_unwanted_items_are_queued(
     assert recorder.of(ItemDeclined)
 
 
-async def test_until_empty_ends_although_an_item_was_released(
+async def test_until_empty_after_released_item_ends(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler

@@ -108,7 +108,7 @@ def items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.page(plane.environments[0], 100).items)
 
 
-async def test_heartbeat_without_an_answer_is_found_again_in_the_list(
+async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
@@ -122,7 +122,7 @@ async def test_heartbeat_without_an_answer_is_found_again_in_the_list(
     assert None not in expected
 
 
-async def test_heartbeat_without_an_answer_is_lost_if_the_list_lacks_the_item(
+async def test_unanswered_heartbeat_of_item_missing_in_list_loses_lease(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
@@ -134,7 +134,9 @@ async def test_heartbeat_without_an_answer_is_lost_if_the_list_lacks_the_item(
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_lease_is_over_at_once_after_a_409(run_one: Any, faults: Faults) -> None:
+async def test_heartbeat_conflict_under_worker_key_ends_lease_at_once(
+    run_one: Any, faults: Faults
+) -> None:
     faults.add(status(409), "heartbeat")
     life = await run_one(work)
     assert life.outcome == "lease_lost"
@@ -142,7 +144,7 @@ async def test_lease_is_over_at_once_after_a_409(run_one: Any, faults: Faults) -
     assert not faults.of("list")
 
 
-async def test_second_409_is_not_followed_by_a_read(
+async def test_second_heartbeat_conflict_under_worker_key_causes_no_read(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(409), "heartbeat")
@@ -153,7 +155,7 @@ async def test_second_409_is_not_followed_by_a_read(
     assert counted(faults)["get"] == 1
 
 
-async def test_attempts_are_counted_in_this_process(
+async def test_attempts_under_worker_key_are_counted_in_process(
     plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
@@ -181,7 +183,7 @@ async def test_attempts_are_counted_in_this_process(
     assert plane.operations.get(plane.environments[0], item.id).state == "stopped"
 
 
-async def test_release_does_not_count_as_an_attempt(
+async def test_release_under_worker_key_is_not_counted_as_attempt(
     plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
@@ -203,7 +205,7 @@ async def test_release_does_not_count_as_an_attempt(
     assert ends[-1].outcome == "completed"
 
 
-async def test_metadata_of_a_handler_are_refused_without_a_request(
+async def test_metadata_write_under_worker_key_is_refused_without_request(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     errors: list[str] = []
@@ -224,7 +226,7 @@ async def test_metadata_of_a_handler_are_refused_without_a_request(
     assert counted(faults)["update"] <= 3  # those that were under way together
 
 
-async def test_error_of_a_handler_stays_a_failure(run_one: Any, faults: Faults) -> None:
+async def test_handler_error_under_worker_key_fails_session(run_one: Any, faults: Faults) -> None:
     @handler
     async def fail(_: Session) -> None:
         raise ValueError("on purpose")
@@ -235,7 +237,7 @@ async def test_error_of_a_handler_stays_a_failure(run_one: Any, faults: Faults) 
     assert counted(faults)["update"] == 1
 
 
-async def test_second_credential_makes_the_optional_calls(
+async def test_second_credential_is_used_for_optional_calls(
     plane: ControlPlane, run_one: Any, faults: Faults, recorder: Recorder, dialect: str
 ) -> None:
     names: list[tuple[str, bool]] = []
@@ -260,7 +262,7 @@ async def test_second_credential_makes_the_optional_calls(
     assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
 
 
-async def test_optional_calls_are_tried_again_after_the_polls_were_refused_too(
+async def test_optional_calls_are_tried_again_after_refused_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """Such a refusal may mean that no call was allowed for a while."""
