@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from workpool.errors import exhausted
+from workpool.wire.protocol import TTL_MAX_SECONDS, TTL_MIN_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,14 +43,24 @@ class Release(Exception):
     longest delay.
 
     Args:
-        reason: Written to the metadata `workpool.released`. Must contain no secrets.
-        delay: Seconds until the item is delivered again; clamped to 10–600.
+        reason: Written to the metadata `workpool.released` if the setting `report_errors` is
+            `message`; else only the type `Release` is.
+        delay: Seconds until the item is delivered again, 10 to 600.
+
+    Raises:
+        ValueError: `delay` is not within these limits.
     """
 
     def __init__(self, reason: str = "", delay: float = 10.0) -> None:
+        if not TTL_MIN_SECONDS <= delay <= TTL_MAX_SECONDS:
+            raise ValueError(f"delay is not {TTL_MIN_SECONDS} to {TTL_MAX_SECONDS} seconds")
         super().__init__(reason)
         self.reason = reason
         self.delay = delay
+
+
+class PoolRelease(Release):
+    """A release by the pool itself, whose reason contains nothing of a handler."""
 
 
 @contextmanager

@@ -287,8 +287,8 @@ class Settings(BaseSettings):
     """The number of attempts of an item; a further one fails without a run; 0 = no limit. It is a
     limit of each process if the credential may not write metadata. Default: 10."""
     report_errors: Literal["type", "message"] = "type"
-    """The part of a handler's error that is written to the metadata: its `type`, or also its
-    `message`, which may contain secrets. Default: `type`."""
+    """The part of a handler's error or `Release` that is written to the metadata: its `type`, or
+    also its `message` or reason, which may contain secrets. Default: `type`."""
 
     read_rate: NotNegative | None = None
     """Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, else

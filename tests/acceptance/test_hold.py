@@ -80,7 +80,7 @@ async def in_shell(start: Start, handed: Handed, script: str) -> Command:
     ("status", "means"),
     [
         (0, (0, "stopped", {})),
-        (75, (0, "active", {"workpool.released": "exit status 75"})),
+        (75, (0, "active", {"workpool.released": "Release"})),
         (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
     ],
 )
@@ -138,7 +138,7 @@ async def test_sigterm_hands_the_item_back(
     assert await command.ends() == 0
     assert "asked" in command.out
     item = await client.get(handed.work_id)
-    assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "exit status 3"})
+    assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
 async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(

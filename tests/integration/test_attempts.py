@@ -354,7 +354,7 @@ async def test_release_by_handler_replaces_reason_written_by_drain(scene: Scene)
         await scene.faults.wait_for("update", answered=True)
         may_end.set()
         await scene.recorder.wait_for(SessionFinished)
-    assert scene.metadata == {"workpool.released": "page 7"}
+    assert scene.metadata == {"workpool.released": "Release"}
 
 
 @pytest.mark.usefixtures("fast_heartbeats")

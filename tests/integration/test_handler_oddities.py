@@ -98,7 +98,7 @@ async def test_release_reason_of_any_type_is_written_as_text(
     async def work(_: Session) -> None:
         raise Release(reason)
 
-    life = await run_one(work)
+    life = await run_one(work, report_errors="message")
     assert (life.outcome, life.item.state) == ("released", "active")
     assert life.metadata == {"workpool.released": note}
 
@@ -106,7 +106,9 @@ async def test_release_reason_of_any_type_is_written_as_text(
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
 async def test_release_with_invalid_delay_uses_default_delay(run_one: Any, delay: Any) -> None:
     async def work(_: Session) -> None:
-        raise Release("later", delay)
+        release = Release("later")
+        release.delay = delay
+        raise release
 
     life = await run_one(work)
     assert (life.outcome, life.item.state) == ("released", "active")

@@ -29,7 +29,7 @@ from workpool.errors import (
 from workpool.events import ResultDropped, StopFinished
 from workpool.pool.pool_item import ERROR, EndReason
 from workpool.pool.sender import SendOptions
-from workpool.session import Outcome, Release
+from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
@@ -237,15 +237,21 @@ class Completion:
 
     async def _release(self, item: PoolItem) -> Outcome:
         lease, attempt = item.lease, _attempt_of(item)
-        release = item.error if isinstance(item.error, Release) else Release(DRAIN_REASON)
+        release = item.error if isinstance(item.error, Release) else PoolRelease(DRAIN_REASON)
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
-            reason = sendable(text_of(release.reason))
-            await self.mark(item, reason, MARK_SECONDS if hurried else MARK_TRY_SECONDS)
+            await self.mark(
+                item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
+            )
         self._renewer.release(lease, delay_of(release))
         await item.until(lambda: lease.status != "held", lease.remaining(self._clock()))
         return "lease_lost" if lease.confirmed else outcome_by(lease)
+
+    def _release_note(self, release: Release) -> str:
+        if self._with_message or isinstance(release, PoolRelease):
+            return sendable(text_of(release.reason))
+        return sendable(type(release).__name__)
 
     def _error_note(self, item: PoolItem) -> Mapping[str, str]:
         error = item.error or TimeoutError("the session's time is over")

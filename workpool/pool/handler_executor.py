@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workpool.events import SessionStarted
-from workpool.pool.completion import mapping_of, release_of
+from workpool.logs import readable
+from workpool.pool.completion import NOTE_LIMIT, mapping_of, release_of, text_of
 from workpool.pool.diagnostics import log_stacks
 from workpool.pool.pool_item import EndReason
-from workpool.session import Release
+from workpool.session import PoolRelease
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -162,7 +163,7 @@ class HandlerExecutor:
         if not item.lease.held(self._clock()):
             return False
         if self._pauses.paused(since=item.lease.clock_offset):
-            item.error = Release("not started: the machine was paused")
+            item.error = PoolRelease("not started: the machine was paused")
             item.end(EndReason.RELEASED)
             return False
         return True
@@ -184,7 +185,8 @@ class HandlerExecutor:
         item.error = release or error
         if release is not None:
             item.end(EndReason.RELEASED)
-            log.info("released by its handler work_id=%s", item.id)
+            reason = readable(text_of(release.reason), NOTE_LIMIT)
+            log.info("released by its handler work_id=%s reason=%s", item.id, reason)
             return
         item.end(EndReason.RAISED)
         log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)

@@ -31,7 +31,7 @@ from workpool.pool.handoff import hand_off, settle
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import Attempt, EndReason, RunCounts
 from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
-from workpool.session import Release, Session
+from workpool.session import PoolRelease, Session
 from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class SessionRunner:
         except TransientError as error:
             # An item whose runs are not counted could run forever, so it is released unrun.
             log.warning("attempt not counted work_id=%s error=%s", item.id, error)
-            item.error = Release("not started: its attempt could not be counted")
+            item.error = PoolRelease("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
         except NotPermittedError:
             await self._open_attempt(item, session, attempt)  # counted in this process from now on

@@ -101,7 +101,7 @@ async def test_error_of_failed_command_names_exit_status_or_signal(
 
 
 async def test_command_that_exits_with_ex_tempfail_is_released(kit: Kit, shell: Shell) -> None:
-    result = await kit.run_session(shell("exit 75"))
+    result = await kit.run_session(shell("exit 75"), report_errors="message")
 
     assert result.outcome == "released"
     assert result.metadata["workpool.released"] == "sh: exit status 75"

@@ -54,7 +54,7 @@ async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None
 
     released = await scene.run("exit 75")
     assert released.outcome == "released"
-    assert scene.item(released.session.item.id).metadata["workpool.released"] == "exit status 75"
+    assert scene.item(released.session.item.id).metadata["workpool.released"] == "Release"
     assert await scene.containers(released.session.item.id) == []  # not to be adopted
 
 

@@ -51,7 +51,7 @@ async def test_echo_in_drain_releases_item(workpool: Kit) -> None:
     finished = await workpool.wait_for(SessionFinished)
 
     assert finished.outcome == "released"
-    assert workpool.item(item).metadata["workpool.released"] == "the pool is draining"
+    assert workpool.item(item).metadata["workpool.released"] == "Release"
 
 
 async def test_echo_with_malformed_seconds_fails_session(workpool: Kit) -> None:
