@@ -639,6 +639,16 @@ def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
     assert lease.clock_offset == 30.0
 
 
+@pytest.mark.parametrize("extended", [True, False])
+def test_answer_stopping_after_a_pause_does_not_verify_the_lease(*, extended: bool) -> None:
+    lease = begun()
+    lease.doubt(SENT)
+    attempt = lease.send(SENT, SENT, 30.0)
+    answer = success(2, lease_extended=extended, state="stopping")
+    assert lease.answered(ANSWERED, attempt, answer) == Decision("over", "conflict")
+    assert (lease.status, lease.confirmed) == ("lost", False)
+
+
 def test_failed_heartbeat_records_no_clock_offset() -> None:
     lease = begun()
     lease.answered(ANSWERED, lease.send(SENT, SENT, 30.0), transient())

@@ -399,6 +399,10 @@ class Lease:
             # that answer does not settle an ack, and is no proof of a loss either.
             self.end("lost", confirmed=not stopping or not heartbeat.last_heartbeat)
             return Decision("over", "conflict")
+        paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
+        if stopping and paused:
+            self.end("lost")  # for the same reason it does not verify a lease after a pause
+            return Decision("over", "conflict")
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
             return Decision("read", "conflict")
