@@ -16,6 +16,7 @@ from workpool.events import (
     SessionFinished,
     SessionStarted,
 )
+from workpool.plugins import registry
 from workpool.pool import admission
 from workpool.testing import Hold
 
@@ -241,6 +242,30 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
         disk.reason = None
         await recorder.wait_for(SessionFinished, count=2)
         assert supervisor.status().ready
+
+
+async def test_errors_of_an_admission_hook_are_logged_once_per_change_and_minute(
+    make_pool: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged() -> list[str]:
+        texts = [record.getMessage() for record in caplog.records]
+        return [text.partition("RuntimeError")[2] for text in texts if "plugin failed" in text]
+
+    disk = Disk(RuntimeError("one"))
+    async with make_pool(quick, disk, pollers=2):
+        await disk.is_asked(10)
+        assert logged() == [": one"]
+        disk.reason = RuntimeError("two")
+        await disk.is_asked(5)
+        assert logged() == [": one"]  # the minute is not over
+        monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
+        await disk.is_asked(5)
+        assert logged() == [": one", ": two"]
+        disk.reason = None
+        await disk.is_asked(1)
+        disk.reason = RuntimeError("two")
+        await disk.is_asked(5)
+        assert logged() == [": one", ": two", ": two"]
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("no such device"), 7])

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REFUSAL_LOG_SECONDS = 60.0
+"""The errors of one plugin's `workpool_admission`, which is called each second, are logged at most
+this often."""
+
 
 class _Hooks:
     """The hooks of a plugin that were checked, as an object that pluggy registers."""
@@ -62,6 +66,18 @@ class _Adapter:
         return None
 
 
+class _LoggedError(NamedTuple):
+    """The error of a plugin's `workpool_admission` that was logged last.
+
+    Attributes:
+        text: Its text; empty once the hook has succeeded.
+        at: When it was logged, on the loop's clock.
+    """
+
+    text: str
+    at: float
+
+
 class Plugins:
     """The active plugins of one supervisor.
 
@@ -75,6 +91,7 @@ class Plugins:
         self._reported: set[tuple[str, str, type[BaseException]]] = (
             set()
         )  # written on the loop only
+        self._failing: dict[str, _LoggedError] = {}
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
@@ -121,12 +138,24 @@ class Plugins:
         for plugin, hook in self._refusers:
             try:
                 answer = _reason(plugin, guarded(plugin, "workpool_admission", hook, supervisor))
+                if plugin in self._failing:
+                    self._failing[plugin] = self._failing[plugin]._replace(text="")
             except PluginError as failure:
-                self._report(plugin, "workpool_admission", failure)
+                log_it = self._is_new_refusal(plugin, str(failure))
+                self._report(plugin, "workpool_admission", failure, log_it=log_it)
                 answer = "workpool_admission failed"
             if answer is not None:
                 return f"{plugin}: {answer}"
         return None
+
+    def _is_new_refusal(self, plugin: str, text: str) -> bool:
+        """Return whether to log an error of `workpool_admission`, and note that it is logged."""
+        now = asyncio.get_running_loop().time()
+        last = self._failing.get(plugin)
+        if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
+            return False
+        self._failing[plugin] = _LoggedError(text, now)
+        return True
 
     def describe(self) -> tuple[Plugin, ...]:
         """The active plugins, in the order of their calls."""
@@ -182,13 +211,22 @@ class Plugins:
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )
 
-    def _report(self, plugin: str, hook: str, failure: PluginError, *, tell: bool = True) -> None:
+    def _report(
+        self,
+        plugin: str,
+        hook: str,
+        failure: PluginError,
+        *,
+        tell: bool = True,
+        log_it: bool = True,
+    ) -> None:
         error = failure.__cause__ or failure
-        kind = (plugin, hook, type(error))
-        first = kind not in self._reported
-        self._reported.add(kind)
-        # One traceback for each type: an observer may fail ten times in each session.
-        log.error("plugin failed error=%s", failure, exc_info=error if first else None)
+        if log_it:
+            kind = (plugin, hook, type(error))
+            first = kind not in self._reported
+            self._reported.add(kind)
+            # One traceback for each type: an observer may fail ten times in each session.
+            log.error("plugin failed error=%s", failure, exc_info=error if first else None)
         event = PluginFailed(plugin, hook, error)
         if self.metrics is not None:
             self.metrics(event)
