@@ -141,6 +141,16 @@ async def test_sigterm_hands_the_item_back(
     assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
+async def test_inherited_exit_limits_are_named_as_without_effect(
+    start: Start, hand_off: Parent
+) -> None:
+    handed = await hand_off(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
+    command = await in_shell(start, handed, "sleep 0.3; echo done")
+    assert await command.ends() == 0
+    assert "settings without effect: exit_after_sessions, exit_after_uptime" in command.err
+    assert "done" in command.out
+
+
 async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:

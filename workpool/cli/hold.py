@@ -27,6 +27,8 @@ LAST_HEARTBEAT: Final = "WORKPOOL_HOLD_LAST_HEARTBEAT"
 TTL: Final = "WORKPOOL_HOLD_TTL"
 SESSION_ID: Final = "WORKPOOL_HOLD_SESSION_ID"
 GOOD: Final = frozenset({"completed", "stopped", "released"})
+NO_EFFECT: Final = ("exit_after_sessions", "exit_after_idle", "exit_after_uptime")
+"""Settings of a pool that polls; a child has them from the variables of its parent."""
 
 
 class _OwnSettings(Settings):
@@ -97,6 +99,8 @@ def hold(
     log_config.configure(
         "debug" if is_verbose(context) else settings.log_level, settings.log_format
     )
+    if ignored := [name for name in NO_EFFECT if getattr(settings, name) is not None]:
+        log_config.log.warning("hold: settings without effect: %s", ", ".join(ignored))
     program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()
     session = session_id or None
