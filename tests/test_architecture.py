@@ -68,13 +68,13 @@ def words(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def test_there_is_something_to_check() -> None:
+def test_checks_cover_modules_and_plugins() -> None:
     assert len(MODULES) > 40
     assert PLUGIN_MODULES
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
-def test_names_explain_themselves(path: Path) -> None:
+def test_module_and_class_names_have_no_vague_words(path: Path) -> None:
     banned = {word.rstrip("s") for word in BANNED}
     classes = [
         node.name
@@ -101,11 +101,11 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_every_module_says_what_it_owns(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_five_hooks() -> None:
+def test_hook_specifications_are_the_documented_five() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("workpool_")]
     assert sorted(hooks) == [
         "workpool_admission",
@@ -141,7 +141,7 @@ def suppressions(path: Path) -> list[str]:
     return [text for text in comments(path) if re.search(r"noqa|type: ignore|pragma:", text)]
 
 
-def test_suppressions_are_few_and_say_why() -> None:
+def test_suppressions_of_package_are_few_and_have_reasons() -> None:
     paths = [*MODULES, *PLUGIN_MODULES]
     found = [(path, text) for path in paths for text in suppressions(path)]
     for path, text in found:
@@ -153,7 +153,7 @@ def test_suppressions_are_few_and_say_why() -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_no_loop_hides_from_coverage_or_complexity(name: str) -> None:
+def test_event_loop_subclass_is_covered_and_simple(name: str) -> None:
     hidden = [text for text in suppressions(PACKAGE / name) if re.search("pragma|C901|PLR", text)]
     assert hidden == []
 
@@ -180,7 +180,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_imports_make_a_circle_those_for_types_included() -> None:
+def test_imports_including_those_for_types_form_no_cycle() -> None:
     modules = {module_of(path): path for path in [*MODULES, *PLUGIN_MODULES]}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
@@ -242,7 +242,7 @@ def test_plugins_use_the_public_api_only(path: Path) -> None:
         ("from workpool.server import ControlPlane", ["workpool.server"]),
     ],
 )
-def test_the_check_of_plugins_finds_what_is_private(source: str, found: list[str]) -> None:
+def test_private_import_of_plugin_is_found(source: str, found: list[str]) -> None:
     assert private_uses(source) == set(found)
 
 
@@ -252,7 +252,7 @@ def is_dialect(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
-def test_dialects_differ_in_their_tables_only(path: Path) -> None:
+def test_dialect_names_are_compared_in_dialect_tables_only(path: Path) -> None:
     compared = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
@@ -261,7 +261,7 @@ def test_dialects_differ_in_their_tables_only(path: Path) -> None:
     assert compared == []
 
 
-def test_no_place_of_a_workshop_is_named() -> None:
+def test_no_file_names_a_path_of_the_development_machine() -> None:
     pattern = re.compile(r"/work/(main|shared)|/root/|pypi\.org|pythonhosted|npmjs|debian\.org")
     suffixes = {".py", ".md", ".toml", ".yml", ".sql", ".txt"}
     named = [

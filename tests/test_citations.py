@@ -83,7 +83,7 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
         ("conformance", "protocol", "Leases"),
     ],
 )
-def test_modules_of_a_package_cite_its_document(part: str, document: str, heading: str) -> None:
+def test_modules_of_package_cite_its_document(part: str, document: str, heading: str) -> None:
     modules = (PACKAGE / part).rglob("*.py")
     cited = {each for path in modules for each in citations(path.read_text())}
     assert (f"workpool/docs/{document}.md", heading) in cited
@@ -93,11 +93,11 @@ def test_modules_of_a_package_cite_its_document(part: str, document: str, headin
 @pytest.mark.parametrize(
     "path", [each for each in MODULES if not relative(each).startswith(UNCHECKED)], ids=relative
 )
-def test_module_cites_nothing_outside_the_repository(path: Path) -> None:
+def test_module_cites_documents_of_repository_only(path: Path) -> None:
     assert strays(path.read_text()) == []
 
 
-def test_no_file_mentions_a_section_of_a_document_outside_of_the_repository() -> None:
+def test_no_file_cites_a_document_outside_repository() -> None:
     """All files, such as configuration, templates and pages: other documents number sections."""
     names = ["README.md", "CHANGELOG.md", "pyproject.toml", ".ci", "benchmarks", "plugins", "tests"]
     files = [
@@ -135,7 +135,7 @@ def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> N
         ('See README.md, "Semantics".', []),
     ],
 )
-def test_mention_of_a_document_that_is_no_citation_is_found(text: str, found: list[str]) -> None:
+def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
     assert strays(text) == found
 
 
@@ -157,26 +157,26 @@ def test_document_names_existing_files_only(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
-def test_link_inside_a_document_leads_to_a_heading(document: Path) -> None:
+def test_link_inside_document_leads_to_heading(document: Path) -> None:
     anchors = {
         re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings(document)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
 
 
-def test_table_of_states_is_the_table_of_the_code() -> None:
+def test_documented_table_of_states_equals_code() -> None:
     told = {(state, transition): then for state, transition, then, _ in rows("state")}
     assert told == TRANSITIONS
 
 
-def test_table_of_end_reasons_is_the_table_of_the_code() -> None:
+def test_documented_table_of_end_reasons_equals_code() -> None:
     told = [tuple(row) for row in rows("end reason")]
     assert told == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 
 
-def test_constants_have_the_values_of_the_code() -> None:
+def test_documented_constants_have_values_of_code() -> None:
     constants = rows("constant")
     assert constants
     for name, value in constants:

@@ -66,29 +66,29 @@ def block(marker: str, language: str = "python") -> str:
 
 
 @pytest.mark.parametrize("name", references.PAGES)
-def test_generated_part_of_a_page_matches_the_code(name: str) -> None:
+def test_generated_part_of_page_matches_code(name: str) -> None:
     """`python -m tests.references` writes it anew."""
     assert references.with_generated_part(page(name), references.PAGES[name]()) == page(name)
 
 
-def test_hook_of_the_specification_has_a_heading() -> None:
+def test_every_hook_has_a_heading_in_plugins_page() -> None:
     for name in vars(hookspecs):
         if name.startswith("workpool_"):
             assert re.search(rf"^## `{name}\(\w+\)`$", page("plugins.md"), re.MULTILINE), name
 
 
-def test_every_exit_status_is_in_the_table() -> None:
+def test_every_exit_status_is_in_documented_table() -> None:
     section = page("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
 
 
-def test_every_alert_is_in_the_table_of_the_operator() -> None:
+def test_every_alert_is_in_table_of_operating_page() -> None:
     alerts = re.findall(r"alert: (\w+)", (ROOT / "workpool/alerts.yml").read_text())
     assert re.findall(r"^\| `(Workpool\w+)` \|", page("operating.md"), re.MULTILINE) == alerts
 
 
-def test_cpu_times_of_the_readme_are_those_of_the_benchmarks() -> None:
+def test_cpu_times_in_readme_equal_benchmark_results() -> None:
     table = (ROOT / "benchmarks/README.md").read_text().partition("CPU ms/item")[2]
     measured = dict(re.findall(r"^\| ([\w-]+) +\| +\d+ \| +([\d.]+) \|", table, re.MULTILINE)[:4])
     [row] = re.findall(r"^\| CPU per item.*$", README.read_text(), re.MULTILINE)
@@ -96,7 +96,7 @@ def test_cpu_times_of_the_readme_are_those_of_the_benchmarks() -> None:
     assert re.findall(r"\| ([\d.]+) ms", row) == [f"{float(measured[name]):.1f}" for name in names]
 
 
-def test_gate_runs_both_test_commands_of_the_readme() -> None:
+def test_ci_script_runs_both_test_commands_of_readme() -> None:
     commands = re.findall(r"^.* && \.venv/bin/poe \w+$", README.read_text(), re.MULTILINE)
     assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
     gate = (ROOT / ".ci/run").read_text().splitlines()
@@ -104,14 +104,14 @@ def test_gate_runs_both_test_commands_of_the_readme() -> None:
         assert f"{command} || exit" in gate  # errexit ignores a failure inside an && list
 
 
-def test_gate_runs_every_python_version_of_the_classifiers() -> None:
+def test_ci_script_runs_every_python_version_of_classifiers() -> None:
     gate = (ROOT / ".ci/run").read_text()
     [others] = re.findall(r"^for version in ([\d. ]+); do$", gate, re.MULTILINE)
     supported = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert supported == ["3.11", *others.split()]
 
 
-def test_test_tasks_select_each_test_in_exactly_one_tier() -> None:
+def test_each_test_is_selected_by_exactly_one_tier() -> None:
     """`poe test` keeps the `-m` of pytest's `addopts`, which `poe trials` inverts."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
@@ -132,7 +132,7 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=relative)
-def test_link_of_a_page_leads_to_a_file_and_heading_of_the_repository(path: Path) -> None:
+def test_link_of_page_leads_to_existing_file_and_heading(path: Path) -> None:
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         target, _, anchor = link.partition("#")
         file = (path.parent / target).resolve() if target else path
@@ -143,7 +143,7 @@ def test_link_of_a_page_leads_to_a_file_and_heading_of_the_repository(path: Path
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative)
-def test_page_is_reachable_from_the_readme(path: Path) -> None:
+def test_page_is_reachable_from_readme(path: Path) -> None:
     assert f"]({relative(path)})" in README.read_text()
 
 
@@ -188,14 +188,14 @@ async def handled_by(plugin: object, metadata: dict[str, str]) -> dict[str, str]
 
 
 @pytest.mark.usefixtures("plane")
-async def test_first_handler_writes_its_metadata(tmp_path: Path) -> None:
+async def test_documented_first_handler_writes_its_metadata(tmp_path: Path) -> None:
     names = run("# reports.py", tmp_path)
     done = await handled_by(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
 @pytest.mark.usefixtures("plane")
-async def test_pool_inside_an_application_runs_sessions(tmp_path: Path) -> None:
+async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
     names = run("# service.py", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -204,25 +204,25 @@ async def test_pool_inside_an_application_runs_sessions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_blocking_code_in_a_thread_returns_its_result(tmp_path: Path) -> None:
+async def test_documented_blocking_code_in_thread_returns_its_result(tmp_path: Path) -> None:
     names = run("pbkdf2_hmac", tmp_path)
     done = await handled_by(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
 @pytest.mark.usefixtures("plane")
-async def test_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
+async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
     scratch = run("# scratch.py", tmp_path)["scratch"]
     assert int((await handled_by(scratch, {"job": "scratch"}))["bytes"]) > 10
 
 
 @pytest.mark.usefixtures("plane")
-async def test_thread_with_a_flag_returns_its_result(tmp_path: Path) -> None:
+async def test_documented_thread_with_stop_flag_returns_its_result(tmp_path: Path) -> None:
     resize = run("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
 
 
-async def test_idempotency_key_is_the_same_in_a_second_run(tmp_path: Path) -> None:
+async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Path) -> None:
     names = run("# pay.py", tmp_path)
     pay = names["pay"]
 
@@ -243,7 +243,7 @@ async def test_idempotency_key_is_the_same_in_a_second_run(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("plane")
-async def test_session_that_is_handed_off_ends_with_its_program(
+async def test_documented_handoff_ends_session_with_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To a real holder, which ends the item with its program."""
@@ -262,7 +262,9 @@ async def test_session_that_is_handed_off_ends_with_its_program(
         await children[0].wait()  # it outlives its item by a moment, and must not this loop
 
 
-async def test_tool_uses_of_a_session_are_answered(tmp_path: Path, plane: ControlPlane) -> None:
+async def test_documented_handler_answers_tool_uses_of_session(
+    tmp_path: Path, plane: ControlPlane
+) -> None:
     names = run("async def talk(", tmp_path)
     script = json.loads(block('"custom": true', "json"))
     uses = [entry for entry in script if set(entry) == {"name", "input"}]  # no other participant
@@ -272,7 +274,7 @@ async def test_tool_uses_of_a_session_are_answered(tmp_path: Path, plane: Contro
 
 
 @pytest.mark.usefixtures("plane")
-async def test_plain_program_runs_until_a_signal(tmp_path: Path) -> None:
+async def test_documented_plain_program_runs_until_signal(tmp_path: Path) -> None:
     names = run("# program.py", tmp_path)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -282,7 +284,7 @@ async def test_plain_program_runs_until_a_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_pool_in_an_aiohttp_application_runs_sessions(tmp_path: Path) -> None:
+async def test_documented_pool_in_aiohttp_application_runs_sessions(tmp_path: Path) -> None:
     app: web.Application = run("# web_aiohttp.py", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
         assert (await finished({"job": "daily-report"}))["rows"] == "42"
@@ -292,7 +294,7 @@ async def test_pool_in_an_aiohttp_application_runs_sessions(tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("plane")
-async def test_failed_pool_fails_the_liveness_route(
+async def test_documented_liveness_route_fails_after_pool_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "wrong")
@@ -306,7 +308,7 @@ async def test_failed_pool_fails_the_liveness_route(
 
 
 @pytest.mark.usefixtures("plane")
-async def test_failed_pool_ends_the_application(
+async def test_documented_application_ends_after_pool_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "wrong")
@@ -323,7 +325,7 @@ async def test_failed_pool_ends_the_application(
 
 @pytest.mark.trial
 @pytest.mark.usefixtures("plane")
-async def test_pool_in_a_fastapi_application_runs_sessions(tmp_path: Path) -> None:
+async def test_documented_pool_in_fastapi_application_runs_sessions(tmp_path: Path) -> None:
     from httpx import ASGITransport, AsyncClient  # noqa: PLC0415 - only the trials have it
 
     app: FastAPI = run("# web_fastapi.py", tmp_path)["app"]
@@ -336,7 +338,7 @@ async def test_pool_in_a_fastapi_application_runs_sessions(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("plane")
-async def test_two_pools_with_shared_rate_limits_run_sessions(
+async def test_documented_pools_with_shared_rate_limits_run_sessions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = run("# two_pools.py", tmp_path)
@@ -352,7 +354,7 @@ async def test_two_pools_with_shared_rate_limits_run_sessions(
 
 
 @pytest.mark.usefixtures("plane")
-async def test_plugin_with_a_database_answers_from_it(tmp_path: Path) -> None:
+async def test_documented_plugin_with_database_reads_from_it(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
@@ -361,7 +363,7 @@ async def test_plugin_with_a_database_answers_from_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("plane")
-async def test_observer_prints_the_outcome(
+async def test_documented_observer_prints_outcome(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audit = run("class Audit", tmp_path)["Audit"]
@@ -371,7 +373,7 @@ async def test_observer_prints_the_outcome(
 
 
 @pytest.mark.usefixtures("plane")
-async def test_items_of_several_kinds_reach_their_handlers(tmp_path: Path) -> None:
+async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) -> None:
     names = run("# kinds.py", tmp_path)
     async with Supervisor(
         Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
@@ -423,24 +425,24 @@ def exists(path: str) -> bool:
     return True
 
 
-def test_code_name_of_every_term_exists() -> None:
+def test_code_name_of_every_glossary_term_exists() -> None:
     for term, _, code in entries_of_the_glossary():
         [path] = re.findall(r"`([\w.]+)`", code)
         assert exists(path), (term, path)
 
 
-def test_code_name_that_does_not_exist_is_found() -> None:
+def test_missing_code_name_of_glossary_term_is_found() -> None:
     assert not exists("pool.lease.Lease.no_such_name")
     assert not exists("pool.no_such_module")
 
 
-def test_term_of_the_glossary_has_one_sentence_and_one_entry() -> None:
+def test_glossary_term_has_one_sentence_and_one_entry() -> None:
     terms = [term for term, *_ in entries_of_the_glossary()]
     assert len(terms) == len(set(terms)) > 40
     assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in entries_of_the_glossary())
 
 
-def test_scripts_in_the_documents_name_tools_as_all_workers_know_them() -> None:
+def test_documented_scripts_use_tool_names_known_to_all_workers() -> None:
     """Workers of other vendors own the built-in tools in lower case only."""
     builtin = {"bash", "read", "write", "edit", "glob", "grep"}
     documents = [*PAGES, *ROOT.glob("plugins/*/*.md")]

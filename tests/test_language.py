@@ -100,17 +100,17 @@ def relative(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", files(), ids=relative)
-def test_text_of_module_is_plain_english(path: Path) -> None:
+def test_module_text_is_plain_english(path: Path) -> None:
     assert problems(path.read_text()) == []
 
 
 @pytest.mark.parametrize("path", pages(), ids=relative)
-def test_text_of_page_has_no_banned_words(path: Path) -> None:
+def test_page_text_has_no_banned_words(path: Path) -> None:
     """Code blocks are checked too, except for names in backticks."""
     assert banned(path.read_text()) == []
 
 
-def test_name_of_no_test_begins_with_a_pronoun() -> None:
+def test_test_names_do_not_begin_with_pronouns() -> None:
     """The first words of a test's name are its subject."""
     words = "what|whatever|who|whoever|it|they|that|nobody"
     pattern = re.compile(rf"^\s*(?:async )?def (test_(?:{words})_\w+)", re.MULTILINE)
@@ -137,5 +137,5 @@ def test_every_banned_word_has_a_reason() -> None:
         ("# `bear` quotes a name", 0),
     ],
 )
-def test_problem_of_a_text_is_found(text: str, count: int) -> None:
+def test_problem_in_text_is_found(text: str, count: int) -> None:
     assert len(problems(text + "\n")) == count

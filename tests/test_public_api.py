@@ -9,7 +9,7 @@ import pytest
 import workpool
 
 
-def test_public_names() -> None:
+def test_public_names_are_the_documented_ones() -> None:
     assert sorted(workpool.__all__) == [
         "DaemonThreads",
         "LeaseLost",
@@ -34,7 +34,7 @@ def test_public_names() -> None:
     assert all(hasattr(workpool, name) for name in workpool.__all__)
 
 
-def test_importing_workpool_leaves_the_command_line_out() -> None:
+def test_import_of_workpool_does_not_import_command_line() -> None:
     code = "import sys, workpool; print({'typer', 'rich', 'pytest'} & set(sys.modules))"
     done = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -49,13 +49,13 @@ def printed(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_workpool_alone_imports_none_of_its_modules() -> None:
+def test_import_of_workpool_imports_none_of_its_modules() -> None:
     """The command line installs its signal handlers between this import and the slow ones."""
     code = "import sys, workpool; print([n for n in sys.modules if n.startswith('workpool.')])"
     assert printed(code) == "[]"
 
 
-def test_importing_workpool_leaves_signal_handlers_unchanged() -> None:
+def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
     code = (
         "import signal\n"
         "handlers = lambda: [signal.getsignal(each) for each in signal.valid_signals()]\n"
@@ -67,7 +67,7 @@ def test_importing_workpool_leaves_signal_handlers_unchanged() -> None:
     assert printed(code) == "True"
 
 
-def test_public_names_are_available_after_any_module_was_imported_first() -> None:
+def test_public_names_are_available_if_another_module_was_imported_first() -> None:
     code = "import workpool.testing, workpool\nprint(callable(workpool.handler), dir(workpool))"
     callable_, _, names = printed(code).partition(" ")
     assert callable_ == "True"
@@ -79,6 +79,6 @@ def test_public_modules_are_attributes_of_the_package() -> None:
     assert printed(code).count("<module") == 3
 
 
-def test_an_unknown_name_raises_attribute_error() -> None:
+def test_unknown_name_of_workpool_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'workpool' has no attribute 'nothing'"):
         workpool.nothing  # type: ignore[attr-defined] # noqa: B018

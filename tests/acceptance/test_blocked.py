@@ -169,7 +169,7 @@ async def test_exporter_that_raises_system_exit_ends_process(
     assert "raised by the exporter" in command.err
 
 
-async def test_failed_renewal_thread_with_running_loop_lets_handlers_clean_up(
+async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
     start: Start, plane: ControlPlane, folder: Path
 ) -> None:
     (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
@@ -186,7 +186,7 @@ async def test_failed_renewal_thread_with_running_loop_lets_handlers_clean_up(
     assert "pool failed" in command.err
 
 
-async def test_handler_blocked_on_full_stderr_does_not_keep_process(
+async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
     plane: ControlPlane, folder: Path
 ) -> None:
     """The handler holds the lock of the log's only output, which nobody reads."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_all_is_well(start: Start) -> None:
+async def test_check_without_problems_reports_ok_for_every_subject(start: Start) -> None:
     command = await start("check", "handlers")
     assert await command.ends() == 0
     lines = command.out.splitlines()
@@ -26,7 +26,7 @@ async def test_all_is_well(start: Start) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_key_that_may_not_query_statistics_is_well(
+async def test_check_with_key_that_may_not_query_statistics_succeeds(
     ask: Ask, plane: ControlPlane, dialect: str
 ) -> None:
     url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[dialect]
@@ -36,7 +36,7 @@ async def test_key_that_may_not_query_statistics_is_well(
     assert "FAIL" not in ended.out
 
 
-async def test_values_of_extra_headers_are_not_shown(ask: Ask) -> None:
+async def test_check_output_does_not_show_values_of_extra_headers(ask: Ask) -> None:
     headers = '{"x-worker-token": "hunter2-hunter2"}'
     ended = await ask("check", "handlers", "--json", WORKPOOL_EXTRA_HEADERS=headers)
     assert ended.status == 0
@@ -55,7 +55,7 @@ async def test_values_of_extra_headers_are_not_shown(ask: Ask) -> None:
         ([], {"WORKPOOL_BASE_URL": "http://127.0.0.1:9"}, 1, "control plane", "network"),
     ],
 )
-async def test_failed_check_says_what_to_do(
+async def test_failed_check_has_exit_status_and_names_setting(
     ask: Ask,
     arguments: list[str],
     variables: dict[str, str],
@@ -72,7 +72,7 @@ async def test_failed_check_says_what_to_do(
     assert said in failed["message"] + failed["advice"]
 
 
-async def test_probable_mistake_is_a_warning(ask: Ask) -> None:
+async def test_probable_mistake_in_settings_is_a_warning_of_check(ask: Ask) -> None:
     ended = await ask("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")
     assert ended.status == 0
     warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]
@@ -86,7 +86,7 @@ async def test_probable_mistake_is_a_warning(ask: Ask) -> None:
         assert any(said in line for line in warnings)
 
 
-async def test_plugins_shows_hooks_and_handlers(ask: Ask) -> None:
+async def test_plugins_command_as_json_lists_hooks_and_handlers(ask: Ask) -> None:
     ended = await ask("plugins", "handlers:finish", "--json")
     assert ended.status == 0
     found: dict[str, Any] = json.loads(ended.out)
@@ -104,7 +104,7 @@ async def test_plugins_shows_hooks_and_handlers(ask: Ask) -> None:
     ]
 
 
-async def test_plugins_in_plain_lines(ask: Ask) -> None:
+async def test_plugins_command_as_text_lists_plugins_and_handlers(ask: Ask) -> None:
     ended = await ask("plugins", "handlers")
     assert ended.status == 0
     rows = [line.split("\t") for line in ended.out.splitlines()]
@@ -113,7 +113,7 @@ async def test_plugins_in_plain_lines(ask: Ask) -> None:
     assert ["handler", "handlers.finish", "type=session do=finish"] in [row[:3] for row in rows]
 
 
-async def test_a_plugin_that_cannot_be_used(ask: Ask) -> None:
+async def test_plugins_command_with_unknown_plugin_suggests_a_name(ask: Ask) -> None:
     ended = await ask("plugins", "eco")
     assert ended.status == 2
     assert "did you mean 'echo'" in ended.err

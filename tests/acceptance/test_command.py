@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_no_arguments_print_the_help(bare: Start) -> None:
+async def test_command_without_arguments_prints_help(bare: Start) -> None:
     command = await bare()
     assert await command.ends() == 0
     for name in ("demo", "run", "serve", "check", "plugins", "new", "work"):
         assert name in command.out
 
 
-async def test_version(bare: Start) -> None:
+async def test_version_flag_prints_version(bare: Start) -> None:
     command = await bare("--version")
     assert await command.ends() == 0
     assert command.out == f"workpool {workpool.__version__}\n"
 
 
-async def test_an_unknown_command_is_bad_usage(bare: Start) -> None:
+async def test_unknown_command_ends_with_status_2(bare: Start) -> None:
     command = await bare("rnu")
     assert await command.ends() == 2
     assert command.out == ""
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
-async def test_without_the_extra_it_says_how_to_install_it(module: str) -> None:
+async def test_command_without_cli_extra_says_how_to_install_it(module: str) -> None:
     code = f"import sys; sys.modules[{module!r}] = None; from workpool.cli import main; main()"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", code),

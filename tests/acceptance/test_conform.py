@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_clauses_that_hold_end_with_status_0(ask: Ask, plane: ControlPlane) -> None:
+async def test_conform_with_holding_clauses_ends_with_status_0(
+    ask: Ask, plane: ControlPlane
+) -> None:
     ended = await ask("conform", plane.base_url, "--clause", "ack-starts", "--clause", "stop-force")
     assert ended.out.splitlines() == [
         "holds               ack-starts",
@@ -28,7 +30,7 @@ async def test_clauses_that_hold_end_with_status_0(ask: Ask, plane: ControlPlane
     assert ended.status == 0
 
 
-async def test_other_dialect_is_spoken_on_request(ask: Ask, plane: ControlPlane) -> None:
+async def test_conform_with_dialect_flag_uses_that_dialect(ask: Ask, plane: ControlPlane) -> None:
     ended = await ask(
         *("conform", plane.anthropic_base_url, "--dialect", "anthropic"),
         *("--clause", "stop-force", "--json"),
@@ -45,7 +47,7 @@ async def test_other_dialect_is_spoken_on_request(ask: Ask, plane: ControlPlane)
     ]
 
 
-async def test_dialect_that_the_address_does_not_speak_ends_with_status_4(
+async def test_conform_with_wrong_dialect_for_address_ends_with_status_4(
     ask: Ask, plane: ControlPlane
 ) -> None:
     ended = await ask("conform", plane.base_url, "--dialect", "anthropic", "--clause", "stop-force")
@@ -53,7 +55,7 @@ async def test_dialect_that_the_address_does_not_speak_ends_with_status_4(
     assert ended.status == 4
 
 
-async def test_clause_that_could_not_be_tried_ends_with_status_5(
+async def test_conform_with_untried_clause_ends_with_status_5(
     ask: Ask, plane: ControlPlane
 ) -> None:
     (item,) = plane.enqueue()
@@ -65,7 +67,9 @@ async def test_clause_that_could_not_be_tried_ends_with_status_5(
     assert ended.status == 5
 
 
-async def test_environment_with_foreign_items_is_refused(ask: Ask, plane: ControlPlane) -> None:
+async def test_conform_in_environment_with_foreign_items_is_refused(
+    ask: Ask, plane: ControlPlane
+) -> None:
     (item,) = plane.enqueue()
     ended = await ask("conform", plane.base_url)
     assert f"item {item.id} was not created by the suite; --test-environment" in ended.err
@@ -73,13 +77,17 @@ async def test_environment_with_foreign_items_is_refused(ask: Ask, plane: Contro
     assert plane.operations.get(ENVIRONMENT, item.id).state == "queued"
 
 
-async def test_test_environment_is_used_whatever_it_holds(ask: Ask, plane: ControlPlane) -> None:
+async def test_conform_with_test_environment_flag_accepts_foreign_items(
+    ask: Ask, plane: ControlPlane
+) -> None:
     plane.enqueue()
     ended = await ask("conform", plane.base_url, "--test-environment", "--clause", "ack-starts")
     assert ended.status == 0
 
 
-async def test_items_that_cannot_be_listed_end_with_status_3(ask: Ask, plane: ControlPlane) -> None:
+async def test_conform_without_permission_to_list_items_ends_with_status_3(
+    ask: Ask, plane: ControlPlane
+) -> None:
     variables = {"WORKPOOL_TOKEN": "wrong"}
     ended = await ask("conform", plane.base_url, **variables)
     assert "the items cannot be listed: HTTP 401" in ended.err
@@ -94,7 +102,7 @@ async def test_items_that_cannot_be_listed_end_with_status_3(ask: Ask, plane: Co
         (["--dialect", "klingon"], "dialect"),
     ],
 )
-async def test_bad_usage_ends_with_status_2(
+async def test_conform_with_invalid_arguments_ends_with_status_2(
     ask: Ask, plane: ControlPlane, arguments: list[str], said: str
 ) -> None:
     ended = await ask("conform", plane.base_url, *arguments)
@@ -102,7 +110,7 @@ async def test_bad_usage_ends_with_status_2(
     assert ended.status == 2
 
 
-async def test_control_plane_that_does_not_answer_ends_with_status_1(ask: Ask) -> None:
+async def test_conform_without_answer_of_control_plane_ends_with_status_1(ask: Ask) -> None:
     ended = await ask("conform", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9: no answer: ClientConnectorError" in ended.err
     assert ended.status == 1
@@ -111,7 +119,7 @@ async def test_control_plane_that_does_not_answer_ends_with_status_1(ask: Ask) -
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_served_control_plane_holds_every_clause(
+async def test_conform_of_embedded_control_plane_holds_every_clause(
     start: Start, plane: ControlPlane, dialect: str
 ) -> None:
     """In real time, which takes 80 s; the quick tests move the clock instead."""
@@ -123,7 +131,7 @@ async def test_served_control_plane_holds_every_clause(
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_slow_control_plane_is_not_misjudged(bare: Start) -> None:
+async def test_conform_of_slow_control_plane_finds_no_difference(bare: Start) -> None:
     """A fifth of a second for every answer must not look like lost leases."""
     faults = Faults()
     faults.add(delay(0.2))

@@ -32,7 +32,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-async def test_the_demo_keeps_its_promise(bare: Start) -> None:
+async def test_demo_loses_no_session_although_a_worker_is_killed(bare: Start) -> None:
     command = await bare("demo")
     assert await command.ends(100) == 0
     assert command.err == ""
@@ -49,7 +49,7 @@ async def test_the_demo_keeps_its_promise(bare: Start) -> None:
     assert "Try next" in command.out.partition("overlapping")[2]
 
 
-async def test_the_demo_of_ones_own_handler(bare: Start, folder: Path) -> None:
+async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: Path) -> None:
     (folder / "reports.py").write_text(
         "from workpool import Session, handler\n"
         '@handler(metadata={"job": "daily-report"})\n'
@@ -67,14 +67,14 @@ async def test_the_demo_of_ones_own_handler(bare: Start, folder: Path) -> None:
     assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
 
 
-async def test_a_handler_that_cannot_be_loaded_ends_the_demo(bare: Start) -> None:
+async def test_demo_with_unknown_handler_ends_with_status_2(bare: Start) -> None:
     command = await bare("demo", "nowhere:nothing")
     assert await command.ends() == 2
     assert "no module named 'nowhere'" in command.out
     assert "Try next" not in command.out
 
 
-async def test_ctrl_c_leaves_no_process_behind(bare: Start) -> None:
+async def test_demo_ended_by_ctrl_c_leaves_no_process(bare: Start) -> None:
     command = await bare("demo")
     lines = [await command.prints("runs pid=") for _ in range(2)]
     pids = [int(line.partition("pid=")[2].split()[0]) for line in lines]
@@ -83,7 +83,7 @@ async def test_ctrl_c_leaves_no_process_behind(bare: Start) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
-async def test_metadata_that_fits_no_handler_is_said(
+async def test_demo_with_metadata_that_match_no_handler_suggests_a_cause(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
@@ -95,7 +95,7 @@ async def test_metadata_that_fits_no_handler_is_said(
     assert "does --metadata match" in capsys.readouterr().out
 
 
-async def test_on_a_terminal_there_is_a_live_view(folder: Path) -> None:
+async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "demo", "--count", "4"),

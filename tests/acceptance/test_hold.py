@@ -84,7 +84,7 @@ async def in_shell(start: Start, handed: Handed, script: str) -> Command:
         (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
     ],
 )
-async def test_a_programs_exit_status_ends_the_item(
+async def test_exit_status_of_held_program_ends_item(
     client: WorkClient, start: Start, hand_off: Parent, status: int, means: object
 ) -> None:
     handed = await hand_off()
@@ -94,7 +94,7 @@ async def test_a_programs_exit_status_ends_the_item(
     assert (exits, item.state, dict(item.metadata)) == means
 
 
-async def test_a_program_finds_the_ids_and_no_credentials(
+async def test_held_program_gets_ids_but_no_credentials(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     handed = await hand_off(KEPT="yes", QODER_PAT="other")
@@ -113,7 +113,7 @@ async def test_a_program_finds_the_ids_and_no_credentials(
 
 
 @pytest.mark.parametrize("script", [LINGER, DEAF], ids=["obeys", "deaf"])
-async def test_an_operators_stop_ends_the_program(
+async def test_stop_request_ends_held_program_and_stops_item(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent, script: str
 ) -> None:
     """SIGTERM, the grace, SIGKILL; the item is stopped whatever it exits with."""
@@ -127,7 +127,7 @@ async def test_an_operators_stop_ends_the_program(
     assert kinds(plane, handed.work_id)[-1] == "stopped"
 
 
-async def test_sigterm_hands_the_item_back(
+async def test_sigterm_to_hold_releases_item(
     client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     """As `docker stop` and the end of a pod do: somebody else is to run it."""
@@ -151,7 +151,7 @@ async def test_inherited_exit_limits_are_named_as_without_effect(
     assert "done" in command.out
 
 
-async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
+async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     handed = await hand_off()
@@ -168,7 +168,7 @@ async def test_a_lost_lease_ends_the_program_and_nothing_more_is_sent(
     assert (await client.get(handed.work_id)).state == "starting"
 
 
-async def test_item_that_the_parent_has_taken_back_is_not_run(
+async def test_hold_of_item_taken_back_by_parent_runs_no_program(
     client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     handed = await hand_off()
@@ -181,7 +181,7 @@ async def test_item_that_the_parent_has_taken_back_is_not_run(
     assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
 
 
-async def test_nothing_of_the_program_outlives_a_holder_that_is_killed(
+async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
     start: Start, hand_off: Parent
 ) -> None:
     """Its lease lapses, and another worker starts the session anew."""
@@ -200,7 +200,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 """
 
 
-async def test_the_program_outlives_its_parent_and_the_terminal(
+async def test_held_program_survives_end_of_parent_and_of_terminal(
     plane: ControlPlane, client: WorkClient, hand_off: Parent, tmp_path: Any
 ) -> None:
     """The holder ends the item as if nothing had happened."""
@@ -241,7 +241,9 @@ async def test_the_program_outlives_its_parent_and_the_terminal(
     assert (await client.get(handed.work_id)).state == "stopped"
 
 
-async def test_bad_usage_takes_nothing(client: WorkClient, ask: Ask, hand_off: Parent) -> None:
+async def test_hold_with_invalid_arguments_leaves_item_alone(
+    client: WorkClient, ask: Ask, hand_off: Parent
+) -> None:
     handed = await hand_off()
     assert (await ask("hold", "true")).status == 2  # of which item?
     assert (await ask("hold", "no-such-program", **handed.variables)).status == 2
@@ -250,7 +252,7 @@ async def test_bad_usage_takes_nothing(client: WorkClient, ask: Ask, hand_off: P
     assert item.last_heartbeat == handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
 
 
-async def test_an_item_that_is_not_known_is_refused(start: Start) -> None:
+async def test_hold_of_unknown_item_ends_with_status_3(start: Start) -> None:
     command = await start(
         *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
     )

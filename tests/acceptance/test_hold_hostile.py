@@ -49,7 +49,7 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_no_block_is_entered_before_our_heartbeats_are_suspended() -> None:
+async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
     """A process that was stopped for a TTL: the wait is over, and no renewer has noticed."""
     scene = Scene()
     entered = False
@@ -67,7 +67,7 @@ async def test_no_block_is_entered_before_our_heartbeats_are_suspended() -> None
 
 
 @pytest.mark.acceptance
-async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_it(
+async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
     tmp_path: Path,
 ) -> None:
     """Its parent's lease has lapsed, and another worker is about to send its first heartbeat."""
@@ -92,7 +92,7 @@ async def test_a_child_that_comes_too_late_leaves_the_item_to_who_acknowledged_i
 
 
 @pytest.mark.acceptance
-async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: Path) -> None:
+async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path) -> None:
     """Parent and child read one WORKPOOL_CONFIG, as in the readme's examples of both."""
     config = tmp_path / "workpool.toml"
     config.write_text(
@@ -110,7 +110,7 @@ async def test_a_child_ignores_its_parents_plugins_in_a_shared_config(tmp_path: 
 
 
 @pytest.mark.acceptance
-async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_path: Path) -> None:
+async def test_held_program_receives_hangup_although_hold_ignores_it(tmp_path: Path) -> None:
     note = tmp_path / "ended"
     script = f"kill -HUP $$; touch {note}"
     async with ControlPlane() as plane:
@@ -124,7 +124,7 @@ async def test_the_program_is_not_deaf_to_a_hangup_because_its_holder_is(tmp_pat
 
 
 @pytest.mark.acceptance
-async def test_a_handoff_is_no_overlap_in_the_control_planes_summary() -> None:
+async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with client_of(plane, "parent") as parent:
@@ -135,7 +135,7 @@ async def test_a_handoff_is_no_overlap_in_the_control_planes_summary() -> None:
         assert plane.summary().overlapping == 0
 
 
-async def test_a_first_heartbeat_for_anothers_ack_is_an_overlap_all_the_same() -> None:
+async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
     """Only a child knows its parent's last heartbeat; that there was none, anybody can say."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()

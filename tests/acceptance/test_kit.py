@@ -86,7 +86,7 @@ def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         "anyio",
     ],
 )
-def test_async_tests_run_with_any_plugin(
+def test_async_tests_with_fixture_run_under_any_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
@@ -96,7 +96,7 @@ def test_async_tests_run_with_any_plugin(
     result.assert_outcomes(passed=3 + bool(virtual))
 
 
-def test_failure_shows_the_line_of_the_test_and_the_log_of_the_pool(
+def test_failing_test_with_fixture_shows_its_line_and_log_of_pool(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makepyfile(
@@ -125,7 +125,7 @@ def test_failure_shows_the_line_of_the_test_and_the_log_of_the_pool(
     assert "kit.py" not in str(result.stdout)
 
 
-def test_test_without_the_fixture_imports_nothing(pytester: pytest.Pytester) -> None:
+def test_test_without_fixture_imports_no_module_of_workpool(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import sys
@@ -157,7 +157,7 @@ async def test_coroutine(workpool): ...
 
 
 @pytest.mark.parametrize("place", ["conftest", "plugin", "module"])
-def test_fixtures_of_a_project_win_over_those_of_the_same_name(
+def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
     pytester: pytest.Pytester, place: str
 ) -> None:
     """Its coroutines stay with whoever runs them in that project: here nobody."""
@@ -174,7 +174,7 @@ def test_fixtures_of_a_project_win_over_those_of_the_same_name(
     result.stdout.fnmatch_lines("*async def functions are not natively supported*")
 
 
-def test_tests_of_a_fixture_that_extends_workpool_run(pytester: pytest.Pytester) -> None:
+def test_test_with_extended_fixture_runs(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         import pytest

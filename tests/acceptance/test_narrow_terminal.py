@@ -52,7 +52,7 @@ async def shown(plane: ControlPlane, folder: Path, width: int, *arguments: str) 
 
 
 @WIDTHS
-async def test_work_list_on_a_narrow_terminal_shows_whole_ids(
+async def test_work_list_on_narrow_terminal_shows_whole_ids(
     plane: ControlPlane, folder: Path, width: int
 ) -> None:
     items = plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
@@ -75,7 +75,7 @@ async def test_work_list_on_a_narrow_terminal_shows_whole_ids(
 
 
 @WIDTHS
-async def test_work_get_on_a_narrow_terminal_shows_whole_ids(
+async def test_work_get_on_narrow_terminal_shows_whole_ids(
     plane: ControlPlane, folder: Path, width: int
 ) -> None:
     [item] = plane.enqueue(metadata={"job": "a job with a long description" * 3})
@@ -85,7 +85,7 @@ async def test_work_get_on_a_narrow_terminal_shows_whole_ids(
     assert any("metadata" in line for line in lines)
 
 
-async def test_plugins_on_a_narrow_terminal_shows_whole_names(
+async def test_plugins_command_on_narrow_terminal_shows_whole_names(
     plane: ControlPlane, folder: Path
 ) -> None:
     lines = await shown(plane, folder, 40, "plugins", "handlers")

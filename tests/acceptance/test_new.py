@@ -53,7 +53,7 @@ def python(*arguments: str, folder: Path) -> str:
     [((), "workpool_daily_reports"), (("--class",), "workpool_daily_reports:DailyReportsPlugin")],
     ids=["function", "class"],
 )
-def test_tests_of_a_new_plugin_pass_and_it_can_be_installed(
+def test_new_plugin_passes_its_tests_and_can_be_installed(
     folder: Path, flags: tuple[str, ...], target: str
 ) -> None:
     ended = new(*flags, "daily-reports")
@@ -82,7 +82,7 @@ def test_tests_of_a_new_plugin_pass_and_it_can_be_installed(
 
 @pytest.mark.parametrize("flags", [(), ("--class",)], ids=["function", "class"])
 @pytest.mark.parametrize("name", ["reports", "session"])
-def test_new_plugin_follows_the_style_of_this_project(
+def test_new_plugin_passes_linter_and_formatter(
     folder: Path, flags: tuple[str, ...], name: str
 ) -> None:
     new(*flags, name)
@@ -93,7 +93,9 @@ def test_new_plugin_follows_the_style_of_this_project(
 
 
 @pytest.mark.parametrize("what", ["directory", "file", "dangling link"])
-def test_existing_file_is_not_changed(folder: Path, what: str) -> None:
+def test_new_plugin_over_existing_file_is_refused_and_changes_nothing(
+    folder: Path, what: str
+) -> None:
     place = folder / "reports"
     if what == "directory":
         place.mkdir()
@@ -112,21 +114,21 @@ def test_existing_file_is_not_changed(folder: Path, what: str) -> None:
     "name",
     ["", "Reports", "my_reports", "2nd", "a--b", "a-", "../up", "/x", "é", "a\n", "echo me", LONG],
 )
-def test_invalid_name_is_refused(folder: Path, name: str) -> None:
+def test_new_plugin_with_invalid_name_is_refused(folder: Path, name: str) -> None:
     ended = new(name)
     assert ended.status == 2
     assert "cannot be a plugin's name" in ended.err
     assert not list(folder.iterdir())
 
 
-def test_name_of_an_installed_plugin_is_refused(folder: Path) -> None:
+def test_new_plugin_with_name_of_installed_plugin_is_refused(folder: Path) -> None:
     ended = new("echo")
     assert ended.status == 2
     assert "a plugin named 'echo' is installed already" in ended.err
     assert not list(folder.iterdir())
 
 
-def test_directory_that_cannot_be_written_is_named(
+def test_new_plugin_in_directory_that_cannot_be_written_is_refused_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = folder / "gone"

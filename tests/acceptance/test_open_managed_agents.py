@@ -91,7 +91,7 @@ def results_of_the_page() -> dict[str, str]:
     return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}
 
 
-async def test_conform_finds_what_the_protocol_page_says_of_open_managed_agents(
+async def test_conform_of_open_managed_agents_finds_documented_differences(
     control_plane: OpenManagedAgents, bare: Start
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "any"}

@@ -66,7 +66,7 @@ def runs(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
-async def test_a_thousand_items_cost_four_requests_each(bare: Start, works: Path) -> None:
+async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) -> None:
     faults = Faults()
     async with ControlPlane(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
@@ -88,7 +88,7 @@ async def test_a_thousand_items_cost_four_requests_each(bare: Start, works: Path
 
 
 @pytest.mark.usefixtures("works")
-async def test_another_worker_finishes_what_a_killed_one_held(bare: Start) -> None:
+async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start) -> None:
     faults, clock = Faults(), Clock()
     async with ControlPlane(
         environments=(ENVIRONMENT,),
@@ -170,7 +170,7 @@ class Shell:
                 await asyncio.sleep(0.05)
 
 
-async def test_a_killed_control_plane_loses_nothing_and_its_worker_goes_on(
+async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
     bare: Start, works: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -34,7 +34,9 @@ def now(plane: ControlPlane, item: Item) -> Item:
     return operations.queue(ENVIRONMENT).get(item.id)
 
 
-async def test_drain_ends_with_0_once_the_queue_is_empty(start: Start, plane: ControlPlane) -> None:
+async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
+    start: Start, plane: ControlPlane
+) -> None:
     items = [enqueue(plane, "finish") for _ in range(20)]
     command = await start("run", "handlers", "--drain")
     assert await command.ends() == 0
@@ -43,7 +45,7 @@ async def test_drain_ends_with_0_once_the_queue_is_empty(start: Start, plane: Co
     assert command.out == ""  # logs are on stderr
 
 
-async def test_one_marked_function_of_a_module_in_the_current_directory(
+async def test_run_with_module_and_function_uses_that_handler_only(
     start: Start, plane: ControlPlane
 ) -> None:
     item, other = enqueue(plane, "finish"), enqueue(plane, "fail")
@@ -57,7 +59,7 @@ async def test_one_marked_function_of_a_module_in_the_current_directory(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_first_signal_lets_the_sessions_end(
+async def test_run_after_first_signal_lets_sessions_end(
     start: Start, plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue(plane, "wait")
@@ -70,9 +72,7 @@ async def test_a_first_signal_lets_the_sessions_end(
     assert "result=clean" in command.err
 
 
-async def test_session_that_a_drain_releases_is_not_stopped(
-    start: Start, plane: ControlPlane
-) -> None:
+async def test_session_released_by_drain_is_not_stopped(start: Start, plane: ControlPlane) -> None:
     item = enqueue(plane, "linger")
     command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
     await command.logs("linger runs")
@@ -83,7 +83,7 @@ async def test_session_that_a_drain_releases_is_not_stopped(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_second_signal_is_the_deadline(
+async def test_run_after_second_signal_ends_at_once_with_128_and_signal(
     start: Start, plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue(plane, "linger")
@@ -96,9 +96,7 @@ async def test_a_second_signal_is_the_deadline(
     assert now(plane, item).state == "active"
 
 
-async def test_an_abandoned_session_is_a_failure_and_does_not_keep_the_process(
-    start: Start, plane: ControlPlane
-) -> None:
+async def test_run_with_abandoned_session_ends_with_1(start: Start, plane: ControlPlane) -> None:
     enqueue(plane, "ignore")
     command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
     await command.logs("ignore runs")
@@ -107,7 +105,7 @@ async def test_an_abandoned_session_is_a_failure_and_does_not_keep_the_process(
     assert "abandoned=1" in command.err
 
 
-async def test_a_task_that_a_handler_left_running_does_not_keep_the_process(
+async def test_task_left_running_by_handler_does_not_keep_process_running(
     start: Start, plane: ControlPlane
 ) -> None:
     enqueue(plane, "spawn")
@@ -116,7 +114,7 @@ async def test_a_task_that_a_handler_left_running_does_not_keep_the_process(
     assert "abandoned name=orphan" in command.err
 
 
-async def test_blocking_code_in_a_thread_does_not_keep_the_process(
+async def test_blocking_code_in_thread_does_not_keep_process_running(
     start: Start, plane: ControlPlane
 ) -> None:
     enqueue(plane, "thread")
@@ -127,7 +125,7 @@ async def test_blocking_code_in_a_thread_does_not_keep_the_process(
     assert "thread still runs; abandoned name=workpool-blocking" in command.err
 
 
-async def test_users_thread_does_not_keep_the_process_and_is_named_in_the_log(
+async def test_thread_of_user_does_not_keep_process_running_and_is_logged_by_name(
     start: Start, plane: ControlPlane
 ) -> None:
     enqueue(plane, "own thread")
@@ -137,7 +135,7 @@ async def test_users_thread_does_not_keep_the_process_and_is_named_in_the_log(
     assert "idle-pool" not in command.err
 
 
-async def test_a_loop_blocked_for_too_long_ends_the_process(
+async def test_loop_blocked_for_max_block_ends_process_with_1(
     start: Start, plane: ControlPlane
 ) -> None:
     enqueue(plane, "block")
@@ -147,7 +145,7 @@ async def test_a_loop_blocked_for_too_long_ends_the_process(
     assert "in block" in command.err  # a line of the stacks
 
 
-async def test_health_and_metrics_answer_while_a_handler_blocks_its_loop(
+async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     start: Start, plane: ControlPlane, folder: Path
 ) -> None:
     item = enqueue(plane, "block")
@@ -175,7 +173,7 @@ async def test_health_and_metrics_answer_while_a_handler_blocks_its_loop(
         ({"WORKPOOL_ENVIRONMENT_ID": CLOUD}, "400"),
     ],
 )
-async def test_refused_by_the_control_plane(
+async def test_run_refused_by_control_plane_ends_with_3(
     start: Start, variables: dict[str, str], said: str
 ) -> None:
     command = await start("run", "handlers", **variables)
@@ -193,7 +191,7 @@ async def test_refused_by_the_control_plane(
         (["run", "handlers", "--config", "nowhere.toml"], {}, "config"),
     ],
 )
-async def test_bad_usage_and_settings(
+async def test_run_with_invalid_arguments_or_settings_ends_with_2(
     ask: Ask, arguments: list[str], variables: dict[str, str], said: str
 ) -> None:
     ended = await ask(*arguments, **variables)
@@ -210,13 +208,15 @@ async def test_bad_usage_and_settings(
         (["handlers:nothing"], "has no 'nothing'"),
     ],
 )
-async def test_bad_plugins(start: Start, arguments: list[str], said: str) -> None:
+async def test_run_with_unknown_plugins_ends_with_2(
+    start: Start, arguments: list[str], said: str
+) -> None:
     command = await start("run", *arguments)
     assert await command.ends() == 2
     assert said in command.err
 
 
-async def test_a_port_in_use_is_named(start: Start) -> None:
+async def test_run_on_port_in_use_names_address_and_ends_with_2(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         command = await start("run", "handlers", "--metrics-listen", address)
@@ -225,7 +225,7 @@ async def test_a_port_in_use_is_named(start: Start) -> None:
     assert "metrics_listen" in command.err
 
 
-async def test_a_plugin_that_breaks_at_start_is_a_failure(start: Start, folder: Path) -> None:
+async def test_run_with_plugin_that_fails_to_start_ends_with_1(start: Start, folder: Path) -> None:
     (folder / "broken.py").write_text(
         "from contextlib import asynccontextmanager\n"
         "from workpool import handler, hookimpl\n"
@@ -244,7 +244,9 @@ async def test_a_plugin_that_breaks_at_start_is_a_failure(start: Start, folder: 
     assert "the database is away" in last["error"]["stack"]
 
 
-async def test_a_start_that_takes_for_ever_can_be_ended(start: Start, folder: Path) -> None:
+async def test_run_with_endless_plugin_start_ends_after_two_signals(
+    start: Start, folder: Path
+) -> None:
     (folder / "slow.py").write_text(
         "import asyncio, logging\n"
         "from contextlib import asynccontextmanager\n"
@@ -266,7 +268,7 @@ async def test_a_start_that_takes_for_ever_can_be_ended(start: Start, folder: Pa
     assert await command.ends() in {130, 143}  # two at once may arrive in either order
 
 
-async def test_json_lines_carry_ids_and_errors(start: Start, plane: ControlPlane) -> None:
+async def test_json_log_lines_have_ids_and_errors(start: Start, plane: ControlPlane) -> None:
     item, bad = enqueue(plane, "finish"), enqueue(plane, "fail")
     command = await start("run", "handlers", "--drain", "--log-format", "json", "-v")
     assert await command.ends() == 0
@@ -281,7 +283,7 @@ async def test_json_lines_carry_ids_and_errors(start: Start, plane: ControlPlane
     assert "as it was asked to" in failed["error"]["stack"]
 
 
-async def test_flags_win_over_variables_and_those_over_the_file(
+async def test_run_flags_override_variables_and_variables_override_file(
     start: Start, plane: ControlPlane, folder: Path
 ) -> None:
     (folder / "greeter.py").write_text(
@@ -305,7 +307,7 @@ async def test_flags_win_over_variables_and_those_over_the_file(
     assert "drained result=clean" in command.err
 
 
-async def test_limits_given_as_flags_end_the_process_with_0(
+async def test_run_with_exit_after_sessions_flag_ends_with_0(
     start: Start, plane: ControlPlane
 ) -> None:
     items = [enqueue(plane, "finish") for _ in range(3)]
@@ -317,14 +319,16 @@ async def test_limits_given_as_flags_end_the_process_with_0(
     assert "result=clean" in command.err
 
 
-async def test_process_for_one_session_that_finds_no_work_ends_with_0(start: Start) -> None:
+async def test_run_for_one_session_without_work_ends_with_0(start: Start) -> None:
     flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")
     command = await start("run", "handlers", *flags)
     assert await command.ends() == 0
     assert "limit=exit_after_idle" in command.err
 
 
-async def test_sigusr1_pauses_and_sigusr2_resumes(start: Start, plane: ControlPlane) -> None:
+async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
+    start: Start, plane: ControlPlane
+) -> None:
     running = enqueue(plane, "wait")
     command = await start("run", "handlers")
     await command.logs("wait runs")

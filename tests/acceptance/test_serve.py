@@ -44,7 +44,9 @@ async def said(ask: Ask, asked: dict[str, str], *arguments: str, status: int = 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_serve_alone_works(bare: Start, ask: Ask, number: signal.Signals) -> None:
+async def test_serve_answers_both_dialects_until_signal(
+    bare: Start, ask: Ask, number: signal.Signals
+) -> None:
     command, ready = await serve(bare)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
     asked = variables(ready, ready["token"])
@@ -61,7 +63,7 @@ async def test_serve_alone_works(bare: Start, ask: Ask, number: signal.Signals) 
 
 
 @pytest.mark.trial
-async def test_serve_and_the_worker_of_the_anthropic_sdk_bring_a_session_to_its_end(
+async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
     bare: Start, ask: Ask, folder: Path
 ) -> None:
     from anthropic import AsyncAnthropic  # noqa: PLC0415 - installed with the trials only
@@ -93,7 +95,7 @@ async def test_serve_and_the_worker_of_the_anthropic_sdk_bring_a_session_to_its_
     assert await command.ends() == 0
 
 
-async def test_the_ready_line_for_people_is_what_a_worker_needs(bare: Start, ask: Ask) -> None:
+async def test_ready_line_of_serve_has_variables_that_a_worker_needs(bare: Start, ask: Ask) -> None:
     command = await bare("serve", "--port", "0")
     word, *pairs = (await command.prints()).split()
     assert word == "ready"
@@ -103,7 +105,7 @@ async def test_the_ready_line_for_people_is_what_a_worker_needs(bare: Start, ask
     assert await command.ends() == 0
 
 
-async def test_given_tokens_are_limited_and_never_printed(
+async def test_tokens_given_to_serve_are_limited_and_never_printed(
     bare: Start, ask: Ask, folder: Path
 ) -> None:
     (folder / "tokens").write_text(f"# a token, its environments\n{LIMITED} {ENVIRONMENT}\n")
@@ -132,7 +134,7 @@ def command_line(pid: int) -> str:
     return file.read_text() if file.exists() else ""
 
 
-async def test_token_of_the_environment_variable_is_accepted_and_not_in_the_process_list(
+async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
     bare: Start, ask: Ask
 ) -> None:
     command, ready = await serve(bare, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}")
@@ -145,7 +147,9 @@ async def test_token_of_the_environment_variable_is_accepted_and_not_in_the_proc
     assert TOKEN not in command.err
 
 
-async def test_store_with_a_row_that_cannot_be_read_ends_it(bare: Start, folder: Path) -> None:
+async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
+    bare: Start, folder: Path
+) -> None:
     command, _ = await serve(bare, "--store", "work.db")
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
@@ -160,7 +164,7 @@ async def test_store_with_a_row_that_cannot_be_read_ends_it(bare: Start, folder:
     assert "work.db: the row 'sess_1' cannot be read: metadata is malformed" in command.err
 
 
-async def test_a_store_on_disk_outlives_the_process(bare: Start, ask: Ask) -> None:
+async def test_items_in_store_on_disk_survive_restart_of_serve(bare: Start, ask: Ask) -> None:
     command, ready = await serve(bare, "--store", "work.db")
     asked = variables(ready, ready["token"])
     ids = (await said(ask, asked, "work", "enqueue", "--count", "3")).split()
@@ -173,7 +177,7 @@ async def test_a_store_on_disk_outlives_the_process(bare: Start, ask: Ask) -> No
     assert await command.ends() == 0
 
 
-async def test_reason_why_serve_cannot_start_is_printed(bare: Start, folder: Path) -> None:
+async def test_serve_that_cannot_start_prints_reason(bare: Start, folder: Path) -> None:
     (folder / "tokens").write_text("two words are a token and no-environment!\n")
     (folder / "notes.txt").write_text("this is no database" * 100)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -198,7 +202,9 @@ async def test_reason_why_serve_cannot_start_is_printed(bare: Start, folder: Pat
             assert command.out == ""
 
 
-async def test_faults_of_a_file_strike(bare: Start, ask: Ask, folder: Path) -> None:
+async def test_serve_with_fault_file_injects_its_faults(
+    bare: Start, ask: Ask, folder: Path
+) -> None:
     (folder / "faults.toml").write_text(
         "clock_skew = 90\n"
         '[[fault]]\nkind = "status"\ncode = 503\nops = ["enqueue"]\ntimes = 1\n'
@@ -224,7 +230,7 @@ async def test_faults_of_a_file_strike(bare: Start, ask: Ask, folder: Path) -> N
     assert "faults injected file=faults.toml count=2" in command.err
 
 
-async def test_a_store_that_cannot_be_written_ends_it(bare: Start, ask: Ask, folder: Path) -> None:
+async def test_serve_with_unwritable_store_ends_with_1(bare: Start, ask: Ask, folder: Path) -> None:
     """Restarted, it goes on from what was promised; going on as it is, it could promise nothing."""
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # else its own file could not be written either
     command, ready = await serve(bare, "--store", str(folder / "work.db"), **unmeasured)

@@ -122,7 +122,7 @@ async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
     assert "ended early: 0 of 4 sessions done" in command.out
 
 
-async def test_hold_signalled_during_start_ends_with_0_and_leaves_the_item_to_its_parent(
+async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent(
     start_blocked: StartBlocked, plane: ControlPlane, folder: Path, go: Go
 ) -> None:
     settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
@@ -143,7 +143,7 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_the_item_to_it
 
 
 @pytest.mark.parametrize("module", ["aiohttp", "handlers"])
-async def test_second_signal_during_start_ends_the_process_at_once(
+async def test_run_signalled_twice_during_start_ends_at_once(
     start_blocked: StartBlocked, module: str
 ) -> None:
     command = await start_blocked(module, "run", "handlers")
@@ -152,7 +152,7 @@ async def test_second_signal_during_start_ends_the_process_at_once(
     assert await command.ends() in {130, 143}  # two at once may arrive in either order
 
 
-async def test_hangup_during_start_is_one_log_line(
+async def test_run_with_hangup_during_start_logs_one_line_and_continues(
     start_blocked: StartBlocked, plane: ControlPlane, go: Go
 ) -> None:
     [item] = plane.enqueue(metadata={"do": "finish"})
@@ -164,7 +164,7 @@ async def test_hangup_during_start_is_one_log_line(
     assert kinds(plane, item)[-1] == "stopped"
 
 
-async def test_sigusr1_during_start_starts_the_pool_paused(
+async def test_run_with_sigusr1_during_start_starts_paused(
     start_blocked: StartBlocked, plane: ControlPlane, go: Go
 ) -> None:
     [item] = plane.enqueue(metadata={"do": "finish"})
@@ -180,7 +180,7 @@ async def test_sigusr1_during_start_starts_the_pool_paused(
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v",), ("run-away",)])
-async def test_ctrl_c_during_start_of_any_other_command_ends_it(
+async def test_other_command_with_ctrl_c_during_start_ends(
     start_blocked: StartBlocked, arguments: tuple[str, ...]
 ) -> None:
     command = await start_blocked("aiohttp", *arguments)
@@ -209,7 +209,7 @@ def only_child(pid: int) -> int:
 
 
 @pytest.mark.usefixtures("as_process_1")
-async def test_sigterm_during_start_as_process_1_is_not_lost(
+async def test_run_as_process_1_with_sigterm_during_start_ends(
     start_blocked: StartBlocked, plane: ControlPlane, go: Go
 ) -> None:
     """The kernel drops signals to process 1 of a namespace that have no handler."""
@@ -224,7 +224,7 @@ async def test_sigterm_during_start_as_process_1_is_not_lost(
 # Signals to a pool that runs.
 
 
-async def test_hangup_of_a_running_pool_without_a_terminal_is_one_log_line(
+async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_continues(
     start: Start, plane: ControlPlane
 ) -> None:
     plane.enqueue(metadata={"do": "wait"})
@@ -277,7 +277,7 @@ async def on_terminal(plane: ControlPlane, folder: Path) -> AsyncIterator[OnTerm
 WORKPOOL = (sys.executable, "-m", "workpool")
 
 
-async def test_hangup_of_the_terminal_drains_the_pool(
+async def test_running_pool_whose_terminal_hangs_up_drains(
     on_terminal: OnTerminal, plane: ControlPlane
 ) -> None:
     [item] = plane.enqueue(metadata={"do": "wait"})
@@ -289,7 +289,7 @@ async def test_hangup_of_the_terminal_drains_the_pool(
     assert kinds(plane, item)[-1] == "stopped"
 
 
-async def test_hangup_of_a_shells_terminal_drains_its_foreground_job(
+async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
     on_terminal: OnTerminal, plane: ControlPlane
 ) -> None:
     [item] = plane.enqueue(metadata={"do": "wait"})
@@ -302,14 +302,14 @@ async def test_hangup_of_a_shells_terminal_drains_its_foreground_job(
     assert kinds(plane, item)[-1] == "stopped"
 
 
-async def test_hangup_of_the_terminal_ends_serve(on_terminal: OnTerminal) -> None:
+async def test_serve_whose_terminal_hangs_up_ends(on_terminal: OnTerminal) -> None:
     command, terminal = await on_terminal(*WORKPOOL, "serve", "--port", "0")
     await command.prints("ready")
     os.close(terminal)
     assert await command.ends() == 0
 
 
-async def test_sighup_while_the_terminal_is_open_is_one_log_line(
+async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_continues(
     on_terminal: OnTerminal, plane: ControlPlane
 ) -> None:
     plane.enqueue(metadata={"do": "wait"})
@@ -322,7 +322,7 @@ async def test_sighup_while_the_terminal_is_open_is_one_log_line(
     os.close(terminal)
 
 
-async def test_nohup_keeps_the_pool_running_when_the_terminal_hangs_up(
+async def test_running_pool_under_nohup_continues_when_terminal_hangs_up(
     on_terminal: OnTerminal, plane: ControlPlane
 ) -> None:
     plane.enqueue(metadata={"do": "wait"})

@@ -79,7 +79,7 @@ def variables() -> dict[str, str]:
     }
 
 
-def test_every_step_does_what_it_says(tmp_path: Path) -> None:
+def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     place = checkout(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
         ["/bin/bash", "-c", script_of(blocks(), free_port())],
@@ -99,6 +99,6 @@ def test_every_step_does_what_it_says(tmp_path: Path) -> None:
     assert (tmp_path / "reports" / "workpool_reports.py").exists()
 
 
-def test_the_steps_are_all_there() -> None:
+def test_tutorial_has_all_its_steps() -> None:
     kinds = [language for language, _ in blocks()]
     assert kinds == ["console", "console", "python", "python", "console", "console", "console"]

@@ -88,7 +88,7 @@ def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deploym
         assert "[pytest11]\nworkpool = pytest_workpool\n" in wheel.read(points).decode()
 
 
-def test_source_distribution_holds_every_tracked_file_but_those_for_the_working_copy(
+def test_source_distribution_contains_every_tracked_file_except_hidden_ones(
     copy: Path, tracked: set[str], tmp_path: Path
 ) -> None:
     left_out = {name for name in tracked if name.startswith(".") and name != ".gitignore"}
@@ -96,7 +96,7 @@ def test_source_distribution_holds_every_tracked_file_but_those_for_the_working_
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_distributions_of_a_plugin_hold_its_tracked_files(
+def test_distributions_of_plugin_contain_its_tracked_files(
     copy: Path, tracked: set[str], tmp_path: Path, name: str
 ) -> None:
     project, folder = copy / "plugins" / name, f"plugins/{name}/"

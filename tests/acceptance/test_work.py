@@ -24,7 +24,7 @@ async def out(ask: Ask, *arguments: str) -> str:
     return ended.out
 
 
-async def test_from_a_shell(start: Start) -> None:
+async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(start: Start) -> None:
     command = await start("work", "enqueue", "--count", "2")
     assert await command.ends() == 0
     assert [line[:5] for line in command.out.splitlines()] == ["work_", "work_"]
@@ -33,7 +33,7 @@ async def test_from_a_shell(start: Start) -> None:
     assert command.err == "workpool: get: 404 no such work item in this environment\n"
 
 
-async def test_the_life_of_items_by_hand(ask: Ask) -> None:
+async def test_work_commands_cover_life_of_item(ask: Ask) -> None:
     printed = await out(ask, "enqueue", "--count", "3", "--metadata", "job=a", "--metadata", "n=")
     first, second, third = printed.splitlines()
     assert all(each.startswith("work_") for each in (first, second, third))
@@ -62,7 +62,7 @@ async def test_the_life_of_items_by_hand(ask: Ask) -> None:
     assert [item["type"] for item in created] == ["healthcheck"]
 
 
-async def test_a_scripted_session_from_the_shell(
+async def test_work_enqueue_with_script_creates_scripted_session(
     ask: Ask, folder: Path, plane: ControlPlane
 ) -> None:
     (folder / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
@@ -84,7 +84,7 @@ async def test_a_scripted_session_from_the_shell(
         ({"WORKPOOL_LEASE_TTL": "1"}, 2, "lease_ttl"),
     ],
 )
-async def test_refusal_is_one_line_and_an_exit_status(
+async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_status(
     ask: Ask, variables: dict[str, str], status: int, said: str
 ) -> None:
     ended = await ask("work", "stats", **variables)
@@ -94,7 +94,7 @@ async def test_refusal_is_one_line_and_an_exit_status(
     assert ended.out == ""
 
 
-async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
+async def test_work_command_with_invalid_arguments_ends_with_2(ask: Ask, folder: Path) -> None:
     (folder / "bad.json").write_text("{")
     (folder / "object.json").write_text("{}")
     (folder / "script.json").write_text('[{"name": 5}]')
@@ -117,7 +117,7 @@ async def test_bad_arguments_are_usage_errors(ask: Ask, folder: Path) -> None:
         assert ended.out == ""
 
 
-async def test_stop_with_a_key_that_may_not_read_shows_the_item(
+async def test_work_stop_under_key_that_may_not_read_shows_item(
     ask: Ask, plane: ControlPlane
 ) -> None:
     """In the anthropic dialect a stop is answered without the item."""

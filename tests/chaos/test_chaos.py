@@ -29,7 +29,7 @@ SHORT = Weather(
 )
 
 
-async def test_a_storm_loses_nothing_and_runs_nothing_twice_at_once(tmp_path: Path) -> None:
+async def test_storm_of_faults_loses_no_item_and_runs_none_twice_at_once(tmp_path: Path) -> None:
     verdict = await Storm(SHORT, tmp_path).blow()
     assert verdict.broken == [], report(SHORT, verdict)
     # It was a storm: no slow machine makes these happen less than once.

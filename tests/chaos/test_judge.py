@@ -58,7 +58,7 @@ def judged(journal: Lines, trace: Lines, actions: Lines | None = None) -> Verdic
     return Judge(journal, trace, actions or [], WORKERS, slack=SLACK).judge(["w"])
 
 
-def test_a_calm_is_a_calm() -> None:
+def test_judge_accepts_trace_without_faults() -> None:
     verdict = judged(CALM, CALM_TRACE)
     assert verdict.broken == []
     assert verdict.counts["runs"] == verdict.counts["enqueued"] == verdict.counts["stopped"] == 1
@@ -102,19 +102,19 @@ def test_a_calm_is_a_calm() -> None:
         ),
     ],
 )
-def test_a_breach_is_found(journal: Lines, trace: Lines, said: str) -> None:
+def test_judge_reports_each_kind_of_violation(journal: Lines, trace: Lines, said: str) -> None:
     found = judged(journal, trace).broken
     assert any(said in text for text in found), found
 
 
-def test_late_reading_is_excused_by_the_measured_lag() -> None:
+def test_judge_excuses_late_request_by_measured_lag() -> None:
     journal = [*HANDED_ON, came(12.5, "update", A), *END]
     assert judged(journal, []).broken
     assert judged([*journal, {"t": 12.6, "what": "lag", "seconds": 2.0}], []).broken == []
     assert judged([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
-def test_operators_and_acks_may_come_at_any_time() -> None:
+def test_judge_accepts_stops_of_operators_and_late_acks() -> None:
     journal = [*HANDED_ON, came(13, "stop", None), came(14, "ack", A), *END]
     assert judged(journal, []).broken == []
 
@@ -123,7 +123,7 @@ WOKEN = [ran(1, 1, "start"), ran(12.5, 2, "start"), ran(14, 2, "returned")]
 STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
-def test_a_stopped_process_may_end_its_handler_once_it_wakes() -> None:
+def test_judge_lets_suspended_process_end_its_handler_after_it_resumes() -> None:
     verdict = judged([*HANDED_ON, *END], [*WOKEN, ran(16.1, 1, "cancelled")], STOP)
     assert verdict.broken == []
     assert verdict.counts["runs whose lease ended while stopped"] == 1
@@ -134,13 +134,13 @@ def test_a_stopped_process_may_end_its_handler_once_it_wakes() -> None:
     assert any("sent update" in text for text in sent.broken)
 
 
-def test_a_killed_process_runs_nothing_any_more() -> None:
+def test_judge_reports_run_of_lost_lease_unless_its_process_was_killed() -> None:
     kill = [{"t": 5, "what": "kill", "pid": 1}]
     assert judged([*HANDED_ON, *END], WOKEN, kill).broken == []
     assert judged([*HANDED_ON, *END], WOKEN, []).broken
 
 
-def test_a_lease_that_a_fault_expired_excuses_until_its_old_end() -> None:
+def test_judge_excuses_run_until_original_end_of_expired_lease() -> None:
     fault = {"t": 3, "what": "fault", "kind": "expired", "work_id": "w"}
     handed_on = [*held(0, A), fault, record(3, "lapsed", A), *held(4, B), *END]
     trace = [ran(1, 1, "start"), ran(5, 2, "start"), ran(6, 2, "returned")]

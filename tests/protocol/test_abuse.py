@@ -82,7 +82,7 @@ def padded(size: int) -> bytes:
     return b'{"metadata":{}}'.ljust(size)
 
 
-async def test_the_body_limit_is_exact(api: Api) -> None:
+async def test_body_at_size_limit_is_accepted_and_one_byte_more_is_400(api: Api) -> None:
     (item,) = api.plane.enqueue()
     answer = await api.update(item.id, data=BytesIO(padded(LIMIT)))
     assert answer.status == 200
@@ -99,7 +99,7 @@ BLOCKS: dict[str, Callable[[int], list[object]]] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-async def test_body_of_too_many_values_is_400(
+async def test_body_with_too_many_values_is_400(
     api: Api, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_values, "VALUES_MAX", 1000)
@@ -117,7 +117,7 @@ async def test_body_of_too_many_values_is_400(
     assert (await api("POST", api.work(), data=orjson.dumps(script))).status == 400
 
 
-async def test_text_of_any_size_is_one_value(api: Api) -> None:
+async def test_text_of_any_size_counts_as_one_value(api: Api) -> None:
     text = "{}," * 1_000_000
     answer = await api("POST", api.work(), data=BytesIO(orjson.dumps({"metadata": {"k": text}})))
     assert answer.status == 200
@@ -137,7 +137,7 @@ async def test_text_of_any_size_is_one_value(api: Api) -> None:
         ("POST", "/{id}/stop"),
     ],
 )
-async def test_an_oversized_body_is_400_everywhere(qoder: Api, method: str, path: str) -> None:
+async def test_oversized_body_of_any_call_is_400(qoder: Api, method: str, path: str) -> None:
     (item,) = qoder.plane.enqueue()
     url = qoder.work(path.format(id=item.id))
     answer = await qoder(method, url, data=BytesIO(b" " * (LIMIT + 1)))
@@ -145,20 +145,20 @@ async def test_an_oversized_body_is_400_everywhere(qoder: Api, method: str, path
     assert await qoder.state(item.id) == "queued"
 
 
-async def test_a_bomb_is_400(qoder: Api) -> None:
+async def test_compressed_body_above_size_limit_is_400(qoder: Api) -> None:
     bomb = zlib.compress(b" " * (16 * LIMIT))
     answer = await qoder("POST", qoder.work(), data=bomb, headers={"Content-Encoding": "deflate"})
     assert answer.status == 400
 
 
-async def test_an_endless_chunked_body_is_400(plane: ControlPlane) -> None:
+async def test_endless_chunked_body_is_400(plane: ControlPlane) -> None:
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     answer = await raw(plane, head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80))
     assert status(answer) == 400
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_a_small_body_where_none_belongs_is_ignored(plane: ControlPlane, method: str) -> None:
+async def test_small_body_of_call_without_body_is_ignored(plane: ControlPlane, method: str) -> None:
     plane.enqueue()
     path = {"GET": "/poll", "POST": ""}[method]
     request = head(method, path, "Content-Length: 2")
@@ -200,7 +200,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-async def test_broken_http_is_4xx(plane: ControlPlane, name: str) -> None:
+async def test_malformed_http_request_is_4xx(plane: ControlPlane, name: str) -> None:
     answer = await raw(plane, BROKEN[name])
     assert status(answer) in range(400, 500), answer
     await alive(plane)
@@ -213,7 +213,7 @@ LATE = {
 
 
 @pytest.mark.parametrize("name", LATE)
-async def test_garbage_after_the_head_is_4xx(
+async def test_malformed_body_after_valid_headers_is_4xx(
     plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # aiohttp does not tell a handler that its body went bad: the limit of time does.
@@ -230,7 +230,7 @@ async def test_garbage_after_the_head_is_4xx(
     await alive(plane)
 
 
-async def test_a_body_that_never_comes_is_408(
+async def test_body_that_does_not_arrive_is_408(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
@@ -239,7 +239,7 @@ async def test_a_body_that_never_comes_is_408(
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
-async def test_large_bodies_are_read_a_few_at_a_time(
+async def test_large_bodies_are_read_few_at_a_time(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each that is read costs its size: the others wait in the buffers of the network."""
@@ -273,7 +273,7 @@ async def test_large_bodies_are_read_a_few_at_a_time(
     assert most == request_values.LARGE_BODIES_MAX
 
 
-async def test_small_body_does_not_wait_for_large_ones(plane: ControlPlane) -> None:
+async def test_small_body_does_not_wait_for_large_bodies(plane: ControlPlane) -> None:
     writers = []
     for _ in range(request_values.LARGE_BODIES_MAX):
         writers.append((await asyncio.open_connection("127.0.0.1", plane.port))[1])
@@ -284,13 +284,15 @@ async def test_small_body_does_not_wait_for_large_ones(plane: ControlPlane) -> N
         writer.close()
 
 
-async def test_a_client_that_leaves_in_the_middle_of_its_body(plane: ControlPlane) -> None:
+async def test_client_that_disconnects_during_body_creates_nothing(plane: ControlPlane) -> None:
     await raw(plane, head("POST", "", "Content-Length: 10"), b"{", eof=True)
     await alive(plane)
     assert len(plane.operations.queue(ENV)) == 0
 
 
-async def test_no_token_in_the_log(plane: ControlPlane, caplog: pytest.LogCaptureFixture) -> None:
+async def test_token_of_malformed_request_is_not_logged(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(0)
     for request in BROKEN.values():
         await raw(plane, request)
@@ -341,7 +343,7 @@ async def client() -> aiohttp.ClientSession:
     return aiohttp.ClientSession()
 
 
-def test_any_json_and_any_query_is_answered(
+def test_arbitrary_json_and_query_are_answered(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """On one server: what one request left behind must not trip the next."""

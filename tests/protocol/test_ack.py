@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_ack_moves_queued_to_starting(api: Api, clock: Clock) -> None:
+async def test_ack_moves_item_from_queued_to_starting(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
     clock.advance(2.75)
@@ -29,7 +29,7 @@ async def test_ack_moves_queued_to_starting(api: Api, clock: Clock) -> None:
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_a_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str) -> None:
+async def test_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str) -> None:
     work_id = await api.bring_to(state, "a")
     before = (await api.get(work_id)).body
     clock.advance(59)
@@ -40,7 +40,7 @@ async def test_a_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_never_delivered_may_be_acked_by_anyone(api: Api) -> None:
+async def test_item_never_delivered_can_be_acknowledged_by_any_worker(api: Api) -> None:
     (item,) = api.plane.enqueue()
     assert (await api.ack(item.id, worker="anyone")).status == 200
     assert (await api.poll()).body is None
@@ -50,7 +50,7 @@ async def test_never_delivered_may_be_acked_by_anyone(api: Api) -> None:
     ("polled_by", "acked_by", "status"),
     [("a", "a", 200), ("a", "b", 409), ("a", None, 200), (None, "b", 200), (None, None, 200)],
 )
-async def test_only_two_different_worker_ids_conflict(
+async def test_ack_by_worker_other_than_delivered_one_is_409(
     api: Api, polled_by: str | None, acked_by: str | None, status: int
 ) -> None:
     api.plane.enqueue()
@@ -63,13 +63,13 @@ async def test_only_two_different_worker_ids_conflict(
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_an_item_that_another_worker_holds_is_409(api: Api, state: str) -> None:
+async def test_ack_of_item_held_by_another_worker_is_409(api: Api, state: str) -> None:
     work_id = await api.bring_to(state, "a")
     assert (await api.ack(work_id, worker="b")).status == 409
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_the_former_deliverees_ack_is_409_once_redelivered(api: Api, clock: Clock) -> None:
+async def test_ack_by_former_worker_after_redelivery_is_409(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
     clock.advance(5)
@@ -78,7 +78,7 @@ async def test_the_former_deliverees_ack_is_409_once_redelivered(api: Api, clock
     assert (await api.ack(item["id"], worker="b")).status == 200
 
 
-async def test_a_late_ack_that_nobody_overtook_is_fine(api: Api, clock: Clock) -> None:
+async def test_late_ack_of_item_not_redelivered_is_accepted(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
     clock.advance(3600)
@@ -86,14 +86,14 @@ async def test_a_late_ack_that_nobody_overtook_is_fine(api: Api, clock: Clock) -
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
-async def test_a_stopping_or_stopped_item_is_409(api: Api, state: str) -> None:
+async def test_ack_of_stopping_or_stopped_item_is_409(api: Api, state: str) -> None:
     work_id = await api.bring_to(state)
     answer = await api.ack(work_id)
     assert answer.status == 409
     assert answer.error["type"] == "invalid_request_error"
 
 
-async def test_the_sibling_sdk_acks_without_a_worker_id_but_with_a_body(api: Api) -> None:
+async def test_anthropic_ack_without_worker_id_but_with_body_is_accepted(api: Api) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
     assert (await api.ack(item["id"], json={})).status == 200

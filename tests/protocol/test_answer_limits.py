@@ -48,7 +48,7 @@ def client_of(plane: ControlPlane) -> WorkClient:
 # -- one item ------------------------------------------------------------------------------------
 
 
-async def test_worker_can_read_every_answer_about_an_item_of_the_largest_size(qoder: Api) -> None:
+async def test_responses_about_largest_item_are_readable_by_worker(qoder: Api) -> None:
     created = await post(qoder, qoder.work(), {"metadata": metadata_of(4_000_000)})
     assert created.status == 200
     work_id = created.body["data"][0]["id"]
@@ -69,7 +69,7 @@ async def test_worker_can_read_every_answer_about_an_item_of_the_largest_size(qo
         assert len(await response.read()) <= ANSWER_LIMIT_BYTES
 
 
-async def test_metadata_above_the_limit_of_new_items_are_refused_with_the_limit(api: Api) -> None:
+async def test_metadata_above_limit_of_new_items_are_refused_with_limit(api: Api) -> None:
     too_large = metadata_of(NEW_METADATA_LIMIT_BYTES + 1)
     with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
@@ -79,7 +79,7 @@ async def test_metadata_above_the_limit_of_new_items_are_refused_with_the_limit(
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_update_above_the_limit_is_refused_and_not_applied(api: Api) -> None:
+async def test_update_above_metadata_limit_is_refused_and_not_applied(api: Api) -> None:
     (item,) = api.plane.enqueue(metadata=metadata_of(NEW_METADATA_LIMIT_BYTES))
     patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
     answers = [await api.update(item.id, json={"metadata": patch}) for patch in patches]
@@ -91,13 +91,13 @@ async def test_update_above_the_limit_is_refused_and_not_applied(api: Api) -> No
     assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
 
 
-async def test_metadata_that_grow_as_json_are_measured_as_json(api: Api) -> None:
+async def test_metadata_are_measured_by_size_as_json(api: Api) -> None:
     """A control character takes one byte of memory, and six of JSON."""
     with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
 
 
-async def test_metadata_of_too_many_entries_are_refused(api: Api) -> None:
+async def test_metadata_with_too_many_entries_are_refused(api: Api) -> None:
     allowed = {str(number): "" for number in range(METADATA_ENTRIES_MAX)}
     (item,) = api.plane.enqueue(metadata=allowed)
     with pytest.raises(APIError, match=str(METADATA_ENTRIES_MAX)):
@@ -114,7 +114,7 @@ async def test_metadata_of_too_many_entries_are_refused(api: Api) -> None:
         ("/sessions", {"agent": "agent_1", "environment_id": ENV}),
     ],
 )
-async def test_application_cannot_create_what_no_answer_carries(
+async def test_application_object_with_metadata_above_limit_is_refused(
     anthropic: Api, suffix: str, body: dict[str, Any]
 ) -> None:
     content = {**body, "metadata": metadata_of(NEW_METADATA_LIMIT_BYTES + 1)}
@@ -125,7 +125,7 @@ async def test_application_cannot_create_what_no_answer_carries(
 # -- many items ----------------------------------------------------------------------------------
 
 
-async def test_enqueue_whose_answer_repeats_too_much_is_refused(api: Api) -> None:
+async def test_enqueue_with_response_above_limit_is_refused(api: Api) -> None:
     content = {"count": 1000, "metadata": metadata_of(4_000_000)}
     answer = await post(api, api.work(), content)
     assert (answer.status, answer.error["param"]) == (400, "count")
@@ -133,7 +133,7 @@ async def test_enqueue_whose_answer_repeats_too_much_is_refused(api: Api) -> Non
     assert len(api.plane.operations.queue(ENV)) == 0
 
 
-async def test_worker_can_read_the_answer_to_the_largest_enqueue(qoder: Api) -> None:
+async def test_largest_enqueue_response_is_readable_by_worker(qoder: Api) -> None:
     size = ANSWER_LIMIT_BYTES // 1000 - 1024
     async with client_of(qoder.plane) as client:
         items = await client.enqueue(count=1000, metadata=metadata_of(size))
@@ -163,7 +163,7 @@ async def walk(api: Api, url: str, **query: str) -> tuple[list[str], int]:
         query.pop("before_id", None)
 
 
-async def test_pages_of_items_are_as_short_as_one_answer_requires(api: Api) -> None:
+async def test_item_pages_are_shortened_to_response_limit(api: Api) -> None:
     items = [api.plane.enqueue(metadata=metadata_of(MEGABYTE))[0].id for _ in range(11)]
     ids, largest = await walk(api, api.work())
     assert ids == items
@@ -174,7 +174,7 @@ async def test_pages_of_items_are_as_short_as_one_answer_requires(api: Api) -> N
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-async def test_page_has_one_item_of_the_largest_size(api: Api) -> None:
+async def test_item_page_with_largest_items_has_one_item(api: Api) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
         api.plane.operations.update(ENV, item.id, metadata_of(METADATA_LIMIT_BYTES))
@@ -184,9 +184,7 @@ async def test_page_has_one_item_of_the_largest_size(api: Api) -> None:
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_pages_of_sessions_are_as_short_as_one_answer_requires(
-    anthropic: Api, order: str
-) -> None:
+async def test_session_pages_are_shortened_to_response_limit(anthropic: Api, order: str) -> None:
     for _ in range(7):
         anthropic.plane.enqueue(metadata=metadata_of(MEGABYTE))
     ids, largest = await walk(anthropic, anthropic.base + "/sessions", order=order)
@@ -196,7 +194,7 @@ async def test_pages_of_sessions_are_as_short_as_one_answer_requires(
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_pages_of_events_are_as_short_as_one_answer_requires(api: Api, order: str) -> None:
+async def test_event_pages_are_shortened_to_response_limit(api: Api, order: str) -> None:
     session_id = scripted(api)
     for _ in range(9):
         assert (await send(api, session_id, message_of(MEGABYTE))).status == 200
@@ -213,7 +211,7 @@ def message_of(size: int) -> dict[str, Any]:
     return {"type": "user.message", "content": [{"type": "text", "text": "x" * size}]}
 
 
-async def test_streams_to_readers_that_do_not_read_hold_a_piece_of_the_history_each(
+async def test_streams_to_readers_that_do_not_read_use_limited_memory(
     qoder: Api,
 ) -> None:
     session_id = scripted(qoder)
@@ -247,7 +245,7 @@ async def open_stream(api: Api, session_id: str) -> asyncio.StreamWriter:
     return writer
 
 
-def test_allowance_for_an_item_covers_its_fields(dialect: str) -> None:
+def test_size_allowance_for_item_covers_all_its_fields(dialect: str) -> None:
     item = Item(
         id="work_" + "0" * 32,
         environment_id="e" * 128,

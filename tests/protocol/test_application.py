@@ -57,7 +57,7 @@ async def walked(api: Api, path: str, *params: tuple[str, str]) -> list[str]:
 # -- environments ------------------------------------------------------------------------------
 
 
-async def test_environment_is_created_and_served_at_once(anthropic: Api) -> None:
+async def test_created_environment_is_served_at_once(anthropic: Api) -> None:
     body = {**SELF_HOSTED, "description": "for tests", "metadata": {"team": "a"}}
     environment = (await post(anthropic, "/environments", body)).body
     assert environment == {
@@ -79,14 +79,14 @@ async def test_environment_is_created_and_served_at_once(anthropic: Api) -> None
     assert item["data"] == {"type": "session", "id": session["id"]}
 
 
-async def test_environments_are_listed_with_those_of_the_start(anthropic: Api) -> None:
+async def test_environment_list_includes_initial_environments(anthropic: Api) -> None:
     new = (await post(anthropic, "/environments", SELF_HOSTED)).body["id"]
     assert await walked(anthropic, "/environments") == sorted([ENV, OTHER, CLOUD, new])
     config = (await get(anthropic, f"/environments/{CLOUD}")).body["config"]
     assert (config["type"], config["networking"]) == ("cloud", {"type": "unrestricted"})
 
 
-async def test_token_of_one_environment_sees_and_creates_no_other(anthropic: Api) -> None:
+async def test_token_of_one_environment_cannot_see_or_create_others(anthropic: Api) -> None:
     anthropic.token = LIMITED
     assert await walked(anthropic, "/environments") == [ENV]
     assert (await get(anthropic, f"/environments/{OTHER}")).status == 403
@@ -114,7 +114,7 @@ async def test_malformed_environment_is_400(anthropic: Api, body: object, param:
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-async def test_environments_beyond_the_limit_are_400(anthropic: Api) -> None:
+async def test_environment_beyond_limit_is_400(anthropic: Api) -> None:
     for number in range(ENVIRONMENTS_MAX):
         anthropic.plane.operations.create_environment(str(number), None, {})
     assert (await post(anthropic, "/environments", SELF_HOSTED)).status == 400
@@ -123,7 +123,7 @@ async def test_environments_beyond_the_limit_are_400(anthropic: Api) -> None:
 # -- sessions ----------------------------------------------------------------------------------
 
 
-async def test_created_session_brings_work_with_its_metadata(anthropic: Api) -> None:
+async def test_created_session_has_item_with_its_metadata(anthropic: Api) -> None:
     session = await created(
         anthropic,
         agent={"type": "agent", "id": "agent_1", "version": 7},
@@ -150,7 +150,7 @@ async def test_created_session_brings_work_with_its_metadata(anthropic: Api) -> 
     assert (event["type"], event["content"]) == ("user.message", MESSAGE["content"])
 
 
-async def test_created_session_wakes_a_waiting_poll(anthropic: Api) -> None:
+async def test_created_session_wakes_waiting_poll(anthropic: Api) -> None:
     async def wait() -> Answer:
         return await anthropic.poll(params={"block_ms": "999"})
 
@@ -161,7 +161,7 @@ async def test_created_session_wakes_a_waiting_poll(anthropic: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_message_to_a_session_without_work_brings_new_work(anthropic: Api) -> None:
+async def test_message_to_session_without_work_creates_new_item(anthropic: Api) -> None:
     session = await created(anthropic, metadata={"job": "report"})
     url = f"/sessions/{session['id']}/events"
     assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 200
@@ -180,7 +180,7 @@ async def test_message_to_a_session_without_work_brings_new_work(anthropic: Api)
     }
 
 
-async def test_refused_message_brings_no_work(anthropic: Api) -> None:
+async def test_refused_message_creates_no_item(anthropic: Api) -> None:
     session_id = (await created(anthropic))["id"]
     await anthropic.stop((await anthropic.claim())["id"], json={"force": True})
     wrong = {"type": "user.tool_result", "tool_use_id": "evt_unknown"}
@@ -191,7 +191,7 @@ async def test_refused_message_brings_no_work(anthropic: Api) -> None:
     assert (await anthropic.poll()).body is None
 
 
-async def test_message_in_the_qoder_dialect_brings_no_work(qoder: Api) -> None:
+async def test_message_in_qoder_dialect_creates_no_item(qoder: Api) -> None:
     work_id = await qoder.bring_to("stopped")
     session_id = (await qoder.get(work_id)).body["data"]["id"]
     sent = await post(qoder, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
@@ -199,7 +199,7 @@ async def test_message_in_the_qoder_dialect_brings_no_work(qoder: Api) -> None:
     assert (await qoder.poll()).body is None
 
 
-async def test_session_with_a_script_plays_it_after_its_initial_events(anthropic: Api) -> None:
+async def test_session_created_with_script_runs_it_after_initial_events(anthropic: Api) -> None:
     script = [{"name": "bash", "input": {"command": "ls"}}]
     session = await created(anthropic, script=script, initial_events=[MESSAGE])
     events = (await get(anthropic, f"/sessions/{session['id']}/events")).body["data"]
@@ -237,7 +237,7 @@ async def test_session_with_a_script_plays_it_after_its_initial_events(anthropic
         ({"script": {}}, 400, "script"),
     ],
 )
-async def test_session_that_cannot_be_had_here_is_refused(
+async def test_invalid_session_is_refused(
     anthropic: Api, fields: dict[str, object], status: int, param: str | None
 ) -> None:
     body = {"agent": "agent_1", "environment_id": ENV, **fields}
@@ -247,13 +247,13 @@ async def test_session_that_cannot_be_had_here_is_refused(
     assert len(anthropic.plane.history) == (status == 200)
 
 
-async def test_sessions_are_listed_newest_first_unless_asked_otherwise(anthropic: Api) -> None:
+async def test_sessions_are_listed_newest_first_by_default(anthropic: Api) -> None:
     ids = [(await created(anthropic))["id"] for _ in range(5)]
     assert await walked(anthropic, "/sessions") == ids[::-1]
     assert await walked(anthropic, "/sessions", ("order", "asc")) == ids
 
 
-async def test_sessions_are_listed_by_time_status_agent_and_archive(
+async def test_sessions_are_filtered_by_time_status_agent_and_archive(
     anthropic: Api, clock: Clock
 ) -> None:
     first = (await created(anthropic, agent="agent_a"))["id"]
@@ -276,7 +276,7 @@ async def test_sessions_are_listed_by_time_status_agent_and_archive(
     assert {params: await walked(anthropic, "/sessions", *params) for params in lists} == lists
 
 
-async def test_list_that_goes_through_many_sessions_lets_other_calls_through(
+async def test_list_over_many_sessions_does_not_delay_other_calls(
     anthropic: Api,
 ) -> None:
     for _ in range(10 * SCAN_ROWS):
@@ -299,7 +299,7 @@ async def test_list_that_goes_through_many_sessions_lets_other_calls_through(
     assert ended == ["poll", "list"]
 
 
-async def test_sessions_of_other_environments_are_hidden_from_a_limited_token(
+async def test_sessions_of_other_environments_are_hidden_from_limited_token(
     anthropic: Api,
 ) -> None:
     await created(anthropic, environment_id=OTHER)
@@ -312,13 +312,13 @@ async def test_sessions_of_other_environments_are_hidden_from_a_limited_token(
     ("name", "value"),
     [("order", "up"), ("include_archived", "1"), ("created_at[gt]", "x"), ("page", "x")],
 )
-async def test_malformed_list_of_sessions_is_400(anthropic: Api, name: str, value: str) -> None:
+async def test_malformed_filter_of_sessions_is_400(anthropic: Api, name: str, value: str) -> None:
     answer = await get(anthropic, "/sessions", (name, value))
     assert (answer.status, answer.error["param"]) == (400, name)
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_archived_session_is_terminated_and_takes_no_event(anthropic: Api) -> None:
+async def test_archived_session_is_terminated_and_accepts_no_event(anthropic: Api) -> None:
     session_id = (await created(anthropic))["id"]
     item = await anthropic.claim()
     own = session_id.replace("session_", "sess_")
@@ -335,7 +335,7 @@ async def test_archived_session_is_terminated_and_takes_no_event(anthropic: Api)
 
 
 @pytest.mark.parametrize(("state", "then"), [("starting", "stopping"), ("active", "stopping")])
-async def test_archive_asks_the_worker_that_holds_the_item_to_stop(
+async def test_archive_of_session_with_held_item_requests_stop(
     anthropic: Api, state: str, then: str
 ) -> None:
     work_id = await anthropic.bring_to(state)
@@ -344,14 +344,14 @@ async def test_archive_asks_the_worker_that_holds_the_item_to_stop(
     assert await anthropic.state(work_id) == then
 
 
-async def test_archive_of_an_unknown_session_is_404(anthropic: Api) -> None:
+async def test_archive_of_unknown_session_is_404(anthropic: Api) -> None:
     assert (await post(anthropic, "/sessions/session_unknown/archive")).status == 404
 
 
 # -- both --------------------------------------------------------------------------------------
 
 
-async def test_environments_and_sessions_survive_a_restart(
+async def test_environments_and_sessions_survive_restart(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     def plane() -> ControlPlane:
@@ -376,11 +376,11 @@ async def test_environments_and_sessions_survive_a_restart(
 
 
 @pytest.mark.parametrize("path", ["/environments", "/sessions"])
-async def test_calls_of_an_application_are_not_in_the_qoder_dialect(qoder: Api, path: str) -> None:
+async def test_application_calls_in_qoder_dialect_are_404(qoder: Api, path: str) -> None:
     assert (await get(qoder, path)).status == 404
 
 
-async def test_anthropic_token_may_be_sent_as_an_api_key(anthropic: Api, qoder: Api) -> None:
+async def test_anthropic_token_is_accepted_as_api_key(anthropic: Api, qoder: Api) -> None:
     for api, status in ((anthropic, 200), (qoder, 401)):
         api.token, api.extra = None, {"X-Api-Key": TOKEN}
         assert (await api.poll()).status == status
@@ -391,7 +391,7 @@ async def test_anthropic_token_may_be_sent_as_an_api_key(anthropic: Api, qoder: 
     assert (await anthropic.poll()).status == 401
 
 
-async def test_calls_of_an_application_are_not_taken_for_calls_of_a_worker(
+async def test_application_calls_are_not_recorded_as_worker_calls(
     http: aiohttp.ClientSession,
 ) -> None:
     faults = Faults()

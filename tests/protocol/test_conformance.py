@@ -62,7 +62,7 @@ def suite_of(
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_clause_holds(
+async def test_clause_holds_for_embedded_control_plane(
     clause: Clause, plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
 ) -> None:
     finding = await suite_of(plane, http, clock, dialect).check(clause)
@@ -93,7 +93,7 @@ class Sleepers:
                 wake.set_result(None)
 
 
-async def test_suite_side_by_side_finds_what_single_clauses_find(
+async def test_suite_with_concurrent_clauses_finds_the_same_as_single_clauses(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
 ) -> None:
     sleepers = Sleepers(clock)
@@ -107,13 +107,13 @@ async def test_suite_side_by_side_finds_what_single_clauses_find(
     assert clock() - started < 120
 
 
-def test_every_clause_of_the_page_is_in_the_suite() -> None:
+def test_every_clause_of_protocol_page_is_in_suite() -> None:
     tables = re.findall(r"^\| clause \|.*?(?=\n\n)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\| `([a-z-]+)` \|", "\n".join(tables), re.MULTILINE)
     assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
 
 
-def test_results_of_the_page_count_every_clause() -> None:
+def test_documented_results_count_every_clause() -> None:
     results = re.findall(r"^\| `workpool serve` \|.*$", PAGE.read_text(), re.MULTILINE)
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
@@ -251,14 +251,14 @@ def without_query(name: str) -> Any:
         ),
     ],
 )
-async def test_difference_of_a_control_plane_is_found(
+async def test_difference_of_control_plane_is_found(
     http: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
     finding = await found_by(name, http, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_refused_read_of_an_item_is_a_harmless_difference(
+async def test_refused_read_of_item_is_a_harmless_difference(
     http: aiohttp.ClientSession,
 ) -> None:
     def refuse(request: web.Request) -> web.Response | None:
@@ -271,7 +271,7 @@ async def test_refused_read_of_an_item_is_a_harmless_difference(
     assert finding.verdict is Verdict.HOLDS  # looked up in the list
 
 
-async def test_lost_item_after_a_lapsed_lease_breaks_workers(http: aiohttp.ClientSession) -> None:
+async def test_item_lost_after_expired_lease_breaks_workers(http: aiohttp.ClientSession) -> None:
     polls = 0
 
     def once(_: web.Request) -> web.Response | None:
@@ -287,7 +287,7 @@ async def test_lost_item_after_a_lapsed_lease_breaks_workers(http: aiohttp.Clien
 # Environments and sources.
 
 
-async def test_environment_with_a_foreign_item_is_refused(
+async def test_environment_with_foreign_item_is_refused(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     (item,) = plane.enqueue()
@@ -296,7 +296,7 @@ async def test_environment_with_a_foreign_item_is_refused(
     assert plane.operations.get(ENV, item.id).state == "queued"
 
 
-async def test_environment_with_items_of_an_earlier_run_is_accepted(
+async def test_environment_with_items_of_earlier_run_is_accepted(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     for _ in range(2):
@@ -304,7 +304,7 @@ async def test_environment_with_items_of_an_earlier_run_is_accepted(
         assert finding.verdict is Verdict.HOLDS
 
 
-async def test_foreign_item_that_comes_later_ends_the_suite(
+async def test_foreign_item_created_during_run_ends_suite(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     suite = suite_of(plane, http, clock, "qoder", source=Intruding(plane))
@@ -323,7 +323,7 @@ class Intruding(EnqueueSource):
         return await super().create(api, script)
 
 
-async def test_test_environment_has_its_foreign_items_stopped(
+async def test_foreign_items_in_test_environment_are_stopped(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     items = plane.enqueue(3)
@@ -333,7 +333,7 @@ async def test_test_environment_has_its_foreign_items_stopped(
     assert {plane.operations.get(ENV, item.id).state for item in items} == {"stopped"}
 
 
-async def test_items_of_a_clause_are_stopped_after_it(
+async def test_items_of_clause_are_stopped_after_it(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     await suite_of(plane, http, clock, "qoder").run(clauses_named("list-pages", "ack-lease"))
@@ -341,7 +341,7 @@ async def test_items_of_a_clause_are_stopped_after_it(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_given_items_are_used_up(
+async def test_clauses_beyond_given_items_are_untried(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     given = [item.id for item in plane.enqueue(2)]
@@ -371,7 +371,7 @@ def clauses_named(*names: str) -> list[Clause]:
         b'{"data": [{"id": "work_1", "type": 7, "metadata": 7}], "next_page": "again"}',
     ],
 )
-async def test_nonsense_is_judged_and_never_raises(
+async def test_malformed_response_gets_verdict_without_exception(
     http: aiohttp.ClientSession, answer: bytes
 ) -> None:
     clock = Clock()
@@ -391,7 +391,7 @@ async def test_nonsense_is_judged_and_never_raises(
             assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
 
 
-async def test_control_plane_that_hangs_is_left_within_the_bound(
+async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
     http: aiohttp.ClientSession,
 ) -> None:
     hung = asyncio.Event()
@@ -415,7 +415,7 @@ async def test_control_plane_that_hangs_is_left_within_the_bound(
 HELD = ["active", "starting"]
 
 
-async def test_items_are_stopped_when_the_suite_is_cancelled(
+async def test_cancelled_suite_stops_its_items(
     plane: ControlPlane, http: aiohttp.ClientSession
 ) -> None:
     api = Api(http, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform")
@@ -427,7 +427,7 @@ async def test_items_are_stopped_when_the_suite_is_cancelled(
     assert {item.state for item in plane.operations.page(ENV).items} == {"stopped"}
 
 
-async def test_work_can_come_from_sessions(
+async def test_items_for_suite_can_come_from_created_sessions(
     plane: ControlPlane, http: aiohttp.ClientSession, clock: Clock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
@@ -453,7 +453,7 @@ OPTIONAL = {
 }
 
 
-async def test_key_of_a_worker_makes_no_other_difference_than_its_refusals(
+async def test_worker_key_causes_no_difference_except_refusals(
     http: aiohttp.ClientSession, clock: Clock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
@@ -466,7 +466,7 @@ async def test_key_of_a_worker_makes_no_other_difference_than_its_refusals(
             assert finding.verdict is expected, finding
 
 
-async def test_credentials_that_an_answer_repeats_are_not_shown(
+async def test_credentials_repeated_in_response_are_not_shown(
     http: aiohttp.ClientSession,
 ) -> None:
     def tell(request: web.Request) -> web.Response:
@@ -477,7 +477,7 @@ async def test_credentials_that_an_answer_repeats_are_not_shown(
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_oversized_answer_is_not_read(http: aiohttp.ClientSession) -> None:
+async def test_oversized_response_is_not_read(http: aiohttp.ClientSession) -> None:
     def tell(_: web.Request) -> web.Response:
         return web.Response(body=b" " * (ANSWER_LIMIT_BYTES + 1))
 

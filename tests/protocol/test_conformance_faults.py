@@ -240,7 +240,7 @@ CASES = {name: wrong for wrong in wrongs() for name in wrong.clauses.split()}
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_clause_finds_a_control_plane_that_is_wrong(
+async def test_clause_finds_fault_of_wrong_control_plane(
     clause: Clause, http: aiohttp.ClientSession
 ) -> None:
     wrong, clock = CASES[clause.name], Clock()

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-async def test_everything_has_a_default(http: aiohttp.ClientSession) -> None:
+async def test_control_plane_without_options_has_documented_defaults(
+    http: aiohttp.ClientSession,
+) -> None:
     async with ControlPlane() as plane:
         assert plane.environments == (DEFAULT_ENVIRONMENT,)
         assert plane.base_url == f"http://127.0.0.1:{plane.port}/api/v1/cloud"
@@ -40,11 +42,13 @@ async def test_everything_has_a_default(http: aiohttp.ClientSession) -> None:
         assert plane.summary().enqueued == 1
 
 
-async def test_two_planes_do_not_share_a_token() -> None:
+async def test_two_control_planes_have_different_tokens() -> None:
     assert ControlPlane().token != ControlPlane().token
 
 
-async def test_items_of_one_session(http: aiohttp.ClientSession) -> None:
+async def test_second_item_of_session_shares_its_status_and_metadata(
+    http: aiohttp.ClientSession,
+) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:
         (first,) = plane.enqueue(metadata={"of": "the session"})
         (second,) = plane.enqueue(session_id=first.session_id)
@@ -56,7 +60,7 @@ async def test_items_of_one_session(http: aiohttp.ClientSession) -> None:
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 
 
-async def test_nothing_is_left_behind_fifty_times(tmp_path: Path) -> None:
+async def test_control_plane_opened_fifty_times_leaves_nothing(tmp_path: Path) -> None:
     tasks, threads = asyncio.all_tasks(), threading.active_count()
     for number in range(50):
         plane = ControlPlane(store=SqliteStore(tmp_path / f"{number % 2}.db"))
@@ -73,7 +77,7 @@ async def test_nothing_is_left_behind_fifty_times(tmp_path: Path) -> None:
     gc.collect()
 
 
-async def test_an_entry_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_failed_start_of_control_plane_leaves_store_unlocked(tmp_path: Path) -> None:
     path = tmp_path / "work.db"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -84,7 +88,7 @@ async def test_an_entry_that_fails_leaves_nothing_behind(tmp_path: Path) -> None
         pass  # the file is not locked anymore
 
 
-async def test_an_entry_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+async def test_cancelled_start_of_control_plane_leaves_store_unlocked(tmp_path: Path) -> None:
     path = tmp_path / "work.db"
     for steps in range(8):
         plane = ControlPlane(store=SqliteStore(path))
@@ -116,7 +120,7 @@ async def test_an_entry_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) 
         ({"port": -1}, "port -1: not in"),
     ],
 )
-async def test_impossible_options_are_refused_at_the_start(
+async def test_invalid_options_are_refused_at_start(
     options: dict[str, object], problem: str
 ) -> None:
     with pytest.raises(ServeError, match=problem) as error:
@@ -125,21 +129,21 @@ async def test_impossible_options_are_refused_at_the_start(
     assert "two words" not in str(error.value)
 
 
-async def test_ipv6(http: aiohttp.ClientSession) -> None:
+async def test_control_plane_on_ipv6_address_answers(http: aiohttp.ClientSession) -> None:
     async with ControlPlane(host="::1") as plane:
         assert plane.base_url.startswith("http://[::1]:")
         api = Api(plane, http, "qoder", token=plane.token)
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 
-async def test_the_port_can_be_chosen() -> None:
+async def test_control_plane_listens_on_given_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     async with ControlPlane(port=port) as plane:
         assert plane.port == port
 
 
-async def test_middlewares_stand_around_every_answer(http: aiohttp.ClientSession) -> None:
+async def test_middlewares_apply_to_every_response(http: aiohttp.ClientSession) -> None:
     @web.middleware
     async def fault(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -156,7 +160,7 @@ async def test_middlewares_stand_around_every_answer(http: aiohttp.ClientSession
 # -- tokens -------------------------------------------------------------------------------------
 
 
-def test_a_token_file() -> None:
+def test_token_file_is_parsed_into_tokens_and_environments() -> None:
     text = f"# who may call\n\n{TOKEN}\n{LIMITED} {ENV} {OTHER}\n   padded\t{CLOUD}  \n"
     assert parse_token_file(text) == {
         TOKEN: None,
@@ -176,9 +180,7 @@ def test_a_token_file() -> None:
         ("secret-token" * 100, "line 1: a token must be"),
     ],
 )
-def test_mistakes_in_a_token_file_name_the_line_and_never_the_token(
-    text: str, problem: str
-) -> None:
+def test_mistake_in_token_file_is_reported_by_line_without_token(text: str, problem: str) -> None:
     with pytest.raises(ServeError, match=problem) as error:
         parse_token_file(text)
     assert "secret" not in str(error.value)

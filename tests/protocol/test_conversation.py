@@ -230,7 +230,7 @@ class Talker:
 
 
 @pytest.mark.trial
-async def test_kill_9_forgets_nothing_that_was_told(tmp_path: Path) -> None:
+async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) -> None:
     async with aiohttp.ClientSession() as http:
         async with server(tmp_path / "work.db") as (process, port):
             talkers = [Talker(http, port) for _ in range(4)]

@@ -72,13 +72,15 @@ CALLS: dict[str, tuple[str, Callable[[Api, str], Awaitable[Answer]]]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_call_is_answered_once_it_is_durable(api: Api, gate: Gate, call: str) -> None:
+async def test_call_is_answered_only_after_its_change_is_stored(
+    api: Api, gate: Gate, call: str
+) -> None:
     state, ask = CALLS[call]
     work_id = await api.bring_to(state)
     assert (await held_back(gate, ask(api, work_id))).status in {200, 204}
 
 
-async def test_a_session_and_its_events_are_told_once_they_are_durable(
+async def test_session_and_events_are_returned_only_after_they_are_stored(
     api: Api, gate: Gate
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
@@ -93,7 +95,7 @@ async def test_a_session_and_its_events_are_told_once_they_are_durable(
     assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 409
 
 
-async def test_a_conflict_tells_no_more_than_what_is_durable(api: Api, gate: Gate) -> None:
+async def test_conflict_is_answered_only_after_its_cause_is_stored(api: Api, gate: Gate) -> None:
     stopped = await api.bring_to("stopped")
     answers = [
         await held_back(gate, api.ack(stopped)),

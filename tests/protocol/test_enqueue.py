@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         (b'{"colour": ["ignored"]}', 1, {}),
     ],
 )
-async def test_items_come_back_in_creation_order(
+async def test_enqueued_items_are_returned_in_order_of_creation(
     api: Api, body: bytes, count: int, metadata: dict[str, str]
 ) -> None:
     answer = await api("POST", api.work(), data=body)
@@ -86,7 +86,7 @@ async def test_items_come_back_in_creation_order(
         (b" ", None),
     ],
 )
-async def test_a_bad_body_is_400_and_creates_nothing(
+async def test_malformed_enqueue_body_is_400_and_creates_nothing(
     api: Api, body: bytes, param: str | None
 ) -> None:
     answer = await api("POST", api.work(), data=body)
@@ -96,13 +96,13 @@ async def test_a_bad_body_is_400_and_creates_nothing(
     assert (await api.stats())["depth"] == 0
 
 
-async def test_other_types_of_work_can_be_created(api: Api) -> None:
+async def test_enqueue_with_other_type_creates_item_of_that_type(api: Api) -> None:
     answer = await api("POST", api.work(), json={"type": "healthcheck"})
     assert answer.status == 200
     assert (await api.claim())["data"]["type"] == "healthcheck"
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_both_dialects_see_the_same_items(qoder: Api, anthropic: Api) -> None:
+async def test_items_are_the_same_in_both_dialects(qoder: Api, anthropic: Api) -> None:
     created = (await anthropic("POST", anthropic.work())).body["data"][0]
     assert (await qoder.claim())["id"] == created["id"]

@@ -77,7 +77,7 @@ async def last(api: Api, session_id: str, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_scripted_session_from_its_first_event_to_its_last(api: Api) -> None:
+async def test_scripted_session_emits_events_from_first_to_last(api: Api) -> None:
     body = {"script": [BASH, {"name": "Read", "input": {"file_path": "a"}, "permission": "allow"}]}
     created = await api("POST", api.work(), json=body)
     assert created.status == 200
@@ -134,7 +134,7 @@ async def test_a_scripted_session_from_its_first_event_to_its_last(api: Api) -> 
     assert await status(api, session_id) == "idle"
 
 
-async def test_an_empty_script_is_done_at_once(api: Api) -> None:
+async def test_empty_script_ends_turn_at_once(api: Api) -> None:
     assert await types(api, scripted(api)) == [
         "user.message",
         "session.status_running",
@@ -143,14 +143,14 @@ async def test_an_empty_script_is_done_at_once(api: Api) -> None:
     ]
 
 
-async def test_every_session_of_one_enqueue_plays_the_script_for_itself(api: Api) -> None:
+async def test_each_session_of_one_enqueue_runs_script_separately(api: Api) -> None:
     first, second = (item.session_id for item in api.plane.enqueue(2, script=[BASH]))
     await send(api, first, result(await last(api, first, "agent.tool_use")))
     assert (await types(api, first))[-1] == "session.status_idle"
     assert (await types(api, second))[-1] == "agent.tool_use"
 
 
-async def test_a_custom_tool_use_is_waited_for(api: Api) -> None:
+async def test_script_waits_for_result_of_custom_tool_use(api: Api) -> None:
     session_id = scripted(api, CUSTOM, BASH)
     use, idle = (await history(api, session_id))[2:]
     assert (use["type"], use["name"]) == ("agent.custom_tool_use", "weather")
@@ -167,7 +167,7 @@ async def test_a_custom_tool_use_is_waited_for(api: Api) -> None:
     ]
 
 
-async def test_a_tool_use_that_asks_waits_for_a_confirmation(api: Api) -> None:
+async def test_script_waits_for_confirmation_of_tool_use_with_permission_ask(api: Api) -> None:
     session_id = scripted(api, {**BASH, "permission": "ask"})
     use, idle = (await history(api, session_id))[2:]
     assert use["evaluated_permission"] == "ask"
@@ -184,7 +184,9 @@ async def test_a_tool_use_that_asks_waits_for_a_confirmation(api: Api) -> None:
 
 
 @pytest.mark.parametrize("verdicts", [("allow", "deny"), ("deny", "allow"), ("allow", "allow")])
-async def test_one_batch_decides_once(api: Api, verdicts: tuple[str, str]) -> None:
+async def test_batch_with_two_confirmations_of_one_tool_use_is_409(
+    api: Api, verdicts: tuple[str, str]
+) -> None:
     session_id = scripted(api, {**BASH, "permission": "ask"})
     use = await last(api, session_id, "agent.tool_use")
     decision = {"type": "user.tool_confirmation", "tool_use_id": use["id"]}
@@ -193,7 +195,7 @@ async def test_one_batch_decides_once(api: Api, verdicts: tuple[str, str]) -> No
     assert len(await history(api, session_id)) == 4
 
 
-async def test_a_denied_tool_use_is_resolved_by_the_server(api: Api) -> None:
+async def test_denied_tool_use_is_answered_by_server(api: Api) -> None:
     session_id = scripted(api, {**BASH, "permission": "ask"}, {**BASH, "permission": "deny"})
     use = await last(api, session_id, "agent.tool_use")
     deny = {
@@ -227,7 +229,7 @@ async def test_a_denied_tool_use_is_resolved_by_the_server(api: Api) -> None:
     assert (late.status, late.error["type"]) == (409, "conflict_error")
 
 
-async def test_an_interrupt_ends_the_turn_and_a_message_goes_on(api: Api) -> None:
+async def test_interrupt_ends_turn_and_message_continues_script(api: Api) -> None:
     session_id = scripted(api, BASH, BASH)
     use = await last(api, session_id, "agent.tool_use")
     assert (await send(api, session_id, {"type": "user.interrupt"})).status == 200
@@ -245,7 +247,7 @@ async def test_an_interrupt_ends_the_turn_and_a_message_goes_on(api: Api) -> Non
     assert (await types(api, session_id))[-2:] == ["session.status_running", "agent.tool_use"]
 
 
-async def test_an_interrupt_with_a_message_begins_a_new_turn(api: Api) -> None:
+async def test_interrupt_with_message_begins_new_turn(api: Api) -> None:
     session_id = scripted(api, {**BASH, "permission": "ask"}, BASH)
     message = {"type": "user.message", "content": TEXT}
     assert (await send(api, session_id, {"type": "user.interrupt"}, message)).status == 200
@@ -259,7 +261,7 @@ async def test_an_interrupt_with_a_message_begins_a_new_turn(api: Api) -> None:
     ]
 
 
-async def test_a_message_after_the_end_gets_an_answer(api: Api) -> None:
+async def test_message_after_end_of_script_is_answered(api: Api) -> None:
     session_id = scripted(api)
     await send(api, session_id, {"type": "user.message", "content": TEXT})
     assert (await types(api, session_id))[4:] == [
@@ -274,7 +276,7 @@ async def test_a_message_after_the_end_gets_an_answer(api: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_batch_is_validated_whole(api: Api) -> None:
+async def test_batch_with_one_invalid_event_is_refused_completely(api: Api) -> None:
     session_id = scripted(api, BASH)
     use = await last(api, session_id, "agent.tool_use")
     before = await history(api, session_id)
@@ -292,7 +294,7 @@ async def test_a_batch_is_validated_whole(api: Api) -> None:
     assert (await send(api, session_id, message, result(use))).status == 200
 
 
-async def test_a_second_result_is_refused_whatever_it_says(api: Api) -> None:
+async def test_second_result_for_tool_use_is_409(api: Api) -> None:
     session_id = scripted(api, BASH, BASH)
     use = await last(api, session_id, "agent.tool_use")
     await send(api, session_id, result(use))
@@ -339,7 +341,7 @@ async def test_a_second_result_is_refused_whatever_it_says(api: Api) -> None:
          + b"[" * 260 + b"]" * 260 + b"}]}]}", "events"),
     ],
 )  # fmt: skip
-async def test_a_bad_send_is_400_and_appends_nothing(
+async def test_malformed_events_are_400_and_append_nothing(
     api: Api, body: bytes, param: str | None
 ) -> None:
     session_id = scripted(api, BASH)
@@ -349,7 +351,7 @@ async def test_a_bad_send_is_400_and_appends_nothing(
     assert len(await history(api, session_id)) == 3
 
 
-async def test_unknown_fields_are_ignored(api: Api) -> None:
+async def test_unknown_fields_of_event_are_dropped(api: Api) -> None:
     session_id = scripted(api)
     message = {"type": "user.message", "content": TEXT, "id": "evt_mine", "colour": "red"}
     (stored,) = (await send(api, session_id, message)).body["data"]
@@ -357,7 +359,9 @@ async def test_unknown_fields_are_ignored(api: Api) -> None:
     assert stored["id"] != "evt_mine"
 
 
-async def test_permissions_to_read_and_send_events(api: Api, http: aiohttp.ClientSession) -> None:
+async def test_events_can_be_read_and_sent_with_permission_only(
+    api: Api, http: aiohttp.ClientSession
+) -> None:
     mine, theirs = (
         api.plane.enqueue(environment_id=name, script=[BASH])[0].session_id for name in (ENV, OTHER)
     )
@@ -385,7 +389,7 @@ async def test_permissions_to_read_and_send_events(api: Api, http: aiohttp.Clien
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_the_list_is_walked_by_pages_in_both_directions(api: Api) -> None:
+async def test_event_pages_are_listed_in_both_directions(api: Api) -> None:
     session_id = scripted(api)
     for _ in range(5):
         await send(api, session_id, {"type": "user.message", "content": TEXT})
@@ -413,7 +417,7 @@ async def test_the_list_is_walked_by_pages_in_both_directions(api: Api) -> None:
     }  # fmt: skip
 
 
-async def test_a_session_in_which_nothing_was_said(api: Api) -> None:
+async def test_session_without_events_has_empty_history(api: Api) -> None:
     (item,) = api.plane.enqueue()
     assert await history(api, item.session_id) == []
     assert await status(api, item.session_id) == "idle"
@@ -424,7 +428,7 @@ async def test_a_session_in_which_nothing_was_said(api: Api) -> None:
     [{"limit": "0"}, {"limit": "x"}, {"page": "x"}, {"after_id": "work_" + "0" * 32},
      {"before_id": "evt_x"}, {"page": "after-evt_" + "0" * 32, "after_id": "evt_" + "0" * 32}],
 )  # fmt: skip
-async def test_a_bad_place_is_400(api: Api, params: dict[str, str]) -> None:
+async def test_invalid_position_in_event_list_is_400(api: Api, params: dict[str, str]) -> None:
     assert (await api("GET", path(api, scripted(api)), params=params)).status == 400
 
 
@@ -461,13 +465,13 @@ def told(api: Api, clock: Clock) -> str:
     return item.session_id
 
 
-async def test_events_in_descending_order_are_walked_to_the_oldest(api: Api, told: str) -> None:
+async def test_events_in_descending_order_are_listed_to_the_oldest(api: Api, told: str) -> None:
     assert await listed(api, told, ("order", "desc")) == ["4", "3", "2", "1", "0"]
     assert await listed(api, told, ("order", "asc")) == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize("name", ["types", "types[]"])
-async def test_events_of_chosen_types_only_are_listed(api: Api, told: str, name: str) -> None:
+async def test_events_are_filtered_by_type(api: Api, told: str, name: str) -> None:
     assert await listed(api, told, (name, "agent.message")) == ["0", "2", "4"]
     assert await listed(api, told, (name, "agent.message"), ("order", "desc")) == ["4", "2", "0"]
     both = [(name, "agent.message"), (name, "agent.thinking")]
@@ -489,7 +493,7 @@ async def test_events_of_chosen_types_only_are_listed(api: Api, told: str, name:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_events_within_times_are_listed(
+async def test_events_are_filtered_by_time(
     api: Api, told: str, bounds: dict[str, str], texts: list[str], order: str
 ) -> None:
     params = [(f"created_at[{name}]", value) for name, value in bounds.items()]
@@ -497,7 +501,7 @@ async def test_events_within_times_are_listed(
     assert await listed(api, told, *params, ("order", order)) == expected
 
 
-async def test_before_id_with_a_filter_gives_the_nearest_events_in_ascending_order(
+async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
     api: Api, told: str
 ) -> None:
     last_id = (await history(api, told))[-1]["id"]
@@ -518,7 +522,7 @@ async def test_before_id_with_a_filter_gives_the_nearest_events_in_ascending_ord
         ("created_at[lt]", ""),
     ],
 )
-async def test_malformed_filter_is_400_that_names_it(api: Api, name: str, value: str) -> None:
+async def test_malformed_event_filter_is_400_and_named(api: Api, name: str, value: str) -> None:
     answer = await api("GET", path(api, scripted(api)), params={name: value})
     assert (answer.status, answer.error["param"]) == (400, name)
 
@@ -532,7 +536,7 @@ async def test_after_id_in_descending_order_is_400(api: Api, told: str) -> None:
 # -- the agent's side, played by whoever embeds ------------------------------------------------
 
 
-async def test_partly_resolved_action_is_announced_again_with_the_rest(api: Api) -> None:
+async def test_partly_resolved_action_is_announced_again_with_remaining_calls(api: Api) -> None:
     (item,) = api.plane.enqueue()
     one, two, three = api.plane.emit(
         item.session_id,
@@ -559,7 +563,7 @@ async def test_partly_resolved_action_is_announced_again_with_the_rest(api: Api)
     assert await status(api, item.session_id) == "running"
 
 
-async def test_nothing_is_said_after_the_end(api: Api) -> None:
+async def test_event_to_terminated_session_is_409(api: Api) -> None:
     session_id = scripted(api, BASH)
     api.plane.emit(session_id, {"type": "session.status_terminated"})
     assert await status(api, session_id) == "terminated"
@@ -571,7 +575,7 @@ THREAD_ENDS = {"type": "session.thread_status_terminated", "session_thread_id": 
 
 
 @pytest.mark.parametrize("kind", ["agent.tool_use", "agent.custom_tool_use"])
-async def test_result_for_a_call_of_a_terminated_thread_is_409(api: Api, kind: str) -> None:
+async def test_result_for_call_of_terminated_thread_is_409(api: Api, kind: str) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": kind, "name": "bash", "input": {}, "session_thread_id": "sthr_1"}
     (before,) = api.plane.emit(item.session_id, use)
@@ -582,7 +586,7 @@ async def test_result_for_a_call_of_a_terminated_thread_is_409(api: Api, kind: s
         assert "thread" in answer.error["message"]
 
 
-async def test_confirmation_for_a_call_of_a_terminated_thread_is_409(api: Api) -> None:
+async def test_confirmation_for_call_of_terminated_thread_is_409(api: Api) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "evaluated_permission": "ask"}
     (asked,) = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"})
@@ -591,7 +595,7 @@ async def test_confirmation_for_a_call_of_a_terminated_thread_is_409(api: Api) -
     assert (await send(api, item.session_id, allow)).status == 409
 
 
-async def test_termination_of_a_thread_ends_the_wait_for_its_calls_only(api: Api) -> None:
+async def test_termination_of_thread_ends_wait_for_its_calls_only(api: Api) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.custom_tool_use", "name": "weather", "input": {}}
     _, other = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"}, use)
@@ -602,7 +606,7 @@ async def test_termination_of_a_thread_ends_the_wait_for_its_calls_only(api: Api
     assert await status(api, item.session_id) == "running"
 
 
-async def test_thread_that_is_no_text_is_the_primary_thread(api: Api) -> None:
+async def test_event_with_malformed_thread_belongs_to_primary_thread(api: Api) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "session_thread_id": []}
     (call,) = api.plane.emit(item.session_id, use)
@@ -622,7 +626,7 @@ async def test_event_that_no_agent_sends_is_refused(qoder: Api, event: dict[str,
     assert len(qoder.plane.events(session_id)) == 3
 
 
-async def test_an_item_that_is_stopping_says_more_than_its_events(api: Api) -> None:
+async def test_session_of_stopping_item_has_status_of_item(api: Api) -> None:
     work_id = await api.bring_to("stopping")
     session_id = api.plane.operations.get(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_running"})
@@ -630,14 +634,14 @@ async def test_an_item_that_is_stopping_says_more_than_its_events(api: Api) -> N
     assert await status(api, session_id) == written
 
 
-async def test_terminated_session_stays_terminated_while_its_item_is_stopping(api: Api) -> None:
+async def test_terminated_session_of_stopping_item_stays_terminated(api: Api) -> None:
     work_id = await api.bring_to("stopping")
     session_id = api.plane.operations.get(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_terminated"})
     assert await status(api, session_id) == "terminated"
 
 
-async def test_cloud_environments_have_no_sessions_here(qoder: Api) -> None:
+async def test_script_in_cloud_environment_is_refused(qoder: Api) -> None:
     with pytest.raises(APIError):
         qoder.plane.enqueue(environment_id=CLOUD, script=[BASH])
 
@@ -651,7 +655,7 @@ def plane_on(file: Path, clock: Clock) -> ControlPlane:
     )
 
 
-async def test_a_restart_goes_on_where_it_was(
+async def test_scripted_session_continues_after_restart(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
@@ -679,7 +683,7 @@ async def test_a_restart_goes_on_where_it_was(
     assert before[-1]["stop_reason"] == {"type": "end_turn"}
 
 
-async def test_event_that_a_crash_prevented_is_appended_at_start(
+async def test_event_missing_after_crash_is_appended_at_start(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
@@ -702,7 +706,7 @@ DOWNGRADES = {
 
 
 @pytest.mark.parametrize("version", [1, 2])
-async def test_a_database_of_an_older_version_is_migrated(
+async def test_database_of_older_version_is_migrated(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession, version: int
 ) -> None:
     file = tmp_path / "work.db"
@@ -725,7 +729,7 @@ async def test_a_database_of_an_older_version_is_migrated(
 # -- what an embedder hands over ---------------------------------------------------------------
 
 
-async def test_stored_event_does_not_change_with_the_object_of_its_sender(qoder: Api) -> None:
+async def test_stored_event_does_not_change_with_object_of_sender(qoder: Api) -> None:
     given: dict[str, Any] = {"command": ["ls"]}
     session_id = scripted(qoder, {"name": "Bash", "input": MappingProxyType(given)})
     event: dict[str, Any] = {"type": "agent.thinking", "more": MappingProxyType(given)}

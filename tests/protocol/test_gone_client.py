@@ -64,7 +64,7 @@ def kinds(api: Api) -> list[str]:
     return [record.kind for record in api.plane.history]
 
 
-async def test_gone_while_waiting(api: Api) -> None:
+async def test_client_gone_during_wait_receives_no_item(api: Api) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     connection = await hang_on(api)
     await until(lambda: len(waiting) == 1)
@@ -75,7 +75,7 @@ async def test_gone_while_waiting(api: Api) -> None:
     assert (await api.claim())["id"]
 
 
-async def test_gone_in_the_very_step_that_brings_an_item(api: Api) -> None:
+async def test_client_gone_in_same_loop_turn_as_arrival_receives_no_item(api: Api) -> None:
     """The loop has not heard of the hang-up when the poll wakes; the kernel has."""
     waiting = api.plane.operations.queue(ENV).waiting
     connection = await hang_on(api)
@@ -87,7 +87,7 @@ async def test_gone_in_the_very_step_that_brings_an_item(api: Api) -> None:
     assert kinds(api) == ["created", "delivered"]
 
 
-async def test_the_item_goes_to_the_next_poll_in_line(api: Api) -> None:
+async def test_item_for_gone_client_goes_to_next_waiting_poll(api: Api) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     connection = await hang_on(api)
     await until(lambda: len(waiting) == 1)
@@ -100,7 +100,7 @@ async def test_the_item_goes_to_the_next_poll_in_line(api: Api) -> None:
     assert kinds(api) == ["created", "delivered"]
 
 
-async def test_gone_right_after_asking(api: Api) -> None:
+async def test_client_gone_right_after_request_receives_no_item(api: Api) -> None:
     api.plane.enqueue()
     for _ in range(20):
         (await hang_on(api, "")).close()
@@ -108,7 +108,9 @@ async def test_gone_right_after_asking(api: Api) -> None:
     assert kinds(api) == ["created", "delivered"]
 
 
-async def test_gone_while_the_delivery_becomes_durable(gated: Api, gate: Gate) -> None:
+async def test_client_gone_while_delivery_is_stored_has_it_withdrawn(
+    gated: Api, gate: Gate
+) -> None:
     (item,) = gated.plane.enqueue()
     connection = await hang_on(gated)
     await until(lambda: gate.waiting == 1)
@@ -121,7 +123,9 @@ async def test_gone_while_the_delivery_becomes_durable(gated: Api, gate: Gate) -
     assert (await gated.ack(item.id, worker="b")).status == 200
 
 
-async def test_gone_in_the_very_step_that_made_it_durable(gated: Api, gate: Gate) -> None:
+async def test_client_gone_in_same_loop_turn_as_storage_has_delivery_withdrawn(
+    gated: Api, gate: Gate
+) -> None:
     gated.plane.enqueue()
     connection = await hang_on(gated)
     await until(lambda: gate.waiting == 1)
@@ -131,7 +135,7 @@ async def test_gone_in_the_very_step_that_made_it_durable(gated: Api, gate: Gate
     assert (await gated.claim())["id"]
 
 
-async def test_a_withdrawn_item_wakes_the_next_poll(gated: Api, gate: Gate) -> None:
+async def test_withdrawn_delivery_wakes_next_poll(gated: Api, gate: Gate) -> None:
     waiting = gated.plane.operations.queue(ENV).waiting
     (item,) = gated.plane.enqueue()
     connection = await hang_on(gated)
@@ -145,7 +149,9 @@ async def test_a_withdrawn_item_wakes_the_next_poll(gated: Api, gate: Gate) -> N
     assert poll.result().body["id"] == item.id
 
 
-async def test_an_item_that_moved_on_is_not_withdrawn(gated: Api, gate: Gate) -> None:
+async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
+    gated: Api, gate: Gate
+) -> None:
     (item,) = gated.plane.enqueue()
     connection = await hang_on(gated)
     await until(lambda: gate.waiting == 1)
@@ -157,7 +163,7 @@ async def test_an_item_that_moved_on_is_not_withdrawn(gated: Api, gate: Gate) ->
     assert "withdrawn" not in kinds(gated)
 
 
-async def test_leaving_the_control_plane_answers_waiting_polls(http: aiohttp.ClientSession) -> None:
+async def test_closing_control_plane_answers_waiting_polls(http: aiohttp.ClientSession) -> None:
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None})
     async with asyncio.TaskGroup() as group, plane:
         api = Api(plane, http, "qoder")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> None:
+async def test_first_heartbeat_moves_item_to_active(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     clock.advance(1.25)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
@@ -33,7 +33,7 @@ async def test_the_first_heartbeat_starts_the_item(api: Api, clock: Clock) -> No
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, clock: Clock) -> None:
+async def test_later_heartbeats_keep_started_at(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
@@ -47,7 +47,7 @@ async def test_later_heartbeats_expect_the_last_and_keep_started_at(api: Api, cl
     assert item["latest_heartbeat_at"] == last == "2026-03-01T12:01:00.000000Z"
 
 
-async def test_two_heartbeats_in_one_microsecond_do_not_look_alike(api: Api) -> None:
+async def test_two_heartbeats_in_one_microsecond_have_different_times(api: Api) -> None:
     work_id = await api.bring_to("starting")
     first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]
@@ -56,7 +56,7 @@ async def test_two_heartbeats_in_one_microsecond_do_not_look_alike(api: Api) -> 
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_an_omitted_expectation_is_unconditional(api: Api, state: str) -> None:
+async def test_heartbeat_without_expectation_is_unconditional(api: Api, state: str) -> None:
     work_id = await api.bring_to(state)
     answer = await api.heartbeat(work_id)
     assert answer.status == 200
@@ -76,7 +76,9 @@ async def test_an_omitted_expectation_is_unconditional(api: Api, state: str) -> 
         ("9" * 4400, 600),
     ],
 )
-async def test_the_ttl_is_clamped(api: Api, clock: Clock, asked: str | None, granted: int) -> None:
+async def test_heartbeat_ttl_is_limited_to_range(
+    api: Api, clock: Clock, asked: str | None, granted: int
+) -> None:
     work_id = await api.bring_to("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", asked)
     assert (answer.status, answer.body["ttl_seconds"]) == (200, granted)
@@ -87,7 +89,7 @@ async def test_the_ttl_is_clamped(api: Api, clock: Clock, asked: str | None, gra
 
 
 @pytest.mark.parametrize("value", ["0", "00", "-1", "", "10.0", "1e1", "ten", "true", "+10"])
-async def test_a_ttl_that_is_no_positive_integer_is_400(api: Api, value: str) -> None:
+async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: Api, value: str) -> None:
     work_id = await api.bring_to("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", value)
     assert answer.status == 400
@@ -114,7 +116,7 @@ async def test_a_ttl_that_is_no_positive_integer_is_400(api: Api, value: str) ->
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_an_expectation_that_is_no_time_is_400_never_412(
+async def test_heartbeat_expectation_that_is_no_time_is_400(
     qoder: Api, value: str, state: str
 ) -> None:
     work_id = await qoder.bring_to(state)
@@ -134,7 +136,9 @@ async def test_an_expectation_that_is_no_time_is_400_never_412(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
+async def test_heartbeat_expectation_of_another_time_is_412(
+    qoder: Api, value: str, state: str
+) -> None:
     work_id = await qoder.bring_to(state)
     answer = await qoder.heartbeat(work_id, value)
     assert answer.status == 412
@@ -143,7 +147,7 @@ async def test_another_time_is_412(qoder: Api, value: str, state: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["active", "stopping"])
-async def test_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> None:
+async def test_expectation_of_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> None:
     work_id = await qoder.bring_to(state)
     answer = await qoder.heartbeat(work_id, "NO_HEARTBEAT")
     assert answer.status == 412
@@ -158,7 +162,7 @@ async def test_no_heartbeat_after_a_heartbeat_is_412(qoder: Api, state: str) -> 
     }
 
 
-async def test_a_refused_heartbeat_prolongs_nothing(api: Api, clock: Clock) -> None:
+async def test_refused_heartbeat_does_not_extend_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("active")
     clock.advance(59)
     assert (await api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
@@ -168,7 +172,7 @@ async def test_a_refused_heartbeat_prolongs_nothing(api: Api, clock: Clock) -> N
 
 @pytest.mark.parametrize("state", ["queued", "stopped"])
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2026-03-01T12:00:00Z"])
-async def test_a_queued_or_stopped_item_is_409(
+async def test_heartbeat_of_queued_or_stopped_item_is_409(
     qoder: Api, state: str, expected: str | None
 ) -> None:
     work_id = await qoder.bring_to(state)
@@ -250,7 +254,9 @@ async def test_anthropic_heartbeat_with_malformed_expectation_is_400_in_every_st
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Clock) -> None:
+async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
+    api: Api, clock: Clock
+) -> None:
     work_id = await api.bring_to("stopping")
     clock.advance(59)
     last = (await api.get(work_id)).body["latest_heartbeat_at"]
@@ -263,7 +269,7 @@ async def test_stopping_is_told_and_the_lease_is_prolonged(api: Api, clock: Cloc
     assert await api.state(work_id) == "stopped"
 
 
-async def test_the_first_heartbeat_may_come_after_the_stop_request(api: Api) -> None:
+async def test_first_heartbeat_after_stop_request_is_accepted(api: Api) -> None:
     work_id = await api.bring_to("starting")
     await api.stop(work_id)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
@@ -271,7 +277,7 @@ async def test_the_first_heartbeat_may_come_after_the_stop_request(api: Api) -> 
 
 
 @pytest.mark.parametrize("name", ["expected_last_heartbeat", "desired_ttl_seconds"])
-async def test_a_parameter_given_twice_is_400(api: Api, name: str) -> None:
+async def test_heartbeat_parameter_given_twice_is_400(api: Api, name: str) -> None:
     work_id = await api.bring_to("starting")
     url = api.work(f"/{work_id}/heartbeat")
     answer = await api("POST", url, params=[(name, "10"), (name, "10")])

@@ -23,7 +23,7 @@ def run(operations: Operations, worker: str) -> str:
     return item.id
 
 
-def test_a_life_is_told_in_order(operations: Operations, clock: Clock) -> None:
+def test_history_records_life_of_item_in_order(operations: Operations, clock: Clock) -> None:
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     operations.update(ENV, work_id, {"k": "v"}, "a")
@@ -63,14 +63,16 @@ def test_call_without_effect_leaves_no_record(operations: Operations) -> None:
     assert len(operations.history) == before
 
 
-def test_all_is_well(operations: Operations) -> None:
+def test_summary_of_completed_items_counts_no_problem(operations: Operations) -> None:
     operations.enqueue(ENV, count=3)
     for _ in range(3):
         operations.stop(ENV, run(operations, "a"), "a", force=True)
     assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
 
 
-def test_a_lease_that_lapsed_is_a_reclaim(operations: Operations, clock: Clock) -> None:
+def test_expired_lease_taken_by_another_worker_counts_as_reclaim(
+    operations: Operations, clock: Clock
+) -> None:
     operations.enqueue(ENV)
     run(operations, "a")
     clock.advance(10)
@@ -78,7 +80,7 @@ def test_a_lease_that_lapsed_is_a_reclaim(operations: Operations, clock: Clock) 
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
-def test_a_delivery_that_another_acknowledged_is_a_reclaim(
+def test_redelivery_acknowledged_by_another_worker_counts_as_reclaim(
     operations: Operations, clock: Clock
 ) -> None:
     operations.enqueue(ENV)
@@ -88,7 +90,9 @@ def test_a_delivery_that_another_acknowledged_is_a_reclaim(
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
-def test_a_redelivery_to_the_same_worker_is_none(operations: Operations, clock: Clock) -> None:
+def test_redelivery_to_same_worker_does_not_count_as_reclaim(
+    operations: Operations, clock: Clock
+) -> None:
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
     clock.advance(5)
@@ -96,13 +100,15 @@ def test_a_redelivery_to_the_same_worker_is_none(operations: Operations, clock: 
     assert summarize(operations.history).reclaimed == 0
 
 
-def test_item_that_is_not_stopped_is_lost(operations: Operations) -> None:
+def test_item_that_was_not_stopped_counts_as_lost(operations: Operations) -> None:
     operations.enqueue(ENV, count=2)
     run(operations, "a")
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
 
 
-def test_a_stopping_item_that_lapses_is_no_reclaim(operations: Operations, clock: Clock) -> None:
+def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
+    operations: Operations, clock: Clock
+) -> None:
     operations.enqueue(ENV)
     operations.stop(ENV, run(operations, "a"))
     clock.advance(10)
@@ -111,7 +117,9 @@ def test_a_stopping_item_that_lapses_is_no_reclaim(operations: Operations, clock
 
 
 @pytest.mark.parametrize("action", ["heartbeat", "metadata", "stopped", "stop_requested"])
-def test_acting_on_an_item_that_another_holds_overlaps(operations: Operations, action: str) -> None:
+def test_action_on_item_held_by_another_worker_counts_as_overlap(
+    operations: Operations, action: str
+) -> None:
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     if action == "heartbeat":
@@ -123,7 +131,9 @@ def test_acting_on_an_item_that_another_holds_overlaps(operations: Operations, a
     assert summarize(operations.history).overlapping == 1
 
 
-def test_operators_and_refused_calls_do_not_overlap(operations: Operations) -> None:
+def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
+    operations: Operations,
+) -> None:
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     for expected in ("NO_HEARTBEAT", "2026-03-01T00:00:00Z"):
@@ -136,7 +146,7 @@ def test_operators_and_refused_calls_do_not_overlap(operations: Operations) -> N
     assert summarize(operations.history).overlapping == 0
 
 
-def test_a_former_holder_that_acts_after_the_lapse_overlaps_only_with_a_holder(
+def test_action_of_former_holder_counts_as_overlap_only_if_item_is_held(
     operations: Operations, clock: Clock
 ) -> None:
     operations.enqueue(ENV)
@@ -149,7 +159,7 @@ def test_a_former_holder_that_acts_after_the_lapse_overlaps_only_with_a_holder(
     assert summarize(operations.history).overlapping == 1
 
 
-def test_the_history_is_bounded_and_says_so() -> None:
+def test_history_beyond_limit_forgets_oldest_records_and_counts_them() -> None:
     history = History(limit=2)
     for number in range(5):
         history.add(Record(number, "work_1", "created", None, "queued"))
@@ -157,7 +167,7 @@ def test_the_history_is_bounded_and_says_so() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_worker_with_the_last_heartbeat_of_the_holder_takes_over(operations: Operations) -> None:
+def test_worker_with_last_heartbeat_of_holder_takes_item_over(operations: Operations) -> None:
     """As a child to which the item is handed over; its parent must not act from then on."""
     operations.enqueue(ENV)
     work_id = run(operations, "a")

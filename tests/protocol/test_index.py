@@ -26,7 +26,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_deliveries_answer_as_a_scan_would(steps: Sequence[tuple[str, int, int]]) -> None:
+def test_delivery_index_answers_like_a_full_scan(steps: Sequence[tuple[str, int, int]]) -> None:
     deliveries, model, now = Deliveries(), dict[str, int](), 0
     for step, number, pause in steps:
         now += pause
@@ -46,7 +46,9 @@ def test_deliveries_answer_as_a_scan_would(steps: Sequence[tuple[str, int, int]]
 
 
 @given(STEPS)
-def test_leases_lapse_in_order_and_once(steps: Sequence[tuple[str, int, int]]) -> None:
+def test_lease_index_returns_expired_leases_in_order_once(
+    steps: Sequence[tuple[str, int, int]],
+) -> None:
     leases, model, now = Leases(), dict[str, int](), 0
     for step, number, pause in steps:
         now += pause
@@ -68,7 +70,7 @@ def test_leases_lapse_in_order_and_once(steps: Sequence[tuple[str, int, int]]) -
             assert first <= min(model.values())
 
 
-def test_a_beating_item_does_not_grow_the_heap() -> None:
+def test_lease_index_with_one_renewed_item_does_not_grow() -> None:
     leases = Leases()
     for now in range(10_000):
         leases.hold("work_1", now + 60)
@@ -77,7 +79,7 @@ def test_a_beating_item_does_not_grow_the_heap() -> None:
 
 
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
-def test_ids_ascend_whatever_the_clock_says(instants: Sequence[int]) -> None:
+def test_ids_ascend_regardless_of_clock(instants: Sequence[int]) -> None:
     ids = Ids()
     made = [ids.new(now) for now in instants]
     again = Ids(made[-1]) if made else ids
@@ -191,7 +193,7 @@ TestEverythingWithRetention.settings = TestEverything.settings
 
 
 @pytest.mark.trial
-def test_the_cost_of_a_call_does_not_grow_with_the_queue() -> None:
+def test_cost_of_call_does_not_grow_with_queue() -> None:
     """A hundred times the items: a scan would cost a hundred times as much, these at most ten."""
 
     def cost(count: int) -> float:

@@ -41,7 +41,7 @@ def session_path(api: Api, item: dict[str, Any], suffix: str = "/events") -> str
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_item_token_serves_the_item_from_ack_to_stop(anthropic: Api) -> None:
+async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic: Api) -> None:
     item, own = await claimed(anthropic)
     assert (await own.ack(item["id"])).status == 200
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 200
@@ -87,7 +87,7 @@ async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> li
 
 
 @pytest.mark.parametrize("environment", [ENV, OTHER])
-async def test_item_token_is_403_for_everything_else(anthropic: Api, environment: str) -> None:
+async def test_item_token_is_403_for_all_other_calls(anthropic: Api, environment: str) -> None:
     item, own = await claimed(anthropic)
     other, _ = await claimed(anthropic, environment)
     answers = await forbidden(own, item, other)
@@ -96,13 +96,13 @@ async def test_item_token_is_403_for_everything_else(anthropic: Api, environment
     assert await anthropic.state(item["id"]) == "queued"
 
 
-async def test_item_token_is_no_use_in_another_environments_path(anthropic: Api) -> None:
+async def test_item_token_in_path_of_another_environment_is_403(anthropic: Api) -> None:
     item, own = await claimed(anthropic)
     url = own.work(f"/{item['id']}/heartbeat", OTHER)
     assert (await own("POST", url)).status == 403
 
 
-async def test_item_token_opens_no_session_of_a_stopped_item(anthropic: Api) -> None:
+async def test_item_token_of_stopped_item_opens_no_session(anthropic: Api) -> None:
     item, own = await claimed(anthropic)
     await anthropic.stop(item["id"], json={"force": True})
     assert (await own("GET", session_path(own, item, ""))).status == 403
@@ -122,15 +122,13 @@ async def test_item_token_opens_no_session_of_a_stopped_item(anthropic: Api) -> 
         lambda _: "item.a.b.c",
     ],
 )
-async def test_item_token_that_was_changed_is_401(anthropic: Api, change: Any) -> None:
+async def test_modified_item_token_is_401(anthropic: Api, change: Any) -> None:
     item, own = await claimed(anthropic)
     own.token = change(own.token)
     assert (await own.heartbeat(item["id"], "NO_HEARTBEAT")).status == 401
 
 
-async def test_secret_comes_with_polls_of_the_anthropic_dialect_only(
-    anthropic: Api, qoder: Api
-) -> None:
+async def test_secret_is_in_polls_of_anthropic_dialect_only(anthropic: Api, qoder: Api) -> None:
     item, own = await claimed(anthropic)
     assert "secret" not in (await anthropic.get(item["id"])).body
     assert "secret" not in (await anthropic.ack(item["id"])).body
@@ -149,7 +147,7 @@ async def test_item_tokens_of_two_control_planes_differ(anthropic: Api) -> None:
         assert (await stranger.ack(item["id"])).status == 401
 
 
-async def test_item_token_is_valid_after_a_restart_on_sqlite(
+async def test_item_token_is_valid_after_restart_with_sqlite(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     def plane() -> ControlPlane:

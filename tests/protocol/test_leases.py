@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("both_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
-async def test_a_lapse_is_seen_by_every_observer(api: Api, clock: Clock, seen_by: str) -> None:
+async def test_expired_lease_is_noticed_by_every_call(api: Api, clock: Clock, seen_by: str) -> None:
     work_id = await api.bring_to("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
@@ -35,7 +35,7 @@ async def test_a_lapse_is_seen_by_every_observer(api: Api, clock: Clock, seen_by
         assert (await api.heartbeat(work_id, worker="a")).status == 409
 
 
-async def test_from_the_ack_until_the_first_heartbeat_60_seconds(api: Api, clock: Clock) -> None:
+async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     clock.advance(59.999)
     assert await api.state(work_id) == "starting"
@@ -43,7 +43,7 @@ async def test_from_the_ack_until_the_first_heartbeat_60_seconds(api: Api, clock
     assert await api.state(work_id) == "queued"
 
 
-async def test_a_worker_can_cut_its_lease_short(api: Api, clock: Clock) -> None:
+async def test_heartbeat_with_short_ttl_shortens_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
     assert (await api.heartbeat(work_id, last, 10)).body["lease_extended"] is True
@@ -51,7 +51,7 @@ async def test_a_worker_can_cut_its_lease_short(api: Api, clock: Clock) -> None:
     assert await api.state(work_id) == "queued"
 
 
-async def test_a_heartbeat_can_also_extend_a_short_lease(api: Api, clock: Clock) -> None:
+async def test_heartbeat_with_long_ttl_extends_short_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
     clock.advance(9)
@@ -62,7 +62,7 @@ async def test_a_heartbeat_can_also_extend_a_short_lease(api: Api, clock: Clock)
     assert await api.state(work_id) == "queued"
 
 
-async def test_a_lapsed_item_keeps_its_history_until_it_is_overwritten(
+async def test_item_with_expired_lease_keeps_its_times_until_overwritten(
     api: Api, clock: Clock
 ) -> None:
     work_id = await api.bring_to("active", "a")
@@ -84,14 +84,14 @@ async def test_a_lapsed_item_keeps_its_history_until_it_is_overwritten(
     assert item["started_at"] == "2026-03-01T12:01:02Z"
 
 
-async def test_a_lapse_clears_the_delivery(api: Api, clock: Clock) -> None:
+async def test_expired_lease_clears_delivery(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting", "a")
     clock.advance(60)
     assert (await api.stats())["pending"] == 0
     assert (await api.ack(work_id, worker="b")).status == 200
 
 
-async def test_a_lapsed_item_goes_to_a_poll_at_once(api: Api, clock: Clock) -> None:
+async def test_item_with_expired_lease_is_delivered_at_once(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("active")
     clock.advance(60)
     params = {"reclaim_older_than_ms": "600000"}
@@ -99,7 +99,7 @@ async def test_a_lapsed_item_goes_to_a_poll_at_once(api: Api, clock: Clock) -> N
     assert (await api.poll(params=params)).body is None
 
 
-async def test_a_stopping_item_that_lapses_becomes_stopped(api: Api, clock: Clock) -> None:
+async def test_stopping_item_whose_lease_expires_becomes_stopped(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("stopping")
     clock.advance(3600)
     item = (await api.get(work_id)).body
@@ -108,7 +108,7 @@ async def test_a_stopping_item_that_lapses_becomes_stopped(api: Api, clock: Cloc
     assert (await api.poll()).body is None
 
 
-async def test_a_graceful_stop_does_not_change_the_lease(api: Api, clock: Clock) -> None:
+async def test_graceful_stop_does_not_change_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     clock.advance(50)
     await api.stop(work_id)
@@ -116,7 +116,7 @@ async def test_a_graceful_stop_does_not_change_the_lease(api: Api, clock: Clock)
     assert await api.state(work_id) == "stopped"
 
 
-async def test_the_clock_set_back_moves_no_lease(api: Api, clock: Clock) -> None:
+async def test_clock_set_back_changes_no_lease(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("active")
     clock.advance(-3600)
     assert await api.state(work_id) == "active"
@@ -124,7 +124,7 @@ async def test_the_clock_set_back_moves_no_lease(api: Api, clock: Clock) -> None
     assert answer.body["last_heartbeat"] == "2026-03-01T12:00:00.000001Z"
 
 
-async def test_lapses_come_in_the_order_of_their_ends(api: Api, clock: Clock) -> None:
+async def test_leases_expire_in_order_of_their_ends(api: Api, clock: Clock) -> None:
     slow, fast = await api.bring_to("active"), await api.bring_to("starting")
     await api.heartbeat(fast, "NO_HEARTBEAT", 10)
     clock.advance(3600)

@@ -59,11 +59,11 @@ async def timed(operations: Operations, **poll: Any) -> tuple[float, Item | None
     return round(asyncio.get_running_loop().time(), 3), item
 
 
-def test_an_empty_queue_waits_for_block_ms() -> None:
+def test_poll_of_empty_queue_waits_for_block_ms() -> None:
     assert virtually(lambda operations: timed(operations, block_ms=250)) == (0.25, None)
 
 
-def test_an_arrival_wakes_at_once() -> None:
+def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
     async def scene(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             poll = group.create_task(timed(operations, block_ms=999))
@@ -76,7 +76,7 @@ def test_an_arrival_wakes_at_once() -> None:
 
 
 @pytest.mark.parametrize("reclaim", [0, 1, 200, 700])
-def test_a_redelivery_that_becomes_due_wakes(reclaim: int) -> None:
+def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
     async def scene(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
@@ -88,7 +88,7 @@ def test_a_redelivery_that_becomes_due_wakes(reclaim: int) -> None:
     virtually(scene)
 
 
-def test_a_delivery_made_while_a_poll_waits_becomes_due_to_it() -> None:
+def test_delivery_made_during_wait_becomes_due_to_second_poll() -> None:
     async def scene(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             first = group.create_task(timed(operations, block_ms=999))
@@ -101,7 +101,7 @@ def test_a_delivery_made_while_a_poll_waits_becomes_due_to_it() -> None:
     virtually(scene)
 
 
-def test_a_redelivery_that_is_not_due_in_time_does_not_come() -> None:
+def test_waiting_poll_ends_before_later_redelivery() -> None:
     async def scene(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
@@ -111,7 +111,7 @@ def test_a_redelivery_that_is_not_due_in_time_does_not_come() -> None:
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
-def test_a_lease_that_lapses_wakes(state: str) -> None:
+def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
     async def scene(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack(ENV, item.id)
@@ -127,7 +127,7 @@ def test_a_lease_that_lapses_wakes(state: str) -> None:
     virtually(scene)
 
 
-def test_first_come_first_served_one_item_each() -> None:
+def test_waiting_polls_receive_one_item_each_in_order() -> None:
     async def scene(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
@@ -141,7 +141,7 @@ def test_first_come_first_served_one_item_each() -> None:
     virtually(scene)
 
 
-def test_a_thousand_polls_share_a_thousand_items() -> None:
+def test_thousand_waiting_polls_receive_thousand_items() -> None:
     async def scene(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [group.create_task(timed(operations, block_ms=999)) for _ in range(1000)]
@@ -167,7 +167,7 @@ def test_release_answers_all_waiting_polls() -> None:
     virtually(scene)
 
 
-async def test_a_wake_up_of_a_cancelled_poll_goes_to_the_next() -> None:
+async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
     waiting = WaitingPolls()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         first = group.create_task(waiting.wait(60, impatient=False))
@@ -180,7 +180,7 @@ async def test_a_wake_up_of_a_cancelled_poll_goes_to_the_next() -> None:
     assert len(waiting) == 0
 
 
-def test_a_wake_up_of_a_poll_whose_client_left_goes_to_the_next() -> None:
+def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
     async def scene(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
@@ -198,7 +198,7 @@ def test_a_wake_up_of_a_poll_whose_client_left_goes_to_the_next() -> None:
     virtually(scene)
 
 
-def test_a_withdrawn_item_wakes_the_next_poll() -> None:
+def test_withdrawn_delivery_wakes_next_poll() -> None:
     async def scene(operations: Operations) -> None:
         operations.enqueue(ENV)
         delivered = operations.poll(ENV, Poll("gone"))
@@ -213,7 +213,7 @@ def test_a_withdrawn_item_wakes_the_next_poll() -> None:
     virtually(scene)
 
 
-def test_a_lapse_that_another_call_noticed_wakes_too() -> None:
+def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
     async def scene(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack(ENV, item.id)
@@ -228,7 +228,7 @@ def test_a_lapse_that_another_call_noticed_wakes_too() -> None:
     virtually(scene)
 
 
-async def test_over_the_wire_an_enqueue_wakes_a_poll(api: Api) -> None:
+async def test_enqueue_over_http_wakes_waiting_poll(api: Api) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "999"}))
@@ -242,7 +242,7 @@ async def test_over_the_wire_an_enqueue_wakes_a_poll(api: Api) -> None:
     assert delivered.time == made.time  # the clock stands still: no time-out brought it
 
 
-async def test_a_clock_moved_by_hand_wakes_with_wake(api: Api, clock: Clock) -> None:
+async def test_clock_changed_by_test_wakes_poll_after_wake(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("active")
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
@@ -253,7 +253,7 @@ async def test_a_clock_moved_by_hand_wakes_with_wake(api: Api, clock: Clock) -> 
     assert poll.result().body["id"] == work_id
 
 
-async def test_environments_do_not_wake_each_other(api: Api) -> None:
+async def test_enqueue_in_one_environment_does_not_wake_poll_of_another(api: Api) -> None:
     waiting = api.plane.operations.queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "200"}))

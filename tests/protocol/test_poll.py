@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
 
 
-async def test_an_empty_queue_answers_the_literal_null(api: Api) -> None:
+async def test_poll_of_empty_queue_answers_literal_null(api: Api) -> None:
     answer = await api.poll()
     assert (answer.status, answer.body) == (200, None)
     assert answer.headers["Content-Length"] == "4"
 
 
-async def test_an_item_has_every_field_of_section_2(qoder: Api) -> None:
+async def test_polled_item_has_every_documented_field(qoder: Api) -> None:
     qoder.plane.enqueue(metadata={"job": "report"})
     item = await qoder.claim()
     work_id, session_id = item.pop("id"), item["data"].pop("id")
@@ -41,20 +41,20 @@ async def test_an_item_has_every_field_of_section_2(qoder: Api) -> None:
     }
 
 
-async def test_the_sibling_writes_session_ids_its_way(anthropic: Api) -> None:
+async def test_anthropic_item_has_session_id_with_its_prefix(anthropic: Api) -> None:
     (created,) = anthropic.plane.enqueue()
     item = await anthropic.claim()
     assert item["data"]["id"] == created.session_id.replace("sess_", "session_")
 
 
-async def test_beta_query_is_accepted_and_not_required(anthropic: Api) -> None:
+async def test_beta_query_is_accepted_but_not_required(anthropic: Api) -> None:
     anthropic.plane.enqueue(2)
     assert (await anthropic.poll(params={"beta": "true"})).body is not None
     assert (await anthropic.poll()).body is not None
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_poll_delivers_and_leaves_the_item_queued(api: Api) -> None:
+async def test_poll_delivers_item_and_leaves_it_queued(api: Api) -> None:
     api.plane.enqueue()
     item = await api.claim()
     assert item["state"] == "queued"
@@ -63,13 +63,13 @@ async def test_a_poll_delivers_and_leaves_the_item_queued(api: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_oldest_first(api: Api) -> None:
+async def test_poll_returns_oldest_item_first(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(5)]
     assert ids == sorted(ids)
     assert [(await api.claim())["id"] for _ in range(5)] == ids
 
 
-async def test_a_due_redelivery_comes_before_a_younger_item(api: Api, clock: Clock) -> None:
+async def test_due_redelivery_precedes_younger_item(api: Api, clock: Clock) -> None:
     (first,) = api.plane.enqueue()
     await api.claim()
     api.plane.enqueue()
@@ -78,7 +78,7 @@ async def test_a_due_redelivery_comes_before_a_younger_item(api: Api, clock: Clo
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_redelivery_is_oldest_first_whatever_was_delivered_last(
+async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
     api: Api, clock: Clock
 ) -> None:
     first, second = (item.id for item in api.plane.enqueue(2))
@@ -104,7 +104,7 @@ async def test_redelivery_is_oldest_first_whatever_was_delivered_last(
         ("9" * 5000, 10_000.0, False),
     ],
 )
-async def test_redelivery_after_the_window_of_the_new_poll(
+async def test_redelivery_is_due_after_window_of_new_poll(
     qoder: Api, clock: Clock, reclaim: str | None, age: float, *, comes: bool
 ) -> None:
     qoder.plane.enqueue()
@@ -128,31 +128,31 @@ async def test_block_ms_out_of_range_is_400(api: Api, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "999", "0999"])
-async def test_block_ms_in_range(api: Api, value: str) -> None:
+async def test_block_ms_in_range_is_accepted(api: Api, value: str) -> None:
     api.plane.enqueue()
     assert (await api.poll(params={"block_ms": value})).body is not None
 
 
 @pytest.mark.parametrize("value", ["-1", "", "1.5", "x", "+0", "NaN", "Infinity", "1_000"])
-async def test_reclaim_that_is_no_non_negative_integer_is_400(api: Api, value: str) -> None:
+async def test_reclaim_window_other_than_non_negative_integer_is_400(api: Api, value: str) -> None:
     answer = await api.poll(params={"reclaim_older_than_ms": value})
     assert answer.status == 400
     assert answer.error["param"] == "reclaim_older_than_ms"
 
 
 @pytest.mark.parametrize("name", ["block_ms", "reclaim_older_than_ms"])
-async def test_a_parameter_given_twice_is_400(api: Api, name: str) -> None:
+async def test_poll_parameter_given_twice_is_400(api: Api, name: str) -> None:
     answer = await api.poll(params=[(name, "5"), (name, "5")])
     assert answer.status == 400
     assert answer.error["param"] == name
 
 
-async def test_unknown_parameters_are_ignored(api: Api) -> None:
+async def test_unknown_poll_parameters_are_ignored(api: Api) -> None:
     assert (await api.poll(params={"colour": "blue"})).status == 200
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_poll_stores_the_worker_it_delivered_to(api: Api) -> None:
+async def test_poll_records_worker_of_delivery(api: Api) -> None:
     api.plane.enqueue()
     item = await api.claim(worker="a")
     assert (await api.ack(item["id"], worker="b")).status == 409
@@ -160,13 +160,13 @@ async def test_a_poll_stores_the_worker_it_delivered_to(api: Api) -> None:
 
 
 @pytest.mark.parametrize("worker", ["x" * 257, "a\tb", "\x80"])
-async def test_a_worker_id_that_cannot_be_kept_is_400(qoder: Api, worker: str) -> None:
+async def test_invalid_worker_id_is_400(qoder: Api, worker: str) -> None:
     answer = await qoder.poll(worker=worker)
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
 
 
-async def test_head_is_not_a_poll(api: Api) -> None:
+async def test_head_request_is_405_and_delivers_nothing(api: Api) -> None:
     api.plane.enqueue()
     assert (await api("HEAD", api.work("/poll"))).status == 405
     assert (await api.stats())["depth"] == 1

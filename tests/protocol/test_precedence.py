@@ -42,7 +42,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_the_order(api: Api, call: str) -> None:
+async def test_error_statuses_have_documented_precedence(api: Api, call: str) -> None:
     method, suffix = CALLS[call]
 
     async def status(token: str | None, environment: str) -> int:
@@ -66,20 +66,20 @@ async def test_the_order(api: Api, call: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])
-async def test_a_bad_request_wins_over_409(api: Api, call: str) -> None:
+async def test_bad_request_precedes_409(api: Api, call: str) -> None:
     work_id = await api.bring_to("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work(suffix.format(id=work_id)), **BAD)
     assert answer.status == (409 if call == "ack" else 400)  # an ack has nothing to be wrong
 
 
-async def test_409_wins_over_412(qoder: Api) -> None:
+async def test_conflict_409_precedes_412(qoder: Api) -> None:
     work_id = await qoder.bring_to("stopped")
     assert (await qoder.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_an_environment_that_is_not_self_hosted_is_400(api: Api, call: str) -> None:
+async def test_environment_that_is_not_self_hosted_is_400(api: Api, call: str) -> None:
     method, suffix = CALLS[call]
     answer = await api(method, api.work(suffix.format(id=UNKNOWN_ITEM), CLOUD))
     assert answer.status == 400
@@ -103,7 +103,7 @@ async def test_an_environment_that_is_not_self_hosted_is_400(api: Api, call: str
         f"Bearer {TOKEN.upper()}",
     ],
 )
-async def test_missing_or_wrong_is_401(api: Api, authorization: str | None) -> None:
+async def test_missing_or_wrong_token_is_401(api: Api, authorization: str | None) -> None:
     api.token = None
     headers = {} if authorization is None else {"Authorization": authorization}
     answer = await api("GET", api.work("/poll"), headers=headers)
@@ -112,13 +112,13 @@ async def test_missing_or_wrong_is_401(api: Api, authorization: str | None) -> N
     assert TOKEN not in str(answer.body)
 
 
-async def test_the_scheme_is_case_insensitive(api: Api) -> None:
+async def test_authorization_scheme_is_case_insensitive(api: Api) -> None:
     api.token = None
     answer = await api("GET", api.work("/poll"), headers={"Authorization": f"bearer {TOKEN}"})
     assert answer.status == 200
 
 
-async def test_valid_but_not_allowed_is_403(api: Api) -> None:
+async def test_token_without_permission_is_403(api: Api) -> None:
     api.token = LIMITED
     assert (await api.poll(ENV)).status == 200
     answer = await api.poll(OTHER)
@@ -130,7 +130,7 @@ async def test_valid_but_not_allowed_is_403(api: Api) -> None:
     "path",
     ["", "/", "/environment", f"/environments/{ENV}/x", f"/environments/{ENV}/work/", "/work"],
 )
-async def test_an_unknown_path_is_404_with_an_envelope(api: Api, path: str) -> None:
+async def test_unknown_path_is_404_with_error_body(api: Api, path: str) -> None:
     answer = await api("GET", api.base + path)
     assert answer.status == 404
     assert answer.error["type"] == "not_found_error"
@@ -150,7 +150,7 @@ async def test_an_unknown_path_is_404_with_an_envelope(api: Api, path: str) -> N
         ("OPTIONS", "/poll", "GET"),
     ],
 )
-async def test_a_wrong_method_is_405_with_an_envelope(
+async def test_wrong_method_is_405_with_error_body(
     api: Api, method: str, suffix: str, allowed: str
 ) -> None:
     answer = await api(method, api.work(suffix))
@@ -166,7 +166,7 @@ async def test_each_dialect_answers_under_its_own_prefix_only(qoder: Api) -> Non
         assert (await qoder("GET", url)).status == status
 
 
-async def test_the_worker_id_header_is_the_dialects_own(qoder: Api, anthropic: Api) -> None:
+async def test_worker_id_header_of_other_dialect_is_ignored(qoder: Api, anthropic: Api) -> None:
     qoder.plane.enqueue(2)
     item = await anthropic.claim(headers={"Worker-ID": "not-read-here"}, worker="a")
     assert (await qoder.ack(item["id"], worker="b")).status == 409

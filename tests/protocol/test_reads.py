@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     ],
 )
 @pytest.mark.parametrize("call", ["get", "ack", "heartbeat", "stop", "update"])
-async def test_an_unknown_or_malformed_id_is_404(qoder: Api, call: str, work_id: str) -> None:
+async def test_unknown_or_malformed_item_id_is_404(qoder: Api, call: str, work_id: str) -> None:
     method, suffix = {
         "get": ("GET", ""),
         "ack": ("POST", "/ack"),
@@ -47,7 +47,7 @@ async def test_an_unknown_or_malformed_id_is_404(qoder: Api, call: str, work_id:
     assert answer.error["type"] == "not_found_error"
 
 
-async def test_an_item_of_another_environment_is_404(api: Api) -> None:
+async def test_item_of_another_environment_is_404(api: Api) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
     assert (await api.get(item.id)).status == 404
     assert (await api("GET", api.work(f"/{item.id}", OTHER))).status == 200
@@ -66,7 +66,7 @@ async def listed(api: Api, **params: Any) -> dict[str, Any]:
     return {**body, "ids": ids}
 
 
-async def test_an_empty_list(api: Api) -> None:
+async def test_list_of_empty_queue_has_no_items(api: Api) -> None:
     assert await listed(api) == {
         "data": [],
         "first_id": None,
@@ -78,7 +78,7 @@ async def test_an_empty_list(api: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_pages_go_forward_to_the_end(api: Api) -> None:
+async def test_item_pages_continue_forward_to_the_end(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(45)]
     page = await listed(api)
     seen = page["ids"]
@@ -89,7 +89,7 @@ async def test_pages_go_forward_to_the_end(api: Api) -> None:
     assert seen == ids
 
 
-async def test_pages_go_backward_to_the_start(api: Api) -> None:
+async def test_item_pages_continue_backward_to_the_start(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(10)]
     page = await listed(api, before_id=ids[8], limit=3)
     assert page["ids"] == ids[5:8]
@@ -101,20 +101,20 @@ async def test_pages_go_backward_to_the_start(api: Api) -> None:
 
 
 @pytest.mark.parametrize(("limit", "count"), [("1", 1), ("99", 99), ("100", 100), ("1000", 100)])
-async def test_the_limit_is_capped(api: Api, limit: str, count: int) -> None:
+async def test_list_limit_is_capped_at_100(api: Api, limit: str, count: int) -> None:
     ids = [item.id for item in api.plane.enqueue(101)]
     page = await listed(api, limit=limit)
     assert page["ids"] == ids[:count]
     assert page["has_more"]
 
 
-async def test_a_full_last_page_has_no_more(api: Api) -> None:
+async def test_full_last_page_has_no_more(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(4)]
     assert not (await listed(api, after_id=ids[1], limit=2))["has_more"]
     assert not (await listed(api, before_id=ids[2], limit=2))["has_more"]
 
 
-async def test_after_and_before_exclude_their_item(api: Api) -> None:
+async def test_after_id_and_before_id_exclude_their_item(api: Api) -> None:
     ids = [item.id for item in api.plane.enqueue(3)]
     assert (await listed(api, after_id=ids[0]))["ids"] == ids[1:]
     assert (await listed(api, before_id=ids[2]))["ids"] == ids[:2]
@@ -141,7 +141,9 @@ async def test_after_and_before_exclude_their_item(api: Api) -> None:
         ({"page": "after-x"}, "page"),
     ],
 )
-async def test_a_bad_place_or_limit_is_400(api: Api, params: dict[str, str], param: str) -> None:
+async def test_invalid_list_position_or_limit_is_400(
+    api: Api, params: dict[str, str], param: str
+) -> None:
     answer = await api("GET", api.work(), params=params)
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -150,7 +152,7 @@ async def test_a_bad_place_or_limit_is_400(api: Api, params: dict[str, str], par
 @pytest.mark.parametrize(
     "names", [("after_id", "before_id"), ("after_id", "page"), ("page", "before_id")]
 )
-async def test_two_places_are_400(api: Api, names: tuple[str, str]) -> None:
+async def test_two_list_positions_at_once_are_400(api: Api, names: tuple[str, str]) -> None:
     (item,) = api.plane.enqueue()
     value = {"after_id": item.id, "before_id": item.id, "page": f"after-{item.id}"}
     answer = await api("GET", api.work(), params={name: value[name] for name in names})
@@ -158,7 +160,7 @@ async def test_two_places_are_400(api: Api, names: tuple[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_stats(api: Api, clock: Clock) -> None:
+async def test_stats_count_queued_and_pending_items(api: Api, clock: Clock) -> None:
     assert await api.stats() == {
         "type": "work_queue_stats",
         "depth": 0,
@@ -177,7 +179,7 @@ async def test_stats(api: Api, clock: Clock) -> None:
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
 
-async def test_stats_leave_out_what_was_acknowledged_or_stopped(api: Api, clock: Clock) -> None:
+async def test_stats_exclude_acknowledged_and_stopped_items(api: Api, clock: Clock) -> None:
     for state in ("starting", "active", "stopping", "stopped"):
         await api.bring_to(state)
     stats = await api.stats()
@@ -188,7 +190,9 @@ async def test_stats_leave_out_what_was_acknowledged_or_stopped(api: Api, clock:
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
 
 
-async def test_workers_polling_are_distinct_recent_and_named(api: Api, clock: Clock) -> None:
+async def test_workers_polling_counts_distinct_named_workers_of_last_30_seconds(
+    api: Api, clock: Clock
+) -> None:
     for worker in ("a", "b", "a", None):
         await api.poll(worker=worker)
     assert (await api.stats())["workers_polling"] == 2
@@ -210,7 +214,7 @@ async def test_workers_polling_are_distinct_recent_and_named(api: Api, clock: Cl
         ("stopped", "idle"),
     ],
 )
-async def test_session(qoder: Api, state: str, status: str) -> None:
+async def test_session_status_follows_state_of_item(qoder: Api, state: str, status: str) -> None:
     work_id = await qoder.bring_to(state)
     await qoder.update(work_id, json={"metadata": {"only": "the item's"}})
     session_id = (await qoder.get(work_id)).body["data"]["id"]
@@ -224,14 +228,14 @@ async def test_session(qoder: Api, state: str, status: str) -> None:
     assert answer.body["agent"]["id"]
 
 
-async def test_anthropic_session_that_is_stopping_is_running(anthropic: Api) -> None:
+async def test_anthropic_session_of_stopping_item_is_running(anthropic: Api) -> None:
     work_id = await anthropic.bring_to("stopping")
     session_id = (await anthropic.get(work_id)).body["data"]["id"]
     answer = await anthropic("GET", f"{anthropic.base}/sessions/{session_id}")
     assert answer.body["status"] == "running"
 
 
-async def test_session_is_updated_by_its_item_and_by_its_events(api: Api, clock: Clock) -> None:
+async def test_session_updated_at_changes_with_item_and_events(api: Api, clock: Clock) -> None:
     work_id = await api.bring_to("starting")
     own = api.plane.operations.get(ENV, work_id).session_id
     session_id = (await api.get(work_id)).body["data"]["id"]
@@ -254,7 +258,9 @@ async def test_session_is_updated_by_its_item_and_by_its_events(api: Api, clock:
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])
-async def test_the_siblings_session_ids(anthropic: Api, prefix: str) -> None:
+async def test_anthropic_session_id_is_accepted_with_either_prefix(
+    anthropic: Api, prefix: str
+) -> None:
     (item,) = anthropic.plane.enqueue(metadata={"k": "v"})
     digits = item.session_id.removeprefix("sess_")
     answer = await anthropic("GET", f"{anthropic.base}/sessions/{prefix}{digits}")
@@ -263,13 +269,13 @@ async def test_the_siblings_session_ids(anthropic: Api, prefix: str) -> None:
     assert answer.body["metadata"] == {"k": "v"}
 
 
-async def test_an_unknown_session_is_404(api: Api) -> None:
+async def test_unknown_session_is_404(api: Api) -> None:
     (item,) = api.plane.enqueue()
     for session_id in ("sess_" + "0" * 32, "session_", "x", item.id, "%00"):
         assert (await api("GET", f"{api.base}/sessions/{session_id}")).status == 404
 
 
-async def test_a_session_of_a_forbidden_environment_is_403(api: Api) -> None:
+async def test_session_of_forbidden_environment_is_403(api: Api) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
     url = f"{api.base}/sessions/{item.session_id}"
     assert (await api("GET", url)).status == 200

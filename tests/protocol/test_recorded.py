@@ -66,7 +66,7 @@ def told(value: object, name: str) -> object:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_recorded_answer_is_read_as_expected(answer: dict[str, Any]) -> None:
+async def test_recorded_response_is_read_as_expected(answer: dict[str, Any]) -> None:
     async def respond(_: web.Request) -> web.Response:
         headers = answer.get("headers")
         if answer["body"] == "no body":
@@ -101,7 +101,7 @@ async def test_recorded_answer_is_read_as_expected(answer: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_control_plane_names_its_sources_and_has_every_call_of_a_worker(name: str) -> None:
+def test_recorded_control_plane_has_sources_and_every_worker_call(name: str) -> None:
     plane = RECORDED[name]
     assert plane["repository"].count("/") == 1
     assert len(plane["commit"]) == 40

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import Api
 
 
-async def test_anthropic_answers_have_distinct_request_ids(anthropic: Api) -> None:
+async def test_anthropic_responses_have_distinct_request_ids(anthropic: Api) -> None:
     answers = [
         await anthropic.poll(),
         await anthropic.poll(),
@@ -30,7 +30,7 @@ async def test_anthropic_event_stream_has_request_id(anthropic: Api) -> None:
         assert reader.response.headers["request-id"].startswith("req_")
 
 
-async def test_qoder_answers_have_no_request_id(qoder: Api) -> None:
+async def test_qoder_responses_have_no_request_id(qoder: Api) -> None:
     (item,) = qoder.plane.enqueue()
     assert "request-id" not in (await qoder.poll()).headers
     assert "request-id" not in (await qoder("GET", path(qoder, item.session_id))).headers

@@ -59,9 +59,7 @@ def rows(file: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_stopped_item_is_deleted_with_its_session_once_its_time_is_over(
-    api: Api, clock: Clock
-) -> None:
+async def test_stopped_item_is_deleted_with_session_after_retention(api: Api, clock: Clock) -> None:
     item = stopped(api.plane)
     (waiting,) = api.plane.enqueue()
     clock.advance(KEPT - 1)
@@ -77,7 +75,7 @@ async def test_stopped_item_is_deleted_with_its_session_once_its_time_is_over(
     assert await api.state(waiting.id) == "queued"
 
 
-async def test_deleted_rows_leave_the_file(
+async def test_deleted_items_are_removed_from_database_file(
     tmp_path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
@@ -89,7 +87,7 @@ async def test_deleted_rows_leave_the_file(
     assert rows(file) == [1, 1, 0]
 
 
-async def test_rows_that_ended_while_nothing_ran_are_deleted_at_the_start(
+async def test_items_expired_while_server_was_down_are_deleted_at_start(
     tmp_path: Path, clock: Clock
 ) -> None:
     file = tmp_path / "work.db"
@@ -115,7 +113,7 @@ async def test_rows_that_ended_while_nothing_ran_are_deleted_at_the_start(
     assert rows(file) == [1, 1, 0]
 
 
-async def test_session_is_deleted_once_the_last_of_its_items_is_over(
+async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     plane: ControlPlane, clock: Clock
 ) -> None:
     operations = plane.operations
@@ -138,7 +136,9 @@ async def test_session_is_deleted_once_the_last_of_its_items_is_over(
     assert len(operations.queue(ENV)) == 0
 
 
-async def test_item_whose_stop_lapsed_is_deleted(qoder: Api, clock: Clock) -> None:
+async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
+    qoder: Api, clock: Clock
+) -> None:
     work_id = await qoder.bring_to("stopping")
     clock.advance(60)
     assert await qoder.state(work_id) == "stopped"
@@ -147,7 +147,7 @@ async def test_item_whose_stop_lapsed_is_deleted(qoder: Api, clock: Clock) -> No
     assert (await qoder.get(work_id)).status == 404
 
 
-async def test_stream_of_a_deleted_session_ends(qoder: Api, clock: Clock) -> None:
+async def test_stream_of_deleted_session_ends(qoder: Api, clock: Clock) -> None:
     item = stopped(qoder.plane)
     async with stream(qoder, item.session_id) as reader:
         clock.advance(KEPT)
@@ -156,7 +156,7 @@ async def test_stream_of_a_deleted_session_ends(qoder: Api, clock: Clock) -> Non
             assert await reader.response.content.read() == b""
 
 
-async def test_one_call_deletes_a_bounded_number(plane: ControlPlane, clock: Clock) -> None:
+async def test_one_call_deletes_limited_number_of_items(plane: ControlPlane, clock: Clock) -> None:
     operations = plane.operations
     for item in plane.enqueue(2 * BATCH_MAX + 1):
         operations.stop(ENV, item.id)
@@ -168,7 +168,7 @@ async def test_one_call_deletes_a_bounded_number(plane: ControlPlane, clock: Clo
     assert sizes == [BATCH_MAX + 1, 1, 0]
 
 
-async def test_everything_is_kept_by_default(clock: Clock) -> None:
+async def test_items_are_kept_forever_by_default(clock: Clock) -> None:
     operations = Operations([ENV], now=clock)
     (item,) = operations.enqueue(ENV)
     operations.stop(ENV, item.id)
@@ -177,7 +177,7 @@ async def test_everything_is_kept_by_default(clock: Clock) -> None:
     assert operations.get(ENV, item.id).state == "stopped"
 
 
-async def test_walk_through_sessions_survives_deletions(plane: ControlPlane, clock: Clock) -> None:
+async def test_walk_over_sessions_skips_deleted_sessions(plane: ControlPlane, clock: Clock) -> None:
     ended = stopped(plane)
     (going_on,) = plane.enqueue()
     clock.advance(KEPT)

@@ -55,7 +55,9 @@ async def api_key(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
         yield client
 
 
-async def test_all_eight_calls(plane: ControlPlane, strict: AsyncAnthropic, clock: Clock) -> None:
+async def test_anthropic_sdk_makes_all_eight_calls(
+    plane: ControlPlane, strict: AsyncAnthropic, clock: Clock
+) -> None:
     sdk = strict
     work = sdk.beta.environments.work
     assert await work.poll(ENV, anthropic_worker_id="sdk") is None
@@ -99,12 +101,14 @@ async def test_all_eight_calls(plane: ControlPlane, strict: AsyncAnthropic, cloc
     assert [one.state async for one in work.list(ENV)] == ["stopped"]
 
 
-async def test_the_list_is_walked_to_its_end(plane: ControlPlane, sdk: AsyncAnthropic) -> None:
+async def test_anthropic_sdk_lists_items_to_the_end(
+    plane: ControlPlane, sdk: AsyncAnthropic
+) -> None:
     ids = [item.id for item in plane.enqueue(45)]
     assert [item.id async for item in sdk.beta.environments.work.list(ENV, limit=10)] == ids
 
 
-async def test_the_work_poller_claims_a_queue_of_50(
+async def test_anthropic_sdk_work_poller_claims_fifty_items(
     plane: ControlPlane, sdk: AsyncAnthropic, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = [item.id for item in plane.enqueue(50)]
@@ -126,7 +130,7 @@ async def test_the_work_poller_claims_a_queue_of_50(
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-async def test_session_in_every_state_validates_as_the_sdks_type(
+async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
     anthropic: Api, strict: AsyncAnthropic, state: str
 ) -> None:
     work_id = await anthropic.bring_to(state)
@@ -143,7 +147,7 @@ async def test_session_in_every_state_validates_as_the_sdks_type(
 
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
-async def test_session_after_every_status_event_validates_as_the_sdks_type(
+async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
     plane: ControlPlane, strict: AsyncAnthropic, status: str
 ) -> None:
     (item,) = plane.enqueue()
@@ -154,7 +158,7 @@ async def test_session_after_every_status_event_validates_as_the_sdks_type(
     assert (await strict.beta.sessions.retrieve(session_id)).status == status
 
 
-async def test_application_creates_work_with_the_sdk_alone(
+async def test_application_creates_work_with_anthropic_sdk_only(
     strict: AsyncAnthropic, api_key: AsyncAnthropic
 ) -> None:
     environment = await api_key.beta.environments.create(
@@ -182,7 +186,7 @@ async def test_application_creates_work_with_the_sdk_alone(
     assert [each.id async for each in api_key.beta.sessions.list()] == [another.id]
 
 
-async def test_the_sdks_own_worker_runs_scripted_sessions_to_their_end(
+async def test_worker_of_anthropic_sdk_completes_scripted_sessions(
     plane: ControlPlane, sdk: AsyncAnthropic, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = [
@@ -209,7 +213,7 @@ async def test_the_sdks_own_worker_runs_scripted_sessions_to_their_end(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_refusals_arrive_as_the_sdks_own_errors(
+async def test_error_responses_become_exceptions_of_anthropic_sdk(
     plane: ControlPlane, sdk: AsyncAnthropic
 ) -> None:
     work = sdk.with_options(max_retries=0).beta.environments.work

@@ -29,7 +29,9 @@ async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncManaged]:
         yield client
 
 
-async def test_the_events_of_a_session(plane: ControlPlane, sdk: AsyncManaged) -> None:
+async def test_qoder_sdk_lists_sends_and_streams_events(
+    plane: ControlPlane, sdk: AsyncManaged
+) -> None:
     events = sdk.sessions.events
     (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
     said = [event async for event in await events.list(item.session_id, limit=2)]
@@ -59,7 +61,7 @@ async def test_the_events_of_a_session(plane: ControlPlane, sdk: AsyncManaged) -
     ]
 
 
-async def test_events_are_listed_by_type_time_and_order(
+async def test_qoder_sdk_lists_events_by_type_time_and_order(
     plane: ControlPlane, sdk: AsyncManaged, clock: Clock
 ) -> None:
     events = sdk.sessions.events
@@ -88,7 +90,7 @@ async def test_events_are_listed_by_type_time_and_order(
         ("stopped", "idle"),
     ],
 )
-async def test_session_validates_as_the_sdks_type(
+async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
     qoder: Api, sdk: AsyncManaged, state: str, status: str
 ) -> None:
     work_id = await qoder.bring_to(state)
@@ -105,7 +107,9 @@ async def test_session_validates_as_the_sdks_type(
     assert agent.model is not None
 
 
-async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Clock) -> None:
+async def test_qoder_sdk_makes_all_eight_calls(
+    plane: ControlPlane, sdk: AsyncManaged, clock: Clock
+) -> None:
     work = sdk.environments.work
     assert await work.poll(ENV, worker_id="sdk") is None
     (created,) = plane.enqueue(metadata={"job": "report"})
@@ -148,7 +152,7 @@ async def test_all_eight_calls(plane: ControlPlane, sdk: AsyncManaged, clock: Cl
     assert [one.id async for one in work.list(ENV)] == [created.id]
 
 
-async def test_the_list_is_walked_to_its_end(plane: ControlPlane, sdk: AsyncManaged) -> None:
+async def test_qoder_sdk_lists_items_to_the_end(plane: ControlPlane, sdk: AsyncManaged) -> None:
     ids = [item.id for item in plane.enqueue(45)]
     assert [item.id async for item in sdk.environments.work.list(ENV, limit=10)] == ids
     backwards = [
@@ -158,7 +162,7 @@ async def test_the_list_is_walked_to_its_end(plane: ControlPlane, sdk: AsyncMana
     assert len(backwards) == 25
 
 
-async def test_refusals_arrive_as_the_sdks_own_errors(
+async def test_error_responses_become_exceptions_of_qoder_sdk(
     plane: ControlPlane, sdk: AsyncManaged
 ) -> None:
     work = sdk.environments.work
@@ -183,7 +187,7 @@ async def test_refusals_arrive_as_the_sdks_own_errors(
         await sdk.with_options(pat=LIMITED).environments.work.poll(OTHER)
 
 
-async def test_the_synchronous_client_too(plane: ControlPlane) -> None:
+async def test_synchronous_qoder_sdk_stops_all_items(plane: ControlPlane) -> None:
     def drain() -> list[str]:
         seen: list[str] = []
         with Managed(pat=TOKEN, base_url=plane.base_url) as sdk:

@@ -42,7 +42,9 @@ def scripted(plane: ControlPlane, *script: dict[str, Any]) -> str:
     return item.session_id.replace("sess_", "session_")
 
 
-async def test_list_send_and_stream(plane: ControlPlane, sdk: AsyncAnthropic) -> None:
+async def test_anthropic_sdk_lists_sends_and_streams_events(
+    plane: ControlPlane, sdk: AsyncAnthropic
+) -> None:
     events = sdk.beta.sessions.events
     session_id = scripted(plane, BASH, ASK)
     said = [event async for event in events.list(session_id, limit=2)]
@@ -82,7 +84,7 @@ async def test_list_send_and_stream(plane: ControlPlane, sdk: AsyncAnthropic) ->
         assert told[-1].stop_reason.type == "end_turn"
 
 
-async def test_events_are_listed_by_type_time_and_order(
+async def test_anthropic_sdk_lists_events_by_type_time_and_order(
     plane: ControlPlane, sdk: AsyncAnthropic, clock: Clock
 ) -> None:
     session_id = scripted(plane, BASH)
@@ -102,7 +104,7 @@ async def test_events_are_listed_by_type_time_and_order(
     ]
 
 
-async def test_refusals_arrive_as_the_sdks_own_errors(
+async def test_refused_events_become_exceptions_of_anthropic_sdk(
     plane: ControlPlane, sdk: AsyncAnthropic
 ) -> None:
     events = sdk.beta.sessions.events
@@ -134,7 +136,7 @@ async def confirm(
                 return
 
 
-async def test_the_sdks_tool_runner_plays_a_whole_script(
+async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
     plane: ControlPlane, sdk: AsyncAnthropic
 ) -> None:
     """Its own client of this very protocol: stream first, history, reconcile, answer once."""

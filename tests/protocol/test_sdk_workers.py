@@ -224,7 +224,7 @@ async def eventually(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_worker_runs_a_conversation_to_its_end(
+async def test_sdk_worker_completes_a_conversation(
     plane: ControlPlane,
     application: AsyncAnthropic,
     worker: Worker,
@@ -309,7 +309,7 @@ async def held(
         yield Held(session.id, item.id, lambda: plane.operations.get(environment_id, item.id).state)
 
 
-async def test_worker_leaves_a_session_that_is_archived(
+async def test_sdk_worker_leaves_archived_session(
     application: AsyncAnthropic, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert (await application.beta.sessions.archive(held.session_id)).status == "terminated"
@@ -318,7 +318,7 @@ async def test_worker_leaves_a_session_that_is_archived(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_worker_ends_a_session_when_a_heartbeat_answers_stopping(
+async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
     plane: ControlPlane, held: Held, environment_id: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The workers send a heartbeat every 30 s."""
@@ -331,7 +331,7 @@ async def test_worker_ends_a_session_when_a_heartbeat_answers_stopping(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_item_is_handled_with_its_secret_and_without_a_key(
+async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
     plane: ControlPlane,
     application: AsyncAnthropic,
     environment_id: str,

@@ -42,7 +42,7 @@ def plane_on(path: Path, clock: Clock, *environments: str) -> ControlPlane:
     )
 
 
-async def test_everything_is_as_before_after_a_restart(
+async def test_items_sessions_and_stats_survive_restart(
     path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     async with plane_on(path, clock, ENV, OTHER) as plane:
@@ -75,7 +75,7 @@ async def test_everything_is_as_before_after_a_restart(
         assert newer.id > max(item["id"] for item in before[0]["data"])
 
 
-async def test_a_restart_does_not_forget_who_holds_an_item(
+async def test_holder_of_item_survives_restart(
     path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     async with plane_on(path, clock) as plane:
@@ -88,7 +88,7 @@ async def test_a_restart_does_not_forget_who_holds_an_item(
             assert (await api.ack(work_id, worker="a")).status == 200
 
 
-async def test_ids_ascend_over_a_restart_with_the_clock_set_back(path: Path, clock: Clock) -> None:
+async def test_ids_ascend_across_restart_with_clock_set_back(path: Path, clock: Clock) -> None:
     async with plane_on(path, clock) as plane:
         (former,) = plane.enqueue()
     clock.advance(-86_400)
@@ -96,7 +96,7 @@ async def test_ids_ascend_over_a_restart_with_the_clock_set_back(path: Path, clo
         assert plane.enqueue()[0].id > former.id
 
 
-async def test_redelivery_goes_on_after_a_restart(
+async def test_redelivery_order_survives_restart(
     path: Path, clock: Clock, http: aiohttp.ClientSession
 ) -> None:
     async with plane_on(path, clock) as plane:
@@ -114,9 +114,7 @@ async def test_redelivery_goes_on_after_a_restart(
         assert (await api.claim())["id"] == first
 
 
-async def test_an_environment_that_is_not_served_now_keeps_its_items(
-    path: Path, clock: Clock
-) -> None:
+async def test_environment_not_served_meanwhile_keeps_its_items(path: Path, clock: Clock) -> None:
     async with plane_on(path, clock, ENV, OTHER) as plane:
         plane.enqueue(environment_id=OTHER)
     async with plane_on(path, clock, ENV):
@@ -125,7 +123,7 @@ async def test_an_environment_that_is_not_served_now_keeps_its_items(
         assert len(plane.operations.queue(OTHER)) == 1
 
 
-async def test_every_field_is_written_and_read(path: Path) -> None:
+async def test_every_stored_field_is_read_back(path: Path) -> None:
     number = dict.fromkeys(
         ("acknowledged_at", "started_at", "heartbeat_at", "stop_requested_at", "stopped_at"), 1
     )
@@ -169,7 +167,7 @@ async def test_every_field_is_written_and_read(path: Path) -> None:
     assert contents.events == events
 
 
-async def test_a_newer_schema_is_refused(path: Path, clock: Clock) -> None:
+async def test_database_with_newer_schema_is_refused(path: Path, clock: Clock) -> None:
     async with plane_on(path, clock):
         pass
     with closing(sqlite3.connect(path)) as connection:
@@ -179,33 +177,33 @@ async def test_a_newer_schema_is_refused(path: Path, clock: Clock) -> None:
         await plane_on(path, clock).__aenter__()
 
 
-async def test_a_database_of_something_else_is_refused(path: Path, clock: Clock) -> None:
+async def test_database_of_another_program_is_refused(path: Path, clock: Clock) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
     with pytest.raises(StoreError, match="not ours"):
         await plane_on(path, clock).__aenter__()
 
 
-def test_a_file_that_is_no_database_is_refused(path: Path, clock: Clock) -> None:
+def test_file_that_is_no_database_is_refused(path: Path, clock: Clock) -> None:
     path.write_text("not a database, and long enough to be read as one" * 100)
     with pytest.raises(StoreError, match="not a database"), asyncio.Runner() as runner:
         runner.run(plane_on(path, clock).__aenter__())
     assert path.read_text().startswith("not a database")
 
 
-async def test_a_missing_directory_is_refused(tmp_path: Path, clock: Clock) -> None:
+async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: Clock) -> None:
     with pytest.raises(StoreError, match="unable to open"):
         await plane_on(tmp_path / "missing" / "work.db", clock).__aenter__()
 
 
-async def test_a_second_server_on_one_file_is_refused(path: Path, clock: Clock) -> None:
+async def test_second_server_on_same_file_is_refused(path: Path, clock: Clock) -> None:
     async with plane_on(path, clock):
         with pytest.raises(StoreError, match="locked"):
             await plane_on(path, clock).__aenter__()
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_files_of_a_new_store_belong_to_their_owner_alone(path: Path, mask: int) -> None:
+def test_files_of_new_store_are_accessible_to_owner_only(path: Path, mask: int) -> None:
     former = os.umask(mask)
     try:
         with closing(SqliteStore(path)._connect()) as connection:
@@ -241,7 +239,7 @@ async def filled(path: Path, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-async def test_malformed_row_ends_the_start_with_its_id_and_column(
+async def test_malformed_row_prevents_start_and_is_named(
     path: Path, clock: Clock, name: str
 ) -> None:
     await filled(path, clock)
@@ -262,9 +260,7 @@ async def test_malformed_row_ends_the_start_with_its_id_and_column(
         "UPDATE work SET id = 'work_nothex'",
     ],
 )
-async def test_rows_that_do_not_fit_together_end_the_start(
-    path: Path, clock: Clock, change: str
-) -> None:
+async def test_inconsistent_rows_prevent_start(path: Path, clock: Clock, change: str) -> None:
     await filled(path, clock)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(change)
@@ -274,7 +270,7 @@ async def test_rows_that_do_not_fit_together_end_the_start(
             await plane_on(path, clock).__aenter__()
 
 
-async def test_bug_on_the_writers_thread_is_a_failure_of_the_store(
+async def test_exception_on_writer_thread_fails_store(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with plane_on(path, clock) as plane:
@@ -285,7 +281,7 @@ async def test_bug_on_the_writers_thread_is_a_failure_of_the_store(
                 await plane.operations.durable()
 
 
-async def test_closing_ends_the_reading_of_a_store(
+async def test_close_during_reading_of_store_ends_reading(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with plane_on(path, clock) as plane:
@@ -309,13 +305,13 @@ async def test_closing_ends_the_reading_of_a_store(
     assert len(rows) == 1
 
 
-def test_wal_and_full_sync(path: Path) -> None:
+def test_database_uses_wal_and_full_sync(path: Path) -> None:
     with closing(SqliteStore(path)._connect()) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
-async def test_a_store_that_fails_answers_500_and_nothing_else_from_then_on(
+async def test_failed_store_answers_500_to_every_later_call(
     path: Path, clock: Clock, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -398,7 +394,7 @@ class Load:
 
 
 @pytest.mark.trial
-async def test_kill_9_under_load_loses_nothing_that_was_answered(
+async def test_killed_server_under_load_loses_no_answered_change(
     path: Path, http: aiohttp.ClientSession
 ) -> None:
     async with server(path) as (process, port):

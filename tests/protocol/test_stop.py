@@ -30,7 +30,9 @@ SIBLING_REFUSES = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(("force", "state", "after"), TABLE)
-async def test_the_table(qoder: Api, clock: Clock, state: str, after: str, *, force: bool) -> None:
+async def test_stop_of_item_in_each_state_has_documented_result(
+    qoder: Api, clock: Clock, state: str, after: str, *, force: bool
+) -> None:
     work_id = await qoder.bring_to(state)
     before = (await qoder.get(work_id)).body
     clock.advance(3)
@@ -46,7 +48,7 @@ async def test_the_table(qoder: Api, clock: Clock, state: str, after: str, *, fo
 
 @pytest.mark.usefixtures("both_stores")
 @pytest.mark.parametrize(("force", "state", "after"), TABLE)
-async def test_the_sibling_answers_204_or_409(
+async def test_anthropic_stop_answers_204_or_409_by_state(
     anthropic: Api, state: str, after: str, *, force: bool
 ) -> None:
     work_id = await anthropic.bring_to(state)
@@ -63,7 +65,7 @@ async def test_the_sibling_answers_204_or_409(
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
 )
-async def test_force_is_false_unless_said(api: Api, body: bytes) -> None:
+async def test_stop_without_force_is_graceful(api: Api, body: bytes) -> None:
     work_id = await api.bring_to("active")
     assert (await api.stop(work_id, data=body)).status in {200, 204}
     assert await api.state(work_id) == "stopping"
@@ -89,7 +91,7 @@ async def test_force_is_false_unless_said(api: Api, body: bytes) -> None:
         b'{"force": true} x',
     ],
 )
-async def test_any_other_body_is_400_and_stops_nothing(api: Api, body: bytes) -> None:
+async def test_malformed_stop_body_is_400_and_stops_nothing(api: Api, body: bytes) -> None:
     work_id = await api.bring_to("active")
     answer = await api.stop(work_id, data=body)
     assert answer.status == 400
@@ -97,9 +99,7 @@ async def test_any_other_body_is_400_and_stops_nothing(api: Api, body: bytes) ->
     assert await api.state(work_id) == "active"
 
 
-async def test_a_delivered_item_can_be_stopped_and_is_not_delivered_again(
-    api: Api, clock: Clock
-) -> None:
+async def test_stopped_delivered_item_is_not_delivered_again(api: Api, clock: Clock) -> None:
     api.plane.enqueue()
     item = await api.claim()
     await api.stop(item["id"])

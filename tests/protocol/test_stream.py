@@ -64,7 +64,7 @@ async def stream(api: Api, session_id: str, last_id: str | None = None) -> Async
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_stream_starts_live(api: Api) -> None:
+async def test_stream_without_last_event_id_starts_with_new_events(api: Api) -> None:
     session_id = scripted(api, BASH)
     use = await last(api, session_id, "agent.tool_use")
     async with stream(api, session_id) as one, stream(api, session_id) as two:
@@ -80,7 +80,7 @@ async def test_a_stream_starts_live(api: Api) -> None:
 
 
 @pytest.mark.usefixtures("both_stores")
-async def test_a_stream_resumes_after_the_last_event_that_was_read(api: Api) -> None:
+async def test_stream_resumes_after_last_event_id(api: Api) -> None:
     session_id = scripted(api, BASH)
     whole = await history(api, session_id)
     for place, event in enumerate(whole):
@@ -94,27 +94,27 @@ async def test_a_stream_resumes_after_the_last_event_that_was_read(api: Api) -> 
 
 
 @pytest.mark.parametrize("unknown", [UNKNOWN, "evt_" + "f" * 32, "nonsense", ""])
-async def test_an_unknown_last_event_id_replays_everything(api: Api, unknown: str) -> None:
+async def test_stream_with_unknown_last_event_id_replays_all_events(api: Api, unknown: str) -> None:
     session_id = scripted(api, BASH)
     async with stream(api, session_id, unknown) as reader:
         assert [await reader.event() for _ in range(3)] == await history(api, session_id)
 
 
-async def test_another_sessions_event_is_unknown(api: Api) -> None:
+async def test_stream_with_event_id_of_another_session_replays_all_events(api: Api) -> None:
     first, second = scripted(api, BASH), scripted(api, BASH)
     theirs = (await history(api, first))[-1]["id"]
     async with stream(api, second, theirs) as reader:
         assert (await reader.event())["type"] == "user.message"
 
 
-async def test_a_silent_stream_is_kept_alive(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silent_stream_sends_keep_alives(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_routes, "KEEP_ALIVE_SECONDS", 0.02)
     async with stream(api, scripted(api)) as reader:
         for _ in range(3):
             assert await reader.block() == ": keep-alive\n\n"
 
 
-async def test_a_stream_ends_when_the_control_plane_goes(qoder: Api) -> None:
+async def test_stream_ends_when_control_plane_closes(qoder: Api) -> None:
     async with stream(qoder, scripted(qoder)) as reader:
         qoder.plane.operations.release()
         async with asyncio.timeout(20):
@@ -123,7 +123,7 @@ async def test_a_stream_ends_when_the_control_plane_goes(qoder: Api) -> None:
         assert await reader.response.content.read() == b""
 
 
-async def test_a_reader_that_leaves_is_forgotten(qoder: Api) -> None:
+async def test_stream_of_disconnected_reader_is_forgotten(qoder: Api) -> None:
     session_id = scripted(qoder)
     following = qoder.plane.operations.sessions._following
     async with stream(qoder, session_id) as reader:
@@ -132,7 +132,7 @@ async def test_a_reader_that_leaves_is_forgotten(qoder: Api) -> None:
     await until(lambda: not following)
 
 
-async def test_a_reader_that_does_not_read_is_cut_off(
+async def test_stream_of_reader_that_does_not_read_is_cut_off(
     qoder: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound, "READ_SECONDS", 0.1)
@@ -148,7 +148,7 @@ async def test_a_reader_that_does_not_read_is_cut_off(
             await reader.response.content.read()
 
 
-async def test_event_that_is_not_durable_is_not_streamed(
+async def test_event_that_could_not_be_stored_is_not_streamed(
     tmp_path: Path, http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -165,7 +165,7 @@ async def test_event_that_is_not_durable_is_not_streamed(
             assert await reader.response.content.read() == b""
 
 
-async def test_head_is_no_stream(api: Api) -> None:
+async def test_head_request_to_stream_is_405(api: Api) -> None:
     url = path(api, scripted(api), "/events/stream")
     async with api.http.head(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
         assert response.status == 405

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ),
     ],
 )
-async def test_merge_patch(api: Api, patch: object, metadata: object) -> None:
+async def test_update_merges_metadata_patch(api: Api, patch: object, metadata: object) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1", "b": "2"})
     before = (await api.get(item.id)).body
     answer = await api.update(item.id, json={"metadata": patch})
@@ -38,13 +38,13 @@ async def test_merge_patch(api: Api, patch: object, metadata: object) -> None:
     assert (await api.get(item.id)).body == answer.body
 
 
-async def test_omitted_metadata_changes_nothing(qoder: Api) -> None:
+async def test_update_without_metadata_changes_nothing(qoder: Api) -> None:
     (item,) = qoder.plane.enqueue(metadata={"a": "1"})
     answer = await qoder.update(item.id, json={"other": 1})
     assert (answer.status, answer.body["metadata"]) == (200, {"a": "1"})
 
 
-async def test_the_sibling_requires_metadata(anthropic: Api) -> None:
+async def test_anthropic_update_requires_metadata(anthropic: Api) -> None:
     (item,) = anthropic.plane.enqueue()
     answer = await anthropic.update(item.id, json={})
     assert answer.status == 400
@@ -52,7 +52,7 @@ async def test_the_sibling_requires_metadata(anthropic: Api) -> None:
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-async def test_in_any_state(api: Api, state: str) -> None:
+async def test_update_is_accepted_in_every_state(api: Api, state: str) -> None:
     work_id = await api.bring_to(state)
     answer = await api.update(work_id, json={"metadata": {"k": "v"}})
     assert (answer.status, answer.body["metadata"]) == (200, {"k": "v"})
@@ -81,7 +81,7 @@ async def test_in_any_state(api: Api, state: str) -> None:
         b'{"metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     ],
 )
-async def test_a_bad_patch_is_400_and_nothing_of_it_is_applied(api: Api, body: bytes) -> None:
+async def test_malformed_update_is_400_and_not_applied(api: Api, body: bytes) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1"})
     answer = await api.update(item.id, data=body)
     assert answer.status == 400

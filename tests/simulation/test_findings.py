@@ -115,7 +115,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
 
 
 @in_virtual_time
-async def test_drain_sends_no_second_heartbeat_while_the_first_is_under_way() -> None:
+async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> None:
     script = Script(heartbeat=[CallFault(there=4, back=4)])
     bench = Bench(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
@@ -129,7 +129,7 @@ async def test_drain_sends_no_second_heartbeat_while_the_first_is_under_way() ->
 
 
 @in_virtual_time
-async def test_409_after_refused_stop_is_not_success() -> None:
+async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
     """The item was queued again; it counted as completed and ran again."""
     script = Script(stop=[CallFault(answer=429, applied=False, retry_after=30)])
     bench = Bench(script, lease_ttl=10)
@@ -235,7 +235,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 
 
 @in_virtual_time
-async def test_no_handler_starts_on_lease_of_first_heartbeat_before_machine_pause() -> None:
+async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
     """Its lease had lapsed, which the lease clock does not show."""
     bench = Bench(Script(heartbeat=[CallFault(back=3)]), drain_timeout=0)
     async with bench.supervisor:
@@ -263,7 +263,7 @@ class FallsAsleep:
 
 
 @in_virtual_time
-async def test_handler_does_not_start_after_machine_slept_past_its_lease() -> None:
+async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
     """The lease was checked before its task was created; another worker could run the item."""
     bench = Bench(Script(), observer=FallsAsleep())
     async with bench.supervisor:
@@ -316,7 +316,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 
 
 @in_virtual_time
-async def test_completion_after_machine_pause_follows_the_verified_lease_at_once() -> None:
+async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
     """It waited for the rest of its back-off, for up to 3 s, although the lease was verified."""
     script = Script(heartbeat=[None, CallFault(there=0.001, back=8)])
     bench = Bench(script, lease_ttl=60)
@@ -333,7 +333,7 @@ async def test_completion_after_machine_pause_follows_the_verified_lease_at_once
 
 
 @in_virtual_time
-async def test_workers_in_step_do_not_take_an_item_from_each_other_without_end() -> None:
+async def test_workers_in_step_do_not_take_item_from_each_other_endlessly() -> None:
     """Each one polled the item before the other had acknowledged it, so all acks were refused."""
 
     def latency(op: str, _work_id: str | None) -> CallFault:
@@ -361,7 +361,7 @@ async def hand_over_to_nobody(session: Session) -> None:
 
 
 @in_virtual_time
-async def test_handoff_of_abandoned_session_does_not_delay_the_end_of_the_pool() -> None:
+async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None:
     """It waited for a heartbeat that was sent no more, so the renewer did not end within 10 s."""
     silence = CallFault(answer="silence", applied=False)
     bench = Bench(Script(heartbeat=[None, *[silence] * 20]), hand_over_to_nobody)

@@ -18,12 +18,12 @@ _spec.loader.exec_module(mutations)
 SCHEDULES = range(1000)
 
 
-def test_mutations_are_at_least_twenty() -> None:
+def test_mutation_table_has_at_least_twenty_entries() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_mutation_finds_the_lines_that_it_rewrites(name: str) -> None:
+def test_mutation_matches_lines_of_source(name: str) -> None:
     """A change of the pool that breaks a mutation must fail in the quick tier."""
     with mutations.mutated(mutations.MUTATIONS[name]):
         pass
@@ -32,6 +32,6 @@ def test_mutation_finds_the_lines_that_it_rewrites(name: str) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
-def test_mutation_of_the_pool_is_caught(name: str) -> None:
+def test_mutation_of_pool_is_caught_by_simulation(name: str) -> None:
     found = mutations.hunt(mutations.MUTATIONS[name], SCHEDULES)
     assert found is not None, f"{name}: {len(SCHEDULES)} schedules did not catch it"

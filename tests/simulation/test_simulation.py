@@ -87,7 +87,7 @@ def test_invariants_hold_on_two_hundred_schedules(
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)
-def test_invariants_hold_on_schedules_that_hypothesis_draws(schedule: Schedule) -> None:
+def test_invariants_hold_on_schedules_drawn_by_hypothesis(schedule: Schedule) -> None:
     _, violations = simulate(schedule)
     assert violations == []
 
@@ -140,7 +140,7 @@ def promises() -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows]
 
 
-def test_each_promise_names_invariants_mutations_and_tests_that_exist() -> None:
+def test_documented_promises_name_existing_invariants_mutations_and_tests() -> None:
     invariants = {each.__name__ for each in INVARIANTS}
     for promise, named, mutations, tests in promises():
         assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
