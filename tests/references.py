@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
-from workpool import Settings
 from workpool.cli.commands import app
 from workpool.metrics import DEFINITIONS
+from workpool.settings import DESCRIPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,11 +35,10 @@ def table(*head: str) -> list[str]:
 
 def settings() -> Iterator[str]:
     yield from table("setting", "default", "meaning")
-    for name, field in Settings.model_fields.items():
-        text = " ".join((field.description or "").split())
+    for name, text in DESCRIPTIONS.items():
         found = re.fullmatch(r"(.*?) ?Default: (.*)\.", text)
         if found is None:
-            raise ValueError(f"the docstring of {name} does not end with its default")
+            raise ValueError(f"the text of {name} does not end with its default")
         meaning, default = found.groups()
         yield row(f"`{name}`", default, meaning)
 

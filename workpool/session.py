@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from pydantic import SecretStr
-
+    from workpool.secret import Secret
     from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.items import WorkItem
 
@@ -103,7 +102,7 @@ class HandedLease:
     base_url: str
     dialect: str
     session_id: str = ""
-    item_token: SecretStr | None = None
+    item_token: Secret | None = None
 
     @property
     def variables(self) -> dict[str, str]:

@@ -7,33 +7,35 @@ See workpool/docs/settings.md, "Settings".
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import difflib
 import os
 import re
 import socket
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import orjson
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    SecretStr,
-    ValidationError,
-)
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 from yarl import URL
 
 from workpool.errors import SettingsError
+from workpool.setting_values import (
+    checked,
+    choice,
+    decimal,
+    matching,
+    names,
+    optional,
+    path,
+    secret,
+    secrets_by_name,
+    setting,
+    unlimited,
+    whole,
+)
 from workpool.wire import protocol
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.http.credentials import read_credential
@@ -42,15 +44,15 @@ from workpool.wire.http.tls import tls_context
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterable, Iterator, Mapping
+    from typing import Self
 
+    from workpool.secret import Secret
     from workpool.wire.items import WorkItem
 
     Table = dict[str, Any]
 
 PREFIX: Final = "WORKPOOL_"
 CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
-UNLIMITED: Final = "unlimited"
-"""The value of `drain_timeout` in a variable, file or flag for None."""
 PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
@@ -124,6 +126,8 @@ def _check_listen(value: str) -> str:
 
 
 def _check_base_url(value: str) -> str:
+    if not value:
+        raise ValueError("empty; give an address, or remove it")
     try:
         url = URL(value)
         host = url.host
@@ -138,18 +142,17 @@ def _check_base_url(value: str) -> str:
     return str(url).rstrip("/")
 
 
-def _parse_headers(value: object) -> object:
-    """Read a JSON object from a variable; a file and a keyword have a mapping."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError:
-        raise ValueError('not a JSON object, as in {"x-worker-token": "..."}') from None
+def _parse_headers(value: object) -> dict[str, Secret]:
+    """Read headers, of which a variable has a JSON object, a file and a keyword a mapping.
 
-
-def _check_headers(headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-    """Refuse what cannot stand in a request, or would replace a header that the client sets."""
+    Refuses what cannot stand in a request, or would replace a header that the client sets.
+    """
+    if isinstance(value, str):
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            raise ValueError('not a JSON object, as in {"x-worker-token": "..."}') from None
+    headers = secrets_by_name(value)
     if len({name.lower() for name in headers}) != len(headers):
         raise ValueError("a name is given twice")
     for name, value in headers.items():
@@ -162,31 +165,36 @@ def _check_headers(headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
     return headers
 
 
-def _split(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    return [part.strip() for part in value.split(",") if part.strip()]
-
-
-def _unlimited(value: object) -> object:
-    return None if isinstance(value, str) and value.lower() == UNLIMITED else value
-
-
-def _lower(value: object) -> object:
-    return value.lower() if isinstance(value, str) else value
-
-
 def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
 
 
-WorkerId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+class _Given(NamedTuple):
+    """A value that a source gave; `origin`: what errors call the source, empty for a keyword."""
+
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """Where the settings came from: the file, what each value came from, tables of plugins."""
+
+    file: Path | None = None
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    plugin_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict, repr=False
+    )
+
+
 Level = Literal["debug", "info", "warning", "error", "critical"]
+_ID: Final = "1 to 128 letters, digits, _ or -"
+_SECONDS: Final = decimal(zero=True)
+_SOME_SECONDS: Final = decimal(zero=False)
 
 
-class Settings(BaseSettings):
+@dataclass(frozen=True, init=False)
+class Settings:
     """All settings of a worker.
 
     A keyword wins over a variable, which wins over the TOML file. The variable of a setting is
@@ -201,141 +209,249 @@ class Settings(BaseSettings):
         SettingsError: Some values are wrong; names them all, and quotes none.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX,
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-        str_strip_whitespace=True,
-        use_attribute_docstrings=True,
+    base_url: str = setting(
+        checked(_check_base_url),
+        protocol.QODER_BASE_URL,
+        "The control plane's address, with the dialect's prefix. Default: the dialect's own.",
+    )
+    dialect: protocol.Dialect = setting(
+        choice(*get_args(protocol.Dialect)),
+        protocol.QODER,
+        "The variant of the protocol: `qoder` or `anthropic`. Default: `qoder`.",
+    )
+    token: Secret | None = setting(
+        optional(secret),
+        None,
+        "The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`.",
+    )
+    token_file: Path | None = setting(
+        optional(path),
+        None,
+        "A file with the credential, read again after a refusal. Default: none.",
+    )
+    api_key: Secret | None = setting(
+        optional(secret),
+        None,
+        "A second credential, for calls that some control planes refuse a worker's: those "
+        "that read an item, write its metadata or query statistics. Default: none, so they "
+        "use `token`.",
+    )
+    api_key_file: Path | None = setting(
+        optional(path),
+        None,
+        "A file with the second credential, read again after a refusal. Default: none.",
+    )
+    extra_headers: Mapping[str, Secret] = setting(
+        _parse_headers,
+        dict,
+        "More headers for every request, by name; the values are secrets and never shown. In "
+        "a variable a JSON object, in the TOML file a table. Default: none.",
+    )
+    ca_file: Path | None = setting(
+        optional(path),
+        None,
+        "Certificates (PEM) to trust instead of the system's. Default: none.",
+    )
+    client_cert_file: Path | None = setting(
+        optional(path),
+        None,
+        "The worker's certificate (PEM), if the control plane asks for one. Default: none.",
+    )
+    client_key_file: Path | None = setting(
+        optional(path),
+        None,
+        "The private key (PEM) of the certificate, not encrypted. Default: in `client_cert_file`.",
+    )
+    environment_id: str | None = setting(
+        optional(matching(protocol.ID_PATTERN, _ID)),
+        None,
+        "The environment whose queue is polled; needed to connect. Default: none.",
+    )
+    worker_id: str = setting(
+        matching(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
+        _host_name,
+        "The name of this worker in its requests; each start adds 8 random digits. Default: "
+        "the host name.",
+    )
+    plugins: tuple[str, ...] = setting(
+        names,
+        (),
+        "The plugins to run, in order of preference; in a variable, separated by commas. "
+        "Default: nothing.",
+    )
+    pollers: int = setting(
+        whole(1),
+        2,
+        "The number of polls in flight at most; an idle pool has one. Default: 2.",
+    )
+    concurrency: int = setting(
+        whole(1),
+        8,
+        "The number of sessions that run at once. Default: 8.",
+    )
+    prefetch: int = setting(
+        whole(0),
+        0,
+        "The number of items that wait for a slot; only for handlers that end within the "
+        "reclaim window. Default: 0.",
+    )
+    block_ms: int = setting(
+        whole(protocol.BLOCK_MS_MIN, protocol.BLOCK_MS_MAX),
+        999,
+        "The time for which a poll waits for an item, in milliseconds, 1 to 999. Default: 999.",
+    )
+    reclaim_older_than_ms: int | None = setting(
+        optional(whole(0)),
+        None,
+        "Receive items again that were delivered this many milliseconds ago and not "
+        "acknowledged; the lowest value of all workers decides. Some control planes also end "
+        "leases whose last heartbeat is older. Default: not sent, so that of the control "
+        "plane (5000).",
+    )
+    lease_ttl: int = setting(
+        whole(protocol.TTL_MIN_SECONDS, protocol.TTL_MAX_SECONDS),
+        protocol.TTL_DEFAULT_SECONDS,
+        "The duration of a lease, in seconds, 10 to 600. Default: 60.",
+    )
+    stop_grace: float = setting(
+        _SECONDS,
+        30.0,
+        "The time between a stop request and the cancellation of the handler. Default: 30.",
+    )
+    session_timeout: float | None = setting(
+        optional(_SOME_SECONDS),
+        None,
+        "The limit of the duration of a session; a handler's own `timeout` replaces it. "
+        "Default: no limit.",
+    )
+    drain_timeout: float | None = setting(
+        unlimited(_SECONDS),
+        20.0,
+        "The time that running sessions have in a drain; `unlimited` = until they end. "
+        "Default: 20.",
+    )
+    exit_after_sessions: int | None = setting(
+        optional(whole(1)),
+        None,
+        "End after this many sessions; 1 = a process for each session. Default: no limit.",
+    )
+    exit_after_idle: float | None = setting(
+        optional(_SOME_SECONDS),
+        None,
+        "End once polls have brought nothing for this long while no session ran. Default: no "
+        "limit.",
+    )
+    exit_after_uptime: float | None = setting(
+        optional(_SOME_SECONDS),
+        None,
+        "Claim nothing more after this time, and end after the running sessions. Default: no "
+        "limit.",
+    )
+    request_timeout: float = setting(
+        _SOME_SECONDS,
+        10.0,
+        "The limit of one request; a poll has `block_ms` in addition. Default: 10.",
+    )
+    max_block: float = setting(
+        _SOME_SECONDS,
+        300.0,
+        "The time for which a handler may block its event loop and keep its leases. Default: 300.",
+    )
+    max_attempts: int = setting(
+        whole(0),
+        10,
+        "The number of attempts of an item; a further one fails without a run; 0 = no limit. "
+        "It is a limit of each process if the credential may not write metadata. Default: 10.",
+    )
+    report_errors: Literal["type", "message"] = setting(
+        choice("type", "message"),
+        "type",
+        "The part of a handler's error or `Release` that is written to the metadata: its "
+        "`type`, or also its `message` or reason, which may contain secrets. Default: `type`.",
+    )
+    read_rate: float | None = setting(
+        optional(_SECONDS),
+        None,
+        "Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, "
+        "else 0.",
+    )
+    write_rate: float | None = setting(
+        optional(_SECONDS),
+        None,
+        "Write requests per second; 0 = no limit. Default: 20 at the dialect's own "
+        "`base_url`, else 0.",
+    )
+    metrics_listen: str | None = setting(
+        optional(checked(_check_listen)),
+        None,
+        "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
+        "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
+    )
+    stats_interval: float = setting(
+        _SECONDS,
+        15.0,
+        "The interval of reading the queue's statistics; 0 = never. Default: 15.",
+    )
+    log_level: Level = setting(
+        choice(*get_args(Level)),
+        "info",
+        "The least level that the command line logs: `debug` to `critical`. Default: `info`.",
+    )
+    log_format: Literal["text", "json"] = setting(
+        choice("text", "json"),
+        "text",
+        "The format of the command line's logs: `text` or `json`. Default: `text`.",
     )
 
-    base_url: Annotated[str, AfterValidator(_check_base_url)] = protocol.QODER_BASE_URL
-    """The control plane's address, with the dialect's prefix. Default: the dialect's own."""
-    dialect: protocol.Dialect = "qoder"
-    """The variant of the protocol: `qoder` or `anthropic`. Default: `qoder`."""
-    token: SecretStr | None = None
-    """The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`."""
-    token_file: Path | None = None
-    """A file with the credential, read again after a refusal. Default: none."""
-    api_key: SecretStr | None = None
-    """A second credential, for calls that some control planes refuse a worker's: those that read an
-    item, write its metadata or query statistics. Default: none, so they use `token`."""
-    api_key_file: Path | None = None
-    """A file with the second credential, read again after a refusal. Default: none."""
-    extra_headers: Annotated[
-        dict[str, SecretStr],
-        NoDecode,
-        BeforeValidator(_parse_headers),
-        AfterValidator(_check_headers),
-    ] = Field(default_factory=dict)
-    """More headers for every request, by name; the values are secrets and never shown. In a
-    variable a JSON object, in the TOML file a table. Default: none."""
-    ca_file: Path | None = None
-    """Certificates (PEM) to trust instead of the system's. Default: none."""
-    client_cert_file: Path | None = None
-    """The worker's certificate (PEM), if the control plane asks for one. Default: none."""
-    client_key_file: Path | None = None
-    """The private key (PEM) of the certificate, not encrypted. Default: in `client_cert_file`."""
-    environment_id: Annotated[str, Field(pattern=f"^{protocol.ID_PATTERN}$")] | None = None
-    """The environment whose queue is polled; needed to connect. Default: none."""
-    worker_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] = Field(
-        default_factory=_host_name
-    )
-    """The name of this worker in its requests; each start adds 8 random digits. Default: the host
-    name."""
-    plugins: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = ()
-    """The plugins to run, in order of preference; in a variable, separated by commas. Default:
-    nothing."""
-
-    pollers: Annotated[int, Field(ge=1)] = 2
-    """The number of polls in flight at most; an idle pool has one. Default: 2."""
-    concurrency: Annotated[int, Field(ge=1)] = 8
-    """The number of sessions that run at once. Default: 8."""
-    prefetch: Annotated[int, Field(ge=0)] = 0
-    """The number of items that wait for a slot; only for handlers that end within the reclaim
-    window. Default: 0."""
-    block_ms: Annotated[int, Field(ge=protocol.BLOCK_MS_MIN, le=protocol.BLOCK_MS_MAX)] = 999
-    """The time for which a poll waits for an item, in milliseconds, 1 to 999. Default: 999."""
-    reclaim_older_than_ms: Annotated[int, Field(ge=0)] | None = None
-    """Receive items again that were delivered this many milliseconds ago and not acknowledged; the
-    lowest value of all workers decides. Some control planes also end leases whose last heartbeat
-    is older. Default: not sent, so that of the control plane (5000)."""
-    lease_ttl: Annotated[int, Field(ge=protocol.TTL_MIN_SECONDS, le=protocol.TTL_MAX_SECONDS)] = (
-        protocol.TTL_DEFAULT_SECONDS
-    )
-    """The duration of a lease, in seconds, 10 to 600. Default: 60."""
-    stop_grace: NotNegative = 30.0
-    """The time between a stop request and the cancellation of the handler. Default: 30."""
-    session_timeout: Positive | None = None
-    """The limit of the duration of a session; a handler's own `timeout` replaces it. Default: no
-    limit."""
-    drain_timeout: Annotated[NotNegative | None, BeforeValidator(_unlimited)] = 20.0
-    """The time that running sessions have in a drain; `unlimited` = until they end. Default: 20."""
-    exit_after_sessions: Annotated[int, Field(ge=1)] | None = None
-    """End after this many sessions; 1 = a process for each session. Default: no limit."""
-    exit_after_idle: Positive | None = None
-    """End once polls have brought nothing for this long while no session ran. Default: no limit."""
-    exit_after_uptime: Positive | None = None
-    """Claim nothing more after this time, and end after the running sessions. Default: no limit."""
-    request_timeout: Positive = 10.0
-    """The limit of one request; a poll has `block_ms` in addition. Default: 10."""
-    max_block: Positive = 300.0
-    """The time for which a handler may block its event loop and keep its leases. Default: 300."""
-    max_attempts: Annotated[int, Field(ge=0)] = 10
-    """The number of attempts of an item; a further one fails without a run; 0 = no limit. It is a
-    limit of each process if the credential may not write metadata. Default: 10."""
-    report_errors: Literal["type", "message"] = "type"
-    """The part of a handler's error or `Release` that is written to the metadata: its `type`, or
-    also its `message` or reason, which may contain secrets. Default: `type`."""
-
-    read_rate: NotNegative | None = None
-    """Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, else
-    0."""
-    write_rate: NotNegative | None = None
-    """Write requests per second; 0 = no limit. Default: 20 at the dialect's own `base_url`, else
-    0."""
-    metrics_listen: Annotated[str, AfterValidator(_check_listen)] | None = None
-    """The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or `off`.
-    Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded."""
-    stats_interval: NotNegative = 15.0
-    """The interval of reading the queue's statistics; 0 = never. Default: 15."""
-    log_level: Annotated[Level, BeforeValidator(_lower)] = "info"
-    """The least level that the command line logs: `debug` to `critical`. Default: `info`."""
-    log_format: Annotated[Literal["text", "json"], BeforeValidator(_lower)] = "text"
-    """The format of the command line's logs: `text` or `json`. Default: `text`."""
-
-    _plugin_options: Mapping[str, Mapping[str, Any]] = PrivateAttr(default_factory=dict)
-    _unknown_variables: tuple[str, ...] = PrivateAttr(default=())
+    _sources: _Sources = dataclasses.field(default_factory=_Sources, repr=False, compare=False)
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
-        file, plugin_options = _read_config(config or os.environ.get(CONFIG_VARIABLE))
-        merged, problems = _merge(file, EnvSettingsSource(type(self))(), values)
-        known = type(self).model_fields.keys()
-        problems += [_unknown(name, known) for name in merged if name not in known]
-        try:
-            super().__init__(**{name: merged[name] for name in known if name in merged})
-        except ValidationError as error:
-            problems += _explain(error)
-        # Raised outside of the except block: a ValidationError contains the values.
-        if problems:
-            raise SettingsError(tuple(problems))
-        self._plugin_options = plugin_options
-        self._unknown_variables = _unknown_variables(known)
+        file, origin = config, self._origin("config")
+        if not file:
+            file, origin = os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE
+        table, plugin_options = _read_config(file, origin)
+        given, problems = _merge(
+            {name: _Given(value, str(file)) for name, value in table.items()},
+            _variables(),
+            {name: _Given(value, self._origin(name)) for name, value in values.items()},
+        )
+        parsed, more = _parse(given)
+        origins = {name: each.origin for name, each in given.items()}
+        self._refuse([*problems, *more], origins)
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
+        sources = _Sources(Path(file) if file else None, origins, plugin_options)
+        object.__setattr__(self, "_sources", sources)
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: Any, init_settings: Any, *others: Any, **named: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Use only the values that `__init__` merged."""
-        del settings_cls, others, named
-        return (init_settings,)
+    @staticmethod
+    def _origin(name: str) -> str:
+        """Return what an error calls the source of a keyword; empty: nothing."""
+        del name
+        return ""
+
+    @staticmethod
+    def _refuse(problems: Iterable[str], origins: Mapping[str, str]) -> None:
+        """Raise an error with these problems, if any, each with the source of its value."""
+        found = tuple(_with_origin(problem, origins) for problem in problems)
+        if found:
+            raise SettingsError(found)
+
+    def replace(self, **values: Any) -> Self:
+        """Return a copy with other values, which are not checked."""
+        changed = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(changed, name, value)
+        return changed
 
     @property
     def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
         """The tables `[workpool.plugin.NAME]`, by name. May contain secrets of plugins."""
-        return self._plugin_options
+        return self._sources.plugin_options
+
+    @property
+    def config_file(self) -> Path | None:
+        """The TOML file that was read; None if there is none."""
+        return self._sources.file
 
     @property
     def metrics_address(self) -> Address | None:
@@ -408,12 +524,11 @@ class Settings(BaseSettings):
                 read()
             except SettingsError as error:
                 problems += error.problems
-        if problems:
-            raise SettingsError(tuple(problems))
+        self._refuse(problems, self._sources.origins)
 
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each setting that is allowed but probably a mistake."""
-        found = list(self._unknown_variables)
+        found = list(_unknown_variables())
         url = URL(self.base_url)
         if url.scheme == "http" and not _LOOPBACK(url.host or ""):
             found.append("base_url: plain http, so the token can be read on the way")
@@ -435,12 +550,12 @@ class Settings(BaseSettings):
         if self.drain_timeout is not None:
             drain = f"a drain waits {self.drain_timeout:g} s"
             bounds.append((self.drain_timeout, drain, "drain_timeout"))
-        for bound, meaning, setting in bounds:
+        for bound, meaning, name in bounds:
             if seconds > bound:
                 yield (
                     f"write_rate: {self.concurrency} sessions that end together need"
                     f" {COMPLETION_WRITES} writes each, {seconds:.1f} s at {self.write_limit:g} a"
-                    f" second, but {meaning}; raise write_rate or {setting}, or lower concurrency"
+                    f" second, but {meaning}; raise write_rate or {name}, or lower concurrency"
                 )
 
     def _limit(self, rate: float | None, default: float) -> float:
@@ -449,34 +564,65 @@ class Settings(BaseSettings):
         return default if self.base_url == DIALECTS[self.dialect].base_url else 0.0
 
 
-def _read_config(path: str | os.PathLike[str] | None) -> tuple[Table, Mapping[str, Table]]:
-    """Return the table `[workpool]` without the tables of plugins, and these tables."""
-    if not path:
+DESCRIPTIONS: Final[Mapping[str, str]] = {
+    each.name: each.metadata["text"] for each in dataclasses.fields(Settings) if each.metadata
+}
+"""The documentation of each setting, by name."""
+
+
+def _read_config(
+    file: str | os.PathLike[str] | None, origin: str
+) -> tuple[Table, Mapping[str, Table]]:
+    """Return the table `[workpool]` without the tables of plugins, and these tables.
+
+    Args:
+        file: The path of the file; None or empty: there is none.
+        origin: Where the path came from.
+    """
+    if not file:
         return {}, {}
     try:
-        with Path(path).open("rb") as file:
-            table = tomllib.load(file).get("workpool")
+        with Path(file).open("rb") as opened:
+            table = tomllib.load(opened).get("workpool")
         problem = "has no table [workpool]"
     except OSError as error:
         table, problem = None, error.strerror or "cannot be read"
     except ValueError as error:  # not TOML, or not UTF-8
         place = re.search(r"\(at line \d+, column \d+\)$", str(error))
         table, problem = None, f"not TOML {place[0]}" if place else "not TOML"
-    if not isinstance(table, dict):
-        raise SettingsError((f"config: {problem}",))
-    plugins = table.pop("plugin", {})
+    plugins = table.pop("plugin", {}) if isinstance(table, dict) else {}
     if not isinstance(plugins, dict) or not all(isinstance(t, dict) for t in plugins.values()):
-        raise SettingsError(("config: [workpool.plugin] holds something else than tables",))
+        table, problem = None, "[workpool.plugin] holds something else than tables"
+    if not isinstance(table, dict):
+        found = _with_origin(f"config: {os.fspath(file)}: {problem}", {"config": origin})
+        raise SettingsError((found,))
     return table, plugins
 
 
-def _merge(*layers: Table) -> tuple[Table, list[str]]:
+def _variables() -> dict[str, _Given]:
+    """Return the settings that environment variables hold. An empty variable is not set.
+
+    An empty address is kept, which is an error: the worker would turn to the service's own address
+    with a credential that is meant for another one.
+    """
+    environment = {name.upper(): name for name in os.environ}
+    found = {}
+    for name in DESCRIPTIONS:
+        variable = environment.get(f"{PREFIX}{name.upper()}")
+        if variable is not None and (os.environ[variable] or name == "base_url"):
+            found[name] = _Given(os.environ[variable], variable)
+    return found
+
+
+def _merge(*layers: Mapping[str, _Given]) -> tuple[dict[str, _Given], list[str]]:
     """Merge the layers, of which later ones win. Also returns problems of their combination."""
-    merged: Table = {}
+    merged: dict[str, _Given] = {}
     problems: list[str] = []
     for layer in layers:
         for name, file in CREDENTIALS:
-            given = [each for each in (name, file) if layer.get(each) is not None]
+            given = [
+                each for each in (name, file) if each in layer and layer[each].value is not None
+            ]
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
@@ -484,15 +630,36 @@ def _merge(*layers: Table) -> tuple[Table, list[str]]:
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer
+    dialect = merged.get("dialect")
     for name, rules in DIALECTS.items():
-        if name == merged.get("dialect"):
-            merged.setdefault("base_url", rules.base_url)
+        if dialect is not None and name == dialect.value:
+            merged.setdefault("base_url", _Given(rules.base_url, ""))
+    problems += [_unknown(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS]
     return merged, problems
 
 
-def _explain(error: ValidationError) -> list[str]:
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    return [f"{each['loc'][0]}: {each['msg'].removeprefix('Value error, ')}" for each in found]
+def _parse(given: Mapping[str, _Given]) -> tuple[Table, list[str]]:
+    """Return the value of each setting, and the problems of those that are wrong."""
+    values: Table = {}
+    problems: list[str] = []
+    for each in dataclasses.fields(Settings):
+        if each.name in given and each.metadata:
+            try:
+                values[each.name] = each.metadata["parse"](given[each.name].value)
+            except ValueError as error:
+                problems.append(f"{each.name}: {error}")
+        elif each.default is not dataclasses.MISSING:
+            values[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            values[each.name] = each.default_factory()
+    return values, problems
+
+
+def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
+    """Return a problem with the source of the settings that it begins with."""
+    names = problem.partition(":")[0].split(", ")
+    found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
+    return f"{problem} (from {', '.join(found)})" if found else problem
 
 
 def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -501,9 +668,9 @@ def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"{prefix}{name}: no such setting{hint}"
 
 
-def _unknown_variables(known: Iterable[str]) -> tuple[str, ...]:
+def _unknown_variables() -> tuple[str, ...]:
     # "config" is no field, since a file cannot name itself.
-    names = {name.upper() for name in known} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
+    names = {name.upper() for name in DESCRIPTIONS} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
     bare = [name.removeprefix(PREFIX) for name in given]
     return tuple(_unknown(name, names, PREFIX) for name in bare if name not in names)

@@ -48,7 +48,7 @@ async def test_check_output_does_not_show_values_of_extra_headers(ask: Ask) -> N
     [
         ([], {"WORKPOOL_LEASE_TTL": "5"}, 2, "settings", "lease_ttl"),
         ([], {"WORKPOOL_TOKEN": ""}, 2, "credentials", "WORKPOOL_TOKEN"),
-        ([], {"WORKPOOL_CA_FILE": "nowhere.pem"}, 2, "credentials", "ca_file: No such file"),
+        ([], {"WORKPOOL_CA_FILE": "nowhere.pem"}, 2, "credentials", "nowhere.pem: No such file"),
         (["nowhere"], {}, 2, "plugins", "nowhere"),
         ([], {"WORKPOOL_TOKEN": "wrong"}, 3, "control plane", "the token is wrong"),
         ([], {"WORKPOOL_ENVIRONMENT_ID": "env_x"}, 3, "control plane", "environment_id"),

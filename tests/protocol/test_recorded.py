@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from pydantic import SecretStr
 
 from workpool import Settings, WorkClient
 from workpool.errors import ControlPlaneError
+from workpool.secret import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -58,7 +58,7 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 def told(value: object, name: str) -> object:
     """An attribute of what the client returned, as JSON has it."""
     found = getattr(value, name)
-    if isinstance(found, SecretStr):
+    if isinstance(found, Secret):
         return found.get_secret_value()
     if hasattr(found, "isoformat"):
         return found.isoformat()

@@ -109,21 +109,19 @@ class MachineHold(MachineSupervisor, HandoffChild):
 
 def settings_of(pool: Pool) -> Settings:
     """Return the pool's settings. All pools have the same `worker_id`, as after a restart."""
-    return _usual_settings().model_copy(
-        update={
-            "concurrency": pool.concurrency,
-            "prefetch": pool.prefetch,
-            "pollers": pool.pollers,
-            "lease_ttl": pool.lease_ttl,
-            "reclaim_older_than_ms": pool.reclaim_ms,
-            "drain_timeout": pool.drain_timeout,
-            "stop_grace": pool.stop_grace,
-            "session_timeout": pool.session_timeout,
-            "request_timeout": pool.request_timeout,
-            "exit_after_sessions": pool.exit_after_sessions,
-            "exit_after_idle": pool.exit_after_idle,
-            "exit_after_uptime": pool.exit_after_uptime,
-        }
+    return _usual_settings().replace(
+        concurrency=pool.concurrency,
+        prefetch=pool.prefetch,
+        pollers=pool.pollers,
+        lease_ttl=pool.lease_ttl,
+        reclaim_older_than_ms=pool.reclaim_ms,
+        drain_timeout=pool.drain_timeout,
+        stop_grace=pool.stop_grace,
+        session_timeout=pool.session_timeout,
+        request_timeout=pool.request_timeout,
+        exit_after_sessions=pool.exit_after_sessions,
+        exit_after_idle=pool.exit_after_idle,
+        exit_after_uptime=pool.exit_after_uptime,
     )
 
 

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pydantic import SecretStr
 
 from workpool.errors import LeaseLost
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
 from workpool.pool.lease import PauseDetector
 from workpool.pool.pool_item import PoolItem
+from workpool.secret import Secret
 from workpool.testing.local_client import CallFault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS, RECLAIM_OLDER_THAN_MS
@@ -177,7 +177,7 @@ async def test_ack_answer_keeps_token_and_trace_of_polled_item(bench: type[Bench
     async with one.open():
         claims = Claims(one)
         item = await claims.deliver()
-        token, trace = SecretStr("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
+        token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
         item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
         await claims.claimer.acknowledge(item)
     assert item.work_item.state == "starting"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 import pytest
-from pydantic import SecretStr
 
 from workpool.errors import ConflictError, ControlPlaneError, RefusedError, TransientError
+from workpool.secret import Secret
 from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, status
 from workpool.wire import endpoints
 from workpool.wire.client import WorkClient
@@ -264,7 +264,7 @@ async def test_token_given_for_events_is_used_and_not_renewed(
 ) -> None:
     refreshed: list[str] = []
     client.on_credential_refresh = refreshed.append
-    events = client.events(scripted(plane), token=SecretStr("-".join(("not", "known"))))
+    events = client.events(scripted(plane), token=Secret("-".join(("not", "known"))))
     with pytest.raises(RefusedError) as refused:
         await events.send(MESSAGE)
     assert (refused.value.status, len(faults.of("send"))) == (401, 1)

@@ -223,19 +223,27 @@ async def outcome(call: Any) -> type[BaseException] | None:
 @pytest.mark.parametrize(
     ("names", "problem"),
     [
-        ({"ca_file": "nowhere"}, "ca_file: No such file or directory"),
-        ({"ca_file": "."}, "ca_file: not a file"),
-        ({"ca_file": "text.pem"}, "ca_file: holds no certificate in PEM"),
-        ({"client_cert_file": "nowhere"}, "client_cert_file: No such file or directory"),
+        ({"ca_file": "nowhere"}, "ca_file: {pki}/nowhere: No such file or directory"),
+        ({"ca_file": "."}, "ca_file: {pki}: not a file"),
+        ({"ca_file": "text.pem"}, "ca_file: {pki}/text.pem: holds no certificate in PEM"),
+        (
+            {"client_cert_file": "nowhere"},
+            "client_cert_file: {pki}/nowhere: No such file or directory",
+        ),
         ({"client_cert_file": None}, "client_key_file: set without client_cert_file"),
-        ({"client_key_file": None}, "client_cert_file: no certificate and key in PEM"),
+        (
+            {"client_key_file": None},
+            "client_cert_file: {pki}/client.pem: no certificate and key in PEM",
+        ),
         (
             {"client_cert_file": "text.pem"},
-            "client_cert_file, client_key_file: no certificate and key in PEM",
+            "client_cert_file, client_key_file: {pki}/text.pem, {pki}/client.key: "
+            "no certificate and key in PEM",
         ),
         (
             {"client_key_file": "server.key"},
-            "client_cert_file, client_key_file: the key is another certificate's",
+            "client_cert_file, client_key_file: {pki}/client.pem, {pki}/server.key: "
+            "the key is another certificate's",
         ),
         (
             {"client_key_file": "encrypted.key"},
@@ -250,7 +258,7 @@ async def test_invalid_tls_file_is_error_at_start(
     with pytest.raises(SettingsError) as raised:
         async with WorkClient(settings):
             pass
-    assert raised.value.problems == (problem,)
+    assert raised.value.problems == (problem.format(pki=pki),)
 
 
 def test_all_connection_problems_are_reported_at_once(pki: Path) -> None:

@@ -93,8 +93,8 @@ def hold(
         raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
-    settings = settings.model_copy(  # without the parent's plugins and port for metrics
-        update={"plugins": (), "metrics_listen": None, "concurrency": 1, "stats_interval": 0}
+    settings = settings.replace(  # without the parent's plugins and port for metrics
+        plugins=(), metrics_listen=None, concurrency=1, stats_interval=0
     )
     log_config.configure(
         "debug" if is_verbose(context) else settings.log_level, settings.log_format

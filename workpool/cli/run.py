@@ -102,7 +102,7 @@ def run(
         )
         settings.require_connection()
     if settings.metrics_listen is None:
-        settings = settings.model_copy(update={"metrics_listen": METRICS_LISTEN})
+        settings = settings.replace(metrics_listen=METRICS_LISTEN)
     log_config.configure(settings.log_level, settings.log_format)
     import_from_here()
     supervisor, signals = Supervisor(settings), Signals()

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
     from types import TracebackType
 
-    from pydantic import SecretStr
-
     from workpool.errors import ControlPlaneError
+    from workpool.secret import Secret
     from workpool.wire.events.event_calls import Guard
     from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.http.call_options import CallOptions, Priority
@@ -154,7 +153,7 @@ class ClientProtocol(Protocol):
         """Iterate over at most `limit` items of the environment; `timeout` is for each page."""
 
     def events(
-        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
     ) -> SessionEvents:
         """The events of a session; `guard` checks before and during each call."""
 

@@ -40,8 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
     from types import TracebackType
 
-    from pydantic import SecretStr
-
+    from workpool.secret import Secret
     from workpool.server import Operations
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
@@ -313,7 +312,7 @@ class LocalClient:
             left, after = left - len(page.items), page.items[-1].id
 
     def events(
-        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
     ) -> SessionEvents:
         """Return the events of a session, as `WorkClient.events` does."""
         del token

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import aiohttp
-    from pydantic import SecretStr
 
+    from workpool.secret import Secret
     from workpool.settings import Settings
     from workpool.wire.endpoints import Endpoint
     from workpool.wire.events.event_calls import Guard
@@ -328,7 +328,7 @@ class WorkClient:
         return await self._read(endpoints.SESSION, url, timeout)
 
     def events(
-        self, session_id: str, *, token: SecretStr | None = None, guard: Guard | None = None
+        self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
     ) -> SessionEvents:
         """Return the events of a session, to list, send and stream.
 

@@ -18,9 +18,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
-from pydantic import SecretStr
 
 from workpool.logs import hide_item_token
+from workpool.secret import Secret
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class WorkItem:
     last_heartbeat: str | None
     stop_requested_at: datetime | None
     stopped_at: datetime | None
-    sessions_token: SecretStr | None = None
+    sessions_token: Secret | None = None
     traceparent: str | None = None
 
 
@@ -215,7 +215,7 @@ def _subject(data: dict[str, Any]) -> str:
     raise ValueError("data.id: not an id")
 
 
-def _sessions_token(secret: object) -> SecretStr | None:
+def _sessions_token(secret: object) -> Secret | None:
     """Return the session token of a `secret`; None if it has none that can be read."""
     if not isinstance(secret, str) or not secret.isascii():
         return None
@@ -228,7 +228,7 @@ def _sessions_token(secret: object) -> SecretStr | None:
     if not isinstance(token, str) or not _is_token(token):
         return None
     hide_item_token(token)
-    return SecretStr(token)
+    return Secret(token)
 
 
 def _state(value: object) -> State:

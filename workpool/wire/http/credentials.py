@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE_LIMIT_BYTES: Final = 64 * 1024
+SECRET_CHARACTERS: Final = 20
+"""A name of this length without a slash or a dot may be a credential in the place of a path."""
 _is_token = re.compile(r"[\x21-\x7e]+").fullmatch
 
 
@@ -32,7 +34,8 @@ def read_credential(
     if given is not None:
         source, text = name, given
     elif path is not None:
-        source, text = f"{name}_file", _read_file(f"{name}_file", path)
+        source = f"{name}_file: {_shown(path)}"
+        text = _read_file(source, path)
     else:
         source, text = variable, os.environ.get(variable, "")
         if not text:
@@ -44,6 +47,13 @@ def read_credential(
     if not _is_token(token):
         raise SettingsError((f"{source}: holds characters that no token has",))
     return token
+
+
+def _shown(path: Path) -> str:
+    """Return the path for an error, unless it may be the credential itself, put in by mistake."""
+    name = str(path)
+    looks_secret = len(name) >= SECRET_CHARACTERS and not re.search(r"[/\\.]", name)
+    return "(not shown, as it may be the credential)" if looks_secret else name
 
 
 def _read_file(source: str, path: Path) -> str:

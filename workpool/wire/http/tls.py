@@ -48,18 +48,18 @@ def _unreadable(name: str, path: Path) -> str:
     try:
         # Asked first: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
-            return f"{name}: not a file"
+            return f"{name}: {path}: not a file"
         with path.open("rb"):
             return ""
     except OSError as error:
-        return f"{name}: {error.strerror or 'cannot be read'}"
+        return f"{name}: {path}: {error.strerror or 'cannot be read'}"
 
 
 def _trusting(ca_file: Path | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        problem = "ca_file: holds no certificate in PEM"
+        problem = f"ca_file: {ca_file}: holds no certificate in PEM"
     raise SettingsError((problem,))
 
 
@@ -73,8 +73,10 @@ def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> 
             "the key is another certificate's" if mismatch else "no certificate and key in PEM"
         )
     if problem:
-        names = "client_cert_file" if key is None else "client_cert_file, client_key_file"
-        raise SettingsError((f"{names}: {problem}",))
+        files = {"client_cert_file": cert} | ({} if key is None else {"client_key_file": key})
+        raise SettingsError(
+            (f"{', '.join(files)}: {', '.join(map(str, files.values()))}: {problem}",)
+        )
 
 
 def _refuse_password() -> NoReturn:
