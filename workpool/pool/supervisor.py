@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, ClassVar
 from prometheus_client import CollectorRegistry
 
 from workpool.errors import PluginError, WorkpoolError, innermost
-from workpool.exporter import Exporter
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.plugins.lifespan import Lifespan
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from workpool.errors import LeaseRenewerError
+    from workpool.exporter import Exporter
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.lease import Clock
     from workpool.pool.pool_item import PoolItem
@@ -305,6 +305,8 @@ class Supervisor:
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
         if address is not None:
+            from workpool.exporter import Exporter  # noqa: PLC0415 - off when embedded, and slow
+
             self._exporter = Exporter(
                 address.host or "",
                 address.port,
