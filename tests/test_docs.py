@@ -217,6 +217,13 @@ async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path:
 
 
 @pytest.mark.usefixtures("plane")
+async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> None:
+    totals = run("# totals.py", tmp_path)["totals"]
+    done = await handled_by(totals, {"job": "totals"})
+    assert done["workpool.result"] == '{"orders":2,"amounts":[12.5,30],"currency":null}'
+
+
+@pytest.mark.usefixtures("plane")
 async def test_documented_thread_with_stop_flag_returns_its_result(tmp_path: Path) -> None:
     resize = run("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
@@ -227,8 +234,8 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
     pay = names["pay"]
 
     @handler(metadata={"job": "pay"})
-    async def pay_and_crash_once(session: Session) -> object:
-        result = await pay(session)
+    async def pay_and_crash_once(session: Session) -> dict[str, str]:
+        result: dict[str, str] = await pay(session)
         if session.attempt == 1:
             kit.lose(item)
             await asyncio.sleep(10)

@@ -12,6 +12,7 @@ import workpool
 def test_public_names_are_the_documented_ones() -> None:
     assert sorted(workpool.__all__) == [
         "DaemonThreads",
+        "JSON",
         "LeaseLost",
         "Outcome",
         "PluginError",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
     from workpool.handlers import handler
     from workpool.hookspecs import hookimpl
+    from workpool.json_value import JSON
     from workpool.pool.status import Status
     from workpool.pool.supervisor import Supervisor
     from workpool.session import Outcome, Release, Session, release_on_exhaustion
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "JSON",
     "DaemonThreads",
     "LeaseLost",
     "Outcome",
@@ -49,6 +51,7 @@ __all__ = [
 
 _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
+    "JSON": "json_value",
     "DaemonThreads": "wire.http.threads",
     "LeaseLost": "errors",
     "Outcome": "session",

@@ -12,17 +12,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar, overload
 
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+    from workpool.json_value import JSON
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 
-Function = TypeVar("Function", bound="Callable[..., Coroutine[Any, Any, object]]")
+    Running: TypeAlias = Coroutine[Any, Any, JSON]
+    HandlerFunction: TypeAlias = Callable[[Session], Running] | Callable[[Any, Session], Running]
+    """A function, or a function of a class body, whose first argument is `self` or `cls`."""
+
+Function = TypeVar("Function", bound="HandlerFunction")
 
 _MARK: Final = "__workpool_handler__"
 _ANY: Final[Mapping[str, str]] = MappingProxyType({})
@@ -66,7 +71,7 @@ class Handler:
     """
 
     name: str
-    call: Callable[[Session], Awaitable[object]] = field(compare=False)
+    call: Callable[[Session], Awaitable[JSON]] = field(compare=False)
     timeout: float | None = None
     max_sessions: int | None = None
     plugin: str

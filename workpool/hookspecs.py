@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.events import Event
+    from workpool.json_value import JSON
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 
@@ -25,7 +26,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec(firstresult=True)
-def workpool_session_handler(item: WorkItem) -> Callable[[Session], Awaitable[object]] | None:
+def workpool_session_handler(item: WorkItem) -> Callable[[Session], Awaitable[JSON]] | None:
     """Return the handler for this item, or None to let the next plugin decide.
 
     Called once for each delivered item, before the acknowledgement: an item without a handler stays

@@ -1,0 +1,53 @@
+"""Type checkers accept the right handlers of a page, and reject each wrong one."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).with_name("typed_handlers.py")
+ROOT = Path(__file__).parents[2]
+WRONG = re.compile(r"  # type: ignore\[([a-z-]+)\] # .*")
+
+
+def wrong_lines() -> dict[int, str]:
+    """The lines of the page that are wrong, with the code of mypy's error."""
+    lines = enumerate(PAGE.read_text().splitlines(), 1)
+    return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
+
+
+def checked(tmp_path: Path, *command: str) -> str:
+    """The output of a type checker for the page without its suppressions."""
+    copy = tmp_path / "page.py"
+    copy.write_text(WRONG.sub("", PAGE.read_text()))
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-m", *command, str(copy)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"MYPYPATH": str(ROOT), "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache")},
+    )
+    return done.stdout
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
+    output = checked(tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty")
+    errors = re.findall(r"^page\.py:(\d+): error: .*\[([a-z-]+)\]$", output, re.MULTILINE)
+    assert {int(line): code for line, code in errors} == wrong_lines()
+    assert len(errors) == len(wrong_lines()) > 10
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="pyright is not installed")
+def test_pyright_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
+    output = checked(tmp_path, "pyright", "--pythonpath", sys.executable)
+    assert {int(line) for line in re.findall(r"page\.py:(\d+):\d+ - error", output)} == set(
+        wrong_lines()
+    )

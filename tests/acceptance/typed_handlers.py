@@ -1,0 +1,198 @@
+"""Right and wrong handlers, for type checkers.
+
+mypy checks this page with the rest of the project. It also reports a `type: ignore` that suppresses
+nothing, so that each wrong handler must be an error. Nothing imports this module.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, NoReturn, TypedDict
+
+from workpool import JSON, Release, Session, handler
+
+
+class Report(TypedDict):
+    rows: int
+    pages: list[str]
+
+
+@dataclass
+class Order:
+    amount: int
+
+
+# Right.
+
+
+@handler
+async def returns_nothing(session: Session) -> None:
+    session.log.info("done")
+
+
+@handler(metadata={"job": "a"})
+async def returns_strings(session: Session) -> dict[str, str]:
+    return {"id": session.id}
+
+
+@handler
+async def returns_a_mapping_or_nothing(session: Session) -> Mapping[str, str] | None:
+    return None if session.redelivered else {}
+
+
+@handler(timeout=60)
+async def returns_json(session: Session) -> JSON:
+    return {"rows": [1, 2.5, "three", {"four": None}], "id": session.id}
+
+
+@handler
+async def returns_a_list_of_mappings(session: Session) -> list[dict[str, str]]:
+    return [{"id": session.id}]
+
+
+@handler
+async def returns_a_tuple(session: Session) -> tuple[int, str]:
+    return session.attempt, session.id
+
+
+@handler
+async def returns_a_sequence(session: Session) -> Sequence[int | None]:
+    return [session.attempt, None]
+
+
+@handler
+async def returns_a_number_or_a_text(session: Session) -> int | str:
+    return session.attempt or session.id
+
+
+@handler
+async def returns_a_typed_dict(session: Session) -> Report:
+    return {"rows": session.attempt, "pages": []}
+
+
+@handler
+async def returns_typed_dicts(_: Session) -> list[Report]:
+    return []
+
+
+@handler
+async def returns_a_dataclass_as_a_dict(_: Session) -> dict[str, Any]:
+    return asdict(Order(7))
+
+
+@handler
+async def always_releases(session: Session) -> NoReturn:
+    raise Release("not yet", delay=60 * session.attempt)
+
+
+@handler
+async def has_a_default(session: Session, scale: float = 1.0) -> dict[str, float]:
+    return {session.id: scale}
+
+
+class Reports:
+    @handler
+    async def method(self, session: Session) -> dict[str, int]:
+        return {"rows": session.attempt}
+
+    @handler(max_sessions=2)
+    async def method_with_arguments(self, session: Session) -> JSON:
+        return [session.id]
+
+    @classmethod
+    @handler
+    async def class_method(cls, _: Session) -> bool:
+        return True
+
+    @staticmethod
+    @handler
+    async def static_method(session: Session) -> str:
+        return session.id
+
+
+# Wrong results.
+
+
+@handler  # type: ignore[type-var] # bytes
+async def returns_bytes(_: Session) -> bytes:
+    return b""
+
+
+@handler(timeout=1)  # type: ignore[type-var] # bytes in a mapping
+async def returns_a_mapping_of_bytes(_: Session) -> dict[str, bytes]:
+    return {}
+
+
+@handler  # type: ignore[type-var] # bytes in a list
+async def returns_a_list_of_bytes(_: Session) -> list[bytes]:
+    return []
+
+
+@handler  # type: ignore[type-var] # a set
+async def returns_a_set(_: Session) -> set[str]:
+    return set()
+
+
+@handler  # type: ignore[type-var] # keys that are no strings
+async def returns_a_mapping_of_numbers(_: Session) -> dict[int, str]:
+    return {}
+
+
+@handler  # type: ignore[type-var] # a dataclass
+async def returns_a_dataclass(_: Session) -> Order:
+    return Order(7)
+
+
+@handler  # type: ignore[type-var] # a time
+async def returns_a_time(session: Session) -> datetime | None:
+    return session.item.created_at
+
+
+@handler  # type: ignore[type-var] # anything
+async def returns_an_object(session: Session) -> object:
+    return session
+
+
+@handler  # type: ignore[type-var] # an async generator
+async def yields(session: Session) -> AsyncIterator[str]:
+    yield session.id
+
+
+# Wrong parameters.
+
+
+@handler  # type: ignore[type-var] # not the session
+async def takes_a_text(_: str) -> None: ...
+
+
+@handler  # type: ignore[type-var] # no parameter
+async def takes_nothing() -> None: ...
+
+
+@handler  # type: ignore[type-var] # a second parameter without a default
+async def takes_more(_: Session, rows: int) -> dict[str, int]:
+    return {"rows": rows}
+
+
+@handler  # type: ignore[type-var] # plain `def`
+def plain(_: Session) -> None: ...
+
+
+class WrongReports:
+    @handler  # type: ignore[type-var] # no session
+    async def takes_only_self(self) -> None: ...
+
+    @handler(timeout=1)  # type: ignore[type-var] # a dataclass
+    async def method_with_a_dataclass(self, _: Session) -> Order:
+        return Order(7)
+
+
+# The decorator keeps the type of the function.
+
+
+async def calls_a_handler(session: Session) -> list[dict[str, str]]:
+    return [await returns_strings(session)]
+
+
+async def takes_the_result_for_another(session: Session) -> int:
+    return await returns_strings(session)  # type: ignore[return-value] # a mapping of strings

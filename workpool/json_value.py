@@ -1,0 +1,38 @@
+"""`JSON`: the type of the values that a handler may return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class JSONArray(Protocol[T_co]):
+    """A list, a tuple or another sequence of values.
+
+    Not a `Sequence`: for type checkers, `bytes` are a sequence of numbers. They differ from lists
+    in the type of `__contains__`.
+    """
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, value: object, /) -> bool: ...
+
+    def index(self, value: Any, /) -> int:
+        """Return the first place of a value."""
+
+
+class JSONRecord(Protocol):
+    """A `TypedDict`, which type checkers do not take for a mapping of JSON values."""
+
+    __required_keys__: ClassVar[frozenset[str]]
+    __optional_keys__: ClassVar[frozenset[str]]
+
+
+JSON: TypeAlias = (
+    bool | int | float | str | JSONArray["JSON"] | Mapping[str, "JSON"] | JSONRecord | None
+)
+"""A value that JSON can express. The types of the values of a `TypedDict` are not checked."""
