@@ -14,6 +14,9 @@ EXHAUSTED: Final = frozenset(
 )
 """Error numbers of a machine that has run out of descriptors, disk, memory or processes."""
 
+KEY_CHARACTERS: Final = 128
+"""Characters of a metadata key that the text of an error shows."""
+
 
 class WorkpoolError(Exception):
     """The base class of all errors of workpool."""
@@ -192,6 +195,26 @@ class HandoverError(WorkpoolError):
 
 class AttemptsExceeded(WorkpoolError):
     """An item has had `max_attempts` attempts, so it failed without a run."""
+
+
+class ResultError(WorkpoolError):
+    """The result of a handler cannot be written as metadata, so its session failed.
+
+    Attributes:
+        key: The key of the metadata that cannot be written.
+        size: The length of the key or of its value in characters, or the number of the pair,
+            whichever is too large; None if the result cannot be written for another reason.
+        limit: The largest size that the dialect allows; None if there is another reason.
+    """
+
+    def __init__(
+        self, key: str, problem: str, *, size: int | None = None, limit: int | None = None
+    ) -> None:
+        shown = key if len(key) <= KEY_CHARACTERS else f"{key[:KEY_CHARACTERS]}…"
+        super().__init__(f"result: {shown!r} {problem}")
+        self.key = key
+        self.size = size
+        self.limit = limit
 
 
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:

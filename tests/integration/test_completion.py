@@ -123,8 +123,9 @@ async def test_report_errors_message_writes_message_as_metadata(
 
 @pytest.mark.parametrize(
     ("returned", "error"),
-    [(7, "TypeError"), ("text", "TypeError"), ({"a": 1}, "TypeError"), ([("a", "b")], "TypeError"),
-     ({"a": "\ud800"}, "UnicodeEncodeError")],
+    [(object(), "ResultError"), (b"", "ResultError"), ({1: "a"}, "ResultError"),
+     ({"a": "\ud800"}, "ResultError")],
+    ids=["object", "bytes", "number_as_key", "surrogate"],
 )  # fmt: skip
 async def test_handler_that_returns_other_value_fails(
     run_one: Any, returned: Any, error: str

@@ -126,7 +126,7 @@ class SimulatedHandlers:
 
     async def _odd(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         await asyncio.sleep(seconds)
-        return 42
+        return object()
 
     async def _eager(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         with suppress(TimeoutError):

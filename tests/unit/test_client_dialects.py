@@ -21,6 +21,7 @@ def test_qoder_dialect_rules_have_documented_values() -> None:
         work_query="",
         headers={},
         events_resume=True,
+        metadata_limits=None,
     )
 
 

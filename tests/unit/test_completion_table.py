@@ -1,11 +1,10 @@
-"""The completion table against a literal copy, the results and notes that it writes, outcomes."""
+"""The completion table against a literal copy, the notes that it writes, outcomes."""
 
 from __future__ import annotations
 
 import math
 from itertools import combinations
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -15,7 +14,6 @@ from workpool.pool.completion import (
     RELEASE_DELAY_SECONDS,
     TABLE,
     delay_of,
-    mapping_of,
     outcome_by,
     release_of,
     row_of,
@@ -24,17 +22,14 @@ from workpool.pool.completion import (
 )
 from workpool.pool.pool_item import EndReason
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 # A literal copy, in its order: the lowest that applies wins.
 COPY = [
-    ("RETURNED", "stop", "mapping", "completed"),
+    ("RETURNED", "stop", "result", "completed"),
     ("RAISED", "stop", "error", "failed"),
     ("TIMED_OUT", "stop", "error", "timed_out"),
     ("DRAINED", "release", "reason", "released"),
     ("RELEASED", "release", "reason", "released"),
-    ("STOP_REQUESTED", "stop", "mapping", "stopped"),
+    ("STOP_REQUESTED", "stop", "result", "stopped"),
     ("HANDED_OFF", "untouched", "none", "detached"),
     ("STOPPED", "untouched", "none", "stopped"),
     ("LOST", "untouched", "none", "lease_lost"),
@@ -92,50 +87,6 @@ def test_outcome_of_lease_that_expires_depends_on_status_and_stop_request(
 ) -> None:
     lease: Any = _Ended(status=status, stop_requested=stop_requested)
     assert outcome_by(lease) == outcome
-
-
-# Results.
-
-
-@pytest.mark.parametrize(
-    "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
-)
-def test_mapping_of_strings_is_accepted_as_result(returned: Mapping[str, str]) -> None:
-    assert mapping_of(returned) == returned
-
-
-def test_result_is_a_copy_of_returned_mapping() -> None:
-    returned = {"a": "b"}
-    result = mapping_of(returned)
-    returned["a"] = "changed"
-    assert result == {"a": "b"}
-
-
-def test_none_is_accepted_as_empty_result() -> None:
-    assert mapping_of(None) == {}
-
-
-@pytest.mark.parametrize(
-    "returned",
-    [0, 1, False, "text", b"", [], [("a", "b")], object(), {"a": 1}, {"a": None}, {1: "b"},
-     {None: "b"}, {"a": {"b": "c"}}, {"a": b"b"}],
-)  # fmt: skip
-def test_other_return_values_are_refused_as_result(returned: Any) -> None:
-    with pytest.raises(TypeError, match="a handler returns"):
-        mapping_of(returned)
-
-
-@pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
-def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        mapping_of(returned)
-
-
-def test_error_for_wrong_result_names_type_without_content() -> None:
-    with pytest.raises(TypeError) as caught:
-        mapping_of({"token": b"secret"})
-    assert "bytes" in str(caught.value)
-    assert "secret" not in str(caught.value)
 
 
 # Notes.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -33,6 +32,8 @@ from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from workpool.events import CallResult
     from workpool.pool.context import PoolContext
     from workpool.pool.lease import Lease
@@ -58,17 +59,17 @@ class Row:
     """One row of the table: what happens to the item, what is written, how the session counts."""
 
     item: Literal["stop", "release", "untouched"]
-    metadata: Literal["mapping", "error", "reason", "none"]
+    metadata: Literal["result", "error", "reason", "none"]
     outcome: Outcome
 
 
 TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
-    EndReason.RETURNED: Row("stop", "mapping", "completed"),
+    EndReason.RETURNED: Row("stop", "result", "completed"),
     EndReason.RAISED: Row("stop", "error", "failed"),
     EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
     EndReason.DRAINED: Row("release", "reason", "released"),
     EndReason.RELEASED: Row("release", "reason", "released"),
-    EndReason.STOP_REQUESTED: Row("stop", "mapping", "stopped"),
+    EndReason.STOP_REQUESTED: Row("stop", "result", "stopped"),
     EndReason.HANDED_OFF: Row("untouched", "none", "detached"),
     EndReason.STOPPED: Row("untouched", "none", "stopped"),
     EndReason.LOST: Row("untouched", "none", "lease_lost"),
@@ -154,22 +155,22 @@ class Completion:
     async def _write(self, item: PoolItem, row: Row) -> Outcome:
         """Write the row's metadata, if any; return the outcome: a refused result is `failed`."""
         attempt = _attempt_of(item)
-        if row.metadata == "mapping" and not item.result:
+        if row.metadata == "result" and not item.result:
             if patch := attempt.closing({}):
                 await self._remove_mark(item, patch)
             return row.outcome
-        notes = item.result if row.metadata == "mapping" else self._error_note(item)
+        notes = item.result if row.metadata == "result" else self._error_note(item)
         try:
             await self.write_metadata(item, attempt.closing(notes))
         except (ConflictError, PreconditionError):
             pass  # the item is stopped already
         except NotPermittedError:
             # Run again, the session would have the same end: it is completed without its result.
-            if row.metadata == "mapping":
+            if row.metadata == "result":
                 self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
             log.error("metadata refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
-            if row.metadata != "mapping":
+            if row.metadata != "result":
                 return row.outcome
             # A result that cannot be written must not count as done.
             item.error = error
@@ -298,30 +299,6 @@ def outcome_by(lease: Lease) -> Outcome:
     if lease.status == "handed_off":
         return "detached"
     return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
-
-
-def mapping_of(returned: object) -> Mapping[str, str]:
-    """Return the result of a handler as a copied mapping; None counts as an empty one.
-
-    It is copied because other code may change the handler's mapping later.
-
-    Raises:
-        TypeError: It is neither None nor a mapping of strings that can be sent.
-    """
-    if returned is None:
-        return {}
-    if not isinstance(returned, Mapping):
-        raise TypeError(
-            f"a handler returns None or a mapping of strings, not {type(returned).__name__}"
-        )
-    result = dict(returned.items())
-    for text in (text for pair in result.items() for text in pair):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"a handler returns a mapping of strings; this one holds {type(text).__name__}"
-            )
-        text.encode()  # a lone surrogate cannot be sent: UnicodeEncodeError, a ValueError
-    return result
 
 
 def release_of(error: BaseException) -> Release | None:

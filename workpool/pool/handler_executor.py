@@ -14,12 +14,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from workpool.errors import ResultError
 from workpool.events import SessionStarted
 from workpool.logs import readable
-from workpool.pool.completion import NOTE_LIMIT, mapping_of, release_of, text_of
+from workpool.pool.completion import NOTE_LIMIT, release_of, text_of
 from workpool.pool.diagnostics import log_stacks
+from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
 from workpool.session import PoolRelease
+from workpool.wire.client_dialects import DIALECTS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -58,6 +61,7 @@ class HandlerExecutor:
         self.stuck: set[PoolItem] = set()
         self.on_stuck: Callable[[], None] | None = None
         self._session_timeout = context.settings.session_timeout
+        self._metadata_limits = DIALECTS[context.settings.dialect].metadata_limits
         self._plugins = context.plugins
         self._clock = context.clock
         self._pauses = context.renewer.pauses
@@ -152,7 +156,7 @@ class HandlerExecutor:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             contexts = self._plugins.contexts(session)
             call = _in_contexts(contexts, handler, session) if contexts else handler.call(session)
-            return mapping_of(await call)
+            return metadata_of(await call, self._metadata_limits)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
@@ -189,6 +193,9 @@ class HandlerExecutor:
             log.info("released by its handler work_id=%s reason=%s", item.id, reason)
             return
         item.end(EndReason.RAISED)
+        if isinstance(error, ResultError):  # the handler's own code has no part in it
+            log.error("result not written work_id=%s handler=%s: %s", item.id, item.label, error)
+            return
         log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)
 
 

@@ -13,6 +13,15 @@ from workpool.wire import protocol
 
 
 @dataclass(frozen=True, slots=True)
+class MetadataLimits:
+    """The largest metadata that a control plane accepts: pairs, and lengths in characters."""
+
+    pairs: int
+    key_characters: int
+    value_characters: int
+
+
+@dataclass(frozen=True, slots=True)
 class DialectRules:
     """The requests of one dialect.
 
@@ -24,6 +33,7 @@ class DialectRules:
         work_query: Added to the query of every work call, empty for none.
         headers: Sent with every request.
         events_resume: Whether a list of events can begin after an event, and not at a page only.
+        metadata_limits: The documented limits of metadata; None: none are documented.
     """
 
     base_url: str
@@ -33,6 +43,7 @@ class DialectRules:
     work_query: str
     headers: Mapping[str, str]
     events_resume: bool
+    metadata_limits: MetadataLimits | None
 
 
 DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
@@ -45,6 +56,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
             work_query="",
             headers=MappingProxyType({}),
             events_resume=True,
+            metadata_limits=None,
         ),
         protocol.ANTHROPIC: DialectRules(
             base_url=protocol.ANTHROPIC_BASE_URL,
@@ -59,6 +71,7 @@ DIALECTS: Final[Mapping[protocol.Dialect, DialectRules]] = MappingProxyType(
                 }
             ),
             events_resume=False,
+            metadata_limits=MetadataLimits(pairs=16, key_characters=64, value_characters=512),
         ),
     }
 )

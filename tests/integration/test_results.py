@@ -1,0 +1,84 @@
+"""What becomes of a session whose handler has a result: written, or an error, but never cut."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+from workpool.errors import ResultError
+
+if TYPE_CHECKING:
+    from workpool import JSON, Session
+    from workpool.server import ControlPlane
+
+
+async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one: Any) -> None:
+    async def work(_: Session) -> JSON:
+        return {"rows": 42, "names": ["a", "b"]}
+
+    life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    assert life.metadata.keys() == {"workpool.result"}
+    assert orjson.loads(life.metadata["workpool.result"]) == {"rows": 42, "names": ["a", "b"]}
+
+
+async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named_in_the_log(
+    run_one: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(_: Session) -> Any:
+        return {"rows": {1, 2}}
+
+    with caplog.at_level(logging.INFO, "workpool"):
+        life = await run_one(work)
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata == {"workpool.error": "ResultError"}
+    assert life.ops.count("ack") == 1
+    [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
+    assert "'workpool.result' cannot be written as JSON" in record.getMessage()
+    assert record.exc_info is None
+
+
+@pytest.mark.parametrize(
+    ("result", "named"),
+    [
+        ({"rows": "1", "text": "x" * 513}, ("text", 513, 512)),
+        ({"k" * 65: "x"}, ("k" * 65, 65, 64)),
+        ({f"key{number}": "" for number in range(17)}, ("key16", 17, 16)),
+        (["x" * 600], ("workpool.result", 604, 512)),
+    ],
+    ids=["value", "key", "pairs", "json"],
+)
+async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
+    run_one: Any, plane: ControlPlane, caplog: pytest.LogCaptureFixture, result: Any, named: Any
+) -> None:
+    key, size, limit = named
+
+    async def work(_: Session) -> Any:
+        return result
+
+    life = await run_one(
+        work, dialect="anthropic", base_url=plane.anthropic_base_url, report_errors="message"
+    )
+    assert (life.outcome, life.item.state) == ("failed", "stopped")
+    assert life.metadata.keys() == {"workpool.error"}
+    assert life.metadata["workpool.error"].startswith(f"ResultError: result: '{key}' ")
+    error = life.finished.error
+    assert isinstance(error, ResultError)
+    assert (error.key, error.size, error.limit) == (key, size, limit)
+    assert f"'{key}'" in caplog.text
+    assert f"{size}; the dialect allows {limit}" in caplog.text
+
+
+async def test_result_at_the_limits_of_the_dialect_is_written(
+    run_one: Any, plane: ControlPlane
+) -> None:
+    result = {f"{number:064}": "☃" * 512 for number in range(16)}
+
+    async def work(_: Session) -> dict[str, str]:
+        return result
+
+    life = await run_one(work, dialect="anthropic", base_url=plane.anthropic_base_url)
+    assert (life.outcome, life.metadata) == ("completed", result)

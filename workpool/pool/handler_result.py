@@ -1,0 +1,93 @@
+"""The metadata that the result of a handler becomes.
+
+A mapping of strings is written key by key. Any other value is written as one JSON text. A result
+that cannot be written as it is raises: it is never cut.
+See workpool/docs/handlers.md, "Results".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from workpool.errors import ResultError
+
+if TYPE_CHECKING:
+    from workpool.wire.client_dialects import MetadataLimits
+
+RESULT: Final = "workpool.result"
+"""The metadata key of a result that is not a mapping of strings."""
+
+
+def metadata_of(returned: object, limits: MetadataLimits | None) -> Mapping[str, str]:
+    """Return the metadata for the result of a handler; empty for None.
+
+    A mapping is copied, because other code may change it later.
+
+    Args:
+        returned: What the handler returned.
+        limits: What the dialect allows; None: no limits are documented.
+
+    Raises:
+        ResultError: The result cannot be written.
+        BaseException: Whatever the handler's mapping raises when it is read.
+    """
+    if returned is None:
+        return {}
+    if isinstance(returned, Mapping):
+        returned = dict(returned.items())
+        if all(isinstance(text, str) for pair in returned.items() for text in pair):
+            for key in returned:
+                _check_text(key, returned[key])
+            return _within(returned, limits)
+    return _within({RESULT: _json(returned)}, limits)
+
+
+def _json(value: object) -> str:
+    try:
+        return orjson.dumps(value, default=_plain).decode()
+    except TypeError as error:  # orjson names the type and quotes no value
+        raise ResultError(RESULT, f"cannot be written as JSON: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Return mappings and sequences of other classes as those that orjson writes.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def _check_text(key: str, value: str) -> None:
+    """Check that UTF-8 can encode both: a lone surrogate cannot be sent."""
+    try:
+        key.encode()
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ResultError(key, "has a character that UTF-8 cannot encode") from error
+
+
+def _within(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
+    """Return the result, if it is within the limits."""
+    if limits is None:
+        return result
+    for number, (key, value) in enumerate(result.items(), 1):
+        if number > limits.pairs:
+            _refuse(key, "is pair", number, limits.pairs)
+        if len(key) > limits.key_characters:
+            _refuse(key, "is a key whose length is", len(key), limits.key_characters)
+        if len(value) > limits.value_characters:
+            _refuse(key, "has a value whose length is", len(value), limits.value_characters)
+    return result
+
+
+def _refuse(key: str, problem: str, size: int, limit: int) -> None:
+    text = f"{problem} {size}; the dialect allows {limit}"
+    raise ResultError(key, text, size=size, limit=limit)
