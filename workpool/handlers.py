@@ -41,6 +41,7 @@ class HandlerRule:
     metadata: Mapping[str, str]
     timeout: float | None
     max_sessions: int | None
+    reserved_sessions: int = 0
 
     def matches(self, item: WorkItem) -> bool:
         """Whether the item has this type and at least this metadata."""
@@ -67,6 +68,7 @@ class Handler:
         call: Takes the session. Its result or exception decides the outcome.
         timeout: Seconds for one session; None: the setting `session_timeout`.
         max_sessions: Sessions that may run at once in this pool; None: no limit.
+        reserved_sessions: Slots of the pool that sessions of other handlers leave free for it.
         plugin: The name of its plugin.
     """
 
@@ -74,6 +76,7 @@ class Handler:
     call: Callable[[Session], Awaitable[JSON]] = field(compare=False)
     timeout: float | None = None
     max_sessions: int | None = None
+    reserved_sessions: int = 0
     plugin: str
 
 
@@ -88,6 +91,7 @@ def handler(
     metadata: Mapping[str, str] = ...,
     timeout: float | None = ...,
     max_sessions: int | None = ...,
+    reserved_sessions: int = ...,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -99,6 +103,7 @@ def handler(
     metadata: Mapping[str, str] = _ANY,
     timeout: float | None = None,
     max_sessions: int | None = None,
+    reserved_sessions: int = 0,
 ) -> Function | Callable[[Function], Function]:
     """Mark an async function or method as the handler of the items that match.
 
@@ -111,7 +116,9 @@ def handler(
         metadata: Pairs that the item's metadata must hold.
         timeout: Seconds after which the handler is cancelled; None: the setting `session_timeout`.
         max_sessions: How many of its sessions this pool runs at once; None: as many as it has
-            slots for. An item beyond that is left in the queue.
+            slots for. An item beyond that waits, unacknowledged, until one of them ends or the item
+            is about to be delivered again.
+        reserved_sessions: How many slots of the pool sessions of other handlers leave free.
 
     Raises:
         TypeError: Not an `async def` function, marked twice, or an argument of the wrong type.
@@ -122,8 +129,10 @@ def handler(
         name = getattr(function, "__qualname__", repr(function))
         _check_function(name, function)
         _check_match(name, type, metadata)
-        _check_limits(name, timeout, max_sessions)
-        rule = HandlerRule(type, MappingProxyType(dict(metadata)), timeout, max_sessions)
+        _check_timeout(name, timeout)
+        _check_slots(name, max_sessions, reserved_sessions)
+        match = MappingProxyType(dict(metadata))
+        rule = HandlerRule(type, match, timeout, max_sessions, reserved_sessions)
         setattr(function, _MARK, rule)
         return function
 
@@ -189,14 +198,29 @@ def _check_match(name: str, type_: object, metadata: object) -> None:
         raise TypeError(f"@handler: metadata of {name} must map strings to strings")
 
 
-def _check_limits(name: str, timeout: object, max_sessions: object) -> None:
+def _check_timeout(name: str, timeout: object) -> None:
     if timeout is not None:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float):
             raise TypeError(f"@handler: timeout of {name} must be a number of seconds, or None")
         if not (math.isfinite(timeout) and timeout > 0):
             raise ValueError(f"@handler: timeout of {name} must be more than 0 seconds and finite")
+
+
+def _check_slots(name: str, max_sessions: int | None, reserved_sessions: int) -> None:
     if max_sessions is not None:
-        if isinstance(max_sessions, bool) or not isinstance(max_sessions, int):
-            raise TypeError(f"@handler: max_sessions of {name} must be a whole number, or None")
+        _check_whole_number(name, "max_sessions", max_sessions, ", or None")
         if max_sessions < 1:
             raise ValueError(f"@handler: max_sessions of {name} must be at least 1")
+    _check_whole_number(name, "reserved_sessions", reserved_sessions)
+    if reserved_sessions < 0:
+        raise ValueError(f"@handler: reserved_sessions of {name} must not be negative")
+    if max_sessions is not None and reserved_sessions > max_sessions:
+        raise ValueError(
+            f"@handler: reserved_sessions of {name} must not exceed its max_sessions, "
+            f"{max_sessions}"
+        )
+
+
+def _check_whole_number(name: str, argument: str, number: object, otherwise: str = "") -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"@handler: {argument} of {name} must be a whole number{otherwise}")

@@ -100,6 +100,7 @@ async def test_plugins_command_as_json_lists_hooks_and_handlers(ask: Ask) -> Non
             "metadata": {"do": "finish"},
             "timeout": None,
             "max_sessions": None,
+            "reserved_sessions": 0,
         }
     ]
 

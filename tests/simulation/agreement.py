@@ -248,7 +248,9 @@ def _tallies(case: Case, node: Node) -> Iterator[tuple[str, int, int, float]]:
         if event.item.acknowledged_at or event.item.last_heartbeat
     )
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
-    yield "items gained", reclaims.count("gained"), gained, gained
+    # An item that was set aside for its handler is gained when it starts, if it ever does.
+    least = gained if node.pool.max_sessions is None else 0
+    yield "items gained", reclaims.count("gained"), least, gained
     conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)
     yield "items lost", reclaims.count("lost"), conflicts, FOREVER
     asked = {e.item.id for e in events if isinstance(e, StopRequested)}

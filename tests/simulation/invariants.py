@@ -323,6 +323,19 @@ def no_more_is_claimed_than_can_be_run(case: Case) -> Iterator[str]:
                     yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
 
 
+def no_more_run_than_the_limit_of_their_handler(case: Case) -> Iterator[str]:
+    """5e. At most `max_sessions` runs of a pool's handler are under way at once."""
+    for node in case.trace.nodes:
+        limit = node.pool.max_sessions
+        if limit is None or node.child:
+            continue
+        runs = [run for run in case.trace.runs if run.node is node]
+        for run in runs:
+            under_way = sum(one.started <= run.started < one.ended for one in runs)
+            if under_way > limit:
+                yield f"{_name(run)} was one of {under_way} runs, of a handler for {limit} at once"
+
+
 def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
     """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
     for node in case.trace.nodes:
@@ -460,6 +473,7 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     acknowledged_items_are_run,
     no_more_is_claimed_than_can_be_run,
     no_more_is_claimed_than_the_limit,
+    no_more_run_than_the_limit_of_their_handler,
     nothing_is_claimed_during_a_pause,
     drains_end_in_time,
     only_stubborn_handlers_are_abandoned,

@@ -43,9 +43,11 @@ class Machine:
         slept: Total seconds for which its timers stood still.
         frozen: Total seconds for which its lease clock stood still as well.
         handlers: The simulated handlers of its pool.
+        max_sessions: The limit of that handler; None: no limit.
     """
 
     handlers: Any
+    max_sessions: int | None = None
 
     def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
         """Make a machine whose lease clock counts `rate` seconds per second."""

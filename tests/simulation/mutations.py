@@ -50,7 +50,15 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"),
     ],
     "more acknowledged items than slots": [
-        Edit("bounded_queue:BoundedQueue", " or self.running >= self.concurrency", ""),
+        Edit("bounded_queue:BoundedQueue", "self.running >= self.concurrency", "False"),
+    ],
+    "more runs than the limit of their handler": [
+        Edit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
+    ],
+    "item set aside is started twice": [
+        Edit("dispatcher:Dispatcher", "or self._aside(work_item.id)", ""),
+        Edit("pool_item:OwnedItems", "del self._by_id[item.id]", "self._by_id.pop(item.id, None)"),
+        Edit("dispatcher:Dispatcher", "and not self.items.has_session(item.session_id)", ""),
     ],
     "item taken during a pause": [
         Edit(
@@ -423,7 +431,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "reclaims not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            'self._context.observe(ItemReclaimed, work_item, "gained", "poll")',
+            'self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")',
             "0",
         ),
     ],

@@ -39,6 +39,7 @@ FIRST_HEARTBEATS_SHARE: Final = 0.5
 REFRAIN_SHARE: Final = 0.15
 """The share of schedules in which an operator pauses the claiming of a pool."""
 LIMITS_SHARE: Final = 0.15
+HANDLER_LIMIT_SHARE: Final = 0.15
 """The share of schedules with pools that end by themselves."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
@@ -59,6 +60,7 @@ class Pool:
         exit_after_sessions: The number of sessions after which it ends; None = no limit.
         exit_after_idle: The idle time after which it ends; None = no limit.
         exit_after_uptime: The uptime after which it claims nothing more; None = no limit.
+        max_sessions: The limit of its handler; None = no limit.
     """
 
     concurrency: int = 2
@@ -76,6 +78,7 @@ class Pool:
     exit_after_sessions: int | None = None
     exit_after_idle: float | None = None
     exit_after_uptime: float | None = None
+    max_sessions: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,10 @@ def draw(random: Random, seed: int) -> Schedule:
         )
     if random.random() < LIMITS_SHARE:
         pools = tuple(_limited(pool, random) for pool in pools)
+    if random.random() < HANDLER_LIMIT_SHARE:
+        pools = tuple(
+            replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
+        )
     if random.random() < REFRAIN_SHARE:
         pauses = [replace(_action(random), kind="refrain") for _ in range(random.randint(1, 3))]
         pauses = [_close_to(random.choice(work), pause, random) for pause in pauses]

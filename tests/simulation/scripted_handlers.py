@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.machine import this_machine
 from tests.simulation.trace import HandoffBlock, Run
-from workpool import Release, Session, handler
+from workpool import Release, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
+from workpool.handlers import Handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +46,18 @@ _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
 async def simulated(session: Session) -> Any:
     """Run the item's behaviour on the machine of this pool."""
     return await this_machine().handlers.run(session)
+
+
+class SimulatedLimit:
+    """A plugin that limits the handler on machines whose pool has a limit for it."""
+
+    @hookimpl
+    def workpool_session_handler(self) -> Handler | None:
+        limit = this_machine().max_sessions
+        if limit is None:
+            return None
+        call = partial(SimulatedHandlers.run, this_machine().handlers)
+        return Handler(name="simulated.limited", call=call, max_sessions=limit, plugin="simulated")
 
 
 class SimulatedHandlers:

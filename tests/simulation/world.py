@@ -221,6 +221,7 @@ class World:
         node = Node(machine, pool, self.loop.now)
         node.no_fault = CallFault(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
         self.trace.nodes.append(node)
+        machine.max_sessions = pool.max_sessions
         machine.handlers = SimulatedHandlers(
             self.trace, node, lambda: self.loop.now, self._start_child
         )

@@ -35,6 +35,7 @@ async def test_queue_runs_no_more_items_than_slots() -> None:
     assert queue.take() is None
     assert (queue.running, queue.waiting) == (1, 2)
     queue.release()
+    queue.grant()
     assert queue.take() == "b"
 
 
@@ -47,6 +48,7 @@ async def test_reservation_waits_until_place_is_free() -> None:
         await turn()
         assert not waiting.done()
         queue.release()
+        queue.grant()
     assert queue.reserved == 1
 
 
@@ -208,6 +210,7 @@ class Users:
                 await self.pause()
             finally:
                 self.queue.release()
+                self.queue.grant()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -233,3 +236,58 @@ async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int)
     async with asyncio.timeout(1):
         for _ in range(queue.capacity):
             await queue.reserve()
+
+
+async def test_item_set_aside_occupies_no_place() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(2, 0)
+    await queue.reserve()
+    queue.unreserve()
+    queue.set_aside("a")
+    await queue.reserve()
+    await queue.reserve()
+    assert (queue.reserved, queue.waiting, queue.idle) == (2, 0, False)
+
+
+async def test_as_many_items_set_aside_as_places_are_enough() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 1)
+    queue.set_aside("a")
+    assert not queue.aside_full
+    queue.set_aside("b")
+    assert queue.aside_full
+
+
+async def test_item_set_aside_starts_before_an_item_in_a_place() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 1)
+    queue.set_aside("a")
+    queue.set_aside("b")
+    await fill(queue, "c")
+    assert queue.take(lambda item: item != "a") == "b"
+    assert (queue.aside, queue.waiting, queue.running) == (["a"], 1, 1)
+
+
+async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    await fill(queue, "a")
+    assert queue.take() == "a"
+    queue.set_aside("b")
+    async with asyncio.TaskGroup() as group:
+        poller = group.create_task(queue.reserve())
+        await turn()
+        queue.release()
+        assert queue.take() == "b"
+        queue.grant()
+        await turn()
+        assert not poller.done()
+        queue.release()
+        queue.grant()
+    assert queue.reserved == 1
+
+
+async def test_room_aside_is_noticed_when_an_item_starts() -> None:
+    queue: BoundedQueue[str] = BoundedQueue(1, 0)
+    queue.set_aside("a")
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(queue.room_aside(3600))
+        await turn()
+        assert not waiting.done()
+        assert queue.take() == "a"

@@ -135,6 +135,17 @@ def test_second_mark_of_function_is_refused() -> None:
         ({"max_sessions": 1.0}, TypeError, "max_sessions of .*fresh must be a whole number"),
         ({"max_sessions": True}, TypeError, "max_sessions"),
         ({"max_sessions": 0}, ValueError, "max_sessions of .*fresh must be at least 1"),
+        ({"reserved_sessions": None}, TypeError, "reserved_sessions of .*fresh must be a whole"),
+        (
+            {"reserved_sessions": -1},
+            ValueError,
+            "reserved_sessions of .*must not be negative",
+        ),
+        (
+            {"reserved_sessions": 3, "max_sessions": 2},
+            ValueError,
+            "reserved_sessions of .*fresh must not exceed its max_sessions, 2",
+        ),
     ],
 )
 def test_invalid_handler_argument_is_refused_by_name(
@@ -181,4 +192,11 @@ def test_handlers_with_equal_names_and_limits_are_equal() -> None:
 
 def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
     parameters = inspect.signature(handler).parameters
-    assert list(parameters) == ["function", "type", "metadata", "timeout", "max_sessions"]
+    assert list(parameters) == [
+        "function",
+        "type",
+        "metadata",
+        "timeout",
+        "max_sessions",
+        "reserved_sessions",
+    ]

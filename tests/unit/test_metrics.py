@@ -62,6 +62,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("poller_restarts_total", "C", "environment_id"),
     ("session_age_seconds_max", "G", "environment_id, handler"),
     ("queue_depth", "G", "environment_id"),
+    ("items_set_aside", "G", "environment_id"),
     ("queue_capacity", "G", "environment_id"),
     ("queue_wait_seconds", H_WAIT, "environment_id"),
     ("slots", "G", "environment_id, state=free|reserved|busy"),

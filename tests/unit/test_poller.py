@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import Event
+    from workpool.pool.dispatcher import Reception
 
 REFUSED = RefusedError("poll", 401, "no")
 
@@ -61,23 +62,27 @@ class ScriptedClient:
 
 
 class ScriptedDispatcher:
-    """Takes every item, or declines it, or crashes."""
+    """Gives every offer the same answer, or crashes."""
 
-    def __init__(self, queue: BoundedQueue[Any], *, takes: bool | Exception = True) -> None:
+    def __init__(
+        self, queue: BoundedQueue[Any], *, answer: Reception | Exception = "queued"
+    ) -> None:
         self.queue = queue
-        self.takes = takes
+        self.answer = answer
         self.paced = False
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
-    def offer(self, item: object, polled_at: float) -> bool:
+    def offer(self, item: object, polled_at: float) -> Reception:
         assert polled_at <= asyncio.get_running_loop().time()
         self.offered.append(item)
-        if isinstance(self.takes, Exception):
-            raise self.takes
-        if self.takes:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        if self.answer == "queued":
             self.queue.put(item)
-        return self.takes
+        elif self.answer == "aside":
+            self.queue.set_aside(item)
+        return self.answer
 
 
 class World:
@@ -86,7 +91,7 @@ class World:
     def __init__(
         self,
         *answers: object,
-        takes: bool | Exception = True,
+        answer: Reception | Exception = "queued",
         block_ms: int = 1,
         concurrency: int = 2,
     ) -> None:
@@ -94,7 +99,7 @@ class World:
         self.fatal: list[WorkpoolError] = []
         self.client = ScriptedClient(*answers)
         self.queue: BoundedQueue[Any] = BoundedQueue(concurrency, 0)
-        self.dispatcher = ScriptedDispatcher(self.queue, takes=takes)
+        self.dispatcher = ScriptedDispatcher(self.queue, answer=answer)
         clock = asyncio.get_running_loop().time
         self.context = PoolContext(
             settings=Settings(block_ms=block_ms),
@@ -166,7 +171,7 @@ async def test_unreadable_items_cause_no_backoff(
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
     monkeypatch.setattr(poller, "BACKOFF_CAP_SECONDS", 1000.0)
-    world = World(*(make() for _ in range(30)), "item", takes=True)
+    world = World(*(make() for _ in range(30)), "item")
     await world.run()
     assert not world.of(PollerBackedOff)
     assert world.client.polls == 32
@@ -220,13 +225,28 @@ async def test_accepted_item_keeps_place_and_permit() -> None:
     assert (world.queue.reserved, world.queue.waiting, world.client.permits) == (0, 1, 1)
 
 
-@pytest.mark.parametrize("takes", [False, KeyError("bug")], ids=["declined", "bug"])
-async def test_rejected_item_returns_place_and_permit(takes: Any) -> None:
-    world = World("item", takes=takes)
+@pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
+async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
+    world = World("item", answer=answer)
     await world.run()
     assert world.dispatcher.offered == ["item"]
     assert (world.queue.reserved, world.queue.waiting) == (0, 0)
     assert world.client.permits == 0
+
+
+async def test_item_set_aside_gives_back_the_place_and_keeps_the_permit() -> None:
+    world = World("item", answer="aside")
+    await world.run()
+    assert (world.queue.reserved, world.queue.aside, world.client.permits) == (0, ["item"], 1)
+
+
+@in_virtual_time
+async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
+    world = World(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    await world.run(60)
+    assert clock() - started == 0
 
 
 @in_virtual_time

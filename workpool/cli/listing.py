@@ -54,6 +54,7 @@ def _describe(plugin: Plugin) -> dict[str, Any]:
                 "metadata": dict(route.rule.metadata),
                 "timeout": route.rule.timeout,
                 "max_sessions": route.rule.max_sessions,
+                "reserved_sessions": route.rule.reserved_sessions,
             }
             for route in plugin.routes
         ],
@@ -77,5 +78,5 @@ def _rule(handler: dict[str, Any]) -> str:
 
 
 def _limits(handler: dict[str, Any]) -> str:
-    names = ("timeout", "max_sessions")
-    return " ".join(f"{name}={handler[name]}" for name in names if handler[name] is not None)
+    names = ("timeout", "max_sessions", "reserved_sessions")
+    return " ".join(f"{name}={handler[name]}" for name in names if handler[name])

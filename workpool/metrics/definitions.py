@@ -163,6 +163,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Crashes of pollers, which are bugs, followed by a restart.",
     ),
     _gauge("queue_depth", _env(), "Items that wait for a slot."),
+    _gauge("items_set_aside", _env(), "Items that wait for a slot of their handler."),
     _gauge("queue_capacity", _env(), "Places for items: slots and places to wait."),
     _histogram(
         "queue_wait_seconds", _env(), (ev.AckFinished, "queue_seconds"), H_WAIT,

@@ -71,7 +71,14 @@ _BY_STATE: Final = {
     "leases": LEASE_STATES,
     "paused": PAUSE_REASONS,
 }
-_SUMS: Final = ("pollers_target", "pollers_limit", "queue_depth", "queue_capacity", "slots_limit")
+_SUMS: Final = (
+    "pollers_target",
+    "pollers_limit",
+    "queue_depth",
+    "items_set_aside",
+    "queue_capacity",
+    "slots_limit",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +100,7 @@ class PoolSnapshot:
     pollers_limit: int = 0
     last_poll_success: float | None = None
     queue_depth: int = 0
+    items_set_aside: int = 0
     queue_capacity: int = 0
     slots: Mapping[str, int] = field(default_factory=dict)
     slots_limit: int = 0

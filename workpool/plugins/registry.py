@@ -126,6 +126,11 @@ class Plugins:
         return bool(self._choosers)
 
     @property
+    def handlers(self) -> tuple[Handler, ...]:
+        """The handlers of functions with `@handler`. Those of hooks are unknown before an item."""
+        return tuple(route.handler for plugin in self._plugins for route in plugin.routes)
+
+    @property
     def can_refuse(self) -> bool:
         """Whether any plugin can refuse that items are claimed."""
         return bool(self._refusers)

@@ -1,9 +1,10 @@
 """The bounded queue between pollers and handler slots.
 
 There are `concurrency` slots to run in and `prefetch` places to wait in. A poller reserves a place
-*before* it polls, so the pool never receives an item that it has no room for. The queue counts
-places; it decides nothing about items. Used on the handlers' loop only; the counts may be read on
-any thread.
+*before* it polls, so the pool never receives an item that it has no room for. An item whose
+handler has no slot is set aside: it occupies no place, so pollers go on to items of other handlers.
+The queue counts places; it decides nothing about items. Used on the handlers' loop only; the counts
+may be read on any thread.
 See workpool/docs/architecture.md, "The path of one item".
 """
 
@@ -11,7 +12,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import Generic, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -34,12 +39,19 @@ class BoundedQueue(Generic[T]):
         self.reserved = 0
         self.running = 0
         self._waiting: deque[T] = deque()
+        self._aside: list[T] = []
+        self._room = asyncio.Event()
         self._reservers: deque[asyncio.Future[None]] = deque()
 
     @property
     def waiting(self) -> int:
-        """The number of items that wait for a slot."""
+        """The number of items that wait in a place for a slot."""
         return len(self._waiting)
+
+    @property
+    def aside(self) -> list[T]:
+        """A copy of the items that wait for a slot of their handler, the oldest first."""
+        return self._aside.copy()
 
     @property
     def full(self) -> bool:
@@ -49,7 +61,7 @@ class BoundedQueue(Generic[T]):
     @property
     def idle(self) -> bool:
         """Whether no item waits or runs."""
-        return not self._waiting and not self.running
+        return not self._waiting and not self._aside and not self.running
 
     def _free(self) -> int:
         return self.capacity - self.reserved - self.running - len(self._waiting)
@@ -66,23 +78,60 @@ class BoundedQueue(Generic[T]):
         except asyncio.CancelledError:
             if not turn.cancelled():
                 self.unreserve()  # granted and cancelled in one turn: the place must not be lost
-            elif turn in self._reservers:  # else `_grant` has removed it already
+            elif turn in self._reservers:  # else `grant` has removed it already
                 self._reservers.remove(turn)
             raise
 
     def unreserve(self) -> None:
         """Free a reserved place."""
         self.reserved -= 1
-        self._grant()
+        self.grant()
 
     def put(self, item: T) -> None:
         """Put an item into a reserved place, to wait for a slot."""
         self.reserved -= 1
         self._waiting.append(item)
 
-    def take(self) -> T | None:
-        """Move the oldest waiting item into a slot; None if no item waits or no slot is free."""
-        if not self._waiting or self.running >= self.concurrency:
+    def set_aside(self, item: T) -> None:
+        """Let an item wait outside all places."""
+        self._aside.append(item)
+        if self.aside_full:
+            self._room.clear()
+
+    @property
+    def aside_full(self) -> bool:
+        """Whether as many items are set aside as there are places: enough for a moment.
+
+        The pool should poll more slowly then, because it may hold back items of other workers.
+        """
+        return len(self._aside) >= self.capacity
+
+    def remove_aside(self, item: T) -> None:
+        """Remove an item that was set aside."""
+        self._aside.remove(item)
+        if not self.aside_full:
+            self._room.set()
+
+    async def room_aside(self, seconds: float) -> None:
+        """Wait until fewer items are set aside than there are places, for `seconds` at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._room.wait()
+
+    def take(self, may_start: Callable[[T], bool] = lambda _: True) -> T | None:
+        """Move an item into a slot, and return it; None if none may start or no slot is free.
+
+        The oldest item that was set aside and may start goes before the items in places.
+        """
+        if self.running >= self.concurrency:
+            return None
+        if self._aside and self._free() > 0:
+            for item in self._aside:
+                if may_start(item):
+                    self.remove_aside(item)
+                    self.running += 1
+                    return item
+        if not self._waiting:
             return None
         self.running += 1
         return self._waiting.popleft()
@@ -90,22 +139,25 @@ class BoundedQueue(Generic[T]):
     def release(self, *, used_up: bool = False) -> None:
         """Free the slot, and with it the place, of an item that `take` returned.
 
+        The place goes to an item that waits here (`take`) before it goes to a poller (`grant`).
         `used_up`: the item counts as one of the `uses`.
         """
         self.running -= 1
         if used_up:
             self._uses -= 1
             self.capacity = min(self.capacity, self._uses)
-        self._grant()
 
     def forget_waiting(self) -> list[T]:
         """Remove and return the waiting items, which the control plane will deliver again."""
-        forgotten = list(self._waiting)
+        forgotten = [*self._waiting, *self._aside]
         self._waiting.clear()
-        self._grant()
+        self._aside.clear()
+        self._room.set()
+        self.grant()
         return forgotten
 
-    def _grant(self) -> None:
+    def grant(self) -> None:
+        """Give the free places to the pollers that wait in `reserve`."""
         while self._reservers and self._free() > 0:
             turn = self._reservers.popleft()
             if not turn.done():

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from workpool.errors import PluginError
 from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
@@ -18,10 +18,11 @@ from workpool.logs import readable
 from workpool.pool.admission import HandlerHealth
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
+from workpool.pool.handler_slots import HandlerSlots
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
 from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.pool.session_runner import SessionRunner
-from workpool.wire.protocol import HEALTHCHECK
+from workpool.wire.protocol import HEALTHCHECK, RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,8 +40,14 @@ REMEMBERED_IDS = 10_000
 
 UNSTARTED = 3
 """After so many items in a row without a call of a handler, polls are paced."""
+ASIDE_MARGIN_SECONDS = 1.0
+"""An item whose handler has no slot is set aside until this long before its redelivery."""
 TYPE_CHARACTERS = 128
 """Characters of an item's type that are logged."""
+
+Reception = Literal["queued", "aside", "declined"]
+"""The result of an offer: the item took the reserved place; or it waits for a slot of its handler,
+without a place; or it is not ours."""
 
 
 class Dispatcher:
@@ -91,6 +98,11 @@ class Dispatcher:
             context, self._claimer, sender, self.executor, self.health.record, self._closed
         )
         self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
+        self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
+        self._expiry: asyncio.TimerHandle | None = None
+        window = settings.reclaim_older_than_ms
+        window = RECLAIM_OLDER_THAN_MS if window is None else window
+        self._aside_seconds = window / 1000 - ASIDE_MARGIN_SECONDS
         self._seen: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
 
     @property
@@ -100,33 +112,33 @@ class Dispatcher:
 
     # Receive and choose.
 
-    def offer(self, work_item: WorkItem, polled_at: float) -> bool:
-        """Decide on a received item; return whether it is ours now and took the reserved place.
+    def offer(self, work_item: WorkItem, polled_at: float) -> Reception:
+        """Decide on a received item.
 
         `polled_at` is the time when its poll was sent, on the lease clock.
         """
         if self.draining or (self._admission.gated and self._admission.paused is not None):
-            return False  # never acknowledged, so it is redelivered
-        owned = self.items.get(work_item.id)
+            return "declined"  # never acknowledged, so it is redelivered
+        owned = self.items.get(work_item.id) or self._aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
         self._context.observe(ItemReceived, work_item, origin, _age(work_item))
         if owned is not None:
             self._received_again(owned, polled_at)
-            return False
+            return "declined"
         item.polled_at = polled_at
         self._remember(item.id)
         if work_item.type != HEALTHCHECK:
             item.handler = self._choose(work_item)
             if item.handler is None:
-                return False
-        if item.held_before:
-            self._context.observe(ItemReclaimed, work_item, "gained", "poll")
-        self.items.add(item)
+                return "declined"
+            if not self._slots.free(item.handler):
+                return self._set_aside(item)
+        self._own(item)
         self._context.queue.put(item)
         self._fill()
-        return True
+        return "queued"
 
     async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
         """Run an item that was handed off to us, in the place of its parent."""
@@ -148,6 +160,53 @@ class Dispatcher:
         else:
             owned.delivered_at = self._context.clock()
 
+    def _own(self, item: PoolItem) -> None:
+        if item.held_before:
+            self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")
+        self.items.add(item)
+
+    def _set_aside(self, item: PoolItem) -> Reception:
+        """Keep an item whose handler has no slot, unacknowledged, for most of its window."""
+        if self._aside_seconds <= 0:
+            self._decline(item.work_item, "busy")
+            return "declined"
+        self._context.queue.set_aside(item)
+        self._expire_later()
+        return "aside"
+
+    def _aside(self, work_id: str) -> PoolItem | None:
+        return next((item for item in self._context.queue.aside if item.id == work_id), None)
+
+    def _may_start(self, item: PoolItem) -> bool:
+        """Whether an item that was set aside may start now."""
+        return (
+            item.handler is not None
+            and self._slots.free(item.handler)
+            and not self.items.has_session(item.session_id)
+            and self.health.may_claim(item.handler)
+            and self._context.clock() < item.delivered_at + self._aside_seconds
+        )
+
+    def _expire_later(self) -> None:
+        """Set the timer that declines items set aside, if there are some and it is not set."""
+        aside = self._context.queue.aside
+        if aside and self._expiry is None:
+            oldest = min(item.delivered_at for item in aside)
+            seconds = max(0.0, oldest + self._aside_seconds - self._context.clock())
+            self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        """Decline the items that were set aside for so long that they will be redelivered soon."""
+        self._expiry = None
+        # The timer may run a moment too early; without the 10 ms it would run again at once.
+        latest = self._context.clock() - self._aside_seconds + 0.01
+        for item in self._context.queue.aside:
+            if item.delivered_at <= latest:
+                self._context.queue.remove_aside(item)
+                self._context.client.release_ack_permit()
+                self._decline(item.work_item, "busy")
+        self._expire_later()
+
     def _choose(self, work_item: WorkItem) -> Handler | None:
         """Ask the plugins for a handler; None if the item is declined."""
         handler = None
@@ -163,19 +222,22 @@ class Dispatcher:
                 reason = self._objection(handler)
         if reason is None:
             return handler
-        if not self._seen[work_item.id]:
+        self._decline(work_item, reason)
+        return None
+
+    def _decline(self, work_item: WorkItem, reason: DeclineReason) -> None:
+        """Report that an item is left to others; each item is logged once."""
+        if not self._seen.get(work_item.id):
+            self._remember(work_item.id)
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)
             log.info("item declined work_id=%s type=%s reason=%s", work_item.id, shown, reason)
         self._context.observe(ItemDeclined, work_item, reason)
-        return None
 
     def _objection(self, handler: Handler | None) -> DeclineReason | None:
         if handler is None:
             return "unwanted"
-        limit = handler.max_sessions
-        full = limit is not None and self.items.count(handler) >= limit
-        return "busy" if full or not self.health.may_claim(handler) else None
+        return None if self.health.may_claim(handler) else "busy"
 
     def _remember(self, work_id: str) -> None:
         if work_id not in self._seen:
@@ -187,7 +249,10 @@ class Dispatcher:
 
     def _fill(self) -> None:
         """Start waiting items in the slots that are free."""
-        while not self.draining and (item := self._context.queue.take()) is not None:
+        queue = self._context.queue
+        while not self.draining and (item := queue.take(self._may_start)) is not None:
+            if self.items.get(item.id) is None:  # it was set aside
+                self._own(item)
             item.advance("slot" if item.parents_heartbeat is None else "adopted")
             self._tasks[item] = self._group.create_task(
                 self.runner.run(item), name=item.id, context=item.context
@@ -199,6 +264,7 @@ class Dispatcher:
         self._tasks.pop(item, None)
         self._context.queue.release(used_up=item.counted)
         self._fill()
+        self._context.queue.grant()
         if self.on_closed is not None:
             self.on_closed()
 
@@ -218,9 +284,12 @@ class Dispatcher:
 
     def forget_waiting(self) -> None:
         """Forget the items that wait for a slot: they were never acknowledged."""
+        for _ in self._context.queue.aside:
+            self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting():
             item.advance("closed")
-            self.items.remove(item)
+            if self.items.get(item.id) is item:  # else it was set aside
+                self.items.remove(item)
 
     def release_all(self) -> None:
         """Cancel the handlers that still run, so that their items are handed back."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from workpool.events import BackoffReason, PollResult, ScaleDirection, ScaleReason
     from workpool.pool.context import PoolContext
-    from workpool.pool.dispatcher import Dispatcher
+    from workpool.pool.dispatcher import Dispatcher, Reception
     from workpool.wire.items import WorkItem
 
 log = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ class Poller:
         self.state = "waiting_slot"
         await self._context.queue.reserve()
         try:
-            item, taken = await self._deliver()
+            item, reception = await self._deliver()
         except UnreadableError as error:
             await self._skip(error)
             return
@@ -300,18 +300,22 @@ class Poller:
         if item is None:
             # Before the pause below, in which the other pollers poll again.
             await self._group.settle_empty()
-        if not taken or self._dispatcher.paced:
+        if reception == "declined" or self._dispatcher.paced:
             # A control plane that does not wait for `block_ms`, or keeps offering what is declined
             # or cannot be claimed, must not make this loop spin.
             await self._sleep(self._rest_of_block())
+        elif reception == "aside" and self._context.queue.aside_full:
+            self.state = "backoff"
+            await self._context.queue.room_aside(self._rest_of_block())
 
-    async def _deliver(self) -> tuple[WorkItem | None, bool]:
+    async def _deliver(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
 
         Returns:
-            The item, and whether it took the reserved place and the ack permit.
+            The item, and what the dispatcher did with it.
         """
-        item, taken, permitted = None, False, False
+        item, permitted = None, False
+        reception: Reception = "declined"
         try:
             self.state = "paused"
             await self._group.cooldown()
@@ -321,13 +325,14 @@ class Poller:
             await self._context.client.acquire_ack_permit()
             permitted = True
             item = await self._poll()
-            taken = item is not None and self._dispatcher.offer(item, self._sent_at)
+            if item is not None:
+                reception = self._dispatcher.offer(item, self._sent_at)
         finally:
-            if not taken:
+            if reception != "queued":
                 self._context.queue.unreserve()
-                if permitted:
-                    self._context.client.release_ack_permit()
-        return item, taken
+            if permitted and reception == "declined":
+                self._context.client.release_ack_permit()
+        return item, reception
 
     async def _poll(self) -> WorkItem | None:
         self.state = "polling"

@@ -89,6 +89,7 @@ class PoolView:
                 else datetime.now(UTC).timestamp() - max(0.0, now - polled_at)
             ),
             queue_depth=queue.waiting,
+            items_set_aside=len(queue.aside),
             queue_capacity=queue.capacity,
             slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
             slots_limit=queue.concurrency,

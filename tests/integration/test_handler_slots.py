@@ -1,0 +1,161 @@
+"""Limits of handlers: `max_sessions` costs no throughput, `reserved_sessions` stay free.
+
+See workpool/docs/routing.md, "Limits of handlers".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import PluginError, Session, handler
+from workpool.events import ItemDeclined, SessionFinished, SessionStarted
+from workpool.testing import in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from workpool.testing import Kit
+
+MINUTE = 60.0
+
+
+def acked(workpool: Kit) -> list[str]:
+    return [each.work_id for each in workpool.server.history if each.kind == "acked"]
+
+
+def counting_handler(
+    seconds: float, running: Counter[str], *, most: int | None = None, reserved: int = 0
+) -> Callable[[Session], Coroutine[Any, Any, None]]:
+    """Return a handler that runs for `seconds` and records how many run at once."""
+
+    async def limited(_: Session) -> None:
+        running["now"] += 1
+        running["most"] = max(running["most"], running["now"])
+        await asyncio.sleep(seconds)
+        running["now"] -= 1
+
+    handler(metadata={"kind": "limited"}, max_sessions=most, reserved_sessions=reserved)(limited)
+    return limited
+
+
+@handler
+async def other(session: Session) -> None:
+    await asyncio.sleep(float(session.item.metadata.get("seconds", "0")))
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.2, 1.0])
+@in_virtual_time
+async def test_limited_handler_runs_as_fast_as_its_limit_allows(
+    workpool: Kit, seconds: float
+) -> None:
+    running: Counter[str] = Counter()
+    workpool.enqueue(count=40, metadata={"kind": "limited"})
+    clock = asyncio.get_running_loop().time
+    async with workpool.pool(counting_handler(seconds, running, most=2)):
+        started = clock()
+        await workpool.wait_for(SessionFinished, count=40)
+        elapsed = clock() - started
+    assert running["most"] == 2
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # the first poll, and what a poll takes
+
+
+@in_virtual_time
+async def test_item_set_aside_is_not_acknowledged_before_its_handler_has_a_slot(
+    workpool: Kit,
+) -> None:
+    workpool.enqueue(count=2, metadata={"kind": "limited"})
+    async with workpool.pool(counting_handler(3.0, Counter(), most=1)):
+        await workpool.wait_for(SessionStarted)
+        await asyncio.sleep(2.9)
+        assert len(acked(workpool)) == 1
+        await workpool.wait_for(SessionFinished, count=2)
+    assert len([each for each in workpool.server.history if each.kind == "delivered"]) == 2
+
+
+@in_virtual_time
+async def test_item_set_aside_is_declined_one_second_before_its_redelivery(workpool: Kit) -> None:
+    workpool.enqueue(count=2, metadata={"kind": "limited"})
+    clock = asyncio.get_running_loop().time
+    async with workpool.pool(counting_handler(MINUTE, Counter(), most=1)):
+        started = clock()
+        declined = await workpool.wait_for(ItemDeclined)
+        assert declined.reason == "busy"
+        assert clock() - started == pytest.approx(4.0, abs=0.2)
+        await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE)
+    assert len(acked(workpool)) == 2
+
+
+@in_virtual_time
+async def test_items_of_other_handlers_pass_items_that_are_set_aside(workpool: Kit) -> None:
+    limited = counting_handler(3.0, Counter(), most=1)
+    workpool.enqueue(count=4, metadata={"kind": "limited"})
+    (item,) = workpool.enqueue()
+    async with workpool.pool(limited, other):
+        first = await workpool.wait_for(SessionFinished, timeout=1)
+        assert first.session.item.id == item.id
+
+
+@in_virtual_time
+async def test_pool_that_ends_when_empty_waits_for_items_set_aside(workpool: Kit) -> None:
+    workpool.enqueue(count=5, metadata={"kind": "limited"})
+    limited = counting_handler(0.5, Counter(), most=1)
+    await workpool.pool(limited).run(until_empty=True)
+    assert workpool.server.summary().stopped == 5
+
+
+@in_virtual_time
+async def test_pause_and_drain_leave_items_set_aside_to_others(workpool: Kit) -> None:
+    workpool.enqueue(count=4, metadata={"kind": "limited"})
+    limited = counting_handler(2.0, Counter(), most=1)
+    async with workpool.pool(limited) as pool:
+        await workpool.wait_for(SessionStarted)
+        await asyncio.sleep(1)
+        pool.pause("a test")
+        await asyncio.sleep(MINUTE)
+        assert len(acked(workpool)) == 1
+        pool.resume()
+        await workpool.wait_for(SessionStarted, count=2, timeout=10)
+    assert len(acked(workpool)) == 2
+
+
+@in_virtual_time
+async def test_reserved_slots_stay_free_for_their_handler(workpool: Kit) -> None:
+    running: Counter[str] = Counter()
+    urgent = counting_handler(1.0, running, reserved=2)
+    workpool.enqueue(count=8, metadata={"seconds": "600"})
+    async with workpool.pool(urgent, other, concurrency=5) as pool:
+        await asyncio.sleep(30)
+        assert pool.status().running == 3
+        workpool.enqueue(count=2, metadata={"kind": "limited"})
+        await workpool.wait_for(SessionFinished, count=2, timeout=MINUTE)
+        assert running["most"] == 2
+
+
+@in_virtual_time
+async def test_handler_with_reserved_slots_may_use_the_others_too(workpool: Kit) -> None:
+    running: Counter[str] = Counter()
+    workpool.enqueue(count=5, metadata={"kind": "limited"})
+    async with workpool.pool(counting_handler(1.0, running, reserved=1), other, concurrency=5):
+        await workpool.wait_for(SessionFinished, count=5)
+    assert running["most"] == 5
+
+
+@pytest.mark.parametrize(
+    ("reserved", "message"),
+    [
+        (3, "reserved_sessions are 3 in all (limited.limited 3), and concurrency is 2"),
+        (2, "other.other would never run: all 2 slots are reserved"),
+    ],
+)
+async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
+    workpool: Kit, reserved: int, message: str
+) -> None:
+    limited = counting_handler(0.0, Counter(), reserved=reserved)
+    with pytest.raises(PluginError) as refused:
+        async with workpool.pool(limited, other, concurrency=2):
+            raise AssertionError("started")
+    assert message in str(refused.value)
