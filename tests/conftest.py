@@ -1,4 +1,4 @@
-"""What tests of the whole pool share: a control plane that can be made to fail, and an observer."""
+"""Fixtures for tests of a whole pool: a control plane with faults, and an event recorder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Escape the lone surrogates in what a test logged: pytest-xdist cannot carry them."""
+    """Escape lone surrogates in the captured log of a test, which pytest-xdist cannot transfer."""
     report = yield
     report.sections = [
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
@@ -36,7 +36,7 @@ def faults() -> Faults:
 
 @pytest.fixture
 def clock() -> Clock:
-    """The control plane's clock."""
+    """Return a clock that the test moves; the control plane uses it."""
     return Clock()
 
 
@@ -53,7 +53,7 @@ def recorder() -> Recorder:
 
 @pytest.fixture
 def make_settings(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
-    """Settings that fit the control plane, whatever this machine's environment says."""
+    """Return a factory of settings for the control plane that ignores environment variables."""
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
@@ -77,7 +77,7 @@ def make_settings(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.fixture
 def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> MakePool:
-    """A supervisor of these plugins and the recorder; not started."""
+    """Return a factory of supervisors with the given plugins and the recorder; none is started."""
 
     def make(*plugins: object, **settings: Any) -> Supervisor:
         return Supervisor(make_settings(**settings), plugins=[*plugins, recorder])

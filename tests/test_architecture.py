@@ -1,4 +1,4 @@
-"""The rules of the code that a program can check."""
+"""Rules of the code that a program can check."""
 
 from __future__ import annotations
 
@@ -44,19 +44,21 @@ LOOPS = (
     "pool/lease_renewer.py",
 )
 BLIND_EXCEPTS = {
-    "logs.py",  # the text of what users log, in `__str__`
-    "metrics/observer.py",  # counting, which must not disturb what is counted
-    "session.py",  # a handler that asks for it: other errors are raised again
-    "plugins/loading.py",  # evaluating a plugin's annotations
-    "pool/handler_executor.py",  # a handler
-    "plugins/discovery.py",  # an observer, and every other call of a plugin's code
-    "pool/poller.py",  # one poller's loop
+    "logs.py",  # texts of users' log records, from their `__str__`
+    "metrics/observer.py",  # counting, which must not affect the code that is counted
+    "session.py",  # a handler that requests it: all other errors are raised again
+    "plugins/loading.py",  # the evaluation of a plugin's annotations
+    "pool/handler_executor.py",  # a call of a handler
+    "plugins/discovery.py",  # a call of an observer or of other plugin code
+    "pool/poller.py",  # the loop of one poller
     "pool/sender.py",  # one heartbeat
-    "pool/lease_renewer.py",  # its thread, whose error is raised on the handlers' loop
-    "pool/diagnostics.py",  # a report on another thread, whose error its caller raises
-    "server/stores/sqlite.py",  # the writer's thread, whose error is raised on the loop
-    "wire/http/checked_body.py",  # a caller's check: aiohttp would take it for a failed connection
-    "wire/http/threads.py",  # a call on another thread: raised where its result is awaited
+    "pool/lease_renewer.py",  # the renewer thread, whose error is raised on the handlers' loop
+    "pool/diagnostics.py",  # a report on another thread, whose error is raised by its caller
+    "server/stores/sqlite.py",  # the writer thread, whose error is raised on the loop
+    # a check of a caller, which aiohttp would take for a failed connection
+    "wire/http/checked_body.py",
+    # a call on another thread, whose error is raised where its result is awaited
+    "wire/http/threads.py",
 }
 
 
@@ -159,7 +161,7 @@ def test_event_loop_subclass_is_covered_and_simple(name: str) -> None:
 
 
 def imported(tree: ast.AST) -> list[tuple[str, str]]:
-    """Every import, as what is imported, in full, and what it is called from then on."""
+    """Return every import: the full name of the object, and its name in the module."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(tree):
         match node:
@@ -189,11 +191,11 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
     assert len(graph) > 100
-    TopologicalSorter(graph).prepare()  # raises CycleError with the modules of a circle
+    TopologicalSorter(graph).prepare()  # raises CycleError that names the modules
 
 
 def private_part(dotted: str) -> str | None:
-    """The first step of a dotted name that leads out of workpool's public modules, if one does."""
+    """Return the first component of a dotted name that is not public, if any."""
     module = max((each for each in PUBLIC if f"{dotted}.".startswith(f"{each}.")), key=len)
     name = dotted[len(module) :].lstrip(".").partition(".")[0]
     known = name in workpool.__all__ if module == "workpool" else not name.startswith("_")
@@ -201,7 +203,10 @@ def private_part(dotted: str) -> str | None:
 
 
 def private_uses(source: str) -> set[str]:
-    """What a plugin's code takes of workpool that is not public, however it comes by it."""
+    """Return all private names of workpool that a plugin's code uses.
+
+    Imports and attributes count.
+    """
     tree = ast.parse(source)
     meanings = {"workpool": "workpool"} | {alias: whole for whole, alias in imported(tree)}
     used = {whole for whole, _ in imported(tree)}
@@ -247,7 +252,7 @@ def test_private_import_of_plugin_is_found(source: str, found: list[str]) -> Non
 
 
 def is_dialect(node: ast.AST) -> bool:
-    """Whether an expression names a dialect: `QODER`, `protocol.QODER`, `"qoder"`."""
+    """Return whether an expression names a dialect: `QODER`, `protocol.QODER`, `"qoder"`."""
     return ast.unparse(node).rpartition(".")[2].strip("'").lower() in get_args(Dialect)
 
 

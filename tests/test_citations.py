@@ -1,4 +1,4 @@
-"""Code cites documents of this repository by path and heading, and every citation resolves."""
+"""Citations of documents by path and heading in the code: every citation resolves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ PACKAGE = ROOT / "workpool"
 MODULES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "plugins").glob("*/workpool_*/**/*.py")])
 TEST_MODULES = sorted((ROOT / "tests").rglob("*.py"))
 UNCHECKED = ("workpool/cli/new.py",)
-"""Modules in which mentions of documents are not checked: one names the README that it writes."""
+"""Modules in which mentions of documents are not checked.
+
+One names the README that it generates.
+"""
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".in", ".sql", ".txt", ""}
 DOCUMENTS = sorted((PACKAGE / "docs").glob("*.md"))
 ARCHITECTURE = (PACKAGE / "docs/architecture.md").read_text()
@@ -27,16 +30,16 @@ CITATION = re.compile(r'([\w./-]+\.md), ("[^"]+"(?:(?:, | and |, and )"[^"]+")*)
 OUTSIDE = re.compile(
     r"§|\bD\d+\b|\bissue #?\d|/work/|\b(?:design|protocol|metrics|style)\.md|\bREADME\b(?!\.md, \")"
 )
-"""Sections of documents that are not in the repository, and decisions by number."""
+"""Patterns of citations of documents outside the repository, and of decisions by number."""
 
 
 def flat(text: str) -> str:
-    """Join the lines of comments and docstrings, so that a citation may be wrapped."""
+    """Join the lines of comments and docstrings, so that a citation may span lines."""
     return re.sub(r"\s*\n\s*(?:# ?)?", " ", text)
 
 
 def citations(text: str) -> list[tuple[str, str]]:
-    """Each cited document with each of its cited headings."""
+    """Return each pair of cited document and cited heading."""
     return [
         (path, heading)
         for path, quoted in CITATION.findall(flat(text))
@@ -50,7 +53,7 @@ def headings(document: Path) -> set[str]:
 
 
 def unresolved(text: str) -> list[tuple[str, str]]:
-    """The citations whose document or heading does not exist."""
+    """Return the citations whose document or heading does not exist."""
     return [
         (path, heading)
         for path, heading in citations(text)
@@ -59,7 +62,7 @@ def unresolved(text: str) -> list[tuple[str, str]]:
 
 
 def strays(text: str) -> list[str]:
-    """The mentions of documents that are no citation, or lie outside of this repository."""
+    """Return the mentions of documents that are no citation or are outside this repository."""
     rest = CITATION.sub("", flat(text))
     return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
 
@@ -98,7 +101,7 @@ def test_module_cites_documents_of_repository_only(path: Path) -> None:
 
 
 def test_no_file_cites_a_document_outside_repository() -> None:
-    """All files, such as configuration, templates and pages: other documents number sections."""
+    """All tracked files are checked, such as configuration, templates and pages."""
     names = ["README.md", "CHANGELOG.md", "pyproject.toml", ".ci", "benchmarks", "plugins", "tests"]
     files = [
         file
@@ -139,11 +142,11 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
     assert strays(text) == found
 
 
-# The documents themselves.
+# Documents.
 
 
 def rows(first_column: str) -> list[list[str]]:
-    """The rows of the table of the architecture document whose head begins so."""
+    """Return the rows of the table on the architecture page with this first column."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]

@@ -44,7 +44,7 @@ PROJECT, TOOLS = TOML["project"], TOML["tool"]
 
 
 def page(name: str) -> str:
-    """The text of a page under `workpool/docs/`."""
+    """Return the text of a page under `workpool/docs/`."""
     return (DOCS / name).read_text()
 
 
@@ -53,21 +53,21 @@ def relative(path: Path) -> str:
 
 
 def blocks(language: str) -> list[str]:
-    """The different code blocks of all pages; two pages may show the same one."""
+    """Return the distinct code blocks of all pages; two pages may show the same block."""
     text = "\n".join(each.read_text() for each in PAGES)
     pattern = rf"^```{language}\n(.*?)^```$"
     return list(dict.fromkeys(re.findall(pattern, text, re.DOTALL | re.MULTILINE)))
 
 
 def block(marker: str, language: str = "python") -> str:
-    """The one code block that holds `marker`."""
+    """Return the one code block that contains `marker`."""
     [found] = [text for text in blocks(language) if marker in text]
     return found
 
 
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_page_matches_code(name: str) -> None:
-    """`python -m tests.references` writes it anew."""
+    """`python -m tests.references` regenerates the part."""
     assert references.with_generated_part(page(name), references.PAGES[name]()) == page(name)
 
 
@@ -101,7 +101,8 @@ def test_ci_script_runs_both_test_commands_of_readme() -> None:
     assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
     gate = (ROOT / ".ci/run").read_text().splitlines()
     for command in commands:
-        assert f"{command} || exit" in gate  # errexit ignores a failure inside an && list
+        # errexit ignores a failure inside an && list, so each command needs its own exit
+        assert f"{command} || exit" in gate
 
 
 def test_ci_script_runs_every_python_version_of_classifiers() -> None:
@@ -123,7 +124,7 @@ def test_each_test_is_selected_by_exactly_one_tier() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """The headings of a page, as links name them."""
+    """Return the anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
@@ -147,12 +148,12 @@ def test_page_is_reachable_from_readme(path: Path) -> None:
     assert f"]({relative(path)})" in README.read_text()
 
 
-# The examples, run as they stand.
+# The examples, run unchanged.
 
 
 @pytest.fixture
 async def plane(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> AsyncIterator[ControlPlane]:
-    """A control plane that the environment points to, and `reports.py` to import."""
+    """Open a control plane for the environment variables, and write an importable `reports.py`."""
     (tmp_path / "reports.py").write_text(block("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -172,7 +173,7 @@ def run(marker: str, folder: Path) -> dict[str, Any]:
 async def finished(
     metadata: dict[str, str], script: list[dict[str, Any]] | None = None
 ) -> dict[str, str]:
-    """Enqueue one item and wait until it is stopped; its metadata."""
+    """Enqueue one item, wait until it is stopped, and return its metadata."""
     async with WorkClient(Settings()) as client:
         [item] = await client.enqueue(metadata=metadata, script=script)
         async with asyncio.timeout(20):
@@ -253,7 +254,7 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
 async def test_documented_handoff_ends_session_with_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To a real holder, which ends the item with its program."""
+    """The handoff goes to a real `workpool hold` process, which ends the item with its program."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
@@ -266,7 +267,8 @@ async def test_documented_handoff_ends_session_with_its_program(
     apart = run("def apart", tmp_path)["apart"]
     assert await handled_by(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
-        await children[0].wait()  # it outlives its item by a moment, and must not this loop
+        # the child exits shortly after its item, and must exit before this loop closes
+        await children[0].wait()
 
 
 async def test_documented_handler_answers_tool_uses_of_session(
@@ -274,7 +276,8 @@ async def test_documented_handler_answers_tool_uses_of_session(
 ) -> None:
     names = run("async def talk(", tmp_path)
     script = json.loads(block('"custom": true', "json"))
-    uses = [entry for entry in script if set(entry) == {"name", "input"}]  # no other participant
+    # entries with other keys are for other clients
+    uses = [entry for entry in script if set(entry) == {"name", "input"}]
     async with Supervisor(Settings(), plugins=[names["talk"]]):
         assert (await finished({"job": "talk"}, uses * 3))["done"] == "3"
     plane.enqueue(script=script)
@@ -413,7 +416,7 @@ def entries_of_the_glossary() -> list[list[str]]:
 
 
 def exists(path: str) -> bool:
-    """Whether a dotted path below the package, or from `tests` on, leads to something."""
+    """Return whether a dotted path below the package, or one from `tests` on, exists."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)
@@ -450,7 +453,7 @@ def test_glossary_term_has_one_sentence_and_one_entry() -> None:
 
 
 def test_documented_scripts_use_tool_names_known_to_all_workers() -> None:
-    """Workers of other vendors own the built-in tools in lower case only."""
+    """Workers of other vendors know the built-in tools by lower-case names only."""
     builtin = {"bash", "read", "write", "edit", "glob", "grep"}
     documents = [*PAGES, *ROOT.glob("plugins/*/*.md")]
     names = [

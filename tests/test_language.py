@@ -54,7 +54,7 @@ def pages() -> list[Path]:
 
 
 def docstrings(text: str) -> list[tuple[int, str]]:
-    """Each string that is a statement of its own: those of attributes too."""
+    """Return each string that is a statement, including docstrings of attributes."""
     return [
         (node.lineno, node.value.value)
         for node in ast.walk(ast.parse(text))
@@ -65,7 +65,7 @@ def docstrings(text: str) -> list[tuple[int, str]]:
 
 
 def comments_and_strings(text: str) -> list[tuple[int, str]]:
-    """Each comment and each string literal."""
+    """Return each comment and each string literal."""
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [(token.start[0], token.string) for token in tokens if token.type in kinds]
@@ -80,7 +80,7 @@ def banned(text: str) -> list[str]:
 
 
 def problems(text: str) -> list[str]:
-    """What is wrong with the text of a module, with line numbers."""
+    """Return the problems of the text of a module, with line numbers."""
     found = [
         f"{line}: {problem}"
         for line, part in comments_and_strings(text)
@@ -106,7 +106,7 @@ def test_module_text_is_plain_english(path: Path) -> None:
 
 @pytest.mark.parametrize("path", pages(), ids=relative)
 def test_page_text_has_no_banned_words(path: Path) -> None:
-    """Code blocks are checked too, except for names in backticks."""
+    """Code blocks are checked too, but not names in backticks."""
     assert banned(path.read_text()) == []
 
 

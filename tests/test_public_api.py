@@ -1,4 +1,4 @@
-"""The names that users import: changing them needs a changelog entry."""
+"""The names that users import; each change needs a changelog entry."""
 
 import ast
 import subprocess
@@ -44,7 +44,7 @@ def test_import_of_workpool_does_not_import_command_line() -> None:
 
 
 def printed(code: str) -> str:
-    """The output of a Python process of its own."""
+    """Run code in a new Python process and return its output."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Whatever a test does to a pool, it leaves nothing behind."""
+"""Fixtures for integration tests; after each test no task and no logged loop error may remain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 async def nothing_left() -> AsyncIterator[None]:
-    """No task outlives the pool, and no error ends in the loop's log, in any test here."""
+    """Check after each test that no task outlives its pool and that the loop logged no error."""
     problems: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: problems.append(context))
@@ -42,7 +42,9 @@ async def nothing_left() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not take a second in which a loaded machine stands still for a blocked loop.
+    """Tolerate a loaded machine that pauses for a second.
+
+    Tests of blocked loops replace this fixture.
 
     Tests of blocked loops replace this fixture.
     """
@@ -51,12 +53,12 @@ def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Life:
-    """What became of one item that one pool ran."""
+    """The end of one item that one pool ran: outcome, requests and final state."""
 
     item: Item
     finished: SessionFinished
     sent: list[Request]
-    """All that was sent for it, in order."""
+    """All requests that the pool sent for the item, in order."""
     history: list[str]
 
     @property
@@ -82,7 +84,7 @@ class RunOne(Protocol):
 
 @pytest.fixture
 def life_of(plane: ControlPlane, faults: Faults, recorder: Recorder) -> LifeOf:
-    """Wait for the end of an item's session and tell what it came to."""
+    """Return a function that waits for the end of an item's session and returns its `Life`."""
 
     async def life(work_id: str) -> Life:
         finished = await recorder.wait_for(
@@ -100,7 +102,7 @@ def life_of(plane: ControlPlane, faults: Faults, recorder: Recorder) -> LifeOf:
 
 @pytest.fixture
 def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne:
-    """Run a pool with this handler until one item's session is over."""
+    """Return a function that runs a pool with one handler until one item's session has ended."""
 
     async def run(call: Callable[[Any], Any], **settings: Any) -> Life:
         (item,) = plane.enqueue()
@@ -114,7 +116,10 @@ def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne
 
 @pytest.fixture
 def heartbeat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
-    """Make the pool doubt a lease, and so heartbeat at once: a poll brings a copy of the item."""
+    """Return a function that makes the pool send a heartbeat at once.
+
+    A poll returns a copy of the item.
+    """
 
     def nudge(work_id: str) -> None:
         def copy() -> bytes:
@@ -128,5 +133,5 @@ def heartbeat_now(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
 
 @pytest.fixture
 def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Renew leases ten times a second rather than every third of their time."""
+    """Renew leases ten times a second instead of every third of their TTL."""
     monkeypatch.setattr(lease, "RENEW_PART", 600)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 SECONDS = 20.0
-"""Bounds each wait."""
+"""Maximum time of each wait."""
 
 
 @handler
@@ -35,7 +35,7 @@ async def quick(_: Session) -> None:
 
 
 class Gate:
-    """Handlers that run until they may end."""
+    """A handler that waits until the test lets it end."""
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()
@@ -47,7 +47,7 @@ class Gate:
 
 
 class Disk:
-    """A plugin that refuses while its reason is set, and counts how often it was asked."""
+    """A plugin that refuses claims while its reason is set, and counts the calls of its hook."""
 
     def __init__(self, reason: Any = None) -> None:
         self.reason = reason
@@ -64,7 +64,7 @@ class Disk:
         return self.reason  # type: ignore[no-any-return]
 
     async def is_asked(self, count: int) -> None:
-        """Wait until it was asked so many more times."""
+        """Wait until the hook was called `count` more times."""
         until = self.asked + count
         async with asyncio.timeout(SECONDS):
             while self.asked < until:
@@ -78,7 +78,7 @@ def ask_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def pollers_wait(supervisor: Supervisor) -> None:
-    """Wait until the polls under way have ended."""
+    """Wait until all polls in progress have ended."""
     async with asyncio.timeout(SECONDS):
         while supervisor._snapshot().pollers != {"paused": supervisor.settings.pollers}:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -147,7 +147,7 @@ async def test_pause_of_pool_without_free_slot_ends_on_time(
     async with make_pool(gate, concurrency=1) as supervisor:
         await recorder.wait_for(SessionStarted)
         supervisor.pause("past", until=datetime.now(UTC) - timedelta(seconds=1))
-        assert supervisor.status().ready  # although no poller has noticed
+        assert supervisor.status().ready  # no poller has looked at the end of the pause
         gate.may_end.set()
 
 
@@ -213,7 +213,7 @@ async def test_paused_pool_does_not_end_as_idle(make_pool: Any, recorder: Record
         await recorder.wait_for(PollFinished)
         supervisor.pause("now")
         await pollers_wait(supervisor)
-        await asyncio.sleep(0.6)  # longer than the limit
+        await asyncio.sleep(0.6)  # longer than exit_after_idle
         polls = len(recorder.of(PollFinished))
         supervisor.resume()
         async with asyncio.timeout(SECONDS):
@@ -257,7 +257,7 @@ async def test_errors_of_an_admission_hook_are_logged_once_per_change_and_minute
         assert logged() == [": one"]
         disk.reason = RuntimeError("two")
         await disk.is_asked(5)
-        assert logged() == [": one"]  # the minute is not over
+        assert logged() == [": one"]  # one minute has not passed yet
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
         await disk.is_asked(5)
         assert logged() == [": one", ": two"]

@@ -1,4 +1,4 @@
-"""Attempts: which runs of an item count, what its handler is told, and what stays in metadata."""
+"""Attempts: counted runs of an item, their numbers, and their metadata."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def prompt(_: Session) -> None:
 
 
 def ending(end: Callable[[], Any]) -> Any:
-    """A handler that waits for an interruption and then ends like this."""
+    """Return a handler that waits for an interruption and then returns or raises as `end` does."""
 
     @handler
     async def work(session: Session) -> Any:
@@ -51,7 +51,7 @@ def fail() -> None:
 
 
 def soon_over() -> Callable[[object], bool]:
-    """Whether the first 0.3 s of asking are not over: longer than a short write is tried."""
+    """Return a predicate that is true for 0.3 s, longer than a short write is retried."""
     since: list[float] = []
 
     def asked(_: object) -> bool:
@@ -82,7 +82,7 @@ class Scene:
 
     @property
     def attempts(self) -> list[int]:
-        """The numbers that handlers were given, in order."""
+        """Attempt numbers of all started sessions, in order."""
         return [event.session.attempt for event in self.recorder.of(SessionStarted)]
 
     @property
@@ -97,14 +97,14 @@ class Scene:
         expire_lease(self.plane, self.id)
 
     def crash(self, work_id: str = "") -> None:
-        """Run and lose an item, as a worker that is killed does."""
+        """Run an item and lose its lease, as a worker that is killed does."""
         operations, work_id = self.plane.operations, work_id or self.id
         operations.ack(self._environment, work_id, "another")
         operations.heartbeat(self._environment, work_id, "NO_HEARTBEAT", worker_id="another")
         expire_lease(self.plane, work_id)
 
     async def run(self, plugin: object, **settings: Any) -> SessionFinished:
-        """Run a pool until the item's session has ended, and let what it released lapse."""
+        """Run a pool until the session has ended, then let the lease of a released item expire."""
         before = len(self.ends)
         async with self.make_pool(plugin, **settings):
             await self.recorder.wait_for(SessionFinished, count=before + 1)
@@ -112,7 +112,7 @@ class Scene:
         return self.recorder.of(SessionFinished)[-1]
 
     async def roll(self, plugin: object, timeout: float = 0, **settings: Any) -> None:
-        """Run a pool and drain it while the item's session runs."""
+        """Run a pool and drain it while the session of the item runs."""
         async with self.make_pool(plugin, **settings) as supervisor:
             await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
             await supervisor.drain(timeout=timeout)
@@ -121,7 +121,7 @@ class Scene:
 
     @asynccontextmanager
     async def draining(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
-        """A pool whose drain ends with the block; it has begun while the item's session ran."""
+        """Run the block while a pool drains; the drain began while the session of the item ran."""
         async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
             await self.recorder.wait_for(SessionStarted)
             group.create_task(supervisor.drain(timeout=None))
@@ -193,7 +193,7 @@ async def test_crash_after_drained_run_counts_as_attempt(scene: Scene) -> None:
         await asyncio.Event().wait()
 
     assert (await scene.run(crash)).outcome == "lease_lost"
-    assert seen == [{}]  # the mark is consumed before the handler starts
+    assert seen == [{}]  # the mark is deleted before the handler starts
     await scene.run(prompt)
     assert scene.attempts == [1, 1, 2]
 
@@ -240,7 +240,7 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     async with scene.make_pool(work, concurrency=1, prefetch=1):
         await scene.recorder.wait_for(ItemReceived, count=2)
         await scene.recorder.wait_for(SessionStarted)
-        clock.advance(6)  # beyond the reclaim window
+        clock.advance(6)  # longer than the reclaim window
         scene.plane.operations.poll(scene.plane.environments[0], Poll("another"))
         scene.crash(second.id)
         may_end.set()
@@ -256,7 +256,7 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
 
 
 async def test_mark_is_written_as_soon_as_drain_is_requested(scene: Scene) -> None:
-    """A process that is killed at the end of its grace period has left it."""
+    """A process that is killed at the end of its grace period has already written the mark."""
     async with scene.draining(patient):
         await scene.faults.wait_for("update", answered=True)
         assert scene.metadata == DRAINED
@@ -370,7 +370,7 @@ async def test_session_stopped_by_operator_during_drain_leaves_no_mark(scene: Sc
 async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
     scene: Scene,
 ) -> None:
-    """Else it would be run again."""
+    """If the item were not stopped, it would be run again."""
     may_end = asyncio.Event()
 
     @handler
@@ -430,7 +430,7 @@ async def test_run_that_cannot_be_counted_keeps_its_mark(scene: Scene) -> None:
 
 
 async def test_drain_mark_replaces_error_of_earlier_run(scene: Scene) -> None:
-    """A run that failed and could not be stopped has left its note."""
+    """A run that failed and could not be stopped has left its error note in the metadata."""
     scene.crash()
     scene.write(error="ValueError")
     await scene.roll(patient)

@@ -1,4 +1,4 @@
-"""The benchmarks run and print their tables; what the figures are is nobody's business here."""
+"""Check that the benchmarks run and print their tables; the figures are not checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 async def rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
-    """The cells of the table that a benchmark prints, its head and rule left out."""
+    """Run a benchmark and return the cells of its table without header and rule."""
     contenders = ("--only", *only) if only else ()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / script), *options, *contenders),
@@ -67,7 +67,7 @@ async def test_leases_benchmark_holds_all_leases(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
     [cells] = await rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
-    assert cells[-1] == "0"  # lost
+    assert cells[-1] == "0"  # number of lost leases
 
 
 @pytest.mark.trial
@@ -108,13 +108,13 @@ async def test_path_benchmark_names_files_used_for_one_item() -> None:
     bare, pool, *files = await rows("path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
-    counted = files[2:]  # after the head and the rule of the second table
+    counted = files[2:]  # after the header and the rule of the second table
     assert len(counted) == int(pool[1])
     assert sum(int(functions) for _, functions, _ in counted) == int(pool[2])
     assert float(pool[4]) > float(bare[4])
     names = {name for name, *_ in counted}
     assert {"pool/poller.py", "pool/claim.py", "pool/completion.py", "wire/client.py"} <= names
-    assert "pool/diagnostics.py" not in names  # once a second, not once an item
+    assert "pool/diagnostics.py" not in names  # runs once a second, not once an item
 
 
 async def test_instructions_benchmark_help_lists_all_contenders() -> None:

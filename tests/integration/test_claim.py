@@ -1,4 +1,4 @@
-"""The items that a pool acknowledges, declines, or drops as copies.
+"""Claims: items that a pool acknowledges, declines, or drops as duplicates.
 
 See workpool/docs/architecture.md, "The path of one item".
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Gate:
-    """A handler that ends when told, for every session at once."""
+    """A handler whose sessions all end when the test says so."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -82,7 +82,7 @@ def of_item(work_id: str) -> Callable[[web.Request], bool]:
 
 
 def held(plane: ControlPlane) -> int:
-    """Items that were delivered to us or acknowledged by us, and not stopped."""
+    """Count the items that were delivered to or acknowledged by the pool and are not stopped."""
     items = plane.operations.page(plane.environments[0], 100).items
     return sum(
         item.delivered_at is not None or item.state in {"starting", "active"} for item in items
@@ -117,7 +117,7 @@ async def test_claimed_items_never_exceed_places(
 async def test_place_is_reserved_before_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """With one place, which one poll in flight has reserved, the other pollers do not even ask."""
+    """The poll in flight has reserved the only place, so the other pollers do not poll."""
     gate, hold = Gate(), Hold()
     faults.add(hold, "poll")
     plane.enqueue(3)
@@ -186,7 +186,7 @@ async def test_duplicate_delivery_of_completing_item_is_dropped(
 async def test_released_item_delivered_again_is_run_again(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """A session that was released is ours to run again when it is delivered again."""
+    """A released item that is delivered again is run like a new one."""
     runs = 0
 
     @handler
@@ -230,7 +230,7 @@ async def test_second_item_of_running_session_is_not_acknowledged(
 
 
 class Picky:
-    """Wants some items, fails on others."""
+    """A plugin that takes some items, declines others and raises for the rest."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
@@ -267,7 +267,7 @@ async def test_polls_that_return_only_unwanted_items_are_spaced_out(
     async with make_pool(Picky(), block_ms=100, reclaim_older_than_ms=0):
         await recorder.wait_for(ItemDeclined, count=4)
     first, *_, fourth = faults.of("poll")[:4]
-    assert fourth.at - first.at >= 0.25  # three times 0.1 s, less what the first connection took
+    assert fourth.at - first.at >= 0.25  # three times 0.1 s, less the time for the first connection
 
 
 async def test_handler_at_max_sessions_declines_item(
@@ -305,7 +305,8 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
     async with make_pool(work, concurrency=1, block_ms=200):
         await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
     gaps = [after.at - before.at for before, after in pairwise(faults.of("poll"))]
-    assert sum(gaps[3:6]) >= 0.5  # the sum, because each alone depends on when the request arrives
+    # only the sum is checked, because each gap depends on when its request arrives
+    assert sum(gaps[3:6]) >= 0.5
 
 
 async def test_polls_are_spaced_out_while_only_health_checks_arrive(
@@ -432,11 +433,11 @@ async def test_item_with_unusual_informational_fields_is_run(
 
 
 class Silent:
-    """Handles nothing."""
+    """A plugin without handlers."""
 
     @hookimpl
     def workpool_event(self, event: object) -> None:
-        """Look away."""
+        """Ignore the event."""
 
 
 @pytest.mark.parametrize("plugins", [[], [Silent()]], ids=["none", "no_handler"])

@@ -29,7 +29,7 @@ async def forever(_: Session) -> None:
 
 
 def patient() -> Any:
-    """A handler that never ends by itself."""
+    """Return a handler that never ends by itself."""
 
     @handler
     async def work(session: Session) -> None:
@@ -39,7 +39,7 @@ def patient() -> Any:
 
 
 def stubborn(end: Callable[[], Any]) -> Any:
-    """A handler that, once cancelled, ends as it likes."""
+    """Return a handler that ends as `end` does once it is cancelled."""
 
     @handler
     async def work(session: Session) -> Any:
@@ -84,7 +84,7 @@ async def test_handler_that_returns_nothing_costs_four_requests(run_one: Any, no
 
     life = await run_one(work)
     assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops == [*BEGIN, "stop"]  # and the poll
+    assert life.ops == [*BEGIN, "stop"]  # besides the poll
     assert life.metadata == {}
 
 
@@ -386,7 +386,7 @@ async def test_session_whose_item_is_queued_again_loses_lease(
     (item,) = plane.enqueue()
     async with make_pool(patient(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        expire_lease(plane, item.id)  # which makes the plane deliver the item to us again
+        expire_lease(plane, item.id)  # the control plane then delivers the item to this pool again
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "queued", {})
     assert life.ops == [*BEGIN, "heartbeat", "get"]
@@ -417,7 +417,8 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
         heartbeat_now(item.id)
         life = await life_of(item.id)
     assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
-    assert life.ops == [*BEGIN, "heartbeat"]  # answered 412, with no heartbeat of ours in doubt
+    # answered 412 while no heartbeat of this pool was unanswered
+    assert life.ops == [*BEGIN, "heartbeat"]
 
 
 # -- several at once: the lowest row wins ----------------------------------------------------------

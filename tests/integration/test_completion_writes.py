@@ -51,7 +51,7 @@ def drained(
     life_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """Run one session whose completion only the bound of a drain ends."""
+    """Return a function that runs one session whose completion ends at the drain's deadline."""
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
 
     async def run(call: Any, op: Any, count: int) -> Any:
@@ -93,9 +93,9 @@ async def test_failing_stop_call_is_repeated_until_drain_deadline(
 async def test_completion_is_repeated_for_longer_than_request_timeout(
     run_one: Any, faults: Faults
 ) -> None:
-    """Finished work is kept for as long as its lease is held."""
-    # Seven failures take at most 1.27 s of back-off; twelve could take 14 s, and the test ends
-    # before that.
+    """The result of a finished session is retried as long as its lease is held."""
+    # Seven failures take at most 1.27 s of back-off. Twelve could take 14 s, longer than the test
+    # runs.
     faults.add(status(503), "update", "stop", times=7)
     life = await run_one(result, request_timeout=0.2)
     assert (life.outcome, life.item.state, life.metadata) == (
@@ -109,13 +109,13 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
 async def test_retry_after_longer_than_lease_leaves_time_for_retry(
     run_one: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
-    """A session that is done must not be run again because of one 429."""
+    """One 429 must not cause a finished session to be run again."""
     monkeypatch.setattr(Lease, "remaining", lambda lease, now: 2.0 if lease.held(now) else 0.0)
     faults.add(status(429, retry_after=60), op, times=1)
     life = await run_one(result)
     assert (life.outcome, life.item.state) == ("completed", "stopped")
     first, second = [request.at for request in life.sent if request.op == op]
-    assert second - first > 0.5  # it is honoured as far as that goes
+    assert second - first > 0.5  # Retry-After is obeyed as far as the lease allows
 
 
 @pytest.mark.parametrize("code", [409, 412])
@@ -145,20 +145,20 @@ async def test_refused_stop_call_fails_session(
 async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """The stop's answer never comes, and the lease's next heartbeat is answered 409."""
+    """The stop is never answered, and the next heartbeat of the lease is answered 409."""
     faults.add(Hold(applied=True), "stop")
     life = await run_one(result, lease_ttl=10)
     assert (life.outcome, life.item.state) == ("completed", "stopped")
     assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
-    assert life.ops[-1] == "get"  # a 409 may also say that the item is queued again
+    assert life.ops[-1] == "get"  # a 409 could also mean that the item is queued again
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """A heartbeat's answer is lost before the stop, so that the item is read after it."""
+    """The answer to a heartbeat before the stop is lost, so the item is read after the stop."""
     hold = Hold(applied=True)
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
@@ -173,7 +173,7 @@ async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
 async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outcome_stopped(
     plane: ControlPlane, faults: Faults, run_one: Any
 ) -> None:
-    """A 429 is certainly not applied, so what stops the item then is not our stop."""
+    """A call answered 429 was not applied, so another client stopped the item."""
 
     def theirs() -> bytes:
         work_id = faults.of("ack")[-1].work_id
@@ -230,7 +230,7 @@ async def test_silent_connection_costs_one_attempt_but_not_the_result(
 async def test_result_denied_after_an_earlier_success_fails_session(
     plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any, code: int
 ) -> None:
-    """A credential that may never write metadata: `test_worker_key.py`."""
+    """`test_worker_key.py` covers a credential that may never write metadata."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(result, concurrency=1):
         lives = [await life_of(item.id) for item in plane.enqueue(2)]
@@ -332,7 +332,7 @@ async def test_lease_is_renewed_during_completion(
 async def test_completion_continues_after_cancellation_of_embedder(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
 ) -> None:
-    """The result is on its way when the embedder is cancelled: it is written, and stopped."""
+    """The embedder is cancelled while the result is written, and the item is still stopped."""
     hold = Hold()
     faults.add(hold, "update")
     (item,) = plane.enqueue()

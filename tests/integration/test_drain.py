@@ -1,4 +1,4 @@
-"""The drain, in every state of an item.
+"""A drain that begins in every state of an item.
 
 See workpool/docs/architecture.md, "The drain".
 """
@@ -363,7 +363,7 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
         await supervisor.drain()
         async with asyncio.timeout(20):
             await waiting
-        await supervisor.drain()  # again, when all is over
+        await supervisor.drain()  # a second drain after the pool has closed
     await supervisor.wait()
 
 
@@ -374,7 +374,7 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
 async def test_start_cancelled_at_any_point_leaves_no_task(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
-    """At every turn of the loop, and now and then after a moment for the renewer's thread."""
+    """The start is cancelled at every turn of the loop. Some tries wait for the renewer thread."""
     for turns in range(chunk * 8, chunk * 8 + 8):
         supervisor = Supervisor(
             make_settings(metrics_listen="127.0.0.1:0"), plugins=[patient, recorder]
@@ -392,12 +392,12 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
 
 
 def plane_tasks() -> set[Any]:
-    """The control plane's own, which answer requests."""
+    """Return the tasks of the control plane that answer requests."""
     return {task for task in asyncio.all_tasks() if "RequestHandler" in repr(task.get_coro())}
 
 
 class Slow:
-    """A plugin that takes forever to open, or to close."""
+    """A plugin whose lifespan never finishes opening or closing."""
 
     def __init__(self, where: str) -> None:
         self.where = where

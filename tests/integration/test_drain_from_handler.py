@@ -1,4 +1,4 @@
-"""A handler that wants its own pool to drain."""
+"""Handlers that drain their own pool or another one."""
 
 from __future__ import annotations
 

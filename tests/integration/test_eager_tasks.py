@@ -1,4 +1,4 @@
-"""In an application that runs its tasks eagerly (Python 3.12 and later)."""
+"""Pools in an application with eager tasks (Python 3.12 and later)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pool in another application: it changes nothing global, and ends completely.
+"""Pools embedded in another application change no global state and leave nothing.
 
 See workpool/docs/embedding.md, "Embedding".
 """
@@ -44,14 +44,17 @@ async def work(session: Session) -> dict[str, str]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for what the loop or the kernel will bring about."""
+    """Wait until the condition is true, which the loop or the kernel brings about."""
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - threads and sockets tell nobody
             await asyncio.sleep(0.001)
 
 
 def taken_over() -> dict[str, Any]:
-    """What belongs to the process, and so to the embedder."""
+    """Return the state of the process that a pool must not change.
+
+    Signal handlers, hooks and loggers belong to it.
+    """
     root = logging.getLogger()
     ours = logging.getLogger("workpool")
     return {
@@ -83,7 +86,7 @@ async def test_running_pool_changes_no_global_state(
 
 
 async def leave_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Live until some moment of a pool's life, and leave in some way."""
+    """Start a pool and leave it at a given moment of its life, in one of several ways."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})
@@ -249,7 +252,7 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
 
 
 class Life:
-    """A plugin that notes when its context is open, and may fail."""
+    """A plugin that records when its lifespan is open, and may fail."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails
@@ -304,7 +307,7 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
 
 
 def first_of(life: Life) -> object:
-    """The same plugin under another name."""
+    """Return the same plugin under another name."""
 
     class First:
         @hookimpl

@@ -1,4 +1,4 @@
-"""Events of a whole pool: counted always, built as objects only for the types that are observed."""
+"""Events of a whole pool: always counted, but built as objects only for observed types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def work(_: Session) -> None:
 
 
 class Finished:
-    """Observes one type of event."""
+    """A plugin that observes one type of event."""
 
     def __init__(self) -> None:
         self.events: list[SessionFinished] = []

@@ -1,4 +1,4 @@
-"""The instruments themselves: a fault strikes when and where it is told, and does what it says."""
+"""Fault injection: each fault applies to the intended requests and has the intended effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Wire:
-    """Literal requests for one item."""
+    """A client that sends literal requests for one item."""
 
     def __init__(self, plane: ControlPlane, http: aiohttp.ClientSession) -> None:
         self.plane = plane
@@ -153,7 +153,7 @@ async def test_injected_expiry_ends_lease_at_once(
     await wire.ack()
     clock.advance(61)
     assert wire.state == "queued"
-    expire_lease(plane, wire.id)  # which it has not: nothing happens
+    expire_lease(plane, wire.id)  # the item has no lease, so nothing happens
     lapsed = [record for record in plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2
     times = [record.time for record in plane.history]
@@ -196,7 +196,7 @@ async def test_fault_without_named_calls_applies_to_all_calls(wire: Wire, faults
         "session", "poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "enqueue",
     ]  # fmt: skip
     async with wire.http.get(wire.plane.base_url) as answer:
-        assert answer.status == 404  # not a call at all
+        assert answer.status == 404  # the path is not a call of the protocol
 
 
 async def test_fault_with_predicate_applies_where_it_is_true(wire: Wire, faults: Faults) -> None:
@@ -230,7 +230,7 @@ async def test_fault_added_as_context_ends_with_its_block(wire: Wire, faults: Fa
     with faults.add(status(500), "get") as rule:
         assert await codes(wire, 1) == [500]
     assert await codes(wire, 1) == [200]
-    rule.remove()  # again
+    rule.remove()  # a second removal has no effect
 
 
 async def test_faults_of_one_call_are_combined(wire: Wire, faults: Faults) -> None:

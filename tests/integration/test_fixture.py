@@ -1,4 +1,4 @@
-"""The fixture `workpool`, as authors of handlers use it."""
+"""The fixture `workpool` from the point of view of authors of handlers."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
     done = workpool.item(item)
-    assert second.session.attempt == 1  # a release is no attempt
+    assert second.session.attempt == 1  # a release is not counted as an attempt
     assert "workpool.released" not in done.metadata
 
 

@@ -1,4 +1,4 @@
-"""What a session leaves behind in memory: nothing that only the garbage collector would find.
+"""Memory of finished sessions is freed by reference counts, without the garbage collector.
 
 A collection stops both event loops; under load it took a sixth of a pool's
 time and, when it looked at everything, 70 ms at once.

@@ -1,4 +1,4 @@
-"""Whatever a handler returns or raises is its own affair: the pool and its other sessions go on."""
+"""Unusual results and errors of handlers affect only their own session."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Phase(enum.StrEnum):
 
 
 class Changing(Mapping[str, str]):
-    """A mapping that another thread changes while it is read."""
+    """A mapping that changes while it is read, as if by another thread."""
 
     def __getitem__(self, key: str) -> str:
         raise KeyError(key)
@@ -119,7 +119,7 @@ async def test_release_with_invalid_delay_uses_default_delay(run_one: Any, delay
 async def test_answer_about_another_item_is_ignored(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
-    """As a proxy that mixes answers up would give."""
+    """A proxy that mixes up answers would give such an answer."""
 
     @handler
     async def work(_: Session) -> None:
@@ -131,7 +131,7 @@ async def test_answer_about_another_item_is_ignored(
         item = plane.operations.get(plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item(item) | {"state": "starting"})
 
-    if op == "get":  # which is asked once a heartbeat was applied and not answered
+    if op == "get":  # the item is read after a heartbeat that was applied but not answered
         faults.add(status(503, applied=True), "heartbeat", times=1)
     faults.add(literal(mixed_up), op, times=1)
     async with make_pool(work):

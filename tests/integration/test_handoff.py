@@ -1,4 +1,4 @@
-"""The handoff of a lease to a child, in every order of their requests.
+"""Handoffs of a lease to a child process, in every order of requests of parent and child.
 
 In virtual time; the child is a second client of the same control plane. See
 workpool/docs/architecture.md, "Handing an item off".
@@ -36,19 +36,19 @@ UNSENT = CallFault(answer="silence", applied=False)
 UNANSWERED = CallFault(answer="silence")
 GARBLED = CallFault(answer=b"{")
 BOUND = 60 - 6 - 15
-"""When an item of the usual 60 s is taken back: a quarter of it before it would be given up."""
+"""Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
 class LoopHold(LoopSupervisor, HandoffChild):
-    """The child's side in virtual time."""
+    """The child's side of a handoff in virtual time."""
 
 
 class Scene:
-    """A pool with one session, a child, and what was sent.
+    """One pool with one session, a child process, and the requests that both sent.
 
     Attributes:
-        lease: What was handed over last.
-        sent: The pool's calls for the item, and when.
+        lease: The handed-off lease of the last handoff.
+        sent: The pool's calls for the item, with their times.
     """
 
     def __init__(self, **faults: list[CallFault | None]) -> None:
@@ -73,7 +73,7 @@ class Scene:
         meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
-        """Run a pool with this handler until its session is over; the outcome."""
+        """Run a pool with this handler until its session has ended; return the outcome."""
 
         @handler
         async def work(session: Session) -> Any:
@@ -90,7 +90,7 @@ class Scene:
                 await meanwhile(pool)
             finished = await self.recorder.wait_for(SessionFinished, timeout=900)
             assert pool.status().running == 0
-            await asyncio.sleep(5)  # what is still to be sent will be
+            await asyncio.sleep(5)  # wait for all requests in progress
         return finished.outcome
 
     def _note(self, op: str, work_id: str | None) -> CallFault | None:
@@ -99,7 +99,7 @@ class Scene:
         return self._script(op, work_id)
 
     def start_child(self, after: float = 0.0) -> None:
-        """Start a child that sends its first heartbeat so many seconds from now."""
+        """Start a child that sends its first heartbeat after this number of seconds."""
 
         async def begin() -> None:
             await asyncio.sleep(after)
@@ -108,11 +108,11 @@ class Scene:
         self._children.append(self.group.create_task(begin()))
 
     async def heartbeat(self) -> None:
-        """The child's first heartbeat."""
+        """Send the child's first heartbeat."""
         await self.child.heartbeat(self.work_id, self.lease.last_heartbeat, self.lease.ttl)
 
     async def is_refused(self) -> bool:
-        """Whether the child's first heartbeat is."""
+        """Return whether the child's first heartbeat is refused."""
         with pytest.raises(PreconditionError):
             await self.heartbeat()
         return True
@@ -122,7 +122,7 @@ class Scene:
         return self.pool.registry.get_sample_value(f"workpool_{name}", labels)
 
     def stop(self, *, force: bool = False) -> None:
-        """The operator's."""
+        """Stop the item as an operator does."""
         self.operations.stop(ENVIRONMENT, self.work_id, "operator", force=force)
 
     @property
@@ -137,7 +137,7 @@ class Scene:
         return self.operations.get(ENVIRONMENT, self.work_id)
 
 
-# The child comes.
+# Handoffs with a child.
 
 
 @in_virtual_time
@@ -164,7 +164,8 @@ async def test_first_heartbeat_of_child_takes_item_over(after: float) -> None:
     assert scene.lease.work_id == scene.work_id
     assert scene.lease.environment_id == ENVIRONMENT
     assert scene.lease.ttl == 60
-    assert scene.ops.count("heartbeat") == 2  # the first, and a fresh one
+    # the first heartbeat, and a new one before the handoff
+    assert scene.ops.count("heartbeat") == 2
     assert set(scene.sent_since(0)) <= {"get"}
     assert (scene.item.state, dict(scene.item.metadata)) == ("active", {})
     assert scene.recorder.of(ItemReclaimed) == []
@@ -210,11 +211,12 @@ async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
 
 @in_virtual_time
 async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
-    """One at a time: a heartbeat that arrives after the child's would be one too many."""
+    """Parent and child must not both have a heartbeat in flight."""
     scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
 
     async def handle(session: Session) -> None:
-        await asyncio.sleep(21)  # a third of 60 s, less some jitter: a heartbeat is on its way
+        # a heartbeat is due after a third of 60 s less jitter, so one is in flight
+        await asyncio.sleep(21)
         assert scene.ops.count("heartbeat") == 2
         async with session.handover() as scene.lease:
             assert scene.loop.time() > 25
@@ -226,7 +228,7 @@ async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
 
 @in_virtual_time
 async def test_heartbeat_in_doubt_is_resolved_before_child_starts() -> None:
-    """Applied, its answer lost: the child would be refused with the value before it."""
+    """The heartbeat was applied and its answer lost: the child must expect the new value."""
     scene = Scene(heartbeat=[None, UNANSWERED])
 
     async def handle(session: Session) -> None:
@@ -257,7 +259,9 @@ async def test_child_that_ended_before_parent_checks_counts_as_holder(end: str) 
 
 @in_virtual_time
 async def test_child_that_starts_at_last_moment_keeps_item() -> None:
-    """No look has shown its heartbeat: ours is refused, and that is no loss."""
+    """The parent's refused heartbeat means that the child holds the item, not that the lease is
+    lost.
+    """
     scene = Scene(get=[UNSENT] * 5)
 
     async def handle(session: Session) -> None:
@@ -273,7 +277,7 @@ async def test_child_that_starts_at_last_moment_keeps_item() -> None:
 
 @in_virtual_time
 async def test_item_in_doubt_after_handoff_belongs_to_child() -> None:
-    """Our heartbeat took it back and its answer was lost: who has it, the item does not say."""
+    """The parent's heartbeat was applied and its answer lost; the item does not show its holder."""
     scene = Scene(heartbeat=[None, None, GARBLED])
 
     async def handle(session: Session) -> None:
@@ -286,7 +290,7 @@ async def test_item_in_doubt_after_handoff_belongs_to_child() -> None:
 
 @in_virtual_time
 async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
-    """A handler that is slow to start its child must not lose the item to a lapse."""
+    """A handler that starts its child slowly must not lose the item to an expired lease."""
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -301,7 +305,7 @@ async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
     assert await scene.run(handle) == "completed"
 
 
-# The child does not come.
+# Handoffs without a child.
 
 
 @in_virtual_time
@@ -316,7 +320,7 @@ async def test_handoff_without_child_returns_item_to_parent() -> None:
         assert scene.loop.time() == pytest.approx(BOUND, abs=0.1)
         assert await scene.is_refused()
         await session.update_metadata({"a": "b"})
-        await asyncio.sleep(100)  # renewed as ever
+        await asyncio.sleep(100)  # the lease is renewed as before the handoff
         return {"c": "d"}
 
     assert await scene.run(handle) == "completed"
@@ -376,13 +380,13 @@ async def test_item_returns_to_parent_before_exception_leaves_handoff_block() ->
         with pytest.raises(ValueError, match="cannot"):
             async with session.handover() as scene.lease:
                 raise ValueError("cannot")
-        with pytest.raises(SessionEnded):  # in doubt the child's
+        with pytest.raises(SessionEnded):  # in doubt, the item belongs to the child
             await session.update_metadata({"a": "b"})
 
     assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
 
 
-# Others interfere.
+# Interference by operators, drains and other workers.
 
 
 @in_virtual_time
@@ -392,7 +396,7 @@ async def test_stop_by_operator_during_handoff_ends_session_at_once(
     force: bool,  # noqa: FBT001 - a parameter of the test
     inside: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    """No child may start an item that was stopped."""
+    """A child must not start an item that was stopped."""
     scene = Scene()
 
     async def handle(session: Session) -> None:
@@ -443,7 +447,7 @@ async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes:
     outcome = await scene.run(handle, drain, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        assert scene.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and a release's 10 s
+        assert scene.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and the 10 s of a release
 
 
 @in_virtual_time
@@ -488,7 +492,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
 
 @in_virtual_time
 async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
-    """A control plane that ends a lease early: nobody has it, so nobody may go on with it."""
+    """The control plane ended the lease early, so neither parent nor child holds the item."""
     scene = Scene()
 
     def expire() -> None:
@@ -503,11 +507,11 @@ async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
     assert scene.recorder.of(ItemReclaimed)[0].stage == "run"
 
 
-# The child's side. The rest is the pool's own, and tests of `workpool hold` run it.
+# The child's side up to its first heartbeat; tests of `workpool hold` cover the rest.
 
 
 async def held(scene: Scene, **faults: list[CallFault | None]) -> tuple[LoopHold, list[str]]:
-    """Hand the item over to a holder whose calls meet this; the holder, and its outcomes."""
+    """Hand the item off to a child with these faults; return the child and its outcomes."""
 
     @handler
     async def program(session: Session) -> None:
@@ -558,7 +562,7 @@ async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
 
 @in_virtual_time
 async def test_child_in_doubt_leaves_item_alone() -> None:
-    """Its first heartbeat was applied and its answer lost: or was that its parent's?"""
+    """The answer to the child's heartbeat was lost, so the applied one may be the parent's."""
     scene = Scene()
     _, outcomes = await held(scene, heartbeat=[GARBLED])
     assert (scene.outcome, outcomes) == ("detached", ["detached"])

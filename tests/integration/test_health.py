@@ -33,7 +33,7 @@ async def ask(supervisor: Supervisor, path: str) -> tuple[int, Any]:
 async def test_full_pool_is_ready_regardless_of_last_poll(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes all that it can: nobody should send its work elsewhere, or restart it."""
+    """A full pool claims all that it can, so it is ready and must not be restarted."""
     monkeypatch.setattr("workpool.pool.status.POLL_SUCCESS_SECONDS", 0.0)
     may_end = asyncio.Event()
 
@@ -59,7 +59,7 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
 
     @handler
     async def work(_: Session) -> None:
-        may_end.wait(50)  # not awaited: nothing else runs on this loop
+        may_end.wait(50)  # blocks the loop, because it is not awaited
 
     plane.enqueue()
     settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""One plugin does everything that a plugin must not do; the sessions of the other one get done."""
+"""A plugin that breaks every rule for plugins does not affect the sessions of another plugin."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOCK_SECONDS = 1.5
 
 
 class Hostile:
-    """Misbehaves as the item's metadata says."""
+    """A plugin that misbehaves as the metadata of the item say."""
 
     def __init__(self) -> None:
         self.let_go = threading.Event()
@@ -110,7 +110,8 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     plane.enqueue(GOOD)
     pool = make_pool(hostile, good, concurrency=6, pollers=2, block_ms=50)
     async with pool:
-        await recorder.wait_for(SessionFinished, count=GOOD + 5)  # two never end by themselves
+        # two of the sessions never end by themselves
+        await recorder.wait_for(SessionFinished, count=GOOD + 5)
         await recorder.wait_for(ItemDeclined, count=2)
         started = asyncio.get_running_loop().time()
         await pool.drain(timeout=0.2)

@@ -1,6 +1,4 @@
-"""A control plane that answers garbage for an hour: nothing crashes, nothing is lost, and no item
-runs twice at once in the pool.
-"""
+"""A control plane that answers garbage for an hour crashes no pool and loses no item."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ VALUES: tuple[object, ...] = (
 
 
 class Garbage:
-    """Makes seven of ten answers wrong for an hour, in every way there is."""
+    """A fault script that replaces seven of ten answers by garbage of every kind, for an hour."""
 
     def __init__(self, seed: int) -> None:
         self.dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing

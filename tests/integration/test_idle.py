@@ -1,4 +1,4 @@
-"""With nothing to do, one poller listens; the others wait until items come."""
+"""Pollers of an idle pool: one polls, and the others wait until items arrive."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ async def test_idle_pool_keeps_one_poll_in_flight_and_restores_pollers_for_work(
 
         await recorder.wait_for(PollersScaled, count=POLLERS - 1)
         assert gauge("pollers_target") == 1
-        await until(lambda: gauge("pollers", state="paused") == POLLERS - 1)  # may begin later
+        # pausing may begin a moment later
+        await until(lambda: gauge("pollers", state="paused") == POLLERS - 1)
         asked = len(faults.of("poll"))
         for more in range(1, 4):
             await faults.wait_for("poll", count=asked + more)

@@ -1,4 +1,4 @@
-"""A handler that blocks its loop keeps its lease, and the metrics are answered meanwhile."""
+"""A handler that blocks its loop: the lease is renewed and metrics are answered meanwhile."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Apart:
-    """A pool on a thread and a loop of its own: its handlers may block that."""
+    """A pool on its own thread and loop, which its handlers may block."""
 
     def __init__(self, settings: Settings, call: Callable[[Session], Coroutine[Any, Any, None]]):
         self.recorder = Recorder()
@@ -31,7 +31,7 @@ class Apart:
         self.errors: list[str] = []
 
     async def run(self) -> None:
-        """Run until the queue is empty and all is done."""
+        """Run until the queue is empty and all sessions have ended."""
         await asyncio.to_thread(asyncio.run, self.supervisor.run(until_empty=True))
 
     @property
@@ -52,7 +52,7 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
 
     async def work(_: Session) -> None:
         blocked.set()
-        may_end.wait(20)  # not awaited: nothing else runs on this loop
+        may_end.wait(20)  # blocks the loop, because it is not awaited
 
     (item,) = plane.enqueue()
     pool = Apart(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
@@ -92,7 +92,7 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
             try:
                 await get(f"{pool.supervisor.metrics_url}/metrics")
             except aiohttp.ClientError:
-                assert faults.of("stop")  # the handler has ended, and the pool is closing
+                assert faults.of("stop")  # the handler has ended and the pool is closing
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.5)
     assert slowest < 5

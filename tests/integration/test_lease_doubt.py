@@ -1,4 +1,4 @@
-"""A lease in doubt over a real socket: answers that get lost, and items that pass to another."""
+"""Leases in doubt over a real socket: lost answers, and items that another worker takes over."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ IDS = ["closed", "reset", "garbled", "502"]
 
 @pytest.fixture
 async def rival(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
-    """Another worker."""
+    """Return the client of another worker."""
     async with WorkClient(make_settings(), worker_id="rival") as client:
         yield client
 
 
 @pytest.fixture
 def take_over(clock: Clock, rival: WorkClient) -> Callable[[str], Awaitable[None]]:
-    """Let our lease lapse at the control plane, and the rival have the item."""
+    """Let the pool's lease expire at the control plane and another worker claim the item."""
 
     async def take(work_id: str) -> None:
         clock.advance(1_000)
@@ -79,7 +79,7 @@ async def test_unanswered_later_heartbeat_that_was_applied_does_not_affect_handl
     monkeypatch: pytest.MonkeyPatch,
     fault: Any,
 ) -> None:
-    monkeypatch.setattr(lease, "RENEW_PART", 100)  # a tenth of a second
+    monkeypatch.setattr(lease, "RENEW_PART", 100)  # one heartbeat every tenth of a second
     may_end = asyncio.Event()
 
     @handler
@@ -121,7 +121,8 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
                 told.append(error)
 
     (item,) = plane.enqueue()
-    async with make_pool(work, lease_ttl=10, concurrency=1):  # full, so it polls for nothing
+    # all slots are used, so it does not poll
+    async with make_pool(work, lease_ttl=10, concurrency=1):
         await recorder.wait_for(SessionStarted)
         await take_over(item.id)
         finished = await recorder.wait_for(SessionFinished)
@@ -144,7 +145,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The lease clock counts the sleep; the loops' clocks and timers do not."""
+    """The lease clock counts sleep, but the clocks and timers of the loops do not."""
     slept = 0.0
     monkeypatch.setattr(supervisor.Supervisor, "_clock", lambda _: lease_clock() + slept)
     told: list[BaseException] = []
@@ -169,4 +170,4 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     assert finished.outcome == "lease_lost"
     assert len(told) == 1
     assert len(faults.of(work_id=item.id)) == sent
-    assert not recorder.of(ItemReclaimed)  # nobody has confirmed it
+    assert not recorder.of(ItemReclaimed)  # the loss was not confirmed by the control plane

@@ -1,4 +1,4 @@
-"""What a drain hands back before its handler began: an ack in flight that succeeds is released."""
+"""Items released by a drain before their handler started, such as those with an ack in flight."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ async def work(_: Session) -> None:
 
 @pytest.fixture
 async def former(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
-    """Another worker, that comes to nothing."""
+    """Return the client of a worker that loses its item."""
     async with WorkClient(make_settings(), worker_id="former") as client:
         yield client
 
 
 @pytest.fixture
 def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> Any:
-    """A pool that is told to drain while it acknowledges."""
+    """Return a pool that is drained while its ack is in flight."""
 
     @asynccontextmanager
     async def pool() -> AsyncIterator[Supervisor]:
@@ -60,7 +60,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
     life_of: Any,
     recorder: Recorder,
 ) -> None:
-    """Its attempt is not counted: nothing may be written after the heartbeat that lets it go."""
+    """The attempt is not counted, because nothing may be written after the last heartbeat."""
     (item,) = plane.enqueue()
     await former.poll()
     await former.ack(item.id)
@@ -77,7 +77,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
 async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_as_stopped(
     plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
 ) -> None:
-    """Nobody gets it anymore: once its lease has lapsed it is `stopped`."""
+    """No other worker gets the item: it becomes `stopped` when its lease expires."""
     (item,) = plane.enqueue()
     heartbeat = Hold()
     faults.add(heartbeat, "heartbeat")

@@ -22,7 +22,7 @@ async def work(_: Session) -> None:
 
 
 class Leaking:
-    """Raises a CancelledError that nobody has asked for."""
+    """A plugin that raises a CancelledError although nobody cancelled it."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -54,7 +54,7 @@ async def test_cancelled_error_raised_by_plugin_is_plugin_error(make_pool: Any, 
 
 
 class Swallowing(AbstractAsyncContextManager[None]):
-    """Its context returns True for every exception that it is left with."""
+    """A plugin whose context returns True for every exception, and so swallows it."""
 
     def __init__(self) -> None:
         self.left_with: list[BaseException | None] = []
@@ -72,7 +72,7 @@ class Swallowing(AbstractAsyncContextManager[None]):
 
 
 class FailingStart:
-    """Its context cannot be entered."""
+    """A plugin whose context cannot be entered."""
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
@@ -113,7 +113,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
 
 
 class Deaf:
-    """Ignores its cancellation, on its way in or out, until it is allowed to end."""
+    """A plugin whose context ignores cancellation until the test lets it end."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -139,7 +139,7 @@ class Deaf:
                 await self.may_end.wait()
 
     async def end(self) -> None:
-        """Let it end, and wait until the pool that was given up has closed."""
+        """Let the context end, and wait until the abandoned pool has closed."""
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
         await asyncio.wait({root}, timeout=20)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
 
 SECONDS = 20.0
-"""Bounds the end of a pool that should end by itself."""
+"""Maximum time for the end of a pool that should end by itself."""
 
 
 @handler
@@ -34,7 +34,7 @@ async def quick(_: Session) -> None:
 
 
 class Gate:
-    """Handlers that run until they may end, and record whether they were told to end."""
+    """A handler that waits until the test lets it end, and records whether it was interrupted."""
 
     def __init__(self) -> None:
         self.may_end = asyncio.Event()

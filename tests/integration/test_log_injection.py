@@ -1,4 +1,4 @@
-"""Answers of a control plane that attack the log: forged lines, terminals, volume, tokens."""
+"""Hostile answers of a control plane: forged log lines, control characters, volume, tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def quote_metadata(session: Session) -> None:
 
 @pytest.fixture(params=[TextFormatter, JsonFormatter])
 def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """The log of the command line."""
+    """Return the log output as the command line formats it."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(request.param())
@@ -50,7 +50,7 @@ def output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 @pytest.fixture
 def hostile_item(plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
-    """Answer one poll with an item that has this type."""
+    """Return a function that answers one poll with an item of this type."""
 
     def deliver(kind: str) -> None:
         (item,) = plane.enqueue()
@@ -83,7 +83,7 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
         await recorder.wait_for(ItemDeclined)
     check(output, plane.token, 5_000)
     (message,) = [each for each in caplog.messages if each.startswith("item declined")]
-    assert len(message) < 300  # an application with a log format of its own
+    assert len(message) < 300  # also for an application with its own log format
     assert message.isprintable()
     assert plane.token not in message
 

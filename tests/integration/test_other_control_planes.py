@@ -1,4 +1,4 @@
-"""A pool against the answers of other implementations of the protocol, over real sockets."""
+"""Pools against answers of other implementations of the protocol, over real sockets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str) -> Fault:
-    """Change the JSON of a success and add headers."""
+    """Return a fault that changes the JSON of a successful answer and adds headers."""
 
     async def answer(request: web.Request, handler: Any) -> web.StreamResponse:
         response = await handler(request)
@@ -51,7 +51,7 @@ LOST = rewritten(lambda answer: {**answer, "last_heartbeat": None, "lease_extend
 def make_settings(
     plane: ControlPlane, make_settings: Callable[..., Any], request: pytest.FixtureRequest
 ) -> Callable[..., Any]:
-    """Settings for either dialect: each difference may be met in both."""
+    """Return a factory of settings for both dialects, as each difference may occur in both."""
     url = {"qoder": plane.base_url, "anthropic": plane.anthropic_base_url}[request.param]
     return lambda **values: make_settings(dialect=request.param, base_url=url, **values)
 
@@ -143,7 +143,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one: Any, faults: Faults, window: int | None
 ) -> None:
-    """One control plane also ends running leases whose last heartbeat is older than it."""
+    """One other control plane also ends leases whose last heartbeat is older than the window."""
     await run_one(work, **({} if window is None else {"reclaim_older_than_ms": window}))
     sent = {request.query.get("reclaim_older_than_ms") for request in faults.of("poll")}
     assert sent == {None if window is None else str(window)}
@@ -156,7 +156,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 
     async def note(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
-        if len(seen) < 4:  # an answer, and so a log record, that quotes the header
+        if len(seen) < 4:  # the error answer, and so the log record, quotes the header
             text = {"error": {"message": f"no {seen[-1]}"}}
             return web.json_response(text, status=503)
         response: web.StreamResponse = await handler(request)

@@ -1,4 +1,4 @@
-"""A caller's own aiohttp sessions, made by `connect=` on each event loop that uses one."""
+"""Aiohttp sessions of the caller, made by `connect=` on each event loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RENEWALS = 5
 
 
 class OwnSessionClient(WorkClient):
-    """A client on a session of the caller's, which the caller closes."""
+    """A client that uses an aiohttp session of the caller."""
 
     def __init__(self, settings: Settings) -> None:
         self.made_on = asyncio.get_running_loop()

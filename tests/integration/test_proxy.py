@@ -1,4 +1,4 @@
-"""The proxy itself, and what a pool makes of such a network."""
+"""The fault-injecting TCP proxy, and pools behind it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Peer(NamedTuple):
 
 
 class Wire:
-    """A proxy between a server that we are and clients that we are."""
+    """A proxy between test clients and a test server."""
 
     def __init__(self, proxy: Proxy, accepted: asyncio.Queue[Peer]) -> None:
         self.proxy = proxy
@@ -59,7 +59,7 @@ class Wire:
         self._writers: list[asyncio.StreamWriter] = []
 
     async def pair(self) -> tuple[Peer, Peer]:
-        """A new connection through the proxy: the client's end and the server's."""
+        """Open a connection through the proxy; return the client's end and the server's end."""
         port = int(self.proxy.base_url.rpartition(":")[2])
         async with asyncio.timeout(SECONDS):
             client = Peer(*await asyncio.open_connection("127.0.0.1", port))
@@ -105,7 +105,7 @@ async def test_proxy_blackhole_drops_bytes_of_open_connections_permanently(wire:
     wire.proxy.blackhole()
     await client.says(b"lost")
     await server.hears_nothing()
-    server.writer.close()  # not even this is told
+    server.writer.close()  # even the end of the stream is not forwarded
     await client.hears_nothing()
     wire.proxy.heal()
     await client.says(b"lost too")
@@ -121,7 +121,7 @@ async def test_proxy_partition_delays_bytes_until_healed(wire: Wire) -> None:
     await client.says(b"question")
     await server.says(b"news")
     await server.hears_nothing()
-    wire.proxy.partition()  # again, with no gap between
+    wire.proxy.partition()  # a second partition without a gap
     await client.hears_nothing()
     wire.proxy.heal()
     await server.hears(b"question")
@@ -134,7 +134,7 @@ async def test_proxy_half_close_still_forwards_requests(wire: Wire) -> None:
     await client.hears_the_end()
     await client.says(b"question")
     await server.hears(b"question")
-    await server.says(b"answer")  # to nobody
+    await server.says(b"answer")  # the client does not receive it
     await client.says(b"more")
     await server.hears(b"more")
 
@@ -157,7 +157,7 @@ async def test_proxy_reset_after_client_abort_resets_server_side(wire: Wire) -> 
     await server.hears(b"known to both")
     for link in wire.proxy._links:
         link.worker.transport.abort()
-    await asyncio.sleep(0)  # the socket is closed; nobody has noticed
+    await asyncio.sleep(0)  # the socket is closed, but the proxy has not noticed
     wire.proxy.reset()
     await server.is_reset()
 
@@ -242,7 +242,7 @@ async def test_worker_cut_off_by_network_loses_item_to_other_worker(
             getattr(way, fault)()
             held = plane.operations.get(plane.environments[0], item.id).holder
             async with Supervisor(make_settings(lease_ttl=10), plugins=[hold, free]):
-                # Its lease ends on both sides' clocks by itself: no jump, no help.
+                # The lease expires on both clocks in real time.
                 lost = await cut.wait_for(SessionFinished, timeout=25)
                 assert lost.outcome == "lease_lost"
                 done = await free.wait_for(SessionFinished, timeout=25)

@@ -1,4 +1,4 @@
-"""A failure on the thread that renews leases: fatal to an embedded pool, which is told at once."""
+"""Failures of the renewer thread, which are fatal to an embedded pool and reported at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RaisingLog(logging.Handler):
-    """Raises for every message that begins with `text`."""
+    """A log handler that raises for every message that begins with `text`."""
 
     def __init__(self, text: str, error: BaseException) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class RaisingLog(logging.Handler):
 
 @pytest.fixture
 def raising_log(request: pytest.FixtureRequest) -> Iterator[float]:
-    """Adds a log handler that raises; the `max_block` to run with."""
+    """Add a log handler that raises; return the `max_block` of the test."""
     text, max_block, error = request.param
     added = RaisingLog(text, error)
     logging.getLogger().addHandler(added)
@@ -46,7 +46,7 @@ def raising_log(request: pytest.FixtureRequest) -> Iterator[float]:
 
 
 async def run_apart(supervisor: Supervisor) -> WorkpoolError | None:
-    """Run the pool on a thread and a loop of its own; return the error that ended it."""
+    """Run the pool on its own thread and loop; return the error that ended it."""
     try:
         await asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True))
     except WorkpoolError as error:
@@ -56,7 +56,7 @@ async def run_apart(supervisor: Supervisor) -> WorkpoolError | None:
 
 @pytest.fixture
 def patient_renewer() -> None:
-    """Blocked loops are the subject here."""
+    """Keep the default limits, because blocked loops are tested here."""
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
 
     @handler
     async def work(_: Session) -> None:
-        may_end.wait(50)  # not awaited: nothing else runs on this loop
+        may_end.wait(50)  # blocks the loop, because it is not awaited
 
     def on_blocked() -> None:
         calls.append(supervisor.status().error)
@@ -138,12 +138,12 @@ async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked(
 async def test_loop_that_runs_again_after_max_block_keeps_pool_running(
     plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    """`max_block` alone is not fatal to an embedded pool."""
+    """An embedded pool survives a loop that is blocked for `max_block`."""
     called, may_end = threading.Event(), threading.Event()
 
     @handler
     async def work(_: Session) -> None:
-        may_end.wait(50)  # not awaited: nothing else runs on this loop
+        may_end.wait(50)  # blocks the loop, because it is not awaited
 
     plane.enqueue()
     supervisor = Supervisor(make_settings(max_block=1), plugins=[work])

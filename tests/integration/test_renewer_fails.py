@@ -1,4 +1,4 @@
-"""A lease renewer that cannot start, or dies, ends the pool: no lease is kept without it."""
+"""A lease renewer that cannot start or fails ends the pool, because leases need renewal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answers to polls, acks and heartbeats. Stop and metadata are in test_completion_writes.py."""
+"""Answers to polls, acks and heartbeats. Stops and metadata are in test_completion_writes.py."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_failed_poll_backs_off_and_is_repeated(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
 ) -> None:
     fault, result, reason = POLLS[case]
-    # aiohttp repeats a GET whose connection was closed, once and at once: two make one failure.
+    # aiohttp repeats a GET once when its connection was closed, so one failure needs two faults.
     strikes = 2 if reason == "network" and result == "error" else 1
     faults.add(fault(), "poll", times=strikes)
     async with make_pool(work, request_timeout=0.2, block_ms=20) as supervisor:
@@ -127,9 +127,9 @@ async def test_poll_waits_for_retry_after(
 async def test_cooldown_after_429_or_503_holds_back_all_pollers(
     plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
-    plane.enqueue()  # for the other poller, which then has reason to go on
+    plane.enqueue()  # gives the second poller an item, so that it polls again
     hold = Hold()
-    faults.add(hold, "poll", skip=1, times=1)  # the other poll is in flight meanwhile
+    faults.add(hold, "poll", skip=1, times=1)  # the second poll is in flight meanwhile
     faults.add(status(code, retry_after="0.4"), "poll", times=1)
     async with make_pool(work, pollers=2, block_ms=20):
         first = await faults.wait_for("poll", answered=True)
@@ -218,7 +218,7 @@ async def test_renewed_token_is_read_and_used_at_once(
     file.write_text(plane.token)
     hold = Hold()
     faults.add(hold, op, times=1)
-    # What the control plane takes for the token from now on is in the file while we hold the call.
+    # While the call is held, the file gets the token that the control plane accepts from now on.
     faults.add(status(code), op, where=bears(plane.token))
 
     @handler
@@ -240,7 +240,7 @@ async def test_renewed_token_is_read_and_used_at_once(
 
 
 def as_the_first(plane: ControlPlane) -> Fault:
-    """Let the control plane know the renewed token as well."""
+    """Return a fault that makes the control plane accept the renewed token as well."""
 
     async def rename(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()
@@ -255,7 +255,7 @@ def as_the_first(plane: ControlPlane) -> Fault:
 
 
 class Crashing(WorkClient):
-    """A client with a bug."""
+    """A client whose poll raises an unexpected exception."""
 
     crashes = 0
     bug: BaseException = KeyError("a bug")
@@ -374,14 +374,14 @@ async def test_throttled_ack_is_given_up_after_claim_window(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    assert acked.delivery_seconds < 10  # not the 54 s of one that may have been applied
+    assert acked.delivery_seconds < 10  # less than the 54 s for an ack that may have been applied
     assert not recorder.of(SessionStarted)
 
 
 async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """If it was, nobody else can have the item before that lease has lapsed."""
+    """If the ack was applied, no other worker can get the item before that lease expires."""
     faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
     life = await run_one(work, reclaim_older_than_ms=100)
     assert life.ops == ["ack", "ack", "heartbeat", "stop"]
@@ -461,6 +461,6 @@ async def test_refused_heartbeat_loses_lease(
     assert life.outcome == "lease_lost"
     assert life.ops == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
-    # Only "unknown" says that the item is not ours anymore; a 400 speaks of our request.
+    # Only a 404 says that the item is lost; a 400 concerns the request.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
     assert reclaims == ([("lost", "start")] if code == 404 else [])

@@ -46,7 +46,7 @@ async def job(_: Session) -> dict[str, str]:
 
 
 class Weighing:
-    """Routes by something else than equality."""
+    """A plugin that chooses the handler by a comparison instead of equality."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
@@ -120,7 +120,7 @@ async def test_full_handler_declines_before_ack_and_delays_no_other_handler(work
 
 
 def declines_per_poll(pool: Supervisor) -> float:
-    """What the alert WorkpoolPollsWasted looks at, over the pool's whole life."""
+    """Return the ratio that the alert WorkpoolPollsWasted uses, over the life of the pool."""
     named = {"environment_id": DEFAULT_ENVIRONMENT}
 
     def total(name: str, label: str, *values: str) -> float:
@@ -132,9 +132,9 @@ def declines_per_poll(pool: Supervisor) -> float:
 
 
 def threshold() -> float:
-    """From which on the alert strikes."""
+    """Return the ratio above which the alert fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # has no types
+    yaml = importlib.import_module("yaml")  # the module has no type hints
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     (expr,) = [rule["expr"] for rule in rules if rule.get("alert") == "WorkpoolPollsWasted"]
     return float(re.findall(r"> ([\d.]+)\s*$", expr)[0])
@@ -168,7 +168,7 @@ async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_other_it
         assert declines_per_poll(pool) > threshold()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
-        # The other kind's own pool comes: it takes what is its own, and the rest is free.
+        # A pool with another handler runs the unwanted items, and the remaining item is delivered.
         async with workpool.pool(any_session):
             await workpool.wait_for(SessionFinished, count=31)
     assert workpool.item(wanted).state == "stopped"

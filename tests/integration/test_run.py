@@ -1,4 +1,4 @@
-"""Interruptions of a running handler, and the calls that it may still make."""
+"""Interruptions of a running handler, and the calls that the handler may still make."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Body:
-    """A handler that tells where it is, and what its calls raised."""
+    """A handler that records its progress and the exceptions that its calls raised."""
 
     def __init__(self) -> None:
         self.cancelled = self.left = False
@@ -39,7 +39,7 @@ class Body:
 
     @handler
     async def stubborn(self, session: Session) -> dict[str, str]:
-        """Swallow the cancellation, try to write, and go on until allowed to end."""
+        """Swallow the cancellation, try to write, and continue until the test lets it end."""
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -80,7 +80,8 @@ async def test_stop_request_interrupts_session_and_is_reported(
     async def work(session: Session) -> None:
         seen.append((session.stopping, session.draining))
         await session.interrupted()
-        await session.interrupted()  # which has come, so it returns at once
+        # the session is interrupted already, so the call returns at once
+        await session.interrupted()
         seen.append((session.stopping, session.draining))
 
     (item,) = plane.enqueue()
@@ -151,7 +152,7 @@ async def test_stuck_handler_keeps_its_slot_and_work_id(
         assert supervisor.status().running == 1
         assert not recorder.of(SessionFinished)
         assert levels(caplog, "handler ignores its cancellation") == ["CRITICAL"]
-        assert "stubborn" in caplog.text  # its stack
+        assert "stubborn" in caplog.text  # the stack of the handler
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
         body.may_end.set()
         finished = await recorder.wait_for(SessionFinished)
@@ -178,7 +179,7 @@ async def test_drain_does_not_wait_for_stuck_handler(
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert not body.left
-    body.may_end.set()  # abandoned is not gone: end it, so that the next test starts clean
+    body.may_end.set()  # an abandoned handler still runs: end it before the next test
     await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=20)
     assert body.left
 
@@ -222,7 +223,7 @@ async def test_session_stopped_by_another_client_sends_nothing_and_raises_sessio
 async def test_session_used_after_its_end_raises_and_sends_nothing(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """A task that a handler left running must not write to an item that is done."""
+    """A task left running by a handler must not write to an item that has ended."""
 
     @handler
     async def work(_: Session) -> None:
@@ -242,7 +243,7 @@ async def test_session_used_after_its_end_raises_and_sends_nothing(
 async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """Waiting for an answer must not hide the loss; the handler sees it, or its cancellation."""
+    """A call that waits for an answer must not hide the lost lease from the handler."""
     hold = Hold()
     faults.add(hold, "update")
     raised: list[BaseException] = []
@@ -348,14 +349,14 @@ async def test_metadata_that_cannot_be_sent_raise_in_handler(
     life = await run_one(work)
     assert life.outcome == "failed"
     assert isinstance(life.finished.error, TypeError | ValueError)
-    assert len(faults.of("update")) == 1  # the note of the error
+    assert len(faults.of("update")) == 1  # the error note
 
 
 # -- contexts around the handler
 
 
 class Wrapper:
-    """A plugin whose context notes that it was entered and left."""
+    """A plugin whose context records when it is entered and left."""
 
     def __init__(self, name: str, trace: list[str]) -> None:
         self.name = name
@@ -378,7 +379,7 @@ class Wrapper:
 
 
 def wrapper(name: str, trace: list[str]) -> Wrapper:
-    """One plugin class per name: names come from classes."""
+    """Return a plugin of a new class, because plugins are named by their class."""
     built: Wrapper = type(name, (Wrapper,), {})(name, trace)
     return built
 
@@ -415,7 +416,7 @@ async def test_exception_of_handler_passes_through_wrapping_contexts(
 
 
 class Raising:
-    """A plugin whose context raises, on its way in or out, or whose hook does."""
+    """A plugin whose hook raises, or whose context raises when it is entered or left."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -486,7 +487,7 @@ async def test_wrapping_context_can_swallow_exception_of_handler(
 
 
 async def held_before(plane: ControlPlane, **metadata: str) -> str:
-    """An item that another worker held and lost."""
+    """Return an item that another worker held and lost."""
     (item,) = plane.enqueue(metadata=metadata)
     operations, environment = plane.operations, plane.environments[0]
     operations.ack(environment, item.id, "another")
@@ -508,7 +509,8 @@ async def test_item_held_before_is_redelivered_and_counted(
     work_id = await held_before(plane)
     async with make_pool(work):
         life = await life_of(work_id)
-    assert seen == [(True, {"workpool.attempt": "2"})]  # written before the handler starts
+    # the number is written before the handler starts
+    assert seen == [(True, {"workpool.attempt": "2"})]
     assert life.ops == ["ack", "heartbeat", "update", "stop"]
     assert [event.origin for event in recorder.of(ItemReceived)] == ["redelivered"]
 
@@ -552,7 +554,7 @@ async def test_attempt_that_cannot_be_counted_is_released_unrun(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Else an item that kills its worker could be tried forever."""
+    """An item that crashes its worker could otherwise be tried forever."""
     monkeypatch.setattr("workpool.pool.session_runner.ATTEMPT_SECONDS", 0.1)
 
     @handler

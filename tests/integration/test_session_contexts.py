@@ -1,4 +1,4 @@
-"""Each session runs in a context of its own: context variables do not pass from one to another."""
+"""Context variables: each session runs in its own context and sees no other's variables."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ VARIABLES = {
 
 
 class Setting:
-    """Sets a context variable wherever the pool calls it until the first session has ended.
+    """A plugin that sets a context variable in each of its hooks until the first session has ended.
 
     Attributes:
-        seen: What each session sees of the variables when its handler begins.
+        seen: The variables that each session sees when its handler starts.
     """
 
     def __init__(self) -> None:
@@ -76,5 +76,5 @@ async def test_context_variables_set_for_one_session_are_not_seen_by_the_next(
         await recorder.wait_for(SessionFinished, count=4)
     unset = dict.fromkeys(VARIABLES, "unset")
     own = unset | {"embedder": "before start", "lifespan": "set"}
-    # A session sees what its own wrapping contexts and the observers of its own events have set.
+    # A session sees variables set by its own wrapping contexts and by observers of its own events.
     assert setting.seen == [own | {"wrapper": "set", "observer": "set"}, own, own, own]

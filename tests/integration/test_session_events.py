@@ -1,4 +1,4 @@
-"""`session.events`: a handler talks in its session for as long as the lease is its own."""
+"""`session.events`: a handler reads and sends events of its session while it holds the lease."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def result(use: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def answer_all(session: Session) -> dict[str, str]:
-    """Execute every tool use that has no result yet, until the turn ends."""
+    """Execute every tool use without a result until the turn ends."""
     uses: dict[str, Mapping[str, Any]] = {}
     answered = 0
     async with session.events.stream() as stream:
@@ -55,7 +55,7 @@ async def answer_all(session: Session) -> dict[str, str]:
 
 
 def lose(plane: ControlPlane, session: Session) -> None:
-    """Let the lease lapse; the pool hears of it as soon as it is handed its own item again."""
+    """Let the lease expire; the pool notices when its own item is delivered to it again."""
     expire_lease(plane, session.item.id)
     plane.operations.wake()
 
@@ -69,7 +69,7 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def play(plane: ControlPlane, make_pool: Any, life_of: Any) -> Callable[..., Awaitable[Any]]:
-    """Run a scripted session through a pool."""
+    """Return a function that runs a scripted session through a pool."""
 
     async def run(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = plane.enqueue(script=script)
@@ -114,7 +114,7 @@ async def test_session_events_list_returns_history(play: Any) -> None:
 async def test_message_that_may_have_been_sent_is_not_repeated(
     plane: ControlPlane, play: Any, faults: Faults
 ) -> None:
-    faults.add(status(429), "send", times=2)  # certainly not applied
+    faults.add(status(429), "send", times=2)  # a 429 is never applied
     faults.add(lost(applied=True), "send", times=1, skip=2)
 
     async def work(session: Session) -> None:
@@ -124,7 +124,7 @@ async def test_message_that_may_have_been_sent_is_not_repeated(
     life = await play(work, BASH)
     assert life.outcome == "completed"
     said = [event["type"] for event in plane.events(life.item.session_id)]
-    assert said.count("user.message") == 2  # the script's own, and ours
+    assert said.count("user.message") == 2  # one from the script, and one from the test
     assert len(faults.of("send")) == 3
 
 
@@ -141,8 +141,8 @@ async def test_failed_check_whether_result_was_stored_is_repeated(
     life = await play(work, BASH)
     assert life.outcome == "completed"
     assert [request.op for request in faults.of("send", "events")] == [
-        "send",  # taken, its answer lost
-        *["send", "events"] * 3,  # a 409 each, and at last the history that says why
+        "send",  # applied, but its answer is lost
+        *["send", "events"] * 3,  # a 409 each time, until the history shows the stored result
     ]
 
 
@@ -186,7 +186,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
 
 
 async def test_event_stream_in_own_task_ends_with_lease(plane: ControlPlane, play: Any) -> None:
-    """Nobody cancels that task: what it waits for must end by itself."""
+    """No code cancels that task, so its wait must end by itself."""
     ended = asyncio.Event()
 
     async def read(stream: EventStream, caught_up: asyncio.Event) -> None:
@@ -210,7 +210,7 @@ async def test_event_stream_in_own_task_ends_with_lease(plane: ControlPlane, pla
             async with asyncio.timeout(10):
                 await ended.wait()
 
-        # The item comes back and is taken again: by then the script has been played.
+        # The item is delivered and claimed again after the script has ended.
         assert (await play(work, BASH)).outcome == "lease_lost"
 
 
@@ -263,7 +263,7 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
 
 
 class Secrets:
-    """Gives every polled item a secret, as the anthropic dialect does, and notes who bears what."""
+    """A middleware that adds a secret to every polled item and records the tokens of requests."""
 
     def __init__(self, secret: object) -> None:
         self.secret = secret

@@ -1,4 +1,4 @@
-"""What is left of a session after its end."""
+"""Uses of a session after its end."""
 
 from __future__ import annotations
 

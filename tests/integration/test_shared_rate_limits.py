@@ -1,4 +1,4 @@
-"""Several pools of one account share its rate limits, although each runs on a thread of its own."""
+"""Pools of one account share its rate limits although each pool runs on its own thread."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRITE_RATE, ITEMS = 30.0, 24
 
 
 class Watched(RateLimiter):
-    """Notes which threads take tokens."""
+    """A rate limiter that records the threads that acquire tokens."""
 
     def __init__(self, rate: float) -> None:
         super().__init__("write", rate)
@@ -53,6 +53,6 @@ async def test_two_pools_on_two_threads_share_one_rate_limit(
     async with asyncio.timeout(40), asyncio.TaskGroup() as group:
         for _ in range(2):
             group.create_task(asyncio.to_thread(asyncio.run, run_until_empty()))
-    writes = 2 * ITEMS  # an ack and a stop for each
+    writes = 2 * ITEMS  # one ack and one stop per item
     assert len(watched.threads) == 2
     assert time.monotonic() - began >= (writes - WRITE_RATE / 4) / WRITE_RATE

@@ -1,4 +1,4 @@
-"""A start that fails raises why, sends nothing, and leaves nothing behind."""
+"""A start that fails raises its error, sends no request, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ async def test_connect_that_raises_prevents_start_and_leaves_nothing(
     assert not supervisor.status().ready
     assert not faults.seen
     assert not [each for each in threading.enumerate() if each.name.startswith("workpool")]
-    assert "workpool_slots_limit{" not in generate_latest(registry).decode()  # no gauge is left
+    # no gauge is left in the registry
+    assert "workpool_slots_limit{" not in generate_latest(registry).decode()
     async with Supervisor(make_settings(), plugins=[work], registry=registry) as another:
         assert another.status().capacity
 

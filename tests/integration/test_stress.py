@@ -1,4 +1,4 @@
-"""Five hundred pools at once, each started, drained or cancelled at a moment of its own."""
+"""Five hundred concurrent pools, each started, drained or cancelled at its own random time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 POOLS = 500
 SECONDS = 8.0
-"""Over which their moments are spread; a start takes its time when all of them start."""
+"""Period over which the random times are spread; a start is slow when all pools start at once."""
 
 
 @handler
@@ -34,7 +34,7 @@ async def work(session: Session) -> None:
 
 
 async def live(supervisor: Supervisor, dice: random.Random, end: str) -> None:
-    """One pool's life: `end` is how it is told to go."""
+    """Run one pool and end it in the way that `end` names."""
     await asyncio.sleep(dice.uniform(0, SECONDS / 2))
     async with supervisor:
         await asyncio.sleep(dice.uniform(0, SECONDS / 4))
@@ -54,7 +54,7 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
     settings = make_settings(drain_timeout=2, concurrency=2)
     async with Supervisor(settings, plugins=[work]):
-        pass  # what a first pool leaves in caches is none of what we look for
+        pass  # fill caches, which do not count as leftovers
     gc.collect()
     files, tasks, threads = open_files(), asyncio.all_tasks(), threading.active_count()
     plane.enqueue(count=200)
@@ -72,7 +72,8 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     await until(lambda: asyncio.all_tasks() <= tasks)
     gc.collect()
     await until(lambda: open_files() <= files)
-    clock.advance(60)  # the leases that they left have lapsed: another pool finishes the rest
+    # the leases of ended pools have expired, so that another pool finishes their items
+    clock.advance(60)
     await Supervisor(make_settings(concurrency=16), plugins=[work]).run(until_empty=True)
     told = plane.summary()
     assert (told.stopped, told.overlapping) == (200, 0)

@@ -1,4 +1,4 @@
-"""The threads and contexts of a pool, and the order in which its parts close.
+"""Threads and contexts of a pool, and the order in which its parts close.
 
 See workpool/docs/architecture.md, "Threads and loops".
 """
@@ -98,7 +98,7 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
         await recorder.wait_for(SessionFinished)
     assert closing["threads"] == []
     assert closing["stats"].depth == 0
-    assert len(clients) == 2  # one per event loop
+    assert len(clients) == 2  # one client per event loop
     for client in clients:
         with pytest.raises(RuntimeError, match="not open"):
             await client.stats()

@@ -1,4 +1,4 @@
-"""Items that the worker cannot read must not keep it from the other items of the queue."""
+"""Items that the worker cannot read must not delay the other items of the queue."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def malformed(item: dict[str, Any]) -> bytes:
 
 @pytest.fixture(params=[too_large, too_large_with_late_id, malformed])
 def spoil(faults: Faults, request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], bytes]:
-    """Answer polls with what this makes of an item, for items with the metadata `bad`."""
+    """Replace polled items that have the metadata `bad` by what the parameter makes of them."""
     make: Callable[[dict[str, Any]], bytes] = request.param
 
     async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -70,7 +70,7 @@ async def test_thirty_unreadable_items_do_not_prevent_other_items(
     async with make_pool(work):
         await recorder.wait_for(SessionFinished, count=10)
     assert not recorder.of(PollerBackedOff)
-    assert len(recorder.of(PollFinished)) < 200  # 40, and 30 more every 5 s
+    assert len(recorder.of(PollFinished)) < 200  # 40 polls, and 30 more every 5 s
     lines = [each for each in caplog.messages if each.startswith("item cannot be read")]
     if spoil is too_large_with_late_id:
         assert len(lines) == 1

@@ -1,4 +1,4 @@
-"""`run(until_empty=True)` runs the whole queue, no item twice, and ends."""
+"""`run(until_empty=True)` runs every item of the queue once and then ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
-NULL_EARLY = 0.09  # s, of polls that may wait for 0.1 s
+NULL_EARLY = 0.09  # seconds by which a null poll that may wait for 0.1 s ends early
 
 
 @handler
@@ -58,7 +58,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     @handler
     async def more(session: Session) -> None:
         if "last" not in session.item.metadata:
-            await asyncio.sleep(0.1)  # several null polls long
+            await asyncio.sleep(0.1)  # as long as several null polls
             plane.enqueue(metadata={"last": "yes"})
 
     plane.enqueue()
@@ -70,7 +70,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
 async def test_until_empty_does_not_end_during_another_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """One poller is told null; the other's answer, with an item in it, is on its way."""
+    """One poller receives null while an answer with an item for the other poller is in flight."""
     hold = Hold(applied=True)
     faults.add(hold, "poll", times=1)
     plane.enqueue()
@@ -88,7 +88,7 @@ async def test_until_empty_does_not_end_during_another_poll(
 async def test_until_empty_with_pollers_out_of_step_ends(
     plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """A control plane that says null a little early: each poller pauses during the other's poll."""
+    """The control plane answers null early, so each poller pauses while the other one polls."""
 
     @handler
     async def until_out_of_step(_: Session) -> None:

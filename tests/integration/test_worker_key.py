@@ -1,4 +1,4 @@
-"""A pool under a key that may only poll, ack, heartbeat, stop and list, over real sockets."""
+"""A pool with a key that may only poll, ack, heartbeat, stop and list, over real sockets."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ async def test_metadata_write_under_worker_key_is_refused_without_request(
     assert {end.outcome for end in ends} == {"completed"}
     assert len(errors) == 3
     assert "may not make this call" in errors[0]
-    assert counted(faults)["update"] <= 3  # those that were under way together
+    assert counted(faults)["update"] <= 3  # calls that were in flight at the same time
 
 
 async def test_handler_error_under_worker_key_fails_session(run_one: Any, faults: Faults) -> None:
@@ -265,7 +265,7 @@ async def test_second_credential_is_used_for_optional_calls(
 async def test_optional_calls_are_tried_again_after_refused_poll(
     plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """Such a refusal may mean that no call was allowed for a while."""
+    """The refused optional call may have been refused for the same temporary reason as the poll."""
     async with make_pool(work, concurrency=1, block_ms=20):
         plane.enqueue()
         await finished(recorder, 1)

@@ -1,4 +1,4 @@
-"""One pool's leases on virtual time, against the control plane's own operations."""
+"""Fixtures for unit tests of leases in virtual time with an embedded control plane."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Sent(NamedTuple):
 
 
 class BenchClient(LocalClient):
-    """A client that notes what it sends and how, and that may make its callers wait."""
+    """A client that records its calls, and may delay its callers."""
 
     def __init__(self, bench: Bench, worker_id: str) -> None:
         super().__init__(
@@ -83,7 +83,7 @@ class BenchClient(LocalClient):
 
 
 class BenchRenewer(LoopRenewer):
-    """A lease renewer on the test's own loop, with the tick of a real one."""
+    """A lease renewer on the loop of the test that ticks like a real one."""
 
     tick_seconds = 1.0
 
@@ -92,17 +92,17 @@ class Bench:
     """The leases of one pool, a control plane and another worker.
 
     Attributes:
-        ahead: Seconds that the control plane's clock and the wall clock are ahead of the lease
-            clock: a machine that was paused has lost them.
-        latency: Seconds of each call for which the script has nothing.
+        ahead: Seconds by which the control plane's clock and the wall clock are ahead of the lease
+            clock, as after a pause of the machine.
+        latency: Seconds of each call without a scripted fault.
         permit_seconds: How long every call for an item waits for our own rate limit.
         sent: Each call of ours whose bytes were sent.
         tries: Each call of ours: its name, its timeout, its options.
-        under_way: Calls that are under way now.
-        peaks: The time at which each call began, and the calls that were under way then.
-        results: When each heartbeat was settled, and how.
-        changes: When a change of a lease was reported, and its status then.
-        lost_at: When the loss of a lease was first reported, by work id.
+        under_way: Calls in progress.
+        peaks: The start time of each call, and the number of calls in progress at that time.
+        results: The time and the result of each heartbeat.
+        changes: The time of each reported change of a lease, and the status of the lease.
+        lost_at: The time of the first report of each lost lease, by work id.
     """
 
     def __init__(
@@ -180,12 +180,12 @@ class Bench:
             yield
 
     async def claim(self) -> PoolItem:
-        """Create an item and acknowledge it; no heartbeat has been sent."""
+        """Create an item and acknowledge it without sending a heartbeat."""
         self.operations.enqueue(ENVIRONMENT)
         return await self.take()
 
     async def take(self) -> PoolItem:
-        """Acknowledge the item that is in the queue."""
+        """Acknowledge the item in the queue."""
         delivered = await self.client.poll()
         assert delivered is not None
         acked_at = self.clock()
@@ -212,7 +212,7 @@ class Bench:
 
     @asynccontextmanager
     async def handler_of(self, item: PoolItem) -> AsyncIterator[None]:
-        """Let the item have a handler that runs."""
+        """Give the item a running handler for the duration of the block."""
         item.handler_task = task = self.loop.create_task(asyncio.sleep(1e9))
         try:
             yield
@@ -220,7 +220,7 @@ class Bench:
             task.cancel()
 
     def steal(self, work_id: str) -> None:
-        """Let the other worker have an item that is back in the queue, at once."""
+        """Let another worker claim an item that is back in the queue."""
         while (item := self.operations.poll(ENVIRONMENT, Poll("rival", 0, 0))) is not None:
             self.operations.ack(ENVIRONMENT, item.id, "rival")
             self.operations.heartbeat(ENVIRONMENT, item.id, None, 600, "rival")
@@ -240,5 +240,5 @@ class Bench:
 
 @pytest.fixture
 def bench() -> type[Bench]:
-    """The bench, to be set up inside virtual time."""
+    """Return the class `Bench`, to be created inside virtual time."""
     return Bench

@@ -1,4 +1,4 @@
-"""The number of a run, where its metadata can be written and where they cannot."""
+"""Attempt numbers, with and without permission to write metadata."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from workpool.pool.pool_item import Attempt, RunCounts
 
 
 def test_attempt_counted_in_this_process_still_writes_its_number_with_mark() -> None:
-    """The credential may write after all: the earlier run must not be forgotten."""
+    """If the credential may write after all, the earlier run must not be forgotten."""
     attempt = Attempt({}, redelivered=True)
     attempt.count_here(0)
     assert attempt.number == 1

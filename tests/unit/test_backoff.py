@@ -1,4 +1,4 @@
-"""Delays between tries: their ceilings, their spread, and their start over."""
+"""Delays between retries: ceiling, jitter and reset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bound keeps to the rules of `asyncio.timeout`: each test is run on both."""
+"""The time bound of requests, which behaves like `asyncio.timeout`: each test runs with both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bounded(request: pytest.FixtureRequest) -> Bounded:
 
 
 def left() -> int:
-    """Cancellations of this task that nobody has taken back."""
+    """Return the number of cancellation requests of this task that are still pending."""
     task = asyncio.current_task()
     assert task is not None
     return task.cancelling()

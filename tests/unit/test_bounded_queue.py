@@ -1,4 +1,4 @@
-"""Places are never lost, never doubled, and given out in turn."""
+"""The bounded queue: places are never lost, never used twice, and granted in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workpool.pool.bounded_queue import BoundedQueue
 
 
 async def turn() -> None:
-    """Let every task that is ready run until it waits."""
+    """Let every ready task run until it waits."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -79,7 +79,7 @@ async def test_new_reservation_does_not_overtake_earlier_waiters() -> None:
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve())
         await turn()
-        queue.unreserve()  # granted, and not yet noticed by the first
+        queue.unreserve()  # granted, but the first waiter has not run yet
         late = group.create_task(queue.reserve())
         await turn()
         assert first.done()
@@ -108,7 +108,7 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
         first = group.create_task(queue.reserve())
         second = group.create_task(queue.reserve())
         await turn()
-        queue.unreserve()  # grants it to the first …
+        queue.unreserve()  # grants the place to the first waiter …
         first.cancel()  # … which is cancelled before it runs
         await second
     assert first.cancelled()
@@ -146,7 +146,7 @@ async def test_full_and_idle_count_items_without_reservations(
 async def test_cancelled_reservation_passed_over_by_free_place_raises_cancelled_error_only() -> (
     None
 ):
-    """Else a poller, cancelled by a drain just as a session ends, crashes and polls on forever."""
+    """Otherwise a poller that a drain cancels just as a session ends would poll forever."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:
@@ -184,7 +184,7 @@ async def test_places_that_are_used_up_stay_unavailable() -> None:
 
 
 class Users:
-    """Those who want a place of one queue, and do with it what the dice say."""
+    """Random users of the places of one queue."""
 
     def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
         self.dice = dice
@@ -215,7 +215,7 @@ class Users:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int) -> None:
-    """Random users come, wait, are cancelled, deliver or not: no place is lost, none is doubled."""
+    """Random users reserve, wait, are cancelled, and deliver or not."""
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
     users, tasks = Users(dice, queue), list[asyncio.Task[None]]()

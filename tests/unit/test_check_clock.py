@@ -1,4 +1,4 @@
-"""How `workpool check` judges the clock by a `Date` header of whole seconds."""
+"""The clock check of `workpool check` by a `Date` header in whole seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
         (6.1, 0.01, "warn"),
         (-4.9, 0.01, "ok"),
         (-5.1, 0.01, "warn"),
-        (10.0, 8.0, "ok"),  # the answer may have been under way for that long
+        (10.0, 8.0, "ok"),  # the answer may have been in flight that long
         (3600.0, 0.01, "warn"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A check that refuses has sent nothing: against a server that records every byte."""
+"""Checks that refuse a request: no byte is sent, which a recording server verifies."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def repr_of_size(body: bytes | None) -> str:
 
 
 class APIError(Exception):
-    """What a check raises."""
+    """The error that a check raises."""
 
 
 class OddRefusal(TimeoutError):
-    """A refusal that looks like a failure of the network, which aiohttp and we would repeat."""
+    """An error of a check that looks like a network failure, which would be retried."""
 
 
 @dataclass
 class Recorder:
-    """A server that keeps the bytes of each connection, and answers each request that is complete.
+    """A server that records the bytes of each connection and answers each complete request.
 
     Attributes:
         received: The bytes, by connection.
-        answers: What it answers; the last one goes on; None = hang up.
+        answers: Its answers in order, the last one repeatedly; None closes the connection.
     """
 
     answers: list[bytes | None] = field(default_factory=lambda: [ANSWER])
@@ -129,7 +129,7 @@ def request(
 
 
 class Closable:
-    """A check that turns false when it is told, and notes when it was asked."""
+    """A check that refuses once the test says so, and counts its calls."""
 
     def __init__(self) -> None:
         self.open = True
@@ -154,7 +154,7 @@ def callers_session() -> aiohttp.ClientSession:
 
 
 def traced_session() -> aiohttp.ClientSession:
-    """A caller's session whose traces wait before and after the headers and each piece."""
+    """Return a caller's session whose traces wait around the headers and each chunk."""
 
     async def wait(*_: object) -> None:
         await asyncio.sleep(0.01)
@@ -241,7 +241,7 @@ async def test_every_call_for_an_item_calls_its_check(name: str, priority: Prior
 
 
 class LateResolver(AbstractResolver):
-    """A resolver that answers when it is told."""
+    """A host resolver that answers when the test says so."""
 
     def __init__(self) -> None:
         self.asked, self.release = asyncio.Event(), asyncio.Event()
@@ -276,7 +276,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             resolver.release.set()
             await sending
     assert len(server) == 0
-    assert len(server.received) == 1  # it was connected, and closed again
+    assert len(server.received) == 1  # one connection was opened and closed again
 
 
 async def refused_by(call: Awaitable[object]) -> None:
@@ -287,7 +287,7 @@ async def refused_by(call: Awaitable[object]) -> None:
 async def test_check_refusing_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The proxy gets to see the name of the host that we want, and the host nothing at all."""
+    """The proxy receives the name of the host, but the host receives no byte."""
     check, asked, release, ended = Closable(), asyncio.Event(), asyncio.Event(), asyncio.Event()
     first: list[bytes] = []
 
@@ -325,7 +325,7 @@ async def failed(call: Awaitable[object]) -> None:
 async def test_check_refusing_after_wait_for_connection_sends_no_byte() -> None:
     check = Closable()
     connector = aiohttp.TCPConnector(limit=1)
-    hold: list[bytes | None] = [b""]  # no answer
+    hold: list[bytes | None] = [b""]  # never answered
     async with (
         recording(*hold) as server,
         aiohttp.ClientSession(connector=connector) as session,
@@ -361,7 +361,7 @@ async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
 
 
 async def test_request_bytes_follow_their_check_even_if_a_trace_waits() -> None:
-    """The first bytes arrive while the trace of a caller's own session still waits."""
+    """The first bytes arrive while the trace of the caller's session still waits."""
     waiting, release = asyncio.Event(), asyncio.Event()
 
     async def wait(*_: object) -> None:

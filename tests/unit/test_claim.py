@@ -1,4 +1,4 @@
-"""Claiming an item: which ack its lease counts from, and first heartbeats. In virtual time."""
+"""Claims of items: the ack from which a lease counts, and first heartbeats, in virtual time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def refusal(status: int, retry_after: float | None = None) -> CallFault:
 
 
 class Claims:
-    """A claimer, and what it reports."""
+    """A claimer and its reports."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -81,7 +81,7 @@ class Claims:
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
     bench: type[Bench], fault: CallFault, *, first: bool
 ) -> None:
-    """From the last one, we would send heartbeats for what another worker may have."""
+    """If the lease counted from the last ack, another worker could hold the item already."""
 
     @in_virtual_time
     async def check() -> None:
@@ -126,7 +126,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 def test_refused_ack_is_never_repeated(
     bench: type[Bench], status: int, result: str, reported: int
 ) -> None:
-    """An item that is gone says nothing about other items, so it is not reported."""
+    """A missing item says nothing about other items, so its ack is not reported to the pollers."""
 
     @in_virtual_time
     async def check() -> None:
@@ -239,7 +239,7 @@ async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
 async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     bench: type[Bench],
 ) -> None:
-    """Asked for 10 s, the control plane may hold the item for 10 s only."""
+    """With a requested TTL of 10 s, the control plane may hold the item for 10 s only."""
     one = bench(ttl=10, heartbeat=[CallFault(answer="silence")])
     async with one.open():
         item = await one.claim()
@@ -266,7 +266,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
     bench: type[Bench],
 ) -> None:
-    """A read would show the holder's `acknowledged_at`, which the repeated ack returned."""
+    """A read would show the `acknowledged_at` of the holder, as the repeated ack did."""
     one = bench(ack=[answer_state("active")], heartbeat=[UNSENT])
     async with one.open():
         item = await one.claim()

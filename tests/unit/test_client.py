@@ -1,4 +1,4 @@
-"""The calls against the embedded control plane, over a real socket and in both dialects."""
+"""Client calls against the embedded control plane, over a real socket and in both dialects."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNKNOWN = "work_00000000000070008000000000000009"
 
 
 class Tap:
-    """Records what reaches the control plane; answers in its place or changes its answers."""
+    """A middleware that records requests, replaces answers or changes them."""
 
     def __init__(self) -> None:
         self.seen: list[web.Request] = []
@@ -70,7 +70,7 @@ class Tap:
 
 
 def literal(body: bytes | None) -> web.Response:
-    """A 200 with this JSON; a 204 for None."""
+    """Return a 200 response with this JSON, or a 204 for None."""
     if body is None:
         return web.Response(status=204)
     return web.Response(body=body, content_type="application/json")
@@ -239,7 +239,7 @@ async def test_each_error_status_raises_its_own_exception_class(
     plane.enqueue()
     item = await polled(client)
     with pytest.raises(ConflictError):
-        await client.heartbeat(item.id)  # queued
+        await client.heartbeat(item.id)  # the item is queued
     await client.ack(item.id)
     with pytest.raises(PreconditionError):
         await client.heartbeat(item.id, "2026-01-01T00:00:00.000000Z")
@@ -432,7 +432,7 @@ async def test_client_used_before_opening_raises_runtime_error(plane: ControlPla
     client = WorkClient(settings_of(plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
-    for _ in range(2):  # may be opened again
+    for _ in range(2):  # a closed client may be opened again
         async with client:
             assert await client.poll() is None
             with pytest.raises(RuntimeError, match="open already"):
@@ -514,7 +514,7 @@ async def test_poll_time_includes_block_ms_besides_timeout(plane: ControlPlane) 
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
-    # The control plane holds this poll for longer than the whole of a plain request's time.
+    # The control plane holds this poll for longer than a plain request may take.
     async with WorkClient(settings_of(plane, request_timeout=0.3)) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)
@@ -540,7 +540,7 @@ async def test_stop_without_reading_item_accepts_any_json_object(
 async def test_stop_without_reading_item_rejects_answer_of_gateway(
     qoder: WorkClient, tap: Tap, body: bytes
 ) -> None:
-    """A page that answers 200 may say that the request got no further."""
+    """A page of a gateway with status 200 may mean that the request was not forwarded."""
     tap.instead = lambda: web.Response(body=body)
     with pytest.raises(TransientError):
         await qoder.stop(UNKNOWN, force=True, read_item=False)
@@ -562,11 +562,11 @@ def spend(limiter: RateLimiter) -> int:
 async def test_reads_and_writes_are_limited_separately(plane: ControlPlane) -> None:
     plane.enqueue()
     async with WorkClient(settings_of(plane, read_rate=0.004, write_rate=0.004)) as client:
-        item = await polled(client)  # the only read in four minutes
+        item = await polled(client)  # the only read that the rate allows in four minutes
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
-        await client.ack(item.id)  # the only write
+        await client.ack(item.id)  # the only write that the rate allows
         for call in (
             client.stop(item.id, timeout=0.01),
             client.update_metadata(item.id, {}, timeout=0.01),
@@ -575,7 +575,7 @@ async def test_reads_and_writes_are_limited_separately(plane: ControlPlane) -> N
             with pytest.raises(TransientError, match="our own rate limit"):
                 await call
         for _ in range(3):
-            await client.heartbeat(item.id, None)  # never waits
+            await client.heartbeat(item.id, None)  # heartbeats never wait
 
 
 async def test_wait_for_rate_limit_is_reported_with_its_seconds(plane: ControlPlane) -> None:
@@ -659,7 +659,7 @@ async def test_two_clients_with_shared_rate_limits_share_their_rate(plane: Contr
 
 
 async def test_calls_waiting_for_rate_limit_are_sent_by_priority(plane: ControlPlane) -> None:
-    """A completion first, then a claim, and the calls of a handler in turn with it."""
+    """Completions precede claims, and calls of handlers alternate with claims."""
     sent: list[str] = []
     client = WorkClient(settings_of(plane, write_rate=20))
     client.on_request = lambda op, *_: sent.append(op)

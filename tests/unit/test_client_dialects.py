@@ -1,4 +1,4 @@
-"""The table of dialects against a second, literal copy."""
+"""The table of client dialects, compared with a literal copy."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from workpool.pool.completion import (
 )
 from workpool.pool.pool_item import EndReason
 
-# A literal copy, in its order: the lowest that applies wins.
+# A literal copy in the order of the table: the last row that applies is used.
 COPY = [
     ("RETURNED", "stop", "result", "completed"),
     ("RAISED", "stop", "error", "failed"),
@@ -37,7 +37,7 @@ COPY = [
 
 
 class _Ended:
-    """A session that ends for these reasons, or a lease with these attributes."""
+    """A session with these end reasons, or a lease with these attributes."""
 
     def __init__(self, **attributes: Any) -> None:
         self.id = "work_1"
@@ -150,5 +150,5 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
     assert release_of(error) is innermost
-    while isinstance(error, ExceptionGroup):  # freed one by one: their destructors recurse
+    while isinstance(error, ExceptionGroup):  # freed one by one, because their destructors recurse
         (error,) = error.exceptions

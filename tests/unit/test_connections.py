@@ -1,4 +1,4 @@
-"""Connections, DNS and files: users' code cannot stand in the way of the pool's calls."""
+"""Connections, DNS and files: code of users must not delay calls of the pool."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ STOP = CallOptions(priority=Priority.COMPLETION)
 
 @dataclass
 class Server:
-    """Answers each request by its first line and connection; None = not at all.
+    """A server that answers by the first line and the connection of a request; None: no answer.
 
     Attributes:
         lines: The first line of each request, in order.
-        connections: How many there were.
+        connections: The number of accepted connections.
     """
 
     answer: Callable[[str, int], bytes | None] = lambda _line, _connection: ANSWER
@@ -93,7 +93,7 @@ async def serving(
 
 @pytest.fixture
 async def occupied_executor() -> AsyncIterator[None]:
-    """The event loop's own executor, each thread of which runs code of users that blocks."""
+    """Occupy every thread of the event loop's default executor by blocking code of users."""
     release = threading.Event()
     loop = asyncio.get_running_loop()
     blocked = [loop.run_in_executor(None, release.wait) for _ in range(64)]
@@ -107,7 +107,7 @@ async def occupied_executor() -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("occupied_executor")
 async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
-    """With a host to look up, and a token that has to be read again."""
+    """The calls look up a host name and read a renewed token."""
     path = tmp_path / "token"
     path.write_text("old")
 
@@ -137,7 +137,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        await server.received(17)  # of handlers: one for each session, and sixteen
+        await server.received(17)  # calls of handlers: one for each session, and sixteen more
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
             group.create_task(client.poll()),
@@ -179,14 +179,14 @@ async def test_call_with_new_connection_reuses_no_connection() -> None:
 
 
 async def test_retry_after_silent_connection_uses_new_connection() -> None:
-    """Every pooled connection is dead, and nobody has said so."""
+    """Every pooled connection is dead, but none was closed."""
     silent = False
 
     def answer(_: str, connection: int) -> bytes | None:
         return None if silent and connection <= 2 else ANSWER
 
     async with serving(answer) as server, WorkClient(server.settings()) as client:
-        async with asyncio.TaskGroup() as group:  # two pooled connections
+        async with asyncio.TaskGroup() as group:  # opens two pooled connections
             for _ in range(2):
                 group.create_task(client.stop(WORK, options=STOP))
         assert server.connections == 2
@@ -200,10 +200,10 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
 
 
 class HungDisk:
-    """Reads of credentials that hang until `release`.
+    """A replacement for reading credentials that hangs until `release` is set.
 
     Attributes:
-        reads: How many were begun.
+        reads: The number of started reads.
     """
 
     def __init__(self) -> None:
@@ -390,7 +390,7 @@ async def test_resolver_returns_numeric_addresses() -> None:
     await threads.close()
 
 
-# Informational answers without end.
+# Endless informational responses.
 
 FLOOD = """
 import socket, sys
@@ -407,7 +407,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 
 
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
-    """On the loop of the command line, which reads for as long as there is something to read."""
+    """The loop of the command line (uvloop) reads as long as bytes are available."""
 
     async def stop(port: int) -> list[float]:
         times: list[float] = []
@@ -435,12 +435,12 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
         flood.kill()
         flood.wait()
         flood.stdout.close()
-    assert max(after - before for before, after in pairwise(times)) < 0.8  # seconds of CPU
+    assert max(after - before for before, after in pairwise(times)) < 0.8  # seconds of CPU time
 
 
 @pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
 async def test_connection_receives_limited_number_of_bytes_at_once(priority: Priority) -> None:
-    """What is read at once is parsed in one turn of the loop."""
+    """All bytes that are received at once are parsed in one turn of the loop."""
     sizes: list[int] = []
     connect = socket.socket.setsockopt
 

@@ -1,4 +1,4 @@
-"""The parts of the demo: what the record says, what a worker says, what is drawn."""
+"""The parts of the demo: its state, the output of its workers, and its views."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     assert tale.tell("created", None, "queued") == []
     assert tale.tell("delivered", "one-1234", "queued") == []
     assert tale.tell("acked", "one-1234", "starting") == []
-    assert tale.state.held_by("one") == []  # not before its first heartbeat
+    assert tale.state.held_by("one") == []  # a session counts from its first heartbeat
     assert tale.tell("heartbeat", "one-1234", "active") == []
     assert tale.state.held_by("one") == ["session 01"]
     [free] = tale.tell("lapsed", None, "queued")
@@ -188,7 +188,7 @@ def test_plain_demo_view_prints_summary_and_worker_lines(
 ) -> None:
     with PlainView() as plain:
         plain.draw(state)
-        assert capsys.readouterr().out == ""  # not that often
+        assert capsys.readouterr().out == ""  # drawn at most once per PLAIN_SECONDS
         monkeypatch.setattr(plain_view, "PLAIN_SECONDS", 0.0)
         plain.draw(state)
         plain.show("one", "hello")

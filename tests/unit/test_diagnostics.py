@@ -1,4 +1,4 @@
-"""Reports that never delay their caller for long, and stacks that need no file and stay small."""
+"""Diagnostic reports that delay their caller for a limited time, and stacks that need no file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[threading.Thread]]]:
-    """Start threads that have called a function, which must wait for `release` in the end."""
+    """Return a function that starts threads which end after `release` is set."""
     threads: list[threading.Thread] = []
 
     def start(count: int, call: Callable[[], object]) -> list[threading.Thread]:

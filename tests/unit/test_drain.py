@@ -1,4 +1,4 @@
-"""A drain: its deadline only comes nearer, and it ends in spite of stuck and abandoned sessions."""
+"""The drain: its deadline never moves later, and stuck or abandoned sessions do not keep it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Sessions:
-    """What a drain knows of the dispatcher and its sessions.
+    """A stand-in for the dispatcher and its sessions.
 
     Attributes:
         running: Sessions that have not ended.
         stuck: Sessions whose handler ignores its cancellation.
-        cancelled_at: When the handlers were cancelled.
+        cancelled_at: The time at which the handlers were cancelled.
     """
 
     def __init__(self, running: int = 0) -> None:
@@ -41,7 +41,7 @@ class Sessions:
         return self.running - self.stuck
 
     async def marked(self, seconds: float) -> None:
-        """Nothing of these sessions is marked."""
+        """Return at once, as no session is marked."""
 
     def end(self, count: int = 1) -> None:
         self.running -= count

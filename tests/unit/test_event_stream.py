@@ -1,4 +1,4 @@
-"""Following a session in virtual time, over connections that do whatever they like."""
+"""Event streams in virtual time over connections that fail in many ways."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ START = 1_772_366_400.0
 
 
 class World:
-    """A control plane on the running loop, and one session on it."""
+    """A control plane on the running loop with one session."""
 
     def __init__(self, **faults: list[CallFault | None]) -> None:
         self.loop = asyncio.get_running_loop()
@@ -79,12 +79,12 @@ async def test_silent_event_stream_is_reopened() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= world.opened <= 11  # every 45 s and the backoff
+    assert 9 <= world.opened <= 11  # reopened every 45 s plus backoff
 
 
 @in_virtual_time
 async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> None:
-    """It hears nothing for an hour because it does not listen: the stream is as good as before."""
+    """A reader that does not read for an hour must not count as silence of the stream."""
     world = World()
     async with world.client as client, client.events(world.session_id).stream() as stream:
         world.say(0)
@@ -132,7 +132,7 @@ async def test_event_stream_without_timely_answer_is_requested_again() -> None:
 
 
 class Endless:
-    """A history whose pages never end; `make` gives the ids on the page of a number."""
+    """A history whose pages never end; `make` returns the ids of a page by its number."""
 
     resumes = False
 
@@ -160,14 +160,14 @@ class Endless:
 
 
 class Mute:
-    """A stream that brings nothing."""
+    """A stream without events."""
 
     async def read(self) -> bytes:
         await asyncio.Event().wait()
         return b""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing, as no connection is open."""
 
 
 @in_virtual_time
@@ -201,7 +201,7 @@ async def test_event_stream_with_endless_history_requests_pages_slowly() -> None
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # 5 s for 100 pages, then 5 s of back-off on average
+    # 5 s for 100 pages, then 5 s of backoff on average
     assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
 
 
@@ -239,7 +239,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class Flaky:
-    """A way to the session that breaks as it is told, call by call, and holds at the end."""
+    """Event calls that fail as `conditions` say, call by call, and succeed afterwards."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool
@@ -275,7 +275,7 @@ class Flaky:
 
 
 class FlakyStream:
-    """An open stream; one that was cut tells what came before the cut, perhaps half an event."""
+    """An open stream; one that was cut ends after its earlier events or half an event."""
 
     def __init__(self, stream: OpenStream, way: Flaky) -> None:
         self._stream = stream
@@ -312,7 +312,7 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=st.booleans(),
     replays=st.booleans(),
 )
-# A page that fails after one that told the beginning:
+# A page that fails after a page with the first events:
 @example(
     conditions=["fine", "fine", "broken"],
     pauses=[0.0] * 5,
@@ -320,11 +320,11 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=False,
     replays=False,
 )
-# A silence that a reader who looks up every now and then must notice all the same:
+# A silent stream whose reader waits only now and then:
 @example(
     conditions=["fine"] * 3 + ["silent"], pauses=[7.0] * 3, patience=3.0, resumes=True, replays=True
 )
-# And one who looks up for moments only:
+# A silent stream whose reader waits for short times only:
 @example(
     conditions=["fine", "fine", "silent"],
     pauses=[7.0] * 3,
@@ -356,7 +356,7 @@ def test_events_after_any_failure_arrive_once_and_in_order(
                             told.append(await anext(stream))
                             flags.append(stream.caught_up)
                     except TimeoutError:
-                        assert world.loop.time() < 100_000  # everything comes some day
+                        assert world.loop.time() < 100_000  # every event arrives in finite time
         assert [event["id"] for event in told] == world.said
         assert flags[-1:] in ([], [True])
 

@@ -1,4 +1,4 @@
-"""A machine that has run out of something, and the sessions that are given back for it."""
+"""Exhausted machines (descriptors, memory, disk), and the sessions that are released for it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:
 
 
 def test_thread_that_cannot_start_is_recognised_as_exhaustion() -> None:
-    """The text of Python's own error, which has no class of its own."""
+    """The error of Python has no class of its own and is recognised by its text."""
     program = """
 import resource, threading
 from workpool.errors import exhausted

@@ -1,4 +1,4 @@
-"""The exporter over a real socket: what it answers, and that it leaves nothing behind."""
+"""The HTTP exporter over a real socket: its answers and its clean end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in
 
 
 class Verdicts:
-    """Reasons that a test can change."""
+    """Health reasons that a test can change."""
 
     def __init__(self) -> None:
         self.health: list[str] = []
@@ -46,7 +46,7 @@ class Verdicts:
 
 
 class Stuck(Collector):
-    """A collector that does not answer until it is released."""
+    """A collector that does not return until it is released."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -59,7 +59,7 @@ class Stuck(Collector):
 
 
 class Broken(Collector):
-    """A collector with a bug."""
+    """A collector that raises."""
 
     def collect(self) -> Iterator[Metric]:
         raise ValueError("sess_secret")
@@ -293,7 +293,7 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
 
 
 def left() -> tuple[Multiset[str], set[str], int]:
-    """What this thread's process holds: open sockets, our threads, tasks."""
+    """Return the open sockets, workpool threads and tasks of this process."""
     sockets = Multiset(link for fd in FDS.iterdir() if (link := readlink(fd)).startswith("socket:"))
     threads = {t.name for t in threading.enumerate() if t.name.startswith("workpool-metrics")}
     return sockets, threads, len(asyncio.all_tasks())
@@ -302,12 +302,12 @@ def left() -> tuple[Multiset[str], set[str], int]:
 def readlink(path: Path) -> str:
     try:
         return str(path.readlink())
-    except OSError:  # the directory's own descriptor
+    except OSError:  # the descriptor of the directory listing itself
         return ""
 
 
 async def connect(port: int, request: bytes) -> socket.socket:
-    """A client that sends this and then never reads."""
+    """Connect a client that sends this request and never reads."""
     client = socket.socket()
     client.settimeout(0)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -357,7 +357,7 @@ def test_connected_clients_do_not_delay_closing_of_exporter_and_nothing_is_left(
 
 
 class Life:
-    """An exporter's life in stages, each of which can be waited for."""
+    """The life of an exporter in stages, each of which a test can wait for."""
 
     STAGES = ("starting", "serving", "closing")
 
@@ -423,7 +423,7 @@ async def test_hanging_collector_does_not_delay_closing_of_exporter(
 ) -> None:
     stuck = Stuck()
     registry.register(stuck)
-    async with asyncio.timeout(15):  # the collector would hang for 20 s
+    async with asyncio.timeout(15):  # the collector hangs for 20 s
         async with exporter_of(registry, verdicts) as exporter:
             client = await connect(exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             await asyncio.to_thread(stuck.entered.wait)

@@ -1,4 +1,4 @@
-"""The file of faults: what it may say, and how a mistake in it is told."""
+"""The fault file: its valid contents, and the reports of its mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`@handler` marks and refuses; `Handler` equality is what `max_sessions` counts by."""
+"""The decorator `@handler` and the equality of `Handler`, by which `max_sessions` counts."""
 
 import functools
 import inspect

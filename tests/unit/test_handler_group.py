@@ -1,4 +1,4 @@
-"""The task group of handlers: it can be left whatever they do, and cancelled at any moment."""
+"""The task group of handlers, which can be left or cancelled at any time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from workpool.pool.handler_executor import handler_group
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(turns: int) -> None:
-    """Otherwise its host fails on its own, and the loop logs an error that nobody can act on."""
+    """Otherwise its host task fails later, and the loop logs an error that nobody can handle."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
@@ -31,7 +31,7 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
     hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
     assert not hosts
     del entering
-    gc.collect()  # only now are exceptions reported that were never retrieved
+    gc.collect()  # exceptions that were never retrieved are reported only now
     assert not problems
 
 

@@ -1,4 +1,4 @@
-"""Handlers that fail at once leave their items to other workers. In virtual time."""
+"""Handlers that fail at once leave their items to other workers, in virtual time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def run_nothing(session: Session) -> None:
-    """Run nothing."""
+    """Do nothing."""
 
 
 BROKEN, OTHER = (
@@ -43,7 +43,7 @@ class Ended:
 
 
 class Scene:
-    """The health of two handlers, and the number of their items."""
+    """The health of two handlers, and the number of their owned items."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -60,7 +60,7 @@ class Scene:
         handler: Handler | None = BROKEN,
         number: int | None = None,
     ) -> None:
-        """Let a session end; of a new item, unless it has a number."""
+        """End a session of a new item, or of the item with this number."""
         self.number += number is None
         item: Any = Ended(self.number if number is None else number, handler, error)
         self.health.record(item, outcome, seconds)
@@ -84,7 +84,7 @@ async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
     scene.end()
     assert scene.failing
     assert not scene.health.may_claim(BROKEN)
-    assert scene.health.may_claim(OTHER)  # counted per handler
+    assert scene.health.may_claim(OTHER)  # failures are counted per handler
 
 
 @in_virtual_time
@@ -124,7 +124,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
     ("stopped", 0.5, None, False),
     ("lease_lost", 0.5, None, False),
     ("detached", 0.5, None, False),
-    # released for exhaustion, however late
+    # released for exhaustion, after any time
     ("released", 100.0, FULL, True),
     ("released", 100.0, MemoryError(), True),
     ("released", 100.0, OSError(errno.EMFILE, "x"), True),
@@ -192,7 +192,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
         again.fail(4)
         again.end(outcome, seconds)
         again.end()
-        assert again.failing != resets  # 4 + 1, or 1
+        assert again.failing != resets  # 4 + 1 failures, or 1
 
     check()
 
@@ -226,7 +226,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     scene.fail()
     before = scene.loop.time()
     await scene.health.admission()
-    assert scene.loop.time() - before == pytest.approx(1)  # it begins anew
+    assert scene.loop.time() - before == pytest.approx(1)  # the pause starts again at 1 s
 
 
 @in_virtual_time
@@ -276,7 +276,7 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
 
 @in_virtual_time
 async def test_admission_of_busy_and_paused_handler_ends_with_pause() -> None:
-    """The pause of the one is over and its session runs; the other may claim in 4 s."""
+    """One handler runs its session after its pause; the other handler may claim in 4 s."""
     scene = Scene()
     for _ in range(FAILURES):
         scene.end(handler=OTHER)  # a pause of 1 s

@@ -1,4 +1,4 @@
-"""Limits on the connections of an HTTP server, with real sockets on both event loops."""
+"""Connection limits of the HTTP servers, with real sockets on both kinds of event loops."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Site:
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        # The kernel buffers little, so that what is not read soon waits in the process.
+        # The kernel buffers little, so that unread bytes soon wait in the process.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
         server = await asyncio.get_running_loop().create_server(
             self.connections.protocol_factory(runner.server), sock=listening
@@ -85,7 +85,7 @@ class Site:
 
 
 class Client:
-    """A raw client whose socket holds little that was not read."""
+    """A raw client whose socket buffers few unread bytes."""
 
     open: ClassVar[list[Client]] = []
 
@@ -112,7 +112,7 @@ class Client:
         await asyncio.get_running_loop().sock_sendall(self.socket, request)
 
     async def read(self, size: int = 65536) -> bytes:
-        """Return what the server sent; nothing if it closed the connection."""
+        """Return the bytes that the server sent; empty if it closed the connection."""
         try:
             return await asyncio.get_running_loop().sock_recv(self.socket, size)
         except ConnectionError:
@@ -192,7 +192,7 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
             site.released.set()
             for client in clients:
                 assert (await client.read()).startswith(OK)
-            assert (await ask(site.port)).startswith(OK)  # in place of one that is idle now
+            assert (await ask(site.port)).startswith(OK)  # replaces a connection that is idle now
             Client.close_all()
             await until(lambda: not len(site.connections))
 
@@ -357,7 +357,8 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             clients = []
             for count in range(1, 11):
                 clients.append(await Client.connect(site.port, BIG))
-                # Each leaves almost 20 MB unread: with the third, the first is cut off.
+                # Each leaves almost 20 MB unread: with the third client, the first one is
+                # disconnected.
                 await until(partial(leave_unread, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
             assert (await ask(site.port)).startswith(OK)

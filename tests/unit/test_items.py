@@ -1,4 +1,4 @@
-"""Parsing: what is kept, what is refused by name, and what is never quoted."""
+"""Parsing of items, heartbeats and stats: kept fields, refused fields, and no quoted content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sans-IO lease: its arithmetic as tables, its promises as properties."""
+"""The lease without I/O: its arithmetic as tables, its guarantees as properties."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ACKED = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 TTL = 60
 BEGUN_AT = 0.0
 SENT, ANSWERED = 20.0, 22.0
-"""When the heartbeat of a table's row is sent and answered; the lease ends at 60."""
+"""Times at which the heartbeat of a table row is sent and answered; the lease ends at 60."""
 
 
 def make_item(**changes: Any) -> WorkItem:
@@ -106,56 +106,56 @@ def exchange(
     return lease.answered(answered, lease.send(sent, sent), outcome)
 
 
-# The states from which the tables' rows start. Each lease ends at 60.
+# The states in which the rows of the tables start. Each lease ends at 60.
 
 
 def fresh() -> Lease:
-    """Acknowledged at 0; no heartbeat has been sent."""
+    """Return a lease acknowledged at 0, without a heartbeat."""
     return make_lease()
 
 
 def unsettled() -> Lease:
-    """Its ack answered `active`; no heartbeat has been sent."""
+    """Return a lease whose ack answered `active`, without a heartbeat."""
     return make_lease(state="active")
 
 
 def unsettled_unanswered() -> Lease:
-    """Its ack answered `active`, and its first heartbeat was not answered."""
+    """Return a lease whose ack answered `active` and whose first heartbeat was not answered."""
     lease = unsettled()
     exchange(lease, 5.0, 6.0, transient())
     return lease
 
 
 def settled() -> Lease:
-    """Its ack answered `active`, and its first heartbeat has succeeded."""
+    """Return a lease whose ack answered `active` and whose first heartbeat succeeded."""
     lease = unsettled()
     exchange(lease, BEGUN_AT, BEGUN_AT, success())
     return lease
 
 
 def begun(**values: Any) -> Lease:
-    """Its first heartbeat was sent at 0 and has succeeded."""
+    """Return a lease whose first heartbeat was sent at 0 and succeeded."""
     lease = make_lease(**values)
     exchange(lease, BEGUN_AT, BEGUN_AT, success(ttl_seconds=values.get("ttl", TTL)))
     return lease
 
 
 def unanswered() -> Lease:
-    """A heartbeat after the first one was not answered."""
+    """Return a lease with an unanswered heartbeat after the first one."""
     lease = begun()
     exchange(lease, 5.0, 6.0, transient())
     return lease
 
 
 def throttled() -> Lease:
-    """A heartbeat after the first one was certainly not applied."""
+    """Return a lease with a heartbeat after the first one that was certainly not applied."""
     lease = begun()
     exchange(lease, 5.0, 6.0, THROTTLED)
     return lease
 
 
 def read_once() -> Lease:
-    """A read has shown that it is ours."""
+    """Return a lease that a read has shown to be held."""
     lease = begun()
     exchange(lease, 5.0, 6.0, CONFLICT)
     lease.read(7.0, "conflict", ours())
@@ -163,7 +163,7 @@ def read_once() -> Lease:
 
 
 def lent() -> Lease:
-    """A child process may have taken it over."""
+    """Return a lease that a child process may have taken over."""
     lease = begun()
     lease.suspend()
     lease.resume(SENT)
@@ -171,14 +171,14 @@ def lent() -> Lease:
 
 
 def own_stop() -> Lease:
-    """A stop of ours may have been applied."""
+    """Return a lease for which a stop of this pool may have been applied."""
     lease = begun()
     lease.own_stop = True
     return lease
 
 
 def releasing() -> Lease:
-    """Its next heartbeat is the last one."""
+    """Return a lease whose next heartbeat is the last one."""
     lease = begun()
     lease.release(SENT, 12.0)
     return lease
@@ -196,11 +196,14 @@ def anothers() -> WorkItem:
     return ours(acknowledged_at=ACKED + timedelta(seconds=90))
 
 
-# What an answer makes of a lease.
+# Effects of an answer on a lease.
 
 
 class Expected(NamedTuple):
-    """The decision, and the lease after it. `due` is relative to the answer; None: not checked."""
+    """The decision, and the lease after it.
+
+    `due` is relative to the answer; None is not checked.
+    """
 
     then: str
     result: str | None
@@ -248,14 +251,15 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (begun, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
     (unanswered, success(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
     (begun, success(2, lease_extended=False, last_heartbeat="", state="stopping"), NOT_OURS),
-    # an ack that answered `active` is settled by a heartbeat that extends the lease, not by a read
+    # an ack that answered `active` is confirmed by a heartbeat that extends the lease, not by a
+    # read
     (unsettled, success(lease_extended=False), NOT_OURS),
     (unsettled, success(state="stopping"), Expected("over", "conflict", "lost", due=LOST)),
     (unsettled, CONFLICT, NOT_OURS),
     (unsettled, PRECONDITION, GONE),
     (unsettled_unanswered, PRECONDITION, GONE),
     (unsettled_unanswered, CONFLICT, NOT_OURS),
-    # transient errors: repeated, sooner at first
+    # transient errors: repeated, soon at first
     (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
     (begun, transient("network"), Expected("again", "transient", due=FIRST_REPEAT)),
     (begun, transient("server_error"), Expected("again", "transient", due=FIRST_REPEAT)),
@@ -265,7 +269,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (begun, transient("throttled", 7.0), Expected("again", "transient", due=7.0)),
     (begun, transient("server_error", 300.0),
      Expected("again", "transient", due=(54.0 - ANSWERED) / 2)),
-    # 412: read only if a heartbeat of ours, or a child's, may have been applied
+    # 412: read only if a heartbeat of this pool or of a child may have been applied
     (fresh, PRECONDITION, GONE),
     (begun, PRECONDITION, GONE),
     (throttled, PRECONDITION, GONE),
@@ -276,7 +280,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (fresh, CONFLICT, READ_CONFLICT),
     (begun, CONFLICT, READ_CONFLICT),
     (own_stop, CONFLICT, READ_CONFLICT),
-    # refusals: a credential may be mended, an unknown item is gone
+    # refusals: a credential may be renewed, an unknown item is lost
     (begun, refused(401), Expected("again", "rejected", due=FIRST_REPEAT)),
     (begun, refused(403), Expected("again", "rejected", due=FIRST_REPEAT)),
     (begun, refused(405), Expected("again", "rejected", due=FIRST_REPEAT)),
@@ -428,7 +432,7 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-# What a heartbeat must expect.
+# The expected last heartbeat.
 
 
 def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
@@ -451,7 +455,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
     [
         (ours(last_heartbeat="hb_5"), "hb_5"),
         (ours(last_heartbeat=None), "NO_HEARTBEAT"),
-        # in `starting` it is a former holder's
+        # in `starting` it belongs to a former holder
         (ours(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
@@ -462,31 +466,31 @@ def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, exp
     assert lease.expected == expected
 
 
-# What a read makes of a lease.
+# Effects of a read on a lease.
 
 READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expected]] = [
     (unanswered, ours(), Expected("again", "recovered", due=0)),
     (unanswered, ours(last_heartbeat="hb_2"), Expected("again", "recovered", due=0)),
     (unanswered, ours(state="stopping"), Expected("again", "recovered", due=0)),
-    # the second one in a row must not be followed by a heartbeat at once
+    # the second read in a row must not be followed by a heartbeat at once
     (read_once, ours(), Expected("again", "recovered", due=FIRST_REPEAT)),
     (begun, stopped(), Expected("over", "conflict", "stopped", due=LOST)),
     (own_stop, stopped(), Expected("over", "conflict", "finished", due=LOST)),
     (begun, ours(state="queued"),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, ours(state="starting"), Expected("again", "recovered", due=0)),
-    # it was `active` already: a poll has leased it to another worker
+    # the item was `active` before: a poll has leased it to another worker
     (settled, ours(state="starting"),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (own_stop, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, ours(acknowledged_at=None),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    # not found, or the credential may not read it
+    # not found, or the credential may not read
     (begun, None, Expected("over", "conflict", "lost", due=LOST)),
     (unanswered, None, Expected("over", "conflict", "lost", due=LOST)),
     (own_stop, None, Expected("over", "conflict", "finished", due=LOST)),
-    # a handoff: a later heartbeat than ours is the child's
+    # handoff: a heartbeat later than the parent's is the child's
     (lent, ours(), Expected("again", "recovered", due=0)),
     (lent, ours(last_heartbeat="hb_2"), Expected("over", "conflict", "handed_off", due=LOST)),
     (lent, ours(last_heartbeat="hb_2", state="stopped"),
@@ -547,7 +551,7 @@ def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
     exchange(lease, SENT, ANSWERED, success(2, state="stopping"))
     assert lease.stop_requested == requested
     exchange(lease, 40.0, 41.0, success(3))
-    assert lease.stop_requested == requested  # one that is made stays
+    assert lease.stop_requested == requested  # a stop request is never withdrawn
 
 
 def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
@@ -582,7 +586,7 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
 def test_repeated_release_remains_the_last_heartbeat() -> None:
     lease = releasing()
     exchange(lease, SENT, ANSWERED, transient())
-    assert lease.deadline == SENT + 12  # it may have been applied
+    assert lease.deadline == SENT + 12  # the heartbeat may have been applied
     attempt = lease.send(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
     assert lease.deadline == SENT + 12
@@ -655,7 +659,7 @@ def test_failed_heartbeat_records_no_clock_offset() -> None:
     assert lease.clock_offset == 0.0
 
 
-# Who may send.
+# The check before a request.
 
 
 @pytest.mark.parametrize(
@@ -705,7 +709,7 @@ def test_first_end_status_of_lease_is_kept(first: Any, second: Any) -> None:
     assert (lease.status, lease.confirmed) == (first, first == "lost")
 
 
-# Properties: one lease against a control plane, a network and another worker.
+# Properties: one lease with a control plane, a network and another worker.
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -715,7 +719,7 @@ statuses = st.sampled_from([400, 401, 403, 404, 409, 412, 429, 500, 503])
 
 
 class ControlPlane:
-    """The control plane's own operations, on a clock in hand."""
+    """The operations of the embedded control plane with a clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -762,7 +766,7 @@ def error_of(status: int) -> ControlPlaneError:
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Heartbeats that arrive late, twice over, or never; answers that are lost; another worker."""
+    """Heartbeats that arrive late, twice or never; lost answers; another worker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -787,7 +791,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.plane.now += latency
         self.lease = Lease(self.plane.ack("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
-    # Time, and what others do.
+    # Time, and actions of others.
 
     @rule(length=seconds)
     def wait(self, length: float) -> None:
@@ -848,7 +852,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
     def request_arrives(self, index: int) -> None:
-        """In whatever order; also after we have stopped waiting for its answer."""
+        """Let a request arrive in any order, even after the wait for its answer has ended."""
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.heartbeat(attempt.expected, attempt.ttl)
         if attempt is self.attempt:
@@ -868,7 +872,7 @@ class LeaseMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.attempt in self.under_way)
     @rule(status=statuses)
     def proxy_answers(self, status: int) -> None:
-        """Somebody on the way refuses the request, which goes nowhere then."""
+        """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
         self._answered(error_of(status))
@@ -921,7 +925,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.reading, self.item = False, None
 
     def _settled(self, decision: Decision) -> None:
-        """Check what must follow from every decision."""
+        """Check the conditions that hold after every decision."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
         if decision.then == "again":
@@ -933,7 +937,7 @@ class LeaseMachine(RuleBasedStateMachine):
         elif decision.then == "held":
             self.last_decision = "held"
 
-    # What holds at every instant.
+    # Invariants.
 
     @invariant()
     def lease_that_is_held_is_nobody_elses(self) -> None:
@@ -1020,7 +1024,7 @@ def test_handoff_never_gives_item_to_parent_and_child(
 
 
 def heartbeat(plane: ControlPlane, lease: Lease, *, lost: bool = False) -> str:
-    """Send one heartbeat, and read the item if that must follow."""
+    """Send one heartbeat, and read the item if the decision requires it."""
     if lease.over:
         return "over"
     attempt = lease.send(plane.now, plane.now)

@@ -1,4 +1,4 @@
-"""The lease clock counts sleep on every platform; a pause is a jump between the two clocks."""
+"""The lease clock, which counts sleep on every platform, and pauses as jumps between two clocks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_lease_clock_counts_sleep_on_linux(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There `time.monotonic` stands still while the machine sleeps."""
+    """On macOS `time.monotonic` stands still while the machine sleeps."""
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(time, "clock_gettime", float)
@@ -50,7 +50,7 @@ def test_lease_clock_elsewhere_is_the_monotonic_one(
 
 
 class Clocks:
-    """A lease clock and a wall clock in hand."""
+    """A lease clock and a wall clock that the test moves."""
 
     def __init__(self) -> None:
         self.lease = 100.0
@@ -58,7 +58,7 @@ class Clocks:
         self.detector = PauseDetector(lambda: self.lease, lambda: self.wall)
 
     def paused_after(self, lease: float, wall: float) -> bool:
-        """Move both clocks, and return whether that is a pause."""
+        """Move both clocks, and return whether the detector reports a pause."""
         before = self.detector.offset()
         self.lease += lease
         self.wall += wall
@@ -69,13 +69,13 @@ class Clocks:
     ("lease", "wall", "paused"),
     [
         (0, 0, False),
-        (3_600, 3_600, False),  # time that both count, sleep included
-        (0, 1.9, False),  # a correction
+        (3_600, 3_600, False),  # both clocks count the time, including sleep
+        (0, 1.9, False),  # a correction of the wall clock
         (0, -1.9, False),
         (0, PAUSE_SECONDS, True),
         (5, 5 + PAUSE_SECONDS, True),
         (0, 86_400, True),
-        (0, -PAUSE_SECONDS, True),  # restored from a snapshot, with a wall clock that is behind
+        (0, -PAUSE_SECONDS, True),  # restored from a snapshot with a wall clock that is behind
     ],
 )
 def test_clock_jump_of_wall_clock_against_lease_clock_is_a_pause(

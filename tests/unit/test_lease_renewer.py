@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 START = 1_772_366_400.0
 LOST = CallFault(answer="silence")
-"""Applied, and its answer lost."""
+"""A heartbeat that is applied but whose answer is lost."""
 UNSENT = CallFault(answer="silence", applied=False)
 RESET = CallFault(answer="reset", applied=False)
 LOOK = 0.1
-"""More than the shortest time between two looks at all leases."""
+"""A little more than the shortest time between two ticks of the renewer."""
 
 
 def refusal(status: int) -> CallFault:
@@ -36,13 +36,13 @@ def gaps(times: list[float]) -> list[float]:
 
 
 def assert_changed(one: Bench, at: float, status: str) -> None:
-    """Assert that one change was reported, at this time."""
+    """Assert that one change was reported, at this time and with this status."""
     [(changed_at, changed_to)] = one.changes
     assert changed_at == pytest.approx(at, abs=LOOK)
     assert changed_to == status
 
 
-# Heartbeats in time.
+# Heartbeats on time.
 
 
 @in_virtual_time
@@ -115,7 +115,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(bench: type[Ben
     assert one.outcomes() == ["ok", "recovered", "ok"]
     _, second, third = one.times("heartbeat")
     assert third == pytest.approx(second + 6)
-    # What the answers before it took is no lag of ours.
+    # The time of earlier answers is not lag of the renewer.
     assert max(event.lag_seconds for _, event in one.results) < LOOK
 
 
@@ -162,7 +162,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
 async def test_lease_whose_heartbeat_waits_in_line_is_lost_before_its_deadline(
     bench: type[Bench],
 ) -> None:
-    """No heartbeat of it is under way, whose end would give it up."""
+    """The lease has no heartbeat in flight whose end would give it up."""
     one = bench(ttl=10)
     async with one.open():
         leases = [await one.begin(await one.claim()) for _ in range(200)]
@@ -225,12 +225,12 @@ async def test_check_soon_sends_heartbeat_at_once(bench: type[Bench]) -> None:
 
 @in_virtual_time
 async def test_suspended_renewer_sends_no_heartbeats(bench: type[Bench]) -> None:
-    """As while the handlers' loop is blocked for too long."""
+    """This happens while the handlers' loop is blocked for too long."""
     one = bench()
     async with one.open():
         first, second = await one.begin(await one.claim()), await one.begin(await one.claim())
         one.renewer.renewing = False
-        one.renewer._monitor._ping += 1  # the loop has not answered
+        one.renewer._monitor._ping += 1  # as if the loop had not answered
         one.renewer.remove(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
@@ -309,7 +309,7 @@ async def test_release_of_ended_lease_sends_nothing(bench: type[Bench]) -> None:
 
 
 def assert_paced(peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN) -> None:
-    """Assert that at most 50 more calls were under way each second after `since`."""
+    """Assert that at most 50 more calls were in flight each second after `since`."""
     for at, under_way in peaks:
         assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
 
@@ -336,7 +336,7 @@ async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
 async def test_quick_heartbeats_are_never_more_than_ten_at_once(
     bench: type[Bench],
 ) -> None:
-    """Their connections are reused before new ones are opened."""
+    """Existing connections are reused before new ones are opened."""
     one = bench()
     async with one.open():
         for _ in range(300):
@@ -365,7 +365,10 @@ async def test_heartbeat_concurrency_limit_shrinks_after_disuse(bench: type[Benc
 
 
 class SlowClient(LocalClient):
-    """Every heartbeat succeeds after half a second: no control plane could be simulated as fast."""
+    """A client whose heartbeats succeed after half a second.
+
+    Simulated control planes are too slow.
+    """
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench.operations, bench.settings)
@@ -389,7 +392,7 @@ class SlowClient(LocalClient):
 async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     bench: type[Bench],
 ) -> None:
-    """A limit of heartbeats under way that latency times leases exceeded would lose some."""
+    """A fixed limit of concurrent heartbeats below latency times rate would lose some leases."""
     one = bench()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
@@ -439,7 +442,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: type[Bench]
 
 @in_virtual_time
 async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: type[Bench]) -> None:
-    """Its timers stood still: the next heartbeat's would come after the lease's end."""
+    """The timers stood still, so the next heartbeat would come after the end of the lease."""
     one = bench()
     async with one.open():
         lease = await one.begin(await one.claim())
@@ -490,7 +493,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
             await one.begin(item)
         await asyncio.sleep(5)
         one.latency = 1.0
-        one.ahead += 30  # the lease clock stood still
+        one.ahead += 30  # as if the lease clock had stood still
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
                 one.sender.check_write(item, by_handler=False)
@@ -501,7 +504,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         for item in items:
             one.sender.check(item, by_handler=False)
     assert one.times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
-    assert [status for _, status in one.changes] == ["held"] * 3  # waiting calls are woken
+    assert [status for _, status in one.changes] == ["held"] * 3  # the reports wake waiting calls
 
 
 @in_virtual_time
@@ -558,7 +561,7 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
 async def test_pause_during_claim_puts_lease_in_doubt(
     bench: type[Bench],
 ) -> None:
-    """Its first heartbeat was answered before the pause, which another item's check noticed."""
+    """The first heartbeat was answered before the pause, which another item's check noticed."""
     one = bench(heartbeat=[None, CallFault(back=2)])
     async with one.open():
         first, second = await one.claim(), await one.claim()
@@ -579,7 +582,7 @@ async def test_pause_during_claim_puts_lease_in_doubt(
 
 @in_virtual_time
 async def test_pause_before_first_heartbeat_loses_lease(bench: type[Bench]) -> None:
-    """A drain marks its item then, which may be another worker's by now."""
+    """A drain would then mark the item, which another worker may hold by now."""
     one = bench()
     async with one.open():
         item = await one.claim()

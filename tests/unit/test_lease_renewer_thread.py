@@ -1,4 +1,4 @@
-"""The lease renewer's thread: its life, its failures, its watch over the handlers' loop."""
+"""The renewer thread: start, end, failures, and its monitoring of the handlers' loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TICK_SECONDS = 0.02
 
 
 class Scene:
-    """What a renewer reports, and a clock that can jump."""
+    """A renewer with its reports, and a clock that the test can move forward."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -60,7 +60,7 @@ class Scene:
         return self.script(op, work_id)
 
     def observe(self, kind: Any, /, *values: Any) -> None:
-        """On the renewer's thread."""
+        """Record an event; called on the renewer thread."""
         event = kind(*values)
         if self.fault is not None:
             raise self.fault
@@ -77,7 +77,7 @@ class Scene:
         self.changes.notify()
 
     def stopped_renewing(self, error: LeaseRenewerError | None) -> None:
-        """On the renewer's thread."""
+        """Record the end of renewal; called on the renewer thread."""
         self.ended.append(error)
         self.blocked.set()
         self._notify()
@@ -105,7 +105,7 @@ class Scene:
         )
 
     async def claim(self) -> PoolItem:
-        """An item that is ours. Before the renewer uses the operations on its thread."""
+        """Return an acknowledged item. Call this before the renewer thread uses the operations."""
         self.operations.enqueue(ENVIRONMENT)
         async with LocalClient(self.operations, self.settings()) as client:
             item = await client.poll()
@@ -120,7 +120,7 @@ class Scene:
         return ours
 
     async def renewed(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
-        """Let the renewer have the leases, and wait until it has sent a heartbeat for each."""
+        """Give the leases to the renewer and wait until it has sent a heartbeat for each."""
         leases = []
         for item in items:
             assert item.lease is not None
@@ -134,7 +134,7 @@ class Scene:
         return [each.result for each in list(self.events) if isinstance(each, HeartbeatFinished)]
 
     async def heartbeats(self, count: int) -> None:
-        """Wait for so many settled heartbeats."""
+        """Wait for this number of finished heartbeats."""
         await self.until(lambda: len(self.results()) >= count)
 
     async def until(self, condition: Any) -> None:
@@ -151,7 +151,7 @@ def no_thread_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
-        thread.join(10)  # it has reported its end, and is about to return
+        thread.join(10)  # the thread has reported its end and is about to return
     assert set(threading.enumerate()) <= before
 
 
@@ -164,7 +164,7 @@ def renewer_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "workpool-lease-renewer"]
 
 
-# Life.
+# Start and end.
 
 
 async def test_heartbeats_are_sent_on_renewer_thread(scene: Scene) -> None:
@@ -269,7 +269,7 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(scene: Scene)
         assert later.lease is not None
         renewer.add(later.lease, later)
         assert later.lease.status == "lost"
-        renewer.release(lease, 10)  # nobody is there anymore
+        renewer.release(lease, 10)  # the renewer thread has ended
         renewer.remove(lease)
     assert len(scene.failures) == 1
 
@@ -328,7 +328,7 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(scene:
         release.set()
 
 
-# The watch over the handlers' loop.
+# Monitoring of the handlers' loop.
 
 
 async def test_loop_lag_of_handlers_loop_is_measured(scene: Scene) -> None:
@@ -363,11 +363,12 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
     renewer = scene.renewer(max_block=0.3)
     async with renewer:
         [lease] = await scene.renewed(renewer, item)
-        assert scene.blocked.wait(10)  # which blocks this loop
+        assert scene.blocked.wait(10)  # the wait itself blocks this loop
         assert not renewer.renewing
         assert scene.ended == [None]
         assert "leases are not renewed any more" in caplog.text
-        assert "test_loop_blocked_for_max_block" in caplog.text  # all stacks, ours among them
+        # all stacks, including the one of this test
+        assert "test_loop_blocked_for_max_block" in caplog.text
         await scene.until(lambda: renewer.renewing)
         assert lease.held(scene.clock())
 
@@ -379,7 +380,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
     renewer = scene.renewer(max_block=0.3)
     async with renewer:
         [lease] = await scene.renewed(renewer, item)
-        assert scene.blocked.wait(10)  # which blocks this loop
+        assert scene.blocked.wait(10)  # the wait itself blocks this loop
         renewer.check_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
         assert scene.results() == ["ok"]
@@ -389,12 +390,12 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 async def test_blocked_time_is_exact_despite_late_ticks(
     scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every tick takes three times as long as may be counted for it."""
+    """Every tick takes three times as long as one tick may count."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with scene.renewer(max_block=0.1):
         await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
         began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
-        assert scene.blocked.wait(10)  # which blocks this loop
+        assert scene.blocked.wait(10)  # the wait itself blocks this loop
         lasted = time.monotonic() - began
     [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
     stated = re.search(r"seconds=(\d+\.\d{3}) ", record.message)
@@ -413,7 +414,7 @@ async def test_stopped_process_is_not_taken_for_blocked_loop() -> None:
 
 
 class Logged(logging.Handler):
-    """Sets an event when a message that contains `text` is logged, on whatever thread."""
+    """A log handler that sets an event when a message containing `text` is logged on any thread."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -427,7 +428,7 @@ class Logged(logging.Handler):
 
 @pytest.fixture
 def not_running() -> Iterator[threading.Event]:
-    """Set once the renewer has logged that the handlers' loop does not run."""
+    """Return an event that is set when the renewer logs that the handlers' loop has stopped."""
     logged = Logged("the handlers' event loop does not run")
     log = logging.getLogger("workpool.pool.lease_renewer")
     log.addHandler(logged)
@@ -507,7 +508,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(scene: Sc
 
 
 async def test_lease_with_hanging_heartbeat_is_lost_in_time(scene: Scene) -> None:
-    """The heartbeat's own timer stood still while the machine slept."""
+    """The timer of the heartbeat stood still while the machine slept."""
     item = await scene.claim()
     renewer = scene.renewer()
     async with renewer:

@@ -102,7 +102,7 @@ FORGED = "2026-03-01T12:00:00.250Z ERROR   workpool.x forged"
 
 
 def hostile_record(text: str) -> logging.LogRecord:
-    """A record that has this text wherever a record can have any."""
+    """Return a record with this text in every field that can contain text."""
     error = ValueError(text)
     error.add_note(text)
     exc_info = (ValueError, error, None)
@@ -143,7 +143,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
-        # A line of a block costs its indent, or an escape sequence in JSON.
+        # A line of a stack costs its indent, or an escape sequence in JSON.
         assert len(form.format(made)) < 3 * limit
     made.exc_info = made.stack_info = None
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
@@ -173,7 +173,7 @@ class Odd(Exception):
 
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
 def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Formatter) -> None:
-    """Otherwise `logging` prints its arguments itself, as they are."""
+    """Otherwise `logging` prints the unescaped arguments itself."""
     assert "cannot be formatted: n=%d" in form.format(record("n=%d", "x" * 1_000_000))
     assert "Odd that has no text" in form.format(record("hello", odd=Odd()))
     assert "hello" in form.format(record("hello", exc_info=(Odd, Odd(), None)))
@@ -232,7 +232,7 @@ def test_number_of_remembered_tokens_is_limited() -> None:
 
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process's own logging, whatever the test does to it."""
+    """Restore the logging configuration of the process after the test."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)

@@ -1,4 +1,4 @@
-"""Our counts are told apart from prometheus_client's own by nothing but their cost."""
+"""Metric stores, which must expose the same text as those of prometheus_client."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
 
 
 def text_of(collector: Collector) -> list[str]:
-    """What a scrape says, creation times left out."""
+    """Return the exposed text without creation times."""
     registry = CollectorRegistry()
     registry.register(collector)
     lines = generate_latest(registry).decode().splitlines()

@@ -1,4 +1,4 @@
-"""The table of metrics.md, what feeds it, and how supervisors share a registry."""
+"""The table of metrics in the documents, the events that feed it, and shared registries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENV = ()
-"""Stands for a label whose values are known at run time only."""
+"""A label whose values are known at run time only."""
 
 H_POLL = (
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2.5, 5, 10, 30,
@@ -40,7 +40,7 @@ H_LAG = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 H_WAIT = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 H_RUN = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
 
-# A literal copy of metrics.md: name, type (C, G or a histogram's buckets), labels.
+# A literal copy of the documented table: name, type (C, G or a histogram's buckets), labels.
 TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("polls_total", "C", "environment_id, result=item|null|throttled|error|timeout|cancelled"),
     ("poll_duration_seconds", H_POLL, "environment_id, result=item|null|error"),
@@ -130,7 +130,7 @@ BUSY = PoolSnapshot(
 
 
 class Over:
-    """The lease of a session that is over."""
+    """A stand-in for the lease of a session that has ended."""
 
     remaining = 0.0
 
@@ -161,7 +161,7 @@ class Clock:
 
 
 class Pool:
-    """A supervisor as far as metrics see it: its snapshot can be changed."""
+    """A stand-in for a supervisor with a snapshot that the test can change."""
 
     def __init__(
         self, registry: CollectorRegistry, environment_id: str = "env_1", **options: Any
@@ -188,7 +188,7 @@ def pool(registry: CollectorRegistry) -> Iterator[Pool]:
 
 
 def scrape(registry: CollectorRegistry) -> dict[str, float]:
-    """Every sample but buckets and creation times, by its line without the prefix."""
+    """Return every sample except buckets and creation times, by its line without the prefix."""
     samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
@@ -486,7 +486,7 @@ def test_null_ratio_counts_polls_of_last_minute(pool: Pool, registry: CollectorR
     assert scrape(registry)[key] == 0
     pool.clock.time += 30
     assert key not in scrape(registry)
-    pool.metrics.observe(ev.PollFinished("null", 1.0))  # in a bucket that was used before
+    pool.metrics.observe(ev.PollFinished("null", 1.0))  # reuses a bucket of the ring
     assert scrape(registry)[key] == 1
 
 
@@ -540,7 +540,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
     two.clock.time += 1
-    for pool, depth in ((two, 7), (one, 3)):  # the newer answer, not the one that was told last
+    for pool, depth in ((two, 7), (one, 3)):  # the newer answer is shown, not the one observed last
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
     samples = scrape(registry)
     assert samples["acks_total{environment_id=env_1,result=ok}"] == 2
@@ -706,7 +706,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # has no types
+    yaml = importlib.import_module("yaml")  # the module has no type hints
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 8

@@ -1,4 +1,4 @@
-"""What a command prints for people, and where it looks for plugins."""
+"""The output of commands, and the import path for plugins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Discovery and loading of plugins: real modules on disk, real entry points."""
+"""Discovery and loading of plugins, with real modules on disk and real entry points."""
 
 import functools
 import itertools

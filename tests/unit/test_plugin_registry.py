@@ -54,7 +54,7 @@ def marked(name: str = "daily", **rule: Any) -> Any:
 
 
 class Answering:
-    """Answers every item with one method; subclasses give it names."""
+    """A plugin that answers every item with one method; subclasses give it names."""
 
     async def run(self, session: Session) -> None: ...
 
@@ -219,7 +219,7 @@ def test_async_callable_answered_by_hook_is_accepted(
 
 
 def hook(annotation: object) -> Any:
-    """A plugin whose `workpool_event` has this annotation."""
+    """Return a plugin whose `workpool_event` has this annotation."""
 
     def workpool_event(event: Any) -> None: ...
 

@@ -1,4 +1,4 @@
-"""One poller: what it gives back whatever its poll comes to, and what it survives."""
+"""One poller: the resources that it returns after each poll, and the errors that it survives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REFUSED = RefusedError("poll", 401, "no")
 
 
 class ScriptedClient:
-    """A client whose polls have these answers, one after the other, and then none."""
+    """A client whose polls have these answers in order, and null afterwards."""
 
     def __init__(self, *answers: object) -> None:
         self.answers = list(answers)
@@ -86,7 +86,7 @@ class ScriptedDispatcher:
 
 
 class World:
-    """What surrounds the pollers of one pool."""
+    """The environment of the pollers of one pool."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class World:
         )
 
     async def run(self, seconds: float = 20) -> None:
-        """Run one poller until its client has no further answer, or it ends by itself."""
+        """Run one poller until its client has no further answer, or until the poller ends."""
         one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
             task = group.create_task(one.run())
@@ -135,7 +135,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
-# What a poll takes, it gives back.
+# Resources reserved for a poll are returned.
 
 FAILURES: dict[str, Exception] = {
     "transient": TransientError("poll", 500, "x", reason="server_error"),

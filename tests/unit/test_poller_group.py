@@ -1,4 +1,4 @@
-"""What the pollers of one pool share: their number, cooldown, refusals, the end of the queue."""
+"""State shared by the pollers of one pool: number, cooldown, refusals, end of the queue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOWN = TransientError("poll", None, "x", reason="network")
 
 
 class World:
-    """A poller group with a clock in hand."""
+    """A poller group with a clock that the test moves."""
 
     def __init__(self, pollers: int = 3, *, until_empty: bool = False) -> None:
         self.now = 1000.0
@@ -66,7 +66,7 @@ class World:
         self.group.throttled()
 
     def refuse_for(self, minutes: float) -> None:
-        """Refuse a poll now, and every ten seconds until so many minutes from now."""
+        """Refuse a poll now and every ten seconds for this number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
             self.group.failed(REFUSED)
@@ -96,7 +96,7 @@ def test_transient_poll_failures_are_never_fatal() -> None:
 def test_five_minutes_of_refused_polls_are_fatal() -> None:
     world = World()
     world.null()
-    world.now += 60 * MINUTE  # they count from the first refusal, not from the last success
+    world.now += 60 * MINUTE  # counted from the first refusal, not from the last success
     assert REFUSED_SECONDS == 5 * MINUTE
     world.refuse_for(5 - 1 / MINUTE)
     assert not world.fatal
@@ -280,7 +280,7 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
 async def test_null_poll_ends_pool_only_if_until_empty_and_idle_and_no_other_poll() -> None:
     world = World(until_empty=True)
     other = World()
-    await other.group.settle_empty()  # not asked
+    await other.group.settle_empty()  # until_empty is not set
     assert (other.emptied, other.group.ended) == (0, False)
     await world.queue.reserve()
     world.queue.put("item")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from workpool import Session
 
-# A literal copy of the table: every pair that is not in it must raise.
+# A literal copy of the table: every missing pair must raise.
 ALLOWED = {
     ("delivered", "slot"): "acking",
     ("delivered", "adopted"): "beginning",
@@ -45,7 +45,7 @@ REASONS = [
 
 
 async def run_nothing(session: Session) -> None:
-    """Run nothing."""
+    """Do nothing."""
 
 
 first, second = (
@@ -164,7 +164,7 @@ async def test_wait_for_condition_ends_at_notification_that_meets_it() -> None:
 async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_met() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
-    item.notify()  # nobody waits
+    item.notify()  # without a waiter
     await item.until(lambda: False, 5)
     assert loop.time() == pytest.approx(5)
     await item.until(lambda: True)
@@ -221,7 +221,7 @@ def test_owned_items_without_session_do_not_exclude_each_other() -> None:
 
 
 def test_owned_item_is_removed_by_session_at_delivery() -> None:
-    """The acknowledgement returns another copy of the item, which must not lose its session."""
+    """The ack returns another copy of the item with another session id."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add(item)
     item.work_item = replace(item.work_item, session_id="sesn_other")

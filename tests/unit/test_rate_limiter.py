@@ -1,4 +1,4 @@
-"""The rate limits: how much passes, in which order, and what a cancelled wait costs."""
+"""Rate limits: throughput, order of waiters, and cancelled waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMPLETION, CLAIM, HANDLER = Priority
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock in seconds that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -28,12 +28,12 @@ class Clock:
 
 
 def spend(limiter: RateLimiter) -> int:
-    """How many tokens can be taken right now."""
+    """Return the number of tokens that can be acquired right now."""
     return next(count for count in range(10_000) if not limiter.try_acquire())
 
 
 async def settle() -> None:
-    """Let every task that can run do so."""
+    """Let every ready task run."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -127,7 +127,7 @@ def test_debt_of_many_heartbeats_is_limited_to_one_second(clock: Clock) -> None:
     spend(limiter)
     for _ in range(10_000):
         limiter.charge()
-    clock.now += 20 / 15  # a second's worth of debt, paid with three quarters of the rate
+    clock.now += 20 / 15  # the debt of one second, repaid with three quarters of the rate
     spend(limiter)
     clock.now += 0.25
     assert spend(limiter) == 5
@@ -142,13 +142,13 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     started = time.monotonic()
     for _ in range(10):
         await limiter.acquire()
-    # Never shorter; how much longer is the machine's business.
+    # A wait is never shorter; how much longer it is depends on the machine.
     assert time.monotonic() - started >= 9 / 50
 
 
 async def test_rate_limiter_wait_ends_despite_debt() -> None:
     limiter = RateLimiter("write", 200)
-    started = time.monotonic()  # before the spending: what comes in meanwhile counts
+    started = time.monotonic()  # before the tokens are spent: tokens gained meanwhile count
     spend(limiter)
     for _ in range(20):
         limiter.charge()
@@ -172,7 +172,7 @@ async def test_waiters_of_one_priority_are_served_in_order(clock: Clock) -> None
         assert not limiter.try_acquire()
         for _ in range(5):
             clock.now += 1
-            limiter.refund()  # moves the first, and the one that leaves moves the next
+            limiter.refund()  # moves the first waiter, which moves the next one when it leaves
             await settle()
     assert served == [0, 1, 2, 3, 4]
 
@@ -184,7 +184,7 @@ async def test_try_acquire_while_another_waits_is_refused(clock: Clock) -> None:
         first = group.create_task(limiter.acquire())
         await settle()
         clock.now += 1
-        assert not limiter.try_acquire()  # there is a token, and it is the first one's
+        assert not limiter.try_acquire()  # the available token belongs to the first waiter
         limiter.refund()
         await settle()
         assert first.done()
@@ -314,7 +314,7 @@ async def test_try_acquire_of_completion_waits_for_earlier_completions(clock: Cl
 
 
 async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
-    """Completions get all of that quarter, however many claims and handlers wait."""
+    """Completions get that whole quarter, however many claims and handler calls wait."""
     clock = Clock()
     async with asyncio.TaskGroup() as group:
         limiter = RateLimiter("write", 20, clock)
@@ -333,7 +333,7 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
 
 
 class Model:
-    """Who waits, and whose turn it is: what the limiter must agree with."""
+    """A reference model of the waiters and their order."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Priority, asyncio.Task[None]]] = []
@@ -356,7 +356,7 @@ class Model:
 def test_order_of_service_equals_reference_model(steps: list[Priority | str]) -> None:
     async def play() -> None:
         model, spare = Model(), False
-        limiter = RateLimiter("write", 4, Clock())  # of which one may be spent at once
+        limiter = RateLimiter("write", 4, Clock())  # one token may be spent at once
         limiter.try_acquire()
         async with asyncio.TaskGroup() as group:
             for step in steps:
@@ -405,7 +405,7 @@ async def test_waiter_of_closed_loop_does_not_delay_other_waiters(clock: Clock) 
 
     def die_in_line() -> None:
         dead = asyncio.new_event_loop()
-        left_behind.append(dead.create_task(limiter.acquire()))  # which nobody will ever resume
+        left_behind.append(dead.create_task(limiter.acquire()))  # the task is never resumed
         dead.call_later(0.01, dead.stop)
         dead.run_forever()
         dead.close()
@@ -431,7 +431,7 @@ async def test_refund_from_another_thread_wakes_first_waiter(clock: Clock) -> No
 
 
 def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
-    limiter = RateLimiter("write", 8000, Clock())  # of which 2000 may be spent at once
+    limiter = RateLimiter("write", 8000, Clock())  # 2000 tokens may be spent at once
 
     async def work(priority: Priority) -> None:
         for number in range(300):

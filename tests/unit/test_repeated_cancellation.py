@@ -1,4 +1,4 @@
-"""When a handler that ignores its cancellation is cancelled again, in virtual time."""
+"""Repeated cancellation of a handler that ignores its cancellation, in virtual time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Stubborn:
-    """A handler that ignores each cancellation until a moment.
+    """A handler that ignores each cancellation until a given time.
 
     Attributes:
-        times: When it was cancelled, in seconds after its start.
+        times: The times of its cancellations, in seconds after its start.
     """
 
     def __init__(self, until: float) -> None:
@@ -49,7 +49,7 @@ class Stubborn:
 async def running(
     bench: type[Bench], handler: Stubborn
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
-    """An item whose handler runs; left once the handler has ended."""
+    """Run the block with an item whose handler runs; leave it once the handler has ended."""
     parts = bench()
     context = SimpleNamespace(
         settings=parts.settings,

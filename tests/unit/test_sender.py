@@ -1,4 +1,4 @@
-"""The one place that sends for an item: its check, its tries, its bounds. In virtual time."""
+"""The sender: the check before each request, retries and time limits, in virtual time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
 @asynccontextmanager
 async def begun(one: Bench) -> AsyncIterator[PoolItem]:
-    """An item whose lease has begun and is renewed, and whose handler runs."""
+    """Return an item whose lease has begun and is renewed, and whose handler runs."""
     async with one.open():
         item = await one.claim()
         await one.begin(item)
@@ -95,7 +95,7 @@ ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
     (lend, LeaseLost, False),
     (cancel, SessionEnded, True),
 ]
-"""What ends the right to send, the error, and whether it ends the handler's right only."""
+"""Events that end the right to send, the error, and whether only the handler is affected."""
 
 
 @pytest.mark.parametrize(("end", "error", "by_handler"), ENDS)
@@ -108,7 +108,7 @@ def test_lease_check_is_made_right_before_request_bytes(
     *,
     by_handler: bool,
 ) -> None:
-    """Whatever the wait before them, its last moment decides."""
+    """The state at the end of the wait decides."""
 
     @in_virtual_time
     async def check() -> None:
@@ -122,7 +122,7 @@ def test_lease_check_is_made_right_before_request_bytes(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await update(one, item, request)
-            assert len(updates(one)) <= 1  # a refusal of the check is never retried
+            assert len(updates(one)) <= 1  # a refused check is never retried
         assert not one.times("update")
 
     check()
@@ -205,7 +205,7 @@ async def test_call_for_item_without_lease_raises_attribute_error(bench: type[Be
             await update(one, item)
 
 
-# Tries.
+# Retries.
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(bench: t
     async with begun(one) as item:
         lease = item.lease
         one.renewer.remove(lease)
-        lease.closed = False  # nobody renews it
+        lease.closed = False  # the lease is not renewed anymore
         with pytest.raises(TransientError):
             await update(one, item)
         sent = one.times("update")
@@ -374,7 +374,7 @@ async def test_call_in_progress_is_cancelled_when_lease_is_lost(bench: type[Benc
 async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
     bench: type[Bench],
 ) -> None:
-    """Both in one turn of the loop, as after a handler that blocked it."""
+    """Both happen in one turn of the loop, as after a handler that blocked the loop."""
     one = bench(update=[SILENCE] * 9)
     async with begun(one) as item:
 
@@ -383,7 +383,7 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
             one.sender.cut(item)
             item.notify()
 
-        one.loop.call_at(10 + 1e-7, end)  # so short after the timeout that it is one turn
+        one.loop.call_at(10 + 1e-7, end)  # so soon after the timeout that both are in one turn
         with pytest.raises(LeaseLost):
             await update(one, item)
         assert one.clock() < 11

@@ -1,4 +1,4 @@
-"""`workpool serve` from within: how it ends while its store opens."""
+"""`workpool serve` in process: its end while its store opens."""
 
 from __future__ import annotations
 

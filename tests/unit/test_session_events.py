@@ -1,4 +1,4 @@
-"""Listing, sending and following a session's events, over sockets that do not always hold."""
+"""Listing, sending and following events of a session, over sockets that may break."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def read(stream: EventStream, count: int) -> list[SessionEvent]:
 
 
 def talk(plane: ControlPlane, session_id: str, count: int) -> list[str]:
-    """Say so many things; return the ids of all that was said."""
+    """Append this number of events; return the ids of all events."""
     for number in range(count):
         plane.emit(session_id, {"type": "agent.thinking", "number": number})
     return ids(plane.events(session_id))
@@ -229,7 +229,7 @@ async def test_repeated_message_never_counts_as_sent(
 
 
 class Impatient(Unguarded):
-    """Gives up on a call that is not answered at once, and makes it again."""
+    """A guard that gives up on a call without an immediate answer and repeats it."""
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
@@ -313,7 +313,7 @@ async def test_stream_loses_no_event_between_opening_and_history(
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
         reader = group.create_task(read(stream, 9))
-        await hold.reached()  # the stream is open, the history not read
+        await hold.reached()  # the stream is open, but the history is not read
         talk(plane, session_id, 3)
         hold.release()
         await faults.wait_for("events", answered=True)
@@ -332,7 +332,7 @@ async def test_stream_is_opened_before_history_is_read(
 async def test_cancelled_wait_for_event_loses_no_event(
     plane: ControlPlane, client: WorkClient
 ) -> None:
-    """Every wait may be cancelled: the next goes on where it was."""
+    """A cancelled wait loses nothing: the next wait continues at the same event."""
     session_id = scripted(plane)
     seen: list[SessionEvent] = []
     seconds = 0.0
@@ -404,7 +404,7 @@ async def test_silent_stream_is_reopened(
         client.events(session_id).stream(stall_seconds=0.1) as stream,
     ):
         await read(stream, 4)
-        way.partition()  # nobody is told
+        way.partition()  # neither side is notified
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read(stream, 1))
             talk(plane, session_id, 1)
@@ -512,7 +512,7 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
         await anext(stream)
     async with stream:
         await read(stream, 1)
-    await read(stream, 3)  # what was there already
+    await read(stream, 3)  # events that were received before
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
 
@@ -520,7 +520,7 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
 async def test_many_open_streams_do_not_delay_other_calls(
     plane: ControlPlane, qoder: WorkClient
 ) -> None:
-    """More than the client has connections for everything else."""
+    """More streams than the client has connections for all other calls."""
     session_id = scripted(plane)
     streams = [qoder.events(session_id).stream() for _ in range(40)]
     try:

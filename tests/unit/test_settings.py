@@ -1,4 +1,4 @@
-"""Settings: where they come from, what is refused and how, and that no value is ever shown."""
+"""Settings: sources, validation, error texts, and hidden values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals as events, and the former handlers back at the end."""
+"""Signals as events, and the restored former handlers at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 @pytest.fixture(autouse=True)
 def unchanged() -> Iterator[None]:
-    """Every handler that stood before stands again."""
+    """Check that every former signal handler is restored."""
     before = [signal.getsignal(each) for each in WATCHED]
     yield
     assert [signal.getsignal(each) for each in WATCHED] == before
@@ -30,7 +30,7 @@ def unchanged() -> Iterator[None]:
 
 @pytest.fixture
 def recorder() -> Iterator[SignalRecorder]:
-    """A recorder that was installed before there was a loop, as the entry point does."""
+    """Return a recorder installed before the loop exists, as the entry point does."""
     recorder = SignalRecorder()
     former = recorder.install()
     yield recorder
@@ -39,7 +39,7 @@ def recorder() -> Iterator[SignalRecorder]:
 
 
 def send(number: signal.Signals) -> None:
-    """Send from another thread, so that only the signal itself can wake the loop."""
+    """Send the signal from another thread, so that only the signal itself can wake the loop."""
     sender = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
     sender.start()
 
@@ -123,7 +123,7 @@ async def test_sighup_requests_end_once_and_only_if_terminal_hung_up(
         with Signals(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
-            await asyncio.sleep(0)  # the turn in which it begins to listen
+            await asyncio.sleep(0)  # Signals registers its handlers in this turn
             assert signals.first.is_set() is (hung_up and hangup_ends)
             assert not signals.second.is_set()
     assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)

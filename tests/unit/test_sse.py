@@ -1,4 +1,4 @@
-"""The parser of event streams: what the bytes say, however they are cut."""
+"""The parser of event streams: frames, and bytes split anywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse(*chunks: bytes) -> list[Frame]:
 
 
 def reference(content: bytes) -> list[Frame]:
-    """The standard's words, on the whole text at once."""
+    """Parse the whole text at once, by the words of the standard."""
     text = content.decode(errors="replace").removeprefix("\ufeff")
     *lines, _ = re.split("\r\n|\r|\n", text)
     frames, event, data, last = [], "", "", ""

@@ -1,4 +1,4 @@
-"""A private CA and a client certificate, against a real TLS server that asks for one."""
+"""A private CA and a client certificate, with a TLS server that requires one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def openssl(command: str, where: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a CA, certificates of a server and of a client, and odd files."""
+    """Return a directory with a CA, certificates of server and client, and invalid files."""
     path = tmp_path_factory.mktemp("pki")
-    # With what Python asks of certificates since 3.13.
+    # With the extensions that Python requires of certificates since 3.13.
     usage = "-addext keyUsage=critical,keyCertSign"
     openssl(f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path)
     issuer = "authorityKeyIdentifier=keyid\n"
@@ -59,7 +59,7 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Server:
-    """A TLS server that asks for a certificate.
+    """A TLS server that requests a client certificate.
 
     Attributes:
         names: The common name of each client, by connection.
@@ -116,7 +116,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
     async with WorkClient(server.settings(pki, **key), session=own) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
-        with pytest.raises(ControlPlaneError):  # its answer is no event stream
+        with pytest.raises(ControlPlaneError):  # the answer is no event stream
             await client.events("sess_1")._calls.open(None)
         if own is not None:
             await own.close()
@@ -147,7 +147,7 @@ async def test_server_that_requires_certificate_refuses_client_without_one(
 
 
 class LateTunnel:
-    """An HTTP proxy that opens its tunnel to `port` when it is told."""
+    """An HTTP proxy that opens its tunnel to `port` when the test says so."""
 
     def __init__(self, port: int) -> None:
         self.asked, self.release, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -179,7 +179,7 @@ async def tunnel_to(port: int) -> AsyncIterator[tuple[LateTunnel, str]]:
 
 
 class APIError(Exception):
-    """What the check raises."""
+    """The error that the check raises."""
 
 
 @pytest.mark.parametrize("held", [True, False])

@@ -1,6 +1,6 @@
-"""One request and its answer over a real socket: every odd answer, and what is never told.
+"""One request and its answer over a real socket: unusual answers, and secrets that are never shown.
 
-The server here speaks bytes, because most of what it says no HTTP library would say.
+The server sends raw bytes, because no HTTP library would send most of these answers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Received:
 
 @dataclass
 class Server:
-    """Answers each request with the next of `answers`; the last one goes on forever."""
+    """A server that answers each request with the next of `answers`, the last one repeatedly."""
 
     answers: list[bytes | Callable[[Server, asyncio.StreamWriter], Awaitable[None]]]
     url: str = ""
@@ -317,7 +317,7 @@ async def test_response_above_size_limit_is_aborted() -> None:
 
 
 def oversized(beginning: bytes) -> list[Any]:
-    """The answers of a server that says how long its body is, and of one that does not."""
+    """Return oversized answers that begin so: one with and one without a Content-Length."""
     body = beginning + b"x" * ANSWER_LIMIT_BYTES
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
     return [answer(200, body), chunked % (len(body), body)]
@@ -436,7 +436,7 @@ async def test_missing_response_raises_timeout_after_limit(odd: Any) -> None:
 async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
     *, cancelled_first: bool
 ) -> None:
-    """aiohttp's own timeout takes it for its own: a pool's poller then went on forever."""
+    """aiohttp's own timeout swallows such a cancellation, so that a poller would go on forever."""
     seconds, loop = 0.5, asyncio.get_running_loop()
     async with serving(never) as server, connected(server.url) as transport:
         async with asyncio.TaskGroup() as group:
@@ -474,7 +474,7 @@ async def test_unknown_host_is_transient_network_error() -> None:
 
 @pytest.fixture(scope="module")
 def untrusted(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLContext:
-    """A server's certificate that nobody signed."""
+    """Return the TLS context of a server with a self-signed certificate."""
     path = tmp_path_factory.mktemp("tls") / "both.pem"
     command = f"{OPENSSL} req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=127.0.0.1"
     subprocess.run(  # noqa: S603 - a command of our own
@@ -729,7 +729,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
 
 
 async def test_request_on_dead_connection_is_repeated_if_read_and_not_if_write() -> None:
-    # aiohttp's doing; transport.py says why both are right.
+    # aiohttp repeats a GET on a new connection; transport.py says why this is right.
     async with serving(OK, hang_up, OK) as server, connected(server.url) as transport:
         await ask(transport, server.url)
         await ask(transport, server.url)
@@ -858,7 +858,7 @@ async def test_late_refusal_uses_token_renewed_meanwhile(tmp_path: Path) -> None
             await both_arrived.wait()
         else:
             both_arrived.set()
-            await server.release.wait()  # until the first has renewed the token
+            await server.release.wait()  # until the first request has renewed the token
         writer.write(refusal(401))
 
     async with serving(judge) as server, connected(server.url, token_file=path) as transport:
@@ -927,7 +927,7 @@ async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
         assert task.cancelled()
         assert told == ["error"]
         server.release.set()
-        assert (await ask(transport, server.url)).depth == 1  # on a connection of its own
+        assert (await ask(transport, server.url)).depth == 1  # on a new connection
     assert server.connections == 2
 
 

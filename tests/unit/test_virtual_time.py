@@ -1,4 +1,4 @@
-"""The instruments of time travel: a loop that jumps, and a client without a network."""
+"""Virtual time: an event loop that jumps to the next timer, and a client without a network."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) ->
         assert one.clock() == pytest.approx(1.499)
         with pytest.raises(TransientError, match="time"):
             await one.client.poll()
-        again = await one.client.poll()  # it was delivered to nobody, and 10 s have passed
+        again = await one.client.poll()  # it was delivered to no worker, and 10 s have passed
         assert again is not None
         assert one.clock() == pytest.approx(13.499)
         with pytest.raises(TransientError, match="503"):
@@ -123,7 +123,7 @@ async def test_local_client_that_is_not_open_raises(bench: type[Bench]) -> None:
 
 
 async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
-    """On a real loop, as the lease renewer is a thread."""
+    """On a real loop, because the lease renewer is a thread."""
 
     @handler
     async def work(session: Session) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Virtual time names what it cannot wait for: threads, processes and sockets."""
+"""Errors of virtual time that name threads, processes and sockets that it cannot wait for."""
 
 from __future__ import annotations
 
