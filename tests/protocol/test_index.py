@@ -39,8 +39,8 @@ def test_delivery_index_answers_like_a_full_scan(steps: Sequence[tuple[str, int,
             model[work_id] = now
         until = now - number
         due = [name for name, at in model.items() if at <= until]
-        assert deliveries.oldest(until) == min(due, default=None)
-        assert deliveries.oldest() == min(model, default=None)
+        assert deliveries.lowest_due(until) == min(due, default=None)
+        assert deliveries.lowest() == min(model, default=None)
         assert deliveries.first() == min(model.values(), default=None)
         assert len(deliveries) == len(model)
 

@@ -1,92 +1,56 @@
 """Which items wait for an acknowledgement, asked by the age of their delivery.
 
-Every poll brings its own `reclaim_older_than_ms`, so "the oldest item delivered at least that long
-ago" is a question about a prefix of the deliveries, answered in O(log n) by a tree of minima over
-the places in order of delivery.
+Every poll brings its own `reclaim_older_than_ms`, and receives the item with the lowest id among
+those that were delivered at least that long ago.
 See workpool/docs/protocol.md, "Delivery".
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from typing import Final
-
-_NOBODY: Final = "\x7f"
-"""Greater than every id."""
-_SMALLEST: Final = 64
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from itertools import chain
 
 
 class Deliveries:
     """Deliveries in the order of their times, which must never go back."""
 
     def __init__(self) -> None:
-        self._places: dict[str, int] = {}
-        self._rebuild([])
+        self._times: OrderedDict[str, int] = OrderedDict()
+        self._recent: OrderedDict[str, int] = OrderedDict()  # too recent for every poll so far
+        self._due: list[str] = []  # the other ids, ascending
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._times)
 
     def add(self, work_id: str, delivered_at: int) -> None:
         """Note that the item, not noted so far, was delivered."""
-        if len(self._times) == self._size:
-            self._rebuild([(self._times[place], key) for key, place in self._places.items()])
-        place = len(self._times)
-        self._times.append(delivered_at)
-        self._places[work_id] = place
-        self._set(place, work_id)
+        self._times[work_id] = self._recent[work_id] = delivered_at
 
     def discard(self, work_id: str) -> None:
         """Forget the item's delivery."""
-        self._set(self._places.pop(work_id), _NOBODY)
+        del self._times[work_id]
+        if self._recent.pop(work_id, None) is None:
+            del self._due[bisect_left(self._due, work_id)]
 
     def first(self) -> int | None:
         """When the oldest delivery was; None when there is none."""
-        if not self._places:
+        return next(iter(self._times.values()), None)
+
+    def lowest(self) -> str | None:
+        """Return the lowest id of all deliveries."""
+        return min(chain(self._due[:1], self._recent), default=None)
+
+    def lowest_due(self, until: int) -> str | None:
+        """Return the lowest id among the deliveries up to `until`.
+
+        Every id becomes due once, so this is the first id in the list, unless a poll with a shorter
+        window made ids due that are too recent for this one.
+        """
+        oldest = self.first()
+        if oldest is None or oldest > until:
             return None
-        node = 1
-        while node < self._size:
-            node *= 2
-            if self._least[node] == _NOBODY:
-                node += 1
-        return self._times[node - self._size]
-
-    def oldest(self, until: int | None = None) -> str | None:
-        """Return the lowest id among the deliveries up to `until`, all when None."""
-        if until is None:
-            found = self._least[1]
-        else:
-            found = self._least_before(bisect_right(self._times, until))
-        return None if found == _NOBODY else found
-
-    def _least_before(self, end: int) -> str:
-        found, left, right = _NOBODY, self._size, self._size + end
-        while left < right:
-            if left & 1:
-                found = min(found, self._least[left])
-                left += 1
-            if right & 1:
-                right -= 1
-                found = min(found, self._least[right])
-            left //= 2
-            right //= 2
-        return found
-
-    def _set(self, place: int, work_id: str) -> None:
-        node = self._size + place
-        self._least[node] = work_id
-        while node > 1:
-            node //= 2
-            self._least[node] = min(self._least[2 * node], self._least[2 * node + 1])
-
-    def _rebuild(self, deliveries: list[tuple[int, str]]) -> None:
-        """Close the gaps, and leave as much room again: O(n), once every n additions."""
-        deliveries.sort()
-        self._size = _SMALLEST
-        while self._size < 2 * len(deliveries):
-            self._size *= 2
-        self._times = [delivered_at for delivered_at, _ in deliveries]
-        self._places = {work_id: place for place, (_, work_id) in enumerate(deliveries)}
-        self._least = [_NOBODY] * (2 * self._size)
-        self._least[self._size : self._size + len(deliveries)] = self._places
-        for node in range(self._size - 1, 0, -1):
-            self._least[node] = min(self._least[2 * node], self._least[2 * node + 1])
+        while self._recent and next(iter(self._recent.values())) <= until:
+            work_id, _ = self._recent.popitem(last=False)
+            insort(self._due, work_id)
+        return next(work_id for work_id in self._due if self._times[work_id] <= until)

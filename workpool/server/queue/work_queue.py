@@ -100,7 +100,7 @@ class Queue:
 
     def claimable(self, delivered_until: int) -> Item | None:
         """Return the oldest item that nobody holds, or that was delivered by `delivered_until`."""
-        ids = (self._first_fresh(), self.deliveries.oldest(delivered_until))
+        ids = (self._first_fresh(), self.deliveries.lowest_due(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
 
@@ -132,7 +132,7 @@ class Queue:
         """Return the statistics of the queue."""
         self._forget(self._recent, now - _WINDOW)
         self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
-        ids = (self._first_fresh(), self.deliveries.oldest())
+        ids = (self._first_fresh(), self.deliveries.lowest())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return Stats(
             depth=self._queued - len(self._recent),

@@ -1,0 +1,120 @@
+"""What a poll costs the embedded control plane while many items wait for their acknowledgement.
+
+    python benchmarks/redelivery.py [--items 1000000] [--calls 2000]
+
+The operations run in this process, without HTTP, and the clock of the queue is moved by hand. Each
+case fills a queue, then measures calls of three kinds: a poll with its ack, a poll that finds
+nothing because its redelivery window is longer, and a reading of the statistics. The baseline is a
+queue of 1,000 items of which none was delivered before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from arena import table, versions
+
+from workpool.server import Operations, Poll
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ENVIRONMENT = "env_0199aaaaaaaa70008000000000000001"
+POLLS_PER_SECOND = 3000
+"""More than the embedded control plane answers over HTTP on one core."""
+WINDOW_SECONDS = 5
+BATCH = 1000
+LONG_WINDOW_MS = 3_600_000
+PATIENT = Poll("patient", reclaim_older_than_ms=LONG_WINDOW_MS)
+"""The poll of a worker that leaves items to others for an hour."""
+
+
+class Case(NamedTuple):
+    """A queue: its items, and how many of them were delivered and not acknowledged."""
+
+    name: str
+    items: int
+    delivered: int
+
+
+class Costs(NamedTuple):
+    """CPU seconds of one call."""
+
+    claim: float
+    empty: float
+    stats: float
+
+
+def filled(case: Case, now: list[float]) -> Operations:
+    """Return a queue in which the deliveries are due for a poll with the usual window."""
+    operations = Operations([ENVIRONMENT], now=lambda: now[0], history_limit=0)
+    for _ in range(0, case.items, BATCH):
+        operations.enqueue(ENVIRONMENT, count=BATCH)
+    for _ in range(case.delivered):
+        now[0] += 1 / POLLS_PER_SECOND
+        operations.poll(ENVIRONMENT, PATIENT)
+    now[0] += WINDOW_SECONDS
+    return operations
+
+
+def measure(case: Case, calls: int) -> Costs:
+    """Measure the calls."""
+    operations = filled(case, [1_800_000_000.0])
+
+    def claim() -> None:
+        item = operations.poll(ENVIRONMENT, Poll("worker"))
+        assert item is not None
+        operations.ack(ENVIRONMENT, item.id, "worker")
+
+    def empty() -> None:
+        operations.queue(ENVIRONMENT).claimable(-1)
+
+    claims = cost(claim, min(calls, case.items // 2))
+    return Costs(claims, cost(empty, calls), cost(lambda: operations.stats(ENVIRONMENT), 20))
+
+
+def cost(call: Callable[[], object], count: int) -> float:
+    """Return the CPU seconds of one call: the mean of `count`, after a first one that warms up."""
+    call()
+    gc.collect()
+    gc.disable()
+    started = time.thread_time()
+    for _ in range(count):
+        call()
+    seconds = time.thread_time() - started
+    gc.enable()
+    return seconds / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The cost of a poll while many items wait.")
+    parser.add_argument("--items", type=int, default=1_000_000)
+    parser.add_argument("--calls", type=int, default=2000)
+    options = parser.parse_args()
+    window = POLLS_PER_SECOND * WINDOW_SECONDS
+    cases = (
+        Case("baseline", 1000, 0),
+        Case("nothing delivered", options.items, 0),
+        Case("a window of deliveries", options.items, min(window, options.items)),
+        Case("all delivered", options.items, options.items),
+    )
+    rows: list[list[str]] = []
+    baseline: Costs | None = None
+    for case in cases:
+        costs = measure(case, options.calls)
+        baseline = baseline or costs
+        cells = [
+            f"{each * 1e6:.1f} ({each / first:.1f} ×)"
+            for each, first in zip(costs, baseline, strict=True)
+        ]
+        rows.append([case.name, str(case.items), str(case.delivered), *cells])
+    head = ("case", "items", "delivered", "poll and ack, µs", "poll, nothing due, µs", "stats, µs")
+    print(table(head, rows))
+    print(f"\nCPU time of one call, and its ratio to the baseline. {versions()}")
+
+
+if __name__ == "__main__":
+    main()
