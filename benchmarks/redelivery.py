@@ -1,4 +1,4 @@
-"""What a poll costs the embedded control plane while many items wait for their acknowledgement.
+"""The cost of a poll to the embedded control plane while many items wait for their ack.
 
     python benchmarks/redelivery.py [--items 1000000] [--calls 2000]
 
