@@ -1,4 +1,4 @@
-"""The generated parts of the reference pages; `python -m tests.references` writes them anew.
+"""The generated parts of the reference pages, rewritten by `python -m tests.references`.
 
 A generated part stands between two comments in a page under `workpool/docs/`; the text around it is
 written by hand.
@@ -25,7 +25,7 @@ END: Final = "<!-- end of the generated part -->"
 
 
 def row(*cells: str) -> str:
-    """One row of a Markdown table."""
+    """Return one row of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -59,7 +59,7 @@ def metrics() -> Iterator[str]:
 
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Each command that can be typed, with its whole name."""
+    """Yield each command with its full name."""
     if not hasattr(command, "commands"):
         yield path, command
         return
@@ -68,7 +68,7 @@ def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def usage(parameter: Any) -> str:
-    """A parameter as it is typed."""
+    """Return a parameter as it is typed."""
     word = parameter.metavar or parameter.name.upper()
     if parameter.param_type_name == "option":
         names = ", ".join(f"`{name}`" for name in parameter.opts)

@@ -1,4 +1,4 @@
-"""The real command line in a process of its own, against a control plane in the test's loop."""
+"""Fixtures that run the real command line in its own process, with a control plane in the test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SECONDS = 45.0
-"""Bounds every wait; a machine under load may need most of it to import everything."""
+"""Maximum time of every wait; a loaded machine may need most of it for imports."""
 
 ENVIRONMENT = "env_0199bbbbbbbb70008000000000000001"
 FORBIDDEN = "env_0199bbbbbbbb70008000000000000002"
@@ -94,7 +94,7 @@ async def own_thread(session: Session) -> None:
 
 
 class Command:
-    """A running `workpool` and what it has said so far."""
+    """A running `workpool` process and its output so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -106,7 +106,7 @@ class Command:
         self._stdout, self._stderr = process.stdout, process.stderr
 
     async def logs(self, text: str) -> str:
-        """Wait for a line on stderr that holds `text`; it may have come already."""
+        """Wait for a line on stderr that contains `text`, which may have arrived before."""
         for line in self.err.splitlines():
             if text in line:
                 return line
@@ -118,7 +118,7 @@ class Command:
         pytest.fail(f"ended without {text!r}: {self.out}{self.err}")
 
     async def prints(self, text: str = "") -> str:
-        """Wait for the next line on stdout that holds `text`."""
+        """Wait for the next line on stdout that contains `text`."""
         async with asyncio.timeout(SECONDS):
             while line := (await self._stdout.readline()).decode():
                 self.out += line
@@ -130,7 +130,7 @@ class Command:
         self._process.send_signal(number)
 
     async def ends(self, seconds: float = SECONDS) -> int:
-        """Wait for its end and read the rest; the exit status."""
+        """Wait for the end of the process, read the rest, and return the exit status."""
         async with asyncio.timeout(seconds):
             out, err = await self._process.communicate()
         self.out += out.decode()
@@ -153,7 +153,7 @@ class Start(Protocol):
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Let commands obey Ctrl-C: a shell that runs the tests in the background makes it ignored."""
+    """Let commands obey Ctrl-C, which a shell disables if it runs the tests in the background."""
     former = signal.getsignal(signal.SIGINT)
     if former is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -174,20 +174,20 @@ async def plane() -> AsyncIterator[ControlPlane]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The current directory of the commands, with `handlers.py` in it."""
+    """Return the current directory of the commands, with `handlers.py` in it."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     return tmp_path
 
 
 @pytest.fixture
 def launcher() -> tuple[str, ...]:
-    """The command that starts `workpool`, without its arguments."""
+    """Return the command that starts `workpool`, without its arguments."""
     return (sys.executable, "-m", "workpool")
 
 
 @pytest.fixture
 async def bare(folder: Path, launcher: tuple[str, ...]) -> AsyncIterator[Start]:
-    """Start a command that knows nothing of a control plane but what is given."""
+    """Return a function that starts a command without any settings but the given ones."""
     commands: list[Command] = []
     foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
 
@@ -211,7 +211,7 @@ async def bare(folder: Path, launcher: tuple[str, ...]) -> AsyncIterator[Start]:
 
 @pytest.fixture
 def start(bare: Start, plane: ControlPlane) -> Start:
-    """Start a command whose environment points to the control plane."""
+    """Return a function that starts a command whose environment points to the control plane."""
 
     async def begin(*arguments: str, **variables: str) -> Command:
         defaults = {
@@ -239,7 +239,7 @@ class Ask(Protocol):
 
 @pytest.fixture
 def ask(plane: ControlPlane, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Run a command that soon ends, in this process: a process of its own costs a second each."""
+    """Return a function that runs a short command in this process; a new process takes a second."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)

@@ -1,6 +1,6 @@
-"""The control plane `open-managed-agents` from PyPI, in a virtual environment of its own.
+"""The control plane `open-managed-agents`, installed from PyPI in its own virtual environment.
 
-It needs Python 3.12, keeps all in one SQLite file, and asks for no key.
+It needs Python 3.12, stores everything in one SQLite file, and requires no key.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ uvicorn.run(app, fd=int(sys.argv[1]), log_level="warning")
 
 
 class UnavailableError(Exception):
-    """The control plane cannot be installed here; says why."""
+    """The error that the control plane cannot be installed, with the reason."""
 
 
 def interpreter() -> str:

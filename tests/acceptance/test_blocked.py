@@ -86,7 +86,7 @@ async def flood(session):
 def no_writable_directory(
     request: pytest.FixtureRequest, folder: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """A launcher whose process has no directory for temporary files, and its variables."""
+    """Return a launcher whose process can write no temporary file, and its variables."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
@@ -121,7 +121,7 @@ async def test_blocked_loop_without_writable_directory_is_reported_and_ends_proc
     command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **no_writable_directory[1])
     assert await command.ends() == 1
     assert "event loop blocked seconds=" in command.err
-    assert "in block" in command.err  # a line of the stacks
+    assert "in block" in command.err  # a line of the printed stacks
 
 
 async def test_blocked_loop_report_states_seconds_since_loop_answered(
@@ -135,9 +135,9 @@ async def test_blocked_loop_report_states_seconds_since_loop_answered(
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = log_time(line) - began
-    late = 0.1  # between the measurement and the log line
+    late = 0.1  # seconds between the measurement and the log line
     assert blocked - late <= float(stated[1])
-    # The loop is asked once a second, so its last answer may be so much older than the block.
+    # The loop is asked once a second, so its last answer may be a second older than the block.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 
@@ -156,7 +156,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_ends_process(
 async def test_exporter_that_raises_system_exit_ends_process(
     start: Start, plane: ControlPlane, folder: Path, do: str
 ) -> None:
-    """With a blocked loop, and with one that runs."""
+    """The loop is blocked in one case, and runs in the other."""
     (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
     plane.enqueue(metadata={"do": do})
     command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
@@ -189,7 +189,7 @@ async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
     plane: ControlPlane, folder: Path
 ) -> None:
-    """The handler holds the lock of the log's only output, which nobody reads."""
+    """The handler holds the lock of the only log output, which is not read."""
     (folder / "flood.py").write_text(FLOOD)
     plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would

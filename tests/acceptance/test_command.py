@@ -1,4 +1,4 @@
-"""What stands around the commands: help, version, and the missing extra."""
+"""The command line around its commands: help, version, and the missing extra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`workpool conform`: what it refuses, how it reports, how it ends."""
+"""`workpool conform`: refused environments, reports and exit statuses."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(ask: A
 async def test_conform_of_embedded_control_plane_holds_every_clause(
     start: Start, plane: ControlPlane, dialect: str
 ) -> None:
-    """In real time, which takes 80 s; the quick tests move the clock instead."""
+    """In real time this takes 80 s; the quick tests move the clock instead."""
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     command = await start("conform", address, "--dialect", dialect)
     assert await command.ends(seconds=290) == 0

@@ -111,7 +111,7 @@ async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
             shown = await asyncio.to_thread(read_all, terminal.fileno())
             status = await process.wait()
     assert status == 0
-    # Several processes write to it: a character of one may be cut by another.
+    # Several processes write to the terminal, so an escape sequence may cut a character.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
     for words in ("poll latency", "null rate", "reclaims", "queue 0", "stopped 4 of 4", "/metrics"):
         assert words in text
@@ -119,7 +119,7 @@ async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
 
 
 def read_all(terminal: int) -> bytes:
-    """What is written until the last writer has gone, which a pty reports as an error."""
+    """Read until the last writer has closed the terminal, which a pty reports as an error."""
     shown = b""
     try:
         while chunk := os.read(terminal, 65536):

@@ -1,4 +1,4 @@
-"""`workpool hold`: a lease kept around a program, whatever becomes of parent, holder or program."""
+"""`workpool hold`: a program with a lease, and the ends of parent, holder and program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEAF = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
 class Handed(NamedTuple):
-    """An item that a parent holds, and is about to hand over."""
+    """An item that a parent holds and is about to hand off."""
 
     work_id: str
     variables: dict[str, str]
@@ -47,7 +47,7 @@ async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 @pytest.fixture
 def hand_off(plane: ControlPlane, client: WorkClient) -> Parent:
-    """Acknowledge an item, send one heartbeat, and tell what a child must know."""
+    """Return a function that acknowledges an item and returns its child's environment."""
 
     async def parent(**variables: str) -> Handed:
         (item,) = plane.enqueue(environment_id=ENVIRONMENT)
@@ -68,7 +68,7 @@ def hand_off(plane: ControlPlane, client: WorkClient) -> Parent:
 
 
 def kinds(plane: ControlPlane, work_id: str) -> list[str]:
-    """What became of the item since its parent's heartbeat."""
+    """Return the kinds of records of the item since its parent's heartbeat."""
     return [str(record.kind) for record in plane.history.of(work_id)][4:]
 
 
@@ -116,7 +116,7 @@ async def test_held_program_gets_ids_but_no_credentials(
 async def test_stop_request_ends_held_program_and_stops_item(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent, script: str
 ) -> None:
-    """SIGTERM, the grace, SIGKILL; the item is stopped whatever it exits with."""
+    """The program gets SIGTERM, a grace period and SIGKILL; the item is stopped in any case."""
     handed = await hand_off(WORKPOOL_STOP_GRACE="0.5")
     command = await in_shell(start, handed, script)
     await command.prints("begun")
@@ -130,7 +130,7 @@ async def test_stop_request_ends_held_program_and_stops_item(
 async def test_sigterm_to_hold_releases_item(
     client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
-    """As `docker stop` and the end of a pod do: somebody else is to run it."""
+    """`docker stop` and the end of a pod send SIGTERM, and another worker should run the item."""
     handed = await hand_off()
     command = await in_shell(start, handed, LINGER)
     await command.prints("begun")
@@ -184,13 +184,14 @@ async def test_hold_of_item_taken_back_by_parent_runs_no_program(
 async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
     start: Start, hand_off: Parent
 ) -> None:
-    """Its lease lapses, and another worker starts the session anew."""
+    """The lease expires, and another worker starts the session again."""
     handed = await hand_off()
     command = await in_shell(start, handed, f"({DEAF}) & {DEAF}")
     await command.prints("begun")
     await command.prints("begun")
     command.send(signal.SIGKILL)
-    assert await command.ends() == -signal.SIGKILL  # whoever could write to its output is gone
+    # no process that could write to its output is left
+    assert await command.ends() == -signal.SIGKILL
 
 
 PARENT = """
@@ -203,7 +204,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 async def test_held_program_survives_end_of_parent_and_of_terminal(
     plane: ControlPlane, client: WorkClient, hand_off: Parent, tmp_path: Any
 ) -> None:
-    """The holder ends the item as if nothing had happened."""
+    """The holder ends the item as usual."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     handed = await hand_off()
@@ -228,7 +229,7 @@ async def test_held_program_survives_end_of_parent_and_of_terminal(
         await command.prints("begun")
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, gone.set)
-        os.close(master)  # SIGHUP to all that belong to the terminal
+        os.close(master)  # sends SIGHUP to all processes of the terminal
         async with asyncio.timeout(SECONDS):
             await gone.wait()
         asyncio.get_running_loop().remove_reader(pidfd)
@@ -245,7 +246,7 @@ async def test_hold_with_invalid_arguments_leaves_item_alone(
     client: WorkClient, ask: Ask, hand_off: Parent
 ) -> None:
     handed = await hand_off()
-    assert (await ask("hold", "true")).status == 2  # of which item?
+    assert (await ask("hold", "true")).status == 2  # the item is missing
     assert (await ask("hold", "no-such-program", **handed.variables)).status == 2
     assert (await ask("hold", "--ttl", "5", "true", **handed.variables)).status == 2
     item = await client.get(handed.work_id)

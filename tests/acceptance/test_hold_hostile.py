@@ -1,4 +1,4 @@
-"""A handoff under a hostile eye: what parent, child and control plane may make of each other."""
+"""Hostile cases of a handoff between parent, child and control plane."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 async def hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
-    """Run `workpool hold` to its end; its exit status."""
+    """Run `workpool hold` to its end; return the exit status."""
     variables = {
         "WORKPOOL_BASE_URL": plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": plane.environments[0],
@@ -50,14 +50,14 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """A process that was stopped for a TTL: the wait is over, and no renewer has noticed."""
+    """The process was suspended for a TTL: the wait has ended, but the renewer has not noticed."""
     scene = Scene()
     entered = False
 
     async def play(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
-        renewer.call = lambda *_: None  # its thread does not run
+        renewer.call = lambda *_: None  # as if the renewer thread did not run
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True
@@ -70,7 +70,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
 async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
     tmp_path: Path,
 ) -> None:
-    """Its parent's lease has lapsed, and another worker is about to send its first heartbeat."""
+    """The parent's lease has expired, and another worker is about to send its first heartbeat."""
     clock = Clock()
     async with ControlPlane(now=clock) as plane:
         [item] = plane.enqueue()
@@ -86,14 +86,14 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # it is the other's
+            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # the item belongs to the other worker
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
 
 
 @pytest.mark.acceptance
 async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path) -> None:
-    """Parent and child read one WORKPOOL_CONFIG, as in the readme's examples of both."""
+    """Parent and child read one WORKPOOL_CONFIG, as in the examples of the README."""
     config = tmp_path / "workpool.toml"
     config.write_text(
         '[workpool]\nplugins = ["orders:Orders"]\n[workpool.plugin.Orders]\npath = "a"'
@@ -136,7 +136,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
-    """Only a child knows its parent's last heartbeat; that there was none, anybody can say."""
+    """Only a child knows the parent's last heartbeat, but any worker can expect none."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with client_of(plane, "holder") as holder, client_of(plane, "thief") as thief:

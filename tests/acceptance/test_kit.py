@@ -1,4 +1,4 @@
-"""The fixture `workpool` under pytest as others have set it up, and pytest where nobody uses it."""
+"""The fixture `workpool` in pytest configurations of other projects, and pytest without it."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ async def test_virtual(workpool, text):
     await check(workpool, text)
 """
 ANYIO = "pytestmark = pytest.mark.anyio\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-# pytest-asyncio warns when this is not set.
+# pytest-asyncio warns if this option is not set.
 ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_scope=function"]
 
 
 @pytest.fixture(autouse=True)
 def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others take long to import, or import what we must not."""
+    """Load few pytest plugins: others are slow or import modules that must not be imported."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
@@ -90,7 +90,8 @@ def test_async_tests_with_fixture_run_under_any_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL  # marks are for coroutines
+    # marks apply to coroutines only
+    virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
     result.assert_outcomes(passed=3 + bool(virtual))
@@ -160,9 +161,9 @@ async def test_coroutine(workpool): ...
 def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
     pytester: pytest.Pytester, place: str
 ) -> None:
-    """Its coroutines stay with whoever runs them in that project: here nobody."""
+    """Coroutine tests stay with the async plugin of that project, which has none here."""
     options = ["-p", "pytest_workpool"]
-    if place == "plugin":  # pytest loads it before those that are installed
+    if place == "plugin":  # pytest loads it before installed plugins
         pytester.makepyfile(their_plugin=OWN)
         options = ["-p", "their_plugin", *options]
     elif place == "conftest":

@@ -1,4 +1,4 @@
-"""Tables on terminals that are too narrow for them: an id must be there to be copied."""
+"""Tables on narrow terminals, which must show whole ids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WIDTHS = pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 
 
 async def shown(plane: ControlPlane, folder: Path, width: int, *arguments: str) -> list[str]:
-    """The lines that a command prints on a real terminal."""
+    """Return the lines that a command prints on a real terminal of this width."""
     master, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, width))
     unset = {"COLUMNS", "LINES", "WORKPOOL_PLUGINS"}

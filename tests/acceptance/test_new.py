@@ -1,4 +1,4 @@
-"""`workpool new`: what it writes works as it is, and it writes over nothing."""
+"""`workpool new`: the generated project works unchanged, and no file is overwritten."""
 
 from __future__ import annotations
 

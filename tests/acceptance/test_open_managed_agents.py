@@ -1,4 +1,4 @@
-"""The command line against a control plane of another project, `open-managed-agents` from PyPI."""
+"""The command line with a control plane of another project, `open-managed-agents` from PyPI."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
 
 
 def results_of_the_page() -> dict[str, str]:
-    """The verdicts on this control plane that are not `holds`, by clause."""
+    """Return the documented verdicts on this control plane that are not `holds`, by clause."""
     table = PAGE.read_text().partition("What `open-managed-agents` does instead:")[2]
     rows = re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", table, re.MULTILINE)
     return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}

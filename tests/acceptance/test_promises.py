@@ -1,4 +1,4 @@
-"""The promise end to end: what it costs, and what a kill -9 on either side takes away: nothing."""
+"""The guarantees end to end: the number of requests, and a kill -9 of a worker or control plane."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ORDER = ["queued", "starting", "active", "stopping", "stopped"]
 
 @pytest.fixture
 def works(folder: Path) -> Path:
-    """The current directory of the workers; where handlers write whom they ran."""
+    """Return the workers' current directory, where handlers record the items that they ran."""
     (folder / "works.py").write_text(HANDLER)
     return folder
 
@@ -72,7 +72,7 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) 
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
         items = plane.enqueue(count=ITEMS)
-        # No slow machine may make a lease need a second heartbeat, or an item a second delivery.
+        # A slow machine must not need a second heartbeat or a second delivery of an item.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
         command = await run(bare, plane.base_url, "--drain", **patient)
         assert await command.ends(SECONDS) == 0
@@ -81,7 +81,7 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) 
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
-    assert empty >= 1  # the one that ends it, and those that came while the last items ran
+    assert empty >= 1  # the poll that ends the run, and those while the last items ran
     for item in items:
         kinds = [record.kind for record in plane.history.of(item.id)]
         assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
@@ -101,10 +101,10 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start
         for item in items:
             await faults.wait_for("heartbeat", work_id=item.id, answered=True, timeout=SECONDS)
         heir = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="heir")
-        await heir.logs("idle")  # it has asked, and was given nothing of what is held
+        await heir.logs("idle")  # it has polled, but received no held item
         victim.send(signal.SIGKILL)
         assert await victim.ends() == -signal.SIGKILL
-        clock.advance(LEASE_SECONDS)  # the dead do not mind
+        clock.advance(LEASE_SECONDS)  # the killed worker sends no heartbeat
         plane.operations.wake()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
         heir.send(signal.SIGTERM)
@@ -127,7 +127,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start
 
 
 class Shell:
-    """Calls to a control plane that may be killed at any moment."""
+    """A client of a control plane that may be killed at any time."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}
@@ -142,7 +142,7 @@ class Shell:
             return await answer.json()
 
     async def enqueue(self) -> None:
-        """Until the control plane is gone; remembers every answer."""
+        """Enqueue items until the control plane is gone, and record every answer."""
         while True:
             try:
                 created = await self.call("POST", body={"count": 5})
@@ -161,7 +161,7 @@ class Shell:
         return found
 
     async def stopped(self, count: int) -> list[dict[str, Any]]:
-        """Wait until so many are stopped; all items as they are then."""
+        """Wait until this number of items is stopped; return all items."""
         async with asyncio.timeout(SECONDS):
             while True:
                 items = await self.items()

@@ -78,7 +78,7 @@ async def test_session_released_by_drain_is_not_stopped(start: Start, plane: Con
     await command.logs("linger runs")
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
-    assert now(plane, item).state == "active"  # until its last, short lease lapses
+    assert now(plane, item).state == "active"  # until its last, short lease expires
     assert "result=deadline" in command.err
 
 
@@ -142,7 +142,7 @@ async def test_loop_blocked_for_max_block_ends_process_with_1(
     command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
     assert await command.ends() == 1
     assert "event loop blocked" in command.err
-    assert "in block" in command.err  # a line of the stacks
+    assert "in block" in command.err  # a line of the printed stacks
 
 
 async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
@@ -265,7 +265,7 @@ async def test_run_with_endless_plugin_start_ends_after_two_signals(
     await command.logs("connecting")
     command.send(signal.SIGINT)
     command.send(signal.SIGTERM)
-    assert await command.ends() in {130, 143}  # two at once may arrive in either order
+    assert await command.ends() in {130, 143}  # two signals at once may arrive in either order
 
 
 async def test_json_log_lines_have_ids_and_errors(start: Start, plane: ControlPlane) -> None:

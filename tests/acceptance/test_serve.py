@@ -129,7 +129,7 @@ async def test_tokens_given_to_serve_are_limited_and_never_printed(
 
 
 def command_line(pid: int) -> str:
-    """Return what the list of processes shows; nothing where there is no /proc."""
+    """Return the command line in the list of processes; empty without /proc."""
     file = Path(f"/proc/{pid}/cmdline")
     return file.read_text() if file.exists() else ""
 
@@ -221,7 +221,7 @@ async def test_serve_with_fault_file_injects_its_faults(
     )
     assert await worker.ends() == 0
     assert "item lost to another worker" in worker.err
-    # Its lease had expired at the first heartbeat: the item came back, and the second try ran it.
+    # The lease had expired at the first heartbeat, so the item was delivered and run again.
     item = json.loads(await said(ask, asked, "work", "get", work_id, "--json"))
     assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
     assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)
@@ -231,8 +231,9 @@ async def test_serve_with_fault_file_injects_its_faults(
 
 
 async def test_serve_with_unwritable_store_ends_with_1(bare: Start, ask: Ask, folder: Path) -> None:
-    """Restarted, it goes on from what was promised; going on as it is, it could promise nothing."""
-    unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # else its own file could not be written either
+    """A restarted server continues from its stored answers; a running one could store no more."""
+    # otherwise the coverage file could not be written either
+    unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
     command, ready = await serve(bare, "--store", str(folder / "work.db"), **unmeasured)
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     asked = variables(ready, ready["token"])

@@ -1,4 +1,4 @@
-"""Signals that arrive while a command still imports its modules, and signals that are no end."""
+"""Signals during the imports of a command, and signals that do not end a command."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
-# Before it imports `MODULE`, the process says so and waits until somebody writes to the fifo. It
-# waits in steps: a read that blocks does not notice a signal that came just before it.
+# Before the import of `MODULE` the process prints a line and waits until the fifo is written. It
+# waits in steps, because a blocking read does not notice a signal that arrived just before.
 BLOCKED_IMPORT = """
 import os, select, sys
 
@@ -52,16 +52,16 @@ class StartBlocked(Protocol):
 
 @pytest.fixture
 def go(folder: Path) -> Iterator[Go]:
-    """Let a command continue that was started with its import blocked."""
+    """Return a function that lets a command with a blocked import continue."""
     os.mkfifo(folder / "go")
-    fifo = os.open(folder / "go", os.O_RDWR)  # opening never waits for the other side
+    fifo = os.open(folder / "go", os.O_RDWR)  # with O_RDWR, opening never waits for the other side
     yield lambda: os.write(fifo, b"go\n")
     os.close(fifo)
 
 
 @pytest.fixture
 def start_blocked(start: Start, folder: Path, go: object) -> StartBlocked:
-    """Start a command and wait until it is about to import a module; `go()` lets it continue."""
+    """Return a function that starts a command and waits until it is about to import a module."""
     del go
     site = folder / "site"
     site.mkdir()
@@ -149,7 +149,7 @@ async def test_run_signalled_twice_during_start_ends_at_once(
     command = await start_blocked(module, "run", "handlers")
     command.send(signal.SIGTERM)
     command.send(signal.SIGINT)
-    assert await command.ends() in {130, 143}  # two at once may arrive in either order
+    assert await command.ends() in {130, 143}  # two signals at once may arrive in either order
 
 
 async def test_run_with_hangup_during_start_logs_one_line_and_continues(
@@ -221,7 +221,7 @@ async def test_run_as_process_1_with_sigterm_during_start_ends(
     assert kinds(plane, item) == ["created"]
 
 
-# Signals to a pool that runs.
+# Signals to a running pool.
 
 
 async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_continues(
@@ -244,7 +244,7 @@ class OnTerminal(Protocol):
 
 @pytest.fixture
 async def on_terminal(plane: ControlPlane, folder: Path) -> AsyncIterator[OnTerminal]:
-    """Start a command whose controlling terminal hangs up when the file descriptor is closed."""
+    """Return a function that starts a command on a terminal that hangs up when it is closed."""
     commands: list[Command] = []
 
     async def begin(*words: str) -> tuple[Command, int]:
@@ -293,12 +293,13 @@ async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
     on_terminal: OnTerminal, plane: ControlPlane
 ) -> None:
     [item] = plane.enqueue(metadata={"do": "wait"})
-    script = f"{' '.join(WORKPOOL)} run handlers; true"  # else the shell executes it in its place
+    # otherwise the shell would replace itself by the command
+    script = f"{' '.join(WORKPOOL)} run handlers; true"
     command, terminal = await on_terminal("bash", "-i", "-c", script)
     await command.logs("wait runs")
     os.close(terminal)
     await command.logs("drained result=clean")
-    assert await command.ends() == -signal.SIGHUP  # the shell
+    assert await command.ends() == -signal.SIGHUP  # the status of the shell
     assert kinds(plane, item)[-1] == "stopped"
 
 

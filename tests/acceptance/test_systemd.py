@@ -1,4 +1,4 @@
-"""`workpool run` under systemd: what it reports to the service manager, and the unit file."""
+"""`workpool run` under systemd: reports to the service manager, and the unit file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 UNIT = Path(__file__).parents[2] / "workpool/deploy/systemd/workpool@.service"
 WATCHDOG_SECONDS = 0.3
 EXPOSURE_TENTHS = 15
-"""Largest accepted result of `systemd-analyze security`, in tenths; 100 is an open process."""
+"""Largest accepted result of `systemd-analyze security` in tenths; 100 means unrestricted."""
 BLOCKING = """
 import asyncio, ctypes, gc, subprocess, time
 from pathlib import Path
@@ -63,7 +63,7 @@ async def print_variables(session):
 
 
 class Manager:
-    """The socket of a service manager and what it has received."""
+    """The socket of a service manager and the lines that it has received."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -73,7 +73,7 @@ class Manager:
         self.lines: list[str] = []
 
     async def receives(self, start: str) -> str:
-        """Wait for a line that begins with `start`, not counting those that were read before."""
+        """Wait for an unread line that begins with `start`."""
         async with asyncio.timeout(SECONDS):
             while True:
                 lines = await self._read()
@@ -82,7 +82,7 @@ class Manager:
                         return line
 
     async def is_silent(self, seconds: float) -> bool:
-        """Read what has arrived, then return whether nothing follows for so long."""
+        """Read all lines that have arrived, then return whether none follows for `seconds`."""
         try:
             while True:
                 self.lines += self.socket.recv(4096).decode().split("\n")
@@ -104,7 +104,8 @@ class Manager:
 
 @pytest.fixture
 async def manager() -> AsyncIterator[Manager]:
-    with tempfile.TemporaryDirectory(prefix="workpool-") as folder:  # a short path: 108 bytes
+    # a short path, because socket paths have at most 108 bytes
+    with tempfile.TemporaryDirectory(prefix="workpool-") as folder:
         manager = Manager(Path(folder))
         yield manager
         manager.socket.close()
@@ -112,7 +113,7 @@ async def manager() -> AsyncIterator[Manager]:
 
 @pytest.fixture
 def supervised(start: Start, folder: Path, manager: Manager) -> Start:
-    """Start a command as systemd does, with a watchdog."""
+    """Return a function that starts a command as systemd does, with a watchdog."""
     (folder / "blocking.py").write_text(BLOCKING)
 
     async def begin(*arguments: str, **variables: str) -> Command:
@@ -178,7 +179,7 @@ async def test_watchdog_is_silent_once_the_thread_of_the_renewer_is_blocked(
 async def test_watchdog_is_fed_while_a_handler_blocks_its_event_loop(
     supervised: Start, manager: Manager, plane: ControlPlane, folder: Path
 ) -> None:
-    """The lease renewer ends such a process after `max_block`; its leases are held until then."""
+    """The lease renewer ends such a process after `max_block` and renews its leases until then."""
     plane.enqueue(metadata={"do": "block"})
     command = await supervised("run", "handlers")
     await command.logs("block runs")
@@ -244,7 +245,7 @@ def run(*words: str) -> str:
 
 
 def test_unit_file_has_no_problem_for_systemd(analyze: str, tmp_path: Path) -> None:
-    """Verified as an instance, with the command of this environment in its place."""
+    """The unit is verified as an instance, with the command of this environment."""
     unit = tmp_path / UNIT.name
     program = Path(sys.executable).parent / "workpool"
     unit.write_text(UNIT.read_text().replace("/opt/workpool/bin/workpool", str(program)))
@@ -263,7 +264,7 @@ def setting(name: str) -> str:
 
 
 def seconds(name: str) -> int:
-    """The value of a setting of the unit file in seconds, which is systemd's default unit."""
+    """Return a setting of the unit file in seconds, which are systemd's default unit."""
     return int(setting(name))
 
 
@@ -271,7 +272,8 @@ def test_unit_file_gives_a_drain_its_time() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
     assert seconds("TimeoutStopSec") >= timeout + 10
-    assert setting("KillMode") == "mixed"  # else commands of sessions get SIGTERM with the worker
+    # otherwise commands of sessions would get SIGTERM together with the worker
+    assert setting("KillMode") == "mixed"
 
 
 def test_unit_file_accepts_the_reports_of_the_worker() -> None:

@@ -1,7 +1,7 @@
-"""The tutorial, each step as it is written, in a shell with a newcomer's environment.
+"""The tutorial, run step by step as written in a shell with the environment of a newcomer.
 
-Two things only are different from a newcomer's: what is installed comes from this environment
-instead of a package index, and the port is a free one.
+There are two differences: packages come from this environment instead of a package index, and the
+port is a free one.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ INSTALLED = """
 printf '#!/bin/sh\\nexec python -m pytest "$@"\\n' > .venv/bin/pytest
 chmod +x .venv/bin/pytest
 """
-"""What pip makes of pytest where it installs it: here it has found it installed already."""
+"""The `pytest` command that pip would install, which pip does not do here."""
 WAIT = "until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; done\n"
 
 
 def blocks() -> list[tuple[str, str]]:
-    """The tutorial's blocks, each with its language."""
+    """Return the code blocks of the tutorial, each with its language."""
     page = (ROOT / "workpool/docs/tutorial.md").read_text()
     return re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
 def script_of(found: list[tuple[str, str]], port: int) -> str:
-    """One script for a shell, of everything that a newcomer types."""
+    """Return one shell script of everything that a newcomer types."""
     steps = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"]
     for language, text in found:
         if language == "python":
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 def checkout(place: Path) -> Path:
-    """A clone, less what a newcomer does not need for this."""
+    """Copy the files of a clone that a newcomer needs for the tutorial."""
     place.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place)
@@ -69,7 +69,7 @@ def checkout(place: Path) -> Path:
 
 
 def variables() -> dict[str, str]:
-    """A newcomer's, and the way to what is installed here."""
+    """Return the environment of a newcomer, with the packages installed here."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return inherited | {

@@ -1,4 +1,4 @@
-"""A distribution holds the files that git knows, and nothing else that lies beside them."""
+"""Distributions: they contain the files that git tracks, and no other files of the folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNTRACKED = [
 
 @pytest.fixture(scope="module")
 def tracked() -> set[str]:
-    """The names of all files that git knows."""
+    """Return the names of all files that git tracks."""
     if not (ROOT / ".git").exists():
         pytest.skip("this is no working copy of git")
     words = ["git", "ls-files", "-z"]
@@ -42,7 +42,7 @@ def tracked() -> set[str]:
 
 @pytest.fixture(scope="module")
 def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working copy, with files that git does not know."""
+    """Return a copy of the working tree with untracked files added."""
     copy = tmp_path_factory.mktemp("copy")
     for name in tracked:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def copy(tracked: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def built(project: Path, target: str, directory: Path) -> Path:
-    """The one distribution that was built of a project."""
+    """Build a project, and return its one distribution."""
     words = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(directory)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=project)  # noqa: S603 - our own words
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_wheel_holds_every_tracked_file_of_the_package_but_documents_and_deploym
         for name in tracked
         if name.startswith("workpool/") and not name.startswith(FOR_THE_SOURCE)
     }
-    # pytest imports this at every start: it must not lie within the package.
+    # pytest imports this module at every start, so it must not be inside the package.
     assert names_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}
     with zipfile.ZipFile(path) as wheel:
         (points,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]

@@ -107,7 +107,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(ask: Ask, folder:
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        (["enqueue", "--script", "script.json"], 3),  # a 400
+        (["enqueue", "--script", "script.json"], 3),  # the control plane answers 400
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:

@@ -1,7 +1,7 @@
-"""A control plane to be killed: SQLite, faults from a file, and a journal that outlives it.
+"""A control plane process for storms: SQLite, faults from a file, and a journal on disk.
 
 `python control_plane.py CONFIG`, CONFIG the JSON of a `Config`. The journal is one line of JSON per
-fact, written as it happens: what came, what was applied, what is durable, what was made to fail.
+fact, written as it happens: received requests, applied and stored changes, injected faults.
 Its times are this machine's CLOCK_BOOTTIME in seconds, whatever the control plane's clock says.
 """
 
@@ -37,13 +37,13 @@ LAG_SECONDS = 0.1
 
 
 def boot_time() -> float:
-    """Seconds, the same in every process, counting on while the machine sleeps."""
+    """Return seconds that are the same in every process and count while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(frozen=True)
 class Config:
-    """`offset`: the control plane's clock minus `boot_time`; `faults` empty: nothing fails."""
+    """Configuration; `offset` is the control plane's clock minus `boot_time`."""
 
     store: str
     journal: str
@@ -56,7 +56,7 @@ class Config:
 
 
 class Journal(History):
-    """A history on disk: a kill -9 loses nothing that was written."""
+    """A history on disk that survives a kill -9."""
 
     def __init__(self, path: str, offset: float) -> None:
         super().__init__(0)
@@ -74,7 +74,7 @@ class Journal(History):
         self.note("record", **facts)
 
     def snapshot(self, what: str, plane: ControlPlane) -> None:
-        """All items as they are now, in the order of `judge.Seen`."""
+        """Record all items as they are now, in the order of `judge.Seen`."""
         items = plane.operations.page(plane.environments[0], sys.maxsize).items
         self.note(
             what,
@@ -93,14 +93,14 @@ class Journal(History):
 
     @web.middleware
     async def arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Outside everything: when it came, whatever becomes of it."""
+        """Record the arrival of a request, as the outermost middleware."""
         if "work_id" in request.match_info:
             self.note("came", **_call(request))
         return await handler(request)
 
     @web.middleware
     async def durables(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Inside the faults: what the control plane was ready to answer for."""
+        """Record the control plane's answer before faults apply, as the innermost middleware."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
             self.note("durable", **_call(request))
@@ -115,7 +115,7 @@ def _call(request: web.Request) -> dict[str, str | None]:
 
 
 def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journal) -> None:
-    """Inject the file's faults, and note each one in the journal."""
+    """Inject the faults of the file, and record each one in the journal."""
     if not config.faults:
         return
     read_plan(Path(config.faults)).install(faults, plane)
@@ -133,7 +133,7 @@ def noted(fault: Fault, name: str, journal: Journal) -> Fault:
 
 
 async def measure_lag(journal: Journal) -> None:
-    """Note when this loop was late: what came then was read late."""
+    """Record each time when this loop was late, because requests were then read late."""
     while True:
         before = boot_time()
         await asyncio.sleep(TICK_SECONDS)

@@ -1,9 +1,9 @@
-"""Whether the promise was kept, by the control plane's journal and the handlers' own traces.
+"""The judge of a storm, which reads the control plane's journal and the traces of handlers.
 
-Never by what a pool says of itself. What a worker may do depends on the end of the lease that it
-was last granted: nothing may be sent for an item after it, and no handler may start or go on.
-The margin: a request may be sent in time and read late, and a handler may be cancelled in time
-and end late, so both count only beyond `slack` seconds and the lag that was measured just then.
+It never uses reports of a pool. After the end of the lease that a worker was last granted, the
+worker may send nothing for the item, and no handler may start or continue. The margin: a request
+may be sent in time and read late, and a handler may be cancelled in time and end late, so both
+count only after `slack` seconds and the lag measured at that time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Line = Mapping[str, Any]
 
 WAKE_SECONDS = 2.0
-"""A handler whose process was stopped beyond its lease must have ended so soon after it woke."""
+"""Time within which a handler must end after its process resumed with an expired lease."""
 _ENDS = frozenset({"returned", "raised", "cancelled"})
 
 
@@ -36,7 +36,7 @@ class Seen(NamedTuple):
 
 @dataclass(slots=True)
 class Run:
-    """One handler's run of one item; `end` is its process's end when nothing was written."""
+    """One handler's run of one item; `end` is the end of its process if nothing was written."""
 
     pid: int
     start: float
@@ -46,12 +46,12 @@ class Run:
 
 @dataclass
 class Verdict:
-    """What was found.
+    """The result of a storm.
 
     Attributes:
         broken: One sentence for each breach of the promise.
-        counts: What happened how often, to tell a storm from a calm.
-        latest: By how many seconds the latest request came after its sender's lease.
+        counts: The number of each kind of event, which shows that faults happened.
+        latest: The largest number of seconds by which a request arrived after its sender's lease.
     """
 
     broken: list[str] = field(default_factory=list)
@@ -60,13 +60,13 @@ class Verdict:
 
 
 class Judge:
-    """Reads everything once, then judges.
+    """Finds violations of the guarantees in the journal and the trace.
 
     Args:
-        journal: The control plane's, over all its lives; then lags that others measured.
-        trace: The handlers'.
-        actions: What the storm did: `kill`, `stop`, `cont`, `exit` of a `pid`, in order.
-        workers: Process id → the Worker-ID that it took.
+        journal: The journal of all control plane processes, followed by lags measured elsewhere.
+        trace: The trace of the handlers.
+        actions: The actions of the storm in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
+        workers: The Worker-ID of each process id.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Judge:
         self._workers = workers
         self._slack = slack
         self.verdict = Verdict()
-        # (worker, item) → when a lease end was granted, and that end; both ascending in time.
+        # (worker, item) → the time of each grant and the end of its lease; both ascending.
         self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         self._holder: dict[str, str | None] = {}
         self._cut: set[tuple[str, str]] = set()
@@ -96,7 +96,7 @@ class Judge:
         ]
 
     def judge(self, enqueued: Sequence[str]) -> Verdict:
-        """`enqueued`: every id that the control plane answered for."""
+        """Judge the storm; `enqueued` has every id that the control plane returned."""
         for line in self._journal:
             what = line["what"]
             if what == "record":
@@ -130,18 +130,19 @@ class Judge:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # Sent in time, or `_came` says so, and applied late: a delay's doing, not a worker's.
+            # Sent in time and applied late because of an injected delay; `_came` reports late
+            # sending.
             self.verdict.counts["applied late to another's item"] += 1
 
     def _fault(self, kind: str, work_id: str | None) -> None:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            self._cut.add((holder, work_id or ""))  # whoever holds it cannot know
+            self._cut.add((holder, work_id or ""))  # its holder cannot know of the expiry
 
     def _came(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
-        if worker is None or op == "ack":  # an operator; and to ask for an item is always allowed
+        if worker is None or op == "ack":  # an operator, or an ack, which is always allowed
             return
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
@@ -157,11 +158,11 @@ class Judge:
             )
 
     def _lag(self, at: float) -> float:
-        """How late anything was just before `at`."""
+        """Return the lag that was measured just before `at`."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
     def _snapshot(self, at: float, items: Sequence[Seen]) -> None:
-        """A control plane came up, or ends: what it had answered for must be there."""
+        """Check that each answered call is in a snapshot from the start or end of its server."""
         known = {item.id: item for item in items}
         for work_id, ops in self._durable.items():
             item = known.get(work_id)
@@ -217,7 +218,7 @@ class Judge:
         return runs
 
     def _in_time(self, work_id: str, run: Run) -> None:
-        """It began under a lease of its own, and ended before that did."""
+        """Check that a run began under a lease of its worker and ended before the lease did."""
         worker = self._workers.get(run.pid, "")
         grants = self._grants.get((worker, work_id), [])
         granted_at = [at for at, _ in grants]
@@ -238,7 +239,7 @@ class Judge:
             self._breach(f"{worker} went on with {work_id} for {run.end - until:.2f} s too long")
 
     def _overlap(self, work_id: str, run: Run, later: Run) -> None:
-        """A second handler began while the first had not ended: excused if nobody could know."""
+        """Record that a second handler began before the first had ended, or the excuse for it."""
         worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
         seconds = min(run.end, later.end) - later.start
         if (worker, work_id) in self._cut:
@@ -254,7 +255,7 @@ class Judge:
             self.verdict.counts["overlaps within the margin"] += 1
 
     def _stops(self, pid: int) -> list[tuple[float, float]]:
-        """When the process was stopped, and when it went on."""
+        """Return the times at which the process was suspended and resumed."""
         mine = [action for action in self._actions if action["pid"] == pid]
         stopped = [action["t"] for action in mine if action["what"] == "stop"]
         return list(

@@ -1,6 +1,6 @@
-"""The processes of the storm, and a record of the actions on them.
+"""The processes of a storm, and a record of the actions on them.
 
-A `Fleet` starts them on the loopback, and ends all of them when it is left.
+A `Fleet` starts them on the loopback interface and ends all of them when its block ends.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 ENVIRONMENT, TOKEN = "env_0199cccccccc70008000000000000001", "token-of-the-storm"
 LEASE_SECONDS = 10
 SECONDS = 60.0
-"""How long a process may take to start or to end, on a machine that has much else to do."""
+"""Maximum time for the start or end of a process on a loaded machine."""
 SETTINGS = {
     "TOKEN": TOKEN,
     "ENVIRONMENT_ID": ENVIRONMENT,
@@ -46,15 +46,15 @@ _NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCO
 
 
 class Fleet:
-    """One control plane and some workers, in one folder.
+    """One control plane and several workers, in one folder.
 
     Args:
         folder: Holds the store, the journal, the trace and the logs.
         write_rate: The own limit of writes per second of each worker; 0 = unlimited.
 
     Attributes:
-        base_url: Where the control plane is, in all its lives.
-        workers: The living one of each name, or the last.
+        base_url: The base URL of the control plane, the same after each restart.
+        workers: The running or the last process of each name.
         actions: The actions on processes, in order: `kill`, `stop`, `cont`, `exit` of a `pid`.
         broken: Errors of the processes.
     """
@@ -87,7 +87,7 @@ class Fleet:
                 await process.wait()
 
     async def start_plane(self, seed: int, *, faults: str = "", ahead: float = 0.0) -> None:
-        """Start the control plane, its clock `ahead`; kill the one there is."""
+        """Start the control plane with its clock `ahead` by seconds; kill the running one."""
         if self._plane is not None:
             with suppress(ProcessLookupError):
                 self._plane.kill()
@@ -114,14 +114,14 @@ class Fleet:
             assert int(await self._plane.stdout.readline()) == self._port
 
     async def end_plane(self) -> None:
-        """Let it write its last snapshot."""
+        """End the control plane so that it writes its last snapshot."""
         assert self._plane is not None
         self._plane.terminate()
         async with asyncio.timeout(SECONDS):
             await self._plane.wait()
 
     async def start_worker(self, name: str, base_url: str = "", *flags: str) -> None:
-        """Start `workpool run`; without `base_url` it goes straight to the control plane."""
+        """Start `workpool run`, connected to the control plane directly if `base_url` is empty."""
         foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         settings = {
@@ -148,12 +148,12 @@ class Fleet:
 
     @contextmanager
     def _log(self, name: str) -> Iterator[IO[str]]:
-        """Where a process writes; the child has a copy of its own."""
+        """Open the log file of a process; the child has its own descriptor."""
         with (self.folder / f"{name}.log").open("a") as file:
             yield file
 
     def send(self, what: str, name: str) -> None:
-        """`kill`, `stop` or `cont` a worker, and remember it; it counts from its sending."""
+        """Send `kill`, `stop` or `cont` to a worker, and record the action with its time."""
         process = self.workers[name]
         if process.returncode is None:
             self.actions.append({"t": boot_time(), "what": what, "pid": process.pid})
@@ -162,17 +162,17 @@ class Fleet:
             self.broken.append(f"worker {name} ended by itself: {process.returncode}")
 
     async def kill(self, name: str) -> None:
-        """SIGKILL, and wait until it is dead."""
+        """Kill a worker by SIGKILL and wait for its end."""
         self.send("kill", name)
         await self.workers[name].wait()
 
     def was_killed(self, name: str) -> bool:
-        """Whether the last worker of this name was sent a SIGKILL."""
+        """Return whether the last worker of this name was sent a SIGKILL."""
         pid = self.workers[name].pid
         return any(action["pid"] == pid and action["what"] == "kill" for action in self.actions)
 
     async def ends(self, name: str) -> None:
-        """Wait for a worker's end, which must be a good one."""
+        """Wait for the end of a worker, which must have exit status 0."""
         process = self.workers[name]
         try:
             async with asyncio.timeout(SECONDS):
@@ -185,7 +185,7 @@ class Fleet:
             self.broken.append(f"worker {name} ended with {status}")
 
     def worker_ids(self) -> dict[int, str]:
-        """Process id → the Worker-ID that it took, of all that lived long enough."""
+        """Return the Worker-ID of each process id that ran long enough."""
         said = {
             pid: re.search(r"pool started worker_id=(\S+)", path.read_text())
             for pid, path in self._logs.items()

@@ -1,9 +1,9 @@
-"""Everything at once: `python -m tests.chaos.storm --seed 1` for a minute of it.
+"""A storm of concurrent faults; `python -m tests.chaos.storm --seed 1` runs it for a minute.
 
-Three `workpool run` processes against a control plane on SQLite that fails as a file says. Workers
-are killed and started again, one is stopped for longer than its lease, one has a network that
-fails, the control plane itself is killed, operators stop items. Then all heals, the queue is
-drained, and `judge` reads what was written down meanwhile.
+Three `workpool run` processes use a control plane on SQLite with faults from a file. Workers
+are killed and started again, one is suspended for longer than its lease, one has a failing network,
+the control plane itself is killed, operators stop items. Then all faults end, the queue is drained,
+and `judge` reads the records.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Weather:
-    """How hard it blows.
+    """The strength of a storm.
 
     Attributes:
-        seconds: For how long at least; a worker that is stopped is waited for.
-        ends: How items end; `release` wants more time than a fresh start grants.
-        fresh: Heal by killing every worker and letting time pass on the control plane's clock,
-            rather than by letting the living ones finish: quicker, and as fair.
+        seconds: The minimum duration; a suspended worker is waited for.
+        ends: The ways in which items end; `release` needs more time than a fresh start leaves.
+        fresh: End by killing every worker and moving the control plane's clock, instead of waiting
+            for the running workers; this is faster.
         slack: See `judge`.
         write_rate: The own limit of writes per second of each worker; 0 = unlimited.
     """
@@ -80,7 +80,7 @@ class Weather:
 
 
 class Storm:
-    """One storm, in a folder of its own."""
+    """One storm in its own folder."""
 
     def __init__(self, weather: Weather, folder: Path) -> None:
         self.weather = weather
@@ -93,7 +93,7 @@ class Storm:
         self._stopped: str | None = None
 
     async def blow(self) -> Verdict:
-        """All of it, and what came of it."""
+        """Run the storm and return the verdict."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
             for kind in KINDS
@@ -138,18 +138,19 @@ class Storm:
             await self._woke.wait()
             for scene in scenes:
                 scene.cancel()
-        if self._stopped is not None:  # the end found another one stopped
+        if self._stopped is not None:  # another worker was suspended when the storm ended
             self._fleet.send("cont", self._stopped)
 
     async def _enqueue(self, http: aiohttp.ClientSession) -> None:
         for number in count():
             chance = self._random.random()
-            # The first ones are long, so that whoever is stopped soon holds something.
+            # The first ones are long, so that a worker that is suspended early holds an item.
             is_long = chance > 0.65 or number < 2 * len(NAMES)
             seconds = self._random.uniform(3, self.weather.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.weather.ends)}
             answer = await self._call(http, "POST", "", {"metadata": metadata})
-            if answer is not None:  # else nobody knows, and the last snapshot will tell
+            # without an answer nobody knows, and the last snapshot shows the state
+            if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
                 await asyncio.sleep(self._random.expovariate(self.weather.items_per_second))
@@ -157,7 +158,7 @@ class Storm:
     async def _call(
         self, http: aiohttp.ClientSession, method: str, path: str, body: Any = None
     ) -> Any:
-        """Call as an operator does, who has no Worker-ID; None when there was no good answer."""
+        """Send a request without Worker-ID, as an operator does; return None if it fails."""
         url = f"{self._fleet.base_url}/environments/{ENVIRONMENT}/work{path}"
         headers = {"Authorization": f"Bearer {TOKEN}"}
         timeout = aiohttp.ClientTimeout(total=5)
@@ -176,13 +177,14 @@ class Storm:
             await self._start_worker(name, proxy)
 
     async def _stop_workers(self) -> None:
-        """SIGSTOP one that runs something, until its lease is certainly another's to have."""
+        """Suspend a worker that runs an item until its lease has certainly expired."""
         while True:
             self._stopped = await self._busy_worker()
             self._fleet.send("stop", self._stopped)
             await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.weather.stop_beyond))
             self._fleet.send("cont", self._stopped)
-            await asyncio.sleep(WAKE_SECONDS + 0.5)  # long enough to see what it does when it wakes
+            # long enough to observe the worker after it resumes
+            await asyncio.sleep(WAKE_SECONDS + 0.5)
             self._stopped = None
             self._woke.set()
 
@@ -204,7 +206,7 @@ class Storm:
             await self._start_plane()
 
     async def _operate(self, http: aiohttp.ClientSession) -> None:
-        """Stop an item every few seconds, gracefully or not."""
+        """Stop an item every few seconds, gracefully or by force."""
         while True:
             await asyncio.sleep(self._random.uniform(2, 4))
             if self._enqueued:
@@ -213,7 +215,8 @@ class Storm:
                 await self._call(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _break_network(self, proxy: Proxy) -> None:
-        # No partition: what it delivers late was sent in time, and the journal cannot tell.
+        # No partition, because it delivers late what was sent in time, which the journal cannot
+        # show.
         faults = (
             proxy.blackhole,
             proxy.reset,
@@ -228,7 +231,7 @@ class Storm:
             proxy.heal()
 
     async def _measure_lag(self) -> None:
-        """Note when this machine had no time for us: it had none for the others either."""
+        """Record when this machine was too busy to run the storm, and so the workers."""
         while True:
             before = boot_time()
             await asyncio.sleep(TICK_SECONDS)
@@ -250,7 +253,7 @@ class Storm:
         else:
             await self._fleet.start_plane(0)
             for name in NAMES:
-                if self._fleet.was_killed(name):  # and not started again yet
+                if self._fleet.was_killed(name):  # killed and not started again yet
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
             await self._all_stopped(http)
@@ -260,7 +263,7 @@ class Storm:
         await self._fleet.end_plane()
 
     async def _all_stopped(self, http: aiohttp.ClientSession) -> None:
-        """Wait for it, as long as leases of killed workers may last; the judge decides."""
+        """Wait until all items are stopped, for as long as leases of killed workers may last."""
         until = boot_time() + 2 * ACK_LEASE_SECONDS
         while await self._some_left(http):
             if boot_time() > until:
@@ -292,7 +295,7 @@ class Storm:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal or trace, but for one that is being written."""
+    """Return the lines of a journal or trace, except for an incomplete last line."""
     if path.exists():
         for line in path.read_text().splitlines():
             with suppress(ValueError):
@@ -300,7 +303,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def report(weather: Weather, verdict: Verdict) -> str:
-    """What there is to say of a storm."""
+    """Return the text of the result of a storm."""
     return "\n".join(
         [
             f"seed {weather.seed}, {weather.seconds:g} s, {weather.write_rate:g} writes/s",
@@ -312,7 +315,7 @@ def report(weather: Weather, verdict: Verdict) -> str:
 
 
 def main() -> None:
-    """Blow once; exit status 1 when a promise was broken. Leaves the folder for who looks."""
+    """Run one storm; return exit status 1 if a guarantee was violated. The folder is kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -320,7 +323,8 @@ def main() -> None:
     given = parser.parse_args()
     weather = Weather(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us leaves no workers
+    # so that no worker is left when the storm is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     verdict = asyncio.run(Storm(weather, folder).blow())
     print(f"{folder}\n{report(weather, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)

@@ -1,4 +1,4 @@
-"""What the workers of the storm run: work that writes down when it began and how it ended."""
+"""Handlers of the storm's workers, which write down the start and the end of their work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRACE = os.open(os.environ["STORM_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CRE
 
 
 def note(session: Session, what: str) -> None:
-    """One line, whole or not at all, whoever is killed."""
+    """Write one line atomically, so that a kill cannot cut it."""
     now = time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
     line = {"t": now, "pid": os.getpid(), "work_id": session.item.id, "what": what}
     os.write(_TRACE, json.dumps(line).encode() + b"\n")
@@ -22,14 +22,14 @@ def note(session: Session, what: str) -> None:
 
 @handler
 async def work(session: Session) -> dict[str, str]:
-    """Take `seconds`, with a sign of life half-way, and then do as `end` says."""
+    """Work for `seconds` with a record half-way, and then end as `end` says."""
     metadata = session.item.metadata
     note(session, "start")
     how = "cancelled"
     try:
         for half in ("first", "second"):
-            # In small steps: time in which the process is stopped is not time worked, so that
-            # there is work left, and a word to send, when it wakes.
+            # In small steps: time in which the process is suspended does not count as work, so that
+            # the handler still has work and a record to write when it resumes.
             for _ in range(round(float(metadata["seconds"]) / 2 / STEP_SECONDS)):
                 await asyncio.sleep(STEP_SECONDS)
             if metadata["end"] == "write":

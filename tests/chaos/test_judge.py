@@ -1,4 +1,4 @@
-"""The judge itself: each way of breaking the promise is found, and none is found where none is."""
+"""The judge: it finds each kind of violation, and none in a valid trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ran(t: float, pid: int, what: str) -> Any:
 
 
 def held(t: float, worker: str) -> Lines:
-    """Delivered, acknowledged and beaten: a lease of ten seconds."""
+    """Return the records of a delivery, an ack and a heartbeat: a lease of ten seconds."""
     return [record(t, "acked", worker, t + 60), record(t, "heartbeat", worker, t + 10)]
 
 

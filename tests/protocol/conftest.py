@@ -1,4 +1,4 @@
-"""The control plane over a real socket, asked with literal requests: no client of ours."""
+"""Fixtures that send literal requests to the control plane over a socket, without our client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
 
 
 class Clock:
-    """Epoch seconds that stand still until told otherwise."""
+    """A clock in epoch seconds that only the test moves."""
 
     def __init__(self) -> None:
         self.seconds = START
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass
 class Api(WorkCalls[Answer]):
-    """Literal requests to one dialect, as one worker."""
+    """A client that sends literal requests in one dialect as one worker."""
 
     plane: ControlPlane
     http: aiohttp.ClientSession
@@ -88,7 +88,7 @@ class Api(WorkCalls[Answer]):
             return Answer(response.status, body, response.headers)
 
     async def claim(self, **options: Any) -> dict[str, Any]:
-        """The polled item as every other call answers it: without the secret."""
+        """Poll an item and return it as all other calls answer it, without the secret."""
         answer = await self.poll(**options)
         assert answer.status == 200
         assert answer.body is not None
@@ -109,7 +109,7 @@ class Api(WorkCalls[Answer]):
         return body
 
     async def bring_to(self, state: str, worker: str | None = None) -> str:
-        """Create an item and lead it to a state by the wire alone."""
+        """Create an item and bring it to a state by requests only."""
         (item,) = self.plane.enqueue()
         if state in {"starting", "active", "stopping"}:
             await self.claim(worker=worker)
@@ -125,7 +125,7 @@ class Api(WorkCalls[Answer]):
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for something that the loop will bring about."""
+    """Wait until the condition is true, which the loop brings about."""
     for _ in range(10_000):
         if condition():
             return
@@ -190,11 +190,11 @@ def anthropic(plane: ControlPlane, http: aiohttp.ClientSession) -> Api:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what asks for `both_stores` on memory and on SQLite."""
+    """Run tests that use `both_stores` with memory and with SQLite."""
     if "both_stores" in metafunc.fixturenames:
         metafunc.parametrize("store", ["memory", "sqlite"], indirect=True)
 
 
 @pytest.fixture
 def both_stores() -> None:
-    """Ask for every store."""
+    """Run the test with every store."""

@@ -1,4 +1,4 @@
-"""A control plane on SQLite in its own process, to be killed: `python sqlite_server.py FILE`."""
+"""A control plane on SQLite in its own process, for tests that kill it: `sqlite_server.py FILE`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input of any kind gets its 4xx: never a 500, never a hang, and the server lives on."""
+"""Bad input of any kind is answered 4xx, never 500, and the server stays responsive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIMIT = 4 * 1024 * 1024
 
 
 async def raw(plane: ControlPlane, *parts: bytes, eof: bool = False) -> bytes:
-    """Send bytes and return all that comes back until the server closes or falls silent."""
+    """Send bytes and return all bytes until the server closes the connection or stops sending."""
     reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
     answer = b""
     try:
@@ -216,7 +216,7 @@ LATE = {
 async def test_malformed_body_after_valid_headers_is_4xx(
     plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # aiohttp does not tell a handler that its body went bad: the limit of time does.
+    # aiohttp does not report a malformed body to a handler, so only the time limit ends the call.
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.5)
     headers, body = LATE[name]
     reader, writer = await asyncio.open_connection("127.0.0.1", plane.port)
@@ -242,7 +242,7 @@ async def test_body_that_does_not_arrive_is_408(
 async def test_large_bodies_are_read_few_at_a_time(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each that is read costs its size: the others wait in the buffers of the network."""
+    """Each body that is read uses memory, so the others wait in the buffers of the network."""
     now, most = 0, 0
     read = web.Request.read
 
@@ -346,7 +346,7 @@ async def client() -> aiohttp.ClientSession:
 def test_arbitrary_json_and_query_are_answered(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """On one server: what one request left behind must not trip the next."""
+    """All requests go to one server, so that bad state left by one request affects the next one."""
     with asyncio.Runner() as runner:
         path = tmp_path_factory.mktemp("abuse") / "work.db"
         plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))

@@ -35,7 +35,7 @@ async def test_repeated_ack_changes_nothing(api: Api, clock: Clock, state: str) 
     clock.advance(59)
     answer = await api.ack(work_id, worker="a")
     assert (answer.status, answer.body) == (200, before)
-    clock.advance(1)  # 60 s since the ack or the heartbeat: the repeated ack prolonged nothing
+    clock.advance(1)  # 60 s since the ack or heartbeat: the repeated ack did not extend the lease
     assert await api.state(work_id) == "queued"
 
 

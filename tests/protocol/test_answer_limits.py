@@ -1,4 +1,4 @@
-"""No answer is larger than a worker reads, and readers that do not read cost little memory."""
+"""Size limits: each answer is readable by a worker, and slow readers use little memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEGABYTE = 1_000_000
 
 
 def metadata_of(size: int) -> dict[str, str]:
-    """Metadata with this many bytes of JSON, which most compact writers agree on."""
+    """Return metadata with this number of bytes as compact JSON."""
     frame = len(orjson.dumps({"k": ""}))
     return {"k": "x" * (size - frame)}
 
@@ -92,7 +92,7 @@ async def test_update_above_metadata_limit_is_refused_and_not_applied(api: Api) 
 
 
 async def test_metadata_are_measured_by_size_as_json(api: Api) -> None:
-    """A control character takes one byte of memory, and six of JSON."""
+    """A control character takes one byte of memory but six of JSON."""
     with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
 
@@ -143,7 +143,7 @@ async def test_largest_enqueue_response_is_readable_by_worker(qoder: Api) -> Non
 
 
 async def walk(api: Api, url: str, **query: str) -> tuple[list[str], int]:
-    """Return the ids of all pages, and the size of the largest one."""
+    """Return the ids of all pages, and the size of the largest page."""
     ids: list[str] = []
     largest = 0
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -231,7 +231,7 @@ async def test_streams_to_readers_that_do_not_read_use_limited_memory(
 
 
 async def open_stream(api: Api, session_id: str) -> asyncio.StreamWriter:
-    """Open a stream that replays everything, read its beginning and nothing more."""
+    """Open a stream that replays all events, and read only its beginning."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.plane.port, limit=1024)
     url = path(api, session_id, "/events/stream")
     lines = [

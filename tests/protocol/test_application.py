@@ -1,4 +1,4 @@
-"""The calls of an application in the anthropic dialect: environments and sessions; literal JSON."""
+"""Calls of an application in the anthropic dialect: environments and sessions, as literal JSON."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def created(api: Api, **fields: object) -> dict[str, Any]:
 
 
 async def walked(api: Api, path: str, *params: tuple[str, str]) -> list[str]:
-    """The ids of a list, over all pages of two."""
+    """Return the ids of a list, read in pages of two."""
     ids: list[str] = []
     page = None
     while True:
@@ -166,7 +166,7 @@ async def test_message_to_session_without_work_creates_new_item(anthropic: Api) 
     url = f"/sessions/{session['id']}/events"
     assert (await post(anthropic, url, {"events": [MESSAGE]})).status == 200
     first = await anthropic.claim()
-    assert (await anthropic.poll()).body is None  # its item was not stopped yet
+    assert (await anthropic.poll()).body is None  # the item of the session was not stopped yet
     await anthropic.stop(first["id"], json={"force": True})
     assert (await post(anthropic, url, {"events": [{"type": "user.interrupt"}]})).status == 200
     assert (await anthropic.poll()).body is None
@@ -327,7 +327,7 @@ async def test_archived_session_is_terminated_and_accepts_no_event(anthropic: Ap
         assert (await reader.event())["type"] == "session.status_terminated"
     assert (archived["status"], archived["archived_at"]) == ("terminated", TIME)
     assert (await get(anthropic, f"/sessions/{session_id}")).body == archived
-    assert await anthropic.state(item["id"]) == "stopped"  # it was queued
+    assert await anthropic.state(item["id"]) == "stopped"  # the item was queued
     sent = await post(anthropic, f"/sessions/{session_id}/events", {"events": [MESSAGE]})
     assert sent.status == 409
     again = await post(anthropic, f"/sessions/{session_id}/archive")

@@ -1,4 +1,4 @@
-"""Every clause of the conformance suite, against the embedded control plane."""
+"""Every clause of the conformance suite, run with the embedded control plane."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def suite_of(
     api_key: str | None = None,
     **options: Any,
 ) -> Suite:
-    """A suite whose waits move the control plane's clock."""
+    """Return a suite whose waits move the control plane's clock."""
 
     async def sleep(seconds: float) -> None:
         clock.advance(seconds)
@@ -70,7 +70,7 @@ async def test_clause_holds_for_embedded_control_plane(
 
 
 class Sleepers:
-    """Waits of clauses side by side: the clock moves on when all of them wait."""
+    """Waits of concurrent clauses; the clock moves when all of them wait."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -118,11 +118,11 @@ def test_documented_results_count_every_clause() -> None:
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
 
-# Control planes that do something else.
+# Control planes that differ.
 
 
 async def found_by(name: str, http: aiohttp.ClientSession, fault: Handler) -> Finding:
-    """What the suite finds about a clause of a control plane with a fault in front of it."""
+    """Return the finding for a clause of a control plane with a fault in front of it."""
     clock = Clock()
     [clause] = [each for each in CLAUSES if each.name == name]
     async with ControlPlane(
@@ -132,7 +132,7 @@ async def found_by(name: str, http: aiohttp.ClientSession, fault: Handler) -> Fi
 
 
 def replacing(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
-    """Answer some requests whose path ends so in another way."""
+    """Return a fault that replaces answers of requests whose path ends so."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -143,7 +143,7 @@ def replacing(path: str, change: Callable[[web.Request], web.Response | None]) -
 
 
 def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Change the JSON objects that are answered where the path ends so."""
+    """Return a fault that changes the JSON objects in answers of requests whose path ends so."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -159,7 +159,7 @@ def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 
 def without_query(name: str) -> Any:
-    """Drop a query parameter of every request."""
+    """Return a fault that drops a query parameter of every request."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -268,7 +268,7 @@ async def test_refused_read_of_item_is_a_harmless_difference(
     finding = await found_by("get-item", http, replacing("", refuse))
     assert finding.verdict is Verdict.DIFFERS
     finding = await found_by("stop-graceful", http, replacing("", refuse))
-    assert finding.verdict is Verdict.HOLDS  # looked up in the list
+    assert finding.verdict is Verdict.HOLDS  # the item was found in the list
 
 
 async def test_item_lost_after_expired_lease_breaks_workers(http: aiohttp.ClientSession) -> None:
@@ -313,7 +313,7 @@ async def test_foreign_item_created_during_run_ends_suite(
 
 
 class Intruding(EnqueueSource):
-    """Somebody else creates an item just before the suite does."""
+    """A source of items before which another client creates an item."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -379,7 +379,7 @@ async def test_malformed_response_gets_verdict_without_exception(
     @web.middleware
     async def fault(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.endswith("/work"):
-            return await handler(request)  # the suite's items are created
+            return await handler(request)  # so that the suite can create its items
         return web.Response(body=answer, content_type="application/json")
 
     async with ControlPlane(

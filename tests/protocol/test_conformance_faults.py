@@ -1,6 +1,6 @@
-"""Every clause of the conformance suite can fail: for each there is a control plane that it finds.
+"""Every clause of the conformance suite can fail: each one detects a wrong control plane.
 
-A control plane here is the embedded one with something wrong in front of it, or with a clock that
+A wrong control plane is the embedded one with a fault in front of it, or with a clock that
 runs faster or slower than the suite's.
 """
 
@@ -29,14 +29,14 @@ FOUND = {Verdict.DIFFERS, Verdict.BREAKS}
 
 
 class Wrong(NamedTuple):
-    """One way to be wrong.
+    """One wrong control plane.
 
     Attributes:
-        clauses: The clauses that find it.
+        clauses: The clauses that detect it.
         fault: A middleware; None = none.
         speed: Seconds of the control plane's clock for one of the suite's.
-        dialect: The dialect that the suite speaks.
-        mixed: The control plane speaks the other dialect.
+        dialect: The dialect of the suite.
+        mixed: Whether the control plane uses the other dialect.
     """
 
     clauses: str
@@ -47,7 +47,7 @@ class Wrong(NamedTuple):
 
 
 def on(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
-    """Answer some requests whose path ends so."""
+    """Return a fault that replaces answers of requests whose path ends so."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -59,7 +59,7 @@ def on(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
 
 
 def after(path: str, change: Callable[[Any], Any]) -> Any:
-    """Change the JSON of the successes whose path ends so."""
+    """Return a fault that changes the JSON of successful answers of requests whose path ends so."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -73,7 +73,7 @@ def after(path: str, change: Callable[[Any], Any]) -> Any:
 
 
 def on_errors(answer: Callable[[int], web.Response]) -> Any:
-    """Answer otherwise where the control plane refuses."""
+    """Return a fault that replaces error answers."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -84,7 +84,7 @@ def on_errors(answer: Callable[[int], web.Response]) -> Any:
 
 
 def query(path: str, **values: str | None) -> Any:
-    """Change query parameters of some requests; None: without the parameter."""
+    """Return a fault that changes query parameters of some requests; None removes the parameter."""
 
     @web.middleware
     async def fault(request: web.Request, handler: Any) -> web.StreamResponse:

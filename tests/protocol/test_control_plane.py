@@ -72,7 +72,7 @@ async def test_control_plane_opened_fifty_times_leaves_nothing(tmp_path: Path) -
             probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
-    assert threading.active_count() <= threads + 8  # the loop's own executor
+    assert threading.active_count() <= threads + 8  # threads of the loop's default executor
     assert asyncio.all_tasks() == tasks
     gc.collect()
 
@@ -85,7 +85,7 @@ async def test_failed_start_of_control_plane_leaves_store_unlocked(tmp_path: Pat
         with pytest.raises(ServeError, match=f"127.0.0.1 port {port}"):
             await plane.__aenter__()
     async with ControlPlane(store=SqliteStore(path)):
-        pass  # the file is not locked anymore
+        pass  # the file must not be locked anymore
 
 
 async def test_cancelled_start_of_control_plane_leaves_store_unlocked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A conversation under any sequence of events: what the server says, refuses and remembers."""
+"""Conversations in any sequence of events: answers, refusals and stored events of the server."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
 def named(event: StoredEvent) -> str:
-    """The tool use that an answer is about."""
+    """Return the tool use to which an answer belongs."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
 
 
 class Talk(RuleBasedStateMachine):
-    """Clients say anything, at any time, in any order."""
+    """Clients that send any event at any time in any order."""
 
     @initialize(script=st.none() | st.lists(ENTRY, max_size=4))
     def begin(self, script: list[dict[str, Any]] | None) -> None:
@@ -102,7 +102,7 @@ class Talk(RuleBasedStateMachine):
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def act(self, permission: str, *, custom: bool) -> None:
-        """Somebody plays the agent."""
+        """Emit a tool use as the agent does."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:
@@ -156,7 +156,7 @@ class Talk(RuleBasedStateMachine):
             assert vars(again)[name] == value, name
 
     def teardown(self) -> None:
-        """Whatever was said, who goes on answering comes to the end of the script."""
+        """Answer every tool use, which must lead to the end of the script from any state."""
         if getattr(self, "script", None) is None:
             return
         self.say({"type": "user.message", "content": []})
@@ -177,7 +177,7 @@ TestTalk = Talk.TestCase
 
 
 class Talker:
-    """Answers one scripted session over and over, and remembers all that it was told."""
+    """A client that answers one scripted session repeatedly and records all that it receives."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.http = http
@@ -206,7 +206,7 @@ class Talker:
         return f"{self.base}/sessions/{self.session_id}/events"
 
     async def step(self) -> None:
-        """Answer the use that is open."""
+        """Answer the open tool use."""
         last = max(self.known, default=None)
         params = {"limit": "100"} if last is None else {"limit": "100", "after_id": last}
         for event in (await self.call("GET", self.events, params=params))["data"]:
@@ -268,5 +268,5 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
                 assert [each["id"] for each in uses[:-1]] == answers
                 before = len(events)
                 again.known = dict(list(events.items())[:-3])
-                await again.step()  # it goes on where it was
+                await again.step()  # the script continues where it was
                 assert len(await again.history()) > before

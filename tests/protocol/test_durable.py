@@ -1,4 +1,4 @@
-"""No answer leaves before what it tells is durable: kill -9 must take nothing back."""
+"""Answers leave only after their changes are stored, so that a kill -9 revokes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Gate(MemoryStore):
-    """A store whose commits wait while it is closed."""
+    """A store whose commits wait while the gate is closed."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -42,7 +42,7 @@ async def api(gate: Gate, http: aiohttp.ClientSession, dialect: str) -> AsyncIte
 
 
 async def held_back(gate: Gate, answer: Awaitable[Answer]) -> Answer:
-    """The answer, which must not come before the gate is opened."""
+    """Return the answer, which must not arrive before the gate is opened."""
     gate.gate.clear()
     async with asyncio.TaskGroup() as group:
         asking = group.create_task(_await(answer))
@@ -91,7 +91,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
     said = {"events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]}
     assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 200
-    # Whoever repeats it, its answer being lost, takes this for "it was taken".
+    # A client that repeats the call after a lost answer takes a 409 as "stored".
     assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 409
 
 
@@ -101,8 +101,8 @@ async def test_conflict_is_answered_only_after_its_cause_is_stored(api: Api, gat
         await held_back(gate, api.ack(stopped)),
         await held_back(gate, api.heartbeat(stopped)),
     ]
-    if api.dialect == "anthropic":  # there a second stop's 409 says: the first one was applied
+    if api.dialect == "anthropic":  # the 409 to a second stop says that the first one was applied
         answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
-    # A heartbeat of the anthropic dialect answers the state of a stopped item instead.
+    # A heartbeat in the anthropic dialect answers the state of a stopped item instead.
     told = {200, 409} if api.dialect == "anthropic" else {409}
     assert {answer.status for answer in answers} == told

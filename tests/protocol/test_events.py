@@ -242,7 +242,7 @@ async def test_interrupt_ends_turn_and_message_continues_script(api: Api) -> Non
     assert events[-1]["stop_reason"] == {"type": "end_turn"}
     assert (await send(api, session_id, result(use))).status == 409
     assert (await send(api, session_id, {"type": "user.interrupt"})).status == 200
-    assert (await types(api, session_id))[-1] == "user.interrupt"  # there was nothing to interrupt
+    assert (await types(api, session_id))[-1] == "user.interrupt"  # nothing was interrupted
     await send(api, session_id, {"type": "user.message", "content": TEXT})
     assert (await types(api, session_id))[-2:] == ["session.status_running", "agent.tool_use"]
 
@@ -436,7 +436,7 @@ async def test_invalid_position_in_event_list_is_400(api: Api, params: dict[str,
 
 
 async def listed(api: Api, session_id: str, *params: tuple[str, str]) -> list[str]:
-    """The texts of the agent's messages, over all pages of two."""
+    """Return the texts of the agent's messages, read in pages of two."""
     texts, page = [], None
     while True:
         query = [*params, ("limit", "2"), *([("page", page)] if page else [])]
@@ -455,7 +455,7 @@ async def listed(api: Api, session_id: str, *params: tuple[str, str]) -> list[st
 
 @pytest.fixture
 def told(api: Api, clock: Clock) -> str:
-    """A session with messages "0" to "4", one a second, from the agent and from its thoughts."""
+    """Return a session with messages "0" to "4", one a second, alternating with thinking events."""
     (item,) = api.plane.enqueue()
     for number in range(5):
         kind = "agent.message" if number % 2 == 0 else "agent.thinking"
@@ -548,13 +548,14 @@ async def test_partly_resolved_action_is_announced_again_with_remaining_calls(ap
     assert idle["stop_reason"] == {
         "type": "requires_action", "event_ids": [one["id"], two["id"]]
     }  # fmt: skip
-    await send(api, item.session_id, result(dict(three)))  # a worker's: nobody waits for it
+    # the result of another worker, for which the session does not wait
+    await send(api, item.session_id, result(dict(three)))
     assert (await last(api, item.session_id, "session.status_idle"))["id"] == idle["id"]
     await send(api, item.session_id, result(dict(one)))
     idle = await last(api, item.session_id, "session.status_idle")
     assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [two["id"]]}
     allow = {"type": "user.tool_confirmation", "tool_use_id": two["id"], "result": "allow"}
-    await send(api, item.session_id, allow, result(dict(two)))  # a verdict frees the result
+    await send(api, item.session_id, allow, result(dict(two)))  # the confirmation allows the result
     assert (await types(api, item.session_id))[-3:] == [
         "user.tool_confirmation",
         "user.tool_result",
@@ -689,7 +690,7 @@ async def test_event_missing_after_crash_is_appended_at_start(
     file = tmp_path / "work.db"
     async with plane_on(file, clock) as plane:
         session_id = scripted(Api(plane, http, "qoder"), BASH)
-    with closing(sqlite3.connect(file)) as connection:  # the session and its item only
+    with closing(sqlite3.connect(file)) as connection:  # keep only the session and its item
         connection.execute("DELETE FROM event")
         connection.commit()
     async with plane_on(file, clock) as plane:

@@ -1,4 +1,4 @@
-"""A poll whose client has gone takes no item, whenever it went.
+"""A poll whose client has disconnected takes no item, whenever the client disconnected.
 
 See workpool/docs/protocol.md, "Poll".
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Gate(MemoryStore):
-    """A store whose commits wait until told."""
+    """A store whose commits wait until the test lets them continue."""
 
     def __init__(self) -> None:
         self.open_gate = asyncio.Event()
@@ -49,7 +49,7 @@ async def gated(gate: Gate, http: aiohttp.ClientSession) -> AsyncIterator[Api]:
 
 
 async def hang_on(api: Api, query: str = "block_ms=999") -> socket.socket:
-    """Send a poll on a plain socket and return it: closing it tells the kernel at once."""
+    """Send a poll on a plain socket and return the socket, so that the test can close it itself."""
     connection = socket.create_connection(("127.0.0.1", api.plane.port))
     connection.setblocking(False)  # noqa: FBT003 - socket's own signature
     request = (
@@ -76,7 +76,7 @@ async def test_client_gone_during_wait_receives_no_item(api: Api) -> None:
 
 
 async def test_client_gone_in_same_loop_turn_as_arrival_receives_no_item(api: Api) -> None:
-    """The loop has not heard of the hang-up when the poll wakes; the kernel has."""
+    """When the poll wakes, the kernel knows of the closed connection, but the loop does not."""
     waiting = api.plane.operations.queue(ENV).waiting
     connection = await hang_on(api)
     await until(lambda: len(waiting) == 1)

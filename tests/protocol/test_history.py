@@ -1,4 +1,4 @@
-"""The control plane's record, and the promise checked on it."""
+"""The history of the control plane, and its summary of overlaps and losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def operations(clock: Clock) -> Operations:
 
 
 def run(operations: Operations, worker: str) -> str:
-    """Claim, acknowledge and heartbeat once, as one worker."""
+    """Claim, acknowledge and send one heartbeat, as one worker."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
     operations.ack(ENV, item.id, worker)
@@ -168,7 +168,7 @@ def test_history_beyond_limit_forgets_oldest_records_and_counts_them() -> None:
 
 
 def test_worker_with_last_heartbeat_of_holder_takes_item_over(operations: Operations) -> None:
-    """As a child to which the item is handed over; its parent must not act from then on."""
+    """A child of a handoff takes over like this; its parent must not act afterwards."""
     operations.enqueue(ENV)
     work_id = run(operations, "a")
     last = to_heartbeat_text(operations.get(ENV, work_id).heartbeat_at or 0)

@@ -1,4 +1,4 @@
-"""The indexes answer as a scan of everything would, and without one."""
+"""Indexes of the queue, which answer like a scan of all items, but without one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ WORKERS = st.sampled_from([None, "a", "b", "c"])
 
 
 class Everything(RuleBasedStateMachine):
-    """Any calls in any order: what the indexes say is what a scan of all items says."""
+    """Calls in any order, after which the indexes must agree with a scan of all items."""
 
     retention: ClassVar[float | None] = None
 
@@ -173,7 +173,7 @@ class Everything(RuleBasedStateMachine):
 
 
 class EverythingWithRetention(Everything):
-    """The same, and stopped items are deleted soon."""
+    """The same state machine with a retention that deletes stopped items soon."""
 
     retention = 30.0
 
@@ -194,7 +194,7 @@ TestEverythingWithRetention.settings = TestEverything.settings
 
 @pytest.mark.trial
 def test_cost_of_call_does_not_grow_with_queue() -> None:
-    """A hundred times the items: a scan would cost a hundred times as much, these at most ten."""
+    """With a hundred times the items, a scan costs a hundred times as much, an index at most ten."""
 
     def cost(count: int) -> float:
         operations = Operations([ENV], history_limit=0)

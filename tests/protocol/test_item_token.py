@@ -1,4 +1,4 @@
-"""The `secret` of an item in the anthropic dialect, and what the token in it may call."""
+"""The `secret` of an item in the anthropic dialect, and the calls that its token may make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def token_of(item: dict[str, Any]) -> str:
 
 
 async def claimed(api: Api, environment: str = ENV) -> tuple[dict[str, Any], Api]:
-    """A claimed item, and a client that has nothing but the item's token."""
+    """Return a claimed item, and a client with only the token of the item."""
     api.plane.enqueue(script=[BASH], environment_id=environment)
     item = (await api.poll(environment)).body
     return item, Api(api.plane, api.http, "anthropic", token=token_of(item))
@@ -58,7 +58,7 @@ async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic: Api)
 
 
 async def forbidden(own: Api, item: dict[str, Any], other: dict[str, Any]) -> list[Answer]:
-    """Answers to all calls that the token of `item` must not make."""
+    """Return the answers to all calls that the token of `item` must not make."""
     base, work_id = own.base, item["id"]
     events = {"events": [MESSAGE]}
     return [

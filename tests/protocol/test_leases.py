@@ -1,4 +1,4 @@
-"""Leases and redelivery, at the right moment for every observer.
+"""Leases and redelivery at exact times, seen by every call.
 
 See workpool/docs/protocol.md, "Leases".
 """
@@ -20,7 +20,7 @@ async def test_expired_lease_is_noticed_by_every_call(api: Api, clock: Clock, se
     work_id = await api.bring_to("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
-    clock.advance(0.000002)  # half a microsecond is lost in a float of this size
+    clock.advance(0.000002)  # a float of this size loses half a microsecond
     if seen_by == "poll":
         assert (await api.claim())["id"] == work_id
     elif seen_by == "get":
@@ -104,7 +104,8 @@ async def test_stopping_item_whose_lease_expires_becomes_stopped(api: Api, clock
     clock.advance(3600)
     item = (await api.get(work_id)).body
     assert item["state"] == "stopped"
-    assert item["stopped_at"] == "2026-03-01T12:01:00Z"  # when the lease ended, not when seen
+    # the end of the lease, not the time of the read
+    assert item["stopped_at"] == "2026-03-01T12:01:00Z"
     assert (await api.poll()).body is None
 
 

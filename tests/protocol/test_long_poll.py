@@ -1,8 +1,7 @@
-"""A long poll wakes the moment there is something, and only then.
+"""Long polls, which return as soon as an item is available.
 
-The first half runs the calls on a loop whose time jumps from timer to timer: an instant is exact.
-The second half is over the wire.
-See workpool/docs/protocol.md, "Poll".
+The first half runs the calls on a loop whose time jumps from timer to timer: all times are exact.
+The second half uses HTTP. See workpool/docs/protocol.md, "Poll".
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """A loop on which waiting takes no time."""
+    """An event loop whose waits take no time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def virtually(scene: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run a scene on virtual time, as far from the epoch as real time is."""
+    """Run a scene in virtual time with a clock as large as the real time since the epoch."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
         async def play() -> Any:
@@ -239,7 +238,8 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: Api) -> None:
         next(record for record in api.plane.history if record.kind == kind)
         for kind in ("delivered", "created")
     )
-    assert delivered.time == made.time  # the clock stands still: no time-out brought it
+    # the clock stands still, so the item did not come by a timeout
+    assert delivered.time == made.time
 
 
 async def test_clock_changed_by_test_wakes_poll_after_wake(api: Api, clock: Clock) -> None:

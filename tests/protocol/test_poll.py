@@ -1,4 +1,4 @@
-"""Polls: which item they deliver, and when again.
+"""Polls: the order of deliveries and redeliveries.
 
 See workpool/docs/protocol.md, "Poll" and "Delivery".
 """

@@ -1,4 +1,4 @@
-"""Which error wins when several apply, and the envelope of each.
+"""Precedence of errors when several apply, and the body of each error.
 
 See workpool/docs/protocol.md, "Errors".
 """
@@ -29,7 +29,7 @@ CALLS = {
     "enqueue": ("POST", ""),
 }
 ON_ITEMS = ["ack", "heartbeat", "stop", "update", "get"]
-# Everything that could be wrong with the request itself, at once.
+# All possible mistakes in a request at once.
 BAD = {
     "params": {
         "block_ms": "0",
@@ -70,7 +70,8 @@ async def test_bad_request_precedes_409(api: Api, call: str) -> None:
     work_id = await api.bring_to("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work(suffix.format(id=work_id)), **BAD)
-    assert answer.status == (409 if call == "ack" else 400)  # an ack has nothing to be wrong
+    # an ack has no parameter that could be malformed
+    assert answer.status == (409 if call == "ack" else 400)
 
 
 async def test_conflict_409_precedes_412(qoder: Api) -> None:

@@ -1,4 +1,4 @@
-"""One item, the list, the statistics, the session.
+"""Reads of one item, the list, the statistics and the session.
 
 See workpool/docs/protocol.md, "Read an item" and "List items".
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # well formed, of nobody
+        "work_4e43a33e401a4038abe36845dff55165",  # well formed but unknown
         "work_",
         "x",
         "sess_" + "0" * 32,
@@ -174,7 +174,7 @@ async def test_stats_count_queued_and_pending_items(api: Api, clock: Clock) -> N
     stats = await api.stats()
     assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
-    clock.advance(5)  # the delivery is due for another
+    clock.advance(5)  # the item is due for redelivery
     stats = await api.stats()
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
@@ -184,7 +184,7 @@ async def test_stats_exclude_acknowledged_and_stopped_items(api: Api, clock: Clo
         await api.bring_to(state)
     stats = await api.stats()
     assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
-    clock.advance(60)  # starting and active lapse
+    clock.advance(60)  # the leases of `starting` and `active` expire
     stats = await api.stats()
     assert (stats["depth"], stats["pending"]) == (2, 0)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"

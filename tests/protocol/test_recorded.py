@@ -1,7 +1,7 @@
-"""The client against the answers of five other control planes, as their public sources write them.
+"""The client with the answers of five other control planes, as in their public source code.
 
 Each file of `recorded/` holds the answers of one repository: the call, the file that writes the
-answer, the answer itself, and what the client makes of it.
+answer, the answer itself, and the expected result of the client.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
 def item_of(answer: dict[str, Any]) -> str:
-    """The item that the client asks about: the one of the answer, where it names one."""
+    """Return the item id of the request: the id in the answer, if it has one."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
 
@@ -56,7 +56,7 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 
 
 def told(value: object, name: str) -> object:
-    """An attribute of what the client returned, as JSON has it."""
+    """Return an attribute of the client's result as JSON has it."""
     found = getattr(value, name)
     if isinstance(found, Secret):
         return found.get_secret_value()

@@ -1,4 +1,4 @@
-"""Stopped items are deleted with their sessions and events, from memory and from the file."""
+"""Retention: stopped items are deleted with their sessions and events, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from workpool.server import Store
 
 KEPT = 100.0
-"""Seconds for which a stopped item is kept here."""
+"""Retention of stopped items in these tests, in seconds."""
 
 
 def plane_of(store: Store, clock: Clock, retention: float | None = KEPT) -> ControlPlane:
@@ -50,7 +50,7 @@ def stopped(plane: ControlPlane) -> Item:
 
 
 def rows(file: Path) -> list[int]:
-    """How many items, sessions and events a file holds."""
+    """Return the numbers of items, sessions and events in a file."""
     with closing(sqlite3.connect(file)) as connection:
         return [
             connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608
@@ -92,7 +92,7 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with plane_of(SqliteStore(file), clock) as plane:
-        (former,) = plane.enqueue(environment_id=OTHER)  # not served the next time
+        (former,) = plane.enqueue(environment_id=OTHER)  # not served after the restart
         plane.operations.stop(OTHER, former.id)
         old = stopped(plane)
         clock.advance(KEPT / 2)
@@ -119,7 +119,7 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     operations = plane.operations
     (first,) = plane.enqueue()
     second, third = (plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
-    operations.stop(ENV, third.id)  # the latest item stops first
+    operations.stop(ENV, third.id)  # the latest item of the session stops first
     clock.advance(KEPT)
     operations.poll(ENV, Poll())
     operations.stop(ENV, first.id, force=True)

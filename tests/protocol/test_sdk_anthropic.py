@@ -31,7 +31,7 @@ pytestmark = pytest.mark.trial
 
 @pytest.fixture
 async def sdk(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
-    # The SDK adds /v1 to each path by itself.
+    # The SDK appends /v1 to the base URL.
     base_url = plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(auth_token=TOKEN, base_url=base_url) as client:
         yield client
@@ -93,7 +93,7 @@ async def test_anthropic_sdk_makes_all_eight_calls(
     stats = await work.stats(ENV)
     assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
 
-    # The SDK's model of a stop is an item; what the service sends is 204.
+    # The SDK expects an item as the answer to a stop, but the service sends 204.
     raw = sdk.beta.environments.work.with_raw_response
     assert (await raw.stop(created.id, environment_id=ENV)).http_response.status_code == 204
     assert (await work.retrieve(created.id, environment_id=ENV)).state == "stopping"
@@ -122,7 +122,7 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
             "active"
         )
     assert claimed == ids
-    # The poller asks for a graceful stop; the lease's end, or a second stop, makes it final.
+    # The poller requests a graceful stop; only the end of the lease or a second stop completes it.
     states = [item.state async for item in sdk.beta.environments.work.list(ENV)]
     assert states == ["stopping"] * 50
     assert plane.summary().overlapping == 0

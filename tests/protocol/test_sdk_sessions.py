@@ -1,4 +1,4 @@
-"""The anthropic dialect's own SDK (`anthropic`) on the session's side of a conversation."""
+"""The SDK of the anthropic dialect (`anthropic`) as the session's side of a conversation."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def confirm(
     session_id: str,
     stream: AsyncStream[BetaManagedAgentsStreamSessionEvents],
 ) -> None:
-    """Allow what is asked for first, deny what is asked for next."""
+    """Allow the first requested tool use, and deny the second one."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     async with stream:
         async for event in stream:
@@ -139,7 +139,7 @@ async def confirm(
 async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
     plane: ControlPlane, sdk: AsyncAnthropic
 ) -> None:
-    """Its own client of this very protocol: stream first, history, reconcile, answer once."""
+    """The tool runner is another client of this protocol: one stream, one answer per tool use."""
 
     @beta_async_tool
     async def bash(command: str) -> str:
@@ -154,7 +154,7 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
 
     @beta_async_tool
     async def weather(city: str) -> str:
-        """Tell the weather.
+        """Return the weather.
 
         Args:
             city: Where.

@@ -1,7 +1,7 @@
-"""The vendor's environment workers, in Python and TypeScript, through a whole conversation.
+"""Environment workers of the vendor, in Python and TypeScript, in a whole conversation.
 
 The application is a client of the vendor's SDK too: it creates the environment and the session, and
-decides on what is asked. Nothing here is ours but the control plane.
+confirms tool uses. Only the control plane belongs to this project.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Worker = Callable[[str], AbstractAsyncContextManager[None]]
 
-pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to fetch packages
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to download packages
 
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
@@ -42,7 +42,7 @@ SCRIPT: list[dict[str, Any]] = [
 
 
 class Calls:
-    """The calls of a worker, each with the kind of its credential: "key" or "item"."""
+    """A middleware that records a worker's calls with the kind of credential: "key" or "item"."""
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str]] = set()
@@ -85,7 +85,7 @@ async def application(plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
 
 
 async def decide(application: AsyncAnthropic, session_id: str) -> None:
-    """Allow the first call that is asked for, and deny the next, until the turn ends."""
+    """Allow the first requested tool use and deny the next, until the turn ends."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application.beta.sessions.events
     seen: set[str] = set()
@@ -101,7 +101,7 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
         return ended
 
     async def told() -> AsyncGenerator[Any, None]:
-        """The history and what follows it. The stream is opened first, so nothing is missed."""
+        """Yield the history and all later events; the stream is opened first, so none is missed."""
         async with await events.stream(session_id) as stream:
             async for past in events.list(session_id):
                 yield past
@@ -122,7 +122,7 @@ def text_of(event: dict[str, Any]) -> str:
 
 @beta_async_tool
 async def weather(city: str) -> str:
-    """Tell the weather.
+    """Return the weather.
 
     Args:
         city: Where.
@@ -159,7 +159,7 @@ def python_worker(plane: ControlPlane, tmp_path: Path) -> Worker:
 
 @pytest.fixture(scope="session")
 def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the TypeScript SDK, in which Node finds it."""
+    """Return a directory with the TypeScript SDK in which Node finds it."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("node and npm are not installed")
@@ -204,7 +204,7 @@ def typescript_worker(plane: ControlPlane, tmp_path: Path, node_project: Path) -
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def worker(request: pytest.FixtureRequest) -> Worker:
-    """Run a worker on an environment for as long as a block takes."""
+    """Return a context manager that runs a worker of an environment."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 
@@ -219,7 +219,7 @@ async def environment_id(application: AsyncAnthropic) -> str:
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    """Wait for something that a worker brings about; the caller bounds the time."""
+    """Wait until the condition is true; the caller limits the time."""
     while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
         await asyncio.sleep(0.02)
 
@@ -241,7 +241,7 @@ async def test_sdk_worker_completes_a_conversation(
         )
         await decide(application, session.id)
         await eventually(lambda: plane.summary().stopped == 1)
-        # The worker has left the session; a message brings it back.
+        # The worker has left the session, and a message brings it back.
         await application.beta.sessions.events.send(
             session.id,
             events=[{"type": "user.message", "content": [{"type": "text", "text": "Thanks."}]}],
@@ -257,7 +257,7 @@ async def test_sdk_worker_completes_a_conversation(
     }
     assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
     told = [results[use["id"]] for use in uses]
-    # The fourth was denied: its result is the control plane's own.
+    # The fourth tool use was denied, so its result is from the control plane.
     assert [event["type"] for event in told] == [
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
@@ -304,7 +304,7 @@ async def held(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
         (item,) = plane.operations.page(environment_id).items
-        # It reads the history once its event stream is open.
+        # The worker reads the history once its event stream is open.
         await eventually(lambda: ("item", "GET sessions/events") in calls.seen)
         yield Held(session.id, item.id, lambda: plane.operations.get(environment_id, item.id).state)
 
@@ -313,7 +313,7 @@ async def test_sdk_worker_leaves_archived_session(
     application: AsyncAnthropic, held: Held, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert (await application.beta.sessions.archive(held.session_id)).status == "terminated"
-    async with asyncio.timeout(20):  # before its next heartbeat
+    async with asyncio.timeout(20):  # less than the time to its next heartbeat
         await eventually(lambda: held.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
@@ -338,7 +338,7 @@ async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
     calls: Calls,
     tmp_path: Path,
 ) -> None:
-    """One process polls with the environment's key; another one has nothing but the secret."""
+    """One process polls with the key of the environment; the other one has only the secret."""
     base_url = plane.anthropic_base_url.removesuffix("/v1")
     await application.beta.sessions.create(
         agent="agent_1", environment_id=environment_id, extra_body={"script": SCRIPT[:2]}

@@ -1,4 +1,4 @@
-"""The SQLite store: what was answered survives, and a file that is not ours is refused."""
+"""The SQLite store: answered changes survive, and files of other programs are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ async def test_items_sessions_and_stats_survive_restart(
             url = f"{api.base}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
-        assert (await api.ack(queued, worker="b")).status == 409  # delivered to a
+        # the item was delivered to worker a
+        assert (await api.ack(queued, worker="b")).status == 409
         assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
         assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200
         clock.advance(60)
@@ -105,7 +106,7 @@ async def test_redelivery_order_survives_restart(
         await api.claim()
         await api.claim()
         clock.advance(5)
-        assert (await api.claim())["id"] == first  # so that 2 was delivered before 1
+        assert (await api.claim())["id"] == first  # so item 2 was delivered before item 1
     async with plane_on(path, clock) as plane:
         api = Api(plane, http, "qoder")
         assert (await api.claim())["id"] == second
@@ -354,7 +355,7 @@ async def server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, 
 
 
 class Load:
-    """Workers that lead items through their lives and remember every answer."""
+    """Workers that bring items through all states and record every answer."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self._http = http
@@ -375,7 +376,7 @@ class Load:
         return body
 
     async def run(self) -> None:
-        """One item after the other, until the server is gone."""
+        """Run one item after another until the server is gone."""
         while True:
             try:
                 await self.one_life()

@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import Api, Clock
 
-# A second copy of the table, by hand; `server/state_machine.py` holds the first.
+# A second copy of the table, written by hand; `server/state_machine.py` has the first.
 TABLE = [
     (False, "queued", "stopped"),
     (False, "starting", "stopping"),

@@ -1,4 +1,4 @@
-"""The event stream (server-sent events), read to the letter.
+"""The event stream (server-sent events), read as raw blocks.
 
 See workpool/docs/protocol.md, "Event stream".
 """
@@ -38,7 +38,7 @@ class Reader:
             return (await self.response.content.readuntil(b"\n\n")).decode()
 
     async def event(self) -> dict[str, Any]:
-        """The next event; its three lines must agree."""
+        """Return the next event, whose three lines must agree."""
         while (text := await self.block()).startswith(":"):
             pass
         first, second, third = text.removesuffix("\n\n").split("\n")
@@ -59,7 +59,7 @@ async def stream(api: Api, session_id: str, last_id: str | None = None) -> Async
         assert response.headers["Content-Type"] == "text/event-stream"
         assert response.headers["Cache-Control"] == "no-store"
         reader = Reader(response)
-        assert (await reader.block()).startswith(":")  # open, before anything is said
+        assert (await reader.block()).startswith(":")  # the stream is open before the first event
         yield reader
 
 
@@ -87,7 +87,8 @@ async def test_stream_resumes_after_last_event_id(api: Api) -> None:
         async with stream(api, session_id, event["id"]) as reader:
             left = whole[place + 1 :]
             assert [await reader.event() for _ in left] == left
-    async with stream(api, session_id, whole[0]["id"]) as reader:  # and goes on live
+    # the stream then continues with new events
+    async with stream(api, session_id, whole[0]["id"]) as reader:
         await send(api, session_id, {"type": "user.interrupt"})
         assert [(await reader.event())["id"] for _ in whole[1:]] == [one["id"] for one in whole[1:]]
         assert (await reader.event())["type"] == "user.interrupt"
@@ -119,7 +120,7 @@ async def test_stream_ends_when_control_plane_closes(qoder: Api) -> None:
         qoder.plane.operations.release()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    async with stream(qoder, scripted(qoder)) as reader:  # nor does a new one stay open
+    async with stream(qoder, scripted(qoder)) as reader:  # a new stream ends as well
         assert await reader.response.content.read() == b""
 
 
@@ -141,9 +142,10 @@ async def test_stream_of_reader_that_does_not_read_is_cut_off(
     text = "x" * 1_000_000
     async with stream(qoder, session_id) as reader:
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
-        for _ in range(20):  # more than all buffers between the two can hold
+        for _ in range(20):  # more than all buffers between server and client can hold
             assert (await send(qoder, session_id, message)).status == 200
-        await until(lambda: len(qoder.plane._connections) == 1)  # only that of the messages is left
+        # only the connection that sent the messages is left
+        await until(lambda: len(qoder.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
 

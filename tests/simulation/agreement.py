@@ -100,7 +100,8 @@ def _contradiction(
     handed = lease.end_kind == "detached" and lease.ended <= at
     if handed != (outcome == "detached") and not (case.disturbed(node, lease) or node.abandoned):
         return "a child has taken it" if handed else "no child has taken it"
-    unread = case.denied_at(node, "get") <= at  # then a 409 leaves open whether it is stopped
+    # then a 409 does not say whether the item is stopped
+    unread = case.denied_at(node, "get") <= at
     match outcome:
         case "completed" | "timed_out" if not (
             unread or _stopped_by(case, lease, at) or case.broken(lease)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WRITES: Final = frozenset({"heartbeat", "stop", "update"})
 DENIED: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
-"""Answers that say that a key may not make a call."""
+"""Statuses of answers to a call that a key may not make."""
 ACK_SECONDS: Final = 60.0
 """The longest time for which acks are tried. A pause within that time ends the claim."""
 START: Final = 86_400.0
@@ -37,9 +37,10 @@ class GrantedLease:
     Attributes:
         ends: For each answer of the control plane: its time, and the end of the lease that it
             granted.
-        ended: When the worker ceased to own the item.
-        stop_requested: When an operator first requested a stop.
-        end_kind: How the lease ended. `detached`: a child process of the worker took the item.
+        ended: The time at which the worker ceased to own the item.
+        stop_requested: The time of an operator's first request to stop.
+        end_kind: The kind of end of the lease. `detached`: a child process of the worker took the
+            item.
         stopped_by: The worker that stopped the item; None if the lease lapsed.
         settled: Which worker owns the item is known. An ack that answers `active` leaves it open
             until the first heartbeat, whose sender then owns the item.
@@ -73,7 +74,7 @@ class Claim(NamedTuple):
     """An item whose ack answered `active`.
 
     Attributes:
-        polled_at: When the poll that delivered it was sent.
+        polled_at: The time at which the poll that delivered it was sent.
         calls: The node's calls for the item from then on.
     """
 
@@ -166,7 +167,7 @@ class Case:
         return claim is not None and not claim.settled(at)
 
     def denied_at(self, node: Node, op: str) -> float:
-        """Return when the node learnt that its key may not make a call; infinite: it did not."""
+        """Return when the node learnt that its key may not make a call; infinite if it did not."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -207,7 +208,7 @@ class Case:
                 call.fault is not None and call.over_at >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
-            or any(  # a worker's key looks items up in the list
+            or any(  # with a worker's key, items are looked up in the list
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
                 if call.over_at >= since and call.at <= until
@@ -220,7 +221,8 @@ class Case:
                 for delay in self.trace.delays
             )
             or node.paused(since, min(until, lease.last_end + 1))
-            or node.paused_unseen(since - ACK_SECONDS, until)  # the ack may have waited to be sent
+            # the ack may have waited before it was sent
+            or node.paused_unseen(since - ACK_SECONDS, until)
             or node.crashed <= min(until, lease.last_end)
             or self.broken(lease)
         )
@@ -244,7 +246,7 @@ def _leases_of(
             leases[-1].settled = record.state != ACTIVE
             continue
         if record.kind == "heartbeat" and leases and leases[-1].end_kind == "lapsed":
-            # A poll has leased it again, and its worker repeats the first heartbeat.
+            # A poll has leased the item again, and its worker repeats the first heartbeat.
             leases.append(_granted(record))
             continue
         if not leases or leases[-1].end_kind is not None:

@@ -40,7 +40,7 @@ class ActiveAcks(Operations):
         return self._apply(self.queue(environment_id), leased, "delivered", poll.worker_id)
 
     def ack(self, environment_id: str, work_id: str, worker_id: str | None = None) -> Item:
-        """Acknowledge an item for whoever asks."""
+        """Acknowledge an item for any sender."""
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         if item.state == ACTIVE:

@@ -18,7 +18,7 @@ def nothing_is_sent_during_a_handoff(case: Case) -> Iterator[str]:
     """3d. While a handler starts a child, no heartbeat is under way and nothing is sent."""
     for block in case.trace.handoff_blocks:
         until = min(block.left, block.entered + block.ttl / 2)
-        # A handler that is cancelled in the instant of the handoff takes the item back in it.
+        # A handler that is cancelled at the time of the handoff takes the item back at once.
         if block.left <= block.entered or block.node.paused(block.entered - 1, until):
             continue
         for call in case.sent[block.node, block.work_id]:
@@ -50,17 +50,17 @@ def _sent_after_handoff(case: Case, node: Node, lease: GrantedLease) -> Iterator
         if call.at <= lease.ended or case.lease(node, lease.work_id, call.at) is not lease:
             continue
         if case.unsettled(node, lease.work_id, call.at):
-            continue  # of a later claim
+            continue  # the heartbeat belongs to a later claim
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    tries -= sum(  # nor did a faulty list, in which a worker's key looks the item up
+    tries -= sum(  # nor a faulty list, in which a worker's key looks the item up
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    tries -= sum(  # a read that got no connection did not tell the owner
+    tries -= sum(  # a read without a connection did not show the owner
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")
         and delay.since >= lease.ended

@@ -212,7 +212,7 @@ def nothing_is_sent_after_a_known_loss(case: Case) -> Iterator[str]:
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
                 continue
-            following = [  # a child's lease begins with its first call, not with an ack
+            following = [  # the lease of a child begins with its first call, not with an ack
                 call for call in calls if node.child or case.lease(node, work_id, call.at) is lease
             ]
             known_at = min(
@@ -230,7 +230,7 @@ def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> flo
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        # During a handoff it does not tell whether parent or child owns the item; see 3f.
+        # During a handoff the answer does not show whether parent or child owns the item; see 3f.
         handoff = (
             lease.end_kind == "detached"
             or (call.node.child and not any(each.answer == "ok" for each in before))
@@ -241,7 +241,7 @@ def _loss(case: Case, call: Sent, calls: list[Sent], lease: GrantedLease) -> flo
                 for block in case.trace.handoff_blocks
             )
         )
-        # A heartbeat that got no connection in time was not sent, but its sender cannot know that.
+        # A heartbeat without a connection was not sent, but its sender cannot know that.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -262,7 +262,8 @@ def stops_are_justified(case: Case) -> Iterator[str]:
         if call.op != "stop" or call.work_id is None:
             continue
         lease = case.lease(call.node, call.work_id, call.at)
-        if lease is not None and lease.stop_requested > call.at:  # without a lease: 3a
+        # a stop without a lease is covered by 3a
+        if lease is not None and lease.stop_requested > call.at:
             run = case.run_of(call.node, lease)
             if problem := _unjustified(call, run):
                 yield f"{call} was sent {problem}"
@@ -273,7 +274,7 @@ def stops_are_justified(case: Case) -> Iterator[str]:
 
 
 def _unjustified(call: Sent, run: Run | None) -> str | None:
-    """Return what is wrong with a stop that no operator requested."""
+    """Return the fault of a stop that no operator requested."""
     if run is None:
         return "for an item that had not run"
     if call.at < run.ended:
@@ -355,10 +356,10 @@ def no_more_is_claimed_than_the_limit(case: Case) -> Iterator[str]:
 
 
 def nothing_is_claimed_during_a_pause(case: Case) -> Iterator[str]:
-    """5d. A pool whose claiming is paused takes no item, until the last pause began is over."""
+    """5d. A paused pool takes no item until its last pause has ended."""
     for node in case.trace.nodes:
         for number, (since, until) in enumerate(node.refrains):
-            # A later pause replaces an earlier one, and may end before it.
+            # A later pause replaces an earlier one and may end before it.
             end = min([until, *(start for start, _ in node.refrains[number + 1 :])])
             for at, event in node.events:
                 if isinstance(event, ItemReceived) and since < at < end - MARGIN_SECONDS:
@@ -422,7 +423,8 @@ def closed_pools_hold_and_run_nothing(case: Case) -> Iterator[str]:
             lease.settled
             and lease.last_end > node.closed + RELEASED_SECONDS
             and not case.disturbed(node, lease, node.closed)
-            and not case.unsettled(node, lease.work_id, node.closed)  # it may be another worker's
+            # the item may belong to another worker
+            and not case.unsettled(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:

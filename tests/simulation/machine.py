@@ -168,7 +168,7 @@ class _Timer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        self._loop.now = max(self._loop.now, self._when)  # else a wait for `_when` may not end
+        self._loop.now = max(self._loop.now, self._when)  # otherwise a wait for `_when` may not end
         if machine is None:
             super()._run()
         elif machine.blocked:
@@ -191,7 +191,7 @@ class MachinesLoop(VirtualLoop):
     def __init__(self) -> None:
         super().__init__()
         selector: Any = self._selector
-        selector.select = self._leap  # there are no sockets to ask about
+        selector.select = self._leap  # no sockets exist
 
     def _leap(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:

@@ -35,7 +35,7 @@ class Edit(NamedTuple):
 
 
 MUTATIONS: dict[str, list[Edit]] = {
-    # The claim.
+    # Claims.
     "no deduplication of items": [
         Edit("dispatcher:Dispatcher", "owned = self.items.get(work_item.id)", "owned = None"),
         # Otherwise the second check holds: an item of a session that runs is declined.
@@ -151,7 +151,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "refusal after a success taken for a missing permission": [
         Edit("client_protocol:OptionalCalls", "op in self._allowed or ", ""),
     ],
-    # The lease.
+    # Leases.
     "412 taken for lost": [
         Edit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),
     ],
@@ -194,7 +194,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "check=None if lease.begun else partial(self._check, lease, check)",
         ),
     ],
-    # Sending for an item.
+    # Requests for an item.
     "completion without a held lease": [
         Edit("sender:Sender", "lease.check(self._clock())", "pass"),
     ],
@@ -282,7 +282,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "loop.run_in_executor(None, self._read_credential)",
         ),
     ],
-    # What is left to other workers.
+    # Items that are left to other workers.
     "ack behind completions in the line": [
         Edit("claim:Claimer", "permit = True", "permit = False")
     ],
@@ -303,7 +303,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "FAILING_PAUSE_SECONDS",
         ),
     ],
-    # The handler.
+    # Handlers.
     "handler starts after the machine has slept": [
         Edit(
             "handler_executor:HandlerExecutor",
@@ -337,7 +337,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "context=item.context",
         ),
     ],
-    # The completion.
+    # Completions.
     "own stop taken for an operator's": [
         Edit(
             "completion:Completion",
@@ -369,7 +369,7 @@ MUTATIONS: dict[str, list[Edit]] = {
             "            return",
         ),
     ],
-    # The drain.
+    # Drains.
     "drain that cancels heartbeats": [
         Edit(
             "dispatcher:Dispatcher",
@@ -383,7 +383,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "close not idempotent": [
         Edit("session_runner:SessionRunner", 'if item.state == "closed":', "if False:"),
     ],
-    # The handoff.
+    # Handoffs.
     "heartbeats during the handoff": [
         Edit(
             "handoff:HandoffRun",

@@ -1,4 +1,4 @@
-"""The network of a simulation: it carries each pool's calls, injects faults, records the calls."""
+"""The network of a simulation, which carries and records the calls of pools and injects faults."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DENIAL: Final = CallFault(
 OPTIONAL: Final = frozenset({"get", "update"})
 """Calls that a worker's key may not make."""
 THREADS: Final[Any] = object()
-"""Stands for an executor of the pool's own."""
+"""Stands for an executor that belongs to the pool."""
 SILENCE: Final = CallFault(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
@@ -100,9 +100,9 @@ class Network:
         fault = make_fault(kind, self._random)
         if kind == "asleep" and op != "poll":  # the machine halts while the call waits
             self._halt(node, fault.wait / 2)
-        elif kind == "drowsy":  # it halts in the work that follows the answer
+        elif kind == "drowsy":  # the machine halts in the work that follows the answer
             fault = self._halt_at_answer(node, fault)
-        elif kind == "fading" and op in FADING:  # a slow answer, and then none
+        elif kind == "fading" and op in FADING:  # a slow answer, followed by calls without answers
             now = _loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return fault
@@ -262,7 +262,7 @@ class Client(LocalClient):
         def check() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # the call is sent in this step
+            self._patch = dict(patch)  # the call is sent in the same step
 
         noting = options._replace(check=check)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
@@ -315,7 +315,7 @@ class Client(LocalClient):
         return await super()._send(endpoint, work_id, operate, timeout, options)
 
     async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
-        work_id = self._work_id  # set in this step
+        work_id = self._work_id  # set in the same step
         await super()._wait(op, fault, options, until)
         await self._connect(op, work_id, options, until - _loop().time())
 
@@ -354,7 +354,7 @@ class Client(LocalClient):
     async def _settle(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        sent = self._sent  # set in this step
+        sent = self._sent  # set in the same step
         answer: str | int | None = None
         try:
             value = await super()._settle(endpoint, exchange, seconds)

@@ -198,7 +198,7 @@ def one_heartbeat_at_a_time(case: Case) -> Iterator[str]:
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
-            # A heartbeat of an earlier lease may be under way; nobody waits for its answer.
+            # A heartbeat of an earlier lease may be in flight; its answer is not used.
             again = case.lease(node, work_id, one.at) is not case.lease(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
@@ -296,7 +296,7 @@ def completions_are_tried_while_the_lease_is_held(case: Case) -> Iterator[str]:
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
         for at, event in node.events:
-            if isinstance(event, DrainStarted):  # a pool also drains at the end of its exit limits
+            if isinstance(event, DrainStarted):  # a pool also drains at its exit limits
                 leaving = min(leaving, at)
             if not isinstance(event, SessionFinished) or event.outcome != "released":
                 continue

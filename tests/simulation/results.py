@@ -63,7 +63,7 @@ class Progress:
         self._source = _source_digest()
 
     def finished(self) -> Mapping[range, Report]:
-        """Return the results for the current source, by the seeds of their parts."""
+        """Return the results for the current source by the seeds of their parts."""
         found: dict[range, Report] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:
@@ -86,7 +86,8 @@ class Progress:
             "failures": failures,
         }
         with self._path.open("a") as file:
-            file.write(f"\n{json.dumps(part)}")  # first the line's end: the last line may be cut
+            # begins with a newline, because the last line may be incomplete
+            file.write(f"\n{json.dumps(part)}")
 
 
 def _source_digest() -> str:

@@ -133,7 +133,7 @@ def draw(random: Random, seed: int) -> Schedule:
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     control_plane = random.choice(CONTROL_PLANES)
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
-        # Items wait for a slot for most of a lease, and their heartbeats for the network.
+        # Items wait for a slot for most of a lease, and their heartbeats wait for the network.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
         work += _crowd(random)
     actions = sorted([*work, *actions], key=_at)
@@ -209,7 +209,7 @@ def _burst(random: Random) -> Action:
 
 
 def _crowd(random: Random) -> list[Action]:
-    """Return work that fills all slots, and what keeps heartbeats from their answers."""
+    """Return work that fills all slots, and faults that delay answers to heartbeats."""
     seconds, at = random.uniform(25, 45), _moment(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
     ends = round(at + seconds - random.uniform(0, 2), 3)

@@ -91,7 +91,7 @@ class SimulatedHandlers:
         run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
         run.leaked = _SESSION.get() is not None
         _SESSION.set(item.id)
-        if self._node.crashed <= run.started:  # in the step in which its machine crashed
+        if self._node.crashed <= run.started:  # ended in the step in which its machine crashed
             run.ended, run.result = run.started, "crashed"
         self._trace.runs.append(run)
         if self._node.machine.halted == "crashed":
@@ -164,14 +164,14 @@ class SimulatedHandlers:
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            except asyncio.CancelledError:  # as handlers should not
+            except asyncio.CancelledError:  # swallowed, as no handler should do
                 self._note_cancelled(run)
         return {"done": "at last"}
 
     async def _swallow(self, _session: Session, run: Run, seconds: float, _first: bool) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # as handlers should not
+        except asyncio.CancelledError:  # swallowed, as no handler should do
             self._note_cancelled(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
@@ -180,7 +180,7 @@ class SimulatedHandlers:
         """Return at the time of the cancellation, if that is known before."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # as handlers should not
+        except asyncio.CancelledError:  # swallowed, as no handler should do
             self._note_cancelled(run)
         return {"done": "in time"}
 

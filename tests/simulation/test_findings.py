@@ -82,7 +82,7 @@ class Bench:
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
-    """The drain waited for it, and its session counted as abandoned."""
+    """The drain waited for the ack, and its session counted as abandoned."""
     refusal = CallFault(answer=503, applied=False, retry_after=40)
     bench = Bench(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
@@ -98,7 +98,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
-    """Its session was abandoned, and its item not released."""
+    """The session was abandoned and its item not released."""
     script = Script(heartbeat=[CallFault(answer=429, applied=False, retry_after=40)])
     bench = Bench(script, drain_timeout=1)
     async with bench.supervisor as pool:
@@ -130,12 +130,12 @@ async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> N
 
 @in_virtual_time
 async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
-    """The item was queued again; it counted as completed and ran again."""
+    """The item was queued again, but it counted as completed and ran again."""
     script = Script(stop=[CallFault(answer=429, applied=False, retry_after=30)])
     bench = Bench(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(1.5)  # it has run, and its stop has been refused
+        await asyncio.sleep(1.5)  # the handler has run, and the stop was refused
         queue = bench.operations.queue(ENVIRONMENT)
         queue.put(replace(queue.get(item.id), lease_end=0))
         await bench.recorder.wait_for(SessionFinished, count=2, timeout=60)
@@ -145,7 +145,7 @@ async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
 
 @in_virtual_time
 async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
-    """It counted as released, although its item will not be delivered again."""
+    """The session counted as released, although its item will not be delivered again."""
     bench = Bench(Script(), ignore, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -185,7 +185,7 @@ async def test_lease_claimed_after_machine_pause_is_not_doubted() -> None:
 
 @in_virtual_time
 async def test_lease_doubted_by_write_after_pause_is_verified_at_once() -> None:
-    """The heartbeat that verifies it was sent with the next tick, seconds later."""
+    """The heartbeat that verifies the lease was sent with the next tick, seconds later."""
     bench = Bench(Script())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -210,7 +210,7 @@ async def hand_off(session: Session) -> None:
 
 @in_virtual_time
 async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
-    """It raised a transient error, though it begins with a heartbeat."""
+    """The handoff raised a transient error, although it begins with a heartbeat."""
     bench = Bench(Script(), hand_off, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -220,7 +220,7 @@ async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
 
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
-    """It names no owner, so it could extend the lease of the worker that owned the item by then."""
+    """The heartbeat expects no earlier one, so it could extend the lease of another worker."""
     script = Script(heartbeat=[CallFault(wait=3)])
     bench = Bench(script, drain_timeout=0)
     async with bench.supervisor:
@@ -236,7 +236,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 
 @in_virtual_time
 async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
-    """Its lease had lapsed, which the lease clock does not show."""
+    """The lease had expired, which the lease clock does not show."""
     bench = Bench(Script(heartbeat=[CallFault(back=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -264,7 +264,7 @@ class FallsAsleep:
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
-    """The lease was checked before its task was created; another worker could run the item."""
+    """The lease was checked before the task was created; another worker could run the item."""
     bench = Bench(Script(), observer=FallsAsleep())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -275,12 +275,12 @@ async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
 
 @in_virtual_time
 async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
-    """It was sent before the pause, so it verified nothing; the next one followed too late."""
+    """The heartbeat was sent before the pause, so it verified nothing; the next came too late."""
     script = Script(heartbeat=[None, CallFault(back=8)])
     bench = Bench(script, ignore, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        await asyncio.sleep(20.5)  # the second heartbeat is under way, for 8 s
+        await asyncio.sleep(20.5)  # the second heartbeat is in flight for 8 s
         assert script.sent.count(("heartbeat", item.id)) == 2
         bench.loop.pause(5)
         await asyncio.sleep(8)
@@ -306,7 +306,7 @@ async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_was_paused_during_claim() -> None:
-    """Its lease had lapsed, which the lease clock does not show; another worker could run it."""
+    """The lease had expired, unseen by the lease clock, and another worker could run the item."""
     bench = Bench(Script(), observer=FallsAsleep(unseen=True))
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -317,7 +317,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 
 @in_virtual_time
 async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
-    """It waited for the rest of its back-off, for up to 3 s, although the lease was verified."""
+    """The completion waited for the rest of its backoff, up to 3 s, despite a verified lease."""
     script = Script(heartbeat=[None, CallFault(there=0.001, back=8)])
     bench = Bench(script, lease_ttl=60)
     async with bench.supervisor:
@@ -334,7 +334,7 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
 
 @in_virtual_time
 async def test_workers_in_step_do_not_take_item_from_each_other_endlessly() -> None:
-    """Each one polled the item before the other had acknowledged it, so all acks were refused."""
+    """Each worker polled the item before the other's ack arrived, so all acks were refused."""
 
     def latency(op: str, _work_id: str | None) -> CallFault:
         return CallFault(there=0.005 if op == "ack" else 0.001, back=0.001)
@@ -362,7 +362,7 @@ async def hand_over_to_nobody(session: Session) -> None:
 
 @in_virtual_time
 async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None:
-    """It waited for a heartbeat that was sent no more, so the renewer did not end within 10 s."""
+    """The handoff waited for a heartbeat that was not sent; the renewer did not end within 10 s."""
     silence = CallFault(answer="silence", applied=False)
     bench = Bench(Script(heartbeat=[None, *[silence] * 20]), hand_over_to_nobody)
     async with bench.supervisor as pool:

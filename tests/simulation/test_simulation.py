@@ -93,7 +93,7 @@ def test_invariants_hold_on_schedules_drawn_by_hypothesis(schedule: Schedule) ->
 
 
 def test_simulation_of_one_seed_is_repeatable() -> None:
-    """The calls and records are the same, at the same times; otherwise no replay could help."""
+    """Calls and records have the same times; otherwise no schedule could be replayed."""
 
     def once() -> list[object]:
         case, _ = simulate(schedule_of(7))
@@ -133,7 +133,7 @@ def test_progress_of_other_source_is_ignored(
 
 
 def promises() -> list[list[str]]:
-    """The cells of the table of promises in workpool/docs/architecture.md."""
+    """Return the cells of the table of promises in workpool/docs/architecture.md."""
     text = (ROOT / "workpool/docs/architecture.md").read_text()
     table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FOREVER: Final = float("inf")
 LATENCY_SECONDS: Final = 0.001
-"""Shortest time on the way. More than 0, as the control plane's clock counts microseconds."""
+"""Shortest latency; more than 0, as the control plane's clock counts microseconds."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -27,10 +27,10 @@ class Sent:
     """One call of a pool.
 
     Attributes:
-        at: When its bytes were sent.
+        at: The time at which its bytes were sent.
         fault: The fault that was injected.
         answer: "ok", the status of an error, or "lost"; None: its caller did not wait for it.
-        answered_at: When its caller got the answer or gave up.
+        answered_at: The time at which its caller got the answer or gave up.
         value: The parsed answer of a successful call.
         patch: The metadata of an update.
     """
@@ -51,14 +51,14 @@ class Sent:
 
     @property
     def arrives_at(self) -> float:
-        """When the control plane carries the call out; infinite if never."""
+        """The time at which the control plane carries the call out; infinite if never."""
         if self.fault is None:
             return self.at + LATENCY_SECONDS
         return self.at + self.fault.there if self.fault.applied else FOREVER
 
     @property
     def over_at(self) -> float:
-        """When the call has no further effect: it may arrive after its sender gave up."""
+        """The time after which the call has no effect; it may arrive after its sender gave up."""
         fault = self.fault
         late = 0.0
         if fault is not None:
@@ -90,8 +90,8 @@ class Run:
 
     Attributes:
         behaviour: What the handler does; a name of `schedule.BEHAVIOURS`.
-        cancelled_at: When it was first cancelled.
-        result: How it ended: returned, raised, released, cancelled, handed (off to a child),
+        cancelled_at: The time of its first cancellation.
+        result: The kind of its end: returned, raised, released, cancelled, handed (off to a child),
             crashed (with its machine); None: it has not ended.
         stop_seen: The handler knew of an operator's request to stop when it ended.
         attempt: The attempt of its session.
@@ -112,7 +112,7 @@ class Run:
 
     @property
     def ended_or_cancelled(self) -> float:
-        """When it ended or was first cancelled, whichever was earlier."""
+        """The time at which the handler ended or was first cancelled, whichever was earlier."""
         return min(self.ended, self.cancelled_at)
 
 
@@ -137,19 +137,19 @@ class Node:
 
     Attributes:
         child: It is a child process, which runs one item that a pool handed off.
-        started: When it was started.
-        drain: When its first drain began, and its timeout; None: no drain.
-        drained: When that drain had ended.
-        closed: When the process had ended; infinite if it crashed.
-        crashed: When it crashed.
+        started: The time of its start.
+        drain: The start of its first drain and the timeout; None without a drain.
+        drained: The time at which that drain ended.
+        closed: The time at which the process ended; infinite if it crashed.
+        crashed: The time of its crash.
         abandoned: Number of sessions that its drain abandoned.
         polls: Number of polls begun; a poll that waits on its machine may never be sent.
         error: The error with which it ended.
         no_fault: The latency of a call without a fault.
-        cuts: Start and end of each time in which nothing that it sent arrived.
+        cuts: Start and end of each time in which its network was cut.
         denials: Start and end of each time in which its acks were refused.
         refrains: Start and end of each pause of its claiming.
-        claim_permits: When it acquired permits for acks, if it has a rate limit.
+        claim_permits: The times at which it acquired permits for acks, if it has a rate limit.
         events: Every event for its observers, with its time.
     """
 
@@ -191,7 +191,7 @@ class Trace:
     """All that was recorded in one simulation.
 
     Attributes:
-        broken: When an operator ended a lease early, and the item.
+        broken: The time at which an operator ended a lease early, and the item.
         misplaced: Node, operation and time of each call on another event loop than its client's.
         faults: Number of calls with a fault.
         actions: Number of actions.

@@ -66,7 +66,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class MachineRenewer(LoopRenewer):
-    """A lease renewer whose callbacks are marked as those of an event loop of its own."""
+    """A lease renewer whose callbacks are marked as those of its own event loop."""
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
@@ -202,7 +202,7 @@ class World:
         self._spawn(node, self._run_pool(node, supervisor))
 
     def _start_child(self, parent: Node, lease: HandedLease, delay: float) -> None:
-        """Start a child process after `delay`, even if its parent's machine halts before."""
+        """Start a child process after `delay`, even if the parent's machine halts before."""
         begin = partial(self._begin_child, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
@@ -293,8 +293,8 @@ class World:
             queue = self.operations.queue(ENVIRONMENT)
             item = queue.get(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # Not in the second of its ack: pools tell owners apart by `acknowledged_at`, which
-            # counts whole seconds, and no lease lapses so early.
+            # Not in the second of its ack: pools distinguish owners by `acknowledged_at`, which has
+            # whole seconds, and no lease expires so early.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))
                 queue.put(replace(item, lease_end=min(item.lease_end, now)))
