@@ -194,7 +194,7 @@ TestEverythingWithRetention.settings = TestEverything.settings
 
 @pytest.mark.trial
 def test_cost_of_call_does_not_grow_with_queue() -> None:
-    """With a hundred times the items, a scan costs a hundred times as much, an index at most ten."""
+    """With a hundred times the items, a scan costs a hundred times as much, an index at most 10."""
 
     def cost(count: int) -> float:
         operations = Operations([ENV], history_limit=0)
