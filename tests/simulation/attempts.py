@@ -46,7 +46,8 @@ def attempts_are_counted(case: Case) -> Iterator[str]:
     """8a. The attempt of a run is 1 plus the number of earlier tries without a mark.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
-    that may not write notes counts its own tries only.
+    that may not write notes counts its own tries only. If its child may write them, the child's
+    mark has the number of an earlier try, and cancels the count of that one.
     """
     for work_id in case.runs:
         if _late(case, work_id):
@@ -61,6 +62,8 @@ def attempts_are_counted(case: Case) -> Iterator[str]:
             if not one.marked:
                 most += 1
                 least += bool(one.runs) and not one.denied
+            elif one.denied:
+                least = max(1, least - 1)
 
 
 def lost_runs_are_counted(case: Case) -> Iterator[str]:
