@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +72,7 @@ class _LoggedError(NamedTuple):
 
     Attributes:
         text: Its text; empty once the hook has succeeded.
-        at: When it was logged, on the loop's clock.
+        at: When it was logged, by `time.monotonic`.
     """
 
     text: str
@@ -155,7 +156,7 @@ class Plugins:
 
     def _is_new_refusal(self, plugin: str, text: str) -> bool:
         """Return whether to log an error of `workpool_admission`, and note that it is logged."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
             return False
