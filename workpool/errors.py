@@ -217,6 +217,10 @@ class ResultError(WorkpoolError):
         self.limit = limit
 
 
+class SessionStalled(WorkpoolError):
+    """A session made no progress for `stall_timeout` seconds, so its handler was cancelled."""
+
+
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return the single error inside nested exception groups, or the group that has several."""
     error: BaseException = group

@@ -42,6 +42,7 @@ class HandlerRule:
     timeout: float | None
     max_sessions: int | None
     reserved_sessions: int = 0
+    stall_timeout: float | None = None
 
     def matches(self, item: WorkItem) -> bool:
         """Whether the item has this type and at least this metadata."""
@@ -69,6 +70,7 @@ class Handler:
         timeout: Seconds for one session; None: the setting `session_timeout`.
         max_sessions: Sessions that may run at once in this pool; None: no limit.
         reserved_sessions: Slots of the pool that sessions of other handlers leave free for it.
+        stall_timeout: Seconds without progress; None: the setting `stall_timeout`.
         plugin: The name of its plugin.
     """
 
@@ -77,6 +79,7 @@ class Handler:
     timeout: float | None = None
     max_sessions: int | None = None
     reserved_sessions: int = 0
+    stall_timeout: float | None = None
     plugin: str
 
 
@@ -92,10 +95,11 @@ def handler(
     timeout: float | None = ...,
     max_sessions: int | None = ...,
     reserved_sessions: int = ...,
+    stall_timeout: float | None = ...,
 ) -> Callable[[Function], Function]: ...
 
 
-def handler(
+def handler(  # noqa: PLR0913 - the arguments are documented one by one
     function: Function | None = None,
     /,
     *,
@@ -104,6 +108,7 @@ def handler(
     timeout: float | None = None,
     max_sessions: int | None = None,
     reserved_sessions: int = 0,
+    stall_timeout: float | None = None,
 ) -> Function | Callable[[Function], Function]:
     """Mark an async function or method as the handler of the items that match.
 
@@ -119,6 +124,8 @@ def handler(
             slots for. An item beyond that waits, unacknowledged, until one of them ends or the item
             is about to be delivered again.
         reserved_sessions: How many slots of the pool sessions of other handlers leave free.
+        stall_timeout: Seconds without progress after which the handler is cancelled; None: the
+            setting `stall_timeout`.
 
     Raises:
         TypeError: Not an `async def` function, marked twice, or an argument of the wrong type.
@@ -129,10 +136,13 @@ def handler(
         name = getattr(function, "__qualname__", repr(function))
         _check_function(name, function)
         _check_match(name, type, metadata)
-        _check_timeout(name, timeout)
+        _check_seconds(name, "timeout", timeout)
+        _check_seconds(name, "stall_timeout", stall_timeout)
         _check_slots(name, max_sessions, reserved_sessions)
         match = MappingProxyType(dict(metadata))
-        rule = HandlerRule(type, match, timeout, max_sessions, reserved_sessions)
+        rule = HandlerRule(
+            type, match, timeout, max_sessions, reserved_sessions, stall_timeout=stall_timeout
+        )
         setattr(function, _MARK, rule)
         return function
 
@@ -198,12 +208,13 @@ def _check_match(name: str, type_: object, metadata: object) -> None:
         raise TypeError(f"@handler: metadata of {name} must map strings to strings")
 
 
-def _check_timeout(name: str, timeout: object) -> None:
-    if timeout is not None:
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-            raise TypeError(f"@handler: timeout of {name} must be a number of seconds, or None")
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise ValueError(f"@handler: timeout of {name} must be more than 0 seconds and finite")
+def _check_seconds(name: str, argument: str, seconds: object) -> None:
+    if seconds is None:
+        return
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"@handler: {argument} of {name} must be a number of seconds, or None")
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"@handler: {argument} of {name} must be more than 0 seconds and finite")
 
 
 def _check_slots(name: str, max_sessions: int | None, reserved_sessions: int) -> None:

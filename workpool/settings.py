@@ -324,6 +324,12 @@ class Settings:
         "The limit of the duration of a session; a handler's own `timeout` replaces it. "
         "Default: no limit.",
     )
+    stall_timeout: float | None = setting(
+        optional(_SOME_SECONDS),
+        None,
+        "The time without progress after which a session is ended; a handler's own "
+        "`stall_timeout` replaces it. Default: no limit.",
+    )
     drain_timeout: float | None = setting(
         unlimited(_SECONDS),
         20.0,

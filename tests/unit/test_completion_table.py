@@ -27,6 +27,7 @@ COPY = [
     ("RETURNED", "stop", "result", "completed"),
     ("RAISED", "stop", "error", "failed"),
     ("TIMED_OUT", "stop", "error", "timed_out"),
+    ("STALLED", "stop", "error", "stalled"),
     ("DRAINED", "release", "reason", "released"),
     ("RELEASED", "release", "reason", "released"),
     ("STOP_REQUESTED", "stop", "result", "stopped"),

@@ -199,4 +199,5 @@ def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
         "timeout",
         "max_sessions",
         "reserved_sessions",
+        "stall_timeout",
     ]

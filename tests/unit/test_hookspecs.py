@@ -29,6 +29,11 @@ ITEM = parse_item(
 
 class Held:
     remaining = 60.0
+    deadline = None
+
+    def progress(self) -> None: ...
+
+    def waiting(self) -> Any: ...
 
     def check(self) -> None: ...
 

@@ -61,6 +61,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("items_declined_total", "C", "environment_id, reason=unwanted|busy|plugin_error"),
     ("poller_restarts_total", "C", "environment_id"),
     ("session_age_seconds_max", "G", "environment_id, handler"),
+    ("session_silence_seconds_max", "G", "environment_id, handler"),
     ("queue_depth", "G", "environment_id"),
     ("items_set_aside", "G", "environment_id"),
     ("queue_capacity", "G", "environment_id"),
@@ -76,10 +77,10 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("heartbeat_lag_seconds", H_LAG, "environment_id"),
     ("sessions_active", "G", "environment_id, handler"),
     ("session_duration_seconds", H_RUN,
-     "handler, outcome=completed|failed|timed_out|stopped|released|lease_lost|detached"),
+     "handler, outcome=completed|failed|timed_out|stalled|stopped|released|lease_lost|detached"),
     ("sessions_total", "C",
      "environment_id, handler, "
-     "outcome=completed|failed|timed_out|stopped|released|lease_lost|detached"),
+     "outcome=completed|failed|timed_out|stalled|stopped|released|lease_lost|detached"),
     ("stops_total", "C",
      "environment_id, mode=graceful|force|confirm, result=ok|conflict|gone|error"),
     ("stop_requests_total", "C", "environment_id"),
@@ -125,7 +126,7 @@ BUSY = PoolSnapshot(
     pollers={"polling": 1, "waiting_slot": 1}, pollers_target=2, pollers_limit=3,
     last_poll_success=1000.0, queue_depth=1, queue_capacity=9, slots={"busy": 8}, slots_limit=8,
     leases={"active": 7, "stopping": 1}, lease_remaining_min=41.5,
-    sessions=(("echo.run", 5, 60.0), ("mail.send", 3, 7.0)), draining=True,
+    sessions=(("echo.run", 5, 60.0, 30.0), ("mail.send", 3, 7.0, 0.0)), draining=True,
 )  # fmt: skip
 
 
@@ -133,6 +134,13 @@ class Over:
     """A stand-in for the lease of a session that has ended."""
 
     remaining = 0.0
+    deadline = None
+
+    def progress(self) -> None:
+        """Nothing observes it."""
+
+    def waiting(self) -> NoReturn:
+        raise SessionEnded(ITEM.id)
 
     def check(self) -> NoReturn:
         raise SessionEnded(ITEM.id)
@@ -377,7 +385,7 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
 ) -> None:
     names = [f"many.handler_{number}" for number in range(150)]
     pool = Pool(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
-        (name, 1, float(age)) for age, name in enumerate(names)
+        (name, 1, float(age), 0.0) for age, name in enumerate(names)
     )))  # fmt: skip
     pool.metrics.open()
     for name in names:
@@ -458,6 +466,7 @@ def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: Collecto
     assert busy["last_poll_success_timestamp_seconds{environment_id=env_1}"] == 1000
     assert busy["sessions_active{environment_id=env_1,handler=echo.run}"] == 5
     assert busy["session_age_seconds_max{environment_id=env_1,handler=mail.send}"] == 7
+    assert busy["session_silence_seconds_max{environment_id=env_1,handler=echo.run}"] == 30
     assert busy["draining{environment_id=env_1}"] == 1
 
 
@@ -531,7 +540,10 @@ def test_metrics_use_wall_clock_by_default(
 def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
     one, two = Pool(registry, handlers=["echo.run"]), Pool(registry, snapshot=BUSY)
     second = replace(
-        BUSY, lease_remaining_min=9.0, last_poll_success=900.0, sessions=(("echo.run", 1, 90.0),)
+        BUSY,
+        lease_remaining_min=9.0,
+        last_poll_success=900.0,
+        sessions=(("echo.run", 1, 90.0, 20.0),),
     )
     one.snapshot = second
     for pool in (one, two):
@@ -553,6 +565,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     assert samples["draining{environment_id=env_1}"] == 1
     assert samples["sessions_active{environment_id=env_1,handler=echo.run}"] == 6
     assert samples["session_age_seconds_max{environment_id=env_1,handler=echo.run}"] == 90
+    assert samples["session_silence_seconds_max{environment_id=env_1,handler=echo.run}"] == 30
     assert samples["sessions_active{environment_id=env_1,handler=mail.send}"] == 3
     assert samples["poll_null_ratio{environment_id=env_1}"] == 0.5
     assert samples["remote_queue_items{environment_id=env_1,state=claimable}"] == 7

@@ -39,8 +39,8 @@ ALLOWED = {
 }
 PAIRS = list(product(get_args(State), get_args(Transition)))
 REASONS = [
-    "RETURNED", "RAISED", "TIMED_OUT", "DRAINED", "RELEASED", "STOP_REQUESTED", "HANDED_OFF",
-    "STOPPED", "LOST",
+    "RETURNED", "RAISED", "TIMED_OUT", "STALLED", "DRAINED", "RELEASED", "STOP_REQUESTED",
+    "HANDED_OFF", "STOPPED", "LOST",
 ]  # fmt: skip
 
 

@@ -27,8 +27,14 @@ LAST_HEARTBEAT: Final = "WORKPOOL_HOLD_LAST_HEARTBEAT"
 TTL: Final = "WORKPOOL_HOLD_TTL"
 SESSION_ID: Final = "WORKPOOL_HOLD_SESSION_ID"
 GOOD: Final = frozenset({"completed", "stopped", "released"})
-NO_EFFECT: Final = ("exit_after_sessions", "exit_after_idle", "exit_after_uptime")
-"""Settings of a pool that polls; a child has them from the variables of its parent."""
+NO_EFFECT: Final = (
+    "exit_after_sessions",
+    "exit_after_idle",
+    "exit_after_uptime",
+    "stall_timeout",
+)
+"""Settings that a child may have from the variables of its parent: it does not poll, and does not
+know of the program's progress."""
 
 
 class _OwnSettings(Settings):
@@ -93,13 +99,18 @@ def hold(
         raise typer.BadParameter("the item and its last heartbeat must not be empty")
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
+    ignored = [name for name in NO_EFFECT if getattr(settings, name) is not None]
     settings = settings.replace(  # without the parent's plugins and port for metrics
-        plugins=(), metrics_listen=None, concurrency=1, stats_interval=0
+        plugins=(),
+        metrics_listen=None,
+        concurrency=1,
+        stats_interval=0,
+        **dict.fromkeys(NO_EFFECT),
     )
     log_config.configure(
         "debug" if is_verbose(context) else settings.log_level, settings.log_format
     )
-    if ignored := [name for name in NO_EFFECT if getattr(settings, name) is not None]:
+    if ignored:
         log_config.log.warning("hold: settings without effect: %s", ", ".join(ignored))
     program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()

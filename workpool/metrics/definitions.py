@@ -200,6 +200,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     # -- sessions --------------------------------------------------------------------------------
     _gauge("sessions_active", _env(handler=OPEN), "Sessions running."),
     _gauge("session_age_seconds_max", _env(handler=OPEN), "Age of the oldest running session."),
+    _gauge(
+        "session_silence_seconds_max", _env(handler=OPEN),
+        "Longest time without progress of a running session that does not wait for others.",
+    ),
     _histogram(
         "session_duration_seconds", {HANDLER: OPEN, "outcome": get_args(Outcome)},
         (ev.SessionFinished, "seconds"), H_RUN,

@@ -92,7 +92,8 @@ class PoolSnapshot:
         leases: Leases by the state of their item: starting, active, stopping.
         lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
         paused: 1 for each kind of reason for which no item is claimed: pause, plugin, limit.
-        sessions: (handler, number of running sessions, age of the oldest in seconds).
+        sessions: (handler, number of running sessions, age of the oldest in seconds, longest time
+            without progress in seconds).
     """
 
     pollers: Mapping[str, int] = field(default_factory=dict)
@@ -106,7 +107,7 @@ class PoolSnapshot:
     slots_limit: int = 0
     leases: Mapping[str, int] = field(default_factory=dict)
     lease_remaining_min: float | None = None
-    sessions: Sequence[tuple[str, int, float]] = ()
+    sessions: Sequence[tuple[str, int, float, float]] = ()
     draining: bool = False
     paused: Mapping[str, int] = field(default_factory=dict)
 
@@ -186,18 +187,21 @@ def _sessions(
 ) -> Iterator[Sample]:
     # tuple(): a session on another thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
-    oldest = dict.fromkeys(active, 0.0)
+    oldest, silent = dict.fromkeys(active, 0.0), dict.fromkeys(active, 0.0)
     rows = [
-        (source.label_of(handler), count, age)
+        (source.label_of(handler), count, age, silence)
         for source, snapshot in zip(group, snapshots, strict=True)
-        for handler, count, age in snapshot.sessions
+        for handler, count, age, silence in snapshot.sessions
     ]
-    for handler, count, age in rows:
+    for handler, count, age, silence in rows:
         active[handler] = active.get(handler, 0) + count
         oldest[handler] = max(oldest.get(handler, 0.0), age)
+        silent[handler] = max(silent.get(handler, 0.0), silence)
     for handler, count in active.items():
-        yield "sessions_active", (environment_id, handler), count
-        yield "session_age_seconds_max", (environment_id, handler), oldest[handler]
+        labels = (environment_id, handler)
+        yield "sessions_active", labels, count
+        yield "session_age_seconds_max", labels, oldest[handler]
+        yield "session_silence_seconds_max", labels, silent[handler]
 
 
 def _poll_null_ratio(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:

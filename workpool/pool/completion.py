@@ -23,6 +23,7 @@ from workpool.errors import (
     PreconditionError,
     RefusedError,
     SessionGoneError,
+    SessionStalled,
     TransientError,
 )
 from workpool.events import ResultDropped, StopFinished
@@ -67,6 +68,7 @@ TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
     EndReason.RETURNED: Row("stop", "result", "completed"),
     EndReason.RAISED: Row("stop", "error", "failed"),
     EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
+    EndReason.STALLED: Row("stop", "error", "stalled"),
     EndReason.DRAINED: Row("release", "reason", "released"),
     EndReason.RELEASED: Row("release", "reason", "released"),
     EndReason.STOP_REQUESTED: Row("stop", "result", "stopped"),
@@ -255,11 +257,18 @@ class Completion:
         return sendable(type(release).__name__)
 
     def _error_note(self, item: PoolItem) -> Mapping[str, str]:
-        error = item.error or TimeoutError("the session's time is over")
+        error = item.error or _error_of(item.reason)
         text = type(error).__name__
         if self._with_message and (message := text_of(error)):
             text = f"{text}: {message}"
         return {ERROR: sendable(text)}
+
+
+def _error_of(reason: EndReason | None) -> Exception:
+    """Return the error of a session whose handler has raised none."""
+    if reason is EndReason.STALLED:
+        return SessionStalled("no progress for stall_timeout seconds")
+    return TimeoutError("the session's time is over")
 
 
 def _mark_own_stop(lease: Lease) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from workpool.pool.client_protocol import OptionalCalls
 from workpool.pool.lease import wall_clock
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextvars import Context
 
     from workpool.plugins import Plugins
@@ -32,6 +34,8 @@ class PoolContext:
         wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
+        drain_deadline: Returns when a drain cancels the handlers, on the loop's clock; infinite
+            before that is known.
         admission: Whether items may be claimed.
         optional: Makes the calls that the credential may not be allowed to make.
     """
@@ -45,5 +49,6 @@ class PoolContext:
     wall: Clock
     observe: Observe
     start_context: Context
+    drain_deadline: Callable[[], float] = lambda: math.inf
     admission: Admission = field(default_factory=lambda: Admission(wall_clock))
     optional: OptionalCalls = field(default_factory=OptionalCalls)

@@ -43,6 +43,11 @@ class Drain:
         self._deadline = math.inf
         self._changed = asyncio.Event()
 
+    @property
+    def deadline(self) -> float:
+        """When handlers are cancelled, on the loop's clock; infinite before it is known."""
+        return self._deadline
+
     def begin(self, timeout: float | None) -> None:
         """Request the drain; a further request can only bring the deadline nearer."""
         now = asyncio.get_running_loop().time()

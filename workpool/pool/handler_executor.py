@@ -12,6 +12,7 @@ import io
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from workpool.errors import ResultError
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 REPEAT_SECONDS = 10.0
 """A cancellation that the handler ignores is repeated this often; from the first repetition on the
 handler counts as stuck."""
+STALL_CHECKS = 4
+"""Checks of the progress in one `stall_timeout`: a block of the loop that is longer than the time
+between two of them is noticed, and not counted."""
 LEAVE_SECONDS = 0.1
 """How long the pool waits for the group of handlers to close, twice at most."""
 
@@ -62,6 +66,7 @@ class HandlerExecutor:
         self.on_stuck: Callable[[], None] | None = None
         self._session_timeout = context.settings.session_timeout
         self._metadata_limits = DIALECTS[context.settings.dialect].metadata_limits
+        self._stall_timeout = context.settings.stall_timeout
         self._plugins = context.plugins
         self._clock = context.clock
         self._pauses = context.renewer.pauses
@@ -73,6 +78,7 @@ class HandlerExecutor:
 
         A handler whose lease is not held anymore when its turn comes is not called.
         """
+        item.progressed_at = self._clock()
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),
             name=f"{item.label} {item.id}",
@@ -82,10 +88,14 @@ class HandlerExecutor:
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
         if timeout is not None:
             self.cancel_later(item, EndReason.TIMED_OUT, timeout)
+        stall = self._stall_timeout if handler.stall_timeout is None else handler.stall_timeout
+        if stall is not None and item.executing:
+            self._watch(item, stall)
         try:
             await ended(task)
         finally:
             self._stop_timer(item)
+            self._stop_stall_timer(item)
             self.stuck.discard(item)
         self._record_end(item, task)
 
@@ -94,9 +104,10 @@ class HandlerExecutor:
         if item.cancelled_for is not None or not item.executing:
             return
         loop = asyncio.get_running_loop()
-        if item.timer is None or loop.time() + seconds < item.timer.when():
+        at = loop.time() + seconds
+        if at < item.cancelled_at:
             self._stop_timer(item)
-            item.timer = loop.call_later(seconds, self.cancel, item, reason)
+            item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel, item, reason)
 
     def cancel(self, item: PoolItem, reason: EndReason) -> None:
         """Cancel the handler now, unless it was cancelled for a reason as grave as this one."""
@@ -105,11 +116,48 @@ class HandlerExecutor:
         item.end(reason)
         if item.cancelled_for is not None and item.cancelled_for >= reason:
             return
+        self._stop_stall_timer(item)
         first, item.cancelled_for = item.cancelled_for is None, reason
+        item.cancelled_at = min(item.cancelled_at, asyncio.get_running_loop().time())
         item.handler_task.cancel()
         log.info("handler cancelled work_id=%s reason=%s", item.id, reason.name.lower())
         if first:
             self._repeat_later(item)
+
+    def _watch(self, item: PoolItem, stall: float, silence: float = 0.0, late: float = 0.0) -> None:
+        """Check later whether the handler has made progress in the last `stall` seconds.
+
+        Args:
+            item: The item.
+            stall: The limit, in seconds.
+            silence: Seconds without progress so far.
+            late: Seconds of them in which no handler could run.
+        """
+        seconds = min(stall / STALL_CHECKS, stall - silence)
+        check = partial(self._check_progress, item, stall, late, item.progressed_at)
+        due_at = self._clock() + seconds
+        item.stall_timer = asyncio.get_running_loop().call_later(seconds, check, due_at)
+
+    def _check_progress(
+        self, item: PoolItem, stall: float, late: float, seen_at: float, due_at: float
+    ) -> None:
+        """Cancel the handler if it has made no progress for `stall` seconds.
+
+        The machine slept, or the loop was blocked, for as long as this check is late: that time
+        does not count, since no handler could make progress.
+        """
+        now = self._clock()
+        late = max(0.0, now - due_at) + (late if item.progressed_at == seen_at else 0.0)
+        silence = max(0.0, item.silence(now) - late)
+        if not item.executing:
+            return
+        if silence < stall:
+            self._watch(item, stall, silence, late)
+            return
+        log.warning(
+            "session stalled work_id=%s handler=%s seconds=%.0f", item.id, item.label, silence
+        )
+        self.cancel(item, EndReason.STALLED)
 
     def _repeat_later(self, item: PoolItem) -> None:
         self._stop_timer(item)
@@ -143,6 +191,11 @@ class HandlerExecutor:
         if item.timer is not None:
             item.timer.cancel()
             item.timer = None
+
+    def _stop_stall_timer(self, item: PoolItem) -> None:
+        if item.stall_timer is not None:
+            item.stall_timer.cancel()
+            item.stall_timer = None
 
     async def _call(
         self, item: PoolItem, handler: Handler, session: Session

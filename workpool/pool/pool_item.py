@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import math
 import re
 from collections import Counter, OrderedDict
 from contextlib import suppress
@@ -63,6 +64,7 @@ class EndReason(enum.IntEnum):
     RETURNED = enum.auto()
     RAISED = enum.auto()
     TIMED_OUT = enum.auto()
+    STALLED = enum.auto()
     DRAINED = enum.auto()
     RELEASED = enum.auto()
     STOP_REQUESTED = enum.auto()
@@ -129,7 +131,14 @@ class PoolItem:
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
         cancelled_for: The gravest reason for which we have cancelled the handler.
+        cancelled_at: When the handler is to be cancelled or was, on the loop's clock; infinite: no
+            time is planned. A drain has a deadline of its own.
         timer: Cancels the handler later, or repeats a cancellation that it ignores.
+        progressed_at: When the handler last made progress, on the lease clock. Any thread may write
+            it.
+        waits: One entry for each block in which the handler waits for something that it cannot
+            speed up. A list, since any thread may append and pop.
+        stall_timer: Checks the handler's progress.
         error: What the handler raised, or why its result cannot be written.
         result: The mapping that the handler returned.
     """
@@ -138,6 +147,7 @@ class PoolItem:
         "_changed",
         "acked_at",
         "attempt",
+        "cancelled_at",
         "cancelled_for",
         "context",
         "counted",
@@ -153,12 +163,15 @@ class PoolItem:
         "open_sends",
         "parents_heartbeat",
         "polled_at",
+        "progressed_at",
         "reason",
         "result",
         "session",
         "session_id",
+        "stall_timer",
         "state",
         "timer",
+        "waits",
         "work_item",
     )
 
@@ -173,7 +186,7 @@ class PoolItem:
         self.held_before = (
             work_item.acknowledged_at is not None or work_item.last_heartbeat is not None
         )
-        self.delivered_at = self.acked_at = self.polled_at = now
+        self.delivered_at = self.acked_at = self.polled_at = self.progressed_at = now
         self.parents_heartbeat: str | None = None
         self.context = context
         self.counted = False
@@ -186,7 +199,10 @@ class PoolItem:
         self.handoff: Handoff | None = None
         self.handler_task: asyncio.Task[object] | None = None
         self.cancelled_for: EndReason | None = None
+        self.cancelled_at = math.inf
         self.timer: asyncio.TimerHandle | None = None
+        self.waits: list[None] = []
+        self.stall_timer: asyncio.TimerHandle | None = None
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
         self.open_sends: set[Bound] | None = None
@@ -207,6 +223,10 @@ class PoolItem:
     def executing(self) -> bool:
         """Whether the handler has been called and has not returned yet, cancelled or not."""
         return self.handler_task is not None and not self.handler_task.done()
+
+    def silence(self, now: float) -> float:
+        """Seconds without progress; 0 while the handler waits. May be called on any thread."""
+        return 0.0 if self.waits else max(0.0, now - self.progressed_at)
 
     def advance(self, transition: Transition) -> None:
         """Move to the next state.

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -35,7 +37,7 @@ from workpool.session import PoolRelease, Session
 from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from workpool.events import ReclaimStage
@@ -321,6 +323,27 @@ class SessionCalls:
         """Seconds until the lease must be considered lost."""
         return self._item.lease.remaining(self._context.clock())
 
+    @property
+    def deadline(self) -> float | None:
+        """When the handler is cancelled, on the loop's clock; None: no limit is known."""
+        deadline = min(self._item.cancelled_at, self._context.drain_deadline())
+        return None if deadline == math.inf else deadline
+
+    def progress(self) -> None:
+        """Record progress. May be called on any thread."""
+        self._item.progressed_at = self._context.clock()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Suspend the stall clock. May be used on any thread."""
+        waits = self._item.waits
+        waits.append(None)
+        try:
+            yield
+        finally:
+            self.progress()  # first: else the time of the wait would count for a moment
+            waits.pop()
+
     def check(self) -> None:
         """Raise unless the handler may send something for the item."""
         self._sender.check(self._item, by_handler=True)
@@ -333,7 +356,7 @@ class SessionCalls:
         """Write metadata, retried for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         optional = self._context.optional
-        return await optional.make(
+        written = await optional.make(
             "update",
             lambda: self._send(
                 lambda options, seconds: client.update_metadata(
@@ -343,6 +366,8 @@ class SessionCalls:
                 partial(optional.check, "update"),
             ),
         )
+        self.progress()
+        return written
 
     def events(self) -> SessionEvents:
         """The events of the item's session."""
@@ -351,7 +376,9 @@ class SessionCalls:
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Send something to the session, retried for `EVENTS_SECONDS`."""
-        return await self._send(lambda options, _: call(options), EVENTS_SECONDS)
+        sent = await self._send(lambda options, _: call(options), EVENTS_SECONDS)
+        self.progress()
+        return sent
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
         """Await a read of the session while the item is the handler's."""

@@ -108,14 +108,16 @@ class PoolView:
             "limit": limits is not None and limits.reached is not None,
         }
 
-    def _sessions(self, now: float) -> list[tuple[str, int, float]]:
+    def _sessions(self, now: float) -> list[tuple[str, int, float, float]]:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
+        silence: dict[str, float] = {}
         for item in self.dispatcher.items.all():
             if item.executing:
                 running[item.label] += 1
                 oldest[item.label] = max(oldest.get(item.label, 0.0), now - item.acked_at)
-        return [(name, count, oldest[name]) for name, count in running.items()]
+                silence[item.label] = max(silence.get(item.label, 0.0), item.silence(now))
+        return [(name, count, oldest[name], silence[name]) for name, count in running.items()]
 
     def unready(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""

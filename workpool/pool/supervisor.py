@@ -342,6 +342,7 @@ class Supervisor:
             wall=self._wall,
             observe=self._telemetry.observe,
             start_context=start_context,
+            drain_deadline=lambda: self._drain.deadline,
             admission=self._admission,
             optional=renewer.optional,
         )
