@@ -1,4 +1,4 @@
-"""A control plane and pools of the plugin on it; and what the machine knows of our processes."""
+"""Fixtures: a control plane, pools with the plugin, and a view of this process's children."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shell(Protocol):
 
 
 class Machine:
-    """What the kernel knows."""
+    """A view of processes and descriptors in `/proc`."""
 
     @staticmethod
     def _status(pid: str) -> list[str]:
@@ -36,24 +36,24 @@ class Machine:
             return ["gone", "0"]
 
     def runs(self, pid: int | str) -> bool:
-        """A zombie does not run."""
+        """Return whether a process runs; a zombie does not."""
         return self._status(str(pid))[0] not in {"gone", "Z", "X"}
 
     def children(self) -> set[str]:
-        """Our own, zombies included."""
+        """Return the child processes of this process, zombies included."""
         pids = [path.name for path in Path("/proc").glob("[0-9]*")]
         return {pid for pid in pids if self._status(pid)[1] == str(os.getpid())}
 
     def descriptors(self) -> list[str]:
-        """What ours stand for, sockets aside: a control plane's may close a little later."""
+        """Return the targets of this process's descriptors, except sockets, which close late."""
         found = []
         for path in Path("/proc/self/fd").iterdir():
-            with suppress(FileNotFoundError):  # the one that lists them
+            with suppress(FileNotFoundError):  # the descriptor that lists the directory is closed
                 found.append(str(path.readlink()).partition(":")[0])
         return sorted(kind for kind in found if kind != "socket")
 
     async def written(self, path: Path, lines: int = 1) -> list[str]:
-        """The lines of a file, once it has as many: a command's way to say how far it is."""
+        """Wait until a file has this many lines and return them; commands report progress so."""
 
         def read() -> list[str]:
             return path.read_text().splitlines() if path.exists() else []
@@ -69,7 +69,7 @@ class Machine:
 
 
 async def until(reached: Callable[[], bool]) -> None:
-    """Look again and again: the kernel tells nobody about processes that are not our children."""
+    """Poll a condition, since the kernel reports nothing about processes of other parents."""
     async with asyncio.timeout(25):
         while not reached():  # noqa: ASYNC110 - there is nothing else to wait for
             await asyncio.sleep(0.01)
@@ -77,7 +77,7 @@ async def until(reached: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def shell() -> Shell:
-    """A command that is a script; its `$0` is the first argument."""
+    """Return a function that makes a command from a script, whose `$0` is the first argument."""
 
     def make(script: str, *arguments: object, **settings: Any) -> Command:
         return Command(command=["sh", "-c", script, *map(str, arguments)], **settings)
@@ -87,18 +87,19 @@ def shell() -> Shell:
 
 @pytest.fixture
 def machine() -> Machine:
-    uvloop.new_event_loop().close()  # libuv's first loop opens a pipe for the process's lifetime
+    # the first loop of libuv opens a pipe that stays open until the process ends
+    uvloop.new_event_loop().close()
     return Machine()
 
 
 @pytest.fixture
 def before_the_watch(monkeypatch: pytest.MonkeyPatch) -> BeforeTheWatch:
-    """Call a function with the leader's pid between the spawn and the real `pidfd_open`."""
+    """Return a function that sets a callback to run between the spawn and the real `pidfd_open`."""
     pidfd_open = os.pidfd_open
 
     def install(action: Callable[[int], object]) -> None:
         def act_and_open(pid: int, *flags: int) -> int:
-            # Not for the guard, which asyncio watches in this way from Python 3.12 on.
+            # Not for the guard: from Python 3.12 on, asyncio watches it in this way.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.group":
                 action(pid)
             return pidfd_open(pid, *flags)

@@ -1,4 +1,4 @@
-"""How a command is ended, by whomever: nothing of its group is left, nothing waits forever."""
+"""The end of a command: no process of its group is left, and no wait is unbounded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Shell = Callable[..., Command]
 
 DEAF = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sleep 60"
-"""It and its child ignore SIGTERM; both numbers are in the file."""
+"""The script and its child ignore SIGTERM; the file has the process ids of both."""
 
 
 async def test_command_after_stop_request_finishes_and_writes_metadata(
@@ -60,7 +60,8 @@ async def test_command_at_timeout_is_killed_with_its_children(
     result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, timeout=0.5))
 
     assert result.outcome == "timed_out"
-    await machine.gone(await machine.written(tmp_path / "pids", 0))  # as far as it got in time
+    # the command may have written no line or some lines
+    await machine.gone(await machine.written(tmp_path / "pids", 0))
 
 
 async def test_command_after_lost_lease_is_killed_with_its_children(
@@ -69,7 +70,8 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     [item] = kit.enqueue()
     async with kit.pool(shell(DEAF, tmp_path / "pids")):
         pids = await machine.written(tmp_path / "pids", 2)
-        expire_lease(kit.server, item.id)  # it is delivered again, and so the pool looks
+        # the redelivered item shows the pool that its lease is lost
+        expire_lease(kit.server, item.id)
         end = await kit.wait_for(SessionFinished)
 
         assert end.outcome == "lease_lost"
@@ -117,7 +119,7 @@ async def test_daemon_that_keeps_pipes_open_does_not_delay_session(
     assert (result.outcome, result.seconds < 30) == ("completed", True)
     assert "stdout: ok" in caplog.messages
     [daemon] = await machine.written(tmp_path / "pids")
-    os.kill(int(daemon), signal.SIGKILL)  # out of reach for the plugin, as its readme says
+    os.kill(int(daemon), signal.SIGKILL)  # the plugin cannot find this process, as its readme says
 
 
 async def test_exit_status_reaped_by_other_code_fails_session(
@@ -127,8 +129,9 @@ async def test_exit_status_reaped_by_other_code_fails_session(
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     async with kit.pool(shell("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
-        await machine.written(tmp_path / "pids")  # the plugin watches the command by now
-        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps from now on
+        await machine.written(tmp_path / "pids")  # now the plugin watches the command
+        # from now on the kernel reaps all children
+        before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             await asyncio.to_thread(fifo.write_text, "go\n")
             end = await kit.wait_for(SessionFinished)
@@ -157,7 +160,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     machine: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Some end by themselves, some are stopped, some have to be killed, some kill themselves."""
+    """Some commands exit, some are stopped, some must be killed and some kill themselves."""
     script = """
         case $(cat) in
             *quick*) echo '{"done": "yes"}';;
@@ -171,7 +174,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
 
     async def run(kit: Kit, count: int) -> None:
         command = shell(script, grace=0.3)
-        # In turn: the pool would hold a handler back whose sessions fail one after the other.
+        # The kinds alternate: the pool pauses a handler whose sessions fail in succession.
         given = [kit.enqueue(1, {"kind": kind}) for _ in range(count) for kind in kinds]
         items = {item.id: item for (item,) in given}
         async with kit.pool(command, concurrency=25):
@@ -185,7 +188,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
 
     async def hundred() -> None:
         async with Kit() as first, Kit() as kit:
-            await run(first, 1)  # whatever a loop opens once, it has opened then
+            await run(first, 1)  # the first run opens all descriptors that a loop opens once
             children, descriptors = machine.children(), machine.descriptors()
             await run(kit, 25)
             assert machine.children() == children

@@ -1,4 +1,4 @@
-"""A process group: after any failure that follows the spawn, no process and no zombie is left."""
+"""Process groups: after a failure that follows the spawn, no process and no zombie is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOBODY = 65_534
 
 
 class Numbers:
-    """A watch that remembers the numbers of the living groups, and can refuse them."""
+    """A guard that records the numbers of the running groups and can refuse new groups."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.known: set[int] = set()
@@ -50,14 +50,14 @@ class Numbers:
 def _nothing_is_left(machine: Any) -> Iterator[None]:
     children, descriptors = machine.children(), machine.descriptors()
     yield
-    gc.collect()  # a `Popen` that was not waited for warns, which fails the test
+    gc.collect()  # a `Popen` that was never waited for emits a warning, which fails the test
     assert machine.children() == children
     assert machine.descriptors() == descriptors
 
 
 @contextmanager
 def no_free_descriptor() -> Iterator[None]:
-    """Make every call that needs a new descriptor fail with EMFILE."""
+    """Make every call that needs a new descriptor fail with EMFILE during the block."""
     free = os.open("/dev/null", os.O_RDONLY)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -70,7 +70,7 @@ def no_free_descriptor() -> Iterator[None]:
 
 @contextmanager
 def powerless() -> Iterator[None]:
-    """Run as a user that may not signal this process's children."""
+    """Run the block as a user without permission to signal this process's children."""
     os.setresuid(NOBODY, NOBODY, 0)
     try:
         yield
@@ -123,7 +123,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
     with ExitStack() as stack:
 
         def exhaust(_pid: int) -> None:
-            pids.extend((tmp_path / "pids").read_text().split())  # all members of the group live
+            pids.extend((tmp_path / "pids").read_text().split())  # all processes of the group run
             stack.enter_context(no_free_descriptor())
 
         before_the_watch(exhaust)
@@ -181,7 +181,7 @@ async def test_start_without_permission_to_signal_group_raises_first_error_in_bo
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
-    del caught  # it has kept the `Popen`, whose warning needs a descriptor
+    del caught  # the exception refers to the `Popen`, whose warning needs a descriptor
     assert f"command may still run pid={pids[0]}" in caplog.messages
 
 
@@ -222,7 +222,7 @@ async def test_running_cancelled_again_after_kill_is_reaped_when_leader_exits(
     killpg = os.killpg
 
     def cancel_at_the_kill(_group: int, sent: int) -> None:
-        if sent == signal.SIGKILL:  # the leader does not exit yet, as if stuck in the kernel
+        if sent == signal.SIGKILL:  # the leader stays alive for now, as if blocked in the kernel
             task.cancel()
 
     monkeypatch.setattr(os, "killpg", cancel_at_the_kill)

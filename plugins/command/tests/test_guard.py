@@ -1,4 +1,4 @@
-"""The guard's process: what it knows when the worker is killed, and how it ends itself."""
+"""The guard's process, when the worker is killed and when the guard itself is ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
     async def lose_the_guard() -> None:
         async with asyncio.timeout(20), guarding({}):
             [pid] = machine.children() - children
-            before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps from now on
+            # from now on the kernel reaps all children
+            before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)
                 await machine.reached(lambda: machine.children() == children)

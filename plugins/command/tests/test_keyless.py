@@ -1,4 +1,4 @@
-"""Children that get the item's own token: the worker's key is nowhere in their reach."""
+"""Commands with the item's own token: no process of a session can read the worker's key."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ with open(sys.argv[1], "wb") as dump:
 
 @pytest.fixture
 def settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """A worker that has its key in a file and in its environment, and other secrets besides."""
+    """Settings of a worker with its key in a file and in a variable, beside other secrets."""
     key = tmp_path / "key"
     key.write_text(kit.server.token)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", kit.server.token)
@@ -116,7 +116,8 @@ async def test_detached_command_and_its_hold_process_find_no_key_of_worker(
         finished = await kit.recorder.wait_for(SessionFinished, timeout=30)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=30)
-        await machine.reached(lambda: len(machine.children() - before) <= 1)  # the guard
+        # the guard is the only child that may be left
+        await machine.reached(lambda: len(machine.children() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump

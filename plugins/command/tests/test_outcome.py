@@ -1,4 +1,4 @@
-"""What a command gets, and what its end comes to: in a pool, on the real control plane."""
+"""The input of a command and the outcome of its session, in a pool with a real control plane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command says: in the log as lines, within bounds, whatever it says and however much."""
+"""The output of a command in the log: as lines, within limits, for any length and encoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The readme says every setting, and its example works."""
+"""The readme names every setting, and its example runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is refused: at start whatever can be known then, else as the session's own failure."""
+"""Wrong settings are refused at start if they can be checked then, else when a session starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`workpool run` with the plugin, in a process of its own, which is killed."""
+"""`workpool run` with the plugin in its own process, which the tests kill."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.acceptance
 async def worker(
     kit: Kit, tmp_path: Path, **table: Any
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`workpool run command`, with this table."""
+    """Start `workpool run command` with this table of settings."""
     lines = [f"{name} = {json.dumps(value)}" for name, value in table.items()]
     config = tmp_path / "workpool.toml"
     config.write_text("\n".join(["[workpool]", "[workpool.plugin.command]", *lines]))
@@ -101,7 +101,8 @@ async def test_detached_command_of_living_worker_is_reaped(
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=25)
         await machine.reached(lambda: state_of(kit, item) == "stopped")
-        await machine.reached(lambda: len(machine.children() - children) == 1)  # the guard
+        # only the guard is left
+        await machine.reached(lambda: len(machine.children() - children) == 1)
 
     assert end.outcome == "detached"
     assert machine.children() == children
@@ -115,7 +116,7 @@ async def test_detached_command_whose_hold_process_is_refused_releases_session(
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)
     async with kit.pool(command, token=None, token_file=token):
-        token.write_text("revoked")  # the pool reads it again only when it is refused
+        token.write_text("revoked")  # the pool reads the token again only when a call is refused
         [item] = kit.enqueue()
         end = await kit.wait_for(SessionFinished, timeout=25)
 

@@ -34,7 +34,7 @@ UNUSABLE: Final = 2
 
 
 class Detachable(Protocol):
-    """The settings of the plugin that matter here; `plugin.Command` documents them."""
+    """The settings of the plugin that a detached command needs; `plugin.Command` documents them."""
 
     command: Sequence[str]
     environment: Sequence[str]
@@ -60,7 +60,7 @@ class Holders:
         """Start the command under `hold`, and wait until it has taken the item over.
 
         Raises:
-            CommandFailed: `hold` can never start.
+            CommandFailed: `hold` cannot start with these settings.
             Release: `hold` cannot run now, or was not ready in time.
             SessionGoneError: The item was not handed off: see `Session.handover`.
         """
@@ -79,7 +79,7 @@ class Holders:
         except BaseExceptionGroup as failure:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
-                raise error from error.__cause__  # not from the group
+                raise error from error.__cause__  # the error in the group, not the group
             group.signal(
                 signal.SIGKILL
             )  # its heartbeat would be refused: the pool holds the item again
@@ -146,7 +146,7 @@ class Holders:
         return variables
 
     async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:
-        """Detect the early end of a `hold`, for which the handoff would wait in vain.
+        """Fail early if `hold` ends before it has taken the item over.
 
         Raises:
             CommandFailed: `hold` can never run here.

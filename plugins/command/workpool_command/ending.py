@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workpool import Session
 
 RESULT_LIMIT: Final = 65_536
-"""Bytes of the line with the result at most."""
+"""Largest length in bytes of the line with the result."""
 
 
 class CommandFailed(WorkpoolError):
@@ -41,7 +41,7 @@ class CommandFailed(WorkpoolError):
 
 @contextmanager
 def blamed(program: str) -> Iterator[None]:
-    """Make what keeps a command from being started the session's error.
+    """Turn an error that prevents a command from being started into the session's error.
 
     Raises:
         Release: The machine has run out of something.
@@ -56,7 +56,7 @@ def blamed(program: str) -> Iterator[None]:
 
 
 def settle(session: Session, program: str, status: int | None) -> None:
-    """Return if the command has finished its work, or was ended by a stop request.
+    """Return normally if the command has finished its work or was ended by a stop request.
 
     Args:
         session: The session of the command.

@@ -232,7 +232,7 @@ def _announced(start: Start, watch: Watch) -> ProcessGroup:
     try:
         return started(start)
     except BaseException:
-        watch.expect("")  # else the watch would look for this command when the worker ends
+        watch.expect("")  # otherwise the guard would look for this command when the worker ends
         raise
 
 
@@ -248,7 +248,7 @@ async def running(
         patience: Returns the seconds between SIGTERM and SIGKILL, called at the end of the block.
 
     Raises:
-        OSError: It cannot be started.
+        OSError: The command cannot be started.
     """
     group = _announced(start, watch)
     try:

@@ -93,9 +93,9 @@ class Guard:
     def _tell(self, line: bytes) -> None:
         try:
             written = self._lines.write(line)
-        except (OSError, ValueError):  # it has ended, or was told to
+        except (OSError, ValueError):  # the guard has ended, or its pipe is closed
             written = None
-        if written is None:  # or it has not read the last 64 KiB
+        if written is None:  # the guard has not read the last 64 KiB
             log.warning("the guard is gone: commands may outlive a worker that is killed")
 
 

@@ -22,9 +22,9 @@ CHUNK: Final = 65_536
 PAUSE_SECONDS: Final = 0.01
 """Seconds between two dropped chunks: some 6 MB/s, so that `yes` does not use all the CPU."""
 REST_LIMIT: Final = 1_048_576
-"""Bytes that are read from a pipe after the command's end: the largest pipe of Linux."""
+"""Bytes that are read from a pipe after the command's end: as many as a pipe of Linux holds."""
 SHOWN: Final = 2_000
-"""Bytes of a line that are logged at most."""
+"""Largest number of bytes of a line in the log."""
 
 
 class Log:
@@ -41,7 +41,7 @@ class Log:
         return self._left <= 0
 
     def add(self, name: str, text: bytes) -> None:
-        """Log lines of a stream, up to the limit."""
+        """Log lines of a stream until the limit is reached."""
         lines = text.split(b"\n", self._left) if self._left else [text]
         for line in lines[: self._left]:
             self._log.info("%s: %s", name, readable(line))
@@ -63,13 +63,13 @@ class Lines:
     """
 
     def __init__(self, tell: Callable[[bytes], None]) -> None:
-        """`tell` gets one or more whole lines, without the last newline."""
+        """Create it with `tell`, which is called with whole lines, without the last newline."""
         self.last = b""
         self._tell = tell
         self._part = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Add bytes that were read."""
+        """Process a chunk of the stream."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
             self._end(whole)
@@ -90,8 +90,8 @@ class Lines:
 class Reader:
     """Reads one stream of a command on the running loop, during the block.
 
-    Never waits for the pipe's end: a process that has left the command's group may keep it open for
-    ever.
+    Never waits for the pipe's end: a process that has left the command's group may keep it open
+    forever.
 
     Attributes:
         lines: The lines of the stream.
@@ -116,7 +116,7 @@ class Reader:
         return self
 
     def started(self) -> None:
-        """Close the own copy of the writing end, once the command has it."""
+        """Close this process's copy of the writing end, once the command has its own."""
         os.close(self.writer)
         self.writer = -1
 

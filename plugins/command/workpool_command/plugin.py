@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "command"
 THREADS: Final = 4
-"""Working directories that are removed at once."""
+"""Number of working directories that are removed at the same time."""
 CANCELLED_SECONDS: Final = 3.0
 """Largest grace of a cancelled session: the last step of a drain takes 5 s."""
 LOST_SECONDS: Final = 0.5
@@ -79,7 +79,7 @@ class Command:
     grace: float = 10.0
     """Seconds between SIGTERM and SIGKILL."""
     log_lines: int = 1000
-    """Lines of a session's output that are logged at most."""
+    """Largest number of lines of a session's output in the log."""
     detach: bool = False
     """Hand the lease off to `workpool hold`, so that the command outlives the worker."""
     item_token: bool = False
@@ -163,7 +163,8 @@ class Command:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
         if not hasattr(os, "pidfd_open"):
             raise PluginError(NAME, "needs Linux")
-        os.close(os.pidfd_open(os.getpid()))  # from Linux 5.3 on, and not in every sandbox
+        # available from Linux 5.3 on, and not in every sandbox
+        os.close(os.pidfd_open(os.getpid()))
 
     async def _run(self, session: Session) -> Mapping[str, str] | None:
         if self._guard is None or self._holders is None:

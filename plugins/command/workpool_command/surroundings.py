@@ -53,7 +53,7 @@ def ids_of(session: Session) -> dict[str, str]:
 
 
 def redelivered(session: Session) -> dict[str, str]:
-    """Whether it may have been run before."""
+    """Return whether the item may have been run before."""
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 

@@ -1,7 +1,7 @@
-"""A scene for the tests: a control plane, a real engine, and pools of the plugin between them.
+"""Fixtures: a control plane, a real container engine, and pools with the plugin.
 
-The engine is Podman, or with `TEST_CONTAINER_ENGINE=docker` Docker; where it cannot be had, the
-tests skip with the reason.
+The engine is Podman, or Docker if `TEST_CONTAINER_ENGINE=docker` is set. Where it cannot run, the
+tests are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[Podman]:
-    """Podman with an image of busybox, shown to run a container."""
+    """Podman with a busybox image; the fixture has run a container with it."""
     engine = Docker if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else Podman
     missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
@@ -64,7 +64,8 @@ def podman() -> Iterator[Podman]:
         podman.run("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
         if left := podman.run("ps", "--all", "--quiet").split():
-            podman.run("rm", "--force", *left)  # a create whose asker was cancelled comes late
+            # a create request whose caller was cancelled may be carried out late
+            podman.run("rm", "--force", *left)
     finally:
         podman.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +82,7 @@ asyncio.run(Supervisor(Settings(**settings), plugins=[Container(**options)]).run
 
 
 class Scene:
-    """A control plane, an engine and one observer; pools of the plugin between them.
+    """A control plane, a container engine, a view of the engine, and pools with the plugin.
 
     Attributes:
         options: The plugin's settings, unless a test says otherwise.
@@ -108,7 +109,7 @@ class Scene:
     def pool(
         self, script: str, settings: dict[str, Any] | None = None, **options: Any
     ) -> Supervisor:
-        """A pool whose containers run this script."""
+        """Run a pool whose containers run this script."""
         options = self.options | {"command": ["/bin/sh", "-c", script]} | options
         usual = {
             "reclaim_older_than_ms": 100,
@@ -131,7 +132,7 @@ class Scene:
     async def run(
         self, script: str, told: dict[str, str] | None = None, **options: Any
     ) -> SessionFinished:
-        """Run one item's session to its end. `told`: its metadata."""
+        """Run one item's session to its end; `told` is the item's metadata."""
         (item,) = self.plane.enqueue(metadata=told or {})
         async with self.pool(script, **options):
             return await self.finished(item.id)
@@ -148,7 +149,7 @@ class Scene:
         return self.plane.operations.get(self.plane.environments[0], work_id)
 
     def ask_to_stop(self, work_id: str) -> None:
-        """Request a stop, and make the pool heartbeat, and so learn of it, at once."""
+        """Request a stop, and make the pool send a heartbeat, whose answer shows it, at once."""
         self.plane.operations.stop(self.plane.environments[0], work_id, force=False)
         copy = json.dumps(DIALECTS["qoder"].item(self.item(work_id))).encode()
         self.faults.add(literal(copy), "poll", times=1)
@@ -157,7 +158,7 @@ class Scene:
     async def worker(
         self, script: str, **options: Any
     ) -> AsyncIterator[asyncio.subprocess.Process]:
-        """A worker in a process of its own, killed on leaving."""
+        """Run a worker in its own process during the block, and kill it at the end."""
         options = self.options | {"command": ["/bin/sh", "-c", script]} | options
         settings = {
             "base_url": self.plane.base_url,
@@ -175,19 +176,19 @@ class Scene:
             await process.wait()
 
     async def containers(self, work_id: str) -> list[Any]:
-        """The item's containers, as the engine lists them."""
+        """Return the item's containers as the engine lists them."""
         filters = json.dumps({"label": [f"workpool.work_id={work_id}"]})
         return await self.docker.containers.list(all=True, filters=filters)
 
     async def until(self, wanted: Callable[[], Awaitable[T]]) -> T:
-        """Ask the engine until the answer is true: it tells nobody by itself."""
+        """Poll the engine until `wanted` returns a true value; the engine reports no events."""
         async with asyncio.timeout(SECONDS):
             while not (found := await wanted()):  # noqa: ASYNC110 - another process brings it about
                 await asyncio.sleep(0.05)
         return found
 
     async def running(self, work_id: str) -> str:
-        """Wait until the item has a container that runs; its id."""
+        """Wait until the item has a running container, and return the container's id."""
 
         async def look() -> str:
             states = {each["State"]: each.id for each in await self.containers(work_id)}
@@ -205,12 +206,12 @@ class Scene:
         await self.until(look)
 
     async def says(self, text: str) -> None:
-        """Wait until a container's output has this line."""
+        """Wait until a container has printed this line."""
         await self.log.until(lambda: f"stdout: {text}" in self.log.lines)
 
 
 class Log(logging.Handler):
-    """What sessions log, to wait for."""
+    """The log of the sessions, for tests that wait for a line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +228,7 @@ class Log(logging.Handler):
 
 @pytest.fixture
 async def docker(podman: Podman, engine: Engine) -> AsyncIterator[aiodocker.Docker]:
-    """The engine as a bystander sees it; no container is left in it after the test."""
+    """A second client of the engine; at the end of the test all containers are removed."""
     async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as docker:
         yield docker
         for container in await docker.containers.list(all=True):
@@ -262,7 +263,7 @@ async def scene(
 
 @pytest.fixture(autouse=True)
 async def nothing_left() -> AsyncIterator[None]:
-    """No task outlives a test."""
+    """Check that no task outlives a test."""
     before = asyncio.all_tasks()
     yield
     assert not asyncio.all_tasks() - before - {asyncio.current_task()}

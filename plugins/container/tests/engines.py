@@ -1,6 +1,6 @@
-"""Real engines for the tests: Podman, or Docker, each with a store of its own.
+"""Real container engines for the tests: Podman or Docker, each with its own storage.
 
-Where the kernel, the user or the machine forbids one, what asks for it skips with the reason.
+If an engine cannot run here, each test that needs it is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ cgroup_manager = "cgroupfs"
 runtime = "runc"
 events_logger = "file"
 """
-"""Limits that a root without CAP_SYS_RESOURCE may set; nothing of systemd's."""
+"""Limits that root may set without CAP_SYS_RESOURCE; no use of systemd."""
 SECONDS = 20.0
-"""Bounds every wait."""
+"""Timeout of every wait, in seconds."""
 
 
 def busybox_root(program: str) -> bytes:
-    """A root file system with one program, as an archive."""
+    """Return a root file system with one program, as an archive."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for folder, mode in (("bin", 0o755), ("tmp", 0o1777), ("proc", 0o755), ("etc", 0o755)):
@@ -48,14 +48,14 @@ def busybox_root(program: str) -> bytes:
 
 
 class Podman:
-    """A Podman of the tests' own in `folder`, and its service.
+    """A Podman with its storage in `folder`, and its API service.
 
     Attributes:
-        programs: What it needs of the machine.
-        ending: The signal that ends its service, and leaves its containers.
-        socket: Where it serves.
-        image: An image that it has.
-        registry: A port, bound and not served, from which it pulls without TLS.
+        programs: The programs that it needs.
+        ending: The signal that ends its service but not its containers.
+        socket: The path of the service's socket.
+        image: The name of an image in its storage.
+        registry: A listening socket; Podman pulls from its port without TLS.
     """
 
     programs = ("podman", "runc", "busybox")
@@ -78,7 +78,7 @@ class Podman:
         }
 
     def run(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run a command of Podman's; skip the test, saying why, if it fails."""
+        """Run a Podman command; skip the test with the reason if the command fails."""
         done = subprocess.run(  # noqa: S603 - our own words
             [*self._command, *arguments],
             env=self._environment,
@@ -106,7 +106,7 @@ class Podman:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """End the service, by its id; containers run on."""
+        """End the service by its process id; containers run on."""
         if self._service is not None:
             self._service.send_signal(self.ending)
             self._service.wait()
@@ -114,7 +114,7 @@ class Podman:
         Path(self.socket).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End everything."""
+        """End the service and remove the containers and the storage."""
         self.stop()
         self.registry.close()
 
@@ -125,18 +125,18 @@ class Podman:
 
     @property
     def _serving(self) -> list[str]:
-        # It ends by itself when nobody asks it anything: a killed test cannot end it.
+        # The service ends after an idle hour, because a killed test run cannot end it.
         return [*self._command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 
 class Docker(Podman):
-    """A Docker of the tests' own. Its containers, too, outlive its service."""
+    """A Docker with its own storage. Its containers outlive its service, too."""
 
     programs = ("docker", "dockerd", "busybox")
     ending = signal.SIGTERM
 
     def close(self) -> None:
-        """End everything; what may outlive the service also leaves its store mounted."""
+        """End the service and its containers, and unmount their storage."""
         super().close()
         subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - our own words
 

@@ -1,4 +1,4 @@
-"""How a container is stopped, left, adopted and cleared away: never two at once for one item."""
+"""The end, adoption and removal of containers: an item never has two running containers."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from plugins.container.tests.engines import Podman
 
 COUNTED = "echo started >> /kept/starts; "
-"""Each start of a container leaves a line."""
+"""A prefix of scripts: each start of a container writes a line."""
 
 
 def starts(folder: Path) -> int:
-    """How many containers have begun to run."""
+    """Return how many containers have started."""
     return len((folder / "starts").read_text().splitlines())
 
 
 @pytest.fixture
 def kept(scene: Scene, tmp_path: Path) -> Path:
-    """A folder that the containers see as /kept."""
+    """A directory that the containers see as /kept."""
     scene.options["mounts"] = [f"{tmp_path}:/kept:rw"]
     return tmp_path
 
 
-# Stopped.
+# Stop requests.
 
 
 async def test_stop_request_ends_container(scene: Scene) -> None:
@@ -67,12 +67,14 @@ async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, de
     script = "echo ready; exec sleep 1000" if deaf else scene.forever
     async with scene.pool(script, sweep_seconds=600):
         await scene.says("ready")
-        expire_lease(scene.plane, item.id)  # it is delivered again, and so found to be lost
+        # the redelivered item shows the pool that its lease is lost
+        expire_lease(scene.plane, item.id)
         finished = await scene.finished(item.id)
         assert finished.outcome == "lease_lost"
         assert finished.seconds < 10
         ours = finished.session.item.id
-        # What is there now was started by the second run, after the first one's was gone.
+        # The running container was started by the second run after the container of the first was
+        # gone.
         second = await scene.running(ours)
         assert scene.item(ours).metadata[CONTAINER] == second
         assert len(await scene.containers(ours)) == 1
@@ -117,7 +119,7 @@ async def test_container_removed_by_another_program_fails_its_session(scene: Sce
     assert "removed by another program" in str(finished.error)
 
 
-# Adopted.
+# Adoption.
 
 
 async def test_container_left_by_drain_is_adopted_by_next_run(scene: Scene, kept: Path) -> None:
@@ -178,7 +180,7 @@ async def test_container_of_killed_worker_is_adopted(scene: Scene, kept: Path) -
     assert starts(kept) == 1
 
 
-# The engine.
+# Restarts of the engine.
 
 
 async def test_container_is_followed_across_restart_of_engine(

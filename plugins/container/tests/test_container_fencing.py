@@ -1,4 +1,4 @@
-"""One container per item, whatever moment a worker is cut off at: its own run against an engine."""
+"""An item has at most one container, at whatever point a worker is cancelled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Lease:
-    """A lease in the test's hands, and the metadata that was written under it."""
+    """A lease that the test controls, and the metadata that was written under it."""
 
     def __init__(self) -> None:
         self.remaining = 60.0
@@ -35,7 +35,7 @@ class Lease:
 
 
 class Worker:
-    """One worker's run of the one item, as far as its container goes."""
+    """The part of a worker that handles the one item's container."""
 
     def __init__(
         self, scene: Scene, engine: Engine, named: str = "", script: str | None = None
@@ -67,7 +67,7 @@ class Worker:
 
 
 async def containers(scene: Scene) -> dict[str, str]:
-    """The states of the item's containers, by id."""
+    """Return the states of the item's containers by id."""
     return {each.id: each["State"] for each in await scene.containers(scene.work_id)}
 
 
@@ -82,7 +82,8 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
         second = group.create_task(Worker(scene, engine, named=container).run())
         await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
 
-        stale.lease.remaining = 0.0  # frozen for longer than its lease, it wakes and is told
+        # like a worker that was frozen for longer than its lease and then continues
+        stale.lease.remaining = 0.0
         first.cancel()
         await asyncio.wait({first})
         assert await containers(scene) == {container: "running"}
@@ -109,7 +110,7 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
             task.cancel()
 
     async def cut(*arguments: Any) -> Any:
-        cancel_after(turns)  # loop iterations: before, while and after the request is sent
+        cancel_after(turns)  # the cancellation comes before, during or after the request
         return await original(*arguments)
 
     monkeypatch.setattr(engine, call, cut)
@@ -117,7 +118,7 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
         task = group.create_task(Worker(scene, engine).run())
         await asyncio.wait({task})
     assert task.cancelled()
-    # A container that was asked for when the cut came may be there, but is never started.
+    # A container that was requested before the cancellation may exist, but is never started.
     assert set((await containers(scene)).values()) <= {"created"}
 
 
@@ -189,7 +190,7 @@ async def test_container_is_not_started_after_lease_has_ended(
     monkeypatch.setattr(worker.lease, "update_metadata", freeze)
     with pytest.raises(Release):
         await worker.run()
-    assert states == ["created"]  # named before it runs
+    assert states == ["created"]  # the metadata names the container before it runs
     assert await containers(scene) == {}
     assert scene.log.lines == []
 

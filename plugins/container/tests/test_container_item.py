@@ -1,4 +1,4 @@
-"""The item as a container sees it, and a session that the worker has no resources for."""
+"""The item in a container's environment, and sessions for which the worker lacks resources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container prints, on its way to the log: bounded, and harmless."""
+"""The output of containers in the log: limited, and without control characters."""
 
 from __future__ import annotations
 

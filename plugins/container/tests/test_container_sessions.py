@@ -1,4 +1,4 @@
-"""Sessions in real containers, from the queue to the metadata that says how they ended."""
+"""Sessions in real containers, from the queue to the metadata with their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the containers printed, as the session's log has it."""
+    """Return the output of the containers from the session's log."""
     streams = ("stdout: ", "stderr: ")
     return [line[len("std...: ") :] for line in caplog.messages if line.startswith(streams)]
 
@@ -43,7 +43,7 @@ async def test_session_runs_in_own_container_with_its_environment(
     assert (told["id"], told["metadata"]) == (item.id, {"job": "x"})
     assert told["data"] == {"type": "session", "id": item.session_id}
     assert scene.plane.token not in str(variables)
-    assert await scene.containers(item.id) == []  # removed once the item was stopped
+    assert await scene.containers(item.id) == []  # removed when the item was stopped
 
 
 async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None:
@@ -55,7 +55,8 @@ async def test_exit_status_of_container_determines_outcome(scene: Scene) -> None
     released = await scene.run("exit 75")
     assert released.outcome == "released"
     assert scene.item(released.session.item.id).metadata["workpool.released"] == "Release"
-    assert await scene.containers(released.session.item.id) == []  # not to be adopted
+    # removed, so that no worker can adopt it
+    assert await scene.containers(released.session.item.id) == []
 
 
 async def test_container_has_no_privileges_by_default(

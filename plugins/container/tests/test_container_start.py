@@ -1,4 +1,4 @@
-"""What keeps the plugin from starting, and what it clears away when it has started."""
+"""Refused starts of the plugin, and the removal of leftover containers after a start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 async def refused(scene: Scene, **options: Any) -> str:
-    """What the plugin says when it refuses to start."""
+    """Return the text of the error with which the plugin refuses to start."""
     with pytest.raises(PluginError) as caught:
         await scene.pool("true", **options).__aenter__()
     return str(caught.value)
@@ -82,7 +82,7 @@ async def test_missing_image_is_error_at_start(scene: Scene) -> None:
 
 @asynccontextmanager
 async def registry(podman: Podman, folder: Path) -> AsyncIterator[str]:
-    """A registry that offers the tests' image, from what `podman push` writes; the image's name."""
+    """Serve an image that `podman push` wrote, as a registry does; yield the image's name."""
     podman.run("push", "--format=v2s2", podman.image, f"dir:{folder}")
     manifest = (folder / "manifest.json").read_bytes()
     kind = json.loads(manifest)["mediaType"]
@@ -163,7 +163,7 @@ def test_mount_is_read_only_by_default_and_refused_if_malformed(
 
 
 async def left_behind(scene: Scene, work_id: str) -> str:
-    """A container of this item that runs, and that nobody looks after; its id."""
+    """Start a container of this item that has no worker, and return the container's id."""
     labels = {
         "workpool.work_id": work_id,
         "workpool.environment_id": scene.plane.environments[0],

@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 CALL_SECONDS: Final = 60.0
 """The bound of a call, in seconds. An engine under load is slow to create and to start."""
 WAIT_SECONDS: Final = (0.25, 10.0)
-"""Seconds to wait for the report of an exit before asking for it, at first and at most."""
+"""Seconds to wait for the report of a container's exit before asking for it, at first and at
+most."""
 RETRY_SECONDS: Final = (0.2, 1.0, 5.0)
 """The pauses between calls to an engine that does not answer; the last one repeats."""
 PULL_SECONDS: Final = 600.0
@@ -40,7 +41,7 @@ ORIGIN: Final = "http://localhost"
 """Any host name will do behind a socket."""
 STREAMS: Final = {1: "stdout", 2: "stderr"}
 ENDED: Final = "-ended"
-"""The end of the name of a container that its holder has given up.
+"""The suffix of the name of a container that its holder has given up.
 
 See plugins/container/README.md, "Adoption".
 """
@@ -61,7 +62,7 @@ class EngineError(WorkpoolError):
 
     @property
     def absent(self) -> bool:
-        """The container or image of the call does not exist."""
+        """Whether the engine answered that the container or image does not exist."""
         return self.status == HTTPStatus.NOT_FOUND
 
 
@@ -226,9 +227,9 @@ class Engine:
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED else None
 
     async def _next_exit(self, container: str, patience: float) -> None:
-        """Wait for an exit, at most `seconds`. An exit just before the call is not reported.
+        """Wait for an exit, at most `patience` seconds; an earlier exit is not reported.
 
-        With any other condition Podman uses a whole core.
+        With any other wait condition Podman uses a whole core.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
@@ -253,7 +254,7 @@ class Engine:
                 if response.status != HTTPStatus.OK:
                     raise EngineError(doing, response.reason or "refused", response.status)
                 with suppress(asyncio.IncompleteReadError):
-                    while True:  # a header with stream and length, then the bytes
+                    while True:  # a header with the stream and the length, then that many bytes
                         header = await response.content.readexactly(8)
                         piece = await response.content.readexactly(int.from_bytes(header[4:]))
                         yield STREAMS.get(header[0], "stdout"), piece

@@ -37,7 +37,7 @@ class Leftovers:
     def __init__(
         self, engine: Engine, client: WorkClient, environment_id: str, here: AbstractSet[str]
     ) -> None:
-        """`here`: the ids of items whose containers have a handler in this process."""
+        """`here` has the ids of the items whose containers have a handler in this process."""
         self.look = asyncio.Event()
         self._engine = engine
         self._client = client
@@ -75,13 +75,13 @@ class Leftovers:
             await self._engine.remove(found.id)
         except (
             EngineError
-        ) as error:  # a container that cannot be removed must not protect the others
+        ) as error:  # one container that cannot be removed must not keep the others
             log.warning("container not removed name=%s error=%s", found.name, error)
         else:
             log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
 
     async def _objection(self, found: Found) -> str | None:
-        """Return why the container cannot count anymore, or None if it may."""
+        """Return why the container's result cannot count anymore, or None if it may count."""
         try:
             item = await self._client.get(found.labels[WORK_ID])
         except ControlPlaneError as error:

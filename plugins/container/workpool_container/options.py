@@ -75,11 +75,11 @@ class Options(BaseModel):
     network: str = "none"
     """The network to join: `none`, `bridge`, or a network's name. Default: `none`."""
     memory: ByteSize = ByteSize(1 << 30)
-    """The most memory, swap included, as `512MiB`; 0 = no limit. Default: `1GiB`."""
+    """The largest memory, swap included, as `512MiB`; 0 = no limit. Default: `1GiB`."""
     cpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """The most processor time, in cores; 0 = no limit. Default: 1."""
+    """The largest processor time, in cores; 0 = no limit. Default: 1."""
     pids: Annotated[int, Field(ge=0)] = 256
-    """The most processes and threads; 0 = no limit. Default: 256."""
+    """The largest number of processes and threads; 0 = no limit. Default: 256."""
     read_only: bool = True
     """Whether the root file system is read-only. Default: true."""
     tmpfs: dict[str, str] = {"/tmp": "size=64m"}  # noqa: S108 - the container's own
@@ -92,7 +92,7 @@ class Options(BaseModel):
     """The effect of a drain on a container: `stop`, or `leave` it running, so that a worker on the
     same engine adopts it. Default: `stop`."""
     log_lines: Annotated[int, Field(ge=0)] = 1000
-    """Lines of a container's output that are logged at most. Default: 1000."""
+    """The largest number of logged lines of a container's output. Default: 1000."""
     socket: str | None = None
     """The engine's socket. Default: `DOCKER_HOST` if it is a socket, else the first that exists
     where Docker and Podman have theirs."""

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import logging
 
 LINE_BYTES: Final = 2_000
-"""Bytes of a line that are logged at most."""
+"""Largest number of bytes of a line in the log."""
 
 
 class Output:

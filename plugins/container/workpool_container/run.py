@@ -95,7 +95,7 @@ class Run:
                 await self._give_up()
             raise
 
-    # Begin.
+    # Beginning.
 
     async def _begin(self) -> bool:
         """Adopt or start the container; return whether it was adopted."""
@@ -152,22 +152,22 @@ class Run:
         await self._engine.start(self._id)
         self._session.log.info("container started id=%.12s", self._id)
 
-    # Follow.
+    # Following the container.
 
     async def _follow(self, *, adopted: bool) -> int:
         try:
             async with asyncio.TaskGroup() as group:
                 output = group.create_task(self._log(adopted=adopted), name="container-output")
-                heed = group.create_task(self._heed(), name="container-interrupted")
+                obeying = group.create_task(self._obey_stop(), name="container-interrupted")
                 status = await self._engine.exit_of(self._id)
-                heed.cancel()
+                obeying.cancel()
                 await asyncio.wait({output}, timeout=LAST_LINES_SECONDS)
                 output.cancel()
         except BaseExceptionGroup as group_error:
             error = innermost(group_error)
             if isinstance(error, EngineError):
                 error = ContainerFailed(self._id, "was removed by another program")
-            raise error from error.__cause__  # not from the group
+            raise error from error.__cause__  # the error in the group, not the group
         return status
 
     async def _log(self, *, adopted: bool) -> None:
@@ -183,12 +183,13 @@ class Run:
             except EngineError as error:
                 self._session.log.warning("container output interrupted error=%s", error)
                 await asyncio.sleep(FOLLOW_AGAIN_SECONDS)
-                tail = "0"  # a gap is better than the same lines again
+                # some lines may be missing, which is better than lines that appear twice
+                tail = "0"
             else:
                 output.close()
                 return
 
-    async def _heed(self) -> None:
+    async def _obey_stop(self) -> None:
         """Stop the container after a stop request, or in a drain unless it is left running."""
         session = self._session
         await session.interrupted()
@@ -204,14 +205,14 @@ class Run:
             # time.
             session.log.warning("container not stopped error=%s", error)
 
-    # End.
+    # Ending.
 
     async def _settle(self, status: int) -> dict[str, str]:
         self._session.log.info("container ended id=%.12s status=%d", self._id, status)
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._asked:
-            await self._give_up()  # else the next run would adopt this exit status
+            await self._give_up()  # otherwise the next run would adopt this exit status
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == KILLED else ""
         raise ContainerFailed(self._id, f"exit status {status}{killed}", status)
@@ -249,7 +250,7 @@ class Run:
             async with asyncio.timeout(grace + KILL_SECONDS):
                 # Marked first: the exit status of a stopped container is not that of the session.
                 if not await self._engine.rename(self._name, self._name + ENDED):
-                    return  # never created, or adopted by the worker that holds the lease now
+                    return  # never created, or the worker that holds the lease now has adopted it
                 await self._terminate(grace)
         except (EngineError, TimeoutError) as error:
             self._session.log.critical("container may still run name=%s %r", self._name, error)
@@ -260,6 +261,6 @@ class Run:
             async with asyncio.timeout(0 if self._hurried else grace) as self._grace:
                 await self._engine.stop(ended, grace)
         except (EngineError, TimeoutError):
-            pass  # removing kills
+            pass  # the removal kills it
         self._grace = None
         await self._engine.remove(ended)

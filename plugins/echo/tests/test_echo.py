@@ -1,4 +1,4 @@
-"""The example plugin, tested as its authors' plugins should be: on a real control plane."""
+"""The example plugin on a real control plane, as an example of tests for plugins."""
 
 import pytest
 

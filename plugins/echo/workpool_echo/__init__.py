@@ -15,11 +15,12 @@ async def echo(session: Session) -> dict[str, str]:
         async with asyncio.timeout(seconds):
             await (
                 session.interrupted()
-            )  # a real handler works here, and checks `session` now and then
+            )  # a real handler works here and checks `session` from time to time
     except TimeoutError:
         session.log.info("echo: %r done", text)
         return {"echo": text}
-    if session.stopping:  # an operator ends this session: return the progress
+    if session.stopping:  # an operator stops this session: return the progress so far
         session.log.info("echo: %r stopped", text)
         return {"echo": "stopped early"}
-    raise Release("the pool is draining")  # the pool is going away: another one begins again
+    # the pool ends soon: another pool starts the session again
+    raise Release("the pool is draining")

@@ -1,4 +1,4 @@
-"""Sessions of the plugin without a control plane: its toolbox on a workspace of the test's own."""
+"""Fixtures: the plugin's tools on a temporary workspace, without a control plane."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SESSION = "sess_1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs the sandbox as a trial: bubblewrap is no Python package."""
+    """Mark every test that needs the sandbox as a trial, since bubblewrap is no Python package."""
     if "sandbox" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
 
 
 class Agent:
-    """Calls tools and reads their answers, as an agent would."""
+    """An agent that calls tools and reads their results."""
 
     def __init__(self, toolbox: Toolbox, folder: Path, shown: str) -> None:
         self.toolbox = toolbox
@@ -43,13 +43,13 @@ class Agent:
         return await self.toolbox.run(call)
 
     async def says(self, name: str, **fields: Any) -> str:
-        """The text of a success."""
+        """Call a tool that must succeed, and return the text of its result."""
         result = await self.call(name, **fields)
         assert not result.is_error, result
         return text(result)
 
     async def fails(self, name: str, **fields: Any) -> str:
-        """The text of a failure."""
+        """Call a tool that must fail, and return the text of its error."""
         result = await self.call(name, **fields)
         assert result.is_error, result
         return text(result)
@@ -88,7 +88,7 @@ def agent_of(
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Bubblewrap:
-    """A sandbox that works here; without one, the tests that need it are skipped, and say why."""
+    """A sandbox that works on this machine; without one, the test is skipped with the reason."""
     found = Bubblewrap(Limits(memory_mb=1024, cpu_seconds=20, processes=64, file_mb=64))
     if wrong := asyncio.run(problem(found, tmp_path_factory.mktemp("probe"))):
         pytest.skip(f"bubblewrap does not work here: {wrong}")
@@ -96,7 +96,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Bubblewrap:
 
 
 def remove(folder: Path) -> None:
-    """As `rm -rf`, which removes what is deeper than Python can."""
+    """Remove a directory as `rm -rf` does, which can remove deeper trees than Python."""
     subprocess.run(["/bin/rm", "-rf", folder], check=True)  # noqa: S603 - the test's own folder
 
 
@@ -116,7 +116,7 @@ async def threads() -> AsyncIterator[Threads]:
 
 @pytest.fixture
 async def agents(folder: Path, threads: Threads) -> AsyncIterator[Callable[..., Agent]]:
-    """Makes agents: `agents(isolation=…, roots=…, custom=…, bounds=…)`."""
+    """Return a function that makes agents: `agents(isolation=…, roots=…, custom=…, bounds=…)`."""
     made: list[Agent] = []
 
     def make(isolation: Isolation = Bare(), **options: Any) -> Agent:  # noqa: B008 - frozen
@@ -130,7 +130,7 @@ async def agents(folder: Path, threads: Threads) -> AsyncIterator[Callable[..., 
 
 @pytest.fixture(params=["bare", pytest.param("boxed", marks=pytest.mark.trial)])
 def agent(request: pytest.FixtureRequest) -> Agent:
-    """Both, one after the other."""
+    """An agent without a sandbox, then one with a sandbox."""
     found: Agent = request.getfixturevalue(request.param)
     return found
 

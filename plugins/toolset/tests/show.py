@@ -1,15 +1,15 @@
-"""A scripted session of 30 tool calls through `workpool run`, its worker killed as often as asked.
+"""Run scripted sessions of 30 tool calls through `workpool run`, and kill their workers.
 
     python plugins/toolset/tests/show.py --kills 20 --seed 1
     python plugins/toolset/tests/show.py --sleeps 5 --seed 1
 
-`--sleeps` stops workers with SIGSTOP instead, past their lease, and lets them go on once the
-session is over: what they then send for it counts as wrong.
+`--sleeps` stops workers with SIGSTOP instead until their leases have expired, and continues them
+after the session. Each request that they then send for it counts as wrong.
 
-Judged by side effects and by the control plane's own events, never by what the worker says: each
-call is answered exactly once, each command has left its line in the log at most once, and exactly
-once where it was answered with a result of its own. Prints the event log, the workspace's final
-state and a summary; ends with 1 if any of that does not hold.
+The program judges side effects and the control plane's events, and ignores the worker's log: each
+call is answered exactly once; each command has left at most one line, and exactly one if its own
+result was the answer. It prints the event log, the final state of the workspace and a summary. The
+exit status is 1 if a rule was violated.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def shout(call):
 
 
 def line(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
-    """A command whose execution can be counted."""
+    """Return a call of a command that leaves a line, so that its executions can be counted."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
@@ -67,16 +67,16 @@ SCRIPT: list[dict[str, Any]] = [
     tool("Glob", pattern="**/*.txt"),
     tool("Grep", pattern="2nd|log"),
     line(7, "cat notes/plan.txt; "),
-    tool("Read", file_path="missing.txt"),  # an error
-    tool("Bash", command="echo to stderr >&2; (exit 3)"),  # another
-    tool("Bash", command="echo begun; sleep 60", timeout_ms=300),  # a timeout
+    tool("Read", file_path="missing.txt"),  # a result that is an error
+    tool("Bash", command="echo to stderr >&2; (exit 3)"),  # a command that fails
+    tool("Bash", command="echo begun; sleep 60", timeout_ms=300),  # a command that exceeds its time
     tool("Bash", restart=True),
-    line(12, permission="ask"),  # a confirmation: allowed
+    line(12, permission="ask"),  # needs a confirmation, which the person gives
     line(13, permission="deny"),  # denied by the control plane
-    line(14, permission="ask"),  # denied by the person
+    line(14, permission="ask"),  # needs a confirmation, which the person refuses
     {"name": "shout", "input": {"line": "15"}, "custom": True},
     tool("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
-    tool("Read", file_path="/proc/self/environ"),  # refused
+    tool("Read", file_path="/proc/self/environ"),  # a file outside of the workspace
     *(line(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
     tool("Read", file_path="notes/plan.txt", view_range=[2, 2]),
@@ -93,7 +93,7 @@ COUNTED = {
 
 
 class Show:
-    """One session, its control plane, and the workers that come and go."""
+    """One session, its control plane, and the workers that are started and killed for it."""
 
     def __init__(
         self, plane: ControlPlane, faults: Faults, folder: Path, seed: int, *, sleeping: bool
@@ -136,7 +136,7 @@ class Show:
 
     @contextlib.asynccontextmanager
     async def worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`workpool run toolset`, killed at the end, or once all is over if it is to sleep."""
+        """Start `workpool run toolset`; kill it at the end, or if it sleeps, after the session."""
         environment = {
             name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
         }
@@ -165,7 +165,7 @@ class Show:
                 await process.wait()
 
     async def confirm(self) -> None:
-        """The person: answers what is asked, in order."""
+        """Answer the requests for confirmation in order, as a person would."""
         waiting = list(VERDICTS.values())
         async with WorkClient(self.settings) as client:
             events = client.events(self.item.session_id)
@@ -182,7 +182,7 @@ class Show:
         return next(event["name"] for event in self.events if event["id"] == call)
 
     async def until(self, answers: int) -> None:
-        """Wait until so many calls are answered, or the session is over."""
+        """Wait until this many calls are answered, or the session has ended."""
         async with (
             WorkClient(self.settings) as client,
             client.events(self.item.session_id).stream() as stream,
@@ -196,7 +196,7 @@ class Show:
         return self.item.environment_id, self.item.id
 
     async def wake(self) -> list[str]:
-        """Let the sleeping workers go on and end; what they sent for the session."""
+        """Let the sleeping workers continue and end; return what they sent for the session."""
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)
@@ -209,13 +209,13 @@ class Show:
         return [f"a worker that slept made the call {op}" for op in sent if op in WRITES]
 
     async def play(self, kills: int) -> int:
-        """Run it to its end; how often the worker was killed, or put to sleep, before."""
+        """Run the session to its end; return how often the worker was killed or stopped before."""
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(self.confirm(), name="person")
             while killed < kills and not self.over():
                 async with self.worker():
-                    await self.until(self.answered() + 1)  # it has begun
+                    await self.until(self.answered() + 1)  # the next call has begun
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
                 if not self.over():
                     killed += 1
@@ -227,7 +227,7 @@ class Show:
         return killed
 
     def judge(self) -> tuple[list[str], Counter[str]]:
-        """What does not hold, and how the calls were answered."""
+        """Return the violated rules, and how the calls were answered."""
         wrong: list[str] = []
         calls = [event for event in self.events if event["type"].endswith("tool_use")]
         results = [event for event in self.events if event["type"].endswith("tool_result")]
@@ -261,7 +261,7 @@ class Show:
 
 
 async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
-    """Play sessions, at least one, until the workers were killed so often; print, judge."""
+    """Run sessions, at least one, until the workers were killed this often; print and judge."""
     left, failed = kills, False
     while True:
         with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
@@ -275,7 +275,7 @@ async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
 
 
 async def one(show: Show, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
-    """One session: how often its workers were killed, and what does not hold."""
+    """Run one session; return how often its workers were killed, and the violated rules."""
     say = sys.stdout.write
     try:
         killed = await show.play(kills)

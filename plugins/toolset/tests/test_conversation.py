@@ -1,4 +1,4 @@
-"""What events come to: pure, event by event."""
+"""The effect of each event on a conversation, without I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Told:
-    """A conversation of which two tools are ours."""
+    """A conversation with two tools of this worker."""
 
     def __init__(self) -> None:
         self.denied: list[str] = []
@@ -127,7 +127,7 @@ def test_interrupt_cancels_waiting_calls_but_not_later_ones() -> None:
     assert told.now.is_interrupted("b")
     assert not told.now.is_interrupted("c")
     assert [call.id for call in told.now.runnable()] == ["c"]
-    assert told.next == "a"  # to be answered, not to be run
+    assert told.next == "a"  # this call gets an answer but is not run
 
 
 def test_termination_of_thread_removes_its_calls() -> None:

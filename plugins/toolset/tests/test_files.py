@@ -1,4 +1,4 @@
-"""`read`, `write` and `edit`, as an agent calls them."""
+"""The tools `read`, `write` and `edit`, called as an agent calls them."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ async def test_read_or_write_of_non_text_file_is_refused(bare: Any, folder: Path
 async def test_edit_with_result_above_limit_is_refused(bare: Any, folder: Path) -> None:
     (folder / "small").write_text("a" * 250_000)
     asked = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
-    failed = await bare.fails("edit", **asked, replace_all=True)  # a terabyte
+    failed = await bare.fails("edit", **asked, replace_all=True)  # the result would have a terabyte
     assert failed == "small: would be larger than 33554432 characters"
     assert (folder / "small").stat().st_size == 250_000
     asked["new_string"] = "bb"

@@ -1,8 +1,8 @@
-"""What a hostile session tries: to read the worker's token, or to change what is not its own.
+"""Hostile sessions, which try to read the worker's token or to change files of others.
 
-The token stands where a real worker has it: in this process's environment, in a file beside the
-workspaces, in another session's workspace. No answer of any tool may hold it, and nothing outside
-the session's workspace may change.
+The token is where a real worker has it: in this process's environment, in a file beside the
+workspaces and in another session's workspace. No result of a tool may contain it, and no file
+outside the session's workspace may change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - there to be looked for
 
 @pytest.fixture(autouse=True)
 def secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Everything that is not the session's own, beside its workspace; unchanged at the end."""
+    """Create files of others beside the workspace, and check at the end that none changed."""
     monkeypatch.setenv("QODER_PAT", TOKEN)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", TOKEN)
     outside = folder.parent
@@ -43,7 +43,7 @@ def secrets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def snapshot(outside: Path) -> dict[str, str]:
-    """All files beside the workspace, by what is in them."""
+    """Return all files beside the workspace with their contents."""
     return {
         str(path.relative_to(outside)): hashlib.sha256(
             path.read_bytes() if path.is_file() else b""
@@ -58,7 +58,7 @@ def said(result: Result) -> str:
 
 
 def plant(folder: Path) -> None:
-    """Links of every kind, as a session can make them with Bash."""
+    """Create all kinds of links that a session can create with Bash."""
     outside = folder.parent
     (folder / "src").mkdir()
     (folder / "src/own.txt").write_text("own")
@@ -284,7 +284,8 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(boxed: Any, secre
                 await boxed.says("bash", restart=True)
             result = await boxed.call("bash", command=command, timeout_ms=800)
             assert TOKEN not in said(result), command
-            assert not re.search("root:[x*!$]", said(result)), command  # of passwd, of shadow
+            # a line of /etc/passwd or of /etc/shadow
+            assert not re.search("root:[x*!$]", said(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
     os.kill(os.getpid(), 0)
@@ -311,7 +312,7 @@ while True:
 
 @pytest.fixture
 def race(folder: Path) -> Iterator[None]:
-    """A directory and a file that another process turns into links to the outside, and back."""
+    """A directory and a file that another process keeps replacing by links to the outside."""
     (folder / "place").mkdir()
     (folder / "place/secret.txt").write_text("own")
     (folder / "leaf").write_text("own")
@@ -339,7 +340,7 @@ async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(bare: 
             result = await bare.call(tool, **fields)
             assert TOKEN not in said(result)
             outcomes.add((tool, result.is_error))
-    # The race was one: each tool has both succeeded and failed.
+    # The race was real: each tool has both succeeded and failed.
     assert outcomes == {(tool, error) for tool in ("read", "write", "edit") for error in (0, 1)}
 
 

@@ -1,4 +1,4 @@
-"""What stands around a sandbox: its trial run, kernel key rings, and memory that holds files."""
+"""The parts around a sandbox: its trial run, kernel key rings, and memory that holds files."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_sandbox_check_reaped_by_other_code_reports_problem(
 
 
 def kill_and_reap(pid: int) -> None:
-    """Block the loop meanwhile: it would take the exit status itself."""
+    """Kill and reap a process; the loop must be blocked, since it would take the exit status."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 def verdict(machine: str, architecture: int, number: int) -> int:
-    """What the kernel would make of a call: a run of the filter's program."""
+    """Return the decision of the seccomp filter about a system call, by running it here."""
     program = list(struct.iter_unpack("=HBBI", launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
     while True:
@@ -99,7 +99,8 @@ def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> Non
     program = tmp_path / "program"
     program.write_text(
         f"#!{sys.executable}\n"
-        f"import ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"  # the keyring's id
+        # prints the id of the keyring
+        f"import ctypes; print(ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0))"
     )
     program.chmod(0o755)
     launch = [sys.executable, "-I", "-S", launcher.__file__]

@@ -1,4 +1,4 @@
-"""The journal across a crash: a second opening stands for the worker after it."""
+"""The journal after a crash: a second `open` stands for the worker that starts afterwards."""
 
 from __future__ import annotations
 

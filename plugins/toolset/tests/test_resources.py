@@ -1,4 +1,4 @@
-"""A machine that has run out of something: no session fails for it."""
+"""Exhausted memory, threads or descriptors: no session fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPARE_DESCRIPTORS = 256
 
 @contextmanager
 def descriptors_left(count: int) -> Iterator[None]:
-    """Leave this process so many descriptors that it can open.
+    """Let this process open only this many further descriptors during the block.
 
     Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
     """
@@ -51,7 +51,7 @@ def descriptors_left(count: int) -> Iterator[None]:
 async def test_tool_without_free_descriptors_reports_exhaustion(
     bare: Any, folder: Path, left: int
 ) -> None:
-    """Each count fails at another step."""
+    """The call that fails depends on the count."""
     (folder / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
         ("read", {"file_path": "a"}, "b\n"),
@@ -68,7 +68,7 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
-    assert await bare.says("bash", command="echo later") == "later\n"  # without a restart
+    assert await bare.says("bash", command="echo later") == "later\n"  # works without a restart
 
 
 @pytest.mark.parametrize("left", range(3))

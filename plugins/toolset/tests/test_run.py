@@ -1,4 +1,4 @@
-"""`workpool run toolset` in a process of its own, and what its documentation promises."""
+"""`workpool run toolset` in its own process, and the promises of its documentation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 async def show(*flags: str) -> str:
-    """What `show.py` prints; it judges the conversation itself."""
+    """Run `show.py`, which judges the conversation itself, and return its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests/show.py"), *flags),
         stdout=asyncio.subprocess.PIPE,

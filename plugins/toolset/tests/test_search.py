@@ -1,4 +1,4 @@
-"""`glob` and `grep`, with ripgrep in a sandbox and with the walker without."""
+"""The tools `glob` and `grep`, with ripgrep in a sandbox and with the walker without one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
         *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
         *("src/absolute", "src/up/src/deep/file"),
     } <= found
-    # By way of links, a directory is entered once.
+    # A directory that links lead to is entered once.
     entered = {"src/absolute/file", "src/to-directory/file"}
     assert len(entered & found) == 1
     told = str(found)

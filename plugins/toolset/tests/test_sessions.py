@@ -1,4 +1,4 @@
-"""Whole sessions: the plugin in a pool, on the real control plane."""
+"""Whole sessions: the plugin in a pool with a real control plane."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ pytestmark = pytest.mark.timeout(90)
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes are started here, which takes its time on a machine that is busy."""
+    """Allow more time for the start of processes, which is slow on a busy machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", 60.0)
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """A toolset without isolation, whose state is the test's own."""
+    """Return a function that makes a toolset without isolation and with its own state directory."""
 
     def make(**given: Any) -> Toolset:
         defaults: dict[str, Any] = {
@@ -58,7 +58,7 @@ def bash(command: str, **more: Any) -> dict[str, Any]:
 
 
 def answers(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
-    """What was answered to each call, in the order of the calls; each has one answer at most."""
+    """Return the answers in the order of the calls, after a check that no call has two."""
     calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
     found: dict[str, tuple[str, bool]] = {}
     for event in events:
@@ -132,7 +132,7 @@ async def test_session_under_key_without_metadata_permission_is_completed(
 
 @contextlib.asynccontextmanager
 async def person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
-    """Somebody who answers each request for a confirmation, in this order."""
+    """Answer the requests for confirmation in this order, as a person would."""
 
     async def confirm() -> None:
         left = list(verdicts)
@@ -170,7 +170,7 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert [error for _, error in said] == [False, True, True, False]
     assert said[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
-    assert len(ours) == 2  # the denied ones are answered by the control plane
+    assert len(ours) == 2  # the control plane answers the denied calls
 
 
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
@@ -238,7 +238,7 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
 
 
 async def opened(folder: Path) -> Journal:
-    """The journal of the worker that was there before."""
+    """Open the journal of an earlier worker."""
     await asyncio.to_thread(folder.mkdir, parents=True)
     journal = Journal(folder / "journal", DaemonThreads("test", 2))
     await journal.open()
@@ -251,7 +251,7 @@ async def running(tmp_path: Path, session: str) -> None:
 
 
 async def there(file: Path) -> None:
-    """Wait until a command has made the file."""
+    """Wait until a command has created the file."""
     async with asyncio.timeout(20):
         while not file.exists():  # noqa: ASYNC110, ASYNC240 - nobody tells of files
             await asyncio.sleep(0.01)
@@ -292,7 +292,8 @@ async def test_two_workers_with_one_session_run_no_call_twice(
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make(), concurrency=1):
         await running(tmp_path, item.session_id)
-        expire_lease(workpool.server, item.id)  # of which the first one does not hear
+        # the first worker does not notice that its lease has expired
+        expire_lease(workpool.server, item.id)
         async with workpool.pool(make()):
             await workpool.wait_for(SessionFinished, count=2)
     said = answers(workpool.server.events(item.session_id))
@@ -344,7 +345,7 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = folder_of(tmp_path, item.session_id)
     journal = await opened(folder)
-    await journal.begin(call)  # and then the worker died
+    await journal.begin(call)  # then the worker crashes
     async with workpool.pool(make()):
         await workpool.wait_for(SessionFinished)
     said = answers(workpool.server.events(item.session_id))
@@ -404,7 +405,7 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
 async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
     workpool: Kit, make: Make, tmp_path: Path
 ) -> None:
-    """Here, elsewhere, here: this machine's journal is not new, but knows the first call only."""
+    """The session runs here, elsewhere and here again; the journal here lacks the second run."""
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [
@@ -454,7 +455,7 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
 
     monkeypatch.setattr(Journal, "_written", fails)
     result = await workpool.run_session(make(), script=[bash("echo 1")])
-    assert result.outcome == "released"  # no journal, no call
+    assert result.outcome == "released"  # without a journal no call may run
     assert answers(result.events) == []
     monkeypatch.undo()
     expire_lease(workpool.server, result.item.id)

@@ -1,4 +1,4 @@
-"""The persistent bash, without and with a sandbox."""
+"""The persistent bash, with and without a sandbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from workpool_toolset.shell import Shell, ShellEnded
 
 
 def running(mark: str) -> list[int]:
-    """The descriptors of all processes that have this word in their command line."""
+    """Return descriptors of all processes with this word in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -34,7 +34,7 @@ async def ended(*processes: int) -> None:
     loop = asyncio.get_running_loop()
     for process in processes:
         over = asyncio.Event()
-        loop.add_reader(process, over.set)  # a process that has ended is readable
+        loop.add_reader(process, over.set)  # the descriptor of an ended process is readable
         try:
             async with asyncio.timeout(10):
                 await over.wait()
@@ -54,7 +54,7 @@ async def test_shell_keeps_directory_variables_and_functions_between_calls(agent
         ("echo out; echo err >&2", "out\nerr\n"),
         ("printf 'no newline'", "no newline"),
         ("true", "(no output)"),
-        ("cat", "(no output)"),  # stdin is empty
+        ("cat", "(no output)"),  # standard input is empty
         ("printf '\\e[1;31mred\\e[0m \\e]0;title\\a'", "red "),
         ("printf 'a\\xffb'", "a\ufffdb"),
         ("echo a\n\n# comment\necho b", "a\nb\n"),
@@ -106,7 +106,7 @@ async def test_command_that_exits_shell_reports_status_and_restart_option(agent:
 
 
 async def test_exit_with_running_background_job_ends_shell_at_once(agent: Any) -> None:
-    async with asyncio.timeout(10):  # half of what the command has
+    async with asyncio.timeout(10):  # half of the command's time limit
         failed = await agent.fails("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     await ended(*running("60.253"))
@@ -136,14 +136,14 @@ async def test_command_that_redirects_output_permanently_ends(agent: Any, redire
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
     said = await agent.says("bash", command="ls -1 /proc/self/fd")
-    assert said == "0\n1\n2\n3\n"  # 3: the directory
+    assert said == "0\n1\n2\n3\n"  # 3 is the descriptor of the directory
 
 
 MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
 
 
 def two(program: str) -> str:
-    """A command that leaves two processes behind, and ends once they are up.
+    """Return a command that starts two processes and ends when both run.
 
     They use builtins only: a shell that forks shows its command line twice for a moment.
     """
@@ -176,7 +176,8 @@ async def test_cancelled_command_kills_its_shell(agent: Any, folder: Path) -> No
         calling = group.create_task(agent.call("bash", command=command))
         await asyncio.to_thread((folder / "ready").read_text)
         calling.cancel()
-    await ended(*running("60.127"))  # at once, but the kernel takes its moment
+    # the processes are killed at once, but their end takes a moment
+    await ended(*running("60.127"))
     assert "restart" in await agent.fails("bash", command="echo x")
 
 
@@ -215,7 +216,7 @@ async def test_sandbox_of_killed_worker_dies(sandbox: Bubblewrap, folder: Path) 
     async with asyncio.timeout(20):
         assert await worker.stdout.readline() == b"up\n"
         worker.kill()
-        assert await worker.stdout.read() == b""  # every holder of the pipe is gone
+        assert await worker.stdout.read() == b""  # no process holds the pipe
         await worker.wait()
 
 
@@ -248,7 +249,8 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(boxed: Any)
 def test_sandbox_of_worker_without_root_hides_host_files(
     sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))  # its own
+    # the system's own Python
+    monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -286,7 +288,7 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
 
 
 async def test_shell_that_has_not_answered_yet_is_sent_no_command(tmp_path: Path) -> None:
-    """Else a sandbox that outlives its worker, killed while it was built, would still run it."""
+    """A sandbox can outlive a worker that is killed while it starts, and must get no command."""
     words = ["/bin/bash", "-c", "head -n 3 > said; exit 3"]
     shell = Shell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEnded):

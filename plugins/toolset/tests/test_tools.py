@@ -1,4 +1,4 @@
-"""What every tool has in common: its input, its answer, its time. And the plugin's start."""
+"""The common parts of all tools: input, result and time limit, and the plugin's start."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ async def test_root_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: 
 async def test_root_below_directory_that_sessions_can_replace_is_refused(
     workpool: Kit, tmp_path: Path
 ) -> None:
-    """Between the roots `open` and `open/way/deep`, `way` could become a link to anywhere."""
+    """A session could replace `way` between the roots `open` and `open/way/deep` by a link."""
     deep = tmp_path / "open/way/deep"
     deep.mkdir(parents=True)
     ways = [str(tmp_path / "open"), str(tmp_path / "open/way")]

@@ -44,7 +44,7 @@ class Conversation:
 
     Attributes:
         session: The id of the session.
-        owns: Returns whether a call is for this worker. Other calls are ignored.
+        owns: Returns whether a call is for this worker; other calls are ignored.
         denied: Called for each call of this worker that will never run.
         ended: Whether the session has ended for good.
         turn_over: Whether the last event says that the agent waits for no action.
@@ -130,7 +130,7 @@ class Conversation:
         self._verdicts.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            self.close(name)  # the control plane resolves it
+            self.close(name)  # the control plane answers this call
             self.denied(waiting.call)
         elif waiting:
             waiting.allowed = True

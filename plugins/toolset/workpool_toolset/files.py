@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import Spot, Workspace
 
 SCANNED_BYTES: Final = 256 << 20
-"""Bytes that `read` searches for the lines of a range at most."""
+"""Largest number of bytes that `read` searches for the lines of a range."""
 SCAN_SECONDS: Final = 10.0
 """Bound of that search, so that a session cannot occupy a thread of the worker."""
 EDITED_CHARACTERS: Final = 32 * 1024 * 1024
-"""Size of the result of an edit at most: `replace_all` could multiply a file a million times."""
+"""Largest size of the result of an edit: `replace_all` could multiply a file a million times."""
 
 CHUNK_BYTES: Final = 64 * 1024
 IMAGES: Final = {
@@ -42,7 +42,7 @@ IMAGES: Final = {
     ".webp": "image/webp",
 }
 LAST: Final = 1 << 62
-"""The end of a range without one."""
+"""The end of a range for which none is given."""
 
 
 @dataclass(frozen=True, slots=True)

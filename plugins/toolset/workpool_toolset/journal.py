@@ -93,7 +93,7 @@ class Journal:
             with mark:
                 mark.write(_bytes(call))
             _sync(self._folder)
-        except OSError:  # a call that was not begun must not look as if it was
+        except OSError:  # a call that was not begun must not look begun
             path.unlink()
             raise
         return "new"

@@ -18,7 +18,7 @@ CALLS = {
     "x86_64": ((0xC000003E, 248, 249, 250), (0x40000003, 286, 287, 288)),
     "aarch64": ((0xC00000B7, 217, 218, 219), (0x40000028, 309, 310, 311)),
 }
-"""By the machine's name: of 64-bit programs, which this one is, and of 32-bit programs.
+"""Numbers by machine name: of 64-bit programs such as this one, and of 32-bit programs.
 
 First `AUDIT_ARCH_…`, by which the kernel knows the instruction set, then the numbers of `add_key`,
 `request_key` and `keyctl`.
@@ -37,7 +37,7 @@ def seccomp_filter(machine: str) -> bytes:
     """Return the filter that refuses the calls about keys and allows all others."""
     program = [(LOAD, 0, 0, ARCHITECTURE)]
     for architecture, *numbers in CALLS[machine]:
-        refuse = range(len(numbers), 0, -1)  # the number of instructions in between
+        refuse = range(len(numbers), 0, -1)  # the number of instructions to skip
         block = [
             (LOAD, 0, 0, NUMBER),
             (AND, 0, 0, NOT_X32),
@@ -60,7 +60,8 @@ def leave_session_keyring(machine: str) -> None:
     keyctl = ctypes.c_long(CALLS[machine][0][-1])
     if libc.syscall(keyctl, ctypes.c_long(JOIN_SESSION_KEYRING), None) == -1:
         number = ctypes.get_errno()
-        # No key rings here, not for this worker, or its 200 are in use: the filter alone must do.
+        # The kernel has no key rings, or refuses one to this worker, or the worker has used its
+        # 200: the filter alone must do.
         if number not in {errno.ENOSYS, errno.EPERM, errno.EDQUOT}:
             raise OSError(number, os.strerror(number))
 
@@ -74,7 +75,7 @@ def main() -> int:
         opened = os.memfd_create("seccomp", 0)
         os.write(opened, seccomp_filter(machine))
         os.lseek(opened, 0, os.SEEK_SET)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these signals
             signal.signal(number, signal.SIG_DFL)
         os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell
     except OSError as error:

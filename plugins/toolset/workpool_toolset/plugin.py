@@ -75,9 +75,9 @@ class Toolset:
     tools: Mapping[str, str | CustomTool] = field(default_factory=dict)
     """Custom tools by name: functions, or `module:function`."""
     bash_timeout: float = 120.0
-    """Seconds that a command has by default."""
+    """Default time limit of a command, in seconds."""
     tool_timeout: float = 150.0
-    """Seconds that each call has; at least 10 more than `bash_timeout`."""
+    """Time limit of each call, in seconds; at least 10 more than `bash_timeout`."""
     max_idle: float = 60.0
     """Seconds to wait after the end of a turn; `inf`: until the session ends."""
     max_file_bytes: int = SIZES.text

@@ -22,12 +22,12 @@ OPTIONS: Final = (
     *("--no-config", "--json", "--no-messages", "--no-mmap", "--sort=path"),
     *("--hidden", "--no-ignore", "--crlf", "--engine=auto", "--encoding=none"),
 )
-"""Ripgrep searches what the walker does, and tells what it finds as messages, without its hints."""
+"""The options with which ripgrep searches the same lines as the walker and prints messages."""
 _CHUNK: Final = 64 * 1024
 
 
 def globs(where: str, include: str | None) -> Iterator[str]:
-    """The options that make ripgrep search the files that the walker would search.
+    """Return the options with which ripgrep searches the same files as the walker.
 
     Args:
         where: The directory that is searched, as ripgrep gets it.
@@ -71,7 +71,7 @@ class Matches:
     """The findings of ripgrep, parsed from its messages (`--json`), file by file.
 
     Attributes:
-        complete: Whether everything was searched, or enough was found.
+        complete: Whether everything was searched, or the limit was reached.
         cut: Whether there are more than `limit` bytes.
     """
 

@@ -94,7 +94,7 @@ class Runner:
                     other.cancel()
         except BaseExceptionGroup as group_error:
             error = innermost(group_error)
-            raise error from error.__cause__  # not from the group
+            raise error from error.__cause__  # the error in the group, not the group
         self._session.log.info("toolset: %s", ending)
         if ending == "interrupted" and not self._session.stopping:
             raise Release("the pool is draining")
@@ -127,7 +127,7 @@ class Runner:
             gone = call.id in self._conversation.answered
             if gone or self._conversation.ended or self._conversation.is_interrupted(call.id):
                 scope.reschedule(now)
-                self._running = None  # once is enough
+                self._running = None  # one cancellation is enough
         self._changed.set()
 
     async def _work(self) -> Ending:
@@ -267,13 +267,13 @@ class Runner:
             pause = min(pause * 2, WAIT_MAX_SECONDS)
 
     def _denied(self, call: ToolCall) -> None:
-        if self._caught_up:  # not again each time the history is read
+        if self._caught_up:  # only once, although the history may be read several times
             self._session.log.info("toolset: %s %s denied", call.name, call.id)
 
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Release a session whose journal cannot be written: no call runs without a journal."""
+    """Turn an unwritable journal into a release of the session: no call runs without a journal."""
     try:
         yield
     except OSError as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from workpool_toolset.workspace import Spot, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
-"""The directories in which `rg` is looked up: a `rg` of the session must never run."""
+"""The only `rg` that is used, so that an `rg` of the session never runs."""
 
 GREP_BYTES: Final = walker.FOUND_BYTES
 SEARCH_SECONDS: Final = 30.0

@@ -39,7 +39,7 @@ _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1
 
 
 class ShellEnded(Exception):
-    """The shell ended during a command. Has the output so far, and the reason."""
+    """The shell ended during a command. The error has the output so far and the reason."""
 
     def __init__(self, output: str, status: int | None) -> None:
         super().__init__(f"the shell ended with status {status}")
@@ -85,8 +85,9 @@ class Shell:
             if self._started is None:
                 self._started = await self._start()
                 self._started.stdin.write(f"exec {_MARKS}>&1\n".encode())
-                # Heard from before it is given anything: a sandbox that is still being built when
-                # its worker is killed may outlive it, and must find no command then, only the end.
+                # Waits for a first answer before it sends a command: a sandbox that is still being
+                # built when its worker is killed may outlive the worker, and must find no command
+                # on its input.
                 await self._run(":", self._started)
             return await self._run(command, self._started)
         except BaseException:
@@ -114,7 +115,8 @@ class Shell:
         finally:
             started.stdin.close()
             started.output.close()
-        self._started = None  # not before: after a cancellation, the next call waits for its end
+        # not earlier: after a cancellation, the next call waits for the shell's end
+        self._started = None
 
     async def _start(self) -> _Started:
         output = _Output()

@@ -47,7 +47,7 @@ class ToolCall:
         id: The id of the event, which the answer names.
         name: The name, as the agent wrote it.
         input: The arguments. A model wrote them, so check them.
-        custom: Whether it is for a custom tool (`agent.custom_tool_use`).
+        custom: Whether the call is for a custom tool (`agent.custom_tool_use`).
         session: The session's id.
     """
 
@@ -163,7 +163,8 @@ class Toolbox:
             _log.exception("toolset: %s %s failed", call.name, call.id)
             if exhausted(error) and not call.custom:
                 return Result.error(f"{call.name}: {EXHAUSTED}")
-            said = f": {error}" if call.custom else ""  # of ours it may name places of this machine
+            # the error of a built-in tool may name paths of this machine
+            said = f": {error}" if call.custom else ""
             return Result.error(f"{call.name}: {type(error).__name__}{said}")
 
     async def close(self) -> None:

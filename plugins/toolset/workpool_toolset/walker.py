@@ -150,7 +150,7 @@ def resolved(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | N
         inside = [(shown, host) for shown, host in roots if _lies_in(path, shown)]
         if not inside:
             return None
-        shown, host = max(inside, key=lambda root: len(root[0]))  # the innermost
+        shown, host = max(inside, key=lambda root: len(root[0]))  # the root with the longest path
         found = _descended(shown, host, path)
         if isinstance(found, int):
             return found, path
@@ -227,7 +227,7 @@ def matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _closed(reached: set[int], patterns: list[str]) -> set[int]:
-    """Add all places that follow if a `**` is no component."""
+    """Add all places that follow if `**` matches no component."""
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
             reached = reached | {place + 1}
@@ -333,7 +333,7 @@ def main() -> int:
     except (re.error, RecursionError, OverflowError) as error:
         sys.stderr.write(f"not a regular expression: {error}")
         return BAD_REQUEST
-    except BrokenPipeError:  # the reader has enough
+    except BrokenPipeError:  # the reader has closed the pipe, as it needs no more
         os._exit(0)
     return 0
 

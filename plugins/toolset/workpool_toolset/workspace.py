@@ -148,7 +148,8 @@ class Workspace:
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        return min(inside, key=lambda pair: len(pair[1]))  # the innermost root
+        # the root with the shortest rest of the path
+        return min(inside, key=lambda pair: len(pair[1]))
 
 
 @contextlib.contextmanager
@@ -184,7 +185,7 @@ def _descend(root: Root, parts: list[str], *, make: bool) -> Spot | str:
             entered = _enter(spot, make=make)
             os.close(
                 directory
-            )  # one at a time: a path may be deeper than the number of descriptors
+            )  # one at a time, since a path may be deeper than the limit of descriptors
             directory, here = entered, spot.shown
     except BaseException:
         os.close(directory)
