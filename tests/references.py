@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from workpool.cli.commands import app
+from workpool.cli.flags import WITHOUT_FLAG
 from workpool.metrics import DEFINITIONS
 from workpool.settings import DESCRIPTIONS
 
@@ -60,11 +61,17 @@ def metrics() -> Iterator[str]:
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield each command with its full name."""
-    if not hasattr(command, "commands"):
+    if not hasattr(command, "list_commands"):
         yield path, command
         return
-    for name, each in command.commands.items():
-        yield from commands(each, f"{path} {name}")
+    context = command.make_context(path, [], resilient_parsing=True)
+    for name in command.list_commands(context):
+        yield from commands(command.get_command(context, name), f"{path} {name}")
+
+
+def examples(command: Any) -> list[str]:
+    """Return the lines of the examples in the help text of a command."""
+    return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
 
 
 def usage(parameter: Any) -> str:
@@ -76,9 +83,14 @@ def usage(parameter: Any) -> str:
     return f"`{word}`"
 
 
-def parameters(command: Any) -> Iterator[str]:
+def parameters(command: Any, *, settings: bool = True) -> Iterator[str]:
+    """The table of arguments and flags; `settings`: also the flags that only set a setting."""
     yield from table("argument or flag", "meaning")
+    if not settings:
+        yield row("the flags of [`workpool run`](#workpool-run)", "All that set a setting.")
     for each in command.params:
+        if not settings and each.name in DESCRIPTIONS and each.name not in WITHOUT_FLAG:
+            continue
         meaning = each.help or ""
         if each.default not in (None, False, ()) and "Default:" not in meaning:
             meaning += f" Default: `{each.default}`."
@@ -98,7 +110,8 @@ def cli() -> Iterator[str]:
         yield ""
         yield re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
         yield ""
-        yield from parameters(command)
+        yield from ("```console", *examples(command), "```", "")
+        yield from parameters(command, settings=path != "workpool check")
 
 
 PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {

@@ -6,17 +6,18 @@ Claims and changes nothing: it reads one item of the list. See workpool/docs/ope
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import aiohttp
 import typer
 
 from workpool.cli import exits
-from workpool.cli.flags import BaseUrl, Config, EnvironmentId, Json, PluginNames, read_settings
+from workpool.cli.flags import Config, Json, PluginNames, read_settings, with_setting_flags
+from workpool.cli.help_text import examples
 from workpool.cli.listing import load_plugins
 from workpool.cli.output import print_json
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
@@ -47,23 +48,29 @@ class CheckResult:
     exit: int = exits.OK
 
 
+EXAMPLES: Final = examples(
+    "workpool check reports",
+    "workpool check --config workpool.toml --json",
+    "workpool check reports --base-url http://127.0.0.1:8484/api/v1/cloud",
+)
+
+
+@with_setting_flags
 def check(
     plugins: PluginNames = None,
     config: Config = None,
-    environment_id: EnvironmentId = None,
-    base_url: BaseUrl = None,
     json: Json = False,
+    *,
+    flags: Mapping[str, Any],
 ) -> None:
-    """Check settings, plugins, credentials, reachability and the clock, and say what to do.
+    """Check settings, plugins, credentials, connection and clock.
 
-    Exit status: 0 no problem, 2 settings or plugins, 3 refused by the control plane, 1 other
-    problems.
+    Says what to do. Exit status: 0 no problem, 2 settings or plugins, 3 refused by the control
+    plane, 1 other problems.
     """
     findings: list[CheckResult] = []
     try:
-        settings = read_settings(
-            config, plugins=plugins, environment_id=environment_id, base_url=base_url
-        )
+        settings = read_settings(config, plugins=plugins, **flags)
     except SettingsError as error:
         findings += _problems("settings", error)
     else:

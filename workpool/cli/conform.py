@@ -6,14 +6,15 @@ See workpool/docs/protocol.md, "Conformance".
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, ClassVar, Final
 
 import aiohttp
 import typer
 from yarl import URL
 
 from workpool.cli import exits
-from workpool.cli.flags import Config, EnvironmentId, Json, read_settings
+from workpool.cli.flags import Config, Dialect, EnvironmentId, FlagSettings, Json, read_settings
+from workpool.cli.help_text import examples
 from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,
@@ -34,7 +35,6 @@ from workpool.logs import readable
 from workpool.settings import Settings
 from workpool.wire.http.environment_proxy import proxy_of
 from workpool.wire.http.rate_limiter import RateLimits
-from workpool.wire.protocol import Dialect
 
 WORKER: Final = "workpool-conform"
 DIFFERS: Final = 4
@@ -54,6 +54,17 @@ _ORDER: Final = list(Verdict)
 SEEN_CHARACTERS: Final = 2_000
 """Characters of what the control plane answered that are shown for one clause."""
 
+EXAMPLES: Final = examples(
+    "workpool conform http://127.0.0.1:8484/api/v1/cloud",
+    "workpool conform https://queue.example/v1 --dialect anthropic --agent agent_1 --json",
+)
+
+
+class _ConformSettings(FlagSettings):
+    """The settings of this command, whose address is an argument."""
+
+    names: ClassVar = {"base_url": "BASE_URL"}
+
 
 def conform(
     base_url: Annotated[
@@ -63,19 +74,18 @@ def conform(
             help="The address of the control plane, with the prefix of the dialect.",
         ),
     ],
-    dialect: Annotated[
-        str | None,
-        typer.Option(help=f"The dialect, {' or '.join(get_args(Dialect))}. Default: the setting."),
-    ] = None,
+    dialect: Dialect = None,
     environment_id: EnvironmentId = None,
     config: Config = None,
     agent: Annotated[
         str | None,
-        typer.Option(metavar="ID", help="Create work through sessions of this agent."),
+        typer.Option(
+            metavar="ID", help="Create work through sessions of this agent. Default: none."
+        ),
     ] = None,
     work_id: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Use this queued item, once; repeatable."),
+        typer.Option(metavar="ID", help="Use this queued item, once; repeatable. Default: none."),
     ] = None,
     test_environment: Annotated[
         bool,
@@ -85,14 +95,15 @@ def conform(
     ] = False,
     clause: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Check this clause only; repeatable."),
+        typer.Option(metavar="NAME", help="Check this clause only; repeatable. Default: all."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check a control plane against the protocol, clause by clause; at most five minutes.
+    """Check a control plane against the protocol, clause by clause.
 
-    It claims and stops real sessions. An environment with items that it did not create is refused.
-    Work is created with the call of `workpool serve`, unless --agent or --work-id is given.
+    It takes at most five minutes, and claims and stops real sessions. An environment with items
+    that it did not create is refused. Work is created with the call of `workpool serve`, unless
+    --agent or --work-id is given.
 
     Exit status: 0 all clauses hold, 4 some differ harmlessly, 5 some could not be tried, 1 some
     break workers.
@@ -100,7 +111,11 @@ def conform(
     clauses = _chosen(clause)
     with exits.reported():
         settings = read_settings(
-            config, base_url=base_url, dialect=dialect, environment_id=environment_id
+            config,
+            of=_ConformSettings,
+            base_url=base_url,
+            dialect=dialect,
+            environment_id=environment_id,
         )
         settings.require_connection()
         source = _source(agent, work_id)

@@ -1,64 +1,134 @@
-"""The options that several commands share, and the settings that they set.
+"""The flags that several commands share, and the settings that they set.
 
-Not every setting has an option; the environment and the TOML file can set all of them. See
-workpool/docs/settings.md, "Settings".
+`run` and `check` have a flag for each setting but the credentials, which would be visible in the
+list of processes. See workpool/docs/settings.md, "Settings".
 """
 
+import inspect
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import typer
 
-from workpool.settings import Settings
+from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 
-_VERBOSE: Final = "workpool.verbose"
+WITHOUT_FLAG: Final = frozenset({"token", "api_key", "extra_headers", "plugins"})
+"""The settings that hold credentials, and the one that has arguments."""
+METAVARS: Final[Mapping[str, str]] = {
+    "base_url": "URL",
+    "dialect": "qoder|anthropic",
+    "environment_id": "ID",
+    "worker_id": "ID",
+    "drain_timeout": "SECONDS|unlimited",
+    "report_errors": "type|message",
+    "metrics_listen": "HOST:PORT|off",
+    "log_level": "LEVEL",
+    "log_format": "text|json",
+    **dict.fromkeys(
+        ("token_file", "api_key_file", "ca_file", "client_cert_file", "client_key_file"), "FILE"
+    ),
+    **dict.fromkeys(("pollers", "concurrency", "prefetch", "max_attempts"), "NUMBER"),
+    "exit_after_sessions": "NUMBER",
+    **dict.fromkeys(("read_rate", "write_rate"), "NUMBER"),
+    **dict.fromkeys(("block_ms", "reclaim_older_than_ms"), "MILLISECONDS"),
+}
+"""The values of flags in help texts; all others are SECONDS."""
 
 
-def _note_verbose(context: typer.Context, wanted: bool) -> None:
-    if wanted:  # shared by a command and its parents: -v may be before or after the command
-        context.meta[_VERBOSE] = True
+def flag_of(setting: str) -> str:
+    """Return the flag of a setting."""
+    return f"--{setting.replace('_', '-')}"
 
 
-Verbose = Annotated[
-    bool, typer.Option("-v", "--verbose", callback=_note_verbose, help="Log at level debug.")
-]
+def _option(setting: str) -> Any:
+    """Return the option of a setting, with its text, its default and its variable."""
+    return typer.Option(
+        flag_of(setting),
+        metavar=METAVARS.get(setting, "SECONDS"),
+        help=f"{DESCRIPTIONS[setting]} Variable: `{PREFIX}{setting.upper()}`.",
+    )
+
+
 Config = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="A TOML file with settings.")
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="A TOML file with settings. Default: none. Variable: `WORKPOOL_CONFIG`.",
+    ),
 ]
-EnvironmentId = Annotated[
-    str | None,
-    typer.Option("--environment-id", metavar="ID", help="The environment whose queue is used."),
-]
-BaseUrl = Annotated[
-    str | None, typer.Option("--base-url", metavar="URL", help="The control plane's address.")
-]
+EnvironmentId = Annotated[str | None, _option("environment_id")]
+BaseUrl = Annotated[str | None, _option("base_url")]
+Dialect = Annotated[str | None, _option("dialect")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 PluginNames = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="PLUGIN",
-        help="An installed plugin, MODULE or MODULE:HANDLER. Default: the setting `plugins`.",
+        help="An installed plugin, MODULE or MODULE:HANDLER. Default: the setting `plugins`. "
+        "Variable: `WORKPOOL_PLUGINS`.",
     ),
 ]
 Metadata = Annotated[
     list[str] | None,
-    typer.Option("--metadata", metavar="KEY=VALUE", help="Metadata of each item; repeatable."),
+    typer.Option(
+        "--metadata",
+        metavar="KEY=VALUE",
+        help="Metadata of each item; repeatable. Default: none.",
+    ),
 ]
 
 
-def is_verbose(context: typer.Context) -> bool:
-    """Whether `-v` was given, before or after the command."""
-    return bool(context.meta.get(_VERBOSE))
+class FlagSettings(Settings):
+    """The settings of a command; an error names the flag of a value."""
+
+    names: ClassVar[Mapping[str, str]] = {"plugins": "PLUGIN"}
+    """Where a command has a setting from, if not from the flag of the setting."""
+
+    @classmethod
+    def _origin(cls, name: str) -> str:
+        return cls.names.get(name) or flag_of(name)
 
 
-def read_settings(config: Path | None, **flags: Any) -> Settings:
-    """Read the settings. A flag that is None or empty was not given.
+def read_settings(
+    config: Path | None, *, of: type[Settings] = FlagSettings, **flags: Any
+) -> Settings:
+    """Read the settings. A flag that is None or an empty list was not given.
 
     Raises:
         SettingsError: Some settings are wrong.
     """
-    return Settings(config=config, **{name: value for name, value in flags.items() if value})
+    given = {name: value for name, value in flags.items() if value is not None and value != []}
+    return of(config=config, **given)
+
+
+def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command a flag for each setting; it receives all of them as the mapping `flags`."""
+    names = [name for name in DESCRIPTIONS if name not in WITHOUT_FLAG]
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[str | None, _option(name)],
+        )
+        for name in names
+    ]
+    own = [
+        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for each in inspect.signature(command).parameters.values()
+        if each.name != "flags"
+    ]
+
+    def call(**given: Any) -> None:
+        command(flags={name: given.pop(name) for name in names}, **given)
+
+    call.__doc__ = command.__doc__
+    call.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
+    vars(call)["__signature__"] = inspect.Signature([*own, *flags])
+    return call
 
 
 def parse_pairs(pairs: list[str] | None) -> dict[str, str]:

@@ -10,15 +10,17 @@ import os
 import shutil
 import signal
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import typer
 
 from workpool.cli import exits, log_config
-from workpool.cli.flags import BaseUrl, Config, EnvironmentId, Verbose, is_verbose
+from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
+from workpool.cli.help_text import examples
 from workpool.cli.program import Program
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import Signals
+from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.pool.handoff_child import HandoffChild
 from workpool.settings import Settings
 
@@ -37,8 +39,16 @@ NO_EFFECT: Final = (
 know of the program's progress."""
 
 
-class _OwnSettings(Settings):
+EXAMPLES: Final = examples(
+    "workpool hold -- ./train.sh --epochs 3",
+    "workpool hold --work-id work_1 --last-heartbeat 2026-11-27T12:00:00Z sh -c 'sleep 60'",
+)
+
+
+class _OwnSettings(FlagSettings):
     """The settings of the parent, without the tables of its plugins."""
+
+    names: ClassVar = {"lease_ttl": "--ttl"}
 
     @property
     def plugin_options(self) -> Mapping[str, Mapping[str, Any]]:
@@ -62,7 +72,12 @@ def hold(
     ],
     ttl: Annotated[
         str | None,
-        typer.Option("--ttl", metavar="SECONDS", envvar=TTL, help="The duration of the lease."),
+        typer.Option(
+            "--ttl",
+            metavar="SECONDS",
+            envvar=TTL,
+            help="The duration of the lease. Default: the setting `lease_ttl`.",
+        ),
     ] = None,
     session_id: Annotated[
         str | None,
@@ -70,7 +85,8 @@ def hold(
             "--session-id",
             metavar="ID",
             envvar=SESSION_ID,
-            help="The id of its session, if the token is the item's own; the program gets it, too.",
+            help="The id of its session, if the token is the item's own; the program gets it, too. "
+            "Default: none.",
         ),
     ] = None,
     config: Config = None,
@@ -78,10 +94,11 @@ def hold(
     base_url: BaseUrl = None,
     _verbose: Verbose = False,
 ) -> None:
-    """Run a program, extend the lease that a parent hands off, and end the item with the program.
+    """Run a program under the lease that a handler hands off.
 
-    The parent is a handler inside `session.handover()`. The command needs the variables of
-    `lease.variables` and a token. A stop request and SIGTERM are passed on to the program.
+    It extends the lease, and ends the item with the program. The parent is a handler inside
+    `session.handover()`. The command needs the variables of `lease.variables` and a token. A
+    stop request and SIGTERM are passed on to the program.
     """
     # Typer has read them; they are not settings
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):

@@ -3,13 +3,16 @@
 See workpool/docs/plugins.md, "Plugins and hooks".
 """
 
-from typing import Any
+from typing import Any, Final
 
 from workpool.cli import exits
 from workpool.cli.flags import Config, Json, PluginNames, import_from_here, read_settings
+from workpool.cli.help_text import examples
 from workpool.cli.output import print_json, print_rows
 from workpool.plugins import Plugin, Plugins, available
 from workpool.settings import Settings
+
+EXAMPLES: Final = examples("workpool plugins", "workpool plugins reports --json")
 
 
 def load_plugins(settings: Settings) -> Plugins:
@@ -23,9 +26,10 @@ def load_plugins(settings: Settings) -> Plugins:
 
 
 def plugins(plugins: PluginNames = None, config: Config = None, json: Json = False) -> None:
-    """Show the installed plugins, and the active ones with their hooks and handlers.
+    """Show the installed and the active plugins.
 
-    Installed is not active: name a plugin here, or in the setting `plugins`.
+    The active ones are shown with their hooks and handlers. Installed is not active: name a
+    plugin here, or in the setting `plugins`.
     """
     with exits.reported():
         loaded = load_plugins(read_settings(config, plugins=plugins)).describe()

@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
+from workpool.cli.help_text import examples
 from workpool.plugins import available
 
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -27,6 +28,8 @@ CLASS_FILES: Final = FILES | {
 }
 """Files of a project whose plugin is a class, and their templates."""
 
+EXAMPLES: Final = examples("workpool new my-plugin", "workpool new my-database --class")
+
 
 def new(
     name: Annotated[
@@ -37,7 +40,10 @@ def new(
         typer.Option("--class", help="Write a class that opens a client for the pool's lifetime."),
     ] = False,
 ) -> None:
-    """Write a plugin project into the new directory NAME: a handler, its tests, a README."""
+    """Write a plugin project: a handler, its tests, a README.
+
+    NAME becomes a directory in the current one.
+    """
     if len(name) > NAME_LENGTH or not NAME.fullmatch(name):
         raise typer.BadParameter(
             f"{name!r} cannot be a plugin's name: at most {NAME_LENGTH} small letters and digits, "

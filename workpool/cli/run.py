@@ -8,24 +8,24 @@ import asyncio
 import functools
 import signal
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import (
-    BaseUrl,
     Config,
-    EnvironmentId,
     PluginNames,
-    Verbose,
     import_from_here,
-    is_verbose,
     read_settings,
+    with_setting_flags,
 )
+from workpool.cli.help_text import examples
 from workpool.cli.signals import Signals
 from workpool.cli.systemd import ServiceReporter
+from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
@@ -39,67 +39,35 @@ THREADS_SECONDS: Final = 2.0
 
 FAILED_SECONDS: Final = 3.0
 """Seconds in which a pool whose leases are not renewed anymore may drain by itself."""
+EXAMPLES: Final = examples(
+    "workpool run reports",
+    "workpool run reports:daily_report --concurrency 16 --drain-timeout 60",
+    "workpool run --config workpool.toml --metrics-listen :9464",
+    "workpool run reports --exit-after-sessions 1 --exit-after-idle 60",
+)
 
 
+@with_setting_flags
 def run(
     context: typer.Context,
     plugins: PluginNames = None,
     drain: Annotated[bool, typer.Option("--drain", help="Drain once the queue is empty.")] = False,
     config: Config = None,
-    environment_id: EnvironmentId = None,
-    base_url: BaseUrl = None,
-    concurrency: Annotated[str | None, typer.Option(help="The number of sessions at once.")] = None,
-    pollers: Annotated[
-        str | None, typer.Option(help="The number of polls in flight at most.")
-    ] = None,
-    drain_timeout: Annotated[
-        str | None,
-        typer.Option(help="The time that sessions have in a drain, in seconds, or unlimited."),
-    ] = None,
-    exit_after_sessions: Annotated[
-        str | None, typer.Option(help="End after this many sessions; 1 = one for each process.")
-    ] = None,
-    exit_after_idle: Annotated[
-        str | None, typer.Option(help="End after this many seconds without work.")
-    ] = None,
-    exit_after_uptime: Annotated[
-        str | None,
-        typer.Option(help="Claim nothing more after this many seconds; end after the sessions."),
-    ] = None,
-    metrics_listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The address of the metrics, or off.")
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(help="The least level: debug to critical.")
-    ] = None,
-    log_format: Annotated[
-        str | None, typer.Option(help="The format of the logs: text or json.")
-    ] = None,
     _verbose: Verbose = False,
+    *,
+    flags: Mapping[str, Any],
 ) -> None:
-    """Run a pool until SIGTERM or SIGINT, which drain it; a second one ends it at once.
+    """Run a pool until SIGTERM or SIGINT, which drain it.
 
-    SIGUSR1 pauses the claiming of items, SIGUSR2 resumes it.
+    A second one ends it at once. SIGUSR1 pauses the claiming of items, SIGUSR2 resumes it.
 
-    PLUGIN is an installed plugin, MODULE or MODULE:HANDLER; the current directory is searched. Each
-    setting has a variable, WORKPOOL_ and its name in upper case; so does the token.
+    PLUGIN is an installed plugin, MODULE or MODULE:HANDLER; the current directory is searched.
+    The credential has no flag: set WORKPOOL_TOKEN, or WORKPOOL_TOKEN_FILE.
     """
     with exits.reported():
-        settings = read_settings(
-            config,
-            plugins=plugins,
-            environment_id=environment_id,
-            base_url=base_url,
-            concurrency=concurrency,
-            pollers=pollers,
-            drain_timeout=drain_timeout,
-            exit_after_sessions=exit_after_sessions,
-            exit_after_idle=exit_after_idle,
-            exit_after_uptime=exit_after_uptime,
-            metrics_listen=metrics_listen,
-            log_level="debug" if is_verbose(context) else log_level,
-            log_format=log_format,
-        )
+        if is_verbose(context):
+            flags = {**flags, "log_level": "debug"}
+        settings = read_settings(config, plugins=plugins, **flags)
         settings.require_connection()
     if settings.metrics_listen is None:
         settings = settings.replace(metrics_listen=METRICS_LISTEN)

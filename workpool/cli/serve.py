@@ -13,8 +13,10 @@ import orjson
 import typer
 
 from workpool.cli import exits, log_config
-from workpool.cli.flags import Json, Verbose, is_verbose
+from workpool.cli.flags import Json
+from workpool.cli.help_text import examples
 from workpool.cli.signals import Signals
+from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import innermost
 from workpool.logs import hide
 from workpool.pool.lease_renewer import new_event_loop
@@ -35,10 +37,16 @@ Ids = Annotated[
 ]
 CloudIds = Annotated[
     list[str] | None,
-    typer.Option(metavar="ID", help="An environment that refuses work calls; repeatable."),
+    typer.Option(
+        metavar="ID", help="An environment that refuses work calls; repeatable. Default: none."
+    ),
 ]
 
-
+EXAMPLES: Final = examples(
+    "workpool serve",
+    "workpool serve --port 8000 --store queue.db --token-file tokens.txt",
+    "workpool serve --host 0.0.0.0 --token-file tokens.txt --environment env_builds",
+)
 RETENTION_MIN: Final = 60
 """Seconds. A worker repeats a stop whose answer was lost, and must still find the item."""
 
@@ -58,13 +66,15 @@ def serve(
         typer.Option(
             metavar="TOKEN",
             envvar="WORKPOOL_SERVE_TOKEN",
-            help="A token that clients may use; repeatable, and visible in the list of processes.",
+            help="A token that clients may use; repeatable, and visible in the list of processes. "
+            "Default: a random one.",
         ),
     ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="A token on each line, then the environments that it may use."
+            metavar="FILE",
+            help="A token on each line, then the environments that it may use. Default: none.",
         ),
     ] = None,
     environment: Ids = None,
@@ -80,14 +90,15 @@ def serve(
     ] = None,
     faults: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The faults to inject, as TOML or JSON."),
+        typer.Option(metavar="FILE", help="The faults to inject, as TOML or JSON. Default: none."),
     ] = None,
     json: Json = False,
     _verbose: Verbose = False,
 ) -> None:
-    """Serve a work queue over HTTP, in both dialects, until SIGTERM or SIGINT.
+    """Serve a work queue over HTTP until SIGTERM or SIGINT.
 
-    Without a token, a random one is created and printed in the ready line.
+    It speaks both dialects. Without a token, a random one is created and printed in the ready
+    line.
     """
     log_config.configure("debug" if is_verbose(context) else "info", "text")
     with exits.reported():

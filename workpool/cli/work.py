@@ -19,6 +19,7 @@ from workpool.cli.flags import (
     parse_pairs,
     read_settings,
 )
+from workpool.cli.help_text import PLAIN, examples
 from workpool.cli.output import fields_of, pairs_text, print_json, print_pairs, print_rows
 from workpool.errors import RefusedError
 from workpool.settings import Settings
@@ -28,7 +29,14 @@ from workpool.wire.items import WorkItem
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, help="Read and change a queue.")
+app = typer.Typer(
+    name="work",
+    add_completion=False,
+    no_args_is_help=True,
+    help="Read and change a queue.",
+    epilog=examples("workpool work list", "workpool work get work_1 --json"),
+    **PLAIN,
+)
 
 WorkId = Annotated[str, typer.Argument(metavar="ID", help="The id of an item.")]
 
@@ -39,14 +47,15 @@ def _settings(config: Path | None, environment_id: str | None, base_url: str | N
         return read_settings(config, environment_id=environment_id, base_url=base_url)
 
 
-@app.command("list")
+@app.command("list", epilog=examples("workpool work list", "workpool work list --limit 100 --json"))
 def list_items(
     limit: Annotated[int, typer.Option(min=1, help="The number of items at most.")] = 20,
     after: Annotated[
-        str | None, typer.Option(metavar="ID", help="Only items after this one.")
+        str | None, typer.Option(metavar="ID", help="Only items after this one. Default: all.")
     ] = None,
     before: Annotated[
-        str | None, typer.Option(metavar="ID", help="Only the last items before this one.")
+        str | None,
+        typer.Option(metavar="ID", help="Only the last items before this one. Default: all."),
     ] = None,
     json: Json = False,
     config: Config = None,
@@ -75,7 +84,7 @@ def list_items(
     )
 
 
-@app.command()
+@app.command(epilog=examples("workpool work get work_1", "workpool work get work_1 --json"))
 def get(
     work_id: WorkId,
     json: Json = False,
@@ -88,7 +97,12 @@ def get(
     _show(_ask(settings, lambda client: client.get(work_id)), as_json=json)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "workpool work enqueue --metadata job=daily-report",
+        "workpool work enqueue --count 10 --script session.json",
+    )
+)
 def enqueue(
     count: Annotated[
         int, typer.Option(min=1, max=protocol.ENQUEUE_COUNT_MAX, help="The number of items.")
@@ -100,7 +114,10 @@ def enqueue(
     ] = None,
     script: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A JSON file with the tool uses of a scripted session."),
+        typer.Option(
+            metavar="FILE",
+            help="A JSON file with the tool uses of a scripted session. Default: none.",
+        ),
     ] = None,
     json: Json = False,
     config: Config = None,
@@ -122,14 +139,19 @@ def enqueue(
         typer.echo(item.id)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        "workpool work update work_1 priority=high", "workpool work update work_1 --delete priority"
+    )
+)
 def update(
     work_id: WorkId,
     pairs: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Metadata to set.")
     ] = None,
     delete: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="A key to delete; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="KEY", help="A key to delete; repeatable. Default: none."),
     ] = None,
     json: Json = False,
     config: Config = None,
@@ -144,7 +166,7 @@ def update(
     _show(_ask(settings, lambda client: client.update_metadata(work_id, patch)), as_json=json)
 
 
-@app.command()
+@app.command(epilog=examples("workpool work stop work_1", "workpool work stop work_1 --force"))
 def stop(
     work_id: WorkId,
     force: Annotated[
@@ -165,7 +187,7 @@ def stop(
     _show(_ask(settings, ask), as_json=json)
 
 
-@app.command()
+@app.command(epilog=examples("workpool work stats", "workpool work stats --json"))
 def stats(
     json: Json = False,
     config: Config = None,

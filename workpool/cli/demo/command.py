@@ -1,11 +1,17 @@
 """The command `workpool demo`; `demo_runner` runs it."""
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from workpool.cli import exits
 from workpool.cli.flags import Metadata, parse_pairs
+from workpool.cli.help_text import examples
+
+EXAMPLES: Final = examples(
+    "workpool demo",
+    "workpool demo reports:daily_report --metadata job=daily-report --count 10",
+)
 
 
 def demo(

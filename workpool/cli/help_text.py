@@ -1,0 +1,13 @@
+"""The form of help texts. Imports nothing slow."""
+
+from typing import Any, Final
+
+# Rich would take as long to import as all of aiohttp. Its tracebacks show local variables, which
+# may be tokens.
+PLAIN: Final[dict[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+"""The keyword arguments of each `typer.Typer`."""
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text, with commands to copy."""
+    return "\b\n" + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
