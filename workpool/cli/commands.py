@@ -47,7 +47,7 @@ ENTRIES: Final = (
         "Check a control plane against the protocol, clause by clause.",
     ),
     Entry("plugins", "listing:plugins", "Show the installed and the active plugins."),
-    Entry("new", "new:new", "Write a plugin project: a handler, its tests, a README."),
+    Entry("new", "new:new", "Write a plugin project: a handler with tests that pass."),
     Entry("work", "work:app", "Read and change a queue."),
 )
 EXAMPLES: Final = examples(

@@ -40,7 +40,7 @@ def new(
         typer.Option("--class", help="Write a class that opens a client for the pool's lifetime."),
     ] = False,
 ) -> None:
-    """Write a plugin project: a handler, its tests, a README.
+    """Write a plugin project: a handler with tests that pass.
 
     NAME becomes a directory in the current one.
     """
