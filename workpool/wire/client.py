@@ -1,8 +1,8 @@
 """The client of a work queue: one method for each call of the protocol, in either dialect.
 
-Owns the URLs and the rate limits. Connections, headers and credentials are the transport's; what
-to do about an error is the caller's: no call is ever repeated here but for what transport.py says.
-See workpool/docs/protocol.md, "Calls" and "Sessions".
+Owns the URLs and the rate limits. The transport owns connections, headers and credentials, and
+repeats a request in two cases; apart from these the caller decides what to do about an error. See
+workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _is_id: Final = re.compile(protocol.ID_PATTERN).fullmatch
 class WorkClient:
     """A client of one environment's work queue, for one event loop: `async with WorkClient(…)`.
 
-    Every call takes `timeout`, in seconds, for all of it: the wait for our own rate limit, the
-    request, and its repetition after a renewed token; None = the setting `request_timeout` (for a
-    poll: beside the time that it blocks). The calls about one item take `options` besides, see
+    Every call takes `timeout`, in seconds: the limit of the wait for the rate limit, the request,
+    and its repetition after a renewed token; None = the setting `request_timeout` (for a poll, in
+    addition to the time that it blocks). The calls about one item also take `options`, see
     `CallOptions`. Every call raises `ControlPlaneError` and its subclasses, `ValueError` for an id
     that cannot be one, and `RuntimeError` when the client is not open.
 
     Args:
-        settings: Where the control plane is; needs `environment_id` and a token.
-        session: Your own aiohttp session; stays open. Its proxy and connections are used, and its
-            TLS settings unless the settings name a CA file or a client certificate.
-        worker_id: Our identity on the wire; None = the setting.
+        settings: The settings of the connection; `environment_id` and a token are needed.
+        session: The caller's own aiohttp session, which stays open. Its proxy and connections are
+            used, and its TLS settings unless the settings name a CA file or a client certificate.
+        worker_id: The name of the worker in requests; None = the setting.
         rate_limits: The rate limits that all clients of one account share; None = the settings'
             rates, for this client alone.
     """
@@ -76,18 +76,18 @@ class WorkClient:
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
         self.worker_id: str | None = worker_id or settings.worker_id
-        """The name that the worker sends, None for none; set it before opening."""
+        """The name that the worker sends, None for none. Set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
         """The rate limits of the client."""
         self.on_request: Callable[[str, str, float], None] | None = None
-        """Told of each request's end: call, status label, seconds."""
+        """Called at each request's end with the call, the status label and the seconds."""
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
-        """Told of each wait for our own rate limit: "read" or "write", seconds."""
+        """Called at the end of each wait for the rate limit, with "read" or "write" and seconds."""
         self.on_credential_refresh: Callable[[str], None] | None = None
-        """Told when the token source was read again: "ok" or "error"."""
+        """Called when the token source was read again, with "ok" or "error"."""
 
     async def __aenter__(self) -> WorkClient:
-        """Open for the running loop; connects at the first call.
+        """Open for the running loop; the first call connects.
 
         Raises:
             SettingsError: `environment_id` or the token is missing or cannot be read.
@@ -105,7 +105,7 @@ class WorkClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the connections that are ours."""
+        """Close the connections that the client has opened."""
         await self._transport.close()
 
     async def poll(
@@ -117,14 +117,15 @@ class WorkClient:
     ) -> WorkItem | None:
         """Ask for the oldest claimable item, waiting up to `block_ms` for one.
 
-        A poll only delivers: one that is cancelled, or whose answer is lost, costs an item a
-        redelivery and nothing more.
+        A poll only delivers: if it is cancelled or its answer is lost, the item is delivered again
+        later.
 
         Args:
-            block_ms: How long the control plane may wait for an item; None = not at all.
-            reclaim_older_than_ms: Redeliver what was delivered this long ago and not acknowledged;
-                None = the control plane's default.
-            timeout: See the class; None = `request_timeout` beside `block_ms`.
+            block_ms: Milliseconds for which the control plane may wait for an item; None = it does
+                not wait.
+            reclaim_older_than_ms: Redeliver items that were delivered this many milliseconds ago
+                and not acknowledged; None = the control plane's default.
+            timeout: See the class; None = `request_timeout` in addition to `block_ms`.
         """
         asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))
         query = "&".join(f"{name}={value:d}" for name, value in asked if value is not None)
@@ -136,15 +137,15 @@ class WorkClient:
         return await self._transport.send(request)
 
     async def acquire_ack_permit(self) -> None:
-        """Acquire the right to send one ack, before polling: no item waits for our rate limit.
+        """Acquire the right to send one ack before polling: no item waits for the rate limit.
 
         Raises:
-            TransientError: It took longer than the setting `request_timeout`.
+            TransientError: The wait exceeded the setting `request_timeout`.
         """
         await self._transport.acquire(self.rate_limits.write, "ack", Priority.CLAIM)
 
     def release_ack_permit(self) -> None:
-        """Give back an ack permit that was not used: there is nothing to acknowledge."""
+        """Give back an ack permit that was not used, because there is nothing to acknowledge."""
         if self.rate_limits.write.limited:
             self.rate_limits.write.refund()
 
@@ -153,7 +154,7 @@ class WorkClient:
         return not self.rate_limits.write.limited or self.rate_limits.write.try_acquire(priority)
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Acquire the right to send one write, however long that takes."""
+        """Acquire the right to send one write, without a bound on the wait."""
         await self._transport.acquire(self.rate_limits.write, "permit", priority, math.inf)
 
     def release_permit(self) -> None:
@@ -178,7 +179,7 @@ class WorkClient:
             options: See the class.
 
         Raises:
-            ConflictError: Another worker has it, or it is stopping or stopped.
+            ConflictError: Another worker holds the item, or it is stopping or stopped.
         """
         limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
@@ -194,7 +195,7 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Heartbeat:
-        """Extend an item's lease. Never waits for our rate limit.
+        """Extend an item's lease. Never waits for the rate limit.
 
         Args:
             work_id: The item.
@@ -204,7 +205,7 @@ class WorkClient:
             options: See the class.
 
         Raises:
-            PreconditionError: `expected` is not the lease owner's.
+            PreconditionError: `expected` is not the last heartbeat of the lease.
             ConflictError: The item is queued or stopped.
         """
         asked = []
@@ -290,7 +291,7 @@ class WorkClient:
         """Iterate over items in the control plane's order, page by page.
 
         Args:
-            limit: Stop after this many; None = all there are.
+            limit: Stop after this many items; None = all.
             after_id: Only items after this one.
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
@@ -334,8 +335,8 @@ class WorkClient:
 
         Args:
             session_id: The session.
-            token: The bearer for these calls; None = the client's own.
-            guard: Asked before and during each; None = nothing is.
+            token: The bearer token for these calls; None = the client's own.
+            guard: Checked before and during each call; None = no check.
         """
         _check_id("session_id", session_id)
         own = self._transport
@@ -360,8 +361,8 @@ class WorkClient:
         """Create work, on the embedded control plane only. Not safe to repeat.
 
         Args:
-            count: How many items, 1 to 1000.
-            metadata: Given to each.
+            count: The number of items, 1 to 1000.
+            metadata: The metadata of each item.
             item_type: Their `data.type`; None = "session".
             script: The tool uses of a scripted session.
             timeout: See the class.
@@ -393,7 +394,7 @@ class WorkClient:
         return self._transport.send(request)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
-        """The URL of a work call; all parts must be encoded already."""
+        """Return the URL of a work call; all parts must be encoded already."""
         if self._work_query:
             query = f"{query}&{self._work_query}" if query else self._work_query
         mark = "?" if query else ""

@@ -1,6 +1,6 @@
 """The requests of each dialect, as one table.
 
-Only what a request looks like: answers are read alike in both dialects.
+It defines requests only, since answers are read alike in both dialects.
 See workpool/docs/protocol.md, "Dialects".
 """
 
@@ -26,13 +26,13 @@ class DialectRules:
     """The requests of one dialect.
 
     Attributes:
-        base_url: The service's own address, used where `base_url` is not set.
+        base_url: The service's own address, used if `base_url` is not set.
         credential_variable: The environment variable in which the service's users keep their token.
         api_key_header: The header that holds `api_key`; None = `Authorization`, as for the token.
-        worker_id_header: The header that says who we are.
-        work_query: Added to the query of every work call, empty for none.
+        worker_id_header: The header with the name of the worker.
+        work_query: Added to the query of every work call; may be empty.
         headers: Sent with every request.
-        events_resume: Whether a list of events can begin after an event, and not at a page only.
+        events_resume: Whether a list of events can begin after a given event, not only at a page.
         metadata_limits: The documented limits of metadata; None: none are documented.
     """
 

@@ -1,6 +1,6 @@
 """The endpoints of the protocol as a table: name, method, and the parser of a success.
 
-Reading is all that happens here; a parser raises `ValueError` for what it does not know.
+The module parses answers and sends nothing; a parser raises `ValueError` for an unknown form.
 See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
@@ -33,10 +33,10 @@ class Endpoint(Generic[T]):
     """One HTTP call of the protocol.
 
     Attributes:
-        op: Its name in errors and metrics.
-        parse: Reads a success.
-        limit: Bytes of an answer that are accepted.
-        add_headers: Adds what the answer's headers say to a success; None = nothing.
+        op: The name of the call in errors and metrics.
+        parse: Parses the body of a success.
+        limit: The largest accepted answer in bytes.
+        add_headers: Adds values of the answer's headers to a parsed success; None = none.
     """
 
     op: str
@@ -54,7 +54,7 @@ class ItemPage(NamedTuple):
 
 
 _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
-"""A poll that brings nothing: JSON null, a 204, an empty object. Each control plane has its own."""
+"""The answers of a poll without an item, one per kind of control plane: null, 204, `{}`."""
 
 
 def _delivery(obj: object) -> WorkItem | None:
@@ -70,7 +70,7 @@ def _delivery(obj: object) -> WorkItem | None:
 
 
 def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
-    """Add the trace context that the control plane gave an item; a malformed one is ignored."""
+    """Add the trace context that the control plane gave an item, unless it is malformed."""
     trace = headers.get("traceparent")
     if item is None or trace is None or not _is_traceparent(trace):
         return item
@@ -78,7 +78,7 @@ def _add_trace(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | 
 
 
 def _applied(obj: object) -> None:
-    """Accept any JSON object: a page of a gateway, which may also answer 200, is none."""
+    """Accept any JSON object, which excludes a gateway's HTML page with status 200."""
     if obj is not NO_CONTENT:
         _object(obj)
 
@@ -107,7 +107,7 @@ def _next_page(page: dict[str, Any]) -> str | None:
     """
     token = None if page.get("has_more") is False else page.get("next_page")
     if isinstance(token, str | None):
-        if len(token or "") <= PAGE_TOKEN_CHARACTERS:  # it becomes a part of a URL
+        if len(token or "") <= PAGE_TOKEN_CHARACTERS:  # the token becomes a part of a URL
             return token or None
         raise ValueError("next_page: too long")
     raise ValueError("next_page: not a string")
@@ -122,7 +122,7 @@ def parse_event(obj: object) -> SessionEvent:
     """Parse one event."""
     event = _object(obj)
     kind, event_id = event.get("type"), event.get("id")
-    # An id is sent back in a URL and in a header: one that is malformed must not get that far.
+    # An id is sent back in a URL and in a header, so a malformed one is refused here.
     if isinstance(kind, str) and isinstance(event_id, str) and _is_id(event_id):
         return event
     raise ValueError("an event without type or id")
@@ -159,12 +159,12 @@ STREAM: Final = "stream"
 
 
 def same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
-    """Pass on an answer about `work_id`.
+    """Return an answer about `work_id`.
 
-    Another item's, by a proxy's mistake say, must not decide about this one.
+    An answer about another item, for example by a proxy's mistake, must not decide about this one.
 
     Raises:
-        TransientError: It is about another.
+        TransientError: The answer is about another item.
     """
     if item.id != work_id:
         raise TransientError(

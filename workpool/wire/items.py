@@ -1,10 +1,10 @@
-"""The objects of the protocol, parsed once at the edge.
+"""The objects of the protocol, parsed when an answer arrives.
 
-Parsing is strict in what decides (ids, states, leases) and lenient in what only informs: a time
-that cannot be read is None, metadata that is not text is left out, unknown fields are ignored. Of a
-per-item `secret` only the bearer for the session's calls is kept, where no repr shows
-it. A malformed object raises `ValueError` that names the field; its content is never quoted.
-See workpool/docs/protocol.md, "Objects".
+Parsing is strict about fields that decide (ids, states, leases) and lenient about the others: a
+time that cannot be read is None, metadata that is not text is left out, unknown fields are ignored.
+Only the bearer token for the session's calls is kept of an item's `secret`, and no repr shows it. A
+malformed object raises `ValueError` that names the field; its content is never quoted. See
+workpool/docs/protocol.md, "Objects".
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 class WorkItem:
     """One item of the queue. `metadata` is read-only.
 
-    Times are aware datetimes in UTC; None where the control plane gave none that can be read. A
-    time without a zone is taken for UTC.
+    Times are aware datetimes in UTC; None if the control plane gave none that can be read. A time
+    without a zone counts as UTC.
 
     `type` is `data.type` ("session", "healthcheck", …); `session_id` is `data.id`, which only a
-    session must have: it is empty for an item of another type that came without one.
-    `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: what the next heartbeat
-    must expect, to the letter. `sessions_token`, where there is one, is the bearer
-    for the calls on this item's session, and on no other.
-    `traceparent` is the W3C trace context that came in the headers of the poll's answer.
+    session must have: it is empty for an item of another type without one.
+    `last_heartbeat` is `latest_heartbeat_at` as the control plane wrote it: the next heartbeat must
+    expect exactly this text. `sessions_token`, if there is one, is the bearer token for the calls
+    on this item's session only. `traceparent` is the W3C trace context that came in the headers of
+    the poll's answer.
     """
 
     id: str
@@ -62,8 +62,10 @@ class WorkItem:
 
 
 _Draft: Final[Any] = make_dataclass("_Draft", WorkItem.__slots__, slots=True)
-"""A `WorkItem` in the making, in the order of its fields: a frozen class's own way to fill in its
-fields takes a third of all that reading an item costs."""
+"""A mutable class with the fields of `WorkItem`, in their order.
+
+To fill in the fields of a frozen class takes a third of the time of reading an item.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,11 @@ class Heartbeat:
     """The answer to a heartbeat.
 
     Attributes:
-        last_heartbeat: Opaque: sent back as it came. Empty if the control plane gave none, which it
-            may only do for a lease that it has not extended, or for a stopped item.
+        last_heartbeat: Opaque, sent back unchanged. Empty if the control plane gave none, which is
+            allowed for a lease that it has not extended, and for a stopped item.
         lease_extended: Whether the item is held for `ttl_seconds` from now on.
-        state: The item's.
-        ttl_seconds: 0 where the lease was not extended and none was given.
+        state: The item's state.
+        ttl_seconds: 0 if the lease was not extended and none was given.
     """
 
     last_heartbeat: str
@@ -95,12 +97,12 @@ class QueueStats:
 
 
 def parse_item(obj: object) -> WorkItem:
-    """Parse a work item. On the hot path: three times per session.
+    """Parse a work item. Called three times for each session, so it must be fast.
 
     Raises:
-        ValueError: A field is missing or malformed; names the field, never quotes it.
+        ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
-    # One expression, not a call for each field: this is read twice for every item.
+    # One expression instead of a call for each field: this code runs twice for every item.
     if not (
         isinstance(obj, dict)
         and isinstance(data := obj.get("data"), dict)
@@ -140,7 +142,7 @@ def parse_heartbeat(obj: object) -> Heartbeat:
     """Parse the answer to a heartbeat.
 
     Raises:
-        ValueError: A field is missing or malformed; names the field, never quotes it.
+        ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
     get = _object("heartbeat", obj).get
     extended = _flag("lease_extended", get("lease_extended"))
@@ -159,7 +161,7 @@ def parse_stats(obj: object) -> QueueStats:
     """Parse the queue statistics; the anthropic dialect may leave `workers_polling` out.
 
     Raises:
-        ValueError: A field is missing or malformed; names the field, never quotes it.
+        ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
     get = _object("queue stats", obj).get
     workers = get("workers_polling")
@@ -220,7 +222,7 @@ def _sessions_token(secret: object) -> Secret | None:
     if not isinstance(secret, str) or not secret.isascii():
         return None
     try:
-        # Padding may be left out; what is there too much does no harm.
+        # Padding may be missing; surplus padding does no harm.
         payload = orjson.loads(base64.urlsafe_b64decode(secret + "=="))
     except ValueError:
         return None
@@ -264,7 +266,7 @@ def _last_heartbeat(value: object) -> str | None:
 
 
 def _expectation(value: object) -> str:
-    """Return what the next heartbeat must expect; "" is written where none was recorded."""
+    """Return the value that the next heartbeat must expect; "" means that none was recorded."""
     text = _text("last_heartbeat", value)
     if len(text) > _TIME_LENGTH_MAX:
         raise ValueError("last_heartbeat: too long")

@@ -1,4 +1,4 @@
-"""Bounds for reading a list page by page: pace, memory, and pages that lead nowhere."""
+"""Limits for reading a list page by page: pace, memory, and pages without an end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 PAGES_PER_SECOND: Final = 20
 STALE_PAGES: Final = 100
-"""So many pages in a row may bring nothing new, before the list counts as broken."""
+"""After this many pages in a row without a new entry, the list counts as broken."""
 REMEMBERED_IDS: Final = 10_000
 REMEMBERED_TOKENS: Final = 1_000
 
@@ -21,7 +21,7 @@ class RecentIds:
     """The last ids that were added, up to a limit.
 
     Attributes:
-        forgot: The limit was exceeded, so that older ids are not known anymore.
+        forgot: Whether the limit was exceeded, so that older ids are not known anymore.
     """
 
     def __init__(self, limit: int) -> None:
@@ -44,7 +44,7 @@ class RecentIds:
 
 
 class PageLimits:
-    """The bounds for the pages of one list.
+    """The limits for the pages of one list.
 
     Args:
         op: The name of the call in errors.
@@ -52,13 +52,13 @@ class PageLimits:
 
     def __init__(self, op: str) -> None:
         self._op = op
-        self._next_at = 0.0  # on the loop's clock
+        self._next_at = 0.0  # a time of the loop's clock
         self._stale = 0
         self._ids = RecentIds(REMEMBERED_IDS)
         self._tokens = RecentIds(REMEMBERED_TOKENS)
 
     async def turn(self) -> None:
-        """Wait until the next page may be asked for."""
+        """Wait until the next page may be requested."""
         loop = asyncio.get_running_loop()
         if self._next_at > (now := loop.time()):
             await asyncio.sleep(self._next_at - now)
@@ -68,7 +68,7 @@ class PageLimits:
         """Record a page, by the ids of its entries and the token of the page that follows.
 
         Raises:
-            TransientError: The list would go on forever.
+            TransientError: The list has no end.
         """
         new = [self._ids.add(one) for one in ids]
         self._stale = 0 if any(new) else self._stale + 1

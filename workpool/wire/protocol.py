@@ -26,7 +26,7 @@ WORK_QUEUE_STATS: Final = "work_queue_stats"
 BLOCK_MS_MIN: Final = 1
 BLOCK_MS_MAX: Final = 999
 RECLAIM_OLDER_THAN_MS: Final = 5000
-"""The control plane's own reclaim window, where a poll names none."""
+"""The control plane's own reclaim window, used if a poll gives none."""
 
 # Heartbeats and leases.
 NO_HEARTBEAT: Final = "NO_HEARTBEAT"
@@ -62,7 +62,7 @@ REQUIRES_ACTION: Final = "requires_action"
 END_TURN: Final = "end_turn"
 LAST_EVENT_ID_HEADER: Final = "Last-Event-ID"
 KEEP_ALIVE_SECONDS: Final = 10
-"""How long the embedded control plane lets an event stream be silent, at most."""
+"""Longest silence in seconds of an event stream of the embedded control plane."""
 
 # Creating work.
 ENQUEUE_COUNT_MAX: Final = 1000
@@ -70,7 +70,7 @@ ENQUEUE_COUNT_MAX: Final = 1000
 # Bodies, ids and errors.
 BODY_LIMIT_BYTES: Final = 4 * 1024 * 1024
 ANSWER_LIMIT_BYTES: Final = 4 * 1024 * 1024
-"""The most of an answer that a worker reads; an answer about events may be larger."""
+"""Largest answer that a worker reads, in bytes; an answer about events may be larger."""
 ID_PATTERN: Final = r"[A-Za-z0-9_-]{1,128}"
 
 INVALID_REQUEST_ERROR: Final = "invalid_request_error"

@@ -13,7 +13,7 @@ STOP: Final = {False: b'{"force":false}', True: b'{"force":true}'}
 
 
 def update(patch: Mapping[str, str | None]) -> bytes:
-    """A merge patch of metadata.
+    """Return the body of a merge patch of metadata.
 
     Raises:
         TypeError: A key or a value is of another type, or cannot be sent.
@@ -23,22 +23,23 @@ def update(patch: Mapping[str, str | None]) -> bytes:
 
 
 def enqueue(fields: Mapping[str, Any]) -> bytes:
-    """New work; fields that are None are left out."""
+    """Return the body that creates work; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps(given, default=dict)
 
 
 def events(said: Sequence[Mapping[str, Any]]) -> bytes:
-    """Events to append.
+    """Return the body that appends events.
 
     Raises:
-        TypeError: Something that JSON cannot carry.
+        TypeError: A value cannot be written as JSON.
     """
     return orjson.dumps({"events": said}, default=dict)
 
 
 def _text(text: object) -> str:
-    # A number would be refused by the control plane, far from the handler that wrote it.
+    # The control plane would refuse a number, far from the code of the handler that wrote it.
     if not isinstance(text, str):
         raise TypeError("metadata: a key or a value is not a string")
-    return str.__str__(text)  # a StrEnum's value, say: orjson takes no other key than a plain str
+    # orjson accepts only a plain str as a key, and not a member of a StrEnum, for example
+    return str.__str__(text)

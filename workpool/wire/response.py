@@ -1,8 +1,7 @@
 """The meaning of an HTTP answer: statuses, bodies and `Retry-After` as errors of the tree.
 
-Pure functions. Nothing here quotes a body, except the message of an error envelope: cut short,
-without control characters, and with our token taken out.
-See workpool/docs/protocol.md, "Errors".
+Pure functions. No error quotes a body, except the message of an error envelope: shortened, without
+control characters, and without tokens. See workpool/docs/protocol.md, "Errors".
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RETRY_AFTER_MAX_SECONDS: Final = 300.0
-"""No control plane silences a worker for longer than this with one header."""
+"""Largest `Retry-After` that is obeyed, so that one header cannot stop a worker for long."""
 SUCCESS: Final = range(200, 300)
 _REDIRECTS: Final = range(300, 400)
 BEGINNING_BYTES: Final = 4096
@@ -43,8 +42,11 @@ _NO_CONTENT: Final = 204
 _SECONDS = re.compile(r"[0-9]{1,12}(\.[0-9]{1,9})?").fullmatch
 _CLIENT_ERRORS: Final = range(400, 500)
 _REFUSED_STATUSES: Final = frozenset({*http.HTTPStatus} & {*_CLIENT_ERRORS} - {408, 425, 429})
-"""The statuses that say that the request itself is wrong; any other one may pass by itself. That
-includes statuses that HTTP does not define, or that no request of ours asks for, such as 101."""
+"""The statuses for a wrong request.
+
+Any other status may pass by itself, also one that HTTP does not define or that no request asks for,
+such as 101.
+"""
 _OWN_LABEL: Final = frozenset({304, 400, 401, 403, 404, 409, 412, 429})
 
 
@@ -57,13 +59,13 @@ NO_CONTENT: Final = NoContent()
 
 
 class Oversized(NamedTuple):
-    """A body that is larger than we accept; its first `BEGINNING_BYTES`."""
+    """A body that exceeds the limit; only its first `BEGINNING_BYTES` are stored."""
 
     beginning: bytes
 
 
 class Response(NamedTuple):
-    """An HTTP answer, read to its end unless it is larger than we accept."""
+    """An HTTP answer. The body is complete unless it is `Oversized`."""
 
     status: int
     headers: Mapping[str, str]
@@ -74,7 +76,7 @@ class MalformedItemError(ValueError):
     """An item that cannot be read, but has an id.
 
     Attributes:
-        work_id: Its id.
+        work_id: The id of the item.
     """
 
     def __init__(self, problem: str, work_id: str) -> None:
@@ -93,7 +95,7 @@ def parse_success(op: str, status: int, body: bytes | Oversized, parse: Callable
     """Parse a success.
 
     Raises:
-        TransientError: It is not what `parse` expects, which raises ValueError then.
+        TransientError: The body is not what `parse` expects, so `parse` raised a ValueError.
     """
     if isinstance(body, Oversized):
         raise TooLargeError(op, status, work_id=_id_at_beginning(body.beginning))
@@ -108,7 +110,7 @@ def parse_success(op: str, status: int, body: bytes | Oversized, parse: Callable
     except ValueError as error:
         problem = f"the answer is malformed: {error}"
         failure = TransientError(op, status, problem, reason="bad_body")
-    # Raised out here: a JSONDecodeError carries the whole body.
+    # Raised outside of the except block: a JSONDecodeError contains the whole body.
     raise failure
 
 
@@ -117,13 +119,13 @@ _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _
 
 
 def _id_at_beginning(beginning: bytes) -> str | None:
-    """Return the `id` of an object; None unless only plain values stand before it."""
+    """Return the `id` of an object, or None unless only plain values precede it."""
     found = _find_id(beginning)
     return None if found is None else found[1].decode()
 
 
 def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
-    """Return the error for a status outside `SUCCESS`; `secrets` are kept out of its message."""
+    """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
     envelope = _envelope(answer.body)
     message = _clean(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase(status)
@@ -148,12 +150,12 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
 
 
 def _redirect(location: str, secrets: Sequence[str]) -> str:
-    """Describe a redirect, which is not followed: our token would travel to the new address.
+    """Describe a redirect, which is not followed: the token would be sent to the new address.
 
-    Only scheme, host and port of the address are named: the rest may hold credentials.
+    The text has only scheme, host and port of the address, since the rest may contain credentials.
     """
     try:
-        # In lower case, as hosts are: the secrets must be found there.
+        # In lower case, as hosts are, so that the secrets are found in the text.
         lower = [secret.lower() for secret in secrets]
         origin = _clean(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
     except ValueError:  # relative, or not a URL
@@ -169,15 +171,15 @@ _REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
 
 
 def retry_after_of(headers: Mapping[str, str]) -> float | None:
-    """Seconds that `Retry-After` asks for, at most 300; None when absent, past or not readable."""
+    """Return the seconds of `Retry-After`, at most 300; None if absent, past or not readable."""
     value = headers.get("Retry-After", "").strip()
     if _SECONDS(value):
         return min(float(value), RETRY_AFTER_MAX_SECONDS)
     until = _date(value)
     if until is None:
         return None
-    # Measured on the clock that the date was written by, where the answer tells it: a worker whose
-    # own clock is an hour off would else wait for an hour, or not at all.
+    # Measured on the clock of the server that wrote the date, if the answer shows it: otherwise a
+    # worker whose own clock is an hour off would wait for an hour, or not at all.
     seconds = (until - (_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
     return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else None
 
@@ -191,7 +193,7 @@ def _date(value: str) -> datetime | None:
 
 
 def _envelope(body: bytes | Oversized) -> dict[str, Any]:
-    """Return `error` of the error envelope; empty when the body is not one."""
+    """Return `error` of the error envelope; empty if the body is none."""
     try:
         envelope = orjson.loads(b"" if isinstance(body, Oversized) else body)
     except orjson.JSONDecodeError:
@@ -201,13 +203,13 @@ def _envelope(body: bytes | Oversized) -> dict[str, Any]:
 
 
 def _clean(text: object, secrets: Sequence[str], limit: int) -> str | None:
-    """Return text fit for any log: our secrets are cut out before the rest is cut short.
+    """Return text for a log: secrets are removed before the text is shortened.
 
     Characters that are not printable, and runs of spaces, become one space.
     """
     if not isinstance(text, str):
         return None
-    for secret in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+    for secret in sorted(secrets, key=len, reverse=True):  # one secret may be a part of another
         text = text.replace(secret, "[token]")
     shown = "".join(each if each.isprintable() else " " for each in text[: 4 * limit])
     line = " ".join(shown.split())

@@ -1,8 +1,7 @@
-"""The parts from which a session's events are read and sent.
+"""The interfaces for reading and sending a session's events.
 
-The calls that a client offers for it, whatever carries them; the pages of a history; and who says
-whether the session is still ours to read and to write.
-See workpool/docs/protocol.md, "Events".
+They are the calls of a client over any transport, the pages of a history, and the guard that
+decides whether the session may still be read and written. See workpool/docs/protocol.md, "Events".
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ _SMALLER: Final = 10
 
 
 class EventPage(NamedTuple):
-    """One answer of the list call; `next_page`: None when it is the last."""
+    """One answer of the list call; `next_page` is None for the last page."""
 
     events: list[SessionEvent]
     next_page: str | None
 
 
 class OpenStream(Protocol):
-    """An event stream that is open."""
+    """The interface of an open event stream."""
 
     async def read(self) -> bytes:
-        """Return the next bytes, empty at the end. Loses nothing when it is cancelled.
+        """Return the next bytes, empty at the end. A cancellation loses no byte.
 
         Raises:
             TransientError: The connection broke.
         """
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
 
 
 class EventCalls(Protocol):
     """The calls on one session's events; each raises `ControlPlaneError`.
 
     Attributes:
-        resumes: A list can begin after an event that was read.
+        resumes: Whether a list can begin after a given event.
     """
 
     resumes: bool
@@ -62,38 +61,38 @@ class EventCalls(Protocol):
     async def post(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
-        """Append events; returns them as they were stored."""
+        """Append events, and return them as they were stored."""
 
     async def open(self, last_id: str | None) -> OpenStream:
-        """Open a stream of the events to come, after `last_id` if the server can go back to it."""
+        """Open a stream of new events, or of all after `last_id` if the server can resume there."""
 
 
 class Guard(Protocol):
-    """Says whether the session may still be read and written, and bounds every wait by that."""
+    """Decides whether the session may still be read and written, and bounds every wait by that."""
 
     def check(self) -> None:
-        """Raise when it may not."""
+        """Raise an error if the session may not be used."""
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
-        """Await `call()`, which may be made anew; raises TimeoutError after `seconds`."""
+        """Await `call()`, which may be called several times; raise TimeoutError after `seconds`."""
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make a call that writes, with the options by which it is to be sent."""
+        """Make a call that writes, with the options for sending it."""
 
 
 class Unguarded:
     """The guard of a client that holds no lease."""
 
     def check(self) -> None:
-        """There is nothing to lose."""
+        """No effect: without a lease there is nothing to check."""
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
-        """Await `call()`, no longer than `seconds`."""
+        """Await `call()` for at most `seconds`."""
         async with asyncio.timeout(seconds):
             return await call()
 
     async def carry(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make the call, once: what to do about an error is the caller's."""
+        """Make the call once; the caller handles its errors."""
         return await call(DEFAULT_OPTIONS)
 
 
@@ -101,7 +100,7 @@ class Pages:
     """The pages of a history, in order. A `next` that fails or is cancelled may be repeated.
 
     Attributes:
-        done: There is no page left.
+        done: Whether all pages were read.
     """
 
     def __init__(self, calls: EventCalls, after_id: str | None = None) -> None:
@@ -113,10 +112,10 @@ class Pages:
         self._limits = PageLimits("events")
 
     async def next(self) -> list[SessionEvent]:
-        """Read the next page; at most `PAGES_PER_SECOND` of them.
+        """Read the next page, with at most `PAGES_PER_SECOND` calls in a second.
 
         Raises:
-            TransientError: The page could not be read, or the pages lead nowhere.
+            TransientError: The page could not be read, or the pages have no end.
         """
         while True:
             await self._limits.turn()

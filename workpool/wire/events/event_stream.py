@@ -1,9 +1,9 @@
-"""A session's events as one sequence: the history, then what comes, each once.
+"""A session's events as one sequence: first the history, then new events, each once.
 
-Every connection goes the same way: the stream is opened first, then the history read, then both are
-reconciled by their ids, so that nothing falls between the two. What breaks is begun again. Each
-await may be cancelled without losing an event: the next one goes on where this one was.
-See workpool/docs/protocol.md, "Event stream".
+For every connection, the stream is opened first, then the history is read, and both are merged by
+their ids, so that no event in between is missed. After a failure, a new connection is opened. Each
+await may be cancelled without the loss of an event: the next one continues there. See
+workpool/docs/protocol.md, "Event stream".
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ log = logging.getLogger(__name__)
 BACKOFF_SECONDS: Final = 0.5
 BACKOFF_CAP_SECONDS: Final = 10.0
 STALL_SECONDS: Final = 4.5 * KEEP_ALIVE_SECONDS
-"""A stream that is silent for so long, keep-alives included, is taken for broken."""
+"""A stream that is silent for this long, keep-alives included, counts as broken."""
 REMEMBERED_EVENTS: Final = 50_000
-"""The ids that a stream remembers, to give each event once: some 10 MB at most. An event comes
-twice only if a connection repeats more events than that."""
+"""The number of ids that a stream remembers, to yield each event once: some 10 MB at most.
+
+An event is yielded twice only if a connection repeats more events than that.
+"""
 _LAST: Final = frozenset({STATUS_TERMINATED, SESSION_DELETED})
 
 
@@ -47,8 +49,9 @@ class EventStream:
     Ends after the event that says that the session is terminated or deleted.
 
     Attributes:
-        caught_up: The event just yielded was the last one that the history held when it was read,
-            or came live; False while a history, or what a broken connection missed, is replayed.
+        caught_up: Whether the last yielded event was the newest one when its history was read, or
+            came live. False while a history, or the events that a broken connection missed, are
+            replayed.
     """
 
     def __init__(
@@ -61,20 +64,22 @@ class EventStream:
         self._stall_seconds = stall_seconds
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
         self._entered = self._over = False
-        self._ready: deque[tuple[SessionEvent, bool]] = deque()  # with what `caught_up` will be
-        self._held_back: list[SessionEvent] = []  # the last of a page: perhaps the last of all
+        # each event with its value of `caught_up`
+        self._ready: deque[tuple[SessionEvent, bool]] = deque()
+        # the last event of a page, which may be the last of the history
+        self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
-        self._skipping = False  # the events of a history that are older than all in `_seen`
+        self._skipping = False  # whether events are skipped that are older than all ids in `_seen`
         self._last_id: str | None = None
         self._retry_at = 0.0
-        # Of the present connection:
+        # The state of the present connection.
         self._stream: OpenStream | None = None
         self._pages: Pages
         self._parser: FrameParser
         self._heard_at = 0.0
 
     async def __aenter__(self) -> Self:
-        """Begin; connects when the first event is asked for."""
+        """Begin; the request for the first event connects."""
         self._entered = True
         return self
 
@@ -84,7 +89,7 @@ class EventStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._over = True
         self._disconnect()
 
@@ -92,11 +97,11 @@ class EventStream:
         return self
 
     async def __anext__(self) -> SessionEvent:
-        """Return the next event; may be cancelled, by a timeout say, and called again.
+        """Return the next event; may be cancelled, for example by a timeout, and called again.
 
         Raises:
-            LeaseLost, SessionEnded: The session is not the handler's anymore.
-            ControlPlaneError: Refused for good; everything else is tried again, forever.
+            LeaseLost, SessionEnded: The handler may not use the session anymore.
+            ControlPlaneError: The call was refused; other errors are tried again without a limit.
         """
         if not self._entered:
             raise RuntimeError("this event stream is not open: use it inside `async with`")
@@ -151,8 +156,9 @@ class EventStream:
 
     async def _read_live(self, stream: OpenStream) -> None:
         clock = asyncio.get_running_loop().time
-        # Not since this wait began: a reader who never waits for long would never notice. One who
-        # was busy for long finds what came meanwhile without waiting, keep-alives at least.
+        # The silence counts from the last byte, not from the beginning of this wait, which a reader
+        # of short waits would never exceed. After a long pause of the reader, at least keep-alives
+        # are ready to be read at once.
         patience = self._heard_at + self._stall_seconds - clock()
         try:
             chunk = await self._guard.within(stream.read, max(0.0, patience))
@@ -164,7 +170,7 @@ class EventStream:
         try:
             for frame in self._parser.feed(chunk):
                 self._take_frame(frame.event, frame.data)
-        except ValueError:  # not quoted: it may be anything
+        except ValueError:  # the text is not quoted, since its content is unknown
             raise TransientError("stream", None, "malformed", reason="bad_body") from None
 
     def _take_frame(self, kind: str, text: str) -> None:
@@ -172,13 +178,13 @@ class EventStream:
         if kind == "error":
             raise ValueError("the server reports an error")
         if isinstance(value, dict) and "id" not in value:
-            return  # a ping, or what is no event of the session
+            return  # a ping, or data that is no event of the session
         event = parse_event(value)
         if self._is_new(event):
             self._ready.append((event, True))
 
     def _is_new_in_history(self, event: SessionEvent) -> bool:
-        # A history that is read from its beginning: what stands before the remembered ids was seen.
+        # A history that is read from its beginning: all events before the remembered ids were seen.
         self._skipping = self._skipping and event["id"] not in self._seen
         return not self._skipping and self._is_new(event)
 

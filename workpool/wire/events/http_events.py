@@ -26,10 +26,10 @@ class HttpEvents:
 
     Args:
         transport: Sends the requests.
-        rate_limits: Our own.
-        url: Of the session's events; encoded already.
+        rate_limits: The client's own rate limits.
+        url: The URL of the session's events, already encoded.
         query: Added to every query.
-        resumes: A list can begin after an event that was read.
+        resumes: Whether a list can begin after a given event.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HttpEvents:
         return await self._transport.send(request)
 
     async def open(self, last_id: str | None) -> OpenStream:
-        """Open a stream on a connection of its own."""
+        """Open a stream on a separate connection."""
         headers = {"Accept": "text/event-stream"}
         if last_id is not None:
             headers[LAST_EVENT_ID_HEADER] = last_id
@@ -73,7 +73,7 @@ class HttpEvents:
 
 
 class _HttpStream:
-    """A response that goes on."""
+    """The response of an event stream."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -84,8 +84,9 @@ class _HttpStream:
             return await self._response.content.readany()
         except TRANSIENT as error:
             failure = no_answer(endpoints.STREAM, error)
-        raise failure  # out here: aiohttp's errors carry the request's headers
+        # raised outside of the except block, since aiohttp's errors contain the request's headers
+        raise failure
 
     def close(self) -> None:
-        """Hang up: the rest is not read."""
+        """Close the connection without reading the rest."""
         self._response.close()

@@ -37,7 +37,7 @@ class SessionEvents:
         """Iterate over the whole history, oldest first, page by page.
 
         Raises:
-            LeaseLost, SessionEnded: The session is not the handler's anymore.
+            LeaseLost, SessionEnded: The handler may not use the session anymore.
             ControlPlaneError: A page could not be read.
         """
         pages = Pages(self._calls)
@@ -48,20 +48,21 @@ class SessionEvents:
     async def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
         """Append events, all of them or none, and return them as they are stored.
 
-        A handler's are tried again while the lease lasts, unless that could say something twice:
-        results and confirmations are taken once only, a message is not. A result that was accepted
-        already, word for word, counts as sent: its first answer may have been lost.
+        A handler's call is repeated after a failure while the lease lasts, unless that could add an
+        event twice: the control plane accepts a result or a confirmation only once, but a message
+        each time. A result that was accepted before with the same content counts as sent, since its
+        first answer may have been lost.
 
         Raises:
-            TypeError: Something that JSON cannot carry; nothing was sent.
-            LeaseLost, SessionEnded: The session is not the handler's anymore; nothing was sent.
-            ConflictError: A tool use has another result already, or the session is over.
-            TransientError: Not settled in time, and perhaps applied.
-            ControlPlaneError: Refused.
+            TypeError: A value cannot be written as JSON; nothing was sent.
+            LeaseLost, SessionEnded: The handler may not use the session anymore; nothing was sent.
+            ConflictError: A tool use already has another result, or the session has ended.
+            TransientError: There was no clear answer in time; the events may have been stored.
+            ControlPlaneError: The control plane refused the call.
         """
         body = request_bodies.events(events)
         repeatable = all(event.get("type") in _ANSWERS for event in events)
-        doubtful = False  # it was sent, and we do not know what came of it
+        doubtful = False  # whether a request was sent whose effect is unknown
 
         async def post(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
             nonlocal doubtful
@@ -87,14 +88,14 @@ class SessionEvents:
         return answer
 
     def stream(self, *, stall_seconds: float = STALL_SECONDS) -> EventStream:
-        """Follow the session: its history first, then what comes, reconnecting by itself.
+        """Follow the session: first its history, then new events; reconnect after a failure.
 
-        `stall_seconds`: how long the connection may be silent before it is taken for broken.
+        `stall_seconds`: the silence after which a connection counts as broken.
         """
         return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
 
     async def _stored(self, said: Sequence[SessionEvent]) -> Sequence[SessionEvent] | None:
-        """All of `said` as the history holds it; None when any of it is not there as we said it."""
+        """Return the events of `said` from the history; None if one is missing or differs."""
         wanted, held = {_key(event) for event in said}, {}
         async for event in self.list():
             if event["type"] in _ANSWERS and (key := _key(event)) in wanted:
@@ -110,7 +111,7 @@ def _key(event: Mapping[str, Any]) -> tuple[object, object]:
 
 
 def _within(ours: object, theirs: object) -> bool:
-    """Whether all that we said is there; the control plane may have added to it."""
+    """Return whether `theirs` has all of `ours`; the control plane may have added fields."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return all(_within(value, theirs.get(name)) for name, value in ours.items())
     if isinstance(ours, list) and isinstance(theirs, list):

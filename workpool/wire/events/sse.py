@@ -1,7 +1,7 @@
 """Server-Sent Events, parsed as they come (WHATWG HTML, "Parsing an event stream").
 
-Pure: bytes in, frames out. What comes out does not depend on how the bytes were cut into chunks,
-and no input makes it hold more than the limit.
+Without I/O: bytes in, frames out. The frames do not depend on the boundaries of the chunks, and the
+parser never stores more than the limit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 FRAME_LIMIT_BYTES: Final = 40 * 1024 * 1024
-"""More than any event can have: some regions of the services accept bodies of 32 MiB."""
+"""Larger than any event: some regions of the services accept bodies of 32 MiB."""
 _BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -17,9 +17,9 @@ class Frame(NamedTuple):
     """One event of a stream.
 
     Attributes:
-        event: Its type; "message" where the stream named none.
-        data: Its lines, joined.
-        last_id: The last id that the stream has told so far; empty when none was.
+        event: The type; "message" if the stream gives none.
+        data: The data lines, joined.
+        last_id: The last id of the stream so far; empty if there was none.
     """
 
     event: str
@@ -28,15 +28,15 @@ class Frame(NamedTuple):
 
 
 class FrameParser:
-    """One stream's parser. A frame counts when the blank line after it has come.
+    """The parser of one stream. A frame is complete at the blank line after it.
 
     Args:
-        limit: Bytes of a line, and of all data of one frame, that are accepted.
+        limit: The largest accepted number of bytes of a line, and of all data of one frame.
     """
 
     def __init__(self, limit: int = FRAME_LIMIT_BYTES) -> None:
         self._limit = limit
-        self._line = bytearray()  # the beginning of the line that is not complete yet
+        self._line = bytearray()  # the first part of an incomplete line
         self._first = True
         self._after_cr = False
         self._event = ""
@@ -45,16 +45,17 @@ class FrameParser:
         self._last_id = ""
 
     def feed(self, chunk: bytes) -> list[Frame]:
-        """Take in the next bytes and return the frames that they complete.
+        """Add the next bytes, and return the frames that they complete.
 
         Raises:
-            ValueError: A line or a frame beyond the limit; the parser is of no use anymore.
+            ValueError: A line or a frame exceeds the limit; the parser cannot be used anymore.
         """
         frames: list[Frame] = []
         if self._after_cr and chunk:
-            chunk = chunk.removeprefix(b"\n")  # the rest of a CRLF that was cut in two
+            # the second byte of a CRLF whose first byte ended the last chunk
+            chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
-        for piece in chunk.splitlines(keepends=True):  # bytes end a line at CR, LF and CRLF only
+        for piece in chunk.splitlines(keepends=True):  # bytes are split at CR, LF and CRLF only
             text = piece.rstrip(b"\r\n")
             if len(self._line) + len(text) > self._limit:
                 raise ValueError("a line is too long")
@@ -85,7 +86,7 @@ class FrameParser:
             self._event = value
         elif name == b"id" and "\0" not in value:
             self._last_id = value
-        # Anything else, comments included, says nothing to us: `retry` too, we have a backoff.
+        # Other fields are ignored: comments, and `retry`, since the client has its own backoff.
 
     def _dispatch(self, frames: list[Frame]) -> None:
         if self._data:

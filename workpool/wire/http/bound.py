@@ -1,4 +1,4 @@
-"""A bound on what a task waits for: `asyncio.timeout` for the hot path, at a third of its cost."""
+"""A timeout for the waits of a block: as `asyncio.timeout`, at a third of its cost."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 class Bound:
-    """Cancels what its block waits for after `seconds`, which then raises `TimeoutError`.
+    """Cancels the wait of its block after `seconds`, so that the block raises `TimeoutError`.
 
-    By the rules of `asyncio.timeout`: a cancellation by anybody else goes through, also one that
-    comes in the same turn of the loop. For one block, inside a task.
+    The rules are those of `asyncio.timeout`: any other cancellation passes through, also one in the
+    same turn of the loop. An object is for one block, inside a task.
 
     Args:
         seconds: The bound; None = only `strike` ends the wait.
@@ -49,7 +49,7 @@ class Bound:
             raise TimeoutError from error
 
     def strike(self) -> None:
-        """End the wait now. Called inside the block's time, on its loop."""
+        """End the wait now. Called on the loop while the block runs."""
         if not self._struck:
             self._struck = True
             self._task.cancel()

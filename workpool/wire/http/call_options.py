@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Priority(enum.IntEnum):
-    """The order in which calls get our rate limit and connections; a lower value goes first.
+    """The order in which calls get the rate limit and connections; a lower value goes first.
 
     Attributes:
         COMPLETION: The calls that end a session. They go before all others.
@@ -27,8 +27,8 @@ class CallOptions(NamedTuple):
     """How one call is sent.
 
     Attributes:
-        check: Called right before the first byte is written, with no await between. An exception
-            that it raises is raised by the call, which has sent nothing then.
+        check: Called right before the first byte is written, with no await in between. If it raises
+            an exception, the call raises it too and has sent nothing.
         priority: The call's place where calls wait for each other.
         new_connection: Use no pooled connection: after a try without an answer, the other pooled
             connections may be dead too. Has no effect in a caller's own aiohttp session.

@@ -1,4 +1,4 @@
-"""A request body that checks, right before the first byte of its request is written."""
+"""A request body with a check right before the first byte of its request is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
 _PIECE_BYTES: Final = 64 * 1024
-"""Large bodies are written in pieces, or they would hold up the loop."""
+"""Size of the pieces in which a large body is written, so that it does not block the loop."""
 
 
 class NotSentError(aiohttp.ClientConnectionError):
@@ -20,22 +20,22 @@ class NotSentError(aiohttp.ClientConnectionError):
 
 
 class CheckedBody(aiohttp.payload.Payload):
-    """A body, perhaps an empty one, whose check is the last step before the bytes.
+    """A body, possibly empty, whose check is the last step before the bytes are written.
 
-    aiohttp keeps a request's headers back until the body is written (since 3.12), and writes the
-    body once it has a connection: resolved, connected, encrypted, through any proxy. So a check
-    that refuses has sent nothing, also in a caller's own session. Bytes that the kernel holds are
-    outside of this: nothing takes them back. aiohttp reports the refusal as a connection error,
-    and does not repeat the request because of it.
+    aiohttp (since 3.12) writes a request's headers together with the body, once it has a
+    connection: resolved, connected, encrypted, through any proxy. So after a refused check nothing
+    was sent, also in a caller's own session. Bytes that the kernel already holds cannot be taken
+    back. aiohttp reports the refusal as a connection error, and does not repeat the request because
+    of it.
 
     Args:
         body: The body.
-        check: Raises when the request must not be sent.
-        headers_first: Write the headers on their own: a trace of a caller's own session may wait
+        check: Raises an error if the request must not be sent.
+        headers_first: Write the headers separately: a trace of a caller's own session may wait
             between the check and the body's first byte.
 
     Attributes:
-        refusal: What `check` raised.
+        refusal: The error that `check` raised.
     """
 
     _value: bytes
@@ -70,5 +70,5 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Check, then write the headers and the body."""
-        del content_length  # it is the body's own
+        del content_length  # the length is that of the body
         await self.write(writer)

@@ -1,8 +1,9 @@
-"""The connections of one client: who shares them with whom, DNS, and the proxy.
+"""The connections of one client: which calls share them, DNS, and the proxy.
 
-Four kinds of calls, so that none waits for a connection behind another kind: the pool's own calls
-(claims, completions, heartbeats), as many connections as there are calls; the calls of handlers, up
-to a limit; event streams, and the calls that must not reuse a connection, each on one of its own.
+There are four kinds of calls, so that none waits for a connection behind another kind: the pool's
+own calls (claims, completions, heartbeats) have as many connections as there are calls; the calls
+of handlers share connections up to a limit; each event stream, and each call that must not reuse a
+connection, has its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 KEEPALIVE_SECONDS: Final = 30.0
 """Longer than the 20 s between heartbeats, shorter than the 60 s after which gateways hang up."""
 SPARE_CONNECTIONS: Final = 16
-"""For handlers, beside one for each session."""
+"""Connections for the calls of handlers, in addition to one for each session."""
 POOL_BUFFER_BYTES: Final = 64 * 1024
 BUFFER_BYTES: Final = 208 * 1024
 """The most that a connection of a handler receives at once; a larger buffer would be faster on long
@@ -42,9 +43,9 @@ class Connections:
     """The aiohttp sessions of one client, on the running loop.
 
     Args:
-        settings: Where to connect to.
-        given: The caller's own session, used for everything and left open; None = ours.
-        headers: What all requests send and a proxy may see.
+        settings: The settings of the connection.
+        given: The caller's own session, used for everything and left open; None = a new one.
+        headers: The headers of all requests, which a proxy may see.
         executor: Runs DNS lookups.
     """
 

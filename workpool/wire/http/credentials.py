@@ -1,6 +1,6 @@
-"""Where the token comes from: given, in a file, or in the service's own variable.
+"""The source of a credential: the given value, a file, or the service's own variable.
 
-Read anew at every call, so that a rotated token is found. No error quotes what was read.
+Each call reads the source again, so that a rotated token is found. No error quotes its content.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def read_credential(
     `name`: the setting that may hold it; `NAME_file` may name the file.
 
     Raises:
-        SettingsError: There is none, it cannot be read, or it could not stand in a header.
+        SettingsError: There is no credential, or it cannot be read or sent in a header.
     """
     if given is not None:
         source, text = name, given
@@ -59,7 +59,7 @@ def _shown(path: Path) -> str:
 def _read_file(source: str, path: Path) -> str:
     problem = "not a file"
     try:
-        # Asked first: opening a pipe would wait for its writer.
+        # Checked first: opening a pipe would wait for its writer.
         if stat.S_ISREG(path.stat().st_mode):
             with path.open("rb") as file:
                 return file.read(FILE_LIMIT_BYTES).decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""Which HTTP proxy the environment names. What it names may hold a password: it is never quoted."""
+"""The HTTP proxy of the environment variables. Its URL may hold a password and is never quoted."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from workpool.errors import SettingsError
 
 
 def proxy_of(url: URL) -> URL | None:
-    """The proxy that the environment names for `url` (`HTTPS_PROXY`, `NO_PROXY`, …).
+    """Return the proxy that the environment names for `url` (`HTTPS_PROXY`, `NO_PROXY`, …).
 
-    Looked up once per client. aiohttp's `trust_env` would do it for every request, on a thread,
-    and refuse our Authorization header wherever a `.netrc` names the host.
+    It is looked up once per client. aiohttp's `trust_env` would do it for every request, on a
+    thread, and refuse the Authorization header if a `.netrc` names the host.
 
     Raises:
-        SettingsError: It cannot be used; it is not quoted, as it may hold a password.
+        SettingsError: The proxy cannot be used; the text does not quote it.
     """
     text = getproxies().get(url.scheme)
     if not text or proxy_bypass(url.host or ""):

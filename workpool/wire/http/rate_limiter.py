@@ -1,8 +1,7 @@
 """The own rate limits of a client: a token bucket for reads and one for writes.
 
-A limiter may be shared by clients on several event loops, that is by several threads: a lock, held
-for microseconds and never across an await, guards all that changes. An unlimited limiter (`limited`
-is False) is never asked.
+Clients on several event loops, and so on several threads, may share a limiter: a lock guards its
+state and is never held across an await. An unlimited limiter (`limited` is False) is never used.
 
 Calls that wait are served by priority: completions first; claims and the calls of handlers take
 turns after that; calls of one priority in the order in which they came.
@@ -25,16 +24,16 @@ if TYPE_CHECKING:
 
 Kind = Literal["read", "write"]
 BURST_SECONDS: Final = 0.25
-"""How much of a second's worth may be spent at once after a quiet time."""
+"""The part of a second's requests that may be sent at once after a quiet time."""
 _DEBT_SHARE: Final = 0.75
 _RECHECK_SECONDS: Final = 1.0
-"""Bounds every wait, so that a waiter whose thread died cannot hold up the others for good."""
+"""The longest single wait, so that a waiter whose thread ended cannot block the others for good."""
 _NEXT_TURN: Final = {Priority.CLAIM: Priority.HANDLER, Priority.HANDLER: Priority.CLAIM}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
-    """A call that waits; `moved` belongs to `loop` and is set there."""
+    """A call that waits; `moved` is set on `loop`."""
 
     priority: Priority
     loop: asyncio.AbstractEventLoop
@@ -42,7 +41,7 @@ class _Waiter:
 
 
 class _WaitingLine:
-    """Calls that wait, by priority. Its methods need the limiter's lock."""
+    """The waiting calls by priority. Its methods need the limiter's lock."""
 
     def __init__(self) -> None:
         self._waiters: dict[Priority, deque[_Waiter]] = {each: deque() for each in Priority}
@@ -52,7 +51,7 @@ class _WaitingLine:
         self._waiters[waiter.priority].append(waiter)
 
     def discard(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # its loop was closed, so `first` dropped it
+        with suppress(ValueError):  # its loop was closed, so `first` has removed it
             self._waiters[waiter.priority].remove(waiter)
 
     def first(self) -> _Waiter | None:
@@ -66,7 +65,7 @@ class _WaitingLine:
         return None
 
     def holds_back(self, priority: Priority) -> bool:
-        """Return whether somebody waits whom a call of this priority must not overtake."""
+        """Return whether a call waits that a call of this priority must not overtake."""
         first = self.first()
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
@@ -82,11 +81,11 @@ _OVERTAKES: Final = {(Priority.COMPLETION, other) for other in _NEXT_TURN}
 class RateLimiter:
     """A token bucket that fills with `rate` tokens per second; one request takes one token.
 
-    Heartbeats must not wait, so they run up a debt instead, which is paid back out of at most three
-    quarters of what comes in. The last quarter is for everybody else, completions first.
+    Heartbeats must not wait, so they create a debt, which takes at most three quarters of the new
+    tokens. The last quarter is for all other calls, completions first.
 
     Args:
-        kind: What it limits, for observers.
+        kind: The kind of requests, for observers.
         rate: Requests per second; 0 = unlimited.
         clock: Monotonic seconds, the same in all threads.
     """
@@ -100,14 +99,14 @@ class RateLimiter:
         self._clock = clock
         self._burst = max(1.0, rate * BURST_SECONDS)
         self._lock = threading.Lock()
-        # The four below: only with the lock held.
+        # The next four attributes need the lock.
         self._tokens = self._burst
         self._debt = 0.0
         self._filled_at = clock()
         self._line = _WaitingLine()
 
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
-        """Take a token if there is one and nobody waits for it whom this call must not overtake."""
+        """Take a token if there is one and no call waits that this call must not overtake."""
         with self._lock:
             return not self._line.holds_back(priority) and self._take() == 0
 
@@ -117,8 +116,8 @@ class RateLimiter:
         with self._lock:
             self._line.add(waiter)
         try:
-            # There is no await from the successful attempt to the return: a cancellation cannot
-            # come between and lose the token.
+            # There is no await between the successful attempt and the return, so a cancellation
+            # cannot lose the token.
             while delay := self._serve(waiter):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(delay):
@@ -139,7 +138,8 @@ class RateLimiter:
         """Count a request that did not wait."""
         with self._lock:
             self._fill()
-            # Bounded to a second's worth: a storm of heartbeats must not slow us down for long.
+            # At most the tokens of one second: many heartbeats at once must not delay calls for
+            # long.
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve(self, waiter: _Waiter) -> float:
@@ -160,8 +160,8 @@ class RateLimiter:
         if missing <= 0:
             self._tokens -= 1
             return 0.0
-        # While there is debt, only a quarter of what comes in is ours. Never less than a
-        # millisecond: a timer that fires a little early must not spin.
+        # While there is debt, calls other than heartbeats get a quarter of the new tokens. The wait
+        # is at least a millisecond, so that a timer that fires early does not loop.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
     def _fill(self) -> None:

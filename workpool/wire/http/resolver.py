@@ -1,4 +1,4 @@
-"""DNS for aiohttp, on threads of our own."""
+"""DNS for aiohttp on separate threads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
 LOOKUP_SECONDS: Final = 30.0
-"""Bounds one lookup: aiohttp makes all connections to a host wait for the one that is under way."""
+"""Limit of one lookup in seconds: aiohttp lets all connections to a host wait for one lookup."""
 _NUMERIC: Final = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 _RESULT_FLAGS: Final = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 
 class ThreadResolver(AbstractResolver):
-    """Looks hosts up with `getaddrinfo` on an executor of the caller's.
+    """Looks up hosts with `getaddrinfo` on the caller's executor.
 
     aiohttp's own resolver uses the event loop's executor, whose threads code of users may occupy.
     """
@@ -32,14 +32,14 @@ class ThreadResolver(AbstractResolver):
         """Return the addresses of a host.
 
         Raises:
-            OSError: It has none, or the lookup failed or took too long.
+            OSError: The host has no address, or the lookup failed or took too long.
         """
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(LOOKUP_SECONDS):
             return await loop.run_in_executor(self._executor, _look_up, host, port, family)
 
     async def close(self) -> None:
-        """Do nothing: the executor is the caller's."""
+        """No effect: the executor belongs to the caller."""
 
 
 def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[ResolveResult]:
@@ -47,7 +47,7 @@ def _look_up(host: str, port: int, family: socket.AddressFamily) -> list[Resolve
     return [
         ResolveResult(
             hostname=host,
-            # With the scope of a link-local address, which the address alone does not have.
+            # Includes the scope of a link-local address, which `address[0]` lacks.
             host=socket.getnameinfo(address, _NUMERIC)[0],
             port=port,
             family=kind,

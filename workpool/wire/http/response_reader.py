@@ -1,7 +1,7 @@
-"""Reading an answer: its headers after a few informational ones, its bytes, or why there is none.
+"""Reading an answer: its headers after a few informational ones, and its body; or the error.
 
-aiohttp passes over informational answers (1xx), however many there are, and has no setting for
-that; `LimitedResponse` ends the request instead.
+aiohttp skips any number of informational answers (1xx) and has no limit for them; `LimitedResponse`
+ends the request after too many.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 INFORMATIONAL_MAX: Final = 16
 INFORMATIONAL_BYTES: Final = 64 * 1024
-"""Bytes of the headers of all informational answers before one answer."""
+"""Largest total size in bytes of the headers of informational answers before one answer."""
 _INFORMATIONAL: Final = frozenset(range(100, 200)) - {101}
 
 
 class InformationalFlood(aiohttp.ClientError):
-    """More informational answers than are accepted; aiohttp closes the connection."""
+    """Too many informational answers; aiohttp closes the connection."""
 
 
 class LimitedResponse(aiohttp.ClientResponse):
@@ -80,7 +80,7 @@ TRANSIENT: Final = (
 
 
 def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """Return the response when it is an event stream: a gateway may answer a page with 200."""
+    """Return the response if it is an event stream; a gateway may send a page with status 200."""
     if response.content_type == "text/event-stream":
         return response
     response.close()
@@ -90,14 +90,18 @@ def checked_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
 async def read_bounded(
     response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
 ) -> bytes | Oversized:
-    """Return the body, unpacked; its beginning, and close the connection, if it exceeds `limit`."""
+    """Return the body, unpacked.
+
+    If it exceeds `limit`, return its beginning and close the connection.
+    """
     length = response.content_length
     if length is not None and "Content-Encoding" not in response.headers:
         if 0 < length <= limit:
-            content = response.content  # mostly all there with the headers: nothing to wait for
+            # mostly the body has arrived with the headers, so there is no wait
+            content = response.content
             return content.read_nowait() if content.is_eof() else await content.read()
         if length > limit:
-            limit = BEGINNING_BYTES  # the rest is not waited for
+            limit = BEGINNING_BYTES  # the rest of the body is not read
     chunks: list[bytes] = []
     room = limit
     async for chunk in response.content.iter_any():
@@ -110,13 +114,13 @@ async def read_bounded(
 
 
 def no_answer(op: str, error: BaseException) -> ControlPlaneError:
-    """The error for a request that was not answered."""
+    """Return the error for a request that was not answered."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # Nothing that passes by itself, and no one we may talk to: as good as a refusal.
+        # The certificate stays wrong without a change, so the error counts as a refusal.
         problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
     if isinstance(error, TimeoutError):
         return TransientError(op, None, "no answer in time", reason="timeout")
-    # Only what aiohttp says about connecting is quoted: its other errors quote what was received.
+    # Only aiohttp's texts about connecting are quoted: its other errors quote received bytes.
     told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
     return TransientError(op, None, f"no answer: {told}", reason="network")

@@ -19,18 +19,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CLOSE_SECONDS: Final = 0.5
-"""Threads that do not hang end within microseconds."""
+"""Seconds to wait for the end of threads; without a blocked call they end within microseconds."""
 
 
 class DaemonThreads(Executor):
     """An executor whose threads never keep the interpreter from ending.
 
-    A `ThreadPoolExecutor` joins its threads at exit, also one that hangs in a lookup or on a disk;
-    and the event loop's own is shared with code of users, which may occupy all of its threads.
+    A `ThreadPoolExecutor` joins its threads at exit, even one that hangs in a lookup or on a disk,
+    and the event loop's executor is shared with code of users, which may occupy all its threads.
 
     Args:
-        name: Of the threads, before their number.
-        limit: How many there are at most.
+        name: The first part of the threads' names; a number follows.
+        limit: The largest number of threads.
     """
 
     def __init__(self, name: str, limit: int) -> None:
@@ -39,7 +39,7 @@ class DaemonThreads(Executor):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        # The four below: only with the lock held.
+        # The next four attributes need the lock.
         self._threads: list[threading.Thread] = []
         self._alive = 0
         self._closed = False
@@ -49,7 +49,7 @@ class DaemonThreads(Executor):
         """Call `fn` on one of the threads.
 
         Raises:
-            OSError: EAGAIN: there is no thread yet, and the machine starts none.
+            OSError: EAGAIN: the first thread cannot be started.
             RuntimeError: The executor was closed.
         """
         future: Future[T] = Future()
@@ -73,7 +73,7 @@ class DaemonThreads(Executor):
         return await asyncio.get_running_loop().run_in_executor(self, call)
 
     async def close(self) -> None:
-        """End the threads; one whose call hangs is left to end by itself."""
+        """End the threads. A thread with a blocked call ends after the call."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         with self._lock:
             self._closed = True
@@ -86,7 +86,7 @@ class DaemonThreads(Executor):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await ended.wait()
             for thread in self._threads:
-                thread.join()  # it has done all but its last step
+                thread.join()  # the thread has only its last step left
 
     def _start_one(self) -> None:
         name = f"{self._name}-{self._alive + 1}"
@@ -96,20 +96,20 @@ class DaemonThreads(Executor):
         except RuntimeError as error:
             if not self._alive:
                 raise OSError(errno.EAGAIN, "no thread can be started") from error
-            return  # the call waits for one of the threads that there are
+            return  # the call waits for an existing thread
         self._alive += 1
         self._threads.append(thread)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # it would live on until the next one
+            del call  # otherwise the call would stay referenced until the next one
             self._idle.release()
         with self._lock:
             self._alive -= 1
             tell_end = None if self._alive else self._tell_end
         if tell_end is not None:
-            with suppress(RuntimeError):  # that loop is closed: nobody waits anymore
+            with suppress(RuntimeError):  # the loop is closed, so no task waits anymore
                 tell_end()
 
 

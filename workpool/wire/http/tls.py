@@ -1,4 +1,4 @@
-"""Whom we trust and who we are in TLS: a CA file and a client certificate, from the settings."""
+"""The TLS settings: a CA file and a client certificate."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 def tls_context(
     ca_file: Path | None, client_cert_file: Path | None, client_key_file: Path | None
 ) -> ssl.SSLContext | None:
-    """Return the context for connections to the control plane; None = the usual one will do.
+    """Return the context for connections to the control plane; None = aiohttp's default.
 
     Args:
         ca_file: Certificates, in PEM, that are trusted instead of the system's.
-        client_cert_file: Our certificate, in PEM, with those that lead to its CA.
+        client_cert_file: The worker's certificate, in PEM, with its chain.
         client_key_file: Its private key, in PEM; None = it is in the certificate's file.
 
     Raises:
-        SettingsError: A file cannot be read or used; names all of them, and quotes none.
+        SettingsError: A file cannot be read or used. Names all such files and quotes no content.
     """
     files = {
         "ca_file": ca_file,
@@ -46,7 +46,7 @@ def tls_context(
 
 def _unreadable(name: str, path: Path) -> str:
     try:
-        # Asked first: opening a pipe would wait for its writer.
+        # Checked first: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             return f"{name}: {path}: not a file"
         with path.open("rb"):
@@ -80,5 +80,5 @@ def _load_certificate(context: ssl.SSLContext, cert: Path, key: Path | None) -> 
 
 
 def _refuse_password() -> NoReturn:
-    # Without a callback, OpenSSL would ask on the terminal.
+    # Without a callback, OpenSSL would ask for a password on the terminal.
     raise SettingsError(("client_key_file: encrypted; there is no setting for its password",))

@@ -1,13 +1,13 @@
-"""The one place that sends: rate limit, connection, check, bytes, in this order; then the answer.
+"""The sending of requests: rate limit, connection, check, bytes, in this order; then the answer.
 
 Owns the connections and the token in use. It knows no call of the protocol by name: `client.py`
-says what to send and how to read the answer. It never retries, but for two cases:
+defines the requests and the parsers of answers. A request is repeated in two cases only:
 
-- a 401 or 403 is repeated once, at once, when the token source holds another token by now;
-- aiohttp repeats a GET whose kept-alive connection turns out to be dead. A repeated poll may have
-  delivered an item to nobody, which costs that item a redelivery and nothing else;
-  the other reads change nothing. A POST is never repeated: an ack, a heartbeat or a stop
-  that may have been applied is for the pool to judge.
+- a 401 or 403 is repeated once, at once, if the token source has another token by then;
+- aiohttp repeats a GET if its kept-alive connection was closed. A repeated poll may have
+  delivered an item to nobody, so that item is delivered again later; the other reads change
+  nothing. A POST is never repeated: the pool decides what to do about an ack, a heartbeat or a stop
+  that may have been applied.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ Body: TypeAlias = bytes | io.BytesIO | CheckedBody | None
 
 LARGE_BYTES: Final = 256 * 1024
 THREADS: Final = 8
-"""More than there are lookups and readings at once, so that none waits for another."""
+"""More threads than lookups and readings at one time, so that none waits for another."""
 HIDDEN_CHARACTERS: Final = 8
-"""A value of an extra header that is shorter, such as `1`, is no secret."""
+"""A shorter value of an extra header, such as `1`, is not treated as a secret."""
 _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
 
@@ -63,13 +63,13 @@ class HttpRequest(NamedTuple, Generic[T]):
     """One request.
 
     Attributes:
-        endpoint: Its method, and the parser of a success.
-        url: Where to; encoded already.
-        seconds: The bound on all of it, the wait for our own rate limit included; None = the
+        endpoint: The method and the parser of a success.
+        url: The URL, already encoded.
+        seconds: The limit in seconds, the wait for the rate limit included; None = the
             setting `request_timeout`.
-        limiter: Our own rate limit that applies; None = the request waits for none.
+        limiter: The rate limit of the request; None = it waits for none.
         body: JSON.
-        options: Its check, priority and connection.
+        options: The check, priority and connection.
     """
 
     endpoint: Endpoint[T]
@@ -84,8 +84,8 @@ class Transport:
     """Requests of one client, on one event loop.
 
     Args:
-        settings: Where to, and with which credentials.
-        session: The caller's own session, which stays open; None = one is made, and closed.
+        settings: The address and the credentials.
+        session: The caller's own session, which stays open; None = one is created and closed.
     """
 
     def __init__(self, settings: Settings, session: aiohttp.ClientSession | None) -> None:
@@ -104,10 +104,10 @@ class Transport:
         self.on_credential_refresh: Callable[[str], None] | None = None
 
     async def open(self, worker_id: str | None) -> None:
-        """Read the token and make ready to connect; connects to nothing yet.
+        """Read the token and prepare connections; no connection is opened yet.
 
         Raises:
-            SettingsError: Something is missing, or a file cannot be read.
+            SettingsError: A setting is missing, or a file cannot be read.
         """
         if self._loop is not None:
             raise RuntimeError("this WorkClient is open already")
@@ -125,7 +125,7 @@ class Transport:
         self._loop = asyncio.get_running_loop()
 
     async def close(self) -> None:
-        """Close the connections, unless they are the caller's."""
+        """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
             try:
@@ -134,7 +134,7 @@ class Transport:
                 await self._threads.close()
 
     def with_api_key(self) -> Transport:
-        """The same connections with the second credential; the transport itself if none is set."""
+        """Return the same connections with the second credential; this transport if none is set."""
         if self._api_key is None:
             return self
         other = copy.copy(self)
@@ -150,7 +150,7 @@ class Transport:
         self._hide_secrets()
 
     def bearing(self, token: str) -> Transport:
-        """The same connections with a token of its own, whose source is not read again."""
+        """Return the same connections with another token, whose source is not read again."""
         other = copy.copy(self)
         other.bear(token)
         return other
@@ -164,8 +164,9 @@ class Transport:
         """Send one request and read its answer, all within its `seconds`.
 
         Raises:
-            ControlPlaneError: Any other answer than the success that the call expects.
-            RuntimeError: Not open, or on another event loop than the one it was opened on.
+            ControlPlaneError: The answer is not the success that the call expects, or there is
+                none.
+            RuntimeError: The client is not open, or was opened on another event loop.
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
@@ -187,10 +188,10 @@ class Transport:
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
     ) -> aiohttp.ClientResponse:
-        """Open an event stream within `request_timeout`; its length is the caller's to bound.
+        """Open an event stream within `request_timeout`; the caller limits its duration.
 
         Raises:
-            ControlPlaneError: It was not opened.
+            ControlPlaneError: The stream was not opened.
         """
         if self._loop is not asyncio.get_running_loop():
             self._raise_wrong_loop()
@@ -201,10 +202,11 @@ class Transport:
     async def acquire(
         self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
     ) -> None:
-        """Acquire one request of our own rate limit, waiting for it if need be.
+        """Acquire one request of the rate limit, with a wait if necessary.
 
         Raises:
-            TransientError: `seconds` (None = `request_timeout`) were not enough; nothing was sent.
+            TransientError: The wait exceeded `seconds` (None = `request_timeout`); nothing was
+                sent.
         """
         seconds = self._seconds if seconds is None else seconds
         if not limiter.limited or limiter.try_acquire(priority):
@@ -221,7 +223,7 @@ class Transport:
                 self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
 
     async def _renewing(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
-        """Make an attempt; once more when it was denied and there is another token by now."""
+        """Make an attempt, and a second one if it was denied and the source has another token."""
         token = self._token
         try:
             return await attempt()
@@ -241,7 +243,8 @@ class Transport:
         if check is not None:
             checked = CheckedBody(request.body or b"", check, headers_first=self._given is not None)
         try:
-            # Not aiohttp's timeout: that takes a cancellation in the same turn for its own.
+            # Not aiohttp's timeout: it takes a cancellation in the same turn of the loop for its
+            # own.
             with Bound(until - started, loop):
                 response, body = await self._exchange(request, checked)
             status = response.status
@@ -259,7 +262,7 @@ class Transport:
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
-        # Raised out here: aiohttp's errors carry the request's headers, and so our token.
+        # Raised outside of the except block: aiohttp's errors contain the headers with the token.
         if checked is not None and checked.refusal is not None:
             raise checked.refusal
         raise failure
@@ -311,7 +314,8 @@ class Transport:
         response = await self._connections.session_for(request.options).request(
             endpoint.method,
             request.url,
-            # A large one in pieces, or it would hold up the loop and aiohttp would warn of that.
+            # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
+            # that.
             data=checked or (io.BytesIO(body) if body and len(body) > LARGE_BYTES else body),
             headers=self._headers if body is None else self._json_headers,
             timeout=_ENDLESS,
@@ -322,11 +326,12 @@ class Transport:
         )
         try:
             if checked is not None and checked.refusal is not None:
-                # Bytes that no request of ours has asked for.
+                # The connection has bytes that no request asked for.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
-            if not response.closed:  # the answer was not read to its end, so nor is the connection
+            # the answer was not read to its end, so the connection cannot be reused
+            if not response.closed:
                 response.release()
 
     def _raise_wrong_loop(self) -> NoReturn:
@@ -337,11 +342,11 @@ class Transport:
         )
 
     async def _renewed(self, refused: str, until: float) -> bool:
-        """Whether another token than the refused one is at hand, its source being read again."""
+        """Return whether the source, which is read again, has a token other than `refused`."""
         if not self._renews:
             return False
         if self._token != refused:
-            return True  # a request that was refused before us has seen to it
+            return True  # a request that was refused before this one has renewed it
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -358,10 +363,11 @@ class Transport:
         return self._token != refused
 
     async def _read_token(self) -> str:
-        """Read the token's source; those who ask meanwhile get the same reading."""
+        """Read the token's source; concurrent calls share one reading."""
         if self._credential_file is None:
             return self._read_credential() or self._token
-        # A file may lie on a disk that does not answer: never read on this loop, nor twice at once.
+        # A file may lie on a disk that does not answer, so it is read on a thread, and once at a
+        # time.
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
             self._reading = loop.run_in_executor(self._threads, self._read_credential)
@@ -369,7 +375,7 @@ class Transport:
         return await asyncio.shield(self._reading) or self._token
 
     async def _read_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
-        """Check all that a connection needs; return token, second credential and whom to trust."""
+        """Check all settings of a connection; return token, second credential and TLS context."""
         settings = self._settings
 
         def read() -> tuple[str, str | None, ssl.SSLContext | bool]:
@@ -378,7 +384,7 @@ class Transport:
 
         files = (settings.token_file, settings.api_key_file)
         if not (any(files) or settings.ca_file or settings.client_cert_file):
-            return read()  # from memory
+            return read()  # the source is in memory
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, read)
@@ -389,7 +395,7 @@ class Transport:
 
     def _use(self, token: str) -> None:
         """Build the headers of every further request, in addition to those of its session."""
-        # With each request, never as a default of the session: aiohttp sends those to a proxy, too.
+        # With each request, not as a default of the session, which aiohttp sends to a proxy, too.
         headers = CIMultiDict(self._public_headers() if self._given else ())
         if self._key_header is None:
             headers["Authorization"] = f"Bearer {token}"
@@ -415,7 +421,7 @@ class Transport:
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # half a kilobyte is not worth unpacking
+            "Accept-Encoding": "identity",  # unpacking costs more than half a kilobyte saves
             "User-Agent": f"workpool/{_version()}",
             **rules.headers,
         }
@@ -426,7 +432,7 @@ class Transport:
 
 def _retrieve(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
-        reading.exception()  # else asyncio complains of it when nobody waits anymore
+        reading.exception()  # otherwise asyncio complains if no task waits for it anymore
 
 
 def _time_left(op: str, seconds: float) -> float:
