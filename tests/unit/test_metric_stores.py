@@ -48,9 +48,9 @@ def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[f
     ours, theirs = store_of(HISTOGRAM, threading.RLock()), library_of(HISTOGRAM)
     assert isinstance(theirs, Histogram)
     for labels in LABELS:
-        add, child = ours.series(labels), theirs.labels(*labels)
+        series, child = ours.series(labels), theirs.labels(*labels)
         for amount in amounts:
-            add(amount)
+            series.add(amount)
             child.observe(amount)
     assert text_of(ours) == text_of(theirs)
 
@@ -60,9 +60,9 @@ def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[flo
     ours, theirs = store_of(COUNTER, threading.RLock()), library_of(COUNTER)
     assert isinstance(theirs, Counter)
     for labels in LABELS:
-        add, child = ours.series(labels), theirs.labels(*labels)
+        series, child = ours.series(labels), theirs.labels(*labels)
         for amount in amounts:
-            add(amount)
+            series.add(amount)
             child.inc(amount)
     assert text_of(ours) == text_of(theirs)
 
@@ -76,7 +76,7 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: Definit
         begin.wait()
         for _ in range(2000):
             with lock:
-                store.series(("a", "b"))(1)
+                store.series(("a", "b")).add(1)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

@@ -1,9 +1,9 @@
 """The values of one counter or histogram: cheap to add to, read at scrape time.
 
-The children of prometheus_client take five calls for one call here, some twenty times for each
-session; a scrape returns the same text. In the library's multiprocess mode its own metrics are
-used, since only they write the files that other processes read. See workpool/docs/decisions.md,
-"Counters and histograms have stores of their own".
+The children of prometheus_client take five calls where counting an event here takes none, some
+twenty times for each session; a scrape returns the same text. In the library's multiprocess mode
+its own metrics are used, since only they write the files that other processes read.
+See workpool/docs/decisions.md, "Counters and histograms have stores of their own".
 
 Any thread may add, and any thread may scrape. The stores of one registry share a lock, which is
 held while one event is counted, and while one metric is read.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prometheus_client import Counter, Histogram, values
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily
@@ -26,18 +26,20 @@ if TYPE_CHECKING:
 
     from workpool.metrics.definitions import Definition
 
-    Add = Callable[[float], object]
-    """Add to a counter, or observe an amount."""
+
+class Series(Protocol):
+    """One series of a metric."""
+
+    @property
+    def add(self) -> Callable[[float], object]:
+        """Add to a counter, or observe an amount. The caller holds the lock."""
 
 
 class MetricStore(Protocol):
     """All series of one metric."""
 
-    def series(self, labels: tuple[str, ...]) -> Add:
-        """Return the function that adds to the series of these label values, which begins at 0.
-
-        The caller holds the lock while it adds.
-        """
+    def series(self, labels: tuple[str, ...]) -> Series:
+        """Return the series of these label values, which begins at 0."""
 
     def describe(self) -> Iterable[Metric]:
         """Return the name and the type, without series."""
@@ -53,8 +55,12 @@ def store_of(row: Definition, lock: threading.RLock) -> MetricStore:
     return _Counts(row, lock) if row.kind == "counter" else _Spreads(row, lock)
 
 
-class _Count:
-    """One series of a counter."""
+class Count:
+    """One series of a counter.
+
+    Attributes:
+        value: The sum of all amounts. Counting an event adds to it without a call.
+    """
 
     __slots__ = ("value",)
 
@@ -62,6 +68,7 @@ class _Count:
         self.value = 0.0
 
     def add(self, amount: float) -> None:
+        """Add an amount."""
         self.value += amount
 
 
@@ -71,10 +78,10 @@ class _Counts:
     def __init__(self, row: Definition, lock: threading.RLock) -> None:
         self._row = row
         self._lock = lock
-        self._series: dict[tuple[str, ...], _Count] = {}
+        self._series: dict[tuple[str, ...], Count] = {}
 
-    def series(self, labels: tuple[str, ...]) -> Add:
-        return self._series.setdefault(labels, _Count()).add
+    def series(self, labels: tuple[str, ...]) -> Count:
+        return self._series.setdefault(labels, Count())
 
     def describe(self) -> Iterable[CounterMetricFamily]:
         row = self._row
@@ -89,23 +96,30 @@ class _Counts:
         return [family]
 
 
-class _Spread:
-    """One series of a histogram; `counts` has one entry more than there are bounds."""
+class Spread:
+    """One series of a histogram.
 
-    __slots__ = ("_bounds", "_counts", "_sum")
+    Attributes:
+        bounds: The upper bounds of the buckets, without the infinite one.
+        counts: The amounts in each bucket, one more than there are bounds.
+        total: The sum of all amounts. Counting an event adds to both without a call.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
 
     def add(self, amount: float) -> None:
-        self._counts[bisect_left(self._bounds, amount)] += 1
-        self._sum += amount
+        """Observe an amount."""
+        self.counts[bisect_left(self.bounds, amount)] += 1
+        self.total += amount
 
     def read(self) -> tuple[list[int], float]:
         """Return the cumulative counts of the buckets, and the sum of all amounts."""
-        return list(itertools.accumulate(self._counts)), self._sum
+        return list(itertools.accumulate(self.counts)), self.total
 
 
 class _Spreads:
@@ -116,10 +130,10 @@ class _Spreads:
         self._lock = lock
         self._bounds = tuple(map(float, row.buckets))
         self._names = [*map(str, self._bounds), "+Inf"]
-        self._series: dict[tuple[str, ...], _Spread] = {}
+        self._series: dict[tuple[str, ...], Spread] = {}
 
-    def series(self, labels: tuple[str, ...]) -> Add:
-        return self._series.setdefault(labels, _Spread(self._bounds)).add
+    def series(self, labels: tuple[str, ...]) -> Spread:
+        return self._series.setdefault(labels, Spread(self._bounds))
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         row = self._row
@@ -132,6 +146,12 @@ class _Spreads:
         for labels, counts, total in spreads:
             family.add_metric(labels, list(zip(self._names, counts, strict=True)), total)
         return [family]
+
+
+class _LibrarySeries(NamedTuple):
+    """One series of a metric of the library."""
+
+    add: Callable[[float], object]
 
 
 class _Library:
@@ -147,6 +167,6 @@ class _Library:
         self.describe = self._metric.describe
         self.collect = self._metric.collect
 
-    def series(self, labels: tuple[str, ...]) -> Add:
+    def series(self, labels: tuple[str, ...]) -> _LibrarySeries:
         child = self._metric.labels(*labels) if labels else self._metric
-        return child.inc if isinstance(child, Counter) else child.observe
+        return _LibrarySeries(child.inc if isinstance(child, Counter) else child.observe)
