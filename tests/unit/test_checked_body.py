@@ -17,7 +17,7 @@ from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import CallOptions, Priority
-from workpool.wire.http.transport import HttpRequest, Transport
+from workpool.wire.http.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -124,8 +124,8 @@ def refuse_oddly() -> None:
 
 def request(
     url: str, check: Callable[[], None] | None, body: bytes | None = None, endpoint: Any = ANY
-) -> HttpRequest[Any]:
-    return HttpRequest(endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check))
+) -> tuple[Any, ...]:
+    return endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check)
 
 
 class Closable:
@@ -184,11 +184,11 @@ async def test_refused_check_sends_no_byte(
         connected(server.url, own) as transport,
     ):
         if used_before:
-            await transport.send(request(server.url, None))
+            await transport.send(*request(server.url, None))
         with pytest.raises(APIError):
-            await transport.send(request(server.url, refuse, body, endpoint))
+            await transport.send(*request(server.url, refuse, body, endpoint))
         for _ in range(2):
-            await transport.send(request(server.url, None))
+            await transport.send(*request(server.url, None))
     count = 2 + used_before
     all_bytes = b"".join(server.received)
     assert all_bytes == all_bytes[: len(all_bytes) // count] * count
@@ -198,10 +198,10 @@ async def test_refused_check_sends_no_byte(
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording() as server, connected(server.url) as transport:
-        await transport.send(request(server.url, None))
+        await transport.send(*request(server.url, None))
         before = len(server)
         with pytest.raises(OddRefusal):
-            await transport.send(request(server.url, refuse_oddly, endpoint=endpoint))
+            await transport.send(*request(server.url, refuse_oddly, endpoint=endpoint))
         assert len(server) == before
 
 
@@ -210,8 +210,8 @@ async def test_request_refused_by_its_check_is_not_reported_to_observers() -> No
     async with recording() as server, connected(server.url) as transport:
         transport.on_request = lambda *each: told.append(each[1])
         with pytest.raises(APIError):
-            await transport.send(request(server.url, refuse))
-        await transport.send(request(server.url, lambda: None))
+            await transport.send(*request(server.url, refuse))
+        await transport.send(*request(server.url, lambda: None))
     assert told == ["2xx"]
 
 
@@ -269,7 +269,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             connected(url, session) as transport,
             asyncio.TaskGroup() as group,
         ):
-            sending = group.create_task(refused_by(transport.send(request(url, check))))
+            sending = group.create_task(refused_by(transport.send(*request(url, check))))
             await resolver.asked.wait()
             assert check.asked == 0
             check.open = False
@@ -306,7 +306,7 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
     monkeypatch.setenv("no_proxy", "")
     url = "https://pool.invalid"
     async with listener, connected(url) as transport, asyncio.TaskGroup() as group:
-        sending = group.create_task(failed(transport.send(request(url, check))))
+        sending = group.create_task(failed(transport.send(*request(url, check))))
         await asked.wait()
         assert check.asked == 0
         check.open = False
@@ -332,10 +332,10 @@ async def test_check_refusing_after_wait_for_connection_sends_no_byte() -> None:
         connected(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        first = group.create_task(transport.send(request(server.url, None)))
+        first = group.create_task(transport.send(*request(server.url, None)))
         await server.arrived.wait()
         before = len(server)
-        second = group.create_task(refused_by(transport.send(request(server.url, check))))
+        second = group.create_task(refused_by(transport.send(*request(server.url, check))))
         await asyncio.sleep(0)
         check.open = False
         first.cancel()
@@ -376,7 +376,7 @@ async def test_request_bytes_follow_their_check_even_if_a_trace_waits() -> None:
         connected(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        group.create_task(transport.send(request(server.url, lambda: None, b"{}")))
+        group.create_task(transport.send(*request(server.url, lambda: None, b"{}")))
         await waiting.wait()
         await server.arrived.wait()
         release.set()
@@ -396,7 +396,7 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
         session() as own,
         connected(server.url, own) as transport,
     ):
-        await transport.send(request(server.url, check, body))
+        await transport.send(*request(server.url, check, body))
     head, _, arrived = bytes(server.received[0]).partition(b"\r\n\r\n")
     assert (check.asked, arrived) == (1, body or b"")
     assert f"Content-Length: {len(body or b'')}".encode() in head
@@ -426,7 +426,7 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
     async with listener, connected(url, token_file=path) as transport:
         path.write_text("new")
         with pytest.raises(APIError):
-            await transport.send(request(url, check))
+            await transport.send(*request(url, check))
         await ended.wait()
     assert check.asked == 2
     assert rest == [b""]
@@ -440,9 +440,9 @@ async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> 
         check.open = False
 
     async with recording(ANSWER, None, ANSWER) as server, connected(server.url) as transport:
-        await transport.send(request(server.url, None))
+        await transport.send(*request(server.url, None))
         with pytest.raises(APIError):
-            await transport.send(request(server.url, close_after_the_first, endpoint=READ))
+            await transport.send(*request(server.url, close_after_the_first, endpoint=READ))
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
@@ -450,4 +450,4 @@ async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> 
 async def test_request_denied_with_403_after_its_check_raises_refused_error() -> None:
     async with recording(DENIED) as server, connected(server.url) as transport:
         with pytest.raises(RefusedError):
-            await transport.send(request(server.url, lambda: None))
+            await transport.send(*request(server.url, lambda: None))

@@ -40,7 +40,7 @@ from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.http.environment_proxy import proxy_of
 from workpool.wire.http.response_reader import INFORMATIONAL_MAX
-from workpool.wire.http.transport import HttpRequest, Transport
+from workpool.wire.http.transport import Transport
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
@@ -148,7 +148,7 @@ async def connected(url: str, session: Any = None, **values: Any) -> AsyncIterat
 async def ask(
     transport: Transport, url: str, seconds: float = 20, endpoint: Any = endpoints.STATS
 ) -> Any:
-    return await transport.send(HttpRequest(endpoint, URL(f"{url}/x", encoded=True), seconds))
+    return await transport.send(endpoint, URL(f"{url}/x", encoded=True), seconds)
 
 
 async def failure(
@@ -181,7 +181,7 @@ async def test_request_has_standard_headers() -> None:
 async def test_request_with_body_has_json_content_type() -> None:
     async with serving(OK) as server, connected(server.url) as transport:
         endpoint: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
-        await transport.send(HttpRequest(endpoint, URL(f"{server.url}/x"), body=b'{"force":true}'))
+        await transport.send(endpoint, URL(f"{server.url}/x"), body=b'{"force":true}')
     (request,) = server.requests
     assert request.headers["Content-Type"] == "application/json"
     assert request.body == b'{"force":true}'
@@ -441,7 +441,7 @@ async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
     async with serving(never) as server, connected(server.url) as transport:
         async with asyncio.TaskGroup() as group:
             url = URL(server.url)
-            task = group.create_task(transport.send(HttpRequest(endpoints.STATS, url, seconds)))
+            task = group.create_task(transport.send(endpoints.STATS, url, seconds))
             await server.arrived.wait()
             loop.call_later(seconds * (0.5 if cancelled_first else 1.5), task.cancel)
             time.sleep(seconds * 2)  # noqa: ASYNC251 - both are due in one turn of the loop
@@ -786,7 +786,7 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
         connected(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
-        await transport.send(HttpRequest(post, URL(f"{server.url}/x"), body=b"{}"))
+        await transport.send(post, URL(f"{server.url}/x"), body=b"{}")
     assert [each.body for each in server.requests] == [b"{}", b"{}"]
 
 
@@ -944,7 +944,7 @@ async def test_unexpected_exception_in_parsing_is_raised() -> None:
         with pytest.raises(Bug):
             await ask(transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", parse))
         with pytest.raises(aiohttp.InvalidURL):
-            await transport.send(HttpRequest(endpoints.STATS, URL("http:///x")))
+            await transport.send(endpoints.STATS, URL("http:///x"))
     assert told == ["2xx", "error"]
 
 

@@ -21,7 +21,7 @@ from workpool.wire.events.http_events import HttpEvents
 from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.rate_limiter import RateLimits
-from workpool.wire.http.transport import HttpRequest, Transport
+from workpool.wire.http.transport import Transport
 from workpool.wire.items import WorkItem
 from workpool.wire.page_limits import PageLimits
 
@@ -74,7 +74,12 @@ class WorkClient:
         self._transport = self._key_transport = Transport(settings, session)
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
+        self._work_base = URL(self._work, encoded=True)
+        self._work_path = self._work_base.raw_path
         self._work_query = DIALECTS[settings.dialect].work_query
+        # A pool asks the same at each poll.
+        self._last_poll: tuple[tuple[int | None, int | None], URL]
+        self._last_poll = (None, None), self._poll_url(None, None)
         self.worker_id: str | None = worker_id or settings.worker_id
         """The name that the worker sends, None for none. Set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
@@ -127,14 +132,16 @@ class WorkClient:
                 and not acknowledged; None = the control plane's default.
             timeout: See the class; None = `request_timeout` in addition to `block_ms`.
         """
-        asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))
-        query = "&".join(f"{name}={value:d}" for name, value in asked if value is not None)
+        asked, url = self._last_poll
+        if asked != (block_ms, reclaim_older_than_ms):
+            url = self._poll_url(block_ms, reclaim_older_than_ms)
+            self._last_poll = (block_ms, reclaim_older_than_ms), url
         if timeout is None:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
-        url = self._work_url("/poll", query)
         limiter = self.rate_limits.read
-        request = HttpRequest(endpoints.POLL, url, timeout, limiter, None, CLAIM_OPTIONS)
-        return await self._transport.send(request)
+        return await self._transport.send(
+            endpoints.POLL, url, timeout, limiter, None, CLAIM_OPTIONS
+        )
 
     async def acquire_ack_permit(self) -> None:
         """Acquire the right to send one ack before polling: no item waits for the rate limit.
@@ -183,8 +190,10 @@ class WorkClient:
         """
         limiter = None if permit else self.rate_limits.write
         url = self._item_url(work_id, "/ack")
-        request = HttpRequest(endpoints.ACK, url, timeout, limiter, options=_as_claim(options))
-        return endpoints.same_item(endpoints.ACK, work_id, await self._transport.send(request))
+        item = await self._transport.send(
+            endpoints.ACK, url, timeout, limiter, None, _as_claim(options)
+        )
+        return endpoints.same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -217,8 +226,9 @@ class WorkClient:
         url = self._item_url(work_id, "/heartbeat", "&".join(asked))
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        request = HttpRequest(endpoints.HEARTBEAT, url, timeout, options=_as_claim(options))
-        return await self._transport.send(request)
+        return await self._transport.send(
+            endpoints.HEARTBEAT, url, timeout, None, None, _as_claim(options)
+        )
 
     async def stop(
         self,
@@ -245,8 +255,7 @@ class WorkClient:
         url, body = self._item_url(work_id, "/stop"), request_bodies.STOP[force]
         limiter = self.rate_limits.write
         endpoint = endpoints.STOP if read_item else endpoints.STOP_UNREAD
-        request = HttpRequest(endpoint, url, timeout, limiter, body, options)
-        return await self._transport.send(request)
+        return await self._transport.send(endpoint, url, timeout, limiter, body, options)
 
     async def update_metadata(
         self,
@@ -263,8 +272,9 @@ class WorkClient:
         """
         body = request_bodies.update(patch)
         limiter, url = self.rate_limits.write, self._item_url(work_id)
-        request = HttpRequest(endpoints.UPDATE, url, timeout, limiter, body, options)
-        return await self._key_transport.send(request)
+        return await self._key_transport.send(
+            endpoints.UPDATE, url, timeout, limiter, body, options
+        )
 
     async def get(
         self,
@@ -275,9 +285,7 @@ class WorkClient:
     ) -> WorkItem:
         """Read one item."""
         limiter, url = self.rate_limits.read, self._item_url(work_id)
-        item = await self._key_transport.send(
-            HttpRequest(endpoints.GET, url, timeout, limiter, None, options)
-        )
+        item = await self._key_transport.send(endpoints.GET, url, timeout, limiter, None, options)
         return endpoints.same_item(endpoints.GET, work_id, item)
 
     async def list(
@@ -317,10 +325,8 @@ class WorkClient:
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read the statistics of the queue."""
-        request = HttpRequest(
-            endpoints.STATS, self._work_url("/stats"), timeout, self.rate_limits.read
-        )
-        return await self._key_transport.send(request)
+        url, limiter = self._work_url("/stats"), self.rate_limits.read
+        return await self._key_transport.send(endpoints.STATS, url, timeout, limiter)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
         """Read a session; returns the JSON object of the control plane."""
@@ -379,8 +385,7 @@ class WorkClient:
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        request = HttpRequest(endpoint, url, timeout, self.rate_limits.read, None, options)
-        return self._transport.send(request)
+        return self._transport.send(endpoint, url, timeout, self.rate_limits.read, None, options)
 
     def _write(
         self,
@@ -390,8 +395,7 @@ class WorkClient:
         timeout: float | None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        request = HttpRequest(endpoint, url, timeout, self.rate_limits.write, body, options)
-        return self._transport.send(request)
+        return self._transport.send(endpoint, url, timeout, self.rate_limits.write, body, options)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
         """Return the URL of a work call; all parts must be encoded already."""
@@ -402,7 +406,15 @@ class WorkClient:
 
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
         _check_id("work_id", work_id)
-        return self._work_url(f"/{work_id}{path}", query)
+        if query or self._work_query:
+            return self._work_url(f"/{work_id}{path}", query)
+        # Keeps scheme and host as they were parsed once, which halves the cost of a URL.
+        return self._work_base.with_path(f"{self._work_path}/{work_id}{path}", encoded=True)
+
+    def _poll_url(self, block_ms: int | None, reclaim_older_than_ms: int | None) -> URL:
+        asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))
+        query = "&".join(f"{name}={value:d}" for name, value in asked if value is not None)
+        return self._work_url("/poll", query)
 
 
 def _as_claim(options: CallOptions) -> CallOptions:

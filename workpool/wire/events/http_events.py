@@ -10,7 +10,6 @@ from yarl import URL
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
 from workpool.wire.http.response_reader import TRANSIENT, no_answer
-from workpool.wire.http.transport import HttpRequest
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 
 if TYPE_CHECKING:
@@ -48,16 +47,14 @@ class HttpEvents:
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._at("", f"limit={limit}", *start)
-        request = HttpRequest(endpoints.EVENTS, url, limiter=self._rate_limits.read)
-        return await self._transport.send(request)
+        return await self._transport.send(endpoints.EVENTS, url, None, self._rate_limits.read)
 
     async def post(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         """Append events."""
         limiter = self._rate_limits.write
-        request = HttpRequest(endpoints.SEND, self._at(), None, limiter, body, options)
-        return await self._transport.send(request)
+        return await self._transport.send(endpoints.SEND, self._at(), None, limiter, body, options)
 
     async def open(self, last_id: str | None) -> OpenStream:
         """Open a stream on a separate connection."""

@@ -20,7 +20,7 @@ import io
 import math
 import time
 from functools import cache, partial
-from typing import TYPE_CHECKING, Final, Generic, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias, TypeVar
 
 import aiohttp
 from multidict import CIMultiDict
@@ -57,27 +57,6 @@ HIDDEN_CHARACTERS: Final = 8
 """A shorter value of an extra header, such as `1`, is not treated as a secret."""
 _DENIED: Final = frozenset({401, 403})
 _ENDLESS: Final = aiohttp.ClientTimeout(total=None)
-
-
-class HttpRequest(NamedTuple, Generic[T]):
-    """One request.
-
-    Attributes:
-        endpoint: The method and the parser of a success.
-        url: The URL, already encoded.
-        seconds: The limit in seconds, the wait for the rate limit included; None = the
-            setting `request_timeout`.
-        limiter: The rate limit of the request; None = it waits for none.
-        body: JSON.
-        options: The check, priority and connection.
-    """
-
-    endpoint: Endpoint[T]
-    url: URL
-    seconds: float | None = None
-    limiter: RateLimiter | None = None
-    body: bytes | None = None
-    options: CallOptions = DEFAULT_OPTIONS
 
 
 class Transport:
@@ -160,8 +139,25 @@ class Transport:
         self._renews = False
         self._use(token)
 
-    async def send(self, request: HttpRequest[T]) -> T:
-        """Send one request and read its answer, all within its `seconds`.
+    async def send(
+        self,
+        endpoint: Endpoint[T],
+        url: URL,
+        seconds: float | None = None,
+        limiter: RateLimiter | None = None,
+        body: bytes | None = None,
+        options: CallOptions = DEFAULT_OPTIONS,
+    ) -> T:
+        """Send one request and read its answer.
+
+        Args:
+            endpoint: The method and the parser of a success.
+            url: The URL, already encoded.
+            seconds: The limit in seconds, the wait for the rate limit included; None = the
+                setting `request_timeout`.
+            limiter: The rate limit of the request; None = it waits for none.
+            body: JSON.
+            options: The check, priority and connection.
 
         Raises:
             ControlPlaneError: The answer is not the success that the call expects, or there is
@@ -171,19 +167,18 @@ class Transport:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._raise_wrong_loop()
-        seconds = self._seconds if request.seconds is None else request.seconds
+        if seconds is None:
+            seconds = self._seconds
         until = time.monotonic() + seconds
-        limiter = request.limiter
-        if limiter is not None and limiter.limited and not request.options.permit:
-            op, priority = request.endpoint.op, request.options.priority
-            await self.acquire(limiter, op, priority, seconds)
+        if limiter is not None and limiter.limited and not options.permit:
+            await self.acquire(limiter, endpoint.op, options.priority, seconds)
         token = self._token
         try:
-            return await self._attempt(request, until, loop)
+            return await self._attempt(endpoint, url, until, body, options, loop)
         except RefusedError as refused:
             if refused.status not in _DENIED or not await self._renewed(token, until):
                 raise
-        return await self._attempt(request, until, loop)
+        return await self._attempt(endpoint, url, until, body, options, loop)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -233,32 +228,36 @@ class Transport:
         return await attempt()
 
     async def _attempt(
-        self, request: HttpRequest[T], until: float, loop: asyncio.AbstractEventLoop
+        self,
+        endpoint: Endpoint[T],
+        url: URL,
+        until: float,
+        body: bytes | None,
+        options: CallOptions,
+        loop: asyncio.AbstractEventLoop,
     ) -> T:
-        op, started = request.endpoint.op, time.monotonic()
+        op, started = endpoint.op, time.monotonic()
         if started >= until:
             raise TransientError(op, None, "no time left to ask", reason="timeout")
-        secrets, code, check = self._secrets, "error", request.options.check
+        secrets, code, check = self._secrets, "error", options.check
         checked = None
         if check is not None:
-            checked = CheckedBody(request.body or b"", check, headers_first=self._given is not None)
+            checked = CheckedBody(body or b"", check, headers_first=self._given is not None)
         try:
             # Not aiohttp's timeout: it takes a cancellation in the same turn of the loop for its
             # own.
             with Bound(until - started, loop):
-                response, body = await self._exchange(request, checked)
+                response, content = await self._exchange(endpoint, url, body, options, checked)
             status = response.status
             code = CODES.get(status, "error")
         except TRANSIENT as error:
             failure: Exception = no_answer(op, error)
         else:
             if status in SUCCESS:
-                value, add = (
-                    parse_success(op, status, body, request.endpoint.parse),
-                    request.endpoint.add_headers,
-                )
+                value = parse_success(op, status, content, endpoint.parse)
+                add = endpoint.add_headers
                 return value if add is None else add(value, response.headers)
-            failure = parse_error(op, Response(status, response.headers, body), *secrets)
+            failure = parse_error(op, Response(status, response.headers, content), *secrets)
         finally:
             if self.on_request is not None and (checked is None or checked.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
@@ -308,12 +307,16 @@ class Transport:
         )
 
     async def _exchange(
-        self, request: HttpRequest[T], checked: CheckedBody | None
+        self,
+        endpoint: Endpoint[T],
+        url: URL,
+        body: bytes | None,
+        options: CallOptions,
+        checked: CheckedBody | None,
     ) -> tuple[aiohttp.ClientResponse, bytes | Oversized]:
-        endpoint, body = request.endpoint, request.body
-        response = await self._connections.session_for(request.options).request(
+        response = await self._connections.session_for(options).request(
             endpoint.method,
-            request.url,
+            url,
             # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
             # that.
             data=checked or (io.BytesIO(body) if body and len(body) > LARGE_BYTES else body),
