@@ -123,8 +123,8 @@ MUTATIONS: dict[str, list[Edit]] = {
     "first heartbeat unchecked": [
         Edit(
             "sender:HeartbeatSender",
-            "check=partial(self._check, lease, check)",
-            "check=partial(self._check, lease, check) if lease.begun else None",
+            "partial(self._check, lease, check)",
+            "partial(self._check, lease, check) if lease.begun else None",
         ),
     ],
     "renewer takes a lease that has not begun": [
@@ -160,7 +160,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "heartbeat after loss": [
         Edit("lease:Lease", 'if self.status == "held" and now >= self.give_up_at:', "if 0 > 1:"),
-        Edit("sender:HeartbeatSender", "lease.check(self._clock())", "pass"),
+        Edit("sender:HeartbeatSender", "lease.check(now)", "pass"),
     ],
     "deadline from the answer": [
         Edit(
@@ -190,20 +190,20 @@ MUTATIONS: dict[str, list[Edit]] = {
     "renewal unchecked": [
         Edit(
             "sender:HeartbeatSender",
-            "check=partial(self._check, lease, check)",
-            "check=None if lease.begun else partial(self._check, lease, check)",
+            "partial(self._check, lease, check)",
+            "None if lease.begun else partial(self._check, lease, check)",
         ),
     ],
     # Requests for an item.
     "completion without a held lease": [
-        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
     ],
     "stop after loss": [
-        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
         Edit("completion:Completion", 'if row.item == "untouched":', "if False:"),
     ],
     "metadata after loss": [
-        Edit("sender:Sender", "lease.check(self._clock())", "pass"),
+        Edit("sender:Sender", "lease.check(self._clock() if now is None else now)", "pass"),
         Edit("session_runner:SessionRunner", "self._executor.cancel(item, EndReason.LOST)", "0"),
     ],
     "no check after the wait": [
@@ -219,7 +219,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "pause noticed at the next tick only": [
         Edit(
             "sender:Sender",
-            "paused = self._pauses.paused(since=lease.clock_offset)",
+            "paused = self._pauses.paused(lease.clock_offset, now)",
             "paused = lease._doubted",
         ),
     ],
@@ -232,13 +232,13 @@ MUTATIONS: dict[str, list[Edit]] = {
         ),
     ],
     "pause during a claim not noticed": [
-        Edit("claim:Claimer", "self._pauses.paused(since=lease.clock_offset)", "False"),
+        Edit("claim:Claimer", "self._pauses.paused(lease.clock_offset, now)", "False"),
     ],
     "one try for all the time that is left": [
         Edit(
             "sender:Sender",
-            "min(self._request_timeout, self._left(item, until) / TRY_PART)",
-            "self._left(item, until)",
+            "min(self._request_timeout, self._left(item, until, now) / TRY_PART)",
+            "self._left(item, until, now)",
         ),
     ],
     "completion given up after ten seconds": [
@@ -307,14 +307,14 @@ MUTATIONS: dict[str, list[Edit]] = {
     "handler starts after the machine has slept": [
         Edit(
             "handler_executor:HandlerExecutor",
-            "if not item.lease.held(self._clock()):",
+            "if not item.lease.held(now):",
             "if False:",
         ),
     ],
     "handler starts after a pause of the machine": [
         Edit(
             "handler_executor:HandlerExecutor",
-            "self._pauses.paused(since=item.lease.clock_offset)",
+            "self._pauses.paused(item.lease.clock_offset, now)",
             "False",
         ),
     ],
@@ -341,7 +341,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "own stop taken for an operator's": [
         Edit(
             "completion:Completion",
-            "seconds, partial(_mark_own_stop, lease)",
+            "seconds, lease.note_own_stop",
             "seconds, None",
         ),
     ],
@@ -463,7 +463,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
     ],
     "mark not deleted by the next run": [
-        Edit("pool_item:Attempt", "{ERROR, RELEASED}", "{ERROR}"),
+        Edit("pool_item:Attempt", "(ERROR, RELEASED)", "(ERROR,)"),
     ],
     "release without a mark": [
         Edit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),

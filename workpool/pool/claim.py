@@ -12,7 +12,6 @@ import logging
 import math
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -82,7 +81,7 @@ class Claimer:
         After "ok", `item.work_item` is the answer and `item.acked_at` is set.
         """
         taken_at = self._clock()
-        result = await self._acknowledge(item)
+        result = await self._acknowledge(item, taken_at)
         self._observe(
             AckFinished,
             item.work_item,
@@ -95,36 +94,36 @@ class Claimer:
     async def begin(self, item: PoolItem) -> None:
         """Send first heartbeats until one succeeds or the lease is over."""
         lease = item.lease
-        check = partial(self._end_after_pause, lease)
         while not lease.expire(self._clock()):
             draining = self._draining.is_set()
             if draining:
                 lease.release(self._clock(), RELEASE_DELAY_SECONDS)
-            await self._heartbeats.send(lease, check)
+            await self._heartbeats.send(lease, self._end_after_pause)
+            now = self._clock()
             if lease.begun:
-                lease.expire(self._clock())  # the answer may have come too late for a handler
+                lease.expire(now)  # the answer may have come too late for a handler
             if lease.begun or lease.over:
-                check()
+                self._end_after_pause(lease, now)
                 return
-            seconds = min(lease.due_at, lease.give_up_at) - self._clock()
+            seconds = min(lease.due_at, lease.give_up_at) - now
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
             else:  # a drain that begins must not wait for a long Retry-After
                 await self._draining_within(seconds)
 
-    def _end_after_pause(self, lease: Lease) -> None:
+    def _end_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused during the claim: no handler runs yet."""
-        if self._pauses.paused(since=lease.clock_offset):
+        if self._pauses.paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim work_id=%s", lease.item.id)
             lease.end("lost")
 
-    async def _acknowledge(self, item: PoolItem) -> CallResult:
+    async def _acknowledge(self, item: PoolItem, now: float) -> CallResult:
         backoff: Backoff | None = None
         first_sent = math.inf
         until = item.delivered_at + self._window
         permit = True
         while True:
-            sent = self._clock()
+            sent = now
             try:
                 answer = await self._client.ack(item.id, permit=permit)
             except (ConflictError, PreconditionError) as error:
@@ -147,6 +146,7 @@ class Claimer:
             if self._clock() + delay >= until or await self._draining_within(delay):
                 log.warning("ack given up work_id=%s error=%s", item.id, failure)
                 return "error"
+            now = self._clock()
 
     def _refused(self, item: PoolItem, error: RefusedError) -> CallResult:
         log.warning("ack refused work_id=%s error=%s", item.id, error)

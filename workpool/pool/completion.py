@@ -123,9 +123,7 @@ class Completion:
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
-        request = SendOptions(
-            WRITE.priority, WRITE.by_handler, seconds, partial(_mark_own_stop, lease)
-        )
+        request = SendOptions(WRITE.priority, WRITE.by_handler, seconds, lease.note_own_stop)
         result: CallResult = "error"
         try:
             await self._sender.send(item, partial(self._send_stop, item), request)
@@ -269,11 +267,6 @@ def _error_of(reason: EndReason | None) -> Exception:
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
-
-
-def _mark_own_stop(lease: Lease) -> None:
-    """Record that our stop may be applied from now on."""
-    lease.own_stop = True
 
 
 def _attempt_of(item: PoolItem) -> Attempt:

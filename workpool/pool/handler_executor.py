@@ -81,7 +81,7 @@ class HandlerExecutor:
         item.progressed_at = self._clock()
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),
-            name=f"{item.label} {item.id}",
+            name=f"{handler.name} {item.id}",
             # A copy: an eager task begins in here, where the item's own context is entered already.
             context=item.context.copy(),
         )
@@ -204,7 +204,7 @@ class HandlerExecutor:
         item.handler_task = asyncio.current_task()
         if not self._may_start(item):
             return {}
-        self._observe(SessionStarted, session, item.label)
+        self._observe(SessionStarted, session, handler.name)
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             contexts = self._plugins.contexts(session)
@@ -217,9 +217,10 @@ class HandlerExecutor:
 
     def _may_start(self, item: PoolItem) -> bool:
         """Whether the lease is held still: the machine may have slept since the last check."""
-        if not item.lease.held(self._clock()):
+        now = self._clock()
+        if not item.lease.held(now):
             return False
-        if self._pauses.paused(since=item.lease.clock_offset):
+        if self._pauses.paused(item.lease.clock_offset, now):
             item.error = PoolRelease("not started: the machine was paused")
             item.end(EndReason.RELEASED)
             return False

@@ -77,14 +77,18 @@ class PauseDetector:
         self._clock = clock
         self._wall = wall
 
-    def offset(self) -> float:
-        """Return the seconds by which the wall clock is ahead of the lease clock."""
-        return self._wall() - self._clock()
+    def offset(self, now: float | None = None) -> float:
+        """Return the seconds by which the wall clock is ahead of the lease clock.
 
-    def paused(self, since: float) -> bool:
+        `now` is the lease clock's time if the caller has read it in this moment.
+        """
+        return self._wall() - (self._clock() if now is None else now)
+
+    def paused(self, since: float, now: float | None = None) -> bool:
         """Whether the machine was paused since `offset` returned the value `since`."""
         # Called for every write, and so without further calls.
-        return abs(self._wall() - self._clock() - since) >= PAUSE_SECONDS
+        now = self._clock() if now is None else now
+        return abs(self._wall() - now - since) >= PAUSE_SECONDS
 
 
 RENEW_PART, JITTER = 3, 0.1
@@ -140,6 +144,7 @@ class Decision(NamedTuple):
 
 
 IGNORED: Final = Decision("over", None)
+EXTENDED: Final = Decision("held", "ok")
 
 
 class Lease:
@@ -245,6 +250,10 @@ class Lease:
         if self.status != "held" or now >= self.deadline or self.closed:  # as in `held`
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
+
+    def note_own_stop(self) -> None:
+        """Record that our stop may be applied from now on. Called on the handlers' loop only."""
+        self.own_stop = True
 
     # Written by one thread at a time: the handlers' loop until `begun`, then the lease renewer.
 
@@ -411,7 +420,7 @@ class Lease:
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
             self.end("released")
-        return Decision("over" if attempt.last else "held", "ok")
+        return Decision("over", "ok") if attempt.last else EXTENDED
 
     def _extend(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
         self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset

@@ -321,11 +321,11 @@ class Attempt:
         """
         stored = metadata.get(ATTEMPT, "1")
         counts = redelivered and RELEASED not in metadata
-        self._first = int(stored) if _NUMBER(stored) else 1
+        self._first = int(stored) if stored != "1" and _NUMBER(stored) else 1
         self.number = self._first + counts
         self.marked = False
         self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
-        self._notes: Patch = dict.fromkeys(metadata.keys() & {ERROR, RELEASED})
+        self._notes: Patch = {key: None for key in (ERROR, RELEASED) if key in metadata}
 
     def count_here(self, earlier: int) -> None:
         """Number the run by the `earlier` runs of this process.

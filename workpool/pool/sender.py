@@ -15,7 +15,7 @@ import asyncio
 import logging
 import math
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, TypeVarTuple
 
 from workpool.backoff import Backoff
 from workpool.errors import (
@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from workpool.wire.items import Heartbeat, WorkItem
 
     Call = Callable[[CallOptions, float], Awaitable["T"]]
+    LeaseCheck = Callable[[Lease, float], None]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class LeaseDoubted(TransientError):
@@ -105,15 +107,17 @@ class Sender:
         self._pauses = pauses
         self._on_pause = on_pause
 
-    def check(self, item: PoolItem, *, by_handler: bool) -> None:
+    def check(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
         """Raise unless something may be sent for the item at this instant.
+
+        `now` is the time if the caller has read the clock in this moment.
 
         Raises:
             LeaseLost: The lease is not held, or a child process may hold it.
             SessionEnded: The session is over, or its handler does not run.
         """
         lease = item.lease
-        lease.check(self._clock())
+        lease.check(self._clock() if now is None else now)
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
         if by_handler and (item.cancelled_for is not None or not item.executing):
@@ -126,9 +130,9 @@ class Sender:
             SessionGoneError: From `check`.
             LeaseDoubted: The machine was paused, and the lease is not verified yet.
         """
-        self.check(item, by_handler=by_handler)
-        lease = item.lease
-        paused = self._pauses.paused(since=lease.clock_offset)
+        lease, now = item.lease, self._clock()
+        self.check(item, by_handler=by_handler, now=now)
+        paused = self._pauses.paused(lease.clock_offset, now)
         if not lease.begun and (lease.unsettled or paused):
             raise LeaseLost(item.id)  # nothing has verified it since it was acknowledged
         if paused:
@@ -154,7 +158,7 @@ class Sender:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             new_connection = failure.reason in {"timeout", "network"}
-            left = self._left(item, until)
+            left = self._left(item, until, self._clock())
             # A Retry-After may take half of the time that is left, so that it leaves another try: a
             # session that is done must not be run again because of a 429.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
@@ -175,9 +179,10 @@ class Sender:
         loop = asyncio.get_running_loop()
         until = math.inf if seconds is None else loop.time() + seconds
         while True:
-            self.check(item, by_handler=True)
+            now = self._clock()
+            self.check(item, by_handler=True, now=now)
             try:
-                return await self._cut(item, self._left(item, until), call)
+                return await self._cut(item, self._left(item, until, now), call)
             except TimeoutError:
                 self.check(item, by_handler=True)
                 if loop.time() >= until:
@@ -197,15 +202,17 @@ class Sender:
         *,
         new_connection: bool,
     ) -> T:
-        self.check(item, by_handler=request.by_handler)
+        now = self._clock()
+        self.check(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                acquire = partial(self._client.acquire_permit, request.priority)
-                await self._cut(item, self._left(item, until), acquire)
-            seconds = min(self._request_timeout, self._left(item, until) / TRY_PART)
+                left = self._left(item, until, now)
+                await self._cut(item, left, self._client.acquire_permit, request.priority)
+                now = self._clock()
+            seconds = min(self._request_timeout, self._left(item, until, now) / TRY_PART)
             check = partial(self._before_bytes, item, request)
-            options = CallOptions(check, request.priority, new_connection, permit=True)
-            return await self._cut(item, None, partial(call, options, seconds))
+            options = CallOptions(check, request.priority, new_connection, True)  # noqa: FBT003 - in the order of its fields
+            return await self._cut(item, None, call, options, seconds)
         except TimeoutError:
             self.check(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
@@ -221,23 +228,27 @@ class Sender:
         if request.before_bytes is not None:
             request.before_bytes()
 
-    def _left(self, item: PoolItem, until: float) -> float:
-        left = item.lease.remaining(self._clock())
+    def _left(self, item: PoolItem, until: float, now: float) -> float:
+        left = item.lease.remaining(now)
         if until == math.inf:
             return left
         return min(until - asyncio.get_running_loop().time(), left)
 
     async def _cut(
-        self, item: PoolItem, seconds: float | None, call: Callable[[], Awaitable[T]]
+        self,
+        item: PoolItem,
+        seconds: float | None,
+        call: Callable[[*Ts], Awaitable[T]],
+        *values: *Ts,
     ) -> T:
-        """Await `call()` for at most `seconds`; `cut` ends the wait earlier."""
+        """Await `call(*values)` for at most `seconds`; `cut` ends the wait earlier."""
         bound = Bound(seconds, asyncio.get_running_loop())
         if item.open_sends is None:
             item.open_sends = set()
         item.open_sends.add(bound)
         try:
             with bound:
-                return await call()
+                return await call(*values)
         finally:
             item.open_sends.discard(bound)
 
@@ -262,10 +273,11 @@ class HeartbeatSender:
         self._pauses = pauses
         self._observe = observe
 
-    async def send(self, lease: Lease, check: Callable[[], None] | None = None) -> bool:
+    async def send(self, lease: Lease, check: LeaseCheck | None = None) -> bool:
         """Send one heartbeat, apply its answer to the lease, and return whether it extended it.
 
-        `check` is called right before the bytes; it may end the lease, so that nothing is sent.
+        `check` is called with the lease and the time right before the bytes; it may end the lease,
+        so that nothing is sent.
         An unexpected error ends the lease: no handler may go on with a lease that nobody renews.
         """
         try:
@@ -276,8 +288,9 @@ class HeartbeatSender:
             lease.end("lost")
             return False
 
-    async def _exchange(self, lease: Lease, check: Callable[[], None] | None) -> bool:
-        attempt = lease.send(self._clock(), lease.due_at, self._pauses.offset())
+    async def _exchange(self, lease: Lease, check: LeaseCheck | None) -> bool:
+        now = self._clock()
+        attempt = lease.send(now, lease.due_at, self._pauses.offset(now))
         try:
             outcome = await self._heartbeat(lease, attempt, check)
             if outcome is None:
@@ -295,12 +308,10 @@ class HeartbeatSender:
         return decision.then == "held"
 
     async def _heartbeat(
-        self, lease: Lease, attempt: HeartbeatAttempt, check: Callable[[], None] | None
+        self, lease: Lease, attempt: HeartbeatAttempt, check: LeaseCheck | None
     ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
         """Return the answer; None if nothing was sent because the lease was not held anymore."""
-        options = CallOptions(
-            check=partial(self._check, lease, check), priority=Priority.COMPLETION
-        )
+        options = CallOptions(partial(self._check, lease, check), Priority.COMPLETION)
         try:
             return await self._client.heartbeat(
                 lease.item.id,
@@ -337,7 +348,8 @@ class HeartbeatSender:
             outcome = error
         return lease.read(self._clock(), decision.result, outcome)
 
-    def _check(self, lease: Lease, check: Callable[[], None] | None) -> None:
+    def _check(self, lease: Lease, check: LeaseCheck | None) -> None:
+        now = self._clock()
         if check is not None:
-            check()
-        lease.check(self._clock())
+            check(lease, now)
+        lease.check(now)

@@ -188,7 +188,7 @@ class SessionRunner:
         await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
         self._record_lease(item, lease)
-        if item.reason is None and not self.draining:
+        if item.reason is None and not self.draining and self._must_count(attempt):
             await self._open_attempt(item, session, attempt)
             self._record_lease(item, lease)
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
@@ -229,6 +229,10 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
 
+    def _must_count(self, attempt: Attempt) -> bool:
+        """Whether this run must be numbered before the handler starts, there or here."""
+        return bool(attempt.opening()) or "update" in self._context.optional.refused
+
     async def _open_attempt(self, item: PoolItem, session: Session, attempt: Attempt) -> None:
         """Write the number of this run, if it must be written before the handler starts."""
         counted_here = "update" in self._context.optional.refused
@@ -236,8 +240,6 @@ class SessionRunner:
             attempt.count_here(self._runs.of(item.id))
             session.attempt = attempt.number
         patch = {} if counted_here else attempt.opening()
-        if not (patch or counted_here):
-            return
         limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")

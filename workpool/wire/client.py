@@ -149,7 +149,8 @@ class WorkClient:
         Raises:
             TransientError: The wait exceeded the setting `request_timeout`.
         """
-        await self._transport.acquire(self.rate_limits.write, "ack", Priority.CLAIM)
+        if self.rate_limits.write.limited:
+            await self._transport.acquire(self.rate_limits.write, "ack", Priority.CLAIM)
 
     def release_ack_permit(self) -> None:
         """Give back an ack permit that was not used, because there is nothing to acknowledge."""
