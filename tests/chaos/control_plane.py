@@ -23,12 +23,14 @@ from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, SqliteStore
 from workpool.testing import Faults
 from workpool.testing.fault_plan import read_plan
+from workpool.testing.http_faults import inject
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from workpool.server import Record
-    from workpool.testing.faults import Fault
+    from workpool.testing.fault import Fault
+    from workpool.testing.http_faults import Middleware
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -124,12 +126,12 @@ def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journa
         rule.fault = noted(rule.fault, name, journal)
 
 
-def noted(fault: Fault, name: str, journal: Journal) -> Fault:
-    async def inject(request: web.Request, handler: Handler) -> web.StreamResponse:
+def noted(fault: Fault | Middleware, name: str, journal: Journal) -> Middleware:
+    async def note_and_inject(request: web.Request, handler: Handler) -> web.StreamResponse:
         journal.note("fault", kind=name, work_id=request.match_info.get("work_id"))
-        return await fault(request, handler)
+        return await inject(fault, request, handler)
 
-    return inject
+    return note_and_inject
 
 
 async def measure_lag(journal: Journal) -> None:

@@ -32,11 +32,10 @@ from workpool.testing.changes import Changes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiohttp import web
-
     from workpool import WorkItem
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
+    from workpool.testing.fault_rules import Request
 
 
 class Gate:
@@ -77,8 +76,8 @@ def wire(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
     return orjson.dumps({**item, **changes})
 
 
-def of_item(work_id: str) -> Callable[[web.Request], bool]:
-    return lambda request: request.match_info["work_id"] == work_id
+def of_item(work_id: str) -> Callable[[Request], bool]:
+    return lambda request: request.work_id == work_id
 
 
 def held(plane: ControlPlane) -> int:

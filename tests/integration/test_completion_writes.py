@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
-    from workpool.testing.faults import Fault
+    from workpool.testing.fault import Fault
 
 BEGIN = ["ack", "heartbeat"]
 TRANSIENT: dict[str, Callable[[], Fault]] = {

@@ -28,10 +28,9 @@ from workpool.testing import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from aiohttp import web
-
     from workpool.server import ControlPlane
     from workpool.testing import Clock, Recorder
+    from workpool.testing.fault_rules import Request
 
 
 class Wire:
@@ -200,8 +199,8 @@ async def test_fault_without_named_calls_applies_to_all_calls(wire: Wire, faults
 
 
 async def test_fault_with_predicate_applies_where_it_is_true(wire: Wire, faults: Faults) -> None:
-    def ours(request: web.Request) -> bool:
-        return request.match_info["work_id"] == wire.id
+    def ours(request: Request) -> bool:
+        return request.work_id == wire.id
 
     faults.add(status(500), "get", where=ours)
     assert await codes(wire, 1) == [500]

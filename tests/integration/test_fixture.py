@@ -12,7 +12,7 @@ import pytest
 from workpool import Release, Session, handler
 from workpool.errors import RefusedError
 from workpool.events import SessionFinished, SessionStarted
-from workpool.testing import Kit, in_virtual_time, lost, status
+from workpool.testing import Hold, Kit, delay, expired, in_virtual_time, lost, status
 
 if TYPE_CHECKING:
     from workpool.testing import SessionResult
@@ -219,9 +219,38 @@ async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) 
 
 
 @in_virtual_time
-async def test_faults_in_virtual_time_are_refused(workpool: Kit) -> None:
-    with pytest.raises(RuntimeError, match="virtual time has none"):
-        workpool.faults.add(status(503), "poll")
+async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpool: Kit) -> None:
+    workpool.faults.add(status(503, retry_after=30), "poll", times=2)
+    lost_once = workpool.faults.add(lost(), "stop", times=1)
+    result = await workpool.run_session(add, metadata={"job": "add", "a": "1", "b": "2"})
+    assert (result.outcome, lost_once.hits) == ("completed", 1)
+    polls, stops = workpool.faults.of("poll"), workpool.faults.of("stop", work_id=result.item.id)
+    assert [poll.status for poll in polls[:3]] == [503, 503, 200]
+    assert polls[2].at - polls[0].at >= 60
+    assert [(stop.status, stop.lost) for stop in stops] == [(None, True), (200, False)]
+
+
+@in_virtual_time
+async def test_lease_expired_by_fault_in_virtual_time_is_lost(workpool: Kit) -> None:
+    workpool.faults.add(expired(workpool.server), "heartbeat", skip=1, times=1)
+    result = await workpool.run_session(sleep, metadata={"seconds": "100"})
+    assert result.outcome == "lease_lost"
+
+
+@in_virtual_time
+async def test_wait_for_request_in_virtual_time_returns_it_with_its_answer(workpool: Kit) -> None:
+    workpool.faults.add(delay(8, applied=True), "ack")
+    [item] = workpool.enqueue()
+    async with workpool.pool(wait):
+        ack = await workpool.faults.wait_for("ack", work_id=item.id, answered=True)
+        assert (ack.status, ack.worker_id is not None) == (200, True)
+        assert asyncio.get_running_loop().time() - ack.at == pytest.approx(8)
+
+
+@in_virtual_time
+async def test_fault_that_needs_http_is_refused_in_virtual_time(workpool: Kit) -> None:
+    with pytest.raises(TypeError, match="virtual time has none"):
+        workpool.faults.add(Hold(), "poll")
 
 
 async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:

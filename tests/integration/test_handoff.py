@@ -22,7 +22,8 @@ from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
 from workpool.pool.handoff_child import HandoffChild
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
     from workpool import Session
     from workpool.session import HandedLease
+    from workpool.testing.fault_rules import Request
 
-UNSENT = CallFault(answer="silence", applied=False)
-UNANSWERED = CallFault(answer="silence")
-GARBLED = CallFault(answer=b"{")
+UNSENT = Fault(answer="silence", applied=False)
+UNANSWERED = Fault(answer="silence")
+GARBLED = Fault(answer=b"{")
 BOUND = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
@@ -51,7 +53,7 @@ class Scene:
         sent: The pool's calls for the item, with their times.
     """
 
-    def __init__(self, **faults: list[CallFault | None]) -> None:
+    def __init__(self, **faults: list[Fault | None]) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         self.loop = loop
@@ -93,10 +95,10 @@ class Scene:
             await asyncio.sleep(5)  # wait for all requests in progress
         return finished.outcome
 
-    def _note(self, op: str, work_id: str | None) -> CallFault | None:
-        if work_id is not None:
-            self.sent.append((self.loop.time(), op))
-        return self._script(op, work_id)
+    def _note(self, request: Request) -> Fault | None:
+        if request.work_id is not None:
+            self.sent.append((self.loop.time(), request.op))
+        return self._script(request)
 
     def start_child(self, after: float = 0.0) -> None:
         """Start a child that sends its first heartbeat after this number of seconds."""
@@ -212,7 +214,7 @@ async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
 @in_virtual_time
 async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
     """Parent and child must not both have a heartbeat in flight."""
-    scene = Scene(heartbeat=[None, CallFault(there=4, back=4)])
+    scene = Scene(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
 
     async def handle(session: Session) -> None:
         # a heartbeat is due after a third of 60 s less jitter, so one is in flight
@@ -464,7 +466,7 @@ async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
 
 @in_virtual_time
 async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> None:
-    scene = Scene(heartbeat=[None, CallFault(there=1, back=4)])
+    scene = Scene(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
     async def handle(session: Session) -> None:
         async with session.handover():
@@ -510,7 +512,7 @@ async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
 # The child's side up to its first heartbeat; tests of `workpool hold` cover the rest.
 
 
-async def held(scene: Scene, **faults: list[CallFault | None]) -> tuple[LoopHold, list[str]]:
+async def held(scene: Scene, **faults: list[Fault | None]) -> tuple[LoopHold, list[str]]:
     """Hand the item off to a child with these faults; return the child and its outcomes."""
 
     @handler
@@ -546,8 +548,8 @@ async def held(scene: Scene, **faults: list[CallFault | None]) -> tuple[LoopHold
 @in_virtual_time
 async def test_child_retries_while_parent_waits() -> None:
     scene = Scene()
-    fault = [CallFault(answer=503, applied=False), GARBLED]
-    _, outcomes = await held(scene, get=[*fault], heartbeat=[CallFault(answer=429, applied=False)])
+    fault = [Fault(answer=503, applied=False), GARBLED]
+    _, outcomes = await held(scene, get=[*fault], heartbeat=[Fault(answer=429, applied=False)])
     assert (scene.outcome, outcomes) == ("detached", ["completed"])
     assert dict(scene.item.metadata) == {"by": "child"}
 

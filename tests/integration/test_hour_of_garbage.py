@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,9 +13,13 @@ from workpool import Session, Settings, handler
 from workpool.events import PluginFailed, PollerRestarted
 from workpool.server import Item, Operations
 from workpool.testing import Recorder
-from workpool.testing.local_client import CallFault, LocalClient
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop, run_virtual
+
+if TYPE_CHECKING:
+    from workpool.testing.fault_rules import Request
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 HOUR = 3600.0
@@ -50,23 +54,21 @@ class Garbage:
         self.dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
         self.given = 0
 
-    def __call__(self, _op: str, _work_id: str | None) -> CallFault | None:
+    def __call__(self, _: Request) -> Fault | None:
         if asyncio.get_running_loop().time() > HOUR or self.dice.random() < 0.3:
             return None
         self.given += 1
         applied = self.dice.random() < 0.5
         match self.dice.randrange(4):
             case 0:
-                return CallFault(applied=applied, answer=self.dice.choice(BODIES))
+                return Fault(applied=applied, answer=self.dice.choice(BODIES))
             case 1:
                 after = self.dice.choice((None, None, 0.0, -5.0, 3.0, 1e12, float("nan")))
-                return CallFault(
-                    applied=applied, answer=self.dice.choice(STATUSES), retry_after=after
-                )
+                return Fault(applied=applied, answer=self.dice.choice(STATUSES), retry_after=after)
             case 2:
-                return CallFault(rewrite=self._rewrite)
+                return Fault(rewrite=self._rewrite)
             case _:
-                return CallFault(applied=applied, answer=self.dice.choice(("silence", "reset")))
+                return Fault(applied=applied, answer=self.dice.choice(("silence", "reset")))
 
     def _rewrite(self, answer: Any) -> Any:
         if isinstance(answer, dict) and answer:

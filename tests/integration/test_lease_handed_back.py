@@ -40,7 +40,7 @@ def drained_in_its_ack(faults: Faults, make_pool: Any, recorder: Recorder) -> An
     @asynccontextmanager
     async def pool() -> AsyncIterator[Supervisor]:
         ack = Hold()
-        faults.add(ack, "ack", where=lambda request: request.headers["Worker-ID"] != "former")
+        faults.add(ack, "ack", where=lambda request: request.worker_id != "former")
         async with make_pool(work) as supervisor:
             await ack.reached()
             async with asyncio.TaskGroup() as group:

@@ -17,20 +17,20 @@ from workpool.events import (
     SessionFinished,
     SessionStarted,
 )
-from workpool.testing.faults import Op
+from workpool.testing.fault import Fault, Op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
-    from workpool.testing.faults import Fault
+    from workpool.testing.http_faults import Middleware
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str) -> Fault:
-    """Return a fault that changes the JSON of a successful answer and adds headers."""
+def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str) -> Middleware:
+    """Return a middleware that changes the JSON of a successful answer and adds headers."""
 
     async def answer(request: web.Request, handler: Any) -> web.StreamResponse:
         response = await handler(request)
@@ -43,8 +43,8 @@ def rewritten(change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str
     return answer
 
 
-ACTIVE = rewritten(lambda item: {**item, "state": "active"})
-LOST = rewritten(lambda answer: {**answer, "last_heartbeat": None, "lease_extended": False})
+ACTIVE = Fault(rewrite=lambda item: {**item, "state": "active"})
+LOST = Fault(rewrite=lambda answer: {**answer, "last_heartbeat": None, "lease_extended": False})
 
 
 @pytest.fixture(params=["qoder", "anthropic"])
@@ -120,7 +120,7 @@ async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
     async def never_ends(_: Session) -> None:
         await asyncio.Event().wait()
 
-    over = rewritten(lambda answer: {**answer, "state": "stopped", "lease_extended": False})
+    over = Fault(rewrite=lambda answer: {**answer, "state": "stopped", "lease_extended": False})
     faults.add(over, "heartbeat", skip=1)
     life = await run_one(never_ends)
     assert life.outcome == "stopped"

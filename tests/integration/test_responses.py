@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
-    from workpool.testing.faults import Fault
+    from workpool.testing.fault import Fault
+    from workpool.testing.fault_rules import Request
+    from workpool.testing.http_faults import Middleware
 
 REFUSALS = [400, 401, 403, 404]
 
@@ -205,7 +207,7 @@ async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
 # -- the token
 
 
-def bears(token: str) -> Callable[[web.Request], bool]:
+def bears(token: str) -> Callable[[Request], bool]:
     return lambda request: request.headers["Authorization"] == f"Bearer {token}"
 
 
@@ -239,8 +241,8 @@ async def test_renewed_token_is_read_and_used_at_once(
     assert [request.status for request in faults.of(op)][:2] == [code, 200]
 
 
-def as_the_first(plane: ControlPlane) -> Fault:
-    """Return a fault that makes the control plane accept the renewed token as well."""
+def as_the_first(plane: ControlPlane) -> Middleware:
+    """Return a middleware that makes the control plane accept the renewed token as well."""
 
     async def rename(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from tests.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
 from tests.simulation.trace import LATENCY_SECONDS, Delay, Sent
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
-from workpool.testing.local_client import CallFault, LocalClient, answer_to
+from workpool.testing.fault import NO_FAULT, Fault, garbled, reset, silence, status
+from workpool.testing.local_client import LocalClient, answer_to
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.rate_limiter import RateLimiter
@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from tests.simulation.trace import Node, Trace
     from workpool.server import Operations
     from workpool.settings import Settings
+    from workpool.testing.fault import NoAnswer
+    from workpool.testing.fault_rules import Request
     from workpool.wire.endpoints import Endpoint
     from workpool.wire.items import WorkItem
     from workpool.wire.response import Response
 
-    Reply = Response | Literal["silence", "reset"]
+    Reply = Response | NoAnswer
 
 T = TypeVar("T")
 
@@ -45,14 +47,10 @@ OUTLASTING_SHARE: Final = 0.5
 SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
 """How long a poll waits, whatever `block_ms` says: a shorter wait makes the simulation slower."""
-DENIAL: Final = CallFault(
-    there=LATENCY_SECONDS, back=LATENCY_SECONDS, applied=False, answer=HTTPStatus.FORBIDDEN
-)
 OPTIONAL: Final = frozenset({"get", "update"})
 """Calls that a worker's key may not make."""
 THREADS: Final[Any] = object()
 """Stands for an executor that belongs to the pool."""
-SILENCE: Final = CallFault(there=LATENCY_SECONDS, applied=False, answer="silence")
 
 
 class Network:
@@ -76,7 +74,7 @@ class Network:
         self._share = schedule.fault_share
         self._kinds = schedule.fault_kinds
 
-    def fault_of(self, node: Node, op: str, work_id: str | None) -> CallFault:
+    def fault_of(self, node: Node, op: str, work_id: str | None) -> Fault:
         """Return the fault of a call, or the node's latency if it has none."""
         if self.over:
             return SILENCE
@@ -89,11 +87,11 @@ class Network:
             self.trace.delays.append(Delay(node, op, work_id, now, now + fault.wait))
         return fault
 
-    def _draw(self, node: Node, op: str) -> CallFault | None:
+    def _draw(self, node: Node, op: str) -> Fault | None:
         if _within(node.cuts):
             return SILENCE
         if op == "ack" and _within(node.denials):
-            return DENIAL
+            return FAULTS["403"]
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
@@ -107,7 +105,7 @@ class Network:
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
         return fault
 
-    def note_sent(self, node: Node, op: str, work_id: str | None, fault: CallFault) -> Sent | None:
+    def note_sent(self, node: Node, op: str, work_id: str | None, fault: Fault) -> Sent | None:
         """Record a call whose bytes are sent now."""
         if self.over:
             return None
@@ -115,12 +113,12 @@ class Network:
         self.trace.sent.append(sent)
         return sent
 
-    def _halt_at_answer(self, node: Node, fault: CallFault) -> CallFault:
+    def _halt_at_answer(self, node: Node, fault: Fault) -> Fault:
         """Halt the machine when the answer arrives; some answers then arrive after the halt."""
-        seconds, steps = fault.there + fault.back, self._random.randint(0, 12)
+        seconds, steps = fault.request_delay + fault.answer_delay, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
             length = self._halt(node, seconds, steps, "paused")
-            return replace(fault, back=length + self._random.uniform(0, 3))
+            return replace(fault, answer_delay=length + self._random.uniform(0, 3))
         self._halt(node, seconds, steps)
         return fault
 
@@ -137,51 +135,52 @@ class Network:
         return length
 
 
-def make_fault(kind: str, random: Random) -> CallFault:
+def make_fault(kind: str, random: Random) -> Fault:
     """Return a fault of a kind of `schedule.FAULT_KINDS`."""
-    there = LATENCY_SECONDS
     match kind:
-        case "drowsy":
-            return CallFault(there=there, back=there)
         case "wait" | "asleep":
-            return CallFault(random.uniform(0.05, 9.0), there, there)
+            return _travelling(Fault(wait=random.uniform(0.05, 9.0)))
         case "late" | "fading":
-            return CallFault(there=random.uniform(0.01, 1.5), back=random.uniform(0.01, 1.5))
+            request_delay = random.uniform(0.01, 1.5)
+            return Fault(request_delay=request_delay, answer_delay=random.uniform(0.01, 1.5))
         case "slow":
-            seconds = random.uniform(1, 40)
-            first = random.choice((True, False))
+            seconds, first = random.uniform(1, 40), random.choice((True, False))
+            slow = _travelling(NO_FAULT)
             return (
-                CallFault(there=seconds, back=there)
+                replace(slow, request_delay=seconds)
                 if first
-                else CallFault(there=there, back=seconds)
-            )
-        case _:
-            return _wrong_answer(kind, random)
-
-
-def _wrong_answer(kind: str, random: Random) -> CallFault:
-    """Return a fault without an answer, or with another one than the control plane's."""
-    there = LATENCY_SECONDS
-    match kind:
-        case "silence":
-            return SILENCE
-        case "lost":
-            return CallFault(there=there, answer="silence")
-        case "reset" | "reset-applied":
-            return CallFault(there=there, back=there, applied=kind != "reset", answer="reset")
-        case "garbage" | "garbage-applied":
-            return CallFault(
-                there=there, back=there, applied=kind != "garbage", answer=b'{"id": "work_'
+                else replace(slow, answer_delay=seconds)
             )
         case "500":
-            return CallFault(
-                there=there, back=there, applied=random.choice((True, False)), answer=500
-            )
+            return _travelling(status(500, applied=random.choice((True, False))))
+        case "503" | "429":
+            return _travelling(status(int(kind), retry_after=random.choice((None, 0.5, 5.0, 40.0))))
         case _:
-            after = random.choice((None, 0.5, 5.0, 40.0)) if kind in {"503", "429"} else None
-            return CallFault(
-                there=there, back=there, applied=False, answer=int(kind), retry_after=after
-            )
+            return FAULTS[kind]
+
+
+def _travelling(fault: Fault) -> Fault:
+    """Return the fault with the usual latency."""
+    return replace(fault, request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
+
+
+FAULTS: Final = {
+    kind: _travelling(fault)
+    for kind, fault in {
+        "drowsy": NO_FAULT,
+        "silence": silence(applied=False),
+        "silence-applied": silence(),
+        "reset": reset(applied=False),
+        "reset-applied": reset(),
+        "garbled": garbled(applied=False),
+        "garbled-applied": garbled(),
+        "401": status(401),
+        "403": status(403),
+        "408": status(408),
+    }.items()
+}
+"""The faults of a kind that are all alike."""
+SILENCE: Final = FAULTS["silence"]
 
 
 class _TokenReader(Transport):
@@ -233,7 +232,7 @@ class Client(LocalClient):
         del block_ms, timeout
         loop = _loop()
         self._node.polls += 1
-        fault = self._fault_of("poll", None)
+        fault = self._fault_of(self._request("poll", None))
         if fault.wait:
             await asyncio.sleep(fault.wait)
         await self._connect("poll", None, DEFAULT_OPTIONS, self._timeout)
@@ -242,7 +241,7 @@ class Client(LocalClient):
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, PATIENCE_MS, window)
         travel = partial(self._travel, poll, fault, answered)
-        loop.call_at(loop.now + fault.there, travel, context=NETWORK)
+        loop.call_at(loop.now + fault.request_delay, travel, context=NETWORK)
 
         async def exchange() -> Reply:
             return await answered
@@ -267,13 +266,13 @@ class Client(LocalClient):
         noting = options._replace(check=check)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
-    def _travel(self, poll: Poll, fault: CallFault, answered: asyncio.Future[Reply]) -> None:
+    def _travel(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
         """Serve a poll that arrived, in a task of the control plane."""
         task = _loop().create_task(self._serve(poll, fault, answered), context=NETWORK)
         self._network.serving.add(task)
         task.add_done_callback(self._network.serving.discard, context=NETWORK)
 
-    async def _serve(self, poll: Poll, fault: CallFault, answered: asyncio.Future[Reply]) -> None:
+    async def _serve(self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]) -> None:
         item = None
         if fault.applied:
             item = await self._operations.long_poll(
@@ -281,7 +280,7 @@ class Client(LocalClient):
             )
         reply = answer_to(fault, lambda: None if item is None else QODER.item(item))
         if reply != "silence":
-            await asyncio.sleep(fault.back)
+            await asyncio.sleep(fault.answer_delay)
             if not answered.done():
                 answered.set_result(reply)
 
@@ -314,7 +313,7 @@ class Client(LocalClient):
             operate = _denied
         return await super()._send(endpoint, work_id, operate, timeout, options)
 
-    async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
+    async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
         work_id = self._work_id  # set in the same step
         await super()._wait(op, fault, options, until)
         await self._connect(op, work_id, options, until - _loop().time())
@@ -338,15 +337,14 @@ class Client(LocalClient):
         loop = _loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 
-    def _fault_of(self, op: str, work_id: str | None) -> CallFault:
-        super()._fault_of(op, work_id)
+    def _fault_of(self, request: Request) -> Fault:
         if EVENT_LOOP.get() != self._event_loop:
-            self._network.trace.misplaced.append((self._node, op, _loop().now))
+            self._network.trace.misplaced.append((self._node, request.op, request.at))
             raise RuntimeError("the client belongs to another event loop")
-        self._work_id = work_id
-        return self._network.fault_of(self._node, op, work_id)
+        self._work_id = request.work_id
+        return self._network.fault_of(self._node, request.op, request.work_id)
 
-    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
         self._sent = self._network.note_sent(self._node, op, work_id, fault)
         if op == "update" and self._sent is not None:
             self._sent.patch = self._patch

@@ -21,8 +21,9 @@ BEHAVIOURS: Final = (
     "eager", "detach", "detach", "swallow", "brink",
 )  # fmt: skip
 FAULT_KINDS: Final = (
-    "late", "late", "slow", "silence", "silence", "lost", "lost", "reset", "reset-applied",
-    "500", "503", "429", "401", "garbage", "garbage-applied", "408", "403", "fading",
+    "late", "late", "slow", "silence", "silence", "silence-applied", "silence-applied",
+    "reset", "reset-applied",
+    "500", "503", "429", "401", "garbled", "garbled-applied", "408", "403", "fading",
     "wait", "asleep", "asleep", "drowsy", "drowsy",
 )  # fmt: skip
 ControlPlaneKind = Literal["strict", "active acks", "poll leases"]

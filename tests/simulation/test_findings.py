@@ -24,7 +24,8 @@ from workpool.events import (
 from workpool.hookspecs import hookimpl
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import Event
+    from workpool.testing.fault_rules import Request
 
 
 @handler
@@ -53,7 +55,7 @@ class Bench:
 
     def __init__(
         self,
-        script: Callable[[str, str | None], CallFault | None],
+        script: Callable[[Request], Fault | None],
         plugin: object = work,
         observer: object = None,
         operations: Operations | None = None,
@@ -83,7 +85,7 @@ class Bench:
 @in_virtual_time
 async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
     """The drain waited for the ack, and its session counted as abandoned."""
-    refusal = CallFault(answer=503, applied=False, retry_after=40)
+    refusal = Fault(answer=503, applied=False, retry_after=40)
     bench = Bench(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
@@ -99,7 +101,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 @in_virtual_time
 async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
     """The session was abandoned and its item not released."""
-    script = Script(heartbeat=[CallFault(answer=429, applied=False, retry_after=40)])
+    script = Script(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
     bench = Bench(script, drain_timeout=1)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -116,7 +118,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
 
 @in_virtual_time
 async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> None:
-    script = Script(heartbeat=[CallFault(there=4, back=4)])
+    script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = Bench(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -131,7 +133,7 @@ async def test_drain_during_first_heartbeat_sends_no_second_one_meanwhile() -> N
 @in_virtual_time
 async def test_heartbeat_conflict_after_refused_stop_is_not_success() -> None:
     """The item was queued again, but it counted as completed and ran again."""
-    script = Script(stop=[CallFault(answer=429, applied=False, retry_after=30)])
+    script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = Bench(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -159,7 +161,7 @@ async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() ->
 @in_virtual_time
 async def test_stop_request_seen_by_first_heartbeat_is_reported() -> None:
     """Only a stop request seen by a later heartbeat was counted."""
-    bench = Bench(Script(heartbeat=[CallFault(there=1)]))
+    bench = Bench(Script(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -221,7 +223,7 @@ async def test_handoff_after_machine_pause_verifies_lease_itself() -> None:
 @in_virtual_time
 async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
     """The heartbeat expects no earlier one, so it could extend the lease of another worker."""
-    script = Script(heartbeat=[CallFault(wait=3)])
+    script = Script(heartbeat=[Fault(wait=3)])
     bench = Bench(script, drain_timeout=0)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -237,7 +239,7 @@ async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
 @in_virtual_time
 async def test_handler_does_not_start_on_lease_begun_before_machine_pause() -> None:
     """The lease had expired, which the lease clock does not show."""
-    bench = Bench(Script(heartbeat=[CallFault(back=3)]), drain_timeout=0)
+    bench = Bench(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -276,7 +278,7 @@ async def test_handler_does_not_start_after_machine_slept_beyond_ttl() -> None:
 @in_virtual_time
 async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
     """The heartbeat was sent before the pause, so it verified nothing; the next came too late."""
-    script = Script(heartbeat=[None, CallFault(back=8)])
+    script = Script(heartbeat=[None, Fault(answer_delay=8)])
     bench = Bench(script, ignore, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -291,7 +293,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
 @in_virtual_time
 async def test_claim_during_drain_is_not_marked_after_machine_pause() -> None:
     """Because of the mark, the run of another worker in between would not have counted."""
-    bench = Bench(Script(ack=[CallFault(back=7)]))
+    bench = Bench(Script(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -318,7 +320,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 @in_virtual_time
 async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
     """The completion waited for the rest of its backoff, up to 3 s, despite a verified lease."""
-    script = Script(heartbeat=[None, CallFault(there=0.001, back=8)])
+    script = Script(heartbeat=[None, Fault(request_delay=0.001, answer_delay=8)])
     bench = Bench(script, lease_ttl=60)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -336,8 +338,8 @@ async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verifi
 async def test_workers_in_step_do_not_take_item_from_each_other_endlessly() -> None:
     """Each worker polled the item before the other's ack arrived, so all acks were refused."""
 
-    def latency(op: str, _work_id: str | None) -> CallFault:
-        return CallFault(there=0.005 if op == "ack" else 0.001, back=0.001)
+    def latency(request: Request) -> Fault:
+        return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)
 
     settings: dict[str, Any] = {"concurrency": 1, "pollers": 1, "reclaim_older_than_ms": 0}
     one = Bench(latency, **settings)
@@ -363,7 +365,7 @@ async def hand_over_to_nobody(session: Session) -> None:
 @in_virtual_time
 async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None:
     """The handoff waited for a heartbeat that was not sent; the renewer did not end within 10 s."""
-    silence = CallFault(answer="silence", applied=False)
+    silence = Fault(answer="silence", applied=False)
     bench = Bench(Script(heartbeat=[None, *[silence] * 20]), hand_over_to_nobody)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.simulation.machine import Machine
     from tests.simulation.schedule import Pool
     from workpool.events import Event
-    from workpool.testing.local_client import CallFault
+    from workpool.testing.fault import Fault
 
 FOREVER: Final = float("inf")
 LATENCY_SECONDS: Final = 0.001
@@ -39,7 +39,7 @@ class Sent:
     node: Node
     op: str
     work_id: str | None
-    fault: CallFault | None
+    fault: Fault | None
     answer: str | int | None = None
     answered_at: float = FOREVER
     value: object = None
@@ -54,7 +54,7 @@ class Sent:
         """The time at which the control plane carries the call out; infinite if never."""
         if self.fault is None:
             return self.at + LATENCY_SECONDS
-        return self.at + self.fault.there if self.fault.applied else FOREVER
+        return self.at + self.fault.request_delay if self.fault.applied else FOREVER
 
     @property
     def over_at(self) -> float:
@@ -62,7 +62,7 @@ class Sent:
         fault = self.fault
         late = 0.0
         if fault is not None:
-            late = fault.there + fault.back + (fault.retry_after or 0.0)
+            late = fault.request_delay + fault.answer_delay + float(fault.retry_after or 0.0)
         return max(self.answered_at, self.at + late + 0.1)
 
 
@@ -165,7 +165,7 @@ class Node:
     abandoned: int = 0
     polls: int = 0
     error: BaseException | None = None
-    no_fault: CallFault = field(init=False)
+    no_fault: Fault = field(init=False)
     cuts: list[tuple[float, float]] = field(default_factory=list)
     denials: list[tuple[float, float]] = field(default_factory=list)
     refrains: list[tuple[float, float]] = field(default_factory=list)

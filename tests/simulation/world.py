@@ -35,7 +35,7 @@ from workpool.pool.handoff_child import HandoffChild
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
-from workpool.testing.local_client import CallFault
+from workpool.testing.fault import Fault
 from workpool.testing.loop_supervisor import LoopRenewer, LoopSupervisor
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ class World:
     def _node(self, pool: Pool) -> Node:
         machine = Machine(self.loop, f"{len(self.trace.nodes)}", pool.rate)
         node = Node(machine, pool, self.loop.now)
-        node.no_fault = CallFault(there=LATENCY_SECONDS, back=LATENCY_SECONDS)
+        node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
         self.trace.nodes.append(node)
         machine.max_sessions = pool.max_sessions
         machine.handlers = SimulatedHandlers(

@@ -16,7 +16,8 @@ from workpool.pool.lease_renewer import Callbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import HeartbeatSender, Sender
 from workpool.server import Operations, Poll
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.loop_supervisor import LoopRenewer
 from workpool.testing.virtual_time import VirtualLoop
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from workpool.errors import LeaseRenewerError
     from workpool.events import Event
     from workpool.server import Record
+    from workpool.testing.fault_rules import Request
     from workpool.wire.endpoints import Endpoint
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
@@ -77,7 +79,7 @@ class BenchClient(LocalClient):
         finally:
             bench.under_way -= 1
 
-    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
         del work_id, fault
         self._bench.sent.append(Sent(self._bench.clock(), op))
 
@@ -106,7 +108,7 @@ class Bench:
     """
 
     def __init__(
-        self, *, ttl: int = 60, request_timeout: float = 10.0, **faults: list[CallFault | None]
+        self, *, ttl: int = 60, request_timeout: float = 10.0, **faults: list[Fault | None]
     ) -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
@@ -154,8 +156,10 @@ class Bench:
     def wall(self) -> float:
         return self.clock() + self.ahead
 
-    def fault_of(self, op: str, work_id: str | None) -> CallFault | None:
-        return self.script(op, work_id) or CallFault(there=self.latency / 2, back=self.latency / 2)
+    def fault_of(self, request: Request) -> Fault | None:
+        return self.script(request) or Fault(
+            request_delay=self.latency / 2, answer_delay=self.latency / 2
+        )
 
     def observe(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
         event = event_type(*values)

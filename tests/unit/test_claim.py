@@ -16,7 +16,7 @@ from workpool.pool.claim import Claimer
 from workpool.pool.lease import PauseDetector
 from workpool.pool.pool_item import PoolItem
 from workpool.secret import Secret
-from workpool.testing.local_client import CallFault
+from workpool.testing.fault import Fault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.protocol import ACK_LEASE_SECONDS, RECLAIM_OLDER_THAN_MS
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from workpool.events import Event
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
-UNSENT = CallFault(answer="silence", applied=False)
+UNSENT = Fault(answer="silence", applied=False)
 START = 1_772_366_400.0
 RECLAIM_SECONDS = RECLAIM_OLDER_THAN_MS / 1000
 
 
-def refusal(status: int, retry_after: float | None = None) -> CallFault:
-    return CallFault(answer=status, applied=False, retry_after=retry_after)
+def refusal(status: int, retry_after: float | None = None) -> Fault:
+    return Fault(answer=status, applied=False, retry_after=retry_after)
 
 
 class Claims:
@@ -69,17 +69,17 @@ class Claims:
 @pytest.mark.parametrize(
     ("fault", "first"),
     [
-        (CallFault(answer="silence"), True),
-        (CallFault(answer="silence", applied=False), True),
-        (CallFault(answer="reset", applied=False), True),
-        (CallFault(answer=500), True),
-        (CallFault(answer=b"{"), True),
-        (CallFault(answer=429, applied=False), False),
+        (Fault(answer="silence"), True),
+        (Fault(answer="silence", applied=False), True),
+        (Fault(answer="reset", applied=False), True),
+        (Fault(answer=500), True),
+        (Fault(answer=b"{"), True),
+        (Fault(answer=429, applied=False), False),
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
-    bench: type[Bench], fault: CallFault, *, first: bool
+    bench: type[Bench], fault: Fault, *, first: bool
 ) -> None:
     """If the lease counted from the last ack, another worker could hold the item already."""
 
@@ -112,7 +112,7 @@ async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
 async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     bench: type[Bench],
 ) -> None:
-    one = bench(ack=[CallFault(answer=500, applied=False)] * 999)
+    one = bench(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open():
         _, result = await Claims(one).acknowledge()
         assert result == "error"
@@ -151,8 +151,8 @@ async def test_accepted_ack_is_reported_and_updates_item(bench: type[Bench]) -> 
     assert item.work_item.acknowledged_at is not None
 
 
-def answer_state(state: str) -> CallFault:
-    return CallFault(rewrite=lambda item: {**item, "state": state})
+def answer_state(state: str) -> Fault:
+    return Fault(rewrite=lambda item: {**item, "state": state})
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(bench: type[Benc
 
 @in_virtual_time
 async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[CallFault(answer="silence")])
+    one = bench(heartbeat=[Fault(answer="silence")])
     async with one.open():
         item = await one.claim()
         await Claims(one).claimer.begin(item)
@@ -240,7 +240,7 @@ async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     bench: type[Bench],
 ) -> None:
     """With a requested TTL of 10 s, the control plane may hold the item for 10 s only."""
-    one = bench(ttl=10, heartbeat=[CallFault(answer="silence")])
+    one = bench(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open():
         item = await one.claim()
         await Claims(one).claimer.begin(item)
@@ -336,7 +336,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
 
 @in_virtual_time
 async def test_cancelled_first_heartbeat_counts_as_unanswered(bench: type[Bench]) -> None:
-    one = bench(heartbeat=[CallFault(back=5), None])
+    one = bench(heartbeat=[Fault(answer_delay=5), None])
     async with one.open():
         item = await one.claim()
         claims = Claims(one)

@@ -13,7 +13,8 @@ from workpool import Settings
 from workpool.errors import TransientError
 from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.virtual_time import run_virtual
 from workpool.wire import endpoints
 from workpool.wire.events import event_stream
@@ -35,7 +36,7 @@ START = 1_772_366_400.0
 class World:
     """A control plane on the running loop with one session."""
 
-    def __init__(self, **faults: list[CallFault | None]) -> None:
+    def __init__(self, **faults: list[Fault | None]) -> None:
         self.loop = asyncio.get_running_loop()
         self.operations = Operations([ENVIRONMENT], now=lambda: START + self.loop.time())
         (item,) = self.operations.enqueue(ENVIRONMENT)
@@ -98,7 +99,7 @@ async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> N
 
 @in_virtual_time
 async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
-    world = World(stream=[CallFault(answer=503)] * 200)
+    world = World(stream=[Fault(answer=503)] * 200)
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
@@ -109,7 +110,7 @@ async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_even
 
 @in_virtual_time
 async def test_event_stream_waits_for_retry_after() -> None:
-    world = World(stream=[CallFault(answer=429, retry_after=100)])
+    world = World(stream=[Fault(answer=429, retry_after=100)])
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:
         await anext(stream)
@@ -119,8 +120,8 @@ async def test_event_stream_waits_for_retry_after() -> None:
 @in_virtual_time
 async def test_event_stream_without_timely_answer_is_requested_again() -> None:
     world = World(
-        stream=[CallFault(answer="silence"), CallFault(answer="reset")],
-        events=[CallFault(answer="silence"), CallFault(back=60), CallFault(answer=b"[]")],
+        stream=[Fault(answer="silence"), Fault(answer="reset")],
+        events=[Fault(answer="silence"), Fault(answer_delay=60), Fault(answer=b"[]")],
     )
     world.say(0)
     async with world.client as client, client.events(world.session_id).stream() as stream:

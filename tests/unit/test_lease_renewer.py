@@ -11,7 +11,8 @@ import pytest
 from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import Heartbeat
 
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
     from tests.unit.conftest import Bench
 
 START = 1_772_366_400.0
-LOST = CallFault(answer="silence")
+LOST = Fault(answer="silence")
 """A heartbeat that is applied but whose answer is lost."""
-UNSENT = CallFault(answer="silence", applied=False)
-RESET = CallFault(answer="reset", applied=False)
+UNSENT = Fault(answer="silence", applied=False)
+RESET = Fault(answer="reset", applied=False)
 LOOK = 0.1
 """A little more than the shortest time between two ticks of the renewer."""
 
 
-def refusal(status: int) -> CallFault:
-    return CallFault(answer=status, applied=False)
+def refusal(status: int) -> Fault:
+    return Fault(answer=status, applied=False)
 
 
 def gaps(times: list[float]) -> list[float]:
@@ -107,8 +108,8 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(bench: type[Bench
 
 @in_virtual_time
 async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(bench: type[Bench]) -> None:
-    slow = CallFault(answer=409, applied=False, back=3)
-    one = bench(heartbeat=[None, slow], get=[CallFault(back=3)])
+    slow = Fault(answer=409, applied=False, answer_delay=3)
+    one = bench(heartbeat=[None, slow], get=[Fault(answer_delay=3)])
     async with one.open():
         await one.begin(await one.claim())
         await asyncio.sleep(30)
@@ -256,9 +257,9 @@ async def test_release_sends_one_last_heartbeat(bench: type[Bench]) -> None:
     assert one.history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
 
 
-@pytest.mark.parametrize("answer", [CallFault(back=4), RESET], ids=["slow", "reset"])
+@pytest.mark.parametrize("answer", [Fault(answer_delay=4), RESET], ids=["slow", "reset"])
 def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
-    bench: type[Bench], answer: CallFault
+    bench: type[Bench], answer: Fault
 ) -> None:
     @in_virtual_time
     async def check() -> None:
@@ -471,7 +472,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
 async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_lease(
     bench: type[Bench],
 ) -> None:
-    one = bench(heartbeat=[None, CallFault(back=5)])
+    one = bench(heartbeat=[None, Fault(answer_delay=5)])
     async with one.open():
         lease = await one.begin(await one.claim())
         one.renewer.check_soon(lease)
@@ -543,7 +544,7 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
 async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
     bench: type[Bench],
 ) -> None:
-    one = bench(heartbeat=[None, CallFault(back=2)])
+    one = bench(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open():
         item = await one.claim()
         lease = await one.begin(item)
@@ -562,7 +563,7 @@ async def test_pause_during_claim_puts_lease_in_doubt(
     bench: type[Bench],
 ) -> None:
     """The first heartbeat was answered before the pause, which another item's check noticed."""
-    one = bench(heartbeat=[None, CallFault(back=2)])
+    one = bench(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open():
         first, second = await one.claim(), await one.claim()
         await one.begin(first)

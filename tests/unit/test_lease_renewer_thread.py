@@ -24,10 +24,13 @@ from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import HeartbeatSender
 from workpool.server import Operations
 from workpool.testing.changes import Changes
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from workpool.testing.fault_rules import Request
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 TICK_SECONDS = 0.02
@@ -54,10 +57,10 @@ class Scene:
     def clock(self) -> float:
         return lease_clock() + self.ahead
 
-    def fault_of(self, op: str, work_id: str | None) -> CallFault | None:
+    def fault_of(self, request: Request) -> Fault | None:
         self.threads.add(threading.current_thread().name)
         self.sent.release()
-        return self.script(op, work_id)
+        return self.script(request)
 
     def observe(self, kind: Any, /, *values: Any) -> None:
         """Record an event; called on the renewer thread."""
@@ -514,7 +517,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_in_time(scene: Scene) -> Non
     async with renewer:
         [lease] = await scene.renewed(renewer, item)
         scene.sent.acquire()
-        scene.script = Script(heartbeat=[CallFault(answer="silence", applied=False)])
+        scene.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.check_soon(lease)
         assert await asyncio.to_thread(scene.sent.acquire, timeout=5)
         scene.ahead += 53.5

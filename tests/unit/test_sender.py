@@ -22,7 +22,7 @@ from workpool.errors import (
 from workpool.pool.pool_item import EndReason
 from workpool.pool.sender import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.session_runner import UPDATE_SECONDS, SessionCalls
-from workpool.testing.local_client import CallFault
+from workpool.testing.fault import Fault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.http.call_options import Priority
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.pool.pool_item import PoolItem
     from workpool.wire.http.call_options import CallOptions
 
-SILENCE = CallFault(answer="silence", applied=False)
+SILENCE = Fault(answer="silence", applied=False)
 WRITE = SendOptions(Priority.COMPLETION, by_handler=False)
 CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
@@ -112,7 +112,7 @@ def test_lease_check_is_made_right_before_request_bytes(
 
     @in_virtual_time
     async def check() -> None:
-        one = bench(update=[CallFault(wait=5.0)] if wait == "connection" else [])
+        one = bench(update=[Fault(wait=5.0)] if wait == "connection" else [])
         async with begun(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
             request = CALL if by_handler else WRITE
@@ -141,7 +141,7 @@ async def test_call_of_pool_is_allowed_after_handler_was_cancelled(bench: type[B
 
 @in_virtual_time
 async def test_machine_that_slept_during_wait_sends_nothing(bench: type[Bench]) -> None:
-    one = bench(update=[CallFault(wait=5.0)])
+    one = bench(update=[Fault(wait=5.0)])
     async with begun(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
@@ -153,7 +153,7 @@ async def test_machine_that_slept_during_wait_sends_nothing(bench: type[Bench]) 
 async def test_machine_paused_during_wait_verifies_lease_before_sending(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[CallFault(wait=5.0)])
+    one = bench(update=[Fault(wait=5.0)])
     async with begun(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
         await update(one, item)
@@ -166,7 +166,7 @@ async def test_machine_paused_during_wait_verifies_lease_before_sending(
 async def test_machine_paused_while_another_worker_claimed_sends_nothing(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[CallFault(wait=5.0)])
+    one = bench(update=[Fault(wait=5.0)])
     async with begun(one) as item:
 
         def pause() -> None:
@@ -184,7 +184,7 @@ async def test_callback_before_bytes_is_called_only_if_bytes_are_sent(
     bench: type[Bench],
 ) -> None:
     called: list[float] = []
-    one = bench(update=[CallFault(wait=5.0)])
+    one = bench(update=[Fault(wait=5.0)])
     async with begun(one) as item:
         request = WRITE._replace(before_bytes=lambda: called.append(one.clock()))
         await update(one, item, request)
@@ -222,7 +222,7 @@ def test_call_refused_by_control_plane_is_never_retried(
     @in_virtual_time
     async def check() -> None:
         assert error.status is not None
-        one = bench(update=[CallFault(answer=error.status, applied=False)])
+        one = bench(update=[Fault(answer=error.status, applied=False)])
         async with begun(one) as item:
             with pytest.raises(type(error)):
                 await update(one, item)
@@ -278,15 +278,15 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
     ("failure", "new"),
     [
         (SILENCE, True),
-        (CallFault(answer="reset", applied=False), True),
-        (CallFault(answer=503, applied=False), False),
-        (CallFault(answer=429, applied=False), False),
-        (CallFault(answer=b"{"), False),
+        (Fault(answer="reset", applied=False), True),
+        (Fault(answer=503, applied=False), False),
+        (Fault(answer=429, applied=False), False),
+        (Fault(answer=b"{"), False),
     ],
     ids=["silence", "reset", "503", "429", "garbage"],
 )
 def test_retry_after_attempt_without_answer_uses_new_connection(
-    bench: type[Bench], failure: CallFault, *, new: bool
+    bench: type[Bench], failure: Fault, *, new: bool
 ) -> None:
     @in_virtual_time
     async def check() -> None:
@@ -315,7 +315,7 @@ async def test_each_attempt_of_call_has_its_priority_and_permit(bench: type[Benc
 
 @in_virtual_time
 async def test_completion_is_retried_as_long_as_its_lease_is_renewed(bench: type[Bench]) -> None:
-    one = bench(update=[CallFault(answer=503, applied=False)] * 200)
+    one = bench(update=[Fault(answer=503, applied=False)] * 200)
     async with begun(one) as item:
         await update(one, item)
         assert one.clock() > 200
@@ -327,11 +327,11 @@ async def test_completion_is_retried_as_long_as_its_lease_is_renewed(bench: type
 async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[CallFault(answer=503, applied=False, retry_after=5)])
+    one = bench(update=[Fault(answer=503, applied=False, retry_after=5)])
     async with begun(one) as item:
         await update(one, item)
         assert one.clock() == pytest.approx(5)
-    two = bench(update=[CallFault(answer=429, applied=False, retry_after=300)])
+    two = bench(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
     async with begun(two) as item:
         await update(two, item, WRITE._replace(seconds=20.0))
@@ -342,7 +342,7 @@ async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
 async def test_lease_lost_between_two_attempts_ends_call_at_once(
     bench: type[Bench],
 ) -> None:
-    one = bench(update=[CallFault(answer=503, applied=False, retry_after=20)])
+    one = bench(update=[Fault(answer=503, applied=False, retry_after=20)])
     async with begun(one) as item:
 
         def end() -> None:
@@ -464,7 +464,7 @@ async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
 
 @in_virtual_time
 async def test_call_of_handler_is_retried_for_its_own_time_limit(bench: type[Bench]) -> None:
-    one = bench(update=[CallFault(answer=503, applied=False)] * 999)
+    one = bench(update=[Fault(answer=503, applied=False)] * 999)
     async with begun(one) as item:
         context: Any = one
         with pytest.raises(TransientError):

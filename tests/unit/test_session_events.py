@@ -22,10 +22,9 @@ from workpool.wire.http.call_options import DEFAULT_OPTIONS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
-    from aiohttp import web
-
     from workpool import Settings
     from workpool.server import ControlPlane
+    from workpool.testing.fault_rules import Request
     from workpool.wire.events.event_calls import SessionEvent
     from workpool.wire.events.event_stream import EventStream
     from workpool.wire.http.call_options import CallOptions
@@ -539,7 +538,7 @@ async def test_stream_request_has_headers_of_its_dialect(
 ) -> None:
     asked: list[Mapping[str, str]] = []
 
-    def look(request: web.Request) -> bool:
+    def look(request: Request) -> bool:
         asked.append(request.headers)
         return False
 

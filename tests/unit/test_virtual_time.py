@@ -14,7 +14,8 @@ from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import SessionFinished
 from workpool.server import Operations
 from workpool.testing import Recorder
-from workpool.testing.local_client import CallFault, LocalClient, Script
+from workpool.testing.fault import Fault
+from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.virtual_time import in_virtual_time, run_virtual
 from workpool.wire.http.call_options import CallOptions
 
@@ -84,7 +85,7 @@ async def test_item_goes_through_all_calls_of_local_client(bench: type[Bench]) -
 @in_virtual_time
 async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) -> None:
     one = bench(
-        poll=[None, None, CallFault(answer="silence"), CallFault(back=2), CallFault(answer=503)]
+        poll=[None, None, Fault(answer="silence"), Fault(answer_delay=2), Fault(answer=503)]
     )
     async with one.client:
         assert await one.client.poll(999) is None
@@ -105,7 +106,7 @@ async def test_local_client_poll_waits_and_injects_faults(bench: type[Bench]) ->
 async def test_request_already_sent_arrives_although_caller_was_cancelled(
     bench: type[Bench],
 ) -> None:
-    one = bench(stop=[CallFault(there=30)])
+    one = bench(stop=[Fault(request_delay=30)])
     async with one.client:
         item = await one.claim()
         with pytest.raises(TransientError) as caught:
@@ -130,7 +131,7 @@ async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
         return {"seen": session.id}
 
     operations = Operations([ENVIRONMENT])
-    recorder, script = Recorder(), Script(ack=[CallFault(answer=503, applied=False)])
+    recorder, script = Recorder(), Script(ack=[Fault(answer=503, applied=False)])
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
     connect = partial(LocalClient, operations, faults=script)
     (item,) = operations.enqueue(ENVIRONMENT)
@@ -164,9 +165,7 @@ async def test_local_client_sends_nothing_if_check_refuses() -> None:
 
 @in_virtual_time
 async def test_local_client_stop_without_reading_item_accepts_any_json_object() -> None:
-    script = Script(
-        stop=[CallFault(answer=b"{}"), CallFault(answer=b"{}"), CallFault(answer=b"no JSON")]
-    )
+    script = Script(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:
         assert await client.stop("work_1", read_item=False) is None

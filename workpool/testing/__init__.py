@@ -17,9 +17,8 @@
 Each wait is bounded. See workpool/docs/testing.md, "Testing handlers".
 """
 
-from workpool.testing.actions import (
-    Cut,
-    Hold,
+from workpool.testing.fault import (
+    Op,
     delay,
     expire_lease,
     expired,
@@ -30,8 +29,9 @@ from workpool.testing.actions import (
     status,
     trickle,
 )
-from workpool.testing.faults import Faults, Op, Request, Rule
+from workpool.testing.fault_rules import Faults, Request, Rule
 from workpool.testing.faulty_network import Proxy
+from workpool.testing.http_faults import Cut, Hold
 from workpool.testing.kit import Kit, SessionResult
 from workpool.testing.movable_clock import Clock
 from workpool.testing.recorder import Recorder

@@ -2,8 +2,8 @@
 
 See workpool/docs/testing.md, "Faults in manual tests".
 
-Owns the format of the file. The conditions of faults are in `faults`, their effects in `actions`. A
-file with any mistake is refused: a typo must not look like a server without faults.
+Owns the format of the file. The conditions of faults are in `fault_rules`, their effects in
+`fault`. A file with any mistake is refused: a typo must not look like a server without faults.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from workpool.server import ServeError
-from workpool.testing import actions
-from workpool.testing.faults import Limits, Op
+from workpool.testing import fault as effects
+from workpool.testing.fault_rules import Limits
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any, Self
 
     from workpool.server import ControlPlane
-    from workpool.testing.faults import Fault, Faults
+    from workpool.testing.fault_rules import Faults
 
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -33,9 +33,9 @@ class _Strict(BaseModel):
 
 
 class _When(_Strict):
-    """The conditions of a fault, with the keys of `faults.Limits`."""
+    """The conditions of a fault, with the keys of `fault_rules.Limits`."""
 
-    ops: Annotated[list[Op], Field(min_length=1)] | None = None
+    ops: Annotated[list[effects.Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
     skip: Annotated[int, Field(ge=0)] = 0
     probability: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -63,8 +63,8 @@ class _Status(_When):
     html: bool = False
     applied: bool = False
 
-    def fault(self, _plane: ControlPlane) -> Fault:
-        return actions.status(
+    def fault(self, _plane: ControlPlane) -> effects.Fault:
+        return effects.status(
             self.code, retry_after=self.retry_after, html=self.html, applied=self.applied
         )
 
@@ -73,8 +73,8 @@ class _Unanswered(_When):
     kind: Literal["lost", "reset", "garbled"]
     applied: bool = True
 
-    def fault(self, _plane: ControlPlane) -> Fault:
-        makers = {"lost": actions.lost, "reset": actions.reset, "garbled": actions.garbled}
+    def fault(self, _plane: ControlPlane) -> effects.Fault:
+        makers = {"lost": effects.lost, "reset": effects.reset, "garbled": effects.garbled}
         return makers[self.kind](applied=self.applied)
 
 
@@ -83,23 +83,23 @@ class _Delay(_When):
     seconds: _Seconds
     applied: bool = False
 
-    def fault(self, _plane: ControlPlane) -> Fault:
-        return actions.delay(self.seconds, applied=self.applied)
+    def fault(self, _plane: ControlPlane) -> effects.Fault:
+        return effects.delay(self.seconds, applied=self.applied)
 
 
 class _Trickle(_When):
     kind: Literal["trickle"]
     seconds: _Seconds
 
-    def fault(self, _plane: ControlPlane) -> Fault:
-        return actions.trickle(self.seconds)
+    def fault(self, _plane: ControlPlane) -> effects.Fault:
+        return effects.trickle(self.seconds)
 
 
 class _Expired(_When):
     kind: Literal["expired"]
 
-    def fault(self, plane: ControlPlane) -> Fault:
-        return actions.expired(plane)
+    def fault(self, plane: ControlPlane) -> effects.Fault:
+        return effects.expired(plane)
 
 
 class Plan(_Strict):

@@ -1,7 +1,7 @@
 """A network that can fail: a TCP proxy on the loopback address, one for each worker.
 
 Owns the connections between one worker and the control plane. Does not parse the bytes: its
-failures are below HTTP, where neither side is notified. Faults of single calls are in `actions`.
+failures are below HTTP, where neither side is notified. Faults of single calls are in `fault`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from workpool.testing.actions import reset_connection
 from workpool.testing.changes import WAIT_SECONDS, Changes
+from workpool.testing.http_faults import reset_connection
 
 if TYPE_CHECKING:
     from types import TracebackType

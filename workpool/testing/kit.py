@@ -21,9 +21,9 @@ from workpool.handlers import name_of, rule_of
 from workpool.pool.supervisor import Supervisor
 from workpool.server import ControlPlane
 from workpool.settings import Settings
-from workpool.testing.actions import expire_lease
-from workpool.testing.changes import WAIT_SECONDS
-from workpool.testing.faults import Faults
+from workpool.testing.changes import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS
+from workpool.testing.fault import expire_lease
+from workpool.testing.fault_rules import Faults
 from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.recorder import Recorder
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 E = TypeVar("E")
 T = TypeVar("T")
 
-VIRTUAL_WAIT_SECONDS: Final = 86_400.0
-"""The bound of a wait in virtual time. A session that never ends costs seconds of real time."""
 VIRTUAL_START: Final = 1_772_366_400.0
 """The time of the control plane at the beginning of virtual time: 2026-03-01T12:00:00Z."""
 ITEMS_SHOWN: Final = 5
@@ -82,7 +80,6 @@ class Kit:
 
     def __init__(self) -> None:
         self.recorder = Recorder()
-        self._faults = Faults()
         self._pools: list[_Prompted] = []
         self._items: list[Item] = []
         self._returned: set[int] = set()
@@ -93,19 +90,14 @@ class Kit:
         __tracebackhide__ = True
         loop = _virtual_loop()
         if loop is None:
-            return ControlPlane(middlewares=[self._faults.middleware])
+            return ControlPlane(middlewares=[self.faults.middleware])
         return ControlPlane(now=lambda: VIRTUAL_START + loop.machine_time())
 
-    @property
+    @functools.cached_property
     def faults(self) -> Faults:
-        """The faults to inject at the control plane, and a log of all requests.
-
-        Raises:
-            RuntimeError: In virtual time, where no requests exist to inject them into.
-        """
-        if _virtual_loop() is not None:
-            raise RuntimeError("faults are injected into requests, and virtual time has none")
-        return self._faults
+        """The faults to inject into calls to the control plane, and a log of all calls."""
+        __tracebackhide__ = True
+        return Faults(over_http=_virtual_loop() is None)
 
     def enqueue(
         self,
@@ -165,7 +157,13 @@ class Kit:
                 raise RuntimeError("the control plane is not open; use `async with Kit()`")
             pool = _Prompted(self.settings(**settings), plugins=plugins)
         else:
-            connect = functools.partial(LocalClient, self.server.operations)
+            faults = self.faults
+            connect = functools.partial(
+                LocalClient,
+                self.server.operations,
+                faults=faults.fault_of,
+                on_answer=faults.answered,
+            )
             pool = _LoopPool(self.settings(**settings), plugins=plugins, connect=connect)
         self._pools.append(pool)
         return pool

@@ -1,7 +1,6 @@
 """A client without a network, for virtual time: it calls the control plane in the same process.
 
-`LocalClient` replaces `WorkClient` and parses the same bytes. `CallFault` replaces the faults of a
-network.
+`LocalClient` replaces `WorkClient` and parses the same bytes. It injects faults into its calls.
 
     operations = Operations([environment_id], now=lambda: START + loop.machine_time())
     Supervisor(settings, connect=partial(LocalClient, operations, faults=script))
@@ -11,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import orjson
 
@@ -22,6 +20,8 @@ from workpool.server.http.server_dialects import QODER
 from workpool.server.list_pages import listing
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.timestamps import to_seconds_text
+from workpool.testing.fault import NO_FAULT, Fault, Op
+from workpool.testing.fault_rules import Request
 from workpool.testing.local_events import LocalEvents
 from workpool.wire import endpoints
 from workpool.wire.events.session_events import SessionEvents
@@ -43,67 +43,37 @@ if TYPE_CHECKING:
     from workpool.secret import Secret
     from workpool.server import Operations
     from workpool.settings import Settings
+    from workpool.testing.fault import NoAnswer
     from workpool.wire.endpoints import Endpoint
     from workpool.wire.events.event_calls import Guard
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
-    FaultOf = Callable[[str, str | None], "CallFault | None"]
-
 T = TypeVar("T")
-_NoAnswer = Literal["silence", "reset"]
 
 WRITES: Final = frozenset({"ack", "stop", "update"})
 """The calls that the limit of writes applies to; a heartbeat never waits for it."""
 _ABSENT: Final = "\x00"
 """Stands for the token that is removed from error messages; no message contains it."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallFault:
-    """A fault that is injected into one call.
-
-    Attributes:
-        wait: Seconds for which the call waits on its own machine, for a rate limit or a connection,
-            before it is checked and sent.
-        there: Seconds until the request arrives, even if the caller has given up.
-        back: Seconds until the answer arrives.
-        applied: Whether the operation is carried out.
-        answer: Replaces the true answer: a status, the body of a 200, silence, or a connection
-            reset. None: the true answer.
-        retry_after: `Retry-After` of an answer with a status.
-        rewrite: Changes the JSON of the true answer, if it is a success.
-    """
-
-    wait: float = 0.0
-    there: float = 0.0
-    back: float = 0.0
-    applied: bool = True
-    answer: int | bytes | _NoAnswer | None = None
-    retry_after: float | None = None
-    rewrite: Callable[[Any], Any] | None = None
-
-
-_NONE: Final = CallFault()
-"""A stop whose answer is not parsed: told apart by its identity."""
+_ABOUT_SESSIONS: Final = frozenset({"events", "send", "stream"})
 
 
 class Script:
     """Faults by operation, each for one call, in order; None is no fault.
 
-        Script(heartbeat=[None, CallFault(answer="silence")], ack=[CallFault(answer=503)])
+        Script(heartbeat=[None, silence()], ack=[status(503)])
 
     Attributes:
         sent: Every call so far: the operation and the item's id, or None.
     """
 
-    def __init__(self, **faults: Iterable[CallFault | None]) -> None:
+    def __init__(self, **faults: Iterable[Fault | None]) -> None:
         self.sent: list[tuple[str, str | None]] = []
         self._faults = {op: iter(each) for op, each in faults.items()}
 
-    def __call__(self, op: str, work_id: str | None) -> CallFault | None:
+    def __call__(self, request: Request) -> Fault | None:
         """Record a call, and return its fault."""
-        self.sent.append((op, work_id))
-        return next(self._faults.get(op, iter(())), None)
+        self.sent.append((request.op, request.work_id))
+        return next(self._faults.get(request.op, iter(())), None)
 
 
 class LocalClient:
@@ -112,7 +82,9 @@ class LocalClient:
     Args:
         operations: The operations of the control plane.
         settings: `environment_id` and `request_timeout` are used.
-        faults: Called for every call, with its operation and its item's id; returns its fault.
+        faults: Called for every call; returns its fault.
+        on_answer: Called for every call that is answered, with the status, or that has lost its
+            connection, with None.
         worker_id: The identity of the client.
     """
 
@@ -121,13 +93,15 @@ class LocalClient:
         operations: Operations,
         settings: Settings,
         *,
-        faults: FaultOf | None = None,
+        faults: Callable[[Request], Fault | None] | None = None,
+        on_answer: Callable[[Request, int | None], None] | None = None,
         worker_id: str | None = None,
     ) -> None:
         self._operations = operations
         self._environment_id = str(settings.environment_id)
         self._timeout = settings.request_timeout
         self._faults = faults
+        self._on_answer = on_answer
         self._open = False
         self.worker_id: str | None = worker_id or settings.worker_id
         self.rate_limits = RateLimits(0, 0)
@@ -185,17 +159,20 @@ class LocalClient:
         """Poll for an item, as `WorkClient.poll` does."""
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, block_ms or 0, window)
-        fault = self._fault_of("poll", None)
+        request = self._request("poll", None)
+        fault = self._fault_of(request)
 
-        async def exchange() -> Response | _NoAnswer:
-            await asyncio.sleep(fault.there)
+        async def exchange() -> Response | NoAnswer:
+            await asyncio.sleep(fault.wait + fault.request_delay)
+            self._note_arrival(request, fault)
             item = None
             if fault.applied:
                 item = await self._operations.long_poll(self._environment_id, poll, _never)
             answer = answer_to(fault, lambda: None if item is None else QODER.item(item))
             if answer == "silence":
                 await asyncio.Event().wait()
-            await asyncio.sleep(fault.back)
+            await asyncio.sleep(answer_delay(fault, answer))
+            self._note_answer(request, answer)
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
@@ -340,8 +317,9 @@ class LocalClient:
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> T:
         loop = asyncio.get_running_loop()
-        answered: asyncio.Future[Response | _NoAnswer] = loop.create_future()
-        fault = self._fault_of(endpoint.op, work_id)
+        answered: asyncio.Future[Response | NoAnswer] = loop.create_future()
+        request = self._request(endpoint.op, work_id)
+        fault = self._fault_of(request)
         until = loop.time() + (self._timeout if timeout is None else timeout)
         await self._wait(endpoint.op, fault, options, until)
         if options.check is not None:
@@ -349,22 +327,24 @@ class LocalClient:
         self._note_sent(endpoint.op, work_id, fault)
 
         def arrive() -> None:
+            self._note_arrival(request, fault)
             answer = answer_to(fault, operate)
             if answer != "silence":
-                loop.call_later(fault.back, settle, answer)
+                loop.call_later(answer_delay(fault, answer), settle, answer)
 
-        def settle(answer: Response | _NoAnswer) -> None:
+        def settle(answer: Response | NoAnswer) -> None:
+            self._note_answer(request, answer)
             if not answered.done():
                 answered.set_result(answer)
 
-        async def exchange() -> Response | _NoAnswer:
+        async def exchange() -> Response | NoAnswer:
             return await answered
 
         # A request that was sent arrives even if the caller is cancelled.
-        self._carry(fault.there, arrive)
+        self._carry(fault.request_delay, arrive)
         return await self._settle(endpoint, exchange(), until - loop.time())
 
-    async def _wait(self, op: str, fault: CallFault, options: CallOptions, until: float) -> None:
+    async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
         """Wait for the own rate limit and for the connection."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
@@ -394,18 +374,31 @@ class LocalClient:
     def _carry(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
-    def _note_sent(self, op: str, work_id: str | None, fault: CallFault) -> None:
+    def _note_sent(self, op: str, work_id: str | None, fault: Fault) -> None:
         """Record a call whose bytes are sent; for subclasses."""
 
-    def _fault_of(self, op: str, work_id: str | None) -> CallFault:
+    def _request(self, op: str, subject: str | None) -> Request:
         if not self._open:
             raise RuntimeError("this LocalClient is not open: use it inside `async with`")
-        return (self._faults(op, work_id) if self._faults else None) or _NONE
+        work_id = None if op in _ABOUT_SESSIONS else subject
+        now = asyncio.get_running_loop().time()
+        return Request(cast("Op", op), work_id, self.worker_id, now)
+
+    def _fault_of(self, request: Request) -> Fault:
+        return (self._faults(request) if self._faults else None) or NO_FAULT
+
+    def _note_arrival(self, request: Request, fault: Fault) -> None:
+        if fault.before is not None:
+            fault.before(self._environment_id, request.work_id)
+
+    def _note_answer(self, request: Request, answer: Response | NoAnswer) -> None:
+        if self._on_answer is not None:
+            self._on_answer(request, answer.status if isinstance(answer, Response) else None)
 
     async def _settle(
         self,
         endpoint: Endpoint[T],
-        exchange: Coroutine[Any, Any, Response | _NoAnswer],
+        exchange: Coroutine[Any, Any, Response | NoAnswer],
         seconds: float,
     ) -> T:
         loop = asyncio.get_running_loop()
@@ -426,23 +419,15 @@ class LocalClient:
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 
-def answer_to(fault: CallFault, operate: Callable[[], object]) -> Response | _NoAnswer:
+def answer_to(fault: Fault, operate: Callable[[], object]) -> Response | NoAnswer:
     """Carry out the operation if the fault applies it, and return the answer."""
-    true = _operated(operate) if fault.applied else Response(502, {}, b"")
-    match fault.answer:
-        case None if true.status in SUCCESS and fault.rewrite is not None:
-            body = true.body if isinstance(true.body, bytes) else b""
-            return true._replace(body=orjson.dumps(fault.rewrite(orjson.loads(body))))
-        case None:
-            return true
-        case int(status):
-            after = fault.retry_after
-            headers = {} if after is None else {"Retry-After": f"{after:g}"}
-            return Response(status, headers, orjson.dumps(APIError(status, "injected").envelope()))
-        case bytes(body):
-            return Response(200, {}, body)
-        case nothing:
-            return nothing
+    return fault.answer_instead_of(_operated(operate) if fault.applied else Response(502, {}, b""))
+
+
+def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
+    """Return the seconds until the last byte of the answer arrives."""
+    body = answer.body if isinstance(answer, Response) else b""
+    return fault.answer_delay + fault.byte_seconds * len(body)
 
 
 def _operated(operate: Callable[[], object]) -> Response:

@@ -1,8 +1,8 @@
-"""The injection of faults into requests to a control plane, and a log of all requests.
+"""Which calls have a fault, and a log of all calls.
 
-Owns when a fault is injected: by call, count, probability, predicate or time. The effects of faults
-are in `actions`. If several rules match one request, their faults are nested; the first added one
-is the outermost.
+Owns when a fault is injected: by call, count, probability, predicate or time. `fault` has the
+effects of faults. If several rules match one call, their faults are nested; the first added one is
+the outermost.
 """
 
 from __future__ import annotations
@@ -11,31 +11,23 @@ import asyncio
 import random
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 import orjson
 from aiohttp import web
 
-from workpool.server.http.server_dialects import WORKER_ID_HEADERS
-from workpool.testing.changes import WAIT_SECONDS, Changes
+from workpool.testing.changes import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, Changes
+from workpool.testing.fault import Fault, Op, nested
+from workpool.testing.http_faults import inject, op_of, worker_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from types import TracebackType
     from typing import Self
 
+    from workpool.testing.http_faults import Middleware
+
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-Op = Literal["poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "session",
-             "enqueue", "events", "send", "stream"]  # fmt: skip
-_SUFFIXED = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
-
-
-class Fault(Protocol):
-    """A middleware: it may call `handler` for the true answer."""
-
-    def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-        """Answer the request."""
 
 
 class Limits(TypedDict, total=False):
@@ -47,7 +39,7 @@ class Limits(TypedDict, total=False):
     """The number of matching requests to skip first."""
     probability: float
     """The share of matching requests, drawn with the seed."""
-    where: Callable[[web.Request], bool]
+    where: Callable[[Request], bool]
     """Returns whether the request matches."""
     between: tuple[float, float]
     """The window, in seconds since the first request."""
@@ -55,22 +47,24 @@ class Limits(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Request:
-    """One request that arrived.
+    """One call: a request that arrived, or a call in one process.
 
     Attributes:
         work_id: The id of the item, for calls about one item.
         worker_id: The header `Worker-ID`.
         at: The time of its arrival, on the loop's clock.
+        headers: All headers. Empty in one process, like `query` and `body`.
         body: The JSON of the request; None without a body, or if a fault prevented reading it.
         status: The status of the answer; None until there is one.
-        lost: The connection was closed before the answer.
+        lost: The connection was closed before the answer, or there is no answer.
     """
 
     op: Op
     work_id: str | None
     worker_id: str | None
-    query: Mapping[str, str]
     at: float
+    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     body: Any = None
     status: int | None = None
     lost: bool = False
@@ -85,17 +79,17 @@ class Rule:
     """
 
     faults: Faults
-    fault: Fault
+    fault: Fault | Middleware
     ops: frozenset[Op]
     limits: Limits
     hits: int = 0
     _met: int = field(default=0, repr=False)
 
-    def applies(self, op: Op, request: web.Request) -> bool:
+    def applies(self, request: Request) -> bool:
         """Return whether this fault applies to the request, and count the match."""
         limits = self.limits
         where, window = limits.get("where"), limits.get("between")
-        if op not in self.ops or (where is not None and not where(request)):
+        if request.op not in self.ops or (where is not None and not where(request)):
             return False
         if window is not None and not window[0] <= self.faults.age() < window[1]:
             return False
@@ -133,18 +127,31 @@ class Faults:
         seed: The seed of the probabilities. Print it if a test draws one at random.
     """
 
-    def __init__(self, seed: int = 0, *, remember: bool = True) -> None:
-        """`remember`: keep a log of the requests. It grows, so a server for days should not."""
+    def __init__(self, seed: int = 0, *, remember: bool = True, over_http: bool = True) -> None:
+        """Inject nothing yet.
+
+        Args:
+            seed: The seed of the probabilities.
+            remember: Keep a log of the requests. It grows, so a server for days should not.
+            over_http: The control plane is called over HTTP, not in this process.
+        """
         self.seen: list[Request] = []
         self.rules: list[Rule] = []
         self.seed = seed
         self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
         self._changes = Changes()
         self._remember = remember
+        self._over_http = over_http
         self._began: float | None = None
 
-    def add(self, fault: Fault, *ops: Op, **limits: Unpack[Limits]) -> Rule:
-        """Inject a fault into these calls (default: all) from now on."""
+    def add(self, fault: Fault | Middleware, *ops: Op, **limits: Unpack[Limits]) -> Rule:
+        """Inject a fault into these calls (default: all) from now on.
+
+        Raises:
+            TypeError: The fault works on HTTP requests only, and the calls are made in one process.
+        """
+        if not self._over_http and not isinstance(fault, Fault):
+            raise TypeError(f"{fault!r} works on HTTP requests, and virtual time has none")
         rule = Rule(self, fault, frozenset(ops or get_args(Op)), limits)
         self.rules.append(rule)
         return rule
@@ -163,9 +170,11 @@ class Faults:
         work_id: str | None = None,
         count: int = 1,
         answered: bool = False,
-        timeout: float = WAIT_SECONDS,
+        timeout: float | None = None,
     ) -> Request:
         """Wait for the `count`-th request of these calls, or for its answer (`answered`).
+
+        `timeout`: seconds; None: 10, in virtual time a day.
 
         Raises:
             AssertionError: There was no such request in time.
@@ -178,6 +187,8 @@ class Faults:
             return found if len(found) >= count else None
 
         names = "/".join(ops) or "any"
+        if timeout is None:
+            timeout = WAIT_SECONDS if self._over_http else VIRTUAL_WAIT_SECONDS
         found = await self._changes.until(
             enough,
             lambda: f"{count} × {names}; there was {[each.op for each in self.seen]}",
@@ -197,17 +208,19 @@ class Faults:
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Aiohttp middleware that injects the configured faults."""
-        op = _op_of(request)
+        op = op_of(request)
         if op is None:
             return await handler(request)
-        seen = _note(op, request)
-        if self._began is None:
-            self._began = seen.at
-        if self._remember:
-            self.seen.append(seen)
-        self._changes.notify()
-        for rule in [rule for rule in self.rules if rule.applies(op, request)][::-1]:
-            handler = partial(rule.fault, handler=handler)
+        seen = Request(
+            op,
+            request.match_info.get("work_id"),
+            worker_id_of(request),
+            asyncio.get_running_loop().time(),
+            dict(request.query),
+            request.headers,
+        )
+        for rule in self._note(seen)[::-1]:
+            handler = partial(inject, rule.fault, handler=handler)
         try:
             response = await handler(request)
             if request.transport is None or request.transport.is_closing():
@@ -220,34 +233,24 @@ class Faults:
                 seen.body = _json(await request.read())
             self._changes.notify()
 
+    def fault_of(self, request: Request) -> Fault:
+        """Return the fault of a call in one process; see `workpool.testing.local_client`."""
+        rules = self._note(request)
+        return nested([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
-def _op_of(request: web.Request) -> Op | None:
-    match = request.match_info
-    tail = request.path.rpartition("/")[2]
-    op: Any
-    if "session_id" in match:
-        listed = "events" if request.method == "GET" else "send"
-        op = {"events": listed, "stream": "stream", "archive": None}.get(tail, "session")
-    elif tail == match.get("environment_id", tail):
-        op = None  # a call of an application
-    elif tail in _SUFFIXED:
-        op = tail
-    elif "work_id" in match:
-        op = "get" if request.method == "GET" else "update"
-    else:
-        op = "list" if request.method == "GET" else "enqueue"
-    return op if op in get_args(Op) else None
+    def answered(self, request: Request, status: int | None) -> None:
+        """Note the status of a call in one process; None: it has no answer."""
+        request.status, request.lost = status, status is None
+        self._changes.notify()
 
-
-def _note(op: Op, request: web.Request) -> Request:
-    headers = request.headers
-    return Request(
-        op,
-        request.match_info.get("work_id"),
-        next(filter(None, map(headers.get, WORKER_ID_HEADERS)), None),
-        dict(request.query),
-        asyncio.get_running_loop().time(),
-    )
+    def _note(self, request: Request) -> list[Rule]:
+        """Note a request, and return the rules that apply to it."""
+        if self._began is None:
+            self._began = request.at
+        if self._remember:
+            self.seen.append(request)
+        self._changes.notify()
+        return [rule for rule in self.rules if rule.applies(request)]
 
 
 def _json(content: bytes) -> Any:

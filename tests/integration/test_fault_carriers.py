@@ -1,0 +1,108 @@
+"""The two carriers of faults, HTTP and one process, give a call the same effect and answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from workpool import Settings, WorkClient
+from workpool.errors import WorkpoolError
+from workpool.testing import (
+    Faults,
+    delay,
+    expired,
+    garbled,
+    literal,
+    lost,
+    reset,
+    status,
+    trickle,
+)
+from workpool.testing.fault import Fault, silence
+from workpool.testing.local_client import LocalClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workpool.server import ControlPlane
+
+CASES: dict[str, list[Fault]] = {
+    "none": [],
+    "status": [status(503, retry_after=7)],
+    "applied status": [status(500, applied=True)],
+    "html": [status(502, html=True)],
+    "lost": [lost()],
+    "lost before": [lost(applied=False)],
+    "reset": [reset()],
+    "silence": [silence()],
+    "garbled": [garbled()],
+    "literal": [literal(lambda: b"[]")],
+    "rewritten": [Fault(rewrite=lambda item: {**item, "state": "active"})],
+    "delayed": [delay(0.02), delay(0.02, applied=True)],
+    "slow": [trickle(0.0001)],
+    "a lost status": [lost(), status(503, applied=True)],
+    "a delayed status": [delay(0.02), status(409)],
+    "a status before a lost answer": [status(429), lost()],
+    "rewritten twice": [
+        Fault(rewrite=lambda item: {**item, "metadata": {"a": item["state"]}}),
+        Fault(rewrite=lambda item: {**item, "state": "active"}),
+    ],
+}
+SHORT_SECONDS = 0.2
+"""The time-out of a call without an answer."""
+
+
+class Result(NamedTuple):
+    """The effect of one ack: for its caller, at the control plane, and in the log."""
+
+    answer: object
+    state: str
+    seen: list[tuple[str, int | None, bool]]
+
+
+async def result_of(
+    plane: ControlPlane, client: WorkClient | LocalClient, faults: Faults, case: str
+) -> Result:
+    (item,) = plane.enqueue()
+    silent = any(fault.answer == "silence" for fault in CASES[case])
+    try:
+        acked = await client.ack(item.id, timeout=SHORT_SECONDS if silent else None)
+        answer: object = (acked.state, dict(acked.metadata))
+        await faults.wait_for("ack", answered=True)  # the carrier may note it after the client
+    except WorkpoolError as error:
+        answer = (type(error), getattr(error, "status", None), getattr(error, "reason", None))
+    state = plane.operations.get(item.environment_id, item.id).state
+    return Result(answer, state, [(each.op, each.status, each.lost) for each in faults.of("ack")])
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_fault_over_http_and_in_one_process_has_the_same_effect(
+    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings], case: str
+) -> None:
+    for fault in CASES[case]:
+        faults.add(fault, "ack")
+    local_faults = Faults(over_http=False)
+    for fault in CASES[case]:
+        local_faults.add(fault, "ack")
+    settings = make_settings()
+    local = LocalClient(
+        plane.operations, settings, faults=local_faults.fault_of, on_answer=local_faults.answered
+    )
+    async with WorkClient(settings) as client, local:
+        over_http = await result_of(plane, client, faults, case)
+        assert await result_of(plane, local, local_faults, case) == over_http
+
+
+async def test_expiry_over_http_and_in_one_process_ends_the_lease_before_the_call(
+    plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
+) -> None:
+    faults.add(expired(plane), "heartbeat")
+    settings = make_settings()
+    local = LocalClient(plane.operations, settings, faults=lambda _: expired(plane))
+    async with WorkClient(settings) as client, local:
+        for each in (client, local):
+            (item,) = plane.enqueue()
+            await client.ack(item.id)
+            with pytest.raises(WorkpoolError, match="409"):
+                await each.heartbeat(item.id)

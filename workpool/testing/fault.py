@@ -1,0 +1,204 @@
+"""One fault: what happens to one call, as a value.
+
+Two carriers inject a `Fault`: `http_faults` into the requests that reach a control plane, and
+`local_client` into calls in one process. `fault_rules` decides which calls have one.
+See workpool/docs/testing.md, "Faults and failing networks".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import orjson
+
+from workpool.server.api_errors import APIError
+from workpool.wire.response import Response
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from workpool.server import ControlPlane
+
+Op = Literal["poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "session",
+             "enqueue", "events", "send", "stream"]  # fmt: skip
+NoAnswer = Literal["silence", "closed", "reset"]
+"""Silence on an open connection, a connection that is closed, or one that is reset."""
+
+_JSON: Final = {"Content-Type": "application/json"}
+_HTML: Final = {"Content-Type": "text/html"}
+_PAGE: Final = b"<html><body><h1>Bad gateway</h1></body></html>"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault that is injected into one call. Without arguments, the call is not changed.
+
+    Attributes:
+        wait: Seconds for which the call waits on its own machine, for a rate limit or a connection,
+            before it is checked and sent. Over HTTP, a part of `request_delay`.
+        request_delay: Seconds until the request arrives, even if the caller has given up.
+        answer_delay: Seconds until the answer arrives.
+        byte_seconds: Seconds for each byte of the answer.
+        before: Called when the request arrives, with the ids of its environment and of its item,
+            if it has one.
+        applied: Whether the operation is carried out.
+        answer: Replaces the true answer: a status with the envelope of an error, the body of a
+            200, a function that returns the answer, or no answer. None: the true answer.
+        retry_after: `Retry-After` of an answer with a status.
+        rewrite: Changes the JSON of the true answer, if it is a success.
+    """
+
+    wait: float = 0.0
+    request_delay: float = 0.0
+    answer_delay: float = 0.0
+    byte_seconds: float = 0.0
+    before: Callable[[str, str | None], None] | None = None
+    applied: bool = True
+    answer: int | bytes | Callable[[], Response] | NoAnswer | None = None
+    retry_after: str | float | None = None
+    rewrite: Callable[[Any], Any] | None = None
+
+    def answer_instead_of(self, true: Response) -> Response | NoAnswer:
+        """Return the answer of the call, whose true answer is `true`."""
+        match self.answer:
+            case None if self.rewrite is not None and true.status in range(200, 300):
+                body = true.body if isinstance(true.body, bytes) else b""
+                return true._replace(body=orjson.dumps(self.rewrite(orjson.loads(body))))
+            case None:
+                return true
+            case int(status):
+                after = self.retry_after
+                headers = _JSON if after is None else {**_JSON, "Retry-After": str(after)}
+                return Response(
+                    status, headers, orjson.dumps(APIError(status, "injected").envelope())
+                )
+            case bytes(body):
+                return Response(200, _JSON, body)
+            case str(nothing):
+                return nothing
+            case make:
+                return make()
+
+
+NO_FAULT: Final = Fault()
+
+
+def nested(faults: Sequence[Fault]) -> Fault:
+    """Return one fault with the effect of all of them; the first one is the outermost."""
+    return reduce(_around, faults, NO_FAULT) if len(faults) != 1 else faults[0]
+
+
+def _around(outer: Fault, inner: Fault) -> Fault:
+    if not outer.applied:
+        return outer  # the call does not reach the inner fault
+    replaced = outer if outer.answer is not None else inner
+    return Fault(
+        wait=outer.wait + inner.wait,
+        request_delay=outer.request_delay + inner.request_delay,
+        answer_delay=outer.answer_delay + inner.answer_delay,
+        byte_seconds=outer.byte_seconds + inner.byte_seconds,
+        before=_both(outer.before, inner.before),
+        applied=inner.applied,
+        answer=replaced.answer,
+        retry_after=replaced.retry_after,
+        rewrite=_composed(outer.rewrite, inner.rewrite),
+    )
+
+
+def _both(
+    first: Callable[[str, str | None], None] | None,
+    second: Callable[[str, str | None], None] | None,
+) -> Callable[[str, str | None], None] | None:
+    if first is None or second is None:
+        return first or second
+
+    def call_both(environment_id: str, work_id: str | None) -> None:
+        first(environment_id, work_id)
+        second(environment_id, work_id)
+
+    return call_both
+
+
+def _composed(
+    outer: Callable[[Any], Any] | None, inner: Callable[[Any], Any] | None
+) -> Callable[[Any], Any] | None:
+    if outer is None or inner is None:
+        return outer or inner
+    return lambda value: outer(inner(value))
+
+
+def status(
+    code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
+) -> Fault:
+    """Answer with a status: an error of the protocol or, like a gateway, an HTML page."""
+    if html:
+        after = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        return literal(_PAGE, code, headers=_HTML | after, applied=applied)
+    return Fault(answer=code, retry_after=retry_after, applied=applied)
+
+
+def garbled(*, applied: bool = True) -> Fault:
+    """Answer 200 with a body that is not JSON."""
+    return Fault(answer=b'{"id": "work_', applied=applied)
+
+
+def literal(
+    body: bytes | Callable[[], bytes],
+    code: int = 200,
+    *,
+    headers: Mapping[str, str] | None = None,
+    applied: bool = False,
+) -> Fault:
+    """Answer with this body; `body` may be a function that returns it."""
+
+    def answer() -> Response:
+        return Response(code, headers or _JSON, body() if callable(body) else body)
+
+    return Fault(answer=answer, applied=applied)
+
+
+def delay(seconds: float, *, applied: bool = False) -> Fault:
+    """Wait before the operation, or with `applied` between the operation and the answer."""
+    return Fault(answer_delay=seconds) if applied else Fault(request_delay=seconds)
+
+
+def silence(*, applied: bool = True) -> Fault:
+    """Do not answer, on a connection that stays open."""
+    return Fault(answer="silence", applied=applied)
+
+
+def lost(*, applied: bool = True) -> Fault:
+    """Close the connection instead of answering."""
+    return Fault(answer="closed", applied=applied)
+
+
+def reset(*, applied: bool = True) -> Fault:
+    """Reset the connection instead of answering."""
+    return Fault(answer="reset", applied=applied)
+
+
+def trickle(seconds: float) -> Fault:
+    """Send the answer byte by byte, with `seconds` between two bytes."""
+    return Fault(byte_seconds=seconds)
+
+
+def expired(plane: ControlPlane) -> Fault:
+    """End the lease of the item before the operation. A request without an item is unchanged."""
+
+    def expire(environment_id: str, work_id: str | None) -> None:
+        if work_id is not None:
+            expire_lease(plane, work_id, environment_id)
+
+    return Fault(before=expire)
+
+
+def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:
+    """End the lease of an item now, as if its time had passed. No effect without a lease."""
+    queue = plane.operations.queue(environment_id or plane.environments[0])
+    item = queue.get(work_id)
+    if item.lease_end is not None:
+        # "Now" is the last time that the control plane recorded: its history never goes back.
+        queue.put(replace(item, lease_end=min(item.lease_end, plane.operations.latest)))
+        plane.operations.queue(queue.environment_id)

@@ -1,0 +1,194 @@
+"""Faults over HTTP: requests to a control plane, and the connections that they come on.
+
+Owns how a `Fault` is injected into a request. `Hold` and `Cut` exist over HTTP only: a test ends
+them while the request is under way. See workpool/docs/testing.md, "Faults and failing networks".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
+
+from aiohttp import web
+
+from workpool.server.http.server_dialects import WORKER_ID_HEADERS
+from workpool.testing.changes import Changes
+from workpool.testing.fault import Fault, Op
+from workpool.wire.response import Response
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_LINGER_NONE: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER with 0 seconds: closing the socket sends a reset."""
+_SUFFIXED: Final = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
+
+
+class Middleware(Protocol):
+    """An aiohttp middleware, for an effect that no `Fault` has; it may call `handler`."""
+
+    def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+        """Answer the request."""
+
+
+async def inject(
+    fault: Fault | Middleware, request: web.Request, handler: Handler
+) -> web.StreamResponse:
+    """Answer a request with a fault. `handler` returns the true answer."""
+    if not isinstance(fault, Fault):
+        return await fault(request, handler)
+    if seconds := fault.wait + fault.request_delay:
+        await asyncio.sleep(seconds)
+    if fault.before is not None:
+        fault.before(
+            request.match_info.get("environment_id", ""), request.match_info.get("work_id")
+        )
+    true = await handler(request) if fault.applied else web.Response()
+    if fault.answer_delay:
+        await asyncio.sleep(fault.answer_delay)
+    if fault.answer is not None or fault.rewrite is not None:
+        return await _answer(fault, request, true)
+    return await _drip(true, request, fault.byte_seconds) if fault.byte_seconds else true
+
+
+async def _answer(
+    fault: Fault, request: web.Request, true: web.StreamResponse
+) -> web.StreamResponse:
+    """Replace the true answer."""
+    headers = {
+        name: value for name, value in true.headers.items() if name.lower() != "content-length"
+    }
+    answer = fault.answer_instead_of(Response(true.status, headers, _body_of(true)))
+    if answer == "silence":
+        await asyncio.Event().wait()  # until the client closes the connection
+    if isinstance(answer, str):
+        if request.transport is not None:
+            _hang_up(request.transport, answer)
+        return true  # the connection is closed, so the answer is dropped
+    body = answer.body if isinstance(answer.body, bytes) else b""
+    replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
+    return await _drip(replaced, request, fault.byte_seconds) if fault.byte_seconds else replaced
+
+
+def _body_of(response: web.StreamResponse) -> bytes:
+    body = response.body if isinstance(response, web.Response) else None
+    return body if isinstance(body, bytes) else b""
+
+
+def _hang_up(transport: asyncio.Transport, how: str) -> None:
+    if how == "reset":
+        reset_connection(transport)
+    else:
+        transport.close()
+
+
+async def _drip(
+    whole: web.StreamResponse, request: web.Request, seconds: float
+) -> web.StreamResponse:
+    """Send an answer byte by byte."""
+    content = _body_of(whole)
+    response = web.StreamResponse(status=whole.status)
+    response.content_type = whole.content_type
+    response.content_length = len(content)
+    with suppress(ConnectionError):  # the client closed the connection
+        await response.prepare(request)
+        for byte in content:
+            await response.write(bytes((byte,)))
+            await asyncio.sleep(seconds)
+    return response
+
+
+def op_of(request: web.Request) -> Op | None:
+    """Return the name of the call; None for a call of an application."""
+    match = request.match_info
+    tail = request.path.rpartition("/")[2]
+    op: Any
+    if "session_id" in match:
+        listed = "events" if request.method == "GET" else "send"
+        op = {"events": listed, "stream": "stream", "archive": None}.get(tail, "session")
+    elif tail == match.get("environment_id", tail):
+        op = None
+    elif tail in _SUFFIXED:
+        op = tail
+    elif "work_id" in match:
+        op = "get" if request.method == "GET" else "update"
+    else:
+        op = "list" if request.method == "GET" else "enqueue"
+    return op if op in get_args(Op) else None
+
+
+def worker_id_of(request: web.Request) -> str | None:
+    """Return the name that the worker gives itself in a request."""
+    return next(filter(None, map(request.headers.get, WORKER_ID_HEADERS)), None)
+
+
+class Hold:
+    """A fault that delays requests until `release()`, before the operation or after it."""
+
+    def __init__(self, *, applied: bool = False) -> None:
+        self.held = 0
+        self._applied = applied
+        self._released = asyncio.Event()
+        self._changes = Changes()
+
+    async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Delay one request."""
+        if self._applied:
+            response = await handler(request)
+            await self._wait()
+            return response
+        await self._wait()
+        return await handler(request)
+
+    async def _wait(self) -> None:
+        self.held += 1
+        self._changes.notify()
+        await self._released.wait()
+
+    async def reached(self, count: int = 1) -> None:
+        """Wait until `count` requests have arrived in total."""
+        await self._changes.until(
+            lambda: self.held >= count, lambda: f"{count} requests to hold; held {self.held}"
+        )
+
+    def release(self) -> None:
+        """Continue all delayed requests, and do not delay further ones."""
+        self._released.set()
+
+
+class Cut:
+    """A fault that can break the connections of requests later, such as event streams."""
+
+    def __init__(self) -> None:
+        self._open: set[asyncio.WriteTransport] = set()
+
+    async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Handle one request, whose connection `now()` can break."""
+        transport = request.transport
+        if transport is None:
+            return await handler(request)
+        self._open.add(transport)
+        try:
+            return await handler(request)
+        finally:
+            self._open.discard(transport)
+
+    def now(self) -> int:
+        """Reset all connections with an unfinished answer; return their number."""
+        cut = list(self._open)
+        for transport in cut:
+            reset_connection(transport)
+        return len(cut)
+
+
+def reset_connection(transport: asyncio.WriteTransport) -> None:
+    """Close a connection with a reset, and drop the bytes that are not sent yet."""
+    connection = transport.get_extra_info("socket")
+    with suppress(OSError):  # the connection ended just before
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
+    transport.abort()
