@@ -3,15 +3,20 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import get_args, get_type_hints
 
 import pytest
 
 import workpool
+from workpool import Handler, hookspecs
 
 
 def test_public_names_are_the_documented_ones() -> None:
     assert sorted(workpool.__all__) == [
         "DaemonThreads",
+        "Handler",
         "JSON",
         "LeaseLost",
         "Outcome",
@@ -28,11 +33,27 @@ def test_public_names_are_the_documented_ones() -> None:
         "WorkItem",
         "WorkpoolError",
         "__version__",
+        "current_session",
         "handler",
         "hookimpl",
         "release_on_exhaustion",
     ]
     assert all(hasattr(workpool, name) for name in workpool.__all__)
+
+
+def test_everything_that_hooks_take_and_return_is_exported() -> None:
+    """Also the values of aliases: `workpool_event` takes any event."""
+    namespace = {
+        **{name: getattr(workpool, name) for name in workpool.__all__},
+        "Event": workpool.events.Event,
+        "Callable": Callable,
+        "Awaitable": Awaitable,
+        "AbstractAsyncContextManager": AbstractAsyncContextManager,
+    }
+    hooks = {name: hook for name, hook in vars(hookspecs).items() if name.startswith("workpool_")}
+    hints = {name: get_type_hints(hook, localns=namespace) for name, hook in hooks.items()}
+    assert Handler in get_args(hints["workpool_session_handler"]["return"])
+    assert all("return" in each for each in hints.values())
 
 
 def test_import_of_workpool_does_not_import_command_line() -> None:

@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from workpool import events as events
     from workpool import settings as settings
     from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
-    from workpool.handlers import handler
+    from workpool.handlers import Handler, handler
     from workpool.hookspecs import hookimpl
     from workpool.json_value import JSON
     from workpool.pool.status import Status
     from workpool.pool.supervisor import Supervisor
-    from workpool.session import Outcome, Release, Session, release_on_exhaustion
+    from workpool.session import (
+        Outcome,
+        Release,
+        Session,
+        current_session,
+        release_on_exhaustion,
+    )
     from workpool.settings import Settings
     from workpool.wire.client import WorkClient
     from workpool.wire.http.rate_limiter import RateLimits
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "JSON",
     "DaemonThreads",
+    "Handler",
     "LeaseLost",
     "Outcome",
     "PluginError",
@@ -44,6 +51,7 @@ __all__ = [
     "WorkItem",
     "WorkpoolError",
     "__version__",
+    "current_session",
     "handler",
     "hookimpl",
     "release_on_exhaustion",
@@ -53,6 +61,7 @@ _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
     "JSON": "json_value",
     "DaemonThreads": "wire.http.threads",
+    "Handler": "handlers",
     "LeaseLost": "errors",
     "Outcome": "session",
     "PluginError": "errors",
@@ -67,6 +76,7 @@ _MODULE_OF = {
     "WorkClient": "wire.client",
     "WorkItem": "wire.items",
     "WorkpoolError": "errors",
+    "current_session": "session",
     "handler": "handlers",
     "hookimpl": "hookspecs",
     "release_on_exhaustion": "session",

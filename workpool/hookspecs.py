@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from workpool.events import Event
+    from workpool.handlers import Handler
     from workpool.json_value import JSON
     from workpool.session import Session
     from workpool.wire.items import WorkItem
@@ -26,8 +27,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec(firstresult=True)
-def workpool_session_handler(item: WorkItem) -> Callable[[Session], Awaitable[JSON]] | None:
+def workpool_session_handler(
+    item: WorkItem,
+) -> Handler | Callable[[Session], Awaitable[JSON]] | None:
     """Return the handler for this item, or None to let the next plugin decide.
+
+    A `Handler` has limits and a label of its own.
 
     Called once for each delivered item, before the acknowledgement: an item without a handler stays
     in the queue for other workers. Must be quick and must not do I/O. An item whose hook raises is
@@ -40,7 +45,8 @@ def workpool_wrap_session(session: Session) -> AbstractAsyncContextManager[objec
     """Return a context in which the handler of this session runs, or None.
 
     Called once the lease is held. The contexts are entered in the order of the plugins and left in
-    reverse order. An exception of a context counts as an exception of the handler.
+    reverse order. An exception of a context counts as an exception of the handler. A context that
+    ends sees the handler's exception, if any, and `session.outcome`.
     """
 
 

@@ -1,4 +1,4 @@
-"""The interface of a handler: `Session`, `Release`, `release_on_exhaustion`, `Outcome`.
+"""The interface of a handler: `Session`, `current_session`, `Release`, `Outcome` and more.
 
 Each call that reaches the control plane checks right before it is sent that the pool holds the
 item. See workpool/docs/handlers.md, "The session".
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from workpool.errors import exhausted
 from workpool.wire.protocol import TTL_MAX_SECONDS, TTL_MIN_SECONDS
@@ -18,6 +19,7 @@ from workpool.wire.protocol import TTL_MAX_SECONDS, TTL_MIN_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
+    from weakref import ref
 
     from workpool.secret import Secret
     from workpool.wire.events.session_events import SessionEvents
@@ -179,22 +181,31 @@ class Session:
         redelivered: Whether the item was held before, here or elsewhere: it may have run before.
         attempt: The number of this run: 1, and one more for each earlier run that ended with
             neither a release (by a drain or by `Release`) nor a stop.
+        state: For the plugins' wrapping contexts and the handler: connections, spans and the like,
+            by names of their own. The pool does not use it.
+        outcome: None while the handler runs. Then the outcome that the session has if its last
+            requests succeed, and in the end the one that it has.
     """
 
     __slots__ = (
+        "__weakref__",
         "_draining",
         "_held",
         "_interrupted",
         "_stopping",
         "attempt",
         "item",
+        "outcome",
         "redelivered",
+        "state",
     )
 
     def __init__(self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1) -> None:
         self.item = item
         self.redelivered = redelivered
         self.attempt = attempt
+        self.state: dict[str, Any] = {}
+        self.outcome: Outcome | None = None
         self._held = held
         self._stopping = False
         self._draining = False
@@ -316,3 +327,18 @@ class Session:
         self._draining = self._draining or draining
         if self._interrupted is not None:
             self._interrupted.set()
+
+
+CURRENT: Final[ContextVar[ref[Session]]] = ContextVar("workpool_session")
+"""The session that `current_session` returns, set by the pool. Weak: a connection that was opened
+in a session keeps the context of that time, and would keep the session."""
+
+
+def current_session() -> Session | None:
+    """Return the session whose handler or wrapping context runs this code; None outside of them.
+
+    Tasks that a handler creates and calls of `asyncio.to_thread` inherit it. For a log processor,
+    which has no session at hand.
+    """
+    current = CURRENT.get(None)
+    return None if current is None else current()

@@ -118,7 +118,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "handler before the first heartbeat": [
         Edit("claim:Claimer", "while not lease.expire(self._clock()):", "while False:"),
-        Edit("session_runner:SessionRunner", "(lease.begun and lease.held(", "(lease.held("),
+        Edit("pool_item:PoolItem", "(lease.begun and lease.held(", "(lease.held("),
     ],
     "first heartbeat unchecked": [
         Edit(

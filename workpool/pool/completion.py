@@ -7,6 +7,7 @@ See workpool/docs/architecture.md, "The end of a session".
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -280,6 +281,26 @@ def row_of(item: PoolItem) -> Row:
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
     return TABLE[item.reason]
+
+
+def outcome_expected(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
+    """Return the outcome of a session whose handler ends in this way, if its completion succeeds.
+
+    Args:
+        item: The item.
+        error: What the handler raised; None: it returned a result that can be written.
+        now: The time on the lease clock.
+    """
+    if error is None:
+        reason = EndReason.RETURNED
+    elif release_of(error) is not None:
+        reason = EndReason.RELEASED
+    elif isinstance(error, asyncio.CancelledError) and item.cancelled_for is not None:
+        reason = item.cancelled_for
+    else:
+        reason = EndReason.RAISED
+    reasons = (reason, item.reason, item.reason_of_lease(now))
+    return TABLE[max(each for each in reasons if each is not None)].outcome
 
 
 def outcome_when_abandoned(item: PoolItem) -> Outcome:

@@ -14,15 +14,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+from weakref import ref
 
 from workpool.errors import ResultError
 from workpool.events import SessionStarted
 from workpool.logs import readable
-from workpool.pool.completion import NOTE_LIMIT, release_of, text_of
+from workpool.pool.completion import NOTE_LIMIT, outcome_expected, release_of, text_of
 from workpool.pool.diagnostics import log_stacks
 from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
-from workpool.session import PoolRelease
+from workpool.session import CURRENT, PoolRelease
 from workpool.wire.client_dialects import DIALECTS
 
 if TYPE_CHECKING:
@@ -204,16 +205,36 @@ class HandlerExecutor:
         item.handler_task = asyncio.current_task()
         if not self._may_start(item):
             return {}
+        CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             contexts = self._plugins.contexts(session)
-            call = _in_contexts(contexts, handler, session) if contexts else handler.call(session)
-            return metadata_of(await call, self._metadata_limits)
+            if contexts:
+                return await self._in_contexts(contexts, item, handler, session)
+            return metadata_of(await handler.call(session), self._metadata_limits)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             return _Raised(error)
+
+    async def _in_contexts(
+        self, contexts: list[Context], item: PoolItem, handler: Handler, session: Session
+    ) -> Mapping[str, str]:
+        """Call the handler inside the plugins' contexts, which see the outcome when they end."""
+        async with AsyncExitStack() as stack:
+            for _, context in contexts:
+                await stack.enter_async_context(context)
+            error: BaseException | None = None
+            try:
+                return metadata_of(await handler.call(session), self._metadata_limits)
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                session.outcome = outcome_expected(item, error, self._clock())
+                error = None  # breaks the cycle of error, traceback and frame
+        return {}  # a context has suppressed the handler's error
 
     def _may_start(self, item: PoolItem) -> bool:
         """Whether the lease is held still: the machine may have slept since the last check."""
@@ -251,15 +272,6 @@ class HandlerExecutor:
             log.error("result not written work_id=%s handler=%s: %s", item.id, item.label, error)
             return
         log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)
-
-
-async def _in_contexts(contexts: list[Context], handler: Handler, session: Session) -> object:
-    """Call the handler inside the plugins' contexts."""
-    async with AsyncExitStack() as stack:
-        for _, context in contexts:
-            await stack.enter_async_context(context)
-        return await handler.call(session)
-    return None  # a context has suppressed the handler's error
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:

@@ -244,6 +244,19 @@ class PoolItem:
         if self.reason is None or reason > self.reason:
             self.reason = reason
 
+    def reason_of_lease(self, now: float) -> EndReason | None:
+        """Return the reason that the lease gives to end the session, or None."""
+        lease = self.lease
+        if lease.status == "stopped":
+            return EndReason.STOPPED
+        if lease.status == "handed_off":
+            return EndReason.HANDED_OFF
+        if lease.status == "released":
+            return None  # by our own last heartbeat: no other worker took the item
+        if not (lease.begun and lease.held(now)):
+            return EndReason.LOST
+        return EndReason.STOP_REQUESTED if lease.stop_requested else None
+
     def notify(self) -> None:
         """Wake all tasks that wait in `until`."""
         if self._changed is not None:

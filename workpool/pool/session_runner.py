@@ -187,10 +187,10 @@ class SessionRunner:
             await self.completion.mark(item, DRAIN_REASON, MARK_SECONDS)
         await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
-        self._record_lease(item, lease)
+        self._record_lease(item)
         if item.reason is None and not self.draining and self._must_count(attempt):
             await self._open_attempt(item, session, attempt)
-            self._record_lease(item, lease)
+            self._record_lease(item)
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
@@ -219,7 +219,7 @@ class SessionRunner:
             await _settle_mark(item.mark_task)
         if item.handoff is not None:
             await settle(item, item.handoff, self._context.renewer)
-        self._record_lease(item, item.lease)
+        self._record_lease(item)
 
     def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
@@ -274,24 +274,17 @@ class SessionRunner:
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning("health check not stopped work_id=%s error=%s", item.id, error)
 
-    def _record_lease(self, item: PoolItem, lease: Lease) -> None:
+    def _record_lease(self, item: PoolItem) -> None:
         """Record the reason that the lease gives to end the session, if it gives one."""
-        if lease.status == "stopped":
-            item.end(EndReason.STOPPED)
-        elif lease.status == "handed_off":
-            item.end(EndReason.HANDED_OFF)
-        elif lease.status == "released":
-            return  # by our own last heartbeat: no other worker took the item
-        elif not (lease.begun and lease.held(self._context.clock())):
-            item.end(EndReason.LOST)
-        elif lease.stop_requested:
-            item.end(EndReason.STOP_REQUESTED)
+        if (reason := item.reason_of_lease(self._context.clock())) is not None:
+            item.end(reason)
 
     def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and item.lease.confirmed:
             self._report_lost(item, "run" if item.lease.begun else "start")
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
             self._runs.add(item.id)
+        session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
         self._on_finished(item, outcome, seconds)
         self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)

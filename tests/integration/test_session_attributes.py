@@ -1,0 +1,200 @@
+"""What a session tells its handler, its wrapping contexts and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, current_session, handler, hookimpl
+from workpool.errors import ResultError
+from workpool.events import SessionFinished, SessionStarted
+from workpool.testing import in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Kit, Recorder
+
+
+class Connecting:
+    """A plugin whose context opens a connection, and notes how the session ended."""
+
+    def __init__(self) -> None:
+        self.connections: list[Any] = []
+        self.outcomes: list[str | None] = []
+        self.errors: list[type[BaseException] | None] = []
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
+        assert current_session() is session
+        assert session.outcome is None
+        session.state["connection"] = f"to {session.id}"
+        error: type[BaseException] | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = type(raised)
+            raise
+        finally:
+            self.outcomes.append(session.outcome)
+            self.errors.append(error)
+
+
+async def returns(_: Session) -> None:
+    return None
+
+
+async def fails(_: Session) -> None:
+    raise ValueError
+
+
+async def releases(_: Session) -> None:
+    raise Release("later")
+
+
+async def is_wrong(_: Session) -> Any:
+    return object()
+
+
+async def hangs(_: Session) -> None:
+    await asyncio.Event().wait()
+
+
+@in_virtual_time
+@pytest.mark.parametrize(
+    ("act", "outcome", "error"),
+    [
+        (returns, "completed", None),
+        (fails, "failed", ValueError),
+        (releases, "released", Release),
+        (is_wrong, "failed", ResultError),
+        (hangs, "stalled", asyncio.CancelledError),
+    ],
+    ids=["returned", "raised", "released", "wrong_result", "stalled"],
+)
+async def test_wrapping_context_sees_the_outcome_after_its_yield(
+    workpool: Kit,
+    act: Callable[[Session], Awaitable[Any]],
+    outcome: str,
+    error: type[BaseException] | None,
+) -> None:
+    @handler
+    async def work(session: Session) -> Any:
+        assert session.state["connection"] == f"to {session.id}"
+        return await act(session)
+
+    connecting = Connecting()
+    result = await workpool.run_session(work, connecting, stall_timeout=5)
+    assert connecting.outcomes == [outcome] == [result.outcome]
+    assert connecting.errors == [error]
+
+
+async def test_wrapping_context_sees_that_an_operator_stopped_the_session(
+    make_pool: Any, plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
+) -> None:
+    @handler
+    async def work(session: Session) -> None:
+        await session.interrupted()
+
+    connecting = Connecting()
+    (item,) = plane.enqueue()
+    async with make_pool(work, connecting):
+        await recorder.wait_for(SessionStarted)
+        plane.operations.stop(plane.environments[0], item.id)
+        heartbeat_now(item.id)
+        finished = await recorder.wait_for(SessionFinished)
+    assert connecting.outcomes == ["stopped"] == [finished.outcome]
+
+
+async def test_current_session_is_seen_by_tasks_and_threads_of_its_handler(
+    make_pool: Any, plane: ControlPlane, recorder: Recorder
+) -> None:
+    seen: dict[str, list[Session | None]] = {}
+    both = asyncio.Barrier(2)
+
+    async def child() -> Session | None:
+        return current_session()
+
+    @handler
+    async def work(session: Session) -> None:
+        await both.wait()
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(child())
+        seen[session.id] = [
+            current_session(),
+            task.result(),
+            await asyncio.to_thread(current_session),
+        ]
+
+    plane.enqueue(2)
+    async with make_pool(work, concurrency=2):
+        await recorder.wait_for(SessionFinished, count=2)
+    sessions = [event.session for event in recorder.of(SessionFinished)]
+    assert seen == {session.id: [session] * 3 for session in sessions}
+    assert current_session() is None
+
+
+@in_virtual_time
+async def test_deadline_is_none_without_a_limit_and_that_of_the_timeout_with_one(
+    workpool: Kit,
+) -> None:
+    left: list[float | None] = []
+
+    @handler
+    async def work(session: Session) -> None:
+        now = asyncio.get_running_loop().time()
+        left.append(None if session.deadline is None else session.deadline - now)
+
+    await workpool.run_session(work)
+    await workpool.run_session(work, session_timeout=60)
+    none, seconds = left
+    assert none is None
+    assert seconds is not None
+    assert math.isclose(seconds, 60)
+
+
+@in_virtual_time
+async def test_deadline_comes_nearer_with_a_drain_and_a_stop_request(workpool: Kit) -> None:
+    left: list[float] = []
+
+    @handler(timeout=3600)
+    async def work(session: Session) -> None:
+        await session.interrupted()
+        assert session.deadline is not None
+        left.append(session.deadline - asyncio.get_running_loop().time())
+
+    workpool.enqueue()
+    async with workpool.pool(work) as supervisor:
+        await workpool.wait_for(SessionStarted)
+        await supervisor.drain(timeout=45)
+        await workpool.wait_for(SessionFinished)
+    (item,) = workpool.enqueue()
+    async with workpool.pool(work, stop_grace=15):
+        await workpool.wait_for(SessionStarted)
+        workpool.stop(item)
+        await workpool.wait_for(SessionFinished)
+    assert [round(each) for each in left] == [45, 15]
+
+
+@in_virtual_time
+async def test_deadline_of_a_drain_without_limit_is_that_of_the_timeout(workpool: Kit) -> None:
+    left: list[float | None] = []
+
+    @handler(timeout=100)
+    async def work(session: Session) -> None:
+        await session.interrupted()
+        assert session.deadline is not None
+        left.append(round(session.deadline - asyncio.get_running_loop().time()))
+
+    workpool.enqueue()
+    async with workpool.pool(work) as supervisor:
+        await workpool.wait_for(SessionStarted)
+        await asyncio.sleep(30)
+        await supervisor.drain(timeout=None)
+    assert left == [70]
