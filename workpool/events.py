@@ -26,6 +26,11 @@ CallResult = Literal["ok", "conflict", "gone", "error"]
 HeartbeatResult = Literal[
     "ok", "recovered", "precondition", "conflict", "rejected", "transient", "timeout"
 ]
+LossReason = Literal["expired", "taken", "gone", "refused"]
+"""How a lease was lost. `expired`: no heartbeat was answered in time, or the machine was paused.
+`taken`: another worker has the item. `gone`: the control plane does not know the item.
+`refused`: the control plane does not accept the heartbeat."""
+SessionErrorKind = Literal["exception", "result_refused", "attempts_exceeded", "timeout", "stalled"]
 StopMode = Literal["graceful", "force", "confirm"]
 DrainResult = Literal["clean", "deadline", "killed"]
 
@@ -66,7 +71,8 @@ class PollerRestarted:
 class ItemReceived:
     """A poll returned an item.
 
-    `pickup_seconds`: the age of the item, at least 0; None if it has no `created_at`.
+    `pickup_seconds`: the age of a new item, at least 0; None if it has no `created_at`, and for
+    items that were received or held before.
     """
 
     item: WorkItem
@@ -145,6 +151,25 @@ class SessionFinished:
     outcome: Outcome
     seconds: float
     error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    """A session ended because its lease was lost; `SessionFinished` follows."""
+
+    item: WorkItem
+    reason: LossReason
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed:
+    """A session ended without a result, by an error of the kind `error`; `SessionFinished` follows.
+
+    `attempts_exceeded`: the item had failed `max_attempts` times before, so no handler ran.
+    """
+
+    item: WorkItem
+    error: SessionErrorKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +266,8 @@ Event = (
     | StopRequested
     | SessionStarted
     | SessionFinished
+    | SessionLost
+    | SessionFailed
     | StopFinished
     | ResultDropped
     | RequestFinished

@@ -13,6 +13,7 @@ import errno
 import gzip
 import logging
 import os
+import time
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -72,6 +73,9 @@ class Exporter:
     Attributes:
         port: The port, once entered.
         url: The URL for clients on this machine, without a path, once entered.
+        scraped_at: When the last scrape that was answered began, on the monotonic clock; None
+            before the first.
+        on_scraped: Called after each scrape, before its answer is sent, on the exporter's loop.
     """
 
     def __init__(
@@ -85,6 +89,8 @@ class Exporter:
     ) -> None:
         self.port = port
         self.url = ""
+        self.scraped_at: float | None = None
+        self.on_scraped: Callable[[], object] | None = None
         self._host = host
         self._registry = registry
         self._health = health
@@ -208,6 +214,7 @@ class Exporter:
             raise web.HTTPServiceUnavailable(
                 text="too many scrapes\n", headers={"Retry-After": "1"}
             )
+        began_at = time.monotonic()
         encode, content_type = _encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
@@ -217,7 +224,11 @@ class Exporter:
             rendering = self._renderer.submit(encode, self._registry)
         self._renderings.add(rendering)
         rendering.add_done_callback(self._renderings.discard)
-        return web.Response(body=await asyncio.wrap_future(rendering), headers=headers)
+        body = await asyncio.wrap_future(rendering)
+        self.scraped_at = began_at
+        if self.on_scraped is not None:
+            self.on_scraped()
+        return web.Response(body=body, headers=headers)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return _verdict("healthy", self._health())

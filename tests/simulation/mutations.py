@@ -424,7 +424,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     "items not counted": [
         Edit(
             "dispatcher:Dispatcher",
-            "self._context.observe(ItemReceived, work_item, origin, _age(work_item))",
+            "self._context.observe(ItemReceived, work_item, origin, age)",
             "0",
         ),
     ],

@@ -87,6 +87,7 @@ def test_metrics_exposition_is_read_into_demo_figures() -> None:
     metrics = Metrics(
         registry,
         "env_1",
+        worker_id="vm-1",
         dialect="qoder",
         version="0",
         snapshot=lambda: PoolSnapshot(slots={"busy": 3, "free": 1}, slots_limit=4),

@@ -703,8 +703,8 @@ def test_lease_expires_at_give_up_time() -> None:
 @pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
 def test_first_end_status_of_lease_is_kept(first: Any, second: Any) -> None:
     lease = begun()
-    lease.end(first, confirmed=first == "lost")
-    lease.end(second, confirmed=True)
+    lease.end(first, "taken")
+    lease.end(second, "taken")
     lease.expire(1000.0)
     assert (lease.status, lease.confirmed) == (first, first == "lost")
 

@@ -231,7 +231,7 @@ async def test_suspended_renewer_sends_no_heartbeats(bench: type[Bench]) -> None
     async with one.open():
         first, second = await one.begin(await one.claim()), await one.begin(await one.claim())
         one.renewer.renewing = False
-        one.renewer._monitor._ping += 1  # as if the loop had not answered
+        one.renewer.monitor._ping += 1  # as if the loop had not answered
         one.renewer.remove(second)
         await asyncio.sleep(300)
         assert first.status == "lost"

@@ -47,11 +47,11 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("poll_null_ratio", "G", "environment_id"),
     ("poll_backoff_seconds_total", "C",
      "environment_id, reason=throttled|server_error|network|retry_after"),
-    ("pollers", "G", "environment_id, state=polling|backoff|waiting_slot|paused"),
+    ("pollers", "G", "environment_id, state=polling|pacing|backoff|waiting_slot|paused|blocked"),
     ("pollers_target", "G", "environment_id"),
     ("pollers_limit", "G", "environment_id"),
     ("poller_scale_events_total", "C",
-     "environment_id, direction=up|down, reason=hits|nulls|throttled|slots|budget"),
+     "environment_id, direction=up|down, reason=hits|nulls|throttled"),
     ("last_poll_success_timestamp_seconds", "G", "environment_id"),
     ("items_received_total", "C",
      "environment_id, origin=new|redelivered|duplicate, type=session|healthcheck|other"),
@@ -70,6 +70,8 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("slots_limit", "G", "environment_id"),
     ("acks_total", "C", "environment_id, result=ok|conflict|gone|error"),
     ("delivery_to_ack_seconds", H_WAIT, "environment_id"),
+    ("lease_ttl_seconds", "G", "environment_id"),
+    ("leases_lost_total", "C", "environment_id, reason=expired|taken|gone|refused"),
     ("leases", "G", "environment_id, state=starting|active|stopping"),
     ("lease_remaining_seconds_min", "G", "environment_id"),
     ("heartbeats_total", "C",
@@ -81,6 +83,9 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("sessions_total", "C",
      "environment_id, handler, "
      "outcome=completed|failed|timed_out|stalled|stopped|released|lease_lost|detached"),
+    ("session_errors_total", "C",
+     "environment_id, error=exception|result_refused|attempts_exceeded|timeout|stalled"),
+    ("stuck_handlers", "G", "environment_id"),
     ("stops_total", "C",
      "environment_id, mode=graceful|force|confirm, result=ok|conflict|gone|error"),
     ("stop_requests_total", "C", "environment_id"),
@@ -90,7 +95,8 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("drain_duration_seconds", H_RUN, "result=clean|deadline|killed"),
     ("http_requests_total", "C",
      "environment_id, op=poll|ack|heartbeat|stop|get|list|stats|update|session|events|stream, "
-     "code=2xx|304|400|401|403|404|409|412|429|4xx|5xx|error"),
+     "code=2xx|304|400|401|403|404|409|412|429|4xx|5xx|"
+     "dns|refused|tls|timeout|reset|error"),
     ("http_request_duration_seconds", H_HTTP,
      "op=poll|ack|heartbeat|stop|get|list|stats|update|session|events|stream"),
     ("rate_budget_wait_seconds_total", "C", "environment_id, kind=read|write"),
@@ -99,16 +105,27 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("remote_workers_polling", "G", "environment_id"),
     ("remote_stats_timestamp_seconds", "G", "environment_id"),
     ("event_loop_lag_seconds", H_LAG, ""),
-    ("plugin_errors_total", "C", "plugin, hook"),
+    ("event_loop_blocked_seconds", "G", "environment_id"),
+    ("plugin_errors_total", "C", "environment_id, plugin, hook"),
     ("credential_refreshes_total", "C", "environment_id, result=ok|error"),
-    ("build_info", "G", "version, python, dialect"),
+    ("build_info", "G", "environment_id, worker_id, version, python, dialect"),
 )  # fmt: skip
 
 # The order in which the table names labels; the exposition sorts them by name.
 LABELS = (
-    *("environment_id", "handler", "plugin", "hook", "version", "python", "dialect", "origin"),
+    *(
+        "environment_id",
+        "handler",
+        "plugin",
+        "hook",
+        "worker_id",
+        "version",
+        "python",
+        "dialect",
+        "origin",
+    ),
     *("direction", "mode", "op", "code", "state", "result", "outcome", "reason", "stage"),
-    *("type", "kind"),
+    *("type", "kind", "error"),
 )
 
 CREATED = datetime(2026, 1, 1, tzinfo=UTC)
@@ -177,7 +194,7 @@ class Pool:
         self.snapshot = options.pop("snapshot", IDLE)
         self.clock = Clock()
         self.metrics = Metrics(
-            registry, environment_id, dialect="qoder", version="1.2.3",
+            registry, environment_id, worker_id="vm-1", dialect="qoder", version="1.2.3",
             snapshot=lambda: self.snapshot, clock=self.clock, now=self.clock, **options,
         )  # fmt: skip
 
@@ -329,6 +346,10 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
         "session_duration_seconds_count{handler=echo.run,outcome=timed_out}": 1,
         "session_duration_seconds_sum{handler=echo.run,outcome=timed_out}": 12,
     }),
+    (ev.SessionLost(ITEM, "taken"),
+     {"leases_lost_total{environment_id=env_1,reason=taken}": 1}),
+    (ev.SessionFailed(ITEM, "timeout"),
+     {"session_errors_total{environment_id=env_1,error=timeout}": 1}),
     (ev.StopFinished(ITEM, "force", "gone"),
      {"stops_total{environment_id=env_1,mode=force,result=gone}": 1}),
     (ev.ResultDropped(ITEM), {"results_dropped_total{environment_id=env_1}": 1}),
@@ -350,7 +371,7 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
     (ev.LoopLagMeasured(0.5),
      {"event_loop_lag_seconds_count{}": 1, "event_loop_lag_seconds_sum{}": 0.5}),
     (ev.PluginFailed("mail", "workpool_event", ValueError()),
-     {"plugin_errors_total{plugin=mail,hook=workpool_event}": 1}),
+     {"plugin_errors_total{environment_id=env_1,plugin=mail,hook=workpool_event}": 1}),
     (ev.DrainFinished("killed", 30.0), {
         "drain_duration_seconds_count{result=killed}": 1,
         "drain_duration_seconds_sum{result=killed}": 30,
@@ -450,7 +471,9 @@ def test_gauges_show_pool_state_at_time_of_scrape(pool: Pool, registry: Collecto
     busy = scrape(registry)
     assert {k: v for k, v in busy.items() if k.startswith(("pollers", "queue_d", "queue_c"))} == {
         "pollers{environment_id=env_1,state=polling}": 1,
+        "pollers{environment_id=env_1,state=pacing}": 0,
         "pollers{environment_id=env_1,state=backoff}": 0,
+        "pollers{environment_id=env_1,state=blocked}": 0,
         "pollers{environment_id=env_1,state=waiting_slot}": 1,
         "pollers{environment_id=env_1,state=paused}": 0,
         "pollers_target{environment_id=env_1}": 2,
@@ -475,7 +498,12 @@ def test_build_info_shows_version_python_and_dialect(
 ) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     assert pool.metrics.version == "1.2.3"
-    assert scrape(registry)[f"build_info{{version=1.2.3,python={python},dialect=qoder}}"] == 1
+    assert (
+        scrape(registry)[
+            f"build_info{{environment_id=env_1,worker_id=vm-1,version=1.2.3,python={python},dialect=qoder}}"
+        ]
+        == 1
+    )
 
 
 def test_null_ratio_counts_polls_of_last_minute(pool: Pool, registry: CollectorRegistry) -> None:
@@ -526,7 +554,9 @@ def test_oldest_item_without_readable_time_has_no_age(
 def test_metrics_use_wall_clock_by_default(
     registry: CollectorRegistry,
 ) -> None:
-    metrics = Metrics(registry, "env_1", dialect="qoder", version="1", snapshot=lambda: IDLE)
+    metrics = Metrics(
+        registry, "env_1", worker_id="vm-1", dialect="qoder", version="1", snapshot=lambda: IDLE
+    )
     metrics.open()
     before = datetime.now(UTC).timestamp()
     metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
@@ -690,7 +720,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from workpool.events import PollFinished
 from workpool.metrics import Metrics
 
-metrics = Metrics(CollectorRegistry(), "env_1", dialect="qoder", version="1", snapshot=lambda: None)
+names = {"worker_id": "vm-1", "dialect": "qoder", "version": "1"}
+metrics = Metrics(CollectorRegistry(), "env_1", **names, snapshot=lambda: None)
 metrics.open()
 metrics.observe(PollFinished("item", 0.5))
 everybody = CollectorRegistry()

@@ -912,7 +912,7 @@ async def test_every_request_is_reported_with_its_status_label() -> None:
         for _ in range(3):
             with pytest.raises(ControlPlaneError):
                 await ask(transport, server.url)
-    assert told == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "error")]
+    assert told == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
 
 
 @pytest.mark.parametrize("odd", [never, stall])

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Final
 
 import typer
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import (
@@ -73,7 +74,10 @@ def run(
         settings = settings.replace(metrics_listen=METRICS_LISTEN)
     log_config.configure(settings.log_level, settings.log_format)
     import_from_here()
-    supervisor, signals = Supervisor(settings), Signals()
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    supervisor, signals = Supervisor(settings, registry=registry), Signals()
+    supervisor.awaits_last_scrape = True
     reporter = ServiceReporter(supervisor.status)
     if reporter.wanted:
         supervisor.renewer_services = [reporter.reporting()]

@@ -26,7 +26,7 @@ OTHER_HANDLERS: Final = "other"
 OPEN: Final[tuple[str, ...]] = ()
 """For a label whose values are known at run time only; settings and code bound their number."""
 
-POLLER_STATES: Final = ("polling", "backoff", "waiting_slot", "paused")
+POLLER_STATES: Final = ("polling", "pacing", "backoff", "waiting_slot", "paused", "blocked")
 SLOT_STATES: Final = ("free", "reserved", "busy")
 LEASE_STATES: Final = ("starting", "active", "stopping")
 PAUSE_REASONS: Final = ("pause", "plugin", "limit")
@@ -36,7 +36,8 @@ OPS: Final = (
     *("session", "events", "stream"),
 )
 CODES: Final = (
-    *("2xx", "304", "400", "401", "403", "404", "409", "412", "429", "4xx", "5xx", "error"),
+    *("2xx", "304", "400", "401", "403", "404", "409", "412", "429", "4xx", "5xx"),
+    *("dns", "refused", "tls", "timeout", "reset", "error"),  # requests without an answer
 )
 
 H_POLL: Final = (
@@ -121,7 +122,8 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _gauge(
         "poll_null_ratio", _env(),
-        "Share of nulls in the item and null polls of the last 60 s; absent without such polls.",
+        "Share of nulls in this worker's item and null polls of the last 60 s; absent without such "
+        "polls. Not to be averaged over workers: divide the rates of polls_total instead.",
     ),
     _counter(
         "poll_backoff_seconds_total", _env(reason=get_args(ev.BackoffReason)), ev.PollerBackedOff,
@@ -132,7 +134,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _gauge("pollers_limit", _env(), "Largest number of pollers that the settings allow."),
     _counter(
         "poller_scale_events_total",
-        _env(direction=("up", "down"), reason=("hits", "nulls", "throttled", "slots", "budget")),
+        _env(direction=("up", "down"), reason=get_args(ev.ScaleReason)),
         ev.PollersScaled, "Changes of pollers_target.",
     ),
     _gauge(
@@ -146,7 +148,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _histogram(
         "item_pickup_latency_seconds", _env(), (ev.ItemReceived, "pickup_seconds"), H_WAIT,
-        "Time from the creation of an item to the poll that returned it.",
+        "Time from the creation of a new item to the poll that returned it.",
     ),
     _counter(
         "reclaims_total",
@@ -180,6 +182,11 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Time from delivery to the answer of the ack; must stay below the reclaim window.",
     ),
     # -- leases ----------------------------------------------------------------------------------
+    _gauge("lease_ttl_seconds", _env(), "Duration of a lease that heartbeats ask for."),
+    _counter(
+        "leases_lost_total", _env(reason=get_args(ev.LossReason)), ev.SessionLost,
+        "Leases lost: expired without an answer, taken by another worker, gone, or refused.",
+    ),
     _gauge("leases", _env(state=LEASE_STATES), "Leases held, by the state of their item."),
     _gauge(
         "lease_remaining_seconds_min", _env(),
@@ -213,6 +220,11 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "sessions_total", _env(handler=OPEN, outcome=get_args(Outcome)), ev.SessionFinished,
         "Sessions that ended: one for each acknowledgement.",
     ),
+    _counter(
+        "session_errors_total", _env(error=get_args(ev.SessionErrorKind)), ev.SessionFailed,
+        "Sessions that failed, by the kind of error.",
+    ),
+    _gauge("stuck_handlers", _env(), "Handlers that ignore their cancellation."),
     _counter(
         "stops_total", _env(mode=get_args(ev.StopMode), result=get_args(ev.CallResult)),
         ev.StopFinished,
@@ -252,15 +264,18 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     # -- the control plane's own view ------------------------------------------------------------
     _gauge(
         "remote_queue_items", _env(state=("claimable", "pending")),
-        "Queued items, as the control plane counts them; absent until the first reading.",
+        "Queued items, as the control plane counts them; absent until the first reading. Each "
+        "worker reports the same queue: use max, not sum.",
     ),
     _gauge(
         "remote_oldest_queued_age_seconds", _env(),
-        "Age of the oldest queued item, 0 without one; absent while unknown.",
+        "Age of the oldest queued item, 0 without one; absent while unknown. Each worker reports "
+        "the same queue: use max, not sum.",
     ),
     _gauge(
         "remote_workers_polling", _env(),
-        "Workers that polled recently; absent until the first reading.",
+        "Workers that polled recently, as the control plane counts them: use max, not sum. Not the "
+        "size of the fleet, since full workers do not poll; count build_info for that.",
     ),
     _gauge(
         "remote_stats_timestamp_seconds", _env(),
@@ -269,14 +284,18 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     # -- the process -----------------------------------------------------------------------------
     _histogram(
         "event_loop_lag_seconds", {}, (ev.LoopLagMeasured, "seconds"), H_LAG,
-        "Delay of the handlers' event loop, measured once a second.",
+        "Delay of the handlers' event loop, measured once a second; no value while it is blocked.",
+    ),
+    _gauge(
+        "event_loop_blocked_seconds", _env(),
+        "Time for which the handlers' event loop has not answered; 0 while it answers.",
     ),
     _counter(
-        "plugin_errors_total", {"plugin": OPEN, "hook": OPEN}, ev.PluginFailed,
+        "plugin_errors_total", _env(plugin=OPEN, hook=OPEN), ev.PluginFailed,
         "Exceptions of plugins' hooks.",
     ),
     _gauge(
-        "build_info", {"version": OPEN, "python": OPEN, "dialect": OPEN},
-        "Always 1; the labels are the versions in use.",
+        "build_info", _env(worker_id=OPEN, version=OPEN, python=OPEN, dialect=OPEN),
+        "Always 1; the labels are the worker and the versions in use.",
     ),
 )  # fmt: skip

@@ -1,9 +1,10 @@
 """Gauges, computed at scrape time: a gauge that events set would be wrong while the pool is idle.
 
 Supervisors of one environment on one registry have one value: the sum of counts, limits and
-capacities, the latest successful poll, the oldest session, the lease that ends first, 1 for
-draining if any of them drains, the null ratio of all polls, and the newest statistics of the queue.
-`build_info` is 1 for each combination of its labels. A closed supervisor has no gauges.
+capacities, the latest successful poll, the oldest session, the lease that ends first, the shortest
+TTL, the longest block of an event loop, 1 for draining if any of them drains, the null ratio of all
+polls, and the newest statistics of the queue. `build_info` is 1 for each combination of its labels.
+A closed supervisor has no gauges.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ _SUMS: Final = (
     "items_set_aside",
     "queue_capacity",
     "slots_limit",
+    "stuck_handlers",
 )
 
 
@@ -86,10 +88,13 @@ class PoolSnapshot:
     """The state of one supervisor at one moment. A state that is missing counts as 0.
 
     Attributes:
-        pollers: Pollers by state: polling, backoff, waiting_slot, paused.
+        pollers: Pollers by state, one of `POLLER_STATES`.
         last_poll_success: Unix time in seconds; None before the first success.
         slots: Handler slots by state: free, reserved, busy.
+        stuck_handlers: Handlers that ignore their cancellation.
+        loop_blocked: Seconds for which the handlers' event loop has not answered.
         leases: Leases by the state of their item: starting, active, stopping.
+        lease_ttl: Seconds that heartbeats ask for.
         lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
         paused: 1 for each kind of reason for which no item is claimed: pause, plugin, limit.
         sessions: (handler, number of running sessions, age of the oldest in seconds, longest time
@@ -105,7 +110,10 @@ class PoolSnapshot:
     queue_capacity: int = 0
     slots: Mapping[str, int] = field(default_factory=dict)
     slots_limit: int = 0
+    stuck_handlers: int = 0
+    loop_blocked: float = 0.0
     leases: Mapping[str, int] = field(default_factory=dict)
+    lease_ttl: float = 0.0
     lease_remaining_min: float | None = None
     sessions: Sequence[tuple[str, int, float, float]] = ()
     draining: bool = False
@@ -123,6 +131,7 @@ class GaugeSource:
     """
 
     environment_id: str
+    worker_id: str
     version: str
     dialect: str
     snapshot: Callable[[], PoolSnapshot]
@@ -160,11 +169,9 @@ def _samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
         yield from _sessions(environment_id, group, snapshots)
         yield from _poll_null_ratio(environment_id, group)
         yield from _remote(environment_id, group)
-    python = platform.python_version()
-    for version, dialect in {
-        (s.version, s.dialect) for group in environments.values() for s in group
-    }:
-        yield "build_info", (version, python, dialect), 1
+        python = platform.python_version()
+        for build in {(s.worker_id, s.version, python, s.dialect) for s in group}:
+            yield "build_info", (environment_id, *build), 1
 
 
 def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sample]:
@@ -177,6 +184,8 @@ def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sa
     last_success = max(s.last_poll_success or 0 for s in snapshots)
     yield "last_poll_success_timestamp_seconds", env, last_success
     yield "draining", env, max(s.draining for s in snapshots)
+    yield "lease_ttl_seconds", env, min(s.lease_ttl for s in snapshots)
+    yield "event_loop_blocked_seconds", env, max(s.loop_blocked for s in snapshots)
     remaining = [s.lease_remaining_min for s in snapshots if s.lease_remaining_min is not None]
     if remaining:
         yield "lease_remaining_seconds_min", env, min(remaining)

@@ -233,6 +233,7 @@ class Metrics:
     registry: CollectorRegistry
     environment_id: str
     _: KW_ONLY
+    worker_id: str
     dialect: str
     version: str
     snapshot: Callable[[], PoolSnapshot]
@@ -256,7 +257,7 @@ class Metrics:
         shared = collectors_of(self.registry)
         self._lock = shared.stores_lock
         self._source = GaugeSource(
-            self.environment_id, self.version, self.dialect, self.snapshot,
+            self.environment_id, self.worker_id, self.version, self.dialect, self.snapshot,
             NullWindow(self.clock), self.now,
         )  # fmt: skip
         self._series = {

@@ -33,7 +33,7 @@ STACK_CHARACTERS = 4_000
 
 
 class LoopMonitor:
-    """Created on the handlers' loop; every public member is used on the renewer's thread.
+    """Created on the handlers' loop; used on the renewer's thread, and its properties on any.
 
     Attributes:
         lag: Seconds that the last answer took, None before the first one.
@@ -48,6 +48,7 @@ class LoopMonitor:
         self._thread = threading.get_ident()
         self._waited = 0.0
         self._ping = 0
+        self._asked_at = time.monotonic()
         self._answered_before = 0.0  # time of the answer to the ping before
         self._answered_at = time.monotonic()  # written on the handlers' loop
         self._pong = 0  # written on the handlers' loop, last
@@ -56,6 +57,11 @@ class LoopMonitor:
     def answered(self) -> bool:
         """Whether the loop has answered the last ping."""
         return self._pong == self._ping
+
+    @property
+    def blocked_seconds(self) -> float:
+        """Seconds since the ping that the loop has not answered; 0 if it has. On any thread."""
+        return 0.0 if self.answered else max(0.0, time.monotonic() - self._asked_at)
 
     @property
     def blocked(self) -> bool:
@@ -68,9 +74,10 @@ class LoopMonitor:
             seconds = self._answered_at - self._answered_before
             _warn("event loop runs again blocked_seconds=%.3f", seconds)
         self._waited = 0.0
+        self._asked_at = time.monotonic()  # before the ping: another thread may read both
         self._ping += 1
         self._answered_before = self._answered_at
-        self._tell(functools.partial(self._answer, self._ping, time.monotonic()))
+        self._tell(functools.partial(self._answer, self._ping, self._asked_at))
 
     def wait(self, seconds: float) -> bool:
         """Add `seconds` without an answer; return whether they amount to `max_block`."""

@@ -123,7 +123,8 @@ class Dispatcher:
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        self._context.observe(ItemReceived, work_item, origin, _age(work_item))
+        age = _age(work_item) if origin == "new" else None
+        self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
             self._received_again(owned, polled_at)
             return "declined"

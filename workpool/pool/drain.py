@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from workpool.events import DrainFinished, DrainStarted
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from workpool.events import DrainResult
+    from workpool.exporter import Exporter
     from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
 
@@ -25,6 +28,13 @@ log = logging.getLogger(__name__)
 
 AFTER_DEADLINE_SECONDS = 5.0
 """How long the completion of all cancelled sessions may take after the deadline."""
+SCRAPED_SECONDS = 120.0
+"""A process that was not scraped for this long is not scraped at all."""
+LAST_SCRAPE_SECONDS = 20.0
+"""How long the exporter waits for the scrape that follows the drain."""
+GRACE_SECONDS = 8.0
+"""The wait for that scrape ends this long after `drain_timeout`: 2 s before the end of the grace
+period. See workpool/docs/operating.md, "Deploy"."""
 
 
 class Drain:
@@ -34,12 +44,14 @@ class Drain:
         requested: Set once it has begun.
         started_at: When it began, on the loop's clock; None before that.
         timeout: Seconds given by the first request; None = no limit.
+        requests: The number of requests.
     """
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
         self.started_at: float | None = None
         self.timeout: float | None = None
+        self.requests = 0
         self._deadline = math.inf
         self._changed = asyncio.Event()
 
@@ -51,12 +63,13 @@ class Drain:
     def begin(self, timeout: float | None) -> None:
         """Request the drain; a further request can only bring the deadline nearer."""
         now = asyncio.get_running_loop().time()
+        self.requests += 1
         if self.started_at is None:
             self.started_at, self.timeout = now, timeout
             self.requested.set()
         if timeout is not None and now + timeout < self._deadline:
             self._deadline = now + timeout
-            self.changed()
+        self.changed()
 
     def changed(self) -> None:
         """Record that the deadline was brought forward, or that an item has ended or is stuck."""
@@ -85,6 +98,26 @@ class Drain:
         log.log(level, "drained result=%s seconds=%.1f abandoned=%d", result, seconds, abandoned)
         context.observe(DrainFinished, result, seconds)
         return abandoned
+
+    async def scraped(self, exporter: Exporter) -> None:
+        """Wait until a scrape has shown the end of the drain, or a further drain is requested.
+
+        Returns at once if nobody scrapes, and within the grace period in any case.
+        """
+        since = time.monotonic()
+        if exporter.scraped_at is None or since - exporter.scraped_at > SCRAPED_SECONDS:
+            return
+        loop, requests = asyncio.get_running_loop(), self.requests
+        seconds = LAST_SCRAPE_SECONDS
+        if self.timeout is not None and self.started_at is not None:
+            seconds = min(seconds, self.started_at + self.timeout + GRACE_SECONDS - loop.time())
+        exporter.on_scraped = partial(loop.call_soon_threadsafe, self.changed)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while (exporter.scraped_at or 0.0) < since and self.requests == requests:
+                    self._changed.clear()
+                    await self._changed.wait()
+        exporter.on_scraped = None
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
         """Wait until no item is unfinished; False if the time `until()`, read anew, comes first."""

@@ -98,7 +98,7 @@ class HandoffRun:
             return True
         status = lease.status_by(item)
         if status != "held":
-            lease.end(status, confirmed=status == "lost")
+            lease.end(status, "taken")
             self._renewer.report(self._item)
         # A request to stop must not wait for a child that may never start.
         return status == "held" and item.state != STOPPING

@@ -45,7 +45,7 @@ from workpool.wire.protocol import (
 )
 
 if TYPE_CHECKING:
-    from workpool.events import HeartbeatResult
+    from workpool.events import HeartbeatResult, LossReason
     from workpool.wire.items import WorkItem
 
 Clock = Callable[[], float]
@@ -158,7 +158,7 @@ class Lease:
         ttl: Seconds that the last successful heartbeat was granted.
         expected: What the next heartbeat must name as the last one.
         status: Whether it is held, or how it ended.
-        confirmed: The control plane said that the lease is lost; if False, its time ran out.
+        loss: How the lease was lost, if its status is `lost`.
         begun: A heartbeat has succeeded.
         stop_requested: A heartbeat said that an operator wants the session to end.
         unsettled: The ack answered `active`, which it also does for an item that another worker
@@ -174,8 +174,8 @@ class Lease:
     __slots__ = (
         "_doubted", "_failures", "_lent", "_margin", "_read_twice", "_release_ttl",
         "_request_timeout", "_ttl_asked", "_unanswered", "begun", "clock_offset", "closed",
-        "confirmed", "deadline", "due_at", "expected", "give_up_at", "in_flight", "item",
-        "own_stop", "status", "stop_requested", "ttl", "unsettled",
+        "deadline", "due_at", "expected", "give_up_at", "in_flight", "item",
+        "loss", "own_stop", "status", "stop_requested", "ttl", "unsettled",
     )  # fmt: skip
 
     def __init__(
@@ -209,7 +209,8 @@ class Lease:
         self.clock_offset = 0.0
         self.expected = parents_heartbeat or NO_HEARTBEAT
         self.status: Status = "held"
-        self.confirmed = self.begun = self.stop_requested = False
+        self.loss: LossReason = "expired"
+        self.begun = self.stop_requested = False
         self.in_flight = self.own_stop = self.closed = False
         self._doubted = False
         self._ttl_asked = ttl
@@ -235,6 +236,11 @@ class Lease:
         return self.closed or self.status != "held"
 
     @property
+    def confirmed(self) -> bool:
+        """Whether the control plane said that the lease is lost; if not, its time ran out."""
+        return self.status == "lost" and self.loss in {"taken", "gone"}
+
+    @property
     def settled(self) -> bool:
         """Whether the last heartbeat has extended the lease, and no other one is under way."""
         doubted = self._unanswered or self._read_twice or self._failures > 0
@@ -257,10 +263,10 @@ class Lease:
 
     # Written by one thread at a time: the handlers' loop until `begun`, then the lease renewer.
 
-    def end(self, status: Status, *, confirmed: bool = False) -> None:
+    def end(self, status: Status, loss: LossReason = "expired") -> None:
         """End a held lease; one that has ended stays as it is."""
         if self.status == "held":
-            self.confirmed = confirmed
+            self.loss = loss
             self.due_at = math.inf
             self.status = status
 
@@ -364,7 +370,7 @@ class Lease:
             return self._apply(now, judge_read_error(outcome), outcome)
         status = self.status_by(outcome)
         if status != "held":
-            self.end(status, confirmed=status == "lost")
+            self.end(status, "taken")
             return Decision("over", doubt)
         self._unanswered = False
         self.expected = _expected_by(outcome)
@@ -406,7 +412,8 @@ class Lease:
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
             # Some control planes answer a heartbeat of a `stopping` item to whoever sends it, so
             # that answer does not settle an ack, and is no proof of a loss either.
-            self.end("lost", confirmed=not stopping or not heartbeat.last_heartbeat)
+            proven = not stopping or not heartbeat.last_heartbeat
+            self.end("lost", "taken" if proven else "expired")
             return Decision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
@@ -445,14 +452,14 @@ class Lease:
             if not self.unsettled:
                 return Decision("read", judgement.result)
             # A repeated ack returns the holder's `acknowledged_at`, so a read would show nothing.
-            judgement = judgement._replace(then="confirmed")
+            judgement = judgement._replace(then="taken")
         return self._apply(now, judgement, error)
 
     def _apply(self, now: float, judgement: Judgement, error: ControlPlaneError) -> Decision:
         if judgement.then == "repeat":
             self._plan_repeat(now, getattr(error, "retry_after", None) or 0.0)
             return Decision("again", judgement.result)
-        self.end("lost", confirmed=judgement.then == "confirmed")
+        self.end("lost", "taken" if judgement.then == "read" else judgement.then)
         return Decision("over", judgement.result)
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
@@ -474,12 +481,12 @@ class Judgement(NamedTuple):
 
     Attributes:
         result: The heartbeat's result for the metrics.
-        then: `repeat` it while the lease lasts, or `read` the item, or the lease is lost:
-            `confirmed` by the control plane, or just `lost`.
+        then: `repeat` it while the lease lasts, or `read` the item, or the lease is lost for the
+            reason named.
     """
 
     result: HeartbeatResult
-    then: Literal["repeat", "read", "lost", "confirmed"]
+    then: Literal["repeat", "read"] | LossReason
 
 
 def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
@@ -495,11 +502,11 @@ def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
     if isinstance(error, ConflictError):
         return Judgement("conflict", "read")
     if isinstance(error, PreconditionError):
-        return Judgement("precondition", "read" if doubted else "confirmed")
+        return Judgement("precondition", "read" if doubted else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
-        return Judgement("rejected", "lost")  # our request is wrong; the item may still be ours
+        return Judgement("rejected", "refused")  # our request is wrong; the item may still be ours
     # A token, a proxy or a certificate may be repaired while the lease lasts.
-    return Judgement("rejected", "confirmed" if error.status == HTTPStatus.NOT_FOUND else "repeat")
+    return Judgement("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
 
 
 def judge_read_error(error: ControlPlaneError) -> Judgement:

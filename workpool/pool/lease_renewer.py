@@ -93,6 +93,7 @@ class LeaseRenewer:
         client: The renewer's client; set once it has started.
         optional: Makes the calls that the credential may not be allowed to make.
         pauses: Detects that the machine was paused; checked at every look.
+        monitor: Measures how long the handlers' loop is blocked; set once the renewer is entered.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
     """
@@ -100,6 +101,7 @@ class LeaseRenewer:
     tick_seconds: ClassVar[float] = TICK_SECONDS
 
     client: ClientProtocol
+    monitor: LoopMonitor
 
     def __init__(
         self,
@@ -140,7 +142,7 @@ class LeaseRenewer:
 
     async def __aenter__(self) -> LeaseRenewer:
         self._handlers_loop = asyncio.get_running_loop()
-        self._monitor = LoopMonitor(self._tell, self._max_block)
+        self.monitor = LoopMonitor(self._tell, self._max_block)
         self._opened = asyncio.Event()
         self._thread = self._start_thread()
         self._thread.add_done_callback(self._thread_ended)
@@ -446,13 +448,13 @@ class LeaseRenewer:
         self._watched_at = times
         if not self._handlers_loop.is_running():
             self._handlers_loop_ended()
-        elif self._monitor.answered:
-            if self._monitor.lag is not None:
-                self._callbacks.observe(LoopLagMeasured, self._monitor.lag)
+        elif self.monitor.answered:
+            if self.monitor.lag is not None:
+                self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
             self.renewing = True
-            self._monitor.ask()
-        elif self._monitor.wait(seconds) and self.renewing:
-            self._stop_renewing(self._monitor.blocked_report())
+            self.monitor.ask()
+        elif self.monitor.wait(seconds) and self.renewing:
+            self._stop_renewing(self.monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
         """Renew no lease anymore: the handlers' loop was stopped or closed."""

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PollerState = Literal["polling", "backoff", "waiting_slot", "paused"]
+PollerState = Literal["polling", "pacing", "backoff", "waiting_slot", "paused"]
+"""`pacing`: waiting for the rest of `block_ms`, because the last poll brought nothing to start."""
 
 BACKOFF_SECONDS, BACKOFF_CAP_SECONDS = 0.5, 30.0
 CRASHES = 5
@@ -303,9 +304,9 @@ class Poller:
         if reception == "declined" or self._dispatcher.paced:
             # A control plane that does not wait for `block_ms`, or keeps offering what is declined
             # or cannot be claimed, must not make this loop spin.
-            await self._sleep(self._rest_of_block())
+            await self._sleep(self._rest_of_block(), "pacing")
         elif reception == "aside" and self._context.queue.aside_full:
-            self.state = "backoff"
+            self.state = "pacing"
             await self._context.queue.room_aside(self._rest_of_block())
 
     async def _deliver(self) -> tuple[WorkItem | None, Reception]:
@@ -397,15 +398,16 @@ class Poller:
         self._unreadable += 1
         self._group.skipped(failure)
         rest = self._rest_of_block()
-        await self._sleep(min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest)
+        seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
+        await self._sleep(seconds, "pacing")
 
     def _rest_of_block(self) -> float:
         """Seconds until `block_ms` after the last poll; negative if that has passed."""
         return self._polled_at + self._block_ms / 1000 - asyncio.get_running_loop().time()
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _sleep(self, seconds: float, state: PollerState = "backoff") -> None:
         if seconds > 0:
-            self.state = "backoff"
+            self.state = state
             await asyncio.sleep(seconds)
 
 

@@ -19,10 +19,17 @@ from workpool.errors import (
     AttemptsExceeded,
     ControlPlaneError,
     NotPermittedError,
+    ResultError,
     SessionGoneError,
     TransientError,
 )
-from workpool.events import ItemReclaimed, SessionFinished, StopRequested
+from workpool.events import (
+    ItemReclaimed,
+    SessionFailed,
+    SessionFinished,
+    SessionLost,
+    StopRequested,
+)
 from workpool.pool.completion import (
     DRAIN_REASON,
     MARK_SECONDS,
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.events import ReclaimStage
+    from workpool.events import ReclaimStage, SessionErrorKind
     from workpool.pool.claim import Claimer
     from workpool.pool.context import PoolContext
     from workpool.pool.handler_executor import HandlerExecutor
@@ -58,6 +65,12 @@ ATTEMPT_SECONDS = 10.0
 HEALTHCHECK_SECONDS = 10.0
 SETTLED: Final = frozenset({"completed", "stopped", "detached"})
 """Outcomes after which this process does not run the item again."""
+FAILURES: Final[Mapping[str, SessionErrorKind]] = {
+    "failed": "exception",
+    "timed_out": "timeout",
+    "stalled": "stalled",
+}
+"""The outcomes of sessions that failed, with the kind of their error unless it says more."""
 RELEASES: Final = frozenset({EndReason.DRAINED, EndReason.RELEASED})
 """Reasons whose run does not count as an attempt."""
 EVENTS_SECONDS = 60.0
@@ -282,6 +295,10 @@ class SessionRunner:
     def _report_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
         if outcome == "lease_lost" and item.lease.confirmed:
             self._report_lost(item, "run" if item.lease.begun else "start")
+        if outcome == "lease_lost":
+            self._context.observe(SessionLost, item.work_item, item.lease.loss)
+        elif outcome in FAILURES:
+            self._context.observe(SessionFailed, item.work_item, error_kind_of(item, outcome))
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
             self._runs.add(item.id)
         session.outcome = outcome
@@ -294,6 +311,15 @@ class SessionRunner:
         stage = "drain" if self.draining else stage
         log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
         self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
+
+
+def error_kind_of(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
+    """Return the kind of error by which a session failed."""
+    if isinstance(item.error, AttemptsExceeded):
+        return "attempts_exceeded"
+    if isinstance(item.error, ResultError):
+        return "result_refused"
+    return FAILURES[outcome]
 
 
 async def _settle_mark(task: asyncio.Task[None]) -> None:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from workpool.errors import ControlPlaneError
 from workpool.events import QueueStatsRead
 from workpool.metrics import PoolSnapshot
+from workpool.pool.diagnostics import LAG_WARNING_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from workpool.pool.admission import ExitLimits
     from workpool.pool.context import PoolContext
@@ -79,8 +80,13 @@ class PoolView:
         )
         free = max(0, queue.concurrency - queue.running)
         reserved = min(queue.reserved, free)
+        blocked = self.context.renewer.monitor.blocked_seconds
         return PoolSnapshot(
-            pollers=Counter(poller.state for poller in self.pollers),
+            # A loop that is blocked polls nothing, whatever its pollers were doing.
+            pollers=Counter(
+                "blocked" if blocked >= LAG_WARNING_SECONDS else poller.state
+                for poller in self.pollers
+            ),
             pollers_target=self.group.target,
             pollers_limit=len(self.pollers),
             last_poll_success=(
@@ -93,7 +99,10 @@ class PoolView:
             queue_capacity=queue.capacity,
             slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
             slots_limit=queue.concurrency,
+            stuck_handlers=len(self.dispatcher.executor.stuck),
+            loop_blocked=blocked,
             leases=states,
+            lease_ttl=self.context.settings.lease_ttl,
             lease_remaining_min=min((lease.remaining(now) for lease in leases), default=None),
             sessions=self._sessions(now),
             draining=self.drain.requested.is_set(),
@@ -121,25 +130,34 @@ class PoolView:
 
     def unready(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""
-        reasons: list[str] = []
+        return [*self._closed_to_work(), *self._troubles()]
+
+    def _closed_to_work(self) -> Iterator[str]:
+        """The reasons of the pool itself for which it takes no items."""
         if self.drain.requested.is_set():
-            reasons.append("draining")
+            yield "draining"
         if self.limits is not None and self.limits.reached is not None:
-            reasons.append(f"ending: {self.limits.reached}")
+            yield f"ending: {self.limits.reached}"
         if (paused := self.context.admission.paused) is not None:
-            reasons.append(f"paused: {paused}")
+            yield f"paused: {paused}"
         if (refused := self.context.admission.refused) is not None:
-            reasons.append(f"refused: {refused}")
+            yield f"refused: {refused}"
+
+    def _troubles(self) -> Iterator[str]:
+        """The reasons that somebody should look at."""
+        blocked = self.context.renewer.monitor.blocked_seconds
+        if blocked >= LAG_WARNING_SECONDS:
+            yield f"the handlers' event loop has been blocked for {blocked:.0f} s"
         if stuck := len(self.dispatcher.executor.stuck):
-            reasons.append(f"handlers that ignore their cancellation: {stuck}")
-        reasons += [f"handler_failing:{name}" for name in self.dispatcher.health.failing()]
+            yield f"handlers that ignore their cancellation: {stuck}"
+        for name in self.dispatcher.health.failing():
+            yield f"handler_failing:{name}"
         if self.group.refused or self.group.ack_refused:
-            reasons.append("refused by the control plane")
+            yield "refused by the control plane"
         polled_at = self.group.last_success_at
         recent = polled_at is not None and self.context.clock() - polled_at < POLL_SUCCESS_SECONDS
         if not recent and not self.context.queue.full:
-            reasons.append(f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s")
-        return reasons
+            yield f"no successful poll in the last {POLL_SUCCESS_SECONDS:.0f} s"
 
     def unhealthy(self) -> list[str]:
         """The reasons why the process should be restarted."""

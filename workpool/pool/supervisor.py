@@ -79,6 +79,8 @@ class Supervisor:
         abandoned: The number of sessions that the drain could neither end nor hand back.
         on_blocked: Called on another thread once leases are not renewed anymore: the loop has
             been blocked for `max_block`, or the thread that renews them failed (`status().error`).
+        awaits_last_scrape: After the drain, the exporter stays until it is scraped once more, at
+            most 20 s, if it was scraped in the last two minutes.
         renewer_services: Contexts that are open while leases are renewed, entered on the loop of
             the lease renewer once plugins and exporter are open. Set before the start.
     """
@@ -101,6 +103,7 @@ class Supervisor:
         self.abandoned = 0
         self.on_blocked: Callable[[], None] | None = None
         self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
+        self.awaits_last_scrape = False
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
@@ -382,6 +385,8 @@ class Supervisor:
                 for task in tasks:
                     task.cancel()
             self.abandoned = await self._drain.wind_down(context, dispatcher)
+            if self.awaits_last_scrape and self._exporter is not None:
+                await self._drain.scraped(self._exporter)
 
     async def _end_at_limit(
         self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]

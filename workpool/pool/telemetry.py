@@ -59,6 +59,7 @@ class Telemetry:
         self._metrics = Metrics(
             registry,
             str(settings.environment_id),
+            worker_id=settings.worker_id,
             dialect=settings.dialect,
             version=version("workpool"),
             snapshot=snapshot,

@@ -6,6 +6,7 @@ ends the request after too many.
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 INFORMATIONAL_MAX: Final = 16
 INFORMATIONAL_BYTES: Final = 64 * 1024
 """Largest total size in bytes of the headers of informational answers before one answer."""
+_OS_ERRORS: Final = {
+    errno.ECONNREFUSED: "refused",
+    errno.ECONNRESET: "reset",
+    errno.EPIPE: "reset",
+    errno.ETIMEDOUT: "timeout",
+}
 _INFORMATIONAL: Final = frozenset(range(100, 200)) - {101}
 
 
@@ -111,6 +118,22 @@ async def read_bounded(
             response.close()
             return Oversized(b"".join(chunks)[:BEGINNING_BYTES])
     return b"".join(chunks)
+
+
+def error_code(error: BaseException) -> str:
+    """Return the `code` in the metrics of a request that was not answered."""
+    match error:
+        case aiohttp.ClientConnectorDNSError():
+            return "dns"
+        case aiohttp.ClientSSLError():
+            return "tls"
+        case TimeoutError():
+            return "timeout"
+        case aiohttp.ServerDisconnectedError():
+            return "reset"
+        case aiohttp.ClientOSError():
+            return _OS_ERRORS.get(error.errno or 0, "error")
+    return "error"
 
 
 def no_answer(op: str, error: BaseException) -> ControlPlaneError:

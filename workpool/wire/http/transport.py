@@ -33,7 +33,13 @@ from workpool.wire.http.bound import Bound
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.checked_body import CheckedBody, NotSentError
 from workpool.wire.http.connections import Connections
-from workpool.wire.http.response_reader import TRANSIENT, checked_stream, no_answer, read_bounded
+from workpool.wire.http.response_reader import (
+    TRANSIENT,
+    checked_stream,
+    error_code,
+    no_answer,
+    read_bounded,
+)
 from workpool.wire.http.threads import DaemonThreads
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
 
@@ -252,6 +258,7 @@ class Transport:
             code = CODES.get(status, "error")
         except TRANSIENT as error:
             failure: Exception = no_answer(op, error)
+            code = error_code(error)
         else:
             if status in SUCCESS:
                 value = parse_success(op, status, content, endpoint.parse)
@@ -287,6 +294,7 @@ class Transport:
             failure = parse_error(STREAM, answer, *secrets)
         except TRANSIENT as error:
             failure = no_answer(STREAM, error)
+            code = error_code(error)
         finally:
             self._tell(STREAM, code, started)
         raise failure

@@ -1,0 +1,132 @@
+"""The metrics that tell why sessions failed, leases were lost, and what blocks a pool.
+
+See workpool/docs/metrics.md, "All metrics".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.events import (
+    ItemReceived,
+    LoopLagMeasured,
+    SessionFailed,
+    SessionFinished,
+    SessionStarted,
+)
+from workpool.server import DEFAULT_ENVIRONMENT
+from workpool.testing import in_virtual_time
+
+if TYPE_CHECKING:
+    from workpool import Supervisor
+    from workpool.server import ControlPlane
+    from workpool.testing import Kit, Recorder
+
+
+def value(pool: Supervisor, name: str, **labels: str) -> float | None:
+    labels["environment_id"] = DEFAULT_ENVIRONMENT
+    return pool.registry.get_sample_value(f"workpool_{name}", labels)
+
+
+@handler
+async def work(session: Session) -> dict[str, str] | None:
+    match session.item.metadata.get("do"):
+        case "raise":
+            raise ValueError("no such report")
+        case "wait":
+            await asyncio.sleep(3600)
+        case "release":
+            raise Release("later", delay=10)
+    return None
+
+
+@in_virtual_time
+async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> None:
+    for do in ("raise", "wait", "finish"):
+        workpool.enqueue(metadata={"do": do})
+    async with workpool.pool(work, session_timeout=60) as pool:
+        await workpool.wait_for(SessionFinished, count=3, timeout=120)
+    counted = {
+        error: value(pool, "session_errors_total", error=error)
+        for error in ("exception", "timeout", "attempts_exceeded", "result_refused", "stalled")
+    }
+    assert counted == {
+        "exception": 1, "timeout": 1, "attempts_exceeded": 0, "result_refused": 0, "stalled": 0
+    }  # fmt: skip
+
+
+@in_virtual_time
+async def test_session_beyond_its_attempts_is_counted_without_a_run(workpool: Kit) -> None:
+    (item,) = workpool.enqueue(metadata={"do": "wait"})
+    async with workpool.pool(work, max_attempts=1) as pool:
+        await workpool.wait_for(SessionStarted)
+        workpool.lose(item)
+        failed = await workpool.wait_for(SessionFailed, timeout=120)
+    assert failed.error == "attempts_exceeded"
+    assert value(pool, "session_errors_total", error="attempts_exceeded") == 1
+
+
+@in_virtual_time
+async def test_lease_that_another_worker_took_is_counted_as_taken(workpool: Kit) -> None:
+    item = workpool.enqueue(metadata={"do": "wait"})[0]
+    async with workpool.pool(work) as pool:
+        await workpool.wait_for(SessionStarted)
+        workpool.lose(item)
+        await workpool.wait_for(SessionFinished, timeout=120)
+        assert value(pool, "leases_lost_total", reason="taken") == 1
+        assert value(pool, "leases_lost_total", reason="expired") == 0
+
+
+@in_virtual_time
+async def test_pickup_latency_ignores_items_that_were_held_before(workpool: Kit) -> None:
+    workpool.enqueue(metadata={"do": "release"})
+    async with workpool.pool(work) as pool:
+        await workpool.wait_for(ItemReceived, count=2, timeout=120)
+        assert value(pool, "item_pickup_latency_seconds_count") == 1
+        assert value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
+
+
+async def test_blocked_loop_is_visible_while_it_is_blocked(
+    plane: ControlPlane, recorder: Recorder, make_pool: Any
+) -> None:
+    may_end = threading.Event()
+
+    @handler
+    async def block(_: Session) -> None:
+        may_end.wait(30)  # blocks the loop
+
+    seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
+
+    def look(pool: Supervisor) -> None:
+        """On another thread, as a scrape does, until the block is visible."""
+        while not (value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
+            may_end.wait(0.05)
+        polling = value(pool, "pollers", state="polling")
+        blocked = value(pool, "pollers", state="blocked")
+        seen.append((polling, blocked, pool.status().reasons))
+        may_end.set()
+
+    plane.enqueue()
+    async with make_pool(block, pollers=2) as pool:
+        looker = threading.Thread(target=look, args=(pool,))
+        looker.start()
+        await recorder.wait_for(SessionFinished)
+        looker.join()
+        polling, blocked, reasons = seen[0]
+        assert (polling, blocked) == (0, 2)
+        assert any("event loop has been blocked for" in reason for reason in reasons)
+        await recorder.wait_for(LoopLagMeasured, lambda event: event.seconds > 1)
+        assert value(pool, "event_loop_blocked_seconds") == pytest.approx(0, abs=1)
+
+
+@in_virtual_time
+async def test_stalled_session_is_counted_as_stalled(workpool: Kit) -> None:
+    workpool.enqueue(metadata={"do": "wait"})
+    async with workpool.pool(work, stall_timeout=60) as pool:
+        await workpool.wait_for(SessionFinished, timeout=120)
+    assert value(pool, "session_errors_total", error="stalled") == 1
