@@ -21,13 +21,13 @@ METADATA_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES - 64 * 1024
 """Largest metadata of an item, session or environment as JSON; the rest is for other fields."""
 
 NEW_METADATA_LIMIT_BYTES: Final = METADATA_LIMIT_BYTES - 64 * 1024
-"""The same when they are created: their workers add the attempt, a result or an error."""
+"""The limit for new metadata, which is lower: workers add the attempt, a result or an error."""
 
 METADATA_ENTRIES_MAX: Final = 4096
-"""In memory, an entry takes a hundred bytes and more, however short it is."""
+"""The largest number of entries: in memory, even a short entry takes a hundred bytes."""
 
 ITEM_BYTES: Final = 1024
-"""More than an item's JSON without its metadata."""
+"""An upper bound of an item's JSON without its metadata, in bytes."""
 
 
 def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
@@ -51,7 +51,7 @@ def check_items(count: int, metadata: Mapping[str, str]) -> None:
 
 
 def fitting(rows: Sequence[T]) -> int:
-    """Return how many of these rows, JSON values, one answer can carry; at least one."""
+    """Return how many of these rows, JSON values, fit into one answer; at least one."""
     room = ANSWER_LIMIT_BYTES - ITEM_BYTES
     for number, row in enumerate(rows):
         room -= len(orjson.dumps(row, default=dict)) + 1

@@ -1,7 +1,6 @@
 """The refusals of the control plane, and the errors that prevent it from serving.
 
-Owns the protocol's error envelope. No message here may carry a token or a request
-body.
+Owns the protocol's error envelope. No message may contain a token or a request body.
 See workpool/docs/protocol.md, "Errors".
 """
 
@@ -19,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # on work endpoints; elsewhere see `conflict`
+    409: protocol.INVALID_REQUEST_ERROR,  # on work endpoints; `conflict` is for the others
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,
@@ -31,10 +30,10 @@ class APIError(Exception):
 
     Attributes:
         status: The HTTP status.
-        message: One sentence for a human.
-        param: The field, query parameter or header to blame, None when there is none.
-        details: The current state of the lease, which a 412 may add.
-        kind: The envelope's error type, where the status alone does not say it.
+        message: One sentence for people.
+        param: The wrong field, query parameter or header; None if there is none.
+        details: The current state of the lease, for a 412.
+        kind: The envelope's error type if the status does not define it.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ def conflict(message: str) -> APIError:
 
 
 class ServeError(Exception):
-    """The control plane cannot start as asked: address, store, environments or tokens."""
+    """The control plane cannot start with these values: address, store, environments or tokens."""
 
 
 class StoreError(ServeError):
-    """The store cannot be opened, or can no longer make anything durable."""
+    """The store cannot be opened, or cannot save anything anymore."""

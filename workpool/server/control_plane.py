@@ -1,7 +1,7 @@
 """The embedded control plane: a port, a store and the rules between them.
 
-Owns start and end: whatever `__aenter__` opened, `__aexit__` closes, and an entry that fails
-half-way leaves nothing behind.
+Owns start and end: `__aexit__` closes everything that `__aenter__` opened, and an entry that fails
+half-way leaves nothing open.
 """
 
 from __future__ import annotations
@@ -54,26 +54,27 @@ class ControlPlane:
     """A work queue over HTTP in both dialects, on the running loop.
 
     `async with ControlPlane() as plane:` serves one environment on a free port of the loopback
-    interface, in memory. The port is bound when the block is entered and free when it is left.
+    interface, in memory. The port is bound from the beginning to the end of the block.
 
     Args:
         environments: Ids of `self_hosted` environments.
-        cloud_environments: Ids of environments that refuse every work call with 400.
+        cloud_environments: Ids of environments whose work calls are all refused with 400.
         tokens: Token → the environments that it is limited to (None: all). None: a random token.
-        worker_keys: Further tokens, as vendors give them to workers: they may poll, ack, heartbeat,
-            stop and list, and make the calls on sessions; they may not read an item, write its
+        worker_keys: Further tokens with the limits of vendors' keys for workers: they allow poll,
+            ack, heartbeat, stop, list and the calls on sessions, but not to read an item, write its
             metadata, query statistics or create anything.
-        store: Where items live; None: in memory.
+        store: The store of the items; None: in memory.
         host: The address to listen on.
-        port: 0: any free one.
-        now: Epoch seconds for everything that is stored or decided; None: the system's.
-        history_limit: How many records `history` keeps; None: all.
-        retention: Seconds for which a stopped item is kept, then it is deleted with its session;
-            None: forever, which tests that look at ended items need.
-        middlewares: aiohttp middlewares around everything, for injected faults.
+        port: 0: any free port.
+        now: Returns epoch seconds, for all times; None: the system's clock.
+        history_limit: The number of records that `history` keeps; None: all.
+        retention: Seconds after which a stopped item is deleted with its session; None: never, for
+            tests that read stopped items.
+        middlewares: aiohttp middlewares around all calls, for injected faults.
 
     Raises on entering:
-        ServeError: An id or a token that cannot be, a store that cannot be opened, a port in use.
+        ServeError: An id or a token is malformed, the store cannot be opened, or the port is in
+            use.
     """
 
     def __init__(  # noqa: PLR0913 - one keyword per option of `workpool serve`
@@ -111,17 +112,17 @@ class ControlPlane:
 
     @property
     def base_url(self) -> str:
-        """Where the qoder dialect is spoken."""
+        """The base URL of the qoder dialect."""
         return self._origin + QODER.prefix
 
     @property
     def anthropic_base_url(self) -> str:
-        """Where the anthropic dialect is spoken."""
+        """The base URL of the anthropic dialect."""
         return self._origin + ANTHROPIC.prefix
 
     @property
     def token(self) -> str:
-        """The first token: the random one, when none was given."""
+        """The first token, which is the random one if none was given."""
         if self._tokens is None:
             self._tokens = {secrets.token_urlsafe(24): None}
         return next(iter(self._tokens))
@@ -137,7 +138,7 @@ class ControlPlane:
         return self.operations.history
 
     def summary(self) -> Summary:
-        """Whether the promise was kept so far, by `history`."""
+        """The summary of `history`: whether each session ended once and none overlapped."""
         return summarize(self.history)
 
     def enqueue(
@@ -152,7 +153,7 @@ class ControlPlane:
     ) -> tuple[Item, ...]:
         """Create work items; waiting polls wake at once. Durable after `operations.durable()`.
 
-        `script`: the tool uses of a scripted session; raises `APIError` for a bad one.
+        `script`: the tool uses of a scripted session. Raises `APIError` if it is wrong.
         """
         return self.operations.enqueue(
             environment_id or self.environments[0],
@@ -164,15 +165,16 @@ class ControlPlane:
         )
 
     def emit(self, session_id: str, *events: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-        """Say something as the agent of a session that is not scripted, or about any session.
+        """Append events of the agent of a session without a script, or about any session.
 
-        Events that only a server emits (`agent.tool_use`, `session.status_terminated`, …), without
-        id; returns them as stored. Raises `APIError`.
+        The events are of types that only a server emits (`agent.tool_use`,
+        `session.status_terminated`, …) and have no id. Returns the stored events. Raises
+        `APIError`.
         """
         return self.operations.emit(session_id, events)
 
     def events(self, session_id: str) -> tuple[Mapping[str, Any], ...]:
-        """All that was said in a session, oldest first."""
+        """Return all events of a session, oldest first."""
         said = self.operations.sessions.conversation(session_id).events
         return tuple(event.value for event in said)
 
@@ -244,13 +246,14 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            start_serving=False,  # a cancelled call that listened would leave it without an owner
+            # a cancelled call that already listened would leave a socket without an owner
+            start_serving=False,
         )
         stack.callback(server.close)
         await server.start_serving()
 
     def _bind(self, stack: AsyncExitStack) -> socket.socket:
-        """Bind the port ourselves: a cancelled `create_server` would leave it bound forever."""
+        """Bind the port here: a cancelled `create_server` would leave it bound forever."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
@@ -275,6 +278,6 @@ def _connections_max() -> int:
 
 
 def _unbind(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # not closed by its server
+    if bound.fileno() >= 0:  # its server has not closed it
         loop.remove_reader(bound)
         bound.close()

@@ -1,9 +1,9 @@
 """The events of one session, and the events that follow from them.
 
-Pure: no clock, no store, no ids. `append` takes in what was said, `check` refuses what a client may
-not say, and `following` is what the control plane says next. All of the state comes from the
-events, so that a restart has only to read them again.
-See workpool/docs/protocol.md, "Events" and "Scripted sessions".
+Without clock, store and ids. `append` adds an event, `check` refuses events that a client may not
+send, and `following` returns the next event of the control plane. All state comes from the events,
+so that a restart only reads them again. See workpool/docs/protocol.md, "Events" and "Scripted
+sessions".
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ RESULTS: Final[Mapping[str, str]] = {
     protocol.USER_TOOL_RESULT: "tool_use_id",
     protocol.USER_CUSTOM_TOOL_RESULT: "custom_tool_use_id",
 }
-"""The events that answer a tool use, and where each names it."""
+"""The events that answer a tool use, with the field that names the tool use."""
 TOOL_USES: Final = frozenset({protocol.AGENT_TOOL_USE, protocol.AGENT_CUSTOM_TOOL_USE})
 
 
 @dataclass(frozen=True, slots=True)
 class StoredEvent:
-    """One event: what the wire shows, `value`, and whose it is."""
+    """One event: its JSON without the session, `value`, and its session."""
 
     id: str
     session_id: str
@@ -46,7 +46,7 @@ class StoredEvent:
 
 
 class EventFilter(NamedTuple):
-    """Which events a list answers, and in which order.
+    """The selection and the order of the events in a list.
 
     Attributes:
         types: Only events of these types; None: of all.
@@ -64,9 +64,9 @@ EVERY_EVENT: Final = EventFilter()
 
 @dataclass(slots=True)
 class _Use:
-    """A tool use: whether it is custom, "allow", "ask" or "deny" as it stands now, and why.
+    """A tool use: whether it is custom, its current permission ("allow", "ask" or "deny"), and why.
 
-    `thread`: the id of the thread of the session that made it; None for the primary thread.
+    `thread`: the id of the session's thread that made it; None for the primary thread.
     """
 
     custom: bool
@@ -76,7 +76,7 @@ class _Use:
 
     @property
     def blocks(self) -> bool:
-        """Whether somebody other than the worker's built-in tools has to do something."""
+        """Whether something other than the worker's built-in tools must act."""
         return self.custom or self.permission == "ask"
 
 
@@ -84,23 +84,24 @@ class Conversation:
     """The events of one session, in their order.
 
     Attributes:
-        events: All of them; only `append` adds.
-        status: What the last `session.status_…` said: "running", "idle" or "terminated".
+        events: All events; only `append` adds one.
+        status: The status of the last `session.status_…`: "running", "idle" or "terminated".
     """
 
     def __init__(self, script: Script | None = None) -> None:
-        """`script`: the tool uses of a scripted session; None: nobody plays the agent here."""
+        """`script`: the tool uses of a scripted session; None: the control plane plays no agent."""
         self.events: list[StoredEvent] = []
         self.status: str | None = None
         self._script = script
-        self._place = 0  # in the script
+        self._place = 0  # the position in the script
         self._uses: dict[str, _Use] = {}
-        self._open: dict[str, _Use] = {}  # those of _uses that are not answered
-        self._ended_threads: set[str] = set()  # they accept no result anymore
-        self._blocking: tuple[str, ...] = ()  # what the last requires_action named
-        self._turn = self._next_turn = False  # somebody waits for the agent; again, once it is idle
+        self._open: dict[str, _Use] = {}  # the tool uses of `_uses` without an answer
+        self._ended_threads: set[str] = set()  # threads that accept no result anymore
+        self._blocking: tuple[str, ...] = ()  # the ids in the last requires_action
+        # whether a turn of the agent is due, now and after the current one
+        self._turn = self._next_turn = False
         self._interrupted = False
-        self._concluded = False  # the agent has said its last word of the turn
+        self._concluded = False  # whether the agent has sent the last event of its turn
 
     def page(
         self,
@@ -137,15 +138,15 @@ class Conversation:
                 yield self.events[place]
 
     def place_after(self, event_id: str) -> int:
-        """How many events there are up to and with this one; 0 when it is not known."""
+        """Return the number of events up to and including this one; 0 if it is unknown."""
         place = bisect_left(self.events, event_id, key=_id_of)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
-    # What a client may say.
+    # Checks.
 
     def check(self, said: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse the whole batch if any event of it does not fit: 400 unknown, 409 too late."""
+        """Refuse the whole batch if one of its events does not fit: 400 unknown, 409 too late."""
         if self.status == "terminated":
             raise conflict("the session is terminated")
         answered: set[str] = set()
@@ -187,7 +188,7 @@ class Conversation:
             raise conflict("the tool use's thread is terminated")
 
     def check_server(self, said: Sequence[Mapping[str, Any]]) -> None:
-        """Refuse events that whoever plays the agent may not say here."""
+        """Refuse events that a caller of `emit` may not append here."""
         for event in said:
             kind = event.get("type")
             if not isinstance(kind, str) or kind.startswith("user."):
@@ -195,10 +196,10 @@ class Conversation:
             if kind in TOOL_USES and self._script is not None:
                 raise APIError(400, "a scripted session's tool uses are its script's", "type")
 
-    # What was said.
+    # Changes.
 
     def append(self, event: StoredEvent) -> None:
-        """Take in an event, whose id must be the greatest yet."""
+        """Add an event, whose id must be the greatest so far."""
         self.events.append(event)
         effect = self._EFFECTS.get(event.type)
         if effect is not None:
@@ -251,7 +252,7 @@ class Conversation:
         self.status = "terminated"
 
     def _end_thread(self, event: StoredEvent) -> None:
-        """Close the tool uses of a thread, which can get no result anymore."""
+        """Close the tool uses of a thread, which accepts no result anymore."""
         thread = _thread_of(event)
         if thread is None:
             return
@@ -275,10 +276,10 @@ class Conversation:
         protocol.THREAD_TERMINATED: _end_thread,
     }
 
-    # What follows.
+    # The next event.
 
     def following(self) -> dict[str, Any] | None:
-        """Return what the control plane says next; None when it is others' turn."""
+        """Return the next event of the control plane; None if it waits for others."""
         if self.status == "terminated":
             return None
         for use_id, use in self._open.items():
@@ -294,7 +295,7 @@ class Conversation:
         return None if self._open or self._script is None else self._played(self._script)
 
     def _played(self, script: Script) -> dict[str, Any] | None:
-        """Return the next event of a scripted agent that waits for no answer."""
+        """Return the next event of a scripted agent that does not wait for an answer."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text("Run the script.")}
         if not self._turn:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT_PREFIX: Final = "env_"
 ENVIRONMENTS_MAX: Final = 1000
-"""How many environments clients can create: each has a queue in memory."""
+"""The largest number of environments of clients: each has a queue in memory."""
 
 _SELF_HOSTED: Final[Mapping[str, Any]] = {"type": "self_hosted"}
 _CLOUD: Final[Mapping[str, Any]] = {
@@ -24,7 +24,7 @@ _CLOUD: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment; one that no client created is named by its id."""
+    """An environment. If no client created it, its name is its id."""
 
     id: str
     name: str

@@ -1,6 +1,6 @@
 """The history of all items, in order, and whether a session was lost or ran twice at once.
 
-The control plane's own record: appended to by `operations`, never read by it.
+The control plane's own record. `operations` appends to it and never reads it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Record(NamedTuple):
     """One fact about one item.
 
     Attributes:
-        time: Epoch seconds; of a lapse, the end of the lease.
-        worker_id: Who did it, None when the request did not say or nobody did.
+        time: Epoch seconds; for a lapse, the end of the lease.
+        worker_id: The worker of the request; None if it has no name or there was no request.
         state: The item's state afterwards.
-        lease_end: Until when the item is held afterwards, in epoch seconds; None when it is not.
-        op: The call that was refused, of a `conflict` (409 or 412); `BLIND` of a heartbeat that
-            named none before it.
+        lease_end: The end of the item's lease afterwards, in epoch seconds; None if it has none.
+        op: The refused call, for a `conflict` (409 or 412). `BLIND` for a heartbeat without an
+            earlier one.
     """
 
     time: float
@@ -54,15 +54,15 @@ class Record(NamedTuple):
 
 
 def op_of_heartbeat(expected: str | None) -> str | None:
-    """The `op` of a heartbeat's record: anybody can say that there was none before it."""
+    """Return the `op` of a heartbeat's record: any worker can send NO_HEARTBEAT."""
     return BLIND if expected in {None, NO_HEARTBEAT} else None
 
 
 class History:
-    """Records in order, the oldest forgotten beyond `limit` (None: never).
+    """Records in order; beyond `limit`, the oldest one is dropped (None: no limit).
 
     Attributes:
-        forgotten: How many records are gone; 0 means that a summary is exact.
+        forgotten: The number of dropped records; with 0 a summary is exact.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -81,20 +81,20 @@ class History:
         self._records.append(record)
 
     def of(self, work_id: str) -> tuple[Record, ...]:
-        """Return the records of one item. Reads them all: for tests and post-mortems."""
+        """Return the records of one item. Reads all records, so it is for tests and analyses."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
 
 class Summary(NamedTuple):
-    """The promise in numbers.
+    """The numbers that show whether each session ended once and none overlapped.
 
     Attributes:
-        enqueued: Items created.
-        stopped: Items that came to their end.
-        reclaimed: How often an item changed hands: leases that lapsed back into the queue, and
-            deliveries that another worker acknowledged after a redelivery.
-        lost: Items not stopped (yet).
-        overlapping: Items on which a worker acted while another held the lease.
+        enqueued: The number of created items.
+        stopped: The number of stopped items.
+        reclaimed: The number of lapsed leases whose items returned to the queue, and of redelivered
+            items that another worker acknowledged.
+        lost: The number of items that are not stopped, or not yet.
+        overlapping: The number of items on which a worker acted while another held the lease.
     """
 
     enqueued: int
@@ -105,7 +105,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Judge a history."""
+    """Return the summary of a history."""
     lives: dict[str, _Life] = {}
     for record in records:
         lives.setdefault(record.work_id, _Life()).see(record)
@@ -135,10 +135,11 @@ class _Life:
 
     def see(self, record: Record) -> None:
         if record.kind == "conflict":
-            return  # refused: it changed nothing
+            return  # the call was refused, so it changed nothing
         if self._is_foreign(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # It knew the holder's last heartbeat: a child, to which the item was handed off.
+                # The sender knew the holder's last heartbeat: it is a child to which the item was
+                # handed off.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

@@ -21,11 +21,11 @@ Row = TypeVar("Row", bound="Item | StoredEvent | StoredSession | Environment")
 
 AFTER: Final = "after"
 BEFORE: Final = "before"
-"""How a `next_page` begins, which is opaque to clients: the direction, then an id."""
+"""The prefix of a `next_page` token, which clients do not parse: the direction, then an id."""
 
 
 class ListPage(NamedTuple, Generic[Row]):
-    """A page of a list; `backwards`: the next page has the rows before its oldest one."""
+    """A page of a list. If it is `backwards`, the next page has the rows before its oldest one."""
 
     items: Sequence[Row]
     has_more: bool
@@ -35,7 +35,7 @@ class ListPage(NamedTuple, Generic[Row]):
 def page_of(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
 ) -> ListPage[Row]:
-    """Make a page of `rows`, of which there is one beyond `limit` where there are more.
+    """Make a page of `rows`, which has one row beyond `limit` if there are more.
 
     `newest_first`: the rows descend, and the list goes backwards.
     """
@@ -48,9 +48,9 @@ def page_of(
 
 
 def listing(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
-    """Return a page's JSON, with fewer rows if one answer cannot carry them all."""
+    """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
     items, rows = page.items, [render(row) for row in page.items]
-    # A page that goes backwards in ascending order is next to its place with its last row.
+    # In ascending order, the last row of a page that goes backwards is next to its place.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
     count = fitting(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)

@@ -1,9 +1,8 @@
 """The calls of the protocol without HTTP: checked, applied, saved, recorded.
 
-Synchronous but for the waiting of a long poll, on one thread; time comes from an injected clock.
-Lapses are applied before every call, so no observer ever sees a lease that is over. Whoever hands
-a result to the outside awaits `durable` first.
-See workpool/docs/protocol.md, "Calls" and "Sessions".
+Synchronous except for the wait of a long poll, on one thread, with an injected clock. Each call
+first applies lapses, so no caller sees a lease that has ended. A caller awaits `durable` before a
+result is sent. See workpool/docs/protocol.md, "Calls" and "Sessions".
 """
 
 from __future__ import annotations
@@ -55,10 +54,10 @@ class Operations:
 
     Args:
         environments: Ids of the environments that are `self_hosted`.
-        cloud_environments: Ids of those that are not, and refuse every work call.
-        store: What every change is written to.
-        now: Epoch seconds; may stand still, never trusted to go forward only.
-        history_limit: How many records to keep; None: all.
+        cloud_environments: Ids of other environments, whose work calls are all refused.
+        store: The store of every change.
+        now: Returns epoch seconds, which may stand still or go back.
+        history_limit: The number of records to keep; None: all.
         retention: Seconds for which a stopped item is kept; then it is deleted with its session
             by a call that creates or polls. None: forever.
     """
@@ -88,7 +87,7 @@ class Operations:
         self._closing = False
 
     async def open(self) -> None:
-        """Open the store and take over what it holds. Raises `StoreError`."""
+        """Open the store and read its content. Raises `StoreError`."""
         contents = await self._store.open()
         try:
             self._restore(contents)
@@ -124,11 +123,11 @@ class Operations:
             self._add_environment(environment)
 
     async def durable(self) -> None:
-        """Return once everything done so far survives a crash. Raises `StoreError`."""
+        """Return once all changes so far survive a crash. Raises `StoreError`."""
         await self._store.durable()
 
     async def failed(self) -> None:
-        """Wait until the store can save nothing anymore. Raises `StoreError`."""
+        """Wait until the store cannot save anything anymore. Raises `StoreError`."""
         await self._store.failed()
 
     async def close(self) -> None:
@@ -136,23 +135,23 @@ class Operations:
         await self._store.close()
 
     def release(self) -> None:
-        """Answer all waiting polls now, and let nobody wait anymore: the server goes away."""
+        """Answer all waiting polls now, and let no further one wait: the server closes."""
         self._closing = True
         self.sessions.release()
         self.wake()
 
     def wake(self) -> None:
-        """Let all waiting polls look at the clock again: for a clock that was moved by hand."""
+        """Let all waiting polls read the clock again, after a clock was moved by hand."""
         for queue in self._queues.values():
             queue.waiting.wake(len(queue.waiting))
 
     @property
     def latest(self) -> int:
-        """The instant of the last call: no record is later."""
+        """The time of the last call; no record is later."""
         return self._latest
 
     def queue(self, environment_id: str) -> Queue:
-        """Return the environment's queue as of now; 404 unknown, 400 not `self_hosted`."""
+        """Return the environment's queue after all lapses; 404 unknown, 400 not `self_hosted`."""
         queue = self._queues.get(environment_id)
         if queue is None:
             if environment_id in self._cloud:
@@ -272,10 +271,10 @@ class Operations:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item, waiting up to `block_ms` for one.
+        """Deliver an item, after a wait of up to `block_ms`.
 
-        `gone` tells whether the client has left: then nothing is taken, and a wake-up that was
-        meant for this poll goes to the next.
+        `gone` returns whether the client has gone: then no item is taken, and the wake-up of this
+        poll goes to the next one.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
@@ -289,7 +288,7 @@ class Operations:
         return None
 
     async def _wait(self, queue: Queue, poll: Poll, seconds: float) -> None:
-        """Sleep until woken, or until a delivery becomes due or a lease may lapse."""
+        """Wait until woken, or until a delivery becomes due or a lease may lapse."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.first()
         due = [instant for instant in (queue.leases.first(),) if instant is not None]
@@ -327,7 +326,7 @@ class Operations:
         *,
         compare_on_stop: bool = True,
     ) -> Item:
-        """Extend an item's lease. `rules.heartbeat_answer` is the result on the wire."""
+        """Extend an item's lease. `heartbeat_answer` turns the result into JSON."""
         queue = self.queue(environment_id)
         item = queue.get(work_id)
         try:
@@ -399,7 +398,7 @@ class Operations:
     def walk_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, Item]]:
-        """Go through the sessions next to a place, the nearest first, each with its latest item.
+        """Iterate over the sessions next to a place, the nearest first, each with its latest item.
 
         Sessions of environments that are not served are left out.
         """
@@ -409,7 +408,7 @@ class Operations:
                 yield session, self.get(session.environment_id, work_id)
 
     def archive_session(self, session_id: str) -> tuple[StoredSession, Item]:
-        """Archive a session: it is terminated, and its work item is told to stop."""
+        """Archive a session: it is terminated, and its work item is asked to stop."""
         session, item = self.session(session_id)
         if session.archived_at is None:
             session = self.sessions.archive(session, self._latest)
@@ -432,7 +431,7 @@ class Operations:
         session, item = self.session(session_id)
         has_message = any(event["type"] == USER_MESSAGE for event in said)
         if messages_bring_work and has_message and item.state == STOPPED:
-            # Checked and created first: a message that survives a crash must not lack its item.
+            # Checked and created first, so that a message that survives a crash has its item.
             self.sessions.conversation(session_id).check(said)
             queue = self.queue(session.environment_id)
             self.sessions.attach(
@@ -444,17 +443,17 @@ class Operations:
     def emit(
         self, session_id: str, said: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], ...]:
-        """Append events as the agent's side of a session says them; returns what is stored."""
+        """Append events of the agent's side of a session, and return them as stored."""
         self.session(session_id)
         return tuple(event.value for event in self.sessions.emit(session_id, said, self._latest))
 
     def _tick(self) -> int:
-        """Read the clock, once per call: one call decides everything on one instant."""
+        """Read the clock, once for each call, so that all its decisions use one time."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
     def _settle(self, queue: Queue) -> None:
-        """Apply the lapses that are due, each at the instant when its lease ended."""
+        """Apply the lapses that are due, each at the time when its lease ended."""
         for work_id in queue.leases.lapsed(self._tick()):
             held = queue.get(work_id)
             self._apply(queue, state_machine.lapse(held), "lapsed", held.holder, held.lease_end)
@@ -468,7 +467,7 @@ class Operations:
         at: int | None = None,
         op: str | None = None,
     ) -> Item:
-        """Make `item` the present self of its id; what did not change leaves no trace."""
+        """Replace the item of this id by `item`; without a change nothing is stored or recorded."""
         if not queue.holds(item):
             queue.put(item)
             self._store.save(item)
@@ -482,10 +481,10 @@ class Operations:
         for session_id in self._retention.take_due(self._latest):
             work_ids = self.sessions.work_ids(session_id)
             if not work_ids:
-                continue  # deleted with another of its items
+                continue  # already deleted together with another of its items
             queue = self._queues[self.sessions.find(session_id)[0].environment_id]
             items = queue.present(work_ids)
-            # Another item of the session may go on, or have stopped later.
+            # Another item of the session may still run, or have stopped later.
             if len(items) == len(work_ids) and self._retention.is_over(items, self._latest):
                 for work_id in work_ids:
                     queue.remove(work_id)

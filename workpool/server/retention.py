@@ -1,7 +1,7 @@
-"""Which sessions ended long enough ago to be deleted, with their items and events.
+"""The sessions that ended long enough ago to be deleted, with their items and events.
 
-A session is over once all of its items are stopped. It is deleted as a whole, so that no item is
-without its session, and no session without an item.
+A session has ended once all of its items are stopped. It is deleted as a whole, so that each item
+has its session, and each session an item.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from workpool.server.stores.store import Contents
 
 BATCH_MAX: Final = 100
-"""Sessions that one call deletes: a call must not wait for the deletion of all."""
+"""Largest number of sessions that one call deletes, so that no call waits for all deletions."""
 
 
 class Retention:
-    """The items that have stopped, in the order in which they did.
+    """The stopped items in the order in which they stopped.
 
     Args:
-        seconds: How long a stopped item is kept; None: forever, and nothing is noted.
+        seconds: Seconds for which a stopped item is kept; None: forever, and no item is recorded.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -35,12 +35,12 @@ class Retention:
         self._stopped: deque[tuple[int, str]] = deque()
 
     def note_stopped(self, item: Item) -> None:
-        """Note an item that has stopped."""
+        """Record an item that has stopped."""
         if self._time is not None and item.stopped_at is not None:
             self._stopped.append((item.stopped_at, item.session_id))
 
     def take_due(self, now: int) -> Iterator[str]:
-        """Take out the sessions that may be over for long enough, at most `BATCH_MAX`."""
+        """Remove and return the sessions that may have ended long ago, at most `BATCH_MAX`."""
         if self._time is None:
             return
         for _ in range(BATCH_MAX):
@@ -55,7 +55,7 @@ class Retention:
         )
 
     def split(self, contents: Contents, now: int) -> tuple[Contents, list[Row]]:
-        """Return what of a store is kept, and the rows that are to be deleted."""
+        """Return the part of a store's content that is kept, and the rows to delete."""
         if self._time is None:
             return contents, []
         alive = {item.session_id for item in contents.items if not self.is_over((item,), now)}

@@ -1,8 +1,8 @@
 """The sessions of a control plane: a work item's `data.id` is the id of one.
 
-The services own sessions; here one is born with every work item. Owns their events: each change is
-checked, given its id, handed to the store and told to those who follow, all in one step.
-See workpool/docs/protocol.md, "Sessions".
+In the services, sessions exist on their own; here, each work item creates one. The module owns
+their events: in one step each change is checked, gets its id, is saved and is sent to the open
+streams. See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 
 class Sessions:
-    """All sessions. Synchronous but for `wait`; belongs to one loop."""
+    """All sessions. Synchronous except for `wait`; belongs to one loop."""
 
     def __init__(self, store: Store, ids: Ids) -> None:
         self._store = store
         self._ids = ids
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
-        self._earlier: dict[str, list[str]] = {}  # items before the latest, where there are any
-        self._order: list[str] = []  # the ids of _sessions, ascending
+        self._earlier: dict[str, list[str]] = {}  # earlier items of a session, if there are any
+        self._order: list[str] = []  # the ids of `_sessions`, ascending
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
 
     def restore(self, contents: Contents, ids: Ids, now: int) -> None:
-        """Take over what the store holds; what a crash kept from being said is said now."""
+        """Take over the store's content, and add the events that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -59,7 +59,7 @@ class Sessions:
                 self._proceed(session.id, now)
 
     def find(self, session_id: str) -> tuple[StoredSession, str]:
-        """Return a session and the id of its latest work item; 404 unknown."""
+        """Return a session and the id of its latest work item; 404 if it is unknown."""
         found = self._sessions.get(session_id)
         if found is None:
             raise APIError(404, "no such session")
@@ -71,7 +71,7 @@ class Sessions:
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 
     def remove(self, session_id: str) -> list[StoredSession | StoredEvent]:
-        """Forget a session and its events, and return them. Its streams end."""
+        """Remove a session and its events, and return them. Its streams end."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
         del self._order[bisect_left(self._order, session_id)]
@@ -88,7 +88,7 @@ class Sessions:
     def walk(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
-        """Go through the sessions next to a place, the nearest first, each with its latest item."""
+        """Iterate over the sessions next to a place, nearest first, each with its latest item."""
         start = bisect_right(self._order, after)
         end = len(self._order) if before is None else bisect_left(self._order, before)
         places = range(start, end)
@@ -115,7 +115,7 @@ class Sessions:
         now: int,
         **more: Any,
     ) -> StoredSession:
-        """Create a session, `more` of whose fields may be given; it begins with `attach`."""
+        """Create a session with further fields in `more`; call `attach` next."""
         session_id = SESSION_PREFIX + self._ids.new(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
@@ -145,26 +145,26 @@ class Sessions:
     def send(
         self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append a client's events, all or none."""
+        """Append all events of a client, or none."""
         self.conversation(session_id).check(said)
         return self._say(session_id, said, now)
 
     def emit(
         self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append the server's events, as whoever plays the agent wants them."""
+        """Append the server's events, in the name of the agent."""
         self.conversation(session_id).check_server(said)
         try:
             content = orjson.dumps({"data": list(said)}, default=dict)
         except orjson.JSONEncodeError as error:
             raise APIError(400, f"events cannot be written as JSON: {error}", "events") from None
-        copy = orjson.loads(content)["data"]  # which nobody else changes
+        copy = orjson.loads(content)["data"]  # a copy that no other code changes
         return self._say(session_id, copy, now)
 
     async def wait(self, session_id: str, place: int, seconds: float) -> bool:
         """Return once there are more than `place` events, or after `seconds`.
 
-        False: the session was deleted or the control plane closes, and nothing more will come.
+        False: the session was deleted or the control plane closes, so no event follows.
         """
         if session_id not in self._sessions:
             return False
@@ -184,7 +184,7 @@ class Sessions:
         return not self._closing and session_id in self._sessions
 
     def release(self) -> None:
-        """Let nobody wait anymore: the control plane closes."""
+        """End all waits, since the control plane closes."""
         self._closing = True
         for session_id in list(self._following):
             self._tell(session_id)
@@ -200,7 +200,7 @@ class Sessions:
         return events
 
     def _proceed(self, session_id: str, now: int, said: Sequence[StoredEvent] = ()) -> None:
-        """Say what follows; it is saved in one piece with what was `said`, and told."""
+        """Add the events that follow, save them together with `said`, and notify the streams."""
         conversation = self.conversation(session_id)
         events = list(said)
         while (fields := conversation.following()) is not None:

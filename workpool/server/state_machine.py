@@ -1,8 +1,8 @@
 """The state machine of a work item, as tables and pure functions.
 
-Every function takes an item and the instant, and returns the item as it is afterwards: the same
-object when nothing changed. What the protocol forbids raises `APIError`. No clock, no I/O.
-See workpool/docs/protocol.md, "States and leases" and "Calls".
+Every function gets an item and the time, and returns the item afterwards: the same object if
+nothing changed. A call that the protocol forbids raises `APIError`. No clock, no I/O. See
+workpool/docs/protocol.md, "States and leases" and "Calls".
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def deliver(item: Item, worker_id: str | None, now: int) -> Item:
 
 
 def withdraw(item: Item) -> Item:
-    """Take back a delivery that reached nobody."""
+    """Take back a delivery that reached no client."""
     return replace(item, delivered_at=None, holder=None)
 
 
@@ -83,8 +83,8 @@ def heartbeat(
 ) -> Item:
     """Extend the lease: it ends exactly `ttl_seconds` (clamped) from `now`.
 
-    `compare_on_stop`: False answers every heartbeat on a `stopping` or `stopped` item, whatever it
-    expects; a `stopped` item stays as it is.
+    `compare_on_stop`: if it is false, every heartbeat of a `stopping` or `stopped` item is
+    answered, whatever it expects; a `stopped` item does not change.
     """
     ends = item.state in {STOPPING, STOPPED}
     if item.state == STOPPED and not compare_on_stop:
@@ -108,8 +108,8 @@ def heartbeat(
         item,
         state=ACTIVE if starts else item.state,
         started_at=now if starts else item.started_at,
-        # Two heartbeats in one microsecond must not look alike: the first one's sender would pass
-        # for the owner.
+        # Two heartbeats in one microsecond must differ: otherwise the sender of the first would
+        # count as the owner.
         heartbeat_at=max(now, (item.heartbeat_at or 0) + 1),
         beaten=True,
         ttl_seconds=ttl_seconds,
@@ -135,7 +135,7 @@ def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
 
 
 def stop(item: Item, now: int, *, force: bool) -> Item:
-    """Stop an item, as the table `STOP` says."""
+    """Stop an item by the table `STOP`."""
     state = STOP[force, item.state]
     if state == item.state:
         return item
@@ -145,7 +145,7 @@ def stop(item: Item, now: int, *, force: bool) -> Item:
 
 
 def lapse(item: Item) -> Item:
-    """End a lease: it is over at `lease_end`, whenever that is noticed."""
+    """End a lease at `lease_end`, even if the lapse is noticed later."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)

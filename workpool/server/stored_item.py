@@ -1,8 +1,8 @@
-"""One work item as the control plane keeps it: a frozen value, replaced by every change.
+"""One work item of the control plane: a frozen value, which every change replaces.
 
-Holds what the wire shows and what only the server knows: who an item was delivered
-to and when, and the lease. Every time is in microseconds since the epoch (`clock`).
-See workpool/docs/protocol.md, "Work item".
+It has the public fields and those that only the server knows: the worker and time of the delivery,
+and the lease. Every time is in microseconds since the epoch (`timestamps`). See
+workpool/docs/protocol.md, "Work item".
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class Item:
     """A work item.
 
     Attributes:
-        holder: The `Worker-ID` that it was delivered to, or that acknowledged it; None when
-            nobody said, or after a lapse.
-        delivered_at: Since when it waits for an acknowledgement; only ever set while `queued`.
-        lease_end: When the lease lapses; only set in `starting`, `active` and `stopping`.
-        beaten: Whether the present lease has had a heartbeat. While it has not, `heartbeat_at`
-            is a former holder's, and the next heartbeat must expect NO_HEARTBEAT.
+        holder: The `Worker-ID` of the delivery or the acknowledgement; None if the request had
+            none, or after a lapse.
+        delivered_at: The time of the delivery that waits for an acknowledgement; only set while
+            `queued`.
+        lease_end: The time at which the lease lapses; only set in `starting`, `active` and
+            `stopping`.
+        beaten: Whether the current lease has had a heartbeat. Before that, `heartbeat_at` is of a
+            former holder, and the next heartbeat must expect NO_HEARTBEAT.
     """
 
     id: str
@@ -56,9 +58,9 @@ class Item:
 
 
 class Ids:
-    """UUIDv7 digits, strictly ascending, so that id order is creation order.
+    """Digits of UUIDv7, strictly ascending, so that the order of ids is the order of creation.
 
-    `last` carries the order over a restart, even when the clock was set back meanwhile.
+    `last` keeps the order across a restart, even if the clock was set back meanwhile.
     """
 
     def __init__(self, last: str = "") -> None:
@@ -66,7 +68,7 @@ class Ids:
         self._last = (number >> 80) << 12 | (number >> 64) & 0xFFF
 
     def new(self, now: int) -> str:
-        """32 lowercase hex digits, greater than any before."""
+        """Return 32 lowercase hex digits that are greater than all before."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"

@@ -1,4 +1,4 @@
-"""One session as the control plane keeps it, and its JSON.
+"""One session of the control plane, and its JSON.
 
 See workpool/docs/protocol.md, "Sessions".
 """
@@ -26,7 +26,7 @@ STATUS: Final[Mapping[State, str]] = {
     STOPPING: "canceling",
     STOPPED: "idle",
 }
-"""The status of a session in which nothing has been said yet, by its item's state."""
+"""The status of a session without events, by its item's state."""
 
 AGENT: Final[Mapping[str, Any]] = {
     "id": "agent_00000000000070008000000000000001",
@@ -42,7 +42,7 @@ AGENT: Final[Mapping[str, Any]] = {
     "multiagent": None,
     "execution_identity": {"type": "service_account"},
 }
-"""The agent of every session, with all that the vendors' workers read: no model is behind it."""
+"""The agent of every session, with all fields that the vendors' workers read; it has no model."""
 
 USAGE: Final[Mapping[str, Any]] = {
     "input_tokens": 0,
@@ -53,12 +53,12 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session. Its metadata are those that its first item was created with.
+    """A session. Its metadata are those of its first item at its creation.
 
     Attributes:
-        script: The tool uses of a scripted session; None: it is none.
+        script: The tool uses of a scripted session; None: the session has no script.
         agent: `id` and `version` of the agent that its creator asked for; None: `AGENT` itself.
-        archived_at: When it was archived; None: it is not.
+        archived_at: The time at which it was archived; None: it is not archived.
     """
 
     id: str
@@ -99,12 +99,12 @@ class StoredSession:
 def _status(item: Item, conversation: Conversation | None) -> str:
     told = None if conversation is None else conversation.status
     if told == "terminated":
-        return told  # final, whatever its item does
+        return told  # the final status, whatever the state of the item
     return STATUS[item.state] if told is None or item.state == STOPPING else told
 
 
 def _updated_at(item: Item, conversation: Conversation | None) -> str:
-    """Return when the item's state or the events changed last."""
+    """Return the time of the last change of the item's state or of the events."""
     changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
     changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
     if conversation is None or not conversation.events:

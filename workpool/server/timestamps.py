@@ -1,7 +1,7 @@
-"""Time as the control plane keeps it: whole microseconds since the epoch, UTC.
+"""Times of the control plane: whole microseconds since the epoch, in UTC.
 
-Integers, so that a lease ends exactly `ttl_seconds` after its heartbeat, and the text
-of a heartbeat names one instant only.
+They are integers, so that a lease ends exactly `ttl_seconds` after its heartbeat, and the text of a
+heartbeat stands for one time only.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _LEAP_SECOND: Final = "60"
 
 
 def system_clock() -> Callable[[], float]:
-    """Return epoch seconds that never jump: wall time now, carried on by a steady clock.
+    """Return epoch seconds that never jump: the wall time at the start plus a monotonic clock.
 
-    A wall clock that is set forward would lapse every lease at once while their workers, who
-    count on their own steady clocks, still hold them. CLOCK_BOOTTIME also counts a suspension.
+    A wall clock that is set forward would end every lease at once while the workers, which use
+    monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.
     """
     steady = time.monotonic
     if hasattr(time, "CLOCK_BOOTTIME"):
@@ -47,18 +47,18 @@ def _second(seconds: int) -> str:
 
 
 def to_seconds_text(instant: int) -> str:
-    """Return RFC 3339 with whole seconds."""
+    """Return a time as RFC 3339 with whole seconds."""
     return _second(instant // SECOND) + "Z"
 
 
 def to_heartbeat_text(instant: int) -> str:
-    """Return RFC 3339 with microseconds, the form of heartbeat times."""
+    """Return a time as RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
     return f"{_second(seconds)}.{microseconds:06d}Z"
 
 
 def is_rfc3339(text: str) -> bool:
-    """Whether `text` is an RFC 3339 time; the leap second 60 is one."""
+    """Return whether `text` is an RFC 3339 time, a leap second (60) included."""
     match = _RFC3339.fullmatch(text)
     if match is None:
         return False
@@ -71,18 +71,18 @@ def is_rfc3339(text: str) -> bool:
 
 
 def to_utc(text: str) -> str | None:
-    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None when `text` is none."""
+    """Return an RFC 3339 time as `to_heartbeat_text` writes it; None if `text` is none."""
     if not is_rfc3339(text):
         return None
     try:
         moment = datetime.fromisoformat(text.upper()).astimezone(UTC)
-    except (ValueError, OverflowError):  # a leap second, or beyond the years that exist here
+    except (ValueError, OverflowError):  # a leap second, or a year that Python does not support
         return None
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(len("2026-03-01T12:00:00.000000Z"), "0")
 
 
 class TimeRange(NamedTuple):
-    """Bounds of a time, each written as `to_heartbeat_text` does; None: no bound."""
+    """Bounds of a time, each in the form of `to_heartbeat_text`; None: no bound."""
 
     gt: str | None = None
     gte: str | None = None
@@ -90,7 +90,7 @@ class TimeRange(NamedTuple):
     lte: str | None = None
 
     def holds(self, time: str) -> bool:
-        """Return whether `time` lies within all bounds."""
+        """Return whether `time` is within all bounds."""
         return (
             (self.gt is None or time > self.gt)
             and (self.gte is None or time >= self.gte)

@@ -1,7 +1,7 @@
 """HTTP for applications: create, read and list environments and sessions, and archive sessions.
 
-These are the calls with which an application that uses the vendor's SDK begins. A session that is
-created brings work to the workers of its environment.
+An application that uses the vendor's SDK begins with these calls. A new session creates a work item
+for the workers of its environment.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.server.stored_session import StoredSession
 
 SCAN_ROWS: Final = 500
-"""After so many rows of a list that is filtered, other calls take their turn."""
+"""After this many rows of a filtered list, other calls run."""
 
 
 class ApplicationRoutes:
@@ -100,7 +100,7 @@ class ApplicationRoutes:
         return await self._durable(self._session(*self._operations.create_session(wanted)))
 
     async def sessions(self, request: web.Request) -> web.Response:
-        """List the sessions that the query asks for, by default the newest first."""
+        """List the sessions that the query selects, by default the newest first."""
         limits = self._admit(request).environments
         await requests.body(request)
         place = requests.place(request, SESSION_PREFIX)
@@ -119,7 +119,7 @@ class ApplicationRoutes:
             for session, item in islice(walk, SCAN_ROWS):
                 last = session.id
                 if wanted(session, item):
-                    # Rendered at once: while other calls run, a session may be deleted.
+                    # Rendered at once, since a session may be deleted while other calls run.
                     found[last] = session, self._session(session, item)
                 if len(found) > place.limit:
                     break
@@ -138,13 +138,13 @@ class ApplicationRoutes:
     def _session_filter(
         self, request: web.Request, limits: frozenset[str] | None
     ) -> Callable[[StoredSession, Item], bool]:
-        """Return whether the query asks for a session, given with its latest item."""
+        """Return whether the query selects a session, given with its latest item."""
         times = requests.times(request)
         statuses = requests.several(request, "statuses")
         archived = requests.flag(request, "include_archived")
         agent_id = requests.one(request, "agent_id")
         version = requests.one(request, "agent_version")
-        # No session here has a deployment or a memory store.
+        # No session of this control plane has a deployment or a memory store.
         nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
 
         def wanted(session: StoredSession, item: Item) -> bool:

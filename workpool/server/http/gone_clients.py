@@ -1,7 +1,7 @@
-"""Whether the client of a request is still there.
+"""The check whether the client of a request still waits.
 
-The loop learns of a hang-up only when it next asks the kernel, and by then a poll may have been
-woken and have taken an item for nobody. So a poll asks the kernel itself.
+The loop notices a closed connection only at its next call of `select`; before that, a woken poll
+could take an item for a client that has gone. So a poll asks the kernel itself.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from aiohttp import web
 
 _HANGUP: Final = getattr(select, "POLLRDHUP", 0)
-"""Linux; elsewhere what the loop knows must do."""
+"""Linux only; elsewhere a closed connection is noticed by the loop."""
 
 
 def has_gone(request: web.Request) -> bool:
-    """Whether the client has closed its connection. Never waits."""
+    """Return whether the client has closed its connection. Never waits."""
     transport = request.transport
     if transport is None or transport.is_closing():
         return True

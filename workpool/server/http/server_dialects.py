@@ -24,17 +24,17 @@ class Dialect:
     """The differences between the dialects.
 
     Attributes:
-        prefix: The path before `/environments`; tells the dialects apart on one port.
+        prefix: The path before `/environments`, which distinguishes the dialects on one port.
         api_key_header: The header with which a token may also be sent; None: there is none.
-        session_prefixes: How session ids may begin here; the first is how we write them.
-        session_statuses: How a session's status is written here, where it differs.
+        session_prefixes: The accepted prefixes of session ids; the first one is written.
+        session_statuses: The names of a session's states that differ in this dialect.
         stop_refused: The stops, as (force, state), that are answered with 409.
-        stop_answers_item: Whether a stop answers the item, or 204 without a body.
+        stop_answers_item: Whether the answer to a stop is the item, or 204 without a body.
         metadata_required: Whether an update without `metadata` is a 400.
-        compare_on_stop: Whether a heartbeat on a `stopping` item must expect the last one, and on a
-            `stopped` item is a 409; otherwise both are answered with the state.
+        compare_on_stop: Whether a heartbeat of a `stopping` item must expect the last one, and one
+            of a `stopped` item is a 409; otherwise the answer to both is the state.
         item_secrets: Whether a poll gives each item a `secret`, and tokens of items are accepted.
-        messages_bring_work: Whether a message to a session whose item is stopped creates an item.
+        messages_bring_work: Whether a message to a session with a stopped item creates an item.
         request_ids: Whether every answer has a `request-id` header.
         creation: Whether applications create environments and sessions with calls of their own.
         session_fields: The fields of a session that the vendor's workers read, beside those that
@@ -60,11 +60,11 @@ class Dialect:
     agent_fields: tuple[str, ...]
 
     def session_id(self, own: str) -> str:
-        """Write our own session id as this dialect does."""
+        """Return the id of a session in the form of this dialect."""
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
     def own_session_id(self, written: str) -> str:
-        """Read a session id; what is no id of this dialect stays an id that is not our own."""
+        """Return the session id without this dialect's prefix; any other text stays unchanged."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)

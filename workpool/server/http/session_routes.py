@@ -1,8 +1,8 @@
 """The calls on sessions and their events over HTTP, in one dialect.
 
-An event stream holds no queue for its reader, only a place in the session's events, and writes in
-bounded pieces: a slow reader costs little. One that has stopped reading is cut off (`inbound`).
-See workpool/docs/protocol.md, "Sessions".
+An event stream has no queue for its reader, only a place in the session's events, and writes in
+bounded pieces, so that a slow reader costs little. If a reader stops reading, its connection is
+closed (`inbound`). See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ if TYPE_CHECKING:
     from workpool.server.stored_session import StoredSession
 
 WRITE_BYTES: Final = 64 * 1024
-"""How much is written to a stream at once: its reader may take long, and there may be many."""
+"""Bytes that are written to a stream at once: there may be many slow readers."""
 _STREAM: Final = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # a proxy that collects would make the stream look stalled
+    # otherwise a proxy would buffer the stream, which would look stalled
+    "X-Accel-Buffering": "no",
 }
 KEEP_ALIVE: Final = b": keep-alive\n\n"
 """The keep-alive of a stream without events."""
 
 
 class SessionRoutes:
-    """The endpoints of sessions, spoken in one dialect."""
+    """The endpoints of sessions in one dialect."""
 
     def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
         self._operations = operations
@@ -61,14 +62,14 @@ class SessionRoutes:
         ]
 
     async def session(self, request: web.Request) -> web.Response:
-        """Answer the session."""
+        """Answer with the session."""
         session, item = self._session(request)
         await requests.body(request)
         value = self._operations.sessions.answer(session, item)
         return await self._durable(self._dialect.session(value))
 
     async def list(self, request: web.Request) -> web.Response:
-        """List the events of a session that the query asks for, by pages."""
+        """List the events of a session that the query selects, page by page."""
         said = self._conversation(request)
         await requests.body(request)
         place = requests.place(request, EVENT_PREFIX)
@@ -85,7 +86,7 @@ class SessionRoutes:
         return await self._durable(listing(page, render_event))
 
     async def send(self, request: web.Request) -> web.Response:
-        """Append a client's events; all of them, or none."""
+        """Append all events of a client, or none."""
         session, _ = self._session(request)
         said = client_events(await requests.body(request))
         events = self._operations.send(
@@ -94,15 +95,15 @@ class SessionRoutes:
         return await self._durable({"data": [render_event(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Stream events as they come; those after `Last-Event-ID` first."""
+        """Stream new events, after those that follow `Last-Event-ID`."""
         session, _ = self._session(request)
         await requests.body(request)
         said = self._operations.sessions.conversation(session.id)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
-        # Before the first byte leaves: whoever sees the stream open misses nothing from then on.
+        # Before the first byte is sent, so that a client with an open stream misses no later event.
         place = len(said.events) if last is None else said.place_after(last)
         response = web.StreamResponse(headers=_STREAM)
-        # The reader has gone or stopped reading, or nothing is durable anymore: the stream ends.
+        # The stream ends if the reader has gone or stopped reading, or if the store has failed.
         with suppress(ConnectionError, StoreError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
@@ -142,7 +143,7 @@ class SessionRoutes:
 
 
 def render_event(event: StoredEvent) -> dict[str, Any]:
-    """An event's JSON."""
+    """Return an event's JSON."""
     return dict(event.value)
 
 
@@ -157,6 +158,6 @@ def _frames(events: Sequence[StoredEvent], place: int, end: int) -> list[bytes]:
 
 
 def frame_of(event: StoredEvent) -> bytes:
-    """An event as a stream tells it."""
+    """Return an event as a frame of a stream."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

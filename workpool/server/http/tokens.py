@@ -1,6 +1,6 @@
 """The permissions of callers: tokens for environments, and a token for each item.
 
-Holds hashes of the former, never a token. The latter are signed, so that none has to be kept.
+Stores only hashes of the tokens for environments. The items' tokens are signed, so none is stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Grants: TypeAlias = "Mapping[str, frozenset[str] | None]"
 """Token → the environments that it is limited to; None: all."""
 
 _ITEM_PREFIX: Final = "item."
-"""How an item's token begins; the environment, the item and the signature follow."""
+"""The prefix of an item's token; the environment, the item and the signature follow."""
 _ID: Final = re.compile(ID_PATTERN)
 _TOKEN: Final = re.compile(r"[!-~]{1,1024}")
 
@@ -35,10 +35,10 @@ class Caller(NamedTuple):
     """The permissions of the sender of a request.
 
     Attributes:
-        environments: The environments that it is limited to; None: all.
-        item: Environment and id of the item whose token it sent: it is limited to this item and
+        environments: The environments that the caller may use; None: all.
+        item: Environment and id of the item whose token was sent, which is limited to this item and
             its session; None: no such limit.
-        worker: It sent a worker's key, which is limited to what a worker must call.
+        worker: Whether a worker's key was sent, which is limited to the calls of a worker.
     """
 
     environments: frozenset[str] | None
@@ -62,11 +62,11 @@ class Caller(NamedTuple):
 
 
 class Tokens:
-    """The tokens that are accepted, looked up by hash: comparing takes no telling time.
+    """The accepted tokens, looked up by hash, so that the time of a comparison reveals nothing.
 
     Args:
         grants: Token → the environments that it is limited to.
-        signing_key: What signs the tokens of items.
+        signing_key: The key that signs the tokens of items.
         worker_keys: Further tokens, for all environments: workers' keys.
     """
 
@@ -76,7 +76,7 @@ class Tokens:
         self._signing_key = signing_key
 
     def admit(self, headers: Mapping[str, str], dialect: Dialect) -> Caller:
-        """Return who sent a request with these headers; 401 when unknown."""
+        """Return the sender of a request with these headers; 401 if it is unknown."""
         token = _token_of(headers, dialect.api_key_header)
         digest = _digest(token)
         if digest in self._grants:
@@ -119,12 +119,12 @@ def check_token(token: str) -> str:
 
 
 def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
-    """Read a token a line, then the environments that it is limited to.
+    """Parse a file with one token in each line, followed by the environments that it may use.
 
     Empty lines and lines that begin with `#` are skipped.
 
     Raises:
-        ServeError: Names the line, never its content.
+        ServeError: A line is wrong. Names the line and not its content.
     """
     grants: dict[str, frozenset[str] | None] = {}
     for line, content in enumerate(text.splitlines(), start=1):

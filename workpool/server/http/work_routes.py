@@ -1,8 +1,8 @@
 """The work calls over HTTP, in one dialect.
 
-Every handler goes the same way, which is the precedence of errors: token,
-environment, item, the request's own values, the call. An answer leaves once it is durable.
-See workpool/docs/protocol.md, "Calls".
+Every handler checks in the same order, which is the precedence of errors: token, environment, item,
+the request's own values, the call. An answer is sent once its change is durable. See
+workpool/docs/protocol.md, "Calls".
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def answer(value: object, status: int = 200) -> web.Response:
 
 
 class Routes:
-    """The endpoints, spoken in one dialect."""
+    """The endpoints of work items in one dialect."""
 
     def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
         self._operations = operations
@@ -61,9 +61,9 @@ class Routes:
         self._dialect = dialect
 
     def table(self) -> list[web.RouteDef]:
-        """Return the routes under the dialect's prefix. No HEAD: a poll must be a real one."""
+        """Return the routes under the dialect's prefix. No HEAD, since a poll has an effect."""
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
-        return [  # tried in this order: what a worker calls all day comes first
+        return [  # matched in this order, with a worker's most frequent calls first
             web.get(environment + "/poll", self.poll, allow_head=False),
             web.post(item + "/ack", self.ack),
             web.post(item + "/heartbeat", self.heartbeat),
@@ -76,7 +76,7 @@ class Routes:
         ]
 
     async def poll(self, request: web.Request) -> web.Response:
-        """Answer a poll. A client that has gone takes no item, whenever it went."""
+        """Answer a poll. A client that has gone gets no item, whenever it went."""
         environment_id = self._environment(request, worker=True)
         await requests.body(request)
         poll = requests.poll(request, self._worker_id(request))
@@ -88,7 +88,7 @@ class Routes:
         try:
             await self._operations.durable()
             delivered = not has_gone(request)
-        finally:  # cancelled while the delivery became durable: the client has gone
+        finally:  # the client has gone while the delivery became durable
             if not delivered:
                 self._operations.withdraw(item)
         return answer(self._delivery(item) if delivered else None)
@@ -100,7 +100,7 @@ class Routes:
         return shown
 
     async def stats(self, request: web.Request) -> web.Response:
-        """Answer the statistics of the queue."""
+        """Answer with the statistics of the queue."""
         environment_id = self._environment(request)
         await requests.body(request)
         stats = self._operations.stats(environment_id)
@@ -114,7 +114,7 @@ class Routes:
         )
 
     async def list(self, request: web.Request) -> web.Response:
-        """Answer a page of the list of items."""
+        """Answer with a page of the list of items."""
         environment_id = self._environment(request, worker=True)
         await requests.body(request)
         place = requests.place(request, WORK_PREFIX)
@@ -137,7 +137,7 @@ class Routes:
         return await self._durable({"data": [self._dialect.item(item) for item in items]})
 
     async def get(self, request: web.Request) -> web.Response:
-        """Answer one item."""
+        """Answer with one item."""
         environment_id, work_id = self._item(request)
         await requests.body(request)
         item = self._operations.get(environment_id, work_id)
@@ -161,7 +161,7 @@ class Routes:
         return await self._durable(self._dialect.item(item))
 
     async def heartbeat(self, request: web.Request) -> web.Response:
-        """Extend the lease of an item, as far as its state allows."""
+        """Extend the lease of an item if its state allows it."""
         environment_id, work_id = self._item(request, own_token=True)
         await requests.body(request)
         expected, ttl_seconds = requests.heartbeat(request)
@@ -179,7 +179,7 @@ class Routes:
         return await self._durable({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 
     async def stop(self, request: web.Request) -> web.Response:
-        """Stop an item; the answer is the dialect's."""
+        """Stop an item; the dialect decides the form of the answer."""
         environment_id, work_id = self._item(request, own_token=True)
         force = requests.force(await requests.body(request))
         item = self._operations.stop(
@@ -235,8 +235,8 @@ class Routes:
 def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable[Any]]:
     """Return the middleware that turns every refusal into an error envelope.
 
-    A 409 tells whoever repeats a call that the first one was applied: like that one's answer, it
-    leaves once that is `durable`.
+    A 409 can show that an earlier call was applied, so it is sent only once that change is
+    `durable`.
     """
 
     @web.middleware
@@ -262,7 +262,7 @@ def envelopes(durable: Callable[[], Awaitable[None]]) -> Callable[..., Awaitable
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Name the request in the headers of its answer, in the dialects that do so."""
+    """Add a header with an id to the answer, in the dialects that do so."""
     if request.path.startswith(_REQUEST_ID_PREFIXES):
         response.headers["request-id"] = "req_" + secrets.token_hex(12)
 
@@ -273,7 +273,7 @@ def application(
     durable: Callable[[], Awaitable[None]],
     middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
-    """Return the aiohttp application; `middlewares` stand outside, where faults are injected."""
+    """Return the aiohttp application; faults are injected by the outer `middlewares`."""
     app = web.Application(
         middlewares=[*middlewares, envelopes(durable)], client_max_size=BODY_LIMIT_BYTES
     )

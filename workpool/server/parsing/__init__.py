@@ -1,1 +1,1 @@
-"""Parsers of what clients send: each returns values or raises a 400, before any effect."""
+"""Parsers of clients' requests: each returns values or raises a 400, before any effect."""

@@ -1,6 +1,6 @@
 """The events that a client may send to a session, parsed one by one: values or a 400.
 
-Knows nothing of any session: whether an event fits what was said before, `conversation` decides.
+Independent of any session: `conversation` decides whether an event fits the earlier ones.
 See workpool/docs/protocol.md, "Events".
 """
 
@@ -21,18 +21,18 @@ BATCH_MAX: Final = 100
 
 
 def client_events(content: bytes) -> list[dict[str, Any]]:
-    """Read the body of a send; nothing of a bad batch is applied."""
+    """Parse the body of a send; of a bad batch nothing is applied."""
     return parse_client_events(json_object(content).get("events"), "events", BATCH_MAX)
 
 
 def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
-    """Check a batch of at most `limit` events; `name`: of the field that holds it."""
+    """Check a batch of at most `limit` events; `name`: the field that holds it."""
     if not isinstance(given, list) or not 1 <= len(given) <= limit:
         raise APIError(400, f"{name} must be a list of 1 to {limit} events", name)
     events = [_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
-    except orjson.JSONEncodeError:  # nested deeper than can be written again
+    except orjson.JSONEncodeError:  # nested too deeply to be written again
         raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 
@@ -107,4 +107,4 @@ _FIELDS: Final[Mapping[str, Mapping[str, tuple[Callable[[object], bool], bool]]]
         "deny_message": (_is_text, False),
     },
 }
-"""Per type, its fields: how each is checked, and whether it must be there; others are ignored."""
+"""For each type its fields: the check of each, and whether it is required; others are ignored."""

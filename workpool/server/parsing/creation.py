@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 TEXT_LENGTH: Final = 4096
-"""How long a name, a title or a description may be."""
+"""The largest length of a name, a title or a description."""
 INITIAL_EVENTS_MAX: Final = 50
 METADATA_PAIRS_MAX: Final = 16
 METADATA_KEY_LENGTH: Final = 64
@@ -24,7 +24,7 @@ _NOT_SUPPORTED: Final = ("budget", "resources", "vault_ids")
 
 
 class NewEnvironment(NamedTuple):
-    """The body of a creation of an environment."""
+    """The body of a request to create an environment."""
 
     name: str
     description: str | None
@@ -32,11 +32,11 @@ class NewEnvironment(NamedTuple):
 
 
 class NewSession(NamedTuple):
-    """The body of a creation of a session.
+    """The body of a request to create a session.
 
     Attributes:
         agent: `id` of the agent, and `version` if the body has one.
-        script: What the control plane plays as the agent; None: nothing.
+        script: The tool uses of the agent that the control plane plays; None: it plays no agent.
     """
 
     environment_id: str
@@ -48,7 +48,7 @@ class NewSession(NamedTuple):
 
 
 def parse_environment(content: bytes) -> NewEnvironment:
-    """Read the body of a creation of an environment."""
+    """Parse the body of a request to create an environment."""
     fields = json_object(content)
     config = fields.get("config")
     if not isinstance(config, dict) or config.get("type") != "self_hosted":
@@ -60,7 +60,7 @@ def parse_environment(content: bytes) -> NewEnvironment:
 
 
 def parse_session(content: bytes) -> NewSession:
-    """Read the body of a creation of a session; what cannot be had here is a 400."""
+    """Parse the body of a request to create a session; unsupported values are a 400."""
     fields = json_object(content)
     for name in _NOT_SUPPORTED:
         if fields.get(name):

@@ -1,8 +1,7 @@
 """The values of a request, checked before anything is done: values or a 400.
 
-Knows nothing of items. Query values are read to the letter: no sign, no space, no other digits
-than ASCII's, no parameter twice.
-See workpool/docs/protocol.md, "Calls".
+Independent of items. Query values are parsed strictly: no sign, no space, ASCII digits only, no
+parameter twice. See workpool/docs/protocol.md, "Calls".
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 BODY_SECONDS: Final = 10.0
-"""How long a body may take to arrive: a client that stalls must not hold a handler forever."""
+"""Limit of the time for a body to arrive, so that a stalled client cannot occupy a handler."""
 LARGE_BODY_BYTES: Final = 64 * 1024
 LARGE_BODIES: Final = web.AppKey("large_bodies", asyncio.Semaphore)
-"""Large bodies that may be read at once: all others wait in the buffers of their senders."""
+"""Limit of large bodies that are read at once: the others wait in the senders' buffers."""
 LARGE_BODIES_MAX: Final = 16
 VALUES_MAX: Final = 100_000
-"""JSON values in one body: an empty object takes three bytes of it, and 64 bytes of memory."""
+"""Largest number of JSON values in one body: an empty object has three bytes and takes 64."""
 WORKER_ID_LENGTH: Final = 256
 _LONGEST_NUMBER: Final = 15
 _DIGITS: Final = "[0-9a-f]{32}"
@@ -66,7 +65,7 @@ class Enqueue:
 
 
 class Place(NamedTuple):
-    """Where a list begins: after an id, or before one."""
+    """The beginning of a list: after an id, or before one."""
 
     limit: int
     after: str
@@ -74,7 +73,7 @@ class Place(NamedTuple):
 
 
 def one(request: web.Request, name: str) -> str | None:
-    """Return a query parameter, None when absent; given twice it is a 400."""
+    """Return a query parameter, None if absent; a repeated one is a 400."""
     values = request.query.getall(name, ())
     if len(values) > 1:
         raise APIError(400, f"{name} is given more than once", name)
@@ -89,7 +88,7 @@ def number(request: web.Request, name: str, default: int) -> int:
     if not _NUMBER.fullmatch(text):
         raise APIError(400, f"{name} must be a non-negative integer", name)
     digits = text.lstrip("0")
-    # int() refuses thousands of digits, and nobody counts that far: more time than there is.
+    # int() refuses thousands of digits, and such a number exceeds every limit.
     return int(digits or "0") if len(digits) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
 
 
@@ -118,7 +117,7 @@ def heartbeat(request: web.Request) -> tuple[str | None, int]:
 
 
 def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
-    """Return where a list begins; its ids are `prefix` and what `digits` matches."""
+    """Return the beginning of a list; its ids are `prefix` and a text that `digits` matches."""
     limit = number(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise APIError(400, "limit must be positive", "limit")
@@ -138,7 +137,7 @@ def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
 
 
 def event_filter(request: web.Request) -> EventFilter:
-    """Read which events a list answers, and in which order: `order`, `types`, `created_at[…]`."""
+    """Parse the selection and order of a list of events: `order`, `types`, `created_at[…]`."""
     return EventFilter(
         types=several(request, "types"),
         times=times(request),
@@ -147,7 +146,7 @@ def event_filter(request: web.Request) -> EventFilter:
 
 
 def newest_first(request: web.Request, *, default: bool) -> bool:
-    """Read the order of a list from `order`."""
+    """Parse the order of a list from `order`."""
     order = one(request, "order")
     if order not in {None, "asc", "desc"}:
         raise APIError(400, "order must be asc or desc", "order")
@@ -155,7 +154,7 @@ def newest_first(request: web.Request, *, default: bool) -> bool:
 
 
 def flag(request: web.Request, name: str) -> bool:
-    """Return a query parameter that is `true` or `false`; False when absent."""
+    """Return a query parameter that is `true` or `false`; False if absent."""
     text = one(request, name)
     if text not in {None, "true", "false"}:
         raise APIError(400, f"{name} must be true or false", name)
@@ -163,13 +162,13 @@ def flag(request: web.Request, name: str) -> bool:
 
 
 def several(request: web.Request, name: str) -> frozenset[str] | None:
-    """Return the values of a repeated query parameter, in both spellings; None when absent."""
+    """Return the values of a repeated query parameter, in both spellings; None if absent."""
     values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
     return frozenset(values) if values else None
 
 
 def times(request: web.Request) -> TimeRange:
-    """Read the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
+    """Parse the bounds of a list in time: `created_at[gt]`, `[gte]`, `[lt]` and `[lte]`."""
     return TimeRange(*(_time(request, f"created_at[{name}]") for name in TimeRange._fields))
 
 
@@ -184,12 +183,12 @@ def _time(request: web.Request, name: str) -> str | None:
 
 
 def worker_id(request: web.Request, header: str) -> str | None:
-    """Return the worker's name for itself; None when it gave none."""
+    """Return the worker's name for itself; None if it gave none."""
     value = request.headers.get(header)
     if not value:
         return None
     if len(value) > WORKER_ID_LENGTH or not value.isprintable():
-        # Bytes that are no UTF-8 arrive as lone surrogates, which no store can write.
+        # Bytes that are not UTF-8 arrive as lone surrogates, which no store can write.
         raise APIError(400, f"{header} must be at most {WORKER_ID_LENGTH} characters", header)
     return value
 
@@ -199,7 +198,7 @@ async def body(request: web.Request) -> bytes:
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        # Unpacking is what turns 4 MiB on the wire into 4 GiB here.
+        # Decompression could turn 4 MiB of a request into 4 GiB of memory.
         raise APIError(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -247,7 +246,7 @@ def force(content: bytes) -> bool:
 
 
 def patch(content: bytes, *, required: bool) -> Mapping[str, str | None]:
-    """Return the patch of an update; nothing of a bad patch is applied."""
+    """Return the patch of an update; of a bad patch nothing is applied."""
     fields = json_object(content)
     if "metadata" not in fields and not required:
         return {}

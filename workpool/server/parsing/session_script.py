@@ -17,26 +17,26 @@ Script: TypeAlias = Sequence[Mapping[str, Any]]
 
 ENTRIES_MAX: Final = 1000
 SCRIPTS_BYTES_MAX: Final = 16 * 1024 * 1024
-"""All copies together: every session of one enqueue keeps its own."""
+"""Largest size of all copies together: every session of one enqueue has its own."""
 NAME_LENGTH: Final = 128
 PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Return a script as `value` tells it, for so many sessions; 400 when it is none."""
+    """Return the script that `value` contains, for `copies` sessions; 400 if it is none."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise _refusal("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
         raise _refusal(f"must have at most {ENTRIES_MAX} entries")
     script = tuple(_entry(entry, f"entry {number}") for number, entry in enumerate(value, 1))
     try:
-        # Deeper than it will ever stand in an answer: what passes here can always be written.
+        # Nested more deeply than in any answer, so that an accepted script can always be written.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
         raise _refusal("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
         raise _refusal(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
-    copy: Script = orjson.loads(content)[0][0]  # which nobody else changes
+    copy: Script = orjson.loads(content)[0][0]  # a copy that no other code changes
     return copy
 
 

@@ -1,4 +1,4 @@
-"""Which items wait for an acknowledgement, asked by the age of their delivery.
+"""The items that wait for an acknowledgement, by the age of their delivery.
 
 Every poll brings its own `reclaim_older_than_ms`, and receives the item with the lowest id among
 those that were delivered at least that long ago.
@@ -24,17 +24,17 @@ class Deliveries:
         return len(self._times)
 
     def add(self, work_id: str, delivered_at: int) -> None:
-        """Note that the item, not noted so far, was delivered."""
+        """Add the delivery of an item that is not stored so far."""
         self._times[work_id] = self._recent[work_id] = delivered_at
 
     def discard(self, work_id: str) -> None:
-        """Forget the item's delivery."""
+        """Remove the item's delivery."""
         del self._times[work_id]
         if self._recent.pop(work_id, None) is None:
             del self._due[bisect_left(self._due, work_id)]
 
     def first(self) -> int | None:
-        """When the oldest delivery was; None when there is none."""
+        """Return the time of the oldest delivery; None if there is none."""
         return next(iter(self._times.values()), None)
 
     def lowest(self) -> str | None:

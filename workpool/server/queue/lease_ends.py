@@ -1,4 +1,4 @@
-"""The ends of leases: a heap with one entry for each item, however many heartbeats it has had."""
+"""The ends of leases: a heap with one entry for each item, whatever its number of heartbeats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Leases:
-    """The ends of the leases that are held."""
+    """The ends of the current leases."""
 
     def __init__(self) -> None:
         self._ends: dict[str, int] = {}
@@ -18,25 +18,25 @@ class Leases:
         self._heap: list[tuple[int, str]] = []
 
     def hold(self, work_id: str, end: int) -> None:
-        """Note that the item's lease ends at `end`.
+        """Record that the item's lease ends at `end`.
 
-        A later end leaves the entry where it is, to be put back when it comes up: a heap with an
-        entry per heartbeat would grow with the heartbeats.
+        If the end is later than before, the entry stays and is moved once it is the first: a heap
+        with an entry for each heartbeat would grow with the heartbeats.
         """
         self._ends[work_id] = end
         if end < self._scheduled.get(work_id, end + 1):
             self._schedule(work_id, end)
 
     def drop(self, work_id: str) -> None:
-        """Forget the item's lease."""
+        """Remove the item's lease."""
         self._ends.pop(work_id, None)
 
     def first(self) -> int | None:
-        """Return an instant before which no lease ends; None when no lease is held."""
+        """Return a time before which no lease ends; None if there is no lease."""
         return self._heap[0][0] if self._heap else None
 
     def lapsed(self, now: int) -> Iterator[str]:
-        """Take out the items whose leases ended by `now`, in the order of their ends."""
+        """Remove the items whose leases ended by `now`; return them in the order of the ends."""
         while self._heap and self._heap[0][0] <= now:
             at, work_id = heappop(self._heap)
             if self._scheduled.get(work_id) != at:

@@ -1,8 +1,8 @@
-"""Polls that wait for an item, and what wakes them.
+"""The polls that wait for an item, and their wake-ups.
 
-Nobody looks at the queue again and again: a waiting poll sleeps until an item became claimable,
-or until the instant at which one will be. A wake-up that its poll cannot use is passed on, so that
-no item lies claimable while somebody waits.
+Without polling of the queue: a waiting poll sleeps until an item becomes claimable, or until the
+time at which one will. A poll that cannot use its wake-up passes it on, so that no item stays
+claimable while a poll waits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Poll(NamedTuple):
 
 
 class WaitingPolls:
-    """The polls waiting in one environment, first come, first woken. Belongs to one loop."""
+    """The waiting polls of one environment, woken in the order of their arrival, on one loop."""
 
     def __init__(self) -> None:
         self._waiters: OrderedDict[Waiter, bool] = OrderedDict()
@@ -36,7 +36,8 @@ class WaitingPolls:
     async def wait(self, seconds: float, *, impatient: bool) -> None:
         """Sleep for `seconds`, or until woken.
 
-        `impatient`: an item delivered from now on may become due to this poll while it waits.
+        `impatient`: an item that is delivered from now on may become claimable for this poll while
+        it waits.
         """
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
@@ -45,7 +46,7 @@ class WaitingPolls:
         try:
             await waiter
         except asyncio.CancelledError:
-            # Woken and cancelled in one step: the item that woke us must wake somebody else.
+            # Woken and cancelled in one step: another poll must be woken for the item.
             if waiter.done() and not waiter.cancelled():
                 self.wake(1)
             raise
@@ -54,7 +55,7 @@ class WaitingPolls:
             self._waiters.pop(waiter, None)
 
     def wake(self, count: int) -> None:
-        """Wake the first `count`: so many items became claimable."""
+        """Wake the first `count` polls, since this many items became claimable."""
         while count > 0 and self._waiters:
             waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
@@ -62,7 +63,7 @@ class WaitingPolls:
                 count -= 1
 
     def wake_impatient(self) -> None:
-        """An item was delivered: those to whom it may become due must think again."""
+        """Wake the polls for which a newly delivered item may become claimable while they wait."""
         for waiter, impatient in self._waiters.items():
             if impatient:
                 _wake(waiter)

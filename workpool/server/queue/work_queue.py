@@ -1,6 +1,7 @@
 """The items of one environment, indexed so that no query scans all of them.
 
-Owns where an item stands: fresh, delivered, leased or ended. Decides nothing: `rules` does.
+Owns the index in which an item is: fresh, delivered, leased or ended. `state_machine` makes all
+decisions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Stats(NamedTuple):
 
 
 class Queue:
-    """One environment's items."""
+    """The items of one environment."""
 
     def __init__(self, environment_id: str) -> None:
         self.environment_id = environment_id
@@ -53,18 +54,18 @@ class Queue:
         return len(self._ids)
 
     def get(self, work_id: str) -> Item:
-        """Return the item, or refuse with 404: an unknown id, a malformed one included."""
+        """Return the item; 404 if the id is unknown or malformed."""
         item = self._items.get(work_id)
         if item is None:
             raise APIError(404, "no such work item in this environment")
         return item
 
     def holds(self, item: Item) -> bool:
-        """Whether this very object is the item's present self."""
+        """Return whether this very object is the current one of its id."""
         return self._items.get(item.id) is item
 
     def put(self, item: Item) -> None:
-        """Add an item, whose id must be the greatest yet, or replace its former self."""
+        """Add an item, whose id must be the greatest so far, or replace its earlier version."""
         former = self._items.get(item.id)
         self._items[item.id] = item
         if former is None:
@@ -82,11 +83,11 @@ class Queue:
             self._put_queued(item, former)
 
     def present(self, work_ids: Iterable[str]) -> list[Item]:
-        """Return those of these items that are in this queue."""
+        """Return those of the items that are in this queue."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
     def remove(self, work_id: str) -> None:
-        """Forget a stopped item."""
+        """Remove a stopped item."""
         del self._items[work_id]
         del self._ids[bisect_left(self._ids, work_id)]
 
@@ -99,7 +100,7 @@ class Queue:
             self._recent[item.id] = item.delivered_at
 
     def claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest item that nobody holds, or that was delivered by `delivered_until`."""
+        """Return the oldest item that is unclaimed, or was delivered by `delivered_until`."""
         ids = (self._first_fresh(), self.deliveries.lowest_due(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
@@ -113,7 +114,7 @@ class Queue:
         return None
 
     def page(self, limit: int, *, after: str = "", before: str | None = None) -> Sequence[Item]:
-        """Up to `limit` items next to a place in the order of ids, ascending."""
+        """Return up to `limit` items next to a place in the order of ids, ascending."""
         if before is None:
             start = bisect_right(self._ids, after)
             ids = self._ids[start : start + limit]
@@ -123,7 +124,7 @@ class Queue:
         return [self._items[work_id] for work_id in ids]
 
     def poll_seen(self, worker_id: str, now: int) -> None:
-        """Note that this worker polls."""
+        """Record that this worker polls."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
         self._forget(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)

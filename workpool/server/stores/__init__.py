@@ -1,1 +1,1 @@
-"""Where the control plane's state outlives the process."""
+"""The stores, in which the control plane's state outlives the process."""

@@ -1,8 +1,8 @@
 """A store that survives kill -9: SQLite, written by one thread.
 
-Everything saved while a commit was under way goes into the next one, so that many calls share one
-sync to disk. The file is locked while open: two servers on one file would each believe their own
-memory. A store that failed once accepts nothing anymore: memory and file no longer agree.
+All changes during a commit go into the next one, so that many calls share one sync to disk. The
+file is locked while open, since two servers on one file would each rely on their own memory. After
+a failure the store accepts nothing, since memory and file differ.
 """
 
 from __future__ import annotations
@@ -43,28 +43,27 @@ _NO_FILES: Final = ("", ":memory:")
 
 
 class SqliteStore:
-    """Environments, items, sessions and their events in one SQLite file, made if there is none.
+    """Environments, items, sessions and their events in one SQLite file, created if missing.
 
-    `open`, `durable` and `close` belong to one event loop; everything that touches the file
-    happens on the writer's thread.
+    `open`, `durable` and `close` belong to one event loop; only the writer's thread uses the file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
-        # Guarded by _changed: what is to be written, newest selves only, and how often it grew.
+        # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
         self._unsaved: dict[str, Row | Deleted] = {}
         self._saved = 0
         self._closing = False
-        # Touched on the loop only.
+        # Used on the loop only.
         self._committed = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self._failure = ""
         self._failed = asyncio.Event()
 
     async def open(self) -> Contents:
-        """Lock the file, make or check its tables, read everything. Raises `StoreError`."""
+        """Lock the file, create or check its tables, and read everything. Raises `StoreError`."""
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[Contents] = loop.create_future()
         self._thread = threading.Thread(
@@ -74,19 +73,19 @@ class SqliteStore:
         return await opened
 
     def save(self, item: Item) -> None:
-        """Take over an item's new self; returns at once."""
+        """Accept an item's new version; returns at once."""
         self._take(item)
 
     def save_session(self, session: StoredSession) -> None:
-        """Take over a session's new self; returns at once."""
+        """Accept a session's new version; returns at once."""
         self._take(session)
 
     def save_environment(self, environment: Environment) -> None:
-        """Take over a new environment; returns at once."""
+        """Accept a new environment; returns at once."""
         self._take(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Take over new events, in one transaction; returns at once."""
+        """Accept new events, for one transaction; returns at once."""
         self._take(*events)
 
     def delete(self, rows: Sequence[Row]) -> None:
@@ -95,7 +94,7 @@ class SqliteStore:
             self._take(*(Deleted(type(row), row.id) for row in rows))
 
     async def durable(self) -> None:
-        """Return once all that was saved so far is on disk. Raises `StoreError`."""
+        """Return once all changes so far are on disk. Raises `StoreError`."""
         if self._failure:
             raise StoreError(self._failure)
         if self._committed < self._saved:
@@ -109,7 +108,10 @@ class SqliteStore:
         raise StoreError(self._failure)
 
     async def close(self) -> None:
-        """Write what is left and release the file. May be called twice, or without `open`."""
+        """Write the remaining changes and unlock the file.
+
+        May be called twice, or without `open`.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -143,8 +145,8 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
-            # SQLite gives its further files the mode of this one, and may not create it: its mode
-            # would be that of the umask. It reports a file that cannot be opened better than we.
+            # Created here, not by SQLite, which would use the mode of the umask. SQLite gives its
+            # further files the mode of this one. It also reports errors with a better text.
             with suppress(OSError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
@@ -161,7 +163,7 @@ class SqliteStore:
         return connection
 
     def _read(self, connection: sqlite3.Connection) -> Contents | None:
-        """Read everything; None when closing. Raises `StoreError` for a row that is malformed."""
+        """Read everything; None if closing. Raises `StoreError` for a malformed row."""
         read: list[list[Any]] = []
         for table in TABLES:
             read.append([])
@@ -174,7 +176,7 @@ class SqliteStore:
         return Contents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | Deleted], int] | None:
-        """Wait for something to write; None when closing and nothing is left."""
+        """Wait for changes to write; None if closing and nothing is left."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()
@@ -209,7 +211,7 @@ def _resolve(future: asyncio.Future[Any], value: object) -> None:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Bring the file to the schema that this version knows."""
+    """Upgrade the file to the schema of this version."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if version > SCHEMA_VERSION:
@@ -228,7 +230,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
 
 
 def _write(connection: sqlite3.Connection, rows: Sequence[Row | Deleted]) -> None:
-    """Write all rows in one transaction: after its COMMIT they survive a crash."""
+    """Write all rows in one transaction; after its COMMIT they survive a crash."""
     connection.execute("BEGIN IMMEDIATE")
     for table in TABLES:
         connection.executemany(

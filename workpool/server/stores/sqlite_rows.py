@@ -1,7 +1,7 @@
-"""The rows of the SQLite store: how each is written, read, and checked.
+"""The rows of the SQLite store: how each is written, read and checked.
 
-A file may have been edited, or written by a version with an error: a row that is malformed must be
-named at the start, not fail the calls that meet it later.
+A file may have been edited, or written by a version with an error. The start reports a malformed
+row, so that no later call fails because of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 
 
 class Deleted(NamedTuple):
-    """A row that is to be deleted."""
+    """A row to delete."""
 
     kind: type[Row]
     id: str
@@ -41,9 +41,9 @@ class Table:
 
     Attributes:
         kind: The dataclass.
-        read: Selects all rows in ascending order of ids.
-        write: Inserts or replaces a row.
-        delete: Deletes the row of an id.
+        read: The statement that selects all rows in ascending order of ids.
+        write: The statement that inserts or replaces a row.
+        delete: The statement that deletes the row of an id.
     """
 
     def __init__(self, kind: type[Any], read: str, write: str, delete: str) -> None:
@@ -67,7 +67,7 @@ class Table:
         return row
 
     def from_row(self, columns: Sequence[Any]) -> Any:
-        """Return what a row holds. Raises `StoreError` for one that is malformed."""
+        """Return the row of these columns. Raises `StoreError` if one is malformed."""
         row = list(columns)
         for place in self._json:
             row[place] = _from_json(row[place])
@@ -83,7 +83,7 @@ def _from_json(text: object) -> object:
     try:
         return orjson.loads(text) if isinstance(text, str) else text
     except orjson.JSONDecodeError:
-        return text  # which no column with JSON holds
+        return text  # a column without JSON
 
 
 def _is_text(value: object) -> bool:
@@ -125,7 +125,7 @@ def _or_none(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 _JSON: Final = ("Mapping", "Script")
-"""How the types of fields begin that are written as JSON."""
+"""The prefixes of the names of types that are written as JSON."""
 
 _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     "str": _is_text,
@@ -139,7 +139,7 @@ _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     "Mapping[str, Any] | None": _or_none(_is_object),
     "Script | None": _or_none(_is_script),
 }
-"""Whether a column holds a value of a field's type."""
+"""For each type of a field, the check of a column's value."""
 
 TABLES: Final = (
     Table(

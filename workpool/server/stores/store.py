@@ -1,7 +1,8 @@
-"""Where items outlive the process, and the store that lets them not.
+"""The interface of a store, and a store in memory.
 
-A store is only written to while the control plane runs: its working state is the index in memory
-(`queue`), filled from the store at start. `save` never waits; an answer leaves after `durable`.
+While the control plane runs, it only writes to the store: its working state is the index in memory
+(`queue`), which is filled from the store at start. `save` never waits; an answer is sent after
+`durable`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Contents(NamedTuple):
     """The content of a store at start, in ascending order of ids.
 
-    `signing_key`: what signs the items' session tokens; empty: the store keeps none.
+    `signing_key`: the key that signs the items' session tokens; empty: the store has none.
     """
 
     items: Sequence[Item] = ()
@@ -36,61 +37,61 @@ class Store(Protocol):
     """The interface of a store."""
 
     async def open(self) -> Contents:
-        """Make ready and read everything. Raises `StoreError`."""
+        """Prepare the store and read everything. Raises `StoreError`."""
 
     def save(self, item: Item) -> None:
-        """Take over an item's new self; returns at once."""
+        """Accept an item's new version; returns at once."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Take over a session's new self; returns at once."""
+        """Accept a session's new version; returns at once."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Take over a new environment; returns at once."""
+        """Accept a new environment; returns at once."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Take over new events, all of which survive a crash or none; returns at once."""
+        """Accept new events, of which all or none survive a crash; returns at once."""
 
     def delete(self, rows: Sequence[Row]) -> None:
         """Delete items, sessions and events; returns at once."""
 
     async def durable(self) -> None:
-        """Return once all that was saved so far survives a crash. Raises `StoreError`."""
+        """Return once all changes so far survive a crash. Raises `StoreError`."""
 
     async def failed(self) -> None:
-        """Wait for the moment after which nothing can be saved anymore. Raises `StoreError`."""
+        """Wait until nothing can be saved anymore. Raises `StoreError`."""
 
     async def close(self) -> None:
-        """Make the rest durable and let go of the file."""
+        """Make the remaining changes durable and close the file."""
 
 
 class MemoryStore:
-    """Nothing outlives the process."""
+    """A store whose content ends with the process."""
 
     async def open(self) -> Contents:
         """Start empty."""
         return Contents()
 
     def save(self, item: Item) -> None:
-        """Nothing to do: the index holds it."""
+        """No effect: the index has the item."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Nothing to do: the index holds it."""
+        """No effect: the index has the session."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Nothing to do: the index holds it."""
+        """No effect: the index has the environment."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Nothing to do: the index holds them."""
+        """No effect: the index has the events."""
 
     def delete(self, rows: Sequence[Row]) -> None:
-        """Nothing to do: the index held them."""
+        """No effect: only the index had the rows."""
 
     async def durable(self) -> None:
         """Return at once."""
 
     async def failed(self) -> None:
-        """Wait forever: there is nothing to fail."""
+        """Wait forever, since nothing can fail."""
         await asyncio.get_running_loop().create_future()
 
     async def close(self) -> None:
-        """Nothing to do."""
+        """No effect."""
