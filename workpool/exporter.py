@@ -24,6 +24,7 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
 from workpool.inbound import HttpLog, InboundConnections
+from workpool.log_fields import pool_logger
 from workpool.wire.http.threads import DaemonThreads
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     Encoder = Callable[[CollectorRegistry], bytes]
     Reasons = Callable[[], Sequence[str]]
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 CONNECTIONS_MAX: Final = 64
 """Connections that may be open at once. The handlers need the process's descriptors too."""

@@ -4,14 +4,15 @@ Text from outside, such as the type of an item, reaches the log in messages, in 
 exceptions. The formatters of this module treat the records of all loggers alike: no record can
 forge a second line, move the cursor of a terminal, or fill a disk.
 
-A line is time (UTC), level, logger and message, then the extra values of the record: the ids of
-`session.log`, and the `extra` of a plugin. See workpool/docs/operating.md, "Logs".
+A line is time (UTC), level, logger and message, then the extra values of the record: the fields of
+`workpool.log_fields`, and the `extra` of a plugin. See workpool/docs/operating.md, "Logs".
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from datetime import UTC, datetime
 from itertools import islice
@@ -156,7 +157,7 @@ def _extras(record: logging.LogRecord) -> dict[str, Any]:
     found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
     return {
         _bounded(name, VALUE_CHARACTERS): value
-        if isinstance(value, int | None)
+        if value is None or (isinstance(value, int | float) and math.isfinite(value))
         else _bounded(_text(value), VALUE_CHARACTERS)
         for name, value in islice(found, EXTRAS)
     }
@@ -172,6 +173,8 @@ class TextFormatter(logging.Formatter):
         line = f"{_time(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _extras(record).items():
             text = str(value)
+            if name == "error" and message.endswith(text):
+                continue  # the message says it, for formatters that print nothing else
             plain = text.isprintable() and " " not in text
             line += f" {name}={text if plain else repr(_redacted(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
@@ -183,7 +186,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object for each record; an exception is its member `error`."""
+    """One flat JSON object for each record: its members are texts and numbers.
+
+    An exception is `error`, its text, with `error_type` and `stack`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return exactly one line."""
@@ -193,20 +199,20 @@ class JsonFormatter(logging.Formatter):
             "logger": readable(record.name, VALUE_CHARACTERS),
             "message": readable(_message(record)),
         }
-        extras = _extras(record)
-        fields = {
+        extras = {
             name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)
             if isinstance(value, str)
             else value
-            for name, value in extras.items()
-        } | fields
+            for name, value in _extras(record).items()
+        }
+        fields |= {name: value for name, value in extras.items() if name not in fields}
+        stack: list[str] = []
         if record.exc_info and record.exc_info[1] is not None:
-            error = self.formatException(record.exc_info)
-            fields["error"] = {
-                "type": readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS),
-                "message": readable(_text(record.exc_info[1])),
-                "stack": "\n".join(_block(error, ERROR_CHARACTERS)),
-            }
+            stack = _block(self.formatException(record.exc_info), ERROR_CHARACTERS)
+            fields["error"] = readable(_text(record.exc_info[1]))
+            fields["error_type"] = readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS)
         if record.stack_info:
-            fields["stack"] = "\n".join(_block(record.stack_info, STACK_CHARACTERS))
+            stack += _block(record.stack_info, STACK_CHARACTERS)
+        if stack:
+            fields["stack"] = "\n".join(stack)
         return json.dumps(fields, ensure_ascii=False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from workpool.errors import exhausted
+from workpool.log_fields import current_trace_id, pool_logger
 from workpool.wire.protocol import TTL_MAX_SECONDS, TTL_MIN_SECONDS
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ See workpool/docs/semantics.md, "How a session ends".
 """
 
 
-_log = logging.getLogger("workpool.session")
+_log = pool_logger("workpool.session")
 
 
 class Release(Exception):
@@ -213,10 +214,23 @@ class Session:
 
     @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
-        """A logger whose records have the attributes `work_id` and `session_id`."""
+        """A logger whose records have the ids of the item, its session and the pool.
+
+        The attributes are `work_id`, `session_id`, `environment_id`, `worker_id`, and `trace_id` if
+        the item or OpenTelemetry has a trace.
+        """
         return logging.LoggerAdapter(
-            _log, {"work_id": self.item.id, "session_id": self.item.session_id}
+            _log,
+            {"work_id": self.item.id, "session_id": self.item.session_id, **self.trace_fields},
         )
+
+    @property
+    def trace_fields(self) -> dict[str, str]:
+        """The `trace_id` of log records: OpenTelemetry's current one, else the item's, if any."""
+        trace_id = current_trace_id()
+        if trace_id is None and self.item.traceparent is not None:
+            trace_id = self.item.traceparent.split("-")[1]
+        return {} if trace_id is None else {"trace_id": trace_id}
 
     def __repr__(self) -> str:
         return f"<Session {self.id} of {self.item.id}>"

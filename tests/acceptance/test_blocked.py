@@ -120,7 +120,7 @@ async def test_blocked_loop_without_writable_directory_is_reported_and_ends_proc
     plane.enqueue(metadata={"do": "block"})
     command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **no_writable_directory[1])
     assert await command.ends() == 1
-    assert "event loop blocked seconds=" in command.err
+    assert "event loop blocked" in command.err
     assert "in block" in command.err  # a line of the printed stacks
 
 
@@ -130,7 +130,7 @@ async def test_blocked_loop_report_states_seconds_since_loop_answered(
     plane.enqueue(metadata={"do": "block"})
     command = await start("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
     began = log_time(await command.logs("block runs"))
-    line = await command.logs("event loop blocked seconds=")
+    line = await command.logs("event loop blocked")
     assert await command.ends() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
@@ -160,7 +160,7 @@ async def test_exporter_that_raises_system_exit_ends_process(
     (folder / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
     plane.enqueue(metadata={"do": do})
     command = await start("run", "raising", WORKPOOL_MAX_BLOCK="3600")
-    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
     await command.logs(f"{do} runs")
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):
@@ -176,7 +176,7 @@ async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
     (folder / "tidy.py").write_text(CLEANUP)
     plane.enqueue()
     command = await start("run", "tidy", "raising")
-    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
     await command.logs("tidy runs")
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):

@@ -220,7 +220,7 @@ async def test_serve_with_fault_file_injects_its_faults(
         *("run", "handlers", "--drain"), **asked, WORKPOOL_METRICS_LISTEN="127.0.0.1:0"
     )
     assert await worker.ends() == 0
-    assert "item lost to another worker" in worker.err
+    assert "item reclaimed" in worker.err
     # The lease had expired at the first heartbeat, so the item was delivered and run again.
     item = json.loads(await said(ask, asked, "work", "get", work_id, "--json"))
     assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
@@ -241,3 +241,25 @@ async def test_serve_with_unwritable_store_ends_with_1(bare: Start, ask: Ask, fo
     assert await command.ends() == 1
     assert "work.db" in command.err
     assert "Traceback" not in command.err
+
+
+async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
+    bare: Start, ask: Ask
+) -> None:
+    command, ready = await serve(bare, "-v")
+    asked = variables(ready, ready["token"])
+    work_id = (await said(ask, asked, "work", "enqueue", "--metadata", "key=hunter2")).strip()
+    await said(ask, asked, "work", "list")
+    wrong = asked | {"WORKPOOL_TOKEN": "hunter2-" * 3}
+    await said(ask, wrong, "work", "get", work_id, status=3)
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    lines = [line for line in command.err.splitlines() if " request method=" in line]
+    words = [dict(word.split("=") for word in line.split()[4:]) for line in lines]
+    assert all(set(each) == {"method", "path", "status", "ms"} for each in words)
+    [created, listed, refused] = [(each["method"], each["status"]) for each in words]
+    assert (created, listed, refused) == (("POST", "200"), ("GET", "200"), ("GET", "401"))
+    assert words[2]["path"].endswith(work_id)
+    assert "limit=" not in command.err
+    assert "hunter2" not in command.err
+    assert ready["token"] not in command.err

@@ -109,7 +109,7 @@ async def test_serve_signalled_during_start_ends_with_0(
     command.send(number)
     go()
     assert await command.ends() == 0
-    assert f"serve ends signal={number!s}" in command.err
+    assert f"serve ends signal={signal.Signals(number).name}" in command.err
 
 
 async def test_demo_signalled_during_start_ends_with_128_and_the_signal(

@@ -113,16 +113,16 @@ def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
     def log(logger: str, level: str, message: str, **more: object) -> None:
         worker._read(json.dumps({"logger": logger, "level": level, "message": message, **more}))
 
-    log("workpool.pool.supervisor", "info", "metrics served url=http://h/metrics")
+    log("workpool.pool.supervisor", "info", "metrics served", url="http://h/metrics")
     assert (worker.state, worker.url) == ("running", "http://h/metrics")
     log("workpool.pool.poller", "info", "idle")
-    log("workpool.pool.poller", "warning", "poll failed")
-    log("workpool.session", "info", "from a handler", error={"stack": "its stack"})
+    log("workpool.pool.poller", "warning", "poll failed: 503", error="503")
+    log("workpool.session", "info", "from a handler", error="odd", stack="its stack")
     log("mine", "info", "from a plugin")
     worker._read("printed")
     worker._read("[1, 2]")
     assert shown[1:] == [
-        "poll failed",
+        "poll failed: 503",
         "from a handler",
         "its stack",
         "from a plugin",

@@ -153,7 +153,8 @@ async def test_sessions_that_ignore_deadline_are_abandoned(
     assert await sessions.wind_down(drain) == 2
     assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
     assert sessions.result == "killed"
-    assert "abandoned=2" in caplog.text
+    [record] = [each for each in caplog.records if each.message == "drained"]
+    assert (record.levelname, vars(record)["abandoned"]) == ("ERROR", 2)
 
 
 @in_virtual_time

@@ -98,7 +98,7 @@ def test_signal_received_while_loop_starts_counts_once(
         with Signals() as signals:
             await signals.first.wait()
             reported = asyncio.Event()
-            monkeypatch.setattr(log, "warning", lambda *_: reported.set())
+            monkeypatch.setattr(log, "warning", lambda *_, **__: reported.set())
             signal.raise_signal(signal.SIGUSR1)
             await reported.wait()
             assert not signals.second.is_set()

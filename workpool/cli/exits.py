@@ -111,7 +111,7 @@ def _leave_threads(status: int) -> None:
     main = threading.main_thread()
     left = [each for each in threading.enumerate() if not each.daemon and each is not main]
     for thread in left:
-        log.warning("thread still runs; abandoned name=%s", thread.name)
+        log.warning("thread still runs; abandoned", extra={"thread_name": thread.name})
     if left:
         leave_now(status)
 

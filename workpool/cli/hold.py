@@ -124,18 +124,20 @@ def hold(
         stats_interval=0,
         **dict.fromkeys(NO_EFFECT),
     )
+    program = Program(command, item_token_of(settings) if session_id else {})
+    session = session_id or None
+    pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     log_config.configure(
-        "debug" if is_verbose(context) else settings.log_level, settings.log_format
+        "debug" if is_verbose(context) else settings.log_level,
+        settings.log_format,
+        lambda: pool.log_ids,
     )
     if ignored:
         log_config.log.warning("hold: settings without effect: %s", ", ".join(ignored))
-    program = Program(command, item_token_of(settings) if session_id else {})
     _leave_the_parent()
-    session = session_id or None
-    pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
     signals = Signals(hangup_ends=False)
     status = run_supervisor(pool, signals)
-    log_config.log.info("held work_id=%s outcome=%s", work_id, program.outcome)
+    log_config.log.info("held", extra={"work_id": work_id, "outcome": program.outcome})
     not_taken = program.outcome is None and signals.first.is_set()
     if status == exits.OK and program.outcome not in GOOD and not not_taken:
         status = exits.FAILED

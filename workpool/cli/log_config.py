@@ -5,17 +5,23 @@
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
+from workpool.log_fields import PoolIds
 from workpool.logs import JsonFormatter, TextFormatter
 
 log = logging.getLogger("workpool")
 
 
-def configure(level: str, form: str) -> None:
-    """Log to stderr from `level` on, as `text` or `json`, with uncaught errors and warnings."""
+def configure(level: str, form: str, ids: Callable[[], Mapping[str, str]] = dict) -> None:
+    """Log to stderr from `level` on, as `text` or `json`, with uncaught errors and warnings.
+
+    `ids` returns the ids of the process's only pool, for the records of all loggers.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.addFilter(PoolIds(ids))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     sys.excepthook = _log_uncaught
@@ -24,4 +30,4 @@ def configure(level: str, form: str) -> None:
 def _log_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    log.critical("crashed error=%s", kind.__name__, exc_info=(kind, error, trace))
+    log.critical("crashed", exc_info=(kind, error, trace))

@@ -72,11 +72,11 @@ def run(
         settings.require_connection()
     if settings.metrics_listen is None:
         settings = settings.replace(metrics_listen=METRICS_LISTEN)
-    log_config.configure(settings.log_level, settings.log_format)
-    import_from_here()
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     supervisor, signals = Supervisor(settings, registry=registry), Signals()
+    log_config.configure(settings.log_level, settings.log_format, lambda: supervisor.log_ids)
+    import_from_here()
     supervisor.awaits_last_scrape = True
     reporter = ServiceReporter(supervisor.status)
     if reporter.wanted:
@@ -157,7 +157,7 @@ async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool)
     if failure is not None:
         status = exits.status_of(failure)
         for line in exits.lines_of(failure):
-            log_config.log.critical("ended status=%d error=%s", status, line)
+            log_config.log.critical("ended: %s", line, extra={"status": status, "error": line})
         return status
     return exits.FAILED if supervisor.abandoned else exits.OK
 
@@ -181,5 +181,7 @@ async def _deaf_tasks() -> int:
         task.cancel()
     left = (await asyncio.wait(tasks, timeout=TASKS_SECONDS))[1] if tasks else set()
     for task in left:
-        log_config.log.warning("task ignores its cancellation; abandoned name=%s", task.get_name())
+        log_config.log.warning(
+            "task ignores its cancellation; abandoned", extra={"task": task.get_name()}
+        )
     return len(left)

@@ -15,6 +15,7 @@ import typer
 from workpool.cli import exits, log_config
 from workpool.cli.flags import Json
 from workpool.cli.help_text import examples
+from workpool.cli.request_log import log_request
 from workpool.cli.signals import Signals
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import innermost
@@ -113,6 +114,9 @@ def serve(
         injected = Faults(plan.seed, remember=False)
         clock = Clock()
         clock.advance(plan.clock_skew)
+        middlewares = [injected.middleware] if plan.fault else []
+        if is_verbose(context):
+            middlewares.insert(0, log_request)
         plane = ControlPlane(
             environments=environment or [DEFAULT_ENVIRONMENT],
             cloud_environments=cloud_environment or [],
@@ -123,11 +127,13 @@ def serve(
             now=clock,
             retention=_retention(store, retention),
             history_limit=0,  # it would grow, and no part of this command reads it
-            middlewares=[injected.middleware] if plan.fault else [],
+            middlewares=middlewares,
         )
         plan.install(injected, plane)
         if faults is not None:
-            log_config.log.warning("faults injected file=%s count=%d", faults, len(plan.fault))
+            log_config.log.warning(
+                "faults injected", extra={"file": str(faults), "count": len(plan.fault)}
+            )
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(_serve(plane, shown=None if grants else plane.token, as_json=json))
 
@@ -141,7 +147,8 @@ async def _serve(plane: ControlPlane, *, shown: str | None, as_json: bool) -> No
                 serving.cancel()  # also while it reads a large store
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
-        log_config.log.info("serve ends signal=%s", signals.last)
+        ending = signals.last
+        log_config.log.info("serve ends", extra={"signal": ending.name if ending else None})
 
 
 async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:

@@ -88,7 +88,7 @@ class Signals:
             elif each in USER and self.on_user is not None:
                 self.on_user(each)
             else:
-                log.warning("signal has no effect signal=%s", each.name)
+                log.warning("signal has no effect", extra={"signal": each.name})
 
     def _hangup_asks(self) -> bool:
         return self._hangup_ends and self._recorder.terminal_hung_up()

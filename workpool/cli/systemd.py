@@ -96,7 +96,11 @@ class ServiceReporter:
             self._socket.sendto(lines.encode(), self._address)
         except OSError as error:
             if not self._failed:
-                log.warning("service manager was not notified error=%s", error.strerror)
+                log.warning(
+                    "service manager was not notified: %s",
+                    error.strerror,
+                    extra={"error": error.strerror},
+                )
             self._failed = True
             return False
         return True

@@ -10,7 +10,6 @@ See workpool/docs/decisions.md, "Metrics are an observer" and
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 import warnings
 from bisect import bisect_left
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 
 from workpool import events as ev
 from workpool.errors import RegistryError
+from workpool.log_fields import pool_logger
 from workpool.metrics.collectors import collectors_of
 from workpool.metrics.definitions import (
     DEFINITIONS,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     EventType = Callable[..., ev.Event]
     """A class of `Event`, as a function that returns an event."""
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 _FIELDS: Final = {
     event_type: tuple(field.name for field in fields(event_type))
@@ -310,7 +310,7 @@ class Metrics:
             for callback in feeds.callbacks:
                 callback(*values)
         except Exception:
-            log.exception("metrics failed event_type=%s", event_type)
+            log.exception("metrics failed", extra={"event_type": str(event_type)})
 
     def observe(self, event: ev.Event) -> None:
         """Count one event that exists as an object."""
@@ -334,9 +334,9 @@ class Metrics:
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:
                 log.warning(
-                    "more than %d handlers; the metrics show the others as one handler=%s",
+                    "more than %d handlers; the metrics show the others as one",
                     HANDLERS_MAX,
-                    OTHER_HANDLERS,
+                    extra={"handler": OTHER_HANDLERS},
                 )
             self._show(label)
         return label

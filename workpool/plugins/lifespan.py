@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import TYPE_CHECKING
 
 from workpool.errors import PluginError
+from workpool.log_fields import pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 CLOSE_SECONDS = 10.0
 
@@ -53,7 +53,7 @@ class Lifespan:
         except TimeoutError:
             if not scope.expired():
                 raise
-            log.exception("plugin did not close plugin=%s", self._plugin)
+            log.exception("plugin did not close", extra={"plugin": self._plugin})
 
     @contextlib.contextmanager
     def _leaks_named(self) -> Iterator[None]:

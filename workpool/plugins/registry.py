@@ -13,7 +13,6 @@ Everything runs on the supervisor's loop.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +24,7 @@ from workpool.errors import PluginError
 from workpool.events import PluginFailed
 from workpool.handlers import Handler, is_async_callable, name_of
 from workpool.hookspecs import PROJECT, hookimpl
+from workpool.log_fields import pool_logger
 from workpool.plugins.discovery import guarded
 from workpool.plugins.loading import SPECS, Plugin, load, new_handler
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Hook = tuple[str, Callable[[Any], Any]]
     Context = tuple[str, AbstractAsyncContextManager[object]]
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 REFUSAL_LOG_SECONDS = 60.0
 """The errors of one plugin's `workpool_admission`, which is called each second, are logged at most
@@ -232,7 +232,12 @@ class Plugins:
             first = kind not in self._reported
             self._reported.add(kind)
             # One traceback for each type: an observer may fail ten times in each session.
-            log.error("plugin failed error=%s", failure, exc_info=error if first else None)
+            log.error(
+                "plugin failed: %s",
+                failure,
+                extra={"plugin": plugin, "error": str(failure)},
+                exc_info=error if first else None,
+            )
         event = PluginFailed(plugin, hook, error)
         if self.metrics is not None:
             self.metrics(event)

@@ -10,13 +10,13 @@ See workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits o
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from workpool.errors import exhausted
+from workpool.log_fields import pool_logger
 from workpool.logs import readable
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
     from workpool.settings import Settings
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 REASON_CHARACTERS = 200
 """Characters of a reason that are kept."""
@@ -87,8 +87,8 @@ class Admission:
             raise ValueError("`until` needs a time zone, as in datetime.now(UTC)")
         self._until = math.inf if until is None else until.timestamp()
         self._paused, self.gated = readable(reason, REASON_CHARACTERS), True
-        end = "" if until is None else f" until={until.isoformat(timespec='seconds')}"
-        log.info("paused reason=%s%s", self._paused, end)
+        end = None if until is None else until.isoformat(timespec="seconds")
+        log.info("paused", extra={"reason": self._paused, "until": end})
         self._notify()
 
     def resume(self) -> None:
@@ -118,7 +118,7 @@ class Admission:
             if refused is None:
                 log.info("claiming again; no plugin refuses any more")
             elif self.refused is None:
-                log.warning("claiming nothing, as a plugin refuses reason=%s", refused)
+                log.warning("claiming nothing, as a plugin refuses", extra={"reason": refused})
             self.refused = refused
         return refused
 

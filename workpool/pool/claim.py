@@ -8,7 +8,6 @@ See workpool/docs/architecture.md, "The path of one item".
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
+from workpool.log_fields import pool_logger
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from workpool.pool.sender import HeartbeatSender
     from workpool.wire.items import WorkItem
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 MAYBE_APPLIED: Final = frozenset({"network", "timeout", "bad_body", "server_error"})
@@ -114,7 +114,7 @@ class Claimer:
     def _end_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused during the claim: no handler runs yet."""
         if self._pauses.paused(lease.clock_offset, now):
-            log.warning("the machine was paused during a claim work_id=%s", lease.item.id)
+            log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end("lost")
 
     async def _acknowledge(self, item: PoolItem, now: float) -> CallResult:
@@ -144,12 +144,14 @@ class Claimer:
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             delay = max(backoff.next(), failure.retry_after or 0.0)
             if self._clock() + delay >= until or await self._draining_within(delay):
-                log.warning("ack given up work_id=%s error=%s", item.id, failure)
+                log.warning(
+                    "ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)}
+                )
                 return "error"
             now = self._clock()
 
     def _refused(self, item: PoolItem, error: RefusedError) -> CallResult:
-        log.warning("ack refused work_id=%s error=%s", item.id, error)
+        log.warning("ack refused: %s", error, extra={"work_id": item.id, "error": str(error)})
         if error.status == HTTPStatus.NOT_FOUND:
             return "gone"
         self._on_ack(error)

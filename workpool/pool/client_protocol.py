@@ -12,12 +12,12 @@ See workpool/docs/architecture.md, "Optional calls".
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import aclosing
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeVar
 
 from workpool.errors import NotPermittedError, RefusedError, TransientError
+from workpool.log_fields import pool_logger
 from workpool.wire.http.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from workpool.wire.http.call_options import CallOptions, Priority
     from workpool.wire.items import Heartbeat, QueueStats, WorkItem
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 T = TypeVar("T")
 Op = Literal["get", "update", "stats"]
 
@@ -214,10 +214,10 @@ class OptionalCalls:
         if op not in self._logged:
             self._logged.add(op)
             log.warning(
-                "call not permitted error=%s: %s; the setting api_key can hold a credential that"
-                " may make it",
-                error,
+                "%s; the setting api_key can hold a credential that may make this call: %s",
                 MEANING[op],
+                error,
+                extra={"error": str(error)},
             )
         return True
 

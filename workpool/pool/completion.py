@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import ResultDropped, StopFinished
+from workpool.log_fields import pool_logger
 from workpool.pool.pool_item import ERROR, EndReason
 from workpool.pool.sender import SendOptions
 from workpool.session import Outcome, PoolRelease, Release
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from workpool.pool.sender import Sender
     from workpool.wire.http.call_options import CallOptions
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 RELEASE_DELAY_SECONDS = 10.0
 MARK_SECONDS = 1.5
@@ -106,11 +106,15 @@ class Completion:
         except SessionGoneError:
             return "stopped" if item.lease.status == "stopped" else "lease_lost"
         except RefusedError as error:
-            log.error("completion refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
+            log.error(  # noqa: TRY400 - expected, no stack
+                "completion refused: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
             return "failed"
         except TransientError as error:
             # The item is not stopped, so it is redelivered once its lease has lapsed.
-            log.warning("completion not written work_id=%s error=%s", item.id, error)
+            log.warning(
+                "completion not written: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
             return "released"
         return outcome
 
@@ -170,7 +174,9 @@ class Completion:
             if row.metadata == "result":
                 self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
-            log.error("metadata refused work_id=%s error=%s", item.id, error)  # noqa: TRY400 - expected, no stack
+            log.error(  # noqa: TRY400 - expected, no stack
+                "metadata refused: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
             if row.metadata != "result":
                 return row.outcome
             # A result that cannot be written must not count as done.
@@ -188,7 +194,9 @@ class Completion:
         except NotPermittedError:
             pass  # nor was the mark written
         except ControlPlaneError as error:
-            log.warning("mark not removed work_id=%s error=%s", item.id, error)
+            log.warning(
+                "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
 
     async def mark_running(self, item: PoolItem) -> None:
         """Mark a running session when a drain begins; cancelled when the session ends."""
@@ -213,7 +221,9 @@ class Completion:
         except NotPermittedError:
             pass  # runs are counted in this process, by `RunCounts`
         except (ControlPlaneError, SessionGoneError) as error:
-            log.warning("mark not written work_id=%s error=%s", item.id, error)
+            log.warning(
+                "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
 
     async def write_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], seconds: float = math.inf
@@ -344,7 +354,7 @@ def delay_of(release: Release) -> float:
     delay: object = release.delay
     if isinstance(delay, int | float) and not math.isnan(delay):
         return delay
-    log.error("release delay is no number; type=%s", type(delay).__name__)
+    log.error("release delay is no number", extra={"type": type(delay).__name__})
     return RELEASE_DELAY_SECONDS
 
 

@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 import traceback
+from contextvars import copy_context
 from typing import TYPE_CHECKING
+
+from workpool.log_fields import pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 TICK_SECONDS = 1.0
 LAG_WARNING_SECONDS = 1.0
@@ -72,7 +75,7 @@ class LoopMonitor:
         """Send the next ping to a loop that has answered the last one."""
         if self.blocked:
             seconds = self._answered_at - self._answered_before
-            _warn("event loop runs again blocked_seconds=%.3f", seconds)
+            _warn("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
         self._asked_at = time.monotonic()  # before the ping: another thread may read both
         self._ping += 1
@@ -86,8 +89,8 @@ class LoopMonitor:
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
             _warn(
-                "event loop is blocked by=%r; use asyncio.to_thread for blocking code",
-                self._blocker(),
+                "event loop is blocked; use asyncio.to_thread for blocking code",
+                task=self._blocker(),
             )
         return self._waited >= self._max_block
 
@@ -100,9 +103,9 @@ class LoopMonitor:
         log_stacks(
             log,
             all_stacks(self._thread),
-            "event loop blocked seconds=%.3f by=%r; leases are not renewed any more",
-            seconds,
-            self._blocker(),
+            "event loop blocked; leases are not renewed any more",
+            seconds=round(seconds, 3),
+            task=self._blocker(),
         )
 
     def _answer(self, ping: int, asked_at: float) -> None:
@@ -116,8 +119,8 @@ class LoopMonitor:
         return "no task" if task is None else task.get_name()
 
 
-def _warn(message: str, value: object) -> None:
-    report(functools.partial(log.warning, message, value))
+def _warn(message: str, **fields: object) -> None:
+    report(functools.partial(log.warning, message, extra=fields))
 
 
 def report(write: Callable[[], None]) -> None:
@@ -136,20 +139,25 @@ def report(write: Callable[[], None]) -> None:
         except BaseException as error:  # noqa: BLE001 - raised on the calling thread
             errors.append(error)
 
-    thread = threading.Thread(target=run, name="workpool-report", daemon=True)
+    thread = threading.Thread(
+        target=copy_context().run,  # the context has the ids for the log
+        args=(run,),
+        name="workpool-report",
+        daemon=True,
+    )
     thread.start()
     thread.join(REPORT_SECONDS)
     for error in errors:
         raise error
 
 
-def log_stacks(log: logging.Logger, stacks: str, message: str, *args: object) -> None:
-    """Log a critical message with stacks below it, as `stack_info`: a message is one line."""
+def log_stacks(log: logging.Logger, stacks: str, message: str, **fields: object) -> None:
+    """Log a critical message and fields, with stacks below them: a message is one line."""
     if log.isEnabledFor(logging.CRITICAL):
         path, line, function, _ = log.findCaller(stacklevel=2)
         level = logging.CRITICAL
         log.handle(
-            log.makeRecord(log.name, level, path, line, message, args, None, function, None, stacks)
+            log.makeRecord(log.name, level, path, line, message, (), None, function, fields, stacks)
         )
 
 

@@ -7,13 +7,13 @@ See workpool/docs/architecture.md, "The path of one item".
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import OrderedDict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from workpool.errors import PluginError
 from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
+from workpool.log_fields import pool_logger
 from workpool.logs import readable
 from workpool.pool.admission import HandlerHealth
 from workpool.pool.claim import Claimer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.pool.context import PoolContext
     from workpool.wire.items import WorkItem
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 REMEMBERED_IDS = 10_000
 """The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
@@ -163,6 +163,15 @@ class Dispatcher:
 
     def _own(self, item: PoolItem) -> None:
         if item.held_before:
+            log.info(
+                "item reclaimed",
+                extra={
+                    "work_id": item.id,
+                    "session_id": item.session_id,
+                    "direction": "gained",
+                    "stage": "poll",
+                },
+            )
             self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")
         self.items.add(item)
 
@@ -232,7 +241,9 @@ class Dispatcher:
             self._remember(work_item.id)
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)
-            log.info("item declined work_id=%s type=%s reason=%s", work_item.id, shown, reason)
+            log.info(
+                "item declined", extra={"work_id": work_item.id, "type": shown, "reason": reason}
+            )
         self._context.observe(ItemDeclined, work_item, reason)
 
     def _objection(self, handler: Handler | None) -> DeclineReason | None:

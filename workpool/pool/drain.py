@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workpool.events import DrainFinished, DrainStarted
+from workpool.log_fields import pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from workpool.pool.context import PoolContext
     from workpool.pool.dispatcher import Dispatcher
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 AFTER_DEADLINE_SECONDS = 5.0
 """How long the completion of all cancelled sessions may take after the deadline."""
@@ -83,7 +84,7 @@ class Drain:
         """Wait for the sessions, then release the rest; return the number of abandoned items."""
         loop = asyncio.get_running_loop()
         started = loop.time()
-        log.info("draining running=%d timeout=%s", context.queue.running, self.timeout)
+        log.info("draining", extra={"running": context.queue.running, "timeout": self.timeout})
         context.observe(DrainStarted, self.timeout)
         clean = await self._finished(dispatcher, lambda: self._deadline)
         until = loop.time() + AFTER_DEADLINE_SECONDS
@@ -95,7 +96,11 @@ class Drain:
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started
         level = logging.ERROR if abandoned else logging.INFO
-        log.log(level, "drained result=%s seconds=%.1f abandoned=%d", result, seconds, abandoned)
+        log.log(
+            level,
+            "drained",
+            extra={"result": result, "seconds": round(seconds, 3), "abandoned": abandoned},
+        )
         context.observe(DrainFinished, result, seconds)
         return abandoned
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,8 @@ from weakref import ref
 
 from workpool.errors import ResultError
 from workpool.events import SessionStarted
-from workpool.logs import readable
-from workpool.pool.completion import NOTE_LIMIT, outcome_expected, release_of, text_of
+from workpool.log_fields import pool_logger
+from workpool.pool.completion import outcome_expected, release_of
 from workpool.pool.diagnostics import log_stacks
 from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 REPEAT_SECONDS = 10.0
 """A cancellation that the handler ignores is repeated this often; from the first repetition on the
@@ -121,7 +120,7 @@ class HandlerExecutor:
         first, item.cancelled_for = item.cancelled_for is None, reason
         item.cancelled_at = min(item.cancelled_at, asyncio.get_running_loop().time())
         item.handler_task.cancel()
-        log.info("handler cancelled work_id=%s reason=%s", item.id, reason.name.lower())
+        log.info("handler cancelled", extra={"work_id": item.id, "reason": reason.name.lower()})
         if first:
             self._repeat_later(item)
 
@@ -156,7 +155,8 @@ class HandlerExecutor:
             self._watch(item, stall, silence, late)
             return
         log.warning(
-            "session stalled work_id=%s handler=%s seconds=%.0f", item.id, item.label, silence
+            "session stalled",
+            extra={"work_id": item.id, "handler": item.label, "seconds": round(silence, 3)},
         )
         self.cancel(item, EndReason.STALLED)
 
@@ -179,10 +179,10 @@ class HandlerExecutor:
         log_stacks(
             log,
             stack.getvalue(),
-            "handler ignores its cancellation work_id=%s handler=%s seconds=%.0f",
-            item.id,
-            item.label,
-            REPEAT_SECONDS,
+            "handler ignores its cancellation",
+            work_id=item.id,
+            handler=item.label,
+            seconds=REPEAT_SECONDS,
         )
         self.stuck.add(item)
         if self.on_stuck is not None:
@@ -264,14 +264,18 @@ class HandlerExecutor:
         item.error = release or error
         if release is not None:
             item.end(EndReason.RELEASED)
-            reason = readable(text_of(release.reason), NOTE_LIMIT)
-            log.info("released by its handler work_id=%s reason=%s", item.id, reason)
             return
         item.end(EndReason.RAISED)
         if isinstance(error, ResultError):  # the handler's own code has no part in it
-            log.error("result not written work_id=%s handler=%s: %s", item.id, item.label, error)
+            log.error(
+                "result not written: %s",
+                error,
+                extra={"work_id": item.id, "handler": item.label, "error": str(error)},
+            )
             return
-        log.error("handler failed work_id=%s handler=%s", item.id, item.label, exc_info=error)
+        log.error(
+            "handler failed", extra={"work_id": item.id, "handler": item.label}, exc_info=error
+        )
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:

@@ -12,12 +12,12 @@ See workpool/docs/architecture.md, "Handing an item off".
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
+from workpool.log_fields import pool_logger
 from workpool.pool.client_protocol import read_item
 from workpool.pool.pool_item import Handoff
 from workpool.session import HandedLease
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.sender import Sender
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
@@ -139,7 +139,7 @@ async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> Non
         renewer.call(handoff.take_back)
         await _reaches(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
-        log.info("handed off work_id=%s", item.id)
+        log.info("handed off", extra={"work_id": item.id})
 
 
 async def _opened(

@@ -12,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import math
 import sys
 import threading
 import time
 from collections import deque
+from contextvars import copy_context
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured
+from workpool.log_fields import pool_logger
 from workpool.pool.client_protocol import OptionalCalls
 from workpool.pool.diagnostics import LoopMonitor, report
 from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from workpool.pool.telemetry import Observe
     from workpool.settings import Settings
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 TICK_SECONDS = 1.0
 """The longest time between two looks at all leases, and how often the handlers' loop is asked."""
@@ -206,7 +207,7 @@ class LeaseRenewer:
         if done:
             self._join_thread()
         else:
-            log.critical("lease renewer did not end seconds=%.0f; abandoned", CLOSE_SECONDS)
+            log.critical("lease renewer did not end; abandoned", extra={"seconds": CLOSE_SECONDS})
 
     def _start_thread(self) -> asyncio.Future[None]:
         """Start to run `_main` on `_loop`; the future is done when it has ended.
@@ -216,7 +217,10 @@ class LeaseRenewer:
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
         self._os_thread = threading.Thread(
-            target=self._run, args=(ended,), name="workpool-lease-renewer", daemon=True
+            target=copy_context().run,  # the context has the ids for the log
+            args=(self._run, ended),
+            name="workpool-lease-renewer",
+            daemon=True,
         )
         self._os_thread.start()
         return ended
@@ -372,7 +376,9 @@ class LeaseRenewer:
             else:
                 next_at = min(next_at, lease.due_at, lease.give_up_at)
         if doubted:
-            log.warning("the machine was paused; %d leases are verified first", doubted)
+            log.warning(
+                "the machine was paused; its leases are verified first", extra={"count": doubted}
+            )
         self._pace(now, waiting=bool(self._waiting))
         due.sort(key=_deadline)
         self._waiting = deque(due)

@@ -11,7 +11,6 @@ See workpool/docs/architecture.md, "The path of one item".
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import OrderedDict
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Literal
@@ -25,6 +24,7 @@ from workpool.errors import (
     UnreadableError,
 )
 from workpool.events import PollerBackedOff, PollerRestarted, PollersScaled, PollFinished
+from workpool.log_fields import pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from workpool.pool.dispatcher import Dispatcher, Reception
     from workpool.wire.items import WorkItem
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 PollerState = Literal["polling", "pacing", "backoff", "waiting_slot", "paused"]
 """`pacing`: waiting for the rest of `block_ms`, because the last poll brought nothing to start."""
@@ -173,7 +173,11 @@ class PollerGroup:
         if len(self._unreadable) > REMEMBERED_IDS:
             self._unreadable.popitem(last=False)
         shown = error.work_id or "unknown"
-        log.warning("item cannot be read, left for others work_id=%s error=%s", shown, error)
+        log.warning(
+            "item cannot be read, left for others: %s",
+            error,
+            extra={"work_id": shown, "error": str(error)},
+        )
 
     def failed(self, error: ControlPlaneError) -> None:
         """Record a poll that failed.
@@ -274,7 +278,7 @@ class Poller:
                 if isinstance(error, asyncio.CancelledError) and _is_cancelled():
                     raise  # any other CancelledError leaked and would end this poller unnoticed
                 crashes += 1
-                log.exception("poller crashed in_a_row=%d", crashes)
+                log.exception("poller crashed", extra={"in_a_row": crashes})
                 self._context.observe(PollerRestarted, error)
                 if crashes >= CRASHES:
                     fatal = PollerError(f"a poller crashed {crashes} times in a row")
@@ -379,10 +383,13 @@ class Poller:
         if failure.status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
             self._group.hold_back(seconds)
         log.warning(
-            "poll failed in_a_row=%d backoff=%.1fs error=%s",
-            self._backoff.failures,
-            seconds,
+            "poll failed: %s",
             failure,
+            extra={
+                "in_a_row": self._backoff.failures,
+                "wait_seconds": round(seconds, 3),
+                "error": str(failure),
+            },
         )
         self._context.observe(PollerBackedOff, reason, seconds)
         await self._sleep(seconds)

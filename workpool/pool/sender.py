@@ -12,7 +12,6 @@ is used on the handlers' loop only; each event loop has a `HeartbeatSender` of i
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar, TypeVarTuple
@@ -29,6 +28,7 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.events import HeartbeatFinished
+from workpool.log_fields import pool_logger
 from workpool.pool.client_protocol import OptionalCalls, read_item
 from workpool.wire.http.bound import Bound
 from workpool.wire.http.call_options import CallOptions, Priority
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     Call = Callable[[CallOptions, float], Awaitable["T"]]
     LeaseCheck = Callable[[Lease, float], None]
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
@@ -283,7 +283,7 @@ class HeartbeatSender:
         try:
             return await self._exchange(lease, check)
         except Exception:
-            log.exception("heartbeat crashed work_id=%s", lease.item.id)
+            log.exception("heartbeat crashed", extra={"work_id": lease.item.id})
             lease.in_flight = False
             lease.end("lost")
             return False

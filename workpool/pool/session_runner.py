@@ -30,17 +30,21 @@ from workpool.events import (
     SessionLost,
     StopRequested,
 )
+from workpool.log_fields import pool_logger
+from workpool.logs import readable
 from workpool.pool.completion import (
     DRAIN_REASON,
     MARK_SECONDS,
+    NOTE_LIMIT,
     Completion,
     outcome_when_abandoned,
+    text_of,
 )
 from workpool.pool.handoff import hand_off, settle
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import Attempt, EndReason, RunCounts
 from workpool.pool.sender import CALLS_PER_SESSION, SendOptions
-from workpool.session import PoolRelease, Session
+from workpool.session import PoolRelease, Release, Session
 from workpool.wire.http.call_options import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
     from workpool.wire.events.session_events import SessionEvents
     from workpool.wire.items import WorkItem
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 T = TypeVar("T")
 
 ATTEMPT_SECONDS = 10.0
@@ -270,13 +274,17 @@ class SessionRunner:
             item.end(EndReason.LOST)
         except TransientError as error:
             # An item whose runs are not counted could run forever, so it is released unrun.
-            log.warning("attempt not counted work_id=%s error=%s", item.id, error)
+            log.warning(
+                "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
         except NotPermittedError:
             await self._open_attempt(item, session, attempt)  # counted in this process from now on
         except ControlPlaneError as error:
-            log.warning("attempt refused work_id=%s error=%s", item.id, error)
+            log.warning(
+                "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
+            )
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
         """Stop a health check: a worker has acknowledged it, and nothing else is asked for."""
@@ -285,7 +293,11 @@ class SessionRunner:
         try:
             await self.completion.stop(item, seconds=HEALTHCHECK_SECONDS)
         except (ControlPlaneError, SessionGoneError) as error:
-            log.warning("health check not stopped work_id=%s error=%s", item.id, error)
+            log.warning(
+                "health check not stopped: %s",
+                error,
+                extra={"work_id": item.id, "error": str(error)},
+            )
 
     def _record_lease(self, item: PoolItem) -> None:
         """Record the reason that the lease gives to end the session, if it gives one."""
@@ -303,13 +315,22 @@ class SessionRunner:
             self._runs.add(item.id)
         session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
+        _log_end(item, session, outcome, seconds)
         self._on_finished(item, outcome, seconds)
         self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
         """Report that another worker has the item, as the control plane said."""
         stage = "drain" if self.draining else stage
-        log.info("item lost to another worker work_id=%s stage=%s", item.id, stage)
+        log.info(
+            "item reclaimed",
+            extra={
+                "work_id": item.id,
+                "session_id": item.session_id,
+                "direction": "lost",
+                "stage": stage,
+            },
+        )
         self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
@@ -320,6 +341,22 @@ def error_kind_of(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
     if isinstance(item.error, ResultError):
         return "result_refused"
     return FAILURES[outcome]
+
+
+def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float) -> None:
+    if not log.isEnabledFor(logging.INFO):
+        return
+    fields: dict[str, object] = {
+        "work_id": item.id,
+        "session_id": item.session_id,
+        "handler": item.label,
+        "outcome": outcome,
+        "seconds": round(seconds, 3),
+        "attempt": session.attempt,
+    }
+    if isinstance(item.error, Release):
+        fields["reason"] = readable(text_of(item.error.reason), NOTE_LIMIT)
+    log.info("session ended", extra=fields | session.trace_fields)
 
 
 async def _settle_mark(task: asyncio.Task[None]) -> None:

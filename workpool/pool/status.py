@@ -7,7 +7,6 @@ while the pool runs: each value is read once, and changes in one atomic step.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from workpool.errors import ControlPlaneError
 from workpool.events import QueueStatsRead
+from workpool.log_fields import pool_logger
 from workpool.metrics import PoolSnapshot
 from workpool.pool.diagnostics import LAG_WARNING_SECONDS
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workpool.pool.drain import Drain
     from workpool.pool.poller import Poller, PollerGroup
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 POLL_SUCCESS_SECONDS = 30.0
 """A pool is ready for this long after a successful poll."""
@@ -173,5 +173,5 @@ async def read_remote_stats(context: PoolContext) -> None:
         try:
             context.observe(QueueStatsRead, await optional.make("stats", client.stats))
         except ControlPlaneError as error:
-            log.debug("stats not read error=%s", error)
+            log.debug("stats not read: %s", error, extra={"error": str(error)})
         await asyncio.sleep(context.settings.stats_interval)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import logging
 import secrets
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, ClassVar
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from prometheus_client import CollectorRegistry
 
 from workpool.errors import PluginError, WorkpoolError, innermost
+from workpool.log_fields import pool_logger, record_ids
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.plugins.lifespan import Lifespan
@@ -36,7 +36,7 @@ from workpool.wire.client import WorkClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractAsyncContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from datetime import datetime
     from types import EllipsisType, TracebackType
     from typing import Self
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 _NOT_STARTED = "the supervisor is not started; use `async with` or `run()`"
 
@@ -112,6 +112,7 @@ class Supervisor:
         self._admission = Admission(lambda: self._wall())  # noqa: PLW0108 - simulations set it later
         self._limits = ExitLimits(settings, self._admission)
         self._until_empty = False
+        self._worker_id = ""
         self._root: asyncio.Task[None] | None = None
         self._view: PoolView | None = None
         self._exporter: Exporter | None = None
@@ -135,8 +136,11 @@ class Supervisor:
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")
         self.settings.require_connection()
-        for warning in self.settings.warnings():
-            log.warning("%s", warning)
+        # Two pools must never share a name: the control plane tells holders apart by it.
+        self._worker_id = f"{self.settings.worker_id}-{secrets.token_hex(4)}"
+        with self._log_ids():
+            for warning in self.settings.warnings():
+                log.warning("%s", warning)
         self._plugins = Plugins.load(
             self._plugin_objects, self.settings.plugins, self.settings.plugin_options
         )
@@ -149,8 +153,9 @@ class Supervisor:
             self._admission.ask(functools.partial(self._plugins.refusal, self))
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
-        self._root = asyncio.get_running_loop().create_task(self._live(), name="workpool")
-        self._root.add_done_callback(self._root_ended)
+        with self._log_ids():
+            self._root = asyncio.get_running_loop().create_task(self._live(), name="workpool")
+            self._root.add_done_callback(self._root_ended)
         try:
             await self._opened.wait()
         except asyncio.CancelledError:
@@ -234,13 +239,15 @@ class Supervisor:
         Raises:
             ValueError: `until` has no time zone.
         """
-        self._admission.pause(reason, until)
+        with self._log_ids():
+            self._admission.pause(reason, until)
         if self._view is not None:
             self._view.dispatcher.forget_waiting()
 
     def resume(self) -> None:
         """End the pause of `pause()`, if there is one. A plugin may still refuse."""
-        self._admission.resume()
+        with self._log_ids():
+            self._admission.resume()
 
     def status(self) -> Status:
         """Return the current state of the pool. May be called on any thread and at any time."""
@@ -256,6 +263,15 @@ class Supervisor:
             draining=self._drain.requested.is_set(),
             error=self._error,
         )
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """The ids that all log records of this pool have: `environment_id` and `worker_id`.
+
+        The worker's id is new for each run; before the start there is none.
+        """
+        ids = {"environment_id": str(self.settings.environment_id), "worker_id": self._worker_id}
+        return {name: value for name, value in ids.items() if value}
 
     @property
     def metrics_url(self) -> str | None:
@@ -285,14 +301,10 @@ class Supervisor:
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
         )
-        # Two pools must never share a name: the control plane tells holders apart by it.
-        self._worker_id = f"{settings.worker_id}-{secrets.token_hex(4)}"
         self._client = await stack.enter_async_context(self._new_client())
         for plugin, context in self._plugins.lifespans(self):
             await stack.enter_async_context(Lifespan(plugin, context))
-        log.info(
-            "pool started worker_id=%s environment_id=%s", self._worker_id, settings.environment_id
-        )
+        log.info("pool started")
 
     def _new_client(self) -> ClientProtocol:
         """Create a client for the running loop."""
@@ -330,7 +342,7 @@ class Supervisor:
         )
         await stack.enter_async_context(renewer)
         if self._exporter is not None:
-            log.info("metrics served url=%s/metrics", self._exporter.url)
+            log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
         start_context = copy_context()
         start_context.run(_RUNNING_IN.set, self)
         return PoolContext(
@@ -401,7 +413,9 @@ class Supervisor:
             task.cancel()
         dispatcher.forget_waiting()
         running = dispatcher.unfinished()
-        log.info("limit reached, no more items are claimed limit=%s running=%d", limit, running)
+        log.info(
+            "limit reached; no more items are claimed", extra={"limit": limit, "running": running}
+        )
         await self._drain.sessions_ended(dispatcher)
         self._drain.begin(None)
 
@@ -410,6 +424,10 @@ class Supervisor:
         if self._error is None:
             self._error = error
         self._drain.begin(self.settings.drain_timeout)
+
+    def _log_ids(self) -> AbstractContextManager[None]:
+        """Give the pool's ids to the records of the block, which may run in an embedder's task."""
+        return record_ids(self.log_ids)
 
     def _task(self) -> asyncio.Task[None]:
         if self._root is None:
@@ -423,13 +441,19 @@ class Supervisor:
         if not root.done():  # else it would wait a turn, and could be cancelled at every one
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
-            log.critical("pool did not close seconds=%.0f; abandoned", CLOSE_SECONDS)
+            with self._log_ids():
+                log.critical("pool did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
         if self._error is not None and self._view is not None:  # else the start raises it
             bug = not isinstance(self._error, WorkpoolError)
-            log.critical("pool failed error=%s", self._error, exc_info=self._error if bug else None)
+            log.critical(
+                "pool failed: %s",
+                self._error,
+                extra={"error": str(self._error)},
+                exc_info=self._error if bug else None,
+            )
 
     def _raise_error(self) -> None:
         """Raise the error that ended the pool, if any."""

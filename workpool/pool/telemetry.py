@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVarTuple, cast
 
 from workpool.events import (
+    AckFinished,
     CredentialRefreshed,
+    HeartbeatFinished,
+    ItemReceived,
     PluginFailed,
+    PollFinished,
     RateBudgetWaited,
     RequestFinished,
+    StopFinished,
 )
+from workpool.log_fields import pool_logger
 from workpool.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -27,13 +34,48 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from workpool.events import Event
+    from workpool.events import CallResult, Event, HeartbeatResult, Origin, PollResult, StopMode
     from workpool.metrics import PoolSnapshot
     from workpool.plugins import Plugins
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.settings import Settings
+    from workpool.wire.items import WorkItem
+
+log = pool_logger(__name__)
 
 Ts = TypeVarTuple("Ts")
+
+
+def _log_poll(result: PollResult, seconds: float) -> None:
+    log.debug("poll ended", extra={"result": result, "seconds": round(seconds, 3)})
+
+
+def _log_received(item: WorkItem, origin: Origin, _: float | None) -> None:
+    log.debug("item received", extra={"work_id": item.id, "origin": origin})
+
+
+def _log_ack(item: WorkItem, result: CallResult, _: float, seconds: float) -> None:
+    log.debug(
+        "ack ended", extra={"work_id": item.id, "result": result, "seconds": round(seconds, 3)}
+    )
+
+
+def _log_heartbeat(item: WorkItem, result: HeartbeatResult, _: float) -> None:
+    log.debug("heartbeat ended", extra={"work_id": item.id, "result": result})
+
+
+def _log_stop(item: WorkItem, mode: StopMode, result: CallResult) -> None:
+    log.debug("stop ended", extra={"work_id": item.id, "mode": mode, "result": result})
+
+
+LOGGED: Final[tuple[tuple[type[Event], Callable[..., None]], ...]] = (
+    (PollFinished, _log_poll),
+    (ItemReceived, _log_received),
+    (AckFinished, _log_ack),
+    (HeartbeatFinished, _log_heartbeat),
+    (StopFinished, _log_stop),
+)
+"""The events that are logged at level DEBUG; each function takes the values of their fields."""
 
 
 class Observe(Protocol):
@@ -73,6 +115,11 @@ class Telemetry:
     def __enter__(self) -> Telemetry:
         self._metrics.open()
         self._plugins.metrics = self._metrics.observe
+        if log.isEnabledFor(
+            logging.DEBUG
+        ):  # looked up once: polls and heartbeats cost nothing more
+            for each, write in LOGGED:
+                self._metrics.forward(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:  # the plugins report that one
             self._metrics.forward(event_type, partial(self._notify, event_type))
         return self

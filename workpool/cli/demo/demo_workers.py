@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 SCRAPE_SECONDS: Final = 2.0
 LINE_BYTES: Final = 64 * 1024
-_METRICS_SERVED: Final = "metrics served url="
+_METRICS_SERVED: Final = "metrics served"
 _LOUD: Final = {"warning", "error", "critical"}
 
 State = Literal["starting", "running", "killed", "ended"]
@@ -129,17 +129,16 @@ class Worker:
             self._show(self.name, line)
             return
         logger, message = str(record["logger"]), str(record.get("message"))
-        if message.startswith(_METRICS_SERVED):
-            self.url = message.removeprefix(_METRICS_SERVED)
+        if message == _METRICS_SERVED:
+            self.url = str(record.get("url"))
             self.state = "running"
             self._show(self.name, f"runs pid={self.pid} metrics={self.url}")
         ours = logger.partition(".")[0] == "workpool" and logger != "workpool.session"
         if ours and record.get("level") not in _LOUD:
             return
         self._show(self.name, message)
-        error = record.get("error")
-        if isinstance(error, dict):
-            self._show(self.name, str(error.get("stack")))
+        if "stack" in record:
+            self._show(self.name, str(record["stack"]))
 
 
 def worker_settings(base_url: str, token: str, environment_id: str, name: str) -> dict[str, str]:

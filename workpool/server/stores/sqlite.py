@@ -198,7 +198,9 @@ class SqliteStore:
         if not opened.done():
             opened.set_exception(StoreError(message))
             return
-        log.critical("store failed, nothing can be answered any more: %s", message)
+        log.critical(
+            "store failed; nothing can be answered any more: %s", message, extra={"error": message}
+        )
         for _, future in self._waiting:
             if not future.done():
                 future.set_exception(StoreError(message))

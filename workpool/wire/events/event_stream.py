@@ -9,7 +9,6 @@ workpool/docs/protocol.md, "Event stream".
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +16,7 @@ import orjson
 
 from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
+from workpool.log_fields import pool_logger
 from workpool.wire.endpoints import parse_event
 from workpool.wire.events.event_calls import Pages
 from workpool.wire.events.sse import FrameParser
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from workpool.wire.events.event_calls import EventCalls, Guard, OpenStream, SessionEvent
 
-log = logging.getLogger(__name__)
+log = pool_logger(__name__)
 
 BACKOFF_SECONDS: Final = 0.5
 BACKOFF_CAP_SECONDS: Final = 10.0
@@ -205,10 +205,13 @@ class EventStream:
         delay = max(self._backoff.next(), asked or 0.0)
         self._retry_at = asyncio.get_running_loop().time() + delay
         log.info(
-            "event stream broke session_id=%s retry_seconds=%.1f error=%s",
-            self._session_id,
-            delay,
+            "event stream broke: %s",
             error,
+            extra={
+                "session_id": self._session_id,
+                "wait_seconds": round(delay, 3),
+                "error": str(error),
+            },
         )
 
     def _disconnect(self) -> None:

@@ -1,0 +1,192 @@
+"""The log of a pool: one line for each session and reclaim, and the ids on every record."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Session, handler
+from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
+from workpool.log_fields import FIELDS
+from workpool.testing import expire_lease, literal
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from workpool.server import ControlPlane
+    from workpool.testing import Faults, Recorder
+
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+@handler
+async def report(session: Session) -> None:
+    session.log.info("at work")
+    if session.item.metadata.get("do") == "fail":
+        raise RuntimeError("as it was asked to")
+    if session.item.metadata.get("do") == "release" and session.attempt == 1:
+        raise Release("busy\nhere")
+
+
+def held_before(plane: ControlPlane) -> str:
+    """Enqueue an item that another worker held and lost; return its id."""
+    (item,) = plane.enqueue()
+    operations, environment = plane.operations, plane.environments[0]
+    operations.ack(environment, item.id, "another")
+    operations.heartbeat(environment, item.id, "NO_HEARTBEAT", worker_id="another")
+    expire_lease(plane, item.id)
+    return item.id
+
+
+def fields(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+    """Return the fields of the records with this message."""
+    names = {*FIELDS, "levelname"}
+    return [
+        {name: value for name, value in vars(record).items() if name in names}
+        for record in caplog.records
+        if record.getMessage() == message
+    ]
+
+
+async def test_each_session_ends_with_one_line_at_info(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "workpool")
+    plane.enqueue()
+    plane.enqueue(metadata={"do": "fail"})
+    plane.enqueue(metadata={"do": "release"})
+    async with make_pool(report) as pool:
+        await recorder.wait_for(SessionFinished, count=3)
+        ids = pool.log_ids
+    lines = fields(caplog, "session ended")
+    assert sorted(line["outcome"] for line in lines) == ["completed", "failed", "released"]
+    ended = {event.session.item.id: event for event in recorder.of(SessionFinished)}
+    for line in lines:
+        event = ended[line["work_id"]]
+        reason = {"reason": "busy\\nhere"} if event.outcome == "released" else {}
+        assert line == {
+            "levelname": "INFO",
+            "work_id": event.session.item.id,
+            "session_id": event.session.id,
+            "handler": event.handler,
+            "outcome": event.outcome,
+            "seconds": round(event.seconds, 3),
+            "attempt": event.session.attempt,
+            **reason,
+            **ids,
+        }
+
+
+async def test_every_record_of_a_pool_has_its_ids(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those of the lease renewer's thread, and of calls in the embedder's own tasks."""
+    caplog.set_level(logging.DEBUG, "workpool")
+    plane.enqueue(2)
+    async with make_pool(report) as pool:
+        await recorder.wait_for(SessionFinished, count=2)
+        pool.pause("for lunch")
+        pool.resume()
+        ids = pool.log_ids
+    assert set(ids) == {"environment_id", "worker_id"}
+    ours = [
+        each
+        for each in caplog.records
+        if each.name.startswith("workpool") and not each.name.startswith("workpool.server")
+    ]
+    assert {each.getMessage() for each in ours} >= {
+        "pool started",
+        "poll ended",
+        "item received",
+        "ack ended",
+        "heartbeat ended",
+        "at work",
+        "session ended",
+        "stop ended",
+        "paused",
+        "resumed",
+        "draining",
+        "drained",
+    }
+    without = [each.getMessage() for each in ours if not ids.items() <= vars(each).items()]
+    assert not without
+
+
+@pytest.mark.usefixtures("fast_heartbeats")
+async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    @handler
+    async def wait(session: Session) -> None:
+        await session.interrupted()
+
+    caplog.set_level(logging.DEBUG, "workpool")
+    plane.enqueue()
+    async with make_pool(wait) as pool:
+        await recorder.wait_for(HeartbeatFinished, count=3)
+        ids = pool.log_ids
+    lines = [each for each in caplog.records if each.message == "heartbeat ended"]
+    assert "workpool-lease-renewer" in {each.threadName for each in lines}
+    assert all(ids.items() <= vars(each).items() for each in lines)
+
+
+async def test_records_of_a_session_have_the_trace_of_its_item(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def traced(request: web.Request, handler: Any) -> web.StreamResponse:
+        response: web.StreamResponse = await handler(request)
+        response.headers["traceparent"] = TRACE
+        return response
+
+    caplog.set_level(logging.INFO, "workpool")
+    faults.add(traced, "poll")
+    plane.enqueue()
+    async with make_pool(report):
+        await recorder.wait_for(SessionFinished)
+    for message in ("at work", "session ended"):
+        [line] = fields(caplog, message)
+        assert line["trace_id"] == TRACE.split("-")[1]
+
+
+async def test_polls_are_not_logged_at_info(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "workpool")
+    plane.enqueue()
+    async with make_pool(report):
+        await recorder.wait_for(SessionFinished)
+    assert not [each for each in caplog.records if each.levelno < logging.INFO]
+    assert len(fields(caplog, "session ended")) == 1
+
+
+async def test_item_that_was_held_before_is_logged_as_reclaimed(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "workpool")
+    work_id = held_before(plane)
+    async with make_pool(report):
+        await recorder.wait_for(SessionFinished)
+    [line] = fields(caplog, "item reclaimed")
+    assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
+
+
+async def test_item_that_another_worker_has_is_logged_as_lost(
+    plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    recorder: Recorder,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "workpool")
+    faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
+    (item,) = plane.enqueue()
+    async with make_pool(report, block_ms=20):
+        await recorder.wait_for(ItemReclaimed)
+    [line] = fields(caplog, "item reclaimed")
+    assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

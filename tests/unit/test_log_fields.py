@@ -1,0 +1,167 @@
+"""The fields of log records: their names and types, and the ids that every record of a pool has."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import workpool
+from workpool.log_fields import FIELDS, PoolIds, pool_logger, record_ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGE = Path(workpool.__file__).parent
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
+
+
+def log_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
+    """Yield a place, each call that logs, and the function around it."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call) and is_log_call(call):
+                    yield f"{path.relative_to(PACKAGE)}:{call.lineno}", call, function
+
+
+def is_log_call(call: ast.Call) -> bool:
+    called = call.func
+    if isinstance(called, ast.Name):
+        return called.id in {"log_stacks", "_warn"}
+    owner = called.value if isinstance(called, ast.Attribute) else None
+    name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+    return isinstance(called, ast.Attribute) and called.attr in LEVELS and name in {"log", "_log"}
+
+
+def message_of(call: ast.Call) -> str:
+    texts = [each.value for each in call.args if isinstance(each, ast.Constant)]
+    return str(texts[0]) if texts else ""
+
+
+def names_of(call: ast.Call, function: ast.AST) -> set[str]:
+    """Return the names of the fields that a call gives."""
+    if isinstance(call.func, ast.Name):
+        return {each.arg for each in call.keywords if each.arg is not None}
+    extra = next((each.value for each in call.keywords if each.arg == "extra"), None)
+    if extra is None:
+        return set()
+    return {
+        key.value
+        for each in ast.walk(extra if isinstance(extra, ast.Dict) else function)
+        if isinstance(each, ast.Dict)
+        for key in each.keys
+        if isinstance(key, ast.Constant) and isinstance(key.value, str)
+    }
+
+
+def test_every_field_that_the_package_logs_is_in_the_schema() -> None:
+    found = {place: names_of(call, function) for place, call, function in log_calls()}
+    assert len(found) > 40
+    unknown = {place: names - set(FIELDS) for place, names in found.items() if names - set(FIELDS)}
+    assert not unknown
+    of_formatters = {"environment_id", "worker_id", "trace_id", "error_type", "stack"}
+    assert set(FIELDS) == of_formatters.union(*found.values())
+
+
+def test_no_message_contains_a_field() -> None:
+    messages = {place: message_of(call) for place, call, _ in log_calls()}
+    wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
+    assert not wrong
+
+
+def test_schema_of_the_page_is_the_schema_of_the_code() -> None:
+    page = (PACKAGE / "docs" / "operating.md").read_text()
+    section = page.partition("### Fields\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?`) \| (text|number) \|", section, re.MULTILINE)
+    documented = {name: kind for names, kind in rows for name in re.findall(r"`(\w+)`", names)}
+    standard = {"time", "level", "logger", "message"}
+    assert {name: kind for name, kind in documented.items() if name not in standard} == dict(FIELDS)
+    assert standard <= set(documented)
+
+
+@pytest.fixture
+def records() -> Iterator[list[logging.LogRecord]]:
+    """The records of the logger `workpool.test`."""
+    found: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record)
+
+    handler, logger = Keep(), pool_logger("workpool.test")
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+IDS = {"environment_id": "env_1", "worker_id": "host-1"}
+
+
+def test_record_in_a_pools_context_has_its_ids(records: list[logging.LogRecord]) -> None:
+    log = pool_logger("workpool.test")
+    with record_ids(IDS):
+        log.warning("inside", extra={"worker_id": "given"})
+    log.warning("outside")
+    inside, outside = map(vars, records)
+    assert (inside["environment_id"], inside["worker_id"]) == ("env_1", "given")
+    assert not set(IDS) & set(outside)
+
+
+def test_filter_gives_its_default_ids_to_records_outside_of_pools() -> None:
+    record: Any = logging.makeLogRecord({})
+    assert PoolIds(lambda: IDS).filter(record)
+    assert record.worker_id == "host-1"
+
+
+# OpenTelemetry.
+
+
+def opentelemetry(trace_id: int, *, valid: bool) -> ModuleType:
+    """A stand-in for `opentelemetry.trace`, whose import takes a tenth of a second."""
+    module = ModuleType("opentelemetry.trace")
+    span = SimpleNamespace(trace_id=trace_id, is_valid=valid)
+    vars(module)["get_current_span"] = lambda: SimpleNamespace(get_span_context=lambda: span)
+    return module
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_record_has_the_trace_of_a_valid_span(
+    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
+) -> None:
+    module = opentelemetry(0xAB, valid=valid)
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
+    pool_logger("workpool.test").warning("hello")
+    [record] = records
+    assert vars(record).get("trace_id") == ("ab".rjust(32, "0") if valid else None)
+
+
+@pytest.mark.parametrize("found", [None, ModuleType("opentelemetry.trace")])
+def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
+    records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, found: ModuleType | None
+) -> None:
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace", raising=False)
+    if found is not None:
+        monkeypatch.setitem(sys.modules, "opentelemetry.trace", found)
+    pool_logger("workpool.test").warning("hello")
+    [record] = records
+    assert "trace_id" not in vars(record)
+    assert found is not None or "opentelemetry.trace" not in sys.modules
+
+
+def test_record_has_the_trace_of_the_library_itself(records: list[logging.LogRecord]) -> None:
+    trace = pytest.importorskip("opentelemetry.trace")
+    span = trace.NonRecordingSpan(trace.SpanContext(0xCD, 1, is_remote=False))
+    with trace.use_span(span):
+        pool_logger("workpool.test").warning("hello")
+    [record] = records
+    assert vars(record)["trace_id"] == "cd".rjust(32, "0")
