@@ -234,7 +234,7 @@ def exhausted(error: BaseException | None) -> bool:
 
     True if the error says so, or one that caused it, or one that its exception group holds.
     """
-    left, seen = [error], set[int]()  # a handler may have made a cycle of causes
+    left, seen = [error], set[int]()  # the causes of an exception may form a cycle
     while left:
         each = left.pop()
         if each is None or id(each) in seen:
@@ -249,7 +249,7 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 def _exhaustion(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):  # threading has no class of its own for it
+    if isinstance(error, RuntimeError):  # the error of `threading` when no thread can be started
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED)

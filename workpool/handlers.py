@@ -152,7 +152,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 def rule_of(call: object) -> HandlerRule | None:
     """Return the rule of a function, a method, or the function of a `functools.partial`, if any."""
     inner = _innermost(call)
-    # Functions only: a module may import lazily, and an object may answer any name.
+    # Functions only: a module may import lazily, and an object may have any attribute.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
 

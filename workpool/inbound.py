@@ -74,7 +74,7 @@ class InboundConnections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Note which connections serve a request: the outermost middleware of aiohttp."""
+        """Record which connections serve a request: the outermost middleware of aiohttp."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:  # closed meanwhile
             return await handler(request)
@@ -99,7 +99,7 @@ class InboundConnections:
     # -- called by the connections --------------------------------------------------------------
 
     def add(self, connection: _Connection) -> bool:
-        """Note a new connection. Return False if it must be closed."""
+        """Record a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
             oldest = self._dispensable()
             if oldest is None:
@@ -119,14 +119,14 @@ class InboundConnections:
         self.note_read(connection)
 
     def note_unread(self, connection: _Connection) -> None:
-        """Note that bytes wait for the client of this connection to read."""
+        """Record that bytes wait for the client of this connection to read."""
         self._unread[connection] = size = connection.unread()
         self._unread_bytes += size
         while self._unread_bytes > UNREAD_BYTES_MAX:
             self._abort(next(iter(self._unread)))
 
     def note_read(self, connection: _Connection) -> None:
-        """Note that the client of this connection has read."""
+        """Record that the client of this connection has read."""
         self._unread_bytes -= self._unread.pop(connection, 0)
 
     def _dispensable(self) -> _Connection | None:
@@ -150,7 +150,7 @@ class InboundConnections:
         self._timer = loop.call_later(CHECK_SECONDS, self._check) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
-            # While its answer is being read, the time for reading counts.
+            # The limit for reading applies while its answer is being read.
             if connection.due is not None and connection.due <= now and not connection.read_due:
                 self._abort(connection)
         for connection, before in tuple(self._unread.items()):
@@ -168,12 +168,12 @@ class InboundConnections:
 
 
 class _Connection(asyncio.Protocol):
-    """Notes what happens on one connection, and passes it on to aiohttp's protocol.
+    """Records the activity of one connection, and passes it on to aiohttp's protocol.
 
     Attributes:
-        due: Loop time at which the headers of a request must have come; None: it serves one.
-        began: Whether bytes have come since it serves none.
-        read_due: Loop time at which the client must have read something; 0: nothing waits for it.
+        due: The loop time by which the headers of a request must arrive; None during a request.
+        began: Whether bytes have arrived since the last request.
+        read_due: The loop time by which the client must read; 0: nothing waits for it.
     """
 
     transport: asyncio.Transport
@@ -213,7 +213,7 @@ class _Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.read_due = 0.0
-        if self.due is not None:  # the rest of an answer that took long to read waits
+        if self.due is not None:  # the rest of an answer waits that took long to read
             self.due = asyncio.get_running_loop().time() + READ_SECONDS
         self._connections.note_read(self)
         self._protocol.resume_writing()
@@ -224,7 +224,7 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpLog(logging.LoggerAdapter[logging.Logger]):
-    """aiohttp's log without what clients sent.
+    """The log of aiohttp without texts of clients.
 
     Its parser quotes a malformed request, token and all, with a traceback at the level ERROR. Such
     a request is one line at the level DEBUG here: clients must not be able to fill the log.

@@ -56,7 +56,7 @@ CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
 PORT_MAX: Final = 65535
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
-"""The limits that the vendor asks clients to keep."""
+"""Limits that the vendor asks clients to keep, in requests per second."""
 COMPLETION_WRITES: Final = 2
 """Writes that end one session: its result and its stop."""
 CREDENTIALS: Final = (("token", "token_file"), ("api_key", "api_key_file"))
@@ -206,7 +206,7 @@ class Settings:
         values: Settings by name.
 
     Raises:
-        SettingsError: Some values are wrong; names them all, and quotes none.
+        SettingsError: Some values are wrong. Names all settings and quotes no value.
     """
 
     base_url: str = setting(
@@ -485,10 +485,12 @@ class Settings:
         return read_credential(given, self.token_file, variable)
 
     def read_api_key(self) -> str | None:
-        """Read the second credential from its source, anew at every call; None: there is none.
+        """Read the second credential from its source.
+
+        Each call reads it again; None: there is none.
 
         Raises:
-            SettingsError: It cannot be read, or it cannot be a credential.
+            SettingsError: The credential cannot be read, or is malformed.
         """
         if self.api_key is None and self.api_key_file is None:
             return None

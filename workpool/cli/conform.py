@@ -52,7 +52,7 @@ _ORDER: Final = list(Verdict)
 
 
 SEEN_CHARACTERS: Final = 2_000
-"""Characters of what the control plane answered that are shown for one clause."""
+"""Largest number of characters of an answer that are shown for one clause."""
 
 EXAMPLES: Final = examples(
     "workpool conform http://127.0.0.1:8484/api/v1/cloud",
@@ -213,7 +213,7 @@ def _report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> 
 
 
 def _print(findings: Sequence[Finding]) -> None:
-    """Print a line for each clause that does not just hold, after the ones that do, then counts."""
+    """Print a line for each clause, those that hold first, then counts."""
     width = max(len(verdict.value) for verdict in Verdict)
     for verdict in _ORDER:
         for each in findings:

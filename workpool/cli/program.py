@@ -27,8 +27,8 @@ LOST_SECONDS: Final = 0.8
 REAP_SECONDS: Final = 2.0
 CREDENTIALS: Final = frozenset(rules.credential_variable for rules in DIALECTS.values())
 PREFIX: Final = "WORKPOOL_"
-# It leads the group, so that the group's number stays ours while it lives. Its input ends when the
-# holder does, however that comes about; then all of the group must.
+# The guard leads the group, so that the group's number is not reused while it lives. Its input ends
+# when the holder ends for any reason; then the whole group must end.
 _GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
 
 
@@ -54,7 +54,7 @@ class Program:
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> object:
-        """Take the item of the parent, whatever its type."""
+        """Take the item of the parent, of any type."""
         del item
         return self.run
 

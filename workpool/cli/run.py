@@ -129,7 +129,7 @@ async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) 
     left_tasks = supervisor.abandoned or await _deaf_tasks()
     sys.stdout.flush()
     if left_tasks:
-        # The runner would cancel these tasks and wait without end, since they ignore it.
+        # The runner would cancel these tasks and wait forever, since they ignore the cancellation.
         exits.leave_now(status)
     exits.leave_despite_threads(THREADS_SECONDS, status)
     return status
@@ -165,7 +165,7 @@ async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool)
 async def _obey(
     signals: Signals, supervisor: Supervisor, running: "asyncio.Task[int] | None"
 ) -> None:
-    """Drain on the first signal. Cancel on the second one, which is a drain with deadline now."""
+    """Drain on the first signal. The second one cancels, like a drain whose deadline is now."""
     async with asyncio.TaskGroup() as group:
         await signals.first.wait()
         group.create_task(supervisor.drain(), name="drain")
@@ -175,7 +175,7 @@ async def _obey(
 
 
 async def _deaf_tasks() -> int:
-    """Cancel the tasks that handlers and plugins left running; return how many ignore that."""
+    """Cancel the tasks that handlers and plugins left running; return the number that ignore it."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()

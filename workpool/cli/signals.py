@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 class Signals:
     """A context on the running loop, in the main thread. Its end restores the former handlers.
 
-    Begins with the signals since the start of the process. Until the loop runs, a second SIGTERM or
-    SIGINT ends the process, since code that blocks the loop would prevent the end of the command.
+    The context begins with the signals since the start of the process. Until the loop runs, a
+    second SIGTERM or SIGINT ends the process, since code that blocks the loop would prevent the end
+    of the command.
 
     Args:
         hangup_ends: Whether the hangup of the terminal requests an end.
@@ -68,9 +69,9 @@ class Signals:
             signal.signal(each, former)
 
     def _listen(self) -> None:
-        # Signals wake asyncio's Unix loop once it has a handler for one; they always wake uvloop
-        # and Windows loops. A signal could be lost between these two lines, so one without effect
-        # is used.
+        # A signal wakes asyncio's Unix loop once the loop has a handler for a signal; uvloop and
+        # Windows loops always wake. A signal could be lost between these two lines, so the loop
+        # gets a handler for one without effect.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle)

@@ -70,7 +70,7 @@ class ServiceReporter:
                     self._report(ending=True)
 
     async def _repeat(self) -> None:
-        # A third, so that two late reports in a row are not a failure.
+        # A third of it, so that two late reports in a row are not a failure.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
             self._report()
@@ -82,7 +82,7 @@ class ServiceReporter:
         repeated = [] if self._watchdog is None else ["WATCHDOG=1"]
         if status.draining or ending:
             facts.add("STOPPING=1")
-            # The drain has its own limit, `drain_timeout`; the unit's may be shorter.
+            # The drain has its own limit, `drain_timeout`, which may be longer than the unit's.
             repeated.append(f"EXTEND_TIMEOUT_USEC={EXTEND_SECONDS * 1_000_000:.0f}")
         news = sorted(facts - self._sent)
         if self._send("\n".join(news + repeated)):

@@ -182,7 +182,7 @@ def stop(
 
     async def ask(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
-        return stopped or await _read(client, work_id)  # some control planes answer without it
+        return stopped or await _read(client, work_id)  # some control planes answer without a body
 
     _show(_ask(settings, ask), as_json=json)
 
@@ -213,7 +213,7 @@ def _ask(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
     with exits.reported():
         try:
             return asyncio.run(ask())
-        except ValueError as error:  # an id with characters that no id has
+        except ValueError as error:  # an id with characters that no id may have
             raise typer.BadParameter(str(error)) from None
 
 

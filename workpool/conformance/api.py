@@ -1,6 +1,6 @@
-"""Literal requests to one environment, as one worker: no client of ours, and nothing is parsed.
+"""Literal requests to one environment, as one worker: without a client, and without parsing.
 
-The suite judges answers as they are on the wire. A client would hide the differences.
+The suite judges answers as they were sent. A client would hide the differences.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REFUSED: Final = frozenset(
 
 
 class NoAnswerError(Exception):
-    """A request was not answered; the message says why, without the token."""
+    """A request was not answered; the message has the reason, without the token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Answer:
     """One answer, read to its end.
 
     Attributes:
-        body: The parsed JSON; None also for an empty body and for one that is not JSON.
+        body: The parsed JSON; None if the body is empty or not JSON.
         content: The body's bytes.
     """
 
@@ -67,13 +67,13 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the call itself was refused, whatever it was about."""
+        """Whether the call itself was refused, independent of its item."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """`error` of an error envelope; empty if the body is none."""
+        """The field `error` of an error envelope; empty if the body is none."""
         error = self.body.get("error") if isinstance(self.body, dict) else None
         return error if isinstance(error, dict) else {}
 
@@ -82,20 +82,20 @@ class Answer:
         return self.body.get(name) if isinstance(self.body, dict) else None
 
     def __str__(self) -> str:
-        """Return the status and the error's message: bounded, and fit for a terminal."""
+        """Return the status and the error's message: shortened and safe for a terminal."""
         message = self.error.get("message")
         detail = f" ({shown(message)})" if isinstance(message, str) else ""
         return f"HTTP {self.status}{detail}"
 
 
 def shown(value: object) -> str:
-    """Return a value from outside as text: bounded, escaped for a terminal, without our tokens."""
+    """Return a value from outside as text: shortened, escaped for a terminal, without tokens."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return readable(text, DETAIL_MAX)
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of an environment, in terms of one request; `options` are aiohttp's."""
+    """The work calls of an environment, as single requests; `options` are those of aiohttp."""
 
     environment: str
     base_url: str
@@ -119,7 +119,7 @@ class WorkCalls(ABC, Generic[A]):
     async def heartbeat(
         self, work_id: str, expected: str | None = None, ttl: object = None, **options: Any
     ) -> A:
-        """Send a heartbeat; None: the parameter is left out."""
+        """Send a heartbeat; a parameter that is None is left out."""
         params = {"expected_last_heartbeat": expected, "desired_ttl_seconds": ttl}
         query = {name: str(value) for name, value in params.items() if value is not None}
         return await self("POST", self.work(f"/{work_id}/heartbeat"), params=query, **options)
@@ -142,14 +142,14 @@ class Api(WorkCalls[Answer]):
     """Requests to the work calls of one environment.
 
     Attributes:
-        http: The session that sends them; stays open.
-        base_url: Where the control plane is, with the dialect's prefix.
-        dialect: Which headers and query the requests have.
+        http: The session that sends the requests; stays open.
+        base_url: The address of the control plane, with the dialect's prefix.
+        dialect: The dialect of the headers and queries.
         environment: The environment's id.
         token: The bearer token; None for none.
         worker: The name of the worker; None for none.
         headers: Further headers of every request.
-        limits: Our own rate limits; None for none.
+        limits: The rate limits of the suite; None for none.
     """
 
     http: aiohttp.ClientSession
@@ -180,7 +180,7 @@ class Api(WorkCalls[Answer]):
         """Send one request; `options` are aiohttp's, and `worker`: another name for this call.
 
         Raises:
-            NoAnswerError: There was no answer within `REQUEST_SECONDS`.
+            NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.
         """
         async with self._request(method, url, options) as response:
             body = await read_bounded(response)
@@ -189,7 +189,7 @@ class Api(WorkCalls[Answer]):
             return Answer(response.status, _parsed(body), response.headers, body)
 
     async def open_stream(self, url: str) -> tuple[int, str]:
-        """Open a stream and close it again; returns its status and content type."""
+        """Open a stream and close it again; return its status and content type."""
         async with self._request("GET", url, {}) as response:
             response.close()
             return response.status, response.content_type

@@ -19,10 +19,10 @@ class Clause:
     """One clause of the protocol.
 
     Attributes:
-        name: Its name on the protocol page.
-        rule: What it says.
-        check: Raises a `DepartureError` unless it holds.
-        when: "last": after all others, alone, when the queue is empty.
+        name: The name on the protocol page.
+        rule: The rule in one sentence.
+        check: Raises a `DepartureError` unless the rule holds.
+        when: "last": checked alone after all others, with an empty queue.
     """
 
     name: str

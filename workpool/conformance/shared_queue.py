@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from workpool.conformance.sources import Script, Source
 
 STARTS: Final = 4
-"""How many clauses may be between their start and their first wait."""
+"""Largest number of clauses between their start and their first wait."""
 PAGES_MAX: Final = 100
 OTHER_WORKER: Final = "workpool-conform-other"
 
 
 class ForeignItemsError(Exception):
-    """The environment holds, or may hold, items that the suite has not created."""
+    """The environment contains, or may contain, items that the suite has not created."""
 
 
 class UnlistedItemsError(ForeignItemsError):
@@ -38,9 +38,9 @@ class Delivery(NamedTuple):
 
     Attributes:
         number: Its number among all deliveries.
-        nothing_at: When the last poll was sent that brought nothing: the item could not be had
-            then. It tells a late control plane from a suite that polls late.
-        at: When the poll was sent that brought it.
+        nothing_at: The time at which the last poll without an item was sent, when the item was not
+            available. It distinguishes a late control plane from a suite that polls late.
+        at: The time at which the poll was sent that delivered the item.
         item: The item as JSON.
     """
 
@@ -55,9 +55,9 @@ class Subject:
     """An item that the suite uses.
 
     Attributes:
-        id: Its id; a control plane may give it a new one with each delivery.
-        session_id: The id of its session; empty until the first delivery.
-        last_heartbeat: What the next heartbeat must expect.
+        id: The id, which a control plane may change with each delivery.
+        session_id: The id of the session; empty until the first delivery.
+        last_heartbeat: The value that the next heartbeat must expect.
     """
 
     id: str
@@ -67,7 +67,7 @@ class Subject:
 
 
 class SharedQueue:
-    """Creates items and polls for them, for clauses that are checked side by side."""
+    """Creates items and polls for them, for clauses that run at the same time."""
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
         self,
@@ -89,11 +89,11 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        self._subjects = {name: Subject(name) for name in self._given}  # and by session id
+        self._subjects = {name: Subject(name) for name in self._given}  # also by session id
         self._foreign: set[str] = set()
         self._deliveries = 0
         self._nothing_at = -math.inf
-        # A poll must not bring an item before its creation is noted.
+        # The lock prevents a poll from delivering an item before its creation is recorded.
         self._queue = asyncio.Lock()
         self._polling: asyncio.Future[bool] | None = None
 
@@ -104,16 +104,16 @@ class SharedQueue:
             return self._subjects.setdefault(name, Subject(name))
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll; the delivery of a known item is noted, and another one is stopped.
+        """Poll; a delivery of a known item is recorded, and any other item is stopped.
 
         Raises:
-            ForeignItemsError: The item is not the suite's.
+            ForeignItemsError: The suite has not created the item.
         """
         answer, _ = await self._poll(options)
         return answer
 
     async def _poll(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Poll; returns the answer, and whether it brought an item that is of use or is gone."""
+        """Poll; return the answer, and whether it delivered an item that is of use or is gone."""
         async with self._queue:
             at = self.now()
             answer = await self.api.poll(**options)
@@ -135,7 +135,7 @@ class SharedQueue:
         return answer, new
 
     async def join_poll(self) -> bool:
-        """Wait for the poll that is under way, or poll; returns whether it brought an item."""
+        """Wait for the poll in progress, or poll; return whether it delivered an item."""
         if self._polling is not None:
             return await asyncio.shield(self._polling)
         polling = self._polling = asyncio.get_running_loop().create_future()
@@ -148,7 +148,7 @@ class SharedQueue:
         return came
 
     def _subject_of(self, item: Mapping[str, Any]) -> Subject | None:
-        """Return the subject of an item that came, and learn the item's ids."""
+        """Return the subject of a delivered item, and store the item's ids."""
         payload = item.get("data")
         session_id = payload.get("id") if isinstance(payload, dict) else None
         subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")
@@ -161,22 +161,22 @@ class SharedQueue:
         return subject
 
     async def look_up(self, work_id: str) -> Mapping[str, Any] | None:
-        """Return an item from the list; None if it is not there, or the list is refused."""
+        """Return an item from the list; None if it is missing, or the list is refused."""
         async for row in self._rows():
             if row.get("id") == work_id:
                 return row
         return None
 
     async def end(self, subject: Subject) -> None:
-        """Stop an item with force; an item that is over already stays as it is."""
+        """Stop an item with force; an item that has ended does not change."""
         with suppress(NoAnswerError):
             await self.api.stop(subject.id, json={"force": True})
 
     async def check_environment(self) -> None:
-        """Refuse an environment with items that are not the suite's.
+        """Refuse an environment with items that the suite has not created.
 
         Raises:
-            ForeignItemsError: There are some, or the list cannot be read.
+            ForeignItemsError: There are such items, or the list cannot be read.
         """
         if self._test_environment:
             return

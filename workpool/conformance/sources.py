@@ -1,4 +1,4 @@
-"""Where the suite's work comes from: our own call, sessions, or ids that were given."""
+"""The source of the suite's work: the enqueue call, sessions, or given ids."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 Script: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 MARK: Final = "workpool.conform"
-"""The metadata key of items that the suite has created; a later run finds them by it."""
+"""The metadata key that marks items of the suite, so that a later run recognizes them."""
 
 
 class Source(Protocol):
-    """Creates work."""
+    """The interface of a source."""
 
     async def create(self, api: Api, script: Script | None = None) -> str:
-        """Create one item; returns its id, or that of its session.
+        """Create one item; return its id, or that of its session.
 
         Args:
             api: The control plane.
-            script: The tool uses of its session.
+            script: The tool uses of the item's session.
 
         Raises:
-            Untried: No item can be created, or none with a script.
+            Untried: The source cannot create an item, or none with a script.
         """
 
 
 class EnqueueSource:
-    """The embedded control plane's own call."""
+    """Creates items with the embedded control plane's own call."""
 
     async def create(self, api: Api, script: Script | None = None) -> str:
-        """Create one item; returns its id."""
+        """Create one item and return its id."""
         wanted: dict[str, Any] = {"metadata": {MARK: "1"}}
         answer = await api("POST", api.work(), json=wanted | ({"script": script} if script else {}))
         rows = answer.get("data")
@@ -46,7 +46,7 @@ class EnqueueSource:
 
 
 class SessionSource:
-    """Sessions of an agent, each with one message of a user.
+    """Creates sessions of an agent, each with one message of a user.
 
     Args:
         agent: The agent's id.
@@ -56,7 +56,7 @@ class SessionSource:
         self._agent = agent
 
     async def create(self, api: Api, script: Script | None = None) -> str:
-        """Create a session and send it a message; returns the session's id."""
+        """Create a session, send it a message and return the session's id."""
         _without(script)
         body = {
             "agent": self._agent,
@@ -82,10 +82,10 @@ class SessionSource:
 
 
 class GivenSource:
-    """Items that exist already, each used once.
+    """Returns existing items, each once.
 
     Args:
-        work_ids: Their ids; they must be queued.
+        work_ids: The ids of the items, which must be queued.
     """
 
     def __init__(self, work_ids: Sequence[str]) -> None:

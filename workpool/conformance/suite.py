@@ -1,4 +1,4 @@
-"""A run of the suite against one environment, its bounds, and its findings."""
+"""A run of the suite against one environment, its limits and its findings."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Finding:
 
 
 class Suite(SharedQueue):
-    """Runs clauses against one environment, side by side.
+    """Runs clauses against one environment at the same time.
 
     Args:
         api: The worker that polls.
         source: Creates the items.
-        creator: What it creates them with; None = `api`. A worker's key may not create work.
-        given: Ids of items that may be there although the suite has not created them.
-        test_environment: All items may be claimed and stopped.
-        seconds: Bound on a run; the clean-up of clauses that were cut short comes on top of it.
-        now: Seconds of a steady clock.
-        sleep: Waits; a test moves its clock instead.
+        creator: The API for creating items; None = `api`. A worker's key may not create work.
+        given: Ids of items of the environment that the suite has not created.
+        test_environment: Whether all items may be claimed and stopped.
+        seconds: Time limit of a run, without the clean-up of unfinished clauses.
+        now: Returns seconds of a monotonic clock.
+        sleep: Waits for seconds; tests replace it and move their clock.
     """
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`
@@ -71,10 +71,10 @@ class Suite(SharedQueue):
         self._seconds = seconds
 
     async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
-        """Check the clauses; the findings have their order.
+        """Check the clauses; the findings are in the order of the clauses.
 
         Raises:
-            ForeignItemsError: Not all items of the environment are known to be the suite's.
+            ForeignItemsError: The environment has items that the suite may not have created.
             NoAnswerError: The control plane does not answer.
         """
         clauses = list(clauses)
@@ -104,7 +104,7 @@ class Suite(SharedQueue):
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.start()
-                await asyncio.sleep(0)  # no request is begun once the deadline has passed
+                await asyncio.sleep(0)  # no request begins after the deadline
                 await clause.check(trial)
         except DepartureError as departure:
             return Finding(clause, departure.verdict, str(departure))

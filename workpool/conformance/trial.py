@@ -1,7 +1,7 @@
 """The tools of one clause: its own items, two workers, and the clock.
 
-Clauses run side by side. A poll may bring any clause's item, so every delivery is noted with its
-item, and a clause that waits for a delivery joins the poll that is under way.
+Clauses run at the same time. A poll may deliver any clause's item, so every delivery is recorded
+with its item, and a clause that waits for a delivery joins the poll in progress.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from workpool.conformance.sources import Script
 
 CLAIM_SECONDS: Final = 15.0
-"""How long a new item may take to be delivered: a control plane may create it in the background."""
+"""Seconds to wait for the delivery of a new item, which may be created in the background."""
 REDELIVERY_SECONDS: Final = 75.0
-"""How long an item may take to be delivered again that was not acknowledged."""
+"""Seconds to wait for the redelivery of an item that was not acknowledged."""
 POLL_SECONDS: Final = 1.0
 POLLS_AT_ONCE: Final = 20
-"""Polls that each bring an item may follow one another without a pause."""
+"""Number of polls in a row that may deliver items without a pause."""
 
 
 class Trial:
@@ -33,7 +33,7 @@ class Trial:
 
     Attributes:
         api: The worker that polls.
-        other: Another worker.
+        other: A second worker.
         subjects: The items of this clause.
     """
 
@@ -45,32 +45,32 @@ class Trial:
         self._starting = False
 
     async def start(self) -> None:
-        """Wait until few enough other clauses are about to begin."""
+        """Wait until only a few other clauses are between their start and their first wait."""
         await self._queue.starts.acquire()
         self._starting = True
 
     def begun(self) -> None:
-        """Let another clause begin, as this one is over or waits."""
+        """Let another clause start, because this one has ended or waits."""
         if self._starting:
             self._starting = False
             self._queue.starts.release()
 
     @property
     def now(self) -> float:
-        """Seconds of a steady clock."""
+        """Return the seconds of a monotonic clock."""
         return self._queue.now()
 
     async def wait(self, seconds: float) -> None:
-        """Wait, while other clauses go on."""
+        """Wait while other clauses run."""
         self.begun()
         await self._queue.sleep(seconds)
 
     async def poll(self, **options: Any) -> Answer:
-        """Poll, and note the delivery of whichever item comes."""
+        """Poll, and record the delivery of the item, of whichever clause."""
         return await self._queue.poll(**options)
 
     async def create(self, script: Script | None = None) -> Subject:
-        """Create an item, and a session that does what the script says."""
+        """Create an item, and a session with the tool uses of the script."""
         subject = await self._queue.create(script)
         self.subjects.append(subject)
         return subject
@@ -82,32 +82,32 @@ class Trial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create(script)
-        came = bool(subject.deliveries)  # one of the given items, before its turn
+        came = bool(subject.deliveries)  # one of the given items, which was delivered early
         if await self.delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS) is None:
             raise Untried("the item that was created is not delivered")
         return subject
 
     async def acknowledged(self) -> Subject:
-        """Create an item, receive and acknowledge it."""
+        """Create, receive and acknowledge an item."""
         subject = await self.claim()
         await self.acknowledge(subject)
         return subject
 
     async def active(self, ttl: int = 60) -> Subject:
-        """Create an item, receive and acknowledge it, and send the first heartbeat."""
+        """Create, receive and acknowledge an item, and send the first heartbeat."""
         subject = await self.acknowledged()
         await self.heartbeat(subject, ttl)
         return subject
 
     async def acknowledge(self, subject: Subject) -> Answer:
-        """Acknowledge an item, for a clause about something else."""
+        """Acknowledge an item as a precondition of a clause."""
         answer = await self.api.ack(subject.id)
         if not answer.ok:
             raise Untried(f"the ack was answered with {answer}")
         return answer
 
     async def heartbeat(self, subject: Subject, ttl: int = 60) -> Answer:
-        """Send the next heartbeat, for a clause about something else."""
+        """Send the next heartbeat as a precondition of a clause."""
         answer = await self.api.heartbeat(subject.id, subject.last_heartbeat, ttl)
         heartbeat = answer.get("last_heartbeat")
         if not answer.ok or not isinstance(heartbeat, str):
@@ -116,14 +116,14 @@ class Trial:
         return answer
 
     async def stop(self, subject: Subject, *, force: bool) -> Answer:
-        """Stop an item, for a clause about something else."""
+        """Stop an item as a precondition of a clause."""
         answer = await self.api.stop(subject.id, json={"force": force})
         if not answer.ok:
             raise Untried(f"the stop was answered with {answer}")
         return answer
 
     async def delivery(self, subject: Subject, seconds: float) -> Delivery | None:
-        """Poll for up to `seconds` until the item is delivered once more; None if it is not."""
+        """Poll for up to `seconds` until the item is delivered again; return None if it is not."""
         before = len(subject.deliveries)
         until = self.now + seconds
         polls = 0
@@ -138,7 +138,7 @@ class Trial:
                 await self.wait(POLL_SECONDS)
 
     async def item(self, subject: Subject) -> Mapping[str, Any]:
-        """Return the item as the control plane shows it: read, or looked up in the list.
+        """Return the item of the control plane, from a read or from the list.
 
         Raises:
             Untried: Neither is possible.
@@ -152,14 +152,14 @@ class Trial:
         return found
 
     async def state(self, subject: Subject) -> str:
-        """Return the item's state as the control plane shows it."""
+        """Return the item's state at the control plane."""
         state = (await self.item(subject)).get("state")
         if state not in STATES:
             raise Untried("the item has no state of the protocol")
         return str(state)
 
     async def clean_up(self) -> None:
-        """Stop the items of this clause, so that no poll brings them again."""
+        """Stop the items of this clause, so that no further poll delivers them."""
         for subject in self.subjects:
             await self._queue.end(subject)
 

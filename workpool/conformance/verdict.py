@@ -1,4 +1,4 @@
-"""The four verdicts on a clause, and the errors with which a check ends."""
+"""The four verdicts on a clause, and the errors that end a check with one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Verdict(enum.Enum):
-    """The result of one clause, from good to bad."""
+    """The result of one clause, from best to worst."""
 
     HOLDS = "holds"
     DIFFERS = "differs harmlessly"
@@ -15,13 +15,13 @@ class Verdict(enum.Enum):
 
 
 class DepartureError(Exception):
-    """A clause does not hold, or could not be tried; the message says what was seen."""
+    """A clause does not hold, or was not tried; the message describes the observation."""
 
     verdict = Verdict.UNTRIED
 
 
 class Differs(DepartureError):
-    """The control plane does something else, and workers are prepared for it."""
+    """The control plane differs in a way that workers are prepared for."""
 
     verdict = Verdict.DIFFERS
 
@@ -31,7 +31,7 @@ class Untried(DepartureError):
 
 
 class Breaks(DepartureError):
-    """A worker loses an item, runs it twice, or fails."""
+    """The control plane differs such that a worker loses an item, runs it twice, or fails."""
 
     verdict = Verdict.BREAKS
 

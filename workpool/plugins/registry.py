@@ -155,7 +155,7 @@ class Plugins:
         return None
 
     def _is_new_refusal(self, plugin: str, text: str) -> bool:
-        """Return whether to log an error of `workpool_admission`, and note that it is logged."""
+        """Return whether to log an error of `workpool_admission`, and record it if so."""
         now = time.monotonic()
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
@@ -251,7 +251,8 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    for plugin in reversed(plugins):  # pluggy calls the first one that was registered last
+    # pluggy calls the implementation first that was registered last
+    for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(_Adapter(_reachable(plugin, routes)), f"@{plugin.name}")
             owners[str(adapter)] = plugin.name

@@ -139,7 +139,7 @@ def read_plan(path: Path) -> Plan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {error.strerror}") from None
-    except ValueError as error:  # of one of the parsers, or not UTF-8
+    except ValueError as error:  # an error of one of the parsers, or not UTF-8
         raise ServeError(f"faults file: {error}") from None
     try:
         return Plan.model_validate(found)

@@ -270,7 +270,7 @@ class Kit:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Let `test` run with the control plane open, on whatever loop it runs."""
+        """Run `test` with the control plane open, on any loop."""
 
         @functools.wraps(test)
         async def run(*args: Any, **kwargs: Any) -> T:

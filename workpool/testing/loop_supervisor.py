@@ -23,7 +23,7 @@ class LoopRenewer(LeaseRenewer):
         return self._loop.create_task(self._main(), name="lease-renewer")
 
     def _join_thread(self) -> None:
-        """Do nothing: there is no thread."""
+        """No effect: there is no thread."""
 
 
 class LoopSupervisor(Supervisor):

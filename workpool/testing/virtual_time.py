@@ -80,7 +80,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Leave the threads of the executor behind: only real time could bring their ends."""
+        """Do not wait for the threads of the executor, whose ends would take real time."""
         del timeout
         executor: Executor | None = getattr(self, "_default_executor", None)
         if executor is not None:

@@ -30,7 +30,7 @@ SECONDS: Final = "1.5"
 TICK_SECONDS: Final = 0.1
 SCRAPE_EVERY_SECONDS: Final = 1.0
 STALL_SECONDS: Final = 20.0
-"""Longer than the 10 s after which the sessions of a killed worker are delivered again."""
+"""Seconds without an ended session that count as a failure; a killed worker's lease lasts 10 s."""
 END_SECONDS: Final = 6.0
 """Seconds in which workers may drain before they are killed."""
 

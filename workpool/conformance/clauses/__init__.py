@@ -19,4 +19,4 @@ _PARTS: Final = (conventions, delivery, leases, acks, heartbeats, stops, reading
 CLAUSES: Final[tuple[Clause, ...]] = tuple(
     each for part in _PARTS for each in vars(part).values() if isinstance(each, Clause)
 )
-"""In the order of the protocol page."""
+"""All clauses in the order of the protocol page."""

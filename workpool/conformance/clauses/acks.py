@@ -37,7 +37,7 @@ async def repeated_ack(trial: Trial) -> None:
     """Acknowledge an item twice, as a worker does after a lost answer."""
     subject = await trial.claim()
     first = await trial.acknowledge(subject)
-    await trial.wait(1.1)  # times have whole seconds
+    await trial.wait(1.1)  # times may have whole seconds only
     second = await trial.api.ack(subject.id)
     same_or_differs(second.ok, f"{second}: a lost answer costs a redelivery")
     same = first.get("acknowledged_at") == second.get("acknowledged_at")
@@ -46,7 +46,7 @@ async def repeated_ack(trial: Trial) -> None:
 
 @clause("ack-other-worker", "The ack of a worker with another name than the poll's is a 409.")
 async def ack_of_another_worker(trial: Trial) -> None:
-    """Acknowledge an item that another worker's poll has brought."""
+    """Acknowledge an item that was delivered to another worker."""
     answer = await trial.other.ack((await trial.claim()).id)
     same_or_differs(is_conflict(answer), f"{answer}: the first heartbeat decides")
 

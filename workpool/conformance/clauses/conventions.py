@@ -19,14 +19,14 @@ UNKNOWN: Final = "0" * 32
 
 @clause("auth-missing", "A request without a token is answered with 401.")
 async def request_without_token(trial: Trial) -> None:
-    """Acknowledge an item that does not exist, so that nothing happens if it is accepted."""
+    """Acknowledge an unknown item without a token, so that nothing happens if it is accepted."""
     answer = await trial.api.as_worker(None, None).ack(f"work_{UNKNOWN}")
     same_or_differs(answer.status == HTTPStatus.UNAUTHORIZED, f"{answer}: no token is needed")
 
 
 @clause("auth-wrong", "A request with an unknown token is answered with 401.")
 async def request_with_unknown_token(trial: Trial) -> None:
-    """Acknowledge an item that does not exist, with a token that nobody has given out."""
+    """Acknowledge an unknown item with an unknown token."""
     answer = await trial.api.as_worker(None, "workpool-conform-no-token").ack(f"work_{UNKNOWN}")
     same_or_differs(answer.status == HTTPStatus.UNAUTHORIZED, f"{answer}: any token is accepted")
 

@@ -1,4 +1,4 @@
-"""Polls: when they deliver an item, which, and when again.
+"""Polls: the conditions and the order of deliveries and redeliveries.
 
 See workpool/docs/protocol.md, "Delivery" and "Poll".
 """
@@ -40,7 +40,7 @@ FIELDS: Final = (
 WINDOW_SECONDS: Final = 5.0
 BLOCK_MS: Final = 300
 SLACK_SECONDS: Final = 4.0
-"""How much later than asked for a poll may be answered."""
+"""Seconds by which a poll's answer may be late."""
 REDELIVERY_SECONDS: Final = 90.0
 DRAINED_POLLS: Final = 50
 _has_zone: Final = re.compile(r".*([zZ]|[+-]\d\d:\d\d)").fullmatch
@@ -48,14 +48,14 @@ _has_zone: Final = re.compile(r".*([zZ]|[+-]\d\d:\d\d)").fullmatch
 
 @clause("poll-delivers", "A delivered item is still `queued`.")
 async def delivered_item_is_queued(trial: Trial) -> None:
-    """Look at the state of an item that a poll has brought."""
+    """Check the state of an item that a poll has delivered."""
     state = (await trial.claim()).deliveries[0].item.get("state")
     same_or_differs(state == QUEUED, f"the item is {shown(state)}")
 
 
 @clause("poll-once", "A second poll right after the first does not receive the item.")
 async def item_is_delivered_once(trial: Trial) -> None:
-    """Poll again at once, as two workers do."""
+    """Poll again at once, as a second worker does."""
     subject = await trial.claim()
     for _ in range(3):
         await trial.poll()
@@ -69,7 +69,7 @@ async def item_is_delivered_once(trial: Trial) -> None:
 
 @clause("poll-redelivers", "An item that is not acknowledged is delivered again after 5 s.")
 async def unacknowledged_item_is_delivered_again(trial: Trial) -> None:
-    """Receive an item, and do nothing with it."""
+    """Receive an item and send nothing for it."""
     subject = await trial.claim()
     again = await trial.delivery(subject, REDELIVERY_SECONDS)
     if again is None:
@@ -82,7 +82,7 @@ async def unacknowledged_item_is_delivered_again(trial: Trial) -> None:
 
 @clause("poll-reclaim", "`reclaim_older_than_ms` of the new poll sets that time.", when="last")
 async def redelivery_time_of_the_new_poll(trial: Trial) -> None:
-    """Receive an item, and ask for it again with a shorter time."""
+    """Receive an item, and poll again with a shorter redelivery time."""
     subject = await trial.claim()
     before = len(subject.deliveries)
     await trial.wait(1.5)
@@ -123,7 +123,7 @@ async def poll_of_an_empty_queue(trial: Trial) -> None:
     when="last",
 )
 async def poll_waits(trial: Trial) -> None:
-    """Measure a poll of an empty queue."""
+    """Measure the duration of a poll of an empty queue."""
     await _nothing(trial)
     clock = asyncio.get_running_loop().time
     start = clock()
@@ -137,7 +137,7 @@ async def poll_waits(trial: Trial) -> None:
 
 @clause("poll-block-range", f"`block_ms` outside of 1–{BLOCK_MS_MAX} is a 400.")
 async def poll_with_a_bad_block(trial: Trial) -> None:
-    """Poll with a value below and one above the range."""
+    """Poll with values below and above the range."""
     for value in ("0", str(BLOCK_MS_MAX + 1)):
         answer = await trial.poll(params={"block_ms": value})
         same_or_differs(is_bad_request(answer), f"{value}: {answer}")
@@ -145,7 +145,7 @@ async def poll_with_a_bad_block(trial: Trial) -> None:
 
 @clause("poll-item", "The item has all fields of a work item.")
 async def fields_of_an_item(trial: Trial) -> None:
-    """Read an item as a worker does, then look at its fields."""
+    """Read an item as a worker does, then check its fields."""
     item = (await trial.claim()).deliveries[0].item
     readable(item)
     missing = [name for name in FIELDS if name not in item]
@@ -157,7 +157,7 @@ async def fields_of_an_item(trial: Trial) -> None:
 
 @clause("poll-oldest-first", "Items are delivered in the order of their creation.")
 async def oldest_item_first(trial: Trial) -> None:
-    """Create two items, and see which comes first."""
+    """Create two items and check the order of their deliveries."""
     older, younger = await trial.create(), await trial.create()
     for subject in (older, younger):
         if not subject.deliveries and await trial.delivery(subject, CLAIM_SECONDS) is None:
@@ -175,7 +175,7 @@ def readable(item: Mapping[str, Any] | Any) -> None:
 
 
 async def _nothing(trial: Trial) -> Answer:
-    """Poll until no item comes; returns that answer."""
+    """Poll until no item is delivered, and return that answer."""
     for _ in range(DRAINED_POLLS):
         answer = await trial.poll()
         if not isinstance(answer.body, dict) or "id" not in answer.body:

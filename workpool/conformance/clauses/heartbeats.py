@@ -1,4 +1,4 @@
-"""Heartbeats: their expected value, their TTL, and the states that answer them otherwise.
+"""Heartbeats: their expected value, their TTL, and states with another answer.
 
 See workpool/docs/protocol.md, "Heartbeat" and "Who holds an item".
 """
@@ -27,7 +27,7 @@ TTLS: Final = (
     (1, TTL_MIN_SECONDS),
     (100_000, TTL_MAX_SECONDS),
 )
-"""TTLs that are asked for and granted; the first is one that every control plane must grant."""
+"""Requested and granted TTLs; every control plane must grant the first one."""
 
 
 @clause("heartbeat-first", "The first one moves `starting` to `active` and extends the lease.")
@@ -55,7 +55,7 @@ async def next_heartbeat(trial: Trial) -> None:
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
 async def heartbeat_after_reading(trial: Trial) -> None:
-    """Continue from the item, as a worker does after a lost answer."""
+    """Continue with the item's last heartbeat, as a worker does after a lost answer."""
     subject = await trial.active()
     read = (await trial.item(subject)).get("latest_heartbeat_at")
     same_or_breaks(isinstance(read, str), "the item shows no heartbeat")
@@ -65,14 +65,14 @@ async def heartbeat_after_reading(trial: Trial) -> None:
 
 @clause("heartbeat-mismatch", "Another time is a 412.")
 async def heartbeat_with_another_time(trial: Trial) -> None:
-    """Send a heartbeat that expects another holder's."""
+    """Send a heartbeat that expects the last one of another holder."""
     subject = await trial.active()
     _refused(await trial.api.heartbeat(subject.id, LONG_AGO, 60), "two workers can hold one item")
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
 async def first_heartbeat_of_another_worker(trial: Trial) -> None:
-    """Send a first heartbeat for an item that somebody holds."""
+    """Send a first heartbeat for an item that another worker holds."""
     subject = await trial.active()
     _refused(
         await trial.other.heartbeat(subject.id, NO_HEARTBEAT, 60), "two workers can hold one item"
@@ -81,7 +81,7 @@ async def first_heartbeat_of_another_worker(trial: Trial) -> None:
 
 @clause("heartbeat-malformed", "A value that is neither `NO_HEARTBEAT` nor a time is a 400.")
 async def heartbeat_with_a_malformed_value(trial: Trial) -> None:
-    """Send a heartbeat that expects something else."""
+    """Send a heartbeat with a malformed expected value."""
     subject = await trial.active()
     answer = await trial.api.heartbeat(subject.id, "yesterday", 60)
     same_or_breaks(not answer.ok, f"{answer}: the expected value is not compared")
@@ -90,7 +90,7 @@ async def heartbeat_with_a_malformed_value(trial: Trial) -> None:
 
 @clause("heartbeat-unconditional", "Without an expected value the lease is extended.")
 async def heartbeat_without_expected_value(trial: Trial) -> None:
-    """Send a heartbeat that expects nothing. A worker never does."""
+    """Send a heartbeat without an expected value. A worker never does."""
     subject = await trial.active()
     answer = await trial.api.heartbeat(subject.id, None, 60)
     same_or_differs(answer.ok, str(answer))
@@ -98,7 +98,7 @@ async def heartbeat_without_expected_value(trial: Trial) -> None:
 
 @clause("heartbeat-ttl", "The TTL is clamped to 10–600 s, and the answer says it.")
 async def ttl_is_clamped(trial: Trial) -> None:
-    """Ask for TTLs inside and outside of the range."""
+    """Request TTLs inside and outside of the range."""
     subject = await trial.active()
     different: list[str] = []
     for asked, granted in TTLS:
@@ -117,7 +117,7 @@ async def ttl_is_clamped(trial: Trial) -> None:
 
 @clause("heartbeat-ttl-zero", "A TTL that is not a positive integer is a 400.")
 async def ttl_of_zero(trial: Trial) -> None:
-    """Ask for no lease at all."""
+    """Request a TTL of zero."""
     subject = await trial.active()
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 0)
     same_or_differs(is_bad_request(answer), str(answer))
@@ -132,7 +132,7 @@ async def heartbeat_without_ack(trial: Trial) -> None:
 
 @clause("heartbeat-stopping", "A `stopping` item: 200, extended, `state` is `stopping`.")
 async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
-    """Ask for a stop, and see what the worker learns of it."""
+    """Stop an item gracefully, and check the worker's next heartbeat."""
     subject = await trial.active()
     await trial.stop(subject, force=False)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)

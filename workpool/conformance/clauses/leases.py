@@ -1,4 +1,4 @@
-"""Leases: while they last, when they lapse, and who holds the item then.
+"""Leases: their duration, their end, and the holder of the item afterwards.
 
 See workpool/docs/protocol.md, "Leases".
 """
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 TTL: Final = 10
 TTL_LONGEST: Final = 90
-"""A control plane may grant a longer TTL than was asked for; more than this is not waited for."""
+"""Longest granted TTL in seconds for which the suite waits; a grant may exceed the request."""
 LATE_SECONDS: Final = 30.0
 SLACK_SECONDS: Final = 4.0
-"""How much later than its lease ends an item may come."""
+"""Seconds by which a redelivery may be later than the end of the lease."""
 
 
 @clause("ack-lease", "Without a heartbeat, the lease of an ack lapses after 60 s.")
 async def lease_of_an_ack(trial: Trial) -> None:
-    """Acknowledge an item, and do no more, like a worker that dies."""
+    """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim()
-    await trial.wait(10)  # so that a lease which began at the poll ends visibly earlier
+    await trial.wait(10)  # a lease that began at the poll would now end visibly earlier
     await trial.acknowledge(subject)
     start = trial.now
     again = await trial.delivery(subject, ACK_LEASE_SECONDS + LATE_SECONDS)
@@ -42,7 +42,7 @@ async def lease_of_an_ack(trial: Trial) -> None:
 
 @clause("lease-held", "An item whose lease is renewed is not delivered.")
 async def renewed_lease(trial: Trial) -> None:
-    """Renew a short lease for longer than it lasts, and poll all the while."""
+    """Renew a short lease for longer than its TTL, and poll during that time."""
     subject = await trial.active(TTL)
     before = len(subject.deliveries)
     for _ in range(5):
@@ -57,7 +57,7 @@ async def renewed_lease(trial: Trial) -> None:
 
 @clause("lease-lapses", "An item whose lease has lapsed is delivered again, and not before.")
 async def lapsed_lease(trial: Trial) -> None:
-    """Send one heartbeat, and no more, like a worker that dies."""
+    """Send one heartbeat and nothing more, like a worker that crashes."""
     subject = await trial.acknowledged()
     start = trial.now
     ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
@@ -70,7 +70,7 @@ async def lapsed_lease(trial: Trial) -> None:
 
 @clause("lease-shortened", "A heartbeat with a shorter TTL ends the lease earlier.")
 async def shortened_lease(trial: Trial) -> None:
-    """Hand an item back, as a worker does."""
+    """Release an item as a worker does."""
     subject = await trial.active(600)
     await trial.heartbeat(subject, TTL)
     again = await trial.delivery(subject, TTL + LATE_SECONDS)
@@ -79,7 +79,7 @@ async def shortened_lease(trial: Trial) -> None:
 
 @clause("lease-first-heartbeat", "The next holder's first heartbeat is accepted.")
 async def first_heartbeat_of_the_next_holder(trial: Trial) -> None:
-    """Take over an item after its lease has lapsed."""
+    """Take an item over after its lease has lapsed."""
     subject, _ = await _lapsed(trial)
     await trial.acknowledge(subject)
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
@@ -88,7 +88,7 @@ async def first_heartbeat_of_the_next_holder(trial: Trial) -> None:
 
 @clause("lease-former-holder", "A heartbeat of the former holder is refused with 409 or 412.")
 async def heartbeat_of_the_former_holder(trial: Trial) -> None:
-    """Let a worker go on after its item went to another one."""
+    """Send the former holder's heartbeat after another worker has taken the item over."""
     subject, former = await _lapsed(trial)
     expected, subject.last_heartbeat = subject.last_heartbeat, NO_HEARTBEAT
     await trial.acknowledge(subject)
@@ -101,7 +101,7 @@ async def heartbeat_of_the_former_holder(trial: Trial) -> None:
 
 @clause("lease-history", "A redelivered item shows its former ack or heartbeat.")
 async def history_of_a_redelivered_item(trial: Trial) -> None:
-    """Look at an item that comes again."""
+    """Check the fields of an item that was delivered again."""
     subject, _ = await _lapsed(trial)
     item = subject.deliveries[-1].item
     known = item.get("acknowledged_at") or item.get("latest_heartbeat_at")
@@ -117,7 +117,7 @@ async def id_of_a_redelivered_item(trial: Trial) -> None:
 
 @clause("lease-stopping", "A `stopping` item whose lease lapses is `stopped`, and not delivered.")
 async def lapsed_lease_of_a_stopping_item(trial: Trial) -> None:
-    """Ask a worker that is dead to stop."""
+    """Stop the item of a crashed worker gracefully."""
     subject = await trial.acknowledged()
     ttl = (await trial.heartbeat(subject, TTL)).get("ttl_seconds")
     await trial.stop(subject, force=False)

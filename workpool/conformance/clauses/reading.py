@@ -1,4 +1,4 @@
-"""The calls that a worker can do without: metadata, reading, listing, statistics.
+"""The calls that a worker may lack: metadata, reading, listing, statistics.
 
 See workpool/docs/protocol.md, "Keys that may not read", "Update metadata", "Read an item",
 "List items" and "Read queue statistics".
@@ -29,7 +29,7 @@ PAGES_MAX: Final = 100
 
 @clause("update-merges", "Keys are set, deleted and kept as the patch says.")
 async def merge_patch(trial: Trial) -> None:
-    """Write two keys, then delete one and empty the other."""
+    """Set two keys, then delete one and set the other to an empty text."""
     subject = await trial.claim()
     first = await trial.api.update(
         subject.id, json={"metadata": {SET: "1", DELETED: "1", f"{SET}.kept": "1"}}
@@ -46,7 +46,7 @@ async def merge_patch(trial: Trial) -> None:
 
 @clause("update-stopped", "A stopped item can be updated.")
 async def update_of_a_stopped_item(trial: Trial) -> None:
-    """Write metadata after the end."""
+    """Write metadata of a stopped item."""
     subject = await trial.active()
     await trial.stop(subject, force=True)
     answer = await trial.api.update(subject.id, json={"metadata": {SET: "1"}})
@@ -56,7 +56,7 @@ async def update_of_a_stopped_item(trial: Trial) -> None:
 
 @clause("update-invalid", "A value that is neither string nor null is a 400.")
 async def patch_with_a_number(trial: Trial) -> None:
-    """Write a number."""
+    """Write a number as metadata."""
     subject = await trial.claim()
     answer = await trial.api.update(subject.id, json={"metadata": {SET: 1}})
     _allowed(answer, NO_WRITE)
@@ -83,7 +83,7 @@ async def read_of_an_unknown_item(trial: Trial) -> None:
 
 @clause("list-pages", "`page` with the former `next_page` answers the next items.", when="last")
 async def pages_of_the_list(trial: Trial) -> None:
-    """Read two pages of one item each, then look for all items of this clause."""
+    """Read two pages of one item each, then find all items of this clause in the list."""
     subjects = [await trial.claim(), await trial.claim()]
     first = await _page(trial, "1")
     _allowed(first, "lost answers cannot be cleared up under a key that may not read items")
@@ -99,7 +99,7 @@ async def pages_of_the_list(trial: Trial) -> None:
 
 @clause("list-order", "Items come in ascending order of ids.", when="last")
 async def order_of_the_list(trial: Trial) -> None:
-    """Compare the times of creation."""
+    """Compare the creation times of the list."""
     await trial.claim()
     await trial.wait(1.1)  # times may have whole seconds
     await trial.claim()
@@ -111,7 +111,7 @@ async def order_of_the_list(trial: Trial) -> None:
 
 @clause("stats-counts", "The answer counts a queued item.", when="last")
 async def statistics(trial: Trial) -> None:
-    """Create an item and count."""
+    """Create an item and compare the counts."""
     await trial.create()
     answer = await trial.api("GET", trial.api.work("/stats"))
     _allowed(answer, "the metrics of the remote queue are missing")

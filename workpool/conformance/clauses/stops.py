@@ -22,7 +22,7 @@ WATCHED_SECONDS: Final = 8.0
 
 @clause("stop-force", "`force` ends an item at once.")
 async def forced_stop(trial: Trial) -> None:
-    """End an item as a worker does."""
+    """Stop an item with force, as a worker does at the end."""
     subject = await trial.active()
     answer = await trial.api.stop(subject.id, json={"force": True})
     same_or_breaks(answer.ok, str(answer))
@@ -36,7 +36,7 @@ async def forced_stop(trial: Trial) -> None:
 
 @clause("stop-graceful", "Without `force` an `active` item becomes `stopping`.")
 async def graceful_stop(trial: Trial) -> None:
-    """Ask for the end of a session, as an operator does."""
+    """Stop an item gracefully, as an operator does."""
     subject = await trial.active()
     answer = await trial.api.stop(subject.id, json={"force": False})
     same_or_breaks(answer.ok, str(answer))
@@ -46,7 +46,7 @@ async def graceful_stop(trial: Trial) -> None:
 
 @clause("stop-confirm", "A second graceful stop ends it (`qoder`) or is a 409 (`anthropic`).")
 async def confirmed_stop(trial: Trial) -> None:
-    """Confirm the stop that was asked for."""
+    """Confirm a graceful stop."""
     subject = await trial.active()
     await trial.stop(subject, force=False)
     answer = await trial.api.stop(subject.id, json={"force": False})
@@ -59,7 +59,7 @@ async def confirmed_stop(trial: Trial) -> None:
 
 @clause("stop-queued", "A `queued` item becomes `stopped`.")
 async def stop_of_a_queued_item(trial: Trial) -> None:
-    """Stop an item that nobody has acknowledged."""
+    """Stop an item that no worker has acknowledged."""
     subject = await trial.claim()
     answer = await trial.api.stop(subject.id, json={"force": False})
     same_or_differs(answer.ok, str(answer))
@@ -82,7 +82,7 @@ async def repeated_stop(trial: Trial) -> None:
 
 @clause("stop-body", "The body may be left out.")
 async def stop_without_a_body(trial: Trial) -> None:
-    """Stop an item with no body. A worker always sends one."""
+    """Stop an item without a body. A worker always sends one."""
     answer = await trial.api.stop((await trial.active()).id)
     same_or_differs(answer.ok, str(answer))
 

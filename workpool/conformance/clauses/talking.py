@@ -56,7 +56,7 @@ async def stream_of_events(trial: Trial) -> None:
 
 @clause("item-secret", "The secret of an item is a token for its own session (`anthropic`).")
 async def secret_of_an_item(trial: Trial) -> None:
-    """Read the item's session with its own token, then that of another item."""
+    """Read the session of the item's own token, then that of another item."""
     subject, another = await trial.claim(), await trial.claim()
     try:
         token = parse_item(subject.deliveries[0].item).sessions_token
@@ -92,7 +92,7 @@ async def second_result(trial: Trial) -> None:
 
 @clause("result-unknown", "A result for an unknown tool use is a 400.")
 async def result_for_an_unknown_use(trial: Trial) -> None:
-    """Answer a tool use that nobody has made."""
+    """Answer an unknown tool use."""
     url = f"{await _session(trial)}/events"
     answer = await trial.api("POST", url, json=_result(f"evt_{UNKNOWN}"))
     same_or_differs(is_bad_request(answer), str(answer))
