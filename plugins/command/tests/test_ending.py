@@ -64,6 +64,24 @@ async def test_command_at_timeout_is_killed_with_its_children(
     await machine.gone(await machine.written(tmp_path / "pids", 0))
 
 
+async def test_command_without_output_is_stalled_and_killed_with_its_children(
+    kit: Kit, shell: Shell, machine: Any, tmp_path: Path
+) -> None:
+    result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, stall_timeout=0.5))
+
+    assert result.outcome == "stalled"
+    assert dict(result.metadata) == {"workpool.error": "SessionStalled"}
+    await machine.gone(await machine.written(tmp_path / "pids", 0))
+
+
+async def test_command_that_writes_lines_is_not_stalled(kit: Kit, shell: Shell) -> None:
+    script = "for i in 1 2 3 4 5 6 7 8; do sleep 0.3; echo line $i; done"
+    result = await kit.run_session(shell(script, stall_timeout=1.5, log_lines=2))
+
+    assert result.outcome == "completed"
+    assert result.seconds > 2
+
+
 async def test_command_after_lost_lease_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:

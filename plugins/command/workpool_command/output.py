@@ -98,8 +98,12 @@ class Reader:
         writer: The command's end of the pipe.
     """
 
-    def __init__(self, name: str, log: Log) -> None:
-        self.lines = Lines(lambda lines: log.add(name, lines))
+    def __init__(self, name: str, log: Log, progress: Callable[[], None]) -> None:
+        def add(lines: bytes) -> None:
+            progress()
+            log.add(name, lines)
+
+        self.lines = Lines(add)
         self.writer = -1
         self._reader = -1
         self._log = log
@@ -163,12 +167,18 @@ class Reader:
 
 @contextmanager
 def reading(
-    log: logging.LoggerAdapter[logging.Logger], limit: int
+    log: logging.LoggerAdapter[logging.Logger], limit: int, progress: Callable[[], None]
 ) -> Iterator[tuple[Reader, Reader]]:
-    """Read stdout and stderr of a command into a log of at most `limit` lines."""
+    """Read stdout and stderr of a command into a log of at most `limit` lines.
+
+    `progress` is called for lines that were read, also beyond the limit.
+    """
     bounded = Log(log, limit)
     try:
-        with Reader("stdout", bounded) as stdout, Reader("stderr", bounded) as stderr:
+        with (
+            Reader("stdout", bounded, progress) as stdout,
+            Reader("stderr", bounded, progress) as stderr,
+        ):
             yield stdout, stderr
     finally:
         bounded.close()

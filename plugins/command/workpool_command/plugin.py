@@ -92,6 +92,8 @@ class Command:
     """The timeout of a session, as in `@handler`."""
     max_sessions: int | None = None
     """Sessions that run at once, as in `@handler`."""
+    stall_timeout: float | None = None
+    """Seconds without a line of output, as in `@handler`."""
 
     def __post_init__(self) -> None:
         """Check the settings alone.
@@ -117,6 +119,7 @@ class Command:
             metadata=self.metadata,
             timeout=self.timeout,
             max_sessions=self.max_sessions,
+            stall_timeout=self.stall_timeout,
         )
         self.run = mark(run)
 
@@ -175,7 +178,7 @@ class Command:
             await self._holders.hand_off(session, cwd)
             return None
         program = Path(self.command[0]).name
-        with reading(session.log, self.log_lines) as (stdout, stderr):
+        with reading(session.log, self.log_lines, session.progress) as (stdout, stderr):
             async with AsyncExitStack() as stack:
                 with blamed(program):
                     cwd = await stack.enter_async_context(self._directory(session))

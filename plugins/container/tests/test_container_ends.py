@@ -61,6 +61,19 @@ async def test_container_beyond_its_timeout_is_stopped(scene: Scene) -> None:
     assert await scene.containers(finished.session.item.id) == []
 
 
+async def test_container_without_output_is_stalled_and_removed(scene: Scene) -> None:
+    finished = await scene.run("echo ready; sleep 1000", stall_timeout=1)
+    assert finished.outcome == "stalled"
+    assert await scene.containers(finished.session.item.id) == []
+
+
+async def test_container_that_writes_lines_beyond_log_lines_is_not_stalled(scene: Scene) -> None:
+    script = "for i in 1 2 3 4 5 6; do sleep 0.5; echo line $i; done"
+    finished = await scene.run(script, stall_timeout=2, log_lines=1)
+    assert finished.outcome == "completed"
+    assert finished.seconds > 2.5
+
+
 @pytest.mark.parametrize("deaf", [False, True])
 async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, deaf: bool) -> None:
     (item,) = scene.plane.enqueue()

@@ -30,6 +30,8 @@ class Lease:
 
     def check(self) -> None: ...
 
+    def progress(self) -> None: ...
+
     async def update_metadata(self, patch: dict[str, Any]) -> None:
         self.metadata |= patch
 

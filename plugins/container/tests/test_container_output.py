@@ -11,7 +11,7 @@ from workpool_container.output import LINE_BYTES, Output
 
 def logged(caplog: pytest.LogCaptureFixture, *pieces: bytes, limit: int = 10) -> list[str]:
     caplog.set_level("INFO")
-    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), limit)
+    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), limit, lambda: None)
     for piece in pieces:
         output.add("stdout", piece)
     output.close()
@@ -27,7 +27,7 @@ def test_lines_of_stdout_and_stderr_are_logged_with_stream_name(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
-    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), 10)
+    output = Output(logging.LoggerAdapter(logging.getLogger("a.session"), {}), 10, lambda: None)
     output.add("stdout", b"out")
     output.add("stderr", b"err\n")
     output.close()
@@ -52,3 +52,12 @@ def test_output_lines_beyond_limit_are_not_logged(
     lines = logged(caplog, b"1\n2\n3\n4\n5", limit=limit)
     said = [line for line in lines if line.startswith("stdout")]
     assert said == [f"stdout: {number}" for number in range(1, limit + 1)]
+
+
+def test_lines_are_progress_also_beyond_limit() -> None:
+    progress: list[None] = []
+    log = logging.LoggerAdapter(logging.getLogger("a.session"), {})
+    output = Output(log, 1, lambda: progress.append(None))
+    for piece in (b"one\n", b"tw", b"o\nthree\n"):
+        output.add("stdout", piece)
+    assert len(progress) == 2

@@ -105,6 +105,9 @@ class Options(BaseModel):
     """The metadata of the items to take. Default: all items."""
     timeout: Seconds | None = None
     """The limit of a session, in seconds. Default: the pool's `session_timeout`."""
+    stall_timeout: Seconds | None = None
+    """The time without a line of output after which a session ends as `stalled`, in seconds.
+    Default: the pool's `stall_timeout`."""
     max_sessions: Annotated[int, Field(ge=1)] | None = None
     """Containers that this worker runs at once. Default: no limit but `concurrency`."""
 

@@ -7,16 +7,26 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import logging
+    from collections.abc import Callable
 
 LINE_BYTES: Final = 2_000
 """Largest number of bytes of a line in the log."""
 
 
 class Output:
-    """The log of one session, for at most `limit` lines of both streams together."""
+    """The log of one session, for at most `limit` lines of both streams together.
 
-    def __init__(self, log: logging.LoggerAdapter[logging.Logger], limit: int) -> None:
+    `progress` is called for lines that arrive, also beyond the limit.
+    """
+
+    def __init__(
+        self,
+        log: logging.LoggerAdapter[logging.Logger],
+        limit: int,
+        progress: Callable[[], None],
+    ) -> None:
         self._log = log
+        self._progress = progress
         self._left = limit
         self._parts: defaultdict[str, bytes] = defaultdict(bytes)
 
@@ -27,6 +37,10 @@ class Output:
 
     def add(self, stream: str, piece: bytes) -> None:
         """Log the lines that this piece completes."""
+        if b"\n" in piece:
+            self._progress()
+        if self.full:
+            return
         *lines, rest = (self._parts[stream] + piece).split(b"\n")
         # An unfinished line is stored only up to the logged part, and a byte that shows the cut.
         self._parts[stream] = rest[: LINE_BYTES + 1]

@@ -60,6 +60,7 @@ class Container:
             metadata=self._options.metadata,
             timeout=self._options.timeout,
             max_sessions=self._options.max_sessions,
+            stall_timeout=self._options.stall_timeout,
         )(session)
 
     @hookimpl
@@ -103,7 +104,9 @@ class Container:
                 options, given = self._options, dict[str, str]()
                 if options.item_token:
                     given = self._settings.item_token_variables(session.item)
-                return await Run(self._engine, options, session, given).complete()
+                watched = (options.stall_timeout or self._settings.stall_timeout) is not None
+                run = Run(self._engine, options, session, given, watched=watched)
+                return await run.complete()
         finally:
             self._here.discard(work_id)
 

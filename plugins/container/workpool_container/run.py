@@ -68,8 +68,20 @@ class Run:
         options: Options,
         session: Session,
         given: Mapping[str, str] | None = None,
+        *,
+        watched: bool = False,
     ) -> None:
+        """Create the run of a session.
+
+        Args:
+            engine: The engine.
+            options: The settings of the plugin.
+            session: The session.
+            given: More variables of the container.
+            watched: All output is read, since a session without any is ended as stalled.
+        """
         self._given = given
+        self._watched = watched
         self._engine = engine
         self._options = options
         self._session = session
@@ -171,14 +183,14 @@ class Run:
         return status
 
     async def _log(self, *, adopted: bool) -> None:
-        output = Output(self._session.log, self._options.log_lines)
+        output = Output(self._session.log, self._options.log_lines, self._session.progress)
         tail = str(ADOPTED_LINES) if adopted else "all"
-        while not output.full:
+        while self._watched or not output.full:
             try:
                 async with aclosing(self._engine.output(self._id, tail)) as pieces:
                     async for stream, piece in pieces:
                         output.add(stream, piece)
-                        if output.full:
+                        if output.full and not self._watched:
                             return
             except EngineError as error:
                 self._session.log.warning("container output interrupted error=%s", error)

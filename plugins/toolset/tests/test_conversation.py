@@ -51,6 +51,18 @@ def test_tool_calls_are_taken_in_order_until_answered() -> None:
     assert told.next is None
 
 
+def test_agent_that_needs_a_confirmation_or_its_user_waits_for_others() -> None:
+    told = Told().use("a", evaluated_permission="ask")
+    assert told.now.waits_for_others
+    assert told.idle("requires_action").now.waits_for_others
+    told.say("user.tool_confirmation", tool_use_id="a", result="allow")
+    assert not told.now.waits_for_others
+    told.now.close("a")
+    assert not told.say("session.status_running").now.waits_for_others
+    assert told.idle().now.waits_for_others
+    assert told.use("browse", custom=True).idle("requires_action").now.waits_for_others
+
+
 def test_result_that_arrives_before_its_call_answers_call() -> None:
     assert Told().say("user.tool_result", tool_use_id="a").use("a").next is None
 

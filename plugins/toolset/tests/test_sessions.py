@@ -173,6 +173,26 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert len(ours) == 2  # the control plane answers the denied calls
 
 
+async def test_session_that_waits_for_confirmation_is_not_stalled_and_silent_agent_is(
+    workpool: Kit, make: Make
+) -> None:
+    [item] = workpool.enqueue(script=[bash("echo one", permission="ask"), bash("sleep 60")])
+    async with workpool.pool(make(), stall_timeout=1.0):
+        async with WorkClient(workpool.settings()) as client:
+            events = client.events(item.session_id)
+            async with asyncio.timeout(20), events.stream() as stream:
+                async for event in stream:
+                    if waiting := event.get("stop_reason", {}).get("event_ids"):
+                        break
+            await asyncio.sleep(2.5)  # a person who takes longer than stall_timeout
+            verdict = {"tool_use_id": waiting[0], "result": "allow"}
+            await events.send({"type": "user.tool_confirmation", **verdict})
+        finished = await workpool.wait_for(SessionFinished)
+    assert finished.outcome == "stalled"  # in the command that does not end
+    assert finished.seconds > 3
+    assert answers(workpool.server.events(item.session_id)) == [("one\n", False)]
+
+
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
     workpool: Kit, make: Make
 ) -> None:

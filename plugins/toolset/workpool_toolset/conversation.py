@@ -48,6 +48,7 @@ class Conversation:
         denied: Called for each call of this worker that will never run.
         ended: Whether the session has ended for good.
         turn_over: Whether the last event says that the agent waits for no action.
+        agent_idle: Whether the last event says that the agent waits for something.
         answered: The ids of calls that need no answer of this worker.
     """
 
@@ -56,6 +57,7 @@ class Conversation:
     denied: Callable[[ToolCall], None]
     ended: bool = False
     turn_over: bool = False
+    agent_idle: bool = False
     answered: set[str] = field(default_factory=set)
     _open: dict[str, _Open] = field(default_factory=dict)
     _verdicts: dict[str, bool] = field(default_factory=dict)
@@ -64,6 +66,15 @@ class Conversation:
     def idle(self) -> bool:
         """Whether the agent's turn is over, and no call waits to run or for a decision."""
         return self.turn_over and not self._open
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether a person or an application must act next.
+
+        They must decide on a call, answer one of their own tools, or begin the next turn.
+        """
+        undecided = any(one.allowed is None for one in self._open.values())
+        return self.next() is None and (undecided or self.agent_idle)
 
     def next(self) -> ToolCall | None:
         """Return the oldest call to answer now; it stays until `close`."""
@@ -87,7 +98,8 @@ class Conversation:
         """Apply one event. A malformed or unknown one affects only the idle time."""
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:
-            self.turn_over = kind == "session.status_idle" and _stop_reason(event) != _NEEDS_ACTION
+            self.agent_idle = kind == "session.status_idle"
+            self.turn_over = self.agent_idle and _stop_reason(event) != _NEEDS_ACTION
         if kind in _CALLS:
             self._called(event, custom=_CALLS[kind])
         elif answered := result_for(event):

@@ -103,6 +103,7 @@ class Runner:
         async with self._session.events.stream() as stream:
             async for event in stream:
                 self._conversation.apply(event)
+                self._session.progress()
                 self._caught_up = stream.caught_up
                 self._noticed()
                 if answered := result_for(event):
@@ -175,9 +176,11 @@ class Runner:
     async def _wait(self) -> bool:
         """Wait for a change; return False once the session was idle for `max_idle` seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
+        others_next = self._caught_up and self._conversation.waits_for_others
         try:
             async with asyncio.timeout_at(None if since is None else since + self._max_idle):
-                await self._changed.wait()
+                with self._session.waiting() if others_next else contextlib.nullcontext():
+                    await self._changed.wait()
         except TimeoutError:
             return False
         return True
@@ -225,6 +228,7 @@ class Runner:
             result = Result.error(INTERRUPTED)
         finally:
             self._running = None
+        self._session.progress()
         outcome = "error" if result.is_error else "ok"
         self._session.log.info(
             "toolset: %s %s %s in %.2f s", call.name, call.id, outcome, clock() - started
