@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 PREFIX: Final = "WORKPOOL_"
 CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
 PORT_MAX: Final = 65535
+OFF: Final = "off"
+SOCKET_PATH_BYTES: Final = 100
+"""The length of the path of a Unix socket at most; systems allow 104 to 108."""
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
 """Limits that the vendor asks clients to keep, in requests per second."""
@@ -95,7 +98,7 @@ def parse_listen(value: str) -> Address | None:
     Raises:
         ValueError: It is none of these; not quoted.
     """
-    if value == "off":
+    if value == OFF:
         return None
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([A-Za-z0-9._-]*)):([0-9]{1,5})", value)
     if match is None or int(match[3]) > PORT_MAX:
@@ -122,6 +125,12 @@ def _check_host(host: str) -> None:
 
 def _check_listen(value: str) -> str:
     parse_listen(value)
+    return value
+
+
+def _check_control_socket(value: str) -> str:
+    if not value or "\0" in value or len(os.fsencode(value)) > SOCKET_PATH_BYTES:
+        raise ValueError(f"must be a path of at most {SOCKET_PATH_BYTES} bytes, or off")
     return value
 
 
@@ -407,6 +416,12 @@ class Settings:
         choice("text", "json"),
         "text",
         "The format of the command line's logs: `text` or `json`. Default: `text`.",
+    )
+    control_socket: str | None = setting(
+        optional(checked(_check_control_socket)),
+        None,
+        "The path of the Unix socket for `workpool pause`, `resume` and `drain`, or `off`. "
+        "Default: a new one in a directory of the user under `workpool run`, `off` when embedded.",
     )
 
     _sources: _Sources = dataclasses.field(default_factory=_Sources, repr=False, compare=False)

@@ -90,6 +90,7 @@ def test_settings_have_documented_defaults() -> None:
         "stats_interval": 15,
         "log_level": "info",
         "log_format": "text",
+        "control_socket": None,
     }
 
 
@@ -197,6 +198,7 @@ def test_every_setting_has_an_environment_variable(
         "stats_interval": "0",
         "log_level": "DEBUG",
         "log_format": "json",
+        "control_socket": "worker.sock",
     }
     assert {*values, "token", "api_key"} == set(DESCRIPTIONS)
     for name, value in values.items():
@@ -314,6 +316,7 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
     ("stats_interval", (-1, "x")),
     ("log_level", ("loud", 7)),
     ("log_format", ("xml", 7)),
+    ("control_socket", (7, "", "a\0b", "x" * 101)),
     ("token", (7, [HIDDEN])),
     ("token_file", (7,)),
     ("api_key", (7, [HIDDEN])),

@@ -39,6 +39,9 @@ ENTRIES: Final = (
         "Run a program under the lease that a handler hands off.",
         interspersed=False,
     ),
+    Entry("pause", "control:pause", "Let a worker claim no more items; its sessions go on."),
+    Entry("resume", "control:resume", "Let a paused worker claim items again."),
+    Entry("drain", "control:drain", "Let a worker end its sessions, and then itself."),
     Entry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
     Entry("check", "check:check", "Check settings, plugins, credentials, connection and clock."),
     Entry(
@@ -105,7 +108,7 @@ def load(entry: Entry) -> Any:
     alone = typer.Typer(add_completion=False, **PLAIN)
     alone.command(
         entry.name,
-        epilog=module.EXAMPLES,
+        epilog=module.EXAMPLES if isinstance(module.EXAMPLES, str) else module.EXAMPLES[entry.name],
         context_settings={"allow_interspersed_args": entry.interspersed},
     )(found)
     return typer.main.get_command(alone)

@@ -25,6 +25,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "report_errors": "type|message",
     "metrics_listen": "HOST:PORT|off",
     "log_level": "LEVEL",
+    "control_socket": "PATH|off",
     "log_format": "text|json",
     **dict.fromkeys(
         ("token_file", "api_key_file", "ca_file", "client_cert_file", "client_key_file"), "FILE"

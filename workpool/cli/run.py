@@ -16,6 +16,7 @@ import typer
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from workpool.cli import exits, log_config
+from workpool.cli.control_socket import ControlSocket
 from workpool.cli.flags import (
     Config,
     PluginNames,
@@ -30,6 +31,7 @@ from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
+from workpool.settings import OFF
 
 METRICS_LISTEN: Final = "127.0.0.1:9464"
 BLOCKING_THREADS: Final = "workpool-blocking"
@@ -82,7 +84,9 @@ def run(
     if reporter.wanted:
         supervisor.renewer_services = [reporter.reporting()]
     signals.on_user = functools.partial(_pause_or_resume, supervisor)
-    raise typer.Exit(run_supervisor(supervisor, signals, until_empty=drain))
+    with exits.reported():
+        control = ControlSocket(settings.control_socket)
+    raise typer.Exit(run_supervisor(supervisor, signals, control, until_empty=drain))
 
 
 def _pause_or_resume(supervisor: Supervisor, number: signal.Signals) -> None:
@@ -92,17 +96,26 @@ def _pause_or_resume(supervisor: Supervisor, number: signal.Signals) -> None:
         supervisor.resume()
 
 
-def run_supervisor(supervisor: Supervisor, signals: Signals, *, until_empty: bool = False) -> int:
+def run_supervisor(
+    supervisor: Supervisor,
+    signals: Signals,
+    control: ControlSocket | None = None,
+    *,
+    until_empty: bool = False,
+) -> int:
     """Run a pool on a new event loop and return the exit status.
 
     Args:
         supervisor: The pool, not started.
         signals: The signals that drain it, not entered.
+        control: The socket that pauses, resumes and drains it, if any; not entered.
         until_empty: Whether to drain once the queue is empty.
     """
     supervisor.on_blocked = functools.partial(_end_process, supervisor)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_live(supervisor, signals, until_empty=until_empty))
+        return runner.run(
+            _live(supervisor, signals, control or ControlSocket(OFF), until_empty=until_empty)
+        )
 
 
 def _end_process(supervisor: Supervisor) -> None:
@@ -121,10 +134,12 @@ def _end_process(supervisor: Supervisor) -> None:
             exits.leave_now(exits.FAILED)
 
 
-async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) -> int:
+async def _live(
+    supervisor: Supervisor, signals: Signals, control: ControlSocket, *, until_empty: bool
+) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
-    status = await _serve(supervisor, signals, until_empty=until_empty)
+    status = await _serve(supervisor, signals, control, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
     left_tasks = supervisor.abandoned or await _deaf_tasks()
     sys.stdout.flush()
@@ -135,20 +150,24 @@ async def _live(supervisor: Supervisor, signals: Signals, *, until_empty: bool) 
     return status
 
 
-async def _serve(supervisor: Supervisor, signals: Signals, *, until_empty: bool) -> int:
+async def _serve(
+    supervisor: Supervisor, signals: Signals, control: ControlSocket, *, until_empty: bool
+) -> int:
     failure: WorkpoolError | None = None
-    with signals:
+    with signals, control:
         try:
             async with asyncio.TaskGroup() as group:
                 obeying = group.create_task(
                     _obey(signals, supervisor, asyncio.current_task()), name="signals"
                 )
+                serving = group.create_task(control.serve(supervisor), name="control-socket")
                 try:
                     await supervisor.run(until_empty=until_empty)
                 except WorkpoolError as error:
                     failure = error
                 finally:
                     obeying.cancel()
+                    serving.cancel()
         except asyncio.CancelledError:
             if not signals.second.is_set():
                 raise

@@ -1,0 +1,227 @@
+"""`workpool pause`, `resume` and `drain`: one request to a worker of this machine and user.
+
+See workpool/docs/operating.md, "Pause and drain".
+"""
+
+import os
+import socket
+import stat
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+
+import orjson
+import typer
+
+from workpool.cli import exits
+from workpool.cli.control_socket import LINE_BYTES, SUFFIX, directories, is_private, peer_of
+from workpool.cli.help_text import examples
+from workpool.logs import readable
+
+ANSWER_SECONDS: Final = 5.0
+"""The time for one request; a worker answers at once unless a handler blocks its event loop."""
+ANSWER_BYTES: Final = 4 * LINE_BYTES
+REASON: Final = "workpool pause"
+
+SocketPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        metavar="PATH",
+        help="The worker's `control_socket`. Default: those of all workers of this user.",
+    ),
+]
+Pid = Annotated[
+    int | None,
+    typer.Option("--pid", metavar="PID", help="The process id of the worker. Default: any."),
+]
+Environment = Annotated[
+    str | None,
+    typer.Option("--environment-id", metavar="ID", help="The worker's environment. Default: any."),
+]
+EXAMPLES: Final = {
+    "pause": examples("workpool pause", "workpool pause 'database is moved' --pid 4711"),
+    "resume": examples("workpool resume", "workpool resume --environment-id env_1"),
+    "drain": examples(
+        "workpool drain", "workpool drain --timeout 300 --socket /run/workpool/reports.sock"
+    ),
+}
+
+
+class ControlError(Exception):
+    """A worker cannot be reached; the message says why."""
+
+
+def pause(
+    reason: Annotated[
+        str, typer.Argument(metavar="REASON", help="Shown in the log and in `/readyz`.")
+    ] = REASON,
+    path: SocketPath = None,
+    pid: Pid = None,
+    environment_id: Environment = None,
+) -> None:
+    """Let a worker claim no more items; its sessions go on.
+
+    The worker is the only one of this user on this machine, or the one that the flags choose.
+    """
+    _request({"command": "pause", "reason": reason}, "paused", path, pid, environment_id)
+
+
+def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment = None) -> None:
+    """Let a paused worker claim items again.
+
+    The worker is the only one of this user on this machine, or the one that the flags choose.
+    """
+    _request({"command": "resume"}, "resumed", path, pid, environment_id)
+
+
+def drain(
+    timeout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SECONDS|unlimited",
+            help="The time that running sessions have. Default: the worker's `drain_timeout`.",
+        ),
+    ] = None,
+    path: SocketPath = None,
+    pid: Pid = None,
+    environment_id: Environment = None,
+) -> None:
+    """Let a worker end its sessions, and then itself.
+
+    The same as SIGTERM. A second drain can shorten the time and not extend it. The worker is the
+    only one of this user on this machine, or the one that the flags choose.
+    """
+    given = {} if timeout is None else {"timeout": timeout}
+    _request({"command": "drain", **given}, "draining", path, pid, environment_id)
+
+
+def _request(
+    request: Mapping[str, object],
+    done: str,
+    path: Path | None,
+    pid: int | None,
+    environment_id: str | None,
+) -> None:
+    """Find the worker, send it the request, and print a line; an error ends the command."""
+    try:
+        chosen = _choose(path, pid, environment_id)
+        answer = _ask(chosen, request)
+    except (OSError, ControlError) as error:
+        _end(exits.FAILED, _reason(error))
+    if "error" in answer:
+        _end(exits.USAGE, f"{chosen}: {answer['error']}")
+    typer.echo(f"{done} {_description(answer)}")
+
+
+def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
+    """Return the socket of the one worker that fits."""
+    wanted = {"pid": pid, "environment_id": environment_id}
+    paths = [path] if path is not None else _sockets()
+    found = {}
+    for each in paths:
+        try:
+            answer = _ask(each, {"command": "status"})
+        except (OSError, ControlError) as error:
+            if path is not None:
+                raise ControlError(f"{path}: {_reason(error)}") from None
+            if not isinstance(error, ConnectionRefusedError | FileNotFoundError):
+                typer.echo(f"workpool: {each}: {readable(_reason(error))}", err=True)
+            continue
+        if all(value is None or answer.get(name) == value for name, value in wanted.items()):
+            found[each] = answer
+    if len(found) == 1:
+        return next(iter(found))
+    if found:
+        lines = [f"{_description(answer)} socket={each}" for each, answer in found.items()]
+        _end(exits.USAGE, "several workers listen; choose one with --pid or --socket", *lines)
+    fitting = "" if wanted == {"pid": None, "environment_id": None} else " that the flags fit"
+    where = ", ".join(map(str, [path] if path is not None else directories()))
+    raise ControlError(
+        f"no worker{fitting} listens (looked at {where}); it may run as another user, on another "
+        "machine, or with another control_socket, which --socket names"
+    )
+
+
+def _sockets() -> list[Path]:
+    found: list[Path] = []
+    for directory in directories():
+        if is_private(directory):
+            found += sorted(directory.glob(f"*{SUFFIX}"))
+        elif directory.exists():
+            typer.echo(f"workpool: {directory}: not used, as others have access to it", err=True)
+    return found
+
+
+def _ask(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
+    """Send one request and return its answer.
+
+    Raises:
+        OSError: Nobody listens, or the worker does not answer in time.
+        ControlError: The socket is not this user's, or its answer cannot be read.
+    """
+    line = orjson.dumps(request) + b"\n"
+    if len(line) > LINE_BYTES:
+        raise ControlError("the reason is too long")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(ANSWER_SECONDS)
+        _connect(connection, path)
+        connection.sendall(line)
+        received = _receive(connection)
+    try:
+        answer = orjson.loads(received)
+    except orjson.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise ControlError("the answer cannot be read")
+    return answer
+
+
+def _connect(connection: socket.socket, path: Path) -> None:
+    """Connect to a socket of this user, and to no other."""
+    found, user = path.lstat(), os.geteuid()
+    if not stat.S_ISSOCK(found.st_mode):
+        raise ControlError("is no socket")
+    if found.st_uid == user:
+        connection.connect(str(path))
+    if found.st_uid != user or peer_of(connection) not in {None, user}:
+        raise ControlError(f"belongs to the user {found.st_uid}: run the command as that user")
+
+
+def _receive(connection: socket.socket) -> bytes:
+    end = time.monotonic() + ANSWER_SECONDS
+    received = b""
+    while not received.endswith(b"\n") and len(received) < ANSWER_BYTES:
+        connection.settimeout(max(0.001, end - time.monotonic()))
+        part = connection.recv(LINE_BYTES)
+        if not part:
+            break
+        received += part
+    return received
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return (
+            f"no answer in {ANSWER_SECONDS:.0f} s; the request may have an effect later; "
+            "a handler may block the event loop of the worker"
+        )
+    if isinstance(error, ConnectionRefusedError):
+        return "no worker listens there any more"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _description(answer: Mapping[str, Any]) -> str:
+    names = ("pid", "environment_id", "running")
+    shown = [f"{name}={readable(str(answer.get(name)), 200)}" for name in names]
+    reasons = answer.get("reasons")
+    if isinstance(reasons, list) and reasons:
+        shown.append(f"not ready: {readable('; '.join(map(str, reasons)), 1000)}")
+    return " ".join(shown)
+
+
+def _end(status: int, *lines: str) -> NoReturn:
+    for line in lines:
+        typer.echo(f"workpool: {readable(line)}", err=True)
+    raise typer.Exit(status)

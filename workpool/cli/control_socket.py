@@ -1,0 +1,277 @@
+"""The Unix socket through which `workpool pause`, `resume` and `drain` reach a worker.
+
+A worker has a socket of its own, in a directory that belongs to its user alone. A request is one
+line of JSON, and so is its answer; both are limited in size and time, and requests are answered one
+by one. Neither side trusts another user: the socket has the mode 0600 before it accepts anybody,
+and both ask the kernel whose process the other one is. See workpool/docs/operating.md, "Pause and
+drain".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import stat
+import struct
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import orjson
+
+from workpool.errors import ListenError
+from workpool.setting_values import decimal, unlimited
+from workpool.settings import OFF
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from workpool.pool.supervisor import Supervisor
+
+log = logging.getLogger("workpool")
+
+SUFFIX: Final = ".sock"
+LINE_BYTES: Final = 4096
+"""The size of a request or an answer at most."""
+REQUEST_SECONDS: Final = 2.0
+"""The time for one request; the next one waits meanwhile."""
+LOCK_SECONDS: Final = 2.0
+"""The time for which another worker of this user may open its socket."""
+ACCEPT_SECONDS: Final = 1.0
+"""The pause after a connection could not be accepted, as no descriptor is free."""
+BACKLOG: Final = 16
+ROOT: Final = 0
+_read_timeout = unlimited(decimal(zero=True))
+
+
+def directories() -> list[Path]:
+    """Return the directories for sockets of this user. A worker uses the first one that it can."""
+    user = os.geteuid()
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    runtime = [Path(given)] if given.startswith("/") else []
+    homes = [each / "workpool" for each in (*runtime, Path(f"/run/user/{user}"))]
+    return list(dict.fromkeys([*homes, Path(f"/tmp/workpool-{user}")]))  # noqa: S108 - owner and mode are checked
+
+
+def is_private(directory: Path) -> bool:
+    """Whether a directory exists, is no link, belongs to this user, and admits nobody else."""
+    try:
+        found = directory.lstat()
+    except OSError:
+        return False
+    admits_others = bool(stat.S_IMODE(found.st_mode) & 0o077)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not admits_others
+
+
+def peer_of(connection: socket.socket) -> int | None:
+    """Return the user of the process at the other end; None where the kernel does not tell."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
+    size = struct.calcsize("3i")
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return int(struct.unpack("3i", found)[1])
+
+
+class ControlSocket:
+    """The socket of one worker: bound by the constructor, removed at the end of the context.
+
+    Args:
+        setting: The path; None: a new one in a directory of this user; `off`: no socket.
+
+    Raises:
+        ListenError: The socket of this path cannot be made. Without a path, that is a log line.
+    """
+
+    def __init__(self, setting: str | None) -> None:
+        self._listener: socket.socket | None = None
+        self._path = Path()
+        self._identity = (0, 0)
+        if setting == OFF or not hasattr(socket, "AF_UNIX"):
+            return
+        if setting is not None:
+            try:
+                self._open(Path(setting))
+            except OSError as error:
+                problem = error.strerror or str(error)
+                raise ListenError(f"control_socket: {setting}: {problem}") from None
+            return
+        try:
+            self._open(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
+        except OSError as error:
+            log.info("no control socket error=%s", error.strerror or error)
+
+    def __enter__(self) -> Self:
+        if self._listener is not None:
+            log.info("control socket path=%s", self._path)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._listener is None:
+            return
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            found = self._path.lstat()
+            if (found.st_dev, found.st_ino) == self._identity:  # else it is another worker's
+                self._path.unlink()
+
+    async def serve(self, supervisor: Supervisor) -> None:
+        """Answer requests until cancelled. On the supervisor's loop."""
+        if self._listener is None:
+            return
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError as error:
+                log.warning("control socket cannot accept error=%s", error.strerror)
+                await asyncio.sleep(ACCEPT_SECONDS)
+                continue
+            with connection, contextlib.suppress(OSError):  # the other end may be gone
+                async with asyncio.timeout(REQUEST_SECONDS):
+                    await _answer(connection, supervisor)
+
+    def _open(self, path: Path) -> None:
+        """Bind and listen, in the place of the sockets of workers that do not live any more."""
+        with _locked(path.parent):  # else a worker could remove a socket that is not listening yet
+            _remove_dead(path)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                listener.bind(str(path))
+                path.chmod(0o600)
+                listener.listen(BACKLOG)  # nobody can connect before
+                listener.setblocking(False)
+            except BaseException:
+                listener.close()
+                raise
+            found = path.lstat()
+        self._listener, self._path = listener, path
+        self._identity = (found.st_dev, found.st_ino)
+
+
+def _own_directory() -> Path:
+    """Return a directory of this user, made if necessary, without sockets of ended workers.
+
+    Raises:
+        OSError: There is none and none can be made.
+    """
+    for directory in directories():
+        if directory.parent.is_dir():
+            with contextlib.suppress(OSError):  # it exists, or the next one will do
+                directory.mkdir(mode=0o700)
+            if is_private(directory) and os.access(directory, os.W_OK):
+                with _locked(directory):
+                    for path in directory.glob(f"*{SUFFIX}"):
+                        with contextlib.suppress(OSError):  # a worker listens
+                            _remove_dead(path)
+                return directory
+    raise OSError(errno.EACCES, "no directory of this user can be used")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory, which its workers take to open their sockets.
+
+    Raises:
+        OSError: Another process has had it for `LOCK_SECONDS`.
+    """
+    import fcntl  # noqa: PLC0415 - Windows has none, and no such socket
+
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(LOCK_SECONDS / 100)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove the socket of a worker that has ended without removing it.
+
+    Raises:
+        OSError: The path is something else, another user's, or a worker listens.
+    """
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise OSError(errno.EEXIST, "exists and is no socket")
+    if found.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, "is the socket of another user")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
+        trying.setblocking(False)
+        result = trying.connect_ex(str(path))
+    if result != errno.ECONNREFUSED:  # also a full backlog
+        raise OSError(errno.EADDRINUSE, "another worker listens there")
+    path.unlink(missing_ok=True)
+
+
+async def _answer(connection: socket.socket, supervisor: Supervisor) -> None:
+    """Read one request, act on it, and answer."""
+    loop = asyncio.get_running_loop()
+    user = peer_of(connection)
+    if user not in {None, ROOT, os.geteuid()}:
+        return
+    received = b""
+    while not received.endswith(b"\n") and len(received) <= LINE_BYTES:
+        part = await loop.sock_recv(connection, LINE_BYTES + 1 - len(received))
+        if not part:
+            break
+        received += part
+    try:
+        answer = _act(received, supervisor)
+    except orjson.JSONDecodeError:
+        answer = {"error": "the request is not JSON"}
+    except ValueError as error:
+        answer = {"error": str(error)}
+    # The action and the answer are one step: a drain that ends at once would lose the answer.
+    await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
+
+
+def _act(line: bytes, supervisor: Supervisor) -> dict[str, Any]:
+    """Obey one request, and return who did.
+
+    Raises:
+        ValueError: The request cannot be read.
+    """
+    if len(line) > LINE_BYTES:
+        raise ValueError("the request is too long")
+    match orjson.loads(line):
+        case {"command": "status"}:
+            pass
+        case {"command": "pause", "reason": str(reason)}:
+            supervisor.pause(reason)
+        case {"command": "resume"}:
+            supervisor.resume()
+        case {"command": "drain", "timeout": timeout}:
+            supervisor.request_drain(_read_timeout(timeout))
+        case {"command": "drain"}:
+            supervisor.request_drain()
+        case _:
+            raise ValueError("the request is unknown")
+    status = supervisor.status()
+    return {
+        "pid": os.getpid(),
+        "environment_id": supervisor.settings.environment_id,
+        "running": status.running,
+        "reasons": [reason[:200] for reason in status.reasons[:5]],
+    }
