@@ -154,6 +154,18 @@ def test_suppressions_of_package_are_few_and_have_reasons() -> None:
     assert len(found) <= lines * SUPPRESSIONS_PER_1000_LINES / 1000
 
 
+def test_suppressions_of_tests_have_reasons() -> None:
+    """The reason follows after a dash, or for `type: ignore` in a comment of its own."""
+    paths = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/**/*.py")]
+    found = [(path, text) for path in paths for text in suppressions(path)]
+    assert len(found) > 50
+    for path, text in found:
+        assert re.search(r"noqa: [A-Z0-9, ]+ - .+|type: ignore\[[a-z-]+\] +# .+", text), (
+            path,
+            text,
+        )
+
+
 @pytest.mark.parametrize("name", LOOPS)
 def test_event_loop_subclass_is_covered_and_simple(name: str) -> None:
     hidden = [text for text in suppressions(PACKAGE / name) if re.search("pragma|C901|PLR", text)]

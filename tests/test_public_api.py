@@ -103,4 +103,4 @@ def test_public_modules_are_attributes_of_the_package() -> None:
 
 def test_unknown_name_of_workpool_raises_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'workpool' has no attribute 'nothing'"):
-        workpool.nothing  # type: ignore[attr-defined] # noqa: B018
+        _ = workpool.nothing  # type: ignore[attr-defined]  # the case under test

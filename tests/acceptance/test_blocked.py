@@ -91,7 +91,7 @@ def no_writable_directory(
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
     try:
-        subprocess.check_call((*launcher, "true"), cwd=folder)  # noqa: S603
+        subprocess.check_call((*launcher, "true"), cwd=folder)  # noqa: S603 - fixed words
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this machine does not permit a read-only mount namespace")
     return (*launcher, sys.executable, "-m", "workpool"), {"TMPDIR": "/proc"}

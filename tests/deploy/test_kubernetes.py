@@ -96,7 +96,7 @@ def render(kubectl: str, folder: Path) -> list[Manifest]:
 
 @pytest.fixture(params=OVERLAYS)
 def rendered(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
-    """What one overlay applies to a cluster."""
+    """Return the manifests of one overlay."""
     return render(kubectl, KUBERNETES / request.param)
 
 

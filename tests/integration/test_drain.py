@@ -453,7 +453,8 @@ async def test_item_of_stuck_handler_is_marked_before_it_is_abandoned(
 
     (item,) = plane.enqueue()
     async with make_pool(stubborn, session_timeout=0.05) as supervisor:
-        while "ignore their cancellation" not in str(supervisor.status()):  # noqa: ASYNC110
+        expected = "ignore their cancellation"
+        while expected not in str(supervisor.status()):  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0.01)
         await supervisor.drain(timeout=LONG)
     may_end.set()

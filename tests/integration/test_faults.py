@@ -159,7 +159,7 @@ async def test_injected_expiry_ends_lease_at_once(
     assert times == sorted(times)
 
 
-# -- when it strikes
+# -- when a fault is injected
 
 
 async def codes(wire: Wire, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What becomes of a session whose handler has a result: written, or an error, but never cut."""
+"""The result of a handler: it is written whole, or is an error of the session."""
 
 from __future__ import annotations
 

@@ -150,7 +150,8 @@ def rewriting(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
         response = await handler(request)
         if not request.path.endswith(path) or not isinstance(response, web.Response):
             return response
-        value = json.loads(response.body) if response.body else None  # type: ignore[arg-type]
+        assert response.body is None or isinstance(response.body, bytes)
+        value = json.loads(response.body) if response.body else None
         if isinstance(value, dict) and response.status == 200:
             return web.json_response(change(value))
         return response

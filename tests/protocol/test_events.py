@@ -727,7 +727,7 @@ async def test_database_of_older_version_is_migrated(
         assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]
 
 
-# -- what an embedder hands over ---------------------------------------------------------------
+# -- events from an embedder -------------------------------------------------------------------
 
 
 async def test_stored_event_does_not_change_with_object_of_sender(qoder: Api) -> None:

@@ -34,7 +34,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def _run_once(self) -> None:
         if not self._ready and self._scheduled:  # type: ignore[attr-defined]  # asyncio's own
-            self.seconds = max(self.seconds, self._scheduled[0].when())  # type: ignore[attr-defined]  # same
+            self.seconds = max(self.seconds, self._scheduled[0].when())  # type: ignore[attr-defined]  # asyncio's own
         super()._run_once()  # type: ignore[misc]  # asyncio's own
 
 

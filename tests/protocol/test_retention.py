@@ -53,7 +53,7 @@ def rows(file: Path) -> list[int]:
     """Return the numbers of items, sessions and events in a file."""
     with closing(sqlite3.connect(file)) as connection:
         return [
-            connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608
+            connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - fixed names
             for table in ("work", "session", "event")
         ]
 

@@ -345,7 +345,7 @@ async def test_sdk_worker_handles_item_with_its_secret_but_without_key(
     )
     async with (
         AsyncAnthropic(auth_token=KEY, base_url=base_url) as parent,
-        AsyncAnthropic(auth_token="opens-nothing", base_url=base_url) as child,  # noqa: S106
+        AsyncAnthropic(auth_token="opens-nothing", base_url=base_url) as child,  # noqa: S106 - a refused token
     ):
         async for item in parent.beta.environments.work.poller(
             environment_id=environment_id, environment_key=KEY, block_ms=None, drain=True,

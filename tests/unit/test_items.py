@@ -167,8 +167,8 @@ def test_item_heartbeat_that_cannot_be_sent_back_is_read_as_none(bad: object) ->
 
 
 def test_item_heartbeat_that_is_no_time_is_kept_unchanged() -> None:
-    item = parse_item({**ITEM, "latest_heartbeat_at": "beat-7"})
-    assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "beat-7")
+    item = parse_item({**ITEM, "latest_heartbeat_at": "opaque-7"})
+    assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "opaque-7")
 
 
 def test_stats_with_unreadable_time_are_read() -> None:

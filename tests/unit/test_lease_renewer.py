@@ -180,7 +180,7 @@ async def test_crashed_heartbeat_loses_its_own_lease_only(
     one = bench()
     async with one.open():
         leases = [await one.begin(await one.claim()) for _ in range(2)]
-        leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]
+        leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
         one.renewer.check_soon(leases[0])
         await asyncio.sleep(60)
         assert [lease.held(one.clock()) for lease in leases] == [False, True]
@@ -226,7 +226,7 @@ async def test_check_soon_sends_heartbeat_at_once(bench: type[Bench]) -> None:
 
 @in_virtual_time
 async def test_suspended_renewer_sends_no_heartbeats(bench: type[Bench]) -> None:
-    """This happens while the handlers' loop is blocked for too long."""
+    """The renewer is suspended while the handlers' loop is blocked for too long."""
     one = bench()
     async with one.open():
         first, second = await one.begin(await one.claim()), await one.begin(await one.claim())

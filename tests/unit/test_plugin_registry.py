@@ -232,7 +232,7 @@ def hook(annotation: object) -> Any:
     [
         (DrainStarted, {DrainStarted}),
         (DrainStarted | PluginFailed, {DrainStarted, PluginFailed}),
-        (Union[DrainStarted, PluginFailed], {DrainStarted, PluginFailed}),  # noqa: UP007
+        (Union[DrainStarted, PluginFailed], {DrainStarted, PluginFailed}),  # noqa: UP007 - the older form
         ("DrainStarted | PluginFailed", {DrainStarted, PluginFailed}),
         ("SessionFinished", {SessionFinished}),  # imported for type checkers only
         (Event, set(get_args(Event))),
@@ -250,7 +250,7 @@ def test_observer_receives_event_types_of_its_annotation(
 def test_observer_without_annotation_receives_every_event_type() -> None:
     class Bare:
         @hookimpl
-        def workpool_event(self, event):  # type: ignore[no-untyped-def]
+        def workpool_event(self, event):  # type: ignore[no-untyped-def]  # the case
             ...
 
     class Argumentless:
@@ -264,12 +264,12 @@ def test_observer_without_annotation_receives_every_event_type() -> None:
 def test_observers_of_different_types_receive_only_their_types() -> None:
     class Drains(Recorder):
         @hookimpl
-        def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]
+        def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
     class Failures(Recorder):
         @hookimpl
-        def workpool_event(self, event: PluginFailed) -> None:  # type: ignore[override]
+        def workpool_event(self, event: PluginFailed) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
     drains, failures = Drains(), Failures()

@@ -58,7 +58,7 @@ async def first_and_second() -> None:
 
 @pytest.mark.parametrize("factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_first_and_second_signal_wake_waiting_loop(factory: object) -> None:
-    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]
+    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
         runner.run(first_and_second())
 
 
@@ -103,7 +103,7 @@ def test_signal_received_while_loop_starts_counts_once(
             await reported.wait()
             assert not signals.second.is_set()
 
-    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]
+    with asyncio.Runner(loop_factory=factory) as runner:  # type: ignore[arg-type]  # uvloop
         runner.run(asyncio.wait_for(receive(), 20))
     assert recorder.received == [signal.SIGTERM, signal.SIGUSR1]
 
