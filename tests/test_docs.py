@@ -225,6 +225,13 @@ async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("plane")
+async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -> None:
+    stock = run("# stock.py", tmp_path)["stock"]
+    done = await handled_by(stock, {"job": "stock"})
+    assert (done["stock"], done["retry"]) == ("7", "2")
+
+
+@pytest.mark.usefixtures("plane")
 async def test_documented_thread_with_stop_flag_returns_its_result(tmp_path: Path) -> None:
     resize = run("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"

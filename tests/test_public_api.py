@@ -23,6 +23,7 @@ def test_public_names_are_the_documented_ones() -> None:
         "PluginError",
         "RateLimits",
         "Release",
+        "Retry",
         "Session",
         "SessionEnded",
         "Settings",

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from workpool import events as events
     from workpool import settings as settings
     from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
-    from workpool.handlers import Handler, handler
+    from workpool.handlers import Handler, Retry, handler
     from workpool.hookspecs import hookimpl
     from workpool.json_value import JSON
     from workpool.pool.status import Status
@@ -41,6 +41,7 @@ __all__ = [
     "PluginError",
     "RateLimits",
     "Release",
+    "Retry",
     "Session",
     "SessionEnded",
     "Settings",
@@ -67,6 +68,7 @@ _MODULE_OF = {
     "PluginError": "errors",
     "RateLimits": "wire.http.rate_limiter",
     "Release": "session",
+    "Retry": "handlers",
     "Session": "session",
     "SessionEnded": "errors",
     "Settings": "settings",

@@ -139,6 +139,19 @@ class SessionStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class HandlerRetried:
+    """A handler that raised is about to be called again in the same session run.
+
+    `retry`: the number of this call. `error`: the exception of the call before it.
+    """
+
+    session: Session
+    handler: str
+    retry: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
 class SessionFinished:
     """A session has ended in this pool. There is exactly one such event for each acknowledgement.
 
@@ -265,6 +278,7 @@ Event = (
     | HeartbeatFinished
     | StopRequested
     | SessionStarted
+    | HandlerRetried
     | SessionFinished
     | SessionLost
     | SessionFailed

@@ -1,4 +1,4 @@
-"""The decorator `@handler`, its rule, and `Handler`, which the pool runs.
+"""The decorator `@handler` with `Retry`, its rule, and `Handler`, which the pool runs.
 
 The decorator only adds an attribute to the function, which stays callable in a test without a pool.
 `workpool.plugins` turns rules into routes. This module registers nothing.
@@ -33,6 +33,44 @@ _MARK: Final = "__workpool_handler__"
 _ANY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """When a handler that raised is called again in the same session run.
+
+    The delay before a retry is random, between 0 and a ceiling that doubles with each retry.
+    `Release` and the errors of a session that the pool no longer holds are never retried.
+
+    Attributes:
+        on: The class of errors, or the classes, that are retried. An exception group counts if it
+            contains only such errors.
+        times: The number of retries at most.
+        backoff: The ceiling of the first delay, in seconds.
+        backoff_max: The ceiling that no delay exceeds, in seconds.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument that can never work.
+    """
+
+    on: type[Exception] | tuple[type[Exception], ...]
+    times: int = 3
+    backoff: float = 1.0
+    backoff_max: float = 60.0
+
+    def __post_init__(self) -> None:
+        classes: tuple[object, ...] = self.on if isinstance(self.on, tuple) else (self.on,)
+        if not all(isinstance(each, type) and issubclass(each, Exception) for each in classes):
+            raise TypeError("Retry: on must be a subclass of Exception, or a tuple of them")
+        if not classes:
+            raise ValueError("Retry: on must name an error")
+        _check_whole_number("Retry: times", self.times)
+        _check_at_least_one("Retry: times", self.times)
+        for name, seconds in (("backoff", self.backoff), ("backoff_max", self.backoff_max)):
+            _check_seconds(f"Retry: {name}", seconds)
+        if self.backoff > self.backoff_max:
+            raise ValueError("Retry: backoff must not be more than backoff_max")
+
+
 @dataclass(frozen=True, slots=True)
 class HandlerRule:
     """The items that a decorated function takes, and its limits."""
@@ -43,6 +81,7 @@ class HandlerRule:
     max_sessions: int | None
     reserved_sessions: int = 0
     stall_timeout: float | None = None
+    retry: Retry | None = None
 
     def matches(self, item: WorkItem) -> bool:
         """Whether the item has this type and at least this metadata."""
@@ -71,6 +110,7 @@ class Handler:
         max_sessions: Sessions that may run at once in this pool; None: no limit.
         reserved_sessions: Slots of the pool that sessions of other handlers leave free for it.
         stall_timeout: Seconds without progress; None: the setting `stall_timeout`.
+        retry: When it is called again after an error; None: never.
         plugin: The name of its plugin.
     """
 
@@ -80,6 +120,7 @@ class Handler:
     max_sessions: int | None = None
     reserved_sessions: int = 0
     stall_timeout: float | None = None
+    retry: Retry | None = None
     plugin: str
 
 
@@ -96,6 +137,7 @@ def handler(
     max_sessions: int | None = ...,
     reserved_sessions: int = ...,
     stall_timeout: float | None = ...,
+    retry: Retry | None = ...,
 ) -> Callable[[Function], Function]: ...
 
 
@@ -109,6 +151,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
     max_sessions: int | None = None,
     reserved_sessions: int = 0,
     stall_timeout: float | None = None,
+    retry: Retry | None = None,
 ) -> Function | Callable[[Function], Function]:
     """Mark an async function or method as the handler of the items that match.
 
@@ -119,13 +162,15 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
         function: The function itself, when used bare.
         type: The item's `data.type`.
         metadata: Pairs that the item's metadata must hold.
-        timeout: Seconds after which the handler is cancelled; None: the setting `session_timeout`.
+        timeout: Seconds after which the handler is cancelled, retries included; None: the setting
+            `session_timeout`.
         max_sessions: How many of its sessions this pool runs at once; None: as many as it has
             slots for. An item beyond that waits, unacknowledged, until one of them ends or the item
             is about to be delivered again.
         reserved_sessions: How many slots of the pool sessions of other handlers leave free.
         stall_timeout: Seconds without progress after which the handler is cancelled; None: the
             setting `stall_timeout`.
+        retry: When it is called again after an error; None: never.
 
     Raises:
         TypeError: Not an `async def` function, marked twice, or an argument of the wrong type.
@@ -136,12 +181,14 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
         name = getattr(function, "__qualname__", repr(function))
         _check_function(name, function)
         _check_match(name, type, metadata)
-        _check_seconds(name, "timeout", timeout)
-        _check_seconds(name, "stall_timeout", stall_timeout)
+        _check_limit(f"@handler: timeout of {name}", timeout)
+        _check_limit(f"@handler: stall_timeout of {name}", stall_timeout)
         _check_slots(name, max_sessions, reserved_sessions)
+        if retry is not None and not isinstance(retry, Retry):
+            raise TypeError(f"@handler: retry of {name} must be a Retry, or None")
         match = MappingProxyType(dict(metadata))
         rule = HandlerRule(
-            type, match, timeout, max_sessions, reserved_sessions, stall_timeout=stall_timeout
+            type, match, timeout, max_sessions, reserved_sessions, stall_timeout, retry
         )
         setattr(function, _MARK, rule)
         return function
@@ -208,21 +255,24 @@ def _check_match(name: str, type_: object, metadata: object) -> None:
         raise TypeError(f"@handler: metadata of {name} must map strings to strings")
 
 
-def _check_seconds(name: str, argument: str, seconds: object) -> None:
-    if seconds is None:
-        return
+def _check_limit(what: str, seconds: object) -> None:
+    if seconds is not None:
+        _check_seconds(what, seconds, ", or None")
+
+
+def _check_seconds(what: str, seconds: object, otherwise: str = "") -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"@handler: {argument} of {name} must be a number of seconds, or None")
+        raise TypeError(f"{what} must be a number of seconds{otherwise}")
     if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"@handler: {argument} of {name} must be more than 0 seconds and finite")
+        raise ValueError(f"{what} must be more than 0 seconds and finite")
 
 
 def _check_slots(name: str, max_sessions: int | None, reserved_sessions: int) -> None:
     if max_sessions is not None:
-        _check_whole_number(name, "max_sessions", max_sessions, ", or None")
-        if max_sessions < 1:
-            raise ValueError(f"@handler: max_sessions of {name} must be at least 1")
-    _check_whole_number(name, "reserved_sessions", reserved_sessions)
+        what = f"@handler: max_sessions of {name}"
+        _check_whole_number(what, max_sessions, ", or None")
+        _check_at_least_one(what, max_sessions)
+    _check_whole_number(f"@handler: reserved_sessions of {name}", reserved_sessions)
     if reserved_sessions < 0:
         raise ValueError(f"@handler: reserved_sessions of {name} must not be negative")
     if max_sessions is not None and reserved_sessions > max_sessions:
@@ -232,6 +282,11 @@ def _check_slots(name: str, max_sessions: int | None, reserved_sessions: int) ->
         )
 
 
-def _check_whole_number(name: str, argument: str, number: object, otherwise: str = "") -> None:
+def _check_whole_number(what: str, number: object, otherwise: str = "") -> None:
     if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"@handler: {argument} of {name} must be a whole number{otherwise}")
+        raise TypeError(f"{what} must be a whole number{otherwise}")
+
+
+def _check_at_least_one(what: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{what} must be at least 1")

@@ -28,6 +28,7 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     "outcome": "text",
     "seconds": "number",
     "attempt": "number",
+    "retry": "number",
     "reason": "text",
     "type": "text",
     "direction": "text",

@@ -182,6 +182,8 @@ class Session:
         redelivered: Whether the item was held before, here or elsewhere: it may have run before.
         attempt: The number of this run: 1, and one more for each earlier run that ended with
             neither a release (by a drain or by `Release`) nor a stop.
+        retry: The number of this call of the handler in its run: 0, and one more for each retry. A
+            run that was released leaves the number to the next run. Changed by the pool.
         state: For the plugins' wrapping contexts and the handler: connections, spans and the like,
             by names of their own. The pool does not use it.
         outcome: None while the handler runs. Then the outcome that the session has if its last
@@ -198,13 +200,17 @@ class Session:
         "item",
         "outcome",
         "redelivered",
+        "retry",
         "state",
     )
 
-    def __init__(self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1) -> None:
+    def __init__(
+        self, item: WorkItem, held: Held, *, redelivered: bool, attempt: int = 1, retry: int = 0
+    ) -> None:
         self.item = item
         self.redelivered = redelivered
         self.attempt = attempt
+        self.retry = retry
         self.state: dict[str, Any] = {}
         self.outcome: Outcome | None = None
         self._held = held

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from tests.simulation.trace import FOREVER
 from workpool.events import (
     AckFinished,
+    HandlerRetried,
     ItemDeclined,
     ItemReceived,
     ItemReclaimed,
@@ -32,6 +33,7 @@ _COUNTED: Final[Mapping[type[Event], tuple[str, str]]] = {
     StopFinished: ("stops_total", "result"),
     ItemReceived: ("items_received_total", "origin"),
     ItemReclaimed: ("reclaims_total", "direction"),
+    HandlerRetried: ("handler_retries_total", "handler"),
 }
 """The counter that each event increases, and the attribute that is its label."""
 GIVE_UP_SECONDS: Final = 4.0
@@ -202,10 +204,14 @@ def _count_events(case: Case, seen: Counter[tuple[str, ...]]) -> None:
 
 def _check_events(case: Case, node: Node, seen: Counter[tuple[str, ...]]) -> None:
     """Add numbers that the pool's events contradict, under names that no counter has."""
-    runs = sum(run.node is node and run.behaviour != "alone" for run in case.trace.runs)
+    calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
+    runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)
     if runs != started:
         seen[node.machine.name, "sessions started"] = runs
+    retries = sum(isinstance(event, HandlerRetried) for _, event in node.events)
+    if retries != len(calls) - runs:
+        seen[node.machine.name, "retries"] = len(calls) - runs
     polls = sum(isinstance(event, PollFinished) for _, event in node.events)
     if polls != node.polls:
         seen[node.machine.name, "polls"] = node.polls

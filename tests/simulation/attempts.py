@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _RELEASED: Final = "workpool.released"
 _ERROR: Final = "workpool.error"
-_NOTES: Final = frozenset({"workpool.attempt", _RELEASED, _ERROR})
+_NOTES: Final = frozenset({"workpool.attempt", "workpool.retries", _RELEASED, _ERROR})
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -50,7 +50,7 @@ def attempts_are_counted(case: Case) -> Iterator[str]:
     mark has the number of an earlier try, and cancels the count of that one.
     """
     for work_id in case.runs:
-        if _late(case, work_id):
+        if was_late(case, work_id):
             continue
         least = most = 1
         for one in _tries(case, work_id):
@@ -108,8 +108,8 @@ def released_items_are_marked(case: Case) -> Iterator[str]:
 def no_item_has_a_mark_and_an_error(case: Case) -> Iterator[str]:
     """8c. No item has a mark and an error, unless a write overtook an earlier one on its way."""
     for work_id in case.runs:
-        calls = _notes(case, work_id)
-        if _late(case, work_id) or calls != sorted(calls, key=_at):
+        calls = notes_of(case, work_id)
+        if was_late(case, work_id) or calls != sorted(calls, key=_at):
             continue
         standing: set[str] = set()
         for call in calls:
@@ -143,12 +143,12 @@ def _add(case: Case, one: _Try, lease: GrantedLease) -> None:
         for call in case.sent[node, lease.work_id]
         if case.lease(node, lease.work_id, call.at) is lease
     )
-    for call in _notes(case, lease.work_id):
+    for call in notes_of(case, lease.work_id):
         if call.node is node and case.lease(node, lease.work_id, call.at) is lease:
             one.marked = call.patch.get(_RELEASED, one.marked or None) is not None
 
 
-def _notes(case: Case, work_id: str) -> list[Sent]:
+def notes_of(case: Case, work_id: str) -> list[Sent]:
     """Return the writes of the item's notes in the order in which they were applied."""
     found = [
         call
@@ -161,9 +161,9 @@ def _notes(case: Case, work_id: str) -> list[Sent]:
     return sorted(found, key=lambda call: call.arrives_at)
 
 
-def _late(case: Case, work_id: str) -> bool:
+def was_late(case: Case, work_id: str) -> bool:
     """Return whether a note was applied after its sender's lease, which the wire allows."""
-    for call in _notes(case, work_id):
+    for call in notes_of(case, work_id):
         lease = case.lease(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:
             return True

@@ -38,6 +38,12 @@ from tests.simulation.order import (
     refused_acks_are_backed_off,
     sessions_share_no_context,
 )
+from tests.simulation.retries import (
+    failed_calls_are_repeated,
+    retries_are_bounded,
+    retries_end_with_the_pool_and_the_session,
+    retries_go_on_in_the_next_run,
+)
 from tests.simulation.trace import FOREVER
 from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import ItemReceived, PollerRestarted, SessionFinished, SessionStarted
@@ -279,9 +285,9 @@ def _unjustified(call: Sent, run: Run | None) -> str | None:
         return "for an item that had not run"
     if call.at < run.ended:
         return "while its handler ran"
-    if run.result == "cancelled" and call.node.pool.session_timeout is not None:
+    if run.result in {"cancelled", "retried"} and call.node.pool.session_timeout is not None:
         return None
-    untouched = run.result in {"released", "cancelled"}
+    untouched = run.result in {"released", "cancelled", "retried"}
     return f"for an item that was {run.result}" if untouched else None
 
 
@@ -501,6 +507,10 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     lost_runs_are_counted,
     released_items_are_marked,
     no_item_has_a_mark_and_an_error,
+    failed_calls_are_repeated,
+    retries_are_bounded,
+    retries_end_with_the_pool_and_the_session,
+    retries_go_on_in_the_next_run,
 )
 
 

@@ -19,6 +19,7 @@ _LABEL: Final = {
     "items_received_total": "origin",
     "reclaims_total": "direction",
     "heartbeats_total": "result",
+    "handler_retries_total": "handler",
 }
 """The label by which each counter is summed up."""
 

@@ -337,6 +337,45 @@ MUTATIONS: dict[str, list[Edit]] = {
             "context=item.context",
         ),
     ],
+    # Retries.
+    "failed call not repeated": [
+        Edit("handler_executor:HandlerExecutor", "item.cancelled_for is not None:", "True:"),
+    ],
+    "drain does not end the wait for a retry": [
+        Edit("handler_executor:HandlerExecutor", "if session.draining:", "if False:"),
+    ],
+    "stop request does not end the wait for a retry": [
+        Edit("handler_executor:HandlerExecutor", "if session.stopping:", "if False:"),
+    ],
+    "drain that fails what waits for a retry": [
+        Edit("handler_executor:HandlerExecutor", "raise PoolRelease(DRAIN_REASON) from", "raise"),
+    ],
+    "retry after the machine has slept": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "if not self._may_start(item):\n        raise",
+            "if False:\n        raise",
+        ),
+    ],
+    "retry late": [
+        Edit("handler_executor:HandlerExecutor", "backoff.next(), error", "99.0, error"),
+    ],
+    "retries without end": [
+        Edit("handler_executor:HandlerExecutor", "session.retry += 1", "session.retry += 0"),
+    ],
+    "retries not counted": [
+        Edit(
+            "handler_executor:HandlerExecutor",
+            "self._observe(HandlerRetried, session, item.label, session.retry, error)",
+            "0",
+        ),
+    ],
+    "number of a retry not left to the next run": [
+        Edit("pool_item:Attempt", "patch[RETRIES] = str(retry)", "pass"),
+    ],
+    "number of a retry not taken over": [
+        Edit("pool_item:Attempt", "int(retries) if _NUMBER(retries) else 0", "0"),
+    ],
     # Completions.
     "own stop taken for an operator's": [
         Edit(
@@ -463,7 +502,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
     ],
     "mark not deleted by the next run": [
-        Edit("pool_item:Attempt", "(ERROR, RELEASED)", "(ERROR,)"),
+        Edit("pool_item:Attempt", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
     ],
     "release without a mark": [
         Edit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),

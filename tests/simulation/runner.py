@@ -18,7 +18,7 @@ from tests.simulation.invariants import INVARIANTS, judge
 from tests.simulation.machine import run_machines
 from tests.simulation.results import Progress, Report
 from tests.simulation.schedule import Schedule, draw
-from tests.simulation.scripted_handlers import SimulatedLimit, simulated
+from tests.simulation.scripted_handlers import PLUGINS
 from tests.simulation.world import World
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
@@ -114,7 +114,7 @@ def _metrics_registry() -> CollectorRegistry:
 
 @functools.cache
 def _loaded() -> tuple[tuple[Any, ...], dict[str, Any]]:
-    plugins = loading.load((SimulatedLimit(), simulated), {})
+    plugins = loading.load(PLUGINS, {})
     return plugins, registry._in_order(plugins)
 
 

@@ -39,6 +39,8 @@ FIRST_HEARTBEATS_SHARE: Final = 0.5
 """The share of crowded schedules in which first heartbeats, not renewals, get no answer."""
 REFRAIN_SHARE: Final = 0.15
 """The share of schedules in which an operator pauses the claiming of a pool."""
+RETRY_SHARE: Final = 0.2
+"""The share of schedules in which half of the work fails and is retried."""
 LIMITS_SHARE: Final = 0.15
 HANDLER_LIMIT_SHARE: Final = 0.15
 """The share of schedules with pools that end by themselves."""
@@ -90,7 +92,7 @@ class Action:
         at: Seconds after the start of the simulation.
         target: Index of the pool or item, modulo their number.
         seconds: Duration of a cut, a sleep or a handler's work, or the timeout of a drain.
-        behaviour: What the handler of a new item does.
+        behaviour: What the handler of a new item does: one of `BEHAVIOURS`, or `retry`.
         count: Number of new items. Negative: one item for the session of the item before.
     """
 
@@ -152,7 +154,24 @@ def draw(random: Random, seed: int) -> Schedule:
         pauses = [replace(_action(random), kind="refrain") for _ in range(random.randint(1, 3))]
         pauses = [_close_to(random.choice(work), pause, random) for pause in pauses]
         actions = sorted([*actions, *pauses], key=_at)
+    if random.random() < RETRY_SHARE:
+        actions = [_retried(action, random) for action in actions]
+        halts = [_halt_after(random.choice(work), random) for _ in range(random.randint(0, 2))]
+        actions = sorted([*actions, *halts], key=_at)
     return Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
+
+
+def _halt_after(work: Action, random: Random) -> Action:
+    """Return a long halt of a machine soon after new work, perhaps before a retry."""
+    kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause")
+    at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
+    return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
+
+
+def _retried(action: Action, random: Random) -> Action:
+    """Return the action, or with an even chance work whose handler fails and is called again."""
+    chosen = action.kind == "work" and random.random() < 0.5
+    return replace(action, behaviour="retry") if chosen else action
 
 
 def _close_to(work: Action, action: Action, random: Random) -> Action:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.machine import this_machine
 from tests.simulation.trace import HandoffBlock, Run
-from workpool import Release, Session, handler, hookimpl
+from workpool import Release, Retry, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
 from workpool.handlers import Handler
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tests.simulation.trace import Node, Trace
     from workpool.session import HandedLease
+    from workpool.wire.items import WorkItem
 
 BEHAVIOUR: Final = "behaviour"
 """Metadata key: a name of `schedule.BEHAVIOURS`."""
@@ -38,6 +39,11 @@ BLOCK_SECONDS: Final = 0.3
 """Time that a handler needs to start a child."""
 
 
+RETRY: Final = Retry(on=ConnectionError, times=2, backoff=8, backoff_max=12)
+"""How the handler of the behaviour `retry` is called again."""
+RETRY_SECONDS: Final = 5.0
+"""The longest duration of one of its calls."""
+
 _SESSION: ContextVar[str | None] = ContextVar("session", default=None)
 """Set by every handler. A handler that finds it set runs in another session's context."""
 
@@ -48,16 +54,32 @@ async def simulated(session: Session) -> Any:
     return await this_machine().handlers.run(session)
 
 
+@handler(metadata={BEHAVIOUR: "retry"}, retry=RETRY)
+async def simulated_retry(session: Session) -> Any:
+    """Run the behaviour `retry` on the machine of this pool."""
+    return await this_machine().handlers.run(session)
+
+
 class SimulatedLimit:
     """A plugin that limits the handler on machines whose pool has a limit for it."""
 
     @hookimpl
-    def workpool_session_handler(self) -> Handler | None:
+    def workpool_session_handler(self, item: WorkItem) -> Handler | None:
         limit = this_machine().max_sessions
         if limit is None:
             return None
         call = partial(SimulatedHandlers.run, this_machine().handlers)
-        return Handler(name="simulated.limited", call=call, max_sessions=limit, plugin="simulated")
+        return Handler(
+            name="simulated.limited",
+            call=call,
+            max_sessions=limit,
+            retry=RETRY if item.metadata[BEHAVIOUR] == "retry" else None,
+            plugin="simulated",
+        )
+
+
+PLUGINS: Final = (SimulatedLimit(), simulated, simulated_retry)
+"""The plugins of every simulated pool."""
 
 
 class SimulatedHandlers:
@@ -80,6 +102,7 @@ class SimulatedHandlers:
         self._trace = trace
         self._node = node
         self._now = now
+        self._sessions: set[Session] = set()
 
     async def run(self, session: Session) -> Any:
         """Run the item's behaviour, and record the run."""
@@ -89,7 +112,9 @@ class SimulatedHandlers:
             seconds = min(seconds, HEALED_SECONDS)
         first = not any(run.work_id == item.id for run in self._trace.runs)
         run = Run(self._node, item.id, item.session_id, name, self._now(), attempt=session.attempt)
-        run.leaked = _SESSION.get() is not None
+        run.retry, run.again = session.retry, session in self._sessions
+        self._sessions.add(session)
+        run.leaked = _SESSION.get() is not None and not run.again
         _SESSION.set(item.id)
         if self._node.crashed <= run.started:  # ended in the step in which its machine crashed
             run.ended, run.result = run.started, "crashed"
@@ -114,6 +139,9 @@ class SimulatedHandlers:
         except Release:
             result = "released"
             raise
+        except ConnectionError:
+            result = "retried" if session.retry < RETRY.times else "raised"
+            raise
         else:
             result = "returned"
             return returned
@@ -131,6 +159,14 @@ class SimulatedHandlers:
     async def _raise(self, _session: Session, _run: Run, seconds: float, _first: bool) -> Any:
         await asyncio.sleep(seconds)
         raise ValueError("on purpose")
+
+    async def _retry(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+        """Fail in the first calls; how many follows from the duration of the work."""
+        failures = round(seconds * 1000) % (RETRY.times + 2)
+        await asyncio.sleep(min(seconds, RETRY_SECONDS))
+        if session.retry < failures:
+            raise ConnectionError("on purpose")
+        return {"calls": str(session.retry)}
 
     async def _release(self, _session: Session, _run: Run, seconds: float, first: bool) -> Any:
         await asyncio.sleep(seconds)

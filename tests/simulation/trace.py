@@ -91,11 +91,14 @@ class Run:
     Attributes:
         behaviour: What the handler does; a name of `schedule.BEHAVIOURS`.
         cancelled_at: The time of its first cancellation.
-        result: The kind of its end: returned, raised, released, cancelled, handed (off to a child),
+        result: The kind of its end: returned, raised, retried (raised an error after which it is
+            called again), released, cancelled, handed (off to a child),
             crashed (with its machine); None: it has not ended.
         stop_seen: The handler knew of an operator's request to stop when it ended.
         attempt: The attempt of its session.
         leaked: Another session's context variable was set when it started.
+        retry: The number of the call, as the session has it.
+        again: It is a further call in the same session run.
     """
 
     node: Node
@@ -109,6 +112,8 @@ class Run:
     stop_seen: bool = False
     attempt: int = 1
     leaked: bool = False
+    retry: int = 0
+    again: bool = False
 
     @property
     def ended_or_cancelled(self) -> float:

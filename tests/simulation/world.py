@@ -25,9 +25,9 @@ from tests.simulation.network import Client, Network
 from tests.simulation.schedule import PAUSE_SECONDS, Action, Pool, Schedule
 from tests.simulation.scripted_handlers import (
     BEHAVIOUR,
+    PLUGINS,
     SECONDS,
     SimulatedHandlers,
-    simulated,
 )
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, Node, Trace
 from workpool.errors import WorkpoolError
@@ -230,7 +230,7 @@ class World:
 
     def _surroundings(self, node: Node) -> dict[str, Any]:
         connect = partial(Client, self._network, node)
-        return {"plugins": [simulated], "registry": self._registry, "connect": connect}
+        return {"plugins": PLUGINS, "registry": self._registry, "connect": connect}
 
     def _spawn(self, node: Node, coroutine: Coroutine[object, object, None]) -> None:
         context = node.machine.context()

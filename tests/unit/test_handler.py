@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workpool.handlers import Handler, handler, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, Retry, handler, is_async_callable, name_of, rule_of
 from workpool.session import Session
 
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
@@ -146,6 +146,7 @@ def test_second_mark_of_function_is_refused() -> None:
             ValueError,
             "reserved_sessions of .*fresh must not exceed its max_sessions, 2",
         ),
+        ({"retry": 3}, TypeError, "retry of .*fresh must be a Retry"),
     ],
 )
 def test_invalid_handler_argument_is_refused_by_name(
@@ -200,4 +201,34 @@ def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
         "max_sessions",
         "reserved_sessions",
         "stall_timeout",
+        "retry",
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "sentence"),
+    [
+        ({"on": ()}, ValueError, "on must name an error"),
+        ({"on": ValueError()}, TypeError, "on must be a subclass of Exception"),
+        ({"on": [ValueError]}, TypeError, "on must be a subclass of Exception"),
+        ({"on": (ValueError, KeyboardInterrupt)}, TypeError, "on must be a subclass of Exception"),
+        ({"times": 0}, ValueError, "times must be at least 1"),
+        ({"times": 1.5}, TypeError, "times must be a whole number"),
+        ({"backoff": 0}, ValueError, "backoff must be more than 0"),
+        ({"backoff_max": float("inf")}, ValueError, "backoff_max must be more than 0 .* finite"),
+        ({"backoff": "1"}, TypeError, "backoff must be a number of seconds"),
+        ({"backoff": 61}, ValueError, "backoff must not be more than backoff_max"),
+    ],
+)
+def test_wrong_argument_of_retry_is_refused_by_name(
+    arguments: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=f"Retry: {sentence}"):
+        Retry(**{"on": ConnectionError} | arguments)
+
+
+def test_retry_of_a_handler_is_in_its_rule() -> None:
+    retry = Retry(on=(ConnectionError, TimeoutError), times=5)
+    rule = rule_of(handler(retry=retry)(new()))
+    assert rule is not None
+    assert rule.retry == retry

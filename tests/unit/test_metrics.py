@@ -86,6 +86,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("session_errors_total", "C",
      "environment_id, error=exception|result_refused|attempts_exceeded|timeout|stalled"),
     ("stuck_handlers", "G", "environment_id"),
+    ("handler_retries_total", "C", "environment_id, handler"),
     ("stops_total", "C",
      "environment_id, mode=graceful|force|confirm, result=ok|conflict|gone|error"),
     ("stop_requests_total", "C", "environment_id"),
@@ -377,6 +378,10 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
         "drain_duration_seconds_sum{result=killed}": 30,
     }),
     (ev.SessionStarted(SESSION, "echo.run"), {}),
+    (
+        ev.HandlerRetried(SESSION, "echo.run", 2, ConnectionError()),
+        {"handler_retries_total{environment_id=env_1,handler=echo.run}": 1},
+    ),
     (ev.DrainStarted(None), {}),
 )  # fmt: skip
 

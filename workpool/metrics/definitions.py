@@ -226,6 +226,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     ),
     _gauge("stuck_handlers", _env(), "Handlers that ignore their cancellation."),
     _counter(
+        "handler_retries_total", _env(handler=OPEN), ev.HandlerRetried,
+        "Calls of handlers that followed an error in the same session run.",
+    ),
+    _counter(
         "stops_total", _env(mode=get_args(ev.StopMode), result=get_args(ev.CallResult)),
         ev.StopFinished,
         "Stop calls of the pool by final result.",

@@ -115,7 +115,7 @@ class _Series(dict["Hashable", "Series"]):
     def _of_handler(self, given: dict[str, Any]) -> Series:
         # The key of a further handler is not stored, since their number has no limit.
         given[HANDLER] = self._label_of(given[HANDLER])
-        return self[tuple(given.values())]
+        return self[_key(given.values())]
 
     def prime(self, given: Mapping[str, Hashable]) -> None:
         """Create all series with the given values of the run-time labels."""
@@ -123,7 +123,13 @@ class _Series(dict["Hashable", "Series"]):
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
             series = self._store.series((*environment, *map(str, values)))
-            self[values[0] if len(values) == 1 else values] = series
+            self[_key(values)] = series
+
+
+def _key(values: Iterable[Hashable]) -> Hashable:
+    """Return the key of `_Series` for these label values."""
+    key = tuple(values)
+    return key[0] if len(key) == 1 else key
 
 
 class _Feed(NamedTuple):

@@ -201,6 +201,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
         max_sessions=rule.max_sessions if rule else None,
         reserved_sessions=rule.reserved_sessions if rule else 0,
         stall_timeout=rule.stall_timeout if rule else None,
+        retry=rule.retry if rule else None,
         plugin=plugin,
     )
 

@@ -34,7 +34,7 @@ from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from workpool.events import CallResult
     from workpool.pool.context import PoolContext
@@ -215,8 +215,9 @@ class Completion:
 
     async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
         attempt = _attempt_of(item)
+        retry = 0 if item.session is None else item.session.retry
         try:
-            await self._send_metadata(item, attempt.mark(reason), request)
+            await self._send_metadata(item, attempt.mark(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
             pass  # runs are counted in this process, by `RunCounts`
@@ -334,18 +335,24 @@ def outcome_by(lease: Lease) -> Outcome:
     return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
 
 
-def release_of(error: BaseException) -> Release | None:
-    """Return `error` if it is a `Release`, or the longest of a group that holds nothing else."""
-    releases: list[Release] = []
+def leaves_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors of a group, at any depth, or an error that is no group."""
     unread = [error]
     while unread:  # not recursive: a handler's groups may be nested deeper than the stack
         each = unread.pop()
         if isinstance(each, BaseExceptionGroup):
             unread.extend(each.exceptions)
-        elif isinstance(each, Release):
-            releases.append(each)
         else:
+            yield each
+
+
+def release_of(error: BaseException) -> Release | None:
+    """Return `error` if it is a `Release`, or the longest of a group that holds nothing else."""
+    releases: list[Release] = []
+    for each in leaves_of(error):
+        if not isinstance(each, Release):
             return None
+        releases.append(each)
     return max(releases, key=delay_of, default=None)
 
 

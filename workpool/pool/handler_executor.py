@@ -1,4 +1,4 @@
-"""Calls handlers: their tasks, the plugins' contexts around them, timeouts and cancellations.
+"""Calls handlers: their tasks, the plugins' contexts around them, retries and cancellations.
 
 This module decides nothing about the item. A cancelled handler has not ended: it ends when it
 returns, and a cancellation that it ignores is repeated.
@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import io
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 from weakref import ref
 
-from workpool.errors import ResultError
-from workpool.events import SessionStarted
+from workpool.backoff import Backoff
+from workpool.errors import ResultError, SessionGoneError
+from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
-from workpool.pool.completion import outcome_expected, release_of
+from workpool.pool.completion import DRAIN_REASON, leaves_of, outcome_expected, release_of, text_of
 from workpool.pool.diagnostics import log_stacks
 from workpool.pool.handler_result import metadata_of
 from workpool.pool.pool_item import EndReason
-from workpool.session import CURRENT, PoolRelease
+from workpool.session import CURRENT, PoolRelease, Release
 from workpool.wire.client_dialects import DIALECTS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from workpool.handlers import Handler
+    from workpool.handlers import Handler, Retry
     from workpool.plugins.registry import Context
     from workpool.pool.context import PoolContext
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
+
+    Call = Callable[[Session], Awaitable[object]]
 
 log = pool_logger(__name__)
 
@@ -210,16 +213,17 @@ class HandlerExecutor:
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             contexts = self._plugins.contexts(session)
+            call = partial(self._with_retries, item, handler) if handler.retry else handler.call
             if contexts:
-                return await self._in_contexts(contexts, item, handler, session)
-            return metadata_of(await handler.call(session), self._metadata_limits)
+                return await self._in_contexts(contexts, item, call, session)
+            return metadata_of(await call(session), self._metadata_limits)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             return _Raised(error)
 
     async def _in_contexts(
-        self, contexts: list[Context], item: PoolItem, handler: Handler, session: Session
+        self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
         """Call the handler inside the plugins' contexts, which see the outcome when they end."""
         async with AsyncExitStack() as stack:
@@ -227,7 +231,7 @@ class HandlerExecutor:
                 await stack.enter_async_context(context)
             error: BaseException | None = None
             try:
-                return metadata_of(await handler.call(session), self._metadata_limits)
+                return metadata_of(await call(session), self._metadata_limits)
             except BaseException as raised:
                 error = raised
                 raise
@@ -236,8 +240,53 @@ class HandlerExecutor:
                 error = None  # breaks the cycle of error, traceback and frame
         return {}  # a context has suppressed the handler's error
 
+    async def _with_retries(self, item: PoolItem, handler: Handler, session: Session) -> object:
+        """Call the handler until it returns, or raises an error that ends the session."""
+        backoff: Backoff | None = None
+        while True:
+            try:
+                return await handler.call(session)
+            except Exception as error:
+                if not _is_retried(handler.retry, error, session) or item.cancelled_for is not None:
+                    raise
+                session.retry += 1
+                backoff = backoff or Backoff(handler.retry.backoff, handler.retry.backoff_max)
+                await self._before_retry(item, session, backoff.next(), error)
+                self._observe(HandlerRetried, session, item.label, session.retry, error)
+
+    async def _before_retry(
+        self, item: PoolItem, session: Session, seconds: float, error: Exception
+    ) -> None:
+        """Wait until the handler may be called again.
+
+        Raises:
+            Exception: `error`, because an operator stops the session or the lease is not held.
+            PoolRelease: The pool drains, or the machine was paused: another run goes on.
+        """
+        text = f"{type(error).__name__}: {text_of(error)}"
+        log.warning(
+            "handler failed and is called again: %s",
+            text,
+            extra={
+                "work_id": item.id,
+                "handler": item.label,
+                "retry": session.retry,
+                "wait_seconds": seconds,
+                "error": text,
+            },
+        )
+        with suppress(TimeoutError), session.waiting():  # no progress is expected meanwhile
+            async with asyncio.timeout(seconds):
+                await session.interrupted()
+        if session.stopping:
+            raise error
+        if session.draining:
+            raise PoolRelease(DRAIN_REASON) from error
+        if not self._may_start(item):
+            raise item.error or error
+
     def _may_start(self, item: PoolItem) -> bool:
-        """Whether the lease is held still: the machine may have slept since the last check."""
+        """Return whether the lease is still held: the machine may have slept meanwhile."""
         now = self._clock()
         if not item.lease.held(now):
             return False
@@ -276,6 +325,18 @@ class HandlerExecutor:
         log.error(
             "handler failed", extra={"work_id": item.id, "handler": item.label}, exc_info=error
         )
+
+
+def _is_retried(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:
+    """Whether the handler is called again after this error."""
+    return (
+        retry is not None
+        and session.retry < retry.times
+        and all(
+            isinstance(each, retry.on) and not isinstance(each, Release | SessionGoneError)
+            for each in leaves_of(error)
+        )
+    )
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:

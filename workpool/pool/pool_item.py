@@ -53,6 +53,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
 ATTEMPT: Final = "workpool.attempt"
 ERROR: Final = "workpool.error"
 RELEASED: Final = "workpool.released"
+RETRIES: Final = "workpool.retries"
 REMEMBERED_ITEMS: Final = 10_000
 """The number of items whose runs are counted in memory."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
@@ -320,10 +321,12 @@ class Attempt:
 
     Attributes:
         number: 1 for the first run.
+        retry: The number with which the first call of the handler begins: a run that was released
+            left it, else 0.
         marked: The control plane has confirmed the mark of this run.
     """
 
-    __slots__ = ("_first", "_notes", "_number", "marked", "number")
+    __slots__ = ("_first", "_notes", "_number", "marked", "number", "retry")
 
     def __init__(self, metadata: Mapping[str, str], *, redelivered: bool) -> None:
         """Number the run.
@@ -338,7 +341,9 @@ class Attempt:
         self.number = self._first + counts
         self.marked = False
         self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
-        self._notes: Patch = {key: None for key in (ERROR, RELEASED) if key in metadata}
+        retries = metadata.get(RETRIES, "") if RELEASED in metadata else ""
+        self.retry = int(retries) if _NUMBER(retries) else 0
+        self._notes: Patch = {key: None for key in (ERROR, RELEASED, RETRIES) if key in metadata}
 
     def count_here(self, earlier: int) -> None:
         """Number the run by the `earlier` runs of this process.
@@ -356,10 +361,16 @@ class Attempt:
         """Record that the opening patch was applied."""
         self._notes, self._number = {}, {}
 
-    def mark(self, reason: str) -> Patch:
-        """Return the patch that keeps this run from being counted."""
+    def mark(self, reason: str, retry: int) -> Patch:
+        """Return the patch that keeps this run from being counted, and leaves `retry` to the next.
+
+        From now on the mark may exist, whatever the answer.
+        """
         patch = self._notes | self._number | {RELEASED: reason}
-        self._notes[RELEASED] = None  # from now on the mark may exist, whatever the answer
+        self._notes[RELEASED] = None
+        if retry:
+            patch[RETRIES] = str(retry)
+            self._notes[RETRIES] = None
         return patch
 
     def closing(self, notes: Mapping[str, str]) -> Patch:

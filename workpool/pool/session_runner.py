@@ -223,6 +223,7 @@ class SessionRunner:
             SessionCalls(item, self._context, self._sender),
             redelivered=redelivered,
             attempt=attempt.number,
+            retry=attempt.retry,
         )
         return session, attempt
 

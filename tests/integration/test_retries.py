@@ -1,0 +1,297 @@
+"""A handler with `retry=` is called again after an error, in the same session run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import Release, Retry, Session, handler, hookimpl
+from workpool.backoff import Backoff
+from workpool.events import HandlerRetried, SessionFinished, SessionStarted
+from workpool.logs import TextFormatter
+from workpool.testing import Kit, in_virtual_time
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+UNREACHABLE = Retry(on=ConnectionError, times=3, backoff=20, backoff_max=60)
+
+
+class Dependency:
+    """Something that a handler uses, and that fails at its first calls."""
+
+    def __init__(self, failures: int = 10**6, error: Exception | None = None) -> None:
+        self.calls: list[int] = []
+        self.failures = failures
+        self.error = error or ConnectionError("no route")
+
+    async def use(self, session: Session) -> dict[str, str]:
+        self.calls.append(session.retry)
+        await asyncio.sleep(1)
+        if len(self.calls) <= self.failures:
+            raise self.error
+        return {"call": str(session.retry)}
+
+
+def flaky(dependency: Dependency, retry: Retry = UNREACHABLE, **arguments: Any) -> Any:
+    @handler(retry=retry, **arguments)
+    async def use(session: Session) -> dict[str, str]:
+        return await dependency.use(session)
+
+    return use
+
+
+async def first_failure(workpool: Kit, dependency: Dependency) -> None:
+    """Wait until the first call has failed, so that the handler waits for its retry."""
+    await workpool.wait_for(SessionStarted)
+    await asyncio.sleep(1.1)
+    assert dependency.calls == [0]
+
+
+@pytest.fixture
+def longest_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each delay be its ceiling."""
+    monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
+
+
+@in_virtual_time
+async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Kit) -> None:
+    dependency = Dependency(failures=2)
+    result = await workpool.run_session(flaky(dependency))
+    assert (result.outcome, dict(result.metadata)) == ("completed", {"call": "2"})
+    assert dependency.calls == [0, 1, 2]
+    assert len(workpool.recorder.of(SessionStarted)) == 1
+    assert [record.kind for record in workpool.server.history].count("acked") == 1
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) -> None:
+    result = await workpool.run_session(flaky(Dependency()))
+    assert result.outcome == "failed"
+    assert result.seconds == pytest.approx(4 * 1 + 20 + 40 + 60, abs=0.5)
+
+
+@in_virtual_time
+async def test_last_error_fails_session_once_retries_are_used_up(workpool: Kit) -> None:
+    dependency = Dependency()
+    result = await workpool.run_session(flaky(dependency), report_errors="message")
+    assert (result.outcome, result.error) == ("failed", dependency.error)
+    assert result.metadata == {"workpool.error": "ConnectionError: no route"}
+    assert dependency.calls == [0, 1, 2, 3]
+
+
+@in_virtual_time
+@pytest.mark.parametrize(
+    ("error", "calls"),
+    [
+        (ConnectionResetError(), 4),
+        (ExceptionGroup("g", [ConnectionError(), ExceptionGroup("h", [ConnectionError()])]), 4),
+        (ExceptionGroup("g", [ConnectionError(), ValueError()]), 1),
+        (ValueError(), 1),
+    ],
+    ids=["subclass", "group", "mixed_group", "another"],
+)
+async def test_only_listed_errors_are_retried(workpool: Kit, error: Exception, calls: int) -> None:
+    dependency = Dependency(error=error)
+    result = await workpool.run_session(flaky(dependency))
+    assert (result.outcome, len(dependency.calls)) == ("failed", calls)
+
+
+@in_virtual_time
+async def test_release_and_result_that_cannot_be_written_are_never_retried(workpool: Kit) -> None:
+    retry = Retry(on=Exception)
+    dependency = Dependency(error=Release("later", 60))
+    assert (await workpool.run_session(flaky(dependency, retry))).outcome == "released"
+    assert dependency.calls == [0]
+
+    @handler(retry=retry)
+    async def returns_a_set(session: Session) -> Any:
+        return {session.retry}
+
+    assert (await workpool.run_session(returns_a_set)).outcome == "failed"
+    assert not workpool.recorder.of(HandlerRetried)
+
+
+@in_virtual_time
+async def test_lost_lease_ends_wait_and_nothing_is_called(workpool: Kit) -> None:
+    dependency = Dependency()
+    [item] = workpool.enqueue()
+    async with workpool.pool(flaky(dependency), concurrency=1, lease_ttl=600):
+        await first_failure(workpool, dependency)
+        workpool.lose(item)
+        finished = await workpool.wait_for(SessionFinished)
+        assert (finished.outcome, dependency.calls[:1]) == ("lease_lost", [0])
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_stop_request_ends_wait_at_once(workpool: Kit) -> None:
+    dependency = Dependency()
+    [item] = workpool.enqueue()
+    async with workpool.pool(flaky(dependency)):
+        await first_failure(workpool, dependency)
+        workpool.stop(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert (finished.outcome, dependency.calls) == ("stopped", [0])
+    assert finished.seconds < 2
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_drain_ends_wait_at_once_and_next_run_goes_on_counting(workpool: Kit) -> None:
+    dependency = Dependency()
+    [item] = workpool.enqueue()
+    async with workpool.pool(flaky(dependency)) as pool:
+        await first_failure(workpool, dependency)
+        await pool.drain(timeout=600)
+        finished = await workpool.wait_for(SessionFinished)
+    assert (finished.outcome, dependency.calls) == ("released", [0])
+    assert finished.seconds < 2
+    assert finished.error is not None
+    assert finished.error.__cause__ is dependency.error
+    assert workpool.item(item).metadata == {
+        "workpool.released": "the pool is draining",
+        "workpool.retries": "1",
+    }
+    async with workpool.pool(flaky(dependency)):
+        again = await workpool.wait_for(SessionFinished)
+    assert (again.outcome, again.session.attempt) == ("failed", 1)
+    assert dependency.calls == [0, 1, 2, 3]
+    assert workpool.item(item).metadata == {"workpool.error": "ConnectionError"}
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_drain_during_retry_leaves_its_number_to_next_run(workpool: Kit) -> None:
+    @handler(retry=UNREACHABLE)
+    async def hang_when_retried(session: Session) -> dict[str, str]:
+        if not session.redelivered:
+            if session.retry == 0:
+                raise ConnectionError
+            await asyncio.sleep(3600)
+        return {"retry": str(session.retry), "attempt": str(session.attempt)}
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(hang_when_retried) as pool:
+        await workpool.wait_for(HandlerRetried)
+        await pool.drain(timeout=5)
+    assert workpool.item(item).metadata["workpool.retries"] == "1"
+    async with workpool.pool(hang_when_retried):
+        await workpool.wait_for(SessionFinished, lambda event: event.outcome == "completed")
+    assert workpool.item(item).metadata == {"retry": "1", "attempt": "1"}
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_timeout_bounds_whole_run_with_its_retries(workpool: Kit) -> None:
+    dependency = Dependency()
+    result = await workpool.run_session(flaky(dependency, timeout=30))
+    assert (result.outcome, dependency.calls) == ("timed_out", [0, 1])
+    assert result.seconds == pytest.approx(30, abs=0.5)
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_machine_that_was_paused_during_wait_leaves_retry_to_next_run(workpool: Kit) -> None:
+    dependency = Dependency(failures=1)
+    loop: Any = asyncio.get_running_loop()
+    workpool.enqueue()
+    async with workpool.pool(flaky(dependency), concurrency=1):
+        await first_failure(workpool, dependency)
+        await asyncio.sleep(19.85)
+        loop.pause(5)  # too late for a heartbeat that verifies the lease before the retry
+        released = await workpool.wait_for(SessionFinished)
+        completed = await workpool.wait_for(SessionFinished)
+    assert (released.outcome, completed.outcome) == ("released", "completed")
+    assert dependency.calls == [0, 1]
+
+
+@in_virtual_time
+@pytest.mark.usefixtures("longest_delays")
+async def test_delay_before_retry_is_no_stall_and_each_call_has_its_whole_time(
+    workpool: Kit,
+) -> None:
+    result = await workpool.run_session(flaky(Dependency(failures=2), stall_timeout=2))
+    assert result.outcome == "completed"
+    assert result.seconds == pytest.approx(3 * 1 + 20 + 40, abs=0.5)
+
+
+@in_virtual_time
+async def test_slot_and_lease_are_kept_between_calls(workpool: Kit) -> None:
+    dependency = Dependency(failures=2)
+    workpool.enqueue(2)
+    async with workpool.pool(flaky(dependency), concurrency=1, lease_ttl=10) as pool:
+        await workpool.wait_for(HandlerRetried)
+        assert pool.status().running == 1
+        await workpool.wait_for(SessionFinished)
+        await workpool.wait_for(SessionFinished)
+    assert dependency.calls == [0, 1, 2, 0]
+    assert {event.outcome for event in workpool.recorder.of(SessionFinished)} == {"completed"}
+
+
+@in_virtual_time
+async def test_contexts_of_plugins_are_entered_once_around_all_calls(workpool: Kit) -> None:
+    seen: list[str] = []
+
+    class Watch:
+        @hookimpl
+        def workpool_wrap_session(self) -> Any:
+            return self.context()
+
+        @asynccontextmanager
+        async def context(self) -> AsyncIterator[None]:
+            try:
+                yield
+            except ConnectionError:
+                seen.append("error")
+                raise
+            finally:
+                seen.append("left")
+
+    dependency = Dependency()
+    result = await workpool.run_session(flaky(dependency), Watch())
+    assert (result.outcome, seen) == ("failed", ["error", "left"])
+    assert len(dependency.calls) == 4
+
+
+@in_virtual_time
+async def test_each_retry_is_counted_reported_and_logged_in_one_line(
+    workpool: Kit, caplog: pytest.LogCaptureFixture
+) -> None:
+    dependency = Dependency(failures=2, error=ConnectionError("no route\nforged line"))
+    workpool.enqueue()
+    pool = workpool.pool(flaky(dependency))
+    with caplog.at_level(logging.INFO, "workpool"):
+        async with pool:
+            await workpool.wait_for(SessionFinished)
+    retried = workpool.recorder.of(HandlerRetried)
+    assert [(event.retry, event.error) for event in retried] == [
+        (1, dependency.error),
+        (2, dependency.error),
+    ]
+    name = retried[0].handler
+    labels = {"environment_id": workpool.server.environments[0], "handler": name}
+    assert pool.registry.get_sample_value("workpool_handler_retries_total", labels) == 2
+    message = "handler failed and is called again: ConnectionError: no route"
+    records = [vars(each) for each in caplog.records if each.getMessage().startswith(message)]
+    assert [(each["retry"], each["handler"]) for each in records] == [(1, name), (2, name)]
+    assert all(each["wait_seconds"] <= 60 and each["exc_info"] is None for each in records)
+    lines = [TextFormatter().format(each) for each in caplog.records]
+    assert all("\n" not in line for line in lines if message in line)
+
+
+@in_virtual_time
+async def test_counter_of_retries_is_zero_before_first_one(workpool: Kit) -> None:
+    async with workpool.pool(flaky(Dependency())) as pool:
+        [sample] = [
+            sample
+            for metric in pool.registry.collect()
+            for sample in metric.samples
+            if sample.name == "workpool_handler_retries_total"
+        ]
+    assert sample.value == 0
