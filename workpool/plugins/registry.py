@@ -178,7 +178,7 @@ class Plugins:
             try:
                 answer = guarded(plugin, "workpool_session_handler", hook, item)
                 if answer is not None:
-                    return _as_handler(plugin, answer)
+                    return answer if isinstance(answer, Handler) else _as_handler(plugin, answer)
             except PluginError as failure:
                 self._report(plugin, "workpool_session_handler", failure)
                 raise
@@ -189,6 +189,8 @@ class Plugins:
 
         An exception of a hook is not caught: it counts as an exception of the handler.
         """
+        if not self._wrappers:
+            return []
         return _contexts("workpool_wrap_session", self._wrappers, session)
 
     def lifespans(self, supervisor: object) -> list[Context]:
@@ -300,8 +302,6 @@ def _reason(plugin: str, answer: object) -> str | None:
 
 
 def _as_handler(plugin: str, answer: object) -> Handler:
-    if isinstance(answer, Handler):
-        return answer
     # Guarded: an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
     name = guarded(plugin, looking, name_of, answer)

@@ -119,7 +119,9 @@ class Dispatcher:
         """
         if self.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # never acknowledged, so it is redelivered
-        owned = self.items.get(work_item.id) or self._aside(work_item.id)
+        owned = self.items.get(work_item.id)
+        if owned is None and self._expiry is not None:  # else nothing is set aside
+            owned = self._aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
@@ -229,7 +231,10 @@ class Dispatcher:
             except PluginError:
                 reason = "plugin_error"
             else:
-                reason = self._objection(handler)
+                if handler is None:
+                    reason = "unwanted"
+                elif not self.health.may_claim(handler):
+                    reason = "busy"
         if reason is None:
             return handler
         self._decline(work_item, reason)
@@ -245,11 +250,6 @@ class Dispatcher:
                 "item declined", extra={"work_id": work_item.id, "type": shown, "reason": reason}
             )
         self._context.observe(ItemDeclined, work_item, reason)
-
-    def _objection(self, handler: Handler | None) -> DeclineReason | None:
-        if handler is None:
-            return "unwanted"
-        return None if self.health.may_claim(handler) else "busy"
 
     def _remember(self, work_id: str) -> None:
         if work_id not in self._seen:

@@ -97,8 +97,10 @@ class HandlerExecutor:
         try:
             await ended(task)
         finally:
-            self._stop_timer(item)
-            self._stop_stall_timer(item)
+            if item.timer is not None:
+                self._stop_timer(item)
+            if item.stall_timer is not None:
+                self._stop_stall_timer(item)
             self.stuck.discard(item)
         self._record_end(item, task)
 

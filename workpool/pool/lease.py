@@ -228,7 +228,7 @@ class Lease:
 
     def remaining(self, now: float) -> float:
         """Seconds until the deadline; 0 when the lease is not held."""
-        return max(0.0, self.deadline - now) if self.held(now) else 0.0
+        return 0.0 if self.closed or self.status != "held" else max(0.0, self.deadline - now)
 
     @property
     def over(self) -> bool:
@@ -274,7 +274,7 @@ class Lease:
         """End the lease if the latest time for a heartbeat has passed; return `over`."""
         if self.status == "held" and now >= self.give_up_at:
             self.end("lost")
-        return self.over
+        return self.closed or self.status != "held"  # as in `over`
 
     def check_soon(self, now: float) -> None:
         """Make the next heartbeat due now, because the item may not be ours anymore."""

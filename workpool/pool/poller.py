@@ -76,6 +76,7 @@ class PollerGroup:
         last_success_at: When a poll last succeeded, on the lease clock; None before that.
         on_poll: Called after each poll that succeeded, with whether it brought no item while no
             item is ours. None: nobody asks.
+        cooldown_until: When the pollers may poll again, on the loop's clock; 0 while they may.
         refused: The last poll was refused.
         ack_refused: The last ack was refused.
     """
@@ -101,7 +102,7 @@ class PollerGroup:
         for turn in self._turns:
             turn.set()
         self._refused_since: float | None = None
-        self._cooldown_until = 0.0  # on the loop's clock
+        self.cooldown_until = 0.0
         self._ack_backoff = Backoff(ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS)
         self._conflict_backoff = Backoff(CONFLICT_BACKOFF_SECONDS, CONFLICT_BACKOFF_CAP_SECONDS)
         self._in_flight = 0
@@ -111,27 +112,23 @@ class PollerGroup:
 
     # Who polls, and when.
 
-    def has_turn(self, number: int) -> bool:
-        """Whether poller `number`, from 0, is among those that poll."""
-        return number < self.target
-
     async def turn(self, number: int) -> None:
         """Wait until poller `number` is among those that poll."""
         await self._turns[number].wait()
 
     async def cooldown(self) -> None:
         """Wait while all pollers are held back."""
-        while self._cooldown_until:
-            seconds = self._cooldown_until - asyncio.get_running_loop().time()
+        while self.cooldown_until:
+            seconds = self.cooldown_until - asyncio.get_running_loop().time()
             if seconds <= 0:
-                self._cooldown_until = 0.0
+                self.cooldown_until = 0.0
             else:
                 await asyncio.sleep(seconds)  # it may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
         """Hold all pollers back for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
-        self._cooldown_until = max(self._cooldown_until, until)
+        self.cooldown_until = max(self.cooldown_until, until)
 
     # The results of polls and acks.
 
@@ -289,7 +286,7 @@ class Poller:
 
     async def _once(self) -> None:
         """Reserve a place, poll, offer the item; then wait as long as the answer suggests."""
-        if not self._group.has_turn(self._number):
+        if self._number >= self._group.target:
             self.state = "paused"
             await self._group.turn(self._number)  # before `reserve` takes a place from others
         self.state = "waiting_slot"
@@ -323,7 +320,8 @@ class Poller:
         reception: Reception = "declined"
         try:
             self.state = "paused"
-            await self._group.cooldown()
+            if self._group.cooldown_until:
+                await self._group.cooldown()
             await self._dispatcher.health.admission()
             if self._admission.gated:
                 await self._admission.granted()

@@ -291,11 +291,22 @@ class HeartbeatSender:
     async def _exchange(self, lease: Lease, check: LeaseCheck | None) -> bool:
         now = self._clock()
         attempt = lease.send(now, lease.due_at, self._pauses.offset(now))
+        options = CallOptions(partial(self._check, lease, check), Priority.COMPLETION)
+        outcome: Heartbeat | ControlPlaneError
         try:
-            outcome = await self._heartbeat(lease, attempt, check)
-            if outcome is None:
+            try:
+                outcome = await self._client.heartbeat(
+                    lease.item.id,
+                    attempt.expected,
+                    attempt.ttl,
+                    timeout=attempt.timeout,
+                    options=options,
+                )
+            except SessionGoneError:  # from the check
                 lease.unsent(attempt)
                 return False
+            except ControlPlaneErrors as error:
+                outcome = error
             decision = lease.answered(self._clock(), attempt, outcome)
             if decision.then == "read":
                 look_up = not isinstance(outcome, ConflictError)
@@ -306,24 +317,6 @@ class HeartbeatSender:
         if decision.result is not None:
             self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
-
-    async def _heartbeat(
-        self, lease: Lease, attempt: HeartbeatAttempt, check: LeaseCheck | None
-    ) -> Heartbeat | TransientError | RefusedError | ConflictError | PreconditionError | None:
-        """Return the answer; None if nothing was sent because the lease was not held anymore."""
-        options = CallOptions(partial(self._check, lease, check), Priority.COMPLETION)
-        try:
-            return await self._client.heartbeat(
-                lease.item.id,
-                attempt.expected,
-                attempt.ttl,
-                timeout=attempt.timeout,
-                options=options,
-            )
-        except SessionGoneError:
-            return None
-        except ControlPlaneErrors as error:
-            return error
 
     async def _read(
         self, lease: Lease, attempt: HeartbeatAttempt, decision: Decision, *, look_up: bool

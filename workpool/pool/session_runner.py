@@ -172,8 +172,8 @@ class SessionRunner:
             self._executor.cancel(item, EndReason.LOST)
         elif lease.status == "stopped":
             self._executor.cancel(item, EndReason.STOPPED)
-        else:
-            self._pass_on_stop(item, lease, session)
+        elif lease.stop_requested:
+            self._pass_on_stop(item, session)
 
     async def _acknowledged(self, item: PoolItem) -> bool:
         clock_offset = self._context.renewer.pauses.offset()
@@ -205,13 +205,16 @@ class SessionRunner:
         await self._claimer.begin(item)
         self._context.renewer.add(lease, item)
         self._record_lease(item)
-        if item.reason is None and not self.draining and self._must_count(attempt):
+        counted_here = "update" in self._context.optional.refused
+        to_count = counted_here or bool(attempt.opening())
+        if to_count and item.reason is None and not self.draining:
             await self._open_attempt(item, session, attempt)
             self._record_lease(item)
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
-        self._pass_on_stop(item, lease, session)
+        if lease.stop_requested:
+            self._pass_on_stop(item, session)
         if self.draining:
             item.end(EndReason.DRAINED)
 
@@ -239,17 +242,13 @@ class SessionRunner:
             await settle(item, item.handoff, self._context.renewer)
         self._record_lease(item)
 
-    def _pass_on_stop(self, item: PoolItem, lease: Lease, session: Session) -> None:
+    def _pass_on_stop(self, item: PoolItem, session: Session) -> None:
         """Report an operator's request to stop once, and tell the session about it."""
-        if lease.stop_requested and not session.stopping:
+        if not session.stopping:
             self._context.observe(StopRequested, item.work_item)
             session.interrupt(stopping=True)
             grace = self._context.settings.stop_grace
             self._executor.cancel_later(item, EndReason.STOP_REQUESTED, grace)
-
-    def _must_count(self, attempt: Attempt) -> bool:
-        """Whether this run must be numbered before the handler starts, there or here."""
-        return bool(attempt.opening()) or "update" in self._context.optional.refused
 
     async def _open_attempt(self, item: PoolItem, session: Session, attempt: Attempt) -> None:
         """Write the number of this run, if it must be written before the handler starts."""

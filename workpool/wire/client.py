@@ -406,7 +406,8 @@ class WorkClient:
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", query: str = "") -> URL:
-        _check_id("work_id", work_id)
+        if type(work_id) is not str or not _is_id(work_id):
+            _check_id("work_id", work_id)
         if query or self._work_query:
             return self._work_url(f"/{work_id}{path}", query)
         # Keeps scheme and host as they were parsed once, which halves the cost of a URL.

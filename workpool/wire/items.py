@@ -114,12 +114,14 @@ def parse_item(obj: object) -> WorkItem:
         and (state := obj.get("state")) in protocol.STATES
     ):
         raise ValueError(_fault_of_item(obj))
-    get = obj.get
+    get, session_id = obj.get, data.get("id")
+    if not isinstance(session_id, str) or not _is_id(session_id):
+        session_id = _no_session(session_id, item_type)
     heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
         work_id,
         item_type,
-        _subject(data),
+        session_id,
         environment_id,
         state,
         _metadata(get("metadata")),
@@ -224,12 +226,12 @@ def _fault_of_item(obj: object) -> str:
     return "state: not one of the protocol's five"
 
 
-def _subject(data: dict[str, Any]) -> str:
-    """Return the session's id, which becomes a part of URLs; empty if another type has none."""
-    subject = data.get("id")
-    if isinstance(subject, str) and _is_id(subject):
-        return subject
-    if subject is None and data["type"] != protocol.SESSION:
+def _no_session(session_id: object, item_type: str) -> str:
+    """Return the id of no session, which an item of another type than `session` may have.
+
+    An id becomes a part of URLs, so one that is malformed is an error.
+    """
+    if session_id is None and item_type != protocol.SESSION:
         return ""
     raise ValueError("data.id: not an id")
 

@@ -56,6 +56,13 @@ class CheckedBody(aiohttp.payload.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         """Check, then write the headers and the body."""
+        await self.write_with_length(writer, None)
+
+    async def write_with_length(
+        self, writer: AbstractStreamWriter, content_length: int | None
+    ) -> None:
+        """Check, then write the headers and the body."""
+        del content_length  # the length is that of the body
         try:
             self._check()
         except Exception as refusal:  # noqa: BLE001 - the transport raises it
@@ -65,10 +72,3 @@ class CheckedBody(aiohttp.payload.Payload):
             writer.send_headers()
         for start in range(0, len(self._value), _PIECE_BYTES):
             await writer.write(self._value[start : start + _PIECE_BYTES])
-
-    async def write_with_length(
-        self, writer: AbstractStreamWriter, content_length: int | None
-    ) -> None:
-        """Check, then write the headers and the body."""
-        del content_length  # the length is that of the body
-        await self.write(writer)
