@@ -11,10 +11,10 @@ import logging
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
 
 FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     # every record of a pool
@@ -111,6 +111,17 @@ def pool_logger(name: str) -> logging.Logger:
     logger = logging.getLogger(name)
     logger.addFilter(_POOL_IDS)
     return logger
+
+
+class FieldsAdapter(logging.LoggerAdapter[logging.Logger]):
+    """A logger that adds its fields to the `extra` of each call, in place of replacing it."""
+
+    def process(
+        self, msg: object, kwargs: MutableMapping[str, Any]
+    ) -> tuple[object, MutableMapping[str, Any]]:
+        """Return the message and the arguments of a call, with all fields in `extra`."""
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
+        return msg, kwargs
 
 
 def current_trace_id() -> str | None:

@@ -7,17 +7,17 @@ item. See workpool/docs/handlers.md, "The session".
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from workpool.errors import exhausted
-from workpool.log_fields import current_trace_id, pool_logger
+from workpool.log_fields import FieldsAdapter, current_trace_id, pool_logger
 from workpool.wire.protocol import TTL_MAX_SECONDS, TTL_MIN_SECONDS
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from weakref import ref
@@ -223,9 +223,9 @@ class Session:
         """A logger whose records have the ids of the item, its session and the pool.
 
         The attributes are `work_id`, `session_id`, `environment_id`, `worker_id`, and `trace_id` if
-        the item or OpenTelemetry has a trace.
+        the item or OpenTelemetry has a trace. The `extra` of a call adds others.
         """
-        return logging.LoggerAdapter(
+        return FieldsAdapter(
             _log,
             {"work_id": self.item.id, "session_id": self.item.session_id, **self.trace_fields},
         )

@@ -170,7 +170,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
 
 async def test_scraped_process_stays_until_a_scrape_has_shown_its_drain(start: Start) -> None:
     command = await start("run", "handlers")
-    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
     async with aiohttp.ClientSession() as http:
         async with http.get(url) as answer:
             assert (
@@ -187,7 +187,7 @@ async def test_scraped_process_stays_until_a_scrape_has_shown_its_drain(start: S
 
 async def test_second_signal_ends_the_wait_for_the_last_scrape(start: Start) -> None:
     command = await start("run", "handlers")
-    url = (await command.logs("metrics served url=")).rpartition("url=")[2].strip()
+    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         assert answer.status == 200
     command.send(signal.SIGTERM)

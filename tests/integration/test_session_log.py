@@ -23,7 +23,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 @handler
 async def report(session: Session) -> None:
-    session.log.info("at work")
+    session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
     if session.item.metadata.get("do") == "release" and session.attempt == 1:
@@ -152,6 +152,7 @@ async def test_records_of_a_session_have_the_trace_of_its_item(
     for message in ("at work", "session ended"):
         [line] = fields(caplog, message)
         assert line["trace_id"] == TRACE.split("-")[1]
+    assert fields(caplog, "at work")[0]["reason"] == "a report"
 
 
 async def test_polls_are_not_logged_at_info(

@@ -75,7 +75,9 @@ def settle(session: Session, program: str, status: int | None) -> None:
     if status == os.EX_TEMPFAIL:
         raise Release(f"{program}: {text_of(status)}")
     if session.stopping:  # ended by a stop request of an operator
-        session.log.info("command ended program=%s %s", program, text_of(status))
+        session.log.info(
+            "command ended: %s", text_of(status), extra={"program": program, "status": status}
+        )
     elif session.draining:
         raise Release("the pool is draining")
     else:

@@ -133,7 +133,7 @@ class ProcessGroup:
         try:
             self._process.wait(KILLED_SECONDS)
         except subprocess.TimeoutExpired:
-            log.critical("command may still run pid=%d", self.number)
+            log.critical("command may still run", extra={"pid": self.number})
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the group, unless its number may have been reused."""

@@ -26,6 +26,7 @@ CLOSE_SECONDS: Final = 2.0
 # Ignores the signals that the end of a service sends to all its processes: only the pipe counts.
 PROGRAM: Final = """
 import os, signal, sys, time
+
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 groups, mark = set(), None

@@ -127,4 +127,4 @@ async def fresh_directory(
 def _remove(directory: tempfile.TemporaryDirectory[str]) -> None:
     directory.cleanup()
     if Path(directory.name).exists():
-        log.warning("directory not removed path=%s", directory.name)
+        log.warning("directory not removed", extra={"path": directory.name})

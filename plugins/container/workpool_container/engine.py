@@ -130,7 +130,7 @@ class Engine:
 
     async def pull(self, image: str) -> None:
         """Let the engine pull the image."""
-        log.info("pulling image=%s", image)
+        log.info("pulling an image", extra={"image": image})
         with _errors(f"pulling image {image}"):
             async with asyncio.timeout(PULL_SECONDS):
                 await self._docker.images.pull(image, timeout=None)
@@ -216,7 +216,11 @@ class Engine:
                 if error.absent:
                     raise
                 # The container may be running, and its lease is extended meanwhile.
-                log.warning("container not reached id=%.12s error=%s", container, error)
+                log.warning(
+                    "container not reached: %s",
+                    error,
+                    extra={"container_id": container[:12], "error": str(error)},
+                )
                 await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
                 failures += 1
 

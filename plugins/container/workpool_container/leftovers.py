@@ -65,7 +65,9 @@ class Leftovers:
                 if found.labels[WORK_ID] not in self._here:
                     await self._judge(found)
         except (EngineError, ControlPlaneError) as error:
-            log.warning("leftover containers not looked after error=%s", error)
+            log.warning(
+                "leftover containers not looked after: %s", error, extra={"error": str(error)}
+            )
 
     async def _judge(self, found: Found) -> None:
         reason = "given up" if found.ended else await self._objection(found)
@@ -76,9 +78,20 @@ class Leftovers:
         except (
             EngineError
         ) as error:  # one container that cannot be removed must not keep the others
-            log.warning("container not removed name=%s error=%s", found.name, error)
+            log.warning(
+                "container not removed: %s",
+                error,
+                extra={"container": found.name, "error": str(error)},
+            )
         else:
-            log.info("container removed name=%s id=%.12s: %s", found.name, found.id, reason)
+            log.info(
+                "container removed",
+                extra={
+                    "container": found.name,
+                    "container_id": found.id[:12],
+                    "reason": reason,
+                },
+            )
 
     async def _objection(self, found: Found) -> str | None:
         """Return why the container's result cannot count anymore, or None if it may count."""
@@ -90,8 +103,8 @@ class Leftovers:
             if found.id not in self._unknown:  # perhaps an item of another control plane
                 self._unknown.add(found.id)
                 log.warning(
-                    "container left alone name=%s: the control plane does not know its item",
-                    found.name,
+                    "container left alone: the control plane does not know its item",
+                    extra={"container": found.name},
                 )
             return None
         if item.state == "stopped":

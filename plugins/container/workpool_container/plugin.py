@@ -145,4 +145,7 @@ class Container:
                 "container",
                 f"image {image} is not on the engine at {socket}; pull it, or set pull = 'missing'",
             )
-        log.info("container engine ready socket=%s engine=%s image=%s", socket, version, image)
+        log.info(
+            "container engine ready",
+            extra={"socket": str(socket), "engine": str(version), "image": image},
+        )

@@ -107,6 +107,9 @@ class Run:
                 await self._give_up()
             raise
 
+    def _log_fields(self) -> dict[str, str]:
+        return {"container_id": self._id[:12]}
+
     # Beginning.
 
     async def _begin(self) -> bool:
@@ -120,7 +123,9 @@ class Run:
             if not isinstance(error, EngineError | TransientError):
                 raise
             # The container has not run to its end, and another worker may have a better engine.
-            self._session.log.warning("container not started error=%s", error)
+            self._session.log.warning(
+                "container not started: %s", error, extra={"error": str(error)}
+            )
             raise Release("the container could not be started", RETRY_DELAY_SECONDS) from error
         return adopted
 
@@ -132,7 +137,9 @@ class Run:
             self._check_lease()
             if self._counts(found) and await self._engine.rename(found.name, self._name):
                 self._id, adopted = found.id, True
-                self._session.log.info("container adopted id=%.12s %s", found.id, found.state)
+                self._session.log.info(
+                    "container adopted", extra={"container_id": found.id[:12], "state": found.state}
+                )
             else:
                 self._check_lease()
                 await self._engine.remove(found.id)  # before this one starts: never two at once
@@ -162,7 +169,7 @@ class Run:
         await self._session.update_metadata({CONTAINER: self._id})
         self._check_lease()
         await self._engine.start(self._id)
-        self._session.log.info("container started id=%.12s", self._id)
+        self._session.log.info("container started", extra=self._log_fields())
 
     # Following the container.
 
@@ -193,7 +200,9 @@ class Run:
                         if output.full and not self._watched:
                             return
             except EngineError as error:
-                self._session.log.warning("container output interrupted error=%s", error)
+                self._session.log.warning(
+                    "container output interrupted: %s", error, extra={"error": str(error)}
+                )
                 await asyncio.sleep(FOLLOW_AGAIN_SECONDS)
                 # some lines may be missing, which is better than lines that appear twice
                 tail = "0"
@@ -206,21 +215,21 @@ class Run:
         session = self._session
         await session.interrupted()
         if not session.stopping and self._options.on_drain == "leave":
-            session.log.info("container left for adoption id=%.12s", self._id)
+            session.log.info("container left for adoption", extra=self._log_fields())
             raise Release("its container runs on, to be adopted")
-        session.log.info("container asked to stop id=%.12s", self._id)
+        session.log.info("container asked to stop", extra=self._log_fields())
         self._asked = True
         try:
             await self._engine.stop(self._id, self._options.grace)
         except EngineError as error:
             # Gone, as `exit_of` will report; or unreachable, and the pool cancels the handler in
             # time.
-            session.log.warning("container not stopped error=%s", error)
+            session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
     # Ending.
 
     async def _settle(self, status: int) -> dict[str, str]:
-        self._session.log.info("container ended id=%.12s status=%d", self._id, status)
+        self._session.log.info("container ended", extra={**self._log_fields(), "status": status})
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._asked:
@@ -265,7 +274,11 @@ class Run:
                     return  # never created, or the worker that holds the lease now has adopted it
                 await self._terminate(grace)
         except (EngineError, TimeoutError) as error:
-            self._session.log.critical("container may still run name=%s %r", self._name, error)
+            self._session.log.critical(
+                "container may still run: %r",
+                error,
+                extra={"container": self._name, "error": repr(error)},
+            )
 
     async def _terminate(self, grace: float) -> None:
         ended = self._name + ENDED

@@ -195,7 +195,7 @@ class Toolset:
             raise PluginError(
                 NAME, f'bubblewrap does not work here ({found}); isolation = "none" goes without'
             )
-        _log.info("toolset: isolation is bubblewrap, state in %s", state)
+        _log.info("toolset: isolation is bubblewrap", extra={"path": str(state)})
         return sandbox
 
     def _check_numbers(self) -> None:

@@ -190,7 +190,9 @@ class Runner:
         with kept():
             known = await self._journal.begin(call.id)
         if known != "new":
-            self._session.log.info("toolset: %s %s was begun before", call.name, call.id)
+            self._session.log.info(
+                "toolset: the call was begun before", extra={"tool": call.name, "call_id": call.id}
+            )
         if isinstance(known, Result):
             result = known
         elif known == "begun":
@@ -210,7 +212,7 @@ class Runner:
         try:
             await self._journal.finish(call.id, result)
         except OSError:  # the result is sent anyway; after a crash its call counts as unknown
-            self._session.log.exception("toolset: result of %s not kept", call.id)
+            self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:
         if self._session.lease_remaining <= 0:
@@ -231,7 +233,13 @@ class Runner:
         self._session.progress()
         outcome = "error" if result.is_error else "ok"
         self._session.log.info(
-            "toolset: %s %s %s in %.2f s", call.name, call.id, outcome, clock() - started
+            "toolset: tool ended",
+            extra={
+                "tool": call.name,
+                "call_id": call.id,
+                "result": outcome,
+                "seconds": round(clock() - started, 3),
+            },
         )
         return result
 
@@ -243,7 +251,7 @@ class Runner:
             except ConflictError:  # an earlier try was applied, but its answer was lost
                 return
             except RefusedError:
-                self._session.log.exception("toolset: result of %s refused", call.id)
+                self._session.log.exception("toolset: result refused", extra={"call_id": call.id})
             else:
                 return
 
@@ -272,7 +280,9 @@ class Runner:
 
     def _denied(self, call: ToolCall) -> None:
         if self._caught_up:  # only once, although the history may be read several times
-            self._session.log.info("toolset: %s %s denied", call.name, call.id)
+            self._session.log.info(
+                "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
+            )
 
 
 @contextlib.contextmanager

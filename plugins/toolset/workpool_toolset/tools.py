@@ -160,7 +160,7 @@ class Toolbox:
         except TimeoutError:
             return Result.error(f"{call.name}: took more than {self._bounds.tool_seconds:g} s")
         except Exception as error:  # noqa: BLE001 - an error of a tool is an answer
-            _log.exception("toolset: %s %s failed", call.name, call.id)
+            _log.exception("toolset: tool failed", extra={"tool": call.name, "call_id": call.id})
             if exhausted(error) and not call.custom:
                 return Result.error(f"{call.name}: {EXHAUSTED}")
             # the error of a built-in tool may name paths of this machine
