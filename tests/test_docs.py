@@ -9,8 +9,10 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import sqlite3
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -38,6 +40,7 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "workpool/docs"
+ALERTS = (ROOT / "workpool/alerts.yml").read_text()
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
 TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = TOML["project"], TOML["tool"]
@@ -84,8 +87,37 @@ def test_every_exit_status_is_in_documented_table() -> None:
 
 
 def test_every_alert_is_in_table_of_operating_page() -> None:
-    alerts = re.findall(r"alert: (\w+)", (ROOT / "workpool/alerts.yml").read_text())
-    assert re.findall(r"^\| `(Workpool\w+)` \|", page("operating.md"), re.MULTILINE) == alerts
+    alerts = re.findall(r"alert: (\w+)", ALERTS)
+    assert re.findall(r"^\| \[`(Workpool\w+)`\]", page("operating.md"), re.MULTILINE) == alerts
+
+
+def test_runbook_address_of_every_alert_is_a_heading_of_operating_page() -> None:
+    addresses = re.findall(r"runbook_url: (\S+)$", ALERTS, re.MULTILINE)
+    [prefix] = {address.partition("#")[0] for address in addresses}
+    assert f"'s#{prefix}#" in ALERTS, "the first lines show how to replace the prefix"
+    alerts = re.findall(r"alert: (\w+)", ALERTS)
+    assert [address.partition("#")[2] for address in addresses] == [each.lower() for each in alerts]
+    headings = re.findall(r"^### (Workpool\w+)$", page("operating.md"), re.MULTILINE)
+    assert headings == alerts
+
+
+@pytest.mark.trial
+def test_alert_rules_pass_their_unit_tests() -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed")
+    command = [promtool, "test", "rules", "alerts_test.yml"]
+    ended = subprocess.run(  # noqa: S603 - fixed arguments
+        command, cwd=ROOT / "workpool", capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_every_alert_fires_in_a_unit_test() -> None:
+    cases = (ROOT / "workpool/alerts_test.yml").read_text()
+    fired = set(re.findall(r'alertname="(\w+)"', cases))
+    cannot = {"WorkpoolFewerWorkers"}  # its number is the operator's
+    assert fired | cannot == set(re.findall(r"alert: (\w+)", ALERTS))
 
 
 def test_cpu_times_in_readme_equal_benchmark_results() -> None:

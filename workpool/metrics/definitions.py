@@ -182,7 +182,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Time from delivery to the answer of the ack; must stay below the reclaim window.",
     ),
     # -- leases ----------------------------------------------------------------------------------
-    _gauge("lease_ttl_seconds", _env(), "Duration of a lease that heartbeats ask for."),
+    _gauge("lease_ttl_seconds", _env(), "Duration of the leases that heartbeats are granted."),
     _counter(
         "leases_lost_total", _env(reason=get_args(ev.LossReason)), ev.SessionLost,
         "Leases lost: expired without an answer, taken by another worker, gone, or refused.",
@@ -190,7 +190,7 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _gauge("leases", _env(state=LEASE_STATES), "Leases held, by the state of their item."),
     _gauge(
         "lease_remaining_seconds_min", _env(),
-        "Remaining time of the lease that ends first; absent if no lease is held.",
+        "Remaining time of the lease that ends first; absent if no lease is being renewed.",
     ),
     _counter(
         "heartbeats_total", _env(result=get_args(ev.HeartbeatResult)), ev.HeartbeatFinished,
@@ -284,6 +284,10 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
     _gauge(
         "remote_stats_timestamp_seconds", _env(),
         "Unix time of the last reading of the other remote_ metrics.",
+    ),
+    _gauge(
+        "remote_stats_interval_seconds", _env(),
+        "Interval of reading the other remote_ metrics; 0 = never.",
     ),
     # -- the process -----------------------------------------------------------------------------
     _histogram(

@@ -94,7 +94,8 @@ class PoolSnapshot:
         stuck_handlers: Handlers that ignore their cancellation.
         loop_blocked: Seconds for which the handlers' event loop has not answered.
         leases: Leases by the state of their item: starting, active, stopping.
-        lease_ttl: Seconds that heartbeats ask for.
+        lease_ttl: Seconds that a heartbeat is granted; before the first, that it asks for.
+        remote_stats_interval: Seconds between two readings of the queue's statistics; 0 = never.
         lease_remaining_min: Remaining seconds of the lease that ends first; None without leases.
         paused: 1 for each kind of reason for which no item is claimed: pause, plugin, limit.
         sessions: (handler, number of running sessions, age of the oldest in seconds, longest time
@@ -114,6 +115,7 @@ class PoolSnapshot:
     loop_blocked: float = 0.0
     leases: Mapping[str, int] = field(default_factory=dict)
     lease_ttl: float = 0.0
+    remote_stats_interval: float = 0.0
     lease_remaining_min: float | None = None
     sessions: Sequence[tuple[str, int, float, float]] = ()
     draining: bool = False
@@ -184,6 +186,8 @@ def _pool(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sa
     last_success = max(s.last_poll_success or 0 for s in snapshots)
     yield "last_poll_success_timestamp_seconds", env, last_success
     yield "draining", env, max(s.draining for s in snapshots)
+    interval = max(s.remote_stats_interval for s in snapshots)
+    yield "remote_stats_interval_seconds", env, interval
     yield "lease_ttl_seconds", env, min(s.lease_ttl for s in snapshots)
     yield "event_loop_blocked_seconds", env, max(s.loop_blocked for s in snapshots)
     remaining = [s.lease_remaining_min for s in snapshots if s.lease_remaining_min is not None]

@@ -241,6 +241,11 @@ class Lease:
         return self.status == "lost" and self.loss in {"taken", "gone"}
 
     @property
+    def releasing(self) -> bool:
+        """Whether the last heartbeat is due or was sent, so that the lease lapses."""
+        return self._release_ttl is not None
+
+    @property
     def settled(self) -> bool:
         """Whether the last heartbeat has extended the lease, and no other one is under way."""
         doubted = self._unanswered or self._read_twice or self._failures > 0

@@ -80,7 +80,11 @@ class PoolView:
         )
         free = max(0, queue.concurrency - queue.running)
         reserved = min(queue.reserved, free)
+        # Not those whose first heartbeat is under way, which are as short as an acknowledgement
+        # makes them, nor those that are to lapse.
+        renewed = [lease for lease in leases if lease.begun and not lease.releasing]
         blocked = self.context.renewer.monitor.blocked_seconds
+        settings = self.context.settings
         return PoolSnapshot(
             # A loop that is blocked polls nothing, whatever its pollers were doing.
             pollers=Counter(
@@ -102,8 +106,9 @@ class PoolView:
             stuck_handlers=len(self.dispatcher.executor.stuck),
             loop_blocked=blocked,
             leases=states,
-            lease_ttl=self.context.settings.lease_ttl,
-            lease_remaining_min=min((lease.remaining(now) for lease in leases), default=None),
+            lease_ttl=min((lease.ttl for lease in renewed), default=settings.lease_ttl),
+            remote_stats_interval=settings.stats_interval,
+            lease_remaining_min=min((lease.remaining(now) for lease in renewed), default=None),
             sessions=self._sessions(now),
             draining=self.drain.requested.is_set(),
             paused=self._paused(),
