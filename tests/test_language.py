@@ -144,7 +144,7 @@ def test_every_banned_word_has_a_reason() -> None:
         ("x = 1  # the keeper knows", 1),
         ("keeper = 1", 0),
         ('x = "a fault strikes"', 1),
-        ("# `bear` quotes a name", 0),
+        ("# `use_token` quotes a name", 0),
     ],
 )
 def test_problem_in_text_is_found(text: str, count: int) -> None:

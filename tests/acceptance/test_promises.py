@@ -43,7 +43,7 @@ ORDER = ["queued", "starting", "active", "stopping", "stopped"]
 
 
 @pytest.fixture
-def works(folder: Path) -> Path:
+def handlers_folder(folder: Path) -> Path:
     """Return the workers' current directory, where handlers record the items that they ran."""
     (folder / "works.py").write_text(HANDLER)
     return folder
@@ -66,7 +66,7 @@ def runs(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
-async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) -> None:
+async def test_thousand_items_cost_four_requests_each(bare: Start, handlers_folder: Path) -> None:
     faults = Faults()
     async with ControlPlane(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
@@ -77,7 +77,7 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) 
         command = await run(bare, plane.base_url, "--drain", **patient)
         assert await command.ends(SECONDS) == 0
     assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
-    assert runs(works) == Counter({item.id: 1 for item in items})
+    assert runs(handlers_folder) == Counter({item.id: 1 for item in items})
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
@@ -87,7 +87,7 @@ async def test_thousand_items_cost_four_requests_each(bare: Start, works: Path) 
         assert kinds == ["created", "delivered", "acked", "heartbeat", "stopped"]
 
 
-@pytest.mark.usefixtures("works")
+@pytest.mark.usefixtures("handlers_folder")
 async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start) -> None:
     faults, clock = Faults(), Clock()
     async with ControlPlane(
@@ -100,15 +100,15 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(bare: Start
         victim = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="victim")
         for item in items:
             await faults.wait_for("heartbeat", work_id=item.id, answered=True, timeout=SECONDS)
-        heir = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="heir")
-        await heir.logs("idle")  # it has polled, but received no held item
+        successor = await run(bare, plane.base_url, WORKPOOL_WORKER_ID="heir")
+        await successor.logs("idle")  # it has polled, but received no held item
         victim.send(signal.SIGKILL)
         assert await victim.ends() == -signal.SIGKILL
         clock.advance(LEASE_SECONDS)  # the killed worker sends no heartbeat
         plane.operations.wake()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
-        heir.send(signal.SIGTERM)
-        assert await heir.ends() == 0
+        successor.send(signal.SIGTERM)
+        assert await successor.ends() == 0
     assert plane.summary() == (HELD, HELD, HELD, 0, 0)
     for item in items:
         records = plane.history.of(item.id)
@@ -171,7 +171,7 @@ class Shell:
 
 
 async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
-    bare: Start, works: Path
+    bare: Start, handlers_folder: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -197,6 +197,6 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
     assert {item["state"] for item in items} == {"stopped"}
     worker.send(signal.SIGTERM)
     assert await worker.ends() == 0
-    assert set(runs(works)) == {item["id"] for item in items}
+    assert set(runs(handlers_folder)) == {item["id"] for item in items}
     plane.send(signal.SIGTERM)
     assert await plane.ends() == 0

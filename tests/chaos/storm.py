@@ -54,7 +54,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weather:
+class StormSettings:
     """The strength of a storm.
 
     Attributes:
@@ -82,17 +82,17 @@ class Weather:
 class Storm:
     """One storm in its own folder."""
 
-    def __init__(self, weather: Weather, folder: Path) -> None:
-        self.weather = weather
-        self._random = random.Random(weather.seed)  # noqa: S311 - a storm must be repeatable
-        self._fleet = Fleet(folder, weather.write_rate)
+    def __init__(self, settings: StormSettings, folder: Path) -> None:
+        self.settings = settings
+        self._random = random.Random(settings.seed)  # noqa: S311 - a storm must be repeatable
+        self._fleet = Fleet(folder, settings.write_rate)
         self._faults = folder / "faults.json"
         self._enqueued: list[str] = []
         self._lags: list[dict[str, Any]] = []
         self._woke = asyncio.Event()
         self._stopped: str | None = None
 
-    async def blow(self) -> Verdict:
+    async def run_to_end(self) -> Verdict:
         """Run the storm and return the verdict."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
@@ -134,7 +134,7 @@ class Storm:
                     self._measure_lag(),
                 )
             ]
-            await asyncio.sleep(self.weather.seconds)
+            await asyncio.sleep(self.settings.seconds)
             await self._woke.wait()
             for scene in scenes:
                 scene.cancel()
@@ -146,14 +146,14 @@ class Storm:
             chance = self._random.random()
             # The first ones are long, so that a worker that is suspended early holds an item.
             is_long = chance > 0.65 or number < 2 * len(NAMES)
-            seconds = self._random.uniform(3, self.weather.longest) if is_long else chance * 3
-            metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.weather.ends)}
+            seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
+            metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._call(http, "POST", "", {"metadata": metadata})
             # without an answer nobody knows, and the last snapshot shows the state
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
-                await asyncio.sleep(self._random.expovariate(self.weather.items_per_second))
+                await asyncio.sleep(self._random.expovariate(self.settings.items_per_second))
 
     async def _call(
         self, http: aiohttp.ClientSession, method: str, path: str, body: Any = None
@@ -171,7 +171,7 @@ class Storm:
 
     async def _kill_workers(self, proxy: Proxy) -> None:
         while True:
-            await asyncio.sleep(self.weather.kill_every)
+            await asyncio.sleep(self.settings.kill_every)
             name = self._random.choice([each for each in NAMES if each != self._stopped])
             await self._fleet.kill(name)
             await self._start_worker(name, proxy)
@@ -181,7 +181,7 @@ class Storm:
         while True:
             self._stopped = await self._busy_worker()
             self._fleet.send("stop", self._stopped)
-            await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.weather.stop_beyond))
+            await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.settings.stop_beyond))
             self._fleet.send("cont", self._stopped)
             # long enough to observe the worker after it resumes
             await asyncio.sleep(WAKE_SECONDS + 0.5)
@@ -202,7 +202,7 @@ class Storm:
 
     async def _kill_plane(self) -> None:
         while True:
-            await asyncio.sleep(self.weather.plane_kill_every * self._random.uniform(0.7, 1.3))
+            await asyncio.sleep(self.settings.plane_kill_every * self._random.uniform(0.7, 1.3))
             await self._start_plane()
 
     async def _operate(self, http: aiohttp.ClientSession) -> None:
@@ -243,7 +243,7 @@ class Storm:
 
     async def _heal(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
-        if self.weather.fresh:
+        if self.settings.fresh:
             for name in NAMES:
                 if not self._fleet.was_killed(name):
                     await self._fleet.kill(name)
@@ -287,7 +287,7 @@ class Storm:
             lines(folder / "trace"),
             self._fleet.actions,
             self._fleet.worker_ids(),
-            slack=self.weather.slack,
+            slack=self.settings.slack,
         )
         verdict = judge.judge(self._enqueued)
         verdict.broken += self._fleet.broken
@@ -302,11 +302,11 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def report(weather: Weather, verdict: Verdict) -> str:
+def report(settings: StormSettings, verdict: Verdict) -> str:
     """Return the text of the result of a storm."""
     return "\n".join(
         [
-            f"seed {weather.seed}, {weather.seconds:g} s, {weather.write_rate:g} writes/s",
+            f"seed {settings.seed}, {settings.seconds:g} s, {settings.write_rate:g} writes/s",
             *(f"  {name:45} {count:6}" for name, count in sorted(verdict.counts.items())),
             f"  latest request after its lease: {verdict.latest:.3f} s",
             *(f"  BROKEN: {text}" for text in verdict.broken or ["nothing"]),
@@ -321,12 +321,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--write-rate", type=float, default=20.0, help="of each worker, per second")
     given = parser.parse_args()
-    weather = Weather(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
+    settings = StormSettings(seed=given.seed, seconds=given.seconds, write_rate=given.write_rate)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     # so that no worker is left when the storm is ended
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    verdict = asyncio.run(Storm(weather, folder).blow())
-    print(f"{folder}\n{report(weather, verdict)}")  # noqa: T201 - what it is for
+    verdict = asyncio.run(Storm(settings, folder).run_to_end())
+    print(f"{folder}\n{report(settings, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
 
 

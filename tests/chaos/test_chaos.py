@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chaos.storm import Storm, Weather, report
+from tests.chaos.storm import Storm, StormSettings, report
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(180)]
 
-SHORT = Weather(
+SHORT = StormSettings(
     seed=1,
     seconds=10,
     items_per_second=3,
@@ -30,7 +30,7 @@ SHORT = Weather(
 
 
 async def test_storm_of_faults_loses_no_item_and_runs_none_twice_at_once(tmp_path: Path) -> None:
-    verdict = await Storm(SHORT, tmp_path).blow()
+    verdict = await Storm(SHORT, tmp_path).run_to_end()
     assert verdict.broken == [], report(SHORT, verdict)
     # Faults did happen: even a slow machine causes each of these at least once.
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0

@@ -52,7 +52,7 @@ def patient_renewer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Life:
+class EndedItem:
     """The end of one item that one pool ran: outcome, requests and final state."""
 
     item: Item
@@ -74,42 +74,42 @@ class Life:
         return dict(self.item.metadata)
 
 
-class LifeOf(Protocol):
-    def __call__(self, work_id: str) -> Awaitable[Life]: ...
+class WaitForEnd(Protocol):
+    def __call__(self, work_id: str) -> Awaitable[EndedItem]: ...
 
 
 class RunOne(Protocol):
-    def __call__(self, call: Callable[[Any], Any], **settings: Any) -> Awaitable[Life]: ...
+    def __call__(self, call: Callable[[Any], Any], **settings: Any) -> Awaitable[EndedItem]: ...
 
 
 @pytest.fixture
-def life_of(plane: ControlPlane, faults: Faults, recorder: Recorder) -> LifeOf:
-    """Return a function that waits for the end of an item's session and returns its `Life`."""
+def wait_end(plane: ControlPlane, faults: Faults, recorder: Recorder) -> WaitForEnd:
+    """Return a function that waits for the end of an item's session and returns its `EndedItem`."""
 
-    async def life(work_id: str) -> Life:
+    async def final(work_id: str) -> EndedItem:
         finished = await recorder.wait_for(
             SessionFinished, lambda event: event.session.item.id == work_id
         )
-        return Life(
+        return EndedItem(
             item=plane.operations.get(plane.environments[0], work_id),
             finished=finished,
             sent=faults.of(work_id=work_id),
             history=[record.kind for record in plane.history.of(work_id)],
         )
 
-    return life
+    return final
 
 
 @pytest.fixture
-def run_one(plane: ControlPlane, make_pool: MakePool, life_of: LifeOf) -> RunOne:
+def run_one(plane: ControlPlane, make_pool: MakePool, wait_end: WaitForEnd) -> RunOne:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
-    async def run(call: Callable[[Any], Any], **settings: Any) -> Life:
+    async def run(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
         (item,) = plane.enqueue()
         marked = call if rule_of(call) else handler(call)
         async with make_pool(marked, **settings):
-            await life_of(item.id)
-        return await life_of(item.id)
+            await wait_end(item.id)
+        return await wait_end(item.id)
 
     return run
 

@@ -67,12 +67,12 @@ async def test_handler_that_returns_mapping_completes_with_metadata(
     async def work(_: Session) -> dict[str, str]:
         return {"rows": "7", "empty": ""}
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop"]
-    assert life.metadata == {"rows": "7", "empty": ""}
-    assert life.sent[-1].body == {"force": True}
-    assert life.history == ["created", "delivered", "acked", "heartbeat", "metadata", "stopped"]
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.metadata == {"rows": "7", "empty": ""}
+    assert final.sent[-1].body == {"force": True}
+    assert final.history == ["created", "delivered", "acked", "heartbeat", "metadata", "stopped"]
     (stop,) = recorder.of(StopFinished)
     assert (stop.mode, stop.result) == ("force", "ok")
 
@@ -82,10 +82,10 @@ async def test_handler_that_returns_nothing_costs_four_requests(run_one: Any, no
     async def work(_: Session) -> Any:
         return nothing
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops == [*BEGIN, "stop"]  # besides the poll
-    assert life.metadata == {}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.ops == [*BEGIN, "stop"]  # besides the poll
+    assert final.metadata == {}
 
 
 # -- raised, or returned something else ------------------------------------------------------------
@@ -97,12 +97,12 @@ async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one: An
     async def work(_: Session) -> None:
         raise error
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop"]
-    assert life.sent[-1].body == {"force": True}
-    assert life.metadata == {"workpool.error": "ValueError"}
-    assert life.finished.error is error
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.sent[-1].body == {"force": True}
+    assert final.metadata == {"workpool.error": "ValueError"}
+    assert final.finished.error is error
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ async def test_report_errors_message_writes_message_as_metadata(
     async def work(_: Session) -> None:
         raise ValueError(message)
 
-    life = await run_one(work, report_errors="message")
-    assert life.metadata == {"workpool.error": note}
-    assert len(life.metadata["workpool.error"]) <= 512
+    final = await run_one(work, report_errors="message")
+    assert final.metadata == {"workpool.error": note}
+    assert len(final.metadata["workpool.error"]) <= 512
 
 
 @pytest.mark.parametrize(
@@ -133,10 +133,10 @@ async def test_handler_that_returns_other_value_fails(
     async def work(_: Session) -> Any:
         return returned
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop"]
-    assert life.metadata == {"workpool.error": error}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.metadata == {"workpool.error": error}
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,9 @@ async def test_handler_that_raises_base_exception_fails(run_one: Any, error: Bas
     async def work(_: Session) -> None:
         raise error
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": type(error).__name__}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": type(error).__name__}
 
 
 # -- timed out -------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ async def test_handler_that_raises_base_exception_fails(run_one: Any, error: Bas
     ("own", "setting"), [(None, 0.05), (0.05, None), (0.05, 1000.0)], ids=["setting", "own", "both"]
 )
 async def test_handler_beyond_session_timeout_is_timed_out(
-    plane: ControlPlane, make_pool: Any, life_of: Any, own: float | None, setting: float | None
+    plane: ControlPlane, make_pool: Any, wait_end: Any, own: float | None, setting: float | None
 ) -> None:
     @handler(timeout=own)
     async def work(session: Session) -> None:
@@ -168,10 +168,10 @@ async def test_handler_beyond_session_timeout_is_timed_out(
 
     (item,) = plane.enqueue()
     async with make_pool(work, session_timeout=setting):
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("timed_out", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop"]
-    assert life.metadata == {"workpool.error": "TimeoutError"}
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("timed_out", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop"]
+    assert final.metadata == {"workpool.error": "TimeoutError"}
 
 
 # -- released --------------------------------------------------------------------------------------
@@ -184,20 +184,20 @@ async def test_handler_that_raises_release_is_released_with_delay(
     async def work(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.ops == [*BEGIN, "update", "heartbeat"]
-    assert life.metadata == {"workpool.released": "Release"}
-    assert life.sent[-1].query["desired_ttl_seconds"] == str(ttl)
-    assert life.item.ttl_seconds == ttl
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.ops == [*BEGIN, "update", "heartbeat"]
+    assert final.metadata == {"workpool.released": "Release"}
+    assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
+    assert final.item.ttl_seconds == ttl
 
 
 async def test_reason_of_a_release_is_written_with_report_errors_message(run_one: Any) -> None:
     async def work(_: Session) -> None:
         raise Release("come back later")
 
-    life = await run_one(work, report_errors="message")
-    assert life.metadata == {"workpool.released": "come back later"}
+    final = await run_one(work, report_errors="message")
+    assert final.metadata == {"workpool.released": "come back later"}
 
 
 @pytest.mark.parametrize("delay", [0, 9.9, 601, 5000, float("nan")])
@@ -207,9 +207,9 @@ async def test_release_with_a_delay_outside_its_limits_fails_the_session(
     async def work(_: Session) -> None:
         raise Release("come back later", delay=delay)
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": "ValueError"}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": "ValueError"}
 
 
 @pytest.mark.parametrize(
@@ -231,11 +231,11 @@ async def test_group_of_releases_releases_with_longest_delay(
     async def work(_: Session) -> None:
         raise group
 
-    life = await run_one(work, report_errors="message")
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.metadata == {"workpool.released": reason}
-    assert life.sent[-1].query["desired_ttl_seconds"] == str(ttl)
-    assert isinstance(life.finished.error, Release)
+    final = await run_one(work, report_errors="message")
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.metadata == {"workpool.released": reason}
+    assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
+    assert isinstance(final.finished.error, Release)
 
 
 async def test_release_in_task_group_of_handler_releases_session(run_one: Any) -> None:
@@ -247,9 +247,9 @@ async def test_release_in_task_group_of_handler_releases_session(run_one: Any) -
             group.create_task(give_back())
             group.create_task(forever(session))
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.metadata == {"workpool.released": "Release"}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.metadata == {"workpool.released": "Release"}
 
 
 @pytest.mark.parametrize(
@@ -267,9 +267,9 @@ async def test_group_of_release_and_other_error_fails_session(
     async def work(_: Session) -> None:
         raise group
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": type(group).__name__}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": type(group).__name__}
 
 
 async def test_deeply_nested_group_of_releases_releases_session(run_one: Any) -> None:
@@ -280,8 +280,8 @@ async def test_deeply_nested_group_of_releases_releases_session(run_one: Any) ->
     async def work(_: Session) -> None:
         raise error
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("released", "active")
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("released", "active")
 
 
 async def test_session_is_released_although_reason_cannot_be_written(
@@ -291,30 +291,30 @@ async def test_session_is_released_although_reason_cannot_be_written(
         raise Release("why")
 
     faults.add(status(400), "update")
-    life = await run_one(work)
-    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", {})
-    assert life.ops == [*BEGIN, "update", "heartbeat"]
+    final = await run_one(work)
+    assert (final.outcome, final.item.state, final.metadata) == ("released", "active", {})
+    assert final.ops == [*BEGIN, "update", "heartbeat"]
 
 
 async def test_session_at_drain_deadline_is_released(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient()) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.metadata == {"workpool.released": "the pool is draining"}
-    assert life.ops[-1] == "heartbeat"
-    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.metadata == {"workpool.released": "the pool is draining"}
+    assert final.ops[-1] == "heartbeat"
+    assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
 # -- asked to stop ---------------------------------------------------------------------------------
 
 
 async def test_session_that_ends_after_stop_request_is_stopped_with_result(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
 ) -> None:
     async def work(session: Session) -> dict[str, str]:
         await session.interrupted()
@@ -325,30 +325,30 @@ async def test_session_that_ends_after_stop_request_is_stopped_with_result(
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("stopped", "stopped")
-    assert life.metadata == {"stopping": "True", "draining": "False"}
-    assert life.ops == [*BEGIN, "heartbeat", "update", "stop"]
-    assert life.sent[-1].body == {"force": True}
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("stopped", "stopped")
+    assert final.metadata == {"stopping": "True", "draining": "False"}
+    assert final.ops == [*BEGIN, "heartbeat", "update", "stop"]
+    assert final.sent[-1].body == {"force": True}
     (stop,) = recorder.of(StopFinished)
     assert (stop.mode, stop.result) == ("confirm", "ok")
 
 
 async def test_session_that_ignores_stop_request_is_stopped_after_grace(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), stop_grace=0.05, **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
-    assert life.ops == [*BEGIN, "heartbeat", "stop"]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
+    assert final.ops == [*BEGIN, "heartbeat", "stop"]
 
 
 async def test_stop_request_before_first_heartbeat_stops_session_unrun(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, faults: Faults
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, faults: Faults
 ) -> None:
     hold = Hold()
     faults.add(hold, "heartbeat")
@@ -357,9 +357,9 @@ async def test_stop_request_before_first_heartbeat_stops_session_unrun(
         await hold.reached()
         plane.operations.stop(plane.environments[0], item.id)
         hold.release()
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("stopped", "stopped")
-    assert life.ops == [*BEGIN, "stop"]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("stopped", "stopped")
+    assert final.ops == [*BEGIN, "stop"]
     assert not recorder.of(SessionStarted)
 
 
@@ -367,29 +367,29 @@ async def test_stop_request_before_first_heartbeat_stops_session_unrun(
 
 
 async def test_session_stopped_by_another_client_sends_nothing_more(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), **NAP):
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", {})
-    assert life.ops == [*BEGIN, "heartbeat", "get"]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
+    assert final.ops == [*BEGIN, "heartbeat", "get"]
     assert not recorder.of(StopFinished)
 
 
 async def test_session_whose_item_is_queued_again_loses_lease(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
         expire_lease(plane, item.id)  # the control plane then delivers the item to this pool again
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "queued", {})
-    assert life.ops == [*BEGIN, "heartbeat", "get"]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
+    assert final.ops == [*BEGIN, "heartbeat", "get"]
 
 
 ENDS = {
@@ -405,7 +405,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    life_of: Any,
+    wait_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
@@ -415,10 +415,10 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
         expire_lease(plane, item.id)
         plane.operations.ack(plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
     # answered 412 while no heartbeat of this pool was unanswered
-    assert life.ops == [*BEGIN, "heartbeat"]
+    assert final.ops == [*BEGIN, "heartbeat"]
 
 
 # -- several at once: the lowest row wins ----------------------------------------------------------
@@ -434,14 +434,14 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     ids=["returned", "raised", "released"],
 )
 async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
-    plane: ControlPlane, make_pool: Any, life_of: Any, end: Any, expected: Any
+    plane: ControlPlane, make_pool: Any, wait_end: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected
     (item,) = plane.enqueue()
     async with make_pool(stubborn(end), session_timeout=0.05):
-        life = await life_of(item.id)
-    assert (life.outcome, life.metadata) == (outcome, metadata)
-    assert life.ops == [*BEGIN, "update", last]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.metadata) == (outcome, metadata)
+    assert final.ops == [*BEGIN, "update", last]
 
 
 @pytest.mark.parametrize(
@@ -454,16 +454,16 @@ async def test_timed_out_session_has_outcome_of_how_its_handler_ends(
     ids=["returned", "raised", "released"],
 )
 async def test_drained_session_is_released_however_its_handler_ends(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, end: Any,
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, end: Any,
     metadata: dict[str, str],
 ) -> None:  # fmt: skip
     (item,) = plane.enqueue()
     async with make_pool(stubborn(end)) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("released", "active", metadata)
-    assert "stop" not in life.ops
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("released", "active", metadata)
+    assert "stop" not in final.ops
 
 
 @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    life_of: Any,
+    wait_end: Any,
     heartbeat_now: Any,
     ending: Any,
 ) -> None:
@@ -485,13 +485,13 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("stopped", "stopped", metadata)
-    assert life.ops[-1] == "stop"
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", metadata)
+    assert final.ops[-1] == "stop"
 
 
 async def test_session_with_stop_request_and_drain_is_stopped(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, heartbeat_now: Any
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_end: Any, heartbeat_now: Any
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(patient(), **NAP) as supervisor:
@@ -500,8 +500,8 @@ async def test_session_with_stop_request_and_drain_is_stopped(
         heartbeat_now(item.id)
         await started.session.interrupted()
         await supervisor.drain(timeout=0)
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("stopped", "stopped")
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("stopped", "stopped")
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
@@ -509,7 +509,7 @@ async def test_session_stopped_by_another_client_is_stopped_however_its_handler_
     plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    life_of: Any,
+    wait_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
@@ -518,6 +518,6 @@ async def test_session_stopped_by_another_client_is_stopped_however_its_handler_
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        life = await life_of(item.id)
-    assert (life.outcome, life.metadata) == ("stopped", {})
-    assert life.ops == [*BEGIN, "heartbeat", "get"]
+        final = await wait_end(item.id)
+    assert (final.outcome, final.metadata) == ("stopped", {})
+    assert final.ops == [*BEGIN, "heartbeat", "get"]

@@ -48,7 +48,7 @@ def drained(
     plane: ControlPlane,
     make_pool: Any,
     faults: Faults,
-    life_of: Any,
+    wait_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """Return a function that runs one session whose completion ends at the drain's deadline."""
@@ -58,7 +58,7 @@ def drained(
         (item,) = plane.enqueue()
         async with make_pool(call, drain_timeout=0.1):
             await faults.wait_for(op, count=count)
-        return await life_of(item.id)
+        return await wait_end(item.id)
 
     return run
 
@@ -76,9 +76,9 @@ async def test_stop_call_is_repeated_until_answered(
     run_one: Any, faults: Faults, fault: Callable[[], Fault], recorder: Recorder
 ) -> None:
     faults.add(fault(), "stop", times=2)
-    life = await run_one(result)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop", "stop", "stop"]
+    final = await run_one(result)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop", "stop", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
@@ -86,8 +86,8 @@ async def test_failing_stop_call_is_repeated_until_drain_deadline(
     drained: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "stop")
-    life = await drained(result, "stop", 3)
-    assert (life.outcome, life.item.state) == ("released", "active")
+    final = await drained(result, "stop", 3)
+    assert (final.outcome, final.item.state) == ("released", "active")
 
 
 async def test_completion_is_repeated_for_longer_than_request_timeout(
@@ -97,8 +97,8 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
     # Seven failures take at most 1.27 s of back-off. Twelve could take 14 s, longer than the test
     # runs.
     faults.add(status(503), "update", "stop", times=7)
-    life = await run_one(result, request_timeout=0.2)
-    assert (life.outcome, life.item.state, life.metadata) == (
+    final = await run_one(result, request_timeout=0.2)
+    assert (final.outcome, final.item.state, final.metadata) == (
         "completed",
         "stopped",
         {"rows": "7"},
@@ -112,9 +112,9 @@ async def test_retry_after_longer_than_lease_leaves_time_for_retry(
     """One 429 must not cause a finished session to be run again."""
     monkeypatch.setattr(Lease, "remaining", lambda lease, now: 2.0 if lease.held(now) else 0.0)
     faults.add(status(429, retry_after=60), op, times=1)
-    life = await run_one(result)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    first, second = [request.at for request in life.sent if request.op == op]
+    final = await run_one(result)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    first, second = [request.at for request in final.sent if request.op == op]
     assert second - first > 0.5  # Retry-After is obeyed as far as the lease allows
 
 
@@ -124,9 +124,9 @@ async def test_conflict_on_stop_call_counts_as_stopped(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
 ) -> None:
     faults.add(status(code, applied=applied), "stop")
-    life = await run_one(result)
-    assert life.outcome == "completed"
-    assert life.ops == [*BEGIN, "update", "stop"]
+    final = await run_one(result)
+    assert final.outcome == "completed"
+    assert final.ops == [*BEGIN, "update", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == ["conflict"]
 
 
@@ -135,9 +135,9 @@ async def test_refused_stop_call_fails_session(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, told: str
 ) -> None:
     faults.add(status(code), "stop")
-    life = await run_one(result)
-    assert (life.outcome, life.item.state) == ("failed", "active")
-    assert life.ops == [*BEGIN, "update", "stop"]
+    final = await run_one(result)
+    assert (final.outcome, final.item.state) == ("failed", "active")
+    assert final.ops == [*BEGIN, "update", "stop"]
     assert [event.result for event in recorder.of(StopFinished)] == [told]
 
 
@@ -147,11 +147,11 @@ async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
 ) -> None:
     """The stop is never answered, and the next heartbeat of the lease is answered 409."""
     faults.add(Hold(applied=True), "stop")
-    life = await run_one(result, lease_ttl=10)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
+    final = await run_one(result, lease_ttl=10)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert recorder.of(HeartbeatFinished)[-1].result == "conflict"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
-    assert life.ops[-1] == "get"  # a 409 could also mean that the item is queued again
+    assert final.ops[-1] == "get"  # a 409 could also mean that the item is queued again
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
@@ -163,9 +163,9 @@ async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
     faults.add(status(412), "heartbeat", where=lambda _: hold.held > 0)
-    life = await run_one(result, lease_ttl=10)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops[-1] == "get"
+    final = await run_one(result, lease_ttl=10)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.ops[-1] == "get"
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
@@ -181,9 +181,9 @@ async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outco
         return b""
 
     faults.add(literal(theirs, 429, headers={"Retry-After": "60"}), "stop", times=1)
-    life = await run_one(result, lease_ttl=10)
-    assert (life.outcome, life.item.state) == ("stopped", "stopped")
-    assert life.ops.count("stop") == 1
+    final = await run_one(result, lease_ttl=10)
+    assert (final.outcome, final.item.state) == ("stopped", "stopped")
+    assert final.ops.count("stop") == 1
 
 
 # -- a result --------------------------------------------------------------------------------------
@@ -194,47 +194,47 @@ async def test_result_is_written_again_until_answered(
     run_one: Any, faults: Faults, fault: Callable[[], Fault]
 ) -> None:
     faults.add(fault(), "update", times=2)
-    life = await run_one(result)
-    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
-    assert life.ops == [*BEGIN, "update", "update", "update", "stop"]
+    final = await run_one(result)
+    assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
+    assert final.ops == [*BEGIN, "update", "update", "update", "stop"]
 
 
 async def test_item_whose_result_cannot_be_written_is_not_stopped(
     drained: Any, faults: Faults
 ) -> None:
     faults.add(status(503), "update")
-    life = await drained(result, "update", 2)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert "stop" not in life.ops
+    final = await drained(result, "update", 2)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert "stop" not in final.ops
 
 
 async def test_item_whose_result_is_never_answered_is_not_stopped(
     drained: Any, faults: Faults
 ) -> None:
     faults.add(delay(30), "update")
-    life = await drained(result, "update", 1)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.ops == [*BEGIN, "update"]
+    final = await drained(result, "update", 1)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.ops == [*BEGIN, "update"]
 
 
 async def test_silent_connection_costs_one_attempt_but_not_the_result(
     run_one: Any, faults: Faults
 ) -> None:
     faults.add(delay(60), "update", times=1)
-    life = await run_one(result, request_timeout=0.2)
-    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
-    assert life.ops == [*BEGIN, "update", "update", "stop"]
+    final = await run_one(result, request_timeout=0.2)
+    assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
+    assert final.ops == [*BEGIN, "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("code", [401, 403])
 async def test_result_denied_after_an_earlier_success_fails_session(
-    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any, code: int
+    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any, code: int
 ) -> None:
     """`test_worker_key.py` covers a credential that may never write metadata."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(result, concurrency=1):
-        lives = [await life_of(item.id) for item in plane.enqueue(2)]
-    assert [life.outcome for life in lives] == ["completed", "failed"]
+        lives = [await wait_end(item.id) for item in plane.enqueue(2)]
+    assert [final.outcome for final in lives] == ["completed", "failed"]
 
 
 @pytest.mark.parametrize("code", [400, 404])
@@ -242,20 +242,20 @@ async def test_refused_result_fails_session_with_error_note(
     run_one: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update", times=1)
-    life = await run_one(result)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.ops == [*BEGIN, "update", "update", "stop"]
-    assert life.metadata == {"workpool.error": "RefusedError"}
-    assert isinstance(life.finished.error, RefusedError)
+    final = await run_one(result)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.ops == [*BEGIN, "update", "update", "stop"]
+    assert final.metadata == {"workpool.error": "RefusedError"}
+    assert isinstance(final.finished.error, RefusedError)
 
 
 async def test_refused_result_fails_session_even_if_error_note_is_refused(
     run_one: Any, faults: Faults
 ) -> None:
     faults.add(status(400), "update")
-    life = await run_one(result)
-    assert (life.outcome, life.item.state, life.metadata) == ("failed", "stopped", {})
-    assert life.ops == [*BEGIN, "update", "update", "stop"]
+    final = await run_one(result)
+    assert (final.outcome, final.item.state, final.metadata) == ("failed", "stopped", {})
+    assert final.ops == [*BEGIN, "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("code", [409, 412])
@@ -263,9 +263,9 @@ async def test_result_in_conflict_counts_as_stopped_already(
     run_one: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update")
-    life = await run_one(result)
-    assert life.outcome == "completed"
-    assert life.ops == [*BEGIN, "update", "stop"]
+    final = await run_one(result)
+    assert final.outcome == "completed"
+    assert final.ops == [*BEGIN, "update", "stop"]
 
 
 async def test_refused_error_note_does_not_prevent_stop(run_one: Any, faults: Faults) -> None:
@@ -273,9 +273,9 @@ async def test_refused_error_note_does_not_prevent_stop(run_one: Any, faults: Fa
         raise ValueError
 
     faults.add(status(400), "update")
-    life = await run_one(work)
-    assert (life.outcome, life.item.state, life.metadata) == ("failed", "stopped", {})
-    assert life.ops == [*BEGIN, "update", "stop"]
+    final = await run_one(work)
+    assert (final.outcome, final.item.state, final.metadata) == ("failed", "stopped", {})
+    assert final.ops == [*BEGIN, "update", "stop"]
 
 
 # -- the lease, lost while we write ----------------------------------------------------------------
@@ -283,7 +283,7 @@ async def test_refused_error_note_does_not_prevent_stop(run_one: Any, faults: Fa
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_completion_after_lost_lease_sends_nothing_more(
-    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -292,15 +292,15 @@ async def test_completion_after_lost_lease_sends_nothing_more(
         await hold.reached()
         expire_lease(plane, item.id)
         plane.operations.ack(plane.environments[0], item.id, "another")
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state, life.metadata) == ("lease_lost", "starting", {})
-    assert "stop" not in life.ops
-    assert life.ops.count("update") == 1
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
+    assert "stop" not in final.ops
+    assert final.ops.count("update") == 1
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_item_stopped_by_another_client_during_completion_has_outcome_stopped(
-    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -308,14 +308,14 @@ async def test_item_stopped_by_another_client_during_completion_has_outcome_stop
     async with make_pool(result, lease_ttl=10):
         await hold.reached()
         plane.operations.stop(plane.environments[0], item.id, force=True)
-        life = await life_of(item.id)
-    assert (life.outcome, life.metadata) == ("stopped", {})
-    assert "stop" not in life.ops
+        final = await wait_end(item.id)
+    assert (final.outcome, final.metadata) == ("stopped", {})
+    assert "stop" not in final.ops
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_lease_is_renewed_during_completion(
-    plane: ControlPlane, faults: Faults, make_pool: Any, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, wait_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -325,12 +325,12 @@ async def test_lease_is_renewed_during_completion(
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         hold.release()
-        life = await life_of(item.id)
-    assert (life.outcome, life.metadata) == ("completed", {"rows": "7"})
+        final = await wait_end(item.id)
+    assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
 
 
 async def test_completion_continues_after_cancellation_of_embedder(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     """The embedder is cancelled while the result is written, and the item is still stopped."""
     hold = Hold()
@@ -349,9 +349,9 @@ async def test_completion_continues_after_cancellation_of_embedder(
         await asyncio.wait({embedder})
     assert embedder.cancelled()
     assert len(recorder.of(SessionFinished)) == 1
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.ops == [*BEGIN, "update", "stop"]
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.ops == [*BEGIN, "update", "stop"]
 
 
 async def test_release_that_is_never_answered_ends_at_drain_deadline(
@@ -362,6 +362,6 @@ async def test_release_that_is_never_answered_ends_at_drain_deadline(
         raise Release("why")
 
     faults.add(delay(30), "heartbeat", skip=1)
-    life = await drained(work, "heartbeat", 2)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert "stop" not in life.ops
+    final = await drained(work, "heartbeat", 2)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert "stop" not in final.ops

@@ -100,7 +100,7 @@ async def test_item_delivered_during_drain_is_not_claimed(
 
 
 async def test_ack_in_flight_that_succeeds_during_drain_is_released(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "ack")
@@ -110,10 +110,10 @@ async def test_ack_in_flight_that_succeeds_during_drain_is_released(
         group.create_task(supervisor.drain(timeout=LONG))
         await draining(supervisor, recorder)
         hold.release()
-    life = await life_of(item.id)
-    assert life.outcome == "released"
-    assert life.ops == ["ack", "update", "heartbeat"]
-    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+    final = await wait_end(item.id)
+    assert final.outcome == "released"
+    assert final.ops == ["ack", "update", "heartbeat"]
+    assert final.sent[-1].query["desired_ttl_seconds"] == "10"
     assert not recorder.of(SessionStarted)
     assert recorder.of(DrainFinished)[0].result == "clean"
 
@@ -137,7 +137,7 @@ async def test_ack_in_flight_that_fails_during_drain_is_not_repeated(
 
 
 async def test_first_heartbeat_in_flight_during_drain_is_followed_by_last_one(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "heartbeat", times=1)
@@ -147,16 +147,16 @@ async def test_first_heartbeat_in_flight_during_drain_is_followed_by_last_one(
         group.create_task(supervisor.drain(timeout=LONG))
         await draining(supervisor, recorder)
         hold.release()
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.ops == ["ack", "heartbeat", "update", "heartbeat"]
-    assert [each.query["desired_ttl_seconds"] for each in life.sent[1::2]] == ["60", "10"]
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.ops == ["ack", "heartbeat", "update", "heartbeat"]
+    assert [each.query["desired_ttl_seconds"] for each in final.sent[1::2]] == ["60", "10"]
     assert not recorder.of(SessionStarted)
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
 async def test_running_sessions_keep_their_leases_during_drain(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any
 ) -> None:
     may_end = asyncio.Event()
 
@@ -175,9 +175,9 @@ async def test_running_sessions_keep_their_leases_during_drain(
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         may_end.set()
-    life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.metadata == {"phase": "last", "draining": "True"}
+    final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.metadata == {"phase": "last", "draining": "True"}
 
 
 # -- the deadline

@@ -48,17 +48,17 @@ async def test_result_with_enum_keys_is_written_as_strings(run_one: Any) -> None
         await session.update_metadata({Phase.DONE: Phase.PHASE})
         return {Phase.PHASE: Phase.DONE}
 
-    life = await run_one(work)
-    assert (life.outcome, life.metadata) == ("completed", {"done": "phase", "phase": "done"})
+    final = await run_one(work)
+    assert (final.outcome, final.metadata) == ("completed", {"done": "phase", "phase": "done"})
 
 
 async def test_result_that_cannot_be_read_fails_session(run_one: Any) -> None:
     async def work(_: Session) -> Mapping[str, str]:
         return Changing()
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": "RuntimeError"}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": "RuntimeError"}
 
 
 async def test_result_changed_after_return_is_written_as_returned(
@@ -74,17 +74,17 @@ async def test_result_changed_after_return_is_written_as_returned(
         return shared
 
     faults.add(literal(change, 503), "update", times=1)
-    life = await run_one(work)
-    assert (life.outcome, life.metadata) == ("completed", {"rows": "42"})
+    final = await run_one(work)
+    assert (final.outcome, final.metadata) == ("completed", {"rows": "42"})
 
 
 async def test_error_that_cannot_be_printed_is_reported_with_placeholder(run_one: Any) -> None:
     async def work(_: Session) -> None:
         raise Mute
 
-    life = await run_one(work, report_errors="message")
-    assert life.outcome == "failed"
-    assert life.metadata == {"workpool.error": "Mute: <exception str() failed>"}
+    final = await run_one(work, report_errors="message")
+    assert final.outcome == "failed"
+    assert final.metadata == {"workpool.error": "Mute: <exception str() failed>"}
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,9 @@ async def test_release_reason_of_any_type_is_written_as_text(
     async def work(_: Session) -> None:
         raise Release(reason)
 
-    life = await run_one(work, report_errors="message")
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.metadata == {"workpool.released": note}
+    final = await run_one(work, report_errors="message")
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.metadata == {"workpool.released": note}
 
 
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
@@ -110,9 +110,9 @@ async def test_release_with_invalid_delay_uses_default_delay(run_one: Any, delay
         release.delay = delay
         raise release
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("released", "active")
-    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("released", "active")
+    assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
 @pytest.mark.parametrize("op", ["ack", "get"])
@@ -146,9 +146,9 @@ async def test_handler_that_cancels_its_own_task_fails(run_one: Any) -> None:
         assert task is not None
         task.cancel()
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": "CancelledError"}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": "CancelledError"}
 
 
 @pytest.mark.parametrize(
@@ -162,10 +162,10 @@ async def test_result_is_written_up_to_size_limit_and_fails_session_above(
     async def work(_: Session) -> dict[str, str]:
         return {"text": "x" * size}
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == (outcome, "stopped")
-    assert (len(life.metadata.get("text", "")) == size) is (outcome == "completed")
-    assert ("workpool.error" in life.metadata) is (outcome == "failed")
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == (outcome, "stopped")
+    assert (len(final.metadata.get("text", "")) == size) is (outcome == "completed")
+    assert ("workpool.error" in final.metadata) is (outcome == "failed")
 
 
 async def test_ack_answered_with_another_session_does_not_block_either_session(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults
 
 
-class Apart:
+class PoolOnThread:
     """A pool on its own thread and loop, which its handlers may block."""
 
     def __init__(self, settings: Settings, call: Callable[[Session], Coroutine[Any, Any, None]]):
@@ -55,7 +55,7 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
         may_end.wait(20)  # blocks the loop, because it is not awaited
 
     (item,) = plane.enqueue()
-    pool = Apart(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
     async with asyncio.TaskGroup() as group:
         group.create_task(pool.run())
         await asyncio.to_thread(blocked.wait, 10)
@@ -80,7 +80,7 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
         time.sleep(25)  # noqa: ASYNC251 - blocking the loop is the point
 
     (item,) = plane.enqueue()
-    pool = Apart(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
+    pool = PoolOnThread(make_settings(lease_ttl=10, metrics_listen="127.0.0.1:0"), work)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())
         await asyncio.to_thread(started.wait, 10)

@@ -57,7 +57,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
     former: WorkClient,
     clock: Clock,
     drained_in_its_ack: Any,
-    life_of: Any,
+    wait_end: Any,
     recorder: Recorder,
 ) -> None:
     """The attempt is not counted, because nothing may be written after the last heartbeat."""
@@ -67,15 +67,15 @@ async def test_redelivered_item_acknowledged_during_drain_is_released_not_lost(
     clock.advance(100)
     async with drained_in_its_ack():
         pass
-    life = await life_of(item.id)
-    assert life.outcome == "released"
+    final = await wait_end(item.id)
+    assert final.outcome == "released"
     assert not recorder.of(SessionStarted)
-    assert life.ops[-1] == "heartbeat"
-    assert life.sent[-1].query["desired_ttl_seconds"] == "10"
+    assert final.ops[-1] == "heartbeat"
+    assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
 async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_as_stopped(
-    plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, life_of: Any, recorder: Recorder
+    plane: ControlPlane, drained_in_its_ack: Any, faults: Faults, wait_end: Any, recorder: Recorder
 ) -> None:
     """No other worker gets the item: it becomes `stopped` when its lease expires."""
     (item,) = plane.enqueue()
@@ -85,19 +85,19 @@ async def test_item_in_state_stopping_at_last_heartbeat_of_drained_claim_counts_
         await heartbeat.reached()
         plane.operations.stop(plane.environments[0], item.id)
         heartbeat.release()
-    life = await life_of(item.id)
-    assert life.outcome == "stopped"
+    final = await wait_end(item.id)
+    assert final.outcome == "stopped"
     assert not recorder.of(SessionStarted)
 
 
 async def test_released_session_in_state_stopping_at_last_heartbeat_counts_as_stopped(
-    plane: ControlPlane, make_pool: Any, faults: Faults, life_of: Any, recorder: Recorder
+    plane: ControlPlane, make_pool: Any, faults: Faults, wait_end: Any, recorder: Recorder
 ) -> None:
     (item,) = plane.enqueue()
     async with make_pool(work) as supervisor:
         await recorder.wait_for(SessionStarted)
         plane.operations.stop(plane.environments[0], item.id)
         await supervisor.drain(timeout=0)
-    life = await life_of(item.id)
-    assert life.outcome == "stopped"
+    final = await wait_end(item.id)
+    assert final.outcome == "stopped"
     assert faults.of("heartbeat")

@@ -65,9 +65,9 @@ async def test_item_with_active_ack_answer_is_run(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(ACTIVE, "ack")
-    life = await run_one(work)
-    assert life.outcome == "completed"
-    assert life.ops == ["ack", "heartbeat", "update", "stop"]
+    final = await run_one(work)
+    assert final.outcome == "completed"
+    assert final.ops == ["ack", "heartbeat", "update", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
@@ -106,9 +106,9 @@ async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
-    life = await run_one(work)
-    assert life.outcome == "lease_lost"
-    assert life.ops == ["ack", "heartbeat"]
+    final = await run_one(work)
+    assert final.outcome == "lease_lost"
+    assert final.ops == ["ack", "heartbeat"]
     assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
 
 
@@ -122,9 +122,9 @@ async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
 
     over = Fault(rewrite=lambda answer: {**answer, "state": "stopped", "lease_extended": False})
     faults.add(over, "heartbeat", skip=1)
-    life = await run_one(never_ends)
-    assert life.outcome == "stopped"
-    assert set(life.ops) == {"ack", "heartbeat"}
+    final = await run_one(never_ends)
+    assert final.outcome == "stopped"
+    assert set(final.ops) == {"ack", "heartbeat"}
 
 
 async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
@@ -134,8 +134,8 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
     for op in ("ack", "heartbeat", "update", "stop"):
         faults.add(rewritten(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
     faults.add(rewritten(lambda value: {**more, **value}, traceparent=TRACE), "poll")
-    life = await run_one(work)
-    assert life.outcome == "completed"
+    final = await run_one(work)
+    assert final.outcome == "completed"
     assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
 
 
@@ -171,8 +171,8 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 
     faults.add(note, *get_args(Op))
     with caplog.at_level("DEBUG"):
-        life = await run_one(talk, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60)
-    assert life.outcome == "completed"
+        final = await run_one(talk, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60)
+    assert final.outcome == "completed"
     assert set(seen) == {"hunter2"}
     assert "poll failed" in caplog.text
     assert "hunter2" not in caplog.text

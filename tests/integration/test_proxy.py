@@ -27,19 +27,19 @@ class Peer(NamedTuple):
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
-    async def says(self, text: bytes) -> None:
+    async def send(self, text: bytes) -> None:
         self.writer.write(text)
         await self.writer.drain()
 
-    async def hears(self, text: bytes) -> None:
+    async def expect(self, text: bytes) -> None:
         async with asyncio.timeout(SECONDS):
             assert await self.reader.readexactly(len(text)) == text
 
-    async def hears_the_end(self) -> None:
+    async def expect_end(self) -> None:
         async with asyncio.timeout(SECONDS):
             assert await self.reader.read() == b""
 
-    async def hears_nothing(self) -> None:
+    async def expect_silence(self) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(SILENCE):
                 await self.reader.read(1)
@@ -88,73 +88,73 @@ async def wire() -> AsyncIterator[Wire]:
 
 async def test_proxy_forwards_bytes_and_end_of_stream(wire: Wire) -> None:
     client, server = await wire.pair()
-    await client.says(b"question")
-    await server.hears(b"question")
-    await server.says(b"answer")
-    await client.hears(b"answer")
+    await client.send(b"question")
+    await server.expect(b"question")
+    await server.send(b"answer")
+    await client.expect(b"answer")
     client.writer.write_eof()
-    await server.hears_the_end()
-    await server.says(b"late")
-    await client.hears(b"late")
+    await server.expect_end()
+    await server.send(b"late")
+    await client.expect(b"late")
     server.writer.close()
-    await client.hears_the_end()
+    await client.expect_end()
 
 
 async def test_proxy_blackhole_drops_bytes_of_open_connections_permanently(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.blackhole()
-    await client.says(b"lost")
-    await server.hears_nothing()
+    await client.send(b"lost")
+    await server.expect_silence()
     server.writer.close()  # even the end of the stream is not forwarded
-    await client.hears_nothing()
+    await client.expect_silence()
     wire.proxy.heal()
-    await client.says(b"lost too")
-    await client.hears_nothing()
+    await client.send(b"lost too")
+    await client.expect_silence()
     client, server = await wire.pair()
-    await client.says(b"new")
-    await server.hears(b"new")
+    await client.send(b"new")
+    await server.expect(b"new")
 
 
 async def test_proxy_partition_delays_bytes_until_healed(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.partition()
-    await client.says(b"question")
-    await server.says(b"news")
-    await server.hears_nothing()
+    await client.send(b"question")
+    await server.send(b"news")
+    await server.expect_silence()
     wire.proxy.partition()  # a second partition without a gap
-    await client.hears_nothing()
+    await client.expect_silence()
     wire.proxy.heal()
-    await server.hears(b"question")
-    await client.hears(b"news")
+    await server.expect(b"question")
+    await client.expect(b"news")
 
 
 async def test_proxy_half_close_still_forwards_requests(wire: Wire) -> None:
     client, server = await wire.pair()
     wire.proxy.half_close()
-    await client.hears_the_end()
-    await client.says(b"question")
-    await server.hears(b"question")
-    await server.says(b"answer")  # the client does not receive it
-    await client.says(b"more")
-    await server.hears(b"more")
+    await client.expect_end()
+    await client.send(b"question")
+    await server.expect(b"question")
+    await server.send(b"answer")  # the client does not receive it
+    await client.send(b"more")
+    await server.expect(b"more")
 
 
 async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(wire: Wire) -> None:
     client, server = await wire.pair()
-    await client.says(b"known to both")
-    await server.hears(b"known to both")
+    await client.send(b"known to both")
+    await server.expect(b"known to both")
     wire.proxy.reset()
     await client.is_reset()
     await server.is_reset()
     client, server = await wire.pair()
-    await client.says(b"new")
-    await server.hears(b"new")
+    await client.send(b"new")
+    await server.expect(b"new")
 
 
 async def test_proxy_reset_after_client_abort_resets_server_side(wire: Wire) -> None:
     client, server = await wire.pair()
-    await client.says(b"known to both")
-    await server.hears(b"known to both")
+    await client.send(b"known to both")
+    await server.expect(b"known to both")
     for link in wire.proxy._links:
         link.worker.transport.abort()
     await asyncio.sleep(0)  # the socket is closed, but the proxy has not noticed
@@ -167,23 +167,23 @@ async def test_proxy_delay_postpones_every_byte(wire: Wire) -> None:
     loop = asyncio.get_running_loop()
     wire.proxy.delay(SILENCE)
     began = loop.time()
-    await client.says(b"question")
-    await server.hears(b"question")
+    await client.send(b"question")
+    await server.expect(b"question")
     assert loop.time() - began >= SILENCE
     wire.proxy.heal()
-    await client.says(b"more")
-    await server.hears(b"more")
+    await client.send(b"more")
+    await server.expect(b"more")
 
 
 async def test_proxy_throttle_limits_bytes_per_second(wire: Wire) -> None:
     client, server = await wire.pair()
     loop = asyncio.get_running_loop()
-    await client.says(b"warm")
-    await server.hears(b"warm")
+    await client.send(b"warm")
+    await server.expect(b"warm")
     wire.proxy.throttle(10_000)
     began = loop.time()
-    await client.says(b"x" * 6_000)
-    await server.hears(b"x" * 6_000)
+    await client.send(b"x" * 6_000)
+    await server.expect(b"x" * 6_000)
     assert loop.time() - began >= 0.5
 
 
@@ -192,8 +192,8 @@ async def test_closed_proxy_closes_its_connections(wire: Wire) -> None:
         inner = Wire(outer, wire._accepted)
         client, server = await inner.pair()
         outer.blackhole()
-        await client.says(b"lost")
-    await server.hears_the_end()
+        await client.send(b"lost")
+    await server.expect_end()
     inner.close()
 
 
@@ -207,7 +207,7 @@ async def test_proxy_without_control_plane_closes_connections() -> None:
     async with Proxy("http://127.0.0.1:9") as proxy:
         port = int(proxy.base_url.rpartition(":")[2])
         client = Peer(*await asyncio.open_connection("127.0.0.1", port))
-        await client.hears_the_end()
+        await client.expect_end()
         client.writer.transport.abort()
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def no_keeper_left() -> Iterator[None]:
+def no_renewer_left() -> Iterator[None]:
     yield
     assert not [each for each in threading.enumerate() if each.name.startswith("workpool-lease")]
 

@@ -207,7 +207,7 @@ async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
 # -- the token
 
 
-def bears(token: str) -> Callable[[Request], bool]:
+def has_token(token: str) -> Callable[[Request], bool]:
     return lambda request: request.headers["Authorization"] == f"Bearer {token}"
 
 
@@ -221,7 +221,7 @@ async def test_renewed_token_is_read_and_used_at_once(
     hold = Hold()
     faults.add(hold, op, times=1)
     # While the call is held, the file gets the token that the control plane accepts from now on.
-    faults.add(status(code), op, where=bears(plane.token))
+    faults.add(status(code), op, where=has_token(plane.token))
 
     @handler
     async def result(_: Session) -> dict[str, str]:
@@ -232,7 +232,7 @@ async def test_renewed_token_is_read_and_used_at_once(
         file.write_text("renewed")
         hold.release()
 
-    faults.add(as_the_first(plane), where=bears("renewed"))
+    faults.add(accept_as_first_token(plane), where=has_token("renewed"))
     (item,) = plane.enqueue()
     async with make_pool(result, token_file=file), asyncio.TaskGroup() as group:
         group.create_task(renew())
@@ -241,16 +241,16 @@ async def test_renewed_token_is_read_and_used_at_once(
     assert [request.status for request in faults.of(op)][:2] == [code, 200]
 
 
-def as_the_first(plane: ControlPlane) -> Middleware:
+def accept_as_first_token(plane: ControlPlane) -> Middleware:
     """Return a middleware that makes the control plane accept the renewed token as well."""
 
-    async def rename(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def replace_token(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()
         headers["Authorization"] = f"Bearer {plane.token}"
         answer: web.StreamResponse = await handler(request.clone(headers=headers))
         return answer
 
-    return rename
+    return replace_token
 
 
 # -- a poller that crashes
@@ -359,9 +359,9 @@ async def test_failed_ack_is_repeated_and_item_runs_once(
     run_one: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "ack", times=2)
-    life = await run_one(work, request_timeout=0.2)
-    assert life.outcome == "completed"
-    assert life.ops == ["ack", "ack", "ack", "heartbeat", "stop"]
+    final = await run_one(work, request_timeout=0.2)
+    assert final.outcome == "completed"
+    assert final.ops == ["ack", "ack", "ack", "heartbeat", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
     assert len(recorder.of(SessionStarted)) == 1
     assert not recorder.of(ItemReclaimed)
@@ -385,17 +385,17 @@ async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
 ) -> None:
     """If the ack was applied, no other worker can get the item before that lease expires."""
     faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
-    life = await run_one(work, reclaim_older_than_ms=100)
-    assert life.ops == ["ack", "ack", "heartbeat", "stop"]
+    final = await run_one(work, reclaim_older_than_ms=100)
+    assert final.ops == ["ack", "ack", "heartbeat", "stop"]
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
 async def test_ack_waits_for_retry_after(run_one: Any, faults: Faults) -> None:
     faults.add(status(429, retry_after="0.3"), "ack", times=1)
-    life = await run_one(work)
+    final = await run_one(work)
     first, second = faults.of("ack")
     assert second.at - first.at >= 0.3
-    assert life.outcome == "completed"
+    assert final.outcome == "completed"
 
 
 @pytest.mark.parametrize(
@@ -405,10 +405,10 @@ async def test_refused_ack_drops_item_until_it_is_delivered_again(
     run_one: Any, faults: Faults, recorder: Recorder, code: int, result: str
 ) -> None:
     faults.add(status(code), "ack", times=1)
-    life = await run_one(work, reclaim_older_than_ms=50, block_ms=20)
+    final = await run_one(work, reclaim_older_than_ms=50, block_ms=20)
     assert [event.result for event in recorder.of(AckFinished)] == [result, "ok"]
-    assert life.outcome == "completed"
-    assert life.ops == ["ack", "ack", "heartbeat", "stop"]
+    assert final.outcome == "completed"
+    assert final.ops == ["ack", "ack", "heartbeat", "stop"]
     assert not recorder.of(ItemReclaimed)
 
 
@@ -433,8 +433,8 @@ async def test_failed_heartbeat_is_repeated_within_lease(
     run_one: Any, faults: Faults, recorder: Recorder, fault: Any
 ) -> None:
     faults.add(fault(), "heartbeat", times=2)
-    life = await run_one(work, request_timeout=0.2)
-    assert life.outcome == "completed"
+    final = await run_one(work, request_timeout=0.2)
+    assert final.outcome == "completed"
     assert len(recorder.of(SessionStarted)) == 1
     results = [event.result for event in recorder.of(HeartbeatFinished)]
     assert results[-1] == "ok"
@@ -446,8 +446,8 @@ async def test_heartbeat_with_invalid_token_is_repeated_within_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat", times=2)
-    life = await run_one(work)
-    assert life.outcome == "completed"
+    final = await run_one(work)
+    assert final.outcome == "completed"
     assert [event.result for event in recorder.of(HeartbeatFinished)] == [
         "rejected", "rejected", "ok",
     ]  # fmt: skip
@@ -459,9 +459,9 @@ async def test_refused_heartbeat_loses_lease(
     run_one: Any, faults: Faults, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code), "heartbeat")
-    life = await run_one(work)
-    assert life.outcome == "lease_lost"
-    assert life.ops == ["ack", "heartbeat"]
+    final = await run_one(work)
+    assert final.outcome == "lease_lost"
+    assert final.ops == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
     # Only a 404 says that the item is lost; a 400 concerns the request.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]

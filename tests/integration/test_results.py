@@ -19,10 +19,10 @@ async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one: 
     async def work(_: Session) -> JSON:
         return {"rows": 42, "names": ["a", "b"]}
 
-    life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("completed", "stopped")
-    assert life.metadata.keys() == {"workpool.result"}
-    assert orjson.loads(life.metadata["workpool.result"]) == {"rows": 42, "names": ["a", "b"]}
+    final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("completed", "stopped")
+    assert final.metadata.keys() == {"workpool.result"}
+    assert orjson.loads(final.metadata["workpool.result"]) == {"rows": 42, "names": ["a", "b"]}
 
 
 async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named_in_the_log(
@@ -32,10 +32,10 @@ async def test_result_that_cannot_be_written_fails_the_session_once_and_is_named
         return {"rows": {1, 2}}
 
     with caplog.at_level(logging.INFO, "workpool"):
-        life = await run_one(work)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": "ResultError"}
-    assert life.ops.count("ack") == 1
+        final = await run_one(work)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": "ResultError"}
+    assert final.ops.count("ack") == 1
     [record] = [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert "'workpool.result' cannot be written as JSON" in record.getMessage()
     assert record.exc_info is None
@@ -59,13 +59,13 @@ async def test_result_beyond_a_limit_of_the_dialect_is_an_error_and_not_cut(
     async def work(_: Session) -> Any:
         return result
 
-    life = await run_one(
+    final = await run_one(
         work, dialect="anthropic", base_url=plane.anthropic_base_url, report_errors="message"
     )
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata.keys() == {"workpool.error"}
-    assert life.metadata["workpool.error"].startswith(f"ResultError: result: '{key}' ")
-    error = life.finished.error
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata.keys() == {"workpool.error"}
+    assert final.metadata["workpool.error"].startswith(f"ResultError: result: '{key}' ")
+    error = final.finished.error
     assert isinstance(error, ResultError)
     assert (error.key, error.size, error.limit) == (key, size, limit)
     assert f"'{key}'" in caplog.text
@@ -80,5 +80,5 @@ async def test_result_at_the_limits_of_the_dialect_is_written(
     async def work(_: Session) -> dict[str, str]:
         return result
 
-    life = await run_one(work, dialect="anthropic", base_url=plane.anthropic_base_url)
-    assert (life.outcome, life.metadata) == ("completed", result)
+    final = await run_one(work, dialect="anthropic", base_url=plane.anthropic_base_url)
+    assert (final.outcome, final.metadata) == ("completed", result)

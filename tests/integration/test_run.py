@@ -271,7 +271,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
 
 
 async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
-    plane: ControlPlane, make_pool: Any, life_of: Any
+    plane: ControlPlane, make_pool: Any, wait_end: Any
 ) -> None:
     answers: list[dict[str, str]] = []
 
@@ -283,10 +283,10 @@ async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
 
     (item,) = plane.enqueue(metadata={"given": "yes"})
     async with make_pool(work):
-        life = await life_of(item.id)
+        final = await wait_end(item.id)
     assert answers == [{"given": "yes", "a": "1", "b": "2"}, {"given": "yes", "b": "2"}]
-    assert life.metadata == {"given": "yes", "b": "2", "c": "3"}
-    assert life.ops == ["ack", "heartbeat", "update", "update", "update", "stop"]
+    assert final.metadata == {"given": "yes", "b": "2", "c": "3"}
+    assert final.ops == ["ack", "heartbeat", "update", "update", "update", "stop"]
 
 
 @pytest.mark.parametrize("fault", [lost, lambda: status(503), lambda: status(429)])
@@ -300,8 +300,8 @@ async def test_metadata_write_after_transient_error_is_repeated(
         await session.update_metadata({"a": "1"})
 
     faults.add(fault(), "update", times=2)
-    life = await run_one(work)
-    assert (life.outcome, life.metadata) == ("completed", {"a": "1"})
+    final = await run_one(work)
+    assert (final.outcome, final.metadata) == ("completed", {"a": "1"})
     assert len(faults.of("update")) == 3
 
 
@@ -316,10 +316,10 @@ async def test_refused_metadata_write_raises_in_handler(
         await session.update_metadata({"a": "1"})
 
     faults.add(status(code), "update", times=1)
-    life = await run_one(work)
-    assert life.outcome == "failed"
-    assert type(life.finished.error) is error
-    assert life.metadata == {"workpool.error": error.__name__}
+    final = await run_one(work)
+    assert final.outcome == "failed"
+    assert type(final.finished.error) is error
+    assert final.metadata == {"workpool.error": error.__name__}
 
 
 async def test_metadata_write_without_success_in_time_raises_in_handler(
@@ -333,8 +333,8 @@ async def test_metadata_write_without_success_in_time_raises_in_handler(
             await session.update_metadata({"a": "1"})
 
     rule = faults.add(status(503), "update")
-    life = await run_one(work)
-    assert life.outcome == "completed"
+    final = await run_one(work)
+    assert final.outcome == "completed"
     assert rule.hits >= 1
 
 
@@ -346,9 +346,9 @@ async def test_metadata_that_cannot_be_sent_raise_in_handler(
     async def work(session: Session) -> None:
         await session.update_metadata(patch)
 
-    life = await run_one(work)
-    assert life.outcome == "failed"
-    assert isinstance(life.finished.error, TypeError | ValueError)
+    final = await run_one(work)
+    assert final.outcome == "failed"
+    assert isinstance(final.finished.error, TypeError | ValueError)
     assert len(faults.of("update")) == 1  # the error note
 
 
@@ -438,7 +438,7 @@ class Raising:
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
 async def test_exception_of_wrapping_context_fails_session(
-    plane: ControlPlane, make_pool: Any, life_of: Any, where: str
+    plane: ControlPlane, make_pool: Any, wait_end: Any, where: str
 ) -> None:
     ran: list[bool] = []
 
@@ -450,9 +450,9 @@ async def test_exception_of_wrapping_context_fails_session(
     trace: list[str] = []
     (item,) = plane.enqueue()
     async with make_pool(wrapper("A", trace), Raising(where), work):
-        life = await life_of(item.id)
-    assert (life.outcome, life.item.state) == ("failed", "stopped")
-    assert life.metadata == {"workpool.error": "LookupError"}
+        final = await wait_end(item.id)
+    assert (final.outcome, final.item.state) == ("failed", "stopped")
+    assert final.metadata == {"workpool.error": "LookupError"}
     assert bool(ran) is (where == "leave")
     assert trace == ([] if where == "hook" else ["enter A", "A saw LookupError", "leave A"])
 
@@ -471,7 +471,7 @@ class Forgiving:
 
 
 async def test_wrapping_context_can_swallow_exception_of_handler(
-    plane: ControlPlane, make_pool: Any, life_of: Any
+    plane: ControlPlane, make_pool: Any, wait_end: Any
 ) -> None:
     @handler
     async def work(_: Session) -> None:
@@ -479,8 +479,8 @@ async def test_wrapping_context_can_swallow_exception_of_handler(
 
     (item,) = plane.enqueue()
     async with make_pool(Forgiving(), work):
-        life = await life_of(item.id)
-    assert (life.outcome, life.ops) == ("completed", ["ack", "heartbeat", "stop"])
+        final = await wait_end(item.id)
+    assert (final.outcome, final.ops) == ("completed", ["ack", "heartbeat", "stop"])
 
 
 # -- redelivery
@@ -497,7 +497,7 @@ async def held_before(plane: ControlPlane, **metadata: str) -> str:
 
 
 async def test_item_held_before_is_redelivered_and_counted(
-    plane: ControlPlane, make_pool: Any, life_of: Any, recorder: Recorder
+    plane: ControlPlane, make_pool: Any, wait_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
 
@@ -508,10 +508,10 @@ async def test_item_held_before_is_redelivered_and_counted(
 
     work_id = await held_before(plane)
     async with make_pool(work):
-        life = await life_of(work_id)
+        final = await wait_end(work_id)
     # the number is written before the handler starts
     assert seen == [(True, {"workpool.attempt": "2"})]
-    assert life.ops == ["ack", "heartbeat", "update", "stop"]
+    assert final.ops == ["ack", "heartbeat", "update", "stop"]
     assert [event.origin for event in recorder.of(ItemReceived)] == ["redelivered"]
 
 
@@ -519,7 +519,7 @@ async def test_item_held_before_is_redelivered_and_counted(
     ("before", "after"), [("2", "3"), ("9", "10"), ("nonsense", "2"), ("-4", "2"), ("9" * 40, "2")]
 )
 async def test_attempt_number_continues_from_metadata(
-    plane: ControlPlane, make_pool: Any, life_of: Any, before: str, after: str
+    plane: ControlPlane, make_pool: Any, wait_end: Any, before: str, after: str
 ) -> None:
     @handler
     async def work(_: Session) -> None:
@@ -527,13 +527,19 @@ async def test_attempt_number_continues_from_metadata(
 
     work_id = await held_before(plane, **{"workpool.attempt": before})
     async with make_pool(work):
-        life = await life_of(work_id)
-    assert life.metadata == {"workpool.attempt": after}
+        final = await wait_end(work_id)
+    assert final.metadata == {"workpool.attempt": after}
 
 
 @pytest.mark.parametrize(("limit", "runs"), [(1, False), (2, True)])
 async def test_attempt_beyond_limit_fails_session_unrun(
-    plane: ControlPlane, make_pool: Any, recorder: Recorder, life_of: Any, limit: int, *, runs: bool
+    plane: ControlPlane,
+    make_pool: Any,
+    recorder: Recorder,
+    wait_end: Any,
+    limit: int,
+    *,
+    runs: bool,
 ) -> None:
     @handler
     async def work(_: Session) -> None:
@@ -541,17 +547,17 @@ async def test_attempt_beyond_limit_fails_session_unrun(
 
     work_id = await held_before(plane)
     async with make_pool(work, max_attempts=limit):
-        life = await life_of(work_id)
+        final = await wait_end(work_id)
     assert bool(recorder.of(SessionStarted)) is runs
-    assert life.item.state == "stopped"
-    assert life.outcome == ("completed" if runs else "failed")
+    assert final.item.state == "stopped"
+    assert final.outcome == ("completed" if runs else "failed")
     if not runs:
-        assert life.ops == ["ack", "heartbeat", "update", "stop"]
-        assert life.metadata["workpool.error"] == "AttemptsExceeded"
+        assert final.ops == ["ack", "heartbeat", "update", "stop"]
+        assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
 async def test_attempt_that_cannot_be_counted_is_released_unrun(
-    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, life_of: Any,
+    plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wait_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """An item that crashes its worker could otherwise be tried forever."""
@@ -564,8 +570,8 @@ async def test_attempt_that_cannot_be_counted_is_released_unrun(
     faults.add(status(503), "update")
     work_id = await held_before(plane)
     async with make_pool(work):
-        life = await life_of(work_id)
-    assert (life.outcome, life.item.state) == ("released", "active")
+        final = await wait_end(work_id)
+    assert (final.outcome, final.item.state) == ("released", "active")
     assert not recorder.of(SessionStarted)
 
 
@@ -574,5 +580,5 @@ async def test_item_never_held_before_is_not_counted_as_redelivered(run_one: Any
     async def work(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}
 
-    life = await run_one(work, max_attempts=1)
-    assert life.metadata == {"redelivered": "False"}
+    final = await run_one(work, max_attempts=1)
+    assert final.metadata == {"redelivered": "False"}

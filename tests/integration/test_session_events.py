@@ -54,65 +54,67 @@ async def answer_all(session: Session) -> dict[str, str]:
     raise AssertionError("the stream ended before the turn did")
 
 
-def lose(plane: ControlPlane, session: Session) -> None:
+def lose_lease(plane: ControlPlane, session: Session) -> None:
     """Let the lease expire; the pool notices when its own item is delivered to it again."""
     expire_lease(plane, session.item.id)
     plane.operations.wake()
 
 
 @pytest.fixture(autouse=True)
-def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(sender, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(sender, "RETRY_CAP_SECONDS", 0.1)
 
 
 @pytest.fixture
-def play(plane: ControlPlane, make_pool: Any, life_of: Any) -> Callable[..., Awaitable[Any]]:
+def run_script(plane: ControlPlane, make_pool: Any, wait_end: Any) -> Callable[..., Awaitable[Any]]:
     """Return a function that runs a scripted session through a pool."""
 
     async def run(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = plane.enqueue(script=script)
         marked = call if rule_of(call) else handler(call)
         async with make_pool(marked, **settings):
-            return await life_of(item.id)
+            return await wait_end(item.id)
 
     return run
 
 
-async def test_handler_answers_every_tool_use_of_script(plane: ControlPlane, play: Any) -> None:
+async def test_handler_answers_every_tool_use_of_script(
+    plane: ControlPlane, run_script: Any
+) -> None:
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
-    life = await play(answer_all, *script)
-    assert (life.outcome, life.metadata) == ("completed", {"answered": "10"})
-    said = plane.events(life.item.session_id)
+    final = await run_script(answer_all, *script)
+    assert (final.outcome, final.metadata) == ("completed", {"answered": "10"})
+    said = plane.events(final.item.session_id)
     texts = [one["content"][0]["text"] for one in said if one["type"] == "user.tool_result"]
     assert texts == [f"ran {number}" for number in range(10)]
 
 
 async def test_every_tool_use_is_answered_once_despite_lost_answers(
-    plane: ControlPlane, play: Any, faults: Faults
+    plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
         faults.add(fault, "send", "stream", "events", probability=0.15)
-    life = await play(answer_all, *[BASH] * 15)
-    assert life.outcome == "completed"
-    said = plane.events(life.item.session_id)
+    final = await run_script(answer_all, *[BASH] * 15)
+    assert final.outcome == "completed"
+    said = plane.events(final.item.session_id)
     uses = [event["id"] for event in said if event["type"] == "agent.tool_use"]
     assert [one["tool_use_id"] for one in said if one["type"] == "user.tool_result"] == uses
     assert len(uses) == 15
     assert len(faults.of("send")) > 15
 
 
-async def test_session_events_list_returns_history(play: Any) -> None:
+async def test_session_events_list_returns_history(run_script: Any) -> None:
     async def work(session: Session) -> dict[str, str]:
         return {"types": " ".join([event["type"] async for event in session.events.list()])}
 
-    life = await play(work, BASH)
-    assert life.metadata["types"] == "user.message session.status_running agent.tool_use"
+    final = await run_script(work, BASH)
+    assert final.metadata["types"] == "user.message session.status_running agent.tool_use"
 
 
 async def test_message_that_may_have_been_sent_is_not_repeated(
-    plane: ControlPlane, play: Any, faults: Faults
+    plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     faults.add(status(429), "send", times=2)  # a 429 is never applied
     faults.add(lost(applied=True), "send", times=1, skip=2)
@@ -121,15 +123,15 @@ async def test_message_that_may_have_been_sent_is_not_repeated(
         with pytest.raises(TransientError):
             await session.events.send(MESSAGE)
 
-    life = await play(work, BASH)
-    assert life.outcome == "completed"
-    said = [event["type"] for event in plane.events(life.item.session_id)]
+    final = await run_script(work, BASH)
+    assert final.outcome == "completed"
+    said = [event["type"] for event in plane.events(final.item.session_id)]
     assert said.count("user.message") == 2  # one from the script, and one from the test
     assert len(faults.of("send")) == 3
 
 
 async def test_failed_check_whether_result_was_stored_is_repeated(
-    plane: ControlPlane, play: Any, faults: Faults
+    plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
     faults.add(status(503), "events", times=2)
@@ -138,8 +140,8 @@ async def test_failed_check_whether_result_was_stored_is_repeated(
         (stored,) = await session.events.send(result(plane.events(session.id)[2]))
         assert stored == plane.events(session.id)[3]
 
-    life = await play(work, BASH)
-    assert life.outcome == "completed"
+    final = await run_script(work, BASH)
+    assert final.outcome == "completed"
     assert [request.op for request in faults.of("send", "events")] == [
         "send",  # applied, but its answer is lost
         *["send", "events"] * 3,  # a 409 each time, until the history shows the stored result
@@ -147,7 +149,7 @@ async def test_failed_check_whether_result_was_stored_is_repeated(
 
 
 async def test_different_result_for_answered_tool_use_raises_conflict(
-    plane: ControlPlane, play: Any
+    plane: ControlPlane, run_script: Any
 ) -> None:
     async def work(session: Session) -> None:
         use = plane.events(session.id)[-1]
@@ -155,11 +157,11 @@ async def test_different_result_for_answered_tool_use_raises_conflict(
         with pytest.raises(ConflictError):
             await session.events.send(result(use))
 
-    assert (await play(work, BASH)).outcome == "completed"
+    assert (await run_script(work, BASH)).outcome == "completed"
 
 
 async def test_events_after_lost_lease_are_neither_sent_nor_read(
-    plane: ControlPlane, play: Any, faults: Faults
+    plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     raised: list[type[BaseException]] = []
 
@@ -169,7 +171,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
         async with events.stream() as stream:
             for _ in range(3):
                 await anext(stream)
-            lose(plane, session)
+            lose_lease(plane, session)
             with pytest.raises(asyncio.CancelledError):
                 await anext(stream)
             before = len(faults.seen)
@@ -180,12 +182,14 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
                 raised.append(caught.type)
             assert [one.op for one in faults.seen[before:] if one.op in {"send", "events"}] == []
 
-    life = await play(work, BASH)
-    assert life.outcome == "lease_lost"
+    final = await run_script(work, BASH)
+    assert final.outcome == "lease_lost"
     assert len(raised) == 3
 
 
-async def test_event_stream_in_own_task_ends_with_lease(plane: ControlPlane, play: Any) -> None:
+async def test_event_stream_in_own_task_ends_with_lease(
+    plane: ControlPlane, run_script: Any
+) -> None:
     """No code cancels that task, so its wait must end by itself."""
     ended = asyncio.Event()
 
@@ -206,16 +210,16 @@ async def test_event_stream_in_own_task_ends_with_lease(plane: ControlPlane, pla
             caught_up = asyncio.Event()
             group.create_task(follow(session, caught_up))
             await caught_up.wait()
-            lose(plane, session)
+            lose_lease(plane, session)
             async with asyncio.timeout(10):
                 await ended.wait()
 
         # The item is delivered and claimed again after the script has ended.
-        assert (await play(work, BASH)).outcome == "lease_lost"
+        assert (await run_script(work, BASH)).outcome == "lease_lost"
 
 
 async def test_event_send_in_progress_is_cancelled_with_lease(
-    plane: ControlPlane, play: Any, faults: Faults
+    plane: ControlPlane, run_script: Any, faults: Faults
 ) -> None:
     hold = Hold()
     faults.add(hold, "send")
@@ -231,23 +235,23 @@ async def test_event_send_in_progress_is_cancelled_with_lease(
         async def work(session: Session) -> None:
             group.create_task(send(session))
             await hold.reached()
-            lose(plane, session)
+            lose_lease(plane, session)
             await asyncio.Event().wait()
 
-        assert (await play(work, BASH)).outcome == "lease_lost"
+        assert (await run_script(work, BASH)).outcome == "lease_lost"
     assert raised == [LeaseLost]
     hold.release()
 
 
 async def test_events_after_end_of_session_are_neither_sent_nor_read(
-    play: Any, faults: Faults
+    run_script: Any, faults: Faults
 ) -> None:
     kept: list[Session] = []
 
     async def work(session: Session) -> None:
         kept.append(session)
 
-    assert (await play(work, BASH)).outcome == "completed"
+    assert (await run_script(work, BASH)).outcome == "completed"
     (session,) = kept
     with pytest.raises(SessionEnded):
         await session.events.send(MESSAGE)

@@ -64,9 +64,9 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
             group.create_task(swallow(live(Supervisor(settings, plugins=[work]), dice, end)))
             for end in ends
         ]
-        for life, end in zip(lives, ends, strict=True):
+        for final, end in zip(lives, ends, strict=True):
             if end == "stay" or dice.random() < 0.2:
-                asyncio.get_running_loop().call_later(dice.uniform(0, SECONDS), life.cancel)
+                asyncio.get_running_loop().call_later(dice.uniform(0, SECONDS), final.cancel)
     assert not workpool_threads()
     await until(lambda: threading.active_count() <= threads)
     await until(lambda: asyncio.all_tasks() <= tasks)
@@ -79,6 +79,6 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     assert (told.stopped, told.overlapping) == (200, 0)
 
 
-async def swallow(life: Any) -> None:
+async def swallow(final: Any) -> None:
     with suppress(LookupError):
-        await life
+        await final

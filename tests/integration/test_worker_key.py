@@ -112,8 +112,8 @@ async def test_unanswered_heartbeat_is_recovered_from_list_of_items(
     run_one: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
-    life = await run_one(work)
-    assert life.outcome == "completed"
+    final = await run_one(work)
+    assert final.outcome == "completed"
     results = [event.result for event in recorder.of(HeartbeatFinished)]
     assert results == ["transient", "recovered", "ok"]
     assert counted(faults)["get"] == 1
@@ -128,9 +128,9 @@ async def test_unanswered_heartbeat_of_item_missing_in_list_loses_lease(
     faults.add(lost(), "heartbeat", times=1)
     empty = {"data": [], "has_more": False, "next_page": None}
     faults.add(literal(orjson.dumps(empty)), "list")
-    life = await run_one(work)
-    assert life.outcome == "lease_lost"
-    assert [each.op for each in life.sent if each.op != "ack"] == ["heartbeat", "heartbeat", "get"]
+    final = await run_one(work)
+    assert final.outcome == "lease_lost"
+    assert [each.op for each in final.sent if each.op != "ack"] == ["heartbeat", "heartbeat", "get"]
     assert not recorder.of(ItemReclaimed)
 
 
@@ -138,9 +138,9 @@ async def test_heartbeat_conflict_under_worker_key_ends_lease_at_once(
     run_one: Any, faults: Faults
 ) -> None:
     faults.add(status(409), "heartbeat")
-    life = await run_one(work)
-    assert life.outcome == "lease_lost"
-    assert [each.op for each in life.sent] == ["ack", "heartbeat", "get"]
+    final = await run_one(work)
+    assert final.outcome == "lease_lost"
+    assert [each.op for each in final.sent] == ["ack", "heartbeat", "get"]
     assert not faults.of("list")
 
 
@@ -231,9 +231,9 @@ async def test_handler_error_under_worker_key_fails_session(run_one: Any, faults
     async def fail(_: Session) -> None:
         raise ValueError("on purpose")
 
-    life = await run_one(fail)
-    assert life.outcome == "failed"
-    assert life.metadata == {}
+    final = await run_one(fail)
+    assert final.outcome == "failed"
+    assert final.metadata == {}
     assert counted(faults)["update"] == 1
 
 
@@ -251,14 +251,14 @@ async def test_second_credential_is_used_for_optional_calls(
 
     faults.add(note, "poll", "ack", "heartbeat", "stop", "list", "get", "update", "stats")
     faults.add(lost(), "heartbeat", times=1)
-    life = await run_one(work, api_key=plane.token, stats_interval=60)
-    assert life.outcome == "completed"
-    assert life.metadata == {"done": "yes"}
+    final = await run_one(work, api_key=plane.token, stats_interval=60)
+    assert final.outcome == "completed"
+    assert final.metadata == {"done": "yes"}
     assert not recorder.of(ResultDropped)
     await recorder.wait_for(QueueStatsRead)
     assert not faults.of("list")
     with_key = {name for name, key in names if key}
-    assert with_key == {"stats", life.item.id}
+    assert with_key == {"stats", final.item.id}
     assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
 
 

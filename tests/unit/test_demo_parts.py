@@ -56,30 +56,30 @@ def session() -> Session:
     return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
 
 
-class Tale:
+class DemoHistory:
     def __init__(self) -> None:
         self.history = History()
         self.state = DemoState(40, self.history, {"w1": "session 01"})
 
-    def tell(self, kind: Kind, worker: str | None, state: State) -> list[str]:
+    def record(self, kind: Kind, worker: str | None, state: State) -> list[str]:
         self.history.add(Record(0.0, "w1", kind, worker, state))
         return self.state.follow()
 
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
-    tale = Tale()
-    assert tale.tell("created", None, "queued") == []
-    assert tale.tell("delivered", "one-1234", "queued") == []
-    assert tale.tell("acked", "one-1234", "starting") == []
-    assert tale.state.held_by("one") == []  # a session counts from its first heartbeat
-    assert tale.tell("heartbeat", "one-1234", "active") == []
-    assert tale.state.held_by("one") == ["session 01"]
-    [free] = tale.tell("lapsed", None, "queued")
+    demo_history = DemoHistory()
+    assert demo_history.record("created", None, "queued") == []
+    assert demo_history.record("delivered", "one-1234", "queued") == []
+    assert demo_history.record("acked", "one-1234", "starting") == []
+    assert demo_history.state.held_by("one") == []  # a session counts from its first heartbeat
+    assert demo_history.record("heartbeat", "one-1234", "active") == []
+    assert demo_history.state.held_by("one") == ["session 01"]
+    [free] = demo_history.record("lapsed", None, "queued")
     assert "one" in free
-    assert tale.state.held == {}
-    assert tale.tell("acked", "two-1234", "starting") == ["session 01 reclaimed by two"]
-    assert tale.tell("stopped", "two-1234", "stopped") == ["session 01 finished by two"]
-    assert (tale.state.stopped, tale.state.acked) == (1, 2)
+    assert demo_history.state.held == {}
+    assert demo_history.record("acked", "two-1234", "starting") == ["session 01 reclaimed by two"]
+    assert demo_history.record("stopped", "two-1234", "stopped") == ["session 01 finished by two"]
+    assert (demo_history.state.stopped, demo_history.state.acked) == (1, 2)
 
 
 def test_metrics_exposition_is_read_into_demo_figures() -> None:
@@ -169,10 +169,10 @@ def state() -> DemoState:
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
     one.metrics = WorkerMetrics(3, 4, {"completed": 7}, 10, 0.05, 0.25, 2, 0)
     two.state = "killed"
-    tale = Tale()
-    tale.tell("acked", "one-1", "starting")
-    tale.state.url, tale.state.workers = "http://cp", (one, two)
-    return tale.state
+    demo_history = DemoHistory()
+    demo_history.record("acked", "one-1", "starting")
+    demo_history.state.url, demo_history.state.workers = "http://cp", (one, two)
+    return demo_history.state
 
 
 def test_demo_picture_shows_queue_workers_and_metrics(state: DemoState) -> None:

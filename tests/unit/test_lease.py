@@ -192,7 +192,7 @@ def stopped() -> WorkItem:
     return ours(state="stopped")
 
 
-def anothers() -> WorkItem:
+def held_by_another() -> WorkItem:
     return ours(acknowledged_at=ACKED + timedelta(seconds=90))
 
 
@@ -482,8 +482,8 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     # the item was `active` before: a poll has leased it to another worker
     (settled, ours(state="starting"),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (begun, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (own_stop, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (begun, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (own_stop, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     (begun, ours(acknowledged_at=None),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     # not found, or the credential may not read
@@ -497,7 +497,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      Expected("over", "conflict", "handed_off", due=LOST)),
     (lent, ours(state="starting"),
      Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (lent, anothers(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
+    (lent, held_by_another(), Expected("over", "conflict", "lost", confirmed=True, due=LOST)),
     # a read that fails
     (begun, transient("timeout"), Expected("again", "timeout", due=FIRST_REPEAT)),
     (begun, transient("server_error", 9.0), Expected("again", "transient", due=9.0)),
@@ -536,7 +536,7 @@ def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = begun()
     exchange(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
-    assert lease.read(READ_AT, "conflict", anothers()) == ("over", None)
+    assert lease.read(READ_AT, "conflict", held_by_another()) == ("over", None)
     assert (lease.status, lease.confirmed, lease.in_flight) == ("released", False, False)
 
 
@@ -887,7 +887,7 @@ class LeaseMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
-    def nobody_waits_any_more(self) -> None:
+    def caller_stops_waiting(self) -> None:
         self.lease.abandoned()
         self.attempt = self.answer = None
 

@@ -36,7 +36,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 
 
 @pytest.fixture(autouse=True)
-def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(event_stream, "BACKOFF_CAP_SECONDS", 0.05)
 

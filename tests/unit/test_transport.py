@@ -635,7 +635,7 @@ async def test_extra_headers_are_sent_with_every_request() -> None:
         connected(server.url, own, extra_headers=EXTRA) as other,
     ):
         await ask(transport, server.url)
-        await ask(transport.bearing("token-of-a-session"), server.url)
+        await ask(transport.with_own_token("token-of-a-session"), server.url)
         await ask(other, server.url)
     assert len(server.requests) == 3
     for request in server.requests:

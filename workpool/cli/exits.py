@@ -55,7 +55,7 @@ def lines_of(error: BaseException) -> tuple[str, ...]:
     return error.problems if isinstance(error, SettingsError) else (str(error),)
 
 
-def complain(error: BaseException) -> None:
+def print_error(error: BaseException) -> None:
     """Print an error to stderr."""
     for line in lines_of(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
@@ -67,7 +67,7 @@ def reported() -> Iterator[None]:
     try:
         yield
     except (WorkpoolError, ServeError) as error:
-        complain(error)
+        print_error(error)
         raise typer.Exit(status_of(error)) from None
 
 

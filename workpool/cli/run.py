@@ -141,7 +141,7 @@ async def _live(
     asyncio.get_running_loop().set_default_executor(executor)
     status = await _serve(supervisor, signals, control, until_empty=until_empty)
     executor.shutdown(wait=False, cancel_futures=True)
-    left_tasks = supervisor.abandoned or await _deaf_tasks()
+    left_tasks = supervisor.abandoned or await _cancel_left_tasks()
     sys.stdout.flush()
     if left_tasks:
         # The runner would cancel these tasks and wait forever, since they ignore the cancellation.
@@ -193,7 +193,7 @@ async def _obey(
             running.cancel()
 
 
-async def _deaf_tasks() -> int:
+async def _cancel_left_tasks() -> int:
     """Cancel the tasks that handlers and plugins left running; return the number that ignore it."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:

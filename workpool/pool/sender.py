@@ -191,7 +191,7 @@ class Sender:
     def cut(self, item: PoolItem) -> None:
         """End the waits for the answers to calls for the item."""
         for bound in list(item.open_sends or ()):
-            bound.strike()
+            bound.expire_now()
 
     async def _try(
         self,

@@ -348,7 +348,7 @@ class WorkClient:
         _check_id("session_id", session_id)
         own = self._transport
         http_events = HttpEvents(
-            own if token is None else own.bearing(token.get_secret_value()),
+            own if token is None else own.with_own_token(token.get_secret_value()),
             self.rate_limits,
             f"{self._sessions}/{session_id}/events",
             self._work_query,

@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.ending import blamed
+from workpool_command.ending import start_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -141,7 +141,7 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
 def test_start_error_of_exhausted_machine_becomes_release(number: int) -> None:
-    with pytest.raises(Release), blamed("tool"):
+    with pytest.raises(Release), start_errors("tool"):
         raise OSError(number, os.strerror(number))
 
 

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 from workpool import Release
 from workpool.errors import HandoverError, innermost
-from workpool_command.ending import CommandFailed, blamed, text_of
+from workpool_command.ending import CommandFailed, start_errors, text_of
 from workpool_command.group import ProcessGroup, Start, started
 from workpool_command.surroundings import handed_on, item_json, redelivered
 
@@ -74,7 +74,7 @@ class Holders:
                     keyless = self._command.item_token
                     given = lease.keyless_variables if keyless else lease.variables
                     group = self._start(session, cwd, given)
-                    watching = tasks.create_task(self._see_it_live(group, cwd), name="hold")
+                    watching = tasks.create_task(self._detect_early_end(group, cwd), name="hold")
                 watching.cancel()
         except BaseExceptionGroup as failure:
             error = innermost(failure)
@@ -99,7 +99,7 @@ class Holders:
             "--",
         )  # -P: no modules of the directory `cwd`
         ids = [f"{name}={value}" for name, value in redelivered(session).items()]
-        with blamed("workpool hold"), (cwd / OUTPUT).open("ab") as output:
+        with start_errors("workpool hold"), (cwd / OUTPUT).open("ab") as output:
             return started(
                 Start(
                     argv=(*hold, "env", *ids, *self._command.command),
@@ -145,7 +145,7 @@ class Holders:
             variables["WORKPOOL_EXTRA_HEADERS"] = json.dumps(values)
         return variables
 
-    async def _see_it_live(self, group: ProcessGroup, cwd: Path) -> None:
+    async def _detect_early_end(self, group: ProcessGroup, cwd: Path) -> None:
         """Fail early if `hold` ends before it has taken the item over.
 
         Raises:

@@ -40,7 +40,7 @@ class CommandFailed(WorkpoolError):
 
 
 @contextmanager
-def blamed(program: str) -> Iterator[None]:
+def start_errors(program: str) -> Iterator[None]:
     """Turn an error that prevents a command from being started into the session's error.
 
     Raises:

@@ -30,7 +30,7 @@ from workpool import (
 )
 from workpool.settings import CREDENTIAL_PREFIXES
 from workpool_command.detached import Holders
-from workpool_command.ending import blamed, result_of, settle
+from workpool_command.ending import result_of, settle, start_errors
 from workpool_command.group import ProcessGroup, Start, running
 from workpool_command.guard import Guard, guarding
 from workpool_command.output import reading
@@ -173,14 +173,14 @@ class Command:
         if self._guard is None or self._holders is None:
             raise PluginError(NAME, "runs in a pool only")
         if self.detach and self._root is not None:
-            with blamed("directory"):
+            with start_errors("directory"):
                 cwd = kept_directory(self._root, _name(session))
             await self._holders.hand_off(session, cwd)
             return None
         program = Path(self.command[0]).name
         with reading(session.log, self.log_lines, session.progress) as (stdout, stderr):
             async with AsyncExitStack() as stack:
-                with blamed(program):
+                with start_errors(program):
                     cwd = await stack.enter_async_context(self._directory(session))
                     start = self._start(session, cwd, stdout.writer, stderr.writer)
                     patience = functools.partial(self._patience, session)

@@ -205,7 +205,7 @@ class Scene:
 
         await self.until(look)
 
-    async def says(self, text: str) -> None:
+    async def prints(self, text: str) -> None:
         """Wait until a container has printed this line."""
         await self.log.until(lambda: f"stdout: {text}" in self.log.lines)
 

@@ -37,7 +37,7 @@ def kept(scene: Scene, tmp_path: Path) -> Path:
 async def test_stop_request_ends_container(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever):
-        await scene.says("ready")
+        await scene.prints("ready")
         scene.ask_to_stop(item.id)
         finished = await scene.finished(item.id)
     assert finished.outcome == "stopped"
@@ -48,7 +48,7 @@ async def test_stop_request_ends_container(scene: Scene) -> None:
 async def test_container_that_ignores_sigterm_is_killed_after_grace(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool("trap '' TERM; echo ready; sleep 1000", grace=0.2):
-        await scene.says("ready")
+        await scene.prints("ready")
         scene.ask_to_stop(item.id)
         finished = await scene.finished(item.id)
     assert finished.outcome == "stopped"
@@ -79,7 +79,7 @@ async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, de
     (item,) = scene.plane.enqueue()
     script = "echo ready; exec sleep 1000" if deaf else scene.forever
     async with scene.pool(script, sweep_seconds=600):
-        await scene.says("ready")
+        await scene.prints("ready")
         # the redelivered item shows the pool that its lease is lost
         expire_lease(scene.plane, item.id)
         finished = await scene.finished(item.id)
@@ -96,7 +96,7 @@ async def test_lost_lease_ends_container_before_handler_ends(scene: Scene, *, de
 async def test_container_at_drain_deadline_is_removed_and_session_released(scene: Scene) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever) as supervisor:
-        await scene.says("ready")
+        await scene.prints("ready")
         (found,) = await scene.containers(item.id)
         assert scene.item(item.id).metadata[CONTAINER] == found.id
         assert found["Labels"] == {
@@ -115,7 +115,7 @@ async def test_drain_sends_sigterm_to_container_and_uses_its_exit_status(
 ) -> None:
     (item,) = scene.plane.enqueue()
     async with scene.pool(scene.forever.replace("exit 9", f"exit {status}")) as supervisor:
-        await scene.says("ready")
+        await scene.prints("ready")
         await supervisor.drain(timeout=10)
         assert (await scene.finished(item.id)).outcome == outcome
     assert "stdout: asked" in scene.log.lines
@@ -202,12 +202,12 @@ async def test_container_is_followed_across_restart_of_engine(
     script = "while [ ! -e /kept/end ]; do echo ready; sleep 0.05; done; echo bye"
     (item,) = scene.plane.enqueue()
     async with scene.pool(script):
-        await scene.says("ready")
+        await scene.prints("ready")
         podman.stop()
         await scene.log.until(lambda: any("output interrupted" in line for line in scene.log.lines))
         scene.log.lines.clear()
         podman.start()
-        await scene.says("ready")
+        await scene.prints("ready")
         (kept / "end").touch()
         assert (await scene.finished(item.id)).outcome == "completed"
     assert "stdout: bye" in scene.log.lines

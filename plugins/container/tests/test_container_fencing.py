@@ -79,7 +79,7 @@ async def test_worker_without_lease_leaves_container_adopted_by_another_worker_r
     stale = Worker(scene, engine)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(stale.run())
-        await scene.says("ready")
+        await scene.prints("ready")
         (container,) = await containers(scene)
         second = group.create_task(Worker(scene, engine, named=container).run())
         await scene.log.until(lambda: any("adopted" in line for line in scene.log.lines))
@@ -142,7 +142,7 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
 
     async with asyncio.TaskGroup() as group:
         task = group.create_task(Worker(scene, engine).run())
-        await scene.says("ready")
+        await scene.prints("ready")
         monkeypatch.setattr(engine, call, cancelled_again)
         task.cancel()
         await asyncio.wait({task})
@@ -164,7 +164,7 @@ async def test_second_cancellation_during_grace_ends_container_at_once(
     monkeypatch.setattr(engine, "stop", noticed)
     async with asyncio.timeout(40), asyncio.TaskGroup() as group:
         task = group.create_task(Worker(scene, engine, script=deaf).run())
-        await scene.says("ready")
+        await scene.prints("ready")
         task.cancel()
         await stopping.wait()
         task.cancel()
@@ -217,7 +217,7 @@ async def test_container_of_worker_without_resources_is_not_left_running(
     worker = Worker(scene, engine)
 
     async def refuse(_: object) -> None:
-        await scene.says("ready")
+        await scene.prints("ready")
         raise MemoryError
 
     monkeypatch.setattr(engine, "exit_of", refuse)
@@ -239,7 +239,7 @@ async def test_superseded_container_is_removed_before_another_starts(
     worker = Worker(scene, engine, named="" if kind == "never named" else left)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(worker.run())
-        await scene.says("ready")
+        await scene.prints("ready")
         (container,) = await containers(scene)
         assert container != left
         assert worker.lease.metadata == {CONTAINER: container}

@@ -16,7 +16,7 @@ class Bound:
     same turn of the loop. An object is for one block, inside a task.
 
     Args:
-        seconds: The bound; None = only `strike` ends the wait.
+        seconds: The bound; None = only `expire_now` ends the wait.
         loop: The running loop. It is given because Python 3.11 makes a system call to find it.
     """
 
@@ -34,7 +34,7 @@ class Bound:
         self._task, self._before = task, task.cancelling()
         self._timer: asyncio.TimerHandle | None = None
         if self._seconds is not None:
-            self._timer = self._loop.call_later(max(0.0, self._seconds), self.strike)
+            self._timer = self._loop.call_later(max(0.0, self._seconds), self.expire_now)
 
     def __exit__(
         self,
@@ -48,7 +48,7 @@ class Bound:
         if alone and kind is asyncio.CancelledError:
             raise TimeoutError from error
 
-    def strike(self) -> None:
+    def expire_now(self) -> None:
         """End the wait now. Called on the loop while the block runs."""
         if not self._struck:
             self._struck = True

@@ -123,10 +123,10 @@ class Transport:
         if self._api_key is None:
             return self
         other = copy.copy(self)
-        other.bear_api_key(self._api_key)
+        other.use_api_key(self._api_key)
         return other
 
-    def bear_api_key(self, key: str) -> None:
+    def use_api_key(self, key: str) -> None:
         """Send this second credential from now on; its source is read again after a refusal."""
         self._credential_file = self._settings.api_key_file
         self._read_credential = self._settings.read_api_key
@@ -134,13 +134,13 @@ class Transport:
         self._use(key)
         self._hide_secrets()
 
-    def bearing(self, token: str) -> Transport:
+    def with_own_token(self, token: str) -> Transport:
         """Return the same connections with another token, whose source is not read again."""
         other = copy.copy(self)
-        other.bear(token)
+        other.use_token(token)
         return other
 
-    def bear(self, token: str) -> None:
+    def use_token(self, token: str) -> None:
         """Send this token from now on, and no other."""
         self._renews = False
         self._use(token)
