@@ -53,10 +53,9 @@ _read_timeout = unlimited(decimal(zero=True))
 def directories() -> list[Path]:
     """Return the directories for sockets of this user. A worker uses the first one that it can."""
     user = os.geteuid()
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
-    runtime = [Path(given)] if given.startswith("/") else []
-    homes = [each / "workpool" for each in (*runtime, Path(f"/run/user/{user}"))]
-    return list(dict.fromkeys([*homes, Path(f"/tmp/workpool-{user}")]))  # noqa: S108 - owner and mode are checked
+    runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
+    temporary = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - owner and mode are checked
+    return [runtime / "workpool", temporary / f"workpool-{user}"]
 
 
 def is_private(directory: Path) -> bool:
@@ -104,11 +103,12 @@ class ControlSocket:
         try:
             self._open(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")
         except OSError as error:
-            log.info("no control socket error=%s", error.strerror or error)
+            problem = error.strerror or str(error)
+            log.info("no control socket: %s", problem, extra={"error": problem})
 
     def __enter__(self) -> Self:
         if self._listener is not None:
-            log.info("control socket path=%s", self._path)
+            log.info("control socket open", extra={"file": str(self._path)})
         return self
 
     def __exit__(
@@ -134,7 +134,8 @@ class ControlSocket:
             try:
                 connection, _ = await loop.sock_accept(self._listener)
             except OSError as error:
-                log.warning("control socket cannot accept error=%s", error.strerror)
+                problem = error.strerror or str(error)
+                log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
             with connection, contextlib.suppress(OSError):  # the other end may be gone
