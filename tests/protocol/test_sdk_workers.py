@@ -31,6 +31,8 @@ pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to do
 
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
+TYPESCRIPT_SDK = "@anthropic-ai/sdk@1.14.0"
+"""Pinned, so that a new release cannot fail the trials. Raise it on purpose."""
 SCRIPT: list[dict[str, Any]] = [
     {"name": "write", "input": {"file_path": "note", "content": "hello\n"}},
     {"name": "bash", "input": {"command": "cat note; echo world >>note"}},
@@ -168,16 +170,16 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"node {version.strip()} is older than {NODE_MAJOR_MIN}")
     project = tmp_path_factory.mktemp("node")
     shutil.copy(Path(__file__).with_name("environment_worker.mjs"), project)
-    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "@anthropic-ai/sdk"]
+    install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", TYPESCRIPT_SDK]
     try:
         installed = subprocess.run(  # noqa: S603 - found on PATH
             install, cwd=project, capture_output=True, text=True, timeout=120, check=False
         )
     except subprocess.TimeoutExpired:
-        pytest.skip("npm did not install @anthropic-ai/sdk within 120 s")
+        pytest.skip(f"npm did not install {TYPESCRIPT_SDK} within 120 s")
     if installed.returncode:
         problem = (installed.stderr.strip().splitlines() or ["no message"])[0]
-        pytest.skip(f"npm could not install @anthropic-ai/sdk: {problem}")
+        pytest.skip(f"npm could not install {TYPESCRIPT_SDK}: {problem}")
     return project
 
 
