@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contenders import Entry, bare, client, parse_contenders, workpool
 from throughput import compare
 
 from workpool import hookimpl
+from workpool.log_fields import PoolIds
+from workpool.logs import JsonFormatter, TextFormatter
 from workpool.metrics import Metrics
+from workpool.pool import session_runner
 from workpool.testing.loop_supervisor import LoopSupervisor
 
 if TYPE_CHECKING:
@@ -55,11 +61,21 @@ def ignore(*_: object) -> None:
     pass
 
 
-async def without(owner: type, names: tuple[str, ...], plane: Plane, meter: Meter) -> None:
+async def without(owner: object, names: tuple[str, ...], plane: Plane, meter: Meter) -> None:
     """The pool with some methods of a class doing nothing, in this process only."""
     for name in names:
         setattr(owner, name, ignore)
     await workpool(plane, meter)
+
+
+async def logged(formatter: logging.Formatter, plane: Plane, meter: Meter) -> None:
+    """The pool with its log at INFO, as `workpool run` writes it, to nowhere."""
+    with Path(os.devnull).open("w") as nowhere:  # noqa: ASYNC230 - opened once, before the run
+        handler = logging.StreamHandler(nowhere)
+        handler.setFormatter(formatter)
+        handler.addFilter(PoolIds())
+        logging.basicConfig(level="INFO", handlers=[handler], force=True)
+        await workpool(plane, meter)
 
 
 def pool(name: str, **changed: Any) -> Entry:
@@ -67,7 +83,7 @@ def pool(name: str, **changed: Any) -> Entry:
     return Entry(name, partial(workpool, **changed), "workpool")
 
 
-def lacking(name: str, owner: type, *names: str) -> Entry:
+def lacking(name: str, owner: object, *names: str) -> Entry:
     """The pool with something left out."""
     return Entry(name, partial(without, owner, names), "workpool")
 
@@ -77,6 +93,9 @@ ENTRIES = (
     Entry("bare", bare, "aiohttp"),
     Entry("client only", client, "workpool"),
     lacking("metrics off", Metrics, "count"),
+    lacking("session log left out", session_runner, "_log_end"),
+    Entry("INFO as text", partial(logged, TextFormatter()), "workpool"),
+    Entry("INFO as JSON", partial(logged, JsonFormatter()), "workpool"),
     pool("an observer", plugins=(Observer,)),
     pool("an observer of one type", plugins=(OneTypeObserver,)),
     pool("a wrapper", plugins=(Wrapper,)),
