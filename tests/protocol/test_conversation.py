@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.protocol.sqlite_server import ENV, TOKEN
 from tests.protocol.test_sqlite import server
 from workpool.server import APIError
-from workpool.server.conversation import Conversation, StoredEvent
+from workpool.server.conversation import Conversation, EventFilter, StoredEvent
 from workpool.server.parsing.session_script import parse_script
 
 if TYPE_CHECKING:
@@ -270,3 +270,48 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
                 again.known = dict(list(events.items())[:-3])
                 await again.step()  # the script continues where it was
                 assert len(await again.history()) > before
+
+
+class CountedEvents(list[StoredEvent]):
+    """Events that count how often one is read."""
+
+    reads = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(place)
+
+
+def long_conversation() -> Conversation:
+    """Return 10,000 events: each 1,000th is a message of a user, the one after it an interrupt."""
+    talk = Conversation()
+    rare = {0: "user.message", 1: "user.interrupt"}
+    for number in range(10_000):
+        kind = rare.get(number % 1000, "agent.message")
+        talk.append(StoredEvent(f"evt_{number:05}", "sess_1", {"type": kind}))
+    return talk
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("after", ["", "evt_03000"])
+@pytest.mark.parametrize("before", [None, "evt_07001"])
+@pytest.mark.parametrize("types", [{"user.message"}, {"user.interrupt", "user.message", "none"}])
+def test_list_of_rare_types_has_the_nearest_events_and_reads_no_others(
+    types: set[str], before: str | None, after: str, *, newest_first: bool
+) -> None:
+    talk = long_conversation()
+    wanted = [
+        event
+        for event in talk.events
+        if event.type in types and after < event.id and (before is None or event.id < before)
+    ]
+    nearest = wanted[-4:] if newest_first or before is not None else wanted[:4]
+    counted = talk.events = CountedEvents(talk.events)
+    found = talk.page(
+        4,
+        after=after,
+        before=before,
+        wanted=EventFilter(types=frozenset(types), newest_first=newest_first),
+    )
+    assert list(found) == (nearest[::-1] if newest_first else nearest)
+    assert counted.reads < 50  # 4 events, and the searches for `after` and `before`

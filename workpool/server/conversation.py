@@ -8,8 +8,10 @@ sessions".
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from heapq import merge
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
@@ -91,6 +93,8 @@ class Conversation:
     def __init__(self, script: Script | None = None) -> None:
         """`script`: the tool uses of a scripted session; None: the control plane plays no agent."""
         self.events: list[StoredEvent] = []
+        # The places of the events of each type, so that a list of rare types reads only those.
+        self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
         self._place = 0  # the position in the script
@@ -116,10 +120,10 @@ class Conversation:
         end = self._end(wanted.times)
         if before is not None:
             end = min(end, bisect_left(self.events, before, key=_id_of))
-        if before is None and not wanted.newest_first:
-            return list(islice(self._of_types(range(start, end), wanted), limit))
-        nearest = list(islice(self._of_types(range(end - 1, start - 1, -1), wanted), limit))
-        return nearest if wanted.newest_first else nearest[::-1]
+        backwards = before is not None or wanted.newest_first
+        found = islice(self._places_of(wanted.types, start, end, backwards=backwards), limit)
+        nearest = [self.events[place] for place in found]
+        return nearest if wanted.newest_first or not backwards else nearest[::-1]
 
     def _first(self, times: TimeRange) -> int:
         after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_time_of)
@@ -132,10 +136,23 @@ class Conversation:
         to = end if times.lte is None else bisect_right(self.events, times.lte, key=_time_of)
         return min(until, to)
 
-    def _of_types(self, places: range, wanted: EventFilter) -> Iterator[StoredEvent]:
-        for place in places:
-            if wanted.types is None or self.events[place].type in wanted.types:
-                yield self.events[place]
+    def _places_of(
+        self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
+    ) -> Iterator[int]:
+        """Iterate over the places from `start` to `end` with events of these types.
+
+        The time depends on the places that are read, not on the number of events.
+        """
+        if types is None:
+            places = range(start, end)
+            return iter(places[::-1] if backwards else places)
+        step = -1 if backwards else 1
+        of_types = (self._places[each] for each in types if each in self._places)
+        parts = (
+            map(each.__getitem__, range(bisect_left(each, start), bisect_left(each, end))[::step])
+            for each in of_types
+        )
+        return merge(*parts, reverse=backwards)
 
     def place_after(self, event_id: str) -> int:
         """Return the number of events up to and including this one; 0 if it is unknown."""
@@ -200,6 +217,7 @@ class Conversation:
 
     def append(self, event: StoredEvent) -> None:
         """Add an event, whose id must be the greatest so far."""
+        self._places.setdefault(event.type, array("Q")).append(len(self.events))
         self.events.append(event)
         effect = self._EFFECTS.get(event.type)
         if effect is not None:
