@@ -416,3 +416,17 @@ async def test_killed_server_under_load_loses_no_answered_change(
             assert item["metadata"].items() <= after["metadata"].items()
         stopped = [item for item in load.known.values() if item["state"] == "stopped"]
         assert stopped
+
+
+async def test_process_killed_between_item_and_first_event_leaves_neither(path: Path) -> None:
+    """An item without its first message would bring a worker to a session that never begins."""
+    program = Path(__file__).with_name("crashing_creation.py")
+    root = Path(__file__).parents[2]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, program, path, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert await process.wait() == -signal.SIGKILL
+    store = SqliteStore(path)
+    contents = await store.open()
+    await store.close()
+    assert (contents.sessions, contents.items, contents.events) == ([], [], [])

@@ -210,9 +210,10 @@ class Operations:
         told = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
-            session = known or self.sessions.new(environment_id, metadata, told, now)
-            item = self._create(queue, session, metadata, work_type)
-            self.sessions.attach(session, item.id, now)
+            with self._store.together():
+                session = known or self.sessions.new(environment_id, metadata, told, now)
+                item = self._create(queue, session, metadata, work_type)
+                self.sessions.attach(session, item.id, now)
             items.append(item)
         queue.waiting.wake(count)
         return tuple(items)
@@ -223,16 +224,17 @@ class Operations:
         self._delete_ended()
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = self._latest
-        session = self.sessions.new(
-            wanted.environment_id,
-            wanted.metadata,
-            wanted.script,
-            now,
-            title=wanted.title,
-            agent=wanted.agent,
-        )
-        item = self._create(queue, session, wanted.metadata)
-        self.sessions.attach(session, item.id, now, wanted.initial_events)
+        with self._store.together():
+            session = self.sessions.new(
+                wanted.environment_id,
+                wanted.metadata,
+                wanted.script,
+                now,
+                title=wanted.title,
+                agent=wanted.agent,
+            )
+            item = self._create(queue, session, wanted.metadata)
+            self.sessions.attach(session, item.id, now, wanted.initial_events)
         queue.waiting.wake(1)
         return session, item
 
@@ -411,9 +413,10 @@ class Operations:
         """Archive a session: it is terminated, and its work item is asked to stop."""
         session, item = self.session(session_id)
         if session.archived_at is None:
-            session = self.sessions.archive(session, self._latest)
-            if item.state in {QUEUED, STARTING, ACTIVE}:
-                item = self.stop(session.environment_id, item.id)
+            with self._store.together():
+                session = self.sessions.archive(session, self._latest)
+                if item.state in {QUEUED, STARTING, ACTIVE}:
+                    item = self.stop(session.environment_id, item.id)
         return session, item
 
     def send(
@@ -430,15 +433,15 @@ class Operations:
         """
         session, item = self.session(session_id)
         has_message = any(event["type"] == USER_MESSAGE for event in said)
-        if messages_bring_work and has_message and item.state == STOPPED:
-            # Checked and created first, so that a message that survives a crash has its item.
-            self.sessions.conversation(session_id).check(said)
-            queue = self.queue(session.environment_id)
-            self.sessions.attach(
-                session, self._create(queue, session, session.metadata).id, self._latest
-            )
-            queue.waiting.wake(1)
-        return self.sessions.send(session_id, said, self._latest)
+        with self._store.together():
+            if messages_bring_work and has_message and item.state == STOPPED:
+                self.sessions.conversation(session_id).check(said)  # before the item is created
+                queue = self.queue(session.environment_id)
+                self.sessions.attach(
+                    session, self._create(queue, session, session.metadata).id, self._latest
+                )
+                queue.waiting.wake(1)
+            return self.sessions.send(session_id, said, self._latest)
 
     def emit(
         self, session_id: str, said: Sequence[Mapping[str, Any]]

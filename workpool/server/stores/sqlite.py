@@ -24,6 +24,7 @@ from workpool.server.stores.store import Contents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from workpool.server.conversation import StoredEvent
@@ -51,7 +52,7 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())  # see `together`
         # Guarded by _changed: the unsaved rows, only the newest version of each, and their count.
         self._unsaved: dict[str, Row | Deleted] = {}
         self._saved = 0
@@ -71,6 +72,13 @@ class SqliteStore:
         )
         self._thread.start()
         return await opened
+
+    def together(self) -> AbstractContextManager[object]:
+        """Return a context whose changes are one transaction; it must not await.
+
+        The writer takes no changes meanwhile: the context is the lock, which is reentrant.
+        """
+        return self._changed
 
     def save(self, item: Item) -> None:
         """Accept an item's new version; returns at once."""

@@ -8,10 +8,12 @@ While the control plane runs, it only writes to the store: its working state is 
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
@@ -38,6 +40,9 @@ class Store(Protocol):
 
     async def open(self) -> Contents:
         """Prepare the store and read everything. Raises `StoreError`."""
+
+    def together(self) -> AbstractContextManager[object]:
+        """Return a context whose changes either all survive a crash or none; it must not await."""
 
     def save(self, item: Item) -> None:
         """Accept an item's new version; returns at once."""
@@ -70,6 +75,10 @@ class MemoryStore:
     async def open(self) -> Contents:
         """Start empty."""
         return Contents()
+
+    def together(self) -> AbstractContextManager[object]:
+        """Return a context without effect."""
+        return nullcontext()
 
     def save(self, item: Item) -> None:
         """No effect: the index has the item."""

@@ -1,0 +1,42 @@
+"""Create a session on SQLite and die before its events are saved: `crashing_creation.py FILE`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from tests.protocol.sqlite_server import ENV
+from workpool.server import SqliteStore
+from workpool.server.operations import Operations
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from workpool.server.conversation import StoredEvent
+
+WRITER_SECONDS = 0.5
+"""More than the writer's thread needs to commit what it can take by then."""
+
+
+class CrashingStore(SqliteStore):
+    """A store whose process is killed when a session and its item, but no event, are saved."""
+
+    def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
+        """Give the writer time for what was saved before, then die."""
+        time.sleep(WRITER_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError(events)
+
+
+async def create(path: str) -> None:
+    operations = Operations((ENV,), store=CrashingStore(path))
+    await operations.open()
+    operations.enqueue(ENV, script=[{"name": "bash", "input": {"command": "true"}}])
+
+
+if __name__ == "__main__":
+    asyncio.run(create(sys.argv[1]))
