@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli.demo import demo_runner
+from workpool.cli.demo.demo_sessions import DemoSession
 from workpool.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.trial, pytest.mark.timeout(120)]
 
-PROMISE = re.compile(r"(\d+) enqueued · (\d+) stopped · (\d+) reclaimed · (\d+) lost · (\d+) overl")
+PROMISE = re.compile(
+    r"(\d+) enqueued · (\d+) stopped · (\d+) reclaimed · (\d+) lost · (\d+) overlapping"
+    r" · (\d+) failed"
+)
+LAST_FRAME = re.compile(r"queue (\d+)   running (\d+)   stopped (\d+) of (\d+)")
 
 
 def alive(pid: int) -> bool:
@@ -39,9 +44,14 @@ async def test_demo_loses_no_session_although_a_worker_is_killed(bare: Start) ->
     promise = PROMISE.search(command.out)
     assert promise is not None
     assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
-    assert int(promise[3]) >= 1
-    assert re.search(r"worker-\d  echo: 'session 01' started", command.out)
-    assert re.search(r"worker-\d  echo: 'session \d\d' redelivered", command.out)
+    assert (int(promise[3]) >= 1, promise[6]) == (True, "0")
+    assert LAST_FRAME.findall(command.out)[-1] == ("0", "0", "40", "40")
+    last = command.out[: promise.start()].splitlines()[-1]
+    assert sum(map(int, re.findall(r"(\d+) completed", last))) == 40
+    assert re.search(r"killed, leases lapse in \d+ s", command.out)
+    assert "0/0" not in command.out
+    assert re.search(r"worker-\d  sample: 'session 01' started", command.out)
+    assert re.search(r"worker-\d  sample: 'session \d\d' redelivered", command.out)
     [victim] = re.findall(r"(worker-\d) is killed \(kill -9 \d+\) while it holds", command.out)
     takers = set(re.findall(r"session \d\d reclaimed by (worker-\d)", command.out))
     assert takers == {"worker-1", "worker-2"} - {victim}
@@ -58,7 +68,7 @@ async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: 
         '    print("a printed line")\n'
         '    return {"rows": "42"}\n'
     )
-    command = await bare("demo", "reports:daily_report", "--metadata", "job=daily-report")
+    command = await bare("demo", "reports:daily_report")
     assert await command.ends(100) == 0
     assert re.search(r"worker-\d  the report of sess_", command.out)
     assert re.search(r"worker-\d  a printed line", command.out)
@@ -70,7 +80,7 @@ async def test_demo_with_handler_of_user_runs_that_handler(bare: Start, folder: 
 async def test_demo_with_unknown_handler_ends_with_status_2(bare: Start) -> None:
     command = await bare("demo", "nowhere:nothing")
     assert await command.ends() == 2
-    assert "no module named 'nowhere'" in command.out
+    assert "no module named 'nowhere'" in command.err
     assert "Try next" not in command.out
 
 
@@ -83,15 +93,38 @@ async def test_demo_ended_by_ctrl_c_leaves_no_process(bare: Start) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
-async def test_demo_with_metadata_that_match_no_handler_suggests_a_cause(
+async def test_demo_with_failing_handler_ends_with_status_1(bare: Start, folder: Path) -> None:
+    (folder / "broken.py").write_text(
+        "from workpool import Session, handler\n"
+        "@handler\n"
+        "async def broken(session: Session) -> None:\n"
+        '    raise ValueError("on purpose")\n'
+    )
+    command = await bare("demo", "broken", "--count", "4")
+    assert await command.ends(100) == 1
+    assert "session 01 failed: ValueError" in command.out
+    promise = PROMISE.search(command.out)
+    assert promise is not None
+    assert (promise[2], promise[6]) == ("4", "4")
+
+
+async def test_demo_with_metadata_that_match_no_handler_ends_at_once(bare: Start) -> None:
+    command = await bare("demo", "handlers:finish", "--metadata", "do=nothing")
+    assert await command.ends() == 2
+    assert "takes type=session do=finish, not do=nothing: change --metadata" in command.err
+
+
+async def test_demo_whose_sessions_no_hook_takes_ends_with_status_1(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(demo_runner, "STALL_SECONDS", 4.0)
-    played = demo_runner.DemoRunner("handlers:finish", [{"do": "nothing"}] * 4)
+    runner = demo_runner.DemoRunner(
+        "handlers:finish", [DemoSession("session", {"do": "nothing"})] * 4
+    )
     with Signals() as signals:
-        async with played.plane:
-            assert await played.run(signals) == 1
+        async with runner.plane:
+            assert await runner.run(signals) == 1
     assert "does --metadata match" in capsys.readouterr().out
 
 
@@ -113,7 +146,7 @@ async def test_demo_on_terminal_shows_live_view(folder: Path) -> None:
     assert status == 0
     # Several processes write to the terminal, so an escape sequence may cut a character.
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode(errors="replace"))
-    for words in ("poll latency", "null rate", "reclaims", "queue 0", "stopped 4 of 4", "/metrics"):
+    for words in ("slots", "sessions", "reclaimed", "queue 0", "stopped 4 of 4", "/metrics"):
         assert words in text
     assert PROMISE.search(text)
 

@@ -1,38 +1,31 @@
-"""The parts of the demo: its state, the output of its workers, and its views."""
+"""The parts of the demo: its sessions, its state, the output of its workers, and its view."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 
-from workpool import Session
-from workpool.cli.demo import plain_view, sample
-from workpool.cli.demo.demo_runner import promise_text
+from workpool import Session, handler, hookimpl
+from workpool.cli.demo import demo_view, sample
+from workpool.cli.demo.demo_sessions import EXAMPLE, DemoSession, sessions_for
 from workpool.cli.demo.demo_state import DemoState
-from workpool.cli.demo.demo_workers import (
-    Worker,
-    WorkerMetrics,
-    _lines,
-    read_metrics,
-    worker_settings,
-)
-from workpool.cli.demo.live_view import picture
-from workpool.cli.demo.plain_view import PlainView
+from workpool.cli.demo.demo_view import View, picture
+from workpool.cli.demo.demo_workers import Worker, _lines, worker_settings
 from workpool.cli.tables import print_table
-from workpool.events import ItemReclaimed, PollFinished, SessionFinished
-from workpool.metrics import Metrics, PoolSnapshot
-from workpool.server import History, Record, Summary
+from workpool.errors import PluginError
+from workpool.server import ControlPlane, Poll
+from workpool.testing import Clock
 from workpool.wire.items import parse_item
 
 if TYPE_CHECKING:
-    from workpool.server.history import Kind
-    from workpool.wire.protocol import State
+    from workpool.server import Item
 
 ITEM = {
     "id": "work_1",
@@ -56,54 +49,127 @@ def session() -> Session:
     return Session(parse_item(ITEM), Held(), redelivered=False)  # type: ignore[arg-type]  # a stand-in
 
 
-class DemoHistory:
-    def __init__(self) -> None:
-        self.history = History()
-        self.state = DemoState(40, self.history, {"w1": "session 01"})
+class Scene:
+    """The state of a demo with one session, and the calls of two workers."""
 
-    def record(self, kind: Kind, worker: str | None, state: State) -> list[str]:
-        self.history.add(Record(0.0, "w1", kind, worker, state))
+    def __init__(self, count: int = 40) -> None:
+        self.clock = Clock()
+        self.plane = ControlPlane(now=self.clock)
+        self.item: Item
+        (self.item,) = self.plane.enqueue()
+        self.state = DemoState(count, self.plane, {self.item.id: "session 01"}, self.clock)
+        self.state.follow()
+        self._at = (self.item.environment_id, self.item.id)
+
+    def claim(self, worker: str) -> list[str]:
+        operations, environment = self.plane.operations, self.item.environment_id
+        assert operations.poll(environment, Poll(f"{worker}-1234")) is not None
+        operations.ack(*self._at, f"{worker}-1234")
+        return self.state.follow()
+
+    def send_heartbeat(self, worker: str) -> None:
+        self.plane.operations.heartbeat(*self._at, "NO_HEARTBEAT", 10, f"{worker}-1234")
+        assert self.state.follow() == []
+
+    def lapse(self) -> list[str]:
+        self.clock.advance(11)
+        self.plane.operations.stats(self.item.environment_id)
+        return self.state.follow()
+
+    def stop(self, worker: str, **metadata: str) -> list[str]:
+        self.plane.operations.update(*self._at, metadata)
+        self.plane.operations.stop(*self._at, f"{worker}-1234", force=True)
         return self.state.follow()
 
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
-    demo_history = DemoHistory()
-    assert demo_history.record("created", None, "queued") == []
-    assert demo_history.record("delivered", "one-1234", "queued") == []
-    assert demo_history.record("acked", "one-1234", "starting") == []
-    assert demo_history.state.held_by("one") == []  # a session counts from its first heartbeat
-    assert demo_history.record("heartbeat", "one-1234", "active") == []
-    assert demo_history.state.held_by("one") == ["session 01"]
-    [free] = demo_history.record("lapsed", None, "queued")
-    assert "one" in free
-    assert demo_history.state.held == {}
-    assert demo_history.record("acked", "two-1234", "starting") == ["session 01 reclaimed by two"]
-    assert demo_history.record("stopped", "two-1234", "stopped") == ["session 01 finished by two"]
-    assert (demo_history.state.stopped, demo_history.state.acked) == (1, 2)
+    scene = Scene()
+    assert scene.claim("one") == []
+    assert scene.state.held_by("one") == []  # a session counts from its first heartbeat
+    scene.send_heartbeat("one")
+    assert scene.state.held_by("one") == ["session 01"]
+    assert scene.lapse() == ["session 01 is free again: the lease of one lapsed"]
+    assert scene.state.held == {}
+    assert scene.claim("two") == ["session 01 reclaimed by two"]
+    assert scene.stop("two") == ["session 01 finished by two"]
+    assert (scene.state.stopped, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
 
 
-def test_metrics_exposition_is_read_into_demo_figures() -> None:
-    registry = CollectorRegistry()
-    metrics = Metrics(
-        registry,
-        "env_1",
-        worker_id="vm-1",
-        dialect="qoder",
-        version="0",
-        snapshot=lambda: PoolSnapshot(slots={"busy": 3, "free": 1}, slots_limit=4),
-        handlers=["a.b"],
-    )
-    metrics.open()
-    for result in ("item", "item", "item", "null"):
-        metrics.observe(PollFinished(result, 0.5))
-    metrics.observe(SessionFinished(session(), "a.b", "completed", 1.0))
-    metrics.observe(ItemReclaimed(parse_item(ITEM), "gained", "poll"))
-    found = read_metrics(generate_latest(registry).decode())
-    metrics.close()
-    assert (found.busy, found.slots, found.outcomes) == (3, 4, {"completed": 1})
-    assert (found.polls, found.poll_latency, found.null_ratio) == (4, 0.5, 0.25)
-    assert (found.gained, found.lost) == (1, 0)
-    assert WorkerMetrics().poll_latency == 0.0
+def test_demo_state_counts_down_to_lapse_of_last_lease() -> None:
+    scene = Scene()
+    assert scene.state.lapse_seconds("one") is None
+    scene.claim("one")
+    scene.send_heartbeat("one")
+    scene.clock.advance(4)
+    assert scene.state.lapse_seconds("one") == pytest.approx(6, abs=1)
+    scene.lapse()
+    assert scene.state.lapse_seconds("one") is None
+
+
+def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
+    scene = Scene()
+    scene.claim("one")
+    scene.send_heartbeat("one")
+    error = {"workpool.error": "ValueError"}
+    assert scene.stop("one", **error) == ["session 01 failed: ValueError"]
+    assert (scene.state.completed["one"], scene.state.failed["one"]) == (0, 1)
+    assert scene.state.results_of("one") == "0 completed, 1 failed"
+
+
+def test_demo_numbers_add_up_at_any_time() -> None:
+    scene = Scene()
+    steps = (lambda: None, lambda: scene.claim("one"), lambda: scene.stop("one"))
+    for step in steps:
+        step()
+        assert scene.state.queued + len(scene.state.held) + scene.state.stopped == 40
+
+
+@handler(metadata={"job": "daily-report"})
+async def daily_report(_: Session) -> None:
+    pass
+
+
+@handler(type="import")
+async def import_rows(_: Session) -> None:
+    pass
+
+
+@hookimpl
+def workpool_session_handler() -> None:
+    pass
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("demo_reports")
+    module.__dict__.update(daily_report=daily_report, import_rows=import_rows)
+    monkeypatch.setitem(sys.modules, "demo_reports", module)
+    return module
+
+
+@pytest.mark.usefixtures("reports")
+def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
+    daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
+    assert sessions_for("demo_reports:daily_report", {}, 2) == [daily, daily]
+    assert sessions_for("demo_reports", {}, 3) == [daily, rows, daily]
+
+
+@pytest.mark.usefixtures("reports")
+def test_demo_metadata_that_rule_does_not_match_is_error_at_once() -> None:
+    given = {"job": "daily-report", "day": "monday"}
+    assert sessions_for("demo_reports:daily_report", given, 1) == [DemoSession("session", given)]
+    with pytest.raises(PluginError, match=r"takes type=session job=daily-report, not job=weekly"):
+        sessions_for("demo_reports:daily_report", {"job": "weekly"}, 1)
+
+
+def test_demo_of_plugin_with_hook_uses_given_metadata(reports: ModuleType) -> None:
+    reports.__dict__["workpool_session_handler"] = workpool_session_handler
+    assert sessions_for("demo_reports", {"a": "b"}, 1) == [DemoSession("session", {"a": "b"})]
+
+
+def test_demo_example_has_short_sessions_first() -> None:
+    seconds = [each.metadata["seconds"] for each in sessions_for(EXAMPLE, {}, 5)]
+    assert seconds == ["0.2", "0.2", "0.2", "0.2", "1.5"]
 
 
 def test_worker_output_in_demo_is_filtered_by_logger_and_level() -> None:
@@ -165,43 +231,52 @@ def test_demo_worker_environment_overrides_settings_of_caller(
 
 @pytest.fixture
 def state() -> DemoState:
-    one, two = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two"))
+    one, two, three = (Worker(name, "echo", {}, lambda *_: None) for name in ("one", "two", "3"))
     one.state, one.url = "running", "http://127.0.0.1:1/metrics"
-    one.metrics = WorkerMetrics(3, 4, {"completed": 7}, 10, 0.05, 0.25, 2, 0)
     two.state = "killed"
-    demo_history = DemoHistory()
-    demo_history.record("acked", "one-1", "starting")
-    demo_history.state.url, demo_history.state.workers = "http://cp", (one, two)
-    return demo_history.state
+    scene = Scene()
+    scene.claim("two")
+    scene.send_heartbeat("two")
+    scene.state.completed["one"], scene.state.failed["one"] = 7, 2
+    scene.state.workers = (one, two, three)
+    return scene.state
 
 
-def test_demo_picture_shows_queue_workers_and_metrics(state: DemoState) -> None:
+def test_demo_picture_shows_queue_workers_and_results(state: DemoState) -> None:
     page = io.StringIO()
-    Console(file=page, width=80).print(picture(state))
-    for words in ("queue 39", "running 1", "3/4", "7 completed", "5 ms", "25%", "2 gained"):
+    Console(file=page, width=110).print(picture(state))
+    for words in ("queue 30", "running 1", "stopped 9 of 40", "1/4", "7 completed, 2 failed"):
         assert words in page.getvalue()
     assert "http://127.0.0.1:1/metrics" in page.getvalue()
-    assert "killed" in page.getvalue()
+    assert "killed, leases lapse in 10 s" in page.getvalue()
+    assert "starting" in page.getvalue()
+    assert "0/0" not in page.getvalue()
 
 
-def test_plain_demo_view_prints_summary_and_worker_lines(
-    state: DemoState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_demo_view_without_terminal_prints_lines(
+    state: DemoState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with PlainView() as plain:
+    page = io.StringIO()
+    with View(Console(file=page, width=40)) as plain:
         plain.draw(state)
-        assert capsys.readouterr().out == ""  # drawn at most once per PLAIN_SECONDS
-        monkeypatch.setattr(plain_view, "PLAIN_SECONDS", 0.0)
+        assert page.getvalue() == ""  # drawn at most once per LINE_SECONDS
+        monkeypatch.setattr(demo_view, "LINE_SECONDS", 0.0)
         plain.draw(state)
         plain.show("one", "hello")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("-- queue 39 | running 1 | stopped 0 | one: 3/4 slots, 7 completed")
-    assert "two" not in lines[0]
-    assert lines[1:] == ["one  hello"]
+    assert page.getvalue().splitlines() == [
+        "-- queue 30   running 1   stopped 9 of 40 | one running, 0/4 slots, 7 completed, 2 failed"
+        " | two killed, leases lapse in 10 s, 1/4 slots, 0 completed"
+        " | 3 starting, - slots, 0 completed",
+        "one  hello",
+    ]
 
 
-def test_demo_summary_is_one_line_of_counts() -> None:
-    text = "40 enqueued · 40 stopped · 3 reclaimed · 0 lost · 0 overlapping"
-    assert promise_text(Summary(40, 40, 3, 0, 0)) == text
+def test_demo_view_without_terminal_prints_the_end_at_once(state: DemoState) -> None:
+    page = io.StringIO()
+    state.count = state.stopped
+    with View(Console(file=page, width=40)) as plain:
+        plain.draw(state)
+    assert "stopped 9 of 9" in page.getvalue()
 
 
 def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from workpool.cli.help_text import examples
 
 EXAMPLES: Final = examples(
     "workpool demo",
-    "workpool demo reports:daily_report --metadata job=daily-report --count 10",
+    "workpool demo reports:daily_report --count 10",
+    "workpool demo reports --metadata job=daily-report --metadata day=monday",
 )
 
 
@@ -22,7 +23,11 @@ def demo(
     metadata: Metadata = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="The number of sessions.")] = 40,
 ) -> None:
-    """Show sessions of a real queue while one of two workers is killed."""
+    """Show sessions of a real queue while one of two workers is killed.
+
+    Without --metadata, the items match the rule of the handler. Exit status: 1 if a session failed,
+    was lost, or ran twice at once.
+    """
     from workpool.cli.demo.demo_runner import run_demo  # noqa: PLC0415 - its imports would slow down each start of a worker
 
     with exits.reported():

@@ -1,62 +1,94 @@
 """The state of the demo: which worker holds which item, according to the control plane.
 
-Read from the history only, so the demo shows the record of the control plane and not that of
-workers.
+Read from the history and the items only, so the numbers add up, whatever the killed worker had
+reported before its end.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from workpool.cli.demo.demo_workers import Worker
-    from workpool.server import History, Record
+    from workpool.server import ControlPlane, Record
+
+
+@dataclass(slots=True)
+class HeldItem:
+    """An item that a worker holds, until `lease_end` (epoch seconds)."""
+
+    worker: str
+    lease_end: float
+    has_heartbeat: bool = False
 
 
 class DemoState:
-    """Reads a history from its beginning on.
+    """Reads the history of a control plane from its beginning on.
 
     Args:
         count: The number of sessions of the demo.
-        history: The history of the control plane.
+        plane: The control plane.
         names: The displayed names of items, by their ids.
+        now: The clock of the control plane.
 
     Attributes:
-        url: The address of the control plane; empty until known.
         workers: The workers, in the order in which they are shown.
-        held: The id of each running item, with the worker that acknowledged it.
-        stopped: The number of items that are stopped.
+        held: The items that are held, by their ids.
+        completed: The number of sessions that each worker completed.
+        failed: The number of sessions whose handler failed, by worker.
+        reclaimed: The number of items that each worker took over from another one.
         acked: The number of acknowledgements, repeated items included.
     """
 
-    def __init__(self, count: int, history: History, names: Mapping[str, str]) -> None:
-        self.url = ""
+    def __init__(
+        self, count: int, plane: ControlPlane, names: Mapping[str, str], now: Callable[[], float]
+    ) -> None:
         self.count = count
         self.workers: Sequence[Worker] = ()
-        self.held: dict[str, str] = {}
-        self.stopped = 0
+        self.held: dict[str, HeldItem] = {}
+        self.completed: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.reclaimed: Counter[str] = Counter()
         self.acked = 0
-        self._without_heartbeat: set[str] = set()
-        self._history = history
+        self._plane = plane
         self._names = names
+        self._now = now
         self._seen = 0
-        self._orphans: dict[str, str] = {}
+        self._orphans: set[str] = set()
+
+    @property
+    def url(self) -> str:
+        """The address of the control plane."""
+        return self._plane.base_url
+
+    @property
+    def stopped(self) -> int:
+        """The number of sessions that have ended."""
+        return self.completed.total() + self.failed.total()
 
     @property
     def queued(self) -> int:
         """The number of sessions that no worker holds."""
         return self.count - self.stopped - len(self.held)
 
-    def follow(self) -> list[str]:
-        """Read the new records; return a sentence for each item that changed hands."""
-        news: list[str] = []
-        for record in islice(self._history, self._seen, None):
-            self._seen += 1
-            news += self._see(record)
-        return news
+    def busy(self, worker: str) -> int:
+        """Return the number of items that a worker holds."""
+        return sum(hold.worker == worker for hold in self.held.values())
+
+    def results_of(self, worker: str) -> str:
+        """Return the number of ended sessions of a worker by result."""
+        failed = f", {self.failed[worker]} failed" if self.failed[worker] else ""
+        return f"{self.completed[worker]} completed{failed}"
+
+    def lapse_seconds(self, worker: str) -> float | None:
+        """Return the seconds until a worker's last lease lapses; None if it has no lease."""
+        ends = [hold.lease_end for hold in self.held.values() if hold.worker == worker]
+        return max(0.0, max(ends) - self._now()) if ends else None
 
     def held_by(self, worker: str) -> list[str]:
         """Return the names of the items that a worker holds; none while one has no heartbeat yet.
@@ -64,34 +96,40 @@ class DemoState:
         The lease of an acknowledgement is six times as long as the demo's: the demo would wait for
         an item whose worker is killed before the first heartbeat.
         """
-        held = [work_id for work_id, holder in self.held.items() if holder == worker]
-        return (
-            []
-            if self._without_heartbeat.intersection(held)
-            else [self._name(each) for each in held]
-        )
+        held = {key: hold for key, hold in self.held.items() if hold.worker == worker}
+        ready = all(hold.has_heartbeat for hold in held.values())
+        return [self._name(work_id) for work_id in held] if ready else []
 
-    def _see(self, record: Record) -> list[str]:
+    def follow(self) -> list[str]:
+        """Read the new records; return a sentence for each item that failed or changed hands."""
+        records = list(islice(self._plane.history, self._seen, None))
+        self._seen += len(records)
+        return [line for record in records if (line := self._see(record))]
+
+    def _see(self, record: Record) -> str:
         work_id, name = record.work_id, self._name(record.work_id)
-        if record.kind in {"heartbeat", "lapsed", "stopped"}:
-            self._without_heartbeat.discard(work_id)
+        orphan = work_id in self._orphans
+        lease_end = record.lease_end or record.time
         if record.kind == "acked":
             worker = worker_of(record.worker_id)
-            self.held[work_id] = worker
-            self._without_heartbeat.add(work_id)
+            self.held[work_id] = HeldItem(worker, lease_end)
             self.acked += 1
-            if work_id in self._orphans:
-                return [f"{name} reclaimed by {worker}"]
-        elif record.kind == "lapsed":
-            holder = self.held.pop(work_id, "no worker")
-            self._orphans[work_id] = holder
-            return [f"{name} is free again: the lease of {holder} lapsed"]
-        elif record.kind == "stopped":
-            worker = self.held.pop(work_id, "no worker")
-            self.stopped += 1
-            if work_id in self._orphans:
-                return [f"{name} finished by {worker}"]
-        return []
+            self.reclaimed[worker] += orphan
+            return f"{name} reclaimed by {worker}" if orphan else ""
+        if record.kind == "heartbeat" and work_id in self.held:
+            self.held[work_id] = HeldItem(self.held[work_id].worker, lease_end, has_heartbeat=True)
+        if record.kind not in {"lapsed", "stopped"}:
+            return ""
+        worker = self.held.pop(work_id).worker if work_id in self.held else "no worker"
+        if record.kind == "lapsed":
+            self._orphans.add(work_id)
+            return f"{name} is free again: the lease of {worker} lapsed"
+        item = self._plane.operations.get(self._plane.environments[0], work_id)
+        error = item.metadata.get("workpool.error")
+        (self.completed if error is None else self.failed)[worker] += 1
+        if error is not None:
+            return f"{name} failed: {error}"
+        return f"{name} finished by {worker}" if orphan else ""
 
     def _name(self, work_id: str) -> str:
         return self._names.get(work_id, work_id)

@@ -1,4 +1,4 @@
-"""The workers of the demo: processes of `workpool run`, with their logs and metrics.
+"""The workers of the demo: processes of `workpool run`, with their logs.
 
 Owns the processes: once `Worker.live` has ended, its process has ended too.
 """
@@ -9,37 +9,15 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
-
-SCRAPE_SECONDS: Final = 2.0
+SLOTS: Final = 4
+"""The setting `concurrency` of each worker."""
 LINE_BYTES: Final = 64 * 1024
 _METRICS_SERVED: Final = "metrics served"
 _LOUD: Final = {"warning", "error", "critical"}
 
 State = Literal["starting", "running", "killed", "ended"]
-
-
-@dataclass
-class WorkerMetrics:
-    """The numbers from `/metrics` of one worker that the demo shows."""
-
-    busy: int = 0
-    slots: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict)
-    polls: int = 0
-    poll_seconds: float = 0.0
-    null_ratio: float = 0.0
-    gained: int = 0
-    lost: int = 0
-
-    @property
-    def poll_latency(self) -> float:
-        """The mean duration of a poll, in seconds."""
-        return self.poll_seconds / self.polls if self.polls else 0.0
 
 
 class Worker:
@@ -69,7 +47,6 @@ class Worker:
         self.url = ""
         self.pid = 0
         self.status: int | None = None
-        self.metrics = WorkerMetrics()
         self._plugin = plugin
         self._settings = settings
         self._show = show
@@ -111,15 +88,6 @@ class Worker:
             with suppress(ProcessLookupError):
                 self._process.terminate()
 
-    async def scrape(self, http: aiohttp.ClientSession) -> None:
-        """Read the metrics. Keeps the last ones if the worker does not answer."""
-        if self.state != "running":
-            return
-        with suppress(aiohttp.ClientError, TimeoutError):
-            timeout = aiohttp.ClientTimeout(total=SCRAPE_SECONDS)
-            async with http.get(self.url, timeout=timeout) as response:
-                self.metrics = read_metrics(await response.text())
-
     def _read(self, line: str) -> None:
         """Show lines of handlers, warnings and errors."""
         record: Any = None
@@ -149,7 +117,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         "token": token,
         "environment_id": environment_id,
         "worker_id": name,
-        "concurrency": "4",
+        "concurrency": str(SLOTS),
         "pollers": "2",
         "prefetch": "0",
         "reclaim_older_than_ms": "5000",
@@ -168,34 +136,6 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         **dict.fromkeys(("no_proxy", "NO_PROXY"), "127.0.0.1"),
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def read_metrics(text: str) -> WorkerMetrics:
-    """Return the numbers in a text of `/metrics`."""
-    found = WorkerMetrics()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            _note(found, sample.name.removeprefix("workpool_"), sample.labels, int(sample.value))
-            if sample.name == "workpool_poll_duration_seconds_sum":
-                found.poll_seconds += sample.value
-            elif sample.name == "workpool_poll_null_ratio":
-                found.null_ratio = sample.value
-    return found
-
-
-def _note(found: WorkerMetrics, name: str, labels: Mapping[str, str], count: int) -> None:
-    if name == "slots" and labels["state"] == "busy":
-        found.busy = count
-    elif name == "slots_limit":
-        found.slots = count
-    elif name == "sessions_total" and count:
-        outcome = labels["outcome"]
-        found.outcomes[outcome] = found.outcomes.get(outcome, 0) + count
-    elif name == "poll_duration_seconds_count":
-        found.polls += count
-    elif name == "reclaims_total":
-        found.gained += count if labels["direction"] == "gained" else 0
-        found.lost += count if labels["direction"] == "lost" else 0
 
 
 async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:

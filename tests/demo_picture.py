@@ -1,0 +1,54 @@
+"""The picture of the demo in README: `python -m tests.demo_picture` writes it.
+
+The picture has the last table of a demo of 40 sessions, below the sentences about sessions that
+changed hands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+
+from workpool.cli.demo.demo_runner import DemoRunner
+from workpool.cli.demo.demo_sessions import EXAMPLE, sessions_for
+from workpool.cli.demo.demo_view import View, picture
+from workpool.cli.signals import Signals
+
+if TYPE_CHECKING:
+    from workpool.cli.demo.demo_state import DemoState
+
+PICTURE: Final = Path(__file__).parents[1] / "workpool/docs/demo.svg"
+COLUMNS: Final = 112
+
+
+class RecordingView(View):
+    """A view that records the sentences of the demo, without the lines of the workers."""
+
+    def show(self, worker: str, line: str) -> None:
+        """Leave out a line of a worker."""
+
+    def draw(self, state: DemoState) -> None:
+        """Leave out a table: only the last one is wanted."""
+
+
+async def record() -> str:
+    """Run the demo and return the picture."""
+    console = Console(
+        record=True, width=COLUMNS, file=io.StringIO(), highlight=False, color_system="truecolor"
+    )
+    runner = DemoRunner(EXAMPLE, sessions_for(EXAMPLE, {}, 40), RecordingView(console))
+    with Signals() as signals:
+        async with runner.plane:
+            await runner.run(signals)
+    console.print(picture(runner.state))
+    numbers = runner.plane.summary()._asdict() | {"failed": runner.state.failed.total()}
+    console.print(" · ".join(f"{value} {name}" for name, value in numbers.items()))
+    return console.export_svg(title="workpool demo", unique_id="demo")
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(asyncio.run(record()) + "\n")

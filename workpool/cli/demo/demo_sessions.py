@@ -1,0 +1,64 @@
+"""The sessions of the demo: items that its handler takes."""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Final, NamedTuple
+
+from workpool.errors import PluginError
+from workpool.handlers import HandlerRule, rule_of
+from workpool.hookspecs import PROJECT
+from workpool.plugins.discovery import find
+from workpool.wire.protocol import SESSION
+
+EXAMPLE: Final = "workpool.cli.demo.sample"
+FIRST: Final = 4
+"""Short sessions, which are in the queue before the workers start."""
+FIRST_SECONDS: Final = "0.2"
+SECONDS: Final = "1.5"
+
+
+class DemoSession(NamedTuple):
+    """One session of the demo: the type and the metadata of its item."""
+
+    type: str
+    metadata: Mapping[str, str]
+
+
+def sessions_for(handler: str, given: Mapping[str, str], count: int) -> list[DemoSession]:
+    """Return sessions for a plugin; those of several handlers take turns.
+
+    Raises:
+        PluginError: The plugin cannot be imported, or takes no item with the metadata that was
+            given.
+    """
+    rules = rules_of(handler)
+    if handler == EXAMPLE:
+        return [_example(number, given) for number in range(1, count + 1)]
+    if not rules:
+        return [DemoSession(SESSION, given)] * count
+    taken = [rule for rule in rules if not given or rule.metadata.items() <= given.items()]
+    if not taken:
+        wanted = " or ".join(map(str, rules))
+        had = " ".join(f"{key}={value}" for key, value in given.items())
+        raise PluginError(handler, f"takes {wanted}, not {had}: change --metadata or leave it out")
+    sessions = [DemoSession(rule.type, given or rule.metadata) for rule in taken]
+    return [sessions[number % len(sessions)] for number in range(count)]
+
+
+def _example(number: int, given: Mapping[str, str]) -> DemoSession:
+    seconds = FIRST_SECONDS if number <= FIRST else SECONDS
+    return DemoSession(SESSION, {"text": f"session {number:02d}", "seconds": seconds, **given})
+
+
+def rules_of(plugin: str) -> list[HandlerRule]:
+    """Return the rules of a function, or of the functions of a module.
+
+    Empty if only the workers know: a hook of the module, or the instance of a class, may decide.
+    """
+    target = find(plugin).target
+    if not isinstance(target, ModuleType):
+        rule = rule_of(target)
+        return [] if rule is None else [rule]
+    if any(name.startswith(f"{PROJECT}_") for name in vars(target)):
+        return []
+    return [rule for each in vars(target).values() if (rule := rule_of(each)) is not None]

@@ -1,0 +1,95 @@
+"""The output of the demo: log lines above a table that changes in place, or lines only."""
+
+from contextlib import AbstractContextManager
+from time import monotonic
+from typing import Final, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from workpool.cli.demo.demo_state import DemoState
+from workpool.cli.demo.demo_workers import SLOTS, Worker
+
+LINE_SECONDS: Final = 2.0
+"""The interval of the lines of progress if the output is no terminal."""
+_STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow", "ended": "dim"}
+
+
+class View(AbstractContextManager["View"]):
+    """A view reads the state and does not change it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False)
+        self._drawn_at = monotonic()
+
+    def __enter__(self) -> Self:
+        """Begin to draw."""
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the last table on the terminal."""
+        self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Print a line of the demo in bold."""
+        self._console.print(Text(line, style="bold"), soft_wrap=True)
+
+    def show(self, worker: str, line: str) -> None:
+        """Print a line of a worker, with its name."""
+        self._console.print(Text.assemble((f"{worker}  ", "cyan"), line), soft_wrap=True)
+
+    def draw(self, state: DemoState) -> None:
+        """Redraw the table, or print a line in each interval and at the end."""
+        if self._console.is_terminal:
+            self._live.update(picture(state), refresh=True)
+        elif monotonic() - self._drawn_at >= LINE_SECONDS or state.stopped == state.count:
+            self._drawn_at = monotonic()
+            self._console.print(Text(progress_line(state)), soft_wrap=True)
+
+
+def picture(state: DemoState) -> Panel:
+    """Return the table of the state."""
+    workers = state.workers
+    table = Table("", *(worker.name for worker in workers), box=box.SIMPLE)
+    table.add_row("state", *(Text(state_text(state, one), _STYLES[one.state]) for one in workers))
+    table.add_row("slots", *(slots_text(state, worker) for worker in workers))
+    table.add_row("sessions", *(state.results_of(worker.name) for worker in workers))
+    table.add_row("reclaimed", *(str(state.reclaimed[worker.name]) for worker in workers))
+    table.add_row("metrics", *(worker.url or "-" for worker in workers))
+    bar = ProgressBar(total=state.count, completed=state.stopped)
+    return Panel(Group(Text(queue_text(state)), bar, table), title=f"control plane {state.url}")
+
+
+def progress_line(state: DemoState) -> str:
+    """Return the state in one line."""
+    workers = (
+        f"{one.name} {state_text(state, one)}, {slots_text(state, one)} slots,"
+        f" {state.results_of(one.name)}"
+        for one in state.workers
+    )
+    return f"-- {' | '.join([queue_text(state), *workers])}"
+
+
+def queue_text(state: DemoState) -> str:
+    """Return the numbers of sessions, which add up to the number of all."""
+    ended = f"{state.stopped} of {state.count}"
+    return f"queue {state.queued}   running {len(state.held)}   stopped {ended}"
+
+
+def state_text(state: DemoState, worker: Worker) -> str:
+    """Return the state of a worker; of a killed one, with the time until its leases lapse."""
+    seconds = state.lapse_seconds(worker.name) if worker.state == "killed" else None
+    return worker.state if seconds is None else f"killed, leases lapse in {seconds:.0f} s"
+
+
+def slots_text(state: DemoState, worker: Worker) -> str:
+    """Return the busy slots and all slots, such as `3/4`."""
+    return "-" if worker.state == "starting" else f"{state.busy(worker.name)}/{SLOTS}"
