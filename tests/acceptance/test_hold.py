@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(60)]
 
-LINGER = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.05; done"
-DEAF = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
+SLOW_TO_END = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.05; done"
+IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
 class Handed(NamedTuple):
@@ -112,7 +112,7 @@ async def test_held_program_gets_ids_but_no_credentials(
     assert "QODER_PAT" not in found
 
 
-@pytest.mark.parametrize("script", [LINGER, DEAF], ids=["obeys", "deaf"])
+@pytest.mark.parametrize("script", [SLOW_TO_END, IGNORES_SIGTERM], ids=["obeys", "ignores_sigterm"])
 async def test_stop_request_ends_held_program_and_stops_item(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent, script: str
 ) -> None:
@@ -122,7 +122,7 @@ async def test_stop_request_ends_held_program_and_stops_item(
     await command.prints("begun")
     await client.stop(handed.work_id)
     assert await command.ends() == 0
-    assert ("asked" in command.out) is (script is LINGER)
+    assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
     assert kinds(plane, handed.work_id)[-1] == "stopped"
 
@@ -132,7 +132,7 @@ async def test_sigterm_to_hold_releases_item(
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM, and another worker should run the item."""
     handed = await hand_off()
-    command = await in_shell(start, handed, LINGER)
+    command = await in_shell(start, handed, SLOW_TO_END)
     await command.prints("begun")
     command.send(signal.SIGTERM)
     assert await command.ends() == 0
@@ -155,7 +155,7 @@ async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     plane: ControlPlane, client: WorkClient, start: Start, hand_off: Parent
 ) -> None:
     handed = await hand_off()
-    command = await in_shell(start, handed, LINGER)
+    command = await in_shell(start, handed, SLOW_TO_END)
     await command.prints("begun")
     queue = plane.operations.queue(ENVIRONMENT)
     queue.put(replace(queue.get(handed.work_id), lease_end=0))
@@ -186,7 +186,7 @@ async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
 ) -> None:
     """The lease expires, and another worker starts the session again."""
     handed = await hand_off()
-    command = await in_shell(start, handed, f"({DEAF}) & {DEAF}")
+    command = await in_shell(start, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}")
     await command.prints("begun")
     await command.prints("begun")
     command.send(signal.SIGKILL)

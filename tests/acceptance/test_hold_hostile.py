@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.test_handoff import Scene
+from tests.integration.test_handoff import HandoffBench
 from workpool import LeaseLost, Settings, WorkClient
 from workpool.server import ControlPlane
 from workpool.testing import Clock
@@ -51,7 +51,7 @@ def client_of(plane: ControlPlane, name: str) -> WorkClient:
 @in_virtual_time
 async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
     """The process was suspended for a TTL: the wait has ended, but the renewer has not noticed."""
-    scene = Scene()
+    bench = HandoffBench()
     entered = False
 
     async def play(session: Session) -> None:
@@ -62,7 +62,7 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
             async with session.handover():
                 entered = True
 
-    await scene.run(play, reclaim_older_than_ms=60_000)
+    await bench.run(play, reclaim_older_than_ms=60_000)
     assert not entered
 
 

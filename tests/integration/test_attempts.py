@@ -50,7 +50,7 @@ def fail() -> None:
     raise ValueError
 
 
-def soon_over() -> Callable[[object], bool]:
+def only_at_first() -> Callable[[object], bool]:
     """Return a predicate that is true for 0.3 s, longer than a short write is retried."""
     since: list[float] = []
 
@@ -63,7 +63,7 @@ def soon_over() -> Callable[[object], bool]:
 
 
 @dataclass
-class Scene:
+class ItemRuns:
     """One item of a control plane, and the pools that run it one after another."""
 
     plane: ControlPlane
@@ -111,7 +111,9 @@ class Scene:
         self.lapse()
         return self.recorder.of(SessionFinished)[-1]
 
-    async def roll(self, plugin: object, timeout: float = 0, **settings: Any) -> None:
+    async def drain_during_session(
+        self, plugin: object, timeout: float = 0, **settings: Any
+    ) -> None:
         """Run a pool and drain it while the session of the item runs."""
         async with self.make_pool(plugin, **settings) as supervisor:
             await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
@@ -131,8 +133,8 @@ class Scene:
 
 
 @pytest.fixture
-def scene(plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any) -> Scene:
-    return Scene(plane, faults, recorder, make_pool)
+def item_runs(plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any) -> ItemRuns:
+    return ItemRuns(plane, faults, recorder, make_pool)
 
 
 @pytest.fixture
@@ -144,91 +146,93 @@ def short_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what counts
 
 
-async def test_attempt_of_new_item_is_one_without_extra_request(scene: Scene) -> None:
-    await scene.run(prompt, max_attempts=1)
-    assert scene.attempts == [1]
-    assert [request.op for request in scene.faults.of(work_id=scene.id)] == [
+async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
+    await item_runs.run(prompt, max_attempts=1)
+    assert item_runs.attempts == [1]
+    assert [request.op for request in item_runs.faults.of(work_id=item_runs.id)] == [
         "ack",
         "heartbeat",
         "stop",
     ]
 
 
-async def test_attempt_after_crashed_run_is_counted(scene: Scene) -> None:
-    scene.crash()
-    await scene.run(prompt)
-    assert scene.attempts == [2]
-    assert scene.metadata == {"workpool.attempt": "2"}
+async def test_attempt_after_crashed_run_is_counted(item_runs: ItemRuns) -> None:
+    item_runs.crash()
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [2]
+    assert item_runs.metadata == {"workpool.attempt": "2"}
 
 
-async def test_session_drained_repeatedly_completes_within_max_attempts(scene: Scene) -> None:
+async def test_session_drained_repeatedly_completes_within_max_attempts(
+    item_runs: ItemRuns,
+) -> None:
     for _ in range(3):
-        await scene.roll(patient, max_attempts=2)
-    assert (await scene.run(prompt, max_attempts=2)).outcome == "completed"
-    assert scene.attempts == [1, 1, 1, 1]
-    assert scene.metadata == {}
+        await item_runs.drain_during_session(patient, max_attempts=2)
+    assert (await item_runs.run(prompt, max_attempts=2)).outcome == "completed"
+    assert item_runs.attempts == [1, 1, 1, 1]
+    assert item_runs.metadata == {}
 
 
-async def test_release_by_handler_is_not_counted_as_attempt(scene: Scene) -> None:
+async def test_release_by_handler_is_not_counted_as_attempt(item_runs: ItemRuns) -> None:
     @handler
     async def later(_: Session) -> None:
         raise Release("later")
 
     for _ in range(3):
-        assert (await scene.run(later, max_attempts=1)).outcome == "released"
-    assert (await scene.run(prompt, max_attempts=1)).outcome == "completed"
-    assert scene.attempts == [1, 1, 1, 1]
-    assert scene.metadata == {}
+        assert (await item_runs.run(later, max_attempts=1)).outcome == "released"
+    assert (await item_runs.run(prompt, max_attempts=1)).outcome == "completed"
+    assert item_runs.attempts == [1, 1, 1, 1]
+    assert item_runs.metadata == {}
 
 
-async def test_crash_after_drained_run_counts_as_attempt(scene: Scene) -> None:
-    await scene.roll(patient)
-    assert scene.metadata == DRAINED
+async def test_crash_after_drained_run_counts_as_attempt(item_runs: ItemRuns) -> None:
+    await item_runs.drain_during_session(patient)
+    assert item_runs.metadata == DRAINED
     seen: list[dict[str, str]] = []
 
     @handler
     async def crash(_: Session) -> None:
-        seen.append(scene.metadata)
-        scene.lapse()
+        seen.append(item_runs.metadata)
+        item_runs.lapse()
         await asyncio.Event().wait()
 
-    assert (await scene.run(crash)).outcome == "lease_lost"
+    assert (await item_runs.run(crash)).outcome == "lease_lost"
     assert seen == [{}]  # the mark is deleted before the handler starts
-    await scene.run(prompt)
-    assert scene.attempts == [1, 1, 2]
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [1, 1, 2]
 
 
-async def test_drained_run_after_crash_keeps_attempt_number(scene: Scene) -> None:
-    scene.crash()
-    await scene.roll(patient)
-    assert scene.metadata == {"workpool.attempt": "2"} | DRAINED
-    await scene.run(prompt)
-    assert scene.attempts == [2, 2]
-    assert scene.metadata == {"workpool.attempt": "2"}
+async def test_drained_run_after_crash_keeps_attempt_number(item_runs: ItemRuns) -> None:
+    item_runs.crash()
+    await item_runs.drain_during_session(patient)
+    assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [2, 2]
+    assert item_runs.metadata == {"workpool.attempt": "2"}
 
 
 @pytest.mark.parametrize(("crashed", "number"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("op", ["ack", "heartbeat"])
 async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
-    scene: Scene, op: Any, number: int, *, crashed: bool
+    item_runs: ItemRuns, op: Any, number: int, *, crashed: bool
 ) -> None:
     if crashed:
-        scene.crash()
+        item_runs.crash()
     hold = Hold()
-    scene.faults.add(hold, op, times=1)
-    async with scene.make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
+    item_runs.faults.add(hold, op, times=1)
+    async with item_runs.make_pool(patient) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain())
-        await scene.recorder.wait_for(DrainStarted)
+        await item_runs.recorder.wait_for(DrainStarted)
         hold.release()
-    assert scene.attempts == []
-    scene.lapse()
-    await scene.run(prompt)
-    assert scene.attempts == [number]
+    assert item_runs.attempts == []
+    item_runs.lapse()
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [number]
 
 
 async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attempt(
-    scene: Scene, clock: Clock
+    item_runs: ItemRuns, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
 
@@ -236,17 +240,17 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     async def work(_: Session) -> None:
         await may_end.wait()
 
-    (second,) = scene.plane.enqueue()
-    async with scene.make_pool(work, concurrency=1, prefetch=1):
-        await scene.recorder.wait_for(ItemReceived, count=2)
-        await scene.recorder.wait_for(SessionStarted)
+    (second,) = item_runs.plane.enqueue()
+    async with item_runs.make_pool(work, concurrency=1, prefetch=1):
+        await item_runs.recorder.wait_for(ItemReceived, count=2)
+        await item_runs.recorder.wait_for(SessionStarted)
         clock.advance(6)  # longer than the reclaim window
-        scene.plane.operations.poll(scene.plane.environments[0], Poll("another"))
-        scene.crash(second.id)
+        item_runs.plane.operations.poll(item_runs.plane.environments[0], Poll("another"))
+        item_runs.crash(second.id)
         may_end.set()
-        await scene.recorder.wait_for(SessionFinished, count=2)
-    assert scene.attempts == [1, 2]
-    assert [event.session.redelivered for event in scene.recorder.of(SessionStarted)] == [
+        await item_runs.recorder.wait_for(SessionFinished, count=2)
+    assert item_runs.attempts == [1, 2]
+    assert [event.session.redelivered for event in item_runs.recorder.of(SessionStarted)] == [
         False,
         True,
     ]
@@ -255,13 +259,13 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
 # -- the mark of a drain
 
 
-async def test_mark_is_written_as_soon_as_drain_is_requested(scene: Scene) -> None:
+async def test_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
     """A process that is killed at the end of its grace period has already written the mark."""
-    async with scene.draining(patient):
-        await scene.faults.wait_for("update", answered=True)
-        assert scene.metadata == DRAINED
-        assert not scene.recorder.of(SessionFinished)
-    assert len(scene.faults.of("update")) == 1
+    async with item_runs.draining(patient):
+        await item_runs.faults.wait_for("update", answered=True)
+        assert item_runs.metadata == DRAINED
+        assert not item_runs.recorder.of(SessionFinished)
+    assert len(item_runs.faults.of("update")) == 1
 
 
 @pytest.mark.parametrize(
@@ -274,39 +278,41 @@ async def test_mark_is_written_as_soon_as_drain_is_requested(scene: Scene) -> No
     ids=["completes", "completes_with_result", "fails"],
 )
 async def test_session_that_ends_during_drain_leaves_no_mark(
-    scene: Scene, end: Any, outcome: str, metadata: Any
+    item_runs: ItemRuns, end: Any, outcome: str, metadata: Any
 ) -> None:
-    await scene.roll(ending(end), timeout=LONG)
-    assert scene.recorder.of(SessionFinished)[-1].outcome == outcome
-    assert scene.metadata == metadata
-    assert scene.faults.of("update")
+    await item_runs.drain_during_session(ending(end), timeout=LONG)
+    assert item_runs.recorder.of(SessionFinished)[-1].outcome == outcome
+    assert item_runs.metadata == metadata
+    assert item_runs.faults.of("update")
 
 
-async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(scene: Scene) -> None:
+async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(
+    item_runs: ItemRuns,
+) -> None:
     mark = Hold()
-    scene.faults.add(mark, "update", times=1)
-    async with scene.make_pool(ending(fail)) as supervisor, asyncio.TaskGroup() as group:
-        await scene.recorder.wait_for(SessionStarted)
+    item_runs.faults.add(mark, "update", times=1)
+    async with item_runs.make_pool(ending(fail)) as supervisor, asyncio.TaskGroup() as group:
+        await item_runs.recorder.wait_for(SessionStarted)
         group.create_task(supervisor.drain(timeout=LONG))
         await mark.reached()
         mark.release()
-    assert scene.metadata == {"workpool.error": "ValueError"}
+    assert item_runs.metadata == {"workpool.error": "ValueError"}
 
 
-async def test_drained_session_whose_mark_hangs_is_released_on_time(scene: Scene) -> None:
-    scene.faults.add(Hold(), "update")
-    async with scene.make_pool(patient) as supervisor:
-        await scene.recorder.wait_for(SessionStarted)
+async def test_drained_session_whose_mark_hangs_is_released_on_time(item_runs: ItemRuns) -> None:
+    item_runs.faults.add(Hold(), "update")
+    async with item_runs.make_pool(patient) as supervisor:
+        await item_runs.recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     assert supervisor.abandoned == 0
-    assert scene.recorder.of(SessionFinished)[0].outcome == "released"
-    assert scene.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
-    assert scene.metadata == {}
+    assert item_runs.recorder.of(SessionFinished)[0].outcome == "released"
+    assert item_runs.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
+    assert item_runs.metadata == {}
 
 
 @pytest.mark.parametrize("written", [True, False])
 async def test_abandoned_session_is_marked_if_possible(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, *, written: bool
+    item_runs: ItemRuns, monkeypatch: pytest.MonkeyPatch, *, written: bool
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
     cancelled, may_end = asyncio.Event(), asyncio.Event()
@@ -320,12 +326,12 @@ async def test_abandoned_session_is_marked_if_possible(
                 cancelled.set()
 
     if not written:
-        scene.faults.add(Hold(), "update")
-    async with scene.make_pool(stubborn) as supervisor:
+        item_runs.faults.add(Hold(), "update")
+    async with item_runs.make_pool(stubborn) as supervisor:
         await cancelled.wait()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    metadata = scene.metadata
+    metadata = item_runs.metadata
     left = asyncio.all_tasks() - {asyncio.current_task()}
     may_end.set()
     await asyncio.wait(left, timeout=20)
@@ -333,16 +339,16 @@ async def test_abandoned_session_is_marked_if_possible(
     assert metadata == (DRAINED if written else {})
 
 
-async def test_attempt_whose_mark_could_not_be_written_is_counted(scene: Scene) -> None:
-    scene.faults.add(status(503), "update", where=lambda _: not recovered)
+async def test_attempt_whose_mark_could_not_be_written_is_counted(item_runs: ItemRuns) -> None:
+    item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    await scene.roll(patient)
+    await item_runs.drain_during_session(patient)
     recovered.append(True)
-    await scene.run(prompt)
-    assert scene.attempts == [1, 2]
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [1, 2]
 
 
-async def test_release_by_handler_replaces_reason_written_by_drain(scene: Scene) -> None:
+async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: ItemRuns) -> None:
     may_end = asyncio.Event()
 
     @handler
@@ -350,25 +356,25 @@ async def test_release_by_handler_replaces_reason_written_by_drain(scene: Scene)
         await may_end.wait()
         raise Release("page 7")
 
-    async with scene.draining(later):
-        await scene.faults.wait_for("update", answered=True)
+    async with item_runs.draining(later):
+        await item_runs.faults.wait_for("update", answered=True)
         may_end.set()
-        await scene.recorder.wait_for(SessionFinished)
-    assert scene.metadata == {"workpool.released": "Release"}
+        await item_runs.recorder.wait_for(SessionFinished)
+    assert item_runs.metadata == {"workpool.released": "Release"}
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_session_stopped_by_operator_during_drain_leaves_no_mark(scene: Scene) -> None:
-    async with scene.draining(patient, lease_ttl=10, stop_grace=0):
-        await scene.faults.wait_for("update", answered=True)
-        scene.plane.operations.stop(scene.plane.environments[0], scene.id)
-        await scene.recorder.wait_for(SessionFinished)
-    assert scene.ends == ["stopped"]
-    assert scene.metadata == {}
+async def test_session_stopped_by_operator_during_drain_leaves_no_mark(item_runs: ItemRuns) -> None:
+    async with item_runs.draining(patient, lease_ttl=10, stop_grace=0):
+        await item_runs.faults.wait_for("update", answered=True)
+        item_runs.plane.operations.stop(item_runs.plane.environments[0], item_runs.id)
+        await item_runs.recorder.wait_for(SessionFinished)
+    assert item_runs.ends == ["stopped"]
+    assert item_runs.metadata == {}
 
 
 async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
-    scene: Scene,
+    item_runs: ItemRuns,
 ) -> None:
     """If the item were not stopped, it would be run again."""
     may_end = asyncio.Event()
@@ -378,24 +384,24 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
         await session.interrupted()
         await may_end.wait()
 
-    scene.faults.add(status(503), "update", skip=1)
+    item_runs.faults.add(status(503), "update", skip=1)
     async with asyncio.TaskGroup() as group:
-        group.create_task(scene.roll(work, timeout=LONG))
-        await scene.faults.wait_for("update", answered=True)
+        group.create_task(item_runs.drain_during_session(work, timeout=LONG))
+        await item_runs.faults.wait_for("update", answered=True)
         may_end.set()
-    assert scene.recorder.of(SessionFinished)[0].outcome == "completed"
-    assert scene.metadata == DRAINED
+    assert item_runs.recorder.of(SessionFinished)[0].outcome == "completed"
+    assert item_runs.metadata == DRAINED
 
 
 # -- the start of the next run
 
 
-async def test_lost_answer_to_attempt_update_does_not_count_twice(scene: Scene) -> None:
-    scene.crash()
-    scene.faults.add(lost(), "update", times=2)
-    await scene.run(prompt, request_timeout=0.2)
-    assert scene.attempts == [2]
-    assert scene.metadata == {"workpool.attempt": "2"}
+async def test_lost_answer_to_attempt_update_does_not_count_twice(item_runs: ItemRuns) -> None:
+    item_runs.crash()
+    item_runs.faults.add(lost(), "update", times=2)
+    await item_runs.run(prompt, request_timeout=0.2)
+    assert item_runs.attempts == [2]
+    assert item_runs.metadata == {"workpool.attempt": "2"}
 
 
 @pytest.mark.parametrize(
@@ -405,37 +411,37 @@ async def test_lost_answer_to_attempt_update_does_not_count_twice(scene: Scene) 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_writes")
 async def test_run_that_cannot_be_counted_is_released_with_its_number(
-    scene: Scene, notes: Any, number: int, *, applied: bool
+    item_runs: ItemRuns, notes: Any, number: int, *, applied: bool
 ) -> None:
-    scene.crash()
-    scene.write(**notes)
-    scene.faults.add(status(503, applied=applied), "update", where=soon_over())
-    assert (await scene.run(patient)).outcome == "released"
-    assert scene.attempts == []
-    await scene.run(prompt)
-    assert scene.attempts == [number]
+    item_runs.crash()
+    item_runs.write(**notes)
+    item_runs.faults.add(status(503, applied=applied), "update", where=only_at_first())
+    assert (await item_runs.run(patient)).outcome == "released"
+    assert item_runs.attempts == []
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [number]
 
 
 @pytest.mark.usefixtures("short_writes")
-async def test_run_that_cannot_be_counted_keeps_its_mark(scene: Scene) -> None:
-    scene.crash()
-    scene.write(released="earlier")
-    scene.faults.add(status(503), "update", where=lambda _: not recovered)
+async def test_run_that_cannot_be_counted_keeps_its_mark(item_runs: ItemRuns) -> None:
+    item_runs.crash()
+    item_runs.write(released="earlier")
+    item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    assert (await scene.run(patient)).outcome == "released"
-    assert scene.metadata == {"workpool.released": "earlier"}
+    assert (await item_runs.run(patient)).outcome == "released"
+    assert item_runs.metadata == {"workpool.released": "earlier"}
     recovered.append(True)
-    await scene.run(prompt)
-    assert scene.attempts == [1]
+    await item_runs.run(prompt)
+    assert item_runs.attempts == [1]
 
 
-async def test_drain_mark_replaces_error_of_earlier_run(scene: Scene) -> None:
+async def test_drain_mark_replaces_error_of_earlier_run(item_runs: ItemRuns) -> None:
     """A run that failed and could not be stopped has left its error note in the metadata."""
-    scene.crash()
-    scene.write(error="ValueError")
-    await scene.roll(patient)
-    assert scene.attempts == [2]
-    assert scene.metadata == {"workpool.attempt": "2"} | DRAINED
+    item_runs.crash()
+    item_runs.write(error="ValueError")
+    await item_runs.drain_during_session(patient)
+    assert item_runs.attempts == [2]
+    assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
 
 
 # -- the limit
@@ -447,17 +453,17 @@ async def test_drain_mark_replaces_error_of_earlier_run(scene: Scene) -> None:
     ids=["default", "higher", "off"],
 )
 async def test_item_lost_ten_times_fails_by_default(
-    scene: Scene, settings: Any, outcome: str
+    item_runs: ItemRuns, settings: Any, outcome: str
 ) -> None:
-    scene.crash()
-    scene.write(attempt="10")
-    finished = await scene.run(prompt, **settings)
+    item_runs.crash()
+    item_runs.write(attempt="10")
+    finished = await item_runs.run(prompt, **settings)
     assert finished.outcome == outcome
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_max_attempts_leaves_no_mark(scene: Scene) -> None:
-    scene.crash()
-    scene.write(attempt="5", released="earlier")
-    assert (await scene.run(prompt, max_attempts=4)).outcome == "failed"
-    assert scene.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}
+async def test_item_beyond_max_attempts_leaves_no_mark(item_runs: ItemRuns) -> None:
+    item_runs.crash()
+    item_runs.write(attempt="5", released="earlier")
+    assert (await item_runs.run(prompt, max_attempts=4)).outcome == "failed"
+    assert item_runs.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}

@@ -45,7 +45,7 @@ class LoopHold(LoopSupervisor, HandoffChild):
     """The child's side of a handoff in virtual time."""
 
 
-class Scene:
+class HandoffBench:
     """One pool with one session, a child process, and the requests that both sent.
 
     Attributes:
@@ -145,55 +145,55 @@ class Scene:
 @in_virtual_time
 @pytest.mark.parametrize("after", [0.0, 3.0, BOUND - 2])
 async def test_first_heartbeat_of_child_takes_item_over(after: float) -> None:
-    scene = Scene()
+    bench = HandoffBench()
     left_at = 0.0
 
     async def handle(session: Session) -> dict[str, str]:
         nonlocal left_at
-        async with session.handover() as scene.lease:
-            assert scene.metric("leases", state="active") == 1
-            scene.start_child(after)
-        left_at = scene.loop.time()
-        assert scene.metric("leases", state="active") == 0
+        async with session.handover() as bench.lease:
+            assert bench.metric("leases", state="active") == 1
+            bench.start_child(after)
+        left_at = bench.loop.time()
+        assert bench.metric("leases", state="active") == 0
         with pytest.raises(SessionEnded):
             await session.update_metadata({"a": "b"})
         return {"ignored": "yes"}
 
-    assert await scene.run(handle) == "detached"
+    assert await bench.run(handle) == "detached"
     assert after <= left_at <= after + 2
     labels = {"handler": "work.work", "outcome": "detached"}
-    assert scene.metric("sessions_total", **labels) == 1
-    assert scene.lease.work_id == scene.work_id
-    assert scene.lease.environment_id == ENVIRONMENT
-    assert scene.lease.ttl == 60
+    assert bench.metric("sessions_total", **labels) == 1
+    assert bench.lease.work_id == bench.work_id
+    assert bench.lease.environment_id == ENVIRONMENT
+    assert bench.lease.ttl == 60
     # the first heartbeat, and a new one before the handoff
-    assert scene.ops.count("heartbeat") == 2
-    assert set(scene.sent_since(0)) <= {"get"}
-    assert (scene.item.state, dict(scene.item.metadata)) == ("active", {})
-    assert scene.recorder.of(ItemReclaimed) == []
+    assert bench.ops.count("heartbeat") == 2
+    assert set(bench.sent_since(0)) <= {"get"}
+    assert (bench.item.state, dict(bench.item.metadata)) == ("active", {})
+    assert bench.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
-            entered = scene.loop.time()
+        async with session.handover() as bench.lease:
+            entered = bench.loop.time()
             with pytest.raises(LeaseLost):
                 await session.update_metadata({"a": "b"})
             with pytest.raises(LeaseLost):
                 await session.handover().__aenter__()
             await asyncio.sleep(BOUND - 4)
-            assert scene.sent_since(entered) == []
-            await scene.heartbeat()
+            assert bench.sent_since(entered) == []
+            await bench.heartbeat()
 
-    assert await scene.run(handle) == "detached"
+    assert await bench.run(handle) == "detached"
 
 
 @in_virtual_time
 async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
-    scene = Scene(update=[UNSENT])
+    bench = HandoffBench(update=[UNSENT])
 
     async def handle(session: Session) -> None:
         async def write() -> None:
@@ -203,60 +203,60 @@ async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(write())
             await asyncio.sleep(1)
-            async with session.handover() as scene.lease:
-                assert scene.loop.time() == 1
-                scene.start_child()
+            async with session.handover() as bench.lease:
+                assert bench.loop.time() == 1
+                bench.start_child()
 
-    assert await scene.run(handle) == "detached"
-    assert scene.item.metadata == {}
+    assert await bench.run(handle) == "detached"
+    assert bench.item.metadata == {}
 
 
 @in_virtual_time
 async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
     """Parent and child must not both have a heartbeat in flight."""
-    scene = Scene(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
+    bench = HandoffBench(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
 
     async def handle(session: Session) -> None:
         # a heartbeat is due after a third of 60 s less jitter, so one is in flight
         await asyncio.sleep(21)
-        assert scene.ops.count("heartbeat") == 2
-        async with session.handover() as scene.lease:
-            assert scene.loop.time() > 25
-            assert scene.ops.count("heartbeat") == 2
-            scene.start_child()
+        assert bench.ops.count("heartbeat") == 2
+        async with session.handover() as bench.lease:
+            assert bench.loop.time() > 25
+            assert bench.ops.count("heartbeat") == 2
+            bench.start_child()
 
-    assert await scene.run(handle) == "detached"
+    assert await bench.run(handle) == "detached"
 
 
 @in_virtual_time
 async def test_heartbeat_in_doubt_is_resolved_before_child_starts() -> None:
     """The heartbeat was applied and its answer lost: the child must expect the new value."""
-    scene = Scene(heartbeat=[None, UNANSWERED])
+    bench = HandoffBench(heartbeat=[None, UNANSWERED])
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
-            scene.start_child()
+        async with session.handover() as bench.lease:
+            bench.start_child()
 
-    assert await scene.run(handle) == "detached"
-    assert "recovered" in [event.result for event in scene.recorder.of(HeartbeatFinished)]
+    assert await bench.run(handle) == "detached"
+    assert "recovered" in [event.result for event in bench.recorder.of(HeartbeatFinished)]
 
 
 @in_virtual_time
 @pytest.mark.parametrize("end", ["stopped", "lapsed"])
 async def test_child_that_ended_before_parent_checks_counts_as_holder(end: str) -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             if end == "stopped":
-                await scene.heartbeat()
-                await scene.child.stop(scene.work_id, force=True)
+                await bench.heartbeat()
+                await bench.child.stop(bench.work_id, force=True)
             else:
-                await scene.child.heartbeat(scene.work_id, scene.lease.last_heartbeat, 10)
+                await bench.child.heartbeat(bench.work_id, bench.lease.last_heartbeat, 10)
                 await asyncio.sleep(10.5)
 
-    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
-    assert scene.ops == ["ack", "heartbeat", "heartbeat", "get"]
+    assert await bench.run(handle, reclaim_older_than_ms=60_000) == "detached"
+    assert bench.ops == ["ack", "heartbeat", "heartbeat", "get"]
 
 
 @in_virtual_time
@@ -264,47 +264,47 @@ async def test_child_that_starts_at_last_moment_keeps_item() -> None:
     """The parent's refused heartbeat means that the child holds the item, not that the lease is
     lost.
     """
-    scene = Scene(get=[UNSENT] * 5)
+    bench = HandoffBench(get=[UNSENT] * 5)
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
-            scene.start_child(BOUND - 0.1)
+        async with session.handover() as bench.lease:
+            bench.start_child(BOUND - 0.1)
 
-    assert await scene.run(handle) == "detached"
-    heartbeats = [event.result for event in scene.recorder.of(HeartbeatFinished)]
+    assert await bench.run(handle) == "detached"
+    heartbeats = [event.result for event in bench.recorder.of(HeartbeatFinished)]
     assert heartbeats[-1] == "precondition"
-    assert scene.item.state == "active"
-    assert scene.recorder.of(ItemReclaimed) == []
+    assert bench.item.state == "active"
+    assert bench.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_item_in_doubt_after_handoff_belongs_to_child() -> None:
     """The parent's heartbeat was applied and its answer lost; the item does not show its holder."""
-    scene = Scene(heartbeat=[None, None, GARBLED])
+    bench = HandoffBench(heartbeat=[None, None, GARBLED])
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             pass
 
-    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
-    assert "stop" not in scene.ops
+    assert await bench.run(handle, reclaim_older_than_ms=60_000) == "detached"
+    assert "stop" not in bench.ops
 
 
 @in_virtual_time
 async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
     """A handler that starts its child slowly must not lose the item to an expired lease."""
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
         async def start_slowly() -> None:
-            async with session.handover() as scene.lease:
+            async with session.handover() as bench.lease:
                 await asyncio.sleep(300)
-                assert await scene.is_refused()
+                assert await bench.is_refused()
 
         with pytest.raises(HandoverError):
             await start_slowly()
 
-    assert await scene.run(handle) == "completed"
+    assert await bench.run(handle) == "completed"
 
 
 # Handoffs without a child.
@@ -312,80 +312,80 @@ async def test_handoff_block_longer_than_time_limit_loses_no_lease() -> None:
 
 @in_virtual_time
 async def test_handoff_without_child_returns_item_to_parent() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> dict[str, str]:
         with pytest.raises(HandoverError) as caught:
-            async with session.handover() as scene.lease:
+            async with session.handover() as bench.lease:
                 pass
-        assert caught.value.work_id == scene.work_id
-        assert scene.loop.time() == pytest.approx(BOUND, abs=0.1)
-        assert await scene.is_refused()
+        assert caught.value.work_id == bench.work_id
+        assert bench.loop.time() == pytest.approx(BOUND, abs=0.1)
+        assert await bench.is_refused()
         await session.update_metadata({"a": "b"})
         await asyncio.sleep(100)  # the lease is renewed as before the handoff
         return {"c": "d"}
 
-    assert await scene.run(handle) == "completed"
-    assert dict(scene.item.metadata) == {"a": "b", "c": "d"}
+    assert await bench.run(handle) == "completed"
+    assert dict(bench.item.metadata) == {"a": "b", "c": "d"}
 
 
 @in_virtual_time
 async def test_second_handoff_after_failed_one_can_succeed() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
         with pytest.raises(HandoverError):
-            async with session.handover() as scene.lease:
+            async with session.handover() as bench.lease:
                 pass
-        async with session.handover() as scene.lease:
-            scene.start_child()
+        async with session.handover() as bench.lease:
+            bench.start_child()
 
-    assert await scene.run(handle) == "detached"
+    assert await bench.run(handle) == "detached"
 
 
 @in_virtual_time
 async def test_failed_handoff_fails_session() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             pass
 
-    assert await scene.run(handle) == "failed"
-    assert scene.item.metadata == {"workpool.error": "HandoverError"}
+    assert await bench.run(handle) == "failed"
+    assert bench.item.metadata == {"workpool.error": "HandoverError"}
 
 
 @in_virtual_time
 @pytest.mark.parametrize("came", [False, True])
 async def test_exception_in_handoff_block_returns_item_unless_child_has_it(came: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             if came:
-                await scene.heartbeat()
+                await bench.heartbeat()
             raise ValueError("cannot start it")
 
-    assert await scene.run(handle) == ("detached" if came else "failed")
-    assert ("stop" in scene.ops) is not came
-    assert scene.item.metadata == ({} if came else {"workpool.error": "ValueError"})
-    assert scene.loop.time() < 10
+    assert await bench.run(handle) == ("detached" if came else "failed")
+    assert ("stop" in bench.ops) is not came
+    assert bench.item.metadata == ({} if came else {"workpool.error": "ValueError"})
+    assert bench.loop.time() < 10
     if not came:
-        assert scene.item.state == "stopped"
+        assert bench.item.state == "stopped"
 
 
 @in_virtual_time
 async def test_item_returns_to_parent_before_exception_leaves_handoff_block() -> None:
-    scene = Scene(heartbeat=[None, None, GARBLED])
+    bench = HandoffBench(heartbeat=[None, None, GARBLED])
 
     async def handle(session: Session) -> None:
         with pytest.raises(ValueError, match="cannot"):
-            async with session.handover() as scene.lease:
+            async with session.handover() as bench.lease:
                 raise ValueError("cannot")
         with pytest.raises(SessionEnded):  # in doubt, the item belongs to the child
             await session.update_metadata({"a": "b"})
 
-    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "detached"
+    assert await bench.run(handle, reclaim_older_than_ms=60_000) == "detached"
 
 
 # Interference by operators, drains and other workers.
@@ -399,120 +399,120 @@ async def test_stop_by_operator_during_handoff_ends_session_at_once(
     inside: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     """A child must not start an item that was stopped."""
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             if inside:
-                scene.stop(force=force)
+                bench.stop(force=force)
             else:
-                scene.loop.call_later(3, partial(scene.stop, force=force))
+                bench.loop.call_later(3, partial(bench.stop, force=force))
 
-    assert await scene.run(handle) == "stopped"
-    assert scene.loop.time() < 12
-    assert scene.item.state == "stopped"
-    assert ("stop" in scene.ops) is not force
+    assert await bench.run(handle) == "stopped"
+    assert bench.loop.time() < 12
+    assert bench.item.state == "stopped"
+    assert ("stop" in bench.ops) is not force
 
 
 @in_virtual_time
 async def test_handoff_of_session_with_stop_request_is_refused() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        scene.stop()
+        bench.stop()
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await scene.run(handle) == "stopped"
-    assert scene.item.state == "stopped"
+    assert await bench.run(handle) == "stopped"
+    assert bench.item.state == "stopped"
 
 
 @in_virtual_time
 @pytest.mark.parametrize("comes", [False, True])
 async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes: bool) -> None:  # noqa: FBT001 - a parameter of the test
-    scene = Scene()
+    bench = HandoffBench()
     entered = asyncio.Event()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             if comes:
-                scene.start_child(3)
+                bench.start_child(3)
             entered.set()
 
     async def drain(pool: LoopSupervisor) -> None:
         await entered.wait()
-        began = scene.loop.time()
+        began = bench.loop.time()
         await pool.drain(6)
-        assert scene.loop.time() - began <= (5.1 if comes else 6.1)
+        assert bench.loop.time() - began <= (5.1 if comes else 6.1)
         assert pool.abandoned == 0
 
-    outcome = await scene.run(handle, drain, reclaim_older_than_ms=60_000)
+    outcome = await bench.run(handle, drain, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        assert scene.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and the 10 s of a release
+        assert bench.item.lease_end <= (START + 16.2) * 1_000_000  # 6 s, and the 10 s of a release
 
 
 @in_virtual_time
 async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
-    scene = Scene()
+    bench = HandoffBench()
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
+        async with session.handover() as bench.lease:
             pass
 
-    assert await scene.run(handle, session_timeout=5) == "timed_out"
-    assert scene.item.state == "stopped"
+    assert await bench.run(handle, session_timeout=5) == "timed_out"
+    assert bench.item.state == "stopped"
 
 
 @in_virtual_time
 async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> None:
-    scene = Scene(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
+    bench = HandoffBench(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
     async def handle(session: Session) -> None:
         async with session.handover():
             raise AssertionError("the block was entered")
 
-    assert await scene.run(handle, session_timeout=2) == "timed_out"
-    assert scene.item.state == "stopped"
+    assert await bench.run(handle, session_timeout=2) == "timed_out"
+    assert bench.item.state == "stopped"
 
 
 @in_virtual_time
 @pytest.mark.parametrize("inside", [False, True])
 async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool) -> None:  # noqa: FBT001 - a parameter of the test
     silence = [UNSENT] * 99
-    scene = Scene(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
+    bench = HandoffBench(heartbeat=[None, None, *silence], get=[*silence], stop=[*silence])
 
     async def handle(session: Session) -> None:
         async with session.handover():
             if inside:
                 await asyncio.sleep(300)
 
-    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert scene.sent_since(54) == []
-    assert scene.recorder.of(ItemReclaimed) == []
+    assert await bench.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert bench.sent_since(54) == []
+    assert bench.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
 async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
     """The control plane ended the lease early, so neither parent nor child holds the item."""
-    scene = Scene()
+    bench = HandoffBench()
 
     def expire() -> None:
-        queue = scene.operations.queue(ENVIRONMENT)
-        queue.put(replace(queue.get(scene.work_id), lease_end=0))
+        queue = bench.operations.queue(ENVIRONMENT)
+        queue.put(replace(queue.get(bench.work_id), lease_end=0))
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
-            scene.loop.call_later(5, expire)
+        async with session.handover() as bench.lease:
+            bench.loop.call_later(5, expire)
 
-    assert await scene.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert scene.recorder.of(ItemReclaimed)[0].stage == "run"
+    assert await bench.run(handle, reclaim_older_than_ms=60_000) == "lease_lost"
+    assert bench.recorder.of(ItemReclaimed)[0].stage == "run"
 
 
 # The child's side up to its first heartbeat; tests of `workpool hold` cover the rest.
 
 
-async def held(scene: Scene, **faults: list[Fault | None]) -> tuple[LoopHold, list[str]]:
+async def held(bench: HandoffBench, **faults: list[Fault | None]) -> tuple[LoopHold, list[str]]:
     """Hand the item off to a child with these faults; return the child and its outcomes."""
 
     @handler
@@ -521,14 +521,14 @@ async def held(scene: Scene, **faults: list[Fault | None]) -> tuple[LoopHold, li
 
     recorder = Recorder()
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
-    connect = partial(LocalClient, scene.operations, faults=Script(**faults))
+    connect = partial(LocalClient, bench.operations, faults=Script(**faults))
 
     async def handle(session: Session) -> None:
-        async with session.handover() as scene.lease:
-            scene.group.create_task(wait())
+        async with session.handover() as bench.lease:
+            bench.group.create_task(wait())
 
     async def wait() -> None:
-        lease = scene.lease
+        lease = bench.lease
         child = LoopHold(
             settings,
             lease.work_id,
@@ -541,31 +541,31 @@ async def held(scene: Scene, **faults: list[Fault | None]) -> tuple[LoopHold, li
             await child.run()
 
     children: list[LoopHold] = []
-    scene.outcome = await scene.run(handle, reclaim_older_than_ms=600_000)
+    bench.outcome = await bench.run(handle, reclaim_older_than_ms=600_000)
     return children[0], [event.outcome for event in recorder.of(SessionFinished)]
 
 
 @in_virtual_time
 async def test_child_retries_while_parent_waits() -> None:
-    scene = Scene()
+    bench = HandoffBench()
     fault = [Fault(answer=503, applied=False), GARBLED]
-    _, outcomes = await held(scene, get=[*fault], heartbeat=[Fault(answer=429, applied=False)])
-    assert (scene.outcome, outcomes) == ("detached", ["completed"])
-    assert dict(scene.item.metadata) == {"by": "child"}
+    _, outcomes = await held(bench, get=[*fault], heartbeat=[Fault(answer=429, applied=False)])
+    assert (bench.outcome, outcomes) == ("detached", ["completed"])
+    assert dict(bench.item.metadata) == {"by": "child"}
 
 
 @in_virtual_time
 async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
-    scene = Scene()
-    child, outcomes = await held(scene, get=[UNSENT] * 99)
-    assert (scene.outcome, outcomes) == ("failed", [])
+    bench = HandoffBench()
+    child, outcomes = await held(bench, get=[UNSENT] * 99)
+    assert (bench.outcome, outcomes) == ("failed", [])
     assert child.status().error is not None
 
 
 @in_virtual_time
 async def test_child_in_doubt_leaves_item_alone() -> None:
     """The answer to the child's heartbeat was lost, so the applied one may be the parent's."""
-    scene = Scene()
-    _, outcomes = await held(scene, heartbeat=[GARBLED])
-    assert (scene.outcome, outcomes) == ("detached", ["detached"])
-    assert scene.item.metadata == {}
+    bench = HandoffBench()
+    _, outcomes = await held(bench, heartbeat=[GARBLED])
+    assert (bench.outcome, outcomes) == ("detached", ["detached"])
+    assert bench.item.metadata == {}

@@ -33,7 +33,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
 
 
-class World:
+class SessionBench:
     """A control plane on the running loop with one session."""
 
     def __init__(self, **faults: list[Fault | None]) -> None:
@@ -47,11 +47,11 @@ class World:
         )
         self.client = LocalClient(self.operations, self.settings, faults=self.script)
 
-    def say(self, number: int) -> None:
+    def emit_event(self, number: int) -> None:
         self.operations.emit(self.session_id, [{"type": "agent.thinking", "number": number}])
 
     @property
-    def said(self) -> list[str]:
+    def emitted_ids(self) -> list[str]:
         return [event.id for event in self.operations.sessions.conversation(self.session_id).events]
 
     @property
@@ -61,72 +61,72 @@ class World:
 
 @in_virtual_time
 async def test_event_stream_with_keep_alives_stays_open_for_a_day() -> None:
-    world = World()
-    async with world.client as client, client.events(world.session_id).stream() as stream:
+    bench = SessionBench()
+    async with bench.client as client, client.events(bench.session_id).stream() as stream:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(86_400):
                 await anext(stream)
-        assert world.opened == 1
-        world.say(1)
+        assert bench.opened == 1
+        bench.emit_event(1)
         assert (await anext(stream))["number"] == 1
 
 
 @in_virtual_time
 async def test_silent_event_stream_is_reopened() -> None:
-    world = World()
+    bench = SessionBench()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_events, "KEEP_ALIVE_SECONDS", 1e6)
-        async with world.client as client, client.events(world.session_id).stream() as stream:
+        async with bench.client as client, client.events(bench.session_id).stream() as stream:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= world.opened <= 11  # reopened every 45 s plus backoff
+    assert 9 <= bench.opened <= 11  # reopened every 45 s plus backoff
 
 
 @in_virtual_time
 async def test_event_stream_of_busy_reader_keeps_events_without_reopening() -> None:
     """A reader that does not read for an hour must not count as silence of the stream."""
-    world = World()
-    async with world.client as client, client.events(world.session_id).stream() as stream:
-        world.say(0)
+    bench = SessionBench()
+    async with bench.client as client, client.events(bench.session_id).stream() as stream:
+        bench.emit_event(0)
         await anext(stream)
         for number in range(3):
             await asyncio.sleep(3600)
-            world.say(number)
+            bench.emit_event(number)
             assert (await anext(stream))["number"] == number
-    assert world.opened == 1
+    assert bench.opened == 1
 
 
 @in_virtual_time
 async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
-    world = World(stream=[Fault(answer=503)] * 200)
-    world.say(0)
-    async with world.client as client, client.events(world.session_id).stream() as stream:
+    bench = SessionBench(stream=[Fault(answer=503)] * 200)
+    bench.emit_event(0)
+    async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
         # Full jitter: 0.25 s, 0.5 s, 1 s, 2 s, 4 s, then 5 s each on average.
-        assert 600 < world.loop.time() < 1400
+        assert 600 < bench.loop.time() < 1400
         assert stream._backoff.failures == 0
 
 
 @in_virtual_time
 async def test_event_stream_waits_for_retry_after() -> None:
-    world = World(stream=[Fault(answer=429, retry_after=100)])
-    world.say(0)
-    async with world.client as client, client.events(world.session_id).stream() as stream:
+    bench = SessionBench(stream=[Fault(answer=429, retry_after=100)])
+    bench.emit_event(0)
+    async with bench.client as client, client.events(bench.session_id).stream() as stream:
         await anext(stream)
-    assert world.loop.time() >= 100
+    assert bench.loop.time() >= 100
 
 
 @in_virtual_time
 async def test_event_stream_without_timely_answer_is_requested_again() -> None:
-    world = World(
+    bench = SessionBench(
         stream=[Fault(answer="silence"), Fault(answer="reset")],
         events=[Fault(answer="silence"), Fault(answer_delay=60), Fault(answer=b"[]")],
     )
-    world.say(0)
-    async with world.client as client, client.events(world.session_id).stream() as stream:
+    bench.emit_event(0)
+    async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-    assert world.opened == 6
+    assert bench.opened == 6
 
 
 # -- endless histories -------------------------------------------------------------------------
@@ -211,24 +211,24 @@ async def test_event_stream_remembers_limited_number_of_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)
-    world = World()
+    bench = SessionBench()
     for number in range(50):
-        world.say(number)
-    async with world.client as client:
-        calls: Any = client.events(world.session_id)._calls
+        bench.emit_event(number)
+    async with bench.client as client:
+        calls: Any = client.events(bench.session_id)._calls
         way = Flaky(calls, iter(()), resumes=False, replays=False)
-        stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
+        stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
         told: list[SessionEvent] = []
         async with stream:
             for breaks in range(3):
                 told += [await anext(stream) for _ in range(3 if breaks else 50)]
                 way.conditions = iter(["cut", "cut"])
                 for number in range(3):
-                    world.say(number)
+                    bench.emit_event(number)
             told += [await anext(stream) for _ in range(3)]
             assert len(stream._seen._ids) == 10
-    assert [event["id"] for event in told] == world.said
-    assert world.opened > 1
+    assert [event["id"] for event in told] == bench.emitted_ids
+    assert bench.opened > 1
 
 
 def test_page_token_too_long_for_url_is_malformed() -> None:
@@ -342,29 +342,29 @@ def test_events_after_any_failure_arrive_once_and_in_order(
     replays: bool,
 ) -> None:
     async def follow() -> None:
-        world = World()
+        bench = SessionBench()
         told: list[SessionEvent] = []
         flags: list[bool] = []
-        async with world.client as client:
-            calls: Any = client.events(world.session_id)._calls
+        async with bench.client as client:
+            calls: Any = client.events(bench.session_id)._calls
             way = Flaky(calls, iter(conditions), resumes=resumes, replays=replays)
-            stream = EventStream(way, Unguarded(), world.session_id, stall_seconds=45)
+            stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
-                group.create_task(speak(world, pauses))
-                while len(told) < len(pauses) or world.loop.time() < sum(pauses):
+                group.create_task(speak(bench, pauses))
+                while len(told) < len(pauses) or bench.loop.time() < sum(pauses):
                     try:
                         async with asyncio.timeout(patience):
                             told.append(await anext(stream))
                             flags.append(stream.caught_up)
                     except TimeoutError:
-                        assert world.loop.time() < 100_000  # every event arrives in finite time
-        assert [event["id"] for event in told] == world.said
+                        assert bench.loop.time() < 100_000  # every event arrives in finite time
+        assert [event["id"] for event in told] == bench.emitted_ids
         assert flags[-1:] in ([], [True])
 
     run_virtual(follow())
 
 
-async def speak(world: World, pauses: Sequence[float]) -> None:
+async def speak(bench: SessionBench, pauses: Sequence[float]) -> None:
     for number, pause in enumerate(pauses):
-        world.say(number)
+        bench.emit_event(number)
         await asyncio.sleep(pause)

@@ -42,7 +42,7 @@ class Ended:
         self.error = error
 
 
-class Scene:
+class HealthBench:
     """The health of two handlers, and the number of their owned items."""
 
     def __init__(self) -> None:
@@ -76,31 +76,31 @@ class Scene:
 
 @in_virtual_time
 async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
-    scene = Scene()
+    bench = HealthBench()
     assert FAILURES == 5
-    scene.fail(4)
-    assert scene.health.failing() == []
-    assert scene.health.may_claim(BROKEN)
-    scene.end()
-    assert scene.failing
-    assert not scene.health.may_claim(BROKEN)
-    assert scene.health.may_claim(OTHER)  # failures are counted per handler
+    bench.fail(4)
+    assert bench.health.failing() == []
+    assert bench.health.may_claim(BROKEN)
+    bench.end()
+    assert bench.failing
+    assert not bench.health.may_claim(BROKEN)
+    assert bench.health.may_claim(OTHER)  # failures are counted per handler
 
 
 @in_virtual_time
 async def test_repeated_failures_of_one_item_count_once() -> None:
-    scene = Scene()
+    bench = HealthBench()
     for _ in range(100):
-        scene.end(number=1)
-    assert not scene.failing
+        bench.end(number=1)
+    assert not bench.failing
 
 
 @in_virtual_time
 async def test_failed_health_checks_do_not_count_as_handler_failures() -> None:
-    scene = Scene()
+    bench = HealthBench()
     for _ in range(100):
-        scene.end(handler=None)
-    assert scene.health.failing() == []
+        bench.end(handler=None)
+    assert bench.health.failing() == []
 
 
 FULL = OSError(errno.ENOSPC, "no space left on device")
@@ -146,10 +146,10 @@ def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
 ) -> None:
     @in_virtual_time
     async def check() -> None:
-        scene = Scene()
+        bench = HealthBench()
         for _ in range(FAILURES):
-            scene.end(outcome, seconds, error)
-        assert scene.failing == counts
+            bench.end(outcome, seconds, error)
+        assert bench.failing == counts
 
     check()
 
@@ -157,11 +157,11 @@ def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
 def test_cyclic_causes_of_error_are_followed_once() -> None:
     @in_virtual_time
     async def check() -> None:
-        scene = Scene()
+        bench = HealthBench()
         one, two = ValueError(), KeyError()
         one.__context__, two.__context__ = two, one
-        scene.end("released", error=one)
-        assert not scene.failing
+        bench.end("released", error=one)
+        assert not bench.failing
 
     check()
 
@@ -183,12 +183,12 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
 ) -> None:
     @in_virtual_time
     async def check() -> None:
-        scene = Scene()
-        scene.fail()
-        scene.end(outcome, seconds)
-        assert scene.failing != resets
-        assert scene.health.may_claim(BROKEN) == resets
-        again = Scene()
+        bench = HealthBench()
+        bench.fail()
+        bench.end(outcome, seconds)
+        assert bench.failing != resets
+        assert bench.health.may_claim(BROKEN) == resets
+        again = HealthBench()
         again.fail(4)
         again.end(outcome, seconds)
         again.end()
@@ -199,97 +199,97 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
 
 @in_virtual_time
 async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> None:
-    scene = Scene()
-    scene.fail()
+    bench = HealthBench()
+    bench.fail()
     await asyncio.sleep(0.9)
-    assert not scene.health.may_claim(BROKEN)
+    assert not bench.health.may_claim(BROKEN)
     await asyncio.sleep(0.2)
-    assert scene.health.may_claim(BROKEN)
-    scene.owned[BROKEN] = 1
-    assert not scene.health.may_claim(BROKEN)
+    assert bench.health.may_claim(BROKEN)
+    bench.owned[BROKEN] = 1
+    assert not bench.health.may_claim(BROKEN)
 
 
 @in_virtual_time
 async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
-    scene = Scene()
-    scene.fail()
+    bench = HealthBench()
+    bench.fail()
     pauses = []
     for _ in range(8):
-        before = scene.loop.time()
-        await scene.health.admission()
-        assert scene.health.may_claim(BROKEN)
-        pauses.append(scene.loop.time() - before)
-        scene.end()
+        before = bench.loop.time()
+        await bench.health.admission()
+        assert bench.health.may_claim(BROKEN)
+        pauses.append(bench.loop.time() - before)
+        bench.end()
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
     assert FAILING_PAUSE_MAX_SECONDS == 30
-    scene.end("completed")
-    scene.fail()
-    before = scene.loop.time()
-    await scene.health.admission()
-    assert scene.loop.time() - before == pytest.approx(1)  # the pause starts again at 1 s
+    bench.end("completed")
+    bench.fail()
+    before = bench.loop.time()
+    await bench.health.admission()
+    assert bench.loop.time() - before == pytest.approx(1)  # the pause starts again at 1 s
 
 
 @in_virtual_time
 async def test_admission_waits_only_if_every_used_handler_is_failing() -> None:
-    scene = Scene()
-    await scene.health.admission()
-    assert scene.loop.time() == 0
-    scene.end("completed", handler=OTHER)
-    scene.fail()
-    await scene.health.admission()
-    assert scene.loop.time() == 0
+    bench = HealthBench()
+    await bench.health.admission()
+    assert bench.loop.time() == 0
+    bench.end("completed", handler=OTHER)
+    bench.fail()
+    await bench.health.admission()
+    assert bench.loop.time() == 0
     for _ in range(FAILURES):
-        scene.end(handler=OTHER)
-    await scene.health.admission()
-    assert scene.loop.time() == pytest.approx(1)
+        bench.end(handler=OTHER)
+    await bench.health.admission()
+    assert bench.loop.time() == pytest.approx(1)
 
 
 @in_virtual_time
 async def test_admission_waits_for_running_session_of_failing_handler() -> None:
-    scene = Scene()
-    scene.fail()
+    bench = HealthBench()
+    bench.fail()
     await asyncio.sleep(2)
-    scene.owned[BROKEN] = 1
+    bench.owned[BROKEN] = 1
 
     def succeed() -> None:
-        scene.owned[BROKEN] = 0
-        scene.end("completed")
+        bench.owned[BROKEN] = 0
+        bench.end("completed")
 
-    scene.loop.call_later(100, succeed)
-    await scene.health.admission()
-    assert scene.loop.time() == pytest.approx(102)
-    assert not scene.failing
+    bench.loop.call_later(100, succeed)
+    await bench.health.admission()
+    assert bench.loop.time() == pytest.approx(102)
+    assert not bench.failing
 
 
 @in_virtual_time
 async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
-    scene = Scene()
-    scene.fail(FAILURES + 2)  # a pause of 4 s
+    bench = HealthBench()
+    bench.fail(FAILURES + 2)  # a pause of 4 s
     await asyncio.sleep(1)
     for _ in range(FAILURES):
-        scene.end(handler=OTHER)  # a pause of 1 s
-    before = scene.loop.time()
-    await scene.health.admission()
-    assert scene.loop.time() - before == pytest.approx(1)
-    assert [a < b for a, b in pairwise(map(scene.health.may_claim, (BROKEN, OTHER)))] == [True]
+        bench.end(handler=OTHER)  # a pause of 1 s
+    before = bench.loop.time()
+    await bench.health.admission()
+    assert bench.loop.time() - before == pytest.approx(1)
+    assert [a < b for a, b in pairwise(map(bench.health.may_claim, (BROKEN, OTHER)))] == [True]
 
 
 @in_virtual_time
 async def test_admission_of_busy_and_paused_handler_ends_with_pause() -> None:
     """One handler runs its session after its pause; the other handler may claim in 4 s."""
-    scene = Scene()
+    bench = HealthBench()
     for _ in range(FAILURES):
-        scene.end(handler=OTHER)  # a pause of 1 s
-    scene.owned[OTHER] = 1
-    scene.fail(FAILURES + 2)  # a pause of 4 s
-    await scene.health.admission()
-    assert scene.loop.time() == pytest.approx(4)
-    assert scene.health.may_claim(BROKEN)
+        bench.end(handler=OTHER)  # a pause of 1 s
+    bench.owned[OTHER] = 1
+    bench.fail(FAILURES + 2)  # a pause of 4 s
+    await bench.health.admission()
+    assert bench.loop.time() == pytest.approx(4)
+    assert bench.health.may_claim(BROKEN)
 
 
 @in_virtual_time
 async def test_handler_health_forgets_work_ids_of_successful_sessions() -> None:
-    scene = Scene()
+    bench = HealthBench()
     for number in range(100_000):
-        scene.end(number=number, outcome="completed")
-    assert not scene.health._failures
+        bench.end(number=number, outcome="completed")
+    assert not bench.health._failures

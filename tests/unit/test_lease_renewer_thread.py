@@ -35,7 +35,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 TICK_SECONDS = 0.02
 
 
-class Scene:
+class RenewerBench:
     """A renewer with its reports, and a clock that the test can move forward."""
 
     def __init__(self) -> None:
@@ -158,8 +158,8 @@ def no_thread_left() -> Iterator[None]:
 
 
 @pytest.fixture
-async def scene() -> Scene:
-    return Scene()
+async def bench() -> RenewerBench:
+    return RenewerBench()
 
 
 def renewer_threads() -> list[threading.Thread]:
@@ -169,21 +169,21 @@ def renewer_threads() -> list[threading.Thread]:
 # Start and end.
 
 
-async def test_heartbeats_are_sent_on_renewer_thread(scene: Scene) -> None:
-    item = await scene.claim()
-    renewer = scene.renewer()
+async def test_heartbeats_are_sent_on_renewer_thread(bench: RenewerBench) -> None:
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
         (thread,) = renewer_threads()
         assert thread.daemon
-        [lease] = await scene.renewed(renewer, item)
-        assert scene.threads == {thread.name}
+        [lease] = await bench.renewed(renewer, item)
+        assert bench.threads == {thread.name}
         assert renewer.leases() == [lease]
         renewer.remove(lease)
         assert renewer.leases() == []
 
 
 async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
-    scene: Scene,
+    bench: RenewerBench,
 ) -> None:
     opened: list[str] = []
 
@@ -201,12 +201,12 @@ async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
         yield
 
     with pytest.raises(ListenError):
-        await scene.renewer(first(), taken()).__aenter__()
+        await bench.renewer(first(), taken()).__aenter__()
     assert opened == ["first", "closed"]
-    assert not scene.failures
+    assert not bench.failures
 
 
-async def test_cancelled_start_of_renewer_leaves_no_thread(scene: Scene) -> None:
+async def test_cancelled_start_of_renewer_leaves_no_thread(bench: RenewerBench) -> None:
     hanging = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -216,14 +216,14 @@ async def test_cancelled_start_of_renewer_leaves_no_thread(scene: Scene) -> None
         yield
 
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(scene.renewer(slow()).__aenter__())
+        starting = group.create_task(bench.renewer(slow()).__aenter__())
         await asyncio.to_thread(hanging.wait, 5)
         starting.cancel()
     assert starting.cancelled()
 
 
 async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
 
@@ -233,7 +233,7 @@ async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
         await asyncio.to_thread(release.wait, 20)
 
     monkeypatch.setattr(lease_renewer, "CLOSE_SECONDS", 0.05)
-    async with scene.renewer(stubborn()):
+    async with bench.renewer(stubborn()):
         pass
     assert "lease renewer did not end" in caplog.text
     release.set()
@@ -242,78 +242,80 @@ async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
 
 
 async def test_error_while_closing_service_is_logged_and_not_fatal(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    bench: RenewerBench, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextlib.asynccontextmanager
-    async def clumsy() -> AsyncIterator[None]:
+    async def failing_call() -> AsyncIterator[None]:
         yield
         raise RuntimeError("dropped it")
 
-    async with scene.renewer(clumsy()):
+    async with bench.renewer(failing_call()):
         pass
     assert "dropped it" in caplog.text
-    assert not scene.failures
+    assert not bench.failures
 
 
 # Failures of the thread.
 
 
-async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(scene: Scene) -> None:
-    item, later = await scene.claim(), await scene.claim()
-    renewer = scene.renewer()
+async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(bench: RenewerBench) -> None:
+    item, later = await bench.claim(), await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        scene.fault = ZeroDivisionError("in the tick")
-        await scene.until(lambda: scene.failures)
-        assert scene.failures[0].__cause__ is scene.fault
+        [lease] = await bench.renewed(renewer, item)
+        bench.fault = ZeroDivisionError("in the tick")
+        await bench.until(lambda: bench.failures)
+        assert bench.failures[0].__cause__ is bench.fault
         assert (lease.status, lease.confirmed) == ("lost", False)
-        assert scene.reported == ["lost"]
+        assert bench.reported == ["lost"]
         assert later.lease is not None
         renewer.add(later.lease, later)
         assert later.lease.status == "lost"
         renewer.release(lease, 10)  # the renewer thread has ended
         renewer.remove(lease)
-    assert len(scene.failures) == 1
+    assert len(bench.failures) == 1
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
 async def test_exception_in_call_on_renewer_thread_is_fatal(
-    scene: Scene, error: BaseException
+    bench: RenewerBench, error: BaseException
 ) -> None:
     def crash() -> None:
         raise error
 
-    item = await scene.claim()
-    renewer = scene.renewer()
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
+        [lease] = await bench.renewed(renewer, item)
         renewer.call(crash)
-        await scene.until(lambda: scene.failures and scene.ended)
-        assert scene.failures[0].__cause__ is error
-        assert scene.ended == scene.failures
+        await bench.until(lambda: bench.failures and bench.ended)
+        assert bench.failures[0].__cause__ is error
+        assert bench.ended == bench.failures
         assert not renewer.renewing
         assert lease.status == "lost"
 
 
 @pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
 async def test_heartbeat_that_raises_base_exception_is_fatal(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     async def crash(*_: object) -> bool:
         raise error
 
-    item = await scene.claim()
-    renewer = scene.renewer()
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
+        [lease] = await bench.renewed(renewer, item)
         monkeypatch.setattr(HeartbeatSender, "send", crash)
         renewer.check_soon(lease)
-        await scene.until(lambda: scene.failures and scene.ended)
-        assert scene.ended == scene.failures
+        await bench.until(lambda: bench.failures and bench.ended)
+        assert bench.ended == bench.failures
         assert lease.status == "lost"
 
 
-async def test_failure_of_renewer_is_reported_before_services_have_closed(scene: Scene) -> None:
+async def test_failure_of_renewer_is_reported_before_services_have_closed(
+    bench: RenewerBench,
+) -> None:
     release = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -323,9 +325,9 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(scene:
         finally:
             await asyncio.to_thread(release.wait, 20)
 
-    async with scene.renewer(slow()):
-        scene.fault = ZeroDivisionError("in the tick")
-        await scene.until(lambda: scene.failures and scene.ended)
+    async with bench.renewer(slow()):
+        bench.fault = ZeroDivisionError("in the tick")
+        await bench.until(lambda: bench.failures and bench.ended)
         assert not release.is_set()
         release.set()
 
@@ -333,17 +335,17 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(scene:
 # Monitoring of the handlers' loop.
 
 
-async def test_loop_lag_of_handlers_loop_is_measured(scene: Scene) -> None:
-    async with scene.renewer():
-        await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
+async def test_loop_lag_of_handlers_loop_is_measured(bench: RenewerBench) -> None:
+    async with bench.renewer():
+        await bench.until(lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured)])
         time.sleep(0.3)  # noqa: ASYNC251 - blocking the loop is the point
-        await scene.until(
-            lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured) and e.seconds > 0.2]
+        await bench.until(
+            lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured) and e.seconds > 0.2]
         )
 
 
 async def test_blocked_loop_warning_names_the_handler(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 0.1)
 
@@ -351,54 +353,54 @@ async def test_blocked_loop_warning_names_the_handler(
         while "event loop is blocked" not in caplog.text:
             time.sleep(0.05)  # noqa: ASYNC251 - blocking the loop is the point
 
-    async with scene.renewer() as renewer, asyncio.TaskGroup() as group:
+    async with bench.renewer() as renewer, asyncio.TaskGroup() as group:
         group.create_task(handler(), name="reports.daily_report work_1")
-        await scene.until(lambda: "event loop runs again" in caplog.text)
+        await bench.until(lambda: "event loop runs again" in caplog.text)
         assert renewer.renewing
     tasks = {vars(record).get("task") for record in caplog.records}
     assert "reports.daily_report work_1" in tasks
 
 
 async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    bench: RenewerBench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    item = await scene.claim()
-    renewer = scene.renewer(max_block=0.3)
+    item = await bench.claim()
+    renewer = bench.renewer(max_block=0.3)
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        assert scene.blocked.wait(10)  # the wait itself blocks this loop
+        [lease] = await bench.renewed(renewer, item)
+        assert bench.blocked.wait(10)  # the wait itself blocks this loop
         assert not renewer.renewing
-        assert scene.ended == [None]
+        assert bench.ended == [None]
         assert "leases are not renewed any more" in caplog.text
         # all stacks, including the one of this test
         assert "test_loop_blocked_for_max_block" in caplog.text
-        await scene.until(lambda: renewer.renewing)
-        assert lease.held(scene.clock())
+        await bench.until(lambda: renewer.renewing)
+        assert lease.held(bench.clock())
 
 
 async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
-    scene: Scene,
+    bench: RenewerBench,
 ) -> None:
-    item = await scene.claim()
-    renewer = scene.renewer(max_block=0.3)
+    item = await bench.claim()
+    renewer = bench.renewer(max_block=0.3)
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        assert scene.blocked.wait(10)  # the wait itself blocks this loop
+        [lease] = await bench.renewed(renewer, item)
+        assert bench.blocked.wait(10)  # the wait itself blocks this loop
         renewer.check_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
-        assert scene.results() == ["ok"]
-        await scene.heartbeats(2)
+        assert bench.results() == ["ok"]
+        await bench.heartbeats(2)
 
 
 async def test_blocked_time_is_exact_despite_late_ticks(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bench: RenewerBench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every tick takes three times as long as one tick may count."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
-    async with scene.renewer(max_block=0.1):
-        await scene.until(lambda: [e for e in scene.events if isinstance(e, LoopLagMeasured)])
+    async with bench.renewer(max_block=0.1):
+        await bench.until(lambda: [e for e in bench.events if isinstance(e, LoopLagMeasured)])
         began, wall = time.monotonic(), time.time()  # noqa: TID251 - log records carry wall time
-        assert scene.blocked.wait(10)  # the wait itself blocks this loop
+        assert bench.blocked.wait(10)  # the wait itself blocks this loop
         lasted = time.monotonic() - began
     [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
     assert record.created - wall - 0.1 <= vars(record)["seconds"]
@@ -442,23 +444,23 @@ def test_stopped_loop_suspends_renewal_until_it_runs_again(
 ) -> None:
     loop = asyncio.new_event_loop()
 
-    async def start() -> tuple[Scene, LeaseRenewer, Lease]:
-        scene = Scene()
-        item = await scene.claim()
-        renewer = await scene.renewer().__aenter__()
-        [lease] = await scene.renewed(renewer, item)
-        return scene, renewer, lease
+    async def start() -> tuple[RenewerBench, LeaseRenewer, Lease]:
+        bench = RenewerBench()
+        item = await bench.claim()
+        renewer = await bench.renewer().__aenter__()
+        [lease] = await bench.renewed(renewer, item)
+        return bench, renewer, lease
 
-    scene, renewer, lease = loop.run_until_complete(start())
+    bench, renewer, lease = loop.run_until_complete(start())
     assert not_running.wait(10)
     assert not renewer.renewing
     renewer.check_soon(lease)
     time.sleep(5 * TICK_SECONDS)
-    assert scene.results() == ["ok"]
+    assert bench.results() == ["ok"]
 
     async def go_on() -> None:
-        await scene.until(lambda: renewer.renewing)
-        await scene.heartbeats(2)
+        await bench.until(lambda: renewer.renewing)
+        await bench.heartbeats(2)
         await renewer.__aexit__()
 
     loop.run_until_complete(go_on())
@@ -469,10 +471,10 @@ def test_closed_loop_ends_renewer_thread(not_running: threading.Event) -> None:
     loop = asyncio.new_event_loop()
 
     async def start() -> LeaseRenewer:
-        scene = Scene()
-        item = await scene.claim()
-        renewer = await scene.renewer().__aenter__()
-        await scene.renewed(renewer, item)
+        bench = RenewerBench()
+        item = await bench.claim()
+        renewer = await bench.renewer().__aenter__()
+        await bench.renewed(renewer, item)
         return renewer
 
     renewer = loop.run_until_complete(start())
@@ -487,38 +489,38 @@ def test_closed_loop_ends_renewer_thread(not_running: threading.Event) -> None:
 # The clock.
 
 
-async def test_machine_that_slept_beyond_ttl_loses_its_leases(scene: Scene) -> None:
-    item = await scene.claim()
-    renewer = scene.renewer()
+async def test_machine_that_slept_beyond_ttl_loses_its_leases(bench: RenewerBench) -> None:
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        scene.ahead += 55
-        await scene.until(lambda: scene.reported)
+        [lease] = await bench.renewed(renewer, item)
+        bench.ahead += 55
+        await bench.until(lambda: bench.reported)
         assert (lease.status, lease.confirmed) == ("lost", False)
-    assert [op for op, _ in scene.script.sent] == ["heartbeat"]
+    assert [op for op, _ in bench.script.sent] == ["heartbeat"]
 
 
-async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(scene: Scene) -> None:
-    item = await scene.claim()
-    renewer = scene.renewer()
+async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(bench: RenewerBench) -> None:
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        scene.ahead += 50
-        await scene.heartbeats(2)
-        assert lease.remaining(scene.clock()) > 50
+        [lease] = await bench.renewed(renewer, item)
+        bench.ahead += 50
+        await bench.heartbeats(2)
+        assert lease.remaining(bench.clock()) > 50
 
 
-async def test_lease_with_hanging_heartbeat_is_lost_in_time(scene: Scene) -> None:
+async def test_lease_with_hanging_heartbeat_is_lost_in_time(bench: RenewerBench) -> None:
     """The timer of the heartbeat stood still while the machine slept."""
-    item = await scene.claim()
-    renewer = scene.renewer()
+    item = await bench.claim()
+    renewer = bench.renewer()
     async with renewer:
-        [lease] = await scene.renewed(renewer, item)
-        scene.sent.acquire()
-        scene.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
+        [lease] = await bench.renewed(renewer, item)
+        bench.sent.acquire()
+        bench.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.check_soon(lease)
-        assert await asyncio.to_thread(scene.sent.acquire, timeout=5)
-        scene.ahead += 53.5
-        await scene.until(lambda: scene.reported)
+        assert await asyncio.to_thread(bench.sent.acquire, timeout=5)
+        bench.ahead += 53.5
+        await bench.until(lambda: bench.reported)
         assert lease.status == "lost"
-        assert scene.clock() < lease.deadline
+        assert bench.clock() < lease.deadline

@@ -85,7 +85,7 @@ class ScriptedDispatcher:
         return self.answer
 
 
-class World:
+class PollerBench:
     """The environment of the pollers of one pool."""
 
     def __init__(
@@ -149,13 +149,13 @@ FAILURES: dict[str, Exception] = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
-    world = World(failure, failure)
-    await world.run()
-    assert world.client.polls == 3
-    assert (world.queue.reserved, world.client.permits) == (0, 0)
-    assert len(world.of(PollFinished)) == 3
+    bench = PollerBench(failure, failure)
+    await bench.run()
+    assert bench.client.polls == 3
+    assert (bench.queue.reserved, bench.client.permits) == (0, 0)
+    assert len(bench.of(PollFinished)) == 3
     expected = PollerBackedOff if isinstance(failure, ControlPlaneError) else PollerRestarted
-    assert len(world.of(expected)) == 2
+    assert len(bench.of(expected)) == 2
 
 
 ANSWERS = {
@@ -171,31 +171,31 @@ async def test_unreadable_items_cause_no_backoff(
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
     monkeypatch.setattr(poller, "BACKOFF_CAP_SECONDS", 1000.0)
-    world = World(*(make() for _ in range(30)), "item")
-    await world.run()
-    assert not world.of(PollerBackedOff)
-    assert world.client.polls == 32
-    assert (world.queue.reserved, world.client.permits) == (0, 1)
-    assert not world.fatal
+    bench = PollerBench(*(make() for _ in range(30)), "item")
+    await bench.run()
+    assert not bench.of(PollerBackedOff)
+    assert bench.client.polls == 32
+    assert (bench.queue.reserved, bench.client.permits) == (0, 1)
+    assert not bench.fatal
 
 
 @in_virtual_time
 async def test_endless_unreadable_items_are_polled_slowly() -> None:
     count = poller.SKIPS + 60
-    world = World(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
+    bench = PollerBench(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await world.run(600)
+    await bench.run(600)
     assert clock() - started == pytest.approx(poller.SKIPS * poller.SKIP_SECONDS + 60, rel=0.05)
 
 
 @in_virtual_time
 async def test_readable_answer_resets_count_of_unreadable_items() -> None:
     answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
-    world = World(*answers, None, *answers, block_ms=999)
+    bench = PollerBench(*answers, None, *answers, block_ms=999)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await world.run(600)
+    await bench.run(600)
     assert clock() - started < 2 * poller.SKIPS * poller.SKIP_SECONDS + 2
 
 
@@ -203,75 +203,75 @@ async def test_unreadable_item_is_logged_once_by_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = ("work_1", "work_2", None, "work_1", None)
-    world = World(*(TooLargeError("poll", 200, work_id=name) for name in names))
-    await world.run()
+    bench = PollerBench(*(TooLargeError("poll", 200, work_id=name) for name in names))
+    await bench.run()
     assert all(each.startswith("item cannot be read") for each in caplog.messages)
     assert [vars(each)["work_id"] for each in caplog.records] == ["work_1", "work_2", "unknown"]
 
 
 async def test_null_poll_returns_its_place_and_permit() -> None:
-    world = World(None, None)
-    await world.run()
-    assert [event.result for event in world.of(PollFinished)] == ["null", "null", "cancelled"]
-    assert (world.queue.reserved, world.client.permits) == (0, 0)
+    bench = PollerBench(None, None)
+    await bench.run()
+    assert [event.result for event in bench.of(PollFinished)] == ["null", "null", "cancelled"]
+    assert (bench.queue.reserved, bench.client.permits) == (0, 0)
 
 
 async def test_accepted_item_keeps_place_and_permit() -> None:
-    world = World("item")
-    await world.run()
-    assert world.dispatcher.offered == ["item"]
-    assert (world.queue.reserved, world.queue.waiting, world.client.permits) == (0, 1, 1)
+    bench = PollerBench("item")
+    await bench.run()
+    assert bench.dispatcher.offered == ["item"]
+    assert (bench.queue.reserved, bench.queue.waiting, bench.client.permits) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
 async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
-    world = World("item", answer=answer)
-    await world.run()
-    assert world.dispatcher.offered == ["item"]
-    assert (world.queue.reserved, world.queue.waiting) == (0, 0)
-    assert world.client.permits == 0
+    bench = PollerBench("item", answer=answer)
+    await bench.run()
+    assert bench.dispatcher.offered == ["item"]
+    assert (bench.queue.reserved, bench.queue.waiting) == (0, 0)
+    assert bench.client.permits == 0
 
 
 async def test_item_set_aside_gives_back_the_place_and_keeps_the_permit() -> None:
-    world = World("item", answer="aside")
-    await world.run()
-    assert (world.queue.reserved, world.queue.aside, world.client.permits) == (0, ["item"], 1)
+    bench = PollerBench("item", answer="aside")
+    await bench.run()
+    assert (bench.queue.reserved, bench.queue.aside, bench.client.permits) == (0, ["item"], 1)
 
 
 @in_virtual_time
 async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
-    world = World(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
+    bench = PollerBench(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
-    await world.run(60)
+    await bench.run(60)
     assert clock() - started == 0
 
 
 @in_virtual_time
 async def test_poller_whose_items_start_no_handler_polls_once_per_block() -> None:
-    world = World(*("item" for _ in range(5)), block_ms=999, concurrency=10)
-    world.dispatcher.paced = True
+    bench = PollerBench(*("item" for _ in range(5)), block_ms=999, concurrency=10)
+    bench.dispatcher.paced = True
     clock = asyncio.get_running_loop().time
     started = clock()
-    await world.run(60)
+    await bench.run(60)
     assert clock() - started == pytest.approx(5 * 0.999)
 
 
 async def test_five_poller_crashes_in_a_row_are_fatal_and_four_are_not() -> None:
     bugs = [KeyError(number) for number in range(9)]
-    world = World(*bugs[:4], None, *bugs[4:8])
-    await world.run()
-    assert not world.fatal
-    world = World(*bugs[:5], None)
-    await world.run()
-    (fatal,) = world.fatal
+    bench = PollerBench(*bugs[:4], None, *bugs[4:8])
+    await bench.run()
+    assert not bench.fatal
+    bench = PollerBench(*bugs[:5], None)
+    await bench.run()
+    (fatal,) = bench.fatal
     assert isinstance(fatal, PollerError)
     assert fatal.__cause__ is bugs[4]
-    assert world.client.polls == 5
+    assert bench.client.polls == 5
 
 
 async def test_poller_crash_is_logged_with_traceback(caplog: pytest.LogCaptureFixture) -> None:
-    await World(KeyError("bug")).run()
+    await PollerBench(KeyError("bug")).run()
     (record,) = [record for record in caplog.records if "poller crashed" in record.message]
     assert record.levelname == "ERROR"
     assert record.exc_info is not None

@@ -29,7 +29,7 @@ THROTTLED = TransientError("poll", 429, "x", reason="throttled")
 DOWN = TransientError("poll", None, "x", reason="network")
 
 
-class World:
+class GroupBench:
     """A poller group with a clock that the test moves."""
 
     def __init__(self, pollers: int = 3, *, until_empty: bool = False) -> None:
@@ -78,75 +78,75 @@ class World:
 
 
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
-    world = World()
-    world.group.failed(REFUSED)
-    assert world.fatal == [REFUSED]
+    bench = GroupBench()
+    bench.group.failed(REFUSED)
+    assert bench.fatal == [REFUSED]
 
 
 def test_transient_poll_failures_are_never_fatal() -> None:
-    world = World()
+    bench = GroupBench()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
-            world.group.failed(error)
-            world.now += MINUTE
-    assert not world.fatal
-    assert not world.group.refused
+            bench.group.failed(error)
+            bench.now += MINUTE
+    assert not bench.fatal
+    assert not bench.group.refused
 
 
 def test_five_minutes_of_refused_polls_are_fatal() -> None:
-    world = World()
-    world.null()
-    world.now += 60 * MINUTE  # counted from the first refusal, not from the last success
+    bench = GroupBench()
+    bench.null()
+    bench.now += 60 * MINUTE  # counted from the first refusal, not from the last success
     assert REFUSED_SECONDS == 5 * MINUTE
-    world.refuse_for(5 - 1 / MINUTE)
-    assert not world.fatal
-    assert world.group.refused
-    world.now += 1
-    world.group.failed(REFUSED)
-    assert world.fatal == [REFUSED]
+    bench.refuse_for(5 - 1 / MINUTE)
+    assert not bench.fatal
+    assert bench.group.refused
+    bench.now += 1
+    bench.group.failed(REFUSED)
+    assert bench.fatal == [REFUSED]
 
 
 @pytest.mark.parametrize(
     "between",
     [
-        lambda world: world.null(),
-        lambda world: world.hit(),
-        lambda world: world.group.failed(DOWN),
-        lambda world: world.group.failed(THROTTLED),
+        lambda bench: bench.null(),
+        lambda bench: bench.hit(),
+        lambda bench: bench.group.failed(DOWN),
+        lambda bench: bench.group.failed(THROTTLED),
     ],
     ids=["null", "hit", "network", "throttled"],
 )
 def test_any_other_answer_restarts_five_minutes_of_refusals(
-    between: Callable[[World], None],
+    between: Callable[[GroupBench], None],
 ) -> None:
-    world = World()
-    world.null()
-    world.refuse_for(4)
-    between(world)
-    assert not world.group.refused
-    world.refuse_for(4.9)
-    assert not world.fatal
-    world.refuse_for(0.2)
-    assert world.fatal
+    bench = GroupBench()
+    bench.null()
+    bench.refuse_for(4)
+    between(bench)
+    assert not bench.group.refused
+    bench.refuse_for(4.9)
+    assert not bench.fatal
+    bench.refuse_for(0.2)
+    assert bench.fatal
 
 
 def test_last_successful_poll_is_measured_on_lease_clock() -> None:
-    world = World()
-    assert world.group.last_success_at is None
-    world.null()
-    world.now += 7
-    world.group.failed(REFUSED)
-    assert world.group.last_success_at == 1000.0
+    bench = GroupBench()
+    assert bench.group.last_success_at is None
+    bench.null()
+    bench.now += 7
+    bench.group.failed(REFUSED)
+    assert bench.group.last_success_at == 1000.0
 
 
 def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "workpool")
-    world = World()
+    bench = GroupBench()
     for _ in range(5):
-        world.null()
+        bench.null()
     assert [record.message for record in caplog.records] == ["idle; waiting for work"]
-    world.hit()
-    world.null()
+    bench.hit()
+    bench.null()
     assert len(caplog.records) == 2
 
 
@@ -155,7 +155,7 @@ def test_start_of_idleness_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 
 @in_virtual_time
 async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> None:
-    group = World().group
+    group = GroupBench().group
     loop = asyncio.get_running_loop()
     group.hold_back(5)
     loop.call_later(1, group.hold_back, 20)
@@ -166,14 +166,14 @@ async def test_cooldown_extended_meanwhile_lasts_longer_and_never_shorter() -> N
 
 @in_virtual_time
 async def test_poller_group_without_refusals_has_no_cooldown() -> None:
-    group = World().group
+    group = GroupBench().group
     await group.cooldown()
     assert asyncio.get_running_loop().time() == 0
 
 
 @in_virtual_time
 async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> None:
-    group = World().group
+    group = GroupBench().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
     group.note_ack(conflict)
@@ -196,7 +196,7 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
 
 @in_virtual_time
 async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
-    group = World().group
+    group = GroupBench().group
     loop = asyncio.get_running_loop()
     group._ack_backoff._rng = lambda: 1.0
     waits = []
@@ -220,56 +220,56 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
 
 
 def test_null_polls_reduce_pollers_to_one_and_hits_restore_them() -> None:
-    world = World(3)
+    bench = GroupBench(3)
     for _ in range(4):
-        world.null()
-    assert world.group.target == 1
+        bench.null()
+    assert bench.group.target == 1
     for _ in range(4):
-        world.hit()
-    assert world.group.target == 3
-    assert world.events == [
+        bench.hit()
+    assert bench.group.target == 3
+    assert bench.events == [
         PollersScaled("down", "nulls", 2), PollersScaled("down", "nulls", 1),
         PollersScaled("up", "hits", 2), PollersScaled("up", "hits", 3),
     ]  # fmt: skip
 
 
 def test_throttled_poll_halves_number_of_pollers() -> None:
-    world = World(9)
+    bench = GroupBench(9)
     for _ in range(5):
-        world.throttled()
-    assert world.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
+        bench.throttled()
+    assert bench.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
 
 
 @in_virtual_time
 async def test_poller_beyond_target_waits_until_items_arrive() -> None:
-    world = World(2)
-    world.null()
-    await world.group.turn(0)
+    bench = GroupBench(2)
+    bench.null()
+    await bench.group.turn(0)
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(world.group.turn(1))
+        waiting = group.create_task(bench.group.turn(1))
         await asyncio.sleep(100)
         assert not waiting.done()
-        world.hit()
+        bench.hit()
 
 
 @given(st.integers(1, 6), st.lists(st.sampled_from(["hit", "null", "throttled"])))
 def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
     limit: int, answers: list[str]
 ) -> None:
-    world = World(limit)
-    group, before = world.group, limit
+    bench = GroupBench(limit)
+    group, before = bench.group, limit
     for answer in answers:
-        getattr(world, answer)()
+        getattr(bench, answer)()
         assert 1 <= group.target <= limit
         assert [number < group.target for number in range(limit)] == [
             number < group.target for number in range(limit)
         ]
         if group.target != before:
-            change = world.events.pop()
+            change = bench.events.pop()
             assert isinstance(change, PollersScaled)
             assert change.target == group.target
             assert (change.direction == "up") == (group.target > before)
-        assert not world.events
+        assert not bench.events
         before = group.target
 
 
@@ -278,23 +278,23 @@ def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
 
 @in_virtual_time
 async def test_null_poll_ends_pool_only_if_until_empty_and_idle_and_no_other_poll() -> None:
-    world = World(until_empty=True)
-    other = World()
+    bench = GroupBench(until_empty=True)
+    other = GroupBench()
     await other.group.settle_empty()  # until_empty is not set
     assert (other.emptied, other.group.ended) == (0, False)
-    await world.queue.reserve()
-    world.queue.put("item")
-    await world.group.settle_empty()  # an item waits
-    world.queue.take()
-    await world.group.settle_empty()  # an item runs
-    assert world.emptied == 0
-    world.queue.release()
-    world.group.sent()
+    await bench.queue.reserve()
+    bench.queue.put("item")
+    await bench.group.settle_empty()  # an item waits
+    bench.queue.take()
+    await bench.group.settle_empty()  # an item runs
+    assert bench.emptied == 0
+    bench.queue.release()
+    bench.group.sent()
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(world.group.settle_empty())  # another poll is in flight
+        waiting = group.create_task(bench.group.settle_empty())  # another poll is in flight
         await asyncio.sleep(1)
-        assert (waiting.done(), world.emptied) == (False, 0)
-        world.group.answered()
-    assert (world.emptied, world.group.ended) == (0, False)
-    await world.group.settle_empty()
-    assert (world.emptied, world.group.ended) == (1, True)
+        assert (waiting.done(), bench.emptied) == (False, 0)
+        bench.group.answered()
+    assert (bench.emptied, bench.group.ended) == (0, False)
+    await bench.group.settle_empty()
+    assert (bench.emptied, bench.group.ended) == (1, True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     BeforeTheWatch = Callable[[Callable[[int], object]], None]
     Shell = Callable[..., Command]
 
-DEAF = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sleep 60"
+IGNORES_SIGTERM = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait; sleep 60"
 """The script and its child ignore SIGTERM; the file has the process ids of both."""
 
 
@@ -45,7 +45,7 @@ async def test_command_that_ignores_stop_request_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
-    async with kit.pool(shell(DEAF, tmp_path / "pids", grace=0.3)):
+    async with kit.pool(shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.3)):
         pids = await machine.written(tmp_path / "pids", 2)
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
@@ -57,7 +57,9 @@ async def test_command_that_ignores_stop_request_is_killed_with_its_children(
 async def test_command_at_timeout_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
-    result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, timeout=0.5))
+    result = await kit.run_session(
+        shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, timeout=0.5)
+    )
 
     assert result.outcome == "timed_out"
     # the command may have written no line or some lines
@@ -67,7 +69,9 @@ async def test_command_at_timeout_is_killed_with_its_children(
 async def test_command_without_output_is_stalled_and_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
-    result = await kit.run_session(shell(DEAF, tmp_path / "pids", grace=0.2, stall_timeout=0.5))
+    result = await kit.run_session(
+        shell(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, stall_timeout=0.5)
+    )
 
     assert result.outcome == "stalled"
     assert dict(result.metadata) == {"workpool.error": "SessionStalled"}
@@ -86,7 +90,7 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
-    async with kit.pool(shell(DEAF, tmp_path / "pids")):
+    async with kit.pool(shell(IGNORES_SIGTERM, tmp_path / "pids")):
         pids = await machine.written(tmp_path / "pids", 2)
         # the redelivered item shows the pool that its lease is lost
         expire_lease(kit.server, item.id)
@@ -102,9 +106,9 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
         ("echo $$ >$0; sleep 60", "released"),
         ("trap 'exit 75' TERM; echo $$ >$0; sleep 60 & wait", "released"),
         ("trap 'exit 0' TERM; echo $$ >$0; sleep 60 & wait", "completed"),
-        (DEAF, "released"),
+        (IGNORES_SIGTERM, "released"),
     ],
-    ids=["killed", "gives back", "finishes", "deaf"],
+    ids=["killed", "releases", "finishes", "ignores_sigterm"],
 )
 async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
     kit: Kit, shell: Shell, machine: Any, tmp_path: Path, script: str, outcome: str

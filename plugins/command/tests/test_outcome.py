@@ -133,7 +133,7 @@ async def test_last_output_line_becomes_metadata_only_if_result_is_set(
         f'{{"rows": "{"x" * 66_000}"}}',
         "[" * 60_000,
     ],
-    ids=["nothing", "text", "list", "number", "surrogate", "bytes", "half", "long", "deep"],
+    ids=["empty", "text", "list", "number", "surrogate", "bytes", "cut", "long", "deep"],
 )
 async def test_last_output_line_that_is_no_result_fails_session(
     kit: Kit, shell: Shell, tmp_path: Path, line: str
