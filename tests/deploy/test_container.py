@@ -1,0 +1,284 @@
+"""The image of the Containerfile, built with Podman, runs a worker that obeys signals.
+
+The base image is made by debootstrap, unless `TEST_CONTAINER_BASE` names one to pull. The engine
+has a store of its own. What is missing skips the tests with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.server import ControlPlane
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from workpool.server import Item
+
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+CONTAINERFILE = ROOT / "workpool/deploy/container/Containerfile"
+PROGRAMS = ("podman", "runc", "debootstrap")
+MIRROR = "http://deb.debian.org/debian"
+BASE, IMAGE = "localhost/workpool-base:1", "localhost/workpool-trial:1"
+CONFIGURATION = """
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+[engine]
+cgroup_manager = "cgroupfs"
+runtime = "runc"
+events_logger = "file"
+"""
+"""Limits that a root without CAP_SYS_RESOURCE may set; nothing of systemd's."""
+HANDLERS = """
+import asyncio, os, subprocess
+from pathlib import Path
+from workpool import handler
+
+@handler(metadata={"do": "look"})
+async def look(session):
+    subprocess.run(["sh", "-c", "sleep 0 & exec true"], check=True)  # an orphan for process 1
+    try:
+        Path("/opt/workpool/written").touch()
+    except OSError as error:
+        written = error.strerror
+    first = Path("/proc/1/comm").read_text().strip()
+    return {"user": str(os.getuid()), "written": written, "first": first}
+
+@handler(metadata={"do": "wait"})
+async def wait(session):
+    session.log.info("wait runs")
+    await session.interrupted()
+    return {"done": "when asked"}
+
+@handler(metadata={"do": "linger"})
+async def linger(session):
+    session.log.info("linger runs")
+    await asyncio.sleep(3600)
+"""
+BLOCKED_IMPORT = """
+import os, sys, time
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name == "handlers" and os.environ.get("BLOCKED"):
+            sys.meta_path.remove(self)
+            print("importing", name, file=sys.stderr, flush=True)
+            while not os.path.exists("/handlers/go"):
+                time.sleep(0.05)
+
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+class Engine:
+    """A Podman with a store of its own in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "containers.conf").write_text(CONFIGURATION)
+        self.environment = os.environ | {"CONTAINERS_CONF": str(folder / "containers.conf")}
+        places = [f"--{name}={folder / name}" for name in ("root", "runroot", "tmpdir")]
+        self.command = ["podman", *places, "--storage-driver=overlay"]
+
+    def run(self, *arguments: str, cwd: Path | None = None) -> str:
+        """Run a command of Podman's.
+
+        Raises:
+            RuntimeError: It failed.
+        """
+        done = subprocess.run(  # noqa: S603 - our own words
+            [*self.command, *arguments],
+            env=self.environment,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"podman {arguments[0]}: {done.stderr.strip()[-2000:]}")
+        return done.stdout.strip()
+
+
+def make_base(engine: Engine, folder: Path) -> None:
+    """Pull the base image that the environment names, or make one of Debian's packages."""
+    if name := os.environ.get("TEST_CONTAINER_BASE"):
+        engine.run("pull", name)
+        engine.run("tag", name, BASE)
+        return
+    packages = "--include=python3,python3-venv,tini,ca-certificates"
+    words = ["debootstrap", "--variant=minbase", packages, "bookworm", str(folder / "base"), MIRROR]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)  # noqa: S603 - our own words
+    if done.returncode:
+        raise RuntimeError(f"debootstrap: {done.stdout[-500:]}{done.stderr[-500:]}")
+    archive = folder / "base.tar"
+    subprocess.run(["tar", "-C", str(folder / "base"), "-cf", str(archive), "."], check=True)  # noqa: S603, S607 - our own words
+    engine.run("import", str(archive), BASE)
+    engine.run("run", "--rm", "--network=none", BASE, "python3", "--version")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Podman with the image of a worker."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    if os.geteuid() != 0:
+        pytest.skip("only root makes a base image")
+    folder = Path(tempfile.mkdtemp(prefix="workpool-image-"))
+    engine = Engine(folder)
+    try:
+        try:
+            make_base(engine, folder)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            pytest.skip(str(error))
+        build(engine, folder)
+        yield engine
+        engine.run("rm", "--all", "--force", "--time=1")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def build(engine: Engine, folder: Path) -> None:
+    """Build the image from wheels of this checkout, with all that they depend on."""
+    wheels = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / "dist")]
+    projects = [f"{ROOT}[cli]", str(ROOT / "plugins/command")]
+    done = subprocess.run([*wheels, *projects], capture_output=True, text=True, check=False)  # noqa: S603 - our own words
+    if done.returncode:
+        pytest.skip(f"pip wheel: {done.stderr[-500:]}")
+    engine.run(
+        *("build", "--layers=false", "--network=host", "--isolation=chroot"),
+        *("--build-arg", f"BASE={BASE}", "--build-arg", "PIP_NO_INDEX=1"),
+        *("--build-arg", "PLUGINS=workpool-command"),
+        *("--file", str(CONTAINERFILE), "--tag", IMAGE, "."),
+        cwd=folder,
+    )
+
+
+class Container:
+    """A worker in a container of its own."""
+
+    def __init__(self, engine: Engine, name: str, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        self._engine, self._name, self._process = engine, name, process
+        self._stderr = process.stderr
+        self.err = ""
+
+    async def logs(self, text: str) -> None:
+        """Wait for a line of its log that holds `text`."""
+        async with asyncio.timeout(120):
+            while text not in self.err:
+                line = (await self._stderr.readline()).decode()
+                assert line, self.err
+                self.err += line
+
+    async def signal(self, name: str) -> None:
+        await asyncio.to_thread(self._engine.run, "kill", f"--signal={name}", self._name)
+
+    async def ends(self) -> int:
+        async with asyncio.timeout(120):
+            self.err += (await self._stderr.read()).decode()
+            status = await self._process.wait()
+        sys.stderr.write(self.err)  # shown when the test fails
+        return status
+
+
+class Workers:
+    """Starts workers in containers as the documentation says."""
+
+    def __init__(self, engine: Engine, plane: ControlPlane, folder: Path) -> None:
+        self._engine = engine
+        self.plane = plane
+        self.folder = folder
+        (folder / "handlers.py").write_text(HANDLERS)
+        (folder / "sitecustomize.py").write_text(BLOCKED_IMPORT)
+        (folder / "token").write_text(plane.token)
+
+    async def start(self, *arguments: str, **variables: str) -> Container:
+        given = {
+            "WORKPOOL_BASE_URL": self.plane.base_url,
+            "WORKPOOL_ENVIRONMENT_ID": self.plane.environments[0],
+            "WORKPOOL_TOKEN_FILE": "/handlers/token",
+            "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
+            "PYTHONPATH": "/handlers",
+        }
+        name = self.folder.name
+        process = await asyncio.create_subprocess_exec(
+            *(*self._engine.command, "run", "--rm", f"--name={name}", "--network=host"),
+            *("--read-only", "--tmpfs=/tmp", "--cap-drop=all", "--security-opt=no-new-privileges"),
+            *(f"--volume={self.folder}:/handlers:ro",),
+            *(f"--env={key}={value}" for key, value in (given | variables).items()),
+            *(IMAGE, "run", *arguments),
+            env=self._engine.environment,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        return Container(self._engine, name, process)
+
+    def kinds(self, item: Item) -> list[str]:
+        return [record.kind for record in self.plane.history.of(item.id)]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that the user of the image can read."""
+    with tempfile.TemporaryDirectory(prefix="workpool-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+async def workers(engine: Engine, folder: Path) -> AsyncIterator[Workers]:
+    async with ControlPlane() as plane:
+        yield Workers(engine, plane, folder)
+
+
+async def test_ten_sessions_run_without_privileges_under_an_init_process(workers: Workers) -> None:
+    items = workers.plane.enqueue(count=10, metadata={"do": "look"})
+    worker = await workers.start("handlers", "--drain")
+    assert await worker.ends() == 0
+    for item in items:
+        found = workers.plane.operations.get(workers.plane.environments[0], item.id)
+        assert found.state == "stopped"
+        assert found.metadata["user"] == "10001"
+        assert found.metadata["written"] == "Read-only file system"
+        assert found.metadata["first"] == "tini"
+
+
+async def test_sigterm_during_start_ends_the_container_with_0(workers: Workers) -> None:
+    [item] = workers.plane.enqueue(metadata={"do": "look"})
+    worker = await workers.start("handlers", BLOCKED="1")
+    await worker.logs("importing handlers")
+    await worker.signal("TERM")
+    (workers.folder / "go").touch()
+    assert await worker.ends() == 0
+    assert "drained result=clean" in worker.err
+    assert workers.kinds(item) == ["created"]
+
+
+async def test_sigterm_with_work_finishes_one_session_and_gives_the_other_back(
+    workers: Workers,
+) -> None:
+    [waiting] = workers.plane.enqueue(metadata={"do": "wait"})
+    [lingering] = workers.plane.enqueue(metadata={"do": "linger"})
+    worker = await workers.start("handlers", "--drain-timeout", "2")
+    await worker.logs("wait runs")
+    await worker.logs("linger runs")
+    await worker.signal("TERM")
+    assert await worker.ends() == 0
+    assert "drained result=deadline" in worker.err
+    assert workers.kinds(waiting)[-1] == "stopped"
+    found = workers.plane.operations.get(workers.plane.environments[0], lingering.id)
+    assert "workpool.released" in found.metadata
+    assert found.state != "stopped"
