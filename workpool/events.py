@@ -7,6 +7,7 @@ workpool/docs/plugins.md, "`workpool_event(event)`".
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,14 @@ LossReason = Literal["expired", "taken", "gone", "refused"]
 SessionErrorKind = Literal["exception", "result_refused", "attempts_exceeded", "timeout", "stalled"]
 StopMode = Literal["graceful", "force", "confirm"]
 DrainResult = Literal["clean", "deadline", "killed"]
+
+
+current_work_id: ContextVar[str | None] = ContextVar("workpool_work_id", default=None)
+"""The id of the item that the current code works for; None outside of an item.
+
+Set in handlers, and in observers of what the pool does for one item: in one of `RequestFinished` it
+is the item of the request. A poll, a list and the mark of a drain have none.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,9 @@ class Session:
             by names of their own. The pool does not use it.
         outcome: None while the handler runs. Then the outcome that the session has if its last
             requests succeed, and in the end the one that it has.
+        traceparent: The W3C trace context for what this session starts. At first that of the poll
+            (`item.traceparent`), if any; a plugin may replace it. Commands and containers get it in
+            the variable `TRACEPARENT`.
     """
 
     __slots__ = (
@@ -202,6 +205,7 @@ class Session:
         "redelivered",
         "retry",
         "state",
+        "traceparent",
     )
 
     def __init__(
@@ -213,6 +217,7 @@ class Session:
         self.retry = retry
         self.state: dict[str, Any] = {}
         self.outcome: Outcome | None = None
+        self.traceparent = item.traceparent
         self._held = held
         self._stopping = False
         self._draining = False

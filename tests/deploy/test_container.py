@@ -29,7 +29,6 @@ pytestmark = [pytest.mark.trial, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 CONTAINERFILE = ROOT / "workpool/deploy/container/Containerfile"
 PROGRAMS = ("podman", "runc", "debootstrap")
-MIRROR = "http://deb.debian.org/debian"
 BASE, IMAGE = "localhost/workpool-base:1", "localhost/workpool-trial:1"
 CONFIGURATION = """
 [containers]
@@ -117,7 +116,7 @@ def make_base(engine: Engine, folder: Path) -> None:
         engine.run("tag", name, BASE)
         return
     packages = "--include=python3,python3-venv,tini,ca-certificates"
-    words = ["debootstrap", "--variant=minbase", packages, "bookworm", str(folder / "base"), MIRROR]
+    words = ["debootstrap", "--variant=minbase", packages, "bookworm", str(folder / "base")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)  # noqa: S603 - our own words
     if done.returncode:
         raise RuntimeError(f"debootstrap: {done.stdout[-500:]}{done.stderr[-500:]}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING, Any, get_args
 
 from workpool import Session, Supervisor, handler, hookimpl
-from workpool.events import Event, SessionFinished
+from workpool.events import Event, RequestFinished, SessionFinished, current_work_id
 
 if TYPE_CHECKING:
     import pytest
@@ -85,3 +86,39 @@ async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
     await run_items(plane, make_settings, 3, finished)
     assert built == {"SessionFinished": 3}
     assert [event.outcome for event in finished.events] == ["completed"] * 3
+
+
+class Requests:
+    """A plugin that records the items of requests, on both threads."""
+
+    def __init__(self) -> None:
+        self.items: list[tuple[str, str | None]] = []
+        self.renewed = asyncio.Event()
+
+    @hookimpl
+    def workpool_event(self, event: RequestFinished) -> None:
+        self.items.append((event.op, current_work_id.get()))
+        if [op for op, _ in self.items].count("heartbeat") == 2:
+            self.renewed.set()
+
+
+async def test_observer_of_requests_finds_the_item_of_each(
+    plane: ControlPlane, make_settings: Any
+) -> None:
+    requests = Requests()
+
+    @handler
+    async def renewed(session: Session) -> dict[str, str]:
+        assert current_work_id.get() == session.item.id
+        await requests.renewed.wait()  # the second heartbeat is sent by the lease renewer
+        return {"renewed": "yes"}
+
+    [item] = plane.enqueue()
+    pool = Supervisor(make_settings(lease_ttl=10), plugins=[renewed, requests])
+    await pool.run(until_empty=True)
+    assert current_work_id.get() is None
+    items = dict.fromkeys(requests.items)
+    assert {op for op, work_id in items if work_id == item.id} == {
+        *("ack", "heartbeat", "update", "stop")
+    }
+    assert {op for op, work_id in items if work_id is None} <= {"poll", "stats"}

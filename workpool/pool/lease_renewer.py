@@ -21,7 +21,7 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from workpool.errors import LeaseRenewerError, innermost
-from workpool.events import LoopLagMeasured
+from workpool.events import LoopLagMeasured, current_work_id
 from workpool.log_fields import pool_logger
 from workpool.pool.client_protocol import OptionalCalls
 from workpool.pool.diagnostics import LoopMonitor, report
@@ -415,6 +415,7 @@ class LeaseRenewer:
 
     async def _heartbeat(self, lease: Lease, item: PoolItem) -> None:
         """Send the heartbeat that is due, and the one that must follow at once, if any."""
+        current_work_id.set(item.id)
         try:
             await self._send(lease, item)
             while lease.due_at <= self.clock() and not lease.expire(self.clock()):

@@ -29,6 +29,7 @@ from workpool.events import (
     SessionFinished,
     SessionLost,
     StopRequested,
+    current_work_id,
 )
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
@@ -125,6 +126,7 @@ class SessionRunner:
 
     async def run(self, item: PoolItem) -> None:
         """Run one item to its end."""
+        current_work_id.set(item.id)
         outcome: Outcome | None = None
         try:
             if not await self._acknowledged(item):

@@ -18,7 +18,7 @@ from workpool import Release
 from workpool.errors import HandoverError, innermost
 from workpool_command.ending import CommandFailed, start_errors, text_of
 from workpool_command.group import ProcessGroup, Start, started
-from workpool_command.surroundings import handed_on, item_json, redelivered
+from workpool_command.surroundings import handed_on, item_json, redelivered, trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,7 +98,8 @@ class Holders:
             "hold",
             "--",
         )  # -P: no modules of the directory `cwd`
-        ids = [f"{name}={value}" for name, value in redelivered(session).items()]
+        more = redelivered(session) | trace_of(session)
+        ids = [f"{name}={value}" for name, value in more.items()]
         with start_errors("workpool hold"), (cwd / OUTPUT).open("ab") as output:
             return started(
                 Start(

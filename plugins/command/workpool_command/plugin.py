@@ -42,6 +42,7 @@ from workpool_command.surroundings import (
     item_json,
     kept_directory,
     redelivered,
+    trace_of,
 )
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ class Command:
             env=handed_on(self.environment)
             | ids_of(session)
             | redelivered(session)
+            | trace_of(session)
             | self._token_variables(session),
             stdin=item_json(session.item),
             stdout=stdout,

@@ -57,6 +57,11 @@ def redelivered(session: Session) -> dict[str, str]:
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
+def trace_of(session: Session) -> dict[str, str]:
+    """Return the variable with the trace context of the session, if it has one."""
+    return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
+
+
 def item_json(item: WorkItem) -> bytes:
     """Return the item as one line of JSON, with the names of the protocol."""
     return (

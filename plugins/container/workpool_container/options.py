@@ -173,6 +173,8 @@ def specify(
         "WORKPOOL_ITEM": describe(item),
         **(given or {}),
     }
+    if session.traceparent is not None:
+        variables["TRACEPARENT"] = session.traceparent
     asked = {"Cmd": options.command, "User": options.user, "WorkingDir": options.workdir}
     return {
         "Image": options.image,

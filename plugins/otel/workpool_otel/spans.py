@@ -1,0 +1,202 @@
+"""The spans of the sessions of one pool.
+
+A session's span begins with the first request for its item (the ack), or with its handler, and ends
+with the session. The requests for the item are its children. Everything runs on the supervisor's
+loop. See plugins/otel/README.md, "Spans".
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from opentelemetry import propagate, trace
+from opentelemetry.trace import Link, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from workpool.events import AckFinished, RequestFinished, SessionFinished, current_work_id
+from workpool_otel import attributes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Span, Tracer
+
+    from workpool import Session, WorkItem
+
+RUN_CONTEXT: Final = "workpool.traceparent"
+"""The metadata that holds the context of an item's last run."""
+_PREFIX: Final = "workpool."
+_W3C: Final = TraceContextTextMapPropagator()
+_FAILURES: Final = frozenset({"failed", "timed_out", "stalled"})
+
+
+class _Call(NamedTuple):
+    """A request for an item that has ended; times in nanoseconds."""
+
+    op: str
+    code: str
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """The span of one run, or the requests before there is one."""
+
+    span: Span | None = None
+    common: dict[str, str] = field(default_factory=dict)
+    """The attributes of the span and of its children."""
+    calls: list[_Call] = field(default_factory=list)
+
+
+class SessionSpans:
+    """Creates and ends the spans.
+
+    Args:
+        tracer: Creates them.
+        client: The name of the worker.
+        with_messages: Whether a span may have the message of an error, which may contain secrets.
+    """
+
+    def __init__(self, tracer: Tracer, client: str, *, with_messages: bool) -> None:
+        self._tracer = tracer
+        self._client = client
+        self._with_messages = with_messages
+        self._runs: dict[str, _Run] = {}
+
+    @contextmanager
+    def running(self, session: Session) -> Iterator[dict[str, str]]:
+        """Make the session's span the current one during a block; its context is the value.
+
+        The context is empty if the span is not sampled by anybody.
+        """
+        run = self._runs.setdefault(session.item.id, _Run())
+        span = self._begin(run, session.item)
+        context: dict[str, str] = {}
+        with trace.use_span(span, record_exception=False, set_status_on_exception=False):
+            _W3C.inject(context)
+            session.traceparent = context.get("traceparent", session.traceparent)
+            yield context
+
+    def observe(self, event: RequestFinished | AckFinished | SessionFinished) -> None:
+        """Record an event."""
+        if isinstance(event, RequestFinished):
+            self._request_ended(event)
+        elif isinstance(event, SessionFinished):
+            self._session_ended(event)
+        elif event.result != "ok":
+            self._runs.pop(event.item.id, None)  # no session follows
+
+    def close(self) -> None:
+        """End the spans of sessions whose end was not reported."""
+        for run in self._runs.values():
+            if run.span is not None:
+                run.span.end()
+        self._runs.clear()
+
+    def _request_ended(self, event: RequestFinished) -> None:
+        work_id = current_work_id.get()
+        if work_id is None:
+            return
+        run = self._runs.get(work_id)
+        if run is None:
+            if event.op != "ack":
+                return  # the session has ended: the last heartbeat of a release
+            run = self._runs[work_id] = _Run()
+        end = time.time_ns()
+        call = _Call(event.op, event.code, end - int(event.seconds * 1e9), end)
+        if run.span is None:
+            run.calls.append(call)
+        else:
+            self._add(run, run.span, call)
+
+    def _session_ended(self, event: SessionFinished) -> None:
+        item = event.session.item
+        run = self._runs.pop(item.id, None) or _Run()
+        span = self._begin(run, item)
+        span.set_attributes(
+            {
+                attributes.HANDLER: event.handler,
+                attributes.ATTEMPT: event.session.attempt,
+                attributes.REDELIVERED: event.session.redelivered,
+                attributes.OUTCOME: event.outcome,
+            }
+        )
+        error = event.error
+        if event.outcome in _FAILURES:
+            name = event.outcome if error is None else _name_of(error)
+            span.set_attribute(attributes.ERROR, name)
+            text = str(error) if error is not None and self._with_messages else None
+            span.set_status(Status(StatusCode.ERROR, text))
+        span.end()
+
+    def _begin(self, run: _Run, item: WorkItem) -> Span:
+        """Return the span of a run; start it, with the requests so far, if there is none."""
+        if run.span is None:
+            run.common = {
+                attributes.SYSTEM: "workpool",
+                attributes.DESTINATION: item.environment_id,
+                attributes.MESSAGE: item.id,
+                attributes.CONVERSATION: item.session_id,
+                attributes.CLIENT: self._client,
+            }
+            process = {attributes.OPERATION: "process", attributes.OPERATION_TYPE: "process"}
+            run.span = self._tracer.start_span(
+                f"process {item.environment_id}",
+                context=_created_in(item),
+                kind=SpanKind.CONSUMER,
+                attributes=run.common | process,
+                links=_earlier_runs(item),
+                start_time=min((call.start for call in run.calls), default=None),
+            )
+            for call in run.calls:
+                self._add(run, run.span, call)
+            run.calls.clear()
+        return run.span
+
+    def _add(self, run: _Run, parent: Span, call: _Call) -> None:
+        """Add a request as a child of the session's span."""
+        span = self._tracer.start_span(
+            f"{call.op} {run.common[attributes.DESTINATION]}",
+            context=trace.set_span_in_context(parent),
+            kind=SpanKind.CLIENT,
+            attributes=run.common | {attributes.OPERATION: call.op},
+            start_time=call.start,
+        )
+        if call.op in attributes.SETTLES:
+            span.set_attribute(attributes.OPERATION_TYPE, "settle")
+        if call.code.isdecimal():
+            span.set_attribute(attributes.STATUS_CODE, int(call.code))
+        if not call.code.startswith("2"):
+            span.set_attribute(attributes.ERROR, call.code)
+            span.set_status(StatusCode.ERROR)
+        span.end(call.end)
+
+
+def _created_in(item: WorkItem) -> Context:
+    """Return the context in which the item was created: of its metadata, else of its poll."""
+    found = propagate.extract(dict(item.metadata))
+    if not trace.get_current_span(found).get_span_context().is_valid and item.traceparent:
+        found = propagate.extract({"traceparent": item.traceparent})
+    return found
+
+
+def _earlier_runs(item: WorkItem) -> list[Link]:
+    """Return a link to the item's last run, if that wrote its context."""
+    metadata: Mapping[str, str] = item.metadata
+    names = {each: metadata[_PREFIX + each] for each in _W3C.fields if _PREFIX + each in metadata}
+    last = trace.get_current_span(_W3C.extract(names)).get_span_context()
+    return [Link(last)] if last.is_valid else []
+
+
+def _name_of(error: BaseException) -> str:
+    kind = type(error)
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
