@@ -15,9 +15,9 @@ import aiohttp
 from yarl import URL
 
 from workpool.wire.http.call_options import Priority
+from workpool.wire.http.checked_body import GuardedRequest
 from workpool.wire.http.environment_proxy import proxy_of
 from workpool.wire.http.resolver import ThreadResolver
-from workpool.wire.http.response_reader import LimitedResponse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +94,7 @@ class Connections:
                 socket_factory=new_socket,
                 keepalive_timeout=None if single_use else KEEPALIVE_SECONDS,
             ),
-            response_class=LimitedResponse,
+            request_class=GuardedRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
         )

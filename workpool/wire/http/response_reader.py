@@ -1,7 +1,7 @@
 """Reading an answer: its headers after a few informational ones, and its body; or the error.
 
-aiohttp skips any number of informational answers (1xx) and has no limit for them; `LimitedResponse`
-ends the request after too many.
+aiohttp skips any number of informational answers (1xx) and has no limit for them; a
+request ends after too many.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.response import BEGINNING_BYTES, Oversized
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
-    from typing import Any
-
-    from aiohttp.connector import Connection
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import RawResponseMessage
     from aiohttp.streams import StreamReader
 
@@ -41,38 +38,39 @@ class InformationalFlood(aiohttp.ClientError):
     """Too many informational answers; aiohttp closes the connection."""
 
 
-class LimitedResponse(aiohttp.ClientResponse):
-    """A response whose request raises `InformationalFlood` if too many answers precede it."""
-
-    def start(self, connection: Connection) -> Coroutine[Any, Any, aiohttp.ClientResponse]:
-        """Read the headers of the answer."""
-        protocol = connection.protocol
-        # Once for each connection. Not through its `__dict__`: Python 3.11 reads all attributes of
-        # an object more slowly from then on, which cost 14,000 instructions a request.
-        if protocol is not None and not isinstance(protocol.read, _LimitedRead):
-            setattr(protocol, "read", _LimitedRead(protocol.read))  # noqa: B010 - types forbid it
-        return super().start(connection)
+def limit_informational(protocol: ResponseHandler) -> None:
+    """Let requests on a connection fail with `InformationalFlood` after too many such answers."""
+    # Not through its `__dict__`: Python 3.11 reads all attributes of an object more slowly from
+    # then on, which cost 14,000 instructions a request.
+    if not isinstance(protocol.feed_data, _LimitedFeed):
+        setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
 
 
-class _LimitedRead:
-    """Reads the headers of all answers on one connection."""
+class _LimitedFeed:
+    """Receives the headers of all answers on one connection, and passes them on."""
 
-    __slots__ = ("_bytes", "_count", "_read")
+    __slots__ = ("_bytes", "_count", "_feed", "_flooded", "_protocol")
 
-    def __init__(self, read: Callable[[], Awaitable[Message]]) -> None:
-        self._read = read
+    def __init__(self, protocol: ResponseHandler) -> None:
+        self._protocol = protocol
+        self._feed = protocol.feed_data
         self._count = self._bytes = 0
+        self._flooded = False
 
-    async def __call__(self) -> Message:
-        message, _ = answer = await self._read()
-        if message.code not in _INFORMATIONAL:
+    def __call__(self, answer: Message, size: int = 0) -> None:
+        if answer[0].code in _INFORMATIONAL:
+            self._add(answer[0])
+        else:
             self._count = self._bytes = 0
-            return answer
+        if not self._flooded:  # whatever follows a flood is too late
+            self._feed(answer, size)
+
+    def _add(self, message: RawResponseMessage) -> None:
         self._count += 1
         self._bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
         if self._count > INFORMATIONAL_MAX or self._bytes > INFORMATIONAL_BYTES:
-            raise InformationalFlood
-        return answer
+            self._flooded = True
+            self._protocol.set_exception(InformationalFlood())
 
 
 TRANSIENT: Final = (

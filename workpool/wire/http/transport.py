@@ -261,7 +261,7 @@ class Transport:
             code = error_code(error)
         else:
             if status in SUCCESS:
-                value = parse_success(op, status, content, endpoint.parse)
+                value = parse_success(op, status, content, endpoint.parse, endpoint.load)
                 add = endpoint.add_headers
                 return value if add is None else add(value, response.headers)
             failure = parse_error(op, Response(status, response.headers, content), *secrets)
