@@ -415,7 +415,8 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(endpoint.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            return parse_success(endpoint.op, answer.status, answer.body, endpoint.parse)
+            status, body = answer.status, answer.body
+            return parse_success(endpoint.op, status, body, endpoint.parse, endpoint.load)
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 

@@ -91,17 +91,23 @@ CODES: Final[Mapping[int, str]] = {
 """The label of each status in the metrics; a status that is missing here is counted as "error"."""
 
 
-def parse_success(op: str, status: int, body: bytes | Oversized, parse: Callable[[object], T]) -> T:
-    """Parse a success.
+def parse_success(
+    op: str,
+    status: int,
+    body: bytes | Oversized,
+    parse: Callable[[object], T],
+    load: Callable[[bytes], object] = orjson.loads,
+) -> T:
+    """Load a body and parse it.
 
     Raises:
-        TransientError: The body is not what `parse` expects, so `parse` raised a ValueError.
+        TransientError: The body is not what `load` or `parse` expects, which raised a ValueError.
     """
     if isinstance(body, Oversized):
         raise TooLargeError(op, status, work_id=_id_at_beginning(body.beginning))
     failure: TransientError
     try:
-        return parse(NO_CONTENT if status == _NO_CONTENT else orjson.loads(body))
+        return parse(NO_CONTENT if status == _NO_CONTENT else load(body))
     except orjson.JSONDecodeError:
         failure = TransientError(op, status, "the answer is not JSON", reason="bad_body")
     except MalformedItemError as error:
