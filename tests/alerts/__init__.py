@@ -1,0 +1,1 @@
+"""Real firings of the alert rules: Prometheus, control planes and workers, one cause each."""

@@ -1,0 +1,165 @@
+"""Fire every alert with a real Prometheus, and print what fired: `python -m tests.alerts`.
+
+Takes 20 minutes by default, because rules look back for up to 15. All causes run at once. Needs the
+program `prometheus`. The exit status is 1 if an alert that must fire did not, or one fired that
+neither must nor may.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import aiohttp
+import orjson
+
+from tests.alerts.cause_setup import ROOT, CauseSetup, free_port
+from tests.alerts.causes import CAUSES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+MINUTES: Final = 20.0
+LOOK_SECONDS: Final = 5.0
+BACKLOG_SECONDS: Final = 120
+"""Replaces the number of the rule WorkpoolBacklog, which is the operator's."""
+CONFIG: Final = """
+global: {{scrape_interval: 15s, evaluation_interval: 15s}}
+rule_files: [{rules}]
+scrape_configs:
+  - job_name: workpool
+    static_configs: [{{targets: {targets}}}]
+"""
+
+
+class Firings:
+    """When each alert first fired, by the environment of its cause; seconds after the start."""
+
+    def __init__(self, url: str, setups: Mapping[str, CauseSetup]) -> None:
+        self.first: dict[tuple[str, str], float] = {}
+        self._url = url
+        self._environments = {
+            f"127.0.0.1:{port}": setup.environment
+            for setup in setups.values()
+            for port in setup.ports
+        }
+
+    async def watch(self) -> None:
+        """Ask Prometheus again and again."""
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        async with aiohttp.ClientSession() as http:
+            while True:
+                async with http.get(f"{self._url}/api/v1/alerts") as answer:
+                    found: dict[str, Any] = await answer.json()
+                for alert in found["data"]["alerts"]:
+                    labels = alert["labels"]
+                    instance = self._environments.get(labels.get("instance", ""), "all")
+                    key = labels["alertname"], labels.get("environment_id", instance)
+                    if alert["state"] == "firing" and key not in self.first:
+                        self.first[key] = loop.time() - started
+                await asyncio.sleep(LOOK_SECONDS)
+
+
+async def main() -> int:
+    """Run the causes whose names contain an argument, and print the alerts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names of causes; default: all")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    options = parser.parse_args()
+    program = shutil.which("prometheus")
+    if program is None:
+        print("prometheus is not installed")  # noqa: T201 - a command's output
+        return 2
+    chosen = {
+        name: cause
+        for name, cause in CAUSES.items()
+        if not options.names or any(part in name for part in options.names)
+    }
+    folder = Path(tempfile.mkdtemp(prefix="workpool-alerts-"))
+    print(f"logs and data: {folder}")  # noqa: T201 - a command's output
+    async with AsyncExitStack() as stack:
+        setups = {
+            name: await stack.enter_async_context(
+                CauseSetup("env-" + re.sub(r"\W+", "-", name), cause, folder)
+            )
+            for name, cause in chosen.items()
+        }
+        url = await _start_prometheus(program, folder, list(setups.values()), stack)
+        firings = Firings(url, setups)
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(firings.watch())
+            causes = [
+                group.create_task(cause.begin(setups[name])) for name, cause in chosen.items()
+            ]
+            await asyncio.sleep(60 * options.minutes)
+            for cause_task in causes:
+                cause_task.cancel()
+            for setup in setups.values():
+                setup.kill()
+            await asyncio.sleep(150)  # the kill -9 of all workers
+            watching.cancel()
+    return _report(firings, {name: setups[name].environment for name in chosen})
+
+
+async def _start_prometheus(
+    program: str, folder: Path, setups: Sequence[CauseSetup], stack: AsyncExitStack
+) -> str:
+    rules = (ROOT / "workpool/alerts.yml").read_text()
+    rules = rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}")
+    (folder / "alerts.yml").write_text(rules)
+    targets = [f"127.0.0.1:{port}" for setup in setups for port in setup.ports]
+    config = CONFIG.format(rules=folder / "alerts.yml", targets=orjson.dumps(targets).decode())
+    (folder / "prometheus.yml").write_text(config)
+    port = free_port()
+    with (folder / "prometheus.log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            program,
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            stdout=log,
+            stderr=log,
+        )
+    stack.push_async_callback(process.wait)
+    stack.callback(process.terminate)
+    url = f"http://127.0.0.1:{port}"
+    async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+        while True:
+            try:
+                async with http.get(f"{url}/-/ready") as answer:
+                    if answer.ok:
+                        return url
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.2)
+
+
+def _report(firings: Firings, environments: Mapping[str, str]) -> int:
+    """Print a line for each cause, and return the exit status."""
+    wrong = 0
+    for name, environment in environments.items():
+        cause = CAUSES[name]
+        fired = {alert: at for (alert, where), at in firings.first.items() if where == environment}
+        missing = cause.must - fired.keys()
+        unexpected = fired.keys() - cause.must - cause.may
+        wrong += bool(missing or unexpected)
+        shown = ", ".join(f"{alert} {at:.0f} s" for alert, at in sorted(fired.items())) or "–"
+        verdict = "ok" if not (missing or unexpected) else "WRONG"
+        print(f"{verdict:5} {name}: {shown}")  # noqa: T201 - a command's output
+        for alert in sorted(missing):
+            print(f"      missing: {alert}")  # noqa: T201 - a command's output
+    everywhere = {alert for alert, where in firings.first if where == "all"}
+    print(f"kill -9 of all workers: {', '.join(sorted(everywhere)) or '–'}")  # noqa: T201 - output
+    return int(bool(wrong) or everywhere != {"WorkpoolNoWorkers"})
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

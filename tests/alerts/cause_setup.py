@@ -1,0 +1,101 @@
+"""The control plane, the environment and the workers of one cause."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from workpool.server import ControlPlane
+from workpool.testing import Faults
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+    from collections.abc import Iterator
+
+    from tests.alerts.causes import Cause
+    from workpool.server import Item
+
+ROOT = Path(__file__).parents[2]
+WORKERS_MAX = 4
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that was free a moment ago."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class CauseSetup:
+    """An async context manager.
+
+    Attributes:
+        environment: The id of the environment, and the label of its alerts.
+        ports: Where its workers are scraped.
+    """
+
+    def __init__(self, environment: str, cause: Cause, logs: Path) -> None:
+        self.environment = environment
+        self.faults = Faults()
+        self.plane = ControlPlane(environments=[environment], middlewares=[self.faults.middleware])
+        self.ports = [free_port() for _ in range(WORKERS_MAX)]
+        self._free_ports: Iterator[int] = iter(self.ports)
+        self._cause = cause
+        self._logs = logs
+        self._workers: list[Process] = []
+
+    async def __aenter__(self) -> Self:
+        await self.plane.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.kill()
+        for worker in self._workers:
+            await worker.wait()
+        await self.plane.__aexit__(None, None, None)
+
+    def kill(self) -> None:
+        """Kill all workers of this cause."""
+        for worker in self._workers:
+            if worker.returncode is None:
+                worker.kill()
+
+    async def start_worker(self) -> Process:
+        """Start `workpool run`."""
+        port = next(self._free_ports)
+        variables = {
+            "BASE_URL": self.plane.base_url,
+            "TOKEN": self.plane.token,
+            "ENVIRONMENT_ID": self.environment,
+            "METRICS_LISTEN": f"127.0.0.1:{port}",
+            "WORKER_ID": f"{self.environment}-{port}",
+            **self._cause.settings,
+        }
+        with (self._logs / f"{self.environment}-{port}.log").open("wb") as log:
+            worker = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "workpool", "run"),
+                *("tests.alerts.worker_handlers:work", *self._cause.plugins),
+                cwd=ROOT,
+                env=os.environ | {f"WORKPOOL_{name}": value for name, value in variables.items()},
+                stdout=log,
+                stderr=log,
+            )
+        self._workers.append(worker)
+        return worker
+
+    def enqueue(
+        self, *, count: int = 1, do: str = "sleep", kind: str = "wanted", seconds: str = "1"
+    ) -> tuple[Item, ...]:
+        """Create items."""
+        metadata = {"do": do, "kind": kind, "seconds": seconds}
+        return self.plane.enqueue(count, metadata)
+
+    async def claimed(self, count: int) -> None:
+        """Wait until so many items have been acknowledged in all."""
+        await self.faults.wait_for("ack", count=count, timeout=120, answered=True)

@@ -1,0 +1,82 @@
+"""The handlers of the workers that `tests.alerts` runs; the metadata `do` chooses what happens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from workpool import Session, handler, hookimpl
+from workpool.events import SessionFinished  # noqa: TC001 - the pool reads the annotation
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+async def sleep(session: Session) -> None:
+    await asyncio.sleep(float(session.item.metadata.get("seconds", "1")))
+
+
+async def fail(session: Session) -> None:
+    await asyncio.sleep(1)
+    raise RuntimeError(f"{session.item.id} fails")
+
+
+async def block(session: Session) -> None:
+    time.sleep(float(session.item.metadata["seconds"]))  # noqa: ASYNC251 - blocks the loop
+
+
+async def block_often(session: Session) -> None:
+    while not session.draining:
+        time.sleep(2)  # noqa: ASYNC251 - blocks the loop
+        await asyncio.sleep(0.5)
+
+
+async def ignore_cancellation(_: Session) -> None:
+    while True:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            continue
+
+
+BEHAVIOURS: dict[str, Callable[[Session], Awaitable[None]]] = {
+    "sleep": sleep,
+    "fail": fail,
+    "block": block,
+    "block often": block_often,
+    "ignore cancellation": ignore_cancellation,
+}
+
+
+@handler(metadata={"kind": "wanted"})
+async def work(session: Session) -> None:
+    """Run the behaviour that the item names."""
+    await BEHAVIOURS[session.item.metadata["do"]](session)
+
+
+class FailingObserver:
+    """A plugin whose hook fails."""
+
+    @hookimpl
+    def workpool_event(self, event: SessionFinished) -> None:
+        raise ValueError(f"{event.outcome} was not expected")
+
+
+class CrashingPoller:
+    """A plugin that makes the pool's poller crash once: a bug cannot be ordered otherwise."""
+
+    def __init__(self) -> None:
+        from workpool.pool.dispatcher import Dispatcher  # noqa: PLC0415 - in this worker only
+
+        offer = Dispatcher.offer
+
+        def crash_once(*_: object) -> object:
+            setattr(Dispatcher, "offer", offer)  # noqa: B010 - types forbid it
+            raise KeyError("ordered by tests.alerts")
+
+        setattr(Dispatcher, "offer", crash_once)  # noqa: B010 - types forbid it
+
+    @hookimpl
+    def workpool_event(self, event: SessionFinished) -> None:
+        """Do nothing; a plugin must have a hook."""
