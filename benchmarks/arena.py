@@ -1,4 +1,4 @@
-"""Where contenders meet: a control plane in its own process, each contender in another.
+"""Runs of contenders: a control plane in its own process, each contender in another.
 
 A contender runs in a fresh process, alone, against the same control plane as the others; it tells
 its `Meter` what it does, and the meter counts. Shared by all benchmarks of this folder. A contest
@@ -41,7 +41,7 @@ _LIMIT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Plane:
-    """How to reach the control plane, and how many requests it was sent."""
+    """The address of the control plane, and the number of requests that it received."""
 
     base_url: str
     anthropic_base_url: str

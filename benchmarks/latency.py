@@ -1,4 +1,4 @@
-"""How soon a handler starts: from the call that enqueues an item to the start of its handler.
+"""The latency of a handler's start: from the call that enqueues an item to the start.
 
     python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …] [--gaps idle|sparse …]
 

@@ -24,7 +24,7 @@ from contenders import BLOCK_MS, LEASE_SECONDS, Entry, parse_contenders
 from workpool import Session, Supervisor, handler
 
 RENEW_SECONDS = 20
-"""As often as the pool does, which also spreads its heartbeats."""
+"""Send heartbeats at the pool's rate and, as the pool does, spread over time."""
 LEASES = (100, 1000, 10_000)
 
 

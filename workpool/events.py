@@ -28,9 +28,12 @@ HeartbeatResult = Literal[
     "ok", "recovered", "precondition", "conflict", "rejected", "transient", "timeout"
 ]
 LossReason = Literal["expired", "taken", "gone", "refused"]
-"""How a lease was lost. `expired`: no heartbeat was answered in time, or the machine was paused.
-`taken`: another worker has the item. `gone`: the control plane does not know the item.
-`refused`: the control plane does not accept the heartbeat."""
+"""The way in which a lease was lost.
+
+`expired`: no heartbeat was answered in time, or the machine was paused. `taken`: another worker has
+the item. `gone`: the control plane does not know the item. `refused`: the control plane does not
+accept the heartbeat.
+"""
 SessionErrorKind = Literal["exception", "result_refused", "attempts_exceeded", "timeout", "stalled"]
 StopMode = Literal["graceful", "force", "confirm"]
 DrainResult = Literal["clean", "deadline", "killed"]

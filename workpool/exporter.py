@@ -46,7 +46,7 @@ SCRAPES_MAX: Final = 8
 """Scrapes that may be under way at once; more are refused, so that they cannot pile up."""
 
 CLOSE_SECONDS: Final = 0.5
-"""How long answers under way may delay each step of closing."""
+"""Seconds by which answers in progress may delay each step of closing."""
 
 BIND_TRIES: Final = 10
 """Attempts to find a port that is free on each address."""

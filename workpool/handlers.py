@@ -35,7 +35,7 @@ _ANY: Final[Mapping[str, str]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """When a handler that raised is called again in the same session run.
+    """The conditions for calling a handler again in the same run after it raised.
 
     The delay before a retry is random, between 0 and a ceiling that doubles with each retry.
     `Release` and the errors of a session that the pool no longer holds are never retried.

@@ -36,7 +36,7 @@ Outcome = Literal[
     "lease_lost",
     "detached",
 ]
-"""How a session ended in this pool.
+"""The way in which a session ended in this pool.
 
 See workpool/docs/semantics.md, "How a session ends".
 """
@@ -153,7 +153,7 @@ class Held(Protocol):
 
     @property
     def deadline(self) -> float | None:
-        """When the handler is cancelled, on the loop's clock; None: no limit is known."""
+        """The time when the handler is cancelled, on the loop's clock; None: no limit is known."""
 
     def progress(self) -> None:
         """Record that the session has made progress. May be called on any thread."""
@@ -268,7 +268,7 @@ class Session:
 
     @property
     def deadline(self) -> float | None:
-        """When the handler is cancelled, on the clock of the event loop (`loop.time()`).
+        """The time when the handler is cancelled, on the clock of the event loop (`loop.time()`).
 
         The earliest of the end of its timeout, of `stop_grace` after a stop request, and of a
         drain; None while nothing limits it. For example `asyncio.timeout_at(session.deadline)`.

@@ -187,7 +187,7 @@ class _Given(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Where the settings came from: the file, what each value came from, tables of plugins."""
+    """The sources of the settings: the file, the source of each value, tables of plugins."""
 
     file: Path | None = None
     origins: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -22,7 +22,7 @@ UNREACHABLE = Retry(on=ConnectionError, times=3, backoff=20, backoff_max=60)
 
 
 class Dependency:
-    """Something that a handler uses, and that fails at its first calls."""
+    """A resource of a handler that fails at its first calls."""
 
     def __init__(self, failures: int = 10**6, error: Exception | None = None) -> None:
         self.calls: list[int] = []

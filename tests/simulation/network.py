@@ -46,7 +46,7 @@ FADING: Final = frozenset({"heartbeat", "update", "stop"})
 OUTLASTING_SHARE: Final = 0.5
 SLEEPS: Final[tuple[Halt, ...]] = ("asleep", "paused")
 PATIENCE_MS: Final = 8_000
-"""How long a poll waits, whatever `block_ms` says: a shorter wait makes the simulation slower."""
+"""Seconds that a poll waits, instead of `block_ms`: a shorter wait makes the simulation slower."""
 OPTIONAL: Final = frozenset({"get", "update"})
 """Calls that a worker's key may not make."""
 THREADS: Final[Any] = object()

@@ -86,7 +86,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Something that happens at a given time.
+    """An event at a given time.
 
     Attributes:
         at: Seconds after the start of the simulation.

@@ -34,13 +34,13 @@ TIDY_SECONDS: Final = 0.9
 HEALED_SECONDS: Final = 0.05
 """The longest duration of work once all faults have ended."""
 WAYS: Final = ("soon", "soon", "late", "fails", "never")
-"""When the child of a handoff starts; `fails`: and the handler raises as well."""
+"""The time at which the child of a handoff starts; with `fails` the handler also raises."""
 BLOCK_SECONDS: Final = 0.3
 """Time that a handler needs to start a child."""
 
 
 RETRY: Final = Retry(on=ConnectionError, times=2, backoff=8, backoff_max=12)
-"""How the handler of the behaviour `retry` is called again."""
+"""The retries of the handler with the behaviour `retry`."""
 RETRY_SECONDS: Final = 5.0
 """The longest duration of one of its calls."""
 

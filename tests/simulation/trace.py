@@ -193,7 +193,7 @@ class Node:
 
 @dataclass(slots=True, repr=False)
 class Trace:
-    """All that was recorded in one simulation.
+    """The record of one simulation.
 
     Attributes:
         broken: The time at which an operator ended a lease early, and the item.

@@ -60,7 +60,7 @@ HALTS: Final[Mapping[str, tuple[Halt, float]]] = {
     "freeze": ("stopped", 0.0),
     "pause": ("paused", PAUSE_SECONDS),
 }
-"""How each action halts a machine, and the shortest duration in seconds."""
+"""For each action that halts a machine, the way and the shortest duration in seconds."""
 
 Ts = TypeVarTuple("Ts")
 

@@ -156,7 +156,7 @@ class Over:
     deadline = None
 
     def progress(self) -> None:
-        """Nothing observes it."""
+        """No effect, since no test reads the progress."""
 
     def waiting(self) -> NoReturn:
         raise SessionEnded(ITEM.id)

@@ -86,7 +86,7 @@ class FlagSettings(Settings):
     """The settings of a command; an error names the flag of a value."""
 
     names: ClassVar[Mapping[str, str]] = {"plugins": "PLUGIN"}
-    """Where a command has a setting from, if not from the flag of the setting."""
+    """The source of a command's setting that has no flag."""
 
     @classmethod
     def _origin(cls, name: str) -> str:

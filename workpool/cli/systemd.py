@@ -27,7 +27,7 @@ log = logging.getLogger("workpool")
 REPORT_SECONDS: Final = 1.0
 """The longest time between two reports."""
 EXTEND_SECONDS: Final = 45.0
-"""How long the process may take to end after its last report; the pool closes within 30 s."""
+"""Seconds until the end of the process after its last report; the pool closes within 30 s."""
 STATUS_CHARACTERS: Final = 500
 _VARIABLES: Final = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 

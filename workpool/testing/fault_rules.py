@@ -1,4 +1,4 @@
-"""Which calls have a fault, and a log of all calls.
+"""The rules that select the calls with a fault, and a log of all calls.
 
 Owns when a fault is injected: by call, count, probability, predicate or time. `fault` has the
 effects of faults. If several rules match one call, their faults are nested; the first added one is

@@ -1,4 +1,4 @@
-"""How one call of a client is sent: its check, its priority, its connection."""
+"""The options of one call of a client: its check, its priority, its connection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Priority(enum.IntEnum):
 
 
 class CallOptions(NamedTuple):
-    """How one call is sent.
+    """The options of one call.
 
     Attributes:
         check: Called right before the first byte is written, with no await in between. If it raises
