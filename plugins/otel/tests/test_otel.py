@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from workpool import PluginError, Release, Session, handler
+from workpool import PluginError, Release, Retry, Session, handler
 from workpool.events import SessionFinished
 from workpool.testing import Kit, status
 from workpool_command import Command
@@ -172,6 +172,22 @@ async def test_failed_session_has_an_error_without_its_message(kit: Kit, spans: 
     assert not span.events
 
 
+async def test_retry_of_a_handler_is_an_event_of_its_span(kit: Kit, spans: Spans) -> None:
+    @handler(retry=Retry(on=RuntimeError, times=1, backoff=0.01))
+    async def second_time(session: Session) -> None:
+        if session.retry == 0:
+            raise RuntimeError("a secret")
+
+    finished = await run(kit, [spans.plugin(), second_time])
+    [span] = spans.named(f"process {finished.session.item.environment_id}")
+    [event] = span.events
+    assert (event.name, dict(event.attributes or {})) == (
+        "retry",
+        {"workpool.retry": 1, "error.type": "RuntimeError"},
+    )
+    assert attributes(span)["workpool.outcome"] == "completed"
+
+
 async def test_released_session_is_no_error(kit: Kit, spans: Spans) -> None:
     @handler
     async def release(_: Session) -> None:
@@ -288,14 +304,18 @@ class Receiver:
         }
 
     @property
-    def names(self) -> list[str]:
+    def spans(self) -> list[Any]:
         return [
-            span.name.partition(" ")[0]
+            span
             for request in self.requests
             for resource in request.resource_spans
             for scope in resource.scope_spans
             for span in scope.spans
         ]
+
+    @property
+    def names(self) -> list[str]:
+        return [span.name.partition(" ")[0] for span in self.spans]
 
 
 @pytest.fixture
@@ -313,8 +333,8 @@ async def receiver() -> AsyncIterator[tuple[Receiver, str]]:
     await runner.cleanup()
 
 
-async def worker(kit: Kit, folder: Path, **variables: str) -> tuple[int, str]:
-    """Run `workpool run otel traced --drain` in a process of its own."""
+async def worker(kit: Kit, folder: Path, plugin: str, **variables: str) -> tuple[int, str]:
+    """Run `workpool run otel PLUGIN --drain` in a process of its own."""
     (folder / "traced.py").write_text(
         "from opentelemetry import trace\n"
         "from workpool import handler\n"
@@ -324,7 +344,7 @@ async def worker(kit: Kit, folder: Path, **variables: str) -> tuple[int, str]:
         "        pass\n"
     )
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "workpool", "run", "otel", "traced", "--drain"),
+        *(sys.executable, "-m", "workpool", "run", "otel", plugin, "--drain"),
         cwd=folder,
         env={
             "PATH": "/usr/bin:/bin",
@@ -348,7 +368,7 @@ async def test_worker_exports_its_spans_to_a_collector(
     collector, address = receiver
     kit.enqueue(count=3)
     status, err = await worker(
-        kit, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=address, OTEL_SERVICE_NAME="reports"
+        kit, tmp_path, "traced", OTEL_EXPORTER_OTLP_ENDPOINT=address, OTEL_SERVICE_NAME="reports"
     )
     assert status == 0, err
     assert collector.services == {"reports"}
@@ -363,9 +383,50 @@ async def test_collector_that_does_not_answer_delays_the_end_by_five_seconds_at_
     collector, address = receiver
     collector.release.clear()
     kit.enqueue()
-    status, err = await worker(kit, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=address)
+    status, err = await worker(kit, tmp_path, "traced", OTEL_EXPORTER_OTLP_ENDPOINT=address)
     assert status == 0, err
     assert "the last spans were not exported" in err
+
+
+async def test_tool_calls_of_a_session_are_children_of_its_span(
+    kit: Kit, receiver: tuple[Receiver, str], tmp_path: Path
+) -> None:
+    collector, address = receiver
+    (tmp_path / "workpool.toml").write_text(
+        '[workpool.plugin.toolset]\nisolation = "none"\nmax_idle = 0.1\n'
+        f'state = "{tmp_path}/state"\n'
+    )
+    [item] = kit.enqueue(
+        script=[
+            {"name": "bash", "input": {"command": "echo hello"}},
+            {"name": "read", "input": {"file_path": "missing"}},
+        ]
+    )
+    status, err = await worker(
+        kit,
+        tmp_path,
+        "toolset",
+        OTEL_EXPORTER_OTLP_ENDPOINT=address,
+        WORKPOOL_CONFIG=str(tmp_path / "workpool.toml"),
+    )
+    assert status == 0, err
+    [session] = [span for span in collector.spans if span.name.startswith("process ")]
+    bash, read = sorted(
+        (span for span in collector.spans if span.name.startswith("execute_tool ")),
+        key=lambda span: span.start_time_unix_nano,
+    )
+    assert bash.parent_span_id == read.parent_span_id == session.span_id
+    found = {each.key: each.value.string_value for each in bash.attributes}
+    assert found.pop("gen_ai.tool.call.id")
+    assert found == {
+        "gen_ai.operation.name": "execute_tool",
+        "gen_ai.tool.name": "bash",
+        "gen_ai.tool.type": "function",
+        "gen_ai.conversation.id": item.session_id,
+    }
+    failed = {each.key: each.value.string_value for each in read.attributes}
+    assert failed["error.type"] == "tool_error"
+    assert "hello" not in str(collector.spans)
 
 
 def test_no_global_provider_was_set_by_these_tests() -> None:

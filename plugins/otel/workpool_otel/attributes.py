@@ -19,6 +19,7 @@ HANDLER: Final = "workpool.handler"
 ATTEMPT: Final = "workpool.attempt"
 REDELIVERED: Final = "workpool.redelivered"
 OUTCOME: Final = "workpool.outcome"
+RETRY: Final = "workpool.retry"
 
 SETTLES: Final = frozenset({"ack", "heartbeat", "stop"})
 """Calls that decide about the item, which the conventions call settling."""

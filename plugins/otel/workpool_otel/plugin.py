@@ -21,7 +21,7 @@ from workpool_otel.spans import RUN_CONTEXT, SessionSpans
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from workpool.events import AckFinished, RequestFinished, SessionFinished
+    from workpool.events import AckFinished, HandlerRetried, RequestFinished, SessionFinished
 
 NAME: Final = "otel"
 FLUSH_SECONDS: Final = 5.0
@@ -85,7 +85,9 @@ class Otel:
             yield
 
     @hookimpl
-    def workpool_event(self, event: RequestFinished | AckFinished | SessionFinished) -> None:
+    def workpool_event(
+        self, event: RequestFinished | AckFinished | HandlerRetried | SessionFinished
+    ) -> None:
         """Pass an event to the spans."""
         if self._spans is not None:
             self._spans.observe(event)

@@ -10,13 +10,19 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from opentelemetry import propagate, trace
 from opentelemetry.trace import Link, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from workpool.events import AckFinished, RequestFinished, SessionFinished, current_work_id
+from workpool.events import (
+    AckFinished,
+    HandlerRetried,
+    RequestFinished,
+    SessionFinished,
+    current_work_id,
+)
 from workpool_otel import attributes
 
 if TYPE_CHECKING:
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
     from workpool import Session, WorkItem
+
+Observed: TypeAlias = RequestFinished | AckFinished | HandlerRetried | SessionFinished
 
 RUN_CONTEXT: Final = "workpool.traceparent"
 """The metadata that holds the context of an item's last run."""
@@ -82,12 +90,14 @@ class SessionSpans:
             session.traceparent = context.get("traceparent", session.traceparent)
             yield context
 
-    def observe(self, event: RequestFinished | AckFinished | SessionFinished) -> None:
+    def observe(self, event: Observed) -> None:
         """Record an event."""
         if isinstance(event, RequestFinished):
             self._request_ended(event)
         elif isinstance(event, SessionFinished):
             self._session_ended(event)
+        elif isinstance(event, HandlerRetried):
+            self._handler_retried(event)
         elif event.result != "ok":
             self._runs.pop(event.item.id, None)  # no session follows
 
@@ -113,6 +123,15 @@ class SessionSpans:
             run.calls.append(call)
         else:
             self._add(run, run.span, call)
+
+    def _handler_retried(self, event: HandlerRetried) -> None:
+        run = self._runs.get(event.session.item.id)
+        if run is not None and run.span is not None:
+            found: dict[str, str | int] = {
+                attributes.RETRY: event.retry,
+                attributes.ERROR: _name_of(event.error),
+            }
+            run.span.add_event("retry", found)
 
     def _session_ended(self, event: SessionFinished) -> None:
         item = event.session.item

@@ -25,6 +25,7 @@ from workpool.errors import (
 )
 from workpool_toolset.conversation import Conversation, result_for
 from workpool_toolset.results import Result
+from workpool_toolset.tracing import tool_span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -201,7 +202,9 @@ class Runner:
             result = Result.error(INTERRUPTED)
         else:
             self._check_lease()  # the journal may have been slow
-            result = await self._execute(call)
+            with tool_span(call) as record:
+                result = await self._execute(call)
+                record(result)
             await self._keep(call, result)
         if call.id not in self._conversation.answered:
             await self._post(call, result)
