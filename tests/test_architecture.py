@@ -49,6 +49,7 @@ BLIND_EXCEPTS = {
     "session.py",  # a handler that requests it: all other errors are raised again
     "plugins/loading.py",  # the evaluation of a plugin's annotations
     "pool/handler_executor.py",  # a call of a handler
+    "pool/handler_threads.py",  # a plain handler and its calls: raised where they are awaited
     "plugins/discovery.py",  # a call of an observer or of other plugin code
     "pool/poller.py",  # the loop of one poller
     "pool/sender.py",  # one heartbeat

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -264,9 +265,20 @@ async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("plane")
-async def test_documented_thread_with_stop_flag_returns_its_result(tmp_path: Path) -> None:
+async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> None:
     resize = run("# resize.py", tmp_path)["resize"]
     assert (await handled_by(resize, {"job": "resize"}))["resized"] == "3"
+
+
+@pytest.mark.usefixtures("plane")
+async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "primes.py").write_text(block("# primes.py"))  # its processes import it
+    primes = importlib.import_module("primes").Primes
+    done = await handled_by(primes, {"job": "primes", "below": "100"})
+    assert done["workpool.result"] == '{"primes":25}'
+    for process in multiprocessing.active_children():
+        process.join(10)
+        assert not process.is_alive()
 
 
 async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from workpool import Handler, hookspecs
 
 def test_public_names_are_the_documented_ones() -> None:
     assert sorted(workpool.__all__) == [
+        "BlockingSession",
         "DaemonThreads",
         "Handler",
         "JSON",

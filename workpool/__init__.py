@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from workpool import errors as errors
     from workpool import events as events
     from workpool import settings as settings
+    from workpool.blocking_session import BlockingSession
     from workpool.errors import LeaseLost, PluginError, SessionEnded, SettingsError, WorkpoolError
     from workpool.handlers import Handler, Retry, handler
     from workpool.hookspecs import hookimpl
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JSON",
+    "BlockingSession",
     "DaemonThreads",
     "Handler",
     "LeaseLost",
@@ -61,6 +63,7 @@ __all__ = [
 _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
     "JSON": "json_value",
+    "BlockingSession": "blocking_session",
     "DaemonThreads": "wire.http.threads",
     "Handler": "handlers",
     "LeaseLost": "errors",

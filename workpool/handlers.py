@@ -19,12 +19,20 @@ from workpool.wire.protocol import HEALTHCHECK, SESSION
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+    from workpool.blocking_session import BlockingSession
     from workpool.json_value import JSON
     from workpool.session import Session
     from workpool.wire.items import WorkItem
 
+    AsyncCall: TypeAlias = Callable[[Session], Awaitable[JSON]]
+    PlainCall: TypeAlias = Callable[[BlockingSession], JSON]
     Running: TypeAlias = Coroutine[Any, Any, JSON]
-    HandlerFunction: TypeAlias = Callable[[Session], Running] | Callable[[Any, Session], Running]
+    HandlerFunction: TypeAlias = (
+        Callable[[Session], Running]
+        | Callable[[Any, Session], Running]
+        | PlainCall
+        | Callable[[Any, BlockingSession], JSON]
+    )
     """A function, or a function of a class body, whose first argument is `self` or `cls`."""
 
 Function = TypeVar("Function", bound="HandlerFunction")
@@ -82,6 +90,7 @@ class HandlerRule:
     reserved_sessions: int = 0
     stall_timeout: float | None = None
     retry: Retry | None = None
+    blocking: bool = False
 
     def matches(self, item: WorkItem) -> bool:
         """Whether the item has this type and at least this metadata."""
@@ -106,6 +115,7 @@ class Handler:
     Attributes:
         name: The label `plugin.function` of logs and metrics.
         call: Takes the session. Its result or exception decides the outcome.
+        blocking: `call` is a plain function: it is called on a thread, with a `BlockingSession`.
         timeout: Seconds for one session; None: the setting `session_timeout`.
         max_sessions: Sessions that may run at once in this pool; None: no limit.
         reserved_sessions: Slots of the pool that sessions of other handlers leave free for it.
@@ -115,7 +125,8 @@ class Handler:
     """
 
     name: str
-    call: Callable[[Session], Awaitable[JSON]] = field(compare=False)
+    call: AsyncCall | PlainCall = field(compare=False)
+    blocking: bool = False
     timeout: float | None = None
     max_sessions: int | None = None
     reserved_sessions: int = 0
@@ -153,7 +164,10 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
     stall_timeout: float | None = None,
     retry: Retry | None = None,
 ) -> Function | Callable[[Function], Function]:
-    """Mark an async function or method as the handler of the items that match.
+    """Mark a function or method as the handler of the items that match.
+
+    An `async def` takes a `Session` and runs on the event loop. A plain `def` takes a
+    `BlockingSession` and runs on a thread.
 
     An item matches when its `data.type` is `type` and its metadata holds every pair of `metadata`;
     the rule with more pairs goes first. Use it bare (`@handler`: every session) or with arguments.
@@ -173,7 +187,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
         retry: When it is called again after an error; None: never.
 
     Raises:
-        TypeError: Not an `async def` function, marked twice, or an argument of the wrong type.
+        TypeError: No function, a generator, marked twice, or an argument of the wrong type.
         ValueError: An argument that can never work.
     """
 
@@ -188,7 +202,8 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
             raise TypeError(f"@handler: retry of {name} must be a Retry, or None")
         match = MappingProxyType(dict(metadata))
         rule = HandlerRule(
-            type, match, timeout, max_sessions, reserved_sessions, stall_timeout, retry
+            *(type, match, timeout, max_sessions, reserved_sessions, stall_timeout, retry),
+            blocking=not inspect.iscoroutinefunction(function),
         )
         setattr(function, _MARK, rule)
         return function
@@ -226,16 +241,20 @@ def _innermost(call: object) -> object:
 
 def _check_function(name: str, function: object) -> None:
     if inspect.isclass(function):
-        raise TypeError(f"@handler: {name} is a class; mark its async methods instead")
-    if inspect.isasyncgenfunction(function):
-        raise TypeError(f"@handler: {name} is an async generator; a handler must not yield")
+        raise TypeError(f"@handler: {name} is a class; mark its methods instead")
+    if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        raise TypeError(f"@handler: {name} is a generator; a handler must not yield")
     if not inspect.isfunction(function):
         raise TypeError(
-            f"@handler: {name} is not a function; mark the `async def` itself, "
+            f"@handler: {name} is not a function; mark the function itself, "
             "below any other decorator, and give arguments by keyword"
         )
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"@handler: {name} is a plain `def`; a handler must be an `async def`")
+    is_async = inspect.iscoroutinefunction
+    if is_async(inspect.unwrap(function)) and not is_async(function):
+        raise TypeError(
+            f"@handler: {name} is a plain `def` around an `async def`; "
+            "the decorator below @handler must give an `async def`"
+        )
     if rule_of(function) is not None:
         raise TypeError(f"@handler: {name} is marked twice; one function has one rule")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from contextlib import AbstractAsyncContextManager
 
+    from workpool.blocking_session import BlockingSession
     from workpool.events import Event
     from workpool.handlers import Handler
     from workpool.json_value import JSON
@@ -29,10 +30,10 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec(firstresult=True)
 def workpool_session_handler(
     item: WorkItem,
-) -> Handler | Callable[[Session], Awaitable[JSON]] | None:
+) -> Handler | Callable[[Session], Awaitable[JSON]] | Callable[[BlockingSession], JSON] | None:
     """Return the handler for this item, or None to let the next plugin decide.
 
-    A `Handler` has limits and a label of its own.
+    A `Handler` has limits and a label of its own. A plain `def` function needs the mark `@handler`.
 
     Called once for each delivered item, before the acknowledgement: an item without a handler stays
     in the queue for other workers. Must be quick and must not do I/O. An item whose hook raises is

@@ -4,12 +4,12 @@ mypy checks this page with the rest of the project. It also reports a `type: ign
 nothing, so that each wrong handler must be an error. Nothing imports this module.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, NoReturn, TypedDict
 
-from workpool import JSON, Release, Session, handler
+from workpool import JSON, BlockingSession, Release, Session, handler
 
 
 class Report(TypedDict):
@@ -90,7 +90,26 @@ async def has_a_default(session: Session, scale: float = 1.0) -> dict[str, float
     return {session.id: scale}
 
 
+@handler
+def plain(session: BlockingSession) -> dict[str, list[float]]:
+    return {session.id: [session.lease_remaining]}
+
+
+@handler(timeout=60)
+def plain_with_arguments(session: BlockingSession) -> JSON:
+    return {"done": session.update_metadata({"phase": "done"}).metadata["phase"]}
+
+
+@handler
+def plain_returns_nothing(session: BlockingSession) -> None:
+    session.cancelled.wait(1)
+
+
 class Reports:
+    @handler
+    def plain_method(self, session: BlockingSession) -> list[str]:
+        return [event["id"] for event in session.events.list()]
+
     @handler
     async def method(self, session: Session) -> dict[str, int]:
         return {"rows": session.attempt}
@@ -174,8 +193,22 @@ async def takes_more(_: Session, rows: int) -> dict[str, int]:
     return {"rows": rows}
 
 
-@handler  # type: ignore[type-var] # plain `def`
-def plain(_: Session) -> None: ...
+@handler  # type: ignore[type-var] # a plain `def` has a blocking session
+def plain_takes_a_session(_: Session) -> None: ...
+
+
+@handler  # type: ignore[type-var] # an `async def` has a session
+async def takes_a_blocking_session(_: BlockingSession) -> None: ...
+
+
+@handler  # type: ignore[type-var] # bytes
+def plain_returns_bytes(_: BlockingSession) -> bytes:
+    return b""
+
+
+@handler  # type: ignore[type-var] # a generator
+def plain_yields(session: BlockingSession) -> Iterator[str]:
+    yield session.id
 
 
 class WrongReports:

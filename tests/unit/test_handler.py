@@ -86,6 +86,15 @@ def test_object_that_answers_any_attribute_has_no_rule() -> None:
 def a_plain_def(session: Session) -> None: ...
 
 
+def a_generator(session: Session) -> Any:
+    yield session
+
+
+@functools.wraps(plain)
+def around_async(session: Session) -> Any:
+    return plain(session)
+
+
 async def an_async_generator(session: Session) -> Any:
     yield session
 
@@ -93,8 +102,9 @@ async def an_async_generator(session: Session) -> Any:
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (a_plain_def, "a_plain_def is a plain `def`"),
-        (an_async_generator, "an_async_generator is an async generator"),
+        (a_generator, "a_generator is a generator"),
+        (an_async_generator, "an_async_generator is a generator"),
+        (around_async, "plain is a plain `def` around an `async def`"),
         (Callee, "Callee is a class"),
         (Callee(), "is not a function"),
         (Callee().method, r"Callee.method is not a function"),

@@ -74,7 +74,8 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
 
     assert handler is not None
     assert (handler.name, handler.plugin) == ("Router.run", "Router")
-    assert await handler.call(Session(ITEM, Held(), redelivered=False)) == {"ran": "sess_1"}
+    call: Any = handler.call
+    assert await call(Session(ITEM, Held(), redelivered=False)) == {"ran": "sess_1"}
 
 
 async def enter(contexts: Any, seen: list[str]) -> None:

@@ -148,7 +148,8 @@ async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
     answer = load(Reports, Reports={"folder": "/srv", "pages": 3}).handler_for(item(job="daily"))
     assert answer is not None
     session: Any = None
-    assert await answer.call(session) == ("/srv", 3)
+    call: Any = answer.call
+    assert await call(session) == ("/srv", 3)
 
 
 def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
@@ -303,9 +304,14 @@ MISTAKES = {
         "@handler\nasync def run(session, database): ...\n",
         "run must be callable with one argument, the session: missing a required argument",
     ),
-    "a plain def marked": (
-        "@handler\ndef run(session): ...\n",
-        "raised TypeError: @handler: run is a plain `def`",
+    "an async def around a plain handler": (
+        "import functools\n@handler\ndef inner(session): ...\n"
+        "@functools.wraps(inner)\nasync def outer(session): return inner(session)\ndel inner\n",
+        "outer is an `async def` around a handler of the other kind",
+    ),
+    "a generator marked": (
+        "@handler\ndef run(session): yield\n",
+        "raised TypeError: @handler: run is a generator",
     ),
     "nothing at all": ("x = 1\n", "has no hook marked @hookimpl and no function with @handler"),
     "two equal rules": (

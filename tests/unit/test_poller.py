@@ -111,6 +111,7 @@ class PollerBench:
             wall=clock,
             observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
+            threads=cast("Any", None),
         )
         self.group = PollerGroup(
             self.context, until_empty=False, on_fatal=self.fatal.append, on_empty=lambda: None

@@ -48,6 +48,7 @@ class GroupBench:
             wall=lambda: self.now,
             observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
+            threads=cast("Any", None),
         )
         self.group = PollerGroup(
             context, until_empty=until_empty, on_fatal=self.fatal.append, on_empty=self._on_empty

@@ -178,9 +178,12 @@ def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[ev
 
 
 def _route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
-    if not is_async_callable(call):
+    if is_async_callable(call) is rule.blocking:
+        outer = "an `async def`" if rule.blocking else "a plain `def`"
         raise PluginError(
-            plugin, f"{name} is a plain `def` around a handler; put @handler above the decorator"
+            plugin,
+            f"{name} is {outer} around a handler of the other kind; "
+            "put @handler above the decorator",
         )
     try:
         inspect.signature(call).bind(None)
@@ -192,11 +195,15 @@ def _route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
 
 
 def new_handler(plugin: str, name: str, call: Any) -> Handler:
-    """Return the handler of a callable, with the limits of its rule, if any."""
+    """Return the handler of a callable, with the limits of its rule, if any.
+
+    A callable that is not async is a plain handler.
+    """
     rule = rule_of(call)
     return Handler(
         name=f"{plugin}.{name}",
         call=call,
+        blocking=not is_async_callable(call),
         timeout=rule.timeout if rule else None,
         max_sessions=rule.max_sessions if rule else None,
         reserved_sessions=rule.reserved_sessions if rule else 0,

@@ -22,7 +22,7 @@ import pluggy
 from workpool import hookspecs
 from workpool.errors import PluginError
 from workpool.events import PluginFailed
-from workpool.handlers import Handler, is_async_callable, name_of
+from workpool.handlers import Handler, is_async_callable, name_of, rule_of
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
 from workpool.plugins.discovery import guarded
@@ -305,12 +305,15 @@ def _as_handler(plugin: str, answer: object) -> Handler:
     # Guarded: an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
     name = guarded(plugin, looking, name_of, answer)
-    if guarded(plugin, looking, is_async_callable, answer):
+    # A plain function without a mark may return a coroutine, so that nobody knows how to run it.
+    rule = guarded(plugin, looking, rule_of, answer)
+    plain = rule is not None and rule.blocking
+    if plain or guarded(plugin, looking, is_async_callable, answer):
         return new_handler(plugin, name, answer)
     raise PluginError(
         plugin,
         f"workpool_session_handler returned {type(answer).__name__} {name!r}, "
-        "not an async callable",
+        "not an async callable, a function with @handler or a Handler",
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from workpool.plugins import Plugins
     from workpool.pool.bounded_queue import BoundedQueue
     from workpool.pool.client_protocol import ClientProtocol
+    from workpool.pool.handler_threads import HandlerThreads
     from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.pool_item import PoolItem
@@ -34,6 +35,7 @@ class PoolContext:
         wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
+        threads: Run the handlers that are plain functions.
         drain_deadline: Returns when a drain cancels the handlers, on the loop's clock; infinite
             before that is known.
         admission: Whether items may be claimed.
@@ -49,6 +51,7 @@ class PoolContext:
     wall: Clock
     observe: Observe
     start_context: Context
+    threads: HandlerThreads
     drain_deadline: Callable[[], float] = lambda: math.inf
     admission: Admission = field(default_factory=lambda: Admission(wall_clock))
     optional: OptionalCalls = field(default_factory=OptionalCalls)

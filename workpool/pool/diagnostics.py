@@ -161,6 +161,12 @@ def log_stacks(log: logging.Logger, stacks: str, message: str, **fields: object)
         )
 
 
+def stack_of(ident: int) -> str | None:
+    """Return the current stack of a thread as text; None if the thread has ended."""
+    frame = sys._current_frames().get(ident)  # noqa: SLF001 - the documented way to other threads' frames
+    return None if frame is None else "".join(traceback.format_stack(frame, FRAMES_MAX))
+
+
 def all_stacks(first: int) -> str:
     """Return the current stack of every thread as text, at most 128,000 characters of frames.
 

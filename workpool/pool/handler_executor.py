@@ -12,7 +12,7 @@ import io
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 from weakref import ref
 
 from workpool.backoff import Backoff
@@ -29,12 +29,14 @@ from workpool.wire.client_dialects import DIALECTS
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from workpool.blocking_session import BlockingSession
     from workpool.handlers import Handler, Retry
     from workpool.plugins.registry import Context
     from workpool.pool.context import PoolContext
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
 
+    Function = Callable[[BlockingSession], object]
     Call = Callable[[Session], Awaitable[object]]
 
 log = pool_logger(__name__)
@@ -71,6 +73,7 @@ class HandlerExecutor:
         self._metadata_limits = DIALECTS[context.settings.dialect].metadata_limits
         self._stall_timeout = context.settings.stall_timeout
         self._plugins = context.plugins
+        self._threads = context.threads
         self._clock = context.clock
         self._pauses = context.renewer.pauses
         self._observe = context.observe
@@ -183,7 +186,7 @@ class HandlerExecutor:
         task.print_stack(file=stack)
         log_stacks(
             log,
-            stack.getvalue(),
+            self._threads.stack_of(item) or stack.getvalue(),
             "handler ignores its cancellation",
             work_id=item.id,
             handler=item.label,
@@ -215,7 +218,7 @@ class HandlerExecutor:
         try:
             # The mapping may run code of the handler when it is read: its errors are the handler's.
             contexts = self._plugins.contexts(session)
-            call = partial(self._with_retries, item, handler) if handler.retry else handler.call
+            call = self._caller(item, handler)
             if contexts:
                 return await self._in_contexts(contexts, item, call, session)
             return metadata_of(await call(session), self._metadata_limits)
@@ -242,12 +245,21 @@ class HandlerExecutor:
                 error = None  # breaks the cycle of error, traceback and frame
         return {}  # a context has suppressed the handler's error
 
-    async def _with_retries(self, item: PoolItem, handler: Handler, session: Session) -> object:
+    def _caller(self, item: PoolItem, handler: Handler) -> Call:
+        """Return what calls the handler, on the loop or on a thread, with its retries."""
+        call = cast("Call", handler.call)
+        if handler.blocking:
+            call = partial(self._threads.call, item, cast("Function", handler.call))
+        return call if handler.retry is None else partial(self._with_retries, item, handler, call)
+
+    async def _with_retries(
+        self, item: PoolItem, handler: Handler, call: Call, session: Session
+    ) -> object:
         """Call the handler until it returns, or raises an error that ends the session."""
         backoff: Backoff | None = None
         while True:
             try:
-                return await handler.call(session)
+                return await call(session)
             except Exception as error:
                 if not _is_retried(handler.retry, error, session) or item.cancelled_for is not None:
                     raise

@@ -27,6 +27,7 @@ from workpool.pool.context import PoolContext
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, see_through
 from workpool.pool.handler_executor import handler_group
+from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.poller import Poller, PollerGroup
@@ -343,6 +344,8 @@ class Supervisor:
         await stack.enter_async_context(renewer)
         if self._exporter is not None:
             log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
+        threads = HandlerThreads(settings.concurrency, self._clock)
+        stack.push_async_callback(threads.close)
         start_context = copy_context()
         start_context.run(_RUNNING_IN.set, self)
         return PoolContext(
@@ -357,6 +360,7 @@ class Supervisor:
             wall=self._wall,
             observe=self._telemetry.observe,
             start_context=start_context,
+            threads=threads,
             drain_deadline=lambda: self._drain.deadline,
             admission=self._admission,
             optional=renewer.optional,

@@ -1,0 +1,497 @@
+"""Plain `def` handlers: on threads of the pool's own, with a session that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from workpool import (
+    BlockingSession,
+    LeaseLost,
+    Release,
+    Retry,
+    Session,
+    SessionEnded,
+    Supervisor,
+    handler,
+    hookimpl,
+)
+from workpool.events import HandlerRetried, SessionFinished, SessionStarted
+from workpool.handlers import Handler
+from workpool.pool import handler_executor
+from workpool.testing import Kit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from workpool import JSON
+    from workpool.server import ControlPlane
+    from workpool.testing import Recorder
+
+seen: ContextVar[str] = ContextVar("seen", default="nothing")
+WAIT_SECONDS = 20.0
+
+
+class Gate:
+    """A handler's thread waits here until the test opens the gate, whatever the pool does."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(WAIT_SECONDS)
+
+    async def until_reached(self) -> None:
+        assert await asyncio.to_thread(self.reached.wait, WAIT_SECONDS)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """A gate that is open after the test, so that no thread stays in it."""
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def names_of_threads() -> set[str]:
+    return {each.name for each in threading.enumerate() if each.name.startswith("workpool-handler")}
+
+
+async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one: Any) -> None:
+    threads: list[str] = []
+
+    def work(session: BlockingSession) -> JSON:
+        threads.append(threading.current_thread().name)
+        item = session.update_metadata({"phase": "counting"})
+        return {"rows": len(item.metadata), "attempt": session.attempt}
+
+    life = await run_one(work)
+    assert life.outcome == "completed"
+    assert life.metadata == {"phase": "counting", "workpool.result": '{"rows":1,"attempt":1}'}
+    assert threads == ["workpool-handler-1"]
+    assert names_of_threads() == set()
+
+
+async def test_error_and_release_of_plain_handler_end_its_session_as_those_of_a_coroutine(
+    run_one: Any,
+) -> None:
+    def fail(_: BlockingSession) -> None:
+        raise StopIteration("which no future can hold")
+
+    def release(_: BlockingSession) -> None:
+        raise Release("later", 60)
+
+    def leave(_: BlockingSession) -> None:
+        raise SystemExit(3)
+
+    life = await run_one(fail)
+    assert (life.outcome, life.finished.error.__class__) in {
+        ("failed", StopIteration),
+        ("failed", RuntimeError),
+    }
+    assert (await run_one(leave)).metadata == {"workpool.error": "SystemExit"}
+    assert (await run_one(release)).outcome == "released"
+
+
+async def test_plain_handler_that_returns_a_coroutine_has_failed(run_one: Any) -> None:
+    async def inner(_: Any) -> None: ...
+
+    def outer(session: BlockingSession) -> Any:
+        return inner(session)
+
+    life = await run_one(outer)
+    assert life.outcome == "failed"
+    assert "returned a coroutine" in str(life.finished.error)
+
+
+async def test_threads_are_as_many_as_needed_and_at_most_as_many_as_slots(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    together = threading.Barrier(3)
+    threads: set[str] = set()
+
+    @handler
+    def work(_: BlockingSession) -> None:
+        threads.add(threading.current_thread().name)
+        together.wait(WAIT_SECONDS)
+
+    async with make_pool(work, concurrency=3):
+        assert names_of_threads() == set()
+        plane.enqueue(9)
+        await recorder.wait_for(SessionFinished, count=9, timeout=WAIT_SECONDS)
+        assert threads == names_of_threads() == {f"workpool-handler-{n}" for n in (1, 2, 3)}
+    assert names_of_threads() == set()
+
+
+async def test_loop_and_other_sessions_go_on_while_a_plain_handler_blocks(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate
+) -> None:
+    @handler(metadata={"kind": "plain"})
+    def block(_: BlockingSession) -> None:
+        gate.wait()
+
+    @handler
+    async def other(_: Session) -> None: ...
+
+    plane.enqueue(metadata={"kind": "plain"})
+    async with make_pool(block, other):
+        await gate.until_reached()
+        plane.enqueue(5)
+        await recorder.wait_for(SessionFinished, count=5)
+        gate.opened.set()
+        await recorder.wait_for(SessionFinished, count=6)
+
+
+async def test_context_variables_and_plugin_contexts_reach_the_thread(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    found: list[Any] = []
+
+    class Wrap:
+        @hookimpl
+        def workpool_wrap_session(self, session: Session) -> Any:
+            @asynccontextmanager
+            async def context() -> AsyncIterator[None]:
+                session.state["database"] = "open"
+                yield
+
+            return context()
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        found.append((seen.get(), session.state["database"]))
+
+    seen.set("the embedder's")
+    plane.enqueue()
+    async with make_pool(work, Wrap()):
+        await recorder.wait_for(SessionFinished)
+    assert found == [("the embedder's", "open")]
+
+
+async def test_lost_lease_sets_cancelled_and_calls_raise_lease_lost(workpool: Kit) -> None:
+    errors: list[BaseException] = []
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        if session.redelivered:
+            return
+        assert session.cancelled.wait(WAIT_SECONDS)
+        try:
+            session.update_metadata({"late": "yes"})
+        except LeaseLost as error:
+            errors.append(error)
+            raise
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(work):
+        await workpool.wait_for(SessionStarted)
+        workpool.lose(item)
+        lost = await workpool.wait_for(SessionFinished)
+        again = await workpool.wait_for(SessionFinished)
+    assert (lost.outcome, again.outcome) == ("lease_lost", "completed")
+    assert len(errors) == 1
+    assert "late" not in workpool.item(item).metadata
+
+
+async def test_slot_and_id_stay_taken_while_the_thread_of_a_lost_session_lives(
+    workpool: Kit, gate: Gate
+) -> None:
+    runs: list[bool] = []
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        runs.append(session.redelivered)
+        if not session.redelivered:
+            gate.wait()
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(work, concurrency=2, reclaim_older_than_ms=0) as pool:
+        await gate.until_reached()
+        workpool.lose(item)
+        await workpool.faults.wait_for("poll", count=len(workpool.faults.of("poll")) + 5)
+        assert (pool.status().running, runs) == (1, [False])
+        gate.opened.set()
+        await workpool.wait_for(SessionFinished, lambda event: event.outcome == "completed")
+    assert runs == [False, True]
+
+
+async def test_call_that_waits_for_its_answer_ends_with_the_cancellation(workpool: Kit) -> None:
+    errors: list[BaseException] = []
+
+    @handler(timeout=0.5)
+    def work(session: BlockingSession) -> None:
+        try:
+            with session.events.stream() as stream:
+                for _ in stream:
+                    pass
+        except SessionEnded as error:
+            errors.append(error)
+            raise
+
+    result = await workpool.run_session(work)
+    assert (result.outcome, len(errors)) == ("timed_out", 1)
+    assert result.metadata == {"workpool.error": "TimeoutError"}
+
+
+async def test_result_after_a_request_to_stop_is_written(workpool: Kit) -> None:
+    @handler
+    def work(session: BlockingSession) -> dict[str, str]:
+        steps = 0
+        while not session.interrupted(0.01):
+            steps += 1
+        return {"heard": "stopping" if session.stopping else "draining"}
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(work):
+        await workpool.wait_for(SessionStarted)
+        workpool.stop(item)
+        finished = await workpool.wait_for(SessionFinished)
+    assert (finished.outcome, workpool.item(item).metadata) == ("stopped", {"heard": "stopping"})
+
+
+async def test_drain_tells_the_thread_and_waits_for_it(workpool: Kit) -> None:
+    @handler
+    def work(session: BlockingSession) -> dict[str, str]:
+        assert session.interrupted(WAIT_SECONDS)
+        return {"heard": "draining" if session.draining else "nothing"}
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(work) as pool:
+        await workpool.wait_for(SessionStarted)
+        await pool.drain()
+    assert pool.abandoned == 0
+    assert workpool.item(item).metadata == {"heard": "draining"}
+
+
+async def test_drain_waits_for_a_hanging_thread_within_its_bounds_and_abandons_it(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 1.0)
+    errors: list[BaseException] = []
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        gate.wait()
+        try:
+            session.update_metadata({"late": "yes"})
+        except SessionEnded as error:
+            errors.append(error)
+
+    (item,) = plane.enqueue()
+    began = time.monotonic()
+    async with make_pool(work, drain_timeout=0) as pool:
+        await gate.until_reached()
+    assert time.monotonic() - began < 10
+    assert pool.abandoned == 1
+    assert recorder.of(SessionFinished)[0].outcome == "released"
+    [thread] = [each for each in threading.enumerate() if each.name == "workpool-handler-1"]
+    gate.opened.set()
+    await asyncio.to_thread(thread.join, WAIT_SECONDS)
+    assert not thread.is_alive()
+    assert len(errors) == 1
+    assert "late" not in plane.operations.get(plane.environments[0], item.id).metadata
+
+
+async def test_hanging_thread_is_reported_with_its_own_stack(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: Gate,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(handler_executor, "REPEAT_SECONDS", 0.2)
+
+    @handler(timeout=0.1)
+    def work(_: BlockingSession) -> None:
+        gate.wait()
+
+    plane.enqueue()
+    with caplog.at_level(logging.INFO, "workpool"):
+        async with make_pool(work) as pool:
+            stuck = asyncio.Event()
+            pool._view.dispatcher.executor.on_stuck = stuck.set
+            await stuck.wait()
+            gate.opened.set()
+            finished = await recorder.wait_for(SessionFinished)
+    assert finished.outcome == "timed_out"
+    [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
+    assert "gate.wait()" in str(report.stack_info)
+
+
+async def test_calls_of_many_threads_of_one_handler_are_safe(run_one: Any) -> None:
+    def work(session: BlockingSession) -> None:
+        threads = [
+            threading.Thread(target=session.update_metadata, args=({f"key{n}": "x"},))
+            for n in range(20)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    life = await run_one(work)
+    assert (life.outcome, len(life.metadata)) == ("completed", 20)
+
+
+async def test_call_after_the_handler_has_returned_raises_session_ended(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    kept: list[BlockingSession] = []
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        kept.append(session)
+
+    plane.enqueue()
+    async with make_pool(work):
+        await recorder.wait_for(SessionFinished)
+        with pytest.raises(SessionEnded):
+            await asyncio.to_thread(kept[0].update_metadata, {"late": "yes"})
+        with pytest.raises(RuntimeError, match="cannot be used on the event loop"):
+            kept[0].update_metadata({"late": "yes"})
+
+
+async def test_plain_handler_talks_to_an_agent(workpool: Kit) -> None:
+    @handler
+    def work(session: BlockingSession) -> dict[str, str]:
+        before = len(list(session.events.list()))
+        done = 0
+        with session.events.stream() as stream:
+            for event in stream:
+                if event["type"] == "agent.tool_use":
+                    result = {"tool_use_id": event["id"], "content": [], "is_error": False}
+                    session.events.send({"type": "user.tool_result", **result})
+                    done += 1
+                if event.get("stop_reason", {}).get("type") == "end_turn":
+                    break
+        return {"done": str(done), "before": "some" if before else "none"}
+
+    script = [{"name": "bash", "input": {"command": "ls"}}] * 3
+    result = await workpool.run_session(work, script=script)
+    assert (result.outcome, dict(result.metadata)) == ("completed", {"done": "3", "before": "some"})
+
+
+async def test_handover_without_a_child_raises_on_the_thread(workpool: Kit) -> None:
+    @handler
+    def work(session: BlockingSession) -> dict[str, str]:
+        with pytest.raises(ValueError, match="no child"), session.handover() as lease:
+            raise ValueError(f"no child for {lease.work_id}")
+        return {"took": "back"}
+
+    result = await workpool.run_session(work)
+    assert (result.outcome, dict(result.metadata)) == ("completed", {"took": "back"})
+
+
+async def test_plain_handler_is_retried_in_its_run(workpool: Kit) -> None:
+    @handler(retry=Retry(on=ConnectionError, backoff=0.01))
+    def work(session: BlockingSession) -> dict[str, str]:
+        if session.retry < 2:
+            raise ConnectionError
+        return {"retry": str(session.retry)}
+
+    result = await workpool.run_session(work)
+    assert (result.outcome, dict(result.metadata)) == ("completed", {"retry": "2"})
+    assert len(workpool.recorder.of(HandlerRetried)) == 2
+
+
+class Chooser:
+    """Chooses plain handlers by its hook."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    @hookimpl
+    def workpool_session_handler(self) -> Any:
+        return self.answer
+
+
+@handler(metadata={"never": "asked"})
+def marked(_: BlockingSession) -> str:
+    return threading.current_thread().name
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [marked, Handler(name="any.name", call=marked, blocking=True, plugin="any")],
+    ids=["marked", "handler"],
+)
+async def test_hook_may_choose_a_plain_handler(workpool: Kit, answer: Any) -> None:
+    result = await workpool.run_session(Chooser(answer))
+    assert result.metadata == {"workpool.result": '"workpool-handler-1"'}
+
+
+class Methods:
+    @handler
+    def work(self, session: BlockingSession) -> str:
+        return session.id
+
+
+async def test_method_may_be_a_plain_handler(workpool: Kit) -> None:
+    result = await workpool.run_session(Methods)
+    assert result.metadata["workpool.result"] == f'"{result.item.session_id}"'
+
+
+async def test_heartbeats_go_on_while_a_plain_handler_blocks_its_thread(
+    workpool: Kit, gate: Gate, fast_heartbeats: None
+) -> None:
+    del fast_heartbeats
+
+    @handler
+    def work(_: BlockingSession) -> None:
+        gate.wait()
+
+    [item] = workpool.enqueue()
+    async with workpool.pool(work):
+        await gate.until_reached()
+        await workpool.faults.wait_for("heartbeat", work_id=item.id, count=10, answered=True)
+        gate.opened.set()
+        assert (await workpool.wait_for(SessionFinished)).outcome == "completed"
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(120)
+async def test_plain_handler_that_blocks_longer_than_its_lease_keeps_it(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder
+) -> None:
+    @handler
+    def work(_: BlockingSession) -> None:
+        time.sleep(25)
+
+    (item,) = plane.enqueue()
+    async with make_pool(work, lease_ttl=10):
+        finished = await recorder.wait_for(SessionFinished, timeout=60)
+    assert finished.outcome == "completed"
+    kinds = [record.kind for record in plane.history.of(item.id)]
+    assert "lapsed" not in kinds
+    assert kinds.count("heartbeat") >= 7
+    assert plane.summary().overlapping == 0
+
+
+def test_embedding_program_ends_although_a_thread_hangs(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`asyncio.run` cancels the tasks that are left, and waits for them."""
+    monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
+
+    @handler
+    def work(_: BlockingSession) -> None:
+        gate.wait()
+
+    async def main() -> Supervisor:
+        async with Kit() as kit:
+            kit.enqueue()
+            pool = kit.pool(work, drain_timeout=0)
+            async with pool:
+                await gate.until_reached()
+            return pool
+
+    began = time.monotonic()
+    assert asyncio.run(main()).abandoned == 1
+    assert time.monotonic() - began < 15

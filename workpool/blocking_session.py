@@ -1,0 +1,214 @@
+"""`BlockingSession`: the interface of a plain `def` handler, which runs on a thread.
+
+Every call runs on the handlers' event loop, with the checks of `Session`, while the thread waits.
+See workpool/docs/handlers.md, "Plain handlers".
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from workpool.errors import SessionGoneError
+
+if TYPE_CHECKING:
+    import logging
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from workpool.session import HandedLease, Session
+    from workpool.wire.events.event_calls import SessionEvent
+    from workpool.wire.events.event_stream import EventStream
+    from workpool.wire.items import WorkItem
+
+T = TypeVar("T")
+
+
+class LoopCalls(Protocol):
+    """Runs calls of a thread on the handlers' event loop."""
+
+    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Await `make()` on the loop, and return its result on the calling thread."""
+
+    def enter(
+        self, make: Callable[[], AbstractAsyncContextManager[T]]
+    ) -> AbstractContextManager[T]:
+        """Enter and leave `make()` on the loop, in one task."""
+
+
+class BlockingSession:
+    """One session, for a plain `def` handler. May be used on any thread but the event loop's.
+
+    A call that sends something raises `LeaseLost` or `SessionEnded` if the pool no longer holds the
+    item, also while it waits for its answer.
+
+    Attributes:
+        cancelled: Set when the pool cancels the handler: after a time-out, a request to stop, a
+            drain or a lost lease. Check it before each step with an effect, and return soon: the
+            slot stays taken until then.
+    """
+
+    def __init__(self, session: Session, calls: LoopCalls) -> None:
+        self.cancelled = threading.Event()
+        self._session = session
+        self._calls = calls
+        self._interrupted = threading.Event()
+
+    def __repr__(self) -> str:
+        return f"<BlockingSession {self.id} of {self.item.id}>"
+
+    @property
+    def id(self) -> str:
+        """The id of the session, `sess_…`."""
+        return self._session.id
+
+    @property
+    def item(self) -> WorkItem:
+        """The item as the acknowledgement returned it."""
+        return self._session.item
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether the item was held before, here or elsewhere: it may have run before."""
+        return self._session.redelivered
+
+    @property
+    def attempt(self) -> int:
+        """The number of this run, see `Session.attempt`."""
+        return self._session.attempt
+
+    @property
+    def retry(self) -> int:
+        """The number of this call of the handler in its run, see `Session.retry`."""
+        return self._session.retry
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The objects that wrapping contexts of plugins share with the handler, see `Session`."""
+        return self._session.state
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose records have the ids."""
+        return self._session.log
+
+    @property
+    def stopping(self) -> bool:
+        """Whether an operator asked to end this session: finish within `stop_grace` seconds."""
+        return self._session.stopping
+
+    @property
+    def draining(self) -> bool:
+        """Whether the pool drains: finish within `drain_timeout` seconds, or raise `Release`."""
+        return self._session.draining
+
+    @property
+    def lease_remaining(self) -> float:
+        """Seconds for which the pool holds the item even if no further heartbeat succeeds."""
+        return self._session.lease_remaining
+
+    @property
+    def deadline(self) -> float | None:
+        """When `cancelled` is set, on `time.monotonic()`; None while nothing limits it."""
+        return self._session.deadline
+
+    @property
+    def events(self) -> BlockingEvents:
+        """The messages, tool uses and results of the session: `list()`, `send(…)`, `stream()`."""
+        return BlockingEvents(self._session, self._calls)
+
+    def progress(self) -> None:
+        """Record progress, see `Session.progress`."""
+        self._session.progress()
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Suspend the stall clock, see `Session.waiting`."""
+        return self._session.waiting()
+
+    def interrupted(self, timeout: float | None = None) -> bool:
+        """Wait until `stopping` or `draining` is true, or the handler is cancelled.
+
+        Args:
+            timeout: Seconds to wait at most; None: no limit.
+
+        Returns:
+            Whether one of these is the case. So `interrupted(5)` is a sleep that ends early.
+        """
+        return self._interrupted.wait(timeout)
+
+    def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
+        """Merge `patch` into the item's metadata; None deletes a key. See `Session`.
+
+        Raises:
+            LeaseLost: The lease is not held.
+            SessionEnded: The session has ended, or its handler was cancelled.
+            NotPermittedError: The pool's credential may not write metadata.
+            ControlPlaneError: The control plane refused, or did not answer in time.
+        """
+        return self._calls.run(lambda: self._session.update_metadata(patch))
+
+    def handover(self) -> AbstractContextManager[HandedLease]:
+        """Hand the item off to a child process, see `Session.handover`."""
+        return self._calls.enter(self._session.handover)
+
+    def interrupt(self, *, cancel: bool = False) -> None:
+        """End the waits of `interrupted`; with `cancel`, set `cancelled`. Called by the pool."""
+        if cancel:
+            self.cancelled.set()
+        self._interrupted.set()
+
+
+class BlockingEvents:
+    """The events of one session, for threads. See `workpool.wire.events.session_events`."""
+
+    def __init__(self, session: Session, calls: LoopCalls) -> None:
+        self._session = session
+        self._calls = calls
+
+    def list(self) -> Iterator[SessionEvent]:
+        """Iterate over the whole history, oldest first, page by page."""
+
+        async def begin() -> Any:
+            return self._session.events.list()
+
+        events = self._calls.run(begin)
+        try:
+            while (event := self._calls.run(lambda: anext(events, None))) is not None:
+                yield event
+        finally:
+            with suppress(SessionGoneError):  # then the loop has closed it
+                self._calls.run(events.aclose)
+
+    def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
+        """Append events, all of them or none, and return them as they are stored."""
+        return self._calls.run(lambda: self._session.events.send(*events))
+
+    def _open(self) -> EventStream:
+        return self._session.events.stream()
+
+    @contextmanager
+    def stream(self) -> Iterator[BlockingStream]:
+        """Follow the session: first its history, then new events; reconnect after a failure."""
+        with self._calls.enter(self._open) as stream:
+            yield BlockingStream(stream, self._calls)
+
+
+class BlockingStream(Iterator["SessionEvent"]):
+    """The events of one session, past and new, in order."""
+
+    def __init__(self, stream: EventStream, calls: LoopCalls) -> None:
+        self._stream = stream
+        self._calls = calls
+
+    @property
+    def caught_up(self) -> bool:
+        """Whether the last event was the last one of the history, or a new one."""
+        return self._stream.caught_up
+
+    def __next__(self) -> SessionEvent:
+        event = self._calls.run(lambda: anext(self._stream, None))
+        if event is None:
+            raise StopIteration
+        return event

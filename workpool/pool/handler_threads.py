@@ -1,0 +1,262 @@
+"""The threads of plain `def` handlers, and the calls that these threads make on the loop.
+
+The task of such a handler lives until its thread has ended, cancelled or not: until then the item
+keeps its slot and its id. See workpool/docs/architecture.md, "Threads and loops".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import threading
+from concurrent.futures import Future
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from workpool.blocking_session import BlockingSession
+from workpool.errors import SessionEnded, SessionGoneError
+from workpool.pool.diagnostics import stack_of
+from workpool.session import release_on_exhaustion
+from workpool.wire.http.threads import DaemonThreads
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
+
+    from workpool.pool.lease import Clock
+    from workpool.pool.pool_item import PoolItem
+    from workpool.session import Session
+
+    Function = Callable[[BlockingSession], object]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _ThreadError:
+    """An error of a handler, returned as a value: a future cannot hold every exception."""
+
+    error: BaseException
+
+
+class HandlerThreads:
+    """Runs plain handlers. Lives on the handlers' loop; starts a thread when one is needed.
+
+    Args:
+        limit: The number of slots: there are at most so many threads.
+        clock: The lease clock.
+    """
+
+    def __init__(self, limit: int, clock: Clock) -> None:
+        self._threads = DaemonThreads("workpool-handler", limit)
+        self._clock = clock
+        self._idents: dict[PoolItem, int] = {}
+
+    async def call(self, item: PoolItem, function: Function, session: Session) -> object:
+        """Call a plain handler on a thread, and wait for its end, however long it takes.
+
+        A cancellation sets `BlockingSession.cancelled`, and ends the wait only once the item was
+        abandoned. A result that is returned after it counts, as that of a coroutine would.
+
+        Raises:
+            BaseException: Whatever the handler raises.
+            asyncio.CancelledError: The handler was cancelled, and raised because of that.
+            Release: The machine cannot start a thread.
+        """
+        async with asyncio.TaskGroup() as group:
+            calls = _ThreadCalls(item, group, self._clock)
+            blocking = BlockingSession(session, calls)
+            waiting = group.create_task(_pass_on(session, blocking))
+            try:
+                outcome = await self._run(item, function, blocking, calls)
+            finally:
+                calls.close()
+                waiting.cancel()
+        if not isinstance(outcome, _ThreadError):
+            return outcome
+        if item.cancelled_for is not None and isinstance(outcome.error, SessionGoneError):
+            raise asyncio.CancelledError
+        raise outcome.error
+
+    async def _run(
+        self, item: PoolItem, function: Function, blocking: BlockingSession, calls: _ThreadCalls
+    ) -> object:
+        run = functools.partial(copy_context().run, self._on_thread(item, function), blocking)
+        try:
+            with release_on_exhaustion():
+                future = asyncio.get_running_loop().run_in_executor(self._threads, run)
+        except Exception as error:  # noqa: BLE001 - raised outside of the task group, which wraps it
+            return _ThreadError(error)
+        while not future.done():
+            try:
+                await asyncio.wait({future})
+            except asyncio.CancelledError:
+                blocking.interrupt(cancel=True)
+                calls.cancel()
+                if item.state == "closed":
+                    future.cancel()  # the thread cannot be ended, and nobody waits for it anymore
+                    raise
+        return future.result()
+
+    def _on_thread(self, item: PoolItem, function: Function) -> Callable[[BlockingSession], object]:
+        @functools.wraps(function, assigned=("__qualname__",), updated=())
+        def run(session: BlockingSession) -> object:
+            self._idents[item] = threading.get_ident()
+            try:
+                returned = function(session)
+                if inspect.iscoroutine(returned):
+                    returned.close()
+                    raise TypeError(  # noqa: TRY301 - an error of the handler like any other
+                        "a plain `def` handler returned a coroutine; "
+                        "is a decorator without `async def` around its function?"
+                    )
+            except BaseException as error:  # noqa: BLE001 - raised in the handler's task
+                return _ThreadError(error)
+            else:
+                return returned
+            finally:
+                del self._idents[item]
+
+        return run
+
+    def stack_of(self, item: PoolItem) -> str | None:
+        """Return the stack of the thread that runs the item's handler; None if none does."""
+        ident = self._idents.get(item)
+        return None if ident is None else stack_of(ident)
+
+    async def close(self) -> None:
+        """End the threads; one whose handler hangs is left to end by itself."""
+        await self._threads.close()
+
+
+class _ThreadCalls:
+    """The calls of one handler's threads: each runs in a task of the loop while its thread waits.
+
+    `run` and `enter` may be used on any thread, the other methods on the handlers' loop.
+    """
+
+    def __init__(self, item: PoolItem, group: asyncio.TaskGroup, clock: Clock) -> None:
+        self._item = item
+        self._group = group
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+        """Await `make()` on the loop, and return its result.
+
+        Raises:
+            LeaseLost, SessionEnded: The handler was cancelled or has ended.
+            RuntimeError: Called on the loop, which would wait for itself.
+        """
+        return self._submit(make).result()
+
+    @contextmanager
+    def enter(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
+        """Enter and leave a context on the loop, in one task.
+
+        Raises:
+            LeaseLost, SessionEnded: The handler was cancelled or has ended.
+            RuntimeError: Called on the loop, which would wait for itself.
+        """
+        entered: Future[tuple[T, asyncio.Future[None]]] = Future()
+
+        async def hold() -> None:
+            async with make() as value:
+                left: asyncio.Future[None] = self._loop.create_future()
+                entered.set_result((value, left))
+                await left
+
+        ended = self._submit(hold)
+        ended.add_done_callback(functools.partial(_pass_on_error, entered))
+        value, left = entered.result()
+        try:
+            yield value
+        except BaseException as error:
+            self._leave(left, error)
+            ended.result()  # raises `error`, or what leaving made of it
+            raise
+        self._leave(left, None)
+        ended.result()
+
+    def cancel(self) -> None:
+        """End the calls under way."""
+        for task in self._tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        """End the calls under way, and refuse further ones."""
+        self._closed = True
+        self.cancel()
+
+    def _submit(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
+        if threading.get_ident() == self._thread:
+            raise RuntimeError("a blocking session cannot be used on the event loop")
+        future: Future[T] = Future()
+        try:
+            self._loop.call_soon_threadsafe(self._start, make, future)
+        except RuntimeError:  # the loop is closed: the session was abandoned
+            raise SessionEnded(self._item.id) from None
+        return future
+
+    def _start(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+        if self._closed:
+            future.set_exception(self._gone())
+            return
+        task = self._group.create_task(_complete(make, future))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._ended, future))
+
+    def _ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not future.done():  # the call was cancelled, perhaps before its first step
+            future.set_exception(self._gone())
+
+    def _gone(self) -> SessionGoneError:
+        """Return the error that says why a call was ended."""
+        try:
+            self._item.lease.check(self._clock())
+        except SessionGoneError as error:
+            return error
+        return SessionEnded(self._item.id)
+
+    def _leave(self, left: asyncio.Future[None], error: BaseException | None) -> None:
+        def leave() -> None:
+            if left.done():
+                return  # its task was cancelled
+            if error is None:
+                left.set_result(None)
+            else:
+                left.set_exception(error)
+
+        try:
+            self._loop.call_soon_threadsafe(leave)
+        except RuntimeError:  # the loop is closed
+            raise SessionEnded(self._item.id) from error
+
+
+async def _complete(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+    try:
+        result = await make()
+    except asyncio.CancelledError:
+        raise  # `_ended` sets the error that says why
+    except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
+    if not entered.done():
+        entered.set_exception(ended.exception() or RuntimeError("the context was not entered"))
+
+
+async def _pass_on(session: Session, blocking: BlockingSession) -> None:
+    """End the waits of `BlockingSession.interrupted` when the session is interrupted."""
+    await session.interrupted()
+    blocking.interrupt()
