@@ -57,7 +57,7 @@ BLIND_EXCEPTS = {
     "pool/diagnostics.py",  # a report on another thread, whose error is raised by its caller
     "server/stores/sqlite.py",  # the writer thread, whose error is raised on the loop
     # a check of a caller, which aiohttp would take for a failed connection
-    "wire/http/checked_body.py",
+    "wire/http/guarded_request.py",
     # a call on another thread, whose error is raised where its result is awaited
     "wire/http/threads.py",
 }

@@ -15,8 +15,8 @@ import aiohttp
 from yarl import URL
 
 from workpool.wire.http.call_options import Priority
-from workpool.wire.http.checked_body import GuardedRequest
 from workpool.wire.http.environment_proxy import proxy_of
+from workpool.wire.http.guarded_request import GuardedRequest
 from workpool.wire.http.resolver import ThreadResolver
 
 if TYPE_CHECKING:

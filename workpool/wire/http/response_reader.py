@@ -1,76 +1,23 @@
-"""Reading an answer: its headers after a few informational ones, and its body; or the error.
-
-aiohttp skips any number of informational answers (1xx) and has no limit for them; a
-request ends after too many.
-"""
+"""Reading the body of an answer, and the error for a request without an answer."""
 
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
+from workpool.wire.http.guarded_request import InformationalFlood
 from workpool.wire.response import BEGINNING_BYTES, Oversized
 
-if TYPE_CHECKING:
-    from aiohttp.client_proto import ResponseHandler
-    from aiohttp.http import RawResponseMessage
-    from aiohttp.streams import StreamReader
-
-    Message = tuple[RawResponseMessage, StreamReader]
-
-INFORMATIONAL_MAX: Final = 16
-INFORMATIONAL_BYTES: Final = 64 * 1024
-"""Largest total size in bytes of the headers of informational answers before one answer."""
 _OS_ERRORS: Final = {
     errno.ECONNREFUSED: "refused",
     errno.ECONNRESET: "reset",
     errno.EPIPE: "reset",
     errno.ETIMEDOUT: "timeout",
 }
-_INFORMATIONAL: Final = frozenset(range(100, 200)) - {101}
-
-
-class InformationalFlood(aiohttp.ClientError):
-    """Too many informational answers; aiohttp closes the connection."""
-
-
-def limit_informational(protocol: ResponseHandler) -> None:
-    """Let requests on a connection fail with `InformationalFlood` after too many such answers."""
-    # Not through its `__dict__`: Python 3.11 reads all attributes of an object more slowly from
-    # then on, which cost 14,000 instructions a request.
-    if not isinstance(protocol.feed_data, _LimitedFeed):
-        setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
-
-
-class _LimitedFeed:
-    """Receives the headers of all answers on one connection, and passes them on."""
-
-    __slots__ = ("_bytes", "_count", "_feed", "_flooded", "_protocol")
-
-    def __init__(self, protocol: ResponseHandler) -> None:
-        self._protocol = protocol
-        self._feed = protocol.feed_data
-        self._count = self._bytes = 0
-        self._flooded = False
-
-    def __call__(self, answer: Message, size: int = 0) -> None:
-        if answer[0].code in _INFORMATIONAL:
-            self._add(answer[0])
-        else:
-            self._count = self._bytes = 0
-        if not self._flooded:  # whatever follows a flood is too late
-            self._feed(answer, size)
-
-    def _add(self, message: RawResponseMessage) -> None:
-        self._count += 1
-        self._bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
-        if self._count > INFORMATIONAL_MAX or self._bytes > INFORMATIONAL_BYTES:
-            self._flooded = True
-            self._protocol.set_exception(InformationalFlood())
 
 
 TRANSIENT: Final = (

@@ -31,8 +31,8 @@ from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import STREAM
 from workpool.wire.http.bound import Bound
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.http.checked_body import CheckedBody, NotSentError
 from workpool.wire.http.connections import Connections
+from workpool.wire.http.guarded_request import CheckedBody, NotSentError
 from workpool.wire.http.response_reader import (
     TRANSIENT,
     checked_stream,
