@@ -18,25 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
-import orjson
 
-from tests.alerts.cause_setup import ROOT, CauseSetup, free_port
+from tests.alerts.cause_setup import ROOT, CauseSetup
 from tests.alerts.causes import CAUSES
+from tests.alerts.prometheus import run_prometheus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 MINUTES: Final = 20.0
 LOOK_SECONDS: Final = 5.0
 BACKLOG_SECONDS: Final = 120
 """Replaces the number of the rule WorkpoolBacklog, which is the operator's."""
-CONFIG: Final = """
-global: {{scrape_interval: 15s, evaluation_interval: 15s}}
-rule_files: [{rules}]
-scrape_configs:
-  - job_name: workpool
-    static_configs: [{{targets: {targets}}}]
-"""
 
 
 class Firings:
@@ -92,7 +85,11 @@ async def main() -> int:
             )
             for name, cause in chosen.items()
         }
-        url = await _start_prometheus(program, folder, list(setups.values()), stack)
+        ports = [port for setup in setups.values() for port in setup.ports]
+        rules = _write_rules(folder)
+        url = await stack.enter_async_context(
+            run_prometheus(program, folder, ports, seconds=15, rules=[rules])
+        )
         firings = Firings(url, setups)
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(firings.watch())
@@ -109,37 +106,11 @@ async def main() -> int:
     return _report(firings, {name: setups[name].environment for name in chosen})
 
 
-async def _start_prometheus(
-    program: str, folder: Path, setups: Sequence[CauseSetup], stack: AsyncExitStack
-) -> str:
+def _write_rules(folder: Path) -> Path:
     rules = (ROOT / "workpool/alerts.yml").read_text()
-    rules = rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}")
-    (folder / "alerts.yml").write_text(rules)
-    targets = [f"127.0.0.1:{port}" for setup in setups for port in setup.ports]
-    config = CONFIG.format(rules=folder / "alerts.yml", targets=orjson.dumps(targets).decode())
-    (folder / "prometheus.yml").write_text(config)
-    port = free_port()
-    with (folder / "prometheus.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            program,
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-            stdout=log,
-            stderr=log,
-        )
-    stack.push_async_callback(process.wait)
-    stack.callback(process.terminate)
-    url = f"http://127.0.0.1:{port}"
-    async with asyncio.timeout(60), aiohttp.ClientSession() as http:
-        while True:
-            try:
-                async with http.get(f"{url}/-/ready") as answer:
-                    if answer.ok:
-                        return url
-            except aiohttp.ClientConnectionError:
-                pass
-            await asyncio.sleep(0.2)
+    path = folder / "alerts.yml"
+    path.write_text(rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}"))
+    return path
 
 
 def _report(firings: Firings, environments: Mapping[str, str]) -> int:
