@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from tests.simulation.case import Case, GrantedLease
+    from tests.simulation.schedule import Pool
     from tests.simulation.trace import Node, Run
     from workpool.events import Event
 
@@ -62,7 +63,7 @@ def _disagreement(case: Case, node: Node, event: SessionFinished, at: float) -> 
         return None  # another worker may have sent the first heartbeat; a drain abandons the claim
     lease = case.lease(node, work_id, at)
     if lease is None:
-        owned = not node.child or event.outcome in {"completed", "failed", "timed_out"}
+        owned = not node.child or event.outcome in {"completed", "failed", "timed_out", "stalled"}
         return "finished an item that it never owned" if owned else None
     problem = _contradiction(case, node, lease, event.outcome, at)
     return problem and f"{work_id[-6:]} is {event.outcome} at {at:.3f}, but {problem}"
@@ -105,13 +106,13 @@ def _contradiction(
     # then a 409 does not say whether the item is stopped
     unread = case.denied_at(node, "get") <= at
     match outcome:
-        case "completed" | "timed_out" if not (
+        case "completed" | "timed_out" | "stalled" if not (
             unread or _stopped_by(case, lease, at) or case.broken(lease)
         ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
-        case "timed_out" if node.pool.session_timeout is None:
+        case "timed_out" | "stalled" if _limit(node.pool, outcome) is None:
             return "there is no timeout"
         case "stopped" if not _ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
@@ -123,6 +124,10 @@ def _contradiction(
             return "it is stopped"
         case _:
             return _unexpected(case, node, lease, run, outcome)
+
+
+def _limit(pool: Pool, outcome: str) -> float | None:
+    return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
 def _stopped_by(case: Case, lease: GrantedLease, at: float) -> bool:

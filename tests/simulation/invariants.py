@@ -44,6 +44,10 @@ from tests.simulation.retries import (
     retries_end_with_the_pool_and_the_session,
     retries_go_on_in_the_next_run,
 )
+from tests.simulation.stalls import (
+    handlers_that_make_progress_are_not_stalled,
+    silent_handlers_are_stalled,
+)
 from tests.simulation.trace import FOREVER
 from workpool.errors import ControlPlaneError, RefusedError
 from workpool.events import ItemReceived, PollerRestarted, SessionFinished, SessionStarted
@@ -285,7 +289,8 @@ def _unjustified(call: Sent, run: Run | None) -> str | None:
         return "for an item that had not run"
     if call.at < run.ended:
         return "while its handler ran"
-    if run.result in {"cancelled", "retried"} and call.node.pool.session_timeout is not None:
+    limits = call.node.pool.session_timeout, call.node.pool.stall_timeout
+    if run.result in {"cancelled", "retried"} and limits != (None, None):
         return None
     untouched = run.result in {"released", "cancelled", "retried"}
     return f"for an item that was {run.result}" if untouched else None
@@ -492,6 +497,8 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     refused_acks_are_backed_off,
     failing_handlers_claim_slowly,
     cancellations_are_repeated,
+    silent_handlers_are_stalled,
+    handlers_that_make_progress_are_not_stalled,
     nothing_is_sent_in_doubt,
     one_heartbeat_at_a_time,
     a_try_leaves_time_for_another,

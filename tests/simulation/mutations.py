@@ -376,6 +376,23 @@ MUTATIONS: dict[str, list[Edit]] = {
     "number of a retry not taken over": [
         Edit("pool_item:Attempt", "int(retries) if _NUMBER(retries) else 0", "0"),
     ],
+    # Progress.
+    "session without progress never ended": [
+        Edit("handler_executor:HandlerExecutor", "self.cancel(item, EndReason.STALLED)", "pass"),
+    ],
+    "progress not counted": [
+        Edit(
+            "session_runner:SessionCalls",
+            "self._item.progressed_at = self._context.clock()",
+            "pass",
+        ),
+    ],
+    "stall while a session waits for a person": [
+        Edit("pool_item:PoolItem", "0.0 if self.waits else max", "max"),
+    ],
+    "halt of the machine counted as silence": [
+        Edit("handler_executor:HandlerExecutor", "late += now - due_at", "pass"),
+    ],
     # Completions.
     "own stop taken for an operator's": [
         Edit(

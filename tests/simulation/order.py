@@ -158,7 +158,7 @@ def _after(event: SessionFinished, failed: set[str], pause: float) -> tuple[set[
     if _failed(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
-    if event.outcome in {"completed", "failed", "timed_out"}:
+    if event.outcome in {"completed", "failed", "timed_out", "stalled"}:
         return set(), 0.0
     return failed, pause
 

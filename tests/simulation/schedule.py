@@ -20,6 +20,8 @@ BEHAVIOURS: Final = (
     "work", "work", "work", "raise", "release", "work", "stubborn", "tidy", "write", "odd",
     "eager", "detach", "detach", "swallow", "brink",
 )  # fmt: skip
+STALL_BEHAVIOURS: Final = ("hang", "pulse", "ask")
+"""Behaviours of handlers in pools with a stall timeout."""
 FAULT_KINDS: Final = (
     "late", "late", "slow", "silence", "silence", "silence-applied", "silence-applied",
     "reset", "reset-applied",
@@ -44,6 +46,8 @@ RETRY_SHARE: Final = 0.2
 LIMITS_SHARE: Final = 0.15
 HANDLER_LIMIT_SHARE: Final = 0.15
 """The share of schedules with pools that end by themselves."""
+STALL_SHARE: Final = 0.12
+"""The share of schedules with pools that end sessions without progress."""
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
@@ -60,6 +64,7 @@ class Pool:
         rate: Seconds of its lease clock per second.
         write_rate: Writes per second that its own rate limit allows; 0 = unlimited.
         worker_key: Its key may not read items or write metadata.
+        stall_timeout: The time without progress after which a session is ended; None = no limit.
         exit_after_sessions: The number of sessions after which it ends; None = no limit.
         exit_after_idle: The idle time after which it ends; None = no limit.
         exit_after_uptime: The uptime after which it claims nothing more; None = no limit.
@@ -78,6 +83,7 @@ class Pool:
     rate: float = 1.0
     write_rate: float = 0.0
     worker_key: bool = False
+    stall_timeout: float | None = None
     exit_after_sessions: int | None = None
     exit_after_idle: float | None = None
     exit_after_uptime: float | None = None
@@ -158,7 +164,20 @@ def draw(random: Random, seed: int) -> Schedule:
         actions = [_retried(action, random) for action in actions]
         halts = [_halt_after(random.choice(work), random) for _ in range(random.randint(0, 2))]
         actions = sorted([*actions, *halts], key=_at)
-    return Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
+    schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
+    return _with_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
+
+
+def _with_stalls(schedule: Schedule, random: Random) -> Schedule:
+    """Add stall timeouts, and handlers that make progress, hang or wait for a person."""
+    limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
+    pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]
+    work = [
+        replace(_work(random), behaviour=random.choice(STALL_BEHAVIOURS))
+        for _ in range(random.randint(1, 3))
+    ]
+    actions = sorted([*schedule.actions, *work], key=_at)
+    return replace(schedule, pools=tuple(pools), actions=tuple(actions))
 
 
 def _halt_after(work: Action, random: Random) -> Action:

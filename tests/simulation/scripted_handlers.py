@@ -35,6 +35,10 @@ HEALED_SECONDS: Final = 0.05
 """The longest duration of work once all faults have ended."""
 WAYS: Final = ("soon", "soon", "late", "fails", "never")
 """The time at which the child of a handoff starts; with `fails` the handler also raises."""
+PULSE_SECONDS: Final = 2.0
+"""The interval in which a handler reports progress: less than half of each stall timeout."""
+HANG_SECONDS: Final = 3.0
+"""For so many stall timeouts a handler hangs if it is not ended."""
 BLOCK_SECONDS: Final = 0.3
 """Time that a handler needs to start a child."""
 
@@ -121,7 +125,7 @@ class SimulatedHandlers:
         self._trace.runs.append(run)
         if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
-        alone = self._node.child or (self.healed and name == "detach")
+        alone = self._node.child or (self.healed and name in {"detach", "hang"})
         act = self._work if alone else getattr(self, f"_{name}", self._work)
         return await self._recorded(act, session, run, seconds, first)
 
@@ -220,14 +224,38 @@ class SimulatedHandlers:
             self._note_cancelled(run)
         return {"done": "in time"}
 
-    async def _write(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
+    async def _write(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
         until, count = self._now() + seconds, 0
         while self._now() < until:
             count += 1
             with suppress(ControlPlaneError):
                 await session.update_metadata({"count": str(count)})
+                run.progressed_at = self._now()
             await asyncio.sleep(2.5)
         return {"count": str(count)}
+
+    async def _pulse(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        """Work, and report progress."""
+        until = self._now() + seconds
+        while (left := until - self._now()) > 0:
+            await asyncio.sleep(min(left, PULSE_SECONDS))
+            session.progress()
+            run.progressed_at = self._now()
+        return {"done": "step by step"}
+
+    async def _hang(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
+        """Report progress for a while, then hang if the pool ends such sessions."""
+        await self._pulse(session, run, seconds / 2, first)
+        await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
+        return {"done": "after all"}
+
+    async def _ask(self, session: Session, run: Run, seconds: float, _first: bool) -> Any:
+        """Wait for a person."""
+        with session.waiting():
+            run.waits = True
+            await asyncio.sleep(seconds)
+        run.waits, run.progressed_at = False, self._now()
+        return {"answer": "yes"}
 
     async def _detach(self, session: Session, run: Run, seconds: float, first: bool) -> Any:
         """Hand the item off: to a child that starts soon, late or never, or with an error."""
@@ -242,6 +270,7 @@ class SimulatedHandlers:
         except HandoverError:
             again = (run.work_id, run.session_id, "alone", self._now())
             alone = Run(self._node, *again, attempt=run.attempt)
+            alone.progressed_at = run.progressed_at
             self._trace.runs.append(alone)
             return await self._recorded(self._work, session, alone, seconds, first)
         return {"ignored": "yes"}

@@ -96,6 +96,8 @@ class Run:
             crashed (with its machine); None: it has not ended.
         stop_seen: The handler knew of an operator's request to stop when it ended.
         attempt: The attempt of its session.
+        progressed_at: When it last reported progress; its start if it never did.
+        waits: It waits for a person, and so need not report progress.
         leaked: Another session's context variable was set when it started.
         retry: The number of the call, as the session has it.
         again: It is a further call in the same session run.
@@ -111,9 +113,15 @@ class Run:
     result: str | None = None
     stop_seen: bool = False
     attempt: int = 1
+    progressed_at: float = 0.0
+    waits: bool = False
     leaked: bool = False
     retry: int = 0
     again: bool = False
+
+    def __post_init__(self) -> None:
+        """Begin the time without progress."""
+        self.progressed_at = self.started
 
     @property
     def ended_or_cancelled(self) -> float:

@@ -118,6 +118,7 @@ def settings_of(pool: Pool) -> Settings:
         drain_timeout=pool.drain_timeout,
         stop_grace=pool.stop_grace,
         session_timeout=pool.session_timeout,
+        stall_timeout=pool.stall_timeout,
         request_timeout=pool.request_timeout,
         exit_after_sessions=pool.exit_after_sessions,
         exit_after_idle=pool.exit_after_idle,
@@ -209,7 +210,8 @@ class World:
     def _begin_child(self, parent: Node, lease: HandedLease) -> None:
         if self._network.over:
             return
-        node = self._node(replace(parent.pool, session_timeout=None, lease_ttl=lease.ttl))
+        pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
+        node = self._node(pool)
         node.child = True
         child = MachineHold(
             settings_of(node.pool), lease.work_id, lease.last_heartbeat, **self._surroundings(node)

@@ -47,6 +47,8 @@ handler counts as stuck."""
 STALL_CHECKS = 4
 """Checks of the progress in one `stall_timeout`: a block of the loop that is longer than the time
 between two of them is noticed, and not counted."""
+LATE_SECONDS = 0.1
+"""A check of the progress that is this late was held up by a sleep or a blocked loop."""
 LEAVE_SECONDS = 0.1
 """How long the pool waits for the group of handlers to close, twice at most."""
 
@@ -155,7 +157,9 @@ class HandlerExecutor:
         does not count, since no handler could make progress.
         """
         now = self._clock()
-        late = max(0.0, now - due_at) + (late if item.progressed_at == seen_at else 0.0)
+        late = late if item.progressed_at == seen_at else 0.0
+        if now - due_at >= LATE_SECONDS:  # less is usual; not to count it would delay each end
+            late += now - due_at
         silence = max(0.0, item.silence(now) - late)
         if not item.executing:
             return

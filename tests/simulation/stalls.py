@@ -1,0 +1,51 @@
+"""Invariants about progress: which sessions a pool ends as stalled, and when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from workpool.events import SessionFinished
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.simulation.case import Case
+
+MARGIN_SECONDS: Final = 0.05
+"""Drift of clocks."""
+UNNOTICED_PART: Final = 0.25
+"""The part of a stall timeout for which a halt of the machine may count as silence."""
+
+
+def silent_handlers_are_stalled(case: Case) -> Iterator[str]:
+    """9g. A handler without progress for `stall_timeout` is cancelled."""
+    for run in case.trace.runs:
+        limit = run.node.pool.stall_timeout
+        until = run.ended_or_cancelled
+        if limit is None or run.waits or run.node.paused(run.progressed_at, until):
+            continue
+        if min(until, run.node.crashed) > run.progressed_at + limit + MARGIN_SECONDS:
+            name = f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})"
+            yield f"{name} ran until {until:.3f}, silent since {run.progressed_at:.3f}"
+
+
+def handlers_that_make_progress_are_not_stalled(case: Case) -> Iterator[str]:
+    """9h. A session is `stalled` only if its handler was silent for `stall_timeout`.
+
+    Time in which its machine was halted does not count, but for a small part.
+    """
+    for node in case.trace.nodes:
+        for at, event in node.events:
+            if not isinstance(event, SessionFinished) or event.outcome != "stalled":
+                continue
+            work_id = event.session.item.id
+            run = max(
+                (run for run in case.runs[work_id] if run.node is node and run.started <= at),
+                key=lambda run: run.started,
+            )
+            halted = node.halted_seconds(run.progressed_at, run.cancelled_at)
+            silence = run.cancelled_at - run.progressed_at - halted
+            least = (node.pool.stall_timeout or 0.0) * (1 - UNNOTICED_PART * bool(halted))
+            if run.waits or silence < least - MARGIN_SECONDS:
+                name = f"{node.machine.name}:{run.behaviour}({work_id[-6:]})"
+                yield f"{name} is stalled at {at:.3f}, silent since {run.progressed_at:.3f}"
