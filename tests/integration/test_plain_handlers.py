@@ -27,6 +27,7 @@ from workpool.events import HandlerRetried, SessionFinished, SessionStarted
 from workpool.handlers import Handler
 from workpool.pool import handler_executor
 from workpool.testing import Kit
+from workpool.testing.virtual_time import run_virtual
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -93,12 +94,14 @@ async def test_error_and_release_of_plain_handler_end_its_session_as_those_of_a_
     def leave(_: BlockingSession) -> None:
         raise SystemExit(3)
 
+    def interrupt(_: BlockingSession) -> None:
+        raise KeyboardInterrupt
+
     life = await run_one(fail)
-    assert (life.outcome, life.finished.error.__class__) in {
-        ("failed", StopIteration),
-        ("failed", RuntimeError),
-    }
+    assert (life.outcome, type(life.finished.error)) == ("failed", RuntimeError)
+    assert "StopIteration" in str(life.finished.error)
     assert (await run_one(leave)).metadata == {"workpool.error": "SystemExit"}
+    assert (await run_one(interrupt)).metadata == {"workpool.error": "RuntimeError"}
     assert (await run_one(release)).outcome == "released"
 
 
@@ -387,6 +390,47 @@ async def test_handover_without_a_child_raises_on_the_thread(workpool: Kit) -> N
 
     result = await workpool.run_session(work)
     assert (result.outcome, dict(result.metadata)) == ("completed", {"took": "back"})
+
+
+async def test_plain_handler_hands_its_item_off_to_a_child(workpool: Kit) -> None:
+    loop = asyncio.get_running_loop()
+    operations = workpool.server.operations
+
+    @handler
+    def work(session: BlockingSession) -> None:
+        with session.handover() as lease:
+            first_heartbeat = (lease.environment_id, lease.work_id, lease.last_heartbeat, lease.ttl)
+            loop.call_soon_threadsafe(operations.heartbeat, *first_heartbeat, "child")
+
+    result = await workpool.run_session(work)
+    assert (result.outcome, result.item.state) == ("detached", "active")
+
+
+async def test_plain_handler_without_progress_is_stalled(workpool: Kit) -> None:
+    @handler(stall_timeout=0.5)
+    def work(session: BlockingSession) -> None:
+        for _ in range(10):
+            time.sleep(0.1)
+            session.progress()
+        with session.waiting():
+            time.sleep(1)
+        assert session.cancelled.wait(WAIT_SECONDS)
+
+    result = await workpool.run_session(work)
+    assert (result.outcome, result.seconds > 2) == ("stalled", True)
+
+
+def test_plain_handler_in_virtual_time_is_an_error_that_names_it(gate: Gate) -> None:
+    @handler
+    def resize(_: BlockingSession) -> None:
+        gate.wait()
+
+    async def main() -> None:
+        async with Kit() as kit:
+            await kit.run_session(resize)
+
+    with pytest.raises(RuntimeError, match=r"cannot wait for the thread of \S*resize"):
+        run_virtual(main())
 
 
 async def test_plain_handler_is_retried_in_its_run(workpool: Kit) -> None:

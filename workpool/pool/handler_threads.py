@@ -79,7 +79,10 @@ class HandlerThreads:
             return outcome
         if item.cancelled_for is not None and isinstance(outcome.error, SessionGoneError):
             raise asyncio.CancelledError
-        raise outcome.error
+        try:
+            raise outcome.error
+        except KeyboardInterrupt as error:  # raised in a task, it would end the loop
+            raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
     async def _run(
         self, item: PoolItem, function: Function, blocking: BlockingSession, calls: _ThreadCalls
