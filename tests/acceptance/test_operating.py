@@ -1,0 +1,135 @@
+"""The operating page: its commands exist, its numbers hold, and its upgrade loses no session."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import pytest
+from typer.main import get_command
+
+from workpool import Settings, WorkClient
+from workpool.cli.commands import app
+from workpool.metrics.definitions import DEFINITIONS
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Command, Start
+    from workpool.server import ControlPlane
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+PAGE = (Path(__file__).parents[2] / "workpool/docs/operating.md").read_text()
+NOT_TRADED = {
+    *("base_url", "dialect", "environment_id", "worker_id", "plugins", "extra_headers"),
+    *("token", "token_file", "api_key", "api_key_file"),
+    *("ca_file", "client_cert_file", "client_key_file"),
+    *("log_level", "log_format", "control_socket"),
+}
+"""Settings that say who, where and what: there is no more and no less of them."""
+
+
+def console_lines() -> list[str]:
+    """The lines of all console blocks, without comments and with continued lines joined."""
+    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"\\\n\s*", " ", "".join(blocks))
+    return [re.sub(r"\s+# .*", "", line) for line in text.splitlines()]
+
+
+def workpool_commands() -> list[list[str]]:
+    """The words of each call of `workpool` in the console blocks."""
+    calls = []
+    for line in console_lines():
+        for part in line.split("&&"):
+            words = shlex.split(part)
+            if words and words[0].rpartition("/")[2] == "workpool":
+                calls.append(words[1:])
+    return calls
+
+
+def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
+    calls = workpool_commands()
+    assert len(calls) > 6
+    for words in calls:
+        command: Any = get_command(app)
+        rest = list(words)
+        while rest and not rest[0].startswith("-") and hasattr(command, "get_command"):
+            command = command.get_command(
+                command.make_context("workpool", ["plugins"]), rest.pop(0)
+            )
+            assert command is not None, words
+        known = {name for parameter in command.params for name in parameter.opts}
+        assert {word for word in rest if word.startswith("--")} <= known, words
+
+
+def test_every_file_of_repository_in_console_blocks_exists() -> None:
+    paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(console_lines()))
+    assert len(paths) > 3
+    root = Path(__file__).parents[2]
+    for path in paths:
+        assert (root / path.removeprefix("workpool").lstrip("/")).exists() or (root / path).exists()
+
+
+def test_every_metric_on_page_is_defined() -> None:
+    names = {each.name for each in DEFINITIONS}
+    found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
+    found -= {"session_handler", "admission", "event"}  # hooks
+    suffixes = re.compile(r"_(total|bucket|count|sum)$")
+    missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
+    assert missing == set()
+
+
+def test_table_of_trades_has_every_setting_that_is_more_or_less() -> None:
+    section = PAGE.partition("## What each setting trades")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    fields = [each.name for each in dataclasses.fields(Settings)]
+    assert rows == [name for name in fields if name not in NOT_TRADED and name[0] != "_"]
+
+
+def test_heartbeats_of_four_hundred_sessions_need_longer_leases() -> None:
+    """The example of the section "Size"."""
+    many: dict[str, Any] = {"concurrency": 400, "write_rate": 20, "drain_timeout": 60}
+    assert 400 * 3 / Settings().lease_ttl == many["write_rate"]
+    assert any("lease_ttl" in warning for warning in Settings(**many).warnings())
+    assert Settings(**many, lease_ttl=300).warnings() == ()
+
+
+async def ready(worker: Command) -> None:
+    """Wait until `/readyz` answers 200, as the page says."""
+    line = await worker.logs("metrics served")
+    [url] = re.findall(r"url=(\S+)/metrics", line)
+    async with aiohttp.ClientSession() as http:
+        while True:
+            async with http.get(f"{url}/readyz") as answer:
+                if answer.status == 200:
+                    return
+
+
+async def test_upgrade_of_page_loses_no_session_and_counts_no_attempt(
+    start: Start, plane: ControlPlane
+) -> None:
+    """One session ends in the drain; the other is given back and starts again elsewhere."""
+    [waiting] = plane.enqueue(metadata={"do": "wait"})
+    [lingering] = plane.enqueue(metadata={"do": "linger"})
+    old = await start("run", "handlers", "--drain-timeout", "1")
+    await old.logs("wait runs")
+    await old.logs("linger runs")
+    new = await start("run", "handlers", "--drain-timeout", "1")
+    await ready(new)
+    old.send(signal.SIGTERM)
+    assert await old.ends() == 0
+    await new.logs("linger runs")
+    settings = Settings(
+        base_url=plane.base_url, token=plane.token, environment_id=waiting.environment_id
+    )
+    async with WorkClient(settings) as client:
+        done, again = await client.get(waiting.id), await client.get(lingering.id)
+    assert (done.state, done.metadata["done"]) == ("stopped", "when asked")
+    assert again.state == "active"
+    assert again.metadata.get("workpool.attempt", "1") == "1"
+    new.send(signal.SIGTERM)
+    assert await new.ends() == 0
