@@ -59,7 +59,7 @@ BLIND_EXCEPTS = {
     # a check of a caller, which aiohttp would take for a failed connection
     "wire/http/guarded_request.py",
     # a call on another thread, whose error is raised where its result is awaited
-    "wire/http/threads.py",
+    "wire/http/daemon_threads.py",
 }
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     )
     from workpool.settings import Settings
     from workpool.wire.client import WorkClient
+    from workpool.wire.http.daemon_threads import DaemonThreads
     from workpool.wire.http.rate_limiter import RateLimits
-    from workpool.wire.http.threads import DaemonThreads
     from workpool.wire.items import WorkItem
 
     __version__: str
@@ -64,7 +64,7 @@ _MODULES = {"errors", "events", "settings"}
 _MODULE_OF = {
     "JSON": "json_value",
     "BlockingSession": "blocking_session",
-    "DaemonThreads": "wire.http.threads",
+    "DaemonThreads": "wire.http.daemon_threads",
     "Handler": "handlers",
     "LeaseLost": "errors",
     "Outcome": "session",

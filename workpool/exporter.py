@@ -23,9 +23,9 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
-from workpool.inbound import HttpLog, InboundConnections
+from workpool.inbound_connections import HttpLog, InboundConnections
 from workpool.log_fields import pool_logger
-from workpool.wire.http.threads import DaemonThreads
+from workpool.wire.http.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -27,7 +27,7 @@ from workpool.events import (
 from workpool.server import Poll
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Hold, expire_lease, literal, status
-from workpool.testing.changes import Changes
+from workpool.testing.bounded_wait import Changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

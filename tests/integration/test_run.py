@@ -19,7 +19,7 @@ from workpool.events import (
     StopRequested,
 )
 from workpool.testing import Hold, expire_lease, lost, status
-from workpool.testing.changes import Changes
+from workpool.testing.bounded_wait import Changes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.protocol.conftest import ENV, Clock
 from workpool.server import APIError, Item, Operations, Poll
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_ends import Leases
+from workpool.server.queue.lease_expiry import Leases
 from workpool.server.stored_item import Ids
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, OTHER, START, until
 from workpool.server import Operations, Poll
-from workpool.server.queue.waiting_polls import WaitingPolls
+from workpool.server.queue.long_polls import WaitingPolls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -16,7 +16,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, TOKEN, Api, until
 from tests.protocol.test_events import BASH, history, last, path, result, scripted, send
-from workpool import inbound
+from workpool import inbound_connections
 from workpool.server import ControlPlane, SqliteStore
 from workpool.server.http import session_routes
 
@@ -136,8 +136,8 @@ async def test_stream_of_disconnected_reader_is_forgotten(qoder: Api) -> None:
 async def test_stream_of_reader_that_does_not_read_is_cut_off(
     qoder: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbound, "READ_SECONDS", 0.1)
-    monkeypatch.setattr(inbound, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.02)
     session_id = scripted(qoder)
     text = "x" * 1_000_000
     async with stream(qoder, session_id) as reader:

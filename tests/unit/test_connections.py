@@ -24,8 +24,8 @@ from workpool.pool.lease_renewer import new_event_loop
 from workpool.wire.http import resolver
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
+from workpool.wire.http.daemon_threads import DaemonThreads
 from workpool.wire.http.resolver import ThreadResolver
-from workpool.wire.http.threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -22,7 +22,7 @@ from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.pool_item import PoolItem
 from workpool.pool.sender import HeartbeatSender
 from workpool.server import Operations
-from workpool.testing.changes import Changes
+from workpool.testing.bounded_wait import Changes
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import LocalClient, Script
 

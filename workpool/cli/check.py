@@ -18,8 +18,8 @@ import typer
 from workpool.cli import exits
 from workpool.cli.flags import Config, Json, PluginNames, read_settings, with_setting_flags
 from workpool.cli.help_text import examples
-from workpool.cli.listing import load_plugins
 from workpool.cli.output import print_json
+from workpool.cli.plugin_list import load_plugins
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
 from workpool.logs import readable
 from workpool.settings import Settings

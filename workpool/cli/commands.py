@@ -49,7 +49,7 @@ ENTRIES: Final = (
         "conform:conform",
         "Check a control plane against the protocol, clause by clause.",
     ),
-    Entry("plugins", "listing:plugins", "Show the installed and the active plugins."),
+    Entry("plugins", "plugin_list:plugins", "Show the installed and the active plugins."),
     Entry("new", "new:new", "Write a plugin project: a handler with tests that pass."),
     Entry("work", "work:app", "Read and change a queue."),
 )

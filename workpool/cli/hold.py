@@ -17,7 +17,7 @@ import typer
 from workpool.cli import exits, log_config
 from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
 from workpool.cli.help_text import examples
-from workpool.cli.program import Program
+from workpool.cli.hold_program import Program
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import Signals
 from workpool.cli.verbosity import Verbose, is_verbose

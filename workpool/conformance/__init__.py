@@ -9,9 +9,9 @@ from workpool.conformance.api import Answer, Api
 from workpool.conformance.clause import Clause
 from workpool.conformance.clauses import CLAUSES
 from workpool.conformance.shared_queue import ForeignItemsError, UnlistedItemsError
-from workpool.conformance.sources import EnqueueSource, GivenSource, SessionSource, Source
 from workpool.conformance.suite import Finding, Suite
 from workpool.conformance.verdict import Breaks, Differs, Untried, Verdict
+from workpool.conformance.work_sources import EnqueueSource, GivenSource, SessionSource, Source
 
 __all__ = [
     "CLAUSES",

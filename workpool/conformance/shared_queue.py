@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.conformance.api import NoAnswerError, shown
-from workpool.conformance.sources import MARK
+from workpool.conformance.work_sources import MARK
 from workpool.wire.protocol import NO_HEARTBEAT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 
     from workpool.conformance.api import Answer, Api
-    from workpool.conformance.sources import Script, Source
+    from workpool.conformance.work_sources import Script, Source
 
 STARTS: Final = 4
 """Largest number of clauses between their start and their first wait."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from workpool.conformance.api import Api
     from workpool.conformance.clause import Clause
-    from workpool.conformance.sources import Source
+    from workpool.conformance.work_sources import Source
 
 SUITE_SECONDS: Final = 280.0
 CLEAN_UP_SECONDS: Final = 15.0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from workpool.conformance.api import Answer, Api
     from workpool.conformance.shared_queue import Delivery, SharedQueue, Subject
-    from workpool.conformance.sources import Script
+    from workpool.conformance.work_sources import Script
 
 CLAIM_SECONDS: Final = 15.0
 """Seconds to wait for the delivery of a new item, which may be created in the background."""

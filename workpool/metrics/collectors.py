@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from workpool.errors import RegistryError
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.metrics.gauges import GaugeSource, gauge_families
-from workpool.metrics.stores import store_of
+from workpool.metrics.metric_values import store_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -30,7 +30,7 @@ from workpool.metrics.definitions import (
     OTHER_HANDLERS,
 )
 from workpool.metrics.gauges import GaugeSource, NullWindow
-from workpool.metrics.stores import Count, Spread
+from workpool.metrics.metric_values import Count, Spread
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from workpool.metrics.collectors import Collectors
     from workpool.metrics.definitions import Definition
     from workpool.metrics.gauges import PoolSnapshot
-    from workpool.metrics.stores import MetricStore, Series
+    from workpool.metrics.metric_values import MetricStore, Series
     from workpool.wire.items import QueueStats
 
     Values = tuple[Any, ...]

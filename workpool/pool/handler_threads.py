@@ -20,7 +20,7 @@ from workpool.blocking_session import BlockingSession
 from workpool.errors import SessionEnded, SessionGoneError
 from workpool.pool.diagnostics import stack_of
 from workpool.session import release_on_exhaustion
-from workpool.wire.http.threads import DaemonThreads
+from workpool.wire.http.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

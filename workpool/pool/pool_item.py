@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from workpool.handlers import Handler
     from workpool.pool.lease import Lease
     from workpool.session import Session
-    from workpool.wire.http.bound import Bound
+    from workpool.wire.http.timeouts import Bound
     from workpool.wire.items import WorkItem
 
     Patch = dict[str, str | None]

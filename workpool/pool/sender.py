@@ -30,8 +30,8 @@ from workpool.errors import (
 from workpool.events import HeartbeatFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.client_protocol import OptionalCalls, read_item
-from workpool.wire.http.bound import Bound
 from workpool.wire.http.call_options import CallOptions, Priority
+from workpool.wire.http.timeouts import Bound
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -13,7 +13,7 @@ from workpool.server.control_plane import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.server.history import History, Record, Summary, summarize
 from workpool.server.http.tokens import parse_token_file
 from workpool.server.operations import Operations
-from workpool.server.queue.waiting_polls import Poll
+from workpool.server.queue.long_polls import Poll
 from workpool.server.stored_item import Item
 from workpool.server.stores.sqlite import SqliteStore
 from workpool.server.stores.store import MemoryStore, Store

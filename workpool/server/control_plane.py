@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 
-from workpool.inbound import HttpLog, InboundConnections
+from workpool.inbound_connections import HttpLog, InboundConnections
 from workpool.server.api_errors import ServeError
 from workpool.server.history import summarize
 from workpool.server.http.application_routes import ApplicationRoutes

@@ -17,7 +17,7 @@ from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metada
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.history import History, Record, op_of_heartbeat
-from workpool.server.list_pages import ListPage, page_of
+from workpool.server.pagination import ListPage, page_of
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.queue.work_queue import Queue
 from workpool.server.retention import Retention
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import StoredEvent
     from workpool.server.history import Kind
-    from workpool.server.parsing.creation import NewSession
-    from workpool.server.queue.waiting_polls import Poll
+    from workpool.server.parsing.creation_requests import NewSession
+    from workpool.server.queue.long_polls import Poll
     from workpool.server.queue.work_queue import Stats
     from workpool.server.stored_session import StoredSession
     from workpool.server.stores.store import Contents, Store

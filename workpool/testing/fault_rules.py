@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 import orjson
 from aiohttp import web
 
-from workpool.testing.changes import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, Changes
+from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, Changes
 from workpool.testing.fault import Fault, Op, nested
 from workpool.testing.http_faults import inject, op_of, worker_id_of
 

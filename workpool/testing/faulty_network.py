@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from workpool.testing.changes import WAIT_SECONDS, Changes
+from workpool.testing.bounded_wait import WAIT_SECONDS, Changes
 from workpool.testing.http_faults import reset_connection
 
 if TYPE_CHECKING:

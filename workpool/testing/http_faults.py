@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 from aiohttp import web
 
 from workpool.server.http.server_dialects import WORKER_ID_HEADERS
-from workpool.testing.changes import Changes
+from workpool.testing.bounded_wait import Changes
 from workpool.testing.fault import Fault, Op
 from workpool.wire.response import Response
 

@@ -21,14 +21,14 @@ from workpool.handlers import name_of, rule_of
 from workpool.pool.supervisor import Supervisor
 from workpool.server import ControlPlane
 from workpool.settings import Settings
-from workpool.testing.changes import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS
+from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS
+from workpool.testing.event_recorder import Recorder
 from workpool.testing.fault import expire_lease
 from workpool.testing.fault_rules import Faults
 from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
-from workpool.testing.recorder import Recorder
-from workpool.testing.report import names_of, progress_of
 from workpool.testing.virtual_time import VirtualLoop
+from workpool.testing.wait_failure import names_of, progress_of
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import orjson
 from workpool.errors import TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
-from workpool.server.list_pages import listing
+from workpool.server.pagination import listing
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.timestamps import to_seconds_text
 from workpool.testing.fault import NO_FAULT, Fault, Op

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from workpool.server.http.session_routes import KEEP_ALIVE, frame_of, render_event
-from workpool.server.list_pages import listing, page_of
+from workpool.server.pagination import listing, page_of
 from workpool.server.parsing.client_events import client_events
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions

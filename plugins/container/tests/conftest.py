@@ -27,7 +27,7 @@ from workpool.events import SessionFinished
 from workpool.server import ControlPlane
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
-from workpool.testing.changes import Changes
+from workpool.testing.bounded_wait import Changes
 from workpool_container import Container
 from workpool_container.engine import Engine
 

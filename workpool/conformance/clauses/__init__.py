@@ -5,16 +5,25 @@ from typing import Final
 from workpool.conformance.clause import Clause
 from workpool.conformance.clauses import (
     acks,
-    conventions,
+    auth_and_errors,
+    conversations,
     delivery,
     heartbeats,
     leases,
-    reading,
+    optional_calls,
     stops,
-    talking,
 )
 
-_PARTS: Final = (conventions, delivery, leases, acks, heartbeats, stops, reading, talking)
+_PARTS: Final = (
+    auth_and_errors,
+    delivery,
+    leases,
+    acks,
+    heartbeats,
+    stops,
+    optional_calls,
+    conversations,
+)
 
 CLAUSES: Final[tuple[Clause, ...]] = tuple(
     each for part in _PARTS for each in vars(part).values() if isinstance(each, Clause)

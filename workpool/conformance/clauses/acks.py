@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from workpool.conformance.api import shown
 from workpool.conformance.clause import clause
-from workpool.conformance.clauses.conventions import UNKNOWN
+from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.clauses.delivery import readable
 from workpool.conformance.trial import is_conflict
 from workpool.conformance.verdict import Breaks, Differs, same_or_breaks, same_or_differs

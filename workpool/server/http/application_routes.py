@@ -14,8 +14,8 @@ from aiohttp import web
 
 from workpool.server.api_errors import APIError
 from workpool.server.http.work_routes import answer
-from workpool.server.list_pages import listing, page_of
-from workpool.server.parsing import creation
+from workpool.server.pagination import listing, page_of
+from workpool.server.parsing import creation_requests
 from workpool.server.parsing import request_values as requests
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import AGENT
@@ -61,7 +61,7 @@ class ApplicationRoutes:
         """Create a `self_hosted` environment."""
         if self._admit(request).environments is not None:
             raise APIError(403, "this token is limited to environments that exist")
-        wanted = creation.parse_environment(await requests.body(request))
+        wanted = creation_requests.parse_environment(await requests.body(request))
         environment = self._operations.create_environment(*wanted)
         return await self._durable(environment.answer(cloud=False))
 
@@ -95,7 +95,7 @@ class ApplicationRoutes:
     async def create_session(self, request: web.Request) -> web.Response:
         """Create a session, and the work item that brings it to a worker."""
         caller = self._admit(request)
-        wanted = creation.parse_session(await requests.body(request))
+        wanted = creation_requests.parse_session(await requests.body(request))
         caller.check_environment(wanted.environment_id)
         return await self._durable(self._session(*self._operations.create_session(wanted)))
 

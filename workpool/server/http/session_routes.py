@@ -2,7 +2,7 @@
 
 An event stream has no queue for its reader, only a place in the session's events, and writes in
 bounded pieces, so that a slow reader costs little. If a reader stops reading, its connection is
-closed (`inbound`). See workpool/docs/protocol.md, "Sessions".
+closed (`inbound_connections`). See workpool/docs/protocol.md, "Sessions".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from aiohttp import web
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.conversation import EVENT_PREFIX
 from workpool.server.http.work_routes import answer
-from workpool.server.list_pages import listing, page_of
+from workpool.server.pagination import listing, page_of
 from workpool.server.parsing import request_values as requests
 from workpool.server.parsing.client_events import client_events
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED

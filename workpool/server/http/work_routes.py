@@ -17,9 +17,9 @@ import orjson
 from aiohttp import web
 
 from workpool.server.api_errors import APIError, StoreError
-from workpool.server.http.gone_clients import has_gone
+from workpool.server.http.disconnected_clients import has_gone
 from workpool.server.http.server_dialects import DIALECTS
-from workpool.server.list_pages import listing
+from workpool.server.pagination import listing
 from workpool.server.parsing import request_values as requests
 from workpool.server.state_machine import heartbeat_answer
 from workpool.server.stored_item import WORK_PREFIX

@@ -19,8 +19,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from workpool.server.answer_limits import check_items
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EventFilter
-from workpool.server.list_pages import AFTER, BEFORE
-from workpool.server.queue.waiting_polls import Poll
+from workpool.server.pagination import AFTER, BEFORE
+from workpool.server.queue.long_polls import Poll
 from workpool.server.timestamps import TimeRange, is_rfc3339, to_utc
 from workpool.wire.protocol import (
     BLOCK_MS_MAX,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_ends import Leases
-from workpool.server.queue.waiting_polls import WaitingPolls
+from workpool.server.queue.lease_expiry import Leases
+from workpool.server.queue.long_polls import WaitingPolls
 from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
 

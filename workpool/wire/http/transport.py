@@ -29,9 +29,9 @@ from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.logs import hide
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import STREAM
-from workpool.wire.http.bound import Bound
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.connections import Connections
+from workpool.wire.http.daemon_threads import DaemonThreads
 from workpool.wire.http.guarded_request import CheckedBody, NotSentError
 from workpool.wire.http.response_reader import (
     TRANSIENT,
@@ -40,7 +40,7 @@ from workpool.wire.http.response_reader import (
     no_answer,
     read_bounded,
 )
-from workpool.wire.http.threads import DaemonThreads
+from workpool.wire.http.timeouts import Bound
 from workpool.wire.response import CODES, SUCCESS, Oversized, Response, parse_error, parse_success
 
 if TYPE_CHECKING:

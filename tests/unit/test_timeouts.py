@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.wire.http.bound import Bound
+from workpool.wire.http.timeouts import Bound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

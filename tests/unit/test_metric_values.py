@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from workpool.metrics import DEFINITIONS
-from workpool.metrics.stores import store_of
+from workpool.metrics.metric_values import store_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -16,9 +16,9 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from workpool import exporter as exporter_module
-from workpool import inbound
+from workpool import inbound_connections
 from workpool.exporter import Exporter
-from workpool.inbound import HttpLog, InboundConnections
+from workpool.inbound_connections import HttpLog, InboundConnections
 from workpool.server import ControlPlane, control_plane
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def run(
 
 @pytest.fixture(autouse=True)
 def quick_checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(inbound, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
     Client.close_all()
 
@@ -202,7 +202,7 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
 async def test_long_requests_at_connection_limit_are_ended_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "SERVE_SECONDS", 0.0)
+    monkeypatch.setattr(inbound_connections, "SERVE_SECONDS", 0.0)
     async with asyncio.timeout(20), Site().open() as site:
         clients = [await Client.connect(site.port, WAIT) for _ in range(LIMIT)]
         await until(lambda: site.waiting == LIMIT)
@@ -252,7 +252,7 @@ def test_connection_without_complete_headers_in_time_is_closed(
     request_so_far: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
 
     async def main() -> None:
         async with Site().open() as site:
@@ -265,7 +265,7 @@ def test_connection_without_complete_headers_in_time_is_closed(
 async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
     async with asyncio.timeout(20), Site().open() as site:
         client = await Client.connect(site.port, HALF)
         with suppress(ConnectionError):
@@ -278,7 +278,7 @@ async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
 async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
     async with asyncio.timeout(20), Site().open() as site:
         idle = await Client.connect(site.port, WHOLE)
         assert (await idle.read()).startswith(OK)
@@ -293,8 +293,8 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
 async def test_active_request_may_last_longer_than_header_and_idle_limits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound, "HEADER_SECONDS", 0.05)
-    monkeypatch.setattr(inbound, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
     async with asyncio.timeout(20), Site().open() as site:
         waiting = await Client.connect(site.port, WAIT)
         await until(lambda: site.waiting)
@@ -312,7 +312,7 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
 def test_client_that_reads_nothing_is_disconnected(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbound, "READ_SECONDS", 0.05)
+    monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.05)
 
     async def main() -> None:
         async with Site().open() as site:
@@ -330,7 +330,7 @@ def test_client_that_reads_slowly_gets_whole_response(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
-        monkeypatch.setattr(inbound, name, 1.0)
+        monkeypatch.setattr(inbound_connections, name, 1.0)
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -350,7 +350,7 @@ def test_client_that_reads_slowly_gets_whole_response(
 def test_unread_bytes_above_limit_disconnect_slowest_reader(
     new_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbound, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
+    monkeypatch.setattr(inbound_connections, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
 
     async def main() -> None:
         async with Site(limit=100).open() as site:

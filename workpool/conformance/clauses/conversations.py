@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.conformance.clause import clause
-from workpool.conformance.clauses.conventions import UNKNOWN
+from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.trial import is_bad_request, is_conflict
 from workpool.conformance.verdict import Untried, same_or_breaks, same_or_differs
 from workpool.server.http.server_dialects import DIALECTS
@@ -17,8 +17,8 @@ from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
 
 if TYPE_CHECKING:
     from workpool.conformance.shared_queue import Subject
-    from workpool.conformance.sources import Script
     from workpool.conformance.trial import Trial
+    from workpool.conformance.work_sources import Script
 
 FIELDS: Final = ("id", "type", "status", "environment_id", "agent", "metadata")
 SCRIPT: Final = ({"name": "Bash", "input": {"command": "true"}},)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.hookspecs import hookimpl
-from workpool.testing.changes import WAIT_SECONDS, Changes
-from workpool.testing.report import names_of
+from workpool.testing.bounded_wait import WAIT_SECONDS, Changes
+from workpool.testing.wait_failure import names_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

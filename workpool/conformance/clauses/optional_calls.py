@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.conformance.clause import clause
-from workpool.conformance.clauses.conventions import UNKNOWN
+from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.clauses.delivery import readable
 from workpool.conformance.trial import is_bad_request
 from workpool.conformance.verdict import Differs, same_or_breaks, same_or_differs
