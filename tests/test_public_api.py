@@ -44,7 +44,7 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 def test_everything_that_hooks_take_and_return_is_exported() -> None:
-    """Also the values of aliases: `workpool_event` takes any event."""
+    """The values of aliases are included: `workpool_event` takes any event."""
     namespace = {
         **{name: getattr(workpool, name) for name in workpool.__all__},
         "Event": workpool.events.Event,

@@ -43,7 +43,7 @@ def manifests(text: str) -> list[Manifest]:
 
 
 def files() -> list[Manifest]:
-    """Every manifest as it stands in a file."""
+    """Return all manifests of the YAML files."""
     paths = [
         path
         for path in sorted(KUBERNETES.rglob("*.yaml"))
@@ -134,7 +134,7 @@ def test_manifests_of_an_overlay_are_valid_for_kubernetes(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
-    """Without kubectl, too."""
+    """This test runs also on a machine without kubectl."""
     for each in natives(files()):
         check_native(each, version)
 

@@ -103,7 +103,7 @@ async def test_blocked_loop_is_visible_while_it_is_blocked(
     seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
 
     def look(pool: Supervisor) -> None:
-        """On another thread, as a scrape does, until the block is visible."""
+        """Read the metrics on another thread, as a scrape does, until they show the block."""
         while not (value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
             may_end.wait(0.05)
         polling = value(pool, "pollers", state="polling")

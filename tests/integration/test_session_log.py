@@ -82,7 +82,7 @@ async def test_each_session_ends_with_one_line_at_info(
 async def test_every_record_of_a_pool_has_its_ids(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also those of the lease renewer's thread, and of calls in the embedder's own tasks."""
+    """The records include those of the renewer's thread and of the embedder's own tasks."""
     caplog.set_level(logging.DEBUG, "workpool")
     plane.enqueue(2)
     async with make_pool(report) as pool:

@@ -146,7 +146,7 @@ async def test_full_and_idle_count_items_without_reservations(
 async def test_cancelled_reservation_passed_over_by_free_place_raises_cancelled_error_only() -> (
     None
 ):
-    """Otherwise a poller that a drain cancels just as a session ends would poll forever."""
+    """A poller that a drain cancels as a session ends must not continue to poll."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve()
     async with asyncio.TaskGroup() as group:

@@ -13,7 +13,7 @@ from workpool.pool.handler_executor import handler_group
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(turns: int) -> None:
-    """Otherwise its host task fails later, and the loop logs an error that nobody can handle."""
+    """A task that is left fails later, and the loop logs an error that no code can handle."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 

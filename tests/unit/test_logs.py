@@ -174,7 +174,7 @@ class Odd(Exception):
 
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
 def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Formatter) -> None:
-    """Otherwise `logging` prints the unescaped arguments itself."""
+    """After an error of a formatter, `logging` would print the unescaped arguments itself."""
     assert "cannot be formatted: n=%d" in form.format(record("n=%d", "x" * 1_000_000))
     assert "Odd that has no text" in form.format(record("hello", odd=Odd()))
     assert "hello" in form.format(record("hello", exc_info=(Odd, Odd(), None)))

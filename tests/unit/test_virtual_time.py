@@ -124,7 +124,7 @@ async def test_local_client_that_is_not_open_raises(bench: type[Bench]) -> None:
 
 
 async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
-    """On a real loop, because the lease renewer is a thread."""
+    """The loop is real, because the lease renewer is a thread."""
 
     @handler
     async def work(session: Session) -> dict[str, str]:
