@@ -79,7 +79,7 @@ def install(folder: Path) -> str:
     """Install the control plane into a virtual environment; return the path of its Python.
 
     Raises:
-        UnavailableError: There is no Python for it, or the package cannot be had.
+        UnavailableError: There is no suitable Python, or the package cannot be installed.
     """
     python = str(folder / "bin" / "python")
     for command in (

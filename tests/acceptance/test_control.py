@@ -163,7 +163,7 @@ async def test_socket_of_a_killed_worker_is_removed_by_the_next_one(
     assert left.exists()
     assert (await ask("pause")).status == 1
     gone = await ask("pause", "--socket", str(left))
-    assert (gone.status, gone.err) == (1, f"workpool: {left}: no worker listens there any more\n")
+    assert (gone.status, gone.err) == (1, f"workpool: {left}: no worker listens there anymore\n")
     worker = await start("run", "handlers")
     path = await socket_of(worker)
     assert names(runtime) == [path.name] != [left.name]

@@ -140,9 +140,9 @@ def workpool_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "workpool" in thread.name]
 
 
-async def swallow(final: Any) -> None:
+async def swallow(waiting: Any) -> None:
     with suppress(LookupError):
-        await final
+        await waiting
 
 
 # -- several of them
@@ -251,7 +251,7 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
 # -- a plugin's context around its life
 
 
-class EndedItem:
+class DatabasePlugin:
     """A plugin that records when its lifespan is open, and may fail."""
 
     def __init__(self, fails: str = "") -> None:
@@ -279,17 +279,17 @@ class EndedItem:
             self.closed = True
             self.trace.append("closing")
         if self.fails == "closing":
-            raise LookupError("no database any more")
+            raise LookupError("lost the database")
 
 
 async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
-    final = EndedItem()
+    plugin = DatabasePlugin()
     plane.enqueue(metadata={"wait": "yes"})
-    async with make_pool(work, final) as supervisor:
+    async with make_pool(work, plugin) as supervisor:
         await recorder.wait_for(SessionStarted)
-    facts = [fact for fact in final.trace if fact != "RequestFinished"]
+    facts = [fact for fact in plugin.trace if fact != "RequestFinished"]
     assert facts[0] == "opening"
     assert facts.index("SessionFinished") < facts.index("closing")
     assert facts.index("DrainFinished") < facts.index("closing")
@@ -297,22 +297,22 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 
 
 async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_pool: Any) -> None:
-    first = EndedItem()
+    first = DatabasePlugin()
     with pytest.raises(LookupError, match="no database") as caught:
-        await make_pool(first_of(first), work, EndedItem("opening")).__aenter__()
-    assert any("'Life'" in note for note in caught.value.__notes__)
+        await make_pool(first_of(first), work, DatabasePlugin("opening")).__aenter__()
+    assert any("'DatabasePlugin'" in note for note in caught.value.__notes__)
     assert first.closed
     assert not faults.seen
     assert not workpool_threads()
 
 
-def first_of(final: EndedItem) -> object:
+def first_of(plugin: DatabasePlugin) -> object:
     """Return the same plugin under another name."""
 
     class First:
         @hookimpl
         def workpool_lifespan(self) -> Any:
-            return final.context()
+            return plugin.context()
 
     return First()
 
@@ -321,10 +321,10 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
     plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     plane.enqueue(metadata={"wait": "yes"})
-    supervisor = make_pool(work, EndedItem("closing"))
+    supervisor = make_pool(work, DatabasePlugin("closing"))
     await supervisor.__aenter__()
     await recorder.wait_for(SessionStarted)
-    with pytest.raises(LookupError, match="no database any more"):
+    with pytest.raises(LookupError, match="lost the database"):
         await supervisor.__aexit__(None, None, None)
     assert recorder.of(SessionFinished)[0].outcome == "completed"
 

@@ -181,7 +181,7 @@ async def test_database_with_newer_schema_is_refused(path: Path, clock: Clock) -
 async def test_database_of_another_program_is_refused(path: Path, clock: Clock) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
-    with pytest.raises(StoreError, match="not ours"):
+    with pytest.raises(StoreError, match="not a database of workpool"):
         await plane_on(path, clock).__aenter__()
 
 

@@ -97,7 +97,7 @@ class Bench:
         ahead: Seconds by which the control plane's clock and the wall clock are ahead of the lease
             clock, as after a pause of the machine.
         latency: Seconds of each call without a scripted fault.
-        permit_seconds: How long every call for an item waits for our own rate limit.
+        permit_seconds: The seconds that each call for an item waits for the rate limit.
         sent: Each call of ours whose bytes were sent.
         tries: Each call of ours: its name, its timeout, its options.
         under_way: Calls in progress.

@@ -208,7 +208,7 @@ def _reason(error: Exception) -> str:
             "a handler may block the event loop of the worker"
         )
     if isinstance(error, ConnectionRefusedError):
-        return "no worker listens there any more"
+        return "no worker listens there anymore"
     return getattr(error, "strerror", None) or str(error)
 
 

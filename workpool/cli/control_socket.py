@@ -143,7 +143,7 @@ class ControlSocket:
                     await _answer(connection, supervisor)
 
     def _open(self, path: Path) -> None:
-        """Bind and listen, in the place of the sockets of workers that do not live any more."""
+        """Bind and listen, in the place of the sockets of workers that have ended."""
         with _locked(path.parent):  # else a worker could remove a socket that is not listening yet
             _remove_dead(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

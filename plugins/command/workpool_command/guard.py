@@ -97,7 +97,7 @@ class Guard:
         except (OSError, ValueError):  # the guard has ended, or its pipe is closed
             written = None
         if written is None:  # the guard has not read the last 64 KiB
-            log.warning("the guard is gone: commands may outlive a worker that is killed")
+            log.warning("the guard has ended: commands may outlive a worker that is killed")
 
 
 @asynccontextmanager

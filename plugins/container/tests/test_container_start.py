@@ -121,7 +121,9 @@ async def test_missing_image_is_pulled_if_setting_allows(
         finished = await scene.run("exit 0", image=image, pull="missing")
         assert finished.outcome == "completed"
         other = image.replace("given", "withheld")
-        assert f"image {other} cannot be had: " in await refused(scene, image=other, pull="missing")
+        assert f"image {other} cannot be pulled: " in await refused(
+            scene, image=other, pull="missing"
+        )
 
 
 def test_every_invalid_setting_is_named_without_its_value() -> None:

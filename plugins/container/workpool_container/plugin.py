@@ -139,7 +139,7 @@ class Container:
                 await engine.pull(image)
                 present = True
         except EngineError as error:
-            raise PluginError("container", f"image {image} cannot be had: {error}") from error
+            raise PluginError("container", f"image {image} cannot be pulled: {error}") from error
         if not present:
             raise PluginError(
                 "container",

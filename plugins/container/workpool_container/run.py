@@ -217,7 +217,7 @@ class Run:
         if not session.stopping and self._options.on_drain == "leave":
             session.log.info("container left for adoption", extra=self._log_fields())
             raise Release("its container runs on, to be adopted")
-        session.log.info("container asked to stop", extra=self._log_fields())
+        session.log.info("container gets a stop signal", extra=self._log_fields())
         self._asked = True
         try:
             await self._engine.stop(self._id, self._options.grace)

@@ -207,7 +207,7 @@ class SqliteStore:
             opened.set_exception(StoreError(message))
             return
         log.critical(
-            "store failed; nothing can be answered any more: %s", message, extra={"error": message}
+            "store failed; no call can be answered anymore: %s", message, extra={"error": message}
         )
         for _, future in self._waiting:
             if not future.done():
@@ -229,7 +229,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
             f"written by a newer workpool: its schema is {version}, this one knows {SCHEMA_VERSION}"
         )
     if version == 0 and tables:
-        raise StoreError("a database of something else: it holds tables that are not ours")
+        raise StoreError("not a database of workpool: it has other tables")
     for name in SCHEMAS[version:]:
         schema = files("workpool.server.stores").joinpath(name).read_text("utf-8")
         for statement in schema.split(";\n"):

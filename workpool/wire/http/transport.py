@@ -244,7 +244,7 @@ class Transport:
     ) -> T:
         op, started = endpoint.op, time.monotonic()
         if started >= until:
-            raise TransientError(op, None, "no time left to ask", reason="timeout")
+            raise TransientError(op, None, "no time left to send the request", reason="timeout")
         secrets, code, check = self._secrets, "error", options.check
         checked = None
         if check is not None:
@@ -448,7 +448,7 @@ def _retrieve(reading: asyncio.Future[str | None]) -> None:
 
 def _time_left(op: str, seconds: float) -> float:
     if seconds <= 0:
-        raise TransientError(op, None, "no time left to ask", reason="timeout")
+        raise TransientError(op, None, "no time left to send the request", reason="timeout")
     return seconds
 
 
