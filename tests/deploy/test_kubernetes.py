@@ -134,7 +134,7 @@ def test_manifests_of_an_overlay_are_valid_for_kubernetes(
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
-    """This test runs also on a machine without kubectl."""
+    """The check also runs on a machine without kubectl."""
     for each in natives(files()):
         check_native(each, version)
 

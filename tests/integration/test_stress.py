@@ -79,6 +79,6 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     assert (told.stopped, told.overlapping) == (200, 0)
 
 
-async def swallow(final: Any) -> None:
+async def swallow(waiting: Any) -> None:
     with suppress(LookupError):
-        await final
+        await waiting
