@@ -56,6 +56,14 @@ async def linger(session: Session) -> None:
     session.log.info("linger runs")
     await asyncio.sleep(3600)
 
+@handler(metadata={"do": "ask"})
+async def ask(session: Session) -> dict[str, str]:
+    session.log.info("ask runs")
+    with session.waiting():  # for a person, who writes a file
+        while not Path("answer").exists():
+            await asyncio.sleep(0.05)
+    return {"done": "answered"}
+
 @handler(metadata={"do": "ignore"})
 async def ignore(session: Session) -> None:
     session.log.info("ignore runs")

@@ -96,6 +96,29 @@ async def test_run_after_second_signal_ends_at_once_with_128_and_signal(
     assert now(plane, item).state == "active"
 
 
+async def test_stalled_session_is_ended_and_one_that_waits_for_a_person_is_not(
+    start: Start, plane: ControlPlane, folder: Path
+) -> None:
+    silent, asking = enqueue(plane, "linger"), enqueue(plane, "ask")
+    command = await start("run", "handlers", WORKPOOL_STALL_TIMEOUT="1")
+    url = (await command.logs("metrics served url=")).partition("url=")[2].split()[0]
+    stalled = await command.logs("session stalled")
+    assert silent.id in stalled
+    assert "handlers.linger" in stalled
+    await command.logs("outcome=stalled")
+    assert now(plane, silent).state == "stopped"
+    assert now(plane, silent).metadata["workpool.error"] == "SessionStalled"
+    assert now(plane, asking).state == "active"
+    async with aiohttp.ClientSession() as http, http.get(url) as answer:
+        samples = (await answer.text()).splitlines()
+    gauge = f'workpool_session_silence_seconds_max{{environment_id="{ENVIRONMENT}",handler='
+    assert f'{gauge}"handlers.ask"}} 0.0' in samples
+    (folder / "answer").write_text("yes")
+    command.send(signal.SIGTERM)
+    assert await command.ends() == 0
+    assert now(plane, asking).metadata["done"] == "answered"
+
+
 async def test_run_with_abandoned_session_ends_with_1(start: Start, plane: ControlPlane) -> None:
     enqueue(plane, "ignore")
     command = await start("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
