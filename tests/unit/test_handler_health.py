@@ -172,6 +172,7 @@ def test_cyclic_causes_of_error_are_followed_once() -> None:
         ("completed", 0.1, True),
         ("failed", 5.0, True),
         ("timed_out", 5.0, True),
+        ("stalled", 5.0, True),
         ("released", 5.0, False),
         ("stopped", 5.0, False),
         ("lease_lost", 5.0, False),

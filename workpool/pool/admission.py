@@ -181,7 +181,7 @@ class HandlerHealth:
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
             self._failed(self._failures.setdefault(handler.name, _Failures(handler)), item.id)
-        elif outcome in {"completed", "failed", "timed_out"}:
+        elif outcome in {"completed", "failed", "timed_out", "stalled"}:
             self._failures.pop(handler.name, None)
         if failing:
             self._changed.set()
