@@ -289,3 +289,32 @@ def test_no_file_names_a_path_of_the_development_machine() -> None:
         if path.suffix in suffixes and path != Path(__file__) and pattern.search(path.read_text())
     ]
     assert named == []
+
+
+DIALECT_TABLES = {
+    "wire/protocol.py",
+    "wire/client_dialects.py",
+    "server/http/server_dialects.py",
+}
+DIALECT_TEXTS = {
+    "cli/conform.py",  # an example in its help
+    "conformance/clauses/heartbeats.py",  # clauses that differ between the dialects
+    "conformance/clauses/stops.py",
+    "conformance/clauses/conversations.py",
+}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
+def test_dialect_names_are_written_in_dialect_tables_only(path: Path) -> None:
+    if path.is_relative_to(PACKAGE) and relative(path) in DIALECT_TABLES | DIALECT_TEXTS:
+        return
+    tree = ast.parse(path.read_text())
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    names = re.compile(rf"\b({'|'.join(get_args(Dialect))})\b", re.IGNORECASE)
+    found = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and id(node) not in docstrings
+        if isinstance(node.value, str) and names.search(node.value)
+    ]
+    assert found == []

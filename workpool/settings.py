@@ -202,6 +202,11 @@ _SECONDS: Final = decimal(zero=True)
 _SOME_SECONDS: Final = decimal(zero=False)
 
 
+def _either(names: Iterable[str]) -> str:
+    """Return names in a text: "`one` or `two`"."""
+    return " or ".join(f"`{name}`" for name in names)
+
+
 @dataclass(frozen=True, init=False)
 class Settings:
     """All settings of a worker.
@@ -226,12 +231,13 @@ class Settings:
     dialect: protocol.Dialect = setting(
         choice(*get_args(protocol.Dialect)),
         protocol.QODER,
-        "The variant of the protocol: `qoder` or `anthropic`. Default: `qoder`.",
+        f"The variant of the protocol: {_either(DIALECTS)}. Default: `{protocol.QODER}`.",
     )
     token: Secret | None = setting(
         optional(secret),
         None,
-        "The credential. Default: the variable `QODER_PAT` or `ANTHROPIC_ENVIRONMENT_KEY`.",
+        "The credential. Default: the variable "
+        f"{_either(rules.credential_variable for rules in DIALECTS.values())}.",
     )
     token_file: Path | None = setting(
         optional(path),

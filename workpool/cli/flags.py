@@ -13,12 +13,13 @@ from typing import Annotated, Any, ClassVar, Final
 import typer
 
 from workpool.settings import DESCRIPTIONS, PREFIX, Settings
+from workpool.wire.client_dialects import DIALECTS
 
 WITHOUT_FLAG: Final = frozenset({"token", "api_key", "extra_headers", "plugins"})
 """The settings that hold credentials, and the one that has arguments."""
 METAVARS: Final[Mapping[str, str]] = {
     "base_url": "URL",
-    "dialect": "qoder|anthropic",
+    "dialect": "|".join(DIALECTS),
     "environment_id": "ID",
     "worker_id": "ID",
     "drain_timeout": "SECONDS|unlimited",

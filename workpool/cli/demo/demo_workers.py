@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, Literal
 
+from workpool.wire.protocol import QODER
+
 SLOTS: Final = 4
 """The setting `concurrency` of each worker."""
 LINE_BYTES: Final = 64 * 1024
@@ -113,7 +115,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
     """Return the environment of a worker of the demo."""
     settings = {
         "base_url": base_url,
-        "dialect": "qoder",
+        "dialect": QODER,
         "token": token,
         "environment_id": environment_id,
         "worker_id": name,
