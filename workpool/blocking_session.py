@@ -111,7 +111,7 @@ class BlockingSession:
 
     @property
     def deadline(self) -> float | None:
-        """When `cancelled` is set, on `time.monotonic()`; None while nothing limits it."""
+        """The time at which `cancelled` is set, on `time.monotonic()`; None without a limit."""
         return self._session.deadline
 
     @property

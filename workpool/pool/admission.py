@@ -1,4 +1,4 @@
-"""Whether the pool may claim items: pauses, refusals by plugins, failing handlers, exit limits.
+"""The admission of items to the pool: pauses, refusals by plugins, failing handlers, exit limits.
 
 Sessions that run are not concerned. A failing handler would take item after item from the workers
 that can run them, so it claims one at a time, after a pause that doubles with every further
@@ -32,16 +32,15 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 REASON_CHARACTERS = 200
-"""Characters of a reason that are kept."""
+"""Largest number of characters of a reason."""
 ASK_SECONDS = 1.0
-"""The time after which a plugin that refused is asked again."""
+"""Seconds until a plugin that refused is asked again."""
 LOOK_SECONDS = 10.0
-"""The wall clock is compared with the end of a pause this often: it may jump, or the machine may
-sleep."""
+"""Seconds between checks of a pause's end. The wall clock may jump, or the machine may sleep."""
 FAILURES = 5
-"""The number of sessions of different items that must fail in a row."""
+"""Number of sessions of different items in a row that must fail."""
 QUICK_SECONDS = 1.0
-"""Only a failure within this time after the acknowledgement counts."""
+"""Seconds after the acknowledgement within which a failure counts."""
 FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 
@@ -53,8 +52,8 @@ class Admission:
 
     Attributes:
         gated: Pollers must await `granted` before they poll.
-        refused: The reason of the plugin that refused last; None: none refuses.
-        granted_at: When a pause or a refusal last ended, on the loop's clock.
+        refused: The reason of the last plugin that refused; None: no plugin refuses.
+        granted_at: The time at which the last pause or refusal ended, on the loop's clock.
     """
 
     def __init__(self, wall: Clock) -> None:
@@ -63,7 +62,7 @@ class Admission:
         self.granted_at = -math.inf
         self._wall = wall
         self._paused: str | None = None
-        self._until = math.inf  # on the wall clock
+        self._until = math.inf  # a time of the wall clock
         self._ask: Callable[[], str | None] | None = None
         self._changed = asyncio.Event()
 
@@ -106,7 +105,7 @@ class Admission:
             waited = True
             await self._change()
         if self._paused is not None:
-            self.resume()  # it is over
+            self.resume()  # the pause is over
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 
@@ -123,7 +122,7 @@ class Admission:
         return refused
 
     async def _change(self) -> None:
-        """Wait for a pause or a resumption, or until it is time to look or ask again."""
+        """Wait for a pause or a resumption, or until the next check of clock or plugin is due."""
         seconds = ASK_SECONDS
         if self._paused is not None:
             seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
@@ -142,9 +141,9 @@ class _Failures:
 
     Attributes:
         handler: The handler.
-        work_ids: Their items, as long as they are fewer than `FAILURES`.
+        work_ids: The items of the failures, as long as they are fewer than `FAILURES`.
         pause: Seconds until the next item may be claimed; 0 while the handler is not failing.
-        resume_at: When that is, on the loop's clock.
+        resume_at: The time of the next claim, on the loop's clock.
     """
 
     handler: Handler
@@ -157,15 +156,15 @@ class HandlerHealth:
     """The failing handlers of one pool. Used on the handlers' loop; `failing` on any thread.
 
     Args:
-        count: Returns the number of items of a handler that are ours.
+        count: Returns the number of owned items of a handler.
     """
 
     def __init__(self, count: Callable[[Handler], int]) -> None:
         self._count = count
         self._seen: set[str] = set()
-        """The names of the handlers that have run here."""
+        """The names of the handlers that have run in this pool."""
         self._failures: dict[str, _Failures] = {}
-        """By handler name, while there are any: a handler that succeeds has no entry."""
+        """The failures by handler name: a handler whose last session succeeded has no entry."""
         self._changed = asyncio.Event()
 
     def failing(self) -> list[str]:
@@ -232,8 +231,8 @@ class ExitLimits:
     """The limits of one pool.
 
     Args:
-        settings: The pool's.
-        admission: The pool's; a pause interrupts the idle time.
+        settings: The settings of the pool.
+        admission: The admission of the pool; a pause interrupts the idle time.
 
     Attributes:
         reached: The first limit that was reached; None before that.
@@ -255,13 +254,13 @@ class ExitLimits:
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
     def note_claim(self) -> None:
-        """Count a session that was claimed."""
+        """Count a claimed session."""
         self._claimed += 1
         if self._claimed == self._sessions:
             self._reach("exit_after_sessions")
 
     def note_poll(self, idle: bool) -> None:  # noqa: FBT001 - a callback
-        """Record a poll that succeeded; `idle`: it brought no item, and no item is ours."""
+        """Record a successful poll; `idle`: it brought no item, and the pool owns no item."""
         if not idle:
             self._idle_since = None
             return

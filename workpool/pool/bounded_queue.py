@@ -77,8 +77,9 @@ class BoundedQueue(Generic[T]):
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
-                self.unreserve()  # granted and cancelled in one turn: the place must not be lost
-            elif turn in self._reservers:  # else `grant` has removed it already
+                # granted and cancelled in the same turn: the place must not be lost
+                self.unreserve()
+            elif turn in self._reservers:  # otherwise `grant` has removed it already
                 self._reservers.remove(turn)
             raise
 

@@ -41,15 +41,17 @@ log = pool_logger(__name__)
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 MAYBE_APPLIED: Final = frozenset({"network", "timeout", "bad_body", "server_error"})
 MARGIN_SECONDS = 6.0
-"""An ack that may have been applied is repeated until this long before the end of its lease: an
-answer after that leaves no time for a first heartbeat."""
+"""The ack is repeated until this many seconds before the end of its lease.
+
+A later answer leaves no time for a first heartbeat.
+"""
 
 
 class Claimer:
     """Claims items. Lives on the handlers' loop.
 
     Args:
-        context: The pool's.
+        context: The context of the pool.
         heartbeats: Sends the first heartbeat.
         on_ack: Called with the final error of an ack, or with None when one was accepted.
     """
@@ -60,7 +62,7 @@ class Claimer:
         heartbeats: HeartbeatSender,
         on_ack: Callable[[RefusedError | ConflictError | PreconditionError | None], None],
     ) -> None:
-        # An item that was delivered longer ago than this may be claimed by another worker.
+        # Another worker may claim an item that was delivered longer ago than this.
         window = context.settings.reclaim_older_than_ms
         self._window = (RECLAIM_OLDER_THAN_MS if window is None else window) / 1000
         self._client = context.client
@@ -76,7 +78,7 @@ class Claimer:
         self._draining.set()
 
     async def acknowledge(self, item: PoolItem) -> CallResult:
-        """Acknowledge the item, repeatedly while it can still be ours, and return the result.
+        """Acknowledge the item, repeatedly while the pool can still own it, and return the result.
 
         After "ok", `item.work_item` is the answer and `item.acked_at` is set.
         """
@@ -138,7 +140,7 @@ class Claimer:
                 return _accept(item, answer, min(first_sent, sent))
             permit = False
             if failure.reason in MAYBE_APPLIED:
-                # If it was applied, nobody else can have the item before that lease has lapsed.
+                # If it was applied, no other worker can have the item before that lease has lapsed.
                 first_sent = min(first_sent, sent)
                 until = max(until, first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS)
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
@@ -168,11 +170,11 @@ class Claimer:
 
 def _accept(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     # `active`: some control planes answer so to every ack, all of them to a repeated one. The first
-    # heartbeat shows whose the item is.
+    # heartbeat shows which worker has the item.
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
-    if token is not None or trace is not None:  # sent with the poll only
+    if token is not None or trace is not None:  # only the poll's answer has them
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # While the item waited for a slot, another worker may have held and lost it.
     item.held_before = item.held_before or answer.last_heartbeat is not None

@@ -1,12 +1,12 @@
-"""A control-plane client as the pool uses it: its interface, and the calls that may be refused.
+"""The client of the control plane for the pool: its interface, and calls that may be refused.
 
-A client is a `WorkClient`, or whatever else `connect` creates. It belongs to one event loop. The
-supervisor creates two: one on its own loop, one on the lease renewer's.
+A client is a `WorkClient`, or another object that `connect` creates. It belongs to one event loop.
+The supervisor creates two: one on its own loop, one on the lease renewer's.
 
 Some control planes refuse a worker's key the calls that read an item, write its metadata or query
-statistics. A pool works without them. Such a refusal is learnt once, for as long as the process
-runs, and logged once with what it means; the call is not sent again.
-See workpool/docs/architecture.md, "Optional calls".
+statistics. A pool works without them. Such a refusal is remembered as long as the process runs and
+logged once with its meaning; the call is not sent again. See workpool/docs/architecture.md,
+"Optional calls".
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Op = Literal["get", "update", "stats"]
 
 DENIED: Final = frozenset({401, 403, 405, 501})
 UNSUPPORTED: Final = "unsupported_capability"
-"""The error type with which one control plane answers 400 to calls that it does not have."""
+"""The error type of one control plane's 400 for calls that it does not have."""
 NOT_PERMITTED: Final = "the credential may not make this call"
 MEANING: Final[Mapping[Op, str]] = {
     "get": "an item in doubt is looked up in the list of items",
@@ -46,19 +46,19 @@ MEANING: Final[Mapping[Op, str]] = {
     "stats": "the metrics of the remote queue are absent",
 }
 LOOK_UP_ITEMS: Final = 1000
-"""At most so many items are listed to find one."""
+"""Largest number of items that are listed to find one."""
 
 
 class ClientProtocol(Protocol):
     """A client, opened as an async context on the loop that uses it.
 
     Every call raises `TransientError`, `RefusedError`, `ConflictError` or `PreconditionError`;
-    anything else is a bug. `timeout` bounds one call in seconds, None: the client's own bound.
-    `options` say how a call is sent; a call for which `options.check` raises sends nothing.
+    anything else is a bug. `timeout` is the limit of one call in seconds; None: the client's own
+    limit. `options` say how a call is sent; a call for which `options.check` raises sends nothing.
 
     Attributes:
-        worker_id: The worker's name on the wire; set by the supervisor before it is opened.
-        rate_limits: Our own rate limits; shared by the clients of one supervisor.
+        worker_id: The worker's name in requests; the supervisor sets it before it opens the client.
+        rate_limits: The rate limits; shared by the clients of one supervisor.
         on_request: Called with the operation, the code and the seconds of every request.
         on_rate_limit_wait: Called with the kind and the seconds of every wait for a rate limit.
         on_credential_refresh: Called with "ok" or "error" when the token source was read again.
@@ -83,7 +83,7 @@ class ClientProtocol(Protocol):
         """Close."""
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Take a permit for one write if that takes no wait; return whether it was taken."""
+        """Take a permit for one write if no wait is needed; return whether it was taken."""
 
     async def acquire_permit(self, priority: Priority) -> None:
         """Wait for a permit for one write of this priority."""
@@ -95,12 +95,12 @@ class ClientProtocol(Protocol):
         """Acquire a permit for one ack, before a poll."""
 
     def release_ack_permit(self) -> None:
-        """Return an ack permit: there is nothing to acknowledge."""
+        """Return an ack permit, since there is nothing to acknowledge."""
 
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
     ) -> WorkItem | None:
-        """Ask for an item."""
+        """Poll for an item."""
 
     async def ack(
         self,
@@ -132,7 +132,7 @@ class ClientProtocol(Protocol):
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> object:
-        """Stop an item; `read_item` False: its answer is not read."""
+        """Stop an item; if `read_item` is false, the item in the answer is not parsed."""
 
     async def update_metadata(
         self,
@@ -155,18 +155,18 @@ class ClientProtocol(Protocol):
     def events(
         self, session_id: str, *, token: Secret | None = None, guard: Guard | None = None
     ) -> SessionEvents:
-        """The events of a session; `guard` checks before and during each call."""
+        """Return the events of a session; `guard` checks before and during each call."""
 
     async def stats(self) -> QueueStats:
-        """Read the remote queue's statistics."""
+        """Read the statistics of the remote queue."""
 
 
 class OptionalCalls:
     """Makes optional calls for one pool, on all of its loops.
 
     Attributes:
-        refused: The calls that the credential may not make, as far as that is known, with the
-            status of the refusal. Changed only here.
+        refused: The calls that the credential is known not to permit, with the status of the
+            refusal. Only this class changes it.
     """
 
     def __init__(self) -> None:
@@ -175,10 +175,10 @@ class OptionalCalls:
         self._logged: set[Op] = set()
 
     def check(self, op: Op) -> None:
-        """Raise unless the call may be made, as far as that is known.
+        """Raise an error if the call is known to be refused.
 
         Raises:
-            NotPermittedError: It was refused before.
+            NotPermittedError: The call was refused before.
         """
         if op in self.refused:
             raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
@@ -187,8 +187,8 @@ class OptionalCalls:
         """Make a call, unless it was refused before.
 
         Raises:
-            NotPermittedError: The credential may not make it.
-            ControlPlaneError: As the call raises it.
+            NotPermittedError: The credential does not permit the call.
+            ControlPlaneError: The error of the call.
         """
         self.check(op)
         try:
@@ -203,11 +203,11 @@ class OptionalCalls:
         raise NotPermittedError(op, status, NOT_PERMITTED)
 
     def forget(self) -> None:
-        """Let all calls be tried again: a call that every credential may make was refused too."""
+        """Let all calls be tried again, since a call was refused that every credential permits."""
         self.refused.clear()
 
     def _learn(self, op: Op, error: ControlPlaneError) -> bool:
-        """Return whether a refusal means that the credential may not make this call at all."""
+        """Return whether a refusal means that the credential does not permit this call at all."""
         if op in self._allowed or not _means_never(op, error):
             return False
         self.refused[op] = error.status
@@ -236,9 +236,9 @@ async def read_item(
 
     Args:
         client: Sends the calls.
-        optional: What the credential may do.
+        optional: The optional calls of the credential.
         work_id: The item.
-        timeout: Seconds to read it, and to look it up.
+        timeout: The limit in seconds of each of the two calls.
 
     Returns:
         The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.

@@ -1,4 +1,4 @@
-"""How a session ends: the completion table, and what it makes the pool send.
+"""The end of a session: the completion table, and the calls that it makes the pool send.
 
 The table says what happens; `Completion` does it. Nothing is sent for an item whose lease is not
 held, and an item whose result could not be written is not stopped as completed.
@@ -47,25 +47,28 @@ log = pool_logger(__name__)
 
 RELEASE_DELAY_SECONDS = 10.0
 MARK_SECONDS = 1.5
-"""How long a drain waits for a mark, at most twice: the rest of its 5 s is for the release."""
+"""Seconds for which a drain waits for a mark, at most twice.
+
+The rest of its 5 s is for the release.
+"""
 MARK_TRY_SECONDS = 30.0
-"""How long writing the mark of a running session is retried."""
+"""Seconds for which the write of a running session's mark is retried."""
 NOTE_LIMIT = 512
-"""The most characters of `workpool.error` and `workpool.released`."""
+"""Largest number of characters of `workpool.error` and `workpool.released`."""
 
 DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the table: what happens to the item, what is written, how the session counts."""
+    """One row of the table: the effect on the item, the metadata to write, and the outcome."""
 
     item: Literal["stop", "release", "untouched"]
     metadata: Literal["result", "error", "reason", "none"]
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, Row]] = {  # when several apply, the lowest wins
+TABLE: Final[Mapping[EndReason, Row]] = {  # if several apply, the lowest wins
     EndReason.RETURNED: Row("stop", "result", "completed"),
     EndReason.RAISED: Row("stop", "error", "failed"),
     EndReason.TIMED_OUT: Row("stop", "error", "timed_out"),
@@ -82,7 +85,7 @@ WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
-    """Ends sessions as the table says. Lives on the handlers' loop."""
+    """Ends sessions by the table. Lives on the handlers' loop."""
 
     def __init__(self, context: PoolContext, sender: Sender) -> None:
         self._with_message = context.settings.report_errors == "message"
@@ -94,7 +97,7 @@ class Completion:
         self._optional = context.optional
 
     async def complete(self, item: PoolItem) -> Outcome:
-        """Do what the row says, for as long as the lease is held, and return the outcome."""
+        """Carry out the row while the lease is held, and return the outcome."""
         row = row_of(item)
         if row.item == "untouched":
             return row.outcome
@@ -124,7 +127,7 @@ class Completion:
         """Stop the item with `force`, which is allowed in every state and in both dialects.
 
         Raises:
-            SessionGoneError: The lease is not held, and our stop is not known to be applied.
+            SessionGoneError: The lease is not held, and it is unknown whether the stop was applied.
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
@@ -158,7 +161,7 @@ class Completion:
             raise
 
     async def _write(self, item: PoolItem, row: Row) -> Outcome:
-        """Write the row's metadata, if any; return the outcome: a refused result is `failed`."""
+        """Write the row's metadata, if any; return the outcome: `failed` for a refused result."""
         attempt = _attempt_of(item)
         if row.metadata == "result" and not item.result:
             if patch := attempt.closing({}):
@@ -170,7 +173,7 @@ class Completion:
         except (ConflictError, PreconditionError):
             pass  # the item is stopped already
         except NotPermittedError:
-            # Run again, the session would have the same end: it is completed without its result.
+            # Another run would have the same end, so the session is completed without its result.
             if row.metadata == "result":
                 self._observe(ResultDropped, item.work_item)
         except RefusedError as error:
@@ -179,7 +182,7 @@ class Completion:
             )
             if row.metadata != "result":
                 return row.outcome
-            # A result that cannot be written must not count as done.
+            # A result that cannot be written must not count as completed.
             item.error = error
             notes = self._error_note(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
@@ -188,11 +191,11 @@ class Completion:
         return row.outcome
 
     async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
-        """Remove the mark of a completed session, which a failure here must not run again."""
+        """Remove the mark of a completed session; a failure must not cause another run."""
         try:
             await self.write_metadata(item, patch, MARK_SECONDS)
         except NotPermittedError:
-            pass  # nor was the mark written
+            pass  # the mark was not written either
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -201,16 +204,16 @@ class Completion:
     async def mark_running(self, item: PoolItem) -> None:
         """Mark a running session when a drain begins; cancelled when the session ends."""
         if item.lease.stop_requested:
-            return  # it will be stopped or lapse to `stopped`, so no worker runs it again
-        # A low priority: the completions of others must not wait for a thousand marks.
+            return  # the item will be stopped or lapse to `stopped`, so no worker runs it again
+        # A low priority: the completions of others must not wait for many marks.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark(self, item: PoolItem, reason: str, seconds: float) -> None:
-        """Mark a session that is being released, for `seconds` at most; unmarked its run counts."""
+        """Mark a released session within `seconds`; without the mark, its run counts."""
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
-            return  # until its first heartbeat has succeeded, the item may be another process's
+            return  # until its first heartbeat has succeeded, another process may have the item
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
     async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
@@ -220,7 +223,7 @@ class Completion:
             await self._send_metadata(item, attempt.mark(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # runs are counted in this process, by `RunCounts`
+            pass  # `RunCounts` counts the runs in this process
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -299,7 +302,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
 
     Args:
         item: The item.
-        error: What the handler raised; None: it returned a result that can be written.
+        error: The handler's error; None: it returned a result that can be written.
         now: The time on the lease clock.
     """
     if error is None:
@@ -338,7 +341,7 @@ def outcome_by(lease: Lease) -> Outcome:
 def leaves_of(error: BaseException) -> Iterator[BaseException]:
     """Yield the errors of a group, at any depth, or an error that is no group."""
     unread = [error]
-    while unread:  # not recursive: a handler's groups may be nested deeper than the stack
+    while unread:  # not recursive: a handler's groups may be nested more deeply than the stack
         each = unread.pop()
         if isinstance(each, BaseExceptionGroup):
             unread.extend(each.exceptions)
@@ -347,7 +350,7 @@ def leaves_of(error: BaseException) -> Iterator[BaseException]:
 
 
 def release_of(error: BaseException) -> Release | None:
-    """Return `error` if it is a `Release`, or the longest of a group that holds nothing else."""
+    """Return `error` if it is a `Release`, or the longest release of a group with nothing else."""
     releases: list[Release] = []
     for each in leaves_of(error):
         if not isinstance(each, Release):
@@ -357,7 +360,7 @@ def release_of(error: BaseException) -> Release | None:
 
 
 def delay_of(release: Release) -> float:
-    """Return the seconds until another worker may take the item; a default for no number."""
+    """Return the seconds until another worker may take the item; a default if it is no number."""
     delay: object = release.delay
     if isinstance(delay, int | float) and not math.isnan(delay):
         return delay
@@ -372,5 +375,5 @@ def text_of(value: object) -> str:
 
 
 def sendable(text: str) -> str:
-    """Return `text` cut to `NOTE_LIMIT`, each character that UTF-8 cannot encode replaced."""
+    """Return `text` cut to `NOTE_LIMIT`, with a replacement for each character that UTF-8 lacks."""
     return text[:NOTE_LIMIT].encode(errors="replace").decode()

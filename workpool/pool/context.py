@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PoolContext:
-    """Passed to each part when it is created; lives as long as the supervisor's root task.
+    """The shared objects; created by the supervisor's root task, and passed to each part.
 
     Attributes:
         client: The client of the handlers' loop.
@@ -35,11 +35,11 @@ class PoolContext:
         wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
-        threads: Run the handlers that are plain functions.
-        drain_deadline: Returns when a drain cancels the handlers, on the loop's clock; infinite
-            before that is known.
-        admission: Whether items may be claimed.
-        optional: Makes the calls that the credential may not be allowed to make.
+        threads: The threads of handlers that are plain functions.
+        drain_deadline: Returns the time at which a drain cancels the handlers, on the loop's clock;
+            infinite until it is known.
+        admission: Decides whether items may be claimed.
+        optional: Makes the calls that the credential may not permit.
     """
 
     settings: Settings

@@ -30,20 +30,20 @@ LAG_WARNING_SECONDS = 1.0
 REPORT_SECONDS = 2.0
 THREADS_MAX = 32
 FRAMES_MAX = 40
-"""Innermost frames reported per thread."""
+"""Largest number of innermost frames reported for each thread."""
 STACK_CHARACTERS = 4_000
-"""Characters reported per thread, the innermost frames last."""
+"""Largest number of characters reported for each thread, the innermost frames last."""
 
 
 class LoopMonitor:
     """Created on the handlers' loop; used on the renewer's thread, and its properties on any.
 
     Attributes:
-        lag: Seconds that the last answer took, None before the first one.
+        lag: The seconds of the last answer; None before the first one.
     """
 
     def __init__(self, tell: Callable[[Callable[[], object]], None], max_block: float) -> None:
-        """`tell` runs a callback on the handlers' loop."""
+        """Create it with `tell`, which runs a callback on the handlers' loop."""
         self.lag: float | None = None
         self._tell = tell
         self._max_block = max_block
@@ -52,7 +52,7 @@ class LoopMonitor:
         self._waited = 0.0
         self._ping = 0
         self._asked_at = time.monotonic()
-        self._answered_before = 0.0  # time of the answer to the ping before
+        self._answered_before = 0.0  # the time of the answer to the second last ping
         self._answered_at = time.monotonic()  # written on the handlers' loop
         self._pong = 0  # written on the handlers' loop, last
 
@@ -77,15 +77,15 @@ class LoopMonitor:
             seconds = self._answered_at - self._answered_before
             _warn("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        self._asked_at = time.monotonic()  # before the ping: another thread may read both
+        self._asked_at = time.monotonic()  # before the ping, since another thread may read both
         self._ping += 1
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._answer, self._ping, self._asked_at))
 
     def wait(self, seconds: float) -> bool:
-        """Add `seconds` without an answer; return whether they amount to `max_block`."""
+        """Add `seconds` without an answer; return whether the sum reaches `max_block`."""
         was_blocked = self.blocked
-        # Two ticks at most: a process that was stopped for long has no blocked loop.
+        # Two ticks at most: after a stop of the process, its loop does not count as blocked.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
             _warn(
@@ -95,7 +95,7 @@ class LoopMonitor:
         return self._waited >= self._max_block
 
     def blocked_report(self) -> Callable[[], None]:
-        """Measure now how long the loop has not answered; return the call that logs it."""
+        """Measure now for how long the loop has not answered; return the call that logs it."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked, seconds)
 
@@ -109,7 +109,7 @@ class LoopMonitor:
         )
 
     def _answer(self, ping: int, asked_at: float) -> None:
-        """Called on the handlers' loop."""
+        """Record the answer to a ping. Called on the handlers' loop."""
         self._answered_at = time.monotonic()
         self.lag = self._answered_at - asked_at
         self._pong = ping
@@ -124,7 +124,7 @@ def _warn(message: str, **fields: object) -> None:
 
 
 def report(write: Callable[[], None]) -> None:
-    """Call `write` on a thread of its own and wait until it returns, at most `REPORT_SECONDS`.
+    """Call `write` on a new thread and wait until it returns, at most `REPORT_SECONDS`.
 
     The blocked loop may hold the lock of a log handler, which `write` then waits for.
 

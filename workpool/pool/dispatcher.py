@@ -1,6 +1,6 @@
-"""Decides on each received item: whether it is ours, which handler runs it, when it starts.
+"""Decides on each received item: whether the pool owns it, its handler, and its start.
 
-Owns the items that are ours and the tasks that run them. Lives on the handlers' loop.
+It owns the pool's items and the tasks that run them. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The path of one item".
 """
 
@@ -36,32 +36,35 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 REMEMBERED_IDS = 10_000
-"""The number of ids that are remembered, to recognise redeliveries and to log a decline once."""
+"""Number of ids that are remembered, to recognize redeliveries and to log a decline once."""
 
 UNSTARTED = 3
-"""After so many items in a row without a call of a handler, polls are paced."""
+"""Number of items in a row without a call of a handler after which polls are paced."""
 ASIDE_MARGIN_SECONDS = 1.0
-"""An item whose handler has no slot is set aside until this long before its redelivery."""
+"""Seconds before its redelivery at which an item without a slot is set aside no longer."""
 TYPE_CHARACTERS = 128
-"""Characters of an item's type that are logged."""
+"""Largest number of characters of an item's type in the log."""
 
 Reception = Literal["queued", "aside", "declined"]
-"""The result of an offer: the item took the reserved place; or it waits for a slot of its handler,
-without a place; or it is not ours."""
+"""The result of an offer of an item.
+
+It took the reserved place; or it waits for a slot of its handler, without a place; or the pool does
+not take it.
+"""
 
 
 class Dispatcher:
-    """Owns the items that are ours, and runs each in a task of `group`.
+    """Owns the pool's items, and runs each in a task of `group`.
 
     Args:
-        context: The pool's.
-        group: Items run in it.
-        handlers: Their handlers run in it.
+        context: The context of the pool.
+        group: The group of the items' tasks.
+        handlers: The group of the handlers' tasks.
         on_ack: Called with the final error of an ack, or with None when one was accepted.
 
     Attributes:
-        items: The items that are ours.
-        draining: No item is started anymore.
+        items: The items of the pool.
+        draining: Whether no item is started anymore.
         executor: Calls the handlers.
         runner: Runs the items.
         health: The failing handlers.
@@ -103,11 +106,12 @@ class Dispatcher:
         window = settings.reclaim_older_than_ms
         window = RECLAIM_OLDER_THAN_MS if window is None else window
         self._aside_seconds = window / 1000 - ASIDE_MARGIN_SECONDS
-        self._seen: OrderedDict[str, bool] = OrderedDict()  # id → its decline is logged
+        # for each id whether its decline was logged
+        self._seen: OrderedDict[str, bool] = OrderedDict()
 
     @property
     def paced(self) -> bool:
-        """Whether the last `UNSTARTED` items that were ours ended without a call of a handler."""
+        """Whether the last `UNSTARTED` owned items ended without a call of a handler."""
         return self.runner.unstarted >= UNSTARTED
 
     # Receive and choose.
@@ -120,7 +124,7 @@ class Dispatcher:
         if self.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # never acknowledged, so it is redelivered
         owned = self.items.get(work_item.id)
-        if owned is None and self._expiry is not None:  # else nothing is set aside
+        if owned is None and self._expiry is not None:  # otherwise nothing is set aside
             owned = self._aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = item.held_before or item.id in self._seen
@@ -144,7 +148,7 @@ class Dispatcher:
         return "queued"
 
     async def adopt(self, work_item: WorkItem, parents_heartbeat: str) -> None:
-        """Run an item that was handed off to us, in the place of its parent."""
+        """Run an item that a parent handed off, in the place of its parent."""
         handler = self._context.plugins.handler_for(work_item)
         context = self._context.start_context.copy()
         item = PoolItem(work_item, handler, context, self._context.clock())
@@ -155,7 +159,7 @@ class Dispatcher:
         self._fill()
 
     def _received_again(self, owned: PoolItem, polled_at: float) -> None:
-        """React to another delivery of an item that is ours: the control plane has it `queued`."""
+        """React to another delivery of an owned item, which the control plane has `queued`."""
         if owned.state == "delivered":
             owned.polled_at = polled_at
         if owned.executing:
@@ -241,7 +245,7 @@ class Dispatcher:
         return None
 
     def _decline(self, work_item: WorkItem, reason: DeclineReason) -> None:
-        """Report that an item is left to others; each item is logged once."""
+        """Report that an item is left to other workers; each item is logged once."""
         if not self._seen.get(work_item.id):
             self._remember(work_item.id)
             self._seen[work_item.id] = True
@@ -257,13 +261,13 @@ class Dispatcher:
             if len(self._seen) > REMEMBERED_IDS:
                 self._seen.popitem(last=False)
 
-    # Run.
+    # Running items.
 
     def _fill(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
         while not self.draining and (item := queue.take(self._may_start)) is not None:
-            if self.items.get(item.id) is None:  # it was set aside
+            if self.items.get(item.id) is None:  # the item was set aside
                 self._own(item)
             item.advance("slot" if item.parents_heartbeat is None else "adopted")
             self._tasks[item] = self._group.create_task(
@@ -280,10 +284,10 @@ class Dispatcher:
         if self.on_closed is not None:
             self.on_closed()
 
-    # Drain.
+    # The drain.
 
     def drain(self) -> None:
-        """Start no item anymore, forget the waiting ones and notify the running sessions."""
+        """Start no further item, forget the waiting ones and notify the running sessions."""
         self.draining = self.runner.draining = True
         self._claimer.drain()
         self.forget_waiting()
@@ -295,30 +299,30 @@ class Dispatcher:
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting(self) -> None:
-        """Forget the items that wait for a slot: they were never acknowledged."""
+        """Forget the items that wait for a slot, which were never acknowledged."""
         for _ in self._context.queue.aside:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting():
             item.advance("closed")
-            if self.items.get(item.id) is item:  # else it was set aside
+            if self.items.get(item.id) is item:  # otherwise it was set aside
                 self.items.remove(item)
 
     def release_all(self) -> None:
-        """Cancel the handlers that still run, so that their items are handed back."""
+        """Cancel the handlers that still run, so that their items are released."""
         for item in self.items.all():
             self.executor.cancel(item, EndReason.DRAINED)
 
     def unfinished(self) -> int:
         """The number of items that a drain waits for: all but those of stuck handlers.
 
-        A stuck handler may have ended a moment ago; then its completion follows.
+        The completion of a stuck handler that has just ended counts, too.
         """
         return len(self._tasks) - sum(item.executing for item in self.executor.stuck)
 
     async def marked(self, seconds: float) -> None:
         """Wait at most for `seconds` until the items of stuck handlers are marked.
 
-        Nothing else of them is waited for, so a drain would abandon them in the moment it begins.
+        Without this wait, a drain would abandon them as soon as it begins.
         """
         marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
         if marks:

@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 AFTER_DEADLINE_SECONDS = 5.0
-"""How long the completion of all cancelled sessions may take after the deadline."""
+"""Seconds after the deadline for the completion of all cancelled sessions."""
 SCRAPED_SECONDS = 120.0
-"""A process that was not scraped for this long is not scraped at all."""
+"""A process without a scrape for this long, in seconds, counts as not scraped."""
 LAST_SCRAPE_SECONDS = 20.0
-"""How long the exporter waits for the scrape that follows the drain."""
+"""Longest wait of the exporter for the scrape that follows the drain, in seconds."""
 GRACE_SECONDS = 8.0
-"""The wait for that scrape ends this long after `drain_timeout`: 2 s before the end of the grace
-period. See workpool/docs/operating.md, "Deploy"."""
+"""The wait for that scrape ends this many seconds after `drain_timeout`.
+
+That is 2 s before the end of the grace period. See workpool/docs/operating.md, "Deploy".
+"""
 
 
 class Drain:
-    """One supervisor's drain.
+    """The drain of one supervisor.
 
     Attributes:
-        requested: Set once it has begun.
-        started_at: When it began, on the loop's clock; None before that.
-        timeout: Seconds given by the first request; None = no limit.
+        requested: Set once the drain has begun.
+        started_at: The time at which it began, on the loop's clock; None before that.
+        timeout: The seconds of the first request; None = no limit.
         requests: The number of requests.
     """
 
@@ -58,11 +60,11 @@ class Drain:
 
     @property
     def deadline(self) -> float:
-        """When handlers are cancelled, on the loop's clock; infinite before it is known."""
+        """The time when handlers are cancelled, on the loop's clock; infinite until it is known."""
         return self._deadline
 
     def begin(self, timeout: float | None) -> None:
-        """Request the drain; a further request can only bring the deadline nearer."""
+        """Request the drain; a further request can only shorten the deadline."""
         now = asyncio.get_running_loop().time()
         self.requests += 1
         if self.started_at is None:
@@ -77,7 +79,7 @@ class Drain:
         self._changed.set()
 
     async def sessions_ended(self, dispatcher: Dispatcher) -> None:
-        """Wait, without a limit, until no session runs but those of stuck handlers."""
+        """Wait, without a limit, until only sessions of stuck handlers run."""
         await self._finished(dispatcher, lambda: math.inf)
 
     async def wind_down(self, context: PoolContext, dispatcher: Dispatcher) -> int:
@@ -107,7 +109,7 @@ class Drain:
     async def scraped(self, exporter: Exporter) -> None:
         """Wait until a scrape has shown the end of the drain, or a further drain is requested.
 
-        Returns at once if nobody scrapes, and within the grace period in any case.
+        Returns at once if the process is not scraped, and within the grace period in any case.
         """
         since = time.monotonic()
         if exporter.scraped_at is None or since - exporter.scraped_at > SCRAPED_SECONDS:
@@ -125,7 +127,7 @@ class Drain:
         exporter.on_scraped = None
 
     async def _finished(self, dispatcher: Dispatcher, until: Callable[[], float]) -> bool:
-        """Wait until no item is unfinished; False if the time `until()`, read anew, comes first."""
+        """Wait until no item is unfinished; return False at the time `until()`, read anew."""
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.changed
         loop = asyncio.get_running_loop()
         while dispatcher.unfinished():
@@ -142,8 +144,8 @@ class Drain:
 async def see_through(end: Callable[[], Awaitable[None]], drain: Drain) -> None:
     """Await `end()` despite any number of cancellations; raise the last one afterwards.
 
-    A cancellation moves the drain's deadline to now, which bounds `end()`. Without this a pool
-    could run on without its embedder: some libraries cancel a task again at each of its steps.
+    A cancellation moves the drain's deadline to now, which limits `end()`. Otherwise a pool could
+    continue without its embedder, since some libraries cancel a task again at each of its steps.
     """
     cancelled: asyncio.CancelledError | None = None
     while True:

@@ -42,20 +42,22 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 REPEAT_SECONDS = 10.0
-"""A cancellation that the handler ignores is repeated this often; from the first repetition on the
-handler counts as stuck."""
+"""Seconds between cancellations of a handler that ignores them.
+
+From the second one on, the handler counts as stuck.
+"""
 STALL_CHECKS = 4
 """Checks of the progress in one `stall_timeout`: a block of the loop that is longer than the time
 between two of them is noticed, and not counted."""
 LATE_SECONDS = 0.1
 """A check of the progress that is this late was held up by a sleep or a blocked loop."""
 LEAVE_SECONDS = 0.1
-"""How long the pool waits for the group of handlers to close, twice at most."""
+"""Seconds for which the pool waits for the group of handlers to close, twice at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """An error of a handler, returned as a value: raised, it would cancel the other handlers."""
+    """An error of a handler, returned as a value: raised, it would cancel other handlers."""
 
     error: BaseException
 
@@ -82,7 +84,7 @@ class HandlerExecutor:
         self._group = group
 
     async def run(self, item: PoolItem, handler: Handler, session: Session) -> None:
-        """Call the handler and wait for its end, however long it takes; record how it ended.
+        """Call the handler and wait for its end without a limit; record its end.
 
         A handler whose lease is not held anymore when its turn comes is not called.
         """
@@ -90,7 +92,7 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # A copy: an eager task begins in here, where the item's own context is entered already.
+            # A copy: an eager task begins here, where the item's own context is already entered.
             context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -110,7 +112,7 @@ class HandlerExecutor:
         self._record_end(item, task)
 
     def cancel_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
-        """Cancel the handler after so many seconds, unless an earlier cancellation is planned."""
+        """Cancel the handler after `seconds`, unless an earlier cancellation is planned."""
         if item.cancelled_for is not None or not item.executing:
             return
         loop = asyncio.get_running_loop()
@@ -120,7 +122,7 @@ class HandlerExecutor:
             item.cancelled_at, item.timer = at, loop.call_at(at, self.cancel, item, reason)
 
     def cancel(self, item: PoolItem, reason: EndReason) -> None:
-        """Cancel the handler now, unless it was cancelled for a reason as grave as this one."""
+        """Cancel the handler now, unless it was cancelled for an equally grave reason."""
         if item.handler_task is None or item.handler_task.done():
             return
         item.end(reason)
@@ -220,7 +222,7 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # The mapping may run code of the handler when it is read: its errors are the handler's.
+            # Reading the mapping may run code of the handler, whose errors are the handler's.
             contexts = self._plugins.contexts(session)
             call = self._caller(item, handler)
             if contexts:
@@ -293,7 +295,7 @@ class HandlerExecutor:
                 "error": text,
             },
         )
-        with suppress(TimeoutError), session.waiting():  # no progress is expected meanwhile
+        with suppress(TimeoutError), session.waiting():  # no progress is expected during this wait
             async with asyncio.timeout(seconds):
                 await session.interrupted()
         if session.stopping:
@@ -316,7 +318,7 @@ class HandlerExecutor:
 
     def _record_end(self, item: PoolItem, task: asyncio.Task[Mapping[str, str] | _Raised]) -> None:
         if task.cancelled():
-            if item.cancelled_for is None:  # a CancelledError that leaked from somewhere
+            if item.cancelled_for is None:  # a CancelledError that leaked from other code
                 self._record_error(item, asyncio.CancelledError("leaked from the handler"))
             return
         returned = task.result()
@@ -333,7 +335,7 @@ class HandlerExecutor:
             item.end(EndReason.RELEASED)
             return
         item.end(EndReason.RAISED)
-        if isinstance(error, ResultError):  # the handler's own code has no part in it
+        if isinstance(error, ResultError):  # the code of the handler has no part in it
             log.error(
                 "result not written: %s",
                 error,
@@ -346,7 +348,7 @@ class HandlerExecutor:
 
 
 def _is_retried(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:
-    """Whether the handler is called again after this error."""
+    """Return whether the handler is called again after this error."""
     return (
         retry is not None
         and session.retry < retry.times
@@ -358,11 +360,11 @@ def _is_retried(retry: Retry | None, error: Exception, session: Session) -> Type
 
 
 def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
-    """Return a future that is done when the task is; cancelling it does not cancel the task."""
+    """Return a future that is done when the task is; its cancellation does not cancel the task."""
     future: asyncio.Future[None] = task.get_loop().create_future()
 
     def end(_: asyncio.Task[object]) -> None:
-        if not future.done():  # else the task that waited has been cancelled
+        if not future.done():  # otherwise the waiting task was cancelled
             future.set_result(None)
 
     task.add_done_callback(end)
@@ -371,10 +373,10 @@ def ended(task: asyncio.Task[object]) -> asyncio.Future[None]:
 
 @asynccontextmanager
 async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that the pool can leave although a handler in it still runs.
+    """Return a task group that the pool can leave although a handler in it still runs.
 
     A handler that ignores its cancellation would keep the pool from leaving a normal group. This
-    group lives in a task of its own, which is the only kind of task that may outlive the pool.
+    group has its own task, which is the only kind of task that may outlive the pool.
     """
     opened, closing = asyncio.Event(), asyncio.Event()
     group = asyncio.TaskGroup()

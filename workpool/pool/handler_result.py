@@ -1,4 +1,4 @@
-"""The metadata that the result of a handler becomes.
+"""The conversion of a handler's result to metadata.
 
 A mapping of strings is written key by key. Any other value is written as one JSON text. A result
 that cannot be written as it is raises: it is never cut.
@@ -27,12 +27,12 @@ def metadata_of(returned: object, limits: MetadataLimits | None) -> Mapping[str,
     A mapping is copied, because other code may change it later.
 
     Args:
-        returned: What the handler returned.
-        limits: What the dialect allows; None: no limits are documented.
+        returned: The value that the handler returned.
+        limits: The limits of the dialect; None: no limits are documented.
 
     Raises:
         ResultError: The result cannot be written.
-        BaseException: Whatever the handler's mapping raises when it is read.
+        BaseException: An error of the handler's mapping when it is read.
     """
     if returned is None:
         return {}
@@ -53,10 +53,10 @@ def _json(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return mappings and sequences of other classes as those that orjson writes.
+    """Return mappings and sequences of other classes in a form that orjson writes.
 
     Raises:
-        TypeError: It is neither.
+        TypeError: The value is neither.
     """
     if isinstance(value, Mapping):
         return dict(value.items())
@@ -75,7 +75,7 @@ def _check_text(key: str, value: str) -> None:
 
 
 def _within(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
-    """Return the result, if it is within the limits."""
+    """Return the result if it is within the limits."""
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):

@@ -1,9 +1,9 @@
 """Handing an item off to a child process: the parent's side.
 
-Our heartbeats are suspended, the handler starts the child, and the child's first heartbeat takes
-the item. That heartbeat and our next one expect the same last heartbeat, ours, so that only one of
-the two succeeds. Until it is known which one, nothing else is sent for the item: stops and metadata
-carry no precondition on the wire.
+The pool suspends its heartbeats, the handler starts the child, and the child's first heartbeat
+takes the item. That heartbeat and the pool's next one expect the same last heartbeat, so that only
+one of the two succeeds. Until it is known which one, nothing else is sent for the item: requests
+for stops and metadata have no precondition.
 
 `hand_off` and `settle` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
@@ -37,7 +37,7 @@ log = pool_logger(__name__)
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
 TAKE_BACK_PART = 4
-"""An item without a child is taken back this part of the TTL before its lease is given up."""
+"""An item without a child is taken back when this part of its TTL is left."""
 
 
 class HandoffRun:
@@ -64,7 +64,7 @@ class HandoffRun:
             self._turn("closed")
 
     async def _heartbeat(self) -> bool:
-        """Send a heartbeat, or wait for the one under way; return whether the lease is held."""
+        """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
         lease, changed = self._lease, self._handoff.changed
         self._renewer.heartbeat_now(lease)
         while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
@@ -87,7 +87,7 @@ class HandoffRun:
                 return
 
     async def _child_missing(self) -> bool:
-        """Read the item; return whether to wait on for the child."""
+        """Read the item; return whether to wait longer for the child."""
         lease, client = self._lease, self._renewer.client
         try:
             timeout = self._renewer.request_timeout
@@ -112,7 +112,7 @@ class HandoffRun:
 async def hand_off(
     item: PoolItem, context: PoolContext, sender: Sender
 ) -> AsyncIterator[HandedLease]:
-    """Hand an item off: see `Session.handover`. Used on the handlers' loop."""
+    """Hand an item off; see `Session.handover`. Used on the handlers' loop."""
     sender.check(item, by_handler=True)
     lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff()
@@ -124,7 +124,7 @@ async def hand_off(
         await _reaches(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
         renewer.call(handoff.take_back)
-        raise  # a cancelled handler must end at once; the runner calls `settle` after it
+        raise  # a cancelled handler must end at once; the runner calls `settle` afterwards
     except BaseException:
         await settle(item, handoff, renewer)
         raise
@@ -134,7 +134,7 @@ async def hand_off(
 
 
 async def settle(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
-    """Wait for the end of the handoff: only then is it known which process has the item."""
+    """Wait for the end of the handoff, which decides which process has the item."""
     if handoff.state != "closed":
         renewer.call(handoff.take_back)
         await _reaches(item, handoff, "closed", renewer.clock)
@@ -150,7 +150,7 @@ async def _opened(
     if handoff.state != "open" or lease.status != "held":
         sender.check(item, by_handler=False)
         raise HandoverError(item.id)  # there was no time left for a child
-    if lease.stop_requested:  # a child would be started only to be stopped
+    if lease.stop_requested:  # a child would only be started to be stopped
         raise SessionEnded(item.id)
     settings = context.settings
     return HandedLease(

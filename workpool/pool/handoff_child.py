@@ -1,8 +1,8 @@
 """The child's side of a handoff: a pool of one item, which a parent has acknowledged.
 
-Nothing is polled. The first heartbeat expects the parent's last one, so it takes the item only if
-the parent has not taken it back. The rest is the pool's own: lease, handler, completion, drain.
-See workpool/docs/architecture.md, "Handing an item off".
+The pool does not poll. The first heartbeat expects the parent's last one, so it takes the item only
+if the parent has not taken it back. Lease, handler, completion and drain are as in any pool. See
+workpool/docs/architecture.md, "Handing an item off".
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class HandoffChild(Supervisor):
     """A supervisor that runs one item and ends with it.
 
     Args:
-        settings: As a supervisor's; heartbeats ask for `lease_ttl`.
-        work_id: The item.
-        last_heartbeat: The parent's last one, from `Session.handover`.
-        plugins: Run it and observe it.
-        registry: As a supervisor's.
-        connect: As a supervisor's.
-        session_id: The id of the item's session, if the item is not to be read: its own token may
+        settings: The settings, as for a supervisor; heartbeats request `lease_ttl`.
+        work_id: The id of the item.
+        last_heartbeat: The parent's last heartbeat, from `Session.handover`.
+        plugins: The plugins that run and observe the item.
+        registry: The registry, as for a supervisor.
+        connect: The function that creates clients, as for a supervisor.
+        session_id: The id of the item's session if the item is not read, since its own token may
             not read it.
     """
 
@@ -92,7 +92,7 @@ class HandoffChild(Supervisor):
         self._drain.begin(self.settings.drain_timeout)
 
     async def _find(self, context: PoolContext) -> WorkItem:
-        """Read the item, repeatedly while its parent may wait for our first heartbeat."""
+        """Read the item, repeatedly while its parent may wait for the child's first heartbeat."""
         if self._session_id is not None:
             return _unread_item(self._work_id, self._session_id, str(self.settings.environment_id))
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
@@ -113,7 +113,7 @@ class HandoffChild(Supervisor):
 
 
 def _unread_item(work_id: str, session_id: str, environment_id: str) -> WorkItem:
-    """Return the item as far as it is known without a read."""
+    """Return the item with the fields that are known without a read."""
     data = {"type": SESSION, "id": session_id}
     item = {"id": work_id, "environment_id": environment_id, "data": data, "state": ACTIVE}
     return parse_item(item)

@@ -56,16 +56,16 @@ PAUSE_SECONDS = 2.0
 
 
 def clock_that_counts_sleep() -> Clock:
-    """Return this platform's clock. No function of ours: it is read some forty times an item."""
+    """Return this platform's clock itself: a wrapper would cost some forty calls for each item."""
     if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-    if sys.platform == "darwin":  # `time.monotonic` stands still during sleep there
+    if sys.platform == "darwin":  # `time.monotonic` stands still during sleep on this system
         return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
     return time.monotonic
 
 
 lease_clock: Clock = clock_that_counts_sleep()
-"""Seconds since some moment in the past, sleep included."""
+"""Seconds on a clock that counts sleep, since an arbitrary moment."""
 wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, never a deadline
 """Seconds since 1970 on the clock that people and time servers set."""
 
@@ -80,43 +80,48 @@ class PauseDetector:
     def offset(self, now: float | None = None) -> float:
         """Return the seconds by which the wall clock is ahead of the lease clock.
 
-        `now` is the lease clock's time if the caller has read it in this moment.
+        `now` is the lease clock's time if the caller has just read it.
         """
         return self._wall() - (self._clock() if now is None else now)
 
     def paused(self, since: float, now: float | None = None) -> bool:
-        """Whether the machine was paused since `offset` returned the value `since`."""
-        # Called for every write, and so without further calls.
+        """Return whether the machine was paused since `offset` returned the value `since`."""
+        # Called for every write, so without further calls.
         now = self._clock() if now is None else now
         return abs(self._wall() - now - since) >= PAUSE_SECONDS
 
 
 RENEW_PART, JITTER = 3, 0.1
-"""A lease is renewed every third of its TTL, less up to a tenth of that, so that leases that were
-acquired together spread out."""
+"""The parts that set the time of a renewal: a third of the TTL, less up to a tenth of that.
+
+So leases that were acquired together spread out.
+"""
 RETRY_PARTS: Final = (60, 30, 15)
-"""A failed heartbeat is repeated after the TTL divided by these, from the third on by the last."""
+"""A failed heartbeat is repeated after the TTL divided by these in turn; the last one repeats."""
 TIMEOUT_PART = 6
 """A heartbeat waits for its answer for at most the TTL divided by this."""
 
 Status = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
-"""`held`, or how it ended. `finished`: our own stop was applied. `released`: no heartbeat follows,
-so it lapses. `stopped`: somebody else stopped the item. `lost`: another worker may have the item.
-`handed_off`: a child process has the item."""
+"""`held`, or how it ended.
+
+`finished`: the pool's stop was applied. `released`: no heartbeat follows, so it lapses. `stopped`:
+another client stopped the item. `lost`: another worker may have the item. `handed_off`: a child
+process has the item.
+"""
 
 
 class HeartbeatAttempt(NamedTuple):
     """One heartbeat that is being sent.
 
     Attributes:
-        at: When it was decided, on the lease clock; the new deadline counts from here.
+        at: The time of the decision, on the lease clock; the new deadline counts from it.
         expected: The value of `expected_last_heartbeat`.
-        ttl: The TTL that it asks for, in seconds.
-        timeout: The time to wait for its answer, in seconds.
-        deadline: The lease's deadline when it was decided.
-        lag: Seconds by which it was decided later than planned.
+        ttl: The requested TTL in seconds.
+        timeout: The limit of the wait for the answer, in seconds.
+        deadline: The lease's deadline at the time of the decision.
+        lag: The delay of the decision, in seconds.
         clock_offset: Seconds by which the wall clock was ahead of the lease clock at that time.
-        last: No other heartbeat follows, so the lease lapses.
+        last: Whether no other heartbeat follows, so that the lease lapses.
     """
 
     at: float
@@ -134,9 +139,9 @@ class Decision(NamedTuple):
 
     Attributes:
         then: `held`: the lease goes on. `again`: send another heartbeat at `Lease.due_at`.
-            `read`: read the item to find out whose it is. `over`: the lease has ended.
+            `read`: read the item to find out which worker has it. `over`: the lease has ended.
         result: The heartbeat's result for the metrics; None = it is not counted. With `read`, the
-            result if the item is not ours.
+            result if another worker has the item.
     """
 
     then: Literal["held", "again", "read", "over"]
@@ -151,24 +156,26 @@ class Lease:
     """The lease of one acknowledged item.
 
     Attributes:
-        item: The item as our acknowledgement returned it.
-        deadline: When the lease certainly ends, on the lease clock.
-        due_at: When the next heartbeat is to be sent; infinite while none is to be sent.
+        item: The item in the answer to the acknowledgement.
+        deadline: The time until which the lease is certainly held, on the lease clock.
+        due_at: The time of the next heartbeat; infinite if none follows.
         give_up_at: Latest time for a successful heartbeat; after it the lease is considered lost.
-        ttl: Seconds that the last successful heartbeat was granted.
-        expected: What the next heartbeat must name as the last one.
+        ttl: The TTL in seconds that the last successful heartbeat was granted.
+        expected: The `expected_last_heartbeat` of the next heartbeat.
         status: Whether it is held, or how it ended.
         loss: How the lease was lost, if its status is `lost`.
-        begun: A heartbeat has succeeded.
-        stop_requested: A heartbeat said that an operator wants the session to end.
+        begun: Whether a heartbeat has succeeded.
+        stop_requested: Whether a heartbeat's answer had a stop request.
         unsettled: The ack answered `active`, which it also does for an item that another worker
             holds, and no heartbeat has succeeded yet: nothing but a heartbeat may be sent.
-        in_flight: A heartbeat is under way.
+        in_flight: Whether a heartbeat is being sent.
         clock_offset: Seconds by which the wall clock was ahead of the lease clock when the claim
             began or the last successful heartbeat was sent. If the offset is another one now, the
             machine was paused since, and nothing but heartbeats may be sent.
-        own_stop: A stop of ours may have been applied. Written on the handlers' loop only.
-        closed: The session is over, so nothing may be sent. Written on the handlers' loop only.
+        own_stop: Whether a stop of this pool may have been applied. Written on the handlers' loop
+            only.
+        closed: Whether the session has ended, so that nothing may be sent. Written on the handlers'
+            loop only.
     """
 
     __slots__ = (
@@ -191,14 +198,16 @@ class Lease:
         """Create the lease that an acknowledgement began.
 
         Args:
-            item: As the acknowledgement returned it.
-            acked_at: When the first ack that may have been applied was sent, on the lease clock.
-            ttl: Seconds that our heartbeats ask for.
+            item: The item in the answer to the acknowledgement.
+            acked_at: The time at which the first ack that may have been applied was sent, on the
+                lease clock.
+            ttl: The TTL in seconds that heartbeats request.
             request_timeout: The longest time to wait for an answer, in seconds.
-            polled_at: When the poll that delivered the item was sent, on the lease clock. An ack
-                that answers `active` may belong to a lease that began with that poll, so the first
-                deadline counts from it. None = `acked_at`.
-            parents_heartbeat: What the first heartbeat must expect if a parent handed the item off.
+            polled_at: The time at which the poll that delivered the item was sent, on the lease
+                clock. An ack that answers `active` may belong to a lease that began with that poll,
+                so the first deadline counts from it. None = `acked_at`.
+            parents_heartbeat: The value that the first heartbeat must expect if a parent handed the
+                item off.
         """
         self.item = item
         self.ttl = self._margin = 0.0
@@ -223,21 +232,21 @@ class Lease:
     # Read on any thread.
 
     def held(self, now: float) -> bool:
-        """Whether the item is certainly ours at this instant."""
+        """Return whether this pool certainly holds the item at this time."""
         return self.status == "held" and now < self.deadline and not self.closed
 
     def remaining(self, now: float) -> float:
-        """Seconds until the deadline; 0 when the lease is not held."""
+        """Return the seconds until the deadline; 0 if the lease is not held."""
         return 0.0 if self.closed or self.status != "held" else max(0.0, self.deadline - now)
 
     @property
     def over(self) -> bool:
-        """Whether no heartbeat is to be sent anymore: the lease or the session has ended."""
+        """Whether no further heartbeat is sent, because the lease or the session has ended."""
         return self.closed or self.status != "held"
 
     @property
     def confirmed(self) -> bool:
-        """Whether the control plane said that the lease is lost; if not, its time ran out."""
+        """Whether the control plane confirmed the loss of the lease; if not, its time ran out."""
         return self.status == "lost" and self.loss in {"taken", "gone"}
 
     @property
@@ -247,15 +256,15 @@ class Lease:
 
     @property
     def settled(self) -> bool:
-        """Whether the last heartbeat has extended the lease, and no other one is under way."""
+        """Whether the last heartbeat has extended the lease, and no other one is in flight."""
         doubted = self._unanswered or self._read_twice or self._failures > 0
         return self.begun and not (self.in_flight or doubted)
 
     def check(self, now: float) -> None:
-        """Raise unless the item is ours at this instant, so that something may be sent for it.
+        """Raise an error unless something may be sent for the item at this time.
 
         Raises:
-            SessionEnded: The session is over, or the item was stopped or handed off.
+            SessionEnded: The session has ended, or the item was stopped or handed off.
             LeaseLost: The lease is not held.
         """
         if self.status != "held" or now >= self.deadline or self.closed:  # as in `held`
@@ -263,13 +272,16 @@ class Lease:
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
     def note_own_stop(self) -> None:
-        """Record that our stop may be applied from now on. Called on the handlers' loop only."""
+        """Record that the pool's stop may be applied from now on.
+
+        Called on the handlers' loop only.
+        """
         self.own_stop = True
 
     # Written by one thread at a time: the handlers' loop until `begun`, then the lease renewer.
 
     def end(self, status: Status, loss: LossReason = "expired") -> None:
-        """End a held lease; one that has ended stays as it is."""
+        """End a held lease; a lease that has ended does not change."""
         if self.status == "held":
             self.loss = loss
             self.due_at = math.inf
@@ -282,14 +294,15 @@ class Lease:
         return self.closed or self.status != "held"  # as in `over`
 
     def check_soon(self, now: float) -> None:
-        """Make the next heartbeat due now, because the item may not be ours anymore."""
+        """Make the next heartbeat due now, because another worker may have the item."""
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
     def doubt(self, now: float) -> bool:
         """Make the next heartbeat due now, because the machine was paused.
 
-        Has an effect once until a heartbeat has succeeded; returns whether it had one.
+        Until a heartbeat has succeeded, only the first call has an effect. Returns whether it had
+        one.
         """
         first, self._doubted = not self._doubted, True
         if first:
@@ -297,7 +310,7 @@ class Lease:
         return first
 
     def release(self, now: float, delay: float) -> None:
-        """Make the next heartbeat the last one: it lets the lease lapse after `delay` seconds."""
+        """Make the next heartbeat the last one, so that the lease lapses after `delay` seconds."""
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
         self.due_at = now
 
@@ -320,9 +333,9 @@ class Lease:
         ttl = self._release_ttl or self._ttl_asked
         lag = max(0.0, now - planned_at)
         before = self.deadline
-        # It may shorten the lease and its answer may be lost: trust only the TTL that it asks for.
+        # The answer may be lost and the lease shortened, so trust only the requested TTL.
         self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
-        # If no answer comes, there must be time for another try.
+        # Without an answer, there must be time for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
@@ -333,7 +346,7 @@ class Lease:
         self._set_deadline(attempt.deadline, self.ttl)
 
     def abandoned(self) -> None:
-        """Record that nobody waits for the answer anymore: the heartbeat may have been applied."""
+        """Record that the wait for the answer has ended: the heartbeat may have been applied."""
         self.in_flight = False
         self._unanswered = True
 
@@ -356,13 +369,13 @@ class Lease:
         doubt: HeartbeatResult | None,
         outcome: WorkItem | ControlPlaneError | None,
     ) -> Decision:
-        """Apply a read of the item, made because an answer left open which worker holds it.
+        """Apply a read of the item, after an answer that left open which worker holds it.
 
         Args:
             now: The time of the answer.
-            doubt: The heartbeat's result for the metrics if the item is not ours.
-            outcome: The item, or why it could not be read; None: it was not found, or the
-                credential may not read it.
+            doubt: The heartbeat's result for the metrics if another worker has the item.
+            outcome: The item, or the error of the read; None: it was not found, or the credential
+                may not read it.
         """
         self.in_flight = False
         if self.status != "held":
@@ -387,15 +400,16 @@ class Lease:
         return Decision("again", "recovered")
 
     def status_by(self, item: WorkItem) -> Status:
-        """Return the status that follows from the item as it was just read.
+        """Return the status that follows from the item that was just read.
 
-        While `acknowledged_at` is our ack's, no other worker has acknowledged it. During a handoff
-        parent and child expect the same heartbeat; a later one is the child's, or one of ours that
-        was not answered. It counts as the other process's: two that run one item are worse than
-        none.
+        As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
+        it. During a handoff parent and child expect the same heartbeat; a later one is the child's,
+        or an unanswered one of this pool. It counts as the child's: two processes that run one item
+        are worse than none.
         """
         if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
-            # It was `active` already: another worker acknowledged it, or a poll leased it to one.
+            # The item was `active` before: another worker acknowledged it, or a poll leased it to
+            # one.
             return "lost"
         acked_at = self.item.acknowledged_at
         ours = acked_at is not None and item.acknowledged_at == acked_at
@@ -407,16 +421,16 @@ class Lease:
 
     def _succeeded(self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> Decision:
         if now >= attempt.deadline:
-            # Between that deadline and this answer the item may have been another worker's.
+            # Between that deadline and this answer, another worker may have had the item.
             self.end("lost")
             return Decision("over", "timeout")
-        if heartbeat.state == STOPPED:  # final, whoever holds it
+        if heartbeat.state == STOPPED:  # final, whichever worker holds it
             self.end("finished" if self.own_stop else "stopped")
             return Decision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
-            # Some control planes answer a heartbeat of a `stopping` item to whoever sends it, so
-            # that answer does not settle an ack, and is no proof of a loss either.
+            # Some control planes answer a heartbeat of a `stopping` item to any sender, so that
+            # answer does not settle an ack, and does not prove a loss either.
             proven = not stopping or not heartbeat.last_heartbeat
             self.end("lost", "taken" if proven else "expired")
             return Decision("over", "conflict")
@@ -443,7 +457,7 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # requested while this heartbeat was under way: the last one is due already
+            return  # requested while this heartbeat was in flight: the last one is already due
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
@@ -451,7 +465,8 @@ class Lease:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
-            self._set_deadline(attempt.deadline, self.ttl)  # certainly not applied: not shortened
+            # certainly not applied, so not shortened
+            self._set_deadline(attempt.deadline, self.ttl)
         judgement = judge(error, doubted=self._unanswered or self._lent)
         if judgement.then == "read":
             if not self.unsettled:
@@ -486,8 +501,8 @@ class Judgement(NamedTuple):
 
     Attributes:
         result: The heartbeat's result for the metrics.
-        then: `repeat` it while the lease lasts, or `read` the item, or the lease is lost for the
-            reason named.
+        then: `repeat` it while the lease lasts, or `read` the item, or the name of the reason for
+            which the lease is lost.
     """
 
     result: HeartbeatResult
@@ -509,7 +524,8 @@ def judge(error: ControlPlaneError, *, doubted: bool) -> Judgement:
     if isinstance(error, PreconditionError):
         return Judgement("precondition", "read" if doubted else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
-        return Judgement("rejected", "refused")  # our request is wrong; the item may still be ours
+        # the request is wrong; the pool may still hold the item
+        return Judgement("rejected", "refused")
     # A token, a proxy or a certificate may be repaired while the lease lasts.
     return Judgement("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
 
@@ -522,6 +538,6 @@ def judge_read_error(error: ControlPlaneError) -> Judgement:
 
 
 def _expected_by(item: WorkItem) -> str:
-    # In `starting`, `last_heartbeat` is a former holder's.
+    # In `starting`, `last_heartbeat` is that of a former holder.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

@@ -3,8 +3,7 @@
 A handler that blocks its event loop must not lose its lease. The renewer looks at all leases in a
 tick, ends those whose time has passed and starts a short task for each heartbeat that is due. It
 also monitors the handlers' loop and stops renewing once that has been blocked for `max_block`. It
-decides nothing about an item beyond its lease.
-See workpool/docs/architecture.md, "Threads and loops" and "Renewals".
+decides about leases only. See workpool/docs/architecture.md, "Threads and loops" and "Renewals".
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 TICK_SECONDS = 1.0
-"""The longest time between two looks at all leases, and how often the handlers' loop is asked."""
+"""Longest time in seconds between two checks of all leases, and the interval of pings."""
 LOOK_MIN_SECONDS, LOOK_SECONDS_PER_LEASE = 0.02, 0.00005
-"""The shortest time between two looks, which take some 0.2 µs per lease."""
+"""Shortest time in seconds between two checks of all leases: a part for each lease."""
 CLOSE_SECONDS = 10.0
 JOIN_SECONDS = 1.0
 WIDTH_MIN = 10
-"""Heartbeats that may be under way at once, at least."""
+"""Smallest limit of heartbeats in flight."""
 NEW_CONNECTIONS_PER_SECOND = 50
-"""So many more may be under way each second while others wait: each may need a new connection."""
+"""Growth of that limit per second while heartbeats wait: each may need a new connection."""
 WIDTH_SECONDS = 30.0
-"""After so long without use, a wider limit shrinks again: its connections are closed by then."""
+"""Seconds without use after which a wider limit shrinks: its connections are closed by then."""
 
 
 class Callbacks(NamedTuple):
@@ -60,11 +59,11 @@ class Callbacks(NamedTuple):
     observe: Observe
     """Called with events on the renewer's thread."""
     changed: Callable[[PoolItem], None]
-    """The lease of an item has changed. Called on the handlers' loop."""
+    """Called on the handlers' loop when the lease of an item has changed."""
     failed: Callable[[LeaseRenewerError], None]
-    """The thread failed. Called on the handlers' loop."""
+    """Called on the handlers' loop when the thread has failed."""
     stopped_renewing: Callable[[LeaseRenewerError | None], None]
-    """Leases are not renewed anymore, because of the error, or of a loop blocked for `max_block`.
+    """Called on the renewer's thread when leases are not renewed anymore.
 
     Called on the renewer's thread.
     """
@@ -80,10 +79,10 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 class LeaseRenewer:
-    """Extends leases, from `__aenter__` to `__aexit__`, on a thread of its own.
+    """Extends leases, from `__aenter__` to `__aexit__`, on a separate thread.
 
     Args:
-        settings: The pool's.
+        settings: The settings of the pool.
         clock: The lease clock.
         wall: The wall clock, which shows that the machine was paused.
         connect: Creates the renewer's client, on the renewer's loop.
@@ -92,7 +91,7 @@ class LeaseRenewer:
 
     Attributes:
         client: The renewer's client; set once it has started.
-        optional: Makes the calls that the credential may not be allowed to make.
+        optional: Makes the calls that the credential may not permit.
         pauses: Detects that the machine was paused; checked at every look.
         monitor: Measures how long the handlers' loop is blocked; set once the renewer is entered.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
@@ -127,7 +126,7 @@ class LeaseRenewer:
         self._serving = self._closing = False  # written on the handlers' loop
         self._error: LeaseRenewerError | None = None  # written on the renewer's thread
 
-        # The rest belongs to the renewer's loop.
+        # Used on the renewer's loop.
         self._crash: BaseException | None = None
         self._stop = asyncio.Event()
         self._look_now = asyncio.Event()
@@ -150,7 +149,7 @@ class LeaseRenewer:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises what ended it
+                await self._thread  # raises the error that ended it
             self._serving = True
         except BaseException:
             await self._close()
@@ -161,7 +160,10 @@ class LeaseRenewer:
         await self._close()
 
     def add(self, lease: Lease, item: PoolItem) -> None:
-        """Extend `lease`, which has begun, from now on. Costs no wake-up unless it is due."""
+        """Extend `lease`, which has begun, from now on.
+
+        Wakes the thread only if the lease is due.
+        """
         if not lease.over:
             self._leases[lease] = item
             if self._error is not None:
@@ -170,26 +172,29 @@ class LeaseRenewer:
                 self._call(self._look_now.set)
 
     def remove(self, lease: Lease) -> None:
-        """Extend `lease` no longer: its session is over. Costs no wake-up."""
+        """Do not extend `lease` anymore, because its session has ended.
+
+        Does not wake the thread.
+        """
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call(item.handoff.wake)  # no heartbeat follows that would
+            self.call(item.handoff.wake)  # no further heartbeat wakes it
 
     def check_soon(self, lease: Lease) -> None:
-        """Send a heartbeat now for a lease that there is a reason to doubt."""
+        """Send a heartbeat now for a lease that may be lost."""
         self.call(lambda: self._send_now(lease, lease.check_soon))
 
     def look_soon(self) -> None:
-        """Look at all leases now, because the machine was paused."""
+        """Check all leases now, because the machine was paused."""
         self.call(self._look_now.set)
 
     def release(self, lease: Lease, delay: float) -> None:
-        """Let `lease` lapse `delay` seconds from now: one last heartbeat, then silence."""
+        """Let `lease` lapse `delay` seconds from now: send one last heartbeat."""
         self.call(lambda: self._send_now(lease, functools.partial(lease.release, delay=delay)))
 
     def start(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
-        """Run something of a handoff in a task on the renewer's loop."""
+        """Run a part of a handoff in a task on the renewer's loop."""
         self.call(lambda: self._group.create_task(work(), name=name))
 
     def call(self, callback: Callable[[], object]) -> None:
@@ -212,7 +217,7 @@ class LeaseRenewer:
     def _start_thread(self) -> asyncio.Future[None]:
         """Start to run `_main` on `_loop`; the future is done when it has ended.
 
-        The thread is a daemon: one that hangs must not keep the process from ending.
+        The thread is a daemon, so that a blocked one does not prevent the end of the process.
         """
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
@@ -226,17 +231,17 @@ class LeaseRenewer:
         return ended
 
     def _join_thread(self) -> None:
-        self._os_thread.join(JOIN_SECONDS)  # it has nothing left to do but to return
+        self._os_thread.join(JOIN_SECONDS)  # only its return is left to do
 
     def _call(self, callback: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # its loop is closed: the renewer has ended
+        with contextlib.suppress(RuntimeError):  # its loop is closed, so the renewer has ended
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
-            return  # it never began: `__aenter__` raises the error
+            return  # the thread never began: `__aenter__` raises the error
         if self._closing:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
@@ -244,7 +249,7 @@ class LeaseRenewer:
         self._fail(cause or RuntimeError("ended without an error"))
 
     def _end_leases(self) -> None:
-        """End all leases as lost: the thread that renews them and writes to them has failed."""
+        """End all leases as lost, because the thread that renews and writes them has failed."""
         for lease, item in list(self._leases.items()):
             lease.end("lost")
             self._callbacks.changed(item)
@@ -260,7 +265,7 @@ class LeaseRenewer:
                 try:
                     runner.run(self._main())
                 except BaseException as failure:
-                    self._fail(failure)  # closing the runner may take long
+                    self._fail(failure)  # first, since closing the runner may take long
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
@@ -302,7 +307,7 @@ class LeaseRenewer:
         try:
             report(write_report)
         except BaseException as error:
-            self._end_pool(error)  # before the callback, which may let a blocked handler go on
+            self._end_pool(error)  # before the callback, which may let a blocked handler continue
             raise
         finally:
             self._callbacks.stopped_renewing(self._error)
@@ -320,7 +325,7 @@ class LeaseRenewer:
                 async with asyncio.TaskGroup() as group:
                     await self._renew(group)
             except BaseExceptionGroup as errors:
-                self._fail(innermost(errors))  # closing the services may take long
+                self._fail(innermost(errors))  # first, since closing the services may take long
                 raise
 
     async def _renew(self, group: asyncio.TaskGroup) -> None:
@@ -344,7 +349,7 @@ class LeaseRenewer:
         self._tell(functools.partial(self._callbacks.changed, item))
 
     def heartbeat_now(self, lease: Lease) -> None:
-        """Send a heartbeat for a handoff, unless one is under way."""
+        """Send a heartbeat for a handoff, unless one is in flight."""
         if not lease.in_flight:
             self._send_now(lease, lease.resume)
 
@@ -359,7 +364,7 @@ class LeaseRenewer:
             self._look_now.clear()
 
     def _look(self) -> float:
-        """End what has expired, start what is due, and return when to look again at the latest."""
+        """End expired leases, start due heartbeats; return the latest time of the next check."""
         now, clock_offset = self.clock(), self.pauses.offset()
         doubted = 0
         next_at = now + self.tick_seconds
@@ -386,7 +391,7 @@ class LeaseRenewer:
         return next_at
 
     def _pace(self, now: float, *, waiting: bool) -> None:
-        """Widen the limit of heartbeats under way while others wait; narrow it after disuse."""
+        """Widen the limit of heartbeats in flight while others wait; narrow it after disuse."""
         if waiting:
             seconds = min(1.0, now - self._paced_at)
             self._width += NEW_CONNECTIONS_PER_SECOND * seconds
@@ -464,7 +469,7 @@ class LeaseRenewer:
             self._stop_renewing(self.monitor.blocked_report())
 
     def _handlers_loop_ended(self) -> None:
-        """Renew no lease anymore: the handlers' loop was stopped or closed."""
+        """Renew no lease anymore, because the handlers' loop was stopped or closed."""
         renewing, self.renewing = self.renewing, False
         if renewing:
             log.critical("the handlers' event loop does not run; leases are not renewed")

@@ -1,11 +1,11 @@
-"""The pollers of one pool: what one of them does, and how many poll.
+"""The pollers of one pool: the work of each, and the number that poll.
 
-A poller acquires a place and an ack permit, polls, offers the item, and waits as long as the answer
-suggests. A poll only delivers an item, so one that is cancelled costs a redelivery and nothing
-more. On an empty queue one poll in flight is enough to receive the next item at once; each further
+A poller acquires a place and an ack permit, polls, offers the item, and waits for a time that
+depends on the answer. A poll only delivers an item, so after a cancelled poll the item is delivered
+again. On an empty queue one poll in flight is enough to receive the next item at once; each further
 poll costs a request per `block_ms` and gains nothing. Poller *i* polls while *i* < `target`. A new
-pool starts with all pollers, because the amount of work is not known.
-See workpool/docs/architecture.md, "The path of one item".
+pool starts with all pollers, because the amount of work is not known. See
+workpool/docs/architecture.md, "The path of one item".
 """
 
 from __future__ import annotations
@@ -42,43 +42,48 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 PollerState = Literal["polling", "pacing", "backoff", "waiting_slot", "paused"]
-"""`pacing`: waiting for the rest of `block_ms`, because the last poll brought nothing to start."""
+"""`pacing`: waiting for the rest of `block_ms`, because the last poll started nothing."""
 
 BACKOFF_SECONDS, BACKOFF_CAP_SECONDS = 0.5, 30.0
 CRASHES = 5
 SKIP_SECONDS = 0.02
-"""Between a poll that brought an unreadable item and the next one."""
+"""Seconds between a poll that brought an unreadable item and the next one."""
 SKIPS = 250
-"""So many unreadable items in a row are skipped quickly: as many as one poller can skip before the
-control plane delivers the first of them again, after 5 s by default."""
+"""Number of unreadable items in a row that are skipped quickly.
+
+One poller can skip this many before the control plane delivers the first of them again, after 5 s
+by default.
+"""
 REFUSED_SECONDS = 300.0
-"""After a success, polls that are all refused are fatal once they have lasted this long."""
+"""Seconds of refused polls after a success, after which they are fatal."""
 REMEMBERED_IDS = 1_000
-"""The number of unreadable items that are remembered, to log each once."""
+"""Number of unreadable items that are remembered, to log each once."""
 ACK_BACKOFF_SECONDS, ACK_BACKOFF_CAP_SECONDS = 1.0, 30.0
-"""How long refused acks hold the pollers back."""
+"""Seconds for which a refused ack stops the pollers, at first and at most."""
 CONFLICT_BACKOFF_SECONDS, CONFLICT_BACKOFF_CAP_SECONDS = 0.05, 3.0
-"""How long acks in conflict hold the pollers back, from the second in a row on."""
+"""Seconds for which acks in conflict stop the pollers, from the second in a row on."""
 
 
 class PollerGroup:
     """The shared state of the pollers of one pool.
 
     Args:
-        context: The pool's.
-        until_empty: End at the first null poll while no item is ours and no poll is in flight.
+        context: The context of the pool.
+        until_empty: Whether to end at the first null poll while the pool owns no item and no poll
+            is in flight.
         on_fatal: Called with an error that must end the pool.
         on_empty: Called when the queue is empty and `until_empty` is set.
 
     Attributes:
-        ended: The queue was empty, so no poller polls again.
-        target: The number of pollers that should be polling now, from 1 to the setting `pollers`.
-        last_success_at: When a poll last succeeded, on the lease clock; None before that.
-        on_poll: Called after each poll that succeeded, with whether it brought no item while no
-            item is ours. None: nobody asks.
-        cooldown_until: When the pollers may poll again, on the loop's clock; 0 while they may.
-        refused: The last poll was refused.
-        ack_refused: The last ack was refused.
+        ended: Whether the queue was empty, so that no poller polls again.
+        target: The number of pollers that should poll now, from 1 to the setting `pollers`.
+        last_success_at: The time of the last successful poll, on the lease clock; None before that.
+        on_poll: Called after each successful poll with True if it brought no item and the pool owns
+            none; None: no function.
+        cooldown_until: The time at which the pollers may poll again, on the loop's clock; 0 if they
+            may poll now.
+        refused: Whether the last poll was refused.
+        ack_refused: Whether the last ack was refused.
     """
 
     def __init__(
@@ -110,14 +115,14 @@ class PollerGroup:
         self._idle = False
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()  # ids that are logged
 
-    # Who polls, and when.
+    # Turns of the pollers.
 
     async def turn(self, number: int) -> None:
         """Wait until poller `number` is among those that poll."""
         await self._turns[number].wait()
 
     async def cooldown(self) -> None:
-        """Wait while all pollers are held back."""
+        """Wait while all pollers are stopped."""
         while self.cooldown_until:
             seconds = self.cooldown_until - asyncio.get_running_loop().time()
             if seconds <= 0:
@@ -126,7 +131,7 @@ class PollerGroup:
                 await asyncio.sleep(seconds)  # it may be extended meanwhile
 
     def hold_back(self, seconds: float) -> None:
-        """Hold all pollers back for `seconds` from now."""
+        """Stop all pollers for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
         self.cooldown_until = max(self.cooldown_until, until)
 
@@ -153,7 +158,7 @@ class PollerGroup:
         else:
             self._scale(self.target + 1, "hits")
         idle = null and self._context.queue.idle
-        if idle and not self._idle:  # once when idleness starts, not once per poll
+        if idle and not self._idle:  # once when idleness starts, and not for each poll
             log.info("idle; waiting for work")
         self._idle = idle
         if self.on_poll is not None:
@@ -177,9 +182,9 @@ class PollerGroup:
         )
 
     def failed(self, error: ControlPlaneError) -> None:
-        """Record a poll that failed.
+        """Record a failed poll.
 
-        A refusal is fatal before the first success, and after `REFUSED_SECONDS` of nothing else.
+        A refusal is fatal before the first success, and after `REFUSED_SECONDS` with refusals only.
         """
         self.refused = not isinstance(error, TransientError)
         if not self.refused:
@@ -196,7 +201,7 @@ class PollerGroup:
         self._scale(self.target // 2, "throttled")
 
     def note_ack(self, error: RefusedError | ConflictError | PreconditionError | None) -> None:
-        """Record the error of an ack, which may hold the pollers back, or None for a success."""
+        """Record the error of an ack, which may stop the pollers for a while; None: a success."""
         if error is None:
             self.ack_refused = False
             self._ack_backoff.reset()
@@ -205,8 +210,8 @@ class PollerGroup:
             self.ack_refused = True
             self.hold_back(self._ack_backoff.next())
         else:
-            # Two workers whose polls and acks are in step could otherwise take an item from each
-            # other without end: each polls it before the other one's ack arrives.
+            # Without this, two workers whose polls and acks are in step could take an item from
+            # each other forever: each polls it before the other one's ack arrives.
             seconds = self._conflict_backoff.next()
             if self._conflict_backoff.failures > 1:
                 self.hold_back(seconds)
@@ -239,13 +244,13 @@ class Poller:
     """One of the pool's pollers.
 
     Args:
-        context: The pool's.
-        group: Shared by all pollers of the pool.
-        dispatcher: Takes the items.
-        number: Its number in the group, from 0; the first one always polls.
+        context: The context of the pool.
+        group: The group of all pollers of the pool.
+        dispatcher: The receiver of the items.
+        number: The number in the group, from 0; poller 0 always polls.
 
     Attributes:
-        state: Its current activity, for the gauge.
+        state: The current activity, for the gauge.
     """
 
     def __init__(
@@ -259,10 +264,10 @@ class Poller:
         self._group = group
         self._dispatcher = dispatcher
         self._number = number
-        self._polled_at = 0.0  # on the loop's clock
+        self._polled_at = 0.0  # a time of the loop's clock
         self._sent_at = 0.0  # the same moment on the lease clock
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
-        self._unreadable = 0  # in a row
+        self._unreadable = 0  # number in a row
 
     async def run(self) -> None:
         """Poll until cancelled or the group has ended; continue after a few crashes (bugs)."""
@@ -285,7 +290,7 @@ class Poller:
                 await self._sleep(self._backoff.next())
 
     async def _once(self) -> None:
-        """Reserve a place, poll, offer the item; then wait as long as the answer suggests."""
+        """Reserve a place, poll, offer the item; then wait for a time set by the answer."""
         if self._number >= self._group.target:
             self.state = "paused"
             await self._group.turn(self._number)  # before `reserve` takes a place from others
@@ -303,8 +308,8 @@ class Poller:
             # Before the pause below, in which the other pollers poll again.
             await self._group.settle_empty()
         if reception == "declined" or self._dispatcher.paced:
-            # A control plane that does not wait for `block_ms`, or keeps offering what is declined
-            # or cannot be claimed, must not make this loop spin.
+            # A control plane that does not wait for `block_ms`, or delivers items that are declined
+            # or cannot be claimed, must not make this loop busy.
             await self._sleep(self._rest_of_block(), "pacing")
         elif reception == "aside" and self._context.queue.aside_full:
             self.state = "pacing"
@@ -313,8 +318,7 @@ class Poller:
     async def _deliver(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
 
-        Returns:
-            The item, and what the dispatcher did with it.
+        Returns: The item, and the dispatcher's decision about it.
         """
         item, permitted = None, False
         reception: Reception = "declined"
@@ -393,11 +397,11 @@ class Poller:
         await self._sleep(seconds)
 
     async def _skip(self, failure: UnreadableError) -> None:
-        """Leave an item that cannot be read to others, and look for the next one soon.
+        """Leave an unreadable item to other workers, and poll for the next one soon.
 
-        It is delivered again and again. If each time cost a back-off, a few such items would stop
-        the pool, so the next poll follows at once, which brings another item. A control plane that
-        brings nothing else is polled once per `block_ms`.
+        The item is delivered repeatedly. With a backoff each time, a few such items would stop the
+        pool, so the next poll, which brings another item, follows at once. A control plane that
+        delivers only such items is polled once per `block_ms`.
         """
         self._backoff.reset()
         self._unreadable += 1

@@ -1,4 +1,4 @@
-"""One item while this pool owns it: its state, why its session ends, the number of its run.
+"""One item while this pool owns it: its state, the reason of its end, the number of its run.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. Used on the handlers' loop only.
@@ -38,7 +38,8 @@ Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "clo
 
 TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("delivered", "slot"): "acking",
-    ("delivered", "adopted"): "beginning",  # handed off to us: its parent has acknowledged it
+    # handed off to this process: its parent has acknowledged it
+    ("delivered", "adopted"): "beginning",
     ("delivered", "closed"): "closed",  # forgotten by a drain: never acknowledged
     ("acking", "acknowledged"): "beginning",
     ("acking", "closed"): "closed",  # refused, or another worker has it
@@ -49,18 +50,18 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("running", "closed"): "closed",  # abandoned by a drain
     ("completing", "closed"): "closed",
 }
-"""Every transition that is allowed; any other one is a bug and raises."""
+"""Every allowed transition; any other one is a bug and raises."""
 ATTEMPT: Final = "workpool.attempt"
 ERROR: Final = "workpool.error"
 RELEASED: Final = "workpool.released"
 RETRIES: Final = "workpool.retries"
 REMEMBERED_ITEMS: Final = 10_000
-"""The number of items whose runs are counted in memory."""
+"""Number of items whose runs are counted in memory."""
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
-    """Why a session ends, in the order of the completion table: the greatest wins."""
+    """The reason of a session's end, in the order of the completion table: the greatest wins."""
 
     RETURNED = enum.auto()
     RAISED = enum.auto()
@@ -80,11 +81,12 @@ class Handoff:
     Created on the handlers' loop; after that everything is written on the renewer's.
 
     Attributes:
-        state: asked; open: our heartbeats are suspended; closed: the lease is ours again, or over.
-        last_heartbeat: What the child's first heartbeat must expect, once open.
-        ttl: Seconds that our last heartbeat was granted, once open.
-        child_expected: The child was started.
-        taken_back: No child is waited for any longer: the item is taken back.
+        state: asked; open: the pool's heartbeats are suspended; closed: the pool holds the lease
+            again, or the lease has ended.
+        last_heartbeat: The value that the child's first heartbeat must expect, once open.
+        ttl: The TTL in seconds of the pool's last heartbeat, once open.
+        child_expected: Whether the child was started.
+        taken_back: Whether the wait for a child has ended and the item is taken back.
         changed: Set at every change, and when a heartbeat was answered or the lease has ended.
     """
 
@@ -105,7 +107,7 @@ class Handoff:
         self.changed.set()
 
     def take_back(self) -> None:
-        """Wait no longer for a child: take the item back."""
+        """End the wait for a child and take the item back."""
         self.taken_back = True
         self.changed.set()
 
@@ -115,14 +117,16 @@ class PoolItem:
 
     Attributes:
         id: The work id.
-        work_item: As the poll delivered it, then as our acknowledgement returned it.
+        work_item: The item in the answer to the poll, then in the answer to the acknowledgement.
         handler: The handler that runs it; None for a health check, which the pool answers itself.
-        held_before: A worker held it before it was delivered to us.
-        polled_at: When the last poll that delivered it before its ack was sent, on the lease clock.
-        delivered_at: When the last poll that delivered it was answered, on the lease clock.
-        acked_at: When the first ack that may have been applied was sent, on the lease clock.
-        parents_heartbeat: The last heartbeat of the parent that handed the item off to us, if any.
-        counted: It counts towards `exit_after_sessions`.
+        held_before: Whether a worker held it before it was delivered to this pool.
+        polled_at: The time at which the last poll that delivered it before its ack was sent, on the
+            lease clock.
+        delivered_at: The time of the answer to the last poll that delivered it, on the lease clock.
+        acked_at: The time at which the first ack that may have been applied was sent, on the lease
+            clock.
+        parents_heartbeat: The last heartbeat of the parent that handed the item off, if any.
+        counted: Whether it counts towards `exit_after_sessions`.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
         session_id: The session's id as it was delivered; empty for an item without a session.
@@ -131,16 +135,16 @@ class PoolItem:
         mark_task: Writes the mark of a drain while the handler runs, if a drain has begun.
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
-        cancelled_for: The gravest reason for which we have cancelled the handler.
-        cancelled_at: When the handler is to be cancelled or was, on the loop's clock; infinite: no
-            time is planned. A drain has a deadline of its own.
+        cancelled_for: The gravest reason for which the handler was cancelled.
+        cancelled_at: The time of the handler's cancellation, on the loop's clock; infinite: none is
+            planned. A drain has a deadline of its own.
         timer: Cancels the handler later, or repeats a cancellation that it ignores.
-        progressed_at: When the handler last made progress, on the lease clock. Any thread may write
-            it.
+        progressed_at: The time of the handler's last progress, on the lease clock. Any thread may
+            write it.
         waits: One entry for each block in which the handler waits for something that it cannot
             speed up. A list, since any thread may append and pop.
         stall_timer: Checks the handler's progress.
-        error: What the handler raised, or why its result cannot be written.
+        error: The error of the handler, or the reason why its result cannot be written.
         result: The mapping that the handler returned.
     """
 
@@ -207,7 +211,7 @@ class PoolItem:
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
         self.open_sends: set[Bound] | None = None
-        """Sends under way, to be ended when the lease is lost; made by the first one."""
+        """Writes in flight, which end when the lease is lost; None before the first one."""
         self._changed: asyncio.Event | None = None
 
     @property
@@ -233,7 +237,7 @@ class PoolItem:
         """Move to the next state.
 
         Raises:
-            RuntimeError: The table does not allow it: a bug of the pool.
+            RuntimeError: The table does not allow the transition, which is a bug of the pool.
         """
         state = TRANSITIONS.get((self.state, transition))
         if state is None:
@@ -253,7 +257,7 @@ class PoolItem:
         if lease.status == "handed_off":
             return EndReason.HANDED_OFF
         if lease.status == "released":
-            return None  # by our own last heartbeat: no other worker took the item
+            return None  # by the pool's own last heartbeat: no other worker took the item
         if not (lease.begun and lease.held(now)):
             return EndReason.LOST
         return EndReason.STOP_REQUESTED if lease.stop_requested else None
@@ -279,17 +283,18 @@ class OwnedItems:
     def __init__(self) -> None:
         self._by_id: dict[str, PoolItem] = {}
         self._by_session: dict[str, PoolItem] = {}
-        self._per_handler: Counter[str] = Counter()  # by name: a hook may make a handler per item
+        # by name, since a hook may return a new handler for each item
+        self._per_handler: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._by_id)
 
     def get(self, work_id: str) -> PoolItem | None:
-        """The item with this work id, if it is ours."""
+        """Return the item with this work id if the pool owns it."""
         return self._by_id.get(work_id)
 
     def all(self) -> list[PoolItem]:
-        """A copy of all items. May be called on any thread."""
+        """Return a copy of all items. May be called on any thread."""
         return list(self._by_id.values())
 
     def has_session(self, session_id: str) -> bool:
@@ -297,19 +302,19 @@ class OwnedItems:
         return session_id in self._by_session
 
     def count(self, handler: Handler) -> int:
-        """The number of items of one handler."""
+        """Return the number of items of one handler."""
         return self._per_handler[handler.name]
 
     def add(self, item: PoolItem) -> None:
-        """Own an item."""
+        """Add an item."""
         self._by_id[item.id] = item
         if item.handler is not None:
             self._per_handler[item.handler.name] += 1
-            if item.session_id:  # other types of item may have none
+            if item.session_id:  # an item of another type may have no session
                 self._by_session[item.session_id] = item
 
     def remove(self, item: PoolItem) -> None:
-        """Own an item no longer."""
+        """Remove an item."""
         del self._by_id[item.id]
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
@@ -323,7 +328,7 @@ class Attempt:
         number: 1 for the first run.
         retry: The number with which the first call of the handler begins: a run that was released
             left it, else 0.
-        marked: The control plane has confirmed the mark of this run.
+        marked: Whether the control plane has confirmed the mark of this run.
     """
 
     __slots__ = ("_first", "_notes", "_number", "marked", "number", "retry")
@@ -332,8 +337,8 @@ class Attempt:
         """Number the run.
 
         Args:
-            metadata: The item's metadata, as its acknowledgement returned them.
-            redelivered: The item was held before.
+            metadata: The item's metadata in the answer to the acknowledgement.
+            redelivered: Whether the item was held before.
         """
         stored = metadata.get(ATTEMPT, "1")
         counts = redelivered and RELEASED not in metadata
@@ -348,13 +353,13 @@ class Attempt:
     def count_here(self, earlier: int) -> None:
         """Number the run by the `earlier` runs of this process.
 
-        What was to be written stays so, in case the mark can be written after all.
+        The patches do not change, in case the mark can be written later.
         """
-        # Not their sum: a mark that was written nevertheless has the number of the same runs.
+        # Not their sum: a mark that was written has the number of the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def opening(self) -> Patch:
-        """Return the patch that must be written before the handler starts; empty if none is."""
+        """Return the patch that must be written before the handler starts; may be empty."""
         return self._notes | self._number
 
     def opened(self) -> None:
@@ -385,7 +390,7 @@ class RunCounts:
         self._counts: OrderedDict[str, int] = OrderedDict()
 
     def add(self, work_id: str) -> None:
-        """Count a run; the items that were counted the longest ago are forgotten."""
+        """Count a run. Beyond the limit, the item that was counted the longest ago is forgotten."""
         self._counts[work_id] = self._counts.pop(work_id, 0) + 1
         if len(self._counts) > REMEMBERED_ITEMS:
             self._counts.popitem(last=False)

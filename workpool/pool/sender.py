@@ -1,12 +1,11 @@
-"""The one place that sends something for an item: heartbeats, its stop, its metadata, its events.
+"""The sending of calls for an item: heartbeats, its stop, its metadata, its events.
 
-The lease is checked as the last step before the bytes: after the wait for our rate limit, for a
-connection and for DNS, with no await in between. What the kernel has accepted by then is outside
-the promise. `Sender` makes the calls that carry no precondition on the wire and repeats them;
+The lease is checked as the last step before the bytes: after the wait for the rate limit, for a
+connection and for DNS, with no await in between. The promise does not cover bytes that the kernel
+has accepted by then. `Sender` makes and repeats the calls whose requests have no precondition;
 `HeartbeatSender` sends one heartbeat, and reads the item if the answer leaves open which worker
-holds it.
-See workpool/docs/architecture.md, "Sending for an item" and "The arithmetic of a lease". A `Sender`
-is used on the handlers' loop only; each event loop has a `HeartbeatSender` of its own.
+holds it. See workpool/docs/architecture.md, "Sending for an item" and "The arithmetic of a lease".
+A `Sender` is used on the handlers' loop only; each event loop has a `HeartbeatSender` of its own.
 """
 
 from __future__ import annotations
@@ -61,18 +60,19 @@ class LeaseDoubted(TransientError):
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 TRY_PART = 3
-"""One try takes at most this part of the time that is left, so that others can follow."""
+"""A try takes at most this part of the time that is left, so that others can follow."""
 CALLS_PER_SESSION = 8
-"""The number of calls of one session that may be under way; further ones wait."""
+"""Largest number of concurrent calls of one session; further ones wait."""
 
 
 class SendOptions(NamedTuple):
-    """How a call for an item is sent.
+    """The options of a call for an item.
 
     Attributes:
-        priority: Its place among the calls that wait for the rate limit or a connection.
-        by_handler: The handler makes the call, so it is refused unless the handler runs.
-        seconds: How long it is retried; infinite = as long as the lease is held.
+        priority: The priority among the calls that wait for the rate limit or a connection.
+        by_handler: Whether the handler makes the call, which is then refused unless the handler
+            runs.
+        seconds: The seconds for which it is retried; infinite = as long as the lease is held.
         before_bytes: Called after the check, right before the first byte is written.
     """
 
@@ -83,7 +83,7 @@ class SendOptions(NamedTuple):
 
 
 class Sender:
-    """Sends for the items of one pool.
+    """Sends calls for the items of one pool.
 
     Args:
         client: The client of the handlers' loop.
@@ -108,13 +108,13 @@ class Sender:
         self._on_pause = on_pause
 
     def check(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
-        """Raise unless something may be sent for the item at this instant.
+        """Raise an error unless something may be sent for the item at this time.
 
-        `now` is the time if the caller has read the clock in this moment.
+        `now` is the time if the caller has just read the clock.
 
         Raises:
             LeaseLost: The lease is not held, or a child process may hold it.
-            SessionEnded: The session is over, or its handler does not run.
+            SessionEnded: The session has ended, or its handler does not run.
         """
         lease = item.lease
         lease.check(self._clock() if now is None else now)
@@ -124,7 +124,7 @@ class Sender:
             raise SessionEnded(item.id)
 
     def check_write(self, item: PoolItem, *, by_handler: bool) -> None:
-        """Raise unless something may be written for the item at this instant.
+        """Raise an error unless something may be written for the item at this time.
 
         Raises:
             SessionGoneError: From `check`.
@@ -143,8 +143,8 @@ class Sender:
         """Make a call that needs the lease; repeat it until its answer is final or time is up.
 
         Raises:
-            SessionGoneError: From the check, which is made right before the bytes of every try.
-            ControlPlaneError: Refused, in conflict, or still transient at the end.
+            SessionGoneError: The check, right before the bytes of every try, failed.
+            ControlPlaneError: The call was refused, in conflict, or still failed at the end.
         """
         backoff: Backoff | None = None
         until = math.inf
@@ -159,8 +159,8 @@ class Sender:
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             new_connection = failure.reason in {"timeout", "network"}
             left = self._left(item, until, self._clock())
-            # A Retry-After may take half of the time that is left, so that it leaves another try: a
-            # session that is done must not be run again because of a 429.
+            # A Retry-After may take half of the time that is left, to leave time for another try: a
+            # session that has ended must not be run again because of a 429.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
                 self.check(item, by_handler=request.by_handler)
@@ -173,8 +173,8 @@ class Sender:
         """Await `call()`; call again if the known deadline passes but the lease was renewed.
 
         Raises:
-            SessionGoneError: As soon as the item is not the handler's anymore.
-            TimeoutError: After `seconds`.
+            SessionGoneError: The handler may not use the item anymore.
+            TimeoutError: The limit of `seconds` was reached.
         """
         loop = asyncio.get_running_loop()
         until = math.inf if seconds is None else loop.time() + seconds
@@ -218,7 +218,7 @@ class Sender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _retry_now(self, lease: Lease, failure: TransientError) -> bool:
-        """Whether the next try need not wait: the lease is over, or not doubted anymore."""
+        """Return whether the next try follows at once: the lease has ended, or is verified."""
         if isinstance(failure, LeaseDoubted) and not self._pauses.paused(since=lease.clock_offset):
             return True
         return lease.over
@@ -278,7 +278,8 @@ class HeartbeatSender:
 
         `check` is called with the lease and the time right before the bytes; it may end the lease,
         so that nothing is sent.
-        An unexpected error ends the lease: no handler may go on with a lease that nobody renews.
+        An unexpected error ends the lease, since no handler may continue with a lease that is not
+        renewed.
         """
         try:
             return await self._exchange(lease, check)
@@ -302,7 +303,7 @@ class HeartbeatSender:
                     timeout=attempt.timeout,
                     options=options,
                 )
-            except SessionGoneError:  # from the check
+            except SessionGoneError:  # raised by the check
                 lease.unsent(attempt)
                 return False
             except ControlPlaneErrors as error:
@@ -324,7 +325,7 @@ class HeartbeatSender:
         """Read the item and apply it to the lease.
 
         `look_up`: if the credential may not read it, look it up in the list. After a 409 that is
-        of no use: the lease is over, and only who ended it is open.
+        not needed: the lease has ended, and only the cause is unknown.
         """
         outcome: WorkItem | ControlPlaneError | None
         client, work_id, timeout = self._client, lease.item.id, attempt.timeout

@@ -1,9 +1,9 @@
 """One item from its slot to its end: acknowledge, first heartbeat, handler, completion.
 
 `SessionRunner.run` is the main path of the pool; it reads top to bottom. `close` ends an item
-exactly once, whoever calls it. Every acknowledged session ends in exactly one `SessionFinished`.
-`SessionCalls` are what a handler may send for its item meanwhile.
-See workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
+exactly once, however often it is called. Every acknowledged session ends in exactly one
+`SessionFinished`. `SessionCalls` are what a handler may send for its item meanwhile. See
+workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ log = pool_logger(__name__)
 T = TypeVar("T")
 
 ATTEMPT_SECONDS = 10.0
-"""How long writing the number of a run is retried; after that the item is released."""
+"""Seconds for which the write of a run's number is retried; then the item is released."""
 HEALTHCHECK_SECONDS = 10.0
 SETTLED: Final = frozenset({"completed", "stopped", "detached"})
 """Outcomes after which this process does not run the item again."""
@@ -79,16 +79,16 @@ FAILURES: Final[Mapping[str, SessionErrorKind]] = {
 RELEASES: Final = frozenset({EndReason.DRAINED, EndReason.RELEASED})
 """Reasons whose run does not count as an attempt."""
 EVENTS_SECONDS = 60.0
-"""How long a handler's `events.send` is retried: the default TTL of a lease."""
+"""Seconds for which a handler's `events.send` is retried: the default TTL of a lease."""
 UPDATE_SECONDS = 30.0
-"""How long a handler's `update_metadata` is retried."""
+"""Seconds for which a handler's `update_metadata` is retried."""
 
 
 class SessionRunner:
     """Runs items.
 
     Args:
-        context: The pool's.
+        context: The context of the pool.
         claimer: Acknowledges items and sends first heartbeats.
         sender: Sends for items.
         executor: Calls handlers.
@@ -96,11 +96,11 @@ class SessionRunner:
         on_closed: Called once for each item, when it has ended.
 
     Attributes:
-        draining: A drain has begun.
-        on_claimed: Called for each session that was claimed: whose lease was still ours when its
-            handler could start. None: nobody counts them.
-        unstarted: The items in a row that ended without a call of a handler: their claim failed, or
-            they were health checks.
+        draining: Whether a drain has begun.
+        on_claimed: Called for each claimed session, whose lease was held when its handler could
+            start; None: no function.
+        unstarted: The number of items in a row that ended without a call of a handler: their claim
+            failed, or they were health checks.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class SessionRunner:
         return True
 
     async def _begin(self, item: PoolItem) -> None:
-        """Send the first heartbeat, and record every reason not to call the handler."""
+        """Send the first heartbeat, and record all reasons not to call the handler."""
         lease = item.lease
         session, attempt = self._open_session(item)
         if self.draining:
@@ -275,21 +275,22 @@ class SessionRunner:
         except SessionGoneError:
             item.end(EndReason.LOST)
         except TransientError as error:
-            # An item whose runs are not counted could run forever, so it is released unrun.
+            # An item whose runs are not counted could run forever, so it is released without a run.
             log.warning(
                 "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.end(EndReason.RELEASED)
         except NotPermittedError:
-            await self._open_attempt(item, session, attempt)  # counted in this process from now on
+            # from now on this process counts the runs
+            await self._open_attempt(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
                 "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
     async def _answer_healthcheck(self, item: PoolItem) -> None:
-        """Stop a health check: a worker has acknowledged it, and nothing else is asked for."""
+        """Stop a health check, which only needs an acknowledgement."""
         if item.lease.unsettled:
             await self._claimer.begin(item)
         try:
@@ -322,7 +323,7 @@ class SessionRunner:
         self._context.observe(SessionFinished, session, item.label, outcome, seconds, item.error)
 
     def _report_lost(self, item: PoolItem, stage: ReclaimStage) -> None:
-        """Report that another worker has the item, as the control plane said."""
+        """Report that the control plane said that another worker has the item."""
         stage = "drain" if self.draining else stage
         log.info(
             "item reclaimed",
@@ -362,7 +363,7 @@ def _log_end(item: PoolItem, session: Session, outcome: Outcome, seconds: float)
 
 
 async def _settle_mark(task: asyncio.Task[None]) -> None:
-    """Wait for the mark under way: applied later, it would undo the completion's metadata."""
+    """Wait for the mark in flight: applied later, it would undo the completion's metadata."""
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()
 
@@ -380,12 +381,12 @@ class SessionCalls:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the lease must be considered lost."""
+        """Return the seconds until the lease must be considered lost."""
         return self._item.lease.remaining(self._context.clock())
 
     @property
     def deadline(self) -> float | None:
-        """When the handler is cancelled, on the loop's clock; None: no limit is known."""
+        """Return the time when the handler is cancelled, on the loop's clock; None if unknown."""
         deadline = min(self._item.cancelled_at, self._context.drain_deadline())
         return None if deadline == math.inf else deadline
 
@@ -401,11 +402,11 @@ class SessionCalls:
         try:
             yield
         finally:
-            self.progress()  # first: else the time of the wait would count for a moment
+            self.progress()  # first, since otherwise the time of the wait would count for a moment
             waits.pop()
 
     def check(self) -> None:
-        """Raise unless the handler may send something for the item."""
+        """Raise an error unless the handler may send something for the item."""
         self._sender.check(self._item, by_handler=True)
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
@@ -430,7 +431,7 @@ class SessionCalls:
         return written
 
     def events(self) -> SessionEvents:
-        """The events of the item's session."""
+        """Return the events of the item's session."""
         item = self._item.work_item
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
@@ -441,7 +442,7 @@ class SessionCalls:
         return sent
 
     async def within(self, call: Callable[[], Awaitable[T]], seconds: float | None = None) -> T:
-        """Await a read of the session while the item is the handler's."""
+        """Await a read of the session while the handler may use the item."""
         return await self._sender.read(self._item, call, seconds)
 
     async def _send(

@@ -1,7 +1,7 @@
 """The state of a pool for its users, and the statistics of the remote queue.
 
 `PoolView` is status, gauges, readiness and health. It only reads, and may be called on any thread
-while the pool runs: each value is read once, and changes in one atomic step.
+while the pool runs: each value is read once and replaced in one atomic step.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Status:
     """A supervisor at one moment.
 
     Attributes:
-        ready: It takes work, or all its places are occupied.
+        ready: Whether it takes work, or all its places are occupied.
         reasons: The reasons why it is not ready.
         running: Items in slots.
         waiting: Items delivered that wait for a slot.
         capacity: `concurrency + prefetch`.
-        draining: A drain has begun, so it polls no more.
+        draining: Whether a drain has begun, so that it does not poll anymore.
         error: The fatal error, if any.
     """
 
@@ -80,13 +80,13 @@ class PoolView:
         )
         free = max(0, queue.concurrency - queue.running)
         reserved = min(queue.reserved, free)
-        # Not those whose first heartbeat is under way, which are as short as an acknowledgement
-        # makes them, nor those that are to lapse.
+        # Not the leases whose first heartbeat is in flight, which are as short as an
+        # acknowledgement makes them, nor those that are about to lapse.
         renewed = [lease for lease in leases if lease.begun and not lease.releasing]
         blocked = self.context.renewer.monitor.blocked_seconds
         settings = self.context.settings
         return PoolSnapshot(
-            # A loop that is blocked polls nothing, whatever its pollers were doing.
+            # A blocked loop does not poll, whatever the state of its pollers.
             pollers=Counter(
                 "blocked" if blocked >= LAG_WARNING_SECONDS else poller.state
                 for poller in self.pollers
@@ -149,7 +149,7 @@ class PoolView:
             yield f"refused: {refused}"
 
     def _troubles(self) -> Iterator[str]:
-        """The reasons that somebody should look at."""
+        """The reasons that a person should look at."""
         blocked = self.context.renewer.monitor.blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:
             yield f"the handlers' event loop has been blocked for {blocked:.0f} s"

@@ -55,9 +55,9 @@ log = pool_logger(__name__)
 _NOT_STARTED = "the supervisor is not started; use `async with` or `run()`"
 
 CLOSE_SECONDS = 30.0
-"""How long exporter, lease renewer, plugins and connections may take to close."""
+"""Seconds in which exporter, lease renewer, plugins and connections must close."""
 _RUNNING_IN: ContextVar[Supervisor | None] = ContextVar("workpool_supervisor", default=None)
-"""The supervisor whose session the current code belongs to."""
+"""The supervisor of the session to which the current code belongs."""
 
 
 class Supervisor:
@@ -70,9 +70,9 @@ class Supervisor:
         settings: The settings; needs `environment_id` and a token.
         plugins: Objects, modules, classes, marked functions or names, asked before those that
             `settings.plugins` lists.
-        registry: Where the metrics live; None: a registry of its own. May be shared.
+        registry: The registry of the metrics; None: a new one. May be shared.
         connect: Called with the settings to create a client, once on each event loop that uses one.
-        rate_limits: Our own rate limits; None: new ones from the settings. One object may be given
+        rate_limits: The rate limits; None: new ones from the settings. One object may be given
             to several supervisors that use one account.
 
     Attributes:
@@ -86,7 +86,7 @@ class Supervisor:
             the lease renewer once plugins and exporter are open. Set before the start.
     """
 
-    # A simulation replaces these.
+    # The simulation replaces these.
     _renewer: ClassVar[type[LeaseRenewer]] = LeaseRenewer
     _clock: Clock = staticmethod(lease_clock)
     _wall: Clock = staticmethod(wall_clock)
@@ -123,7 +123,7 @@ class Supervisor:
     def __repr__(self) -> str:
         return f"<Supervisor of {self.settings.environment_id}>"
 
-    # What embedders call.
+    # The interface for embedders.
 
     async def __aenter__(self) -> Self:
         """Start the pool: plugins, lease renewer, exporter, then the pollers.
@@ -132,12 +132,12 @@ class Supervisor:
             SettingsError: A setting that is needed is missing.
             PluginError: A plugin cannot be used, or none can handle anything.
             ListenError: `metrics_listen` cannot be bound.
-            RegistryError: The registry has another metric with one of our names.
+            RegistryError: The registry has another metric with the name of one of the pool's.
         """
         if self._root is not None:
             raise RuntimeError("a supervisor runs once; make a new one")
         self.settings.require_connection()
-        # Two pools must never share a name: the control plane tells holders apart by it.
+        # Two pools must never share a name, by which the control plane distinguishes holders.
         self._worker_id = f"{self.settings.worker_id}-{secrets.token_hex(4)}"
         with self._log_ids():
             for warning in self.settings.warnings():
@@ -162,8 +162,9 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.begin(0)
             if not self._opened.is_set():
-                self._root.cancel()  # it may be opening something that never ends
-                self._served.set()  # or ignore this: a pool without sessions closes within a bound
+                self._root.cancel()  # it may be blocked in opening something
+                # a pool without sessions closes within a limit, even if it ignores the cancellation
+                self._served.set()
             await see_through(self._gone, self._drain)
             raise
         if self._root.done():
@@ -179,7 +180,7 @@ class Supervisor:
         """Drain, with the deadline now if the block raised, and close everything.
 
         Raises:
-            WorkpoolError: What ended the pool, if `wait()` has not raised it.
+            WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
         """
         self._drain.begin(self.settings.drain_timeout if kind is None else 0)
         await see_through(self._gone, self._drain)
@@ -196,7 +197,7 @@ class Supervisor:
         """Wait until the pool has drained and closed; cancelling the wait changes nothing else.
 
         Raises:
-            WorkpoolError: What ended the pool.
+            WorkpoolError: The error that ended the pool.
         """
         await self._gone()
         self._raise_error()
@@ -210,7 +211,7 @@ class Supervisor:
                 can only shorten it.
 
         Raises:
-            RuntimeError: Called by a handler, which the drain would wait for.
+            RuntimeError: A handler called it, for whose end the drain would wait.
         """
         root = self._task()
         if _RUNNING_IN.get() is self:
@@ -235,7 +236,8 @@ class Supervisor:
 
         Args:
             reason: Shown in the log, in `status()` and in `/readyz`.
-            until: When the pause ends by itself, with a time zone; None: it does not.
+            until: The time at which the pause ends by itself, with a time zone; None: only
+                `resume()` ends it.
 
         Raises:
             ValueError: `until` has no time zone.
@@ -276,7 +278,7 @@ class Supervisor:
 
     @property
     def metrics_url(self) -> str | None:
-        """Where `/metrics`, `/healthz` and `/readyz` are served, without a path; None when off."""
+        """The URL of `/metrics`, `/healthz` and `/readyz`, without a path; None if off."""
         return self._exporter.url if self._exporter else None
 
     # The root task.
@@ -409,8 +411,8 @@ class Supervisor:
     ) -> None:
         """End the claiming at the first limit, and the pool once no session runs.
 
-        Sessions are not told to end and have no time limit for it: that is what differs from a
-        drain, which can still be requested meanwhile.
+        Unlike in a drain, sessions are not asked to end and have no time limit. A drain can still
+        be requested meanwhile.
         """
         limit = await self._limits.wait()
         for task in polling:
@@ -430,7 +432,7 @@ class Supervisor:
         self._drain.begin(self.settings.drain_timeout)
 
     def _log_ids(self) -> AbstractContextManager[None]:
-        """Give the pool's ids to the records of the block, which may run in an embedder's task."""
+        """Add the pool's ids to the log records of the block, perhaps in an embedder's task."""
         return record_ids(self.log_ids)
 
     def _task(self) -> asyncio.Task[None]:
@@ -439,10 +441,11 @@ class Supervisor:
         return self._root
 
     async def _gone(self) -> None:
-        """Wait for the root task, with a bound once no session is left to wait for."""
+        """Wait for the root task, with a limit once no session is left to wait for."""
         root = self._task()
         await self._served.wait()
-        if not root.done():  # else it would wait a turn, and could be cancelled at every one
+        # otherwise it would wait for a turn of the loop, and could be cancelled at each
+        if not root.done():
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
             with self._log_ids():
@@ -450,7 +453,7 @@ class Supervisor:
 
     def _root_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
-        if self._error is not None and self._view is not None:  # else the start raises it
+        if self._error is not None and self._view is not None:  # otherwise the start raises it
             bug = not isinstance(self._error, WorkpoolError)
             log.critical(
                 "pool failed: %s",
