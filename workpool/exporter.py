@@ -17,7 +17,7 @@ import time
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
@@ -25,10 +25,11 @@ from prometheus_client.exposition import choose_encoder, gzip_accepted
 from workpool.errors import ListenError
 from workpool.inbound_connections import HttpLog, InboundConnections
 from workpool.log_fields import pool_logger
+from workpool.pages import CONFINED, add_page
 from workpool.wire.http.daemon_threads import DaemonThreads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
     from types import TracebackType
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     Reasons = Callable[[], Sequence[str]]
 
 log = pool_logger(__name__)
+
+R = TypeVar("R")
 
 CONNECTIONS_MAX: Final = 64
 """Connections that may be open at once. The handlers need the process's descriptors too."""
@@ -55,10 +58,24 @@ IPV4: Final = 4
 
 INDEX: Final = """workpool
 
+/         a page that shows the worker, in a browser
 /metrics  Prometheus metrics
 /healthz  200 while the process works, else 503 and why not
 /readyz   200 while it takes work, else 503 and why not
 """
+
+
+class LivePage(NamedTuple):
+    """The data of the live page, and when it includes ids.
+
+    Attributes:
+        status: Returns the data; its argument says whether ids are included. Called on the thread
+            that renders metrics.
+        always_ids: Whether ids are included also if the address is not on the loopback interface.
+    """
+
+    status: Callable[[bool], Mapping[str, Any]]
+    always_ids: bool
 
 
 class Exporter:
@@ -70,6 +87,7 @@ class Exporter:
         registry: The metrics of `/metrics`, rendered on a thread of their own.
         health: Returns the reasons for a 503 of `/healthz`. Called on this loop; must not block.
         readiness: Returns the reasons for a 503 of `/readyz`.
+        live_page: None: there is no live page.
 
     Attributes:
         port: The port, once entered.
@@ -87,6 +105,7 @@ class Exporter:
         *,
         health: Reasons,
         readiness: Reasons,
+        live_page: LivePage | None = None,
     ) -> None:
         self.port = port
         self.url = ""
@@ -96,9 +115,10 @@ class Exporter:
         self._registry = registry
         self._health = health
         self._readiness = readiness
+        self._live_page = live_page
         self._exit = AsyncExitStack()
         self._renderer: DaemonThreads
-        self._renderings: set[Future[bytes]] = set()
+        self._renderings: set[Future[Any]] = set()
         self._connections = InboundConnections(CONNECTIONS_MAX)
 
     async def __aenter__(self) -> Self:
@@ -204,32 +224,52 @@ class Exporter:
 
     def _app(self) -> web.Application:
         app = web.Application(middlewares=[self._connections.middleware])
-        app.router.add_get("/", _index)
+        app.router.add_get("/", self._index)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        if self._live_page is not None:
+            self._page = add_page(app.router, "worker")
+            app.router.add_get("/live.json", self._live_json)
         return app
 
+    async def _index(self, request: web.Request) -> web.StreamResponse:
+        if self._live_page is not None and "text/html" in request.headers.get("Accept", ""):
+            return await self._page(request)
+        return web.Response(text=INDEX)
+
+    async def _live_json(self, request: web.Request) -> web.Response:
+        if self._live_page is None:
+            raise web.HTTPNotFound
+        # A page of another site could reach the loopback interface under a name of its own.
+        local = _is_loopback(self._host) and _names_an_address(request.host)
+        data = await self._render(self._live_page.status, local or self._live_page.always_ids)
+        return web.json_response(data, headers=CONFINED)
+
     async def _metrics(self, request: web.Request) -> web.Response:
-        if len(self._renderings) >= SCRAPES_MAX:
-            raise web.HTTPServiceUnavailable(
-                text="too many scrapes\n", headers={"Retry-After": "1"}
-            )
         began_at = time.monotonic()
         encode, content_type = _encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
-            rendering = self._renderer.submit(_compressed, encode, self._registry)
+            body = await self._render(_compressed, encode, self._registry)
         else:
-            rendering = self._renderer.submit(encode, self._registry)
-        self._renderings.add(rendering)
-        rendering.add_done_callback(self._renderings.discard)
-        body = await asyncio.wrap_future(rendering)
+            body = await self._render(encode, self._registry)
         self.scraped_at = began_at
         if self.on_scraped is not None:
             self.on_scraped()
         return web.Response(body=body, headers=headers)
+
+    async def _render(self, render: Callable[..., R], *arguments: object) -> R:
+        """Call `render` on the thread for that."""
+        if len(self._renderings) >= SCRAPES_MAX:
+            raise web.HTTPServiceUnavailable(
+                text="too many scrapes\n", headers={"Retry-After": "1"}
+            )
+        rendering = self._renderer.submit(render, *arguments)
+        self._renderings.add(rendering)
+        rendering.add_done_callback(self._renderings.discard)
+        return await asyncio.wrap_future(rendering)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return _verdict("healthy", self._health())
@@ -238,8 +278,21 @@ class Exporter:
         return _verdict("ready", self._readiness())
 
 
-async def _index(_: web.Request) -> web.Response:
-    return web.Response(text=INDEX)
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names_an_address(host: str) -> bool:
+    """Return whether a `Host` header has an IP address or `localhost`, with or without a port."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return name == "localhost"
+    return True
 
 
 def _verdict(good: str, reasons: Sequence[str]) -> web.Response:

@@ -408,6 +408,12 @@ class Settings:
         "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
         "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
     )
+    live_page_ids: Literal["loopback", "always"] = setting(
+        choice("loopback", "always"),
+        "loopback",
+        "When the live page shows ids of items and sessions: if `metrics_listen` is on the "
+        "`loopback` interface, or `always`. Default: `loopback`.",
+    )
     stats_interval: float = setting(
         _SECONDS,
         15.0,

@@ -12,7 +12,8 @@ import contextlib
 import functools
 import secrets
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, ClassVar
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prometheus_client import CollectorRegistry
 
@@ -36,7 +37,7 @@ from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
     from datetime import datetime
     from types import EllipsisType, TracebackType
@@ -323,7 +324,7 @@ class Supervisor:
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
         if address is not None:
-            from workpool.exporter import Exporter  # noqa: PLC0415 - off when embedded, and slow
+            from workpool.exporter import Exporter, LivePage  # noqa: PLC0415 - off when embedded, and slow
 
             self._exporter = Exporter(
                 address.host or "",
@@ -331,6 +332,7 @@ class Supervisor:
                 self.registry,
                 health=self._unhealthy,
                 readiness=self._unready,
+                live_page=LivePage(self._live_status, settings.live_page_ids == "always"),
             )
             services.append(self._exporter)
         services += self.renewer_services
@@ -485,6 +487,18 @@ class Supervisor:
 
     def _snapshot(self) -> PoolSnapshot:
         return self._view.snapshot() if self._view else PoolSnapshot()
+
+    def _live_status(self, show_ids: bool) -> Mapping[str, Any]:  # noqa: FBT001 - a callback
+        from workpool.pool.live_status import live_status  # noqa: PLC0415 - rarely needed
+
+        worker = {
+            "worker_id": self._worker_id,
+            "environment_id": self.settings.environment_id or "",
+            "version": version("workpool"),
+        }
+        if self._view is None:
+            return {**worker, "reasons": self._unready()}
+        return live_status(self._view, self.registry, self._unready(), worker, show_ids=show_ids)
 
     def _unhealthy(self) -> list[str]:
         return self._view.unhealthy() if self._view else []
