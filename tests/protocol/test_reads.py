@@ -167,6 +167,8 @@ async def test_stats_count_queued_and_pending_items(api: Api, clock: Clock) -> N
         "pending": 0,
         "oldest_queued_at": None,
         "workers_polling": 0,
+        "running": 0,
+        "stopped": 0,
     }
     api.plane.enqueue(3)
     clock.advance(1)

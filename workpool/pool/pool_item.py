@@ -21,6 +21,8 @@ from collections import Counter, OrderedDict
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal
 
+from workpool.wire.protocol import OUR_ERROR
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextvars import Context
@@ -52,7 +54,7 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
 }
 """Every allowed transition; any other one is a bug and raises."""
 ATTEMPT: Final = "workpool.attempt"
-ERROR: Final = "workpool.error"
+ERROR: Final = OUR_ERROR
 RELEASED: Final = "workpool.released"
 RETRIES: Final = "workpool.retries"
 REMEMBERED_ITEMS: Final = 10_000

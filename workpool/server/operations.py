@@ -43,10 +43,15 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
     from workpool.server.history import Kind
     from workpool.server.parsing.creation_requests import NewSession
+    from workpool.server.parsing.request_values import ItemFilter
     from workpool.server.queue.long_polls import Poll
     from workpool.server.queue.work_queue import Stats
     from workpool.server.stored_session import StoredSession
     from workpool.server.stores.store import Contents, Store
+
+
+LOOKED_AT_MAX = 10_000
+"""Items that one page of a search looks at: some 5 ms."""
 
 
 class Operations:
@@ -387,6 +392,38 @@ class Operations:
         """Return the items next to a place, and whether there are more in that direction."""
         items = self.queue(environment_id).page(limit + 1, after=after, before=before)
         return page_of(items, limit, backwards=before is not None)
+
+    def search(
+        self,
+        environment_id: str,
+        wanted: ItemFilter,
+        limit: int = LIST_LIMIT_DEFAULT,
+        *,
+        after: str = "",
+        before: str | None = None,
+    ) -> ListPage[Item]:
+        """Return the wanted items next to a place.
+
+        A page looks at `LOOKED_AT_MAX` items at most, so it may have fewer than `limit`, or none,
+        although there are more.
+        """
+        walk = self.queue(environment_id).walk(
+            after=after, before=before, newest_first=wanted.newest_first
+        )
+        backwards = wanted.newest_first or before is not None
+        found: list[Item] = []
+        last: str | None = None
+        for count, item in enumerate(walk):
+            if len(found) == limit or count == LOOKED_AT_MAX:
+                break  # there is at least this item more
+            last = item.id
+            if wanted.matches(item):
+                found.append(item)
+        else:
+            last = None
+        if backwards and not wanted.newest_first:
+            found.reverse()
+        return ListPage(found, last is not None, backwards, last)
 
     def stats(self, environment_id: str) -> Stats:
         """Return the statistics of the queue."""

@@ -25,11 +25,15 @@ BEFORE: Final = "before"
 
 
 class ListPage(NamedTuple, Generic[Row]):
-    """A page of a list. If it is `backwards`, the next page has the rows before its oldest one."""
+    """A page of a list. If it is `backwards`, the next page has the rows before its oldest one.
+
+    `looked_until`: the last row that a search looked at, if the next page begins there.
+    """
 
     items: Sequence[Row]
     has_more: bool
     backwards: bool
+    looked_until: str | None = None
 
 
 def page_of(
@@ -60,6 +64,8 @@ def listing(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dic
     last = items[-1].id if items else None
     ends = (first or "", last or "")
     edge = min(ends) if page.backwards else max(ends)
+    if page.looked_until is not None and count == len(page.items):
+        edge = page.looked_until
     return {
         "data": rows,
         "first_id": first,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import re
 import sys
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import quote
 
 from yarl import URL
 
+from workpool.errors import RefusedError
 from workpool.wire import endpoints, protocol, request_bodies
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.events.http_events import HttpEvents
@@ -22,6 +24,7 @@ from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.rate_limiter import RateLimits
 from workpool.wire.http.transport import Transport
+from workpool.wire.item_search import FIND_PAGES_MAX, FoundItems, ItemSearch
 from workpool.wire.items import WorkItem
 from workpool.wire.page_limits import PageLimits
 
@@ -305,11 +308,7 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = ""
-        for name, value in (("after_id", after_id), ("before_id", before_id)):
-            if value is not None:
-                _check_id(name, value)
-                start += f"&{name}={value}"
+        start = _place(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
@@ -323,6 +322,45 @@ class WorkClient:
                 return
             limits.accept((item.id for item in page.items), page.next_page)
             start = f"&page={quote(page.next_page, safe='')}"
+
+    async def find(
+        self,
+        search: ItemSearch,
+        *,
+        after_id: str | None = None,
+        before_id: str | None = None,
+        timeout: float | None = None,
+    ) -> FoundItems:
+        """Search the list of items, reading `FIND_PAGES_MAX` pages of 100 items at most.
+
+        A control plane that knows the parameters of a search selects and orders the items itself.
+        From any other one, all items are read and selected here.
+
+        Args:
+            search: The items to find.
+            after_id: As for `list`.
+            before_id: As for `list`.
+            timeout: As for `list`.
+        """
+        query, start = search.query, _place(after_id, before_id)
+        size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
+        found, limits = FoundItems(search), PageLimits("list")
+        for _ in range(FIND_PAGES_MAX):
+            await limits.turn()
+            url = self._work_url("", f"limit={size}{query}{start}")
+            try:
+                page = await self._read(endpoints.LIST, url, timeout)
+            except RefusedError as error:
+                if error.status != HTTPStatus.BAD_REQUEST or not query:
+                    raise
+                query = ""  # this control plane refuses parameters that it does not know
+                continue
+            found.add(page)
+            if page.next_page is None or found.enough:
+                break
+            start = f"&page={quote(page.next_page, safe='')}"
+        found.finish()
+        return found
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read the statistics of the queue."""
@@ -417,6 +455,16 @@ class WorkClient:
         asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))
         query = "&".join(f"{name}={value:d}" for name, value in asked if value is not None)
         return self._work_url("/poll", query)
+
+
+def _place(after_id: str | None, before_id: str | None) -> str:
+    """Return the parameters of the place at which a list begins."""
+    place = ""
+    for name, value in (("after_id", after_id), ("before_id", before_id)):
+        if value is not None:
+            _check_id(name, value)
+            place += f"&{name}={value}"
+    return place
 
 
 def _as_claim(options: CallOptions) -> CallOptions:

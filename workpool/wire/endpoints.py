@@ -51,10 +51,14 @@ class Endpoint(Generic[T]):
 
 
 class ItemPage(NamedTuple):
-    """One page of the list of items."""
+    """One page of the list of items.
+
+    `selected`: the control plane has applied the parameters `state`, `failed` and `order`.
+    """
 
     items: list[WorkItem]
     next_page: str | None
+    selected: bool = False
 
 
 _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
@@ -131,7 +135,8 @@ def _next_page(page: dict[str, Any]) -> str | None:
 
 def _page(obj: object) -> ItemPage:
     page = _object(obj)
-    return ItemPage([parse_item(row) for row in _rows(page)], _next_page(page))
+    items = [parse_item(row) for row in _rows(page)]
+    return ItemPage(items, _next_page(page), page.get("selected") is True)
 
 
 def parse_event(obj: object) -> SessionEvent:

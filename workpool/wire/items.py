@@ -88,12 +88,18 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Statistics of the queue: counts of items, and of the workers that poll."""
+    """Statistics of the queue: counts of items, and of the workers that poll.
+
+    `running` counts the items that are starting, active or stopping, and `stopped` those that are
+    kept. Both are None from a control plane that does not count them.
+    """
 
     depth: int
     pending: int
     oldest_queued_at: datetime | None
     workers_polling: int
+    running: int | None = None
+    stopped: int | None = None
 
 
 def parse_item(obj: object) -> WorkItem:
@@ -189,6 +195,8 @@ def parse_stats(obj: object) -> QueueStats:
         pending=_count("pending", get("pending")),
         oldest_queued_at=_time(get("oldest_queued_at")),
         workers_polling=0 if workers is None else _count("workers_polling", workers),
+        running=_optional_count(get("running")),
+        stopped=_optional_count(get("stopped")),
     )
 
 
@@ -198,6 +206,11 @@ _NUMBERS: Final = frozenset({int, float})
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 _TIME_LENGTH_MAX: Final = 64
 """A heartbeat's time goes back to the control plane in a URL, which must stay short."""
+
+
+def _optional_count(value: object) -> int | None:
+    """Return a count of an extension, None for whatever else another control plane may mean."""
+    return value if type(value) is int and value >= 0 else None
 
 
 def _object(name: str, value: object) -> dict[str, Any]:

@@ -64,6 +64,14 @@ LAST_EVENT_ID_HEADER: Final = "Last-Event-ID"
 KEEP_ALIVE_SECONDS: Final = 10
 """Longest silence in seconds of an event stream of the embedded control plane."""
 
+# Metadata of our own.
+OUR_METADATA: Final = "workpool."
+"""The prefix of all keys that are ours."""
+OUR_ERROR: Final = "workpool.error"
+"""The error with which a worker stopped the item."""
+OUR_RETRY: Final = "workpool.retry_of"
+"""The item of which this one is a copy, made by `workpool work retry`."""
+
 # Creating work.
 ENQUEUE_COUNT_MAX: Final = 1000
 

@@ -118,10 +118,17 @@ class Routes:
         environment_id = self._environment(request, worker=True)
         await requests.body(request)
         place = requests.place(request, WORK_PREFIX)
-        page = self._operations.page(
-            environment_id, place.limit, after=place.after, before=place.before
+        wanted = requests.item_filter(request)
+        if wanted is None:
+            page = self._operations.page(
+                environment_id, place.limit, after=place.after, before=place.before
+            )
+            return await self._durable(listing(page, self._dialect.item))
+        page = self._operations.search(
+            environment_id, wanted, place.limit, after=place.after, before=place.before
         )
-        return await self._durable(listing(page, self._dialect.item))
+        # Tells a client that nothing is left for it to select or to order.
+        return await self._durable({**listing(page, self._dialect.item), "selected": True})
 
     async def enqueue(self, request: web.Request) -> web.Response:
         """Create work."""

@@ -30,13 +30,18 @@ from workpool.wire.protocol import (
     LIST_LIMIT_DEFAULT,
     LIST_LIMIT_MAX,
     NO_HEARTBEAT,
+    OUR_ERROR,
     RECLAIM_OLDER_THAN_MS,
     SESSION,
+    STATES,
+    STOPPED,
     TTL_DEFAULT_SECONDS,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from workpool.server.stored_item import Item
 
 BODY_SECONDS: Final = 10.0
 """Limit of the time for a body to arrive, so that a stalled client cannot occupy a handler."""
@@ -70,6 +75,25 @@ class Place(NamedTuple):
     limit: int
     after: str
     before: str | None
+
+
+class ItemFilter(NamedTuple):
+    """The selection and the order of a list of items.
+
+    Attributes:
+        state: Only items in this state; None: in any.
+        failed: Only items that were stopped with an error of their worker.
+        newest_first: Whether the list begins with the newest item.
+    """
+
+    state: str | None
+    failed: bool
+    newest_first: bool
+
+    def matches(self, item: Item) -> bool:
+        """Return whether the list has this item."""
+        failed = item.state == STOPPED and OUR_ERROR in item.metadata
+        return (self.state is None or item.state == self.state) and (failed or not self.failed)
 
 
 def one(request: web.Request, name: str) -> str | None:
@@ -134,6 +158,16 @@ def place(request: web.Request, prefix: str, digits: str = _DIGITS) -> Place:
             raise APIError(400, f"{name} is malformed", name)
         return Place(limit, text, None) if direction == AFTER else Place(limit, "", text)
     return Place(limit, "", None)
+
+
+def item_filter(request: web.Request) -> ItemFilter | None:
+    """Parse the selection and order of a list of items: `state`, `failed`, `order`; None: all."""
+    state, failed = one(request, "state"), one(request, "failed")
+    if state is None and failed is None and one(request, "order") is None:
+        return None
+    if state is not None and state not in STATES:
+        raise APIError(400, "state is not one of the protocol's five", "state")
+    return ItemFilter(state, flag(request, "failed"), newest_first(request, default=False))
 
 
 def event_filter(request: web.Request) -> EventFilter:

@@ -16,10 +16,15 @@ from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_expiry import Leases
 from workpool.server.queue.long_polls import WaitingPolls
 from workpool.server.timestamps import MILLISECOND, SECOND
-from workpool.wire.protocol import QUEUED, RECLAIM_OLDER_THAN_MS, WORKERS_POLLING_WINDOW_SECONDS
+from workpool.wire.protocol import (
+    QUEUED,
+    RECLAIM_OLDER_THAN_MS,
+    STOPPED,
+    WORKERS_POLLING_WINDOW_SECONDS,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from workpool.server.stored_item import Item
 
@@ -27,12 +32,17 @@ _WINDOW: Final = RECLAIM_OLDER_THAN_MS * MILLISECOND
 
 
 class Stats(NamedTuple):
-    """Statistics of the queue. `oldest_queued_at` in microseconds."""
+    """Statistics of the queue. `oldest_queued_at` in microseconds.
+
+    `running` counts the items that are starting, active or stopping.
+    """
 
     depth: int
     pending: int
     oldest_queued_at: int | None
     workers_polling: int
+    running: int
+    stopped: int
 
 
 class Queue:
@@ -46,7 +56,7 @@ class Queue:
         self._items: dict[str, Item] = {}
         self._ids: list[str] = []
         self._fresh: list[str] = []
-        self._queued = 0
+        self._queued = self._stopped = 0
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._pollers: OrderedDict[str, int] = OrderedDict()
 
@@ -75,6 +85,8 @@ class Queue:
             self._recent.pop(item.id, None)
         was_queued = former is not None and former.state == QUEUED
         self._queued += (item.state == QUEUED) - was_queued
+        was_stopped = former is not None and former.state == STOPPED
+        self._stopped += (item.state == STOPPED) - was_stopped
         if item.lease_end is None:
             self.leases.drop(item.id)
         else:
@@ -88,7 +100,7 @@ class Queue:
 
     def remove(self, work_id: str) -> None:
         """Remove a stopped item."""
-        del self._items[work_id]
+        self._stopped -= self._items.pop(work_id).state == STOPPED
         del self._ids[bisect_left(self._ids, work_id)]
 
     def _put_queued(self, item: Item, former: Item | None) -> None:
@@ -123,6 +135,17 @@ class Queue:
             ids = self._ids[max(0, end - limit) : end]
         return [self._items[work_id] for work_id in ids]
 
+    def walk(
+        self, *, after: str = "", before: str | None = None, newest_first: bool = False
+    ) -> Iterator[Item]:
+        """Iterate over the items next to a place, nearest first."""
+        start = bisect_right(self._ids, after)
+        end = len(self._ids) if before is None else bisect_left(self._ids, before)
+        places = range(start, end)
+        if newest_first or before is not None:
+            places = places[::-1]
+        return (self._items[self._ids[place]] for place in places)
+
     def poll_seen(self, worker_id: str, now: int) -> None:
         """Record that this worker polls."""
         self._pollers[worker_id] = now
@@ -140,6 +163,8 @@ class Queue:
             pending=len(self._recent),
             oldest_queued_at=None if oldest is None else self._items[oldest].created_at,
             workers_polling=len(self._pollers),
+            running=len(self._ids) - self._queued - self._stopped,
+            stopped=self._stopped,
         )
 
     @staticmethod

@@ -1,0 +1,209 @@
+"""The search in the list of items, and what the client does without the control plane's help."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import web
+
+from tests.protocol.conftest import ENV, TOKEN, Api, Clock
+from workpool import Settings
+from workpool.errors import RefusedError
+from workpool.server import ControlPlane, operations
+from workpool.wire import client as client_module
+from workpool.wire.client import WorkClient
+from workpool.wire.item_search import ItemSearch
+from workpool.wire.items import parse_stats
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+STATES = ("queued", "starting", "active", "stopping", "stopped")
+
+
+@pytest.fixture
+async def ids(qoder: Api) -> dict[str, str]:
+    """One item in each state, oldest first, and then one that failed."""
+    found = {state: await qoder.bring_to(state, "worker") for state in reversed(STATES)}
+    failed = await qoder.bring_to("stopped")
+    qoder.plane.operations.update(ENV, failed, {"workpool.error": "ValueError"})
+    return found | {"failed": failed}
+
+
+async def search(api: Api, **params: str) -> tuple[list[str], Any]:
+    answer = await api("GET", api.work(), params=params)
+    assert answer.status == 200
+    assert answer.body["selected"] is True
+    return [item["id"] for item in answer.body["data"]], answer.body["next_page"]
+
+
+async def test_search_by_state_finds_the_items_in_that_state(api: Api, ids: dict[str, str]) -> None:
+    for state in STATES[:-1]:
+        assert await search(api, state=state) == ([ids[state]], None)
+    assert await search(api, state="stopped") == ([ids["stopped"], ids["failed"]], None)
+
+
+async def test_search_for_failed_items_leaves_out_other_stopped_ones(
+    api: Api, ids: dict[str, str]
+) -> None:
+    api.plane.operations.update(ENV, ids["queued"], {"workpool.error": "of an earlier run"})
+    assert await search(api, failed="true") == ([ids["failed"]], None)
+    assert len((await search(api, failed="false"))[0]) == len(ids)
+
+
+async def test_search_for_the_newest_goes_backwards_page_by_page(
+    api: Api, ids: dict[str, str]
+) -> None:
+    expected = sorted(ids.values(), reverse=True)
+    found, token = await search(api, order="desc", limit="4")
+    assert found == expected[:4]
+    assert await search(api, order="desc", limit="4", page=token) == (expected[4:], None)
+
+
+async def test_page_of_a_search_looks_at_a_bounded_number_of_items(
+    api: Api, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operations, "LOOKED_AT_MAX", 4)
+    found, token = await search(api, failed="true")
+    assert (found, token is None) == ([], False)
+    assert await search(api, failed="true", page=token) == ([ids["failed"]], None)
+
+
+async def test_full_page_with_nothing_after_it_has_no_next_page(
+    api: Api, ids: dict[str, str]
+) -> None:
+    assert await search(api, state="stopped", limit="2") == ([ids["stopped"], ids["failed"]], None)
+    found, token = await search(api, state="stopped", limit="1")
+    assert found == [ids["stopped"]]
+    assert await search(api, state="stopped", limit="1", page=token) == ([ids["failed"]], None)
+
+
+@pytest.mark.parametrize(
+    "params", [{"state": "lost"}, {"failed": "yes"}, {"order": "up"}, {"state": ""}]
+)
+async def test_search_for_something_unknown_is_400(api: Api, params: dict[str, str]) -> None:
+    answer = await api("GET", api.work(), params=params)
+    assert (answer.status, answer.error["param"]) == (400, next(iter(params)))
+
+
+async def test_stats_count_running_and_stopped_items(qoder: Api, ids: dict[str, str]) -> None:
+    stats = await qoder.stats()
+    assert (stats["running"], stats["stopped"]) == (3, 2)
+    qoder.plane.operations.stop(ENV, ids["active"], force=True)
+    stats = await qoder.stats()
+    assert (stats["running"], stats["stopped"]) == (2, 3)
+
+
+# The client.
+
+
+class OtherPlane:
+    """A middleware that lets the control plane answer searches as others do.
+
+    Attributes:
+        refuses: Unknown parameters are a 400, and are not ignored.
+    """
+
+    def __init__(self) -> None:
+        self.refuses = False
+        self.helps = True
+        self.lists = 0
+
+    @web.middleware
+    async def middleware(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        self.lists += request.path.endswith("/work")
+        unknown = {"state", "failed", "order"} & set(request.query)
+        if self.helps or not unknown:
+            return await handler(request)
+        if self.refuses:
+            return web.json_response({"error": {"type": "invalid_request_error"}}, status=400)
+        kept = {name: text for name, text in request.query.items() if name not in unknown}
+        return await handler(request.clone(rel_url=request.rel_url.with_query(kept)))
+
+
+@pytest.fixture
+def other() -> OtherPlane:
+    return OtherPlane()
+
+
+@pytest.fixture
+async def plane(clock: Clock, other: OtherPlane) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[other.middleware]
+    ) as plane:
+        yield plane
+
+
+@pytest.fixture
+async def client(plane: ControlPlane) -> AsyncIterator[WorkClient]:
+    settings = Settings(base_url=plane.base_url, token=TOKEN, environment_id=ENV)
+    async with WorkClient(settings) as client:
+        yield client
+
+
+@pytest.fixture(params=["helps", "ignores", "refuses"])
+def kind(request: pytest.FixtureRequest, other: OtherPlane) -> str:
+    other.helps = request.param == "helps"
+    other.refuses = request.param == "refuses"
+    return str(request.param)
+
+
+async def test_client_finds_the_same_items_on_every_control_plane(
+    client: WorkClient, ids: dict[str, str], clock: Clock, kind: str
+) -> None:
+    failed = await client.find(ItemSearch(20, failed=True))
+    assert [item.id for item in failed.items] == [ids["failed"]]
+    assert failed.complete
+    assert failed.read == (1 if kind == "helps" else 6)
+    clock.advance(1)
+    (newer,) = await client.enqueue()
+    newest = await client.find(ItemSearch(1, newest=True))
+    assert [item.id for item in newest.items] == [newer.id]
+    assert not newest.complete
+    active = await client.find(ItemSearch(20, "active"))
+    assert [item.id for item in active.items] == [ids["active"]]
+
+
+async def test_client_reads_a_bounded_number_of_pages(
+    client: WorkClient, plane: ControlPlane, other: OtherPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other.helps = False
+    monkeypatch.setattr(client_module, "FIND_PAGES_MAX", 3)
+    items = plane.enqueue(500)
+    found = await client.find(ItemSearch(20, failed=True))
+    assert (found.items, found.read, found.complete) == ([], 300, False)
+    assert (other.lists, found.last_id) == (3, items[299].id)
+    found = await client.find(ItemSearch(20, failed=True), after_id=found.last_id)
+    assert (found.read, found.complete) == (200, True)
+
+
+async def test_client_reads_no_more_than_the_limit_without_a_selection(
+    client: WorkClient, plane: ControlPlane
+) -> None:
+    items = plane.enqueue(7)
+    found = await client.find(ItemSearch(5))
+    assert ([item.id for item in found.items], found.read) == ([each.id for each in items[:5]], 5)
+    assert (found.complete, found.last_id) == (False, items[4].id)
+
+
+async def test_refusal_of_a_list_itself_is_raised(client: WorkClient, other: OtherPlane) -> None:
+    other.helps, other.refuses = False, True
+    with pytest.raises(RefusedError):
+        await client.find(ItemSearch(5), after_id="work_unknown")
+
+
+@pytest.mark.usefixtures("ids")
+async def test_client_reads_the_counts_of_running_and_stopped_items(client: WorkClient) -> None:
+    stats = await client.stats()
+    assert (stats.running, stats.stopped) == (3, 2)
+
+
+@pytest.mark.parametrize("more", [{}, {"running": None, "stopped": "many"}, {"running": True}])
+def test_counts_that_another_control_plane_does_not_give_are_none(more: dict[str, object]) -> None:
+    stats = parse_stats({"depth": 1, "pending": 0, **more})
+    assert (stats.depth, stats.running, stats.stopped) == (1, None, None)
