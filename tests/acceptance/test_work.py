@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.acceptance.conftest import CLOUD, FORBIDDEN, LIMITED, WORKER_KEY
+from tests.acceptance.conftest import (
+    CLOUD,
+    ENVIRONMENT,
+    FORBIDDEN,
+    LIMITED,
+    TOKENS,
+    WORKER_KEY,
+)
+from workpool.server import ControlPlane
+from workpool.testing import Faults, literal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.acceptance.conftest import Ask, Start
-    from workpool.server import ControlPlane
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def out(ask: Ask, *arguments: str) -> str:
     ended = await ask("work", *arguments)
-    assert (ended.status, ended.err) == (0, "")
+    assert ended.status == 0
+    # A list reports how much of it was read.
+    assert ended.err.startswith("workpool: ") if "list" in arguments else not ended.err
     return ended.out
 
 
@@ -130,3 +141,63 @@ async def test_work_stop_under_key_that_may_not_read_shows_item(
     ended = await ask("work", "stop", item.id, "--force", "--json", **variables)
     assert (ended.status, ended.err) == (0, "")
     assert json.loads(ended.out)["state"] == "stopped"
+
+
+async def test_failed_item_is_listed_and_retried_as_a_copy(start: Start, ask: Ask) -> None:
+    [work_id] = (await out(ask, "enqueue", "--metadata", "do=fail")).split()
+    queued = await ask("work", "retry", work_id)
+    assert queued.status == 1
+    assert queued.err == f"workpool: {work_id} is queued; only a stopped item is retried\n"
+    await out(ask, "enqueue", "--metadata", "do=finish")
+    worker = await start("run", "handlers", "--drain")
+    assert await worker.ends() == 0
+
+    listed = await ask("work", "list", "--failed", "--json")
+    [failed] = json.loads(listed.out)
+    assert (failed["id"], failed["metadata"]["workpool.error"]) == (work_id, "RuntimeError")
+    assert listed.err == "workpool: 1 shown of 1 items read\n"
+
+    [copy] = (await out(ask, "retry", work_id)).split()
+    got = json.loads(await out(ask, "get", copy, "--json"))
+    assert (got["state"], got["type"]) == ("queued", failed["type"])
+    assert got["metadata"] == {"do": "fail", "workpool.retry_of": work_id}
+    assert got["session_id"] != failed["session_id"]
+    [newest] = json.loads(await out(ask, "list", "--newest", "--limit", "1", "--json"))
+    assert newest["id"] == copy
+    stats = json.loads(await out(ask, "stats", "--json"))
+    assert (stats["running"], stats["stopped"]) == (0, 2)
+
+
+async def test_retry_on_a_control_plane_that_cannot_create_items_says_what_to_do(
+    ask: Ask,
+) -> None:
+    faults = Faults()
+    faults.add(literal(b"", 405), "enqueue")
+    async with ControlPlane(
+        environments=(ENVIRONMENT,), tokens=TOKENS, middlewares=[faults.middleware]
+    ) as other:
+        (item,) = other.enqueue(metadata={"report": "7", "workpool.error": "ValueError"})
+        other.operations.stop(ENVIRONMENT, item.id, force=True)
+        ended = await ask("work", "retry", item.id, WORKPOOL_BASE_URL=other.base_url)
+    assert (ended.status, ended.out) == (3, "")
+    assert "no call that creates items" in ended.err
+    assert ended.err.endswith("it had the metadata: report=7\n")
+
+
+async def test_list_of_an_unknown_state_ends_with_2(ask: Ask) -> None:
+    ended = await ask("work", "list", "--state", "lost")
+    assert ended.status == 2
+    assert "queued, starting, active, stopping, stopped" in ended.err
+
+
+async def test_watched_list_is_printed_again_until_a_signal(
+    start: Start, plane: ControlPlane
+) -> None:
+    (first,) = plane.enqueue()
+    command = await start("work", "list", "--watch")
+    assert first.id in await command.prints()
+    (second,) = plane.enqueue()
+    while second.id not in (line := await command.prints()):
+        assert first.id in line
+    command.send(signal.SIGINT)
+    assert await command.ends() == 130

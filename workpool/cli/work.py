@@ -1,10 +1,13 @@
-"""`workpool work …`: reads and changes a queue; each command makes one call of the protocol."""
+"""`workpool work …`: reads and changes a queue."""
 
 import asyncio
+import signal
+import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import orjson
 import typer
@@ -22,12 +25,20 @@ from workpool.cli.flags import (
 from workpool.cli.help_text import PLAIN, examples
 from workpool.cli.output import fields_of, pairs_text, print_json, print_pairs, print_rows
 from workpool.errors import RefusedError
+from workpool.logs import escaped
 from workpool.settings import Settings
 from workpool.wire import protocol
 from workpool.wire.client import WorkClient
+from workpool.wire.item_search import FoundItems, ItemSearch
 from workpool.wire.items import WorkItem
 
 T = TypeVar("T")
+
+WATCH_SECONDS: Final = 2.0
+CLEAR: Final = "\x1b[2J\x1b[H"
+"""Clears a terminal."""
+NO_SUCH_CALL: Final = {HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED}
+"""The answers of a control plane that does not know a call; it knows the environment."""
 
 app = typer.Typer(
     name="work",
@@ -47,9 +58,29 @@ def _settings(config: Path | None, environment_id: str | None, base_url: str | N
         return read_settings(config, environment_id=environment_id, base_url=base_url)
 
 
-@app.command("list", epilog=examples("workpool work list", "workpool work list --limit 100 --json"))
+@app.command(
+    "list",
+    epilog=examples(
+        "workpool work list",
+        "workpool work list --failed --newest --limit 5",
+        "workpool work list --state active --watch",
+    ),
+)
 def list_items(
     limit: Annotated[int, typer.Option(min=1, help="The number of items at most.")] = 20,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(protocol.STATES), help="Only items in this state. Default: any."
+        ),
+    ] = None,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only items that were stopped with an error.")
+    ] = False,
+    newest: Annotated[bool, typer.Option("--newest", help="The newest items first.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="List again every two seconds, until a signal.")
+    ] = False,
     after: Annotated[
         str | None, typer.Option(metavar="ID", help="Only items after this one. Default: all.")
     ] = None,
@@ -62,26 +93,48 @@ def list_items(
     environment_id: EnvironmentId = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """List items, oldest first."""
-    settings = _settings(config, environment_id, base_url)
+    """List items, oldest first, and print to stderr how many were read.
 
-    async def collect(client: WorkClient) -> list[WorkItem]:
-        found = client.list(limit=limit, after_id=after, before_id=before)
-        return [item async for item in found]
-
+    One call reads 10,000 items at most. `workpool serve` selects and orders items itself; from
+    another control plane, the selection is made from the items that were read.
+    """
+    if state is not None and state not in protocol.STATES:
+        raise typer.BadParameter(f"--state: one of {', '.join(protocol.STATES)}")
     if after and before:
         raise typer.BadParameter("give --after or --before, not both")
-    items = _ask(settings, collect)
-    if json:
-        print_json([fields_of(item) for item in items])
+    settings = _settings(config, environment_id, base_url)
+    search = ItemSearch(limit, state, failed, newest)
+
+    async def find(client: WorkClient) -> FoundItems:
+        return await client.find(search, after_id=after, before_id=before)
+
+    if not watch:
+        _show_found(_ask(settings, find), as_json=json)
         return
-    print_rows(
-        ("id", "type", "state", "created", "session", "metadata"),
-        [
-            (i.id, i.type, i.state, i.created_at, i.session_id, pairs_text(i.metadata))
-            for i in items
-        ],
-    )
+    try:
+        while True:
+            found = _ask(settings, find)
+            if sys.stdout.isatty():
+                typer.echo(CLEAR, nl=False)
+            _show_found(found, as_json=json)
+            time.sleep(WATCH_SECONDS)
+    except KeyboardInterrupt:
+        raise typer.Exit(exits.SIGNALLED + signal.SIGINT) from None
+
+
+def _show_found(found: FoundItems, *, as_json: bool) -> None:
+    if as_json:
+        print_json([fields_of(item) for item in found.items])
+    else:
+        print_rows(
+            ("id", "type", "state", "created", "session", "metadata"),
+            [
+                (i.id, i.type, i.state, i.created_at, i.session_id, pairs_text(i.metadata))
+                for i in found.items
+            ],
+        )
+    rest = "" if found.complete else f"; there are more, next to {found.last_id}"
+    typer.echo(f"workpool: {len(found.items)} shown of {found.read} items read{rest}", err=True)
 
 
 @app.command(epilog=examples("workpool work get work_1", "workpool work get work_1 --json"))
@@ -164,6 +217,56 @@ def update(
     if not patch:
         raise typer.BadParameter("give KEY=VALUE or --delete KEY")
     _show(_ask(settings, lambda client: client.update_metadata(work_id, patch)), as_json=json)
+
+
+@app.command(epilog=examples("workpool work retry work_1"))
+def retry(
+    work_id: WorkId,
+    json: Json = False,
+    config: Config = None,
+    environment_id: EnvironmentId = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Create a copy of a stopped item, and print its id.
+
+    The copy has the type and the metadata of the item, without those of workpool, and
+    `workpool.retry_of`. It belongs to a new session. Only `workpool serve` has a call for this.
+    """
+    settings = _settings(config, environment_id, base_url)
+    item = _ask(settings, lambda client: _read(client, work_id))
+    if item.state != protocol.STOPPED:
+        typer.echo(f"workpool: {item.id} is {item.state}; only a stopped item is retried", err=True)
+        raise typer.Exit(exits.FAILED)
+    metadata = {
+        key: value
+        for key, value in item.metadata.items()
+        if not key.startswith(protocol.OUR_METADATA)
+    }
+
+    async def create(client: WorkClient) -> WorkItem | None:
+        try:
+            [copy] = await client.enqueue(
+                metadata={**metadata, protocol.OUR_RETRY: item.id}, item_type=item.type
+            )
+        except RefusedError as error:
+            if error.status not in NO_SUCH_CALL:
+                raise
+            return None
+        return copy
+
+    copy = _ask(settings, create)
+    if copy is None:
+        typer.echo(
+            "workpool: this control plane has no call that creates items. Create a session for the "
+            "same work in your application or with the service's API; it had the metadata: "
+            f"{escaped(pairs_text(metadata)) or 'none'}",
+            err=True,
+        )
+        raise typer.Exit(exits.REFUSED)
+    if json:
+        print_json(fields_of(copy))
+    else:
+        typer.echo(copy.id)
 
 
 @app.command(epilog=examples("workpool work stop work_1", "workpool work stop work_1 --force"))
