@@ -22,17 +22,19 @@ from workpool.events import (
     StopRequested,
 )
 from workpool.hookspecs import hookimpl
-from workpool.server import Operations
+from workpool.server import Operations, Poll
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import LocalClient, Script
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
+from workpool.wire.protocol import NO_HEARTBEAT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import Event
+    from workpool.server import Item
     from workpool.testing.fault_rules import Request
 
 
@@ -288,6 +290,33 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
         await asyncio.sleep(8)
         assert script.sent.count(("heartbeat", item.id)) == 3
         await pool.drain(0)
+
+
+class ComparesNoStop(Operations):
+    """Operations that answer each heartbeat of a `stopping` item, as the anthropic dialect does."""
+
+    def heartbeat(self, *values: Any, **named: Any) -> Item:
+        return super().heartbeat(*values, **named | {"compare_on_stop": False})
+
+
+@in_virtual_time
+async def test_stopping_item_of_another_worker_is_left_alone_after_machine_pause() -> None:
+    """The heartbeat after the pause was answered, so the item was taken for the pool's own."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    operations = ComparesNoStop([ENVIRONMENT], now=lambda: START + loop.wall_time())
+    bench = Bench(Script(), operations=operations, concurrency=1)
+    async with bench.supervisor:
+        (item,) = operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionStarted)
+        loop.pause(120)
+        assert operations.poll(ENVIRONMENT, Poll(worker_id="rival")) is not None
+        operations.ack(ENVIRONMENT, item.id, "rival")
+        operations.heartbeat(ENVIRONMENT, item.id, NO_HEARTBEAT, worker_id="rival")
+        operations.stop(ENVIRONMENT, item.id)
+        await bench.recorder.wait_for(SessionFinished)
+        assert operations.get(ENVIRONMENT, item.id).state == "stopping"
+    assert bench.outcomes == ["lease_lost"]
 
 
 @in_virtual_time
