@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool import Session, handler, hookimpl
+from tests.integration.gate import Gate, quick
+from workpool import hookimpl
 from workpool.events import (
     ItemReceived,
     PluginFailed,
@@ -27,23 +28,6 @@ if TYPE_CHECKING:
 
 SECONDS = 20.0
 """Maximum time of each wait."""
-
-
-@handler
-async def quick(_: Session) -> None:
-    pass
-
-
-class Gate:
-    """A handler that waits until the test lets it end."""
-
-    def __init__(self) -> None:
-        self.may_end = asyncio.Event()
-
-    @handler
-    async def wait(self, session: Session) -> None:
-        await self.may_end.wait()
-        assert not session.draining
 
 
 class Disk:
@@ -105,6 +89,7 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
         (item,) = plane.enqueue()
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
+        assert gate.interrupted == [False]
         assert len(faults.of("poll")) == polls
         assert state(plane, item) == "queued"
         supervisor.resume()
@@ -182,6 +167,7 @@ async def test_items_waiting_for_slot_are_forgotten_by_pause(
         assert supervisor.status().waiting == 0
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
+        assert gate.interrupted == [False]
         assert [state(plane, item) for item in waiting] == ["queued", "queued"]
 
 
@@ -241,6 +227,7 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
         assert len(faults.of("poll")) == polls
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
+        assert gate.interrupted == [False]
         disk.reason = None
         await recorder.wait_for(SessionFinished, count=2)
         assert supervisor.status().ready

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.integration.gate import Gate, quick
 from workpool import Session, handler
 from workpool.events import (
     DrainFinished,
@@ -26,24 +27,6 @@ if TYPE_CHECKING:
 
 SECONDS = 20.0
 """Maximum time for the end of a pool that should end by itself."""
-
-
-@handler
-async def quick(_: Session) -> None:
-    pass
-
-
-class Gate:
-    """A handler that waits until the test lets it end, and records whether it was interrupted."""
-
-    def __init__(self) -> None:
-        self.may_end = asyncio.Event()
-        self.interrupted: list[bool] = []
-
-    @handler
-    async def wait(self, session: Session) -> None:
-        await self.may_end.wait()
-        self.interrupted.append(session.draining or session.stopping)
 
 
 async def ends(supervisor: Supervisor) -> None:

@@ -10,38 +10,15 @@ from typing import Any
 
 import pytest
 
+from tests.unit.loaded_plugins import chosen, item, load
 from workpool.errors import PluginError
 from workpool.events import Event
 from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
-from workpool.plugins import Available, Plugins, available
+from workpool.plugins import Available, available
 from workpool.session import Session
-from workpool.wire.items import WorkItem, parse_item
 
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
-
-
-def item(type_: str = "session", **metadata: str) -> WorkItem:
-    return parse_item(
-        {
-            "id": "work_1",
-            "type": "work",
-            "environment_id": "env_1",
-            "data": {"type": type_, "id": "sess_1"},
-            "state": "queued",
-            "created_at": "2026-01-01T00:00:00Z",
-            "metadata": metadata,
-        }
-    )
-
-
-def load(*objects: object, names: tuple[str, ...] = (), **options: dict[str, Any]) -> Plugins:
-    return Plugins.load(objects, names, options)
-
-
-def chosen(plugins: Plugins, item: WorkItem) -> str | None:
-    answer = plugins.handler_for(item)
-    return answer.name if answer else None
 
 
 class Disk:

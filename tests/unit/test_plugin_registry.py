@@ -11,38 +11,16 @@ from typing import Any, Union, get_args
 
 import pytest
 
+from tests.unit.loaded_plugins import chosen, item, load
 from workpool.errors import PluginError
 from workpool.events import DrainStarted, Event, PluginFailed, SessionFinished
 from workpool.handlers import handler
 from workpool.hookspecs import hookimpl
 from workpool.plugins import Plugins
 from workpool.session import Session
-from workpool.wire.items import WorkItem, parse_item
+from workpool.wire.items import WorkItem
 
 FACT = DrainStarted(timeout=20.0)
-
-
-def item(type_: str = "session", **metadata: str) -> WorkItem:
-    return parse_item(
-        {
-            "id": "work_1",
-            "type": "work",
-            "environment_id": "env_1",
-            "data": {"type": type_, "id": "sess_1"},
-            "state": "queued",
-            "created_at": "2026-01-01T00:00:00Z",
-            "metadata": metadata,
-        }
-    )
-
-
-def load(*objects: object, names: tuple[str, ...] = (), **options: dict[str, Any]) -> Plugins:
-    return Plugins.load(objects, names, options)
-
-
-def chosen(plugins: Plugins, item: WorkItem) -> str | None:
-    answer = plugins.handler_for(item)
-    return answer.name if answer else None
 
 
 def marked(name: str = "daily", **rule: Any) -> Any:

@@ -1,0 +1,25 @@
+"""Two handlers for tests of a whole pool: one ends at once, one when the test lets it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from workpool import Session, handler
+
+
+@handler
+async def quick(_: Session) -> None:
+    pass
+
+
+class Gate:
+    """A handler that waits until the test lets it end, and records whether it was interrupted."""
+
+    def __init__(self) -> None:
+        self.may_end = asyncio.Event()
+        self.interrupted: list[bool] = []
+
+    @handler
+    async def wait(self, session: Session) -> None:
+        await self.may_end.wait()
+        self.interrupted.append(session.draining or session.stopping)

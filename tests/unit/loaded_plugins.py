@@ -1,0 +1,31 @@
+"""Items and plugins for tests of loading and of the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workpool.plugins import Plugins
+from workpool.wire.items import WorkItem, parse_item
+
+
+def item(type_: str = "session", **metadata: str) -> WorkItem:
+    return parse_item(
+        {
+            "id": "work_1",
+            "type": "work",
+            "environment_id": "env_1",
+            "data": {"type": type_, "id": "sess_1"},
+            "state": "queued",
+            "created_at": "2026-01-01T00:00:00Z",
+            "metadata": metadata,
+        }
+    )
+
+
+def load(*objects: object, names: tuple[str, ...] = (), **options: dict[str, Any]) -> Plugins:
+    return Plugins.load(objects, names, options)
+
+
+def chosen(plugins: Plugins, item: WorkItem) -> str | None:
+    answer = plugins.handler_for(item)
+    return answer.name if answer else None
