@@ -17,6 +17,7 @@ from anthropic import (
 )
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, until
+from tests.protocol.sdk_calls import make_work_calls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,31 +68,7 @@ async def test_anthropic_sdk_makes_all_eight_calls(
     assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
     assert item.data.id == created.session_id.replace("sess_", "session_")
 
-    acked = await work.ack(created.id, environment_id=ENV)
-    assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
-    first = await work.heartbeat(
-        created.id,
-        environment_id=ENV,
-        expected_last_heartbeat="NO_HEARTBEAT",
-        desired_ttl_seconds=30,
-    )
-    assert (first.state, first.ttl_seconds, first.lease_extended) == (
-        "active",
-        30,
-        True,
-    )
-    clock.advance(1)
-    again = await work.heartbeat(
-        created.id, environment_id=ENV, expected_last_heartbeat=first.last_heartbeat
-    )
-    assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
-
-    updated = await work.update(created.id, environment_id=ENV, metadata={"job": None, "k": "v"})
-    assert updated.metadata == {"k": "v"}
-    read = await work.retrieve(created.id, environment_id=ENV)
-    assert (read.id, read.state) == (created.id, "active")
-    stats = await work.stats(ENV)
-    assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
+    await make_work_calls(work, created, clock)
 
     # The SDK expects an item as the answer to a stop, but the service sends 204.
     raw = sdk.beta.environments.work.with_raw_response

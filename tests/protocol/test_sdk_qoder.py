@@ -11,6 +11,7 @@ from qca import AsyncManaged, ConflictError, Managed, NotFoundError
 from qca.common import APIStatusError, AuthenticationError, BadRequestError, PermissionDeniedError
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
+from tests.protocol.sdk_calls import make_work_calls
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -119,31 +120,7 @@ async def test_qoder_sdk_makes_all_eight_calls(
     assert item.data is not None
     assert (item.data.type, item.data.id) == ("session", created.session_id)
 
-    acked = await work.ack(created.id, environment_id=ENV)
-    assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
-    first = await work.heartbeat(
-        created.id,
-        environment_id=ENV,
-        expected_last_heartbeat="NO_HEARTBEAT",
-        desired_ttl_seconds=30,
-    )
-    assert (first.state, first.ttl_seconds, first.lease_extended) == (
-        "active",
-        30,
-        True,
-    )
-    clock.advance(1)
-    again = await work.heartbeat(
-        created.id, environment_id=ENV, expected_last_heartbeat=first.last_heartbeat
-    )
-    assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
-
-    updated = await work.update(created.id, environment_id=ENV, metadata={"job": None, "k": "v"})
-    assert updated.metadata == {"k": "v"}
-    read = await work.retrieve(created.id, environment_id=ENV)
-    assert (read.id, read.state) == (created.id, "active")
-    stats = await work.stats(ENV)
-    assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
+    await make_work_calls(work, created, clock)
     session = await sdk.sessions.retrieve(created.session_id)
     assert (session.id, session.status) == (created.session_id, "running")
 

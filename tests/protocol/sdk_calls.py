@@ -1,0 +1,36 @@
+"""The calls of a vendor's SDK for one item, which two SDKs make alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tests.protocol.conftest import ENV
+
+if TYPE_CHECKING:
+    from tests.protocol.conftest import Clock
+    from workpool.server import Item
+
+
+async def make_work_calls(work: Any, created: Item, clock: Clock) -> None:
+    """Acknowledge an item that was delivered, renew its lease, change and read it."""
+    acked = await work.ack(created.id, environment_id=ENV)
+    assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
+    first = await work.heartbeat(
+        created.id,
+        environment_id=ENV,
+        expected_last_heartbeat="NO_HEARTBEAT",
+        desired_ttl_seconds=30,
+    )
+    assert (first.state, first.ttl_seconds, first.lease_extended) == ("active", 30, True)
+    clock.advance(1)
+    again = await work.heartbeat(
+        created.id, environment_id=ENV, expected_last_heartbeat=first.last_heartbeat
+    )
+    assert again.last_heartbeat == "2026-03-01T12:00:01.000000Z"
+
+    updated = await work.update(created.id, environment_id=ENV, metadata={"job": None, "k": "v"})
+    assert updated.metadata == {"k": "v"}
+    read = await work.retrieve(created.id, environment_id=ENV)
+    assert (read.id, read.state) == (created.id, "active")
+    stats = await work.stats(ENV)
+    assert (stats.depth, stats.pending, stats.workers_polling) == (0, 0, 1)
