@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import jsonschema
 import kubernetes_validate
 import pytest
@@ -21,6 +22,7 @@ import yaml
 from workpool import Settings
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.pool.lease import RENEW_PART
+from workpool.server import ControlPlane
 from workpool.settings import lease_margin
 
 if TYPE_CHECKING:
@@ -317,6 +319,22 @@ def test_query_of_the_autoscaler_names_metrics_of_the_worker(settings: Settings)
     assert names == {"slots", "remote_queue_items"}
     assert names <= {each.name for each in DEFINITIONS}
     assert float(trigger["metadata"]["threshold"]) <= settings.concurrency
+
+
+async def test_trigger_of_the_jobs_reads_the_depth_of_the_queue() -> None:
+    """From the embedded control plane, as KEDA's `metrics-api` does."""
+    [trigger] = of_kind(files(), "ScaledJob")["spec"]["triggers"]
+    wanted = trigger["metadata"]
+    async with ControlPlane() as plane, aiohttp.ClientSession() as http:
+        plane.enqueue(count=3)
+        [path] = re.findall(r"/environments/.*", wanted["url"])
+        url = plane.base_url + path.replace("env_CHANGE_ME", plane.environments[0])
+        assert wanted["authMode"] == "bearer"
+        headers = {"Authorization": f"Bearer {plane.token}"}
+        async with http.get(url, headers=headers) as answer:
+            assert (await answer.json())[wanted["valueLocation"]] == 3
+    assert wanted["url"].partition("/environments/")[0].endswith("/api/v1/cloud")
+    assert plane.base_url.endswith("/api/v1/cloud")
 
 
 def test_update_of_the_manifests_ends_no_job_and_no_worker_too_early() -> None:

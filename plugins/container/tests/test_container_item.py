@@ -17,6 +17,8 @@ from workpool_container import Container
 from workpool_container.options import describe, specify
 from workpool_container.run import Run
 
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
 
 def item_of(**changes: Any) -> WorkItem:
     fields: dict[str, Any] = {
@@ -57,6 +59,7 @@ async def test_session_on_machine_without_resources_is_released(
 
     monkeypatch.setattr(Run, "complete", refuse)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
+    monkeypatch.setattr(Container, "_settings", Settings(), raising=False)
     session: Any = SimpleNamespace(item=SimpleNamespace(id="work_1"))
     with pytest.raises(Release) as raised:
         await Container(image="agent")._run(session)
@@ -84,8 +87,15 @@ async def test_container_gets_token_of_item_on_request_and_never_key_of_worker(
     )
     monkeypatch.setattr(Container, "_settings", worker, raising=False)
     item = item_of(sessions_token=SecretStr("token-of-the-item"))
-    session: Any = SimpleNamespace(item=item, redelivered=False)
+    session: Any = SimpleNamespace(item=item, redelivered=False, traceparent=None)
     await Container(image="agent", item_token=item_token)._run(session)
     [specification] = made
+    assert not any(variable.startswith("TRACEPARENT=") for variable in specification["Env"])
     assert ("WORKPOOL_TOKEN=token-of-the-item" in specification["Env"]) is item_token
     assert "key-of-the-worker" not in json.dumps(specification)
+
+
+def test_container_gets_trace_context_of_session() -> None:
+    session: Any = SimpleNamespace(item=item_of(), redelivered=False, traceparent=TRACE)
+    options = Container(image="agent")._options
+    assert f"TRACEPARENT={TRACE}" in specify(options, session)["Env"]
