@@ -59,12 +59,12 @@ def unlimited(parse: Parser) -> Parser:
 
 def whole(least: int, most: int | None = None) -> Parser:
     """Return a parser of whole numbers from `least` to `most`."""
-    limits = f"{least} or more" if most is None else f"from {least} to {most}"
+    limits = f", {least} or more" if most is None else f" from {least} to {most}"
 
     def read(value: object) -> int:
         number = _number(value, int)
         if number is None or number != int(number) or not least <= number <= (most or number):
-            raise ValueError(f"must be a whole number {limits}")
+            raise ValueError(f"must be a whole number{limits}")
         return int(number)
 
     return read
@@ -88,7 +88,7 @@ def choice(*words: str) -> Parser:
     def read(value: object) -> str:
         word = value.strip().lower() if isinstance(value, str) else ""
         if word not in words:
-            raise ValueError(f"must be {' or '.join(words)}")
+            raise ValueError(f"must be {', '.join(words[:-1])} or {words[-1]}")
         return word
 
     return read
@@ -139,8 +139,7 @@ def names(value: object) -> tuple[str, ...]:
     """Read names: a list, or one text in which commas separate them."""
     given = value.split(",") if isinstance(value, str) else value
     if not isinstance(given, list | tuple) or not all(isinstance(each, str) for each in given):
-        hint = "; the tables of plugins are [workpool.plugin.NAME]"
-        raise ValueError(f"must be a list of names{hint if isinstance(value, dict) else ''}")
+        raise ValueError("must be a list of names")
     return tuple(each.strip() for each in given if each.strip())
 
 

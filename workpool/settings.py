@@ -469,6 +469,10 @@ class Settings:
         if found:
             raise SettingsError(found)
 
+    def origin_of(self, name: str) -> str:
+        """Return the variable, file or flag of a setting's value; empty if it has none."""
+        return self._sources.origins.get(name, "")
+
     def replace(self, **values: Any) -> Self:
         """Return a copy with other values, which are not checked."""
         changed = copy.copy(self)
@@ -628,6 +632,9 @@ def _read_config(
     plugins = table.pop("plugin", {}) if isinstance(table, dict) else {}
     if not isinstance(plugins, dict) or not all(isinstance(t, dict) for t in plugins.values()):
         table, problem = None, "[workpool.plugin] holds something else than tables"
+    elif isinstance(table, dict) and isinstance(table.get("plugins"), dict):
+        # Also where another source gives `plugins`: the plugin would lose its options unnoticed.
+        table, problem = None, "the tables of plugins are [workpool.plugin.NAME], without an s"
     if not isinstance(table, dict):
         found = _with_origin(f"config: {os.fspath(file)}: {problem}", {"config": origin})
         raise SettingsError((found,))

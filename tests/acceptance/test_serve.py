@@ -185,13 +185,13 @@ async def test_serve_that_cannot_start_prints_reason(bare: Start, folder: Path) 
         cases = [
             (["--port", port], 2, port),
             (["--host", "0.0.0.0"], 2, "WORKPOOL_SERVE_TOKEN"),  # noqa: S104 - refused
-            (["--token-file", "nowhere"], 2, "token file: No such file"),
+            (["--token-file", "nowhere"], 2, "token file: nowhere: No such file"),
             (["--token-file", "tokens"], 2, "line 1"),
             (["--environment", "not an id"], 2, "environment"),
             (["--port", "70000"], 2, "--port"),
             (["--retention", "59"], 2, "--retention"),
             (["--store", "notes.txt"], 1, "notes.txt"),
-            (["--faults", "nowhere"], 2, "faults file: No such file"),
+            (["--faults", "nowhere"], 2, "faults file: nowhere: No such file"),
             (["--faults", "notes.txt"], 2, "faults file: "),
         ]
         for arguments, status, words in cases:

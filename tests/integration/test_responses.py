@@ -13,6 +13,7 @@ from workpool.errors import PollerError, RefusedError
 from workpool.events import (
     AckFinished,
     CredentialRefreshed,
+    DrainStarted,
     HeartbeatFinished,
     ItemReclaimed,
     PollerBackedOff,
@@ -167,7 +168,8 @@ async def test_fatal_poll_error_is_raised_on_leaving_supervisor(
     faults.add(status(403), "poll")
     supervisor = make_pool(work)
     await supervisor.__aenter__()
-    await recorder.wait_for(PollerBackedOff)
+    await recorder.wait_for(DrainStarted)
+    assert recorder.of(PollerBackedOff) == []
     with pytest.raises(RefusedError):
         await supervisor.__aexit__(None, None, None)
 

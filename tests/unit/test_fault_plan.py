@@ -105,12 +105,12 @@ def test_all_mistakes_in_fault_file_are_reported_at_once(tmp_path: Path) -> None
 
 
 def test_unreadable_fault_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ServeError, match="faults file: No such file"):
+    with pytest.raises(ServeError, match=r"faults file: .*: No such file"):
         read_plan(tmp_path / "nowhere.toml")
-    with pytest.raises(ServeError, match="faults file: unexpected end"):
+    with pytest.raises(ServeError, match=r"faults file: .*: unexpected end"):
         read_plan(written(tmp_path, "{", "faults.json"))
-    with pytest.raises(ServeError, match="faults file: input should be a valid dict"):
+    with pytest.raises(ServeError, match=r"faults file: .*: input should be a valid dict"):
         read_plan(written(tmp_path, "[]", "faults.json"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ServeError, match="faults file: 'utf-8'"):
+    with pytest.raises(ServeError, match=r"faults file: .*: 'utf-8'"):
         read_plan(tmp_path / "bytes.toml")

@@ -150,13 +150,24 @@ FAILURES: dict[str, Exception] = {
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 async def test_failed_poll_returns_its_place_and_permit(failure: Exception) -> None:
-    bench = PollerBench(failure, failure)
+    bench = PollerBench(None, failure, failure)  # a refusal of the first poll would be fatal
     await bench.run()
-    assert bench.client.polls == 3
+    assert bench.client.polls == 4
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
-    assert len(bench.of(PollFinished)) == 3
+    assert len(bench.of(PollFinished)) == 4
     expected = PollerBackedOff if isinstance(failure, ControlPlaneError) else PollerRestarted
     assert len(bench.of(expected)) == 2
+
+
+async def test_refusal_of_the_first_poll_ends_polling_without_a_backoff(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = PollerBench(REFUSED, REFUSED)
+    await bench.run()
+    assert bench.client.polls == 1
+    assert (bench.queue.reserved, bench.client.permits) == (0, 0)
+    assert bench.of(PollerBackedOff) == []
+    assert "poll failed" not in caplog.text
 
 
 ANSWERS = {

@@ -394,8 +394,8 @@ def test_problem_names_the_variable_or_the_file_of_the_value(
     assert set(refused(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
         "lease_ttl: must be a whole number from 10 to 600 (from WORKPOOL_LEASE_TTL)",
-        "prefetch: must be a whole number 0 or more (from workpool_prefetch)",
-        f"pollers: must be a whole number 1 or more (from {file})",
+        "prefetch: must be a whole number, 0 or more (from workpool_prefetch)",
+        f"pollers: must be a whole number, 1 or more (from {file})",
         f"polers: no such setting, did you mean pollers? (from {file})",
     }
 
@@ -432,9 +432,8 @@ def test_empty_address_in_a_variable_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_table_of_a_plugin_under_a_wrong_name_is_an_error(config: Callable[[str], Path]) -> None:
     file = config('[workpool.plugins.sql]\ndsn = "x"\n')
-    assert refused(config=file).problems == (
-        "plugins: must be a list of names; the tables of plugins are [workpool.plugin.NAME]"
-        f" (from {file})",
+    assert refused(config=file, plugins="sql").problems == (
+        f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
 
 

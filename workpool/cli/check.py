@@ -109,6 +109,7 @@ def _check_plugins(settings: Settings) -> CheckResult:
     try:
         loaded = load_plugins(settings)
     except PluginError as error:
+        exits.print_trace(error)
         return CheckResult("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
     names = ", ".join(plugin.name for plugin in loaded.describe())
     if not loaded.can_handle:

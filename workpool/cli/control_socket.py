@@ -82,12 +82,13 @@ class ControlSocket:
 
     Args:
         setting: The path; None: a new one in a directory of this user; `off`: no socket.
+        origin: The variable, file or flag of the path, for the error.
 
     Raises:
         ListenError: The socket of this path cannot be made. Without a path, that is a log line.
     """
 
-    def __init__(self, setting: str | None) -> None:
+    def __init__(self, setting: str | None, origin: str = "") -> None:
         self._listener: socket.socket | None = None
         self._path = Path()
         self._identity = (0, 0)
@@ -98,7 +99,8 @@ class ControlSocket:
                 self._open(Path(setting))
             except OSError as error:
                 problem = error.strerror or str(error)
-                raise ListenError(f"control_socket: {setting}: {problem}") from None
+                where = f" (from {origin})" if origin else ""
+                raise ListenError(f"control_socket: {setting}: {problem}{where}") from None
             return
         try:
             self._open(_own_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}")

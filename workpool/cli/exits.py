@@ -6,10 +6,13 @@ No message may contain a token; the errors of workpool never do. See workpool/do
 
 import logging
 import os
+import re
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Final, NoReturn
 
 import typer
@@ -37,6 +40,10 @@ SIGNALLED: Final = 128
 """Added to the number of a signal that ended the work early."""
 FLUSH_SECONDS: Final = 1.0
 
+_is_loading: Final = re.compile(
+    r"<frozen importlib.*|.*importlib.__init__\.py|.*inspect\.py|.*workpool.plugins.\w+\.py"
+).fullmatch
+"""Whether the frames of a file only lead to the code of a plugin, and tell its author nothing."""
 _REFUSALS: Final = {400, 401, 403, 404}
 
 
@@ -59,6 +66,28 @@ def print_error(error: BaseException) -> None:
     """Print an error to stderr."""
     for line in lines_of(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
+    print_trace(error)
+
+
+def print_trace(error: BaseException) -> None:
+    """Print the traceback of what went wrong in the code of a plugin to stderr, if there is one."""
+    trace = trace_of(error)
+    if trace is not None:
+        for line in "".join(traceback.format_exception(*trace)).splitlines():
+            typer.echo(f"  {readable(line)}", err=True)
+
+
+def trace_of(
+    error: BaseException,
+) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
+    """Return what went wrong in the code of a plugin, as `exc_info`; None if it is not there."""
+    cause = error.__cause__ if isinstance(error, PluginError) else None
+    frames = None if cause is None else cause.__traceback__
+    while frames is not None and _is_loading(frames.tb_frame.f_code.co_filename):
+        frames = frames.tb_next
+    if cause is None or (frames is None and not isinstance(cause, SyntaxError)):
+        return None
+    return type(cause), cause, frames
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def load_plugins(settings: Settings) -> Plugins:
         PluginError: A plugin cannot be used.
     """
     import_from_here()
-    return Plugins.load((), settings.plugins, settings.plugin_options)
+    return Plugins.load((), settings.plugins, settings.plugin_options, settings.config_file)
 
 
 def plugins(plugins: PluginNames = None, config: Config = None, json: Json = False) -> None:

@@ -28,7 +28,7 @@ from workpool.cli.help_text import examples
 from workpool.cli.signals import Signals
 from workpool.cli.systemd import ServiceReporter
 from workpool.cli.verbosity import Verbose, is_verbose
-from workpool.errors import WorkpoolError
+from workpool.errors import ListenError, WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
 from workpool.settings import OFF
@@ -85,7 +85,7 @@ def run(
         supervisor.renewer_services = [reporter.reporting()]
     signals.on_user = functools.partial(_pause_or_resume, supervisor)
     with exits.reported():
-        control = ControlSocket(settings.control_socket)
+        control = ControlSocket(settings.control_socket, settings.origin_of("control_socket"))
     raise typer.Exit(run_supervisor(supervisor, signals, control, until_empty=drain))
 
 
@@ -175,8 +175,14 @@ async def _serve(
         return exits.SIGNALLED + signals.last
     if failure is not None:
         status = exits.status_of(failure)
-        for line in exits.lines_of(failure):
-            log_config.log.critical("ended: %s", line, extra={"status": status, "error": line})
+        trace = exits.trace_of(failure)
+        origin = supervisor.settings.origin_of("metrics_listen")
+        from_where = f" (from {origin})" if isinstance(failure, ListenError) and origin else ""
+        for problem in exits.lines_of(failure):
+            line = f"{problem}{from_where}"
+            log_config.log.critical(
+                "ended: %s", line, extra={"status": status, "error": line}, exc_info=trace
+            )
         return status
     return exits.FAILED if supervisor.abandoned else exits.OK
 

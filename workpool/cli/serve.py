@@ -183,7 +183,7 @@ def _grants(tokens: list[str], file: Path | None) -> dict[str, frozenset[str] | 
             text = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             problem = getattr(error, "strerror", None) or "not text"
-            raise ServeError(f"token file: {problem}") from None
+            raise ServeError(f"token file: {file}: {problem} (from --token-file)") from None
         grants |= parse_token_file(text)
     return grants
 

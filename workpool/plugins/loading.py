@@ -22,6 +22,7 @@ from workpool.plugins.routing import Route, refuse_equal_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 SPECS: Final[Mapping[str, str]] = {
     name: next(iter(inspect.signature(spec).parameters))
@@ -52,8 +53,17 @@ class Plugin:
     event_types: frozenset[type[events.Event]] = frozenset()
 
 
-def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> tuple[Plugin, ...]:
+def load(
+    given: Sequence[object],
+    options: Mapping[str, Mapping[str, Any]],
+    file: Path | None = None,
+) -> tuple[Plugin, ...]:
     """Load plugins, in this order. A string is a name, anything else is the plugin.
+
+    Args:
+        given: The plugins.
+        options: The tables `[workpool.plugin.NAME]`, by name.
+        file: Where the tables are, for errors.
 
     Raises:
         PluginError: The first mistake, with the name of its plugin.
@@ -63,8 +73,9 @@ def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> t
         one = find(each) if isinstance(each, str) else named(each)
         _refuse_twice(one, found)
         found.append(one)
-    _refuse_unused(options, {one.name for one in found})
-    plugins = tuple(_build(one, options.get(one.name, {})) for one in found)
+    where = "" if file is None else f"{file}: "
+    _refuse_unused(options, {one.name for one in found}, where)
+    plugins = tuple(_build(one, options.get(one.name, {}), where) for one in found)
     refuse_equal_rules([route for plugin in plugins for route in plugin.routes])
     return plugins
 
@@ -72,8 +83,8 @@ def load(given: Sequence[object], options: Mapping[str, Mapping[str, Any]]) -> t
 # -- checking --------------------------------------------------------------------------------------
 
 
-def _build(found: Found, options: Mapping[str, Any]) -> Plugin:
-    target = _instantiate(found, options)
+def _build(found: Found, options: Mapping[str, Any], where: str) -> Plugin:
+    target = _instantiate(found, options, where)
     rule = rule_of(target)
     if rule is not None:
         route = _route(found.name, name_of(target), target, rule)
@@ -96,19 +107,31 @@ def _build(found: Found, options: Mapping[str, Any]) -> Plugin:
     return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
 
 
-def _instantiate(found: Found, options: Mapping[str, Any]) -> object:
-    table = f"[workpool.plugin.{found.name}]"
+def _instantiate(found: Found, options: Mapping[str, Any], where: str) -> object:
+    table = f"{where}[workpool.plugin.{found.name}]"
     if not inspect.isclass(found.target):
         if options:
             raise PluginError(found.name, f"takes no settings, only a class does: remove {table}")
         return found.target
     try:
-        inspect.signature(found.target).bind(**options)
+        signature = inspect.signature(found.target)
+        _refuse_unknown_options(found.name, table, signature, options)
+        signature.bind(**options)
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
     except ValueError:
         pass  # a class written in C may have no signature; the call below shows its mistakes
     return guarded(found.name, f"creating it with {table}", found.target, **options)
+
+
+def _refuse_unknown_options(
+    plugin: str, table: str, signature: inspect.Signature, options: Mapping[str, Any]
+) -> None:
+    kinds = {each.kind for each in signature.parameters.values()}
+    for name in options:
+        if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+            hint = did_you_mean(name, list(signature.parameters))
+            raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
 def _members(target: object) -> Iterator[tuple[str, Any]]:
@@ -226,10 +249,12 @@ def _refuse_twice(found: Found, before: Sequence[Found]) -> None:
             )
 
 
-def _refuse_unused(options: Mapping[str, object], active: set[str]) -> None:
+def _refuse_unused(options: Mapping[str, object], active: set[str], where: str) -> None:
     # One file may be for pools with different plugins, so tables of installed ones are allowed.
     known = active | {point.name for point in available()}
     for name in options:
         if name not in known:
             hint = did_you_mean(name, sorted(known))
-            raise PluginError(name, f"[workpool.plugin.{name}] is for no active plugin{hint}")
+            raise PluginError(
+                name, f"{where}[workpool.plugin.{name}] is for no active plugin{hint}"
+            )

@@ -30,6 +30,7 @@ from workpool.plugins.loading import SPECS, Plugin, load, new_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from workpool.events import Event
     from workpool.plugins.routing import Route
@@ -107,6 +108,7 @@ class Plugins:
         objects: Sequence[object],
         names: Sequence[str],
         options: Mapping[str, Mapping[str, Any]],
+        file: Path | None = None,
     ) -> Plugins:
         """Load and check the plugins: `objects` first, then `names`, each in its order.
 
@@ -114,11 +116,12 @@ class Plugins:
             objects: Modules, classes, functions with `@handler`, objects; a string is a name.
             names: Entry points, `pkg.module` or `pkg.module:Name`.
             options: The keyword arguments of classes, by plugin name.
+            file: Where they come from, for errors.
 
         Raises:
             PluginError: A plugin cannot be used.
         """
-        plugins = load((*objects, *names), options)
+        plugins = load((*objects, *names), options, file)
         return cls(plugins, _in_order(plugins))
 
     @property

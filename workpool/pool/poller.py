@@ -185,6 +185,7 @@ class PollerGroup:
         """Record a failed poll.
 
         A refusal is fatal before the first success, and after `REFUSED_SECONDS` with refusals only.
+        Then no poller polls anymore.
         """
         self.refused = not isinstance(error, TransientError)
         if not self.refused:
@@ -194,6 +195,7 @@ class PollerGroup:
         if self._refused_since is None:
             self._refused_since = now
         if self.last_success_at is None or now - self._refused_since >= REFUSED_SECONDS:
+            self.ended = True
             self.fail(error)
 
     def throttled(self) -> None:
@@ -368,16 +370,10 @@ class Poller:
         return item
 
     async def _back_off(self, failure: ControlPlaneError) -> None:
-        seconds = self._backoff.next()
-        reason: BackoffReason = "server_error"
-        if isinstance(failure, TransientError):
-            if failure.reason == "throttled":
-                reason = "throttled"
-            elif failure.reason in {"network", "timeout"}:
-                reason = "network"
-            if failure.retry_after is not None and failure.retry_after > seconds:
-                reason, seconds = "retry_after", failure.retry_after
+        reason, seconds = _wait_after(failure, self._backoff.next())
         self._group.failed(failure)
+        if self._group.ended:
+            return  # the pool fails with this error, and logs it
         if isinstance(failure, RefusedError):
             self._context.optional.forget()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
@@ -423,3 +419,14 @@ class Poller:
 def _is_cancelled() -> bool:
     task = asyncio.current_task()
     return task is None or bool(task.cancelling())
+
+
+def _wait_after(failure: ControlPlaneError, seconds: float) -> tuple[BackoffReason, float]:
+    """Return why and for how long to wait: `seconds`, or longer if the control plane asked."""
+    if not isinstance(failure, TransientError):
+        return "server_error", seconds
+    if failure.retry_after is not None and failure.retry_after > seconds:
+        return "retry_after", failure.retry_after
+    if failure.reason == "throttled":
+        return "throttled", seconds
+    return "network" if failure.reason in {"network", "timeout"} else "server_error", seconds

@@ -144,7 +144,10 @@ class Supervisor:
             for warning in self.settings.warnings():
                 log.warning("%s", warning)
         self._plugins = Plugins.load(
-            self._plugin_objects, self.settings.plugins, self.settings.plugin_options
+            self._plugin_objects,
+            self.settings.plugins,
+            self.settings.plugin_options,
+            self.settings.config_file,
         )
         if not self._plugins.can_handle:
             raise PluginError(

@@ -138,14 +138,14 @@ def read_plan(path: Path) -> Plan:
             orjson.loads(content) if path.suffix == ".json" else tomllib.loads(content.decode())
         )
     except OSError as error:
-        raise ServeError(f"faults file: {error.strerror}") from None
+        raise ServeError(f"faults file: {path}: {error.strerror}") from None
     except ValueError as error:  # an error of one of the parsers, or not UTF-8
-        raise ServeError(f"faults file: {error}") from None
+        raise ServeError(f"faults file: {path}: {error}") from None
     try:
         return Plan.model_validate(found)
     except ValidationError as error:
         problems = [_problem(each["loc"], each["msg"]) for each in error.errors()]
-        raise ServeError(f"faults file: {'; '.join(problems)}") from None
+        raise ServeError(f"faults file: {path}: {'; '.join(problems)}") from None
 
 
 def _problem(place: tuple[int | str, ...], message: str) -> str:

@@ -120,6 +120,8 @@ def parse_success(
     raise failure
 
 
+_wants_tls: Final = re.compile(rb"(?i)HTTP request[a-z ]{1,30}HTTPS (port|server)").search
+"""Whether the body is that of a server (Go's, nginx) that expected TLS and got plain HTTP."""
 _BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
 _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
 
@@ -135,6 +137,8 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     status = answer.status
     envelope = _envelope(answer.body)
     message = _clean(envelope.get("message"), secrets, MESSAGE_MAX) or _phrase(status)
+    if isinstance(answer.body, bytes) and _wants_tls(answer.body):
+        message = f"{message}: the port speaks TLS: base_url must begin with https://"
     if status not in _REFUSED_STATUSES:
         if status in _REDIRECTS:
             message = _redirect(answer.headers.get("Location", ""), secrets)

@@ -18,6 +18,12 @@ _OS_ERRORS: Final = {
     errno.EPIPE: "reset",
     errno.ETIMEDOUT: "timeout",
 }
+_NO_TLS: Final = frozenset(
+    {"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
+)
+"""OpenSSL's reasons when the other side does not speak TLS, in its versions."""
+_TLS_ALERT: Final = r"\x15\x03"
+"""The beginning of a TLS alert, as aiohttp quotes it in the error for a wrong status line."""
 
 
 TRANSIENT: Final = (
@@ -81,8 +87,11 @@ def error_code(error: BaseException) -> str:
     return "error"
 
 
-def no_answer(op: str, error: BaseException) -> ControlPlaneError:
-    """Return the error for a request that was not answered."""
+def no_answer(op: str, error: BaseException, *, plain: bool = False) -> ControlPlaneError:
+    """Return the error for a request that was not answered.
+
+    `plain`: it was sent without TLS, and this address has not answered anything yet.
+    """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         # The certificate stays wrong without a change, so the error counts as a refusal.
         problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
@@ -91,4 +100,18 @@ def no_answer(op: str, error: BaseException) -> ControlPlaneError:
         return TransientError(op, None, "no answer in time", reason="timeout")
     # Only aiohttp's texts about connecting are quoted: its other errors quote received bytes.
     told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
-    return TransientError(op, None, f"no answer: {told}", reason="network")
+    hint = _wrong_scheme(error, plain=plain)
+    return TransientError(op, None, f"no answer: {told}{hint}", reason="network")
+
+
+def _wrong_scheme(error: BaseException, *, plain: bool) -> str:
+    """Return a hint if the scheme of `base_url` is, or may be, not that of the port."""
+    if isinstance(error, aiohttp.ClientConnectorSSLError):
+        reason = getattr(error.os_error, "reason", None)
+        return "; the port does not speak TLS: base_url is https" if reason in _NO_TLS else ""
+    if _TLS_ALERT in str(getattr(error, "message", "")):
+        return "; the port speaks TLS: base_url must begin with https://"
+    closed = isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError)
+    if plain and closed:
+        return "; if the port speaks TLS, base_url must begin with https://"
+    return ""

@@ -80,6 +80,7 @@ class Transport:
         self._worker_id: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
+        self._answered = False
         self._credential_file = settings.token_file
         self._read_credential: Callable[[], str | None] = settings.read_token
         self._key_header: str | None = None
@@ -254,10 +255,12 @@ class Transport:
             # own.
             with Bound(until - started, loop):
                 response, content = await self._exchange(endpoint, url, body, options, checked)
+            self._answered = True
             status = response.status
             code = CODES.get(status, "error")
         except TRANSIENT as error:
-            failure: Exception = no_answer(op, error)
+            plain = url.scheme == "http" and not self._answered
+            failure: Exception = no_answer(op, error, plain=plain)
             code = error_code(error)
         else:
             if status in SUCCESS:
