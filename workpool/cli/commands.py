@@ -42,6 +42,7 @@ ENTRIES: Final = (
     Entry("pause", "control:pause", "Let a worker claim no more items; its sessions go on."),
     Entry("resume", "control:resume", "Let a paused worker claim items again."),
     Entry("drain", "control:drain", "Let a worker end its sessions, and then itself."),
+    Entry("top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."),
     Entry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
     Entry("check", "check:check", "Check settings, plugins, credentials, connection and clock."),
     Entry(

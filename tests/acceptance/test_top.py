@@ -1,0 +1,64 @@
+"""`workpool top`: workers in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+if TYPE_CHECKING:
+    from tests.acceptance.conftest import Ask, Start
+    from workpool.server import ControlPlane
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+
+async def test_top_shows_session_of_a_worker_and_an_address_without_one(
+    start: Start, plane: ControlPlane, ask: Ask
+) -> None:
+    (item,) = plane.enqueue(metadata={"do": "wait"})
+    command = await start("run", "handlers", WORKPOOL_METRICS_LISTEN="127.0.0.1:0")
+    url = (await command.logs("metrics served")).partition("url=")[2].partition("/metrics")[0]
+    await command.logs("wait runs")
+    shown = await ask("top", "--once", url, "http://127.0.0.1:1")
+    assert shown.status == 0
+    assert item.session_id in shown.out
+    assert "handlers.wait" in shown.out
+    assert "no answer" in shown.out
+
+
+async def test_top_fails_when_no_worker_answers(ask: Ask) -> None:
+    shown = await ask("top", "--once", "http://127.0.0.1:1", "nonsense")
+    assert shown.status == 1
+    assert "not a URL" in shown.out
+
+
+async def test_top_escapes_what_a_worker_sends(ask: Ask) -> None:
+    async def hostile(_: web.Request) -> web.Response:
+        status = {"worker_id": "w", "reasons": ["\x1b[2J[red]disk full"], "sessions": []}
+        return web.json_response(status)
+
+    app = web.Application()
+    app.router.add_get("/live.json", hostile)
+    async with TestServer(app) as server:
+        shown = await ask("top", "--once", str(server.make_url("")))
+    assert shown.status == 0
+    assert "\x1b[2J" not in shown.out
+    assert "[red]disk full" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("body", "said"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
+)
+async def test_top_says_what_is_no_worker(ask: Ask, body: str, said: str) -> None:
+    async def other(_: web.Request) -> web.Response:
+        return web.Response(text=body)
+
+    app = web.Application()
+    app.router.add_get("/live.json", other)
+    async with TestServer(app) as server:
+        shown = await ask("top", "--once", str(server.make_url("")))
+    assert shown.status == 1
+    assert said in shown.out
