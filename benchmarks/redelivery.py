@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "env_0199aaaaaaaa70008000000000000001"
 POLLS_PER_SECOND = 3000
-"""More than the embedded control plane answers over HTTP on one core."""
+"""More requests than the embedded control plane answers over HTTP on one core."""
 WINDOW_SECONDS = 5
 BATCH = 1000
 LONG_WINDOW_MS = 3_600_000

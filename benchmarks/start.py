@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=41, help="processes of each kind")
     runs = parser.parse_args().runs
     for arguments in KINDS.values():
-        seconds(arguments)  # compiles
+        seconds(arguments)  # the first run compiles the modules
     taken: dict[str, list[float]] = {name: [] for name in KINDS}
     for _ in range(runs):
         for name, arguments in KINDS.items():

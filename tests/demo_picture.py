@@ -29,10 +29,10 @@ class RecordingView(View):
     """A view that records the sentences of the demo, without the lines of the workers."""
 
     def show(self, worker: str, line: str) -> None:
-        """Leave out a line of a worker."""
+        """Ignore a line of a worker."""
 
     def draw(self, state: DemoState) -> None:
-        """Leave out a table: only the last one is wanted."""
+        """Ignore a table, since only the last one is used."""
 
 
 async def record() -> str:

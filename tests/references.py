@@ -84,7 +84,7 @@ def usage(parameter: Any) -> str:
 
 
 def parameters(command: Any, *, settings: bool = True) -> Iterator[str]:
-    """The table of arguments and flags; `settings`: also the flags that only set a setting."""
+    """Return the table of arguments and flags; `settings`: with the flags of settings."""
     yield from table("argument or flag", "meaning")
     if not settings:
         yield row("the flags of [`workpool run`](#workpool-run)", "All that set a setting.")

@@ -49,7 +49,8 @@ BLIND_EXCEPTS = {
     "session.py",  # a handler that requests it: all other errors are raised again
     "plugins/loading.py",  # the evaluation of a plugin's annotations
     "pool/handler_executor.py",  # a call of a handler
-    "pool/handler_threads.py",  # a plain handler and its calls: raised where they are awaited
+    # a plain handler and its calls, whose errors are raised where they are awaited
+    "pool/handler_threads.py",
     "plugins/discovery.py",  # a call of an observer or of other plugin code
     "pool/poller.py",  # the loop of one poller
     "pool/sender.py",  # one heartbeat

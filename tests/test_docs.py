@@ -117,7 +117,7 @@ def test_alert_rules_pass_their_unit_tests() -> None:
 def test_every_alert_fires_in_a_unit_test() -> None:
     cases = (ROOT / "workpool/alerts_test.yml").read_text()
     fired = set(re.findall(r'alertname="(\w+)"', cases))
-    cannot = {"WorkpoolFewerWorkers"}  # its number is the operator's
+    cannot = {"WorkpoolFewerWorkers"}  # each operator chooses its threshold
     assert fired | cannot == set(re.findall(r"alert: (\w+)", ALERTS))
 
 
@@ -272,7 +272,8 @@ async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("plane")
 async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
-    (tmp_path / "primes.py").write_text(block("# primes.py"))  # its processes import it
+    # the processes of a benchmark import it
+    (tmp_path / "primes.py").write_text(block("# primes.py"))
     primes = importlib.import_module("primes").Primes
     done = await handled_by(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'

@@ -39,8 +39,10 @@ BANNED = {
 }
 """Words that a reader of other projects does not expect, with the reason or the usual word."""
 PRONOUN = re.compile(
-    r"(?:It|Its|They|Their|This|These|That|Those|What|Whose|Who|He|She|We|Our|Ours|Such|Likewise)\b"
+    r"(?:It|Its|They|Their|This|These|That|Those|He|She|We|Our|Ours|Such|Likewise"
+    r"|What|Who|Whom|Whose|How|Why|Where|Somebody|Something|Nobody|Nothing)\b"
 )
+"""First words without a noun; a question word is a subject that the reader has to work out."""
 CITATION = re.compile(r'(?:See )?[\w./-]+\.md, "[^"]+"(?:(?:, | and |, and )"[^"]+")*\.?')
 
 

@@ -47,7 +47,7 @@ class BlockingSession:
     Attributes:
         cancelled: Set when the pool cancels the handler: after a time-out, a request to stop, a
             drain or a lost lease. Check it before each step with an effect, and return soon: the
-            slot stays taken until then.
+            slot is occupied until then.
     """
 
     def __init__(self, session: Session, calls: LoopCalls) -> None:
@@ -204,7 +204,7 @@ class BlockingStream(Iterator["SessionEvent"]):
 
     @property
     def caught_up(self) -> bool:
-        """Whether the last event was the last one of the history, or a new one."""
+        """Whether the last event was the newest of the history, or came live."""
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:

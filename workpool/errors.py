@@ -15,7 +15,7 @@ EXHAUSTED: Final = frozenset(
 """Error numbers of a machine that has run out of descriptors, disk, memory or processes."""
 
 KEY_CHARACTERS: Final = 128
-"""Characters of a metadata key that the text of an error shows."""
+"""Number of characters of a metadata key in the text of an error."""
 
 
 class WorkpoolError(Exception):

@@ -22,7 +22,7 @@ class JSONArray(Protocol[T_co]):
     def __contains__(self, value: object, /) -> bool: ...
 
     def index(self, value: Any, /) -> int:
-        """Return the first place of a value."""
+        """Return the first index of a value."""
 
 
 class JSONRecord(Protocol):

@@ -83,7 +83,7 @@ def decimal(*, zero: bool) -> Parser:
 
 
 def choice(*words: str) -> Parser:
-    """Return a parser of one of these words, in small or capital letters."""
+    """Return a parser of one of these words, in lower or upper case."""
 
     def read(value: object) -> str:
         word = value.strip().lower() if isinstance(value, str) else ""
@@ -113,7 +113,7 @@ def checked(check: Callable[[str], str]) -> Parser:
 
 
 def text(value: object) -> str:
-    """Read a text; spaces around it do not count."""
+    """Read a text without the spaces around it."""
     if not isinstance(value, str):
         raise ValueError("must be a text")  # noqa: TRY004 - parsers raise nothing else
     return value.strip()

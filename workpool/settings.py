@@ -56,7 +56,7 @@ CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
 PORT_MAX: Final = 65535
 OFF: Final = "off"
 SOCKET_PATH_BYTES: Final = 100
-"""The length of the path of a Unix socket at most; systems allow 104 to 108."""
+"""Largest length of the path of a Unix socket; systems allow 104 to 108."""
 DEFAULT_READ_RATE: Final = 50.0
 DEFAULT_WRITE_RATE: Final = 20.0
 """Limits that the vendor asks clients to keep, in requests per second."""
@@ -154,7 +154,7 @@ def _check_base_url(value: str) -> str:
 def _parse_headers(value: object) -> dict[str, Secret]:
     """Read headers, of which a variable has a JSON object, a file and a keyword a mapping.
 
-    Refuses what cannot stand in a request, or would replace a header that the client sets.
+    Refuses headers that cannot be sent, or would replace a header of the client.
     """
     if isinstance(value, str):
         try:
@@ -458,7 +458,7 @@ class Settings:
 
     @staticmethod
     def _origin(name: str) -> str:
-        """Return what an error calls the source of a keyword; empty: nothing."""
+        """Return the name of the source of a keyword in errors; empty: none."""
         del name
         return ""
 
@@ -616,7 +616,7 @@ def _read_config(
 
     Args:
         file: The path of the file; None or empty: there is none.
-        origin: Where the path came from.
+        origin: The source of the path.
     """
     if not file:
         return {}, {}
@@ -644,8 +644,8 @@ def _read_config(
 def _variables() -> dict[str, _Given]:
     """Return the settings that environment variables hold. An empty variable is not set.
 
-    An empty address is kept, which is an error: the worker would turn to the service's own address
-    with a credential that is meant for another one.
+    An empty address is kept, which is an error: otherwise the worker would send its credential to
+    the service's own address.
     """
     environment = {name.upper(): name for name in os.environ}
     found = {}

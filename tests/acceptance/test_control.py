@@ -52,7 +52,7 @@ def make(directory: Path, permissions: int) -> None:
 
 
 def names(directory: Path) -> list[str] | None:
-    """The names of the files in a directory; None if it does not exist."""
+    """Return the names of the files in a directory; None if it does not exist."""
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else None
 
 
@@ -69,7 +69,7 @@ async def readiness(worker: Command) -> tuple[int, str]:
 
 
 def send(path: Path, data: bytes) -> Any:
-    """Send bytes to a worker's socket and read its answer; None if it gives none."""
+    """Send bytes to a worker's socket and return its answer; None if it gives none."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(path))
@@ -181,7 +181,7 @@ async def test_socket_at_a_given_path_is_taken_over_from_a_killed_worker_only(
     second = await start(*arguments)
     assert await second.ends() == 2
     assert f"control_socket: {path}: another worker listens there" in second.err
-    assert (await ask("pause", "--socket", str(path))).status == 0  # the first one still listens
+    assert (await ask("pause", "--socket", str(path))).status == 0  # the first worker still listens
     killed.send(signal.SIGKILL)
     await killed.ends()
     third = await start(*arguments)
@@ -226,7 +226,7 @@ async def test_socket_and_directory_of_another_user_are_not_trusted(
         assert f"{runtime}: not used, as others have access to it" in found.err
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
-            listener.accept()  # nobody has connected
+            listener.accept()  # no client has connected
     worker = await start("run", "handlers", "--control-socket", str(path))
     assert await worker.ends() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err

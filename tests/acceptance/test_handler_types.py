@@ -14,13 +14,13 @@ WRONG = re.compile(r"  # type: ignore\[([a-z-]+)\] # .*")
 
 
 def wrong_lines() -> dict[int, str]:
-    """The lines of the page that are wrong, with the code of mypy's error."""
+    """Return the wrong lines of the page, with the code of mypy's error."""
     lines = enumerate(PAGE.read_text().splitlines(), 1)
     return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
 
 
 def checked(tmp_path: Path, *command: str) -> str:
-    """The output of a type checker for the page without its suppressions."""
+    """Return the output of a type checker for the page without its suppressions."""
     copy = tmp_path / "page.py"
     copy.write_text(WRONG.sub("", PAGE.read_text()))
     done = subprocess.run(  # noqa: S603 - our own words

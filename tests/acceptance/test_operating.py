@@ -30,18 +30,18 @@ NOT_TRADED = {
     *("ca_file", "client_cert_file", "client_key_file"),
     *("log_level", "log_format", "control_socket"),
 }
-"""Settings that say who, where and what: there is no more and no less of them."""
+"""The settings that every worker needs; the page must show all of them."""
 
 
 def console_lines() -> list[str]:
-    """The lines of all console blocks, without comments and with continued lines joined."""
+    """Return the lines of all console blocks, without comments and with continued lines joined."""
     blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     text = re.sub(r"\\\n\s*", " ", "".join(blocks))
     return [re.sub(r"\s+# .*", "", line) for line in text.splitlines()]
 
 
 def workpool_commands() -> list[list[str]]:
-    """The words of each call of `workpool` in the console blocks."""
+    """Return the words of each call of `workpool` in the console blocks."""
     calls = []
     for line in console_lines():
         for part in line.split("&&"):
@@ -112,7 +112,7 @@ async def ready(worker: Command) -> None:
 async def test_upgrade_of_page_loses_no_session_and_counts_no_attempt(
     start: Start, plane: ControlPlane
 ) -> None:
-    """One session ends in the drain; the other is given back and starts again elsewhere."""
+    """One session ends in the drain; the other one is released and starts again elsewhere."""
     [waiting] = plane.enqueue(metadata={"do": "wait"})
     [lingering] = plane.enqueue(metadata={"do": "linger"})
     old = await start("run", "handlers", "--drain-timeout", "1")

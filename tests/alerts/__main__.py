@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 MINUTES: Final = 20.0
 LOOK_SECONDS: Final = 5.0
 BACKLOG_SECONDS: Final = 120
-"""Replaces the number of the rule WorkpoolBacklog, which is the operator's."""
+"""Replaces the threshold of the rule WorkpoolBacklog, which each operator must choose."""
 
 
 class Firings:
-    """When each alert first fired, by the environment of its cause; seconds after the start."""
+    """For each environment, the seconds from the start to the first firing of each alert."""
 
     def __init__(self, url: str, setups: Mapping[str, CauseSetup]) -> None:
         self.first: dict[tuple[str, str], float] = {}
@@ -45,7 +45,7 @@ class Firings:
         }
 
     async def watch(self) -> None:
-        """Ask Prometheus again and again."""
+        """Query Prometheus repeatedly."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         async with aiohttp.ClientSession() as http:

@@ -37,7 +37,7 @@ class CauseSetup:
 
     Attributes:
         environment: The id of the environment, and the label of its alerts.
-        ports: Where its workers are scraped.
+        ports: The ports at which its workers are scraped.
     """
 
     def __init__(self, environment: str, cause: Cause, logs: Path) -> None:
@@ -97,5 +97,5 @@ class CauseSetup:
         return self.plane.enqueue(count, metadata)
 
     async def claimed(self, count: int) -> None:
-        """Wait until so many items have been acknowledged in all."""
+        """Wait until `count` items were acknowledged in total."""
         await self.faults.wait_for("ack", count=count, timeout=120, answered=True)

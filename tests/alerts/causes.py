@@ -28,9 +28,9 @@ class Cause:
     """One cause.
 
     Attributes:
-        begin: Makes it happen.
+        begin: Causes the alert.
         must: The alerts that must fire.
-        may: Alerts that are right, too, and may come late.
+        may: Further alerts that are right, and may come late.
         settings: The settings of its workers, as variables without prefix.
         plugins: Further plugins of its workers.
     """

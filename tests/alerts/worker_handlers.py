@@ -64,7 +64,7 @@ class FailingObserver:
 
 
 class CrashingPoller:
-    """A plugin that makes the pool's poller crash once: a bug cannot be ordered otherwise."""
+    """A plugin that makes the pool's poller crash once, since no setting can cause a bug."""
 
     def __init__(self) -> None:
         from workpool.pool.dispatcher import Dispatcher  # noqa: PLC0415 - in this worker only

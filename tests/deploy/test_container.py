@@ -1,7 +1,7 @@
 """The image of the Containerfile, built with Podman, runs a worker that obeys signals.
 
 The base image is made by debootstrap, unless `TEST_CONTAINER_BASE` names one to pull. The engine
-has a store of its own. What is missing skips the tests with the reason.
+has its own storage. If something is missing, the tests are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ cgroup_manager = "cgroupfs"
 runtime = "runc"
 events_logger = "file"
 """
-"""Limits that a root without CAP_SYS_RESOURCE may set; nothing of systemd's."""
+"""Limits that root may set without CAP_SYS_RESOURCE; no use of systemd."""
 HANDLERS = """
 import asyncio, os, subprocess
 from pathlib import Path
@@ -85,7 +85,7 @@ sys.meta_path.insert(0, Blocked())
 
 
 class Failed(Exception):
-    """A program failed, or took too long."""
+    """A program failed or took too long."""
 
 
 class Budget:
@@ -98,7 +98,7 @@ class Budget:
         """Run a program.
 
         Raises:
-            Failed: It failed, or the time is over.
+            Failed: The program failed, or the time is over.
         """
         seconds = max(0.0, self._until - time.monotonic())
         try:
@@ -113,7 +113,7 @@ class Budget:
 
 
 class Engine:
-    """A Podman with a store of its own in `folder`."""
+    """A Podman with its own storage in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.budget = Budget()
@@ -123,10 +123,10 @@ class Engine:
         self.command = ["podman", *places, "--storage-driver=overlay"]
 
     def make(self, *arguments: str, cwd: Path | None = None) -> str:
-        """Run a command of Podman's that makes the image.
+        """Run a Podman command that makes the image.
 
         Raises:
-            Failed: It failed, or the time is over.
+            Failed: The program failed, or the time is over.
         """
         return self.budget.run(*self.command, *arguments, env=self.environment, cwd=cwd)
 
@@ -142,7 +142,7 @@ class Engine:
 
 
 def make_base(engine: Engine, folder: Path) -> None:
-    """Pull the base image that the environment names, or make one of Debian's packages."""
+    """Pull the base image that the environment names, or build one from Debian's packages."""
     if name := os.environ.get("TEST_CONTAINER_BASE"):
         engine.make("pull", name)
         engine.make("tag", name, BASE)
@@ -198,7 +198,7 @@ def engine() -> Iterator[Engine]:
 
 
 class Container:
-    """A worker in a container of its own."""
+    """A worker in its own container."""
 
     def __init__(self, engine: Engine, name: str, process: asyncio.subprocess.Process) -> None:
         assert process.stderr is not None
@@ -207,7 +207,7 @@ class Container:
         self.err = ""
 
     async def logs(self, text: str) -> None:
-        """Wait for a line of its log that holds `text`."""
+        """Wait for a line of its log that contains `text`."""
         async with asyncio.timeout(120):
             while text not in self.err:
                 line = (await self._stderr.readline()).decode()
@@ -226,7 +226,7 @@ class Container:
 
 
 class Workers:
-    """Starts workers in containers as the documentation says."""
+    """Return a function that starts workers in containers as the documentation says."""
 
     def __init__(self, engine: Engine, plane: ControlPlane, folder: Path) -> None:
         self._engine = engine

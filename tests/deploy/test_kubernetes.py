@@ -60,7 +60,7 @@ def of_kind(found: list[Manifest], kind: str) -> Manifest:
 
 
 def pod_of(manifest: Manifest) -> Manifest:
-    """The pod template's spec of a Deployment or a ScaledJob."""
+    """Return the spec of the pod template of a Deployment or a ScaledJob."""
     spec = manifest["spec"]
     pod: Manifest = spec.get("jobTargetRef", spec)["template"]["spec"]
     return pod
@@ -103,7 +103,7 @@ def rendered(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
 
 
 def natives(found: list[Manifest]) -> Iterator[Manifest]:
-    """The manifests of Kubernetes itself, and the job of a ScaledJob as one of them."""
+    """Return the manifests of Kubernetes itself, and the job of a ScaledJob as one of them."""
     for each in found:
         if each["kind"] == "ScaledJob":
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": each["metadata"]}
@@ -172,7 +172,7 @@ def test_kustomization_lists_every_file_of_its_folder() -> None:
 
 
 def test_names_in_an_overlay_resolve_within_it(rendered: list[Manifest]) -> None:
-    """Only the secret with the credential is the operator's own."""
+    """All secrets are created by the operator, with this credential only."""
     names = {(each["kind"], each["metadata"]["name"]) for each in rendered}
     for each in rendered:
         if each["kind"] in {"Deployment", "ScaledJob"}:
@@ -225,7 +225,7 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_keda(kubectl: str) -
     assert "replicas" not in of_kind(found, "Deployment")["spec"]
 
 
-# What follows from the settings.
+# Values that follow from the settings.
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_frozen_process_is_killed_before_its_leases_lapse(settings: Settings, ki
 
 @WORKERS
 def test_start_of_plugins_may_take_ten_minutes(kind: str) -> None:
-    """The liveness probe begins after that, so it can be strict."""
+    """The liveness probe begins after the startup probe, so it can be strict."""
     probe = container_of(of_kind(files(), kind))["startupProbe"]
     assert probe["failureThreshold"] * probe["periodSeconds"] >= 600
 

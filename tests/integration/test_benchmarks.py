@@ -134,6 +134,6 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
     found = {name: cells for name, *cells in await rows("start.py", "--runs", "3", only=())}
     assert found["import aiohttp"][2] == "1.00 ×"
     ratios = {name: float(cells[2].split()[0]) for name, cells in found.items()}
-    # Loose, as three runs beside other tests are: the targets are 1.1 and 1.8.
+    # The limits are loose, since other tests run at the same time: the targets are 1.1 and 1.8.
     assert ratios["workpool --help"] < 2
     assert ratios["from workpool import …"] < 3

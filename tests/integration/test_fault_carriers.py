@@ -50,7 +50,7 @@ CASES: dict[str, list[Fault]] = {
     ],
 }
 SHORT_SECONDS = 0.2
-"""The time-out of a call without an answer."""
+"""The timeout of a call without an answer."""
 
 
 class Result(NamedTuple):
@@ -69,7 +69,7 @@ async def result_of(
     try:
         acked = await client.ack(item.id, timeout=SHORT_SECONDS if silent else None)
         answer: object = (acked.state, dict(acked.metadata))
-        await faults.wait_for("ack", answered=True)  # the carrier may note it after the client
+        await faults.wait_for("ack", answered=True)  # the carrier may record it after the client
     except WorkpoolError as error:
         answer = (type(error), getattr(error, "status", None), getattr(error, "reason", None))
     state = plane.operations.get(item.environment_id, item.id).state

@@ -98,7 +98,7 @@ async def test_blocked_loop_is_visible_while_it_is_blocked(
 
     @handler
     async def block(_: Session) -> None:
-        may_end.wait(30)  # blocks the loop
+        may_end.wait(30)  # the handler blocks the loop
 
     seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
 

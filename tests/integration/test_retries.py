@@ -54,7 +54,7 @@ async def first_failure(workpool: Kit, dependency: Dependency) -> None:
 
 @pytest.fixture
 def longest_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let each delay be its ceiling."""
+    """Make each delay equal to its ceiling."""
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Connecting:
-    """A plugin whose context opens a connection, and notes how the session ended."""
+    """A plugin whose context opens a connection and records the end of the session."""
 
     def __init__(self) -> None:
         self.connections: list[Any] = []

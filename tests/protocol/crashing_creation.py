@@ -1,4 +1,4 @@
-"""Create a session on SQLite and die before its events are saved: `crashing_creation.py FILE`."""
+"""Create a session on SQLite and exit before its events are saved: `crashing_creation.py FILE`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
 
 WRITER_SECONDS = 0.5
-"""More than the writer's thread needs to commit what it can take by then."""
+"""Seconds that are more than enough for the writer's thread to commit."""
 
 
 class CrashingStore(SqliteStore):
     """A store whose process is killed when a session and its item, but no event, are saved."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
-        """Give the writer time for what was saved before, then die."""
+        """Give the writer time for the earlier changes, then exit."""
         time.sleep(WRITER_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(events)

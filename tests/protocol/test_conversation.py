@@ -273,7 +273,7 @@ async def test_killed_control_plane_forgets_no_answered_event(tmp_path: Path) ->
 
 
 class CountedEvents(list[StoredEvent]):
-    """Events that count how often one is read."""
+    """Events that count their reads."""
 
     reads = 0
 

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm may have to do
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
 TYPESCRIPT_SDK = "@anthropic-ai/sdk@1.14.0"
-"""Pinned, so that a new release cannot fail the trials. Raise it on purpose."""
+"""Pinned, so that a new release cannot fail the trials; raise it deliberately."""
 SCRIPT: list[dict[str, Any]] = [
     {"name": "write", "input": {"file_path": "note", "content": "hello\n"}},
     {"name": "bash", "input": {"command": "cat note; echo world >>note"}},

@@ -127,7 +127,7 @@ def failing_handlers_claim_slowly(case: Case) -> Iterator[str]:
 
 
 def _early_claims(node: Node, declined: set[tuple[float, str]], retried: bool) -> Iterator[str]:
-    """Yield the claims for one of the two handlers that it may not make yet.
+    """Yield the claims that came too early, for one of the two handlers.
 
     A limit of sessions has one handler for both kinds of items.
     """

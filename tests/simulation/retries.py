@@ -106,7 +106,7 @@ def _ended_meanwhile(case: Case, node: Node, lease: GrantedLease, until: float) 
 
 
 def _is_released(case: Case, node: Node, lease: GrantedLease) -> bool:
-    """Return whether the session was released in order, by a pool that may write its notes."""
+    """Return whether the session was released regularly, by a pool that may write its notes."""
     return (
         lease.stop_requested == FOREVER
         and not case.disturbed(node, lease)

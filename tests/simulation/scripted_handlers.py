@@ -38,7 +38,7 @@ WAYS: Final = ("soon", "soon", "late", "fails", "never")
 PULSE_SECONDS: Final = 2.0
 """The interval in which a handler reports progress: less than half of each stall timeout."""
 HANG_SECONDS: Final = 3.0
-"""For so many stall timeouts a handler hangs if it is not ended."""
+"""Number of stall timeouts for which a handler hangs if it is not ended."""
 BLOCK_SECONDS: Final = 0.3
 """Time that a handler needs to start a child."""
 
@@ -165,7 +165,7 @@ class SimulatedHandlers:
         raise ValueError("on purpose")
 
     async def _retry(self, session: Session, _run: Run, seconds: float, _first: bool) -> Any:
-        """Fail in the first calls; how many follows from the duration of the work."""
+        """Fail in the first calls; their number follows from the duration of the work."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
         if session.retry < failures:

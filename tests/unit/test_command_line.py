@@ -23,7 +23,7 @@ COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(commands(ROOT, "workpool"))
 
 
 def run(code: str, **variables: str) -> str:
-    """The output of a Python process of its own."""
+    """Return the output of a new Python process."""
     done = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
     )
@@ -53,7 +53,7 @@ def test_short_flag_prints_the_help_text(path: str) -> None:
 def test_each_setting_but_the_credentials_has_a_flag(command: str) -> None:
     flags = {opt for each in COMMANDS[f"workpool {command}"].params for opt in each.opts}
     assert {flag_of(name) for name in DESCRIPTIONS if name not in WITHOUT_FLAG} <= flags
-    assert "plugins" in flags  # the argument PLUGIN
+    assert "plugins" in flags  # the name of the argument PLUGIN
     for name in ("token", "api_key", "extra_headers"):
         assert flag_of(name) not in flags
 
@@ -79,7 +79,7 @@ def test_each_option_with_a_value_tells_its_default(path: str) -> None:
 def test_help_text_has_examples_that_can_be_parsed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (WORK_ID, LAST_HEARTBEAT):  # a parent sets them
+    for name in (WORK_ID, LAST_HEARTBEAT):  # a parent process sets them
         monkeypatch.setenv(name, "x")
     lines = examples(COMMANDS[path])
     assert lines

@@ -67,7 +67,7 @@ def test_none_writes_nothing() -> None:
         ({"a": MappingProxyType({"b": UserList([1])})}, '{"a":{"b":[1]}}'),
         (UserDict({"a": 1}), '{"a":1}'),
         (range(2), "[0,1]"),
-        # Not in the type `JSON`, but no reason to throw a finished result away.
+        # The type `JSON` excludes it, but a finished result must not be lost.
         ({"at": datetime(2026, 3, 1, tzinfo=UTC)}, '{"at":"2026-03-01T00:00:00+00:00"}'),
         (Order(7), '{"amount":7}'),
         (uuid.UUID(int=0), '"00000000-0000-0000-0000-000000000000"'),

@@ -23,7 +23,7 @@ LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
 
 def log_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
-    """Yield a place, each call that logs, and the function around it."""
+    """Yield the place, the node and the function of each call that logs."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
         for function in ast.walk(tree):
@@ -91,7 +91,7 @@ def test_schema_of_the_page_is_the_schema_of_the_code() -> None:
 
 @pytest.fixture
 def records() -> Iterator[list[logging.LogRecord]]:
-    """The records of the logger `workpool.test`."""
+    """Return the records of the logger `workpool.test`."""
     found: list[logging.LogRecord] = []
 
     class Keep(logging.Handler):
@@ -127,7 +127,7 @@ def test_filter_gives_its_default_ids_to_records_outside_of_pools() -> None:
 
 
 def opentelemetry(trace_id: int, *, valid: bool) -> ModuleType:
-    """A stand-in for `opentelemetry.trace`, whose import takes a tenth of a second."""
+    """A replacement for `opentelemetry.trace`, whose import takes a tenth of a second."""
     module = ModuleType("opentelemetry.trace")
     span = SimpleNamespace(trace_id=trace_id, is_valid=valid)
     vars(module)["get_current_span"] = lambda: SimpleNamespace(get_span_context=lambda: span)

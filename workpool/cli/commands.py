@@ -91,7 +91,7 @@ class Commands(TyperGroup):
             self._listing = False
 
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
-        """Return the names of commands that begin so, without an import of the commands."""
+        """Return the names of commands with this beginning, without an import of the commands."""
         self._listing = True
         try:
             return super().shell_complete(ctx, incomplete)

@@ -20,7 +20,7 @@ from workpool.cli.help_text import examples
 from workpool.logs import readable
 
 ANSWER_SECONDS: Final = 5.0
-"""The time for one request; a worker answers at once unless a handler blocks its event loop."""
+"""Seconds for one request; a worker answers at once unless a handler blocks its event loop."""
 ANSWER_BYTES: Final = 4 * LINE_BYTES
 REASON: Final = "workpool pause"
 
@@ -50,7 +50,7 @@ EXAMPLES: Final = {
 
 
 class ControlError(Exception):
-    """A worker cannot be reached; the message says why."""
+    """A worker cannot be reached; the message has the reason."""
 
 
 def pause(
@@ -116,7 +116,7 @@ def _request(
 
 
 def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
-    """Return the socket of the one worker that fits."""
+    """Return the socket of the one worker that matches."""
     wanted = {"pid": pid, "environment_id": environment_id}
     paths = [path] if path is not None else _sockets()
     found = {}
@@ -158,7 +158,7 @@ def _ask(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
     """Send one request and return its answer.
 
     Raises:
-        OSError: Nobody listens, or the worker does not answer in time.
+        OSError: No worker listens, or the worker does not answer in time.
         ControlError: The socket is not this user's, or its answer cannot be read.
     """
     line = orjson.dumps(request) + b"\n"

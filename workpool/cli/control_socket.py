@@ -2,9 +2,9 @@
 
 A worker has a socket of its own, in a directory that belongs to its user alone. A request is one
 line of JSON, and so is its answer; both are limited in size and time, and requests are answered one
-by one. Neither side trusts another user: the socket has the mode 0600 before it accepts anybody,
-and both ask the kernel whose process the other one is. See workpool/docs/operating.md, "Pause and
-drain".
+by one. Neither side trusts another user: the socket has the mode 0600 before it accepts
+connections, and both sides ask the kernel for the user of the other process. See
+workpool/docs/operating.md, "Pause and drain".
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ log = logging.getLogger("workpool")
 
 SUFFIX: Final = ".sock"
 LINE_BYTES: Final = 4096
-"""The size of a request or an answer at most."""
+"""Largest size of a request or an answer, in bytes."""
 REQUEST_SECONDS: Final = 2.0
-"""The time for one request; the next one waits meanwhile."""
+"""Seconds for one request; meanwhile the next one waits."""
 LOCK_SECONDS: Final = 2.0
-"""The time for which another worker of this user may open its socket."""
+"""Seconds for which another worker of this user may take to open its socket."""
 ACCEPT_SECONDS: Final = 1.0
-"""The pause after a connection could not be accepted, as no descriptor is free."""
+"""Seconds to wait if a connection cannot be accepted because no descriptor is free."""
 BACKLOG: Final = 16
 ROOT: Final = 0
 _read_timeout = unlimited(decimal(zero=True))
@@ -59,7 +59,7 @@ def directories() -> list[Path]:
 
 
 def is_private(directory: Path) -> bool:
-    """Whether a directory exists, is no link, belongs to this user, and admits nobody else."""
+    """Return whether a directory exists, is no link, belongs to this user, and excludes others."""
     try:
         found = directory.lstat()
     except OSError:
@@ -69,7 +69,7 @@ def is_private(directory: Path) -> bool:
 
 
 def peer_of(connection: socket.socket) -> int | None:
-    """Return the user of the process at the other end; None where the kernel does not tell."""
+    """Return the user of the process at the other end; None if the kernel does not tell."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     size = struct.calcsize("3i")
@@ -85,7 +85,8 @@ class ControlSocket:
         origin: The variable, file or flag of the path, for the error.
 
     Raises:
-        ListenError: The socket of this path cannot be made. Without a path, that is a log line.
+        ListenError: The socket of this path cannot be created. Without a path, the error is only
+            logged.
     """
 
     def __init__(self, setting: str | None, origin: str = "") -> None:
@@ -124,7 +125,8 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            if (found.st_dev, found.st_ino) == self._identity:  # else it is another worker's
+            # otherwise it is the socket of another worker
+            if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
     async def serve(self, supervisor: Supervisor) -> None:
@@ -140,19 +142,20 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # the other end may be gone
+            with connection, contextlib.suppress(OSError):  # the client may have gone
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer(connection, supervisor)
 
     def _open(self, path: Path) -> None:
         """Bind and listen, in the place of the sockets of workers that have ended."""
-        with _locked(path.parent):  # else a worker could remove a socket that is not listening yet
+        # otherwise a worker could remove a socket that does not listen yet
+        with _locked(path.parent):
             _remove_dead(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                listener.listen(BACKLOG)  # nobody can connect before
+                listener.listen(BACKLOG)  # no client can connect before
                 listener.setblocking(False)
             except BaseException:
                 listener.close()
@@ -163,14 +166,14 @@ class ControlSocket:
 
 
 def _own_directory() -> Path:
-    """Return a directory of this user, made if necessary, without sockets of ended workers.
+    """Return a directory of this user, created if necessary, without sockets of ended workers.
 
     Raises:
-        OSError: There is none and none can be made.
+        OSError: No directory can be used or created.
     """
     for directory in directories():
         if directory.parent.is_dir():
-            with contextlib.suppress(OSError):  # it exists, or the next one will do
+            with contextlib.suppress(OSError):  # the directory exists, or the next one will be used
                 directory.mkdir(mode=0o700)
             if is_private(directory) and os.access(directory, os.W_OK):
                 with _locked(directory):
@@ -223,7 +226,7 @@ def _remove_dead(path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trying:
         trying.setblocking(False)
         result = trying.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:  # also a full backlog
+    if result != errno.ECONNREFUSED:  # also for a full backlog
         raise OSError(errno.EADDRINUSE, "another worker listens there")
     path.unlink(missing_ok=True)
 
@@ -251,7 +254,7 @@ async def _answer(connection: socket.socket, supervisor: Supervisor) -> None:
 
 
 def _act(line: bytes, supervisor: Supervisor) -> dict[str, Any]:
-    """Obey one request, and return who did.
+    """Carry out one request, and return the ids of the worker.
 
     Raises:
         ValueError: The request cannot be read.

@@ -35,8 +35,10 @@ NO_EFFECT: Final = (
     "exit_after_uptime",
     "stall_timeout",
 )
-"""Settings that a child may have from the variables of its parent: it does not poll, and does not
-know of the program's progress."""
+"""Settings in the variables of a parent that have no effect in the child.
+
+It does not poll, and does not know of the program's progress.
+"""
 
 
 EXAMPLES: Final = examples(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("workpool")
 
 REPORT_SECONDS: Final = 1.0
-"""The longest time between two reports."""
+"""Longest time between two reports, in seconds."""
 EXTEND_SECONDS: Final = 45.0
 """Seconds until the end of the process after its last report; the pool closes within 30 s."""
 STATUS_CHARACTERS: Final = 500
@@ -58,7 +58,7 @@ class ServiceReporter:
         Entered on the loop of the lease renewer, once plugins and exporter are open.
         """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # A service manager that reads nothing must not block the renewal of leases.
+        # A service manager that does not read must not block the renewal of leases.
         self._socket.setblocking(False)
         with closing(self._socket):
             async with asyncio.TaskGroup() as group:

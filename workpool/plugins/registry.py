@@ -308,7 +308,7 @@ def _as_handler(plugin: str, answer: object) -> Handler:
     # Guarded: an object may raise when its attributes are read.
     looking = "looking at the answer of workpool_session_handler"
     name = guarded(plugin, looking, name_of, answer)
-    # A plain function without a mark may return a coroutine, so that nobody knows how to run it.
+    # A plain function without a mark may return a coroutine, so it is unknown how to run it.
     rule = guarded(plugin, looking, rule_of, answer)
     plain = rule is not None and rule.blocking
     if plain or guarded(plugin, looking, is_async_callable, answer):

@@ -160,7 +160,8 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        if now - due_at >= LATE_SECONDS:  # less is usual; not to count it would delay each end
+        # a shorter delay is usual, and would delay each end if it were not counted
+        if now - due_at >= LATE_SECONDS:
             late += now - due_at
         silence = max(0.0, item.silence(now) - late)
         if not item.executing:
@@ -281,7 +282,7 @@ class HandlerExecutor:
 
         Raises:
             Exception: `error`, because an operator stops the session or the lease is not held.
-            PoolRelease: The pool drains, or the machine was paused: another run goes on.
+            PoolRelease: The pool drains, or the machine was paused: another run continues.
         """
         text = f"{type(error).__name__}: {text_of(error)}"
         log.warning(

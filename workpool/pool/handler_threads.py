@@ -46,7 +46,7 @@ class HandlerThreads:
     """Runs plain handlers. Lives on the handlers' loop; starts a thread when one is needed.
 
     Args:
-        limit: The number of slots: there are at most so many threads.
+        limit: The number of slots, which limits the threads.
         clock: The lease clock.
     """
 
@@ -62,8 +62,8 @@ class HandlerThreads:
         abandoned. A result that is returned after it counts, as that of a coroutine would.
 
         Raises:
-            BaseException: Whatever the handler raises.
-            asyncio.CancelledError: The handler was cancelled, and raised because of that.
+            BaseException: An error of the handler.
+            asyncio.CancelledError: The handler was cancelled, and raised an error because of that.
             Release: The machine cannot start a thread.
         """
         async with asyncio.TaskGroup() as group:
@@ -100,7 +100,7 @@ class HandlerThreads:
                 blocking.interrupt(cancel=True)
                 calls.cancel()
                 if item.state == "closed":
-                    future.cancel()  # the thread cannot be ended, and nobody waits for it anymore
+                    future.cancel()  # the thread cannot be ended, and no task waits for it anymore
                     raise
         return future.result()
 
@@ -126,12 +126,12 @@ class HandlerThreads:
         return run
 
     def stack_of(self, item: PoolItem) -> str | None:
-        """Return the stack of the thread that runs the item's handler; None if none does."""
+        """Return the stack of the thread that runs the item's handler; None if there is none."""
         ident = self._idents.get(item)
         return None if ident is None else stack_of(ident)
 
     async def close(self) -> None:
-        """End the threads; one whose handler hangs is left to end by itself."""
+        """End the threads. A thread whose handler hangs ends after the handler."""
         await self._threads.close()
 
 
@@ -182,18 +182,18 @@ class _ThreadCalls:
             yield value
         except BaseException as error:
             self._leave(left, error)
-            ended.result()  # raises `error`, or what leaving made of it
+            ended.result()  # raises `error`, or the error of leaving the context
             raise
         self._leave(left, None)
         ended.result()
 
     def cancel(self) -> None:
-        """End the calls under way."""
+        """End the calls in progress."""
         for task in self._tasks:
             task.cancel()
 
     def close(self) -> None:
-        """End the calls under way, and refuse further ones."""
+        """End the calls in progress, and refuse further ones."""
         self._closed = True
         self.cancel()
 
@@ -221,7 +221,7 @@ class _ThreadCalls:
             future.set_exception(self._gone())
 
     def _gone(self) -> SessionGoneError:
-        """Return the error that says why a call was ended."""
+        """Return the error with the reason for which a call was ended."""
         try:
             self._item.lease.check(self._clock())
         except SessionGoneError as error:
@@ -247,7 +247,7 @@ async def _complete(make: Callable[[], Awaitable[T]], future: Future[T]) -> None
     try:
         result = await make()
     except asyncio.CancelledError:
-        raise  # `_ended` sets the error that says why
+        raise  # `_ended` sets the error with the reason
     except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
         future.set_exception(error)
     else:

@@ -80,7 +80,7 @@ class WorkClient:
         self._work_base = URL(self._work, encoded=True)
         self._work_path = self._work_base.raw_path
         self._work_query = DIALECTS[settings.dialect].work_query
-        # A pool asks the same at each poll.
+        # A pool polls with the same values each time.
         self._last_poll: tuple[tuple[int | None, int | None], URL]
         self._last_poll = (None, None), self._poll_url(None, None)
         self.worker_id: str | None = worker_id or settings.worker_id
@@ -448,7 +448,7 @@ class WorkClient:
             _check_id("work_id", work_id)
         if query or self._work_query:
             return self._work_url(f"/{work_id}{path}", query)
-        # Keeps scheme and host as they were parsed once, which halves the cost of a URL.
+        # Keeps the parsed scheme and host, which halves the cost of a URL.
         return self._work_base.with_path(f"{self._work_path}/{work_id}{path}", encoded=True)
 
     def _poll_url(self, block_ms: int | None, reclaim_older_than_ms: int | None) -> URL:

@@ -92,7 +92,7 @@ def _shape_of_object(body: bytes) -> None:
     it costs 1 % of what the pool spends on an item.
 
     Raises:
-        ValueError: It does not.
+        ValueError: The answer does not look like an object.
     """
     text = body.strip()
     if not (text.startswith(b"{") and text.endswith(b"}")):

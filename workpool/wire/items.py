@@ -240,7 +240,7 @@ def _fault_of_item(obj: object) -> str:
 
 
 def _no_session(session_id: object, item_type: str) -> str:
-    """Return the id of no session, which an item of another type than `session` may have.
+    """Return the id of an item without a session, whose type is not `session`.
 
     An id becomes a part of URLs, so one that is malformed is an error.
     """

@@ -78,7 +78,7 @@ class Run:
             options: The settings of the plugin.
             session: The session.
             given: More variables of the container.
-            watched: All output is read, since a session without any is ended as stalled.
+            watched: Whether all output is read, because a session without output ends as stalled.
         """
         self._given = given
         self._watched = watched

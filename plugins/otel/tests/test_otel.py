@@ -274,11 +274,11 @@ def test_setting_of_the_wrong_type_is_refused() -> None:
         Otel(**wrong)
 
 
-# Over OTLP.
+# Export over OTLP.
 
 
 class Receiver:
-    """A collector: what OTLP/HTTP exporters send, decoded."""
+    """A collector that decodes the requests of OTLP/HTTP exporters."""
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
@@ -334,7 +334,7 @@ async def receiver() -> AsyncIterator[tuple[Receiver, str]]:
 
 
 async def worker(kit: Kit, folder: Path, plugin: str, **variables: str) -> tuple[int, str]:
-    """Run `workpool run otel PLUGIN --drain` in a process of its own."""
+    """Run `workpool run otel PLUGIN --drain` in its own process."""
     (folder / "traced.py").write_text(
         "from opentelemetry import trace\n"
         "from workpool import handler\n"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "otel"
 FLUSH_SECONDS: Final = 5.0
-"""How long the last spans may delay the end of the pool."""
+"""Seconds by which the export of the last spans may delay the end of the pool."""
 
 log = logging.getLogger("workpool.otel")
 
@@ -40,7 +40,10 @@ class Otel:
     write_context: bool = True
     """Write the context of each run to the item's metadata, so that a later run links to it."""
     tracer_provider: trace.TracerProvider | None = None
-    """Creates the spans. None: the global one, or else a new one that exports them."""
+    """The provider that creates the spans.
+
+    None: the global one, or else a new one that exports them.
+    """
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -93,7 +96,7 @@ class Otel:
             self._spans.observe(event)
 
     def _provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the provider, and the same once more if it is ours to shut down."""
+        """Return the provider, and a second time if this plugin must shut it down."""
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()
@@ -110,7 +113,7 @@ class Otel:
 
 
 async def _write(session: Session, context: dict[str, str]) -> None:
-    """Write the context of this run to the metadata. A refusal costs the link, not the session."""
+    """Write the context of this run to the metadata. After a refusal only the link is missing."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}
@@ -120,7 +123,7 @@ async def _write(session: Session, context: dict[str, str]) -> None:
 
 
 async def _shut_down(provider: TracerProvider) -> None:
-    """Export what is left, for at most `FLUSH_SECONDS`: a collector may be away for hours."""
+    """Export the remaining spans, for at most `FLUSH_SECONDS`, since a collector may be down."""
     try:
         async with asyncio.timeout(FLUSH_SECONDS):
             await DaemonThreads("workpool-otel", 1).run(provider.shutdown)

@@ -184,11 +184,11 @@ async def test_session_that_waits_for_confirmation_is_not_stalled_and_silent_age
                 async for event in stream:
                     if waiting := event.get("stop_reason", {}).get("event_ids"):
                         break
-            await asyncio.sleep(2.5)  # a person who takes longer than stall_timeout
+            await asyncio.sleep(2.5)  # the person takes longer than `stall_timeout`
             verdict = {"tool_use_id": waiting[0], "result": "allow"}
             await events.send({"type": "user.tool_confirmation", **verdict})
         finished = await workpool.wait_for(SessionFinished)
-    assert finished.outcome == "stalled"  # in the command that does not end
+    assert finished.outcome == "stalled"  # the session stalls in the command that does not end
     assert finished.seconds > 3
     assert answers(workpool.server.events(item.session_id)) == [("one\n", False)]
 

@@ -17,7 +17,8 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        self._recent: OrderedDict[str, int] = OrderedDict()  # too recent for every poll so far
+        # ids that are too recent for every poll so far
+        self._recent: OrderedDict[str, int] = OrderedDict()
         self._due: list[str] = []  # the other ids, ascending
 
     def __len__(self) -> int:

@@ -50,7 +50,7 @@ def read_credential(
 
 
 def _shown(path: Path) -> str:
-    """Return the path for an error, unless it may be the credential itself, put in by mistake."""
+    """Return the path for an error, unless it may be the credential itself by mistake."""
     name = str(path)
     looks_secret = len(name) >= SECRET_CHARACTERS and not re.search(r"[/\\.]", name)
     return "(not shown, as it may be the credential)" if looks_secret else name

@@ -1,7 +1,7 @@
 """The guards of a request: a check right before its first byte, and a limit of 1xx answers.
 
 aiohttp skips any number of informational answers (1xx) and has no limit for them; a request of a
-session of ours ends after too many.
+session that the client created ends after too many.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class CheckedBody(aiohttp.payload.Payload):
         """Check whether the request may be sent.
 
         Raises:
-            NotSentError: It may not.
+            NotSentError: The request may not be sent.
         """
         try:
             self._check()
@@ -116,7 +116,7 @@ class _LimitedFeed:
             self._add(answer[0])
         else:
             self._count = self._bytes = 0
-        if not self._flooded:  # whatever follows a flood is too late
+        if not self._flooded:  # everything after a flood is too late
             self._feed(answer, size)
 
     def _add(self, message: RawResponseMessage) -> None:
@@ -128,21 +128,21 @@ class _LimitedFeed:
 
 
 class GuardedRequest(aiohttp.ClientRequest):
-    """A request of a session of ours: it limits informational answers and checks an empty body.
+    """A request that limits informational answers and checks an empty body.
 
     To write a body, also an empty one, aiohttp starts a task on Python 3.11: 2 % of what the pool
     spends on an item. Without a body, it writes the headers before the next await.
     """
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Check if no body will, then send the request."""
+        """Check here unless the body does, then send the request."""
         protocol, body = conn.protocol, self.body
         if protocol is not None:
             # Once for each connection. Not through its `__dict__`: Python 3.11 reads all attributes
             # of an object more slowly from then on, which cost 14,000 instructions a request.
             if not isinstance(protocol.feed_data, _LimitedFeed):
                 setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
-            # With its body if aiohttp may wait before it writes, or may repeat the request.
+            # With a body if aiohttp may wait before it writes, or may repeat the request.
             at_once = self.method == "POST" and not protocol.writing_paused
             if at_once and isinstance(body, CheckedBody) and not body.size:
                 body.check()
