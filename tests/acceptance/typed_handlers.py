@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, NoReturn, TypedDict
 
-from workpool import JSON, BlockingSession, Release, Session, handler
+from workpool import JSON, BlockingSession, Release, Retry, Session, handler
 
 
 class Report(TypedDict):
@@ -83,6 +83,11 @@ async def returns_a_dataclass_as_a_dict(_: Session) -> dict[str, Any]:
 @handler
 async def always_releases(session: Session) -> NoReturn:
     raise Release("not yet", delay=60 * session.attempt)
+
+
+@handler(retry=Retry(on=(ConnectionError, TimeoutError), times=5))
+async def is_retried(session: Session) -> int:
+    return session.retry
 
 
 @handler
@@ -209,6 +214,15 @@ def plain_returns_bytes(_: BlockingSession) -> bytes:
 @handler  # type: ignore[type-var] # a generator
 def plain_yields(session: BlockingSession) -> Iterator[str]:
     yield session.id
+
+
+# Wrong arguments.
+
+
+def gives_wrong_arguments() -> None:
+    handler(timeout="60")  # type: ignore[call-overload] # a text
+    handler(retry=3)  # type: ignore[call-overload] # a number
+    handler(retry=Retry(on=KeyboardInterrupt))  # type: ignore[arg-type] # not an Exception
 
 
 class WrongReports:

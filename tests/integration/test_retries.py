@@ -222,6 +222,24 @@ async def test_delay_before_retry_is_no_stall_and_each_call_has_its_whole_time(
 
 
 @in_virtual_time
+async def test_handler_that_fails_after_its_handoff_is_not_called_again(workpool: Kit) -> None:
+    calls: list[int] = []
+    loop, operations = asyncio.get_running_loop(), workpool.server.operations
+
+    @handler(retry=UNREACHABLE)
+    async def hand_off(session: Session) -> None:
+        calls.append(session.retry)
+        async with session.handover() as lease:
+            first_heartbeat = (lease.environment_id, lease.work_id, lease.last_heartbeat, lease.ttl)
+            loop.call_soon(operations.heartbeat, *first_heartbeat, "child")
+        raise ConnectionError
+
+    result = await workpool.run_session(hand_off)
+    assert (result.outcome, calls) == ("detached", [0])
+    assert result.seconds < 5
+
+
+@in_virtual_time
 async def test_slot_and_lease_are_kept_between_calls(workpool: Kit) -> None:
     dependency = Dependency(failures=2)
     workpool.enqueue(2)

@@ -339,7 +339,7 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     # Retries.
     "failed call not repeated": [
-        Edit("handler_executor:HandlerExecutor", "item.cancelled_for is not None:", "True:"),
+        Edit("handler_executor:HandlerExecutor", "or not self._may_wait(item)", "or True"),
     ],
     "drain does not end the wait for a retry": [
         Edit("handler_executor:HandlerExecutor", "if session.draining:", "if False:"),

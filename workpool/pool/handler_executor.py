@@ -268,12 +268,16 @@ class HandlerExecutor:
             try:
                 return await call(session)
             except Exception as error:
-                if not _is_retried(handler.retry, error, session) or item.cancelled_for is not None:
+                if not _is_retried(handler.retry, error, session) or not self._may_wait(item):
                     raise
                 session.retry += 1
                 backoff = backoff or Backoff(handler.retry.backoff, handler.retry.backoff_max)
                 await self._before_retry(item, session, backoff.next(), error)
                 self._observe(HandlerRetried, session, item.label, session.retry, error)
+
+    def _may_wait(self, item: PoolItem) -> bool:
+        """Return whether the session can go on: it is not cancelled, and no child has its item."""
+        return item.cancelled_for is None and item.lease.held(self._clock())
 
     async def _before_retry(
         self, item: PoolItem, session: Session, seconds: float, error: Exception
