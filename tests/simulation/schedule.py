@@ -162,8 +162,8 @@ def draw(random: Random, seed: int) -> Schedule:
         actions = sorted([*actions, *pauses], key=_at)
     if random.random() < RETRY_SHARE:
         actions = [_retried(action, random) for action in actions]
-        halts = [_halt_after(random.choice(work), random) for _ in range(random.randint(0, 2))]
-        actions = sorted([*actions, *halts], key=_at)
+        more = [_soon_after(random.choice(work), random) for _ in range(random.randint(0, 3))]
+        actions = sorted([*actions, *more], key=_at)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
     return _with_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
 
@@ -180,9 +180,9 @@ def _with_stalls(schedule: Schedule, random: Random) -> Schedule:
     return replace(schedule, pools=tuple(pools), actions=tuple(actions))
 
 
-def _halt_after(work: Action, random: Random) -> Action:
-    """Return a long halt of a machine soon after new work, perhaps before a retry."""
-    kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause")
+def _soon_after(work: Action, random: Random) -> Action:
+    """Return a long halt of a machine or a request to stop, perhaps before a retry of new work."""
+    kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
 
