@@ -277,9 +277,9 @@ MUTATIONS: dict[str, list[Edit]] = {
     ],
     "token read on the default executor": [
         Edit(
-            "wire.http.transport:Transport",
-            "loop.run_in_executor(self._threads, self._read_credential)",
-            "loop.run_in_executor(None, self._read_credential)",
+            "wire.http.credential_renewal:CredentialSource",
+            "loop.run_in_executor(executor, self._read)",
+            "loop.run_in_executor(None, self._read)",
         ),
     ],
     # Items that are left to other workers.

@@ -17,9 +17,9 @@ from workpool.testing.fault import NO_FAULT, Fault, garbled, reset, silence, sta
 from workpool.testing.local_client import LocalClient, answer_to
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.rate_limiter import RateLimiter
 from workpool.wire.http.resolver import ThreadResolver
-from workpool.wire.http.transport import Transport
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
@@ -183,16 +183,6 @@ FAULTS: Final = {
 SILENCE: Final = FAULTS["silence"]
 
 
-class _TokenReader(Transport):
-    """The part of a real client that reads its token from a file."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, None)
-        self._credential_file = Path("token")
-        self._read_credential = lambda: "token"
-        self._threads = THREADS
-
-
 class Client(LocalClient):
     """A client of one pool, whose calls pass the simulated network.
 
@@ -207,7 +197,7 @@ class Client(LocalClient):
         self._sent: Sent | None = None
         self._patch: Mapping[str, str | None] = {}
         self._event_loop = EVENT_LOOP.get()
-        self._token_reader = _TokenReader(settings)
+        self._token_source = CredentialSource(lambda: "token", Path("token"))
         self._resolver = ThreadResolver(THREADS)
         self._connected = False
         self._work_id: str | None = None
@@ -218,7 +208,7 @@ class Client(LocalClient):
         """Open, read the token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
-        await self._token_reader._read_token()
+        await self._token_source.read(THREADS)
         return self
 
     async def poll(

@@ -4,7 +4,8 @@
         plane.enqueue(count=40)
         ...  # workers at plane.base_url with plane.token
 
-Shares only the protocol's words and constants with the worker.
+For tests, development and small self-hosted queues: one process on one machine. Shares only
+the protocol's words and constants with the worker.
 See workpool/docs/protocol.md, "Protocol".
 """
 

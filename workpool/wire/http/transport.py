@@ -31,6 +31,7 @@ from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.connections import Connections
+from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
 from workpool.wire.http.guarded_request import CheckedBody, NotSentError
 from workpool.wire.http.response_reader import (
@@ -81,10 +82,8 @@ class Transport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._renews = True
         self._answered = False
-        self._credential_file = settings.token_file
-        self._read_credential: Callable[[], str | None] = settings.read_token
+        self._source = CredentialSource(settings.read_token, settings.token_file)
         self._key_header: str | None = None
-        self._reading: asyncio.Future[str | None] | None = None
         self.on_request: Callable[[str, str, float], None] | None = None
         self.on_rate_limit_wait: Callable[[str, float], None] | None = None
         self.on_credential_refresh: Callable[[str], None] | None = None
@@ -129,9 +128,9 @@ class Transport:
 
     def use_api_key(self, key: str) -> None:
         """Send this second credential from now on; its source is read again after a refusal."""
-        self._credential_file = self._settings.api_key_file
-        self._read_credential = self._settings.read_api_key
-        self._key_header = DIALECTS[self._settings.dialect].api_key_header
+        settings = self._settings
+        self._source = CredentialSource(settings.read_api_key, settings.api_key_file)
+        self._key_header = DIALECTS[settings.dialect].api_key_header
         self._use(key)
         self._hide_secrets()
 
@@ -364,7 +363,7 @@ class Transport:
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                token = await self._read_token()
+                token = await self._source.read(self._threads) or self._token
             result = "ok"
         except (SettingsError, TimeoutError):
             return False
@@ -375,18 +374,6 @@ class Transport:
             self._use(token)
             self._hide_secrets()
         return self._token != refused
-
-    async def _read_token(self) -> str:
-        """Read the token's source; concurrent calls share one reading."""
-        if self._credential_file is None:
-            return self._read_credential() or self._token
-        # A file may lie on a disk that does not answer, so it is read on a thread, and once at a
-        # time.
-        if self._reading is None or self._reading.done():
-            loop = asyncio.get_running_loop()
-            self._reading = loop.run_in_executor(self._threads, self._read_credential)
-            self._reading.add_done_callback(_retrieve)
-        return await asyncio.shield(self._reading) or self._token
 
     async def _read_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
         """Check all settings of a connection; return token, second credential and TLS context."""
@@ -442,11 +429,6 @@ class Transport:
         if self._worker_id is not None:
             headers[rules.worker_id_header] = self._worker_id
         return headers
-
-
-def _retrieve(reading: asyncio.Future[str | None]) -> None:
-    if not reading.cancelled():
-        reading.exception()  # otherwise asyncio complains if no task waits for it anymore
 
 
 def _time_left(op: str, seconds: float) -> float:

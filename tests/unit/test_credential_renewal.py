@@ -1,0 +1,66 @@
+"""The source of a credential: one reading at a time, on a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.wire.http.credential_renewal import CredentialSource
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FILE = Path("token")
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as executor:
+        yield executor
+
+
+class SlowFile:
+    """A file whose readings wait until the test lets them end."""
+
+    def __init__(self) -> None:
+        self.readings = 0
+        self.may_end = threading.Event()
+
+    def read(self) -> str:
+        self.readings += 1
+        assert self.may_end.wait(10)
+        return f"token {self.readings}"
+
+
+async def test_concurrent_readers_of_a_file_share_one_reading(executor: ThreadPoolExecutor) -> None:
+    file = SlowFile()
+    source = CredentialSource(file.read, FILE)
+    async with asyncio.TaskGroup() as group:
+        readers = [group.create_task(source.read(executor)) for _ in range(3)]
+        await asyncio.sleep(0)
+        file.may_end.set()
+    assert [reader.result() for reader in readers] == ["token 1"] * 3
+    assert await source.read(executor) == "token 2"
+
+
+async def test_cancelled_reader_leaves_the_reading_to_others(executor: ThreadPoolExecutor) -> None:
+    file = SlowFile()
+    source = CredentialSource(file.read, FILE)
+    async with asyncio.TaskGroup() as group:
+        first, second = (group.create_task(source.read(executor)) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.wait({first})
+        file.may_end.set()
+    assert (first.cancelled(), second.result(), file.readings) == (True, "token 1", 1)
+
+
+async def test_source_in_memory_is_read_without_a_thread(executor: ThreadPoolExecutor) -> None:
+    thread = threading.get_ident()
+    source = CredentialSource(lambda: str(threading.get_ident() == thread), None)
+    assert await source.read(executor) == "True"
