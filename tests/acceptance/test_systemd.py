@@ -271,7 +271,7 @@ def seconds(name: str) -> int:
 def test_unit_file_gives_a_drain_its_time() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
-    assert seconds("TimeoutStopSec") >= timeout + 10
+    assert seconds("TimeoutStopSec") >= timeout + 30
     # otherwise commands of sessions would get SIGTERM together with the worker
     assert setting("KillMode") == "mixed"
 

@@ -67,7 +67,8 @@ class CauseSetup:
                 worker.kill()
 
     async def start_worker(self) -> Process:
-        """Start `workpool run`."""
+        """Start `workpool run`, and wait for its first poll."""
+        polls = len(self.faults.of("poll"))
         port = next(self._free_ports)
         variables = {
             "BASE_URL": self.plane.base_url,
@@ -87,6 +88,7 @@ class CauseSetup:
                 stderr=log,
             )
         self._workers.append(worker)
+        await self.faults.wait_for("poll", count=polls + 1, answered=True, timeout=180)
         return worker
 
     def enqueue(

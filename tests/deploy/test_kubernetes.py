@@ -245,7 +245,7 @@ WORKERS = pytest.mark.parametrize("kind", ["Deployment", "ScaledJob"])
 def test_grace_period_of_a_pod_fits_the_drain(settings: Settings, kind: str) -> None:
     assert settings.drain_timeout is not None
     grace = pod_of(of_kind(files(), kind))["terminationGracePeriodSeconds"]
-    assert grace >= settings.drain_timeout + 10
+    assert grace >= settings.drain_timeout + 30
 
 
 @WORKERS

@@ -33,7 +33,7 @@ SCRAPED_SECONDS = 120.0
 """A process without a scrape for this long, in seconds, counts as not scraped."""
 LAST_SCRAPE_SECONDS = 20.0
 """Longest wait of the exporter for the scrape that follows the drain, in seconds."""
-GRACE_SECONDS = 8.0
+GRACE_SECONDS = 28.0
 """The wait for that scrape ends this many seconds after `drain_timeout`.
 
 That is 2 s before the end of the grace period. See workpool/docs/operating.md, "Deploy".
