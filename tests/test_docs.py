@@ -369,22 +369,6 @@ async def test_documented_liveness_route_fails_after_pool_failure(
             assert answer.status == 503
 
 
-@pytest.mark.usefixtures("plane")
-async def test_documented_application_ends_after_pool_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("QODER_PAT", "wrong")
-    app: web.Application = run("# failing.py", tmp_path)["app"]
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, ended.set)
-    try:
-        async with TestClient(TestServer(app)), asyncio.timeout(20):
-            await ended.wait()
-    finally:
-        loop.remove_signal_handler(signal.SIGTERM)
-
-
 @pytest.mark.trial
 @pytest.mark.usefixtures("plane")
 async def test_documented_pool_in_fastapi_application_runs_sessions(tmp_path: Path) -> None:

@@ -1,0 +1,186 @@
+"""The embedding examples as real processes: with a wrong token, and under SIGTERM.
+
+See workpool/docs/embedding.md, "When the pool fails".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import aiohttp
+import pytest
+
+from tests.acceptance.conftest import ENVIRONMENT, TOKEN, Command
+from tests.test_docs import block
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from workpool.server import ControlPlane, Item
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
+
+REPORTS = """
+from workpool import Session, handler
+
+@handler
+async def wait(session: Session) -> dict[str, str]:
+    print("session runs", flush=True)
+    await session.interrupted()
+    return {"done": "when asked"}
+"""
+EXAMPLES = (
+    "program",
+    "ending",
+    "vital_aiohttp",
+    "vital_fastapi",
+    "web_aiohttp",
+    "web_fastapi",
+)
+AIOHTTP = "import socket, sys\nfrom {module} import app, web\n"
+AIOHTTP += "web.run_app(app, sock=socket.socket(fileno=int(sys.argv[1])))\n"
+TRIAL = pytest.mark.trial
+"""Only the extra `trials` has FastAPI and uvicorn."""
+
+
+class Application(NamedTuple):
+    """A process and the address of its server."""
+
+    command: Command
+    url: str
+
+
+class StartExample(Protocol):
+    async def __call__(self, module: str, **variables: str) -> Application: ...
+
+
+@pytest.fixture
+async def start_example(folder: Path, plane: ControlPlane) -> AsyncIterator[StartExample]:
+    """Start an example of the page: with aiohttp, uvicorn, or as a program."""
+    (folder / "reports.py").write_text(REPORTS)
+    for name in EXAMPLES:
+        (folder / f"{name}.py").write_text(block(f"# {name}.py"))
+    commands: list[Command] = []
+
+    async def begin(module: str, **variables: str) -> Application:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            number = str(listener.fileno())
+            arguments = ["-m", module]
+            if module.endswith("aiohttp"):
+                arguments = ["-c", AIOHTTP.format(module=module), number]
+            elif module.endswith("fastapi"):
+                arguments = ["-m", "uvicorn", f"{module}:app", "--fd", number]
+            inherited = {k: v for k, v in os.environ.items() if not k.startswith("WORKPOOL_")}
+            settings = {
+                "WORKPOOL_BASE_URL": plane.base_url,
+                "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
+                "QODER_PAT": TOKEN,
+            }
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, *arguments),
+                cwd=folder,
+                env={**inherited, **settings, **variables},
+                pass_fds=[listener.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            commands.append(Command(process))
+            return Application(commands[-1], f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+    yield begin
+    for command in commands:
+        await command.kill()
+
+
+def now(plane: ControlPlane, item: Item) -> Item:
+    return plane.operations.queue(ENVIRONMENT).get(item.id)
+
+
+async def status_of(url: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status, await answer.text()
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for an answer of a server that cannot tell when it changes."""
+    async with asyncio.timeout(45):
+        while not await condition():  # noqa: ASYNC110 - another process changes it
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [
+        ("program", 0),
+        ("vital_aiohttp", 0),
+        ("web_aiohttp", 0),
+        pytest.param("vital_fastapi", -signal.SIGTERM, marks=TRIAL),
+        pytest.param("web_fastapi", -signal.SIGTERM, marks=TRIAL),
+    ],
+)
+async def test_application_under_sigterm_lets_its_session_end(
+    start_example: StartExample, plane: ControlPlane, folder: Path, module: str, status: int
+) -> None:
+    if module == "program":  # its own handler ends at once
+        path = folder / "program.py"
+        path.write_text(path.read_text().replace("[greet]", '["reports"]'))
+    [item] = plane.enqueue()
+    application, _ = await start_example(module)
+    await application.prints("session runs")
+    application.send(signal.SIGTERM)
+    assert await application.ends() == status
+    assert now(plane, item).state == "stopped"
+    assert now(plane, item).metadata["done"] == "when asked"
+
+
+@pytest.mark.parametrize(
+    ("module", "status"),
+    [
+        ("program", 1),
+        ("vital_aiohttp", 1),
+        pytest.param("vital_fastapi", -signal.SIGTERM, marks=TRIAL),
+    ],
+)
+async def test_application_with_a_wrong_token_ends_and_tells_why(
+    start_example: StartExample, module: str, status: int
+) -> None:
+    application, _ = await start_example(module, QODER_PAT="wrong")
+    assert await application.ends() == status
+    assert "RefusedError: poll: 401" in application.err
+
+
+@pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
+async def test_application_that_goes_on_tells_readiness_and_liveness_of_a_wrong_token(
+    start_example: StartExample, module: str
+) -> None:
+    application, url = await start_example(module, QODER_PAT="wrong")
+
+    async def failed() -> bool:
+        return (await status_of(f"{url}/live"))[0] == 503
+
+    await until(failed)
+    status, body = await status_of(f"{url}/ready")
+    assert status == 503
+    assert "failed: RefusedError" in body
+    application.send(signal.SIGTERM)
+    await application.ends()
+
+
+@pytest.mark.parametrize(
+    "module", ["program", "vital_aiohttp", pytest.param("vital_fastapi", marks=TRIAL)]
+)
+async def test_application_with_wrong_settings_does_not_start(
+    start_example: StartExample, module: str
+) -> None:
+    application, _ = await start_example(module, WORKPOOL_CONCURRENCY="many")
+    assert await application.ends() in {1, 3}
+    assert "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)" in (
+        application.err
+    )
