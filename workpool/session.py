@@ -237,11 +237,12 @@ class Session:
 
     @property
     def trace_fields(self) -> dict[str, str]:
-        """The `trace_id` of log records: OpenTelemetry's current one, else the item's, if any."""
+        """The `trace_id` of log records: OpenTelemetry's current one, else `traceparent`'s."""
         trace_id = current_trace_id()
-        if trace_id is None and self.item.traceparent is not None:
-            trace_id = self.item.traceparent.split("-")[1]
-        return {} if trace_id is None else {"trace_id": trace_id}
+        if trace_id is None and self.traceparent is not None:
+            _, _, rest = self.traceparent.partition("-")
+            trace_id, _, _ = rest.partition("-")
+        return {"trace_id": trace_id} if trace_id else {}
 
     def __repr__(self) -> str:
         return f"<Session {self.id} of {self.item.id}>"

@@ -155,6 +155,22 @@ async def test_records_of_a_session_have_the_trace_of_its_item(
     assert fields(caplog, "at work")[0]["reason"] == "a report"
 
 
+async def test_line_of_a_session_has_the_trace_that_its_plugin_began(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    @handler
+    async def traced(session: Session) -> None:
+        session.traceparent = session.item.metadata["trace"]
+
+    caplog.set_level(logging.INFO, "workpool")
+    plane.enqueue(metadata={"trace": TRACE})
+    plane.enqueue(metadata={"trace": "malformed"})
+    async with make_pool(traced):
+        await recorder.wait_for(SessionFinished, count=2)
+    lines = fields(caplog, "session ended")
+    assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
+
+
 async def test_polls_are_not_logged_at_info(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -119,7 +119,7 @@ async def _write(session: Session, context: dict[str, str]) -> None:
             {f"workpool.{name}": value for name, value in context.items()}
         )
     except ControlPlaneError as error:
-        log.debug("%s not written work_id=%s error=%s", RUN_CONTEXT, session.item.id, error)
+        session.log.debug("%s not written: %s", RUN_CONTEXT, error, extra={"error": str(error)})
 
 
 async def _shut_down(provider: TracerProvider) -> None:
@@ -128,4 +128,4 @@ async def _shut_down(provider: TracerProvider) -> None:
         async with asyncio.timeout(FLUSH_SECONDS):
             await DaemonThreads("workpool-otel", 1).run(provider.shutdown)
     except TimeoutError:
-        log.warning("the last spans were not exported seconds=%.0f", FLUSH_SECONDS)
+        log.warning("the last spans were not exported", extra={"seconds": FLUSH_SECONDS})
