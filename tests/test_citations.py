@@ -168,13 +168,13 @@ def test_link_inside_document_leads_to_heading(document: Path) -> None:
 
 
 def test_documented_table_of_states_equals_code() -> None:
-    told = {(state, transition): then for state, transition, then, _ in rows("state")}
-    assert told == TRANSITIONS
+    documented = {(state, transition): then for state, transition, then, _ in rows("state")}
+    assert documented == TRANSITIONS
 
 
 def test_documented_table_of_end_reasons_equals_code() -> None:
-    told = [tuple(row) for row in rows("end reason")]
-    assert told == [
+    documented = [tuple(row) for row in rows("end reason")]
+    assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 

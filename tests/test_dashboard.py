@@ -134,7 +134,7 @@ async def answers(url: str, query: str) -> bool:
 
 async def _query(http: aiohttp.ClientSession, url: str, query: str) -> list[Any]:
     async with http.get(f"{url}/api/v1/query", params={"query": query}) as answer:
-        told = await answer.json()
-    assert told["status"] == "success", f"{query}: {told}"
-    found: list[Any] = told["data"]["result"]
+        body = await answer.json()
+    assert body["status"] == "success", f"{query}: {body}"
+    found: list[Any] = body["data"]["result"]
     return found

@@ -44,7 +44,7 @@ async def test_check_output_does_not_show_values_of_extra_headers(ask: Ask) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "status", "check", "said"),
+    ("arguments", "variables", "status", "check", "expected_text"),
     [
         ([], {"WORKPOOL_LEASE_TTL": "5"}, 2, "settings", "lease_ttl"),
         ([], {"WORKPOOL_TOKEN": ""}, 2, "credentials", "WORKPOOL_TOKEN"),
@@ -61,7 +61,7 @@ async def test_failed_check_has_exit_status_and_names_setting(
     variables: dict[str, str],
     status: int,
     check: str,
-    said: str,
+    expected_text: str,
 ) -> None:
     ended = await ask("check", *arguments, "--json", **variables)
     assert ended.status == status
@@ -69,7 +69,7 @@ async def test_failed_check_has_exit_status_and_names_setting(
     assert found["ok"] is False
     [failed] = [each for each in found["checks"] if each["status"] == "FAIL"]
     assert failed["check"] == check
-    assert said in failed["message"] + failed["advice"]
+    assert expected_text in failed["message"] + failed["advice"]
 
 
 async def test_probable_mistake_in_settings_is_a_warning_of_check(ask: Ask) -> None:
@@ -77,13 +77,13 @@ async def test_probable_mistake_in_settings_is_a_warning_of_check(ask: Ask) -> N
     assert ended.status == 0
     warnings = [line for line in ended.out.splitlines() if line.startswith("warn")]
     assert len(warnings) == 4
-    for said in (
+    for expected_text in (
         "heartbeats a second",
         "a drain waits",
         "did you mean WORKPOOL_LEASE_TTL",
         "no plugin is active",
     ):
-        assert any(said in line for line in warnings)
+        assert any(expected_text in line for line in warnings)
 
 
 async def test_plugins_command_as_json_lists_hooks_and_handlers(ask: Ask) -> None:

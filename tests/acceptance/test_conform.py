@@ -95,7 +95,7 @@ async def test_conform_without_permission_to_list_items_ends_with_status_3(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_text"),
     [
         (["--clause", "no-such-clause"], "is no clause of the protocol"),
         (["--agent", "agent_1", "--work-id", "work_1"], "not both"),
@@ -103,10 +103,10 @@ async def test_conform_without_permission_to_list_items_ends_with_status_3(
     ],
 )
 async def test_conform_with_invalid_arguments_ends_with_status_2(
-    ask: Ask, plane: ControlPlane, arguments: list[str], said: str
+    ask: Ask, plane: ControlPlane, arguments: list[str], expected_text: str
 ) -> None:
     ended = await ask("conform", plane.base_url, *arguments)
-    assert said in ended.err
+    assert expected_text in ended.err
     assert ended.status == 2
 
 

@@ -220,7 +220,7 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(start: Start) -> 
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "expected_text"),
     [
         ({"WORKPOOL_TOKEN": "wrong"}, "401"),
         ({"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}, "403"),
@@ -229,15 +229,15 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(start: Start) -> 
     ],
 )
 async def test_run_refused_by_control_plane_ends_with_3(
-    start: Start, variables: dict[str, str], said: str
+    start: Start, variables: dict[str, str], expected_text: str
 ) -> None:
     command = await start("run", "handlers", **variables)
     assert await command.ends() == 3
-    assert f"poll: {said}" in command.err
+    assert f"poll: {expected_text}" in command.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "said"),
+    ("arguments", "variables", "expected_text"),
     [
         (["run", "--nonsense"], {}, "--nonsense"),
         (["run", "handlers", "--concurrency", "none"], {}, "concurrency"),
@@ -247,16 +247,16 @@ async def test_run_refused_by_control_plane_ends_with_3(
     ],
 )
 async def test_run_with_invalid_arguments_or_settings_ends_with_2(
-    ask: Ask, arguments: list[str], variables: dict[str, str], said: str
+    ask: Ask, arguments: list[str], variables: dict[str, str], expected_text: str
 ) -> None:
     ended = await ask(*arguments, **variables)
     assert ended.status == 2
-    assert said in ended.err
+    assert expected_text in ended.err
     assert ended.out == ""
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_text"),
     [
         ([], "no plugin handles anything"),
         (["handlres"], "no module named 'handlres'"),
@@ -264,11 +264,11 @@ async def test_run_with_invalid_arguments_or_settings_ends_with_2(
     ],
 )
 async def test_run_with_unknown_plugins_ends_with_2(
-    start: Start, arguments: list[str], said: str
+    start: Start, arguments: list[str], expected_text: str
 ) -> None:
     command = await start("run", *arguments)
     assert await command.ends() == 2
-    assert said in command.err
+    assert expected_text in command.err
 
 
 async def test_run_on_port_in_use_names_address_and_ends_with_2(start: Start) -> None:

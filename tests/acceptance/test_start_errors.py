@@ -527,8 +527,10 @@ PLAIN_AT_TLS = {
 }
 
 
-@pytest.mark.parametrize(("answer", "told"), PLAIN_AT_TLS.values(), ids=PLAIN_AT_TLS)
-async def test_http_on_an_https_port_is_told(start: Start, answer: bytes, told: str) -> None:
+@pytest.mark.parametrize(("answer", "expected_text"), PLAIN_AT_TLS.values(), ids=PLAIN_AT_TLS)
+async def test_http_on_an_https_port_is_reported(
+    start: Start, answer: bytes, expected_text: str
+) -> None:
     async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1000)
         writer.write(answer)
@@ -539,12 +541,12 @@ async def test_http_on_an_https_port_is_told(start: Start, answer: bytes, told: 
         port = server.sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}/api"
         command = await start("run", "handlers", WORKPOOL_BASE_URL=url)
-        assert told in await command.logs("base_url must begin")
+        assert expected_text in await command.logs("base_url must begin")
         command.send(signal.SIGTERM)
         await command.ends()
 
 
-async def test_https_on_an_http_port_is_told(start: Start, plane: ControlPlane) -> None:
+async def test_https_on_an_http_port_is_reported(start: Start, plane: ControlPlane) -> None:
     url = plane.base_url.replace("http:", "https:")
     command = await start("run", "handlers", WORKPOOL_BASE_URL=url)
     assert "the port does not speak TLS: base_url is https" in await command.logs("poll failed")

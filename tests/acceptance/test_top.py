@@ -50,9 +50,9 @@ async def test_top_escapes_what_a_worker_sends(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "said"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
+    ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
-async def test_top_says_what_is_no_worker(ask: Ask, body: str, said: str) -> None:
+async def test_top_says_what_is_no_worker(ask: Ask, body: str, expected_text: str) -> None:
     async def other(_: web.Request) -> web.Response:
         return web.Response(text=body)
 
@@ -61,4 +61,4 @@ async def test_top_says_what_is_no_worker(ask: Ask, body: str, said: str) -> Non
     async with TestServer(app) as server:
         shown = await ask("top", "--once", str(server.make_url("")))
     assert shown.status == 1
-    assert said in shown.out
+    assert expected_text in shown.out

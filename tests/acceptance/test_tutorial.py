@@ -89,13 +89,13 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    said = f"{done.stdout}\n{done.stderr}"
-    assert done.returncode == 0, said
+    output = f"{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, output
     assert re.findall(r"(\d+) passed", done.stdout) == ["3", "4"]
     assert "ready WORKPOOL_BASE_URL=http://127.0.0.1:" in done.stdout
     listed = [line.split("\t") for line in done.stdout.splitlines() if "\tsession\t" in line]
-    assert [fields[2] for fields in listed] == ["stopped"] * 3, said
-    assert all("page=5" in fields[-1] and "written=5" in fields[-1] for fields in listed), said
+    assert [fields[2] for fields in listed] == ["stopped"] * 3, output
+    assert all("page=5" in fields[-1] and "written=5" in fields[-1] for fields in listed), output
     assert (tmp_path / "reports" / "workpool_reports.py").exists()
 
 

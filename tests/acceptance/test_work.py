@@ -79,12 +79,12 @@ async def test_work_enqueue_with_script_creates_scripted_session(
     (folder / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
     work_id = (await out(ask, "enqueue", "--script", "script.json")).strip()
     session_id = json.loads(await out(ask, "get", work_id, "--json"))["session_id"]
-    said = plane.events(session_id)
-    assert (said[-1]["name"], said[-1]["input"]) == ("Bash", {"command": "ls"})
+    expected_text = plane.events(session_id)
+    assert (expected_text[-1]["name"], expected_text[-1]["input"]) == ("Bash", {"command": "ls"})
 
 
 @pytest.mark.parametrize(
-    ("variables", "status", "said"),
+    ("variables", "status", "expected_text"),
     [
         ({"WORKPOOL_TOKEN": "wrong"}, 3, "401"),
         ({"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}, 3, "403"),
@@ -96,11 +96,11 @@ async def test_work_enqueue_with_script_creates_scripted_session(
     ],
 )
 async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_status(
-    ask: Ask, variables: dict[str, str], status: int, said: str
+    ask: Ask, variables: dict[str, str], status: int, expected_text: str
 ) -> None:
     ended = await ask("work", "stats", **variables)
     assert ended.status == status
-    assert said in ended.err
+    assert expected_text in ended.err
     assert len(ended.err.splitlines()) == 1
     assert ended.out == ""
 

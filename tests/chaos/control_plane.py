@@ -121,8 +121,8 @@ def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journa
     if not config.faults:
         return
     read_plan(Path(config.faults)).install(faults, plane)
-    for rule, told in zip(faults.rules, read_plan(Path(config.faults)).fault, strict=True):
-        name = f"{told.kind} {getattr(told, 'code', '')}".strip()
+    for rule, planned in zip(faults.rules, read_plan(Path(config.faults)).fault, strict=True):
+        name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         rule.fault = noted(rule.fault, name, journal)
 
 

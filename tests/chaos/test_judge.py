@@ -65,7 +65,7 @@ def test_judge_accepts_trace_without_faults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("journal", "trace", "said"),
+    ("journal", "trace", "violation"),
     [
         ([*CALM[:-1], snapshot(9, "end", "queued")], CALM_TRACE, "w is lost: queued"),
         (CALM[:-1], CALM_TRACE, "w is lost: None"),
@@ -102,9 +102,9 @@ def test_judge_accepts_trace_without_faults() -> None:
         ),
     ],
 )
-def test_judge_reports_each_kind_of_violation(journal: Lines, trace: Lines, said: str) -> None:
+def test_judge_reports_each_kind_of_violation(journal: Lines, trace: Lines, violation: str) -> None:
     found = judged(journal, trace).broken
-    assert any(said in text for text in found), found
+    assert any(violation in text for text in found), found
 
 
 def test_judge_excuses_late_request_by_measured_lag() -> None:

@@ -130,15 +130,15 @@ async def test_conflict_on_stop_call_counts_as_stopped(
     assert [event.result for event in recorder.of(StopFinished)] == ["conflict"]
 
 
-@pytest.mark.parametrize(("code", "told"), [(400, "error"), (403, "error"), (404, "gone")])
+@pytest.mark.parametrize(("code", "result_label"), [(400, "error"), (403, "error"), (404, "gone")])
 async def test_refused_stop_call_fails_session(
-    run_one: Any, faults: Faults, recorder: Recorder, code: int, told: str
+    run_one: Any, faults: Faults, recorder: Recorder, code: int, result_label: str
 ) -> None:
     faults.add(status(code), "stop")
     final = await run_one(result)
     assert (final.outcome, final.item.state) == ("failed", "active")
     assert final.ops == [*BEGIN, "update", "stop"]
-    assert [event.result for event in recorder.of(StopFinished)] == [told]
+    assert [event.result for event in recorder.of(StopFinished)] == [result_label]
 
 
 @pytest.mark.usefixtures("fast_heartbeats")

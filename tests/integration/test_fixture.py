@@ -118,12 +118,14 @@ async def test_item_without_handler_fails_test_at_once(workpool: Kit) -> None:
 async def test_session_that_does_not_end_is_reported_with_its_current_await(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(sleep, metadata={"seconds": str(2 * HOUR)}, timeout=HOUR)
-    said = str(caught.value)
-    assert "the session has not ended within 3600 s" in said
-    assert "the item is active; it was created, delivered, acked, heartbeat ×" in said
-    assert "sleep waits here:" in said
-    assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in said
-    assert re.search(r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", said)
+    error_text = str(caught.value)
+    assert "the session has not ended within 3600 s" in error_text
+    assert "the item is active; it was created, delivered, acked, heartbeat ×" in error_text
+    assert "sleep waits here:" in error_text
+    assert 'await asyncio.sleep(float(session.item.metadata["seconds"]))' in error_text
+    assert re.search(
+        r"the pool reported: .*\bItemReceived, AckFinished, HeartbeatFinished ×", error_text
+    )
 
 
 async def test_missing_event_is_reported_with_other_events(workpool: Kit) -> None:

@@ -69,10 +69,10 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
         try:
             group.create_task(asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True)))
             assert await asyncio.to_thread(given_up.wait, 40)
-            status, told = await ask(supervisor, "healthz")
+            status, report = await ask(supervisor, "healthz")
         finally:
             may_end.set()
-    assert (status, told["status"]) == (503, "unhealthy")
-    assert told["reasons"] == [
+    assert (status, report["status"]) == (503, "unhealthy")
+    assert report["reasons"] == [
         "the handlers' event loop has been blocked for longer than max_block"
     ]

@@ -108,7 +108,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_PART", 20)
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
 
     @handler
     async def work(session: Session) -> None:
@@ -118,7 +118,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
             try:
                 await session.update_metadata({"too": "late"})
             except LeaseLost as error:
-                told.append(error)
+                errors.append(error)
 
     (item,) = plane.enqueue()
     # all slots are used, so it does not poll
@@ -128,7 +128,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
         finished = await recorder.wait_for(SessionFinished)
         taken = len(plane.history)
     assert finished.outcome == "lease_lost"
-    assert len(told) == 1
+    assert len(errors) == 1
     (lost_to,) = recorder.of(ItemReclaimed)
     assert (lost_to.direction, lost_to.stage) == ("lost", "run")
     assert results(recorder)[-1] == "precondition"
@@ -148,7 +148,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
     """The lease clock counts sleep, but the clocks and timers of the loops do not."""
     slept = 0.0
     monkeypatch.setattr(supervisor.Supervisor, "_clock", lambda _: lease_clock() + slept)
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
     woken = asyncio.Event()
 
     @handler
@@ -157,7 +157,7 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
         try:
             await session.update_metadata({"too": "late"})
         except LeaseLost as error:
-            told.append(error)
+            errors.append(error)
         await asyncio.Event().wait()
 
     (item,) = plane.enqueue()
@@ -168,6 +168,6 @@ async def test_machine_that_slept_beyond_ttl_sends_nothing_after_waking(
         woken.set()
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
-    assert len(told) == 1
+    assert len(errors) == 1
     assert len(faults.of(work_id=item.id)) == sent
     assert not recorder.of(ItemReclaimed)  # the loss was not confirmed by the control plane

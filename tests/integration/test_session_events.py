@@ -86,8 +86,8 @@ async def test_handler_answers_every_tool_use_of_script(
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
     final = await run_script(answer_all, *script)
     assert (final.outcome, final.metadata) == ("completed", {"answered": "10"})
-    said = plane.events(final.item.session_id)
-    texts = [one["content"][0]["text"] for one in said if one["type"] == "user.tool_result"]
+    events_said = plane.events(final.item.session_id)
+    texts = [one["content"][0]["text"] for one in events_said if one["type"] == "user.tool_result"]
     assert texts == [f"ran {number}" for number in range(10)]
 
 
@@ -98,9 +98,9 @@ async def test_every_tool_use_is_answered_once_despite_lost_answers(
         faults.add(fault, "send", "stream", "events", probability=0.15)
     final = await run_script(answer_all, *[BASH] * 15)
     assert final.outcome == "completed"
-    said = plane.events(final.item.session_id)
-    uses = [event["id"] for event in said if event["type"] == "agent.tool_use"]
-    assert [one["tool_use_id"] for one in said if one["type"] == "user.tool_result"] == uses
+    events_said = plane.events(final.item.session_id)
+    uses = [event["id"] for event in events_said if event["type"] == "agent.tool_use"]
+    assert [one["tool_use_id"] for one in events_said if one["type"] == "user.tool_result"] == uses
     assert len(uses) == 15
     assert len(faults.of("send")) > 15
 
@@ -125,8 +125,8 @@ async def test_message_that_may_have_been_sent_is_not_repeated(
 
     final = await run_script(work, BASH)
     assert final.outcome == "completed"
-    said = [event["type"] for event in plane.events(final.item.session_id)]
-    assert said.count("user.message") == 2  # one from the script, and one from the test
+    events_said = [event["type"] for event in plane.events(final.item.session_id)]
+    assert events_said.count("user.message") == 2  # one from the script, and one from the test
     assert len(faults.of("send")) == 3
 
 
@@ -332,7 +332,7 @@ async def test_token_of_item_is_used_for_its_session_calls_and_never_shown(
     assert {tail: bearers for tail, bearers in secrets.borne.items() if tail in {"events", "stream"}
             } == {"events": own, "stream": own}  # fmt: skip
     assert secrets.borne["ack"] == secrets.borne["heartbeat"] == {"Bearer environment-key"}
-    told = "\n".join([caplog.text, *shown, *map(repr, recorder.events)])
-    assert "sessions_token=" in told
-    assert SESSIONS_TOKEN not in told
-    assert not isinstance(secret, str) or len(secret) < 4 or secret not in told
+    shown_text = "\n".join([caplog.text, *shown, *map(repr, recorder.events)])
+    assert "sessions_token=" in shown_text
+    assert SESSIONS_TOKEN not in shown_text
+    assert not isinstance(secret, str) or len(secret) < 4 or secret not in shown_text

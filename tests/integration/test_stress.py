@@ -75,8 +75,8 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     # the leases of ended pools have expired, so that another pool finishes their items
     clock.advance(60)
     await Supervisor(make_settings(concurrency=16), plugins=[work]).run(until_empty=True)
-    told = plane.summary()
-    assert (told.stopped, told.overlapping) == (200, 0)
+    totals = plane.summary()
+    assert (totals.stopped, totals.overlapping) == (200, 0)
 
 
 async def swallow(waiting: Any) -> None:

@@ -471,8 +471,8 @@ async def test_credentials_repeated_in_response_are_not_shown(
     http: aiohttp.ClientSession,
 ) -> None:
     def tell(request: web.Request) -> web.Response:
-        said = request.headers["Authorization"]
-        return web.json_response({"error": {"message": f"no: {said}"}}, status=404)
+        authorization = request.headers["Authorization"]
+        return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
     finding = await found_by("stop-body", http, replacing("/stop", tell))
     assert finding.seen == "HTTP 404 (no: Bearer [token])"

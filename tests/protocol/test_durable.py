@@ -89,10 +89,12 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     assert (await held_back(gate, api("GET", session))).status == 200
     listed = await held_back(gate, api("GET", f"{session}/events"))
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
-    said = {"events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]}
-    assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 200
+    result_body = {
+        "events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]
+    }
+    assert (await held_back(gate, api("POST", f"{session}/events", json=result_body))).status == 200
     # A client that repeats the call after a lost answer takes a 409 as "stored".
-    assert (await held_back(gate, api("POST", f"{session}/events", json=said))).status == 409
+    assert (await held_back(gate, api("POST", f"{session}/events", json=result_body))).status == 409
 
 
 async def test_conflict_is_answered_only_after_its_cause_is_stored(api: Api, gate: Gate) -> None:
@@ -104,5 +106,5 @@ async def test_conflict_is_answered_only_after_its_cause_is_stored(api: Api, gat
     if api.dialect == "anthropic":  # the 409 to a second stop says that the first one was applied
         answers.append(await held_back(gate, api.stop(stopped, json={"force": True})))
     # A heartbeat in the anthropic dialect answers the state of a stopped item instead.
-    told = {200, 409} if api.dialect == "anthropic" else {409}
-    assert {answer.status for answer in answers} == told
+    allowed = {200, 409} if api.dialect == "anthropic" else {409}
+    assert {answer.status for answer in answers} == allowed

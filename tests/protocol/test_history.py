@@ -33,8 +33,8 @@ def test_history_records_life_of_item_in_order(operations: Operations, clock: Cl
         operations.ack(ENV, work_id, "b")
     clock.advance(5)
     operations.stats(ENV)
-    told = [(record.kind, record.worker_id, record.state) for record in operations.history]
-    assert told == [
+    facts = [(record.kind, record.worker_id, record.state) for record in operations.history]
+    assert facts == [
         ("created", None, "queued"),
         ("delivered", "a", "queued"),
         ("acked", "a", "starting"),

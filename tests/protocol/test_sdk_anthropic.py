@@ -181,11 +181,11 @@ async def test_worker_of_anthropic_sdk_completes_scripted_sessions(
         running.cancel()
     assert (tmp_path / "note").read_text() == "hello\nworld\n"
     for item in items:
-        told = plane.events(item.session_id)
-        results = [event for event in told if event["type"] == "user.tool_result"]
+        stored = plane.events(item.session_id)
+        results = [event for event in stored if event["type"] == "user.tool_result"]
         assert [result["is_error"] for result in results] == [False] * len(script)
         assert results[1]["content"][0]["text"].strip() == "hello"
-        assert told[-1]["stop_reason"] == {"type": "end_turn"}
+        assert stored[-1]["stop_reason"] == {"type": "end_turn"}
     assert plane.summary().overlapping == 0
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 

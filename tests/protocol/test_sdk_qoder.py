@@ -35,13 +35,13 @@ async def test_qoder_sdk_lists_sends_and_streams_events(
 ) -> None:
     events = sdk.sessions.events
     (item,) = plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
-    said = [event async for event in await events.list(item.session_id, limit=2)]
-    assert [event.type for event in said] == [
+    listed = [event async for event in await events.list(item.session_id, limit=2)]
+    assert [event.type for event in listed] == [
         "user.message",
         "session.status_running",
         "agent.tool_use",
     ]
-    first, use = said[0].id, said[-1].id
+    first, use = listed[0].id, listed[-1].id
     assert use is not None
     sent = await events.send(
         item.session_id, events=[{"type": "user.tool_result", "tool_use_id": use}]
@@ -52,8 +52,8 @@ async def test_qoder_sdk_lists_sends_and_streams_events(
             item.session_id, events=[{"type": "user.tool_result", "tool_use_id": use}]
         )
     async with await events.stream(item.session_id, last_event_id=first) as stream:
-        told = [await anext(aiter(stream)) for _ in range(5)]
-    assert [event.type for event in told] == [
+        streamed = [await anext(aiter(stream)) for _ in range(5)]
+    assert [event.type for event in streamed] == [
         "session.status_running",
         "agent.tool_use",
         "user.tool_result",

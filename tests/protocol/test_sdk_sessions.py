@@ -47,14 +47,14 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
 ) -> None:
     events = sdk.beta.sessions.events
     session_id = scripted(plane, BASH, ASK)
-    said = [event async for event in events.list(session_id, limit=2)]
-    assert [event.type for event in said] == [
+    listed = [event async for event in events.list(session_id, limit=2)]
+    assert [event.type for event in listed] == [
         "user.message",
         "session.status_running",
         "agent.tool_use",
     ]
     async with await events.stream(session_id) as stream:
-        use = said[-1]
+        use = listed[-1]
         assert use.type == "agent.tool_use"
         assert (use.name, use.input) == ("bash", {"command": "ls"})
         answered = await events.send(
@@ -64,13 +64,13 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
         )  # fmt: skip
         assert answered.data is not None
         assert [event.type for event in answered.data] == ["user.tool_result"]
-        told = [await anext(aiter(stream)) for _ in range(3)]
-        assert [event.type for event in told] == [
+        streamed = [await anext(aiter(stream)) for _ in range(3)]
+        assert [event.type for event in streamed] == [
             "user.tool_result",
             "agent.tool_use",
             "session.status_idle",
         ]
-        idle = told[-1]
+        idle = streamed[-1]
         assert idle.type == "session.status_idle"
         assert idle.stop_reason.type == "requires_action"
         (waits,) = idle.stop_reason.event_ids
@@ -78,10 +78,10 @@ async def test_anthropic_sdk_lists_sends_and_streams_events(
             session_id,
             events=[{"type": "user.tool_confirmation", "tool_use_id": waits, "result": "deny"}],
         )
-        told = [await anext(aiter(stream)) for _ in range(5)]
-        assert told[1].type == "agent.tool_result"
-        assert told[-1].type == "session.status_idle"
-        assert told[-1].stop_reason.type == "end_turn"
+        streamed = [await anext(aiter(stream)) for _ in range(5)]
+        assert streamed[1].type == "agent.tool_result"
+        assert streamed[-1].type == "session.status_idle"
+        assert streamed[-1].stop_reason.type == "end_turn"
 
 
 async def test_anthropic_sdk_lists_events_by_type_time_and_order(
@@ -94,10 +94,10 @@ async def test_anthropic_sdk_lists_events_by_type_time_and_order(
         session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip
     result: Any = {"type": "user.tool_result", "tool_use_id": use.id}
     await sdk.beta.sessions.events.send(session_id, events=[result])
-    said = sdk.beta.sessions.events.list(
+    listed = sdk.beta.sessions.events.list(
         session_id, order="desc", limit=1, created_at_gt=datetime.fromtimestamp(since, UTC)
     )
-    assert [event.type async for event in said] == [
+    assert [event.type async for event in listed] == [
         "session.status_idle",
         "agent.message",
         "user.tool_result",
@@ -185,7 +185,9 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
         ("bash", False, False, "deny"),
         ("bash", False, False, "deny"),
     ]
-    told = plane.events(session_id.replace("session_", "sess_"))
-    assert told[-1]["stop_reason"] == {"type": "end_turn"}
-    texts = [event["content"][0]["text"] for event in told if event["type"] == "user.tool_result"]
+    streamed = plane.events(session_id.replace("session_", "sess_"))
+    assert streamed[-1]["stop_reason"] == {"type": "end_turn"}
+    texts = [
+        event["content"][0]["text"] for event in streamed if event["type"] == "user.tool_result"
+    ]
     assert texts == ["ran ls", "it failed", "ran ls"]

@@ -102,7 +102,7 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
         ended: bool = event.type == "session.status_idle" and (event.stop_reason.type == "end_turn")
         return ended
 
-    async def told() -> AsyncGenerator[Any, None]:
+    async def in_order() -> AsyncGenerator[Any, None]:
         """Yield the history and all later events; the stream is opened first, so none is missed."""
         async with await events.stream(session_id) as stream:
             async for past in events.list(session_id):
@@ -110,7 +110,7 @@ async def decide(application: AsyncAnthropic, session_id: str) -> None:
             async for event in stream:
                 yield event
 
-    async with aclosing(told()) as all_events:
+    async with aclosing(in_order()) as all_events:
         async for event in all_events:
             if event.id not in seen and await decided(event):
                 return
@@ -251,21 +251,21 @@ async def test_sdk_worker_completes_a_conversation(
         await eventually(lambda: plane.summary().stopped == 2)
 
     events = application.beta.sessions.events
-    said = [event.to_dict(mode="json") async for event in events.list(session.id)]
-    uses = [event for event in said if event["type"] == "agent.tool_use"]
+    stored = [event.to_dict(mode="json") async for event in events.list(session.id)]
+    uses = [event for event in stored if event["type"] == "agent.tool_use"]
     answers = {"user.tool_result", "agent.tool_result"}
     results: dict[object, dict[str, Any]] = {
-        event["tool_use_id"]: event for event in said if event["type"] in answers
+        event["tool_use_id"]: event for event in stored if event["type"] in answers
     }
     assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
-    told = [results[use["id"]] for use in uses]
+    in_order = [results[use["id"]] for use in uses]
     # The fourth tool use was denied, so its result is from the control plane.
-    assert [event["type"] for event in told] == [
+    assert [event["type"] for event in in_order] == [
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
-    assert [event["is_error"] for event in told] == [False, False, False, True, False]
-    assert [text_of(event) for event in told[1:3]] == ["hello", "hello\nworld"]
-    (custom,) = [event for event in said if event["type"] == "user.custom_tool_result"]
+    assert [event["is_error"] for event in in_order] == [False, False, False, True, False]
+    assert [text_of(event) for event in in_order[1:3]] == ["hello", "hello\nworld"]
+    (custom,) = [event for event in stored if event["type"] == "user.custom_tool_result"]
     assert text_of(custom) == "rain in Ulm"
 
     assert plane.summary()[:3] == (2, 2, 0)

@@ -69,14 +69,14 @@ async def test_stream_without_last_event_id_starts_with_new_events(api: Api) -> 
     use = await last(api, session_id, "agent.tool_use")
     async with stream(api, session_id) as one, stream(api, session_id) as two:
         await send(api, session_id, result(use, "ünïcode \n\r\n two lines"))
-        told = [await one.event() for _ in range(3)]
-        assert [event["type"] for event in told] == [
+        frames = [await one.event() for _ in range(3)]
+        assert [event["type"] for event in frames] == [
             "user.tool_result",
             "agent.message",
             "session.status_idle",
         ]
-        assert told == (await history(api, session_id))[3:]
-        assert [await two.event() for _ in range(3)] == told
+        assert frames == (await history(api, session_id))[3:]
+        assert [await two.event() for _ in range(3)] == frames
 
 
 @pytest.mark.usefixtures("both_stores")

@@ -206,13 +206,13 @@ async def test_check_that_raises_network_error_is_not_repeated(endpoint: Any) ->
 
 
 async def test_request_refused_by_its_check_is_not_reported_to_observers() -> None:
-    told: list[str] = []
+    reported: list[str] = []
     async with recording() as server, connected(server.url) as transport:
-        transport.on_request = lambda *each: told.append(each[1])
+        transport.on_request = lambda *each: reported.append(each[1])
         with pytest.raises(APIError):
             await transport.send(*request(server.url, refuse))
         await transport.send(*request(server.url, lambda: None))
-    assert told == ["2xx"]
+    assert reported == ["2xx"]
 
 
 CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {

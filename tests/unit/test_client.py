@@ -480,17 +480,17 @@ async def test_worker_id_set_before_opening_is_sent_as_header(
 async def test_client_callbacks_receive_requests_and_credential_refreshes(
     plane: ControlPlane, tap: Tap
 ) -> None:
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
     refreshes: list[str] = []
     client = WorkClient(settings_of(plane))
-    client.on_request = lambda *each: told.append(each[:2])
+    client.on_request = lambda *each: reported.append(each[:2])
     client.on_credential_refresh = refreshes.append
     async with client:
         await client.poll()
         tap.instead = lambda: web.Response(status=401)
         with pytest.raises(RefusedError):
             await client.stats()
-    assert told == [("poll", "2xx"), ("stats", "401")]
+    assert reported == [("poll", "2xx"), ("stats", "401")]
     assert refreshes == ["ok"]
 
 

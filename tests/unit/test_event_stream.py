@@ -218,16 +218,16 @@ async def test_event_stream_remembers_limited_number_of_ids(
         calls: Any = client.events(bench.session_id)._calls
         way = Flaky(calls, iter(()), resumes=False, replays=False)
         stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
-        told: list[SessionEvent] = []
+        received: list[SessionEvent] = []
         async with stream:
             for breaks in range(3):
-                told += [await anext(stream) for _ in range(3 if breaks else 50)]
+                received += [await anext(stream) for _ in range(3 if breaks else 50)]
                 way.conditions = iter(["cut", "cut"])
                 for number in range(3):
                     bench.emit_event(number)
-            told += [await anext(stream) for _ in range(3)]
+            received += [await anext(stream) for _ in range(3)]
             assert len(stream._seen._ids) == 10
-    assert [event["id"] for event in told] == bench.emitted_ids
+    assert [event["id"] for event in received] == bench.emitted_ids
     assert bench.opened > 1
 
 
@@ -343,7 +343,7 @@ def test_events_after_any_failure_arrive_once_and_in_order(
 ) -> None:
     async def follow() -> None:
         bench = SessionBench()
-        told: list[SessionEvent] = []
+        received: list[SessionEvent] = []
         flags: list[bool] = []
         async with bench.client as client:
             calls: Any = client.events(bench.session_id)._calls
@@ -351,14 +351,14 @@ def test_events_after_any_failure_arrive_once_and_in_order(
             stream = EventStream(way, Unguarded(), bench.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
                 group.create_task(speak(bench, pauses))
-                while len(told) < len(pauses) or bench.loop.time() < sum(pauses):
+                while len(received) < len(pauses) or bench.loop.time() < sum(pauses):
                     try:
                         async with asyncio.timeout(patience):
-                            told.append(await anext(stream))
+                            received.append(await anext(stream))
                             flags.append(stream.caught_up)
                     except TimeoutError:
                         assert bench.loop.time() < 100_000  # every event arrives in finite time
-        assert [event["id"] for event in told] == bench.emitted_ids
+        assert [event["id"] for event in received] == bench.emitted_ids
         assert flags[-1:] in ([], [True])
 
     run_virtual(follow())

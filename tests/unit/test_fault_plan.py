@@ -69,7 +69,7 @@ def test_empty_fault_file_injects_no_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected_text"),
     [
         ("sead = 1", "sead: there is no such key"),
         ("[[fault]]", "fault 1: unable to extract tag"),
@@ -92,9 +92,9 @@ def test_empty_fault_file_injects_no_fault(tmp_path: Path) -> None:
     ],
 )
 def test_mistake_in_fault_file_is_reported_with_its_place(
-    tmp_path: Path, text: str, said: str
+    tmp_path: Path, text: str, expected_text: str
 ) -> None:
-    with pytest.raises(ServeError, match=re.escape(said)):
+    with pytest.raises(ServeError, match=re.escape(expected_text)):
         read_plan(written(tmp_path, text))
 
 

@@ -95,9 +95,9 @@ def talk(plane: ControlPlane, session_id: str, count: int) -> list[str]:
 
 async def test_event_list_returns_whole_history(plane: ControlPlane, client: WorkClient) -> None:
     session_id = scripted(plane)
-    said = talk(plane, session_id, 250)
+    events_said = talk(plane, session_id, 250)
     events = [event async for event in client.events(session_id).list()]
-    assert ids(events) == said
+    assert ids(events) == events_said
     assert events == list(plane.events(session_id))
 
 
@@ -281,13 +281,13 @@ async def test_stream_returns_history_before_live_events(
     plane: ControlPlane, client: WorkClient
 ) -> None:
     session_id = scripted(plane)
-    said = talk(plane, session_id, 120)
+    events_said = talk(plane, session_id, 120)
     async with client.events(session_id).stream() as stream:
         caught_up = []
-        for expected in said:
+        for expected in events_said:
             assert (await anext(stream))["id"] == expected
             caught_up.append(stream.caught_up)
-        assert caught_up == [False] * (len(said) - 1) + [True]
+        assert caught_up == [False] * (len(events_said) - 1) + [True]
         for _ in range(3):
             plane.emit(session_id, {"type": "agent.thinking"})
             assert await read(stream, 1) == list(plane.events(session_id)[-1:])
@@ -481,14 +481,14 @@ async def test_frames_other_than_events_are_ignored(
     plane: ControlPlane, qoder: WorkClient, faults: Faults
 ) -> None:
     session_id = scripted(plane)
-    said = plane.events(session_id)
+    events_said = plane.events(session_id)
     event = {"id": "evt_live", "type": "agent.thinking"}
     body = b'event: ping\ndata: {"type": "ping"}\n\n: alive\n\n' + b"".join(
-        b"data: " + orjson.dumps(each) + b"\n\n" for each in (*said, event, event)
+        b"data: " + orjson.dumps(each) + b"\n\n" for each in (*events_said, event, event)
     )
     faults.add(literal(body, headers={"Content-Type": "text/event-stream"}), "stream", times=1)
     async with qoder.events(session_id).stream() as stream:
-        assert await read(stream, 5) == [*said, event]
+        assert await read(stream, 5) == [*events_said, event]
 
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
@@ -568,9 +568,9 @@ async def test_stream_request_has_headers_of_its_dialect(
 async def test_event_requests_are_reported_by_name_and_status(
     plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
 ) -> None:
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
     client = WorkClient(make_settings())
-    client.on_request = lambda op, code, _: told.append((op, code))
+    client.on_request = lambda op, code, _: reported.append((op, code))
     faults.add(status(404), "stream", times=1)
     async with client:
         events = client.events(scripted(plane))
@@ -579,7 +579,7 @@ async def test_event_requests_are_reported_by_name_and_status(
                 await read(stream, 1)
             await read(stream, 1)
         await events.send(MESSAGE)
-    assert told == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
+    assert reported == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
 
 
 async def test_event_requests_wait_for_own_rate_limit(

@@ -106,12 +106,12 @@ async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
 
 
 async def test_inner_time_bound_that_runs_out_raises_before_outer(bounded: Bounded) -> None:
-    said = []
+    texts = []
     async with bounded(LONG):
         try:
             async with bounded(0.01):
                 await asyncio.sleep(LONG)
         except TimeoutError:
-            said.append("inner")
-    assert said == ["inner"]
+            texts.append("inner")
+    assert texts == ["inner"]
     assert left() == 0

@@ -617,8 +617,8 @@ def test_redirect_error_with_long_host_is_cut() -> None:
 
 
 async def test_token_in_error_response_is_redacted() -> None:
-    told = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
-    error = await failure(refusal(403, told, type=TOKEN, param=f"a{TOKEN}b"))
+    reported = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
+    error = await failure(refusal(403, reported, type=TOKEN, param=f"a{TOKEN}b"))
     assert (error.error_type, error.param) == ("[token]", "a[token]b")
     assert TOKEN not in str(error)
     assert TOKEN[:5] not in str(error)
@@ -643,8 +643,8 @@ async def test_extra_headers_are_sent_with_every_request() -> None:
 
 
 async def test_values_of_extra_headers_in_error_response_are_redacted() -> None:
-    told = refusal(403, "no worker-token-1 of worker-token")
-    async with serving(told) as server, connected(server.url, extra_headers=EXTRA) as transport:
+    reported = refusal(403, "no worker-token-1 of worker-token")
+    async with serving(reported) as server, connected(server.url, extra_headers=EXTRA) as transport:
         with pytest.raises(RefusedError) as raised:
             await ask(transport, server.url)
     assert str(raised.value).endswith("no [token] of [token]")
@@ -902,30 +902,30 @@ def test_status_is_mapped_to_metric_label(status: int, code: str) -> None:
 
 
 async def test_every_request_is_reported_with_its_status_label() -> None:
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
     async with (
         serving(OK, refusal(404), answer(200, b"junk"), hang_up) as server,
         connected(server.url) as transport,
     ):
-        transport.on_request = lambda *each: told.append(each[:2])
+        transport.on_request = lambda *each: reported.append(each[:2])
         await ask(transport, server.url)
         for _ in range(3):
             with pytest.raises(ControlPlaneError):
                 await ask(transport, server.url)
-    assert told == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
+    assert reported == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
 
 
 @pytest.mark.parametrize("odd", [never, stall])
 async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     async with serving(odd, OK) as server, connected(server.url) as transport:
-        transport.on_request = lambda *each: told.append(each[1])
+        transport.on_request = lambda *each: reported.append(each[1])
         async with asyncio.TaskGroup() as group:
             task = group.create_task(ask(transport, server.url))
             await server.arrived.wait()
             task.cancel("by the test")
         assert task.cancelled()
-        assert told == ["error"]
+        assert reported == ["error"]
         server.release.set()
         assert (await ask(transport, server.url)).depth == 1  # on a new connection
     assert server.connections == 2
@@ -938,14 +938,14 @@ async def test_unexpected_exception_in_parsing_is_raised() -> None:
     def parse(_: object) -> None:
         raise Bug
 
-    told: list[str] = []
+    reported: list[str] = []
     async with serving(OK) as server, connected(server.url) as transport:
-        transport.on_request = lambda *each: told.append(each[1])
+        transport.on_request = lambda *each: reported.append(each[1])
         with pytest.raises(Bug):
             await ask(transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", parse))
         with pytest.raises(aiohttp.InvalidURL):
             await transport.send(endpoints.STATS, URL("http:///x"))
-    assert told == ["2xx", "error"]
+    assert reported == ["2xx", "error"]
 
 
 async def test_session_of_caller_is_used_and_left_open() -> None:

@@ -73,12 +73,12 @@ class SessionSource:
         return session_id
 
     async def _send(self, api: Api, session_id: str) -> Answer:
-        said: dict[str, Any] = {
+        message: dict[str, Any] = {
             "type": "user.message",
             "content": [{"type": "text", "text": "workpool conform"}],
         }
         url = f"{api.base_url}/sessions/{session_id}/events"
-        return await api("POST", url, json={"events": [said]})
+        return await api("POST", url, json={"events": [message]})
 
 
 class GivenSource:

@@ -175,8 +175,8 @@ class ControlPlane:
 
     def events(self, session_id: str) -> tuple[Mapping[str, Any], ...]:
         """Return all events of a session, oldest first."""
-        said = self.operations.sessions.conversation(session_id).events
-        return tuple(event.value for event in said)
+        stored = self.operations.sessions.conversation(session_id).events
+        return tuple(event.value for event in stored)
 
     async def __aenter__(self) -> Self:
         self._check()

@@ -162,13 +162,13 @@ class Conversation:
 
     # Checks.
 
-    def check(self, said: Sequence[Mapping[str, Any]]) -> None:
+    def check(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Refuse the whole batch if one of its events does not fit: 400 unknown, 409 too late."""
         if self.status == "terminated":
             raise conflict("the session is terminated")
         answered: set[str] = set()
         allowed: set[str] = set()
-        for event in said:
+        for event in new_events:
             kind = event["type"]
             if kind in RESULTS:
                 use_id = event[RESULTS[kind]]
@@ -204,9 +204,9 @@ class Conversation:
         if use.thread in self._ended_threads:
             raise conflict("the tool use's thread is terminated")
 
-    def check_server(self, said: Sequence[Mapping[str, Any]]) -> None:
+    def check_server(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Refuse events that a caller of `emit` may not append here."""
-        for event in said:
+        for event in new_events:
             kind = event.get("type")
             if not isinstance(kind, str) or kind.startswith("user."):
                 raise APIError(400, "not an event that the server emits", "type")

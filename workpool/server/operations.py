@@ -212,11 +212,11 @@ class Operations:
         metadata = dict(metadata or {})  # shared by all of them
         check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find(session_id)[0]
-        told = None if script is None else parse_script(script, count)
+        parsed = None if script is None else parse_script(script, count)
         items = []
         for _ in range(count):
             with self._store.together():
-                session = known or self.sessions.new(environment_id, metadata, told, now)
+                session = known or self.sessions.new(environment_id, metadata, parsed, now)
                 item = self._create(queue, session, metadata, work_type)
                 self.sessions.attach(session, item.id, now)
             items.append(item)
@@ -459,7 +459,7 @@ class Operations:
     def send(
         self,
         session_id: str,
-        said: Sequence[Mapping[str, Any]],
+        new_events: Sequence[Mapping[str, Any]],
         *,
         messages_bring_work: bool = False,
     ) -> Sequence[StoredEvent]:
@@ -469,23 +469,26 @@ class Operations:
         into the queue.
         """
         session, item = self.session(session_id)
-        has_message = any(event["type"] == USER_MESSAGE for event in said)
+        has_message = any(event["type"] == USER_MESSAGE for event in new_events)
         with self._store.together():
             if messages_bring_work and has_message and item.state == STOPPED:
-                self.sessions.conversation(session_id).check(said)  # before the item is created
+                # before the item is created
+                self.sessions.conversation(session_id).check(new_events)
                 queue = self.queue(session.environment_id)
                 self.sessions.attach(
                     session, self._create(queue, session, session.metadata).id, self._latest
                 )
                 queue.waiting.wake(1)
-            return self.sessions.send(session_id, said, self._latest)
+            return self.sessions.send(session_id, new_events, self._latest)
 
     def emit(
-        self, session_id: str, said: Sequence[Mapping[str, Any]]
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> tuple[Mapping[str, Any], ...]:
         """Append events of the agent's side of a session, and return them as stored."""
         self.session(session_id)
-        return tuple(event.value for event in self.sessions.emit(session_id, said, self._latest))
+        return tuple(
+            event.value for event in self.sessions.emit(session_id, new_events, self._latest)
+        )
 
     def _tick(self) -> int:
         """Read the clock, once for each call, so that all its decisions use one time."""

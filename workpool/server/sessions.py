@@ -122,14 +122,18 @@ class Sessions:
         return session
 
     def attach(
-        self, session: StoredSession, work_id: str, now: int, said: Sequence[Mapping[str, Any]] = ()
+        self,
+        session: StoredSession,
+        work_id: str,
+        now: int,
+        new_events: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Make this the session's latest work item; `said`: a client's first events."""
+        """Make this the session's latest work item; `new_events`: a client's first events."""
         if session.id not in self._sessions:
             self._order.append(session.id)
         self._add(session, work_id)
-        if said:
-            self.send(session.id, said, now)
+        if new_events:
+            self.send(session.id, new_events, now)
         elif session.script is not None:
             self._proceed(session.id, now)
 
@@ -143,19 +147,19 @@ class Sessions:
         return archived
 
     def send(
-        self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append all events of a client, or none."""
-        self.conversation(session_id).check(said)
-        return self._say(session_id, said, now)
+        self.conversation(session_id).check(new_events)
+        return self._say(session_id, new_events, now)
 
     def emit(
-        self, session_id: str, said: Sequence[Mapping[str, Any]], now: int
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append the server's events, in the name of the agent."""
-        self.conversation(session_id).check_server(said)
+        self.conversation(session_id).check_server(new_events)
         try:
-            content = orjson.dumps({"data": list(said)}, default=dict)
+            content = orjson.dumps({"data": list(new_events)}, default=dict)
         except orjson.JSONEncodeError as error:
             raise APIError(400, f"events cannot be written as JSON: {error}", "events") from None
         copy = orjson.loads(content)["data"]  # a copy that no other code changes
@@ -190,19 +194,19 @@ class Sessions:
             self._tell(session_id)
 
     def _say(
-        self, session_id: str, said: Iterable[Mapping[str, Any]], now: int
+        self, session_id: str, new_events: Iterable[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         conversation = self.conversation(session_id)
-        events = [self._event(session_id, fields, now) for fields in said]
+        events = [self._event(session_id, fields, now) for fields in new_events]
         for event in events:
             conversation.append(event)
         self._proceed(session_id, now, events)
         return events
 
-    def _proceed(self, session_id: str, now: int, said: Sequence[StoredEvent] = ()) -> None:
-        """Add the events that follow, save them together with `said`, and notify the streams."""
+    def _proceed(self, session_id: str, now: int, new_events: Sequence[StoredEvent] = ()) -> None:
+        """Add the events that follow, save them with `new_events`, and notify the streams."""
         conversation = self.conversation(session_id)
-        events = list(said)
+        events = list(new_events)
         while (fields := conversation.following()) is not None:
             events.append(self._event(session_id, fields, now))
             conversation.append(events[-1])

@@ -97,10 +97,10 @@ class StoredSession:
 
 
 def _status(item: Item, conversation: Conversation | None) -> str:
-    told = None if conversation is None else conversation.status
-    if told == "terminated":
-        return told  # the final status, whatever the state of the item
-    return STATUS[item.state] if told is None or item.state == STOPPING else told
+    last_status = None if conversation is None else conversation.status
+    if last_status == "terminated":
+        return last_status  # the final status, whatever the state of the item
+    return STATUS[item.state] if last_status is None or item.state == STOPPING else last_status
 
 
 def _updated_at(item: Item, conversation: Conversation | None) -> str:

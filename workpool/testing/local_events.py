@@ -81,8 +81,10 @@ class LocalEvents:
         """Open a stream."""
 
         def operate() -> object:
-            said = self._conversation()
-            return {"place": len(said.events) if last_id is None else said.place_after(last_id)}
+            history = self._conversation()
+            return {
+                "place": len(history.events) if last_id is None else history.place_after(last_id)
+            }
 
         place = await self._send(_OPEN, self._session_id, operate, None)
         return _LocalStream(self._operations, self._session_id, place)
@@ -104,9 +106,9 @@ class _LocalStream:
         """Return the events since the last call, or a keep-alive."""
         if not await self._sessions.wait(self._session_id, self._place, KEEP_ALIVE_SECONDS):
             return b""
-        told = self._sessions.conversation(self._session_id).events[self._place :]
-        self._place += len(told)
-        return b"".join(map(frame_of, told)) or KEEP_ALIVE
+        new_events = self._sessions.conversation(self._session_id).events[self._place :]
+        self._place += len(new_events)
+        return b"".join(map(frame_of, new_events)) or KEEP_ALIVE
 
     def close(self) -> None:
         """No effect, since there is no connection."""

@@ -28,13 +28,13 @@ def enqueue(fields: Mapping[str, Any]) -> bytes:
     return orjson.dumps(given, default=dict)
 
 
-def events(said: Sequence[Mapping[str, Any]]) -> bytes:
+def events(new_events: Sequence[Mapping[str, Any]]) -> bytes:
     """Return the body that appends events.
 
     Raises:
         TypeError: A value cannot be written as JSON.
     """
-    return orjson.dumps({"events": said}, default=dict)
+    return orjson.dumps({"events": new_events}, default=dict)
 
 
 def _text(text: object) -> str:

@@ -73,8 +73,8 @@ async def test_guard_of_worker_killed_right_after_spawn_kills_command(
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", WORKER, loop, number), stdout=asyncio.subprocess.PIPE
     )
-    said, _ = await worker.communicate()
-    pid = int(said)
+    output, _ = await worker.communicate()
+    pid = int(output)
 
     assert worker.returncode == -signal.SIGKILL
     try:

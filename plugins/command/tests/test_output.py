@@ -46,8 +46,8 @@ async def test_command_with_too_much_output_is_not_blocked_and_log_is_limited(
     result = await kit.run_session(shell(script, log_lines=3, result=True))
 
     assert (result.outcome, result.metadata["bytes"]) == ("completed", "4 MB")
-    said = [r.getMessage() for r in caplog.records if r.name == "workpool.session"]
-    assert said == ["stdout: y"] * 3 + ["lines not logged: 999999"]
+    logged = [r.getMessage() for r in caplog.records if r.name == "workpool.session"]
+    assert logged == ["stdout: y"] * 3 + ["lines not logged: 999999"]
 
 
 async def test_sessions_beside_command_that_prints_endlessly_complete(
@@ -73,15 +73,15 @@ def test_line_without_end_is_not_kept_in_memory() -> None:
 
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
 def test_lines_split_into_any_chunks_are_the_same(chunks: list[bytes]) -> None:
-    told: list[bytes] = []
-    lines = Lines(lambda some: told.extend(some.split(b"\n")))
+    fed_lines: list[bytes] = []
+    lines = Lines(lambda some: fed_lines.extend(some.split(b"\n")))
     for chunk in chunks:
         lines.feed(chunk)
     lines.close()
 
     whole = b"".join(chunks).split(b"\n")
-    assert told == (whole if whole[-1] else whole[:-1])
-    assert lines.last == next((line.rstrip() for line in reversed(told) if line.strip()), b"")
+    assert fed_lines == (whole if whole[-1] else whole[:-1])
+    assert lines.last == next((line.rstrip() for line in reversed(fed_lines) if line.strip()), b"")
 
 
 @given(st.binary())

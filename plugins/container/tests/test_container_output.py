@@ -50,8 +50,8 @@ def test_output_lines_beyond_limit_are_not_logged(
     caplog: pytest.LogCaptureFixture, limit: int
 ) -> None:
     lines = logged(caplog, b"1\n2\n3\n4\n5", limit=limit)
-    said = [line for line in lines if line.startswith("stdout")]
-    assert said == [f"stdout: {number}" for number in range(1, limit + 1)]
+    stdout_lines = [line for line in lines if line.startswith("stdout")]
+    assert stdout_lines == [f"stdout: {number}" for number in range(1, limit + 1)]
 
 
 def test_lines_are_progress_also_beyond_limit() -> None:

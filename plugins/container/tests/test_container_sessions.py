@@ -39,9 +39,9 @@ async def test_session_runs_in_own_container_with_its_environment(
     assert variables["WORKPOOL_SESSION_ID"] == item.session_id
     assert variables["WORKPOOL_ENVIRONMENT_ID"] == item.environment_id
     assert variables["WORKPOOL_REDELIVERED"] == "0"
-    told = json.loads(variables["WORKPOOL_ITEM"])
-    assert (told["id"], told["metadata"]) == (item.id, {"job": "x"})
-    assert told["data"] == {"type": "session", "id": item.session_id}
+    item_json = json.loads(variables["WORKPOOL_ITEM"])
+    assert (item_json["id"], item_json["metadata"]) == (item.id, {"job": "x"})
+    assert item_json["data"] == {"type": "session", "id": item.session_id}
     assert scene.plane.token not in str(variables)
     assert await scene.containers(item.id) == []  # removed when the item was stopped
 

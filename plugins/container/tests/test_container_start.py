@@ -53,10 +53,10 @@ async def test_missing_engine_ends_worker_with_status_2(tmp_path: Path) -> None:
         env=plain,
         stderr=asyncio.subprocess.PIPE,
     )
-    _, said = await worker.communicate()
+    _, text = await worker.communicate()
     assert worker.returncode == 2
-    assert f"no container engine answers at {tmp_path}/engine.sock" in said.decode()
-    assert "systemctl start podman.socket" in said.decode()
+    assert f"no container engine answers at {tmp_path}/engine.sock" in text.decode()
+    assert "systemctl start podman.socket" in text.decode()
 
 
 async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path:
 
 
 async def test_missing_image_is_error_at_start(scene: Scene) -> None:
-    said = await refused(scene, image="localhost/absent:1")
-    assert "image localhost/absent:1 is not on the engine at " in said
-    assert "pull = 'missing'" in said
+    text = await refused(scene, image="localhost/absent:1")
+    assert "image localhost/absent:1 is not on the engine at " in text
+    assert "pull = 'missing'" in text
 
 
 @asynccontextmanager
@@ -136,10 +136,10 @@ def test_every_invalid_setting_is_named_without_its_value() -> None:
             colour="secret-4",
             grace=0,
         )
-    said = str(caught.value)
+    text = str(caught.value)
     named = ("image", "pull", "mounts.0", "memory", "environment.A", "colour", "grace")
-    assert all(f"{name}: " in said for name in named)
-    assert "secret-" not in said
+    assert all(f"{name}: " in text for name in named)
+    assert "secret-" not in text
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ async def test_echo_returns_text_as_metadata_and_logs_it(
     result = await workpool.run_session(echo, metadata={"text": "hi", "seconds": "0"})
 
     assert (result.outcome, result.metadata["echo"]) == ("completed", "hi")
-    said = [record.message for record in caplog.records if record.name == "workpool.session"]
-    assert said == ["echo: 'hi' started", "echo: 'hi' done"]
+    logged = [record.message for record in caplog.records if record.name == "workpool.session"]
+    assert logged == ["echo: 'hi' started", "echo: 'hi' done"]
 
 
 async def test_echo_without_text_returns_hello(workpool: Kit) -> None:

@@ -241,17 +241,19 @@ class Show:
             if len(own) != 1:
                 wrong.append(f"call {number} has {len(own)} answers")
                 continue
-            said = json.dumps(own[0]["content"])
-            unknown, ours = UNKNOWN in said, own[0]["type"].startswith("user.")
+            result_text = json.dumps(own[0]["content"])
+            unknown, ours = UNKNOWN in result_text, own[0]["type"].startswith("user.")
             counts["unknown" if unknown else "own" if ours else "denied"] += 1
             times = done[str(number)]
             least = int(number in COUNTED - DENIED and not unknown)
             most = int(number in COUNTED - DENIED)
             if not least <= times <= most:
-                wrong.append(f"call {number} was executed {times} times, answered with {said}")
+                wrong.append(
+                    f"call {number} was executed {times} times, answered with {result_text}"
+                )
             if (number in DENIED) is ours:
                 wrong.append(f"call {number} was answered by {own[0]['type']}")
-            if TOKEN in said:
+            if TOKEN in result_text:
                 wrong.append(f"call {number} shows the token")
         return wrong, counts
 
@@ -286,8 +288,8 @@ async def one(show: Show, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
     found, counts = show.judge()
     wrong += found
     for event in () if quiet else show.events:
-        told = {key: event[key] for key in event if key not in {"type", "id"}}
-        say(f"{event['type']:24} {json.dumps(told, ensure_ascii=False)[:150]}\n")
+        shown = {key: event[key] for key in event if key not in {"type", "id"}}
+        say(f"{event['type']:24} {json.dumps(shown, ensure_ascii=False)[:150]}\n")
     for path in () if quiet else sorted(show.workspace.rglob("*")):
         if path.is_file():
             say(f"{path.relative_to(show.workspace)}: {path.read_text()!r}\n")

@@ -22,8 +22,8 @@ from workpool_toolset.workspace import Root
 
 async def test_written_file_is_read_back_unchanged(bare: Any, folder: Path) -> None:
     content = "one\r\ntwo\n\n  é✓\n"
-    said = await bare.says("Write", file_path="new/deep/a.txt", content=content)
-    assert said == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
+    output = await bare.says("Write", file_path="new/deep/a.txt", content=content)
+    assert output == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
     assert (folder / "new/deep/a.txt").read_bytes() == content.encode()
     assert await bare.says("Read", file_path="new/deep/a.txt") == content
     assert await bare.says("read", path=f"{folder}/./new/../new/deep/a.txt") == content
@@ -148,10 +148,10 @@ async def test_search_for_line_range_is_limited_by_bytes_and_time(
     bare: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "lines").write_text("line\n" * 100_000)
-    said = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
+    output = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
     monkeypatch.setattr(files, "SCANNED_BYTES", 100_000)
     far = await bare.fails("read", file_path="lines", view_range=[90_000, 90_001])
-    assert far.startswith(said)
+    assert far.startswith(output)
     assert far.endswith("use bash, for example tail -c or dd")
     assert await bare.says("read", file_path="lines", view_range=[20_000, 20_001]) == "line\n" * 2
     monkeypatch.undo()
@@ -247,10 +247,10 @@ async def test_edit_replaces_one_occurrence_or_all_and_refuses_ambiguity(
     assert "not found" in await bare.fails(
         "edit", file_path="code.py", old_string="c", new_string="d"
     )
-    said = await bare.says(
+    output = await bare.says(
         "edit", file_path="code.py", old_string=" = ", new_string=": ", replace_all=True
     )
-    assert said == "replaced 2 occurrences in code.py"
+    assert output == "replaced 2 occurrences in code.py"
     assert path.read_text() == "a: 2\nb: 1\n"
     for old, new in [("", "x"), ("a", "a")]:
         await bare.fails("edit", file_path="code.py", old_string=old, new_string=new)

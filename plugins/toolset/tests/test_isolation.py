@@ -164,8 +164,8 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 
 
 async def test_sandboxed_session_cannot_use_kernel_keyrings(boxed: Any) -> None:
-    said = await boxed.says("bash", command=f"python3 -c {shlex.quote(KEYS)}")
-    assert said == "-1 ENOSYS\n" * 3
+    output = await boxed.says("bash", command=f"python3 -c {shlex.quote(KEYS)}")
+    assert output == "-1 ENOSYS\n" * 3
     assert "Permission denied" in await boxed.fails("bash", command="cat /proc/keys")
 
 

@@ -63,8 +63,10 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
     for tool, fields, expected in calls:
         with descriptors_left(left):
             result = await bare.call(tool, **fields)
-        said = result.content[0]["text"]
-        assert said == expected or said.endswith(": the worker has run out of resources"), said
+        output = result.content[0]["text"]
+        assert output == expected or output.endswith(": the worker has run out of resources"), (
+            output
+        )
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}

@@ -24,12 +24,12 @@ async def show(*flags: str) -> str:
     )
     try:
         async with asyncio.timeout(180):
-            said, _ = await process.communicate()
+            shown_text, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
-    assert process.returncode == 0, said.decode()
-    return said.decode()
+    assert process.returncode == 0, shown_text.decode()
+    return shown_text.decode()
 
 
 @pytest.mark.trial
@@ -37,9 +37,9 @@ async def show(*flags: str) -> str:
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
 async def test_thirty_tool_calls_are_answered_as_expected() -> None:
-    said = await show()
-    assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in said
-    assert r"notes/plan.txt: 'first\n2nd\n'" in said
+    shown_text = await show()
+    assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in shown_text
+    assert r"notes/plan.txt: 'first\n2nd\n'" in shown_text
 
 
 @pytest.mark.trial
@@ -55,8 +55,8 @@ def test_readme_lists_every_setting_with_default_and_meaning() -> None:
     for field in dataclasses.fields(Toolset):
         if not field.name.startswith("_"):
             default = field.default if isinstance(field.default, int | float) else None
-            said = words.get(field.name) or (f"{default:g}" if default else "")
-            said = str(default) if isinstance(default, int) else said
+            shown_text = words.get(field.name) or (f"{default:g}" if default else "")
+            shown_text = str(default) if isinstance(default, int) else shown_text
             [row] = [line for line in README.splitlines() if line.startswith(f"| `{field.name}`")]
-            assert row.split(" | ")[1] in {said, "none", "unset"}, field.name
+            assert row.split(" | ")[1] in {shown_text, "none", "unset"}, field.name
             assert len(row.split(" | ")) == 3

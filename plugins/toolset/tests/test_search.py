@@ -44,8 +44,8 @@ async def test_glob_pattern_finds_matching_files_newest_first(
     bare: Any, folder: Path, pattern: str, found: list[str]
 ) -> None:
     plant(folder)
-    said = (await bare.says("Glob", pattern=pattern)).splitlines()
-    assert [path for path in said if path != "src/link.py"] == found
+    output = (await bare.says("Glob", pattern=pattern)).splitlines()
+    assert [path for path in output if path != "src/link.py"] == found
 
 
 async def test_glob_lists_directories_and_follows_links_inside_workspace(
@@ -79,8 +79,8 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     # A directory that links lead to is entered once.
     entered = {"src/absolute/file", "src/to-directory/file"}
     assert len(entered & found) == 1
-    told = str(found)
-    assert not any(name in told for name in ("pipe", "self", "dangling", "leaves", "device"))
+    shown = str(found)
+    assert not any(name in shown for name in ("pipe", "self", "dangling", "leaves", "device"))
     assert await agent.says("glob", pattern="*", path="src/to-directory") == "src/deep/file\n"
     assert await agent.says("glob", pattern="**/chain") == "src/chain\nsrc/up/src/chain\n"
     assert (await agent.says("glob", pattern="*")).splitlines() == ["src"]
@@ -106,15 +106,15 @@ async def test_glob_below_directory_returns_at_most_200_newest_paths(
     for number in range(250):
         (folder / f"n{number}.log").touch()
         os.utime(folder / f"n{number}.log", (number, number))
-    said = (await bare.says("glob", pattern="*.log")).splitlines()
-    assert said == [f"n{number}.log" for number in range(249, 49, -1)]
+    output = (await bare.says("glob", pattern="*.log")).splitlines()
+    assert output == [f"n{number}.log" for number in range(249, 49, -1)]
     assert "not a directory" in await bare.fails("glob", pattern="*", path="a.py")
 
 
 async def test_grep_without_ripgrep_finds_matching_lines(bare: Any, folder: Path) -> None:
     plant(folder)
-    said = await bare.says("Grep", pattern=r"import x\d")
-    assert said.splitlines() == [
+    output = await bare.says("Grep", pattern=r"import x\d")
+    assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
@@ -126,8 +126,8 @@ async def test_grep_without_ripgrep_finds_matching_lines(bare: Any, folder: Path
 @pytest.mark.skipif(not search.RIPGREP.exists(), reason="ripgrep is not installed")
 async def test_grep_with_ripgrep_finds_matching_lines(boxed: Any, folder: Path) -> None:
     plant(folder)
-    said = await boxed.says("Grep", pattern=r"import x\d")
-    assert said.splitlines() == [
+    output = await boxed.says("Grep", pattern=r"import x\d")
+    assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
@@ -203,19 +203,19 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    said = await agent.says("grep", **fields)
-    lines = [] if said == "no matches" else said.splitlines()
+    output = await agent.says("grep", **fields)
+    lines = [] if output == "no matches" else output.splitlines()
     assert [":".join(line.split(":")[:2]) for line in lines] == found
-    assert not any(line.endswith("\r") for line in said.split("\n"))
+    assert not any(line.endswith("\r") for line in output.split("\n"))
 
 
 @pytest.mark.parametrize("pattern", ["(", "[", "a{2,1}", "(?<=a", r"(\1", "(?P<", "*a"])
 async def test_grep_with_invalid_expression_error_names_no_option_of_ripgrep(
     agent: Any, pattern: str
 ) -> None:
-    said = await agent.fails("grep", pattern=pattern)
-    assert said.startswith("not a regular expression: ")
-    assert not re.search("rg|ripgrep|--|pcre|-U", said, re.IGNORECASE)
+    output = await agent.fails("grep", pattern=pattern)
+    assert output.startswith("not a regular expression: ")
+    assert not re.search("rg|ripgrep|--|pcre|-U", output, re.IGNORECASE)
 
 
 async def test_grep_without_searched_files_reports_no_matches(agent: Any, folder: Path) -> None:
@@ -233,9 +233,9 @@ async def test_grep_whose_sandbox_does_not_start_fails(boxed: Any, folder: Path)
 
 async def test_grep_output_is_cut_after_100_kib(agent: Any, folder: Path) -> None:
     (folder / "many").write_text("the same line again\n" * 50_000)
-    said = await agent.says("grep", pattern="same")
-    assert 90_000 < len(said) < 103_000
-    assert said.endswith("the same line again\n[output truncated]\n")
+    output = await agent.says("grep", pattern="same")
+    assert 90_000 < len(output) < 103_000
+    assert output.endswith("the same line again\n[output truncated]\n")
 
 
 async def test_grep_with_endless_expression_ends_at_time_limit(

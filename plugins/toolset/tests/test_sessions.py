@@ -165,10 +165,10 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     events = workpool.server.events(item.session_id)
-    said = answers(events)
-    assert said[0] == ("(no output)", False)
-    assert [error for _, error in said] == [False, True, True, False]
-    assert said[3] == ("allowed\n", False)
+    given_answers = answers(events)
+    assert given_answers[0] == ("(no output)", False)
+    assert [error for _, error in given_answers] == [False, True, True, False]
+    assert given_answers[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
     assert len(ours) == 2  # the control plane answers the denied calls
 
@@ -316,14 +316,16 @@ async def test_two_workers_with_one_session_run_no_call_twice(
         expire_lease(workpool.server, item.id)
         async with workpool.pool(make()):
             await workpool.wait_for(SessionFinished, count=2)
-    said = answers(workpool.server.events(item.session_id))
-    assert len(said) == len(script)
-    assert said[0] == (runner.UNKNOWN, True)
+    given_answers = answers(workpool.server.events(item.session_id))
+    assert len(given_answers) == len(script)
+    assert given_answers[0] == (runner.UNKNOWN, True)
     log = folder_of(tmp_path, item.session_id) / "workspace/log"
     done = log.read_text().split() if log.exists() else []
     assert len(done) == len(set(done))
-    told = [line for line, (_, error) in zip(lines, said[1:], strict=True) if not error]
-    assert set(told) <= set(done)
+    succeeded = [
+        line for line, (_, error) in zip(lines, given_answers[1:], strict=True) if not error
+    ]
+    assert set(succeeded) <= set(done)
 
 
 async def test_stop_request_lets_running_call_end(
@@ -368,8 +370,8 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     await journal.begin(call)  # then the worker crashes
     async with workpool.pool(make()):
         await workpool.wait_for(SessionFinished)
-    said = answers(workpool.server.events(item.session_id))
-    assert said == [(runner.UNKNOWN, True), ("(no output)", False)]
+    given_answers = answers(workpool.server.events(item.session_id))
+    assert given_answers == [(runner.UNKNOWN, True), ("(no output)", False)]
     assert (folder / "workspace/log").read_text() == "2\n"
 
 
@@ -418,8 +420,8 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
     expire_lease(workpool.server, item.id)
     async with workpool.pool(make(state=str(tmp_path / "elsewhere"))):
         await workpool.wait_for(SessionFinished, count=2)
-    said = answers(workpool.server.events(item.session_id))
-    assert said == [(runner.UNKNOWN, True), ("2\n", False)]
+    given_answers = answers(workpool.server.events(item.session_id))
+    assert given_answers == [(runner.UNKNOWN, True), ("2\n", False)]
 
 
 async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
@@ -441,8 +443,8 @@ async def test_call_begun_elsewhere_between_two_runs_here_is_not_executed_again(
         expire_lease(workpool.server, item.id)
     async with workpool.pool(make(state=str(tmp_path / "here"))):
         await workpool.wait_for(SessionFinished, count=3)
-    said = answers(workpool.server.events(item.session_id))
-    assert said == [(runner.UNKNOWN, True), (runner.UNKNOWN, True), ("3\n", False)]
+    given_answers = answers(workpool.server.events(item.session_id))
+    assert given_answers == [(runner.UNKNOWN, True), (runner.UNKNOWN, True), ("3\n", False)]
     assert side.read_text() == "2\n"
 
 

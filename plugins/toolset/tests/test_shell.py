@@ -69,8 +69,8 @@ async def test_shell_output_is_returned_without_control_sequences(
 
 
 async def test_shell_that_echoes_its_input_does_not_confuse_end_marker(agent: Any) -> None:
-    said = await agent.says("bash", command="set -vx; echo 1")
-    assert "\n1\n" in said
+    shown_output = await agent.says("bash", command="set -vx; echo 1")
+    assert "\n1\n" in shown_output
     assert "2\n" in await agent.says("bash", command="set +vx; echo 2")
 
 
@@ -84,10 +84,10 @@ async def test_failed_command_returns_its_output_and_exit_status(agent: Any) -> 
 
 
 async def test_long_shell_output_keeps_its_end(agent: Any) -> None:
-    said = await agent.says("bash", command="seq 1 200000")
-    assert said.startswith("[output truncated]\n")
-    assert said.endswith("\n199999\n200000\n")
-    assert 102_400 <= len(said) <= 102_400 + 19
+    shown_output = await agent.says("bash", command="seq 1 200000")
+    assert shown_output.startswith("[output truncated]\n")
+    assert shown_output.endswith("\n199999\n200000\n")
+    assert 102_400 <= len(shown_output) <= 102_400 + 19
 
 
 async def test_command_beyond_timeout_is_killed_with_its_shell(agent: Any) -> None:
@@ -135,8 +135,8 @@ async def test_command_that_redirects_output_permanently_ends(agent: Any, redire
 
 
 async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
-    said = await agent.says("bash", command="ls -1 /proc/self/fd")
-    assert said == "0\n1\n2\n3\n"  # 3 is the descriptor of the directory
+    shown_output = await agent.says("bash", command="ls -1 /proc/self/fd")
+    assert shown_output == "0\n1\n2\n3\n"  # 3 is the descriptor of the directory
 
 
 MARK = f"test-of-{os.getpid()}"  # the same tests may run in several processes at once
@@ -238,11 +238,11 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(boxed: Any)
     assert "MemoryError" in await boxed.fails("bash", command=memory)
     assert "File size limit" in await boxed.fails("bash", command="head -c 80M /dev/zero > f")
     many = "import os, time\nfor n in range(99): os.fork() or time.sleep(60)"
-    said = await boxed.fails("bash", command=f"python3 -c '{many}'")
-    assert "Resource temporarily unavailable" in said
+    shown_output = await boxed.fails("bash", command=f"python3 -c '{many}'")
+    assert "Resource temporarily unavailable" in shown_output
     await boxed.says("bash", restart=True)
-    said = await boxed.says("bash", command="ulimit -H -t -u -d -f -c")
-    assert re.findall(r"\d+$", said, re.MULTILINE) == ["20", "64", "1048576", "65536", "0"]
+    shown_output = await boxed.says("bash", command="ulimit -H -t -u -d -f -c")
+    assert re.findall(r"\d+$", shown_output, re.MULTILINE) == ["20", "64", "1048576", "65536", "0"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize(
-    ("tool", "fields", "said"),
+    ("tool", "fields", "expected"),
     [
         ("bash", {}, "command is missing"),
         ("bash", {"command": "  "}, "command is missing"),
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     ],
 )
 async def test_invalid_tool_input_is_answered_with_error_to_agent(
-    bare: Any, tool: str, fields: dict[str, Any], said: str
+    bare: Any, tool: str, fields: dict[str, Any], expected: str
 ) -> None:
-    assert await bare.fails(tool, **fields) == said
+    assert await bare.fails(tool, **fields) == expected
 
 
 async def test_unknown_input_fields_are_ignored(bare: Any, folder: Path) -> None:
@@ -100,8 +100,8 @@ async def test_custom_tools_run_async_on_loop_or_plain_in_thread(agents: Any) ->
 
     agent = agents(custom={"later": later, "plain": plain, "broken": broken})
     assert await agent.says("later", custom=True) == '["sess_1", true]'
-    said = await agent.says("plain", custom=True, a=1)
-    assert said == '{"input": {"a": 1}, "thread": false}'
+    expected = await agent.says("plain", custom=True, a=1)
+    assert expected == '{"input": {"a": 1}, "thread": false}'
     assert await agent.fails("broken", custom=True) == "broken: ZeroDivisionError: division by zero"
     assert "class" in await agent.says("broken", custom=True, a=1)
     call = ToolCall(id="e", name="LATER", input={}, custom=True, session="s")
@@ -129,8 +129,8 @@ async def test_custom_tool_beyond_time_limit_fails(agents: Any) -> None:
 
 async def test_command_timeout_above_limit_is_reduced_to_limit(agents: Any) -> None:
     agent = agents(bounds=Bounds(bash_seconds=20, tool_seconds=10.2))
-    said = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
-    assert said.startswith("killed after 0.2 s")
+    expected = await agent.fails("bash", command="sleep 600", timeout_ms=3_600_000)
+    assert expected.startswith("killed after 0.2 s")
 
 
 @pytest.mark.parametrize("asked", [0, -1, -0.5, float("nan"), None])
@@ -138,8 +138,8 @@ async def test_command_with_timeout_of_zero_or_less_uses_default(
     agents: Any, asked: object
 ) -> None:
     agent = agents(bounds=Bounds(bash_seconds=0.3, tool_seconds=30))
-    said = await agent.fails("bash", command="echo ran; sleep 600", timeout_ms=asked)
-    assert said.startswith("ran\n\nkilled after 0.3 s")
+    expected = await agent.fails("bash", command="echo ran; sleep 600", timeout_ms=asked)
+    assert expected.startswith("ran\n\nkilled after 0.3 s")
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ class Conversation:
         )
         if not call.id or call.id in self.answered or call.id in self._open or not self.owns(call):
             return
-        said = event.get("evaluated_permission", "allow")
-        allowed = said == "allow" if said in ("allow", "deny") else None
+        permission = event.get("evaluated_permission", "allow")
+        allowed = permission == "allow" if permission in ("allow", "deny") else None
         self._open[call.id] = _Open(call, _thread(event), allowed)
         if allowed is None:
             allowed = self._verdicts.get(call.id)

@@ -269,7 +269,7 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
         )
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                _, said = await process.communicate()
+                _, error_text = await process.communicate()
         except TimeoutError:
             return "bwrap did not answer"
         finally:
@@ -280,5 +280,8 @@ async def problem(sandbox: Bubblewrap, folder: Path) -> str | None:
                     async with asyncio.timeout(REAP_SECONDS):
                         await process.wait()
         if process.returncode or not (Path(probe) / "works").exists():
-            return said.decode(errors="replace").strip() or f"bwrap ended with {process.returncode}"
+            return (
+                error_text.decode(errors="replace").strip()
+                or f"bwrap ended with {process.returncode}"
+            )
     return None

@@ -59,12 +59,12 @@ def _component(pattern: str) -> str:
     )
 
 
-def problem(said: str) -> str:
+def problem(error_text: str) -> str:
     """Return the error of ripgrep, without hints at options that an agent does not have."""
-    reasons = re.findall(r"^(?:error|PCRE2): (.*)", said, re.MULTILINE)
+    reasons = re.findall(r"^(?:error|PCRE2): (.*)", error_text, re.MULTILINE)
     if reasons:
         return f"not a regular expression: {reasons[-1]}"
-    return "not a regular expression" if "regex" in said else "the search failed"
+    return "not a regular expression" if "regex" in error_text else "the search failed"
 
 
 class Matches:
@@ -107,7 +107,7 @@ class Matches:
         if kind == "match":
             self._add_line(data)
         elif kind == "end":
-            self._end_file(told=data["binary_offset"] is None)
+            self._end_file(searched=data["binary_offset"] is None)
         elif kind == "summary":
             self.complete = True
 
@@ -119,13 +119,13 @@ class Matches:
         text = f"{path}:{data['line_number']}:{walker.text_of(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
-            self._end_file(told=True)
+            self._end_file(searched=True)
             self.cut = self.complete = True
         else:
             self._file.append(text)
 
-    def _end_file(self, *, told: bool) -> None:
-        if told:
+    def _end_file(self, *, searched: bool) -> None:
+        if searched:
             self._lines += self._file
             self._size += self._file_size
         self._file, self._file_size = [], 0

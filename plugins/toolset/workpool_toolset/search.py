@@ -97,9 +97,9 @@ class Search:
         where = self._workspace.relative(spot.shown)
         words = [*sandboxed.prefix, str(RIPGREP), *ripgrep.OPTIONS, *globs, "-e", pattern, "--"]
         matches = ripgrep.Matches(GREP_BYTES)
-        _, said = await _bounded([*words, where or "./"], sandboxed.environment, matches.read)
+        _, error_text = await _bounded([*words, where or "./"], sandboxed.environment, matches.read)
         if not matches.complete:
-            raise ToolError(ripgrep.problem(said))
+            raise ToolError(ripgrep.problem(error_text))
         return matches.text() + (CUT if matches.cut else "")
 
     async def _walk(self, spot: Spot, request: dict[str, Any]) -> str:
@@ -110,11 +110,11 @@ class Search:
         try:
             place = {"directory": directory, "shown": spot.shown, "prefix": prefix}
             words = [sys.executable, "-I", "-S", _WALKER, json.dumps(request | place)]
-            status, said = await _bounded(words, {}, output.read, (directory,))
+            status, error_text = await _bounded(words, {}, output.read, (directory,))
         finally:
             os.close(directory)
         if status == walker.BAD_REQUEST:
-            raise ToolError(said.strip())
+            raise ToolError(error_text.strip())
         if status and not output.text:
             raise ToolError(f"the search failed, or took more than {walker.CPU_SECONDS} s")
         return output.text
@@ -158,7 +158,9 @@ async def _bounded(
     try:
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(read(process.stdout, partial(_kill, process)), name="found")
-            said = group.create_task(_start_of(process.stderr, ERROR_CHARACTERS), name="said")
+            error_text = group.create_task(
+                _start_of(process.stderr, ERROR_CHARACTERS), name="errors"
+            )
             await process.wait()
     except TimeoutError:
         raise ToolError(f"the search took more than {SEARCH_SECONDS:.0f} s") from None
@@ -167,7 +169,7 @@ async def _bounded(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
                 await process.communicate()  # `wait` alone would never end with an unread pipe
-    return process.returncode or 0, said.result()[0]
+    return process.returncode or 0, error_text.result()[0]
 
 
 async def _start_of(

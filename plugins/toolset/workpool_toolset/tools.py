@@ -164,8 +164,8 @@ class Toolbox:
             if exhausted(error) and not call.custom:
                 return Result.error(f"{call.name}: {EXHAUSTED}")
             # the error of a built-in tool may name paths of this machine
-            said = f": {error}" if call.custom else ""
-            return Result.error(f"{call.name}: {type(error).__name__}{said}")
+            detail = f": {error}" if call.custom else ""
+            return Result.error(f"{call.name}: {type(error).__name__}{detail}")
 
     async def close(self) -> None:
         """End the session's shell."""
@@ -196,11 +196,11 @@ class Toolbox:
             async with asyncio.timeout(seconds):
                 output = await self._shell.run(command)
         except TimeoutError:
-            said = f"killed after {seconds:g} s, and the shell with it; {RESTART}"
-            return Result.of([self._shell.printed, said], is_error=True)
+            detail = f"killed after {seconds:g} s, and the shell with it; {RESTART}"
+            return Result.of([self._shell.printed, detail], is_error=True)
         except ShellEnded as error:
-            said = f"the shell ended with status {error.status}; {RESTART}"
-            return Result.of([error.output, said], is_error=True)
+            detail = f"the shell ended with status {error.status}; {RESTART}"
+            return Result.of([error.output, detail], is_error=True)
         if output.status == 0:
             return Result.of(output.text)
         return Result.of([output.text, f"exit status {output.status}"], is_error=True)

@@ -111,5 +111,5 @@ def _session_of(trial: Trial, subject: Subject) -> str:
 
 def _result(use_id: str) -> dict[str, Any]:
     content = [{"type": "text", "text": "workpool conform"}]
-    said = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
-    return {"events": [said]}
+    result_event = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
+    return {"events": [result_event]}

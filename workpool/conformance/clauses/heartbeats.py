@@ -138,8 +138,8 @@ async def heartbeat_on_a_stopping_item(trial: Trial) -> None:
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
     same_or_breaks(not goes_on, "the item is active: no worker learns of the stop")
-    told = answer.ok and answer.get("state") == protocol.STOPPING
-    same_or_differs(told and answer.get("lease_extended") is True, _described(answer))
+    as_documented = answer.ok and answer.get("state") == protocol.STOPPING
+    same_or_differs(as_documented and answer.get("lease_extended") is True, _described(answer))
 
 
 @clause(

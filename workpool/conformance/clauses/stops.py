@@ -29,9 +29,11 @@ async def forced_stop(trial: Trial) -> None:
     state = await trial.state(subject)
     same_or_differs(state == STOPPED, f"the item is {state}")
     item = DIALECTS[trial.api.dialect].stop_answers_item
-    told = answer.get("id") == subject.id if item else answer.status == HTTPStatus.NO_CONTENT
+    as_documented = (
+        answer.get("id") == subject.id if item else answer.status == HTTPStatus.NO_CONTENT
+    )
     form = "without the item" if item else "with a body"
-    same_or_differs(told, f"HTTP {answer.status} {form}")
+    same_or_differs(as_documented, f"HTTP {answer.status} {form}")
 
 
 @clause("stop-graceful", "Without `force` an `active` item becomes `stopping`.")
@@ -76,8 +78,8 @@ async def repeated_stop(trial: Trial) -> None:
     readable = answer.ok or is_conflict(answer) or answer.status == HTTPStatus.NOT_FOUND
     same_or_breaks(readable, f"{answer}: a worker takes the stop for refused")
     refused = (True, STOPPED) in DIALECTS[trial.api.dialect].stop_refused
-    told = is_conflict(answer) if refused else answer.status == HTTPStatus.OK
-    same_or_differs(told, str(answer))
+    as_documented = is_conflict(answer) if refused else answer.status == HTTPStatus.OK
+    same_or_differs(as_documented, str(answer))
 
 
 @clause("stop-body", "The body may be left out.")

@@ -70,13 +70,15 @@ class SessionRoutes:
 
     async def list(self, request: web.Request) -> web.Response:
         """List the events of a session that the query selects, page by page."""
-        said = self._conversation(request)
+        conversation = self._conversation(request)
         await requests.body(request)
         place = requests.place(request, EVENT_PREFIX)
         wanted = requests.event_filter(request)
         if wanted.newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        events = said.page(place.limit + 1, after=place.after, before=place.before, wanted=wanted)
+        events = conversation.page(
+            place.limit + 1, after=place.after, before=place.before, wanted=wanted
+        )
         page = page_of(
             events,
             place.limit,
@@ -88,9 +90,9 @@ class SessionRoutes:
     async def send(self, request: web.Request) -> web.Response:
         """Append all events of a client, or none."""
         session, _ = self._session(request)
-        said = client_events(await requests.body(request))
+        new_events = client_events(await requests.body(request))
         events = self._operations.send(
-            session.id, said, messages_bring_work=self._dialect.messages_bring_work
+            session.id, new_events, messages_bring_work=self._dialect.messages_bring_work
         )
         return await self._durable({"data": [render_event(event) for event in events]})
 
@@ -98,22 +100,22 @@ class SessionRoutes:
         """Stream new events, after those that follow `Last-Event-ID`."""
         session, _ = self._session(request)
         await requests.body(request)
-        said = self._operations.sessions.conversation(session.id)
+        conversation = self._operations.sessions.conversation(session.id)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Before the first byte is sent, so that a client with an open stream misses no later event.
-        place = len(said.events) if last is None else said.place_after(last)
+        place = len(conversation.events) if last is None else conversation.place_after(last)
         response = web.StreamResponse(headers=_STREAM)
         # The stream ends if the reader has gone or stopped reading, or if the store has failed.
         with suppress(ConnectionError, StoreError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
             while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
-                end = len(said.events)
+                end = len(conversation.events)
                 await self._operations.durable()
                 if place == end:
                     await response.write(KEEP_ALIVE)
                 while place < end:
-                    frames = _frames(said.events, place, end)
+                    frames = _frames(conversation.events, place, end)
                     place += len(frames)
                     await response.write(b"".join(frames))
         return response

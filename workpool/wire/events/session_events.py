@@ -94,13 +94,13 @@ class SessionEvents:
         """
         return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
 
-    async def _stored(self, said: Sequence[SessionEvent]) -> Sequence[SessionEvent] | None:
-        """Return the events of `said` from the history; None if one is missing or differs."""
-        wanted, held = {_key(event) for event in said}, {}
+    async def _stored(self, sent_events: Sequence[SessionEvent]) -> Sequence[SessionEvent] | None:
+        """Return the sent events from the history; None if one is missing or differs."""
+        wanted, held = {_key(event) for event in sent_events}, {}
         async for event in self.list():
             if event["type"] in _ANSWERS and (key := _key(event)) in wanted:
                 held[key] = event
-        pairs = [(event, held.get(_key(event))) for event in said]
+        pairs = [(event, held.get(_key(event))) for event in sent_events]
         stored = [theirs for ours, theirs in pairs if theirs is not None and _within(ours, theirs)]
         return stored if len(stored) == len(pairs) else None
 

@@ -99,9 +99,9 @@ def no_answer(op: str, error: BaseException, *, plain: bool = False) -> ControlP
     if isinstance(error, TimeoutError):
         return TransientError(op, None, "no answer in time", reason="timeout")
     # Only aiohttp's texts about connecting are quoted: its other errors quote received bytes.
-    told = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
+    text = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
     hint = _wrong_scheme(error, plain=plain)
-    return TransientError(op, None, f"no answer: {told}{hint}", reason="network")
+    return TransientError(op, None, f"no answer: {text}{hint}", reason="network")
 
 
 def _wrong_scheme(error: BaseException, *, plain: bool) -> str:
