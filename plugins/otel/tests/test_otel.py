@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,7 +26,6 @@ from workpool_otel import Otel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from workpool.server import Item
 
@@ -266,6 +267,15 @@ async def test_plugin_object_serves_one_pool_at_a_time(kit: Kit, spans: Spans) -
         with pytest.raises(PluginError, match="one object serves one pool"):
             async with kit.pool(plugin, done):
                 pass
+
+
+async def test_handler_of_the_readme_runs(kit: Kit, spans: Spans) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    [block] = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(block, names)  # noqa: S102 - an example of ours
+    finished = await run(kit, [spans.plugin(), names["traced"]], job="traced")
+    assert finished.outcome == "completed"
 
 
 def test_setting_of_the_wrong_type_is_refused() -> None:
