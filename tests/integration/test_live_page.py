@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -18,6 +19,7 @@ from workpool.events import SessionFinished, SessionStarted
 from workpool.pages import CONFINED
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from workpool import Supervisor
@@ -133,27 +135,72 @@ async def test_index_stays_plain_text_for_clients_that_are_no_browsers(make_pool
         assert text.startswith("workpool\n")
 
 
-async def in_browser(url: str, folder: Path, *options: str) -> str:
-    """Return the page after its scripts have run, as headless Chromium serialises it."""
-    browser = shutil.which("chromium")
-    if browser is None:
+class Browser:
+    """One page of headless Chromium, driven through its debugging port."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._sent = 0
+
+    async def call(self, method: str, **params: object) -> Any:
+        """Call a method of the DevTools protocol, and return its result."""
+        self._sent += 1
+        await self._socket.send_json({"id": self._sent, "method": method, "params": params})
+        while True:
+            told = await self._socket.receive_json()
+            if told.get("id") == self._sent:
+                return told["result"]
+
+    async def open(self, url: str) -> None:
+        """Open a page and wait until it is complete."""
+        await self.call("Page.navigate", url=url)
+        await self.until("document.readyState", "complete")
+
+    async def run(self, script: str) -> Any:
+        """Return the value of a script."""
+        told = await self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        return told["result"].get("value")
+
+    async def until(self, script: str, part: str) -> str:
+        """Wait until the value of a script contains `part`, and return the value."""
+        async with asyncio.timeout(30):
+            while True:
+                value = str(await self.run(script))
+                if part in value:
+                    return value
+                await asyncio.sleep(0.1)  # between two questions to the browser
+
+
+@asynccontextmanager
+async def driven_browser(folder: Path) -> AsyncIterator[Browser]:
+    """Start headless Chromium with a page and end it afterwards."""
+    program = shutil.which("chromium")
+    if program is None:
         pytest.skip("chromium is not installed")
     process = await asyncio.create_subprocess_exec(
-        *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
         *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
-        *("--disable-sync", f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"),
-        *(*options, url),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
+        *("--disable-sync", f"--user-data-dir={folder / 'profile'}"),
+        *("--remote-debugging-port=0", "about:blank"),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(60):
-            out, _ = await process.communicate()
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+            assert process.stderr is not None
+            port = ""
+            async for line in process.stderr:  # "DevTools listening on ws://127.0.0.1:PORT/…"
+                if found := re.search(rb"ws://127\.0\.0\.1:(\d+)/", line):
+                    port = found[1].decode()
+                    break
+            async with http.get(f"http://127.0.0.1:{port}/json") as answer:
+                pages = [each for each in await answer.json() if each["type"] == "page"]
+            async with http.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                yield Browser(socket)
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
-    return out.decode()
+        await process.wait()
 
 
 @pytest.mark.trial
@@ -165,8 +212,51 @@ async def test_page_shows_sessions_as_text_in_a_browser(
     async with make_pool(work, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("<img src=x onerror=alert(1)> disk full")
-        page = await in_browser(f"{pool.metrics_url}/", tmp_path, "--dump-dom")
-    assert item.session_id in page
-    assert "not ready" in page
-    assert "paused: &lt;img src=x onerror=alert(1)&gt; disk full" in page
-    assert "<img" not in page
+        async with driven_browser(tmp_path) as browser:
+            await browser.open(f"{pool.metrics_url}/")
+            await browser.until("document.getElementById('sessions').textContent", item.session_id)
+            shown = await browser.run("document.body.textContent")
+            assert "not ready" in shown
+            assert "paused: <img src=x onerror=alert(1)> disk full" in shown
+            assert await browser.run("document.images.length") == 0
+
+
+# -- the page of the control plane ---------------------------------------------------------------
+
+
+async def test_queue_page_needs_no_token_and_shows_nothing_of_the_queue(
+    plane: ControlPlane,
+) -> None:
+    (item,) = plane.enqueue()
+    url = plane.base_url.partition("/api/")[0] + "/"
+    status, headers, page = await fetch(url, HTML)
+    assert status == 200
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    parts = re.findall(r'(?:src|href)="(page/[^"]+)"', page)
+    assert parts == ["page/page.css", "page/queue.js"]
+    texts = [page, *[(await fetch(url + part))[2] for part in (*parts, "page/page.js")]]
+    for text in texts:
+        assert item.id not in text
+        assert plane.environments[0] not in text
+        assert "innerHTML" not in text
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(120)
+async def test_queue_page_shows_items_as_text_after_a_token_was_typed(
+    plane: ControlPlane, tmp_path: Path
+) -> None:
+    """The browser is driven through its debugging port, because a token is never in a URL."""
+    (item,) = plane.enqueue(work_type="<img src=x onerror=alert(1)>")
+    url = plane.base_url.partition("/api/")[0] + "/"
+    async with driven_browser(tmp_path) as browser:
+        await browser.open(url)
+        await browser.run(
+            f"document.getElementById('environment').value = {plane.environments[0]!r};"
+            f"document.getElementById('token').value = {plane.token!r};"
+            "document.querySelector('#opener button').click()"
+        )
+        shown = await browser.until("document.getElementById('items').textContent", item.id)
+        assert "<img src=x onerror=alert(1)>" in shown
+        assert await browser.run("document.querySelectorAll('#items img').length") == 0
+        assert plane.token not in await browser.run("document.body.textContent")

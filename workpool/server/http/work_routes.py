@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from aiohttp import web
 
+from workpool.pages import add_page
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.http.disconnected_clients import has_gone
 from workpool.server.http.server_dialects import DIALECTS
@@ -286,5 +287,6 @@ def application(
     )
     app[requests.LARGE_BODIES] = asyncio.Semaphore(requests.LARGE_BODIES_MAX)
     app.add_routes(routes)
+    app.router.add_get("/", add_page(app.router, "queue"))
     app.on_response_prepare.append(add_request_id)
     return app
