@@ -406,18 +406,18 @@ async def test_plain_handler_hands_its_item_off_to_a_child(workpool: Kit) -> Non
     assert (result.outcome, result.item.state) == ("detached", "active")
 
 
-async def test_plain_handler_without_progress_is_stalled(workpool: Kit) -> None:
+async def test_plain_handler_without_progress_is_stalled_unless_it_waits(workpool: Kit) -> None:
+    waited: list[bool] = []
+
     @handler(stall_timeout=0.5)
     def work(session: BlockingSession) -> None:
-        for _ in range(10):
-            time.sleep(0.1)
-            session.progress()
         with session.waiting():
-            time.sleep(1)
-        assert session.cancelled.wait(WAIT_SECONDS)
+            waited.append(session.cancelled.wait(1.5))
+        session.progress()
+        waited.append(session.cancelled.wait(WAIT_SECONDS))
 
     result = await workpool.run_session(work)
-    assert (result.outcome, result.seconds > 2) == ("stalled", True)
+    assert (result.outcome, waited) == ("stalled", [False, True])
 
 
 def test_plain_handler_in_virtual_time_is_an_error_that_names_it(gate: Gate) -> None:
@@ -539,3 +539,19 @@ def test_embedding_program_ends_although_a_thread_hangs(
     began = time.monotonic()
     assert asyncio.run(main()).abandoned == 1
     assert time.monotonic() - began < 15
+
+
+def test_program_that_leaves_its_pool_open_ends_although_a_thread_hangs(gate: Gate) -> None:
+    @handler
+    def work(_: BlockingSession) -> None:
+        gate.wait()
+
+    async def main() -> None:
+        async with Kit() as kit:
+            kit.enqueue()
+            await kit.pool(work).__aenter__()
+            await gate.until_reached()
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 30

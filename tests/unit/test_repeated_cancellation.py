@@ -12,7 +12,9 @@ import pytest
 from workpool.handlers import Handler
 from workpool.plugins import Plugins
 from workpool.pool.handler_executor import HandlerExecutor, handler_group
+from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.pool_item import EndReason
+from workpool.session import Session
 from workpool.testing.virtual_time import in_virtual_time
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ async def running(
         clock=parts.clock,
         observe=parts.observe,
         renewer=parts.renewer,
+        threads=HandlerThreads(1, parts.clock),
     )
     async with handler_group() as handlers, parts.open(), asyncio.TaskGroup() as group:
         item = await parts.claim()
@@ -65,7 +68,8 @@ async def running(
         call = Handler(
             name="stubborn.run", call=handler, timeout=None, max_sessions=None, plugin="stubborn"
         )
-        group.create_task(executor.run(item, call, cast("Any", None)))
+        session = Session(item.work_item, cast("Any", None), redelivered=False)
+        group.create_task(executor.run(item, call, session))
         await handler.began.wait()
         yield executor, item
 

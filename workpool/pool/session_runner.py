@@ -154,6 +154,8 @@ class SessionRunner:
             self.unstarted += 1
         if item.mark_task is not None:
             item.mark_task.cancel()
+        if item.handler_task is not None:
+            item.handler_task.cancel()  # one that was abandoned: only now does a thread's wait end
         if item.acknowledged:
             self._context.renewer.remove(item.lease)
         if item.session is not None:
