@@ -1,6 +1,6 @@
-"""The contenders: the pool, a bare loop that makes the same calls, and other people's clients.
+"""The contenders: the pool, a bare loop that makes the same calls, and clients of other projects.
 
-All handle items that ask for nothing, eight at a time, with the longest poll that is allowed.
+All handle items without any work, eight at a time, with the longest poll that is allowed.
 """
 
 from __future__ import annotations

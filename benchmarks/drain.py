@@ -2,10 +2,10 @@
 
     python benchmarks/drain.py [--sessions 1500 6000] [--rounds 3]
 
-A pool holds so many sessions, then drains. `return`: the handlers return as soon as they are told
-about the drain, and each session is stopped. `release`: the drain has no time, so the handlers are
-cancelled and each item is released by a last heartbeat. The cost per session must not depend on
-their number.
+A pool holds this many sessions, then drains. `return`: each handler returns as soon as it notices
+the drain, and each session is stopped. `release`: the drain has no time, so the handlers are
+cancelled and each item is released by a last heartbeat. The cost per session must not depend on the
+number of sessions.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """A plugin that is told everything and does nothing with it."""
+    """A plugin that receives all events and ignores them."""
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:

@@ -24,7 +24,7 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def ids(qoder: Api) -> dict[str, str]:
-    """One item in each state, oldest first, and then one that failed."""
+    """One item in each state, oldest first, followed by a failed one."""
     found = {state: await qoder.bring_to(state, "worker") for state in reversed(STATES)}
     failed = await qoder.bring_to("stopped")
     qoder.plane.operations.update(ENV, failed, {"workpool.error": "ValueError"})

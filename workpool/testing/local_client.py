@@ -345,7 +345,7 @@ class LocalClient:
         return await self._settle(endpoint, exchange(), until - loop.time())
 
     async def _wait(self, op: str, fault: Fault, options: CallOptions, until: float) -> None:
-        """Wait for the own rate limit and for the connection."""
+        """Wait for the client's rate limit and for the connection."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
             await self._acquire(options.priority, until - loop.time())
@@ -355,7 +355,7 @@ class LocalClient:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
     async def _acquire(self, priority: Priority, seconds: float | None) -> None:
-        """Acquire one write of the own rate limit within `seconds` (None: without a bound)."""
+        """Acquire one write of the client's rate limit within `seconds` (None: without a limit)."""
         limiter = self.rate_limits.write
         if not limiter.limited or limiter.try_acquire(priority):
             return

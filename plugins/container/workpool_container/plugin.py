@@ -122,7 +122,7 @@ class Container:
         """Find the engine and the image.
 
         Raises:
-            PluginError: One of them is missing. The text says what to do.
+            PluginError: One of them is missing. The text says how to add it.
         """
         socket, image = engine.socket, self._options.image
         try:
