@@ -471,6 +471,8 @@ class Settings:
 
     def origin_of(self, name: str) -> str:
         """Return the variable, file or flag of a setting's value; empty if it has none."""
+        if name == "token" and self.token is None and self.token_file is None:
+            return DIALECTS[self.dialect].credential_variable
         return self._sources.origins.get(name, "")
 
     def replace(self, **values: Any) -> Self:

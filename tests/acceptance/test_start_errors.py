@@ -449,11 +449,18 @@ PROCESSES = [
         "host of metrics",
         "run handlers --metrics-listen no-such-host.invalid:0",
         "cannot listen on no-such-host.invalid:0 (…); set metrics_listen to an address "
-        "of this host, or to off (from --metrics-listen)",
+        "of this host, or to off (metrics_listen from --metrics-listen)",
     ),
 ]
 REFUSALS = [
-    Mistake("wrong token", "run handlers", "poll: 401 …", {"WORKPOOL_TOKEN": "wrong"}, 3),
+    Mistake(
+        "wrong token",
+        "run handlers",
+        "poll: 401 …; the token is wrong or has expired: make a new one (token from "
+        "WORKPOOL_TOKEN)",
+        {"WORKPOOL_TOKEN": "wrong"},
+        3,
+    ),
     Mistake(
         "token of others",
         "run handlers",
@@ -461,7 +468,14 @@ REFUSALS = [
         {"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN},
         3,
     ),
-    Mistake("unknown environment", "run handlers --environment-id env_x", "poll: 404 …", {}, 3),
+    Mistake(
+        "unknown environment",
+        "run handlers --environment-id env_x",
+        "poll: 404 no such environment; check environment_id and base_url "
+        "(environment_id from --environment-id, base_url from WORKPOOL_BASE_URL)",
+        {},
+        3,
+    ),
     Mistake(
         "environment of the cloud", f"run handlers --environment-id {CLOUD}", "poll: 400 …", {}, 3
     ),
@@ -501,7 +515,7 @@ async def test_port_of_another_program_is_told_with_its_setting(start: Start) ->
         assert await command.ends() == 2
     mistake = Mistake("", "", f"cannot listen on {address} (Address already in use); …")
     assert mistake.is_told(command.err)
-    assert "(from WORKPOOL_METRICS_LISTEN)" in command.err
+    assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
 
 
 async def test_address_without_the_prefix_of_the_dialect_is_refused(

@@ -29,13 +29,6 @@ from workpool.wire.client_dialects import DIALECTS
 SKEW_SECONDS: Final = 5.0
 """The accepted error of the wall clock. It affects no lease, only ages and latencies."""
 
-_ADVICE: Final = {
-    400: "the environment must be self_hosted, and base_url must hold the dialect's prefix",
-    401: "the token is wrong or has expired: make a new one",
-    403: "the token may not use this environment",
-    404: "check environment_id and base_url",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
@@ -148,7 +141,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
 def _judge(settings: Settings, error: ControlPlaneError | None, seconds: float) -> CheckResult:
     if error is None:
         return CheckResult("control plane", "ok", f"answered in {seconds * 1000:.0f} ms")
-    advice = _ADVICE.get(error.status or 0, "check base_url, proxies and the network")
+    advice = exits.ADVICE.get(error.status or 0, "check base_url, proxies and the network")
     if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
         advice += "; base_url is the service's own, since it is not set"
     return CheckResult("control plane", "FAIL", str(error), advice, exits.status_of(error))

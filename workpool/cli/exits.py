@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, NoReturn
@@ -21,11 +21,13 @@ from workpool.errors import (
     ControlPlaneError,
     ListenError,
     PluginError,
+    RefusedError,
     SettingsError,
     WorkpoolError,
 )
 from workpool.logs import readable
 from workpool.server import ServeError, StoreError
+from workpool.settings import Settings
 
 log = logging.getLogger("workpool")
 
@@ -45,6 +47,31 @@ _is_loading: Final = re.compile(
 ).fullmatch
 """Whether the frames of a file only lead to the code of a plugin, and tell its author nothing."""
 _REFUSALS: Final = {400, 401, 403, 404}
+ADVICE: Final[Mapping[int, str]] = {
+    400: "the environment must be self_hosted, and base_url must hold the dialect's prefix",
+    401: "the token is wrong or has expired: make a new one",
+    403: "the token may not use this environment",
+    404: "check environment_id and base_url",
+}
+"""The advice after a refusal by the control plane, by status."""
+_REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
+    400: ("environment_id", "base_url"),
+    401: ("token", "token_file"),
+    403: ("token", "token_file", "environment_id"),
+    404: ("environment_id", "base_url"),
+}
+"""The settings that a refusal is probably about."""
+
+
+def with_advice(line: str, error: WorkpoolError, settings: Settings) -> str:
+    """Return the line of an error with what to do, and where the settings concerned came from."""
+    names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
+    if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
+        line = f"{line}; {advice}"
+        names = _REFUSED_SETTINGS[error.status or 0]
+    origins = {name: settings.origin_of(name) for name in names}
+    found = ", ".join(f"{name} from {origin}" for name, origin in origins.items() if origin)
+    return f"{line} ({found})" if found else line
 
 
 def status_of(error: WorkpoolError | ServeError) -> int:

@@ -28,7 +28,7 @@ from workpool.cli.help_text import examples
 from workpool.cli.signals import Signals
 from workpool.cli.systemd import ServiceReporter
 from workpool.cli.verbosity import Verbose, is_verbose
-from workpool.errors import ListenError, WorkpoolError
+from workpool.errors import WorkpoolError
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.pool.supervisor import Supervisor
 from workpool.settings import OFF
@@ -176,10 +176,8 @@ async def _serve(
     if failure is not None:
         status = exits.status_of(failure)
         trace = exits.trace_of(failure)
-        origin = supervisor.settings.origin_of("metrics_listen")
-        from_where = f" (from {origin})" if isinstance(failure, ListenError) and origin else ""
         for problem in exits.lines_of(failure):
-            line = f"{problem}{from_where}"
+            line = exits.with_advice(problem, failure, supervisor.settings)
             log_config.log.critical(
                 "ended: %s", line, extra={"status": status, "error": line}, exc_info=trace
             )
