@@ -22,15 +22,13 @@ from aiohttp import web
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, SqliteStore
 from workpool.testing import Faults
+from workpool.testing.fault import Fault, nested
 from workpool.testing.fault_plan import read_plan
-from workpool.testing.http_faults import inject
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from workpool.server import Record
-    from workpool.testing.fault import Fault
-    from workpool.testing.http_faults import Middleware
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -123,15 +121,17 @@ def install(config: Config, faults: Faults, plane: ControlPlane, journal: Journa
     read_plan(Path(config.faults)).install(faults, plane)
     for rule, planned in zip(faults.rules, read_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
+        assert isinstance(rule.fault, Fault)
         rule.fault = noted(rule.fault, name, journal)
 
 
-def noted(fault: Fault | Middleware, name: str, journal: Journal) -> Middleware:
-    async def note_and_inject(request: web.Request, handler: Handler) -> web.StreamResponse:
-        journal.note("fault", kind=name, work_id=request.match_info.get("work_id"))
-        return await inject(fault, request, handler)
+def noted(fault: Fault, name: str, journal: Journal) -> Fault:
+    """Return the fault, which is written to the journal before it takes effect."""
 
-    return note_and_inject
+    def note(_environment_id: str, work_id: str | None) -> None:
+        journal.note("fault", kind=name, work_id=work_id)
+
+    return nested([Fault(before=note), fault])
 
 
 async def measure_lag(journal: Journal) -> None:

@@ -187,7 +187,7 @@ class Fleet:
     def worker_ids(self) -> dict[int, str]:
         """Return the Worker-ID of each process id that ran long enough."""
         said = {
-            pid: re.search(r"pool started worker_id=(\S+)", path.read_text())
+            pid: re.search(r"pool started .*\bworker_id=(\S+)", path.read_text())
             for pid, path in self._logs.items()
         }
         return {pid: found[1] for pid, found in said.items() if found}
