@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,11 @@ sys.meta_path.insert(0, Blocked())
 
 
 class Failed(Exception):
-    """A program failed or took too long."""
+    """A program failed."""
+
+
+class TooSlow(Failed):
+    """The time for making the image is over."""
 
 
 class Budget:
@@ -100,16 +105,31 @@ class Budget:
         Raises:
             Failed: The program failed, or the time is over.
         """
-        seconds = max(0.0, self._until - time.monotonic())
+        process = subprocess.Popen(  # noqa: S603 - our own words
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **given,
+        )
         try:
-            done = subprocess.run(  # noqa: S603 - our own words
-                words, capture_output=True, text=True, timeout=seconds, check=False, **given
-            )
+            output, _ = process.communicate(timeout=max(0.0, self._until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            raise Failed(f"{words[0]}: the image took more than {IMAGE_SECONDS:.0f} s") from None
-        if done.returncode:
-            raise Failed(f"{words[0]}: {done.stdout.strip()[-500:]}{done.stderr.strip()[-1500:]}")
-        return str(done.stdout).strip()
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise TooSlow(f"{words[0]}: the image took more than {IMAGE_SECONDS:.0f} s") from None
+        if process.returncode:
+            raise Failed(f"{words[0]}: {str(output).strip()[-1500:]}")
+        return str(output).strip()
+
+
+def unmount(folder: Path) -> None:
+    """Unmount what a killed engine has left mounted in a folder."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for mount in reversed(mounts):
+        if Path(mount).is_relative_to(folder):
+            subprocess.run(["umount", "--lazy", mount], check=False)  # noqa: S603, S607 - our own words
 
 
 class Engine:
@@ -192,10 +212,14 @@ def engine() -> Iterator[Engine]:
                     each.result()
         except Failed as error:
             pytest.skip(str(error))
-        build(engine, folder)
+        try:
+            build(engine, folder)
+        except TooSlow as error:
+            pytest.skip(str(error))
         yield engine
         engine.run("rm", "--all", "--force", "--time=1")
     finally:
+        unmount(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
