@@ -16,7 +16,7 @@ from tests.references import commands, examples
 from workpool.cli.commands import ENTRIES, app, load
 from workpool.cli.flags import WITHOUT_FLAG, flag_of
 from workpool.cli.hold import LAST_HEARTBEAT, WORK_ID
-from workpool.settings import DESCRIPTIONS, PREFIX
+from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 
 ROOT: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(commands(ROOT, "workpool"))}
@@ -65,6 +65,12 @@ def test_flag_of_a_setting_tells_its_default_and_its_variable() -> None:
             assert (
                 f"{' '.join(DESCRIPTIONS[name].split())} Variable: `{PREFIX}{name.upper()}`" in text
             )
+
+
+def test_flags_whose_value_is_called_seconds_take_numbers() -> None:
+    for option in COMMANDS["workpool run"].params:
+        if "SECONDS" in (option.metavar or "").split("|"):
+            assert {"int", "float"} & set(Settings.__annotations__[option.name].split(" | "))
 
 
 @pytest.mark.parametrize("path", COMMANDS)

@@ -25,6 +25,7 @@ METAVARS: Final[Mapping[str, str]] = {
     "drain_timeout": "SECONDS|unlimited",
     "report_errors": "type|message",
     "metrics_listen": "HOST:PORT|off",
+    "live_page_ids": "loopback|always",
     "log_level": "LEVEL",
     "control_socket": "PATH|off",
     "log_format": "text|json",
