@@ -200,7 +200,7 @@ async def test_scraped_process_stays_until_a_scrape_has_shown_its_drain(start: S
                 'workpool_drain_duration_seconds_count{result="clean"} 0.0' in await answer.text()
             )
         command.send(signal.SIGTERM)
-        await command.logs("drained result=clean")
+        await command.logs("waiting for the last scrape")
         async with http.get(url) as answer:
             assert (
                 'workpool_drain_duration_seconds_count{result="clean"} 1.0' in await answer.text()

@@ -118,6 +118,7 @@ class Drain:
         seconds = LAST_SCRAPE_SECONDS
         if self.timeout is not None and self.started_at is not None:
             seconds = min(seconds, self.started_at + self.timeout + GRACE_SECONDS - loop.time())
+        log.info("waiting for the last scrape", extra={"wait_seconds": round(seconds, 1)})
         exporter.on_scraped = partial(loop.call_soon_threadsafe, self.changed)
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
