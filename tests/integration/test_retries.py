@@ -299,6 +299,7 @@ async def test_each_retry_is_counted_reported_and_logged_in_one_line(
     records = [vars(each) for each in caplog.records if each.getMessage().startswith(message)]
     assert [(each["retry"], each["handler"]) for each in records] == [(1, name), (2, name)]
     assert all(each["wait_seconds"] <= 60 and each["exc_info"] is None for each in records)
+    assert all(each["wait_seconds"] == round(each["wait_seconds"], 3) for each in records)
     lines = [TextFormatter().format(each) for each in caplog.records]
     assert all("\n" not in line for line in lines if message in line)
 

@@ -296,7 +296,7 @@ class HandlerExecutor:
                 "work_id": item.id,
                 "handler": item.label,
                 "retry": session.retry,
-                "wait_seconds": seconds,
+                "wait_seconds": round(seconds, 3),
                 "error": text,
             },
         )
