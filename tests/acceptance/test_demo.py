@@ -108,6 +108,22 @@ async def test_demo_with_failing_handler_ends_with_status_1(bare: Start, folder:
     assert (promise[2], promise[6]) == ("4", "4")
 
 
+async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
+    bare: Start, folder: Path
+) -> None:
+    """The workers hold back a handler that fails at once, so the demo would seem to stand still."""
+    (folder / "broken.py").write_text(
+        "from workpool import Session, handler\n"
+        "@handler\n"
+        "async def broken(session: Session) -> None:\n"
+        '    raise ValueError("on purpose")\n'
+    )
+    command = await bare("demo", "broken")
+    assert await command.ends() == 1
+    assert re.search(r"^\d+ sessions failed, and none was completed: ", command.out, re.MULTILINE)
+    assert "does --metadata match" not in command.out
+
+
 async def test_demo_with_metadata_that_match_no_handler_ends_at_once(bare: Start) -> None:
     command = await bare("demo", "handlers:finish", "--metadata", "do=nothing")
     assert await command.ends() == 2

@@ -26,6 +26,11 @@ from workpool.server.timestamps import system_clock
 TICK_SECONDS: Final = 0.1
 STALL_SECONDS: Final = 20.0
 """Seconds without an ended session that count as a failure; a killed worker's lease lasts 10 s."""
+FAILED_SESSIONS: Final = 10
+"""The demo ends early once so many sessions failed and none was completed.
+
+Workers hold back a handler that fails at once for longer and longer, so the demo would stand still.
+"""
 END_SECONDS: Final = 6.0
 """Seconds in which workers may drain before they are killed."""
 NEXT: Final = """\
@@ -133,13 +138,25 @@ class DemoRunner:
                 self._enqueue(state.count)
             if state.held or state.acked != acked:
                 acked, moved_at = state.acked, loop.time()
-            elif loop.time() - moved_at > STALL_SECONDS:
-                self.view.say("no worker takes these sessions: does --metadata match the handler?")
+            problem = self._problem(loop.time() - moved_at)
+            if problem is not None:
+                self.view.say(problem)
                 return exits.FAILED
             self.view.draw(state)
             await asyncio.sleep(TICK_SECONDS)
         self.view.draw(state)
         return exits.OK
+
+    def _problem(self, idle_seconds: float) -> str | None:
+        """Return why the rest of the demo would show nothing, or None."""
+        failed = self.state.failed.total()
+        if failed >= FAILED_SESSIONS and not self.state.completed.total():
+            return f"{failed} sessions failed, and none was completed: mend the handler"
+        if idle_seconds <= STALL_SECONDS:
+            return None
+        if failed:
+            return "the workers hold back, as the last sessions of a handler failed at once"
+        return "no worker takes these sessions: does --metadata match the handler?"
 
     def _worker(self, name: str) -> Worker:
         plane = self.plane
