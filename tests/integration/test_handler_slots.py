@@ -159,3 +159,20 @@ async def test_reservation_that_leaves_no_slot_is_refused_at_the_start(
         async with workpool.pool(limited, other, concurrency=2):
             raise AssertionError("started")
     assert message in str(refused.value)
+
+
+@in_virtual_time
+async def test_item_set_aside_that_is_delivered_again_runs_once(workpool: Kit) -> None:
+    workpool.enqueue(count=2, metadata={"kind": "limited"})
+    async with workpool.pool(counting_handler(2.0, Counter(), most=1)) as pool:
+        await workpool.wait_for(SessionStarted)
+        await asyncio.sleep(1)
+        assert pool._view is not None
+        dispatcher, queue = pool._view.dispatcher, pool._view.context.queue
+        (aside,) = queue.aside
+        await queue.reserve()
+        assert dispatcher.offer(aside.work_item, pool._view.context.clock()) == "declined"
+        queue.unreserve()
+        assert queue.aside == [aside]
+        await workpool.wait_for(SessionFinished, count=2)
+    assert len(acked(workpool)) == 2

@@ -55,11 +55,6 @@ MUTATIONS: dict[str, list[Edit]] = {
     "more runs than the limit of their handler": [
         Edit("dispatcher:Dispatcher", "and self._slots.free(item.handler)", ""),
     ],
-    "item set aside is started twice": [
-        Edit("dispatcher:Dispatcher", "owned = self._aside(work_item.id)", "pass"),
-        Edit("pool_item:OwnedItems", "del self._by_id[item.id]", "self._by_id.pop(item.id, None)"),
-        Edit("dispatcher:Dispatcher", "and not self.items.has_session(item.session_id)", ""),
-    ],
     "item taken during a pause": [
         Edit(
             "dispatcher:Dispatcher",
@@ -391,7 +386,7 @@ MUTATIONS: dict[str, list[Edit]] = {
         Edit("pool_item:PoolItem", "0.0 if self.waits else max", "max"),
     ],
     "halt of the machine counted as silence": [
-        Edit("handler_executor:HandlerExecutor", "late += now - due_at", "pass"),
+        Edit("handler_executor:HandlerExecutor", "late += lateness", "pass"),
     ],
     # Completions.
     "own stop taken for an operator's": [

@@ -18,13 +18,19 @@ UNNOTICED_PART: Final = 0.25
 
 
 def silent_handlers_are_stalled(case: Case) -> Iterator[str]:
-    """9g. A handler without progress for `stall_timeout` is cancelled."""
+    """9g. A handler without progress for `stall_timeout` is cancelled.
+
+    If its machine was halted shortly before its last progress, the pool cannot tell how much of the
+    delay of its next check came after the progress: the end may come one check later.
+    """
     for run in case.trace.runs:
         limit = run.node.pool.stall_timeout
         until = run.ended_or_cancelled
         if limit is None or run.waits or run.node.paused(run.progressed_at, until):
             continue
-        if min(until, run.node.crashed) > run.progressed_at + limit + MARGIN_SECONDS:
+        halted_before = run.node.paused(run.progressed_at - limit, run.progressed_at)
+        latest = run.progressed_at + limit * (1 + UNNOTICED_PART * halted_before)
+        if min(until, run.node.crashed) > latest + MARGIN_SECONDS:
             name = f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})"
             yield f"{name} ran until {until:.3f}, silent since {run.progressed_at:.3f}"
 

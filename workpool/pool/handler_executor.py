@@ -160,9 +160,11 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
+        # what was late before the last progress is no silence after it
+        lateness = now - max(due_at, item.progressed_at)
         # a shorter delay is usual, and would delay each end if it were not counted
-        if now - due_at >= LATE_SECONDS:
-            late += now - due_at
+        if lateness >= LATE_SECONDS:
+            late += lateness
         silence = max(0.0, item.silence(now) - late)
         if not item.executing:
             return
