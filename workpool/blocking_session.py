@@ -90,6 +90,11 @@ class BlockingSession:
         return self._session.state
 
     @property
+    def traceparent(self) -> str | None:
+        """The W3C trace context for what this session starts, see `Session.traceparent`."""
+        return self._session.traceparent
+
+    @property
     def log(self) -> logging.LoggerAdapter[logging.Logger]:
         """A logger whose records have the ids."""
         return self._session.log

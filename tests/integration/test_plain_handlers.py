@@ -180,6 +180,13 @@ async def test_context_variables_and_plugin_contexts_reach_the_thread(
     assert found == [("the embedder's", "open")]
 
 
+def test_blocking_session_has_each_public_name_of_a_session() -> None:
+    """All but those that the pool calls, and the outcome, which is None while a handler runs."""
+    of_the_pool = {"interrupt", "trace_fields", "outcome"}
+    names = {name for name in dir(Session) if not name.startswith("_")} - of_the_pool
+    assert names <= set(dir(BlockingSession))
+
+
 async def test_lost_lease_sets_cancelled_and_calls_raise_lease_lost(workpool: Kit) -> None:
     errors: list[BaseException] = []
 
