@@ -120,7 +120,7 @@ def test_hook_specifications_are_the_documented_five() -> None:
     ]
 
 
-def blind(handler: ast.ExceptHandler) -> bool:
+def catches_everything(handler: ast.ExceptHandler) -> bool:
     caught = ast.unparse(handler.type) if handler.type else "BaseException"
     reraises = any(isinstance(node, ast.Raise) and node.exc is None for node in handler.body)
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
@@ -131,7 +131,7 @@ def test_broad_excepts_are_in_the_listed_modules_only() -> None:
         relative(path)
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ExceptHandler) and blind(node)
+        if isinstance(node, ast.ExceptHandler) and catches_everything(node)
     }
     assert found == BLIND_EXCEPTS
 

@@ -130,7 +130,7 @@ class InboundConnections:
         self._unread_bytes -= self._unread.pop(connection, 0)
 
     def _dispensable(self) -> _Connection | None:
-        """Return the connection that makes room for a new one."""
+        """Return the idle or slow connection to close for a new one, or None."""
         for connection in self._without_request:
             return connection
         until = asyncio.get_running_loop().time() - SERVE_SECONDS
@@ -138,7 +138,7 @@ class InboundConnections:
             return connection if since <= until else None
         return None
 
-    # -- times ----------------------------------------------------------------------------------
+    # -- time limits -----------------------------------------------------------------------------
 
     def _await_request(self, connection: _Connection, seconds: float) -> None:
         connection.due = asyncio.get_running_loop().time() + seconds

@@ -134,7 +134,7 @@ def _block(text: str, limit: int) -> list[str]:
 
 
 def _message(record: logging.LogRecord) -> str:
-    """Return the message; a record whose arguments do not fit it must not be printed elsewhere."""
+    """Return the message; if its arguments do not fit, logging would print the record to stderr."""
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - code of users, in `__str__`

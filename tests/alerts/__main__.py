@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MINUTES: Final = 20.0
 LOOK_SECONDS: Final = 5.0
 BACKLOG_SECONDS: Final = 120
+TWO_WORKERS: Final = "env-kill-9-of-one-worker"
 """Replaces the threshold of the rule WorkpoolBacklog, which each operator must choose."""
 
 
@@ -109,7 +110,9 @@ async def main() -> int:
 def _write_rules(folder: Path) -> Path:
     rules = (ROOT / "workpool/alerts.yml").read_text()
     path = folder / "alerts.yml"
-    path.write_text(rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}"))
+    rules = rules.replace("_age_seconds) > 900", f"_age_seconds) > {BACKLOG_SECONDS}")
+    workers = f'(workpool_build_info{{environment_id="{TWO_WORKERS}"}}) < 2'
+    path.write_text(rules.replace("(workpool_build_info) < 1", workers))
     return path
 
 

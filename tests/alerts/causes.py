@@ -195,7 +195,7 @@ def alerts(*names: str) -> frozenset[str]:
 CAUSES: Mapping[str, Cause] = {
     "idle": Cause(idle),
     "burst": Cause(burst),
-    "kill -9 of one worker": Cause(kill_one),
+    "kill -9 of one worker": Cause(kill_one, alerts("FewerWorkers")),
     "an outage of 90 s": Cause(outage, alerts("SessionsLost", "LeaseLate")),
     "throttled with 429": Cause(throttling, alerts("Throttled"), alerts("StatsStale")),
     "a handler blocks the loop": Cause(blocking, alerts("LoopBlocked")),

@@ -118,7 +118,7 @@ class Storm:
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
 
-    # -- while it blows ------------------------------------------------------------------------
+    # -- during the storm ----------------------------------------------------------------------
 
     async def _all_at_once(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         async with asyncio.TaskGroup() as group:

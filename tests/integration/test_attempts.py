@@ -462,7 +462,7 @@ async def test_item_lost_ten_times_fails_by_default(
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_max_attempts_leaves_no_mark(item_runs: ItemRuns) -> None:
+async def test_item_beyond_max_attempts_writes_no_attempt_to_metadata(item_runs: ItemRuns) -> None:
     item_runs.crash()
     item_runs.write(attempt="5", released="earlier")
     assert (await item_runs.run(prompt, max_attempts=4)).outcome == "failed"

@@ -1,4 +1,4 @@
-"""The attributes of a session for its handler, its wrapping contexts and the log."""
+"""The attributes of a session for its handler, the context managers around it, and the log."""
 
 from __future__ import annotations
 

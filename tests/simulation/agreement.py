@@ -103,7 +103,7 @@ def _contradiction(
     handed = lease.end_kind == "detached" and lease.ended <= at
     if handed != (outcome == "detached") and not (case.disturbed(node, lease) or node.abandoned):
         return "a child has taken it" if handed else "no child has taken it"
-    # then a 409 does not say whether the item is stopped
+    # a pool that may not read items cannot tell from a 409 whether the item is stopped
     unread = case.denied_at(node, "get") <= at
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (

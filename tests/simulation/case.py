@@ -180,7 +180,7 @@ class Case:
         return FOREVER
 
     def extended_another(self, node: Node, work_id: str) -> bool:
-        """Return whether the node extended another worker's lease after its own was ended early."""
+        """Return whether the node extended the lease of another node after losing its own."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)

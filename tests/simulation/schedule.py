@@ -51,7 +51,7 @@ STALL_SHARE: Final = 0.12
 BURST_SHARE: Final = 0.06
 """The share of schedules with many short sessions at once."""
 CLOSE_SHARE, CLOSE_SECONDS = 0.2, 0.008
-"""The share of actions that happen within so many seconds of new work."""
+"""CLOSE_SHARE of the actions happen within CLOSE_SECONDS of new work."""
 PAUSE_SECONDS: Final = 2.5
 """The shortest pause of a virtual machine: pools do not notice shorter ones."""
 

@@ -256,7 +256,7 @@ async def test_as_many_items_set_aside_as_places_are_enough() -> None:
     assert queue.aside_full
 
 
-async def test_item_set_aside_starts_before_an_item_in_a_place() -> None:
+async def test_item_waiting_for_its_handler_starts_before_item_waiting_for_any_slot() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_aside("a")
     queue.set_aside("b")

@@ -31,7 +31,7 @@ def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[thr
         thread.join()
 
 
-def test_diagnostic_report_that_raises_raises_in_its_caller() -> None:
+def test_error_of_a_diagnostic_report_reaches_its_caller() -> None:
     def write() -> None:
         raise SystemExit("from a log handler")
 

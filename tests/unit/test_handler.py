@@ -75,7 +75,7 @@ def test_partial_of_marked_function_has_its_rule() -> None:
     assert rule_of(functools.partial(new())) is None
 
 
-def test_object_that_answers_any_attribute_has_no_rule() -> None:
+def test_object_with_every_attribute_is_not_taken_for_a_decorated_handler() -> None:
     class Anything:
         def __getattr__(self, name: str) -> str:
             return name

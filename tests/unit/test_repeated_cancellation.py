@@ -51,7 +51,7 @@ class Stubborn:
 async def running(
     bench: type[Bench], handler: Stubborn
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
-    """Run the block with an item whose handler runs; leave it once the handler has ended."""
+    """Run the body of the `with` statement while a handler runs, then wait until that ends."""
     parts = bench()
     context = SimpleNamespace(
         settings=parts.settings,

@@ -195,7 +195,7 @@ class Lease:
         polled_at: float | None = None,
         parents_heartbeat: str | None = None,
     ) -> None:
-        """Create the lease that an acknowledgement began.
+        """Create the lease that begins with an acknowledgement.
 
         Args:
             item: The item in the answer to the acknowledgement.

@@ -97,7 +97,7 @@ class Conversation:
         self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
-        self._place = 0  # the position in the script
+        self._place = 0  # the next scripted tool use
         self._uses: dict[str, _Use] = {}
         self._open: dict[str, _Use] = {}  # the tool uses of `_uses` without an answer
         self._ended_threads: set[str] = set()  # threads that accept no result anymore

@@ -355,7 +355,7 @@ class LocalClient:
                 raise TransientError(op, None, "no answer in time", reason="timeout")
 
     async def _acquire(self, priority: Priority, seconds: float | None) -> None:
-        """Acquire one write of the client's rate limit within `seconds` (None: without a limit)."""
+        """Wait until the rate limit allows a write, at most for `seconds` (None: no bound)."""
         limiter = self.rate_limits.write
         if not limiter.limited or limiter.try_acquire(priority):
             return

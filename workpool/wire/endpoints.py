@@ -182,7 +182,7 @@ STREAM: Final = "stream"
 
 
 def same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
-    """Return an answer about `work_id`.
+    """Check that an answer is about `work_id`, and return it.
 
     An answer about another item, for example by a proxy's mistake, must not decide about this one.
 

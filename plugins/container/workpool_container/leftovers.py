@@ -37,7 +37,7 @@ class Leftovers:
     def __init__(
         self, engine: Engine, client: WorkClient, environment_id: str, here: AbstractSet[str]
     ) -> None:
-        """`here` has the ids of the items whose containers have a handler in this process."""
+        """Create the watcher; `here` has the ids of items whose containers have a handler here."""
         self.look = asyncio.Event()
         self._engine = engine
         self._client = client

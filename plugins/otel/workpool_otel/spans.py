@@ -197,7 +197,7 @@ class SessionSpans:
 
 
 def _created_in(item: WorkItem) -> Context:
-    """Return the context in which the item was created: of its metadata, else of its poll."""
+    """Return the trace context of the item's creator: from its metadata, or else from the poll."""
     found = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(found).get_span_context().is_valid and item.traceparent:
         found = propagate.extract({"traceparent": item.traceparent})

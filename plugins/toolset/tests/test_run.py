@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 async def show(*flags: str) -> str:
-    """Run `show.py`, which judges the conversation itself, and return its output."""
+    """Run `show.py`, which checks its conversation, and return the output of `show.py`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests/show.py"), *flags),
         stdout=asyncio.subprocess.PIPE,

@@ -91,10 +91,10 @@ class DemoState:
         return max(0.0, max(ends) - self._now()) if ends else None
 
     def held_by(self, worker: str) -> list[str]:
-        """Return the names of the items that a worker holds; none while one has no heartbeat yet.
+        """Return the names of the items that a worker holds, once each has had a heartbeat.
 
-        The lease of an acknowledgement is six times as long as the demo's: the demo would wait for
-        an item whose worker is killed before the first heartbeat.
+        Before that, the list is empty, so that the demo does not kill the worker yet: a lease
+        without a heartbeat lasts six times as long as the other leases of the demo.
         """
         held = {key: hold for key, hold in self.held.items() if hold.worker == worker}
         ready = all(hold.has_heartbeat for hold in held.values())

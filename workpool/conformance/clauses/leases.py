@@ -110,7 +110,7 @@ async def history_of_a_redelivered_item(trial: Trial) -> None:
 
 @clause("lease-same-id", "A redelivered item has the id that it had.")
 async def id_of_a_redelivered_item(trial: Trial) -> None:
-    """Compare the ids of two deliveries."""
+    """Check that both deliveries of an item have the same id."""
     subject, former = await _lapsed(trial)
     same_or_differs(subject.id == former, "it has a new id")
 

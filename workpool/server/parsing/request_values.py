@@ -126,7 +126,7 @@ def poll(request: web.Request, worker_id: str | None) -> Poll:
 
 
 def heartbeat(request: web.Request) -> tuple[str | None, int]:
-    """Return a heartbeat's expected value, and its TTL before it is clamped."""
+    """Return `expected_last_heartbeat` of a heartbeat, and its TTL before it is clamped."""
     ttl_seconds = number(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
         raise APIError(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")

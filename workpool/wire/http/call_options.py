@@ -29,7 +29,7 @@ class CallOptions(NamedTuple):
     Attributes:
         check: Called right before the first byte is written, with no await in between. If it raises
             an exception, the call raises it too and has sent nothing.
-        priority: The call's place where calls wait for each other.
+        priority: The call's priority in the queues for rate limit and connections.
         new_connection: Use no pooled connection: after a try without an answer, the other pooled
             connections may be dead too. Has no effect in a caller's own aiohttp session.
         permit: A permit for this call has been acquired, so it waits for no rate limit.
