@@ -56,7 +56,6 @@ FIELDS: Final[Mapping[str, Literal["text", "number"]]] = {
     # requests to `workpool serve`
     "method": "text",
     "path": "text",
-    "ms": "number",
     # errors
     "error": "text",
     "error_type": "text",

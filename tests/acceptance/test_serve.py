@@ -256,7 +256,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     assert await command.ends() == 0
     lines = [line for line in command.err.splitlines() if " request method=" in line]
     words = [dict(word.split("=") for word in line.split()[4:]) for line in lines]
-    assert all(set(each) == {"method", "path", "status", "ms"} for each in words)
+    assert all(set(each) == {"method", "path", "status", "seconds"} for each in words)
     [created, listed, refused] = [(each["method"], each["status"]) for each in words]
     assert (created, listed, refused) == (("POST", "200"), ("GET", "200"), ("GET", "401"))
     assert words[2]["path"].endswith(work_id)

@@ -42,6 +42,6 @@ async def log_request(
             "method": request.method,
             "path": request.path,
             "status": status,
-            "ms": round((time.monotonic() - started) * 1000, 1),
+            "seconds": round(time.monotonic() - started, 4),
         }
         log.debug("request", extra=fields)
