@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "WORKPOOL_"
 CONFIG_VARIABLE: Final = "WORKPOOL_CONFIG"
+SERVE_VARIABLE: Final = "WORKPOOL_SERVE_TOKEN"
+"""Read by `workpool serve`, whose shell often has the settings of a worker, too."""
 PORT_MAX: Final = 65535
 OFF: Final = "off"
 SOCKET_PATH_BYTES: Final = 100
@@ -714,7 +716,8 @@ def _unknown(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 def _unknown_variables() -> tuple[str, ...]:
     # "config" is no field, since a file cannot name itself.
-    names = {name.upper() for name in DESCRIPTIONS} | {CONFIG_VARIABLE.removeprefix(PREFIX)}
+    others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
+    names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
     bare = [name.removeprefix(PREFIX) for name in given]
     return tuple(_unknown(name, names, PREFIX) for name in bare if name not in names)

@@ -126,7 +126,9 @@ async def test_one_of_two_workers_is_chosen_by_its_process_id_or_environment(
         await worker.logs("idle; waiting for work")
     unclear = await ask("pause")
     assert unclear.status == 2
-    assert "several workers listen; choose one with --pid or --socket" in unclear.err
+    assert (
+        "several workers listen; choose one with --pid, --environment-id or --socket" in unclear.err
+    )
     for worker in workers:
         assert f"pid={worker.pid} environment_id={ENVIRONMENT}" in unclear.err
     first, second = workers

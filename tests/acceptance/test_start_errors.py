@@ -458,7 +458,7 @@ REFUSALS = [
         "run handlers",
         "poll: 401 …; the token is wrong or has expired: make a new one (token from "
         "WORKPOOL_TOKEN)",
-        {"WORKPOOL_TOKEN": "wrong"},
+        {"WORKPOOL_TOKEN": "token-of-nobody-Zx9"},
         3,
     ),
     Mistake(

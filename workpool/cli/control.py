@@ -135,7 +135,11 @@ def _choose(path: Path | None, pid: int | None, environment_id: str | None) -> P
         return next(iter(found))
     if found:
         lines = [f"{_description(answer)} socket={each}" for each, answer in found.items()]
-        _end(exits.USAGE, "several workers listen; choose one with --pid or --socket", *lines)
+        _end(
+            exits.USAGE,
+            "several workers listen; choose one with --pid, --environment-id or --socket",
+            *lines,
+        )
     fitting = "" if wanted == {"pid": None, "environment_id": None} else " that the flags fit"
     where = ", ".join(map(str, [path] if path is not None else directories()))
     raise ControlError(
