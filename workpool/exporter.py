@@ -58,10 +58,11 @@ IPV4: Final = 4
 
 INDEX: Final = """workpool
 
-/         a page that shows the worker, in a browser
-/metrics  Prometheus metrics
-/healthz  200 while the process works, else 503 and why not
-/readyz   200 while it takes work, else 503 and why not
+/           a page that shows the worker, in a browser
+/live.json  the data of that page
+/metrics    Prometheus metrics
+/healthz    200 while the process works, else 503 and why not
+/readyz     200 while it takes work, else 503 and why not
 """
 
 

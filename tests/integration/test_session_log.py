@@ -79,6 +79,23 @@ async def test_each_session_ends_with_one_line_at_info(
         }
 
 
+async def test_failure_of_a_handler_is_found_by_item_and_by_session(
+    plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    (item,) = plane.enqueue(metadata={"do": "fail"})
+    async with make_pool(report) as pool:
+        await recorder.wait_for(SessionFinished)
+        ids = pool.log_ids
+    (line,) = fields(caplog, "handler failed")
+    assert line == {
+        "levelname": "ERROR",
+        "work_id": item.id,
+        "session_id": item.session_id,
+        "handler": "report.report",
+        **ids,
+    }
+
+
 async def test_every_record_of_a_pool_has_its_ids(
     plane: ControlPlane, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -173,7 +173,7 @@ class HandlerExecutor:
             return
         log.warning(
             "session stalled",
-            extra={"work_id": item.id, "handler": item.label, "seconds": round(silence, 3)},
+            extra={**_names(item), "seconds": round(silence, 3)},
         )
         self.cancel(item, EndReason.STALLED)
 
@@ -295,8 +295,7 @@ class HandlerExecutor:
             "handler failed and is called again: %s",
             text,
             extra={
-                "work_id": item.id,
-                "handler": item.label,
+                **_names(item),
                 "retry": session.retry,
                 "wait_seconds": round(seconds, 3),
                 "error": text,
@@ -346,12 +345,15 @@ class HandlerExecutor:
             log.error(
                 "result not written: %s",
                 error,
-                extra={"work_id": item.id, "handler": item.label, "error": str(error)},
+                extra={**_names(item), "error": str(error)},
             )
             return
-        log.error(
-            "handler failed", extra={"work_id": item.id, "handler": item.label}, exc_info=error
-        )
+        log.error("handler failed", extra=_names(item), exc_info=error)
+
+
+def _names(item: PoolItem) -> dict[str, str]:
+    """Return the fields by which a record of the log is found."""
+    return {"work_id": item.id, "session_id": item.session_id, "handler": item.label}
 
 
 def _is_retried(retry: Retry | None, error: Exception, session: Session) -> TypeGuard[Retry]:
