@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from workpool import Settings, Supervisor
+from workpool import Settings, Supervisor, logs
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
 
@@ -23,6 +23,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+@pytest.fixture(autouse=True)
+def forget_tokens_of_other_tests() -> None:
+    """Empty the list of texts that logs redact: it belongs to the process, not to a test."""
+    logs._tokens.clear()
+    logs._item_tokens.clear()
 
 
 class MakePool(Protocol):
