@@ -15,7 +15,7 @@ assert _spec.loader is not None
 mutations = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(mutations)
 
-SCHEDULES = range(1000)
+SCHEDULES = range(2000)
 
 
 def test_mutation_table_has_at_least_twenty_entries() -> None:
