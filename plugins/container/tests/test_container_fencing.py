@@ -133,6 +133,7 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
     call: str,
     turns: int,
 ) -> None:
+    monkeypatch.setattr(run, "KILL_SECONDS", 30.0)  # a loaded machine removes it slowly
     original = getattr(engine, call)
 
     async def cancelled_again(*arguments: Any) -> Any:
