@@ -36,6 +36,8 @@ WAIT_SECONDS: Final = (0.25, 10.0)
 most."""
 RETRY_SECONDS: Final = (0.2, 1.0, 5.0)
 """The pauses between calls to an engine that does not answer; the last one repeats."""
+REMOVAL_TRIES: Final = 5
+"""The removals that the engine may fail with status 500 before the error counts."""
 PULL_SECONDS: Final = 600.0
 ORIGIN: Final = "http://localhost"
 """Any host name will do behind a socket."""
@@ -183,17 +185,19 @@ class Engine:
         """Remove a container in any state, and wait until it is gone. A running one is killed."""
         with _errors("removing the container"):
             async with asyncio.timeout(CALL_SECONDS):
-                while True:
-                    if await self._removed(container):
-                        return
+                tries = 1
+                while not await self._removed(container, last=tries >= REMOVAL_TRIES):
+                    tries += 1
                     await asyncio.sleep(RETRY_SECONDS[0])
 
-    async def _removed(self, container: str) -> bool:
+    async def _removed(self, container: str, *, last: bool) -> bool:
         try:
             await self._at(container).delete(force=True, v=True)
         except aiodocker.DockerError as error:
             if error.status == HTTPStatus.CONFLICT:
                 return False  # Docker: a removal is in progress, perhaps of an earlier call
+            if error.status == HTTPStatus.INTERNAL_SERVER_ERROR and not last:
+                return False  # Podman: a cancelled stop still changes the container's state
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
         return True
