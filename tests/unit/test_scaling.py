@@ -1,0 +1,74 @@
+"""The recommended number of workers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from workpool.scaling import SLOTS_PER_WORKER, FleetLoad, ReplicaRule, fleet_numbers
+from workpool.settings import Settings
+
+COUNTS = st.integers(0, 10_000)
+
+
+def test_default_slots_of_a_worker_are_its_default_concurrency() -> None:
+    assert Settings().concurrency == SLOTS_PER_WORKER
+
+
+@pytest.mark.parametrize(
+    ("queued", "pending", "running", "replicas"),
+    [
+        (0, 0, 0, 1),
+        (0, 0, 1, 1),
+        (0, 0, 8, 1),
+        (1, 0, 8, 2),
+        (0, 1, 8, 2),
+        (0, 0, 9, 2),
+        (100, 0, 0, 5),
+    ],
+)
+def test_recommended_replicas_follow_all_unfinished_items(
+    queued: int, pending: int, running: int, replicas: int
+) -> None:
+    rule = ReplicaRule(slots_per_worker=8, minimum=1, maximum=5)
+    assert rule.recommended_replicas(FleetLoad(queued, pending, running)) == replicas
+
+
+@given(COUNTS, COUNTS, COUNTS, st.integers(1, 100))
+def test_recommended_workers_have_a_slot_for_each_item_and_none_is_superfluous(
+    queued: int, pending: int, running: int, slots: int
+) -> None:
+    load = FleetLoad(queued, pending, running)
+    replicas = ReplicaRule(slots, maximum=100_000).recommended_replicas(load)
+    assert replicas * slots >= load.unfinished
+    assert replicas == math.ceil(load.unfinished / slots)
+
+
+@given(COUNTS, st.integers(1, 100))
+def test_recommended_replicas_stay_when_the_last_items_are_claimed(items: int, slots: int) -> None:
+    rule = ReplicaRule(slots)
+    queued, running = FleetLoad(items, 0, 0), FleetLoad(0, 0, items)
+    assert rule.recommended_replicas(queued) == rule.recommended_replicas(running)
+
+
+@pytest.mark.parametrize("wrong", [(0, 0, 1), (1, -1, 1), (1, 2, 1)])
+def test_replica_rule_out_of_range_is_refused(wrong: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"slots_per_worker|minimum and maximum"):
+        ReplicaRule(*wrong)
+
+
+def test_fleet_numbers_are_flat_numbers() -> None:
+    numbers = fleet_numbers(FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20))
+    assert numbers == {
+        "queued": 3,
+        "pending": 1,
+        "running": 12,
+        "unfinished": 16,
+        "oldest_queued_seconds": 4.5,
+        "slots_per_worker": 8,
+        "recommended_replicas": 2,
+        "lower_bound": True,
+    }

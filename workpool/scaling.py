@@ -1,0 +1,86 @@
+"""The numbers of an environment that autoscalers read, and the number of workers that they need.
+
+Pure functions, shared by `workpool serve`, `workpool scale` and the simulation of autoscalers. See
+workpool/docs/operating.md, "Scale automatically".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+SLOTS_PER_WORKER: Final = 8
+"""The default of the setting `concurrency`; a test compares them."""
+REPLICAS_MAX: Final = 100
+"""The default maximum, so that a wrong count cannot start workers without a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetLoad:
+    """The items of one environment that are not stopped.
+
+    Attributes:
+        queued: Items that a poll could receive now.
+        pending: Items that were delivered and are not acknowledged yet.
+        running: Items under a lease: starting, active or stopping.
+        oldest_queued_seconds: The age of the oldest queued item; 0 without one.
+        lower_bound: Whether `running` may be too small, because not all items could be counted.
+    """
+
+    queued: int
+    pending: int
+    running: int
+    oldest_queued_seconds: float = 0.0
+    lower_bound: bool = False
+
+    @property
+    def unfinished(self) -> int:
+        """The number of items for which a slot is needed, now or soon."""
+        return self.queued + self.pending + self.running
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRule:
+    """The calculation of the number of workers for a load.
+
+    Args:
+        slots_per_worker: The sessions that one worker runs at once: its setting `concurrency`.
+        minimum: The number of workers without work.
+        maximum: The number of workers for any load.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    slots_per_worker: int = SLOTS_PER_WORKER
+    minimum: int = 0
+    maximum: int = REPLICAS_MAX
+
+    def __post_init__(self) -> None:
+        if self.slots_per_worker < 1:
+            raise ValueError("slots_per_worker: not 1 or more")
+        if not 0 <= self.minimum <= self.maximum:
+            raise ValueError("minimum and maximum: not 0 <= minimum <= maximum")
+
+    def recommended_replicas(self, load: FleetLoad) -> int:
+        """Return `ceil(unfinished / slots_per_worker)`, within the minimum and the maximum.
+
+        Running items count. Without them the number would fall to the minimum as soon as the last
+        item is claimed, and the autoscaler would remove workers in the middle of their sessions.
+        """
+        needed = -(-load.unfinished // self.slots_per_worker)
+        return min(self.maximum, max(self.minimum, needed))
+
+
+def fleet_numbers(load: FleetLoad, rule: ReplicaRule) -> dict[str, int | float | bool]:
+    """Return the numbers of an environment as a flat JSON object, without ids."""
+    return {
+        "queued": load.queued,
+        "pending": load.pending,
+        "running": load.running,
+        "unfinished": load.unfinished,
+        "oldest_queued_seconds": load.oldest_queued_seconds,
+        "slots_per_worker": rule.slots_per_worker,
+        "recommended_replicas": rule.recommended_replicas(load),
+        "lower_bound": load.lower_bound,
+    }
