@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from tests.postgres.cluster import FIXTURES, database_url, own_postgres, postgres
 from workpool import Settings, Supervisor, logs
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
+
+__all__ = ["database_url", "own_postgres", "postgres"]  # fixtures
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark every test that needs PostgreSQL as a trial."""
+    if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
+        item.add_marker(pytest.mark.trial)
 
 
 @pytest.hookimpl(wrapper=True)

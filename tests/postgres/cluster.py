@@ -1,0 +1,281 @@
+"""A real PostgreSQL cluster of the tests, in a directory and on a port of its own.
+
+The fixture `postgres` starts one cluster for each process of pytest, which all its tests share, and
+`database_url` makes an empty database for each test. `own_postgres` is a cluster for one test,
+which may stop and kill it. Tests that use one of them are trials, since PostgreSQL is no Python
+package, and are skipped with a reason where it is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SUPERUSER = "workpool"
+FIXTURES = ("postgres", "own_postgres")
+"""The fixtures whose tests are trials."""
+SECONDS = 60
+"""Maximum time for the start or the end of a cluster on a loaded machine."""
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "max_connections": "200",
+    # An answered commit survives kill -9 of all processes of the cluster without a sync to disk,
+    # since the operating system has its log record. Only a failure of the machine loses it.
+    "fsync": "off",
+    "synchronous_commit": "on",
+    "shared_buffers": "64MB",
+    "log_min_messages": "warning",
+}
+_START_ATTEMPTS = 5
+
+
+class PostgresMissingError(Exception):
+    """PostgreSQL cannot run on this machine."""
+
+
+class Cluster:
+    """One PostgreSQL server with a data directory of its own; its calls block.
+
+    Args:
+        folder: An absent folder, with a short path, since it contains a socket.
+        settings: Settings of the server beside `SETTINGS`.
+
+    Attributes:
+        port: The port on the loopback interface, the same after each restart.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.port = 0
+        self._data = folder / "data"
+        self._log = folder / "log"
+        self._programs = programs()
+        self._settings = {**SETTINGS, "unix_socket_directories": str(folder), **(settings or {})}
+        self._numbers = count(1)
+        # `initdb` and `postgres` refuse to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+
+    @property
+    def pid(self) -> int:
+        """The first process of the running server; its other processes are children of it."""
+        return int((self._data / "postmaster.pid").read_text().partition("\n")[0])
+
+    def create(self) -> None:
+        """Make the data directory. Raises `PostgresMissingError`."""
+        self.folder.mkdir(mode=0o700)
+        if self._user is not None:
+            try:
+                owner = pwd.getpwnam(self._user)
+            except KeyError:
+                raise PostgresMissingError("no user postgres to run the server as") from None
+            os.chown(self.folder, owner.pw_uid, owner.pw_gid)
+        self._run("initdb", "--no-sync", "--auth=trust", f"--username={SUPERUSER}", "-E", "UTF8")
+
+    def start(self) -> None:
+        """Start the server and wait until it accepts connections."""
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            chosen = self.port or _free_port()
+            options = [f"-c {name}={value}" for name, value in self._settings.items()]
+            options.append(f"-c port={chosen}")
+            try:
+                self._control("start", "-l", str(self._log), "-o", " ".join(options))
+            except subprocess.CalledProcessError as error:
+                error.add_note(self.log())
+                if self.port or attempt == _START_ATTEMPTS:
+                    raise  # only a port that was just chosen may be another process's meanwhile
+            else:
+                self.port = chosen
+                return
+
+    def stop(self, mode: str = "fast") -> None:
+        """End the server: `fast` cuts all connections, `smart` waits until they have ended."""
+        self._control("stop", "-m", mode)
+
+    def restart(self) -> None:
+        """End the server, which cuts all connections, and start it again on the same port."""
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """Kill every process of the server, as a crash does, and return once they have ended."""
+        first = self.pid
+        os.kill(first, signal.SIGSTOP)  # otherwise it would start new processes meanwhile
+        processes = [first, *_children(first)]
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        deadline = time.monotonic() + SECONDS
+        while any(_runs(process) for process in processes):
+            if time.monotonic() > deadline:
+                pytest.fail("a killed process of PostgreSQL did not end")
+            time.sleep(0.01)
+        # In a container without an init process they stay zombies, which `pg_ctl` takes for a
+        # running server.
+        for lock in (self._data / "postmaster.pid", *self.folder.glob(".s.PGSQL.*.lock")):
+            lock.unlink()
+
+    def remove(self) -> None:
+        """End the server, if it runs, and delete its directory."""
+        with suppress(subprocess.CalledProcessError):
+            self.stop("immediate")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the URL of a database of this cluster."""
+        return f"postgresql://{SUPERUSER}@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self) -> str:
+        """Create an empty database, and return its URL."""
+        name = f"test_{next(self._numbers)}"
+        self.execute(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def execute(self, sql: str, url: str | None = None) -> str:
+        """Run statements on a connection of its own, and return the rows of the last one.
+
+        A line for each row, with `|` between its columns.
+        """
+        words = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", url or self.url())
+        return self._output("psql", *words, "-c", sql).strip()
+
+    def log(self) -> str:
+        """Return the log of the server."""
+        return self._log.read_text()
+
+    def _control(self, action: str, *words: str) -> None:
+        self._run("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
+
+    def _run(self, program: str, *words: str) -> None:
+        """Run a program of the server; its output is in no pipe, which the server would inherit."""
+        with tempfile.TemporaryFile() as output:
+            try:
+                subprocess.run(  # noqa: S603 - our own words
+                    [str(self._programs / program), "-D", str(self._data), *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    cwd=self.folder,
+                    user=self._user,
+                    group=self._user,
+                    extra_groups=None if self._user is None else [],
+                    timeout=2 * SECONDS,
+                    check=True,
+                )
+            except subprocess.CalledProcessError as error:
+                output.seek(0)
+                error.add_note(output.read().decode(errors="replace"))
+                raise
+
+    def _output(self, program: str, *words: str) -> str:
+        done = subprocess.run(  # noqa: S603 - our own words
+            [str(self._programs / program), *words],
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+def programs() -> Path:
+    """Return the folder of PostgreSQL's programs. Raises `PostgresMissingError`."""
+    found = sorted(
+        Path("/usr/lib/postgresql").glob("*/bin/initdb"),
+        key=lambda path: int(path.parts[-3]) if path.parts[-3].isdigit() else 0,
+    )
+    if found:
+        return found[-1].parent
+    other = shutil.which("initdb")
+    if other is None:
+        raise PostgresMissingError("not installed: initdb, of the package postgresql")
+    return Path(other).resolve().parent
+
+
+def started_cluster(settings: dict[str, str] | None = None) -> Cluster:
+    """Make and start a cluster, which the caller must `remove`. Raises `PostgresMissingError`."""
+    programs()
+    # /tmp, not a folder of pytest's: the user of the server may not enter that, and a socket's path
+    # must be short.
+    parent = Path(tempfile.mkdtemp(prefix="workpool-postgres-", dir="/tmp"))
+    parent.chmod(0o711)
+    cluster = Cluster(parent / "cluster", settings)
+    try:
+        cluster.create()
+        cluster.start()
+    except BaseException:
+        remove(cluster)
+        raise
+    return cluster
+
+
+def remove(cluster: Cluster) -> None:
+    """End a cluster of `started_cluster` and delete its folders."""
+    cluster.remove()
+    shutil.rmtree(cluster.folder.parent, ignore_errors=True)
+
+
+def _cluster() -> Iterator[Cluster]:
+    try:
+        cluster = started_cluster()
+    except PostgresMissingError as error:
+        pytest.skip(str(error))
+    try:
+        yield cluster
+    finally:
+        remove(cluster)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """Return the running cluster of this process; a test must not stop it."""
+    yield from _cluster()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Cluster]:
+    """Return a running cluster of this test alone, which the test may stop and kill."""
+    yield from _cluster()
+
+
+@pytest.fixture
+def database_url(postgres: Cluster) -> str:
+    """Return the URL of an empty database of this test alone."""
+    return postgres.create_database()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _children(process: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    except FileNotFoundError:
+        return []
+    return [int(word) for word in text.split()]
+
+
+def _runs(process: int) -> bool:
+    """Return whether a process still runs; a zombie, which nobody waits for, does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,35 @@
+"""The cluster of the tests: it keeps what was committed, and its databases are separate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.postgres.cluster import Cluster
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_cluster_after_end_and_start_has_every_commit(own_postgres: Cluster, end: str) -> None:
+    url = own_postgres.create_database()
+    own_postgres.execute("CREATE TABLE number (value int)", url)
+    own_postgres.execute("INSERT INTO number VALUES (7)", url)
+    endings: dict[str, Callable[[], None]] = {"stop": own_postgres.stop, "kill": own_postgres.kill}
+    endings[end]()
+    with pytest.raises(AssertionError, match="refused"):
+        own_postgres.execute("SELECT 1", url)
+    own_postgres.start()
+    assert own_postgres.execute("SELECT value FROM number", url) == "7"
+    recovered = "not properly shut down" in own_postgres.log()
+    assert recovered == (end == "kill")
+
+
+def test_each_test_has_an_empty_database(postgres: Cluster, database_url: str) -> None:
+    other = postgres.create_database()
+    postgres.execute("CREATE TABLE number (value int)", database_url)
+    tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+    assert postgres.execute(tables, database_url) == "1"
+    assert postgres.execute(tables, other) == "0"
