@@ -1,4 +1,4 @@
-"""The HTTP server of `/metrics`, `/healthz` and `/readyz`.
+"""The HTTP server of `/metrics`, `/healthz`, `/readyz` and `/scale`.
 
 Runs on the loop of the lease renewer, so that it answers while a handler blocks the handlers' loop.
 Metrics are rendered on a thread of their own, so that they do not delay a heartbeat. Answers
@@ -15,6 +15,7 @@ import logging
 import os
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     Encoder = Callable[[CollectorRegistry], bytes]
     Reasons = Callable[[], Sequence[str]]
+    Numbers = Callable[[], Mapping[str, float] | None]
 
 log = pool_logger(__name__)
 
@@ -63,6 +65,7 @@ INDEX: Final = """workpool
 /metrics    Prometheus metrics
 /healthz    200 while the process works, else 503 and why not
 /readyz     200 while it takes work, else 503 and why not
+/scale      the busy and idle slots, for autoscalers
 """
 
 
@@ -95,6 +98,8 @@ class Exporter:
         url: The URL for clients on this machine, without a path, once entered.
         scraped_at: When the last scrape that was answered began, on the monotonic clock; None
             before the first.
+        scale: Returns the numbers of `/scale`; None makes it a 503. Called on this loop; must not
+            block. Set before entering; None: there is no `/scale`.
         on_scraped: Called after each scrape, before its answer is sent, on the exporter's loop.
     """
 
@@ -111,6 +116,7 @@ class Exporter:
         self.port = port
         self.url = ""
         self.scraped_at: float | None = None
+        self.scale: Numbers | None = None
         self.on_scraped: Callable[[], object] | None = None
         self._host = host
         self._registry = registry
@@ -229,6 +235,8 @@ class Exporter:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/healthz", self._healthz)
         app.router.add_get("/readyz", self._readyz)
+        if self.scale is not None:
+            app.router.add_get("/scale", partial(_scale, self.scale))
         if self._live_page is not None:
             self._page = add_page(app.router, "worker")
             app.router.add_get("/live.json", self._live_json)
@@ -277,6 +285,14 @@ class Exporter:
 
     async def _readyz(self, _: web.Request) -> web.Response:
         return _verdict("ready", self._readiness())
+
+
+async def _scale(numbers: Numbers, _: web.Request) -> web.Response:
+    found = numbers()
+    if found is None:
+        reason = {"status": "unknown", "reasons": ["the numbers are too old"]}
+        return web.json_response(reason, status=HTTPStatus.SERVICE_UNAVAILABLE)
+    return web.json_response(dict(found))
 
 
 def _is_loopback(host: str) -> bool:

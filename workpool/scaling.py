@@ -72,7 +72,7 @@ class ReplicaRule:
         return min(self.maximum, max(self.minimum, needed))
 
 
-def fleet_numbers(load: FleetLoad, rule: ReplicaRule) -> dict[str, int | float | bool]:
+def fleet_numbers(load: FleetLoad, rule: ReplicaRule) -> dict[str, float]:
     """Return the numbers of an environment as a flat JSON object, without ids."""
     return {
         "queued": load.queued,

@@ -68,6 +68,8 @@ class Dispatcher:
         executor: Calls the handlers.
         runner: Runs the items.
         health: The failing handlers.
+        idle_since: When the last slot became free, on the lease clock; at first, the start. The
+            value means nothing while a slot is taken.
         on_closed: Called after an item has ended.
     """
 
@@ -102,6 +104,7 @@ class Dispatcher:
         )
         self._tasks: dict[PoolItem, asyncio.Task[None]] = {}
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
+        self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         window = settings.reclaim_older_than_ms
         window = RECLAIM_OLDER_THAN_MS if window is None else window
@@ -278,6 +281,7 @@ class Dispatcher:
         """Free the slot of an item that has ended."""
         self.items.remove(item)
         self._tasks.pop(item, None)
+        self.idle_since = self._context.clock()
         self._context.queue.release(used_up=item.counted)
         self._fill()
         self._context.queue.grant()

@@ -45,6 +45,11 @@ class Status:
         capacity: `concurrency + prefetch`.
         draining: Whether a drain has begun, so that it does not poll anymore.
         error: The fatal error, if any.
+        slots: `concurrency`.
+        claiming: Whether it claims items when a place is free: it has started and is not paused,
+            draining, failed or at an exit limit.
+        paused: Whether a pause or the refusal of a plugin keeps it from claiming.
+        idle_seconds: Seconds for which no slot has been taken; 0 while one is.
     """
 
     ready: bool
@@ -54,6 +59,27 @@ class Status:
     capacity: int
     draining: bool
     error: BaseException | None
+    slots: int
+    claiming: bool
+    paused: bool
+    idle_seconds: float
+
+
+def worker_numbers(status: Status) -> dict[str, float]:
+    """Return the numbers of one worker for autoscalers, as a flat JSON object without ids.
+
+    A slot is busy from the claim of its item to the end of the completion.
+    """
+    return {
+        "busy": status.running,
+        "idle": max(0, status.slots - status.running),
+        "slots": status.slots,
+        "waiting": status.waiting,
+        "claiming": status.claiming,
+        "paused": status.paused,
+        "draining": status.draining,
+        "idle_seconds": status.idle_seconds,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +158,23 @@ class PoolView:
                 oldest[item.label] = max(oldest.get(item.label, 0.0), now - item.acked_at)
                 silence[item.label] = max(silence.get(item.label, 0.0), item.silence(now))
         return [(name, count, oldest[name], silence[name]) for name, count in running.items()]
+
+    @property
+    def claiming(self) -> bool:
+        """Whether the pool claims items when a place is free."""
+        return not any(self._closed_to_work())
+
+    @property
+    def paused(self) -> bool:
+        """Whether a pause or the refusal of a plugin keeps the pool from claiming."""
+        admission = self.context.admission
+        return (admission.paused, admission.refused) != (None, None)
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds for which no slot has been taken; 0 while one is."""
+        since = self.dispatcher.idle_since
+        return 0.0 if self.context.queue.running else max(0.0, self.context.clock() - since)
 
     def unready(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""

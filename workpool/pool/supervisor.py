@@ -32,7 +32,7 @@ from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import Callbacks, LeaseRenewer
 from workpool.pool.poller import Poller, PollerGroup
-from workpool.pool.status import PoolView, Status, read_remote_stats
+from workpool.pool.status import PoolView, Status, read_remote_stats, worker_numbers
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
@@ -269,6 +269,10 @@ class Supervisor:
             capacity=self.settings.concurrency + self.settings.prefetch,
             draining=self._drain.requested.is_set(),
             error=self._error,
+            slots=self.settings.concurrency,
+            claiming=view is not None and self._error is None and view.claiming,
+            paused=self._admission.paused is not None if view is None else view.paused,
+            idle_seconds=view.idle_seconds if view else 0.0,
         )
 
     @property
@@ -282,7 +286,7 @@ class Supervisor:
 
     @property
     def metrics_url(self) -> str | None:
-        """The URL of `/metrics`, `/healthz` and `/readyz`, without a path; None if off."""
+        """The URL of `/metrics`, `/healthz`, `/readyz` and `/scale`, without path; None if off."""
         return self._exporter.url if self._exporter else None
 
     # The root task.
@@ -337,6 +341,7 @@ class Supervisor:
                 readiness=self._unready,
                 live_page=LivePage(self._live_status, settings.live_page_ids == "always"),
             )
+            self._exporter.scale = lambda: worker_numbers(self.status())
             services.append(self._exporter)
         services += self.renewer_services
         callbacks = Callbacks(
