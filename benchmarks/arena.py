@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 SENT = "sent"
 """The metadata that holds when an item was enqueued, on the monotonic clock."""
 _processes = multiprocessing.get_context("spawn")
-_LIMIT_SECONDS = 600.0
+LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Contest:
 def control_plane() -> Iterator[Plane]:
     """A control plane on a free port of the loopback interface, in memory."""
     requests: Synchronized[int] = _processes.Value("q", 0)
-    with _process(_serve, requests) as receive:
+    with process(_serve, requests) as receive:
         yield replace(receive(), requests=requests)
 
 
@@ -178,7 +178,7 @@ def compete(contest: Contest) -> Iterator[Callable[[], Any]]:
 
     The value waits for what that has to say: None once it has warmed up, then what was measured.
     """
-    with _process(_contend, contest) as receive:
+    with process(_contend, contest) as receive:
         yield receive
 
 
@@ -215,24 +215,24 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
-def _process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
-    """Run `target(pipe, *args)` in a process; the value receives what it sends."""
+def process(target: Callable[..., None], *args: object) -> Iterator[Callable[[], Any]]:
+    """Run `target(pipe, *args)` in a process of its own; the value receives what it sends."""
     ours, theirs = _processes.Pipe()
-    process = _processes.Process(target=target, args=(theirs, *args), daemon=True)
-    process.start()
+    running = _processes.Process(target=target, args=(theirs, *args), daemon=True)
+    running.start()
     theirs.close()  # else the end of the process would not end our side
 
     def receive() -> Any:
-        if not ours.poll(_LIMIT_SECONDS):
-            raise TimeoutError(f"{target.__name__} said nothing for {_LIMIT_SECONDS:.0f} s")
+        if not ours.poll(LIMIT_SECONDS):
+            raise TimeoutError(f"{target} said nothing for {LIMIT_SECONDS:.0f} s")
         return ours.recv()  # EOFError: it failed, and its traceback is on stderr
 
     try:
         yield receive
     finally:
         ours.close()
-        process.terminate()
-        process.join()
+        running.terminate()
+        running.join()
 
 
 def _serve(pipe: Connection, requests: Synchronized[int]) -> None:

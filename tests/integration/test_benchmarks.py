@@ -137,3 +137,14 @@ async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp()
     # The limits are loose, since other tests run at the same time: the targets are 1.1 and 1.8.
     assert ratios["workpool --help"] < 2
     assert ratios["from workpool import …"] < 3
+
+
+@pytest.mark.trial
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("store", ["memory", "SQLite"])
+async def test_control_plane_benchmark_measures_servers_with_stopped_rows(store: str) -> None:
+    options = ("--items", "40", "--stopped-rows", "3", "2000", "--rounds", "1", "--workers", "2")
+    few, many = await rows("control_plane.py", *options, only=(store,))
+    assert few[:4] == [store, "1", "3", "40"]
+    assert many[:4] == [store, "1", "2000", "40"]
+    assert all(float(cells[8]) > 0 for cells in (few, many))

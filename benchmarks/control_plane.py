@@ -1,0 +1,148 @@
+"""The cost of an item to control planes on each store, and to a job queue on the same database.
+
+    python benchmarks/control_plane.py [--items N] [--stopped-rows N …] [--rounds N] [--only NAME …]
+
+Worker processes with eight slots each share the servers and run no-op items. A run begins with the
+first of these being enqueued, in batches of 1,000, and ends with the answer to the last stop. Shown
+are medians of the CPU of all processes of a kind, per item. Each store has stopped items from hours
+before; the ratio compares the CPU of servers and database with those of the fewest stopped items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import job_queue
+from arena import table, versions
+from backlogs import Backlog
+from contenders import workpool
+from databases import database_server
+from fleet import MEMORY, Run, control_planes, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fleet import System
+
+    from tests.postgres.cluster import Cluster
+
+WARM_UP = 200
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table. `nodes`: the number of servers; 0: the workers use the database."""
+
+    name: str
+    nodes: int = 1
+    on_database: bool = False
+
+
+JOB_QUEUE = Entry("procrastinate", nodes=0, on_database=True)
+ENTRIES = (
+    Entry("memory"),
+    Entry("SQLite"),
+    JOB_QUEUE,
+)
+
+
+@contextmanager
+def opened(entry: Entry, stopped: int, database: Cluster | None) -> Iterator[System]:
+    """Open the system of an entry, with so many stopped items."""
+    with ExitStack() as stack:
+        if database is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            store = MEMORY if entry.name == "memory" else str(folder / "items.db")
+            planes = control_planes(store, workpool, backlog=Backlog(stopped))
+        elif entry is JOB_QUEUE:
+            planes = job_queue.opened(database, stopped)
+        else:
+            planes = control_planes(
+                database.create_database(),
+                workpool,
+                nodes=entry.nodes,
+                backlog=Backlog(stopped),
+                database=database.pid,
+            )
+        yield stack.enter_context(planes)
+
+
+def measure(
+    entries: list[Entry], options: argparse.Namespace, database: Cluster | None
+) -> dict[tuple[Entry, int], list[Run]]:
+    """Run each entry with each number of stopped items, if what it needs is installed."""
+    found: dict[tuple[Entry, int], list[Run]] = {}
+    for entry in entries:
+        if entry.on_database and database is None:
+            continue
+        if entry is JOB_QUEUE and not job_queue.INSTALLED:
+            continue
+        for stopped in options.stopped_rows:
+            with opened(entry, stopped, database if entry.on_database else None) as system:
+                found[entry, stopped] = [
+                    run(system, options.items, WARM_UP, options.workers)
+                    for _ in range(options.rounds)
+                ]
+    return found
+
+
+def report(found: dict[tuple[Entry, int], list[Run]], fewest: int) -> str:
+    """Return the table."""
+
+    def server_ms(runs: list[Run]) -> float:
+        return median(each.ms(sum(each.use.servers) + each.use.database) for each in runs)
+
+    rows = [
+        [
+            entry.name,
+            str(entry.nodes),
+            str(stopped),
+            str(runs[0].items),
+            f"{median(each.ms(sum(each.use.servers)) for each in runs):.3f}",
+            f"{median(each.ms(each.use.database) for each in runs):.3f}",
+            f"{median(each.ms(sum(each.use.workers)) for each in runs):.3f}",
+            f"{median(each.ms(each.use.cpu) for each in runs):.3f}",
+            f"{median(each.rate for each in runs):.0f}",
+            _ratio(server_ms(runs), server_ms(found[entry, fewest])),
+        ]
+        for (entry, stopped), runs in found.items()
+    ]
+    head = ("store", "nodes", "stopped rows", "items", "server ms", "database ms", "worker ms")
+    return table((*head, "CPU ms/item", "items/s", "ratio"), rows)
+
+
+def _ratio(ms: float, base: float) -> str:
+    # The servers' CPU may be nothing that the clock of the kernel shows.
+    return f"{ms / base:.2f} ×" if base else "—"
+
+
+def main() -> None:
+    names = [entry.name for entry in ENTRIES]
+    parser = argparse.ArgumentParser(description="CPU per item of control planes, by store.")
+    parser.add_argument("--items", type=int, default=4000, help="per round")
+    parser.add_argument("--workers", type=int, default=4, help="worker processes")
+    parser.add_argument("--stopped-rows", type=int, nargs="+", default=[1000, 1_000_000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    options = parser.parse_args()
+    entries = [entry for entry in ENTRIES if entry.name in options.only]
+    load = os.getloadavg()[0]
+    on_database = any(entry.on_database for entry in entries)
+    with database_server() if on_database else nullcontext() as database:
+        found = measure(entries, options, database)
+    print(report(found, min(options.stopped_rows)))
+    print(
+        f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."
+        f" {versions()}"
+    )
+
+
+if __name__ == "__main__":
+    main()

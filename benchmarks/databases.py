@@ -1,0 +1,37 @@
+"""A PostgreSQL server of a benchmark's own, if PostgreSQL is installed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from tests.postgres.cluster import PostgresMissingError, remove, started_cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.postgres.cluster import Cluster
+
+# Commits reach the disk, as on a server that people use; the tests' cluster leaves that out.
+SETTINGS = {
+    "fsync": "on",
+    "max_connections": "300",
+    "shared_buffers": "512MB",
+    "max_wal_size": "4GB",
+}
+
+
+@contextmanager
+def database_server() -> Iterator[Cluster | None]:
+    """Run a server with an empty data directory; None, and a line on stderr, without PostgreSQL."""
+    try:
+        cluster = started_cluster(SETTINGS)
+    except PostgresMissingError as missing:
+        print(f"left out: everything on PostgreSQL, which is {missing}", file=sys.stderr)
+        yield None
+        return
+    try:
+        yield cluster
+    finally:
+        remove(cluster)

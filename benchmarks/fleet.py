@@ -1,0 +1,282 @@
+"""Servers, a database and workers as processes that run no-op items, and the cost of each kind.
+
+A `System` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a job
+queue of another project. Its workers share the servers in turn and count their stops together. CPU
+times are those of all threads of a process, read from /proc.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import uvloop
+from arena import LIMIT_SECONDS, Meter, Plane, enqueue, process
+from backlogs import Backlog, fill, fill_memory
+
+from workpool.pool.lease_renewer import new_event_loop
+from workpool.server import ControlPlane, MemoryStore, SqliteStore
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from multiprocessing.connection import Connection
+    from multiprocessing.sharedctypes import Synchronized
+    from typing import Self
+
+    from arena import Contender
+
+    Stops = Synchronized[int]
+
+MEMORY = "memory"
+POSTGRES = "postgresql://"
+TICK_SECONDS = 0.005
+RETENTION_SECONDS = 86_400
+Target: TypeAlias = Callable[..., None]
+"""The main function of a process. It gets a pipe, to which it sends its process id, and `Stops`."""
+_PROC = Path("/proc")
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+_processes = get_context("spawn")
+
+
+@dataclass(frozen=True)
+class System:
+    """A service that runs items.
+
+    Attributes:
+        enqueue: Creates so many items, and returns once they are stored.
+        worker: Returns the target of the worker process of this number.
+        servers: The ids of the control plane's processes.
+        database: The id of the database's first process; the others are its children.
+        settled: Returns once no item is under way anymore, although its stop was counted.
+    """
+
+    enqueue: Callable[[int], None]
+    worker: Callable[[int], Target]
+    servers: Sequence[int] = ()
+    database: int | None = None
+    settled: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Use:
+    """CPU seconds of each process and seconds of the wall clock, so far or of one period."""
+
+    wall: float
+    servers: tuple[float, ...]
+    database: float
+    workers: tuple[float, ...]
+
+    def since(self, begin: Use) -> Use:
+        return Use(
+            self.wall - begin.wall,
+            _differences(self.servers, begin.servers),
+            self.database - begin.database,
+            _differences(self.workers, begin.workers),
+        )
+
+    @property
+    def cpu(self) -> float:
+        return sum(self.servers) + self.database + sum(self.workers)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The use of so many items."""
+
+    items: int
+    use: Use
+
+    @property
+    def rate(self) -> float:
+        return self.items / self.use.wall
+
+    def ms(self, seconds: float) -> float:
+        """Milliseconds per item."""
+        return seconds / self.items * 1000
+
+
+@dataclass
+class TeamMeter(Meter):
+    """A meter that adds its stops to those of other processes."""
+
+    stops: Stops | None = None
+
+    def stopped(self) -> None:
+        count(self.stops)
+
+
+def count(stops: Stops | None) -> None:
+    """Count one stop."""
+    assert stops is not None
+    with stops.get_lock():
+        stops.value += 1
+
+
+class Team:
+    """The workers of a system, from the start to the end of the block."""
+
+    def __init__(self, system: System, workers: int) -> None:
+        self.pids: list[int] = []
+        self._system = system
+        self._workers = workers
+        self._stops: Stops = _processes.Value("q", 0)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for number in range(self._workers):
+                receive = stack.enter_context(process(self._system.worker(number), self._stops))
+                self.pids.append(receive())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def use(self) -> Use:
+        """Return the CPU times until now."""
+        system = self._system
+        return Use(
+            time.monotonic(),
+            tuple(map(cpu_seconds, system.servers)),
+            0.0 if system.database is None else family_cpu_seconds(system.database),
+            tuple(map(cpu_seconds, self.pids)),
+        )
+
+    def wait(self, stops: int) -> int:
+        """Wait until so many items were stopped, and return how many were."""
+        until = time.monotonic() + LIMIT_SECONDS
+        while self._stops.value < stops:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self._stops.value} of {stops} items were stopped")
+            time.sleep(TICK_SECONDS)
+        return self._stops.value
+
+
+def run(system: System, items: int, warm_up: int, workers: int) -> Run:
+    """Enqueue the items while the workers wait for them, and measure until the last stop."""
+    with Team(system, workers) as team:
+        system.enqueue(warm_up)
+        team.wait(warm_up)
+        system.settled()
+        begin = team.use()
+        system.enqueue(items)
+        team.wait(warm_up + items)
+        system.settled()
+        return Run(items, team.use().since(begin))
+
+
+def run_backlog(system: System, items: int, warm_up: int, workers: int) -> Run:
+    """Let the workers take so many items from a queue that has more than these."""
+    with Team(system, workers) as team:
+        first = team.wait(warm_up)
+        begin = team.use()
+        last = team.wait(first + items)
+        return Run(last - first, team.use().since(begin))
+
+
+@contextmanager
+def control_planes(
+    store: str,
+    contender: Contender,
+    *,
+    backlog: Backlog,
+    nodes: int = 1,
+    database: int | None = None,
+) -> Iterator[System]:
+    """Serve a store, which has the backlog, from processes of their own.
+
+    Args:
+        store: `MEMORY`, a new file of SQLite, or the URL of a database without workpool's tables.
+        contender: What the workers do.
+        backlog: The items in the store when the first process starts.
+        nodes: The number of processes.
+        database: The id of the database's first process.
+    """
+    if store != MEMORY:
+        fill(store, backlog)
+    with ExitStack() as stack:
+        ready = [stack.enter_context(process(_serve, store, backlog))() for _ in range(nodes)]
+        planes: list[Plane] = [plane for plane, _ in ready]
+        yield System(
+            enqueue=lambda number: asyncio.run(enqueue(planes[0], number)),
+            worker=lambda number: partial(_work, contender, planes[number % nodes]),
+            servers=[pid for _, pid in ready],
+            database=database,
+        )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process so far."""
+    user, system, *_ = _ticks(pid)
+    return (user + system) / _TICKS_PER_SECOND
+
+
+def family_cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process and of its children, also of those that have ended."""
+    children = [child for child in _pids() if _parent(child) == pid]
+    return sum(_ticks(pid)) / _TICKS_PER_SECOND + sum(map(cpu_seconds, children))
+
+
+def _ticks(pid: int) -> tuple[int, int, int, int]:
+    """Return the CPU time in user and system mode, and that of children that have ended."""
+    fields = _stat(pid)
+    user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
+    return user, system, ended[0], ended[1]
+
+
+def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields after the name of a process, which may contain blanks; none if it ended."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def _pids() -> list[int]:
+    return [int(each.name) for each in _PROC.iterdir() if each.name.isdecimal()]
+
+
+def _differences(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(last - first for last, first in zip(after, before, strict=True))
+
+
+def _serve(pipe: Connection, store: str, backlog: Backlog) -> None:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_plane(pipe, store, backlog))
+
+
+async def _plane(pipe: Connection, store: str, backlog: Backlog) -> None:
+    plane = ControlPlane(
+        store=MemoryStore() if store == MEMORY else SqliteStore(store),
+        tokens={"token-of-the-benchmark": None},
+        history_limit=0,
+        retention=RETENTION_SECONDS,
+    )
+    async with plane:
+        if store == MEMORY:
+            fill_memory(plane, backlog)
+        address = Plane(
+            plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
+        )
+        pipe.send((address, os.getpid()))
+        await asyncio.get_running_loop().create_future()  # until terminated
+
+
+def _work(contender: Contender, plane: Plane, pipe: Connection, stops: Stops) -> None:
+    pipe.send(os.getpid())
+    uvloop.run(contender(plane, TeamMeter(0, 0, stops=stops)))

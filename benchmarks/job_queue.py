@@ -1,0 +1,107 @@
+"""The PostgreSQL job queue `procrastinate`, as a system that runs the same number of no-op jobs.
+
+It has no servers: its workers talk to the database, with its own connector and as many jobs at once
+as a pool has slots. Finished jobs stay in its table, as stopped items do in a control plane.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uvloop
+from arena import LIMIT_SECONDS
+from contenders import CONCURRENCY
+from fleet import System, count
+
+from workpool.wire.protocol import ENQUEUE_COUNT_MAX
+
+try:
+    import procrastinate
+    import psycopg
+except ImportError:
+    INSTALLED = False
+else:
+    INSTALLED = True
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+
+    from fleet import Stops
+
+    from tests.postgres.cluster import Cluster
+
+TASK = "nothing"
+_UNDER_WAY = "SELECT count(*) FROM procrastinate_jobs WHERE status IN ('todo', 'doing')"
+_FINISHED = """
+    INSERT INTO procrastinate_jobs (queue_name, task_name, status, attempts)
+    SELECT 'default', %s, 'succeeded', 1 FROM generate_series(1, %s)
+"""
+
+
+@contextmanager
+def opened(server: Cluster, finished: int) -> Iterator[System]:
+    """Open a queue in a new database, with so many finished jobs."""
+    url = server.create_database()
+    asyncio.run(_create(url, finished))
+    yield System(
+        enqueue=lambda number: asyncio.run(_enqueue(url, number)),
+        worker=lambda _: partial(_work, url),
+        database=server.pid,
+        settled=partial(_settled, url),
+    )
+
+
+def _app(url: str) -> procrastinate.App:
+    connector = procrastinate.PsycopgConnector(conninfo=url, max_size=CONCURRENCY)
+    return procrastinate.App(connector=connector)
+
+
+async def _create(url: str, finished: int) -> None:
+    app = _app(url)
+    async with app.open_async():
+        await app.schema_manager.apply_schema_async()
+    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+        # without triggers: they would write events of the deferral, which real jobs have, too
+        await connection.execute("SET session_replication_role = replica")
+        await connection.execute(_FINISHED, (TASK, finished))
+        await connection.execute("VACUUM ANALYZE procrastinate_jobs")
+
+
+async def _enqueue(url: str, number: int) -> None:
+    app = _app(url)
+    task = app.configure_task(TASK)
+    async with app.open_async():
+        for start in range(0, number, ENQUEUE_COUNT_MAX):
+            await task.batch_defer_async(*[{}] * min(ENQUEUE_COUNT_MAX, number - start))
+
+
+def _settled(url: str) -> None:
+    """Return once the last job, which was counted while it ran, is marked as finished."""
+    until = time.monotonic() + LIMIT_SECONDS
+    with psycopg.connect(url, autocommit=True) as connection:
+        while time.monotonic() < until:
+            row = connection.execute(_UNDER_WAY).fetchone()
+            if row is not None and row[0] == 0:
+                return
+    raise TimeoutError("jobs are under way")
+
+
+def _work(url: str, pipe: Connection, stops: Stops) -> None:
+    app = _app(url)
+
+    @app.task(name=TASK)
+    async def nothing() -> None:
+        count(stops)
+
+    async def run() -> None:
+        async with app.open_async():
+            pipe.send(os.getpid())
+            await app.run_worker_async(concurrency=CONCURRENCY, install_signal_handlers=False)
+
+    uvloop.run(run())
