@@ -96,6 +96,17 @@ def render(kubectl: str, folder: Path) -> list[Manifest]:
     return manifests(done.stdout)
 
 
+def with_deletion_cost(overlay: str, folder: Path) -> Path:
+    """Write an overlay as plugins/kubernetes/README.md says, and return its directory."""
+    checkout = os.path.relpath(KUBERNETES, folder)  # Kustomize wants relative paths
+    kustomization = {
+        "resources": [f"{checkout}/{overlay}"],
+        "components": [f"{checkout}/components/deletion-cost"],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
 @pytest.fixture(params=OVERLAYS)
 def rendered(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
     """Return the manifests of one overlay."""
@@ -223,6 +234,42 @@ def test_example_of_the_page_sets_image_settings_and_namespace(
 def test_autoscaled_deployment_leaves_the_number_of_pods_to_keda(kubectl: str) -> None:
     found = render(kubectl, KUBERNETES / "overlays/autoscaled")
     assert "replicas" not in of_kind(found, "Deployment")["spec"]
+
+
+def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
+    kubectl: str, tmp_path: Path
+) -> None:
+    found = render(kubectl, with_deletion_cost("overlays/autoscaled", tmp_path))
+    for each in natives(found):
+        check_native(each)
+    deployment = of_kind(found, "Deployment")
+    assert pod_of(deployment)["automountServiceAccountToken"] is True
+    variables = {each["name"]: each for each in container_of(deployment)["env"]}
+    assert variables["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
+    assert "WORKPOOL_CONFIG" in variables
+    binding = of_kind(found, "RoleBinding")
+    assert binding["roleRef"]["name"] == of_kind(found, "Role")["metadata"]["name"]
+    assert [each["name"] for each in binding["subjects"]] == [
+        pod_of(deployment)["serviceAccountName"]
+    ]
+
+
+def test_role_of_the_deletion_cost_may_only_patch_pods() -> None:
+    readme = (ROOT / "plugins/kubernetes/README.md").read_text()
+    [example] = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", readme, re.DOTALL)
+    assert yaml.safe_load(example) == of_kind(files(), "Role")
+    assert of_kind(files(), "Role")["rules"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["patch"]}
+    ]
+
+
+def test_policy_of_the_deletion_cost_is_for_the_service_account_of_the_workers() -> None:
+    policy = of_kind(files(), "ValidatingAdmissionPolicy")
+    account = pod_of(of_kind(files(), "Deployment"))["serviceAccountName"]
+    [condition] = policy["spec"]["matchConditions"]
+    assert condition["expression"].endswith(f"':{account}'")
+    binding = of_kind(files(), "ValidatingAdmissionPolicyBinding")
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
 
 
 # Values that follow from the settings.

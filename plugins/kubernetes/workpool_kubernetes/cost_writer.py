@@ -1,0 +1,83 @@
+"""The loop that writes the deletion cost: only changes, the last value, at a bounded rate."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from workpool_kubernetes.api_server import APIServerError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+log = logging.getLogger("workpool.kubernetes")
+
+LOOK_SECONDS: Final = 30.0
+"""Seconds after which the cost is looked up again without an event."""
+BACKOFF_SECONDS: Final = 300.0
+"""The longest pause between two writes that fail, in seconds."""
+
+
+class CostWriter:
+    """Keeps a written value in step with a computed one.
+
+    Args:
+        cost: Returns the value that should be written.
+        write: Writes a value; raises `APIServerError`.
+        interval: The shortest time between two writes, in seconds.
+    """
+
+    def __init__(
+        self, cost: Callable[[], int], write: Callable[[int], Awaitable[None]], interval: float
+    ) -> None:
+        self._cost = cost
+        self._write = write
+        self._interval = interval
+        self._changed = asyncio.Event()
+        self._written: int | None = None
+        self._failures = 0
+
+    def look(self) -> None:
+        """Look the cost up soon."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Write the cost now and after each change, until cancelled."""
+        while True:
+            self._changed.clear()
+            cost = self._cost()
+            if cost != self._written:
+                await self._attempt(cost)
+                await asyncio.sleep(self._pause())
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._changed.wait()
+
+    async def _attempt(self, cost: int) -> None:
+        # Unknown until the answer: a write without an answer may have been applied.
+        self._written = None
+        try:
+            await self._write(cost)
+        except APIServerError as error:
+            self._failures += 1
+            log.warning(
+                "deletion cost not written: %s",
+                error,
+                extra={"in_a_row": self._failures, "error": str(error)},
+            )
+        else:
+            self._written = cost
+            if self._failures:
+                log.info("deletion cost written again", extra={"in_a_row": self._failures})
+            self._failures = 0
+
+    def _pause(self) -> float:
+        """Return the pause after a write: longer after each failure, spread over the pods."""
+        if not self._failures:
+            return self._interval
+        ceiling = min(BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))
+        return max(self._interval, random.uniform(0.5, 1.0) * ceiling)  # noqa: S311 - no secret

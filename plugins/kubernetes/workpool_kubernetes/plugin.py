@@ -1,0 +1,91 @@
+"""The plugin: its settings, and the hooks that report when the number of sessions changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from workpool import PluginError, Supervisor, hookimpl
+from workpool_kubernetes.api_server import APIServer, APIServerError
+from workpool_kubernetes.cost_writer import CostWriter
+from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, own_pod
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from workpool.events import AckFinished, SessionFinished, StopFinished
+
+NAME: Final = "kubernetes"
+DELETION_COST: Final = "controller.kubernetes.io/pod-deletion-cost"
+"""The annotation by which a ReplicaSet chooses the pods that it deletes: lower costs first."""
+LEAST_INTERVAL: Final = 1.0
+"""The shortest `interval`, in seconds: each write is a change of the pod for all who watch it."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Kubernetes:
+    """Keeps the deletion cost of the worker's own pod equal to the number of its sessions.
+
+    The fields are the settings. See plugins/kubernetes/README.md, "Settings".
+    """
+
+    interval: float = 5.0
+    """The shortest time between two writes, in seconds."""
+    pod: str | None = None
+    """The name of the pod. None: the variable POD_NAME, or else the host name."""
+    service_account: str | os.PathLike[str] = SERVICE_ACCOUNT
+    """The directory of the service account's token, CA and namespace."""
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            TypeError: A setting has the wrong type.
+            ValueError: `interval` is too short.
+        """
+        if isinstance(self.interval, bool) or not isinstance(self.interval, int | float):
+            raise TypeError("interval: not a number of seconds")
+        if not LEAST_INTERVAL <= self.interval < float("inf"):
+            raise ValueError(f"interval: at least {LEAST_INTERVAL:.0f} s")
+        if not isinstance(self.pod, str | None):
+            raise TypeError("pod: not a string")
+        self._writer: CostWriter | None = None
+
+    @hookimpl
+    @asynccontextmanager
+    async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
+        """Write the deletion cost in a task of its own while the pool lives."""
+        if self._writer is not None:
+            raise PluginError(NAME, "one object serves one pool; give each its own")
+        try:
+            pod = own_pod(os.environ, Path(self.service_account), self.pod)
+            async with APIServer(pod) as server, asyncio.TaskGroup() as group:
+
+                async def write(cost: int) -> None:
+                    await server.annotate(DELETION_COST, str(cost))
+
+                self._writer = CostWriter(partial(_cost, supervisor), write, self.interval)
+                task = group.create_task(self._writer.run(), name="deletion-cost")
+                try:
+                    yield
+                finally:
+                    self._writer = None
+                    task.cancel()
+        except (NoPodError, APIServerError) as error:
+            raise PluginError(NAME, str(error)) from None
+
+    @hookimpl
+    def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
+        """Look the number of sessions up again."""
+        if self._writer is not None:
+            self._writer.look()
+
+
+def _cost(supervisor: Supervisor) -> int:
+    """Return the number of sessions: items in slots, from before their ack to their stop."""
+    return supervisor.status().running
