@@ -11,7 +11,7 @@ from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, Answer, A
 from tests.protocol.test_stream import stream
 from workpool.server import ControlPlane, SqliteStore
 from workpool.server.environments import ENVIRONMENTS_MAX
-from workpool.server.http.application_routes import SCAN_ROWS
+from workpool.server.index_engine import SCAN_ROWS
 from workpool.testing import Faults
 
 if TYPE_CHECKING:

@@ -155,7 +155,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide(plane.token)
         typer.echo(_ready_line(plane, shown, as_json=as_json))
-        await plane.operations.failed()  # a broken store needs a restart
+        await plane.engine.failed()  # a broken store needs a restart
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:

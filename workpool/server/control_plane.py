@@ -24,6 +24,7 @@ from workpool.server.http.server_dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.http.session_routes import SessionRoutes
 from workpool.server.http.tokens import Tokens, check_token
 from workpool.server.http.work_routes import Routes, application
+from workpool.server.index_engine import IndexEngine
 from workpool.server.operations import Operations
 from workpool.wire.protocol import ID_PATTERN, SESSION
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from workpool.server.engine import Engine
     from workpool.server.history import History, Summary
     from workpool.server.http.tokens import Grants
     from workpool.server.stored_item import Item
@@ -104,6 +106,7 @@ class ControlPlane:
             history_limit=history_limit,
             retention=retention,
         )
+        self.engine: Engine = IndexEngine(self.operations)
         self._tokens = tokens
         self._worker_keys = tuple(worker_keys)
         self._middlewares = tuple(middlewares)
@@ -181,8 +184,8 @@ class ControlPlane:
     async def __aenter__(self) -> Self:
         self._check()
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self.operations.close)
-            await self.operations.open()
+            stack.push_async_callback(self.engine.close)
+            await self.engine.open()
             await self._listen(stack)
             self._stack = stack.pop_all()
         return self
@@ -212,25 +215,26 @@ class ControlPlane:
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         bound = self._bind(stack)
-        tokens = Tokens(self._tokens or {}, self.operations.signing_key, self._worker_keys)
+        tokens = Tokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
         self._connections = connections = InboundConnections(_connections_max())
         stack.callback(connections.close)
         routes = [
             route
             for dialect in DIALECTS.values()
             for paths in (Routes, SessionRoutes)
-            for route in paths(self.operations, tokens, dialect).table()
+            for route in paths(self.engine, tokens, dialect).table()
         ]
         routes += [
             route
             for dialect in DIALECTS.values()
             if dialect.creation
-            for route in ApplicationRoutes(self.operations, tokens, dialect).table()
+            for route in ApplicationRoutes(
+                self.engine, tokens, dialect, self.cloud_environments
+            ).table()
         ]
         runner = web.AppRunner(
             application(
                 routes=routes,
-                durable=self.operations.durable,
                 middlewares=(connections.middleware, *self._middlewares),
             ),
             handler_cancellation=True,
@@ -241,7 +245,7 @@ class ControlPlane:
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        stack.callback(self.operations.release)
+        stack.callback(self.engine.release)
         server = await asyncio.get_running_loop().create_server(
             connections.protocol_factory(runner.server),
             sock=bound,

@@ -107,6 +107,11 @@ class Conversation:
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last event of its turn
 
+    @property
+    def last_event_at(self) -> str | None:
+        """The time of the last event; None: there is none."""
+        return _time_of(self.events[-1]) if self.events else None
+
     def page(
         self,
         limit: int,

@@ -165,12 +165,12 @@ class Operations:
         self._settle(queue)
         return queue
 
-    def environment(self, environment_id: str) -> tuple[Environment, bool]:
-        """Return an environment, and whether it is a cloud environment; 404 unknown."""
+    def environment(self, environment_id: str) -> Environment:
+        """Return an environment; 404 unknown."""
         environment = self._environments.get(environment_id)
         if environment is None:
             raise APIError(404, "no such environment")
-        return environment, environment_id in self._cloud
+        return environment
 
     def environment_ids(self) -> list[str]:
         """Return the ids of all environments, ascending."""

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
     from workpool.server.environments import Environment
     from workpool.server.stored_item import Item
-    from workpool.server.stored_session import StoredSession
+    from workpool.server.stored_session import SessionView
 
-Row = TypeVar("Row", bound="Item | StoredEvent | StoredSession | Environment")
+Row = TypeVar("Row", bound="Item | StoredEvent | SessionView | Environment")
 
 AFTER: Final = "after"
 BEFORE: Final = "before"

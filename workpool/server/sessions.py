@@ -18,7 +18,7 @@ import orjson
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EVENT_PREFIX, Conversation, StoredEvent
 from workpool.server.stored_item import SESSION_PREFIX
-from workpool.server.stored_session import StoredSession
+from workpool.server.stored_session import SessionView, StoredSession
 from workpool.server.timestamps import to_heartbeat_text
 from workpool.wire.protocol import (
     STATUS_TERMINATED,
@@ -103,9 +103,12 @@ class Sessions:
             found = self._conversations[session_id] = Conversation(self.find(session_id)[0].script)
         return found
 
-    def answer(self, session: StoredSession, item: Item) -> dict[str, Any]:
-        """Return a session's JSON; `item` is its latest work item."""
-        return session.answer(item, self._conversations.get(session.id))
+    def view(self, session: StoredSession, item: Item) -> SessionView:
+        """Return a session with its latest work item, `item`, and the state of its events."""
+        conversation = self._conversations.get(session.id)
+        if conversation is None:
+            return SessionView(session, item, None, None)
+        return SessionView(session, item, conversation.status, conversation.last_event_at)
 
     def new(
         self,

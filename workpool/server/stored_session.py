@@ -1,4 +1,4 @@
-"""One session of the control plane, and its JSON.
+"""One session of the control plane, its JSON, and the selection of sessions for a list.
 
 See workpool/docs/protocol.md, "Sessions".
 """
@@ -6,15 +6,14 @@ See workpool/docs/protocol.md, "Sessions".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.server.timestamps import to_heartbeat_text, to_seconds_text
+from workpool.server.timestamps import TimeRange, to_heartbeat_text, to_seconds_text
 from workpool.wire.protocol import ACTIVE, QUEUED, SESSION, STARTING, STOPPED, STOPPING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from workpool.server.conversation import Conversation
     from workpool.server.parsing.session_script import Script
     from workpool.server.stored_item import Item
     from workpool.wire.protocol import State
@@ -27,6 +26,8 @@ STATUS: Final[Mapping[State, str]] = {
     STOPPED: "idle",
 }
 """The status of a session without events, by its item's state."""
+
+TERMINATED: Final = "terminated"
 
 AGENT: Final[Mapping[str, Any]] = {
     "id": "agent_00000000000070008000000000000001",
@@ -70,43 +71,104 @@ class StoredSession:
     agent: Mapping[str, Any] | None = None
     archived_at: int | None = None
 
-    def answer(self, item: Item, conversation: Conversation | None) -> dict[str, Any]:
-        """Return the session's JSON, with all fields that the vendors' SDKs require.
 
-        `item`: its latest work item; `conversation`: None while there are no events.
-        """
+class SessionView(NamedTuple):
+    """A session together with the rest of its JSON's content.
+
+    Attributes:
+        session: The session.
+        item: Its latest work item.
+        last_status: The status of its last event about the status; None: there was none.
+        last_event_at: The time of its last event; None: it has no events.
+    """
+
+    session: StoredSession
+    item: Item
+    last_status: str | None
+    last_event_at: str | None
+
+    @property
+    def id(self) -> str:
+        """The id of the session."""
+        return self.session.id
+
+    @property
+    def status(self) -> str:
+        """The status of the session."""
+        if self.last_status == TERMINATED:
+            return self.last_status  # the final status, whatever the state of the item
+        if self.last_status is None or self.item.state == STOPPING:
+            return STATUS[self.item.state]
+        return self.last_status
+
+    @property
+    def updated_at(self) -> str:
+        """The time of the last change of the item's state or of the events."""
+        item = self.item
+        changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
+        changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
+        return max(changed, self.last_event_at or "")
+
+    def answer(self) -> dict[str, Any]:
+        """Return the session's JSON, with all fields that the vendors' SDKs require."""
+        session = self.session
         return {
-            "id": self.id,
+            "id": session.id,
             "type": SESSION,
-            "status": _status(item, conversation),
-            "environment_id": self.environment_id,
-            "agent": AGENT if self.agent is None else {**AGENT, **self.agent},
-            "metadata": self.metadata,
-            "title": self.title,
+            "status": self.status,
+            "environment_id": session.environment_id,
+            "agent": AGENT if session.agent is None else {**AGENT, **session.agent},
+            "metadata": session.metadata,
+            "title": session.title,
             "resources": [],
             "vault_ids": [],
             "outcome_evaluations": [],
             "stats": {},
             "usage": USAGE,
-            "created_at": to_seconds_text(self.created_at),
-            "updated_at": _updated_at(item, conversation),
+            "created_at": to_seconds_text(session.created_at),
+            "updated_at": self.updated_at,
             "archived_at": (
-                None if self.archived_at is None else to_seconds_text(self.archived_at)
+                None if session.archived_at is None else to_seconds_text(session.archived_at)
             ),
         }
 
 
-def _status(item: Item, conversation: Conversation | None) -> str:
-    last_status = None if conversation is None else conversation.status
-    if last_status == "terminated":
-        return last_status  # the final status, whatever the state of the item
-    return STATUS[item.state] if last_status is None or item.state == STOPPING else last_status
+class SessionFilter(NamedTuple):
+    """The selection and the order of a list of sessions; None: no limit.
 
+    Attributes:
+        environments: Only sessions of these environments.
+        archived: Whether the list has archived sessions too.
+        times: Only sessions that were created at these times.
+        agent_id: Only sessions of this agent.
+        agent_version: Only sessions of this version of the agent.
+        statuses: Only sessions with one of these statuses.
+        newest_first: Whether the list begins with the newest session.
+    """
 
-def _updated_at(item: Item, conversation: Conversation | None) -> str:
-    """Return the time of the last change of the item's state or of the events."""
-    changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
-    changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
-    if conversation is None or not conversation.events:
-        return changed
-    return max(changed, str(conversation.events[-1].value["processed_at"]))
+    environments: frozenset[str] | None = None
+    archived: bool = True
+    times: TimeRange = TimeRange()
+    agent_id: str | None = None
+    agent_version: str | None = None
+    statuses: frozenset[str] | None = None
+    newest_first: bool = False
+
+    def matches(self, view: SessionView) -> bool:
+        """Return whether the list has this session."""
+        session = view.session
+        return (
+            (self.environments is None or session.environment_id in self.environments)
+            and (self.archived or session.archived_at is None)
+            and self.times.holds(to_heartbeat_text(session.created_at))
+            and self._is_of_agent(session.agent or AGENT)
+            and (self.statuses is None or view.status in self.statuses)
+        )
+
+    def _is_of_agent(self, agent: Mapping[str, Any]) -> bool:
+        if self.agent_id is None:
+            return True
+        version = self.agent_version
+        return agent["id"] == self.agent_id and (
+            version is None or str(agent.get("version", 1)) == version
+        )

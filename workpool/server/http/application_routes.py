@@ -6,43 +6,39 @@ for the workers of its environment.
 
 from __future__ import annotations
 
-import asyncio
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from workpool.server.api_errors import APIError
 from workpool.server.http.work_routes import answer
-from workpool.server.pagination import listing, page_of
+from workpool.server.pagination import listing
 from workpool.server.parsing import creation_requests
 from workpool.server.parsing import request_values as requests
 from workpool.server.stored_item import SESSION_PREFIX
-from workpool.server.stored_session import AGENT
-from workpool.server.timestamps import to_heartbeat_text
+from workpool.server.stored_session import SessionFilter, SessionView
 from workpool.wire.protocol import ID_PATTERN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Collection
 
+    from workpool.server.engine import Engine
     from workpool.server.environments import Environment
     from workpool.server.http.server_dialects import Dialect
     from workpool.server.http.tokens import Caller, Tokens
-    from workpool.server.operations import Operations
-    from workpool.server.stored_item import Item
-    from workpool.server.stored_session import StoredSession
-
-SCAN_ROWS: Final = 500
-"""After this many rows of a filtered list, other calls run."""
 
 
 class ApplicationRoutes:
     """The endpoints of environments and sessions that only applications call, in one dialect."""
 
-    def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
-        self._operations = operations
+    def __init__(
+        self, engine: Engine, tokens: Tokens, dialect: Dialect, cloud: Collection[str]
+    ) -> None:
+        """`cloud`: the ids of the environments that are not `self_hosted`."""
+        self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
+        self._cloud = frozenset(cloud)
 
     def table(self) -> list[web.RouteDef]:
         """Return the routes under the dialect's prefix."""
@@ -62,16 +58,15 @@ class ApplicationRoutes:
         if self._admit(request).environments is not None:
             raise APIError(403, "this token is limited to environments that exist")
         wanted = creation_requests.parse_environment(await requests.body(request))
-        environment = self._operations.create_environment(*wanted)
-        return await self._durable(environment.answer(cloud=False))
+        environment = await self._engine.create_environment(wanted)
+        return answer(environment.answer(cloud=False))
 
     async def environment(self, request: web.Request) -> web.Response:
         """Read one environment."""
         environment_id = request.match_info["environment_id"]
         self._admit(request).check_environment(environment_id)
         await requests.body(request)
-        environment, cloud = self._operations.environment(environment_id)
-        return await self._durable(environment.answer(cloud=cloud))
+        return answer(self._environment(await self._engine.environment(environment_id)))
 
     async def environments(self, request: web.Request) -> web.Response:
         """List the environments that the token may use, in ascending order of their ids."""
@@ -80,24 +75,18 @@ class ApplicationRoutes:
         place = requests.place(request, "", ID_PATTERN)
         if place.before is not None:
             raise APIError(400, "before_id is not known here", "before_id")
-        found = [
-            self._operations.environment(environment_id)[0]
-            for environment_id in self._operations.environment_ids()
-            if environment_id > place.after and (limits is None or environment_id in limits)
-        ]
-        page = page_of(found[: place.limit + 1], place.limit, backwards=False)
-        return await self._durable(listing(page, self._environment_answer))
+        page = await self._engine.environments(place, limits)
+        return answer(listing(page, self._environment))
 
-    def _environment_answer(self, environment: Environment) -> dict[str, Any]:
-        _, cloud = self._operations.environment(environment.id)
-        return environment.answer(cloud=cloud)
+    def _environment(self, environment: Environment) -> dict[str, Any]:
+        return environment.answer(cloud=environment.id in self._cloud)
 
     async def create_session(self, request: web.Request) -> web.Response:
         """Create a session, and the work item that brings it to a worker."""
         caller = self._admit(request)
         wanted = creation_requests.parse_session(await requests.body(request))
         caller.check_environment(wanted.environment_id)
-        return await self._durable(self._session(*self._operations.create_session(wanted)))
+        return answer(self._session(await self._engine.create_session(wanted)))
 
     async def sessions(self, request: web.Request) -> web.Response:
         """List the sessions that the query selects, by default the newest first."""
@@ -107,68 +96,39 @@ class ApplicationRoutes:
         newest_first = requests.newest_first(request, default=True)
         if newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        wanted = self._session_filter(request, limits)
-        found: dict[str, tuple[StoredSession, dict[str, Any]]] = {}
-        after, before = place.after, place.before
-        last: str | None = ""
-        while last is not None and len(found) <= place.limit:
-            last = None
-            walk = self._operations.walk_sessions(
-                after=after, before=before, newest_first=newest_first
-            )
-            for session, item in islice(walk, SCAN_ROWS):
-                last = session.id
-                if wanted(session, item):
-                    # Rendered at once, since a session may be deleted while other calls run.
-                    found[last] = session, self._session(session, item)
-                if len(found) > place.limit:
-                    break
-            if newest_first or before is not None:
-                before = last
-            else:
-                after = last or ""
-            await asyncio.sleep(0)
-        sessions = [session for session, _ in found.values()]
-        backwards = place.before is not None
-        if backwards and not newest_first:
-            sessions.reverse()
-        page = page_of(sessions, place.limit, backwards=backwards, newest_first=newest_first)
-        return await self._durable(listing(page, lambda session: found[session.id][1]))
+        wanted = self._session_filter(request, limits, newest_first=newest_first)
+        page = await self._engine.sessions(place, wanted)
+        return answer(listing(page, self._session))
 
     def _session_filter(
-        self, request: web.Request, limits: frozenset[str] | None
-    ) -> Callable[[StoredSession, Item], bool]:
-        """Return whether the query selects a session, given with its latest item."""
+        self, request: web.Request, limits: frozenset[str] | None, *, newest_first: bool
+    ) -> SessionFilter:
+        """Return the selection of sessions that the query asks for."""
         times = requests.times(request)
         statuses = requests.several(request, "statuses")
         archived = requests.flag(request, "include_archived")
         agent_id = requests.one(request, "agent_id")
         version = requests.one(request, "agent_version")
-        # No session of this control plane has a deployment or a memory store.
-        nothing = any(requests.one(request, name) for name in ("deployment_id", "memory_store_id"))
-
-        def wanted(session: StoredSession, item: Item) -> bool:
-            agent = session.agent or AGENT
-            return (
-                not nothing
-                and (limits is None or session.environment_id in limits)
-                and (archived or session.archived_at is None)
-                and times.holds(to_heartbeat_text(session.created_at))
-                and (agent_id is None or agent["id"] == agent_id)
-                and (None in {agent_id, version} or str(agent.get("version", 1)) == version)
-                and (statuses is None or self._session(session, item)["status"] in statuses)
-            )
-
-        return wanted
+        if any(requests.one(request, name) for name in ("deployment_id", "memory_store_id")):
+            statuses = frozenset()  # no session here has a deployment or a memory store
+        return SessionFilter(
+            environments=limits,
+            archived=archived,
+            times=times,
+            agent_id=agent_id,
+            agent_version=version,
+            statuses=None if statuses is None else self._dialect.own_statuses(statuses),
+            newest_first=newest_first,
+        )
 
     async def archive(self, request: web.Request) -> web.Response:
         """Archive a session, which terminates it."""
         caller = self._admit(request)
         own = self._dialect.own_session_id(request.match_info["session_id"])
-        session, _ = self._operations.session(own)
-        caller.check_environment(session.environment_id)
+        view = await self._engine.session(own)
+        caller.check_environment(view.session.environment_id)
         await requests.body(request)
-        return await self._durable(self._session(*self._operations.archive_session(own)))
+        return answer(self._session(await self._engine.archive_session(own)))
 
     def _admit(self, request: web.Request) -> Caller:
         caller = self._tokens.admit(request.headers, self._dialect)
@@ -176,9 +136,5 @@ class ApplicationRoutes:
         caller.check_application()
         return caller
 
-    def _session(self, session: StoredSession, item: Item) -> dict[str, Any]:
-        return self._dialect.session(self._operations.sessions.answer(session, item))
-
-    async def _durable(self, value: dict[str, Any]) -> web.Response:
-        await self._operations.durable()
-        return answer(value)
+    def _session(self, view: SessionView) -> dict[str, Any]:
+        return self._dialect.session(view.answer())

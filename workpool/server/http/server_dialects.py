@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.stored_item import SESSION_PREFIX
+from workpool.server.stored_session import STATUS, TERMINATED
 from workpool.server.timestamps import to_heartbeat_text, to_seconds_text
 from workpool.wire import protocol
 from workpool.wire.protocol import STOPPED, STOPPING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from workpool.server.stored_item import Item
 
@@ -74,6 +75,11 @@ class Dialect:
         """Return a session's JSON in this dialect."""
         status = self.session_statuses.get(value["status"], value["status"])
         return {**value, "id": self.session_id(value["id"]), "status": status}
+
+    def own_statuses(self, written: Collection[str]) -> frozenset[str]:
+        """Return the statuses of sessions that this dialect writes as one of `written`."""
+        own = {*STATUS.values(), TERMINATED}
+        return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 
     def item(self, item: Item) -> dict[str, Any]:
         """Return an item's JSON."""

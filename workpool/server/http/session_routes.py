@@ -16,20 +16,19 @@ from aiohttp import web
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.conversation import EVENT_PREFIX
 from workpool.server.http.work_routes import answer
-from workpool.server.pagination import listing, page_of
+from workpool.server.pagination import listing
 from workpool.server.parsing import request_values as requests
 from workpool.server.parsing.client_events import client_events
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, LAST_EVENT_ID_HEADER, STOPPED
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-    from workpool.server.conversation import Conversation, StoredEvent
+    from workpool.server.conversation import StoredEvent
+    from workpool.server.engine import Engine
     from workpool.server.http.server_dialects import Dialect
     from workpool.server.http.tokens import Tokens
-    from workpool.server.operations import Operations
-    from workpool.server.stored_item import Item
-    from workpool.server.stored_session import StoredSession
+    from workpool.server.stored_session import SessionView
 
 WRITE_BYTES: Final = 64 * 1024
 """Bytes that are written to a stream at once: there may be many slow readers."""
@@ -46,8 +45,8 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 class SessionRoutes:
     """The endpoints of sessions in one dialect."""
 
-    def __init__(self, operations: Operations, tokens: Tokens, dialect: Dialect) -> None:
-        self._operations = operations
+    def __init__(self, engine: Engine, tokens: Tokens, dialect: Dialect) -> None:
+        self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
 
@@ -63,64 +62,52 @@ class SessionRoutes:
 
     async def session(self, request: web.Request) -> web.Response:
         """Answer with the session."""
-        session, item = self._session(request)
+        view = await self._session(request)
         await requests.body(request)
-        value = self._operations.sessions.answer(session, item)
-        return await self._durable(self._dialect.session(value))
+        return answer(self._dialect.session(view.answer()))
 
     async def list(self, request: web.Request) -> web.Response:
         """List the events of a session that the query selects, page by page."""
-        conversation = self._conversation(request)
+        view = await self._session(request)
         await requests.body(request)
         place = requests.place(request, EVENT_PREFIX)
         wanted = requests.event_filter(request)
         if wanted.newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        events = conversation.page(
-            place.limit + 1, after=place.after, before=place.before, wanted=wanted
-        )
-        page = page_of(
-            events,
-            place.limit,
-            backwards=place.before is not None,
-            newest_first=wanted.newest_first,
-        )
-        return await self._durable(listing(page, render_event))
+        page = await self._engine.events(view.id, place, wanted)
+        return answer(listing(page, render_event))
 
     async def send(self, request: web.Request) -> web.Response:
         """Append all events of a client, or none."""
-        session, _ = self._session(request)
+        view = await self._session(request)
         new_events = client_events(await requests.body(request))
-        events = self._operations.send(
-            session.id, new_events, messages_bring_work=self._dialect.messages_bring_work
+        events = await self._engine.send(
+            view.id, new_events, messages_bring_work=self._dialect.messages_bring_work
         )
-        return await self._durable({"data": [render_event(event) for event in events]})
+        return answer({"data": [render_event(event) for event in events]})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Stream new events, after those that follow `Last-Event-ID`."""
-        session, _ = self._session(request)
+        view = await self._session(request)
         await requests.body(request)
-        conversation = self._operations.sessions.conversation(session.id)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Before the first byte is sent, so that a client with an open stream misses no later event.
-        place = len(conversation.events) if last is None else conversation.place_after(last)
+        place = await self._engine.place_in_events(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
         # The stream ends if the reader has gone or stopped reading, or if the store has failed.
         with suppress(ConnectionError, StoreError):
             await response.prepare(request)
             await response.write(KEEP_ALIVE)
-            while await self._operations.sessions.wait(session.id, place, KEEP_ALIVE_SECONDS):
-                end = len(conversation.events)
-                await self._operations.durable()
-                if place == end:
-                    await response.write(KEEP_ALIVE)
-                while place < end:
-                    frames = _frames(conversation.events, place, end)
-                    place += len(frames)
-                    await response.write(b"".join(frames))
+            while True:
+                events = await self._engine.follow(view.id, place, KEEP_ALIVE_SECONDS)
+                if events is None:
+                    break
+                place += len(events)
+                for piece in _pieces(events):
+                    await response.write(piece)
         return response
 
-    def _session(self, request: web.Request) -> tuple[StoredSession, Item]:
+    async def _session(self, request: web.Request) -> SessionView:
         """Admit the caller to the session of the path: 401, 404, 403, in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.
@@ -128,20 +115,12 @@ class SessionRoutes:
         caller = self._tokens.admit(request.headers, self._dialect)
         own = self._dialect.own_session_id(request.match_info["session_id"])
         if caller.item is not None:
-            claimed = self._operations.get(*caller.item)
+            claimed = await self._engine.get(*caller.item)
             if claimed.session_id != own or claimed.state == STOPPED:
                 raise APIError(403, "an item's token is for its session, until the item is stopped")
-        session, item = self._operations.session(own)
-        caller.check_environment(session.environment_id)
-        return session, item
-
-    def _conversation(self, request: web.Request) -> Conversation:
-        session, _ = self._session(request)
-        return self._operations.sessions.conversation(session.id)
-
-    async def _durable(self, value: dict[str, Any]) -> web.Response:
-        await self._operations.durable()
-        return answer(value)
+        view = await self._engine.session(own)
+        caller.check_environment(view.session.environment_id)
+        return view
 
 
 def render_event(event: StoredEvent) -> dict[str, Any]:
@@ -149,14 +128,21 @@ def render_event(event: StoredEvent) -> dict[str, Any]:
     return dict(event.value)
 
 
-def _frames(events: Sequence[StoredEvent], place: int, end: int) -> list[bytes]:
-    """Return the frames of the first events in this range, up to the one that fills a write."""
-    frames, size = [], 0
-    while place < end and size < WRITE_BYTES:
-        frames.append(frame_of(events[place]))
+def _pieces(events: Sequence[StoredEvent]) -> Iterator[bytes]:
+    """Iterate over the frames of these events, joined until each write is full.
+
+    Without events: a keep-alive.
+    """
+    frames: list[bytes] = []
+    size = 0
+    for event in events:
+        frames.append(frame_of(event))
         size += len(frames[-1])
-        place += 1
-    return frames
+        if size >= WRITE_BYTES:
+            yield b"".join(frames)
+            frames, size = [], 0
+    if frames or not events:
+        yield b"".join(frames) or KEEP_ALIVE
 
 
 def frame_of(event: StoredEvent) -> bytes:

@@ -1,0 +1,326 @@
+"""The engine on the index in memory: `operations`, whose results wait until the store saved them.
+
+One process has the whole state. See workpool/docs/architecture.md, "The control plane".
+"""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+
+from workpool.server.api_errors import APIError
+from workpool.server.conversation import EVERY_EVENT
+from workpool.server.pagination import page_of
+from workpool.wire.protocol import SESSION, TTL_DEFAULT_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from workpool.server.conversation import EventFilter, StoredEvent
+    from workpool.server.environments import Environment
+    from workpool.server.history import Record
+    from workpool.server.operations import Operations
+    from workpool.server.pagination import ListPage
+    from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
+    from workpool.server.parsing.request_values import ItemFilter, Place
+    from workpool.server.queue.long_polls import Poll
+    from workpool.server.queue.work_queue import Stats
+    from workpool.server.stored_item import Item
+    from workpool.server.stored_session import SessionFilter, SessionView, StoredSession
+
+SCAN_ROWS: Final = 500
+"""After this many rows of a filtered list, other calls run."""
+FOLLOW_MAX: Final = 100
+"""Largest number of events that one wait of a stream returns."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class IndexEngine:
+    """The calls of `operations`, each of which returns once its changes survive a crash.
+
+    Most calls return the coroutine of `_durably` and are not coroutines themselves: the most
+    frequent calls would pay for a second one.
+    """
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+        self.signing_key = b""
+
+    async def open(self) -> None:
+        """Open the store and read its content. Raises `StoreError`."""
+        await self._operations.open()
+        self.signing_key = self._operations.signing_key
+
+    async def close(self) -> None:
+        """Close the store."""
+        await self._operations.close()
+
+    async def failed(self) -> None:
+        """Wait until the store cannot save anything anymore. Raises `StoreError`."""
+        await self._operations.failed()
+
+    def release(self) -> None:
+        """End all long polls and streams, and let no further one wait."""
+        self._operations.release()
+
+    async def _durably(self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
+        """Return the result of a call once all changes so far survive a crash.
+
+        A 409 can show that an earlier call was applied, so it waits too.
+        """
+        try:
+            result = call(*arguments, **options)
+        except APIError as refusal:
+            if refusal.status == HTTPStatus.CONFLICT:
+                await self._operations.durable()
+            raise
+        await self._operations.durable()
+        return result
+
+    async def admit(self, environment_id: str) -> None:
+        """Check an environment for work calls: 404 unknown, 400 not `self_hosted`."""
+        self._operations.queue(environment_id)
+
+    def environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
+        """Return an environment; 404 unknown."""
+        return self._durably(self._operations.environment, environment_id)
+
+    async def environments(
+        self, place: Place, limits: frozenset[str] | None
+    ) -> ListPage[Environment]:
+        """Return the environments after a place, of those in `limits`; None: of all."""
+        found = [
+            self._operations.environment(environment_id)
+            for environment_id in self._operations.environment_ids()
+            if environment_id > place.after and (limits is None or environment_id in limits)
+        ]
+        await self._operations.durable()
+        return page_of(found[: place.limit + 1], place.limit, backwards=False)
+
+    def create_environment(self, wanted: NewEnvironment) -> Coroutine[Any, Any, Environment]:
+        """Create a `self_hosted` environment."""
+        return self._durably(self._operations.create_environment, *wanted)
+
+    def enqueue(
+        self,
+        environment_id: str,
+        *,
+        count: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        work_type: str = SESSION,
+        session_id: str | None = None,
+        script: object = None,
+    ) -> Coroutine[Any, Any, Sequence[Item]]:
+        """Create items. `session_id`: the existing session that they belong to."""
+        return self._durably(
+            self._operations.enqueue,
+            environment_id,
+            count=count,
+            metadata=metadata,
+            work_type=work_type,
+            session_id=session_id,
+            script=script,
+        )
+
+    async def create_session(self, wanted: NewSession) -> SessionView:
+        """Create a session and the work item that brings it to a worker."""
+        view = self._view(*self._operations.create_session(wanted))
+        await self._operations.durable()
+        return view
+
+    async def long_poll(
+        self, environment_id: str, poll: Poll, gone: Callable[[], bool]
+    ) -> Item | None:
+        """Deliver an item, after a wait of up to `block_ms`; None: no item."""
+        item = await self._operations.long_poll(environment_id, poll, gone)
+        if item is None:
+            await self._operations.durable()
+            return None
+        delivered = False
+        try:
+            await self._operations.durable()
+            delivered = not gone()
+        finally:  # the client has gone while the delivery became durable
+            if not delivered:
+                self._operations.withdraw(item)
+        return item if delivered else None
+
+    def ack(
+        self, environment_id: str, work_id: str, worker_id: str | None = None
+    ) -> Coroutine[Any, Any, Item]:
+        """Acknowledge an item."""
+        return self._durably(self._operations.ack, environment_id, work_id, worker_id)
+
+    def heartbeat(
+        self,
+        environment_id: str,
+        work_id: str,
+        expected: str | None = None,
+        ttl_seconds: int = TTL_DEFAULT_SECONDS,
+        worker_id: str | None = None,
+        *,
+        compare_on_stop: bool = True,
+    ) -> Coroutine[Any, Any, Item]:
+        """Extend an item's lease, as `state_machine.heartbeat` decides."""
+        return self._durably(
+            self._operations.heartbeat,
+            environment_id,
+            work_id,
+            expected,
+            ttl_seconds,
+            worker_id,
+            compare_on_stop=compare_on_stop,
+        )
+
+    def stop(
+        self,
+        environment_id: str,
+        work_id: str,
+        worker_id: str | None = None,
+        *,
+        force: bool = False,
+        refused: frozenset[tuple[bool, str]] = frozenset(),
+    ) -> Coroutine[Any, Any, Item]:
+        """Stop an item. `refused`: the stops, as (force, state), that are a 409 in the dialect."""
+        return self._durably(
+            self._operations.stop,
+            environment_id,
+            work_id,
+            worker_id,
+            force=force,
+            refused=refused,
+        )
+
+    def update(
+        self,
+        environment_id: str,
+        work_id: str,
+        patch: Mapping[str, str | None],
+        worker_id: str | None = None,
+    ) -> Coroutine[Any, Any, Item]:
+        """Merge a patch into an item's metadata."""
+        return self._durably(self._operations.update, environment_id, work_id, patch, worker_id)
+
+    def get(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
+        """Return an item; 404 unknown."""
+        return self._durably(self._operations.get, environment_id, work_id)
+
+    def items(
+        self, environment_id: str, place: Place, wanted: ItemFilter | None = None
+    ) -> Coroutine[Any, Any, ListPage[Item]]:
+        """Return the items next to a place; `wanted`: only those, in its order."""
+        limit, after, before = place
+        if wanted is None:
+            return self._durably(
+                self._operations.page, environment_id, limit, after=after, before=before
+            )
+        return self._durably(
+            self._operations.search, environment_id, wanted, limit, after=after, before=before
+        )
+
+    def stats(self, environment_id: str) -> Coroutine[Any, Any, Stats]:
+        """Return the statistics of an environment's queue."""
+        return self._durably(self._operations.stats, environment_id)
+
+    async def session(self, session_id: str) -> SessionView:
+        """Return a session; 404 unknown."""
+        view = self._view(*self._operations.session(session_id))
+        await self._operations.durable()
+        return view
+
+    async def sessions(self, place: Place, wanted: SessionFilter) -> ListPage[SessionView]:
+        """Return the wanted sessions next to a place."""
+        limit, after, before = place
+        backwards = wanted.newest_first or before is not None
+        found: list[SessionView] = []
+        last: str | None = ""
+        while last is not None and len(found) <= limit:
+            last = None
+            walk = self._operations.walk_sessions(
+                after=after, before=before, newest_first=wanted.newest_first
+            )
+            for each in islice(walk, SCAN_ROWS):
+                view = self._view(*each)  # now, since it may be deleted while other calls run
+                last = view.id
+                if wanted.matches(view):
+                    found.append(view)
+                if len(found) > limit:
+                    break
+            if backwards:
+                before = last
+            else:
+                after = last or ""
+            await asyncio.sleep(0)
+        if backwards and not wanted.newest_first:
+            found.reverse()
+        await self._operations.durable()
+        return page_of(found, limit, backwards=backwards, newest_first=wanted.newest_first)
+
+    async def archive_session(self, session_id: str) -> SessionView:
+        """Archive a session: it is terminated, and its work item is asked to stop."""
+        view = self._view(*self._operations.archive_session(session_id))
+        await self._operations.durable()
+        return view
+
+    def send(
+        self,
+        session_id: str,
+        new_events: Sequence[Mapping[str, Any]],
+        *,
+        messages_bring_work: bool = False,
+    ) -> Coroutine[Any, Any, Sequence[StoredEvent]]:
+        """Append all events of a client, or none."""
+        return self._durably(
+            self._operations.send, session_id, new_events, messages_bring_work=messages_bring_work
+        )
+
+    def emit(
+        self, session_id: str, new_events: Sequence[Mapping[str, Any]]
+    ) -> Coroutine[Any, Any, Sequence[Mapping[str, Any]]]:
+        """Append events of the agent's side of a session, and return them as stored."""
+        return self._durably(self._operations.emit, session_id, new_events)
+
+    async def events(
+        self, session_id: str, place: Place, wanted: EventFilter = EVERY_EVENT
+    ) -> ListPage[StoredEvent]:
+        """Return the wanted events of a session next to a place."""
+        conversation = self._operations.sessions.conversation(session_id)
+        found = conversation.page(
+            place.limit + 1, after=place.after, before=place.before, wanted=wanted
+        )
+        await self._operations.durable()
+        return page_of(
+            found,
+            place.limit,
+            backwards=place.before is not None,
+            newest_first=wanted.newest_first,
+        )
+
+    async def place_in_events(self, session_id: str, last_event_id: str | None) -> int:
+        """Return the number of events that a stream skips: those up to `last_event_id`."""
+        conversation = self._operations.sessions.conversation(session_id)
+        if last_event_id is None:
+            return len(conversation.events)
+        return conversation.place_after(last_event_id)
+
+    async def follow(
+        self, session_id: str, place: int, seconds: float
+    ) -> Sequence[StoredEvent] | None:
+        """Return the next events after the first `place` ones, once there are any."""
+        sessions = self._operations.sessions
+        if not await sessions.wait(session_id, place, seconds):
+            return None
+        events = sessions.conversation(session_id).events[place : place + FOLLOW_MAX]
+        await self._operations.durable()
+        return events
+
+    async def history(self) -> Sequence[Record]:
+        """Return the recorded history of all items, in order."""
+        return tuple(self._operations.history)
+
+    def _view(self, session: StoredSession, item: Item) -> SessionView:
+        return self._operations.sessions.view(session, item)
