@@ -95,9 +95,11 @@ def _settled(url: str) -> None:
 def _work(url: str, pipe: Connection, stops: Stops) -> None:
     app = _app(url)
 
-    @app.task(name=TASK)
     async def nothing() -> None:
         count(stops)
+
+    # no decorator, which would have no types where procrastinate is not installed
+    app.task(name=TASK)(nothing)
 
     async def run() -> None:
         async with app.open_async():
