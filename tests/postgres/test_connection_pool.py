@@ -1,0 +1,285 @@
+"""The connection pool: bounds, and the driver's errors as 503s."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from workpool.server import ServeError, StoreError
+from workpool.server.postgres import connection_pool
+from workpool.server.postgres.connection_pool import ConnectionPool, shown_url
+from workpool.server.postgres.database_errors import (
+    RetryableError,
+    UnavailableError,
+    unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.postgres.cluster import Cluster
+
+SECONDS = 45.0
+SESSIONS = "SELECT count(*) FROM pg_stat_activity"
+HIDDEN = "secret-Zx9"
+
+
+@pytest.fixture
+async def pool(database_url: str) -> AsyncIterator[ConnectionPool]:
+    pool = ConnectionPool(database_url, size=2)
+    await pool.open()
+    yield pool
+    await pool.close()
+
+
+async def until_available(pool: ConnectionPool) -> int:
+    """Call until the database answers; return the number of 503s before."""
+    refusals = 0
+    async with asyncio.timeout(SECONDS):
+        while True:
+            with suppress(UnavailableError):
+                assert await pool.fetchval("SELECT 7") == 7
+                return refusals
+            refusals += 1
+            await asyncio.sleep(0.05)
+
+
+async def test_statement_result_is_returned_and_committed(
+    pool: ConnectionPool, database_url: str, postgres: Cluster
+) -> None:
+    await pool.execute("CREATE TABLE number (value int)")
+    assert await pool.execute("INSERT INTO number VALUES ($1), ($2)", 7, 8) == "INSERT 0 2"
+    assert [row["value"] for row in await pool.fetch("SELECT value FROM number")] == [7, 8]
+    assert (await pool.fetchrow("SELECT value FROM number WHERE value > $1", 7))["value"] == 8
+    assert postgres.execute("SELECT count(*) FROM number", database_url) == "2"
+
+
+async def test_transaction_with_exception_is_undone(pool: ConnectionPool) -> None:
+    await pool.execute("CREATE TABLE number (value int)")
+
+    async def fail() -> None:
+        async with pool.transaction() as connection:
+            await connection.execute("INSERT INTO number VALUES (7)")
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        await fail()
+    assert await pool.fetchval("SELECT count(*) FROM number") == 0
+
+
+async def test_exhausted_pool_is_503_and_recovers(
+    pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.2)
+    async with pool.connection(), pool.connection():
+        with pytest.raises(UnavailableError, match="all connections are in use") as raised:
+            await pool.fetchval("SELECT 7")
+        assert (raised.value.status, raised.value.retry_after) == (503, 1)
+        with pytest.raises(UnavailableError):
+            await pool.fetchval("SELECT 7")
+    assert await pool.fetchval("SELECT 7") == 7
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == [
+        "database is not available: all connections are in use"
+    ]
+
+
+async def test_slow_statement_is_cancelled_and_503(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
+    pool = ConnectionPool(database_url)
+    await pool.open()
+    try:
+        with pytest.raises(UnavailableError, match="a statement took too long"):
+            await pool.execute("SELECT pg_sleep(600)")
+        assert await pool.fetchval("SELECT 7") == 7
+    finally:
+        await pool.close()
+
+
+async def test_read_only_database_is_503_until_it_is_writable(
+    pool: ConnectionPool, postgres: Cluster, database_url: str
+) -> None:
+    name = database_url.rpartition("/")[2]
+    await pool.execute("CREATE TABLE number (value int)")
+    postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await end_sessions(pool, postgres, name)
+    with pytest.raises(UnavailableError, match="read-only"):
+        await pool.execute("INSERT INTO number VALUES (7)")
+    # Nothing cuts the connections this time: the pool replaces them by itself.
+    postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
+    assert await pool.execute("INSERT INTO number VALUES (7)") == "INSERT 0 1"
+
+
+async def end_sessions(pool: ConnectionPool, postgres: Cluster, name: str) -> None:
+    """End all connections to a database, and wait until the pool has replaced them."""
+    postgres.execute(
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"  # noqa: S608 - our own name
+    )
+    await until_available(pool)
+
+
+async def test_terminated_connection_in_a_statement_is_503(
+    pool: ConnectionPool, postgres: Cluster
+) -> None:
+    async def wait_for_death() -> None:
+        with pytest.raises(UnavailableError):
+            await pool.execute("SELECT pg_sleep(600)")
+
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
+        group.create_task(wait_for_death())
+        ended = ""
+        while "t" not in ended:
+            ended = await asyncio.to_thread(
+                postgres.execute,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE query = 'SELECT pg_sleep(600)'",
+            )
+    await until_available(pool)
+
+
+@pytest.mark.parametrize("end", ["restart", "kill"])
+async def test_restarted_database_is_used_again_without_action(
+    own_postgres: Cluster, end: str
+) -> None:
+    pool = ConnectionPool(own_postgres.create_database())
+    await pool.open()
+    try:
+        if end == "kill":
+            await asyncio.to_thread(own_postgres.kill)
+            with pytest.raises(UnavailableError):
+                await pool.fetchval("SELECT 7")
+            await asyncio.to_thread(own_postgres.start)
+        else:
+            await asyncio.to_thread(own_postgres.restart)
+        await until_available(pool)
+    finally:
+        await pool.close()
+
+
+async def test_too_many_connections_is_503(own_postgres: Cluster) -> None:
+    url = own_postgres.create_database()
+    role = "CREATE ROLE app LOGIN CONNECTION LIMIT 1"
+    own_postgres.execute(role)
+    pool = ConnectionPool(url.replace("workpool@", "app@"), size=2)
+    await pool.open()
+    try:
+        async with pool.connection():
+            with pytest.raises(UnavailableError, match="too many connections"):
+                await pool.fetchval("SELECT 7")
+        assert await pool.fetchval("SELECT 7") == 7
+    finally:
+        await pool.close()
+
+
+async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPool) -> None:
+    calls = 0
+
+    async def collide() -> int:
+        nonlocal calls
+        calls += 1
+        if calls < 3:
+            await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
+        return calls
+
+    assert await pool.retried(collide) == 3
+
+    async def always() -> None:
+        await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
+
+    with pytest.raises(RetryableError):
+        await pool.retried(always)
+
+
+async def test_violated_constraint_stays_a_loud_error(pool: ConnectionPool) -> None:
+    await pool.execute("CREATE TABLE number (value int PRIMARY KEY)")
+    await pool.execute("INSERT INTO number VALUES (7)")
+    with pytest.raises(asyncpg.UniqueViolationError):
+        await pool.execute("INSERT INTO number VALUES (7)")
+    with pytest.raises(asyncpg.UndefinedTableError):
+        await pool.fetch("SELECT 1 FROM missing")
+    with pytest.raises(asyncpg.DataError):
+        await pool.fetchval("SELECT $1::int", "seven")
+    assert await pool.fetchval("SELECT 7") == 7
+
+
+async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
+    for _ in range(4):  # more than there are connections
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await pool.execute("SELECT pg_sleep(600)")
+    assert await pool.fetchval("SELECT 7") == 7
+    running = "query = 'SELECT pg_sleep(600)' AND state = 'active'"
+    async with asyncio.timeout(SECONDS):
+        while await asyncio.to_thread(postgres.execute, f"{SESSIONS} WHERE {running}") != "0":
+            pass
+
+
+async def test_closed_pool_is_503(pool: ConnectionPool) -> None:
+    await pool.close()
+    with pytest.raises(UnavailableError, match="this node ends"):
+        await pool.fetchval("SELECT 7")
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "words"),
+    [
+        ("postgresql://u:{}@127.0.0.1:1/x", StoreError, "cannot be reached"),
+        ("postgresql://u:{}@127.0.0.1:nonsense/x", ServeError, "cannot be read"),
+        ("postgresql://u:{}@127.0.0.1/x?sslmode=never", ServeError, "cannot be read"),
+    ],
+)
+async def test_start_error_names_the_database_without_password(
+    url: str, error: type[Exception], words: str
+) -> None:
+    pool = ConnectionPool(url.format(HIDDEN))
+    with pytest.raises(error, match=words) as raised:
+        await pool.open()
+    assert "127.0.0.1" in str(raised.value)
+    assert HIDDEN not in f"{raised.value}{pool!r}"
+
+
+async def test_missing_database_is_named_at_start(postgres: Cluster) -> None:
+    with pytest.raises(StoreError, match=r"127.0.0.1:\d+/absent: the database does not exist"):
+        await ConnectionPool(postgres.url("absent")).open()
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"postgresql://u:{HIDDEN}@db:5432/work", "postgresql://db:5432/work"),
+        (f"postgresql://u:p@{HIDDEN}@db/work", "postgresql://db/work"),
+        (f"postgresql://db/work?password={HIDDEN}", "postgresql://db/work"),
+        (f"postgresql://[{HIDDEN}", "postgresql://…"),
+        ("postgres://a,b:1/work", "postgresql://a,b:1/work"),
+    ],
+)
+def test_shown_url_has_no_password(url: str, shown: str) -> None:
+    assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (asyncpg.AdminShutdownError("x"), "it was shut down"),
+        (asyncpg.CannotConnectNowError("x"), "it starts or ends"),
+        (asyncpg.DiskFullError("x"), "it has no resources left"),
+        (asyncpg.InvalidPasswordError("x"), "it refused the login"),
+        (asyncpg.ConnectionDoesNotExistError("x"), "the connection was lost"),
+        (asyncpg.InterfaceError("connection is closed"), "the connection was lost"),
+        (asyncpg.InterfaceError("another operation is in progress"), None),
+        (asyncpg.TargetServerAttributeNotMatched("x"), "it is read-only"),
+        (asyncpg.CheckViolationError("x"), None),
+        (asyncpg.InternalServerError("x"), None),
+        (ConnectionResetError(), "it cannot be reached"),
+        (TimeoutError(), "it did not answer in time"),
+    ],
+)
+def test_driver_error_is_unavailability_or_a_defect(error: Exception, reason: str | None) -> None:
+    translated: Any = unavailable(error)
+    assert (None if translated is None else translated.reason) == reason

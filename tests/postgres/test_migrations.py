@@ -1,0 +1,111 @@
+"""Migrations: each runs once, in order, and a node refuses a schema that it cannot use."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from workpool.server import StoreError
+from workpool.server.postgres import migrations
+from workpool.server.postgres.connection_pool import open_connection
+from workpool.server.postgres.migrations import Migration, migrate
+
+if TYPE_CHECKING:
+    from tests.postgres.cluster import Cluster
+
+FIRST = Migration(1, 1, "CREATE TABLE number (value int)")
+SECOND = Migration(2, 1, "ALTER TABLE number ADD COLUMN name text; CREATE TABLE other (id int)")
+THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
+
+
+def test_release_has_contiguous_versions_and_sane_minimums() -> None:
+    steps = migrations.migrations()
+    assert [step.version for step in steps] == list(range(1, len(steps) + 1))
+    assert all(step.oldest <= max(1, step.version - 1) for step in steps)
+    oldest = [step.oldest for step in steps]
+    assert oldest == sorted(oldest)
+
+
+async def test_migrations_of_release_make_the_tables_once(
+    postgres: Cluster, database_url: str
+) -> None:
+    steps = len(migrations.migrations())
+    assert await migrate(database_url) == steps
+    assert await migrate(database_url) == 0
+    clock = "SELECT abs(workpool_now() / 1e6 - extract(epoch FROM now())) < 60"
+    assert postgres.execute(clock, database_url) == "t"
+
+
+async def test_only_missing_migrations_run(postgres: Cluster, database_url: str) -> None:
+    assert await migrate(database_url, [FIRST]) == 1
+    assert await migrate(database_url, [FIRST, SECOND, THIRD]) == 2
+    versions = "SELECT version, oldest FROM schema_versions ORDER BY version"
+    assert postgres.execute(versions, database_url) == "1|1\n2|1\n3|2"
+
+
+async def test_nodes_that_start_together_migrate_once(database_url: str) -> None:
+    applied = await asyncio.gather(*(migrate(database_url, [FIRST, SECOND]) for _ in range(6)))
+    assert sum(applied) == 2
+
+
+async def test_failed_migration_leaves_nothing(postgres: Cluster, database_url: str) -> None:
+    broken = Migration(2, 1, "CREATE TABLE other (id int); SELECT 1 / 0")
+    with pytest.raises(Exception, match="division by zero"):
+        await migrate(database_url, [FIRST, broken])
+    assert postgres.execute("SELECT max(version) FROM schema_versions", database_url) == "1"
+    assert postgres.execute("SELECT to_regclass('other') IS NULL", database_url) == "t"
+    assert await migrate(database_url, [FIRST, SECOND]) == 1
+
+
+async def test_newer_schema_is_used_if_it_allows_the_release(database_url: str) -> None:
+    await migrate(database_url, [FIRST, SECOND])
+    assert await migrate(database_url, [FIRST]) == 0
+    await migrate(database_url, [FIRST, SECOND, THIRD])
+    assert await migrate(database_url, [FIRST, SECOND]) == 0
+    with pytest.raises(StoreError, match=r"has version 3, .* knows version 2; this one knows 1"):
+        await migrate(database_url, [FIRST])
+
+
+async def test_migration_waits_for_locked_table_without_blocking_others_for_long(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.1)
+    await migrate(database_url, [FIRST])
+    reader = await open_connection(database_url)
+    async with asyncio.TaskGroup() as group:
+        transaction = reader.transaction()
+        await transaction.start()
+        await reader.execute("SELECT * FROM number")
+        migration = group.create_task(migrate(database_url, [FIRST, SECOND]))
+        other = await open_connection(database_url)
+        # A statement that queues behind the migration's lock goes on when that gives up.
+        for _ in range(5):
+            await other.execute("SELECT * FROM number")
+            await asyncio.sleep(0.1)
+        assert not migration.done()
+        await transaction.rollback()
+        assert await migration == 1
+    await reader.close()
+    await other.close()
+
+
+async def test_migration_that_never_gets_its_lock_fails_at_start(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.05)
+    await migrate(database_url, [FIRST])
+    reader = await open_connection(database_url)
+    async with reader.transaction():
+        await reader.execute("SELECT * FROM number")
+        with pytest.raises(StoreError, match="kept its tables locked"):
+            await migrate(database_url, [FIRST, SECOND])
+    await reader.close()
+
+
+async def test_role_without_create_rights_starts_on_a_current_schema(own_postgres: Cluster) -> None:
+    url = own_postgres.create_database()
+    await migrate(url, [FIRST])
+    own_postgres.execute("CREATE ROLE app LOGIN; GRANT SELECT ON schema_versions TO app", url)
+    assert await migrate(url.replace("workpool@", "app@"), [FIRST]) == 0

@@ -1,0 +1,1 @@
+"""The control plane on PostgreSQL, where any number of nodes share one database."""
